@@ -1,0 +1,52 @@
+"""What one forward step is given: tensors planned once on the host. Layers know nothing of scheduling."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step over N new tokens of S sequences, packed without padding, in sequence order.
+
+    Sequence s owns rows [query_start[s], query_start[s+1]); after the step its cache holds context_lens[s] tokens, of
+    which these rows are the last. Slot = block * block_size + offset in the block.
+    """
+
+    token_ids: Tensor  # [N] int64
+    positions: Tensor  # [3, N] int64: t, h, w
+    vision: Tensor  # [N] bool: routed to the vision experts
+    embed_rows: Tensor  # [M] int64: rows of this step whose embedding is replaced
+    embeds: Tensor  # [M, hidden] model dtype: by what
+    slots: Tensor  # [N] int64: where each row's key and value go
+    block_tables: Tensor  # [S, B] int32, padded with 0
+    query_start: Tensor  # [S + 1] int32
+    context_lens: Tensor  # [S] int32
+    logit_rows: Tensor  # [R] int64: rows whose logits are wanted
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The paged cache: one tensor of keys and one of values for all layers."""
+
+    keys: Tensor  # [layers, blocks, block_size, kv_heads, head_dim]
+    values: Tensor  # the same
+
+    @property
+    def block_size(self) -> int:
+        return int(self.keys.shape[2])
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.keys.shape[1])
+
+    @staticmethod
+    def allocate(
+        layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
+    ) -> "KVCache":
+        """Zeroed, so that masked-out rows can never be NaN."""
+        shape = (layers, blocks, block_size, kv_heads, head_dim)
+        return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))

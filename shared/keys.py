@@ -1,0 +1,75 @@
+"""Every Redis key, stream and consumer group. This header is the schema; no other module spells a key.
+
+    key                              type    written by           read by            life
+    {ns}:encode                      stream  gateway              mm_encoder (group) entry deleted with its ack
+    {ns}:generate                    stream  gateway, mm_encoder  engine (group)     entry deleted with its ack, at the request's end
+    {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
+    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       trimmed by length; deleted when the gateway drains
+    {ns}:control                     stream  any                  every replica      trimmed by length
+    {ns}:request:{id}                hash    gateway, engine      all                until the request has ended
+                                             fields: request (msgpack Request), epoch (int), cancelled ("1")
+    {ns}:journal:{id}                string  postproc             engine, postproc   until the request has ended
+                                             little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i
+    {ns}:blob:{kind}:{key}           hash    gateway, mm_encoder  mm_encoder, engine TTL; evicted oldest first over the byte budget
+                                             fields: size, chunks, meta
+    {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
+    {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
+    {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, and their sum
+    {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
+    {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
+    {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner"; "count" -> number of shards
+    {ns}:quarantine:{stream}         stream  whoever claims       people             poison entries, kept for inspection
+
+Consumer groups are named after the service and start at id 0. Consumers are named after their replica.
+"""
+
+import msgspec
+
+ENCODE = "encode"
+GENERATE = "generate"
+
+
+class Keys(msgspec.Struct, frozen=True):
+    """Key names under one namespace, so that several deployments can share a Redis."""
+
+    ns: str
+
+    def stream(self, name: str) -> str:
+        """A work stream: `encode` or `generate`."""
+        return f"{self.ns}:{name}"
+
+    def tokens(self, shard: int) -> str:
+        return f"{self.ns}:tokens:{shard}"
+
+    def deltas(self, gateway: str) -> str:
+        return f"{self.ns}:deltas:{gateway}"
+
+    def control(self) -> str:
+        return f"{self.ns}:control"
+
+    def request(self, request_id: str) -> str:
+        return f"{self.ns}:request:{request_id}"
+
+    def journal(self, request_id: str) -> str:
+        return f"{self.ns}:journal:{request_id}"
+
+    def blob(self, kind: str, key: str) -> str:
+        return f"{self.ns}:blob:{kind}:{key}"
+
+    def blobs(self) -> str:
+        return f"{self.ns}:blobs"
+
+    def blob_sizes(self) -> str:
+        return f"{self.ns}:blobs:sizes"
+
+    def replicas(self, service: str) -> str:
+        return f"{self.ns}:replicas:{service}"
+
+    def replica(self, service: str, name: str) -> str:
+        return f"{self.ns}:replica:{service}:{name}"
+
+    def shards(self) -> str:
+        return f"{self.ns}:shards"
+
+    def quarantine(self, stream: str) -> str:
+        return f"{self.ns}:quarantine:{stream}"
