@@ -6,7 +6,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from shared.keys import Keys
-from shared.messages import Generate, Encode, Message
+from shared.messages import Encode, Generate, Message
 
 
 class Delivery(msgspec.Struct, frozen=True):
