@@ -1,0 +1,266 @@
+"""What the token path costs: gateway, postproc and Redis as they ship, an engine that thinks for free, a raw client.
+
+    python -m benchmarks.pipeline [--streams 256] [--json out.json]
+
+Three measurements, all on one machine, the client included in its load but not in its figures:
+  first token   one request at a time: request sent -> first token read, over every hop
+  paced         every stream gets `--steps-per-s` tokens a second: CPU us per token by process, emit -> read p50 / p99
+  flat out      closed loop: the most tokens a second that arrive while a bounded number is on its way
+CPU is user + system time of each process between the first and the last token, from /proc. Nothing is asserted.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+
+from benchmarks.synthetic_engine import Board
+from cli.demo import write_demo
+from cli.redis_server import RedisServer
+from shared.tokenizer import Tokenizer
+
+MARK = "~"  # one token of this text per emitted token; it occurs nowhere else in an event
+NAMESPACE = "bench"
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class System:
+    """Redis, gateway and postproc as processes."""
+
+    def __init__(self, redis_server: RedisServer, model: Path, port: int, shards: int) -> None:
+        self.port = port
+        self.redis_url = redis_server.url
+        common = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("MILLRACE_")},
+            "MILLRACE_REDIS_URL": redis_server.url,
+            "MILLRACE_MODEL": str(model),
+            "MILLRACE_NAMESPACE": NAMESPACE,
+            "MILLRACE_SHARDS": str(shards),
+            "MILLRACE_LOG_LEVEL": "warning",
+        }
+        gateway = {"MILLRACE_HOST": "127.0.0.1", "MILLRACE_PORT": str(port), "MILLRACE_MAX_CONCURRENCY": "4096"}
+        self.processes = {
+            "gateway": self._start("gateway", common | gateway),
+            "postproc": self._start("postproc", common),
+        }
+        with redis.Redis.from_url(redis_server.url) as client:
+            self.redis_pid = int(client.info("server")["process_id"])
+        self._wait_for_gateway()
+
+    @staticmethod
+    def _start(service: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", f"services.{service}"], env=env)
+
+    def _wait_for_gateway(self) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            if any(p.poll() is not None for p in self.processes.values()):
+                break
+            time.sleep(0.05)
+        self.stop()
+        raise SystemExit("the services did not start")
+
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds so far, by process."""
+        seconds = {name: cpu_seconds(p.pid) for name, p in self.processes.items()}
+        return seconds | {"redis": cpu_seconds(self.redis_pid)}
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            process.wait(30)
+
+
+@contextlib.contextmanager
+def engine(system: System, board: Board, token: int, **options: float) -> Iterator[subprocess.Popen[bytes]]:
+    """The synthetic engine as a process."""
+    command = [sys.executable, "-m", "benchmarks.synthetic_engine", "--redis-url", system.redis_url]
+    command += ["--namespace", NAMESPACE, "--board", board.memory.name, "--token", str(token)]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    process = subprocess.Popen(command)
+    try:
+        yield process
+        if process.wait(60):
+            raise SystemExit("the synthetic engine failed")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def body(tokens: int) -> bytes:
+    """One streaming chat request, as raw HTTP."""
+    payload = json.dumps(
+        {
+            "model": "default",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "stream": True,
+            "max_tokens": tokens,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    ).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
+
+
+class Reader:
+    """256 sockets in one thread: what arrived when, by counting marks."""
+
+    def __init__(self, port: int, streams: int, tokens: int) -> None:
+        self.tokens = tokens
+        self.total = 0
+        self.counts = [0] * streams
+        self.arrivals = [np.zeros(tokens) for _ in range(streams)]
+        self.selector = selectors.DefaultSelector()
+        self.sockets: list[socket.socket] = []
+        for i in range(streams):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.selector.register(connection, selectors.EVENT_READ, i)
+            self.sockets.append(connection)
+
+    def send(self) -> None:
+        request = body(self.tokens)
+        for connection in self.sockets:
+            connection.sendall(request)
+
+    def read_all(self, board: Board) -> None:
+        """Until every stream has all its tokens."""
+        want = self.tokens * len(self.sockets)
+        mark = MARK.encode()
+        while self.total < want:
+            for key, _ in self.selector.select(10):
+                data = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                if not data:
+                    raise SystemExit("the gateway closed a stream early")
+                marks = data.count(mark)
+                if marks:
+                    i = key.data
+                    before = self.counts[i]
+                    self.arrivals[i][before : before + marks] = time.monotonic()
+                    self.counts[i] = before + marks
+                    self.total += marks
+            board.received = self.total
+
+    def close(self) -> None:
+        for connection in self.sockets:
+            connection.close()
+        self.selector.close()
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """Milliseconds."""
+    return {f"p{q}": round(float(np.percentile(values, q)) * 1e3, 2) for q in (50, 99)}
+
+
+def throughput(system: System, board: Board, token: int, streams: int, tokens: int, **pace: float) -> dict[str, Any]:
+    """One batch of streams, paced or in closed loop."""
+    reader = Reader(system.port, streams, tokens)
+    board.cpu_s = 0.0
+    with engine(system, board, token, streams=streams, tokens=tokens, **pace):
+        before = system.cpu()
+        reader.send()
+        reader.read_all(board)
+        after = system.cpu()
+    emitted = board.emitted_at()[:tokens].copy()
+    reader.close()
+    arrived = np.stack(reader.arrivals)
+    count = streams * tokens
+    seconds = float(arrived.max() - emitted[0])
+    cpu = {name: round((after[name] - before[name]) / count * 1e6, 2) for name in before}
+    cpu["engine side"] = round(board.cpu_s / count * 1e6, 2)
+    return {
+        "tokens_per_s": round(count / seconds),
+        "cpu_us_per_token": cpu | {"total": round(sum(cpu.values()), 2)},
+        "emit_to_read_ms": percentiles((arrived - emitted[None, :]).ravel()),
+    }
+
+
+def first_token(system: System, board: Board, token: int, rounds: int) -> dict[str, float]:
+    """One request at a time: sent -> first token read, with an engine that needs no time."""
+    waits = []
+    with engine(system, board, token, streams=1, tokens=1, rounds=rounds):
+        for _ in range(rounds):
+            reader = Reader(system.port, 1, 1)
+            start = time.monotonic()
+            reader.send()
+            reader.read_all(board)
+            waits.append(reader.arrivals[0][0] - start)
+            reader.close()
+    return percentiles(np.array(waits[len(waits) // 10 :])) | {"mean": round(statistics.mean(waits) * 1e3, 2)}
+
+
+def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """All measurements on one running system."""
+    model = root / "model"
+    write_demo(model)
+    token = Tokenizer.load(model).encode_text(MARK)[-1]
+    board = Board(f"millrace-bench-{os.getpid()}", create=True)
+    with RedisServer(root / "redis") as server:
+        system = System(server, model, free_port(), args.shards)
+        try:
+            n, tokens = args.streams, args.tokens
+            throughput(system, board, token, n, 50, steps_per_s=args.steps_per_s)  # warm-up
+            return {
+                "machine": {"python": platform.python_version(), "cpus": os.cpu_count(), "streams": n},
+                "first_token_ms": first_token(system, board, token, args.rounds),
+                "paced": {
+                    "offered_tokens_per_s": round(n * args.steps_per_s),
+                    **throughput(system, board, token, n, tokens, steps_per_s=args.steps_per_s),
+                },
+                "flat_out": throughput(system, board, token, n, tokens, window=n * args.ahead),
+            }
+        finally:
+            system.stop()
+            board.close(unlink=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=1000, help="tokens per stream")
+    parser.add_argument("--steps-per-s", type=float, default=100.0)
+    parser.add_argument("--ahead", type=int, default=32, help="flat out: tokens per stream on their way")
+    parser.add_argument("--rounds", type=int, default=200, help="first token: requests")
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        result = measure(args, Path(root))
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""An engine that costs nothing to think: it takes real `generate` entries and emits one token per sequence and step.
+
+Everything around it is real: the work stream, the record and its epoch, the tokens stream, acks. Two paces: a fixed
+number of steps per second, or closed loop (`--window`): at most that many emitted tokens not yet with the client.
+Emission times go to a shared array, so that the client can tell how long a token was on its way.
+"""
+
+import argparse
+import asyncio
+import time
+from multiprocessing import shared_memory
+
+import numpy as np
+
+from shared.bus import connect
+from shared.keys import GENERATE, Keys
+from shared.messages import Begin, Finish, Generate, TokenRun, Tokens, unpack_ids
+from shared.records import Records
+from shared.streams import WorkStream, send
+
+REPORT_STREAMS = 1024
+REPORT_TOKENS = 8192
+
+
+class Board:
+    """Shared between engine and client: emission time of step i of the whole batch, and tokens the client has read."""
+
+    def __init__(self, name: str, create: bool) -> None:
+        size = 8 * (2 + REPORT_TOKENS)
+        self.memory = shared_memory.SharedMemory(name=name, create=create, size=size)
+        self.cells = np.ndarray((2 + REPORT_TOKENS,), dtype=np.float64, buffer=self.memory.buf)
+
+    @property
+    def received(self) -> float:
+        """Tokens that the client has read."""
+        return float(self.cells[0])
+
+    @received.setter
+    def received(self, count: float) -> None:
+        self.cells[0] = count
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the engine while it emitted."""
+        return float(self.cells[1])
+
+    @cpu_s.setter
+    def cpu_s(self, seconds: float) -> None:
+        self.cells[1] = seconds
+
+    def emitted_at(self) -> np.ndarray:
+        """[REPORT_TOKENS] monotonic seconds at which token i of every stream was emitted."""
+        return self.cells[2:]
+
+    def close(self, unlink: bool = False) -> None:
+        del self.cells
+        self.memory.close()
+        if unlink:
+            self.memory.unlink()
+
+
+async def collect(work: WorkStream, streams: int) -> list[tuple[str, Generate]]:
+    """Wait until `streams` requests have arrived."""
+    taken: list[tuple[str, Generate]] = []
+    while len(taken) < streams:
+        for delivery in await work.take(streams - len(taken), 1000):
+            assert isinstance(delivery.message, Generate)
+            taken.append((delivery.entry_id, delivery.message))
+    return taken
+
+
+async def run(args: argparse.Namespace) -> None:
+    keys = Keys(args.namespace)
+    redis = connect(args.redis_url)
+    board = Board(args.board, create=False)
+    records = Records(redis, keys)
+    work = WorkStream(redis, keys, GENERATE, "engine", "synthetic", 3)
+    await work.join()
+    for _ in range(args.rounds):
+        await one_round(args, keys, redis, board, records, work)
+    board.close()
+    await redis.aclose()
+
+
+async def one_round(args, keys, redis, board, records, work) -> None:  # type: ignore[no-untyped-def]
+    """One batch of `--streams` requests, start to end."""
+    taken = await collect(work, args.streams)
+    epochs = {}
+    for _, message in taken:
+        record = await records.claim(message.request.id)
+        assert record is not None
+        epochs[message.request.id] = record.epoch
+    shards = sorted({message.request.shard for _, message in taken})
+    by_shard = {s: [m.request.id for _, m in taken if m.request.shard == s] for s in shards}
+    now = time.monotonic()
+    for shard, ids in by_shard.items():
+        begins = tuple(
+            Begin(m.request.id, epochs[m.request.id], 0, len(unpack_ids(m.prompt)), 0, 0, 0)
+            for _, m in taken
+            if m.request.id in set(ids)
+        )
+        await send(redis, keys.tokens(shard), Tokens(begins, ()))
+    board.received = 0
+    emitted_at = board.emitted_at()
+    token = (args.token,)
+    cpu = time.process_time()
+    start = time.monotonic()
+    for step in range(args.tokens):
+        if args.window:
+            while step * args.streams - board.received > args.window:  # noqa: ASYNC110
+                await asyncio.sleep(0.0005)  # the client is another process; its counter is all there is to watch
+        else:
+            now = time.monotonic()
+            due = start + step / args.steps_per_s
+            if due > now:
+                await asyncio.sleep(due - now)
+        emitted_at[step] = time.monotonic()
+        finish = Finish("length") if step == args.tokens - 1 else None
+        for shard, ids in by_shard.items():
+            runs = tuple(TokenRun(i, epochs[i], step, token, None, finish) for i in ids)
+            await send(redis, keys.tokens(shard), Tokens((), runs))
+    board.cpu_s = time.process_time() - cpu
+    await work.finish([entry_id for entry_id, _ in taken])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--redis-url", required=True)
+    parser.add_argument("--namespace", required=True)
+    parser.add_argument("--board", required=True, help="name of the shared memory made by the client")
+    parser.add_argument("--streams", type=int, required=True)
+    parser.add_argument("--tokens", type=int, required=True, help="tokens per stream")
+    parser.add_argument("--token", type=int, required=True, help="the token id to emit")
+    parser.add_argument("--steps-per-s", type=float, default=100.0)
+    parser.add_argument("--window", type=int, default=0, help="closed loop: most tokens on their way; 0: paced")
+    parser.add_argument("--rounds", type=int, default=1)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
