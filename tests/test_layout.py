@@ -151,10 +151,12 @@ def kernels_know_no_engine(modules: Modules) -> list[str]:
 
 
 def clients_come_from_the_bus(modules: Modules) -> list[str]:
+    """Benchmarks look on from outside and may bring a client of their own."""
     return [
         f"{name}: {called}(...)"
         for name, module in modules.items()
-        if name != "shared.bus" and any(within(imported, "redis", "valkey") for imported in imports(module))
+        if name != "shared.bus" and not within(name, "benchmarks")
+        if any(within(imported, "redis", "valkey") for imported in imports(module))
         for called, _ in calls(module)
         if called.rsplit(".", 1)[-1] in BUILDS_CLIENTS
     ]
