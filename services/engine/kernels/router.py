@@ -1,0 +1,38 @@
+"""Which experts see a token, and how much each counts."""
+
+import torch
+from torch import Tensor
+
+SUM_MIN = 1e-12  # the model's moe_norm_min
+
+
+def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose top_k experts of the row's own pool.
+
+    p is the softmax over the pool's E experts. The bias takes part in the choice only; weights are p of the chosen
+    ones, divided by their sum (at least 1e-12). All in float32.
+
+    Args:
+        x: [N, H], activations.
+        gate: [2 E, H] float32: the text pool's rows, then the vision pool's.
+        bias: [2 E] float32.
+        vision: [N] bool.
+
+    Returns:
+        expert ids [N, top_k] int32 in 0..2 E - 1 (the vision pool's begin at E), best first, and weights
+        [N, top_k] float32.
+    """
+    experts = gate.shape[0] // 2
+    # Both pools for every row: twice a small product costs less than parting the rows by pool.
+    scores = (x.float() @ gate.T).view(-1, 2, experts)
+    pool = vision.long()
+    p = _of_pool(scores, pool).softmax(-1)
+    chosen = (p + bias.view(2, experts)[pool]).topk(top_k, -1).indices
+    weights = p.gather(-1, chosen)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=SUM_MIN)
+    return (chosen + pool.unsqueeze(-1) * experts).to(torch.int32), weights
+
+
+def _of_pool(scores: Tensor, pool: Tensor) -> Tensor:
+    index = pool.view(-1, 1, 1).expand(-1, 1, scores.shape[-1])
+    return scores.gather(1, index).squeeze(1)

@@ -1,0 +1,174 @@
+"""Reads the decoder from a checkpoint, layer by layer, into the layouts the operations want."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from services.engine.kernels.experts import ExpertPool
+from services.engine.kernels.ops import Ops
+from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize
+from services.engine.model.ernie import ErnieModel, Layer, MoE, SwiGLU, Weights
+from shared.checkpoint import Checkpoint
+from shared.errors import CheckpointError
+from shared.model_config import ModelConfig
+
+Quantization = Literal["wint8", "wint4"]
+
+DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    directory: Path, config: ModelConfig, device: str, quantization: Quantization | None, ops: Ops
+) -> ErnieModel:
+    """The decoder of a model directory, in the checkpoint's dtype, ready to run on `device`.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the configuration says, or is not expected; or
+            the quantisation does not fit the model.
+    """
+    if config.dtype not in _DTYPES:
+        raise CheckpointError(f"torch_dtype {config.dtype!r} is not one of {', '.join(_DTYPES)}")
+    checkpoint = Checkpoint(directory)
+    weights = load_weights(checkpoint, config, _DTYPES[config.dtype], torch.device(device), quantization)
+    return ErnieModel(config, weights, ops)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None,
+) -> Weights:
+    """Every decoder tensor, each read once. At most one layer exists in both its stored and its final form.
+
+    wint8 keeps every projection in 8 bits; wint4 the routed experts in 4 and the other projections in 8. Embedding,
+    head, norms and routers are never quantised.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    read = _Reader(checkpoint, config, dtype, device, *_widths(quantization))
+    embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    layers = tuple(read.layer(i) for i in range(config.num_layers))
+    norm = read.plain("model.norm.weight", config.hidden_size)
+    weights = Weights(embedding, layers, norm, read.head(embedding))
+    checkpoint.check_all_used(DECODER_PREFIXES)
+    return weights
+
+
+def _widths(quantization: Quantization | None) -> tuple[Bits | None, Bits | None]:
+    """Bits of the dense projections and of the routed experts."""
+    if quantization is None:
+        return None, None
+    return 8, 8 if quantization == "wint8" else 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    checkpoint: Checkpoint
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    dense_bits: Bits | None
+    expert_bits: Bits | None
+
+    def plain(self, name: str, *shape: int) -> Tensor:
+        return self.checkpoint.get(name, shape).to(self.device, self.dtype)
+
+    def precise(self, name: str, *shape: int) -> Tensor:
+        return self.checkpoint.get(name, shape).to(self.device, torch.float32)
+
+    def head(self, embedding: Tensor) -> Tensor:
+        """A head that is stored and differs from the embedding counts, even where the configuration says tied."""
+        name = "lm_head.weight"
+        if self.config.tie_embeddings and not self.checkpoint.has(name):
+            return embedding
+        head = self.plain(name, *embedding.shape)
+        return embedding if torch.equal(head, embedding) else head
+
+    def layer(self, index: int) -> Layer:
+        config, prefix = self.config, f"model.layers.{index}."
+        hidden, attention = config.hidden_size, f"{prefix}self_attn."
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv = torch.cat(
+            [
+                self.plain(f"{attention}q_proj.weight", q_size, hidden),
+                self.plain(f"{attention}k_proj.weight", kv_size, hidden),
+                self.plain(f"{attention}v_proj.weight", kv_size, hidden),
+            ]
+        )
+        return Layer(
+            attention_norm=self.plain(f"{prefix}input_layernorm.weight", hidden),
+            qkv=self._pack(qkv, self.dense_bits),
+            out=self._pack(self.plain(f"{attention}o_proj.weight", hidden, q_size), self.dense_bits),
+            mlp_norm=self.plain(f"{prefix}post_attention_layernorm.weight", hidden),
+            mlp=self._mlp(index, f"{prefix}mlp."),
+        )
+
+    def _mlp(self, index: int, prefix: str) -> SwiGLU | MoE:
+        config = self.config
+        if index in config.dense_layers:
+            return self._swiglu(prefix, config.intermediate_size, self.dense_bits)
+        count, hidden = config.num_experts, config.hidden_size
+        # Stored as [hidden, experts], unlike every other projection.
+        gates = [self.precise(f"{prefix}gate.{name}", hidden, count).T for name in ("weight", "weight_1")]
+        return MoE(
+            gate=torch.cat(gates),
+            bias=self.precise(f"{prefix}moe_statics.e_score_correction_bias", 2, count).flatten(),
+            text=self._pool(prefix, 0, config.text_expert_size),
+            vision=self._pool(prefix, count, config.vision_expert_size),
+            shared=self._swiglu(f"{prefix}shared_experts.", config.shared_expert_size, self.dense_bits),
+        )
+
+    def _pool(self, prefix: str, first: int, size: int) -> ExpertPool:
+        count = self.config.num_experts
+        experts = (self._swiglu(f"{prefix}experts.{first + e}.", size, self.expert_bits) for e in range(count))
+        return _stack(experts, count)
+
+    def _swiglu(self, prefix: str, size: int, bits: Bits | None) -> SwiGLU:
+        hidden = self.config.hidden_size
+        gate_up = [self.plain(f"{prefix}{name}_proj.weight", size, hidden) for name in ("gate", "up")]
+        down = self.plain(f"{prefix}down_proj.weight", hidden, size)
+        return SwiGLU(self._pack(torch.cat(gate_up), bits), self._pack(down, bits))
+
+    def _pack(self, weight: Tensor, bits: Bits | None) -> Weight:
+        if bits is None:
+            return weight
+        try:
+            return quantize(weight, bits)
+        except ValueError as error:
+            raise CheckpointError(f"this model cannot be quantised: {error}") from error
+
+
+def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
+    """One expert at a time into its place, so that no second copy of the pool ever exists."""
+    first = next(experts)
+    pool = ExpertPool(_room(first.gate_up, count), _room(first.down, count))
+    _put(pool, 0, first)
+    for e, expert in enumerate(experts, 1):
+        _put(pool, e, expert)
+    return pool
+
+
+def _room(like: Weight, count: int) -> Weight:
+    if isinstance(like, Quantized):
+        data = like.data.new_empty(count, *like.data.shape)
+        return Quantized(data, like.scale.new_empty(count, *like.scale.shape), like.bits)
+    return like.new_empty(count, *like.shape)
+
+
+def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:
+    parts = _tensors(expert.gate_up) + _tensors(expert.down)
+    for room, part in zip(_tensors(pool.gate_up) + _tensors(pool.down), parts, strict=True):
+        room[index] = part
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, ...]:
+    return (weight.data, weight.scale) if isinstance(weight, Quantized) else (weight,)
