@@ -1,13 +1,26 @@
 """Settings: small frozen structs, read once from the environment by each service's `__main__`.
 
-A field `max_model_len` is the variable MILLRACE_MAX_MODEL_LEN. Strings stand as they are; every other type is JSON
-("4096", "true", '{"image": 100}'). A variable that starts with MILLRACE_ and names no field is an error.
+A field `max_model_len` is the variable MILLRACE_MAX_MODEL_LEN. Text stands as it is; every other type is JSON
+("4096", "true", '{"image": 100}'). An empty variable is an empty text where text is wanted, and None where `str | None`
+is. A variable that starts with MILLRACE_ and names no field is an error; Kubernetes invents such variables for a
+Service of that name unless the pod says `enableServiceLinks: false`.
 """
 
+import difflib
+import os
+import socket
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
+
+from shared.errors import ConfigError
+
+PREFIX = "MILLRACE_"
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
 
 
 class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,24 +31,67 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     blob_redis_url: str | None = None  # None: the same Redis
     namespace: str = "millrace"
     name: str = ""  # replica name; empty: hostname and process id
-    metrics_port: int = 0  # 0: no metrics listener
-    log_level: str = "info"
-    lease_ms: int = 3000  # a replica that has not renewed for this long is dead
-    drain_s: float = 30.0  # the pod's grace period minus its preStop
-    max_deliveries: int = 3  # an entry taken more often is quarantined
-    shards: int = 1  # token streams; the same for all services
-    max_model_len: int = 32768  # prompt and answer together
-    blob_ttl_s: int = 3600
-    blob_budget_bytes: int = 4 << 30
+    metrics_port: Port = 0  # 0: no metrics listener
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    lease_ms: Positive = 3000  # a replica that has not renewed for this long is dead
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0  # the pod's grace period minus its preStop
+    max_deliveries: Positive = 3  # an entry taken more often is quarantined
+    shards: Positive = 1  # token streams; the same for all services
+    max_model_len: Positive = 32768  # prompt and answer together
+    blob_ttl_s: Positive = 3600
+    blob_budget_bytes: Positive = 4 << 30
 
 
 S = TypeVar("S", bound=CommonSettings)
 
 
 def load(settings: type[S], environ: Mapping[str, str]) -> S:
-    """Decode MILLRACE_* variables into `settings`.
+    """Decode MILLRACE_* variables into `settings`. An empty `name` becomes this host's name and process id.
 
     Raises:
-        ConfigError: a variable is unknown, missing or of the wrong type; the message names it.
+        ConfigError: a variable is unknown, missing or of the wrong type; the message names it, and never its value.
     """
-    raise NotImplementedError
+    fields = {variable(field.name): field for field in msgspec.structs.fields(settings)}
+    values = {}
+    for name, text in environ.items():
+        if not name.startswith(PREFIX):
+            continue
+        if name not in fields:
+            raise ConfigError(f"{name} is not a setting of this service{_closest(name, fields)}")
+        values[fields[name].name] = _decode(name, text, fields[name].type)
+    missing = [name for name, field in fields.items() if field.required and field.name not in values]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be set")
+    values["name"] = values.get("name") or f"{socket.gethostname()}-{os.getpid()}"
+    return settings(**values)
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.upper()
+
+
+def _decode(name: str, text: str, kind: Any) -> Any:
+    info = msgspec.inspect.type_info(kind)
+    options = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+    nullable = any(isinstance(option, msgspec.inspect.NoneType) for option in options)
+    textual = all(_is_text(option) or isinstance(option, msgspec.inspect.NoneType) for option in options)
+    try:
+        if not textual:
+            return msgspec.json.decode(text, type=kind)
+        return None if nullable and not text else msgspec.convert(text, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except msgspec.DecodeError:
+        raise ConfigError(f"{name}: not JSON, as every setting but text must be") from None
+
+
+def _is_text(info: msgspec.inspect.Type) -> bool:
+    if isinstance(info, msgspec.inspect.LiteralType):
+        return all(isinstance(value, str) for value in info.values)
+    return isinstance(info, msgspec.inspect.StrType)
+
+
+def _closest(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
