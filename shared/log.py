@@ -1,15 +1,61 @@
 """One-line structured logs (logfmt) to stderr, with the request id where there is one and never a body."""
 
+import json
 import logging
+import re
+import sys
+from datetime import UTC, datetime
+
+from shared.errors import ConfigError
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_BARE = re.compile(r"[^\s\"=\\\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class Logfmt(logging.Formatter):
+    """ts, level, service, replica, logger, msg, then the fields of `extra`: one line, whatever is in them."""
+
+    def __init__(self, service: str, name: str) -> None:
+        super().__init__()
+        self._who = {"service": service, "replica": name}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            **self._who,
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        extras = {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+        if "request_id" in extras:
+            fields["request_id"] = extras.pop("request_id")
+        fields |= extras
+        if record.exc_info and record.exc_info[0]:
+            fields["exc"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            fields["stack"] = record.stack_info
+        return " ".join(f"{key}={_quoted(str(value))}" for key, value in fields.items())
+
+
+def _quoted(text: str) -> str:
+    """As it is where that is one word; else a JSON string, which has no line break and no control character in it."""
+    return text if _BARE.fullmatch(text) else json.dumps(text)
 
 
 def setup(service: str, name: str, level: str) -> None:
-    """Install the formatter.
+    """Install the formatter on the root logger, in place of whatever is there.
 
     Raises:
         ConfigError: unknown level.
     """
-    raise NotImplementedError
+    if level not in _LEVELS:
+        raise ConfigError(f"MILLRACE_LOG_LEVEL is {level!r}; expected one of {', '.join(_LEVELS)}")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Logfmt(service, name))
+    logging.root.handlers = [handler]
+    logging.root.setLevel(_LEVELS[level])
 
 
 def logger(name: str) -> logging.Logger:
