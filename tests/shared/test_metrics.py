@@ -1,0 +1,43 @@
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import Counter
+
+from shared import metrics
+from shared.errors import ConfigError
+
+
+def scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        return str(response.read(), "utf-8")
+
+
+def test_serves_what_was_counted(unused_port: int) -> None:
+    Counter("millrace_test_things", "Things counted by a test.").inc(3)
+    stop = metrics.serve(unused_port)
+    try:
+        assert "millrace_test_things_total 3.0" in scrape(unused_port)
+        with pytest.raises(ConfigError, match="MILLRACE_METRICS_PORT"):
+            metrics.serve(unused_port)
+    finally:
+        stop()
+
+
+def test_no_port_no_listener() -> None:
+    metrics.serve(0)()
+
+
+def test_one_listener_for_several_processes(unused_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    count = "from prometheus_client import Counter; Counter('millrace_shared', 'Shared.').inc()"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", count], env=os.environ, check=True)
+    stop = metrics.serve(unused_port)
+    try:
+        assert "millrace_shared_total 2.0" in scrape(unused_port)
+    finally:
+        stop()
