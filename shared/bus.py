@@ -1,6 +1,7 @@
 """The only place that builds Redis clients."""
 
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -44,6 +45,11 @@ def connect(url: str) -> Redis:
             f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss:// or unix://"
         ) from None
     return Redis.from_pool(pool)
+
+
+async def command(redis: Redis, *words: str | bytes | int | float) -> Any:
+    """One command by its words, with redis-py's parsing of the reply. Its methods' own types are too loose to check."""
+    return await redis.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
 def _keepalive(url: str) -> dict[str, object]:

@@ -56,6 +56,9 @@ class Keys(msgspec.Struct, frozen=True):
     def blob(self, kind: str, key: str) -> str:
         return f"{self.ns}:blob:{kind}:{key}"
 
+    def blob_chunk(self, kind: str, key: str, n: int) -> str:
+        return f"{self.blob(kind, key)}:{n}"
+
     def blobs(self) -> str:
         return f"{self.ns}:blobs"
 
@@ -67,6 +70,10 @@ class Keys(msgspec.Struct, frozen=True):
 
     def replica(self, service: str, name: str) -> str:
         return f"{self.ns}:replica:{service}:{name}"
+
+    def replica_prefix(self, service: str) -> str:
+        """What `replica` adds the name to; for scripts, which go through the names."""
+        return self.replica(service, "")
 
     def shards(self) -> str:
         return f"{self.ns}:shards"

@@ -1,0 +1,148 @@
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.keys import ENCODE, GENERATE, Keys
+from shared.messages import Cancel, Encode, Generate, Output, Request, Sampling, from_entry, pack_ids
+from shared.records import Record, Records
+
+
+def request(request_id: str = "r1") -> Request:
+    return Request(
+        id=request_id,
+        gateway="gateway-1",
+        shard=0,
+        created=1.0,
+        sampling=Sampling(seed=7),
+        output=Output(thinking=True),
+    )
+
+
+def encode(request_id: str = "r1") -> Encode:
+    return Encode(request(request_id), segments=(pack_ids([1]),), media=())
+
+
+def generate(request_id: str = "r1") -> Generate:
+    return Generate(request(request_id), prompt=pack_ids([1, 2]), max_tokens=5)
+
+
+@pytest.fixture
+def records(redis: Redis, keys: Keys) -> Records:
+    return Records(redis, keys)
+
+
+async def delivered(redis: Redis, keys: Keys) -> str:
+    """Take the only entry of `encode`, as an encoder would; returns its id."""
+    await redis.xgroup_create(keys.stream(ENCODE), "mm_encoder", id="0", mkstream=True)
+    [[_, [(entry_id, _)]]] = await redis.xreadgroup("mm_encoder", "me", {keys.stream(ENCODE): ">"})
+    return str(entry_id, "ascii")
+
+
+async def generates(redis: Redis, keys: Keys) -> list[object]:
+    return [from_entry(fields) for _, fields in await redis.xrange(keys.stream(GENERATE))]
+
+
+async def test_submit_makes_record_and_entry(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    assert await generates(redis, keys) == [generate()]
+    assert await records.get(["r1", "absent"]) == {"r1": Record(request(), epoch=0, cancelled=False)}
+
+
+async def test_claim_raises_the_epoch_every_time(records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    assert await records.claim("r1") == Record(request(), epoch=1, cancelled=False)
+    await records.cancel(["r1"])
+    assert await records.claim("r1") == Record(request(), epoch=2, cancelled=True)
+
+
+async def test_claim_of_an_ended_request_creates_nothing(redis: Redis, keys: Keys, records: Records) -> None:
+    assert await records.claim("r1") is None
+    assert not await redis.exists(keys.request("r1"))
+
+
+async def test_hand_on(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(ENCODE, encode())
+    entry_id = await delivered(redis, keys)
+    assert await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
+    assert await generates(redis, keys) == [generate()]
+    assert await redis.xlen(keys.stream(ENCODE)) == 0
+    assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
+
+
+async def test_hand_on_twice_generates_once(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(ENCODE, encode())
+    entry_id = await delivered(redis, keys)
+    both = [records.hand_on(generate(), ENCODE, entry_id, "mm_encoder") for _ in range(2)]
+    assert await asyncio.gather(*both) == [True, True]
+    assert await generates(redis, keys) == [generate()]
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+async def test_ended_request_is_not_handed_on(redis: Redis, keys: Keys, records: Records, end: str) -> None:
+    await records.submit(ENCODE, encode())
+    entry_id = await delivered(redis, keys)
+    await getattr(records, end)(["r1"])
+    assert not await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
+    assert await generates(redis, keys) == []
+    assert await redis.xlen(keys.stream(ENCODE)) == 0
+    assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
+
+
+async def test_cancel_marks_existing_records_and_tells_everyone_once(
+    redis: Redis, keys: Keys, records: Records
+) -> None:
+    await records.submit(GENERATE, generate())
+    for _ in range(2):
+        await records.cancel(["absent", "r1"])
+    assert (await records.get(["r1"]))["r1"].cancelled
+    assert not await redis.exists(keys.request("absent"))
+    told = [from_entry(fields) for _, fields in await redis.xrange(keys.control())]
+    assert told == [Cancel(("absent", "r1"))]
+
+
+async def test_cancel_of_ended_requests_is_silent(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.cancel(["absent"])
+    await records.cancel([])
+    assert not await redis.exists(keys.control())
+
+
+async def test_journal_is_written_in_place(records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    await records.submit(GENERATE, generate("r2"))
+    assert await records.read_journal("r1") == []
+    assert await records.write_journal([("r1", 0, [10, 11, 12]), ("r2", 0, [103423])]) == []
+    assert await records.write_journal([("r1", 2, [12, 13]), ("r1", 0, [10])]) == []  # a replay, overlapping
+    assert await records.read_journal("r1") == [10, 11, 12, 13]
+    assert await records.read_journal("r2") == [103423]
+
+
+async def test_journal_never_has_a_hole(records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    await records.submit(GENERATE, generate("r2"))
+    assert await records.write_journal([("r1", 1, [5]), ("r2", 0, [6])]) == ["r1"]
+    assert await records.read_journal("r1") == []
+    assert await records.read_journal("r2") == [6]
+
+
+async def test_journal_without_record_is_not_written(redis: Redis, keys: Keys, records: Records) -> None:
+    assert await records.write_journal([("gone", 0, [5])]) == []
+    assert await records.write_journal([]) == []
+    assert not await redis.exists(keys.journal("gone"))
+
+
+async def test_delete_leaves_nothing(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    await records.write_journal([("r1", 0, [1])])
+    await records.delete(["r1", "absent"])
+    await records.delete([])
+    assert await redis.keys() == [keys.stream(GENERATE).encode()]
+
+
+async def test_scripts_survive_a_script_flush(redis: Redis, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    await records.claim("r1")
+    await redis.script_flush()
+    record = await records.claim("r1")
+    assert record is not None
+    assert record.epoch == 2
