@@ -174,11 +174,14 @@ def nothing_runs_data(modules: Modules) -> list[str]:
 
 
 def configuration_is_read_at_the_root(modules: Modules) -> list[str]:
-    """Services and `shared` take settings as values; only a `__main__` looks at the environment."""
+    """Services and `shared` take settings as values; only a `__main__` looks at the environment.
+
+    The exception asks for the one variable by which prometheus-client itself is told of its directory.
+    """
     return [
         f"{name}: {ast.unparse(node)}"
         for name, module in modules.items()
-        if within(name, "services", "shared") and not name.endswith(".__main__")
+        if within(name, "services", "shared") and not name.endswith(".__main__") and name != "shared.metrics"
         for node in ast.walk(module)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")
     ]

@@ -1,0 +1,228 @@
+"""The flags of `millrace serve`: FastDeploy's names with FastDeploy's meanings, read into one frozen value.
+
+A flag that is a service's setting is stored under the setting's own name (shared/config.py, services/*/settings.py)
+and goes, untranslated, to every service that has the setting. One that was not given sets nothing, so that defaults
+live in one place, the settings.
+"""
+
+import argparse
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from shared.errors import ConfigError
+
+PARSER = "ernie-45-vl-thinking"
+DEMO = Path("demo")
+
+# FastDeploy's other flags: known and not honoured yet, which deserves another message than "no such flag".
+_NOT_YET = """
+    revision tokenizer tokenizer-base-url workers controller-port max-waiting-time timeout timeout-graceful-shutdown
+    enable-mm-output data-parallel-size enable-expert-parallel kv-cache-ratio
+    static-decode-blocks prealloc-dec-block-slot-num-threshold swap-space max-num-partial-prefills
+    max-long-partial-prefills long-prefill-token-threshold max-encoder-cache max-processor-cache tool-parser-plugin
+    chat-template load-choices graph-optimization-config guided-decoding-backend
+    guided-decoding-disable-any-whitespace speculative-config enable-logprob max-logprobs logprobs-mode
+    logits-processors enable-early-stop early-stop-config lm_head-fp32 seed dynamic-load-weight
+    disable-custom-all-reduce splitwise-role ips use-warmup router enable-eplb cache-queue-port config
+"""
+NOT_YET = frozenset(f"--{name}" for name in _NOT_YET.split())
+# What FD_SAMPLING_CLASS may say here: both draw from the same distribution. FastDeploy's others are its own kernels.
+SAMPLING_CLASSES = ("base", "rejection")
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What one `millrace serve` was asked to run."""
+
+    model: Path
+    demo: bool
+    host: str
+    port: int
+    metrics_port: int
+    redis_port: int
+    redis_url: str | None  # None: start one of our own
+    settings: dict[str, Any]  # by the name of the setting; only what was given
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Launch:
+    """The launch that the arguments after `serve` and FastDeploy's environment variables ask for.
+
+    Raises:
+        ConfigError: a flag or variable is unknown, malformed or cannot be honoured; the message names it.
+    """
+    given, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(_why_unknown(unknown[0]))
+    settings = vars(given)
+    launch = {name: settings.pop(name) for name in Launch.__struct_fields__ if name not in ("settings", "model")}
+    model = settings.pop("model") or DEMO
+    _check_parallelism(settings.get("tensor_parallel_size", 1))
+    if "FD_SAMPLING_CLASS" in environ:
+        settings["sampling_class"] = _sampling_class(environ["FD_SAMPLING_CLASS"])
+    if keys := [key for key in environ.get("FD_API_KEY", "").split(",") if key]:
+        settings.setdefault("api_keys", keys)
+    return Launch(model=model, settings=settings, **launch)
+
+
+def unread_variables(environ: Mapping[str, str]) -> list[str]:
+    """FastDeploy's environment variables that are set and that nothing here reads."""
+    return sorted(
+        name for name in environ if name.startswith("FD_") and name not in ("FD_SAMPLING_CLASS", "FD_API_KEY")
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _OneChoice(argparse.Action):
+    """Accepts the model's own parser, which is always on, and stores nothing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        if given[1] != PARSER:
+            raise argparse.ArgumentError(self, f"{given[1]!r} is not supported; this model's is {PARSER}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="millrace serve",
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--model", type=_directory, default=None, metavar="DIR", help="the checkpoint, in the hub's layout"
+    )
+    what.add_argument(
+        "--demo", action="store_true", default=False, help=f"a small random checkpoint, written to ./{DEMO} if absent"
+    )
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients may call the model")
+
+    listen = parser.add_argument_group("where it listens")
+    listen.add_argument("--host", default="0.0.0.0", help="address of the API (%(default)s)")
+    listen.add_argument("--port", type=_port, default=8180, help="the API (%(default)s)")
+    listen.add_argument("--metrics-port", type=_port, default=8181, help="GET /metrics of all services (%(default)s)")
+    listen.add_argument(
+        "--engine-worker-queue-port",
+        dest="redis_port",
+        type=_port,
+        default=8182,
+        help="the embedded Redis, on 127.0.0.1 (%(default)s)",
+    )
+    listen.add_argument("--redis-url", default=None, metavar="URL", help="use this Redis instead of starting one")
+    listen.add_argument(
+        "--api-key", dest="api_keys", action="append", metavar="KEY", help="required of clients; repeatable"
+    )
+
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-model-len", type=_count(1), metavar="TOKENS", help="prompt and answer together")
+    limits.add_argument("--max-num-seqs", type=_count(1, 256), metavar="N", help="sequences in one batch, 1 to 256")
+    limits.add_argument("--max-num-batched-tokens", type=_count(1), metavar="TOKENS", help="tokens in one step")
+    limits.add_argument(
+        "--max-concurrency", type=_count(1), metavar="N", help="requests at once; more are told to wait"
+    )
+    limits.add_argument("--gpu-memory-utilization", type=_share, metavar="SHARE", help="of the device's memory, to 1")
+
+    media = parser.add_argument_group("images and videos")
+    media.add_argument(
+        "--limit-mm-per-prompt", type=_json(dict[str, int]), metavar="JSON", help='{"image": 100, "video": 100}'
+    )
+    media.add_argument(
+        "--mm-processor-kwargs", type=_json(dict[str, Any]), metavar="JSON", help='{"image_max_pixels": 12845056}'
+    )
+    media.add_argument(
+        "--media-allow-network",
+        dest="media_allow_networks",
+        action="append",
+        type=_network,
+        metavar="CIDR",
+        help="let media URLs reach this network although it is not global; repeatable",
+    )
+
+    engine = parser.add_argument_group("the engine and the answer")
+    engine.add_argument("--tensor-parallel-size", type=_count(1), metavar="N", help="only 1 as yet")
+    engine.add_argument("--quantization", choices=("wint4", "wint8"), help="weights, as they load; unset: as stored")
+    engine.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="reuse what prompts share (on)"
+    )
+    engine.add_argument(
+        "--enable-chunked-prefill", action=argparse.BooleanOptionalAction, help="split long prompts over steps (on)"
+    )
+    engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
+    engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
+    engine.add_argument("--reasoning-parser", action=_OneChoice, help=f"{PARSER}, which is always on")
+    engine.add_argument("--tool-call-parser", action=_OneChoice, help=f"{PARSER}, which is always on")
+    return parser
+
+
+def _why_unknown(argument: str) -> str:
+    name = argument.partition("=")[0]
+    if name in NOT_YET:
+        return f"{name}: a flag of FastDeploy that Millrace does not support yet"
+    return f"{argument}: no such flag; --help lists them all"
+
+
+def _check_parallelism(size: int) -> None:
+    if size > 1:
+        raise ConfigError(f"--tensor-parallel-size: {size} is not supported yet; this engine runs on one device")
+
+
+def _sampling_class(name: str) -> str:
+    if name not in SAMPLING_CLASSES:
+        raise ConfigError(f"FD_SAMPLING_CLASS: {name!r} is not supported; {' and '.join(SAMPLING_CLASSES)} are")
+    return name
+
+
+# --------------------------------------------------------------------------------------------------- argument types
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory (models are read from disk, never downloaded)")
+    return path
+
+
+def _count(low: int, high: int | None = None) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        bounds = f"from {low} to {high}" if high else f"of at least {low}"
+        if not text.isascii() or not text.isdigit() or int(text) < low or (high and int(text) > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return int(text)
+
+    return count
+
+
+_port = _count(1, 65535)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return share
+
+
+def _json(shape: Any) -> Callable[[str], Any]:
+    def decode(text: str) -> Any:
+        try:
+            return msgspec.json.decode(text, type=shape)
+        except msgspec.MsgspecError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    return decode
+
+
+def _network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,160 @@
+"""`millrace serve`: Redis and the four services as processes of one machine, watched, and stopped in order."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from cli.environment import check_ports, environments, settings_of
+from cli.flags import Launch, unread_variables
+from cli.redis_server import RedisServer
+from cli.supervisor import Child
+from shared import bus, leases
+from shared.keys import Keys
+
+LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then
+STATUS_S = 10.0
+CLOSE_S = 10.0  # what a service may take to close, once drained
+SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-C
+
+
+def report(line: str) -> None:
+    """One line to whoever started us. (The services' logs go to standard error.)"""
+    print(f"millrace: {line}", flush=True)
+
+
+def serve(launch: Launch, environ: Mapping[str, str]) -> int:
+    """Run everything until told to stop; returns the exit status: 0 if all ended in order.
+
+    Raises:
+        ConfigError, CheckpointError: this launch cannot work; no service was started.
+    """
+    check_ports(launch)
+    for name in unread_variables(environ):
+        report(f"{name} is set, but nothing here reads it")
+    if launch.demo:
+        from cli.demo import write_demo  # and with it torch, which nothing else here needs
+
+        report(f"the model is a small checkpoint with random weights, in {launch.model}/")
+        write_demo(launch.model)
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-")))
+        redis = RedisServer(directory / "redis", port=launch.redis_port) if launch.redis_url is None else None
+        environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
+        metrics = directory / "metrics"
+        metrics.mkdir()
+        for each in environs.values():
+            each["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)  # so that one listener shows all four
+        if redis:
+            stack.enter_context(redis)
+            report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
+        return asyncio.run(System(launch, redis, environs).run())
+
+
+class System:
+    """The running processes."""
+
+    def __init__(self, launch: Launch, redis: RedisServer | None, environs: dict[str, dict[str, str]]) -> None:
+        common = settings_of(environs["gateway"])
+        self._launch = launch
+        self._redis = redis
+        self._redis_url = common.redis_url
+        self._keys = Keys(common.namespace)
+        self._grace_s = common.drain_s + CLOSE_S
+        self._children = [
+            Child(service, [sys.executable, "-m", f"services.{service}"], environ, report)
+            for service, environ in environs.items()
+        ]
+        self._first_signal: float | None = None
+        self._killed = False
+        self._told_to_stop = asyncio.Event()
+
+    async def run(self) -> int:
+        """Until a signal comes or something cannot be kept running; returns the exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        tasks = [asyncio.create_task(child.run()) for child in self._children]
+        watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self._told_to_stop.wait())]
+        done, _ = await asyncio.wait([*tasks, *watchers], return_when=asyncio.FIRST_COMPLETED)
+        failed = not self._told_to_stop.is_set()
+        if failed:
+            self._explain(done)
+        for watcher in watchers:
+            watcher.cancel()
+        orderly = [await self._stop(child) for child in self._children]
+        await asyncio.gather(*tasks, *watchers, return_exceptions=True)
+        if self._killed:
+            return 128 + signal.SIGINT
+        return 0 if all(orderly) and not failed else 1
+
+    async def _watch(self) -> None:
+        """Say when a stage becomes ready and, when it has changed, what each is doing; return when Redis ends."""
+        client = bus.connect(self._redis_url)
+        said = ("", time.monotonic())
+        try:
+            while self._redis is None or self._redis.running:
+                with contextlib.suppress(
+                    RedisError
+                ):  # an outage of Redis is the services' to ride out, not ours to end
+                    status = await self._look(client)
+                    if status != said[0] and time.monotonic() - said[1] >= STATUS_S:
+                        report(status)
+                        said = (status, time.monotonic())
+                await asyncio.sleep(LOOK_S[self._all_ready])
+        finally:
+            await client.aclose()
+
+    async def _look(self, client: Redis) -> str:
+        """Note who is ready; what all are doing, in one line, or "" until all are."""
+        doing = []
+        for child in self._children:
+            for replica in await leases.live(client, self._keys, child.service):
+                if replica.name == child.name and replica.state == "ready":
+                    if not child.ready:
+                        child.mark_ready()
+                        self._say_ready(child)
+                    figures = " ".join(f"{name}={value:g}" for name, value in sorted(replica.load.items()))
+                    doing.append(f"{child.service} {figures or 'ready'}")
+        return " | ".join(doing) if self._all_ready else ""
+
+    def _say_ready(self, child: Child) -> None:
+        report(f"{child.service:10} ready after {child.age_s:.1f} s")
+        if self._all_ready:
+            host = "127.0.0.1" if self._launch.host == "0.0.0.0" else self._launch.host
+            report(f"serving {self._launch.model} at http://{host}:{self._launch.port}/v1")
+            report(f"metrics at http://{host}:{self._launch.metrics_port}/metrics; Ctrl-C stops")
+
+    @property
+    def _all_ready(self) -> bool:
+        return all(child.ready for child in self._children)
+
+    def _on_signal(self) -> None:
+        now = time.monotonic()
+        if self._first_signal is None:
+            self._first_signal = now
+            self._told_to_stop.set()
+            report("stopping, once what runs has been answered; a second time stops at once")
+        elif now - self._first_signal >= SAME_SIGNAL_S:
+            self._killed = True
+            for child in self._children:
+                child.kill()
+
+    def _explain(self, done: set[asyncio.Task[Any]]) -> None:
+        for task in done:
+            if error := task.exception():
+                report(f"{error}" or type(error).__name__)
+        if self._redis and not self._redis.running:
+            report("redis ended by itself, and with it what it held")
+
+    async def _stop(self, child: Child) -> bool:
+        orderly = await child.stop(self._grace_s)
+        report(f"{child.service:10} {'stopped' if orderly else 'did not stop in order'}")
+        return orderly

@@ -1,0 +1,143 @@
+"""Keeps one service running: starts its process, passes its log on, and starts it again when it dies."""
+
+import asyncio
+import secrets
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from shared.errors import MillraceError
+
+STEADY_S = 30.0  # a process that lived this long did not die of the same thing as the one before it
+RESTARTS = 5  # in a row, none of which became steady
+BACKOFF_S = (0.5, 10.0)  # doubled from the first, up to the second
+LAST_LINES = 20
+
+
+class GaveUp(MillraceError):
+    """A service cannot be kept running; the message ends with the last lines of its log."""
+
+
+class Child:
+    """One service. `name` is the replica that runs now: each start is a new replica, whose lease nobody else holds."""
+
+    def __init__(
+        self, service: str, command: Sequence[str], environ: Mapping[str, str], report: Callable[[str], None]
+    ) -> None:
+        self.service = service
+        self.name = ""
+        self._command = command
+        self._environ = environ
+        self._report = report
+        self._ready_name = ""
+        self._started = time.monotonic()
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._last_lines: deque[bytes] = deque(maxlen=LAST_LINES)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the process that runs now was seen ready."""
+        return self._ready_name == self.name != ""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its process was started."""
+        return time.monotonic() - self._started
+
+    def mark_ready(self) -> None:
+        """Its lease says it takes work."""
+        self._ready_name = self.name
+
+    async def run(self) -> None:
+        """Keep it running until `stop` or `kill`.
+
+        Raises:
+            GaveUp: it died before any of its processes was ready (what stopped the first would stop the second), or
+                too often in a row.
+        """
+        try:
+            await self._keep_running()
+        finally:
+            self._ended.set()
+
+    async def stop(self, grace_s: float) -> bool:
+        """Ask it to drain and end, and kill it after `grace_s`; whether it ended as it should."""
+        self._stopping.set()
+        if self._process and self._process.returncode is None:
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._ended.wait(), grace_s)
+        except TimeoutError:
+            self._report(f"{self.service} did not end within {grace_s:.0f} s and was killed")
+            self.kill()
+            await self._ended.wait()
+        # Before it is ready it may have had no time to say what SIGTERM means.
+        orderly = (0,) if self.ready else (0, -signal.SIGTERM)
+        return self._process is not None and self._process.returncode in orderly
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._stopping.set()
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+
+    async def _keep_running(self) -> None:
+        quick = 0
+        while not self._stopping.is_set():
+            self._started = time.monotonic()
+            ending = await self._run_once()
+            if self._stopping.is_set():
+                return
+            quick = 1 if self.age_s >= STEADY_S else quick + 1
+            if not self._ready_name:
+                raise GaveUp(self._last_words(f"{self.service} {ending} before it was ready"))
+            if quick > RESTARTS:
+                raise GaveUp(self._last_words(f"{self.service} {ending}, for the {quick}th time in a row"))
+            delay = min(BACKOFF_S[0] * 2 ** (quick - 1), BACKOFF_S[1])
+            self._report(f"{self.service} {ending}; starting it again in {delay:g} s")
+            await self._pause(delay)
+
+    async def _run_once(self) -> str:
+        """One process from start to end; how it ended, in words."""
+        self.name = f"{self.service}-{secrets.token_hex(4)}"
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env={**self._environ, "MILLRACE_NAME": self.name},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal is ours to pass on, in order
+        )
+        if self._stopping.is_set():
+            self._process.terminate()
+        assert self._process.stdout is not None
+        await self._pass_on(self._process.stdout)
+        status = await self._process.wait()
+        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+    async def _pass_on(self, output: asyncio.StreamReader) -> None:
+        """Copy whole lines to our standard error, so that those of several services never mix."""
+        rest = b""
+        while chunk := await output.read(1 << 16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            self._pass_on_lines(lines)
+        self._pass_on_lines([rest] if rest else [])
+
+    def _pass_on_lines(self, lines: list[bytes]) -> None:
+        self._last_lines.extend(lines)
+        sys.stderr.write("".join(line.decode(errors="replace") + "\n" for line in lines))
+        sys.stderr.flush()
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return
+
+    def _last_words(self, what: str) -> str:
+        lines = [line.decode(errors="replace") for line in self._last_lines]
+        return "\n  ".join([f"{what}. The last it wrote:" if lines else f"{what}, without a word", *lines])

@@ -1,0 +1,118 @@
+"""The command line of `millrace serve`: FastDeploy's two documented launches, and everything that is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from cli.flags import NOT_YET, parse, unread_variables
+from shared.errors import ConfigError
+
+
+def test_the_launch_fastdeploy_documents_for_one_card(tmp_path: Path) -> None:
+    arguments = f"""--model {tmp_path} --port 8190 --metrics-port 8191 --engine-worker-queue-port 8192
+        --tensor-parallel-size 1 --max-model-len 32768 --max-num-seqs 32 --reasoning-parser ernie-45-vl-thinking
+        --tool-call-parser ernie-45-vl-thinking --gpu-memory-utilization 0.9 --max-num-batched-tokens 16384
+        --quantization wint4 --enable-chunked-prefill""".split()
+    json = ["--limit-mm-per-prompt", '{"image": 100, "video": 100}', "--mm-processor-kwargs"]
+    launch = parse([*arguments, *json, '{"image_max_pixels": 12845056}'], {"FD_SAMPLING_CLASS": "rejection"})
+    assert (launch.model, launch.demo, launch.redis_url) == (tmp_path, False, None)
+    assert (launch.port, launch.metrics_port, launch.redis_port) == (8190, 8191, 8192)
+    assert launch.settings == {
+        "tensor_parallel_size": 1,
+        "max_model_len": 32768,
+        "max_num_seqs": 32,
+        "limit_mm_per_prompt": {"image": 100, "video": 100},
+        "mm_processor_kwargs": {"image_max_pixels": 12845056},
+        "gpu_memory_utilization": 0.9,
+        "max_num_batched_tokens": 16384,
+        "quantization": "wint4",
+        "enable_chunked_prefill": True,
+        "sampling_class": "rejection",
+    }
+
+
+def test_what_is_not_given_sets_nothing() -> None:
+    launch = parse(["--demo"], {})
+    assert launch.settings == {}
+    assert (launch.demo, launch.host, launch.port) == (True, "0.0.0.0", 8180)
+    assert (launch.metrics_port, launch.redis_port) == (8181, 8182)
+
+
+def test_flags_that_repeat_or_negate() -> None:
+    arguments = ["--demo", "--api-key", "a", "--api-key=b", "--no-enable-prefix-caching", "--redis-url=redis://h:1/0"]
+    networks = ["--media-allow-network", "127.0.0.1/32", "--media-allow-network=::1/128"]
+    launch = parse([*arguments, *networks], {"FD_API_KEY": "c"})
+    assert launch.redis_url == "redis://h:1/0"
+    assert launch.settings == {
+        "api_keys": ["a", "b"],
+        "enable_prefix_caching": False,
+        "media_allow_networks": ["127.0.0.1/32", "::1/128"],
+    }
+
+
+def test_api_keys_of_the_environment() -> None:
+    assert parse(["--demo"], {"FD_API_KEY": "a,b,"}).settings == {"api_keys": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", "--model"),
+        ("--demo --model .", "--model"),
+        ("--model /nowhere/at/all", "/nowhere/at/all is not a directory"),
+        ("--demo --port 0", "--port"),
+        ("--demo --port 65536", "--port"),
+        ("--demo --port x", "--port"),
+        ("--demo --tensor-parallel-size 2", "--tensor-parallel-size: 2"),
+        ("--demo --tensor-parallel-size 0", "--tensor-parallel-size"),
+        ("--demo --max-num-seqs 257", "--max-num-seqs"),
+        ("--demo --max-num-seqs 0", "--max-num-seqs"),
+        ("--demo --max-model-len -1", "--max-model-len"),
+        ("--demo --max-num-batched-tokens 1.5", "--max-num-batched-tokens"),
+        ("--demo --gpu-memory-utilization 1.1", "--gpu-memory-utilization"),
+        ("--demo --gpu-memory-utilization nan", "--gpu-memory-utilization"),
+        ("--demo --quantization wint2", "--quantization"),
+        ("--demo --reasoning-parser qwen3", "--reasoning-parser"),
+        ("--demo --tool-call-parser hermes", "--tool-call-parser"),
+        ("--demo --limit-mm-per-prompt {image:1}", "--limit-mm-per-prompt"),
+        ('--demo --limit-mm-per-prompt {"image":"many"}', "--limit-mm-per-prompt"),
+        ("--demo --mm-processor-kwargs []", "--mm-processor-kwargs"),
+        ("--demo --media-allow-network localhost", "--media-allow-network"),
+        ("--demo --media-allow-network 10.0.0.1/8", "--media-allow-network"),
+        ("--demo --max-model", "--max-model"),  # no abbreviations
+        ("--demo --bogus 3", "--bogus: no such flag"),
+        ("--demo extra", "extra: no such flag"),
+        ("--demo --speculative-config={}", "--speculative-config: a flag of FastDeploy"),
+        ("--demo --data-parallel-size 2", "--data-parallel-size: a flag of FastDeploy"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(arguments: str, named: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(arguments.split(), {})
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("flag", sorted(NOT_YET))
+def test_every_other_flag_of_fastdeploy_is_known_by_name(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}: a flag of FastDeploy"):
+        parse(["--demo", flag], {})
+
+
+@pytest.mark.parametrize("name", ["air", "base_non_truncated", ""])
+def test_other_sampling_classes_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="FD_SAMPLING_CLASS"):
+        parse(["--demo"], {"FD_SAMPLING_CLASS": name})
+
+
+def test_variables_nothing_reads_are_listed() -> None:
+    environ = {"FD_SAMPLING_CLASS": "base", "FD_API_KEY": "k", "FD_LOG_DIR": "log", "FD_DEBUG": "1", "HOME": "/"}
+    assert unread_variables(environ) == ["FD_DEBUG", "FD_LOG_DIR"]
+
+
+def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        parse(["--help"], {})
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--engine-worker-queue-port" in shown
+    assert "--media-allow-network" in shown
