@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import oracle  # noqa: F401  # before transformers, which it makes importable
 import pytest
 import torch
 from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeModel
