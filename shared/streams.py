@@ -1,12 +1,88 @@
 """Work streams (consumer groups, at least once) and logs (plain XREAD, replayable)."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
+from shared.bus import MAX_BLOCK_MS, command
+from shared.errors import ProtocolError
 from shared.keys import Keys
-from shared.messages import Encode, Generate, Message
+from shared.log import logger
+from shared.messages import Encode, Generate, Message, from_entry, to_entry
+
+QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
+_MOST_PENDING = 10_000  # more entries than one replica ever holds
+
+_log = logger(__name__)
+
+_Entry = tuple[str, int, Mapping[bytes, bytes]]  # id, attempts, fields
+
+# Takes entries over from `owner`, inside Redis, so that of two replicas that look at once only one gets each: the
+# second finds them in the first one's list. KEYS stream, quarantine; ARGV group, me, max deliveries, length of the
+# quarantine.
+_TAKE_OVER = """
+local function quarantine(id, attempts, fields, reason)
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'reason', reason, 'attempts', attempts, unpack(fields))
+  redis.call('XACK', KEYS[1], ARGV[1], id)
+  redis.call('XDEL', KEYS[1], id)
+end
+
+local function take_over(pending, taken)
+  for _, entry in ipairs(pending) do
+    local id, attempts = entry[1], entry[4] + 1
+    local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id)[1]
+    if claimed then
+      taken[#taken + 1] = {id, attempts, claimed[2]}
+      if attempts > tonumber(ARGV[3]) then
+        quarantine(id, attempts, claimed[2], 'delivered ' .. attempts .. ' times')
+      end
+    end
+  end
+end
+"""
+
+# ARGV ..., prefix of lease keys, count. A dead consumer that owns nothing is deleted.
+_CLAIM_DEAD = (
+    _TAKE_OVER
+    + """
+local taken, room = {}, tonumber(ARGV[6])
+local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
+if consumers.err then return taken end
+for _, consumer in ipairs(consumers) do
+  local name = consumer[2]
+  if name ~= ARGV[2] and redis.call('EXISTS', ARGV[5] .. name) == 0 then
+    if consumer[4] == 0 then
+      redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
+    elseif #taken < room then
+      take_over(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - #taken, name), taken)
+    end
+  end
+end
+return taken
+"""
+)
+
+# ARGV ..., ids of our own that are pending although nobody here works on them.
+_CLAIM_LOST = (
+    _TAKE_OVER
+    + """
+local taken = {}
+for i = 5, #ARGV do
+  take_over(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]), taken)
+end
+return taken
+"""
+)
+
+# KEYS stream; ARGV group, me.
+_LEAVE = """
+local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2])
+if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
+"""
 
 
 class Delivery(msgspec.Struct, frozen=True):
@@ -22,22 +98,52 @@ class WorkStream:
 
     An entry is acked and deleted in one transaction when its work has ended, so XLEN is the stage's backlog: waiting
     plus running. Entries of consumers whose lease has expired are claimed by whoever looks next; idle time is never
-    the criterion, since long work is not dead work.
+    the criterion, since long work is not dead work. Renew the lease before the first `take`.
+
+    A reply that was lost on its way, or a process that died and came back under its name, leaves entries in our own
+    list that nobody works on; `claim_abandoned` finds these too. So it must be called now and then by a replica that
+    is alone, and calls of `take` must not overlap.
     """
 
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
-        raise NotImplementedError
+        self._redis = redis
+        self._key = keys.stream(stream)
+        self._quarantine_key = keys.quarantine(stream)
+        self._leases = keys.replica_prefix(service)
+        self._group = service
+        self._name = name
+        self._max_deliveries = max_deliveries
+        self._claim_dead = redis.register_script(_CLAIM_DEAD)
+        self._claim_lost = redis.register_script(_CLAIM_LOST)
+        self._leave = redis.register_script(_LEAVE)
+        self._claiming = asyncio.Lock()
+        self._held: set[str] = set()  # delivered to our caller and, as far as we know, not finished
+        self._taking = False
+        self._takes = 0
+        self._suspects: dict[str, int] = {}  # ours but not held -> value of _takes when first seen so
 
     async def join(self) -> None:
         """Create stream, group (from id 0) and consumer where absent."""
-        raise NotImplementedError
+        try:
+            await command(self._redis, "XGROUP", "CREATE", self._key, self._group, "0", "MKSTREAM")
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+        await command(self._redis, "XGROUP", "CREATECONSUMER", self._key, self._group, self._name)
 
     async def take(self, count: int, block_ms: int) -> list[Delivery]:
         """Up to `count` new entries, waiting at most `block_ms` (0: do not wait) for the first.
 
         An entry that cannot be decoded is quarantined.
         """
-        raise NotImplementedError
+        assert not self._taking, "calls of take must not overlap"
+        self._taking = True
+        try:
+            entries = await self._read(count, block_ms)
+            return await self._deliver([(entry_id, 1, fields) for entry_id, fields in entries])
+        finally:
+            self._taking = False
+            self._takes += 1
 
     async def claim_abandoned(self, count: int) -> tuple[list[Delivery], list[Delivery]]:
         """Take over entries of dead consumers and delete consumers that have none left.
@@ -45,39 +151,178 @@ class WorkStream:
         Returns (ours now, poisoned): the second were delivered more than `max_deliveries` times; they have been moved
         to the quarantine stream and acked, and the caller answers their requests with an error.
         """
-        raise NotImplementedError
+        async with self._claiming:
+            claimed = await self._claim(count)
+            ours = await self._deliver([entry for entry in claimed if entry[1] <= self._max_deliveries])
+        return ours, [delivery for entry in claimed if entry[1] > self._max_deliveries for delivery in _poison(entry)]
 
     async def finish(self, entry_ids: Sequence[str]) -> None:
         """Ack and delete, in one transaction."""
-        raise NotImplementedError
+        if not entry_ids:
+            return
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.xack(self._key, self._group, *entry_ids)
+            pipe.xdel(self._key, *entry_ids)
+            await pipe.execute()
+        self._held.difference_update(entry_ids)
 
     async def leave(self) -> None:
         """Delete our consumer if it owns nothing. (What it still owns is claimed by others once our lease is gone.)"""
-        raise NotImplementedError
+        await self._leave(keys=[self._key], args=[self._group, self._name])
 
     async def backlog(self) -> int:
         """Waiting plus running."""
-        raise NotImplementedError
+        return int(await command(self._redis, "XLEN", self._key))
+
+    async def _read(self, count: int, block_ms: int) -> list[tuple[str, Mapping[bytes, bytes]]]:
+        # In Redis, BLOCK 0 is for ever.
+        wait = ("BLOCK", min(block_ms, MAX_BLOCK_MS)) if block_ms > 0 else ()
+        words = ("XREADGROUP", "GROUP", self._group, self._name, "COUNT", count, *wait, "STREAMS", self._key, ">")
+        try:
+            reply = await command(self._redis, *words)
+        except ResponseError as error:
+            # A Redis that came back without our stream, or lost it while we waited.
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                raise
+            _log.warning("the consumer group is gone; joining again", extra={"stream": self._key})
+            await self.join()
+            return []
+        return [(str(entry_id, "ascii"), fields) for _, entries in reply for entry_id, fields in entries]
+
+    async def _claim(self, count: int) -> list[_Entry]:
+        keys = [self._key, self._quarantine_key]
+        who: list[str | int] = [self._group, self._name, self._max_deliveries, QUARANTINE_LENGTH]
+        taken: list[Any] = []
+        lost = (await self._lost())[:count]
+        if lost:
+            taken += await self._claim_lost(keys=keys, args=[*who, *lost])
+        if len(taken) < count:
+            taken += await self._claim_dead(keys=keys, args=[*who, self._leases, count - len(taken)])
+        return [(str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in taken]
+
+    async def _deliver(self, entries: Sequence[_Entry]) -> list[Delivery]:
+        """Hold what can be read, before anything is awaited; quarantine the rest."""
+        deliveries, unreadable = [], []
+        for entry_id, attempts, fields in entries:
+            self._held.add(entry_id)
+            try:
+                deliveries.append(Delivery(entry_id, _work(fields), attempts))
+            except ProtocolError as error:
+                unreadable.append((entry_id, attempts, fields, str(error)))
+        for entry_id, attempts, fields, reason in unreadable:
+            await self._quarantine(entry_id, attempts, fields, reason)
+        return deliveries
+
+    async def _quarantine(self, entry_id: str, attempts: int, fields: Mapping[bytes, bytes], reason: str) -> None:
+        _log.error("entry quarantined", extra={"stream": self._key, "entry": entry_id, "reason": reason})
+        kept = {b"reason": reason.encode(), b"attempts": b"%d" % attempts, **fields}
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.xadd(self._quarantine_key, kept, maxlen=QUARANTINE_LENGTH)  # type: ignore[arg-type]  # invariance
+            pipe.xack(self._key, self._group, entry_id)
+            pipe.xdel(self._key, entry_id)
+            await pipe.execute()
+        self._held.discard(entry_id)
+
+    async def _lost(self) -> list[str]:
+        """Entries pending under our name that no call has delivered here, and that none under way can deliver."""
+        held_before = set(self._held)
+        pending = await self._pending()
+        if len(pending) < _MOST_PENDING:
+            self._held -= held_before - pending  # handed on, or taken from us while we were paused
+        unheld = pending - self._held
+        # A reply to the call of `take` that is under way may carry them; once that call has returned, none will.
+        self._suspects = {entry_id: self._suspects.get(entry_id, self._takes) for entry_id in unheld}
+        return sorted(entry_id for entry_id, seen in self._suspects.items() if not self._taking or seen < self._takes)
+
+    async def _pending(self) -> set[str]:
+        words = ("XPENDING", self._key, self._group, "-", "+", _MOST_PENDING, self._name)
+        try:
+            reply = await self._redis.execute_command(*words, parse_detail=True)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            return set()
+        return {str(entry["message_id"], "ascii") for entry in reply}
+
+
+def _work(fields: Mapping[bytes, bytes]) -> Encode | Generate:
+    message = from_entry(fields)
+    if not isinstance(message, Encode | Generate):
+        raise ProtocolError(f"a {type(message).__name__} is not work")
+    return message
+
+
+def _poison(entry: _Entry) -> list[Delivery]:
+    """What the caller can answer of an entry already moved away: nothing, where not even its request can be read."""
+    entry_id, attempts, fields = entry
+    _log.error("entry quarantined", extra={"entry": entry_id, "reason": f"delivered {attempts} times"})
+    try:
+        return [Delivery(entry_id, _work(fields), attempts)]
+    except ProtocolError:
+        return []
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 async def send(redis: Redis, key: str, message: Message, *, max_len: int | None = None) -> str:
     """XADD one message, trimming approximately to `max_len`; returns the entry id."""
-    raise NotImplementedError
+    trim = () if max_len is None else ("MAXLEN", "~", max_len)
+    fields = [word for pair in to_entry(message).items() for word in pair]
+    return str(await command(redis, "XADD", key, *trim, "*", *fields), "ascii")
 
 
 class LogReader:
     """Reads one or more plain streams from a position on: `tokens:{shard}`, `deltas:{gateway}`, `control`.
 
-    Reading never consumes: positions live here, and a fresh reader may start anywhere (b"0", b"$", an entry id).
+    Reading never consumes: `positions` (stream key -> id of the last entry seen) lives here, may be changed between
+    reads, and may start anywhere: "0" is the first entry, "$" whatever comes after the first read began.
     """
 
     def __init__(self, redis: Redis, positions: dict[str, str]) -> None:
-        raise NotImplementedError
+        self._redis = redis
+        self.positions = dict(positions)
 
     async def read(self, count: int, block_ms: int) -> list[tuple[str, str, Message]]:
         """(stream key, entry id, message) of at most `count` entries a stream, after the current positions.
 
+        Waits at most `block_ms` (0: does not wait) while there are none.
+
         Raises:
-            ProtocolError: an entry is of another version.
+            ProtocolError: the next entry is of another version. What came before it has been returned, and the next
+                call goes on behind it.
         """
-        raise NotImplementedError
+        if not self.positions:
+            await asyncio.sleep(block_ms / 1000)
+            return []
+        await self._pin()
+        wait = ("BLOCK", min(block_ms, MAX_BLOCK_MS)) if block_ms > 0 else ()
+        words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
+        messages: list[tuple[str, str, Message]] = []
+        for stream, entries in await command(self._redis, *words):
+            self._decode(str(stream, "utf-8"), entries, messages)
+        return messages
+
+    def _decode(
+        self, stream: str, entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]], into: list[tuple[str, str, Message]]
+    ) -> None:
+        """Append to `into` up to an unreadable entry, which is left for the next read unless it is the first of all."""
+        for raw_id, fields in entries:
+            entry_id = str(raw_id, "ascii")
+            try:
+                message = from_entry(fields)
+            except ProtocolError:
+                if into:
+                    return
+                self.positions[stream] = entry_id
+                raise
+            into.append((stream, entry_id, message))
+            self.positions[stream] = entry_id
+
+    async def _pin(self) -> None:
+        """Turn "$" into the id it means now: asked again by every read it would skip what comes between two."""
+        for stream, position in self.positions.items():
+            if position == "$":
+                newest = await command(self._redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
+                self.positions[stream] = str(newest[0][0], "ascii") if newest else "0-0"
