@@ -126,7 +126,6 @@ def hub_config(dtype: str) -> dict[str, Any]:
         "moe_norm_gate_logits": True,
         "moe_use_hard_gate": True,
         "im_patch_id": ids["<|IMAGE_PLACEHOLDER|>"],
-        "max_text_id": ids["<|IMAGE_PLACEHOLDER|>"],
         "image_start_token_id": ids["<|IMAGE_START|>"],
         "image_end_token_id": ids["<|IMAGE_END|>"],
         "video_start_token_id": ids["<|VIDEO_START|>"],

@@ -1,8 +1,40 @@
-"""The model's configuration: the hub's flat config.json and transformers' nested one, as one strict struct."""
+"""The model's configuration: the hub's flat config.json and transformers' nested one, as one strict struct.
 
+Both forms hold the same facts under mostly the same names; the nested form keeps the decoder's under `text_config`.
+Every fact is decoded from wherever either form may put it, and must agree wherever it is given twice. What a file may
+leave out, and what it then means, is written where it is resolved; everything else is required.
+"""
+
+import json
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+
+from shared.errors import CheckpointError
+
+HUB_TYPE, NATIVE_TYPE = "ernie4_5_moe_vl", "ernie4_5_vl_moe"
+
+# Fields that say what the forward pass computes. It computes this and nothing else.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "use_bias": False,
+    "rope_3d": True,
+    "rope_scaling": None,
+    "moe_gate_act": "softmax",
+    "moe_norm_gate_logits": True,
+    "moe_norm_min": 1e-12,
+    "moe_use_aux_free": True,
+    "moe_use_hard_gate": True,
+    "norm_topk_prob": True,
+    "use_temporal_conv": True,
+}
+
+# The published vocabulary. A hub file may leave out the marker ids; with any other vocabulary they must be given.
+_PUBLISHED_PATCH_ID = 100295
+_PUBLISHED_MARKERS = {"image_start": 101304, "image_end": 101305, "video_start": 101306, "video_end": 101307}
+# transformers' sections of a 128-wide head, where a nested file names none.
+_PUBLISHED_HEAD_DIM, _PUBLISHED_SECTIONS = 128, (22, 22, 20)
 
 
 class VisionConfig(msgspec.Struct, frozen=True):
@@ -71,8 +103,414 @@ def load_model_config(directory: Path) -> ModelConfig:
     Raises:
         CheckpointError: a field is missing, mistyped or contradicts another; the message names it.
     """
-    raise NotImplementedError
+    path = directory / "config.json"
+    raw = _read_object(path)
+    if raw is None:
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        return _model_config(raw, _read_object(directory / "generation_config.json") or {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_generation_defaults(directory: Path) -> GenerationDefaults:
-    raise NotImplementedError
+    """What a request that sends no sampling field gets.
+
+    The reference server falls back to top_p 0.7 only where there is no generation_config.json; a file that leaves a
+    field out means "off" by it.
+
+    Raises:
+        CheckpointError: a field of generation_config.json is mistyped or out of range; the message names it.
+    """
+    path = directory / "generation_config.json"
+    raw = _read_object(path)
+    if raw is None:
+        return GenerationDefaults(1.0, 0.7, 0, 1.0, 0.0, 0.0)
+    given = _convert({key: value for key, value in raw.items() if value is not None}, _Generation, str(path))
+    return GenerationDefaults(
+        given.temperature,
+        given.top_p,
+        given.top_k,
+        given.repetition_penalty,
+        given.presence_penalty,
+        given.frequency_penalty,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what files may hold
+
+Size = Annotated[int, msgspec.Meta(ge=1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Rope(msgspec.Struct):
+    rope_type: str = "default"
+    rope_theta: Positive | None = None
+    mrope_section: tuple[Size, Size, Size] | None = None  # frequencies of h, w, t
+
+
+class _Text(msgspec.Struct):
+    """The decoder: the hub's root, or transformers' text_config."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    max_position_embeddings: Size
+    rms_norm_eps: Positive
+    moe_num_experts: Size | list[Size]  # a pair is [text, vision]
+    moe_intermediate_size: tuple[Size, Size]
+    moe_k: Size
+    moe_num_shared_experts: Size
+    head_dim: Size | None = None
+    rope_theta: Positive | None = None
+    rope_parameters: _Rope | None = None
+    freq_allocation: Size | None = None
+    mlp_layer_types: tuple[Literal["dense", "sparse"], ...] | None = None
+    moe_layer_start_index: int | list[int] | None = None
+    moe_layer_end_index: int | list[int] | None = None
+    moe_layer_interval: Size | None = None
+
+
+class _Shared(msgspec.Struct):
+    """What a nested file may keep at its root or in text_config."""
+
+    tie_word_embeddings: bool | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    pad_token_id: TokenId | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+
+
+class _Root(msgspec.Struct):
+    """What both forms keep at the root."""
+
+    im_patch_id: TokenId | None = None
+    image_token_id: TokenId | None = None
+    image_start_token_id: TokenId | None = None
+    image_end_token_id: TokenId | None = None
+    video_start_token_id: TokenId | None = None
+    video_end_token_id: TokenId | None = None
+    pixel_hidden_size: Size | None = None
+    spatial_conv_size: Size | None = None
+    temporal_conv_size: Size | None = None
+
+
+class _Vision(msgspec.Struct):
+    depth: Size
+    hidden_size: Size
+    num_heads: Size
+    in_channels: Size
+    patch_size: Size
+    spatial_merge_size: Size
+    embed_dim: Size | None = None
+    mlp_ratio: Positive | None = None
+    intermediate_size: Size | None = None
+    temporal_merge_size: Size | None = None
+    hidden_act: Literal["quick_gelu"] = "quick_gelu"
+    rms_norm_eps: Positive = 1e-6
+    rope_parameters: _Rope | None = None
+
+
+class _Generation(msgspec.Struct):
+    """generation_config.json; a field that is left out switches nothing on."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
+    repetition_penalty: Positive = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------- resolving the facts
+
+T = TypeVar("T")
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None where there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _convert(raw: Any, kind: type[T], where: str) -> T:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _one(fact: str, given: dict[str, T | None], default: T | None = None) -> T:
+    """The value on which every place that gives `fact` agrees, else the default."""
+    values = {place: value for place, value in given.items() if value is not None}
+    if not values and default is None:
+        raise CheckpointError(f"missing field {fact}")
+    value = next(iter(values.values()), default)
+    if any(other != value for other in values.values()):
+        raise CheckpointError(", ".join(f"{place} is {value!r}" for place, value in values.items()) + ": they disagree")
+    assert value is not None
+    return value
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise CheckpointError(message)
+
+
+def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
+    model_type = raw.get("model_type")
+    _require(model_type in (HUB_TYPE, NATIVE_TYPE), f"model_type is {model_type!r}, not {HUB_TYPE} or {NATIVE_TYPE}")
+    nested = model_type == NATIVE_TYPE
+    raw_text = _sub_object(raw, "text_config") if nested else raw
+    for name, value in _FIXED.items():
+        found = raw_text.get(name)
+        _require(found is None or found == value, f"{name} is {found!r}; only {value!r} is supported")
+    text = _convert(raw_text, _Text, "text_config" if nested else "")
+    root = _convert(raw, _Root, "")
+    shared = {"": _convert(raw, _Shared, "")}
+    if nested:
+        shared["text_config."] = _convert(raw_text, _Shared, "text_config")
+    defaults = _convert(generation, _Shared, "generation_config.json")
+
+    head_dim = _head_dim(text)
+    ids = _media_ids(root, text.vocab_size)
+    config = ModelConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        max_position_embeddings=text.max_position_embeddings,
+        norm_eps=text.rms_norm_eps,
+        rope_theta=_rope_theta(text),
+        time_freqs=_time_freqs(text, head_dim, nested),
+        # transformers' default, and the published model's.
+        tie_embeddings=_one(
+            "tie_word_embeddings", {f"{at}tie_word_embeddings": s.tie_word_embeddings for at, s in shared.items()}, True
+        ),
+        num_experts=_num_experts(text),
+        text_expert_size=text.moe_intermediate_size[0],
+        vision_expert_size=text.moe_intermediate_size[1],
+        experts_per_token=text.moe_k,
+        num_shared_experts=text.moe_num_shared_experts,
+        shared_expert_size=text.moe_num_shared_experts * text.moe_intermediate_size[0],
+        dense_layers=_dense_layers(text),
+        pad_id=_one(
+            "pad_token_id", {f"{at}pad_token_id": s.pad_token_id for at, s in shared.items()}, defaults.pad_token_id
+        ),
+        bos_id=_one(
+            "bos_token_id", {f"{at}bos_token_id": s.bos_token_id for at, s in shared.items()}, defaults.bos_token_id
+        ),
+        eos_ids=_eos_ids([*shared.values(), defaults]),
+        dtype=_dtype(shared),
+        vision=_vision(_convert(_sub_object(raw, "vision_config"), _Vision, "vision_config"), root),
+        **ids,
+    )
+    for name, last in ("pad", config.pad_id), ("bos", config.bos_id), ("eos", max(config.eos_ids)):
+        _require(last < config.vocab_size, f"{name}_token_id {last} is not in the vocabulary of {config.vocab_size}")
+    return config
+
+
+def _sub_object(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    value = raw.get(name)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"missing field {name}")
+    return value
+
+
+def _head_dim(text: _Text) -> int:
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    _require(
+        heads % text.num_key_value_heads == 0,
+        f"num_attention_heads {heads} is no multiple of num_key_value_heads {text.num_key_value_heads}",
+    )
+    if text.head_dim is None:
+        _require(hidden % heads == 0, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = text.head_dim or hidden // heads
+    _require(head_dim % 2 == 0, f"head_dim {head_dim} is odd, so it has no rotary pairs")
+    return head_dim
+
+
+def _rope_theta(text: _Text) -> float:
+    rope = text.rope_parameters or _Rope()
+    _require(
+        rope.rope_type == "default", f"rope_parameters.rope_type is {rope.rope_type!r}; only 'default' is supported"
+    )
+    return _one("rope_theta", {"rope_theta": text.rope_theta, "rope_parameters.rope_theta": rope.rope_theta})
+
+
+def _time_freqs(text: _Text, head_dim: int, nested: bool) -> int:
+    """How many of the head_dim / 2 frequencies follow time; height and width share the rest evenly."""
+    freqs = head_dim // 2
+    sections = text.rope_parameters.mrope_section if text.rope_parameters else None
+    if sections is None and nested and head_dim == _PUBLISHED_HEAD_DIM:
+        sections = _PUBLISHED_SECTIONS
+    if sections is not None:
+        name = f"rope_parameters.mrope_section {list(sections)}"
+        _require(sum(sections) == freqs, f"{name} does not add up to head_dim / 2, which is {freqs}")
+        _require(sections[0] == sections[1], f"{name} gives height and width different numbers of frequencies")
+    time = _one(
+        "freq_allocation",
+        {
+            "freq_allocation": text.freq_allocation,
+            "rope_parameters.mrope_section[2]": sections[2] if sections else None,
+        },
+    )
+    _require(
+        time < freqs and (freqs - time) % 2 == 0,
+        f"freq_allocation {time} of {freqs} frequencies leaves none, or an odd number, for height and width",
+    )
+    return time
+
+
+def _num_experts(text: _Text) -> int:
+    pair = _pair("moe_num_experts", text.moe_num_experts)
+    _require(pair[0] == pair[1], f"moe_num_experts is {list(pair)}: both pools must have as many")
+    _require(text.moe_k <= pair[0], f"moe_k {text.moe_k} is more than moe_num_experts {pair[0]}")
+    return pair[0]
+
+
+def _dense_layers(text: _Text) -> tuple[int, ...]:
+    types = text.mlp_layer_types
+    if types is not None:
+        _require(
+            len(types) == text.num_hidden_layers,
+            f"mlp_layer_types has {len(types)} entries for num_hidden_layers {text.num_hidden_layers}",
+        )
+    ranged = _dense_layers_of_range(text) if text.moe_layer_start_index is not None or types is None else None
+    listed = None if types is None else tuple(i for i, kind in enumerate(types) if kind == "dense")
+    return _one("mlp_layer_types", {"mlp_layer_types (dense)": listed, "moe_layer_start_index (dense)": ranged})
+
+
+def _dense_layers_of_range(text: _Text) -> tuple[int, ...]:
+    """Layer i is MoE where start <= i <= end and (i + 1) is a multiple of the interval; the same for both pools."""
+    starts = _pair("moe_layer_start_index", text.moe_layer_start_index)
+    ends = _pair("moe_layer_end_index", text.moe_layer_end_index)
+    interval = _one("moe_layer_interval", {"moe_layer_interval": text.moe_layer_interval})
+    pools = [
+        tuple(i for i in range(text.num_hidden_layers) if (i + 1) % interval or not start <= i <= end)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    _require(
+        pools[0] == pools[1],
+        f"moe_layer_start_index {list(starts)} and moe_layer_end_index {list(ends)} put the pools in different layers",
+    )
+    return pools[0]
+
+
+def _pair(name: str, value: int | list[int] | None) -> tuple[int, int]:
+    """A fact of the two pools, text and vision: given for each or once for both."""
+    if value is None:
+        raise CheckpointError(f"missing field {name}")
+    if isinstance(value, int):
+        return value, value
+    _require(len(value) == 2, f"{name} {value} is not a pair: one for text, one for vision")
+    return value[0], value[1]
+
+
+def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
+    patch = _one("im_patch_id", {"im_patch_id": root.im_patch_id, "image_token_id": root.image_token_id})
+    _require(patch < vocab_size, f"im_patch_id {patch} is not in the vocabulary of {vocab_size}")
+    given = {
+        "image_start": root.image_start_token_id,
+        "image_end": root.image_end_token_id,
+        "video_start": root.video_start_token_id,
+        "video_end": root.video_end_token_id,
+    }
+    ids = {"image_patch_id": patch}
+    for name, value in given.items():
+        field = f"{name}_token_id"
+        marker = _one(field, {field: value}, _PUBLISHED_MARKERS[name] if patch == _PUBLISHED_PATCH_ID else None)
+        _require(
+            patch < marker < vocab_size,
+            f"{field} {marker} is not between im_patch_id {patch} and vocab_size {vocab_size}",
+        )
+        ids[f"{name}_id"] = marker
+    _require(len(set(ids.values())) == len(ids), f"two of the media token ids are the same: {ids}")
+    return ids
+
+
+def _eos_ids(places: list[_Shared]) -> tuple[int, ...]:
+    """The union of what config.json and generation_config.json say, in that order."""
+    ids: dict[int, None] = {}
+    for place in places:
+        if place.eos_token_id is not None:
+            several = place.eos_token_id if isinstance(place.eos_token_id, list) else [place.eos_token_id]
+            ids |= dict.fromkeys(several)
+    _require(bool(ids), "missing field eos_token_id")
+    return tuple(ids)
+
+
+def _dtype(shared: dict[str, _Shared]) -> str:
+    places = {f"{at}torch_dtype": s.torch_dtype for at, s in shared.items()}
+    places |= {f"{at}dtype": s.dtype for at, s in shared.items()}
+    dtype = _one("torch_dtype", places)
+    known = ("bfloat16", "float16", "float32")
+    _require(dtype in known, f"torch_dtype is {dtype!r}, not one of {', '.join(known)}")
+    return dtype
+
+
+def _vision(vision: _Vision, root: _Root) -> VisionConfig:
+    hidden = vision.hidden_size
+    _one(
+        "vision_config.hidden_size",
+        {
+            "vision_config.hidden_size": hidden,
+            "vision_config.embed_dim": vision.embed_dim,
+            "pixel_hidden_size": root.pixel_hidden_size,
+        },
+    )
+    _require(
+        hidden % vision.num_heads == 0 and hidden // vision.num_heads % 4 == 0,
+        f"vision_config.hidden_size {hidden} does not give each of vision_config.num_heads {vision.num_heads} heads "
+        "a multiple of 4 values",
+    )
+    rope = vision.rope_parameters or _Rope(rope_theta=10000.0)
+    return VisionConfig(
+        depth=vision.depth,
+        hidden_size=hidden,
+        num_heads=vision.num_heads,
+        intermediate_size=_vision_mlp_size(vision),
+        patch_size=vision.patch_size,
+        in_channels=vision.in_channels,
+        spatial_merge_size=_merge("spatial", vision.spatial_merge_size, root.spatial_conv_size),
+        temporal_merge_size=_merge("temporal", vision.temporal_merge_size, root.temporal_conv_size),
+        norm_eps=vision.rms_norm_eps,
+        rope_theta=_one("vision_config.rope_parameters.rope_theta", {"": rope.rope_theta}),
+    )
+
+
+def _vision_mlp_size(vision: _Vision) -> int:
+    product = None if vision.mlp_ratio is None else vision.mlp_ratio * vision.hidden_size
+    size = _one(
+        "vision_config.mlp_ratio",
+        {
+            "vision_config.mlp_ratio x hidden_size": product,
+            "vision_config.intermediate_size": None
+            if vision.intermediate_size is None
+            else float(vision.intermediate_size),
+        },
+    )
+    _require(size.is_integer(), f"vision_config.mlp_ratio {vision.mlp_ratio} x hidden_size is {size}, no whole number")
+    return int(size)
+
+
+def _merge(axis: str, of_vision: int | None, of_root: int | None) -> int:
+    name = f"vision_config.{axis}_merge_size"
+    size = _one(name, {name: of_vision, f"{axis}_conv_size": of_root})
+    _require(size == 2, f"{name} is {size}; only 2 is supported")
+    return size
