@@ -7,7 +7,8 @@
     {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       trimmed by length; deleted when the gateway drains
     {ns}:control                     stream  any                  every replica      trimmed by length
     {ns}:request:{id}                hash    gateway, engine      all                until the request has ended
-                                             fields: request (msgpack Request), epoch (int), cancelled ("1")
+                                             fields: request (msgpack Request), epoch (int), cancelled ("1"),
+                                             begin (msgpack Begin, by postproc)
     {ns}:journal:{id}                string  postproc             engine, postproc   until the request has ended
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i
     {ns}:blob:{kind}:{key}           hash    gateway, mm_encoder  mm_encoder, engine TTL; evicted oldest first over the byte budget
@@ -54,7 +55,15 @@ class Keys(msgspec.Struct, frozen=True):
         return f"{self.ns}:journal:{request_id}"
 
     def blob(self, kind: str, key: str) -> str:
-        return f"{self.ns}:blob:{kind}:{key}"
+        return self.blob_prefix() + self.blob_member(kind, key)
+
+    def blob_prefix(self) -> str:
+        """What `blob` adds the member to; for scripts, which go through the index."""
+        return f"{self.ns}:blob:"
+
+    def blob_member(self, kind: str, key: str) -> str:
+        """How the index names a blob."""
+        return f"{kind}:{key}"
 
     def blob_chunk(self, kind: str, key: str, n: int) -> str:
         return f"{self.blob(kind, key)}:{n}"
