@@ -286,6 +286,7 @@ Message = Encode | Generate | Tokens | Accepted | Failed | Deltas | Cancel | Dra
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _request_decoder = msgspec.msgpack.Decoder(Request)
+_begin_decoder = msgspec.msgpack.Decoder(Begin)
 
 
 def to_entry(message: Message) -> dict[bytes, bytes]:
@@ -320,5 +321,22 @@ def decode_request(data: bytes) -> Request:
     """
     try:
         return _request_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"unreadable request record: {error}") from error
+
+
+def encode_begin(begin: Begin) -> bytes:
+    """The `begin` field of a request's record."""
+    return _encoder.encode(begin)
+
+
+def decode_begin(data: bytes) -> Begin:
+    """The inverse of `encode_begin`.
+
+    Raises:
+        ProtocolError: the record was written by another version.
+    """
+    try:
+        return _begin_decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"unreadable request record: {error}") from error

@@ -12,11 +12,14 @@ from redis.asyncio import Redis
 
 from shared.keys import GENERATE, Keys
 from shared.messages import (
+    Begin,
     Cancel,
     Encode,
     Generate,
     Request,
+    decode_begin,
     decode_request,
+    encode_begin,
     encode_request,
     pack_ids,
     to_entry,
@@ -42,7 +45,7 @@ return alive and 1 or 0
 _CLAIM = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return false end
 redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-return redis.call('HMGET', KEYS[1], 'request', 'epoch', 'cancelled')
+return redis.call('HMGET', KEYS[1], 'request', 'epoch', 'cancelled', 'begin')
 """
 
 # KEYS control, record...; ARGV length of control, v, m.
@@ -74,6 +77,13 @@ end
 return refused
 """
 
+# KEYS record...; ARGV begin...
+_WRITE_BEGINS = """
+for i = 1, #KEYS do
+  if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('HSET', KEYS[i], 'begin', ARGV[i]) end
+end
+"""
+
 
 class Record(msgspec.Struct, frozen=True):
     """A request as its record has it now."""
@@ -81,6 +91,7 @@ class Record(msgspec.Struct, frozen=True):
     request: Request
     epoch: int
     cancelled: bool
+    begin: Begin | None = None  # of the newest epoch whose tokens the journal may hold; set once there is a journal
 
 
 class Records:
@@ -93,6 +104,7 @@ class Records:
         self._claim = redis.register_script(_CLAIM)
         self._cancel = redis.register_script(_CANCEL)
         self._write_journal = redis.register_script(_WRITE_JOURNAL)
+        self._write_begins = redis.register_script(_WRITE_BEGINS)
 
     async def submit(self, stream: str, message: Encode | Generate) -> None:
         """Create the record and append the work entry to `stream`, in one transaction (gateway)."""
@@ -129,7 +141,7 @@ class Records:
         """The records that exist, in one round trip (postproc)."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for request_id in request_ids:
-                pipe.hmget(self._keys.request(request_id), ["request", "epoch", "cancelled"])
+                pipe.hmget(self._keys.request(request_id), ["request", "epoch", "cancelled", "begin"])
             found = await pipe.execute()
         return {request_id: _record(fields) for request_id, fields in zip(request_ids, found, strict=True) if fields[0]}
 
@@ -155,6 +167,15 @@ class Records:
         )
         return [writes[place - 1][0] for place in refused]
 
+    async def write_begins(self, begins: Sequence[Begin]) -> None:
+        """Keep what usage needs, and the epoch, once the journal holds the tokens before them (postproc).
+
+        A request without a record is passed over.
+        """
+        if begins:
+            names = [self._keys.request(begin.request_id) for begin in begins]
+            await self._write_begins(keys=names, args=[encode_begin(begin) for begin in begins])
+
     async def read_journal(self, request_id: str) -> list[int]:
         """The generated tokens journaled so far. (The tail may still be in the tokens stream only.)"""
         data = await self._redis.get(self._keys.journal(request_id))
@@ -168,7 +189,9 @@ class Records:
 
 
 def _record(fields: Sequence[bytes | None]) -> Record:
-    request, epoch, cancelled = fields
+    request, epoch, cancelled, begin = fields
     assert request is not None
     assert epoch is not None
-    return Record(decode_request(request), int(epoch), cancelled is not None)
+    return Record(
+        decode_request(request), int(epoch), cancelled is not None, None if begin is None else decode_begin(begin)
+    )
