@@ -1,0 +1,37 @@
+"""Who may come in: a limit on requests at a time, and nobody once the server drains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.gateway.errors import SHUTTING_DOWN
+from shared.errors import Failure, RequestError
+
+
+class Admission:
+    """Counts the chat requests being read, prepared or answered."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inside = 0
+        self.draining = False
+
+    @property
+    def inside(self) -> int:
+        return self._inside
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """
+        Raises:
+            RequestError: 503 while draining, 429 when full.
+        """
+        if self.draining:
+            raise RequestError(SHUTTING_DOWN)
+        if self._inside >= self._limit:
+            text = f"Too many requests, current max concurrency is {self._limit}."
+            raise RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1

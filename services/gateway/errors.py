@@ -1,0 +1,34 @@
+"""The one place where an error becomes an HTTP answer: OpenAI's body, and the headers clients decide retries by."""
+
+from collections.abc import Mapping
+
+import msgspec
+from starlette.responses import Response
+
+from shared.errors import Failure
+
+RETRY_AFTER_S = 1  # for what passes soon: too many at once, draining, a restarting dependency
+
+TIMED_OUT = Failure(504, "The request took too long and was cancelled.", type="timeout_error", code="timeout")
+SHUTTING_DOWN = Failure(503, "The server is shutting down.", type="server_error", code="shutting_down")
+QUEUE_DOWN = Failure(503, "The request queue cannot be reached.", type="api_connection_error", code="connection_error")
+UNEXPECTED = Failure(500, "The server failed to handle the request.", type="server_error", code="internal_error")
+UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
+
+
+def error_response(failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+    """`failure` as a response of its own."""
+    own = {"retry-after": str(RETRY_AFTER_S)} if failure.status in (429, 503) else {}
+    return Response(
+        msgspec.json.encode(failure.openai_body()),
+        failure.status,
+        {**own, **(headers or {})},
+        media_type="application/json",
+    )
+
+
+def http_failure(status: int, detail: str) -> Failure:
+    """A routing error (404, 405) in OpenAI's terms."""
+    code = {404: "not_found", 405: "method_not_allowed"}.get(status)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return Failure(status, detail, type=kind, code=code)

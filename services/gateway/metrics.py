@@ -1,0 +1,48 @@
+"""What the gateway counts. Names follow the Prometheus conventions with the prefix `millrace_`."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30)
+
+
+class GatewayMetrics:
+    """One process's metrics, in the registry it is given."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "millrace_http_requests", "HTTP requests answered", ("method", "path", "status"), registry=registry
+        )
+        self.duration = Histogram(
+            "millrace_http_request_duration_seconds",
+            "From the first byte of a request to the last of its answer",
+            ("method", "path"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "millrace_time_to_first_token_seconds",
+            "From a chat request's arrival to its first token",
+            buckets=_FIRST_TOKEN,
+            registry=registry,
+        )
+        self.latency = Histogram(
+            "millrace_e2e_request_latency_seconds",
+            "From a chat request's arrival to its last token",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.open = Gauge(
+            "millrace_open_requests",
+            "Chat requests being answered",
+            ("stream",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.prompt_tokens = Counter("millrace_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
+        self.generation_tokens = Counter(
+            "millrace_generation_tokens", "Generated tokens of finished requests", registry=registry
+        )
+        self.cancelled = Counter(
+            "millrace_requests_cancelled", "Choices cancelled before they ended", registry=registry
+        )

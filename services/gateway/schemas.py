@@ -1,0 +1,205 @@
+"""The shape of a chat request as JSON: types and plain ranges. What needs more than one field is validate.py's."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.errors import RequestError, invalid
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_IDS = 64
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_BIASES = 1024
+MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenId = Annotated[int, Meta(ge=0)]
+Frames = Annotated[int, Meta(ge=-1, le=100_000)]  # -1: no bound, as in the reference server
+Positive = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+
+
+class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    text: str
+
+
+class ImageURL(msgspec.Struct, frozen=True):
+    url: str
+
+
+class ImagePart(msgspec.Struct, frozen=True, tag_field="type", tag="image_url"):
+    image_url: str | ImageURL
+
+
+class VideoURL(msgspec.Struct, frozen=True):
+    """A video and how its frames are sampled; a value left out is the server's."""
+
+    url: str
+    fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
+    min_frames: Frames | None = None
+    max_frames: Frames | None = None
+    target_frames: Frames | None = None
+    frames_sample: Literal["leading", "middle", "rand"] | None = None
+    subtitles: Any = None  # known, and refused by validate.py
+
+
+class VideoPart(msgspec.Struct, frozen=True, tag_field="type", tag="video_url"):
+    video_url: str | VideoURL
+
+
+class FileData(msgspec.Struct, frozen=True):
+    """An image or a video as LiteLLM and OpenAI's file inputs send it: a data URL, or a link and its media type."""
+
+    file_data: str | None = None
+    file_id: str | None = None
+    format: str | None = None
+
+
+class FilePart(msgspec.Struct, frozen=True, tag_field="type", tag="file"):
+    file: FileData
+
+
+Part = TextPart | ImagePart | VideoPart | FilePart
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn. Which fields a role may have is validate.py's."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | dict[str, Any] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class Function(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /v1/chat/completions. Fields that no API defines are ignored."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    model: str = "default"
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1)] | None = None
+
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
+    reasoning_max_tokens: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Fraction | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Fraction | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    stop: (
+        Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
+        | Annotated[
+            list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]],
+            Meta(max_length=MAX_STOPS),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]], Meta(max_length=MAX_BAD_WORDS)
+        ]
+        | None
+    ) = None
+    bad_words_token_ids: (
+        Annotated[
+            list[TokenId | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+            Meta(max_length=MAX_BAD_WORDS),
+        ]
+        | None
+    ) = None
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+
+
+_body = msgspec.json.Decoder(ChatRequest)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
+
+
+def parse(body: bytes) -> tuple[ChatRequest, dict[str, msgspec.Raw]]:
+    """The request, and its top-level fields undecoded (to find those that are known but not supported).
+
+    Raises:
+        RequestError: 400; `param` is the path of the offending value.
+    """
+    try:
+        return _body.decode(body), _fields.decode(body)
+    except msgspec.ValidationError as error:
+        raise _misfit(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"The request body is not valid JSON: {error}", None, "invalid_json") from None
+    except RecursionError:
+        raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
+
+
+def _misfit(text: str) -> RequestError:
+    """msgspec's "what - at `$.path`" in OpenAI's terms."""
+    place = _PLACE.match(text)
+    assert place is not None
+    what, path = place["what"], (place["path"] or "").removeprefix(".")
+    missing = _MISSING.match(what)
+    if missing:
+        path = f"{path}.{missing['field']}".removeprefix(".")
+        return invalid(f"Missing required field `{path}`.", path, "missing_required_parameter")
+    if not path:
+        return invalid(f"The request body: {what}.", None)
+    return invalid(f"`{path}`: {what}.", path)
