@@ -150,7 +150,7 @@ def draw_sorted(probs: Tensor, rows: Rows) -> Tensor:
         above = ordered.cumsum(dim=-1) - ordered
         # Equals share the mass that is above the first of them.
         first = torch.searchsorted(-ordered, -ordered)
-        kept = mass_allows(above.gather(1, first), ordered, rows)
+        kept = mass_allows(above.gather(1, first), ordered, rows) & (ordered > 0)
         threshold = ordered.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs.double() < threshold, 0.0)
     return pick(probs.double(), rows.draw(0))

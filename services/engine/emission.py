@@ -1,0 +1,46 @@
+"""What one step has to say, gathered by shard."""
+
+from services.engine.sequence import Sequence
+from shared.errors import Failure
+from shared.messages import Begin, Finish, TokenLogprob, TokenRun, Tokens
+
+
+class Emission:
+    """Begins and runs of one step; one message a shard."""
+
+    def __init__(self) -> None:
+        self._begins: dict[int, list[Begin]] = {}
+        self._runs: dict[int, list[TokenRun]] = {}
+        self.ended: dict[str, str] = {}  # request id -> reason
+
+    def begin(self, shard: int, begin: Begin) -> None:
+        self._begins.setdefault(shard, []).append(begin)
+
+    def run(self, shard: int, run: TokenRun) -> None:
+        self._runs.setdefault(shard, []).append(run)
+        if run.finish is not None:
+            self.ended[run.request_id] = run.finish.reason
+
+    def last_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
+        """A sequence has grown by one token."""
+        index = sequence.num_generated - 1
+        token = int(sequence.tokens[sequence.num_tokens - 1])
+        logprobs = None if logprob is None else (logprob,)
+        self.run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
+
+    def end(self, sequence: Sequence, finish: Finish) -> None:
+        """A sequence ends without another token."""
+        if not sequence.begun:
+            self.begin(sequence.shard, sequence.begin())
+        self.run(
+            sequence.shard, TokenRun(sequence.request_id, sequence.epoch, sequence.num_generated, (), None, finish)
+        )
+
+    def messages(self) -> dict[int, Tokens]:
+        """By shard; empty if nothing was said."""
+        shards = self._begins.keys() | self._runs.keys()
+        return {s: Tokens(tuple(self._begins.get(s, ())), tuple(self._runs.get(s, ()))) for s in shards}
+
+
+def error(failure: Failure) -> Finish:
+    return Finish("error", failure=failure)

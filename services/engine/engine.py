@@ -1,0 +1,98 @@
+"""The engine's loop: receive, schedule, run, emit. Runs in a thread of its own; torch releases the interpreter lock."""
+
+import time
+from collections.abc import Callable
+
+from services.engine.blocks import BlockPool
+from services.engine.emission import Emission, error
+from services.engine.mailbox import Abort, Add, Answer, Command, Mailbox
+from services.engine.metrics import EngineMetrics
+from services.engine.runner import Runner
+from services.engine.sampler import Sampled
+from services.engine.scheduler import Plan, Scheduler
+from services.engine.sequence import Sequence
+from shared.messages import Finish, TokenRun
+
+Emit = Callable[[Emission], None]
+
+
+class Engine:
+    """Composed of what it drives. Nothing here outlives a request but the prefix cache."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        runner: Runner,
+        emit: Emit,
+        metrics: EngineMetrics,
+    ) -> None:
+        self._mailbox = mailbox
+        self._scheduler = scheduler
+        self._pool = pool
+        self._runner = runner
+        self._emit = emit
+        self._metrics = metrics
+
+    def run(self) -> None:
+        """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
+        process, and whoever takes over resumes every request from its journal."""
+        while (commands := self._mailbox.receive(wait=not self._scheduler.has_work)) is not None:
+            emission = Emission()
+            for command in commands:
+                self._obey(command, emission)
+            plan = self._scheduler.schedule()
+            sampled = self._execute(plan)
+            progress = self._scheduler.commit(plan, [s.token for s in sampled])
+            for sequence in plan.begun:
+                emission.begin(sequence.shard, sequence.begin())
+            for (sequence, finish), drawn in zip(progress, sampled, strict=True):
+                emission.last_token(sequence, drawn.logprob, finish)
+            self._count(plan, emission, len(sampled))
+            self._emit(emission)
+
+    def _execute(self, plan: Plan) -> list[Sampled]:
+        if not plan.chunks:
+            return []
+        started = time.perf_counter()
+        sampled = self._runner.execute(plan)
+        self._metrics.step_seconds.observe(time.perf_counter() - started)
+        return sampled
+
+    def _obey(self, command: Command, emission: Emission) -> None:
+        match command:
+            case Add(sequence):
+                self._add(sequence, emission)
+            case Abort(request_id):
+                removed = self._scheduler.remove(request_id)
+                if removed is not None:
+                    emission.end(removed, Finish("cancelled"))
+            case Answer(shard, begin, finish):
+                emission.begin(shard, begin)
+                emission.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
+
+    def _add(self, sequence: Sequence, emission: Emission) -> None:
+        finish = sequence.finish()
+        if finish is not None:
+            # The journal has all of the answer, but whoever wrote it did not live to say so.
+            emission.begin(sequence.shard, sequence.begin())
+            emission.last_token(sequence, None, finish)
+            return
+        refusal = self._scheduler.add(sequence)
+        if refusal is not None:
+            emission.end(sequence, error(refusal))
+
+    def _count(self, plan: Plan, emission: Emission, generated: int) -> None:
+        metrics = self._metrics
+        metrics.running.set(self._scheduler.num_running)
+        metrics.waiting.set(self._scheduler.num_waiting)
+        metrics.kv_usage.set(self._pool.used / self._pool.num_blocks)
+        metrics.prompt_tokens.inc(sum(s.prompt_len for s in plan.begun))
+        metrics.generation_tokens.inc(generated)
+        metrics.prefix_hits.inc(plan.hit_tokens)
+        metrics.preemptions.inc(len(plan.preempted))
+        metrics.steps.inc(bool(plan.chunks))
+        metrics.step_tokens.inc(plan.num_tokens)
+        for reason in emission.ended.values():
+            metrics.finished.labels(reason).inc()

@@ -1,0 +1,122 @@
+"""How many blocks the paged cache gets: what memory is left, and whether that is enough."""
+
+import gc
+
+import torch
+
+from services.engine.model.inputs import KVCache, StepInput
+from services.engine.runner import Model
+from services.engine.settings import EngineSettings
+from shared.errors import ConfigError
+from shared.model_config import ModelConfig
+
+
+def allocate_cache(model: Model, config: ModelConfig, settings: EngineSettings) -> KVCache:
+    """The cache for a loaded model.
+
+    Raises:
+        ConfigError: it could not hold one sequence of max_model_len; the message has the numbers.
+    """
+    dtype, device = model.dtype, model.device
+    blocks = num_blocks(model, config, settings)
+    return KVCache.allocate(
+        config.num_layers, blocks, settings.block_size, config.num_kv_heads, config.head_dim, dtype, str(device)
+    )
+
+
+def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings) -> int:
+    """Blocks by num_gpu_blocks_override; else by gpu_memory_utilization on a GPU and by kv_cache_bytes on a CPU.
+
+    Raises:
+        ConfigError: as `allocate_cache`.
+    """
+    size = block_bytes(config, settings.block_size, model.dtype)
+    if settings.num_gpu_blocks_override is not None:
+        blocks, source = settings.num_gpu_blocks_override, "num_gpu_blocks_override"
+    elif model.device.type == "cuda":
+        room = _cuda_room(model, config, settings)
+        blocks = max(room, 0) // size
+        source = f"gpu_memory_utilization {settings.gpu_memory_utilization}"
+    else:
+        contexts = settings.max_num_seqs * blocks_for(settings.max_model_len, settings.block_size)
+        blocks, source = min(settings.kv_cache_bytes // size, contexts), f"kv_cache_bytes {settings.kv_cache_bytes}"
+    check_holds(blocks, size, settings.block_size, settings.max_model_len, source)
+    return blocks
+
+
+def check_holds(blocks: int, size: int, block_size: int, max_model_len: int, source: str) -> None:
+    """
+    Raises:
+        ConfigError: `blocks` blocks cannot hold one sequence of max_model_len.
+    """
+    needed = blocks_for(max_model_len, block_size)
+    if blocks < needed:
+        raise ConfigError(
+            f"max_model_len {max_model_len} needs {needed} cache blocks of {block_size} tokens "
+            f"({needed * size / 2**20:.1f} MiB); {source} leaves {blocks} ({blocks * size / 2**20:.1f} MiB, "
+            f"{blocks * block_size} tokens). Shorten the context or give the cache more memory."
+        )
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Keys and values of one block in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
+
+def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings) -> int:
+    """Bytes that are left for the cache of what this process may use, after the largest step's peak."""
+    device = model.device
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    _profile(model, config, settings)
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    # What others and the CUDA context hold is not torch's, but is gone all the same.
+    foreign = total - free - torch.cuda.memory_reserved(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return int(total * settings.gpu_memory_utilization) - foreign - peak
+
+
+def _profile(model: Model, config: ModelConfig, settings: EngineSettings) -> None:
+    """Run the largest step: max_num_batched_tokens of max_num_seqs sequences, half of them vision, all sampled."""
+    tokens, device = settings.max_num_batched_tokens, model.device
+    sequences = min(settings.max_num_seqs, tokens)
+    length = blocks_for(tokens, sequences)
+    query_start = torch.arange(sequences + 1, device=device).mul(length).clamp(max=tokens)
+    blocks = blocks_for(length, settings.block_size)
+    cache = KVCache.allocate(
+        config.num_layers,
+        blocks,
+        settings.block_size,
+        config.num_kv_heads,
+        config.head_dim,
+        model.dtype,
+        str(device),
+    )
+    at = torch.arange(tokens, device=device) % length
+    media = tokens // 2
+    logits = model.forward(
+        StepInput(
+            token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
+            positions=at.expand(3, -1).contiguous(),
+            vision=torch.arange(tokens, device=device) < media,
+            embed_rows=torch.arange(media, device=device),
+            embeds=torch.zeros(media, config.hidden_size, dtype=model.dtype, device=device),
+            slots=at,
+            block_tables=torch.arange(blocks, dtype=torch.int32, device=device).expand(sequences, -1).contiguous(),
+            query_start=query_start.to(torch.int32),
+            context_lens=query_start.diff().to(torch.int32),
+            logit_rows=query_start[1:] - 1,
+            max_query_len=length,
+            max_context_len=length,
+        ),
+        cache,
+    )
+    # What sampling holds at once: probabilities, and the doubles that are sorted and summed.
+    torch.softmax(logits, dim=-1).double().sort(dim=-1).values.cumsum(dim=-1)

@@ -1,0 +1,31 @@
+"""What the engine counts. Names after the `millrace_` are the reference server's where it has the figure."""
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+# From a decode step on a GPU to a long prefill on a CPU.
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class EngineMetrics:
+    """One of these a process and registry. Updated once a step."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"millrace_{name}", text, registry=registry, multiprocess_mode="livesum")
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"millrace_{name}", text, registry=registry)
+
+        self.running = gauge("num_requests_running", "Sequences that hold cache blocks")
+        self.waiting = gauge("num_requests_waiting", "Sequences that wait for the scheduler")
+        self.kv_usage = gauge("gpu_cache_usage_perc", "Share of the cache blocks in use, 0 to 1")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts begun")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated")
+        self.prefix_hits = counter("prefix_cache_token_num", "Tokens found in the prefix cache")
+        self.preemptions = counter("request_preempted", "Times a sequence lost its blocks to an earlier one")
+        self.finished = Counter("millrace_engine_finished", "Requests ended", ["reason"], registry=registry)
+        self.steps = counter("engine_steps", "Steps run")
+        self.step_tokens = counter("engine_step_tokens", "Tokens computed, prefill and decode")
+        self.step_seconds = Histogram(
+            "millrace_engine_step_seconds", "Time of one step", buckets=STEP_SECONDS, registry=registry
+        )

@@ -1,0 +1,55 @@
+"""Carries emissions from the model's thread to the tokens streams: in order, and none lost while this process lives."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+
+from redis.asyncio import Redis
+
+from services.engine.emission import Emission
+from services.engine.patience import persist
+from shared import streams
+from shared.keys import Keys
+from shared.messages import Tokens
+
+LEAD = 64  # steps the model may be ahead of Redis before it waits
+
+OnEnded = Callable[[Iterable[str]], Awaitable[None]]
+
+
+class Outbox:
+    """Made and run on the event loop; `put` belongs to the model's thread."""
+
+    def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._on_ended = on_ended
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Emission] = asyncio.Queue()
+        self._room = threading.Semaphore(LEAD)
+        self._closed = False
+
+    def put(self, emission: Emission) -> None:
+        """Queue an emission; waits while Redis is LEAD steps behind. After `close` it goes nowhere."""
+        self._room.acquire()
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, emission)
+
+    def close(self) -> None:
+        """Let a thread that waits in `put` go on."""
+        self._closed = True
+        self._room.release(LEAD)
+
+    async def run(self) -> None:
+        """Send until cancelled. A request has ended for `on_ended` only when its Finish is in the stream."""
+        while True:
+            emission = await self._queue.get()
+            messages = emission.messages()
+            # One XADD a shard; shards have different readers, so only the order within each matters.
+            await asyncio.gather(*(self._send(shard, message) for shard, message in messages.items()))
+            if emission.ended:
+                await self._on_ended(emission.ended)
+            self._room.release()
+
+    async def _send(self, shard: int, message: Tokens) -> None:
+        await persist("tokens", lambda: streams.send(self._redis, self._keys.tokens(shard), message))
