@@ -252,15 +252,14 @@ def _convert(raw: Any, kind: type[T], where: str) -> T:
         raise CheckpointError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _one(fact: str, given: dict[str, T | None], default: T | None = None) -> T:
-    """The value on which every place that gives `fact` agrees, else the default."""
+def _one(given: dict[str, T | None], default: T | None = None) -> T:
+    """The value of a fact on which all the places that give it agree, else the default."""
     values = {place: value for place, value in given.items() if value is not None}
-    if not values and default is None:
-        raise CheckpointError(f"missing field {fact}")
     value = next(iter(values.values()), default)
+    if value is None:
+        raise CheckpointError(f"missing field {' or '.join(given)}")
     if any(other != value for other in values.values()):
         raise CheckpointError(", ".join(f"{place} is {value!r}" for place, value in values.items()) + ": they disagree")
-    assert value is not None
     return value
 
 
@@ -299,9 +298,7 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfi
         rope_theta=_rope_theta(text),
         time_freqs=_time_freqs(text, head_dim, nested),
         # transformers' default, and the published model's.
-        tie_embeddings=_one(
-            "tie_word_embeddings", {f"{at}tie_word_embeddings": s.tie_word_embeddings for at, s in shared.items()}, True
-        ),
+        tie_embeddings=_one({f"{at}tie_word_embeddings": s.tie_word_embeddings for at, s in shared.items()}, True),
         num_experts=_num_experts(text),
         text_expert_size=text.moe_intermediate_size[0],
         vision_expert_size=text.moe_intermediate_size[1],
@@ -309,12 +306,8 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfi
         num_shared_experts=text.moe_num_shared_experts,
         shared_expert_size=text.moe_num_shared_experts * text.moe_intermediate_size[0],
         dense_layers=_dense_layers(text),
-        pad_id=_one(
-            "pad_token_id", {f"{at}pad_token_id": s.pad_token_id for at, s in shared.items()}, defaults.pad_token_id
-        ),
-        bos_id=_one(
-            "bos_token_id", {f"{at}bos_token_id": s.bos_token_id for at, s in shared.items()}, defaults.bos_token_id
-        ),
+        pad_id=_one({f"{at}pad_token_id": s.pad_token_id for at, s in shared.items()}, defaults.pad_token_id),
+        bos_id=_one({f"{at}bos_token_id": s.bos_token_id for at, s in shared.items()}, defaults.bos_token_id),
         eos_ids=_eos_ids([*shared.values(), defaults]),
         dtype=_dtype(shared),
         vision=_vision(_convert(_sub_object(raw, "vision_config"), _Vision, "vision_config"), root),
@@ -350,7 +343,7 @@ def _rope_theta(text: _Text) -> float:
     _require(
         rope.rope_type == "default", f"rope_parameters.rope_type is {rope.rope_type!r}; only 'default' is supported"
     )
-    return _one("rope_theta", {"rope_theta": text.rope_theta, "rope_parameters.rope_theta": rope.rope_theta})
+    return _one({"rope_theta": text.rope_theta, "rope_parameters.rope_theta": rope.rope_theta})
 
 
 def _time_freqs(text: _Text, head_dim: int, nested: bool) -> int:
@@ -364,7 +357,6 @@ def _time_freqs(text: _Text, head_dim: int, nested: bool) -> int:
         _require(sum(sections) == freqs, f"{name} does not add up to head_dim / 2, which is {freqs}")
         _require(sections[0] == sections[1], f"{name} gives height and width different numbers of frequencies")
     time = _one(
-        "freq_allocation",
         {
             "freq_allocation": text.freq_allocation,
             "rope_parameters.mrope_section[2]": sections[2] if sections else None,
@@ -391,16 +383,16 @@ def _dense_layers(text: _Text) -> tuple[int, ...]:
             len(types) == text.num_hidden_layers,
             f"mlp_layer_types has {len(types)} entries for num_hidden_layers {text.num_hidden_layers}",
         )
-    ranged = _dense_layers_of_range(text) if text.moe_layer_start_index is not None or types is None else None
+    ranged = None if text.moe_layer_start_index is None else _dense_layers_of_range(text)
     listed = None if types is None else tuple(i for i, kind in enumerate(types) if kind == "dense")
-    return _one("mlp_layer_types", {"mlp_layer_types (dense)": listed, "moe_layer_start_index (dense)": ranged})
+    return _one({"mlp_layer_types": listed, "moe_layer_start_index": ranged})
 
 
 def _dense_layers_of_range(text: _Text) -> tuple[int, ...]:
     """Layer i is MoE where start <= i <= end and (i + 1) is a multiple of the interval; the same for both pools."""
     starts = _pair("moe_layer_start_index", text.moe_layer_start_index)
     ends = _pair("moe_layer_end_index", text.moe_layer_end_index)
-    interval = _one("moe_layer_interval", {"moe_layer_interval": text.moe_layer_interval})
+    interval = _one({"moe_layer_interval": text.moe_layer_interval})
     pools = [
         tuple(i for i in range(text.num_hidden_layers) if (i + 1) % interval or not start <= i <= end)
         for start, end in zip(starts, ends, strict=True)
@@ -423,7 +415,7 @@ def _pair(name: str, value: int | list[int] | None) -> tuple[int, int]:
 
 
 def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
-    patch = _one("im_patch_id", {"im_patch_id": root.im_patch_id, "image_token_id": root.image_token_id})
+    patch = _one({"im_patch_id": root.im_patch_id, "image_token_id": root.image_token_id})
     _require(patch < vocab_size, f"im_patch_id {patch} is not in the vocabulary of {vocab_size}")
     given = {
         "image_start": root.image_start_token_id,
@@ -434,7 +426,7 @@ def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
     ids = {"image_patch_id": patch}
     for name, value in given.items():
         field = f"{name}_token_id"
-        marker = _one(field, {field: value}, _PUBLISHED_MARKERS[name] if patch == _PUBLISHED_PATCH_ID else None)
+        marker = _one({field: value}, _PUBLISHED_MARKERS[name] if patch == _PUBLISHED_PATCH_ID else None)
         _require(
             patch < marker < vocab_size,
             f"{field} {marker} is not between im_patch_id {patch} and vocab_size {vocab_size}",
@@ -458,7 +450,7 @@ def _eos_ids(places: list[_Shared]) -> tuple[int, ...]:
 def _dtype(shared: dict[str, _Shared]) -> str:
     places = {f"{at}torch_dtype": s.torch_dtype for at, s in shared.items()}
     places |= {f"{at}dtype": s.dtype for at, s in shared.items()}
-    dtype = _one("torch_dtype", places)
+    dtype = _one(places)
     known = ("bfloat16", "float16", "float32")
     _require(dtype in known, f"torch_dtype is {dtype!r}, not one of {', '.join(known)}")
     return dtype
@@ -467,7 +459,6 @@ def _dtype(shared: dict[str, _Shared]) -> str:
 def _vision(vision: _Vision, root: _Root) -> VisionConfig:
     hidden = vision.hidden_size
     _one(
-        "vision_config.hidden_size",
         {
             "vision_config.hidden_size": hidden,
             "vision_config.embed_dim": vision.embed_dim,
@@ -490,14 +481,13 @@ def _vision(vision: _Vision, root: _Root) -> VisionConfig:
         spatial_merge_size=_merge("spatial", vision.spatial_merge_size, root.spatial_conv_size),
         temporal_merge_size=_merge("temporal", vision.temporal_merge_size, root.temporal_conv_size),
         norm_eps=vision.rms_norm_eps,
-        rope_theta=_one("vision_config.rope_parameters.rope_theta", {"": rope.rope_theta}),
+        rope_theta=_one({"vision_config.rope_parameters.rope_theta": rope.rope_theta}),
     )
 
 
 def _vision_mlp_size(vision: _Vision) -> int:
     product = None if vision.mlp_ratio is None else vision.mlp_ratio * vision.hidden_size
     size = _one(
-        "vision_config.mlp_ratio",
         {
             "vision_config.mlp_ratio x hidden_size": product,
             "vision_config.intermediate_size": None
@@ -511,6 +501,6 @@ def _vision_mlp_size(vision: _Vision) -> int:
 
 def _merge(axis: str, of_vision: int | None, of_root: int | None) -> int:
     name = f"vision_config.{axis}_merge_size"
-    size = _one(name, {name: of_vision, f"{axis}_conv_size": of_root})
+    size = _one({name: of_vision, f"{axis}_conv_size": of_root})
     _require(size == 2, f"{name} is {size}; only 2 is supported")
     return size
