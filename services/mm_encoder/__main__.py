@@ -1,0 +1,120 @@
+"""Runs one mm_encoder: the composition root."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from services.mm_encoder import timestamps
+from services.mm_encoder.batcher import Batcher
+from services.mm_encoder.cache import Embeds
+from services.mm_encoder.encoder import Encoder
+from services.mm_encoder.fetch import Fetcher
+from services.mm_encoder.metrics import Metrics
+from services.mm_encoder.normalisation import load_normalisation
+from services.mm_encoder.prepare import Preparer
+from services.mm_encoder.processor import Processor
+from services.mm_encoder.service import SERVICE, MmEncoder
+from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.video import VideoLimits
+from services.mm_encoder.weights import load_weights
+from shared import bus, config, log, metrics, service
+from shared.blobs import Blobs
+from shared.checkpoint import Checkpoint
+from shared.errors import CheckpointError, ConfigError
+from shared.keys import ENCODE, Keys
+from shared.model_config import load_model_config
+from shared.records import Records
+from shared.streams import WorkStream
+
+
+def build(settings: MmEncoderSettings, figures: Metrics) -> MmEncoder:
+    """The service, with its weights loaded.
+
+    Raises:
+        ConfigError: a setting contradicts the model or the machine.
+        CheckpointError: the model directory is not what it should be.
+    """
+    directory = Path(settings.model)
+    model = load_model_config(directory)
+    settings.mm_processor_kwargs.check_model(model.vision)
+    _check_device(settings.device)
+    weights = load_weights(Checkpoint(directory), model, settings.device)
+    normal = load_normalisation(directory)
+    font, own = timestamps.font_file(directory)
+    if not own:
+        log.logger(__name__).warning(
+            "no font in the model directory; using font-roboto's", extra={"font": timestamps.FONT}
+        )
+    keys = Keys(settings.namespace)
+    redis = bus.connect(settings.redis_url)
+    blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
+    blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
+    embeds = Embeds(blobs)
+    limits = VideoLimits(
+        max_pixels=settings.media_max_pixels,
+        max_seconds=settings.video_max_seconds,
+        max_frames=settings.video_max_frames,
+        decode_s=settings.video_decode_s,
+    )
+    encoder = Encoder(weights, model, settings.device, settings.tower_max_patches, normal.image_mean, normal.image_std)
+    preparer = Preparer(
+        processor=Processor(settings.mm_processor_kwargs, limits, model.vision, font),
+        fetcher=Fetcher(
+            max_bytes=settings.media_max_bytes,
+            max_redirects=settings.media_max_redirects,
+            timeout_s=settings.media_timeout_s,
+            networks=settings.networks(),
+        ),
+        blobs=blobs,
+        embeds=embeds,
+        identity=weights.identity + normal.identity,
+        metrics=figures,
+        threads=settings.preprocess_threads,
+        max_bytes=settings.media_max_bytes,
+        max_request_bytes=settings.media_request_max_bytes,
+        max_model_len=settings.max_model_len,
+    )
+    return MmEncoder(
+        name=settings.name,
+        redis=redis,
+        keys=keys,
+        stream=WorkStream(redis, keys, ENCODE, SERVICE, settings.name, settings.max_deliveries),
+        records=Records(redis, keys),
+        blobs=blobs,
+        preparer=preparer,
+        embeds=embeds,
+        batcher=Batcher(encoder, settings.tower_max_patches, figures),
+        metrics=figures,
+        patch_id=model.image_patch_id,
+        concurrency=settings.concurrency,
+        claim_s=settings.lease_ms / 1000,
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{config.variable('device')}: {device!r} cannot be used: {error}") from error
+
+
+def main() -> int:
+    """Returns the process's exit status."""
+    try:
+        settings = config.load(MmEncoderSettings, os.environ)
+        log.setup(SERVICE, settings.name, settings.log_level)
+        stop_metrics = metrics.serve(settings.metrics_port)
+        mm_encoder = build(settings, Metrics())
+    except (ConfigError, CheckpointError) as error:
+        print(f"mm_encoder: {error}", file=sys.stderr)
+        return 2
+    try:
+        return service.run(mm_encoder)
+    finally:
+        stop_metrics()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""What mm_encoder counts."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from shared.messages import MediaKind
+
+Stage = Literal["fetch", "plan", "decode", "tower", "store"]
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """One set of figures; a process has one, in the default registry."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._media = Counter(
+            "millrace_mm_media", "Media of requests that passed all checks", ["kind"], registry=registry
+        )
+        self._hits = Counter(
+            "millrace_mm_cache_hits", "Media whose embeddings were there already", ["kind"], registry=registry
+        )
+        self._bytes = Counter("millrace_mm_fetched_bytes", "Bytes of media fetched by URL", registry=registry)
+        self._requests = Counter("millrace_mm_requests", "Requests by how they left", ["outcome"], registry=registry)
+        self._seconds = Histogram(
+            "millrace_mm_stage_seconds",
+            "Seconds of one step of one image or video",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.running = Gauge("millrace_mm_running", "Requests in hand", multiprocess_mode="livesum", registry=registry)
+
+    def stage(self, stage: Stage) -> AbstractContextManager[object]:
+        """Times what is inside."""
+        return self._seconds.labels(stage).time()
+
+    def fetched(self, size: int) -> None:
+        self._bytes.inc(size)
+
+    def accepted(self, kind: MediaKind, hit: bool) -> None:
+        self._media.labels(kind).inc()
+        if hit:
+            self._hits.labels(kind).inc()
+
+    def left(self, outcome: Literal["handed_on", "refused", "failed", "dropped"]) -> None:
+        self._requests.labels(outcome).inc()

@@ -1,0 +1,162 @@
+"""A request's media to patches: bytes, then sizes, then pixels; every check that can answer 4xx is in here."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, TypeVarTuple
+
+from services.mm_encoder.cache import Embeds, Flights, content_key
+from services.mm_encoder.fetch import Fetcher
+from services.mm_encoder.metrics import Metrics
+from services.mm_encoder.processor import Patches, Plan, Processor
+from services.mm_encoder.prompt import Embedded, text_tokens
+from services.mm_encoder.refusal import named, over_limit
+from shared.blobs import Blobs
+from shared.errors import RequestError, internal
+from shared.limits import resolve_max_tokens
+from shared.messages import Encode, Media
+
+MEDIA = "media"  # the kind of uploaded blobs
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image or video whose bytes are here, or whose embeddings are there already."""
+
+    media: Media
+    key: str
+    found: Embedded | None
+    plan: Plan | None  # None where found
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One image or video of a request that has passed all checks."""
+
+    embedded: Embedded
+    patches: Patches | None  # None: its embeddings are there already
+
+
+class Preparer:
+    """Everything before the vision tower."""
+
+    def __init__(
+        self,
+        *,
+        processor: Processor,
+        fetcher: Fetcher,
+        blobs: Blobs,
+        embeds: Embeds,
+        identity: bytes,
+        metrics: Metrics,
+        threads: int,
+        max_bytes: int,
+        max_request_bytes: int,
+        max_model_len: int,
+    ) -> None:
+        self._processor = processor
+        self._fetcher = fetcher
+        self._blobs = blobs
+        self._embeds = embeds
+        self._identity = identity
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(threads, "preprocess")
+        self._max_bytes = max_bytes
+        self._max_request_bytes = max_request_bytes
+        self._max_model_len = max_model_len
+        self._decoding: Flights[Patches] = Flights()
+
+    async def prepare(self, message: Encode) -> tuple[list[Prepared], int]:
+        """(the media in order, how many tokens may be generated). Pixels are decoded only if the prompt fits.
+
+        Raises:
+            RequestError: 4xx for what the client sent, naming the field; of several, the first.
+        """
+        received = _Received(self._max_request_bytes)
+        sources = await gather_in_order([self._source(media, received) for media in message.media])
+        tokens = text_tokens(message.segments) + sum(_rows(source) for source in sources)
+        max_tokens = resolve_max_tokens(tokens, message.request.sampling.max_tokens, self._max_model_len)
+        return await gather_in_order([self._decode(source) for source in sources]), max_tokens
+
+    async def close(self) -> None:
+        await self._decoding.close()
+        self._threads.shutdown()
+
+    async def _source(self, media: Media, received: "_Received") -> Source:
+        try:
+            data = await self._bytes(media)
+            received.add(len(data))
+            signature = self._processor.signature(media)
+            key = await self._in_thread(content_key, data, signature, self._identity)
+            found = await self._embeds.find(media.kind, key)
+            if found is not None:
+                return Source(media, key, found, None)
+            with self._metrics.stage("plan"):
+                return Source(media, key, None, await self._in_thread(self._processor.plan, media, data))
+        except RequestError as error:
+            raise named(error, media.param) from error
+
+    async def _bytes(self, media: Media) -> bytes:
+        if media.url is not None:
+            with self._metrics.stage("fetch"):
+                data = await self._fetcher.fetch(media.url)
+            self._metrics.fetched(len(data))
+            return data
+        assert media.blob is not None, "media has a URL or a blob"
+        blob = await self._blobs.get(MEDIA, media.blob)
+        if blob is None:
+            raise internal("The uploaded media is no longer in the store.", "media_lost", 503)
+        if len(blob[0]) > self._max_bytes:
+            raise over_limit("The media's size in bytes", "media_max_bytes", self._max_bytes)
+        return blob[0]
+
+    async def _decode(self, source: Source) -> Prepared:
+        if source.plan is None:
+            assert source.found is not None, "a source is found or planned"
+            return Prepared(source.found, None)
+        try:
+            patches = await self._decoding.join(source.key, partial(self._patches, source.plan))
+        except RequestError as error:
+            raise named(error, source.media.param) from error
+        return Prepared(Embedded(source.media.kind, source.key, patches.grid, source.plan.tokens), patches)
+
+    async def _patches(self, plan: Plan) -> Patches:
+        with self._metrics.stage("decode"):
+            return await self._in_thread(self._processor.patches, plan)
+
+    async def _in_thread(self, function: Callable[[*Args], T], *args: *Args) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+class _Received:
+    """Bytes of media that one request has brought."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sum = 0
+
+    def add(self, size: int) -> None:
+        self._sum += size
+        if self._sum > self._limit:
+            raise over_limit("The size in bytes of all media", "media_request_max_bytes", self._limit)
+
+
+def _rows(source: Source) -> int:
+    if source.plan is not None:
+        return source.plan.tokens
+    assert source.found is not None, "a source is found or planned"
+    return source.found.rows
+
+
+async def gather_in_order(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All at once, all to their end: the error raised is the first in order, not in time."""
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
