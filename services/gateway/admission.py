@@ -1,5 +1,6 @@
 """Who may come in: a limit on requests at a time, and nobody once the server drains."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ class Admission:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._inside = 0
+        self._none = asyncio.Event()
+        self._none.set()
         self.draining = False
 
     @property
@@ -31,7 +34,14 @@ class Admission:
             text = f"Too many requests, current max concurrency is {self._limit}."
             raise RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
         self._inside += 1
+        self._none.clear()
         try:
             yield
         finally:
             self._inside -= 1
+            if not self._inside:
+                self._none.set()
+
+    async def empty(self) -> None:
+        """Return when nobody is inside."""
+        await self._none.wait()

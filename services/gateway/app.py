@@ -29,7 +29,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     root: str = ""
 
 
-def build(completions: ChatCompletions, card: ModelCard, ready: Callable[[], Awaitable[dict[str, Any]]]) -> FastAPI:
+def routes(completions: ChatCompletions, card: ModelCard, ready: Callable[[], Awaitable[dict[str, Any]]]) -> FastAPI:
     """The application; `ready` is asked what the health routes report."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None)
     _add_errors(app)

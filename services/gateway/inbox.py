@@ -7,6 +7,7 @@ from redis.exceptions import RedisError
 
 from services.gateway.desk import Desk
 from shared import log
+from shared.errors import ProtocolError
 from shared.keys import Keys
 from shared.streams import LogReader
 
@@ -32,8 +33,7 @@ class Inbox:
     async def run(self) -> None:
         """Read until cancelled. While Redis cannot be reached the position is kept.
 
-        Raises:
-            ProtocolError: somebody writes another version of our messages.
+        Whose answer an unreadable entry held cannot be known; that request ends at its deadline.
         """
         while True:
             try:
@@ -41,6 +41,9 @@ class Inbox:
             except RedisError as error:
                 logger.warning("cannot read answers", extra={"error": str(error)})
                 await asyncio.sleep(RETRY_S)
+                continue
+            except ProtocolError as error:
+                logger.error("unreadable answer", extra={"error": str(error)})
                 continue
             for _key, _entry_id, message in entries:
                 self._desk.route(message)

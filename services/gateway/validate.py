@@ -70,7 +70,6 @@ _RESERVED_KWARGS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
     | {"return_dict", "raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"}
 )
-)
 
 
 def check_supported(fields: Mapping[str, msgspec.Raw]) -> None:

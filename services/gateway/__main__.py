@@ -1,0 +1,129 @@
+"""Runs one gateway: the composition root."""
+
+import hashlib
+import os
+import secrets
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from socket import socket
+
+import uvloop
+from prometheus_client import REGISTRY, CollectorRegistry
+from redis.asyncio import Redis
+
+from services.gateway.admission import Admission
+from services.gateway.answer import Answerer
+from services.gateway.app import ModelCard, paths, routes
+from services.gateway.chat import ChatFormat
+from services.gateway.completions import ChatCompletions
+from services.gateway.desk import Desk, DeskRules
+from services.gateway.edge import Edge
+from services.gateway.health import readiness
+from services.gateway.inbox import Inbox
+from services.gateway.media import MediaRules
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.order import OrderTaker
+from services.gateway.server import Server, bind
+from services.gateway.service import SERVICE, Gateway
+from services.gateway.settings import GatewaySettings
+from services.gateway.template import Template
+from shared import bus, service
+from shared.blobs import Blobs
+from shared.errors import CheckpointError
+from shared.keys import Keys
+from shared.model_config import load_generation_defaults
+from shared.records import Records
+from shared.tokenizer import Tokenizer
+
+TICK_S = 1.0
+
+
+def build(settings: GatewaySettings, redis: Redis) -> Gateway:
+    """The gateway as the process runs it.
+
+    Raises:
+        CheckpointError: the model directory lacks what the gateway reads.
+        ConfigError: the URL of the blobs' Redis is malformed, or the port is taken.
+    """
+    return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S)
+
+
+def compose(
+    settings: GatewaySettings, redis: Redis, listener: socket, registry: CollectorRegistry, tick_s: float
+) -> Gateway:
+    """A gateway on `listener`, with its metrics in `registry`.
+
+    Raises:
+        CheckpointError: the model directory lacks what the gateway reads.
+        ConfigError: the URL of the blobs' Redis is malformed.
+    """
+    keys = Keys(settings.namespace)
+    figures = GatewayMetrics(registry)
+    admission = Admission(settings.max_concurrency)
+    taker = _taker(settings)
+    blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
+    # New with every process, so that no answer to a predecessor's requests is read as ours.
+    address = f"{settings.name}.{secrets.token_hex(4)}"
+    rules = DeskRules(
+        gateway=address,
+        shards=settings.shards,
+        timeout_s=settings.request_timeout_s,
+        keep_alive_s=settings.keep_alive_s,
+        max_pending=settings.max_pending_bytes,
+    )
+    blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
+    desk = Desk(rules, Records(redis, keys), blobs, figures, time.time)
+    completions = ChatCompletions(
+        admission=admission,
+        taker=taker,
+        desk=desk,
+        answerer=Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s),
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
+    card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
+    app = routes(completions, card, partial(readiness, redis, keys, admission))
+    return Gateway(
+        own_clients=[] if blob_redis is redis else [blob_redis],
+        admission=admission,
+        desk=desk,
+        inbox=Inbox(redis, keys, address, desk),
+        server=Server(Edge(app, settings.api_keys, paths(app), figures), listener),
+        tick_s=tick_s,
+    )
+
+
+def _taker(settings: GatewaySettings) -> OrderTaker:
+    directory = Path(settings.model)
+    tokenizer = Tokenizer.load(directory)
+    return OrderTaker(
+        chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
+        tokenizer=tokenizer,
+        defaults=load_generation_defaults(directory),
+        rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
+        model=settings.model_name(),
+        max_n=settings.max_n,
+        max_model_len=settings.max_model_len,
+        force_include_usage=settings.force_include_usage,
+    )
+
+
+def _fingerprint(directory: Path) -> str:
+    """Changes with the checkpoint's configuration and with our version: what an answer to the same seed depends on."""
+    try:
+        content = (directory / "config.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"config.json: {error.strerror or error}") from error
+    return f"fp_{hashlib.sha256(content + version('millrace').encode()).hexdigest()[:12]}"
+
+
+def main() -> int:
+    """Returns the process's exit status."""
+    return service.launch(SERVICE, GatewaySettings, build, os.environ, uvloop.new_event_loop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
