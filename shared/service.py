@@ -1,24 +1,51 @@
 """The life of every service, in named phases: startup, serve, drain, close.
 
-SIGTERM or SIGINT (or a Drain message that names this replica) ends `serve`; `drain` has `drain_s` seconds to finish
-what is running; `close` always runs. The lease is renewed from the end of startup until close, by a task of its own.
+SIGTERM or SIGINT (or a Drain message that names this replica) cancels `serve`, or `startup`; `drain` then has
+`drain_s` seconds to finish what is running; `close` always runs. A second signal ends the process at once. The lease
+is written before startup, so that no entry is ever taken without one, renewed by a task of its own, and released after
+close. A failed task of the service, or a `serve` that returns unasked, ends the process with status 1.
 """
 
-from typing import Protocol
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Protocol, TypeVar
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from shared import bus, config, log, metrics
+from shared.config import CommonSettings
+from shared.errors import CheckpointError, ConfigError, ProtocolError
+from shared.keys import Keys
+from shared.leases import Lease
+from shared.messages import Drain
+from shared.streams import LogReader
+
+FAILED = 1
+MISCONFIGURED = 2  # starting it again would not help
+_RETRY_S = 1.0
+
+_log = log.logger(__name__)
+S = TypeVar("S", bound=CommonSettings)
 
 
 class Service(Protocol):
-    """What a service implements; `run` calls the phases in order."""
+    """What a service implements; `Life` calls the phases in order. `close` must bear a startup that did not finish."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The service's name, which is that of its consumer group too: "engine"."""
 
     async def startup(self) -> None: ...
 
     async def serve(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled. An exception ends the process; tasks of its own are the service's to watch."""
 
     async def drain(self) -> None:
-        """Take nothing new; return when nothing runs."""
+        """Take nothing new; return when nothing runs. Cancelled when its time is up."""
 
     async def close(self) -> None: ...
 
@@ -26,6 +53,164 @@ class Service(Protocol):
         """Figures for the lease's status."""
 
 
-def run(service: Service) -> int:
-    """Run to the end; returns the process's exit status. A failed task of the service ends it with status 1."""
-    raise NotImplementedError
+def launch(
+    name: str,
+    settings: type[S],
+    build: Callable[[S, Redis], Service],
+    environ: Mapping[str, str],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
+    """All a `__main__` does: settings, logs, metrics, Redis, then `run` what `build` makes of them.
+
+    Returns the process's exit status: MISCONFIGURED, with one line that says why, where whoever starts it can mend it.
+    """
+    try:
+        told = config.load(settings, environ)
+        log.setup(name, told.name, told.log_level)
+        metrics.serve(told.metrics_port)
+        redis = bus.connect(told.redis_url)
+        service = build(told, redis)
+    except (ConfigError, CheckpointError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return MISCONFIGURED
+    return run(service, told, redis, loop_factory)
+
+
+def run(
+    service: Service,
+    settings: CommonSettings,
+    redis: Redis,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
+    """Live to the end, told to stop by signals; closes `redis`. Returns the process's exit status."""
+
+    async def live() -> int:
+        life = Life(service, settings, redis)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, _on_signal, life, number)
+        try:
+            return await life.run()
+        finally:
+            await redis.aclose()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(live())
+
+
+class Life:
+    """One service's life in one event loop. Set `stop` to end it."""
+
+    def __init__(self, service: Service, settings: CommonSettings, redis: Redis) -> None:
+        keys = Keys(settings.namespace)
+        self.stop = asyncio.Event()
+        self._service = service
+        self._replica = settings.name
+        self._redis = redis
+        self._control = keys.control()
+        self._lease = Lease(redis, keys, service.name, settings.name, settings.lease_ms)
+        self._renew_s = settings.lease_ms / 3000
+        self._drain_s = settings.drain_s
+        self._state = "starting"
+
+    async def run(self) -> int:
+        """Through all phases; returns the exit status. Every failure is logged here."""
+        status = 0
+        try:
+            async with asyncio.TaskGroup() as group:
+                background = [group.create_task(self._keep_renewing()), group.create_task(self._listen())]
+                await self._phases()
+                for task in background:
+                    task.cancel()
+        except* (ConfigError, CheckpointError) as errors:
+            status = MISCONFIGURED
+            _log.error("cannot start", extra={"reason": "; ".join(map(str, errors.exceptions))})
+        except* Exception as errors:
+            status = FAILED
+            _log.error("failed", exc_info=errors)
+        return await self._close() or status
+
+    async def _phases(self) -> None:
+        await self._enter("starting")
+        if await self._stopped_during(self._service.startup()):
+            return
+        await self._enter("ready")
+        if not await self._stopped_during(self._service.serve()):
+            raise RuntimeError("serve returned without having been told to")
+        await self._enter("draining")
+        await self._drain()
+
+    async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
+        """Run a phase to its end, or cancel it when we are to stop; whether we are."""
+        work, told = asyncio.create_task(phase), asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait({work, told}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            told.cancel()
+            await asyncio.wait({work, told})
+        if not work.cancelled():
+            work.result()
+        return self.stop.is_set()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self._drain_s) as limit:
+                await self._service.drain()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            _log.warning("not drained in time; others take over what is left", extra=self._service.load())
+
+    async def _close(self) -> int:
+        """Close the service and give the lease back, whatever happens in either."""
+        status = 0
+        try:
+            await self._service.close()
+        except Exception:
+            _log.exception("close failed")
+            status = FAILED
+        try:
+            await self._lease.release()
+        except RedisError as error:
+            _log.warning("lease not released; it will expire", extra={"reason": str(error)})
+        return status
+
+    async def _enter(self, state: str) -> None:
+        self._state = state
+        _log.info(state)
+        await self._renew()
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._renew_s)
+            await self._renew()
+
+    async def _renew(self) -> None:
+        load = {} if self._state == "starting" else self._service.load()
+        try:
+            await self._lease.renew(self._state, load)
+        except RedisError as error:
+            _log.warning("lease not renewed", extra={"reason": str(error)})
+
+    async def _listen(self) -> None:
+        """Stop when a Drain message names us."""
+        control = LogReader(self._redis, {self._control: "$"})
+        me = Drain(self._service.name, self._replica)
+        while True:
+            try:
+                messages = await control.read(100, bus.MAX_BLOCK_MS)
+            except ProtocolError:
+                continue  # of another version, so of no concern to us
+            except RedisError as error:
+                _log.warning("control not read", extra={"reason": str(error)})
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if any(message == me for _, _, message in messages):
+                self.stop.set()
+
+
+def _on_signal(life: Life, number: int) -> None:
+    if life.stop.is_set():
+        _log.warning("told to stop again; ending at once")
+        os._exit(128 + number)
+    life.stop.set()

@@ -1,0 +1,273 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
+
+from shared import leases
+from shared.config import CommonSettings
+from shared.errors import ConfigError
+from shared.keys import Keys
+from shared.messages import Cancel, Drain
+from shared.service import FAILED, MISCONFIGURED, Life
+from shared.streams import send
+
+
+async def forever() -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+async def nothing() -> None:
+    pass
+
+
+class Recorder:
+    """A service that notes what happens to it and in which state its lease is then."""
+
+    name = "engine"
+
+    def __init__(self, redis: Redis, keys: Keys, **phases: Callable[[], Awaitable[None]]) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.serving = asyncio.Event()
+        self._redis = redis
+        self._keys = keys
+        self._phases = phases
+
+    async def _phase(self, name: str, default: Callable[[], Awaitable[None]] = nothing) -> None:
+        [replica] = await leases.live(self._redis, self._keys, "engine")
+        self.seen.append((name, replica.state))
+        await self._phases.get(name, default)()
+
+    async def startup(self) -> None:
+        await self._phase("startup")
+
+    async def serve(self) -> None:
+        await self._phase("serve", self._serve)
+
+    async def _serve(self) -> None:
+        self.serving.set()
+        await forever()
+
+    async def drain(self) -> None:
+        await self._phase("drain")
+
+    async def close(self) -> None:
+        await self._phase("close")
+
+    def load(self) -> dict[str, float]:
+        return {"running": 2.0}
+
+
+ALL = [("startup", "starting"), ("serve", "ready"), ("drain", "draining"), ("close", "draining")]
+
+
+def settings(**changes: float) -> CommonSettings:
+    return CommonSettings(redis_url="", model="", namespace="test", name="a", **changes)  # type: ignore[arg-type]
+
+
+async def broken() -> None:
+    raise OSError("broken")
+
+
+async def test_phases_in_order_under_a_lease(redis: Redis, keys: Keys) -> None:
+    service = Recorder(redis, keys)
+    life = Life(service, settings(), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    life.stop.set()
+    assert await running == 0
+    assert service.seen == ALL
+    assert await redis.keys() == []
+
+
+async def listening(redis: Redis) -> None:
+    """Return once the one reader of `control` waits: it has seen all there is then."""
+    async with asyncio.timeout(10):
+        while not (await redis.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event for it
+            await asyncio.sleep(0)
+
+
+async def test_drain_message_for_us_only(redis: Redis, keys: Keys) -> None:
+    service = Recorder(redis, keys)
+    life = Life(service, settings(), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    await listening(redis)
+    for message in (Cancel(("a",)), Drain("engine", "b"), Drain("gateway", "a")):
+        await send(redis, keys.control(), message)
+    await redis.xadd(keys.control(), {"v": "999"})
+    await listening(redis)
+    assert not life.stop.is_set()
+    await send(redis, keys.control(), Drain("engine", "a"))
+    assert await running == 0
+    assert service.seen == ALL
+
+
+@pytest.mark.parametrize("state", ["startup", "serve", "drain", "close"])
+async def test_failure_in_any_phase_is_status_1_and_closes(
+    redis: Redis, keys: Keys, state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Recorder(redis, keys, **{state: broken})
+    life = Life(service, settings(), redis)
+    running = asyncio.create_task(life.run())
+    if state in ("drain", "close"):
+        await service.serving.wait()
+        life.stop.set()
+    assert await running == FAILED
+    assert service.seen[-1][0] == "close"
+    assert "OSError: broken" in caplog.text
+    assert await redis.keys() == []
+
+
+async def test_serve_that_returns_is_a_failure(redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    assert await Life(Recorder(redis, keys, serve=nothing), settings(), redis).run() == FAILED
+    assert "serve returned" in caplog.text
+
+
+async def test_configuration_found_wrong_at_startup(redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse() -> None:
+        raise ConfigError("MILLRACE_SHARDS is 2")
+
+    assert await Life(Recorder(redis, keys, startup=refuse), settings(), redis).run() == MISCONFIGURED
+    assert "Traceback" not in caplog.text
+
+
+async def test_stop_during_startup(redis: Redis, keys: Keys) -> None:
+    service = Recorder(redis, keys, startup=forever)
+    life = Life(service, settings(), redis)
+    running = asyncio.create_task(life.run())
+    async with asyncio.timeout(10):
+        while not service.seen:
+            await redis.ping()
+    life.stop.set()
+    assert await running == 0
+    assert service.seen == [("startup", "starting"), ("close", "starting")]
+
+
+async def test_drain_has_a_deadline(redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    service = Recorder(redis, keys, drain=forever)
+    life = Life(service, settings(drain_s=0.01), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    life.stop.set()
+    assert await running == 0
+    assert service.seen[-1] == ("close", "draining")
+    assert "not drained in time" in caplog.text
+
+
+async def test_lease_is_renewed_and_outlives_failures(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Recorder(redis, keys)
+    life = Life(service, settings(lease_ms=60), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    renew, outage = leases.Lease.renew, asyncio.Event()
+
+    async def fail(*_: object) -> None:
+        outage.set()
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(leases.Lease, "renew", fail)
+    async with asyncio.timeout(10):
+        await outage.wait()
+        while await leases.live(redis, keys, "engine"):
+            pass
+        monkeypatch.setattr(leases.Lease, "renew", renew)
+        while not (found := await leases.live(redis, keys, "engine")):
+            pass
+    assert found[0].load == {"running": 2.0}
+    assert "lease not renewed" in caplog.text
+    life.stop.set()
+    assert await running == 0
+
+
+# --- as a process
+
+PROGRAM = """
+    import asyncio, os, sys
+    from shared.config import CommonSettings
+    from shared.service import launch
+
+    class Tiny:
+        name = "tiny"
+        async def startup(self): print("startup", flush=True)
+        async def serve(self):
+            print("serve", flush=True)
+            if sys.argv[1] == "fail": raise OSError("broken")
+            await asyncio.sleep(3600)
+        async def drain(self):
+            print("drain", flush=True)
+            if sys.argv[1] == "slow": await asyncio.sleep(3600)
+        async def close(self): print("close", flush=True)
+        def load(self): return {}
+
+    sys.exit(launch("tiny", CommonSettings, lambda settings, redis: Tiny(), os.environ))
+"""
+
+
+def start(url: str, how: str, **variables: str) -> "subprocess.Popen[str]":
+    given = {"MILLRACE_REDIS_URL": url, "MILLRACE_MODEL": "/none", "MILLRACE_NAMESPACE": "test", **variables}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | given,
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdout is not None
+    assert next(process.stdout).strip() == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_a_process_in_order(redis: Redis, redis_url: str, number: signal.Signals) -> None:
+    with start(redis_url, "well") as process:
+        wait_for(process, "startup")
+        wait_for(process, "serve")
+        process.send_signal(number)
+        out, log = process.communicate(timeout=20)
+    assert (process.returncode, out.split()) == (0, ["drain", "close"])
+    assert [word for line in log.splitlines() for word in line.split() if word.startswith("msg=")] == [
+        "msg=starting",
+        "msg=ready",
+        "msg=draining",
+    ]
+    assert await redis.keys() == []
+
+
+def test_a_second_signal_ends_it_at_once(redis_url: str) -> None:
+    with start(redis_url, "slow") as process:
+        wait_for(process, "startup")
+        wait_for(process, "serve")
+        process.terminate()
+        wait_for(process, "drain")
+        process.terminate()
+        out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (128 + signal.SIGTERM, "")
+
+
+def test_a_failure_ends_it_with_status_1_and_a_traceback(redis_url: str) -> None:
+    with start(redis_url, "fail") as process:
+        out, log = process.communicate(timeout=20)
+    assert (process.returncode, out.split()) == (FAILED, ["startup", "serve", "close"])
+    assert "OSError: broken" in log
+    assert "Traceback" in log
+    assert all(line.startswith("ts=") for line in log.splitlines())
+
+
+def test_a_wrong_setting_is_one_line(redis_url: str) -> None:
+    with start(redis_url, "well", MILLRACE_SHARDZ="1") as process:
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == MISCONFIGURED
+    assert log == "tiny: MILLRACE_SHARDZ is not a setting of this service; did you mean MILLRACE_SHARDS?\n"
