@@ -1,0 +1,131 @@
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import Failure, ProtocolError, context_length, internal, invalid
+from shared.messages import (
+    Accepted,
+    Begin,
+    Cancel,
+    Delta,
+    Deltas,
+    Drain,
+    Encode,
+    Failed,
+    Finish,
+    Generate,
+    Media,
+    MediaSpan,
+    Message,
+    Output,
+    Request,
+    Sampling,
+    ShownLogprob,
+    TokenLogprob,
+    TokenRun,
+    Tokens,
+    ToolDelta,
+    Usage,
+    VideoOptions,
+    decode_request,
+    encode_request,
+    from_entry,
+    pack_ids,
+    to_entry,
+    unpack_ids,
+)
+
+REQUEST = Request(
+    id="ab12",
+    gateway="gateway-0",
+    shard=3,
+    created=12.5,
+    sampling=Sampling(seed=2**63, temperature=0.0, bad_words=((1, 2), (3,)), logit_bias={5: -100.0}, logprobs=0),
+    output=Output(thinking=True, stop=("\n", "é"), tools=True),
+    deadline=99.0,
+)
+FAILURE = Failure(400, "bad", param="messages[0]", code="x")
+USAGE = Usage(1, 2, 3, 4, 5, 6)
+MESSAGES: list[Message] = [
+    Encode(
+        REQUEST,
+        segments=(pack_ids([1]), b""),
+        media=(Media("video", "messages[0].content[1]", url="http://x", video=VideoOptions(fps=2.0)),),
+    ),
+    Generate(REQUEST, pack_ids(range(1000)), 7, (MediaSpan("image", "hash", 3, 4, (1, 4, 4)),)),
+    Tokens(
+        (Begin("ab12", 2, 5, 1, 2, 3, 4),),
+        (
+            TokenRun("ab12", 2, 5, (1, 2)),
+            TokenRun("cd", 1, 0, (9,), (TokenLogprob(-0.5, ((9, -0.5), (8, -1.5))),), Finish("error", None, FAILURE)),
+        ),
+    ),
+    Accepted("ab12", 17),
+    Failed("ab12", FAILURE),
+    Deltas(
+        (
+            Delta("ab12", 1, content="hé"),
+            Delta(
+                "ab12",
+                2,
+                tool_calls=(ToolDelta(0, "call_1", "f", '{"'),),
+                logprobs=(ShownLogprob("a", b"\xff", -1.0, (("b", b"b", -2.0),)),),
+                finish_reason="tool_calls",
+                usage=USAGE,
+            ),
+        )
+    ),
+    Cancel(("ab12", "cd")),
+    Drain("engine", "engine-0"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_the_type_is_the_wire(message: Message) -> None:
+    assert from_entry(to_entry(message)) == message
+
+
+def test_every_message_is_tried() -> None:
+    assert {type(message) for message in MESSAGES} == set(Message.__args__)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {b"v": b"1"},
+        {b"m": b"\x80"},
+        {b"v": b"2", b"m": to_entry(MESSAGES[0])[b"m"]},
+        {b"v": b"1", b"m": b"not msgpack"},
+        {b"v": b"1", b"m": msgspec.msgpack.encode({"type": "Unheard"})},
+        {b"v": b"1", b"m": msgspec.msgpack.encode({"type": "Cancel", "request_ids": [1]})},
+    ],
+)
+def test_anything_else_is_refused(fields: dict[bytes, bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        from_entry(fields)
+
+
+def test_request_record() -> None:
+    assert decode_request(encode_request(REQUEST)) == REQUEST
+    with pytest.raises(ProtocolError, match="request record"):
+        decode_request(b"\x80")
+
+
+@given(st.lists(st.integers(0, 2**32 - 1)))
+def test_packed_ids(ids: list[int]) -> None:
+    packed = pack_ids(ids)
+    assert packed == b"".join(i.to_bytes(4, "little") for i in ids)
+    assert unpack_ids(packed) == ids
+
+
+def test_errors_in_openais_terms() -> None:
+    assert invalid("no", "temperature").failure.openai_body() == {
+        "error": {"message": "no", "type": "invalid_request_error", "param": "temperature", "code": "invalid_value"}
+    }
+    too_long = context_length(40000, 32768).failure
+    assert (too_long.status, too_long.code, too_long.param) == (400, "context_length_exceeded", "messages")
+    assert "40000" in too_long.message
+    assert "32768" in too_long.message
+    assert (internal("down", status=503).failure.status, internal("down").failure.type) == (503, "server_error")
