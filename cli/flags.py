@@ -79,18 +79,10 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-class _OneChoice(argparse.Action):
-    """Accepts the model's own parser, which is always on, and stores nothing."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
-        if given[1] != PARSER:
-            raise argparse.ArgumentError(self, f"{given[1]!r} is not supported; this model's is {PARSER}")
-
-
 def _parser() -> _Parser:
     parser = _Parser(
         prog="millrace serve",
-        description=__doc__.partition("\n")[0],
+        description="Run Redis and the four services on this machine.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -105,13 +97,16 @@ def _parser() -> _Parser:
 
     listen = parser.add_argument_group("where it listens")
     listen.add_argument("--host", default="0.0.0.0", help="address of the API (%(default)s)")
-    listen.add_argument("--port", type=_port, default=8180, help="the API (%(default)s)")
-    listen.add_argument("--metrics-port", type=_port, default=8181, help="GET /metrics of all services (%(default)s)")
+    listen.add_argument("--port", type=_port, default=8180, metavar="PORT", help="the API (%(default)s)")
+    listen.add_argument(
+        "--metrics-port", type=_port, default=8181, metavar="PORT", help="GET /metrics of all services (%(default)s)"
+    )
     listen.add_argument(
         "--engine-worker-queue-port",
         dest="redis_port",
         type=_port,
         default=8182,
+        metavar="PORT",
         help="the embedded Redis, on 127.0.0.1 (%(default)s)",
     )
     listen.add_argument("--redis-url", default=None, metavar="URL", help="use this Redis instead of starting one")
@@ -155,8 +150,8 @@ def _parser() -> _Parser:
     )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
-    engine.add_argument("--reasoning-parser", action=_OneChoice, help=f"{PARSER}, which is always on")
-    engine.add_argument("--tool-call-parser", action=_OneChoice, help=f"{PARSER}, which is always on")
+    for name in ("--reasoning-parser", "--tool-call-parser"):
+        engine.add_argument(name, choices=(PARSER, ""), metavar="NAME", help=f'{PARSER} (the default), or "" for none')
     return parser
 
 

@@ -20,6 +20,8 @@ def test_the_launch_fastdeploy_documents_for_one_card(tmp_path: Path) -> None:
     assert launch.settings == {
         "tensor_parallel_size": 1,
         "max_model_len": 32768,
+        "reasoning_parser": "ernie-45-vl-thinking",
+        "tool_call_parser": "ernie-45-vl-thinking",
         "max_num_seqs": 32,
         "limit_mm_per_prompt": {"image": 100, "video": 100},
         "mm_processor_kwargs": {"image_max_pixels": 12845056},

@@ -1,0 +1,42 @@
+"""Running systems for the client tests: one with random weights, one whose answer is known."""
+
+from collections.abc import Iterator
+
+import pytest
+from openai import OpenAI
+from scripted_model import write_scripted
+from system import System, running
+
+SMALL_VIDEOS = '{"video_min_pixels": 3136, "video_max_pixels": 12544}'
+API_KEY = "a-secret"
+
+
+@pytest.fixture(scope="package")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """The README's `millrace serve --demo`, with room for several images and a way to this machine's http server."""
+    arguments = ["--demo", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 3, "video": 1}']
+    arguments += ["--mm-processor-kwargs", SMALL_VIDEOS, "--media-allow-network", "127.0.0.1/32"]
+    with running(arguments, tmp_path_factory.mktemp("random")) as system:
+        yield system
+
+
+@pytest.fixture
+def client(system: System) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{system.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="package")
+def scripted_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A model that always answers scripted_model.SCRIPT, behind a key, under a name of its own."""
+    directory = tmp_path_factory.mktemp("scripted")
+    write_scripted(directory / "checkpoint")
+    arguments = ["--model", str(directory / "checkpoint"), "--served-model-name", "script", "--api-key", API_KEY]
+    with running(arguments, directory) as system:
+        yield system
+
+
+@pytest.fixture
+def scripted(scripted_system: System) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{scripted_system.base_url}/v1", api_key=API_KEY, max_retries=0) as client:
+        yield client

@@ -1,0 +1,206 @@
+"""The whole product for tests: `millrace serve` as a person would start it, on free ports of this machine."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from shared import bus
+from shared.keys import ENCODE, GENERATE, Keys
+
+READY_S = 120.0  # on a machine with two slow cores
+STOP_S = 60.0
+SETTLE_S = 30.0
+LOOK_S = 0.05
+
+
+class System:
+    """A running `millrace serve`."""
+
+    def __init__(self, arguments: list[str], directory: Path) -> None:
+        self.port, self.metrics_port, self.redis_port = free_ports(3)
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        self.log = directory / "serve.log"
+        ports = ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
+        ports += ["--engine-worker-queue-port", str(self.redis_port), "--host", "127.0.0.1"]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "FD_"))}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments],
+                cwd=directory,
+                env={**environ, "OMP_NUM_THREADS": "1"},  # four processes share what may be two cores
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when GET /health/ready answers 200."""
+        self._until(lambda: self.get("/health/ready")[0] == 200, READY_S, "it was not ready")
+
+    def get(self, path: str, port: int | None = None) -> tuple[int, str]:
+        """Status and body of a plain GET; status 0 where nothing answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    async def redis_state(self) -> dict[str, int]:
+        """What Redis holds that should be gone when nothing runs: per-request keys, and entries of work streams."""
+        keys = Keys("millrace")
+        client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
+        try:
+            left = {}
+            for pattern in (keys.request("*"), keys.journal("*"), keys.blob("media", "*"), keys.quarantine("*")):
+                for key in await client.keys(pattern):
+                    left[key.decode()] = 1
+            for stream in (ENCODE, GENERATE):
+                if length := await client.xlen(keys.stream(stream)):
+                    left[keys.stream(stream)] = length
+            return left
+        finally:
+            await client.aclose()
+
+    def stop(self) -> None:
+        """Stop it as Ctrl-C does, and check that it ended as it should.
+
+        Raises:
+            AssertionError: another exit status than 0, or a traceback in what it wrote.
+        """
+        self._process.send_signal(signal.SIGINT)
+        try:
+            status = self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it did not stop within {STOP_S:.0f} s\n{self.tail()}") from None
+        assert status == 0, f"exit status {status}\n{self.tail()}"
+        assert "Traceback" not in self.log.read_text(), self.tail()
+
+    def kill(self) -> None:
+        """A second Ctrl-C ends it at once, with all that it started."""
+        for _ in range(2):
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                continue
+            return
+        self._process.kill()
+        self._process.wait()
+
+    def tail(self) -> str:
+        """The end of what it wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
+
+    def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert self._process.poll() is None, f"it ended with status {self._process.returncode}\n{self.tail()}"
+            assert time.monotonic() < deadline, f"{what} within {seconds:.0f} s\n{self.tail()}"
+            time.sleep(LOOK_S)
+
+
+@contextmanager
+def running(arguments: list[str], directory: Path) -> Iterator[System]:
+    """A system from ready to stopped; one that failed before is ended at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    system = System(arguments, directory)
+    try:
+        system.wait_until_ready()
+        yield system
+    except BaseException:
+        system.kill()
+        raise
+    system.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ media
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture that no other seed gives."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, form: str) -> bytes:
+    """The file of an image, as PNG, JPEG, ..."""
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def mp4(frames: int, width: int = 64, height: int = 48, fps: int = 4, seed: int = 0) -> bytes:
+    """A small video of moving noise."""
+    file = io.BytesIO()
+    rng = np.random.default_rng(seed)
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _ in range(frames):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def data_url(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+@contextmanager
+def file_server(files: dict[str, tuple[str, bytes]]) -> Iterator[str]:
+    """Serve {path: (media type, bytes)} over http on 127.0.0.1; the URL it is at. Other paths are 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            media_type, data = files.get(self.path, ("text/plain", b""))
+            self.send_response(200 if self.path in files else 404)
+            self.send_header("Content-Type", media_type)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            """Tests print nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
