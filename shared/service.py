@@ -35,10 +35,6 @@ S = TypeVar("S", bound=CommonSettings)
 class Service(Protocol):
     """What a service implements; `Life` calls the phases in order. `close` must bear a startup that did not finish."""
 
-    @property
-    def name(self) -> str:
-        """The service's name, which is that of its consumer group too: "engine"."""
-
     async def startup(self) -> None: ...
 
     async def serve(self) -> None:
@@ -62,6 +58,7 @@ def launch(
 ) -> int:
     """All a `__main__` does: settings, logs, metrics, Redis, then `run` what `build` makes of them.
 
+    `name` is the service's ("engine"); the replica's is `settings.name`.
     Returns the process's exit status: MISCONFIGURED, with one line that says why, where whoever starts it can mend it.
     """
     try:
@@ -73,10 +70,11 @@ def launch(
     except (ConfigError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return MISCONFIGURED
-    return run(service, told, redis, loop_factory)
+    return run(name, service, told, redis, loop_factory)
 
 
 def run(
+    name: str,
     service: Service,
     settings: CommonSettings,
     redis: Redis,
@@ -85,7 +83,7 @@ def run(
     """Live to the end, told to stop by signals; closes `redis`. Returns the process's exit status."""
 
     async def live() -> int:
-        life = Life(service, settings, redis)
+        life = Life(name, service, settings, redis)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, life, number)
         try:
@@ -100,14 +98,14 @@ def run(
 class Life:
     """One service's life in one event loop. Set `stop` to end it."""
 
-    def __init__(self, service: Service, settings: CommonSettings, redis: Redis) -> None:
+    def __init__(self, name: str, service: Service, settings: CommonSettings, redis: Redis) -> None:
         keys = Keys(settings.namespace)
         self.stop = asyncio.Event()
         self._service = service
-        self._replica = settings.name
+        self._me = Drain(name, settings.name)
         self._redis = redis
         self._control = keys.control()
-        self._lease = Lease(redis, keys, service.name, settings.name, settings.lease_ms)
+        self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms)
         self._renew_s = settings.lease_ms / 3000
         self._drain_s = settings.drain_s
         self._state = "starting"
@@ -195,7 +193,6 @@ class Life:
     async def _listen(self) -> None:
         """Stop when a Drain message names us."""
         control = LogReader(self._redis, {self._control: "$"})
-        me = Drain(self._service.name, self._replica)
         while True:
             try:
                 messages = await control.read(100, bus.MAX_BLOCK_MS)
@@ -205,7 +202,7 @@ class Life:
                 _log.warning("control not read", extra={"reason": str(error)})
                 await asyncio.sleep(_RETRY_S)
                 continue
-            if any(message == me for _, _, message in messages):
+            if any(message == self._me for _, _, message in messages):
                 self.stop.set()
 
 

@@ -31,8 +31,6 @@ async def nothing() -> None:
 class Recorder:
     """A service that notes what happens to it and in which state its lease is then."""
 
-    name = "engine"
-
     def __init__(self, redis: Redis, keys: Keys, **phases: Callable[[], Awaitable[None]]) -> None:
         self.seen: list[tuple[str, str]] = []
         self.serving = asyncio.Event()
@@ -78,7 +76,7 @@ async def broken() -> None:
 
 async def test_phases_in_order_under_a_lease(redis: Redis, keys: Keys) -> None:
     service = Recorder(redis, keys)
-    life = Life(service, settings(), redis)
+    life = Life("engine", service, settings(), redis)
     running = asyncio.create_task(life.run())
     await service.serving.wait()
     life.stop.set()
@@ -96,7 +94,7 @@ async def listening(redis: Redis) -> None:
 
 async def test_drain_message_for_us_only(redis: Redis, keys: Keys) -> None:
     service = Recorder(redis, keys)
-    life = Life(service, settings(), redis)
+    life = Life("engine", service, settings(), redis)
     running = asyncio.create_task(life.run())
     await service.serving.wait()
     await listening(redis)
@@ -115,7 +113,7 @@ async def test_failure_in_any_phase_is_status_1_and_closes(
     redis: Redis, keys: Keys, state: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Recorder(redis, keys, **{state: broken})
-    life = Life(service, settings(), redis)
+    life = Life("engine", service, settings(), redis)
     running = asyncio.create_task(life.run())
     if state in ("drain", "close"):
         await service.serving.wait()
@@ -127,7 +125,7 @@ async def test_failure_in_any_phase_is_status_1_and_closes(
 
 
 async def test_serve_that_returns_is_a_failure(redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
-    assert await Life(Recorder(redis, keys, serve=nothing), settings(), redis).run() == FAILED
+    assert await Life("engine", Recorder(redis, keys, serve=nothing), settings(), redis).run() == FAILED
     assert "serve returned" in caplog.text
 
 
@@ -135,13 +133,13 @@ async def test_configuration_found_wrong_at_startup(redis: Redis, keys: Keys, ca
     async def refuse() -> None:
         raise ConfigError("MILLRACE_SHARDS is 2")
 
-    assert await Life(Recorder(redis, keys, startup=refuse), settings(), redis).run() == MISCONFIGURED
+    assert await Life("engine", Recorder(redis, keys, startup=refuse), settings(), redis).run() == MISCONFIGURED
     assert "Traceback" not in caplog.text
 
 
 async def test_stop_during_startup(redis: Redis, keys: Keys) -> None:
     service = Recorder(redis, keys, startup=forever)
-    life = Life(service, settings(), redis)
+    life = Life("engine", service, settings(), redis)
     running = asyncio.create_task(life.run())
     async with asyncio.timeout(10):
         while not service.seen:
@@ -153,7 +151,7 @@ async def test_stop_during_startup(redis: Redis, keys: Keys) -> None:
 
 async def test_drain_has_a_deadline(redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
     service = Recorder(redis, keys, drain=forever)
-    life = Life(service, settings(drain_s=0.01), redis)
+    life = Life("engine", service, settings(drain_s=0.01), redis)
     running = asyncio.create_task(life.run())
     await service.serving.wait()
     life.stop.set()
@@ -166,7 +164,7 @@ async def test_lease_is_renewed_and_outlives_failures(
     redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Recorder(redis, keys)
-    life = Life(service, settings(lease_ms=60), redis)
+    life = Life("engine", service, settings(lease_ms=60), redis)
     running = asyncio.create_task(life.run())
     await service.serving.wait()
     renew, outage = leases.Lease.renew, asyncio.Event()
@@ -197,7 +195,6 @@ PROGRAM = """
     from shared.service import launch
 
     class Tiny:
-        name = "tiny"
         async def startup(self): print("startup", flush=True)
         async def serve(self):
             print("serve", flush=True)
