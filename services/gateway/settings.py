@@ -5,28 +5,30 @@ from typing import Annotated
 
 from msgspec import Meta, field
 
-from shared.config import CommonSettings
+from shared.config import CommonSettings, Port, Positive
 from shared.messages import MediaKind
+
+Seconds = Annotated[float, Meta(gt=0)]
 
 
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `python -m services.gateway`, besides the common ones."""
 
     host: str = "0.0.0.0"
-    port: int = 8180
+    port: Port = 8180
     served_model_name: str = ""  # empty: the checkpoint directory's name
     api_keys: tuple[str, ...] = ()  # empty: everybody may call
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
-    max_concurrency: int = 512  # requests at a time; more are answered 429
-    max_n: int = 8
-    max_body_bytes: int = 128 << 20
-    max_media_bytes: int = 64 << 20  # of one uploaded image or video, decoded from base64
-    max_prompt_chars: int = 4 << 20  # of the rendered prompt: 32 for each of 131072 tokens
-    body_timeout_s: float = 60.0  # for the client to send its request
-    request_timeout_s: float = 600.0  # from arrival to the last token; the openai client's own default
-    hold_headers_s: float = 15.0  # how long a stream's status waits to know that its media are good
-    keep_alive_s: float = 10.0  # silence after which a comment is sent on a stream
-    max_pending_bytes: int = 1 << 20  # text a stream may owe to a client that does not read
+    max_concurrency: Positive = 512  # requests at a time; more are answered 429
+    max_n: Positive = 8
+    max_body_bytes: Positive = 128 << 20
+    max_media_bytes: Positive = 64 << 20  # of one uploaded image or video, decoded from base64
+    max_prompt_chars: Positive = 4 << 20  # of the rendered prompt: 32 for each of 131072 tokens
+    body_timeout_s: Seconds = 60.0  # for the client to send its request
+    request_timeout_s: Seconds = 600.0  # from arrival to the last token; the openai client's own default
+    hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0  # how long a stream's status waits to know that its media are good
+    keep_alive_s: Seconds = 10.0  # silence after which a comment is sent on a stream
+    max_pending_bytes: Positive = 1 << 20  # text a stream may owe to a client that does not read
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
 
     def model_name(self) -> str:

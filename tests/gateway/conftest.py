@@ -1,0 +1,50 @@
+"""What the gateway's tests share: the demo checkpoint and what reads it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.demo import write_demo
+from services.gateway.chat import ChatFormat
+from services.gateway.media import MediaRules
+from services.gateway.order import OrderTaker
+from services.gateway.template import Template
+from shared.model_config import GenerationDefaults
+from shared.tokenizer import Tokenizer
+
+MAX_MODEL_LEN = 2048
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("gateway") / "demo-model"
+    write_demo(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer.load(checkpoint)
+
+
+@pytest.fixture
+def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
+    return OrderTaker(
+        chat=ChatFormat(Template.load(checkpoint, 100_000), tokenizer),
+        tokenizer=tokenizer,
+        defaults=GenerationDefaults(
+            temperature=0.8,
+            top_p=0.7,
+            top_k=5,
+            repetition_penalty=1.1,
+            presence_penalty=0.2,
+            frequency_penalty=0.3,
+        ),
+        rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
+        model="demo-model",
+        max_n=4,
+        max_model_len=MAX_MODEL_LEN,
+        force_include_usage=False,
+    )
