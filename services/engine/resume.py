@@ -25,7 +25,7 @@ class History(msgspec.Struct, frozen=True):
     ended: bool = False
 
 
-def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun]) -> History:
+def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 0) -> History:
     """Put together what a reader of the stream has accepted: postproc's own rules, so that what a client has seen is
     what the model goes on from.
 
@@ -34,8 +34,9 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun]) -> History:
         said: what the stream says of the request, in its order. Tokens the journal has are dropped, and so is
             everything of an epoch older than the newest seen before it. Tokens behind a gap, which only a Redis that
             lost writes can leave, do not count: they are drawn again, and come out the same.
+        epoch: the newest whose tokens the journal may hold.
     """
-    tokens, newest = list(journal), 0
+    tokens, newest = list(journal), epoch
     for part in said:
         if part.epoch < newest:
             continue
@@ -61,8 +62,10 @@ async def recover(redis: Redis, keys: Keys, records: Records, requests: Sequence
     alive = await records.get([request.id for request in requests])
     histories = {}
     for request, journal in zip(requests, journals, strict=True):
-        history = fold(journal, said[request.id])
-        histories[request.id] = history if request.id in alive else History(history.tokens, ended=True)
+        record = alive.get(request.id)
+        journaled = 0 if record is None or record.begin is None else record.begin.epoch
+        history = fold(journal, said[request.id], journaled)
+        histories[request.id] = history if record is not None else History(history.tokens, ended=True)
     return histories
 
 

@@ -90,7 +90,7 @@ class Sequence:
     seen: SeenTokens | None  # only where a penalty asks
     arrival: int = -1  # order of service, given by the scheduler
     num_computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: array[int] = field(default_factory=lambda: array("i"))
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
     _hashes: list[bytes] = field(default_factory=list)

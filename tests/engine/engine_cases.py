@@ -1,0 +1,130 @@
+"""What several tests of the engine build: a small model's numbers, requests, sequences, and a model that is one sum."""
+
+from collections.abc import Sequence as Ordered
+from typing import Any
+
+import numpy as np
+
+from services.engine.sampler import Sampled
+from services.engine.scheduler import Plan
+from services.engine.sequence import Embeds, EngineFacts, Sequence, build
+from shared.messages import Generate, MediaSpan, Output, Request, Sampling, pack_ids
+from shared.model_config import ModelConfig, VisionConfig
+
+EOS = 2
+THINK_CLOSE = 3
+PATCH = 200  # placeholder; ids from here on are the vision experts'
+VOCAB = 256
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=8,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_position_embeddings=4096,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    time_freqs=1,
+    tie_embeddings=True,
+    num_experts=4,
+    text_expert_size=8,
+    vision_expert_size=4,
+    experts_per_token=2,
+    num_shared_experts=1,
+    shared_expert_size=8,
+    dense_layers=(0,),
+    image_patch_id=PATCH,
+    image_start_id=PATCH + 1,
+    image_end_id=PATCH + 2,
+    video_start_id=PATCH + 3,
+    video_end_id=PATCH + 4,
+    pad_id=0,
+    bos_id=1,
+    eos_ids=(EOS,),
+    dtype="float32",
+    vision=VisionConfig(
+        depth=1,
+        hidden_size=8,
+        num_heads=1,
+        intermediate_size=8,
+        patch_size=14,
+        in_channels=3,
+        spatial_merge_size=2,
+        temporal_merge_size=2,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+    ),
+)
+
+FACTS = EngineFacts(CONFIG, max_model_len=512, think_close_id=THINK_CLOSE)
+
+
+def generate(
+    request_id: str,
+    prompt: Ordered[int],
+    max_tokens: int = 8,
+    *,
+    shard: int = 0,
+    thinking: bool = False,
+    spans: tuple[MediaSpan, ...] = (),
+    **sampling: Any,
+) -> Generate:
+    """A `generate` message; sampling is greedy unless it says otherwise."""
+    asked = Sampling(**{"seed": 0, "temperature": 0.0, **sampling})
+    request = Request(request_id, "gateway-0", shard, 0.0, asked, Output(thinking=thinking))
+    return Generate(request, pack_ids(prompt), max_tokens, spans)
+
+
+def sequence(
+    prompt: Ordered[int],
+    generated: Ordered[int] = (),
+    *,
+    request_id: str = "r",
+    embeds: tuple[Embeds, ...] = (),
+    facts: EngineFacts = FACTS,
+    **options: Any,
+) -> Sequence:
+    return build(generate(request_id, prompt, **options), 1, generated, embeds, facts)
+
+
+def next_token(tokens: Ordered[int]) -> int:
+    """What the sum model says after these tokens: depends on every one of them and on their order, is never an end."""
+    digest = 7
+    for token in tokens:
+        digest = (digest * 31 + token) % 100_003
+    return 10 + digest % 90
+
+
+def continuation(prompt: Ordered[int], length: int) -> list[int]:
+    """What the sum model makes of a prompt."""
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class SumRunner:
+    """Runs plans with the sum model, reading every token from a paged cache that it writes as the real one would, so
+    that a wrong block, a lost block or a stale prefix changes what comes out."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._cache = np.full((num_blocks, block_size), -1, np.int64)
+        self.plans: list[Plan] = []
+
+    def execute(self, plan: Plan) -> list[Sampled]:
+        self.plans.append(plan)
+        block_size = self._cache.shape[1]
+        for chunk in plan.chunks:
+            for at in range(chunk.start, chunk.start + chunk.length):
+                block = chunk.sequence.blocks[at // block_size]
+                self._cache[block, at % block_size] = chunk.sequence.tokens[at]
+        out = []
+        for chunk in plan.chunks:
+            if chunk.samples:
+                context = chunk.start + chunk.length
+                cached = self._cache[list(chunk.sequence.blocks)].flatten()[:context]
+                out.append(Sampled(next_token(cached.tolist())))
+        return out
