@@ -1,13 +1,62 @@
 """Text to ids and ids to bytes. Control tokens never come out of text, and text never out of their names.
 
-The checkpoint's own file decides the back end: `tokenizer.json` (tokenizers) or `tokenizer.model` (SentencePiece).
+The checkpoint's own file decides the back end: `tokenizer.model` (SentencePiece, whose library the model's authors
+use) or, where there is none, `tokenizer.json` (tokenizers). Both are reduced to one `_Vocabulary`; nothing after that
+knows which it was.
+
+A back end turns some spellings into control tokens on its own (SentencePiece its user-defined pieces, either one its
+merges). So ordinary text is cut one character into every such spelling before a back end sees it: no fragment then
+spells a control token, and the ids of the fragments spell the text.
 """
 
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import msgspec
+import sentencepiece
+import tokenizers
+
+from shared.errors import CheckpointError
+
+SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model", "ernie_token_100k.model")
+SPACE = "▁"  # how both back ends write a space inside a piece
+
+# Control tokens that are text to a reader or a parser.
+VISIBLE = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
+
+# What prompts and parsers cannot do without. Tool tokens are not here: a model may have none.
+REQUIRED = (
+    "<|begin_of_sentence|>",
+    "<|end_of_sentence|>",
+    "<think>",
+    "</think>",
+    "<|IMAGE_PLACEHOLDER|>",
+    "<|IMAGE_START|>",
+    "<|IMAGE_END|>",
+    "<|VIDEO_START|>",
+    "<|VIDEO_END|>",
+)
 
 
 class Tokenizer:
     """One vocabulary. Safe to share between tasks of a process."""
+
+    def __init__(self, vocabulary: "_Vocabulary") -> None:
+        self._encode = vocabulary.encode
+        self._bytes = vocabulary.token_bytes
+        self._control = vocabulary.control
+        self._literals = vocabulary.literals
+        self._special_ids = frozenset(i for i, data in enumerate(self._bytes) if not data)
+        self._control_ids = frozenset(self._control.values())
+        self._control_start = re.compile(f"(?={_any_of(self._control)})")
+        self._control_split = re.compile(f"({_any_of(self._control)})")
+        self._literal_split = re.compile(f"({_any_of(self._literals)})") if self._literals else None
+        # A token's text can also be spelt by single bytes; the longer piece, which comes later, is meant.
+        self._ids_by_text = {data: i for i, data in enumerate(self._bytes) if data}
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -15,33 +64,390 @@ class Tokenizer:
         Raises:
             CheckpointError: neither file exists, or a token the server needs (</think>, ...) is missing.
         """
-        raise NotImplementedError
+        vocabulary = _load_vocabulary(directory)
+        missing = [text for text in REQUIRED if text not in vocabulary.control]
+        if missing:
+            raise CheckpointError(f"{directory}: the tokenizer has no token {', '.join(missing)}")
+        return cls(vocabulary)
 
     @property
     def vocab_size(self) -> int:
-        raise NotImplementedError
+        """One more than the largest id. The model's embedding may have more rows, which no token owns."""
+        return len(self._bytes)
 
     @property
     def control(self) -> dict[str, int]:
         """Control tokens by their text: specials and every added token of the form <...>."""
-        raise NotImplementedError
+        return dict(self._control)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that add nothing to an answer: those whose `token_bytes` is empty."""
+        return self._special_ids
 
     def token_id(self, text: str) -> int | None:
         """The id of the token whose text is exactly `text`."""
-        raise NotImplementedError
+        control = self._control.get(text)
+        return self._ids_by_text.get(text.encode("utf-8", "replace")) if control is None else control
 
     def encode_text(self, text: str) -> list[int]:
-        """Ordinary text: whatever it contains, no control token comes out."""
-        raise NotImplementedError
+        """Ordinary text: whatever it contains, no control token comes out.
+
+        The bytes of the ids are the text's UTF-8, but for U+2581, which SentencePiece reads as a space, and lone
+        surrogates, which no UTF-8 can hold and which become U+FFFD.
+        """
+        text = _SURROGATE.sub("\ufffd", text)
+        if self._literal_split is None:
+            return self._encode_ordinary(text)
+        ids: list[int] = []
+        for i, part in enumerate(self._literal_split.split(text)):
+            ids += [self._literals[part]] if i % 2 else self._encode_ordinary(part)
+        return ids
 
     def encode_template(self, text: str) -> list[int]:
         """Trusted text (a template's own): control tokens are recognised, the text between is `encode_text`'s."""
-        raise NotImplementedError
+        ids: list[int] = []
+        for i, part in enumerate(self._control_split.split(text)):
+            ids += [self._control[part]] if i % 2 else self.encode_text(part)
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes this token adds to an answer (perhaps part of a character); b"" for specials.
 
         Control tokens that are text to a reader or a parser (<think>, </think>, <tool_call>, </tool_call>) give
-        their name.
+        their name. Ids from `vocab_size` on, which a model can generate and no token owns, give b"".
         """
-        raise NotImplementedError
+        return self._bytes[token_id] if token_id < len(self._bytes) else b""
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in self._control_start.finditer(text):
+            cut = match.start() + 1
+            ids += self._encode_fragment(text[start:cut])
+            start = cut
+        return ids + self._encode_fragment(text[start:])
+
+    def _encode_fragment(self, fragment: str) -> list[int]:
+        """Text that does not spell a control token. What normalises to one is encoded a character at a time."""
+        ids = self._encode(fragment)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        return [i for character in fragment for i in self._encode(character)]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A pattern for the longest of `words`, as a trie: an alternation would try each of thousands in turn."""
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for character in word:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    return _trie_pattern(trie)
+
+
+def _trie_pattern(node: dict[str, Any]) -> str:
+    branches = [re.escape(character) + _trie_pattern(below) for character, below in node.items() if character]
+    if not branches:
+        return ""
+    pattern = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return f"(?:{pattern})?" if "" in node else pattern
+
+
+# ---------------------------------------------------------------------------------------------------- reading the files
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What a tokenizer's files say, whichever files they are."""
+
+    encode: Callable[[str], list[int]]  # may return control ids where the text spells or normalises to their names
+    token_bytes: list[bytes]  # by id; b"" for specials and for ids nothing owns
+    control: dict[str, int]
+    literals: dict[str, int]  # ordinary added tokens `encode` does not know
+
+
+class _Piece(NamedTuple):
+    """One token of a model file."""
+
+    text: str
+    kind: int
+
+
+# The types of a SentencePiece piece.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_ANGLED = re.compile(r"<.+>", re.DOTALL)
+_ANGLED_BARS = re.compile(r"<\|.+\|>", re.DOTALL)
+
+_NamedToken = str | dict[str, Any]
+T = TypeVar("T")
+
+
+class _AddedToken(msgspec.Struct):
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    id: Annotated[int, msgspec.Meta(ge=0)] | None = None  # tokenizer.json has it here, tokenizer_config.json as the key
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """tokenizer_config.json and special_tokens_map.json: both may name special tokens."""
+
+    added_tokens_decoder: dict[str, _AddedToken] = {}
+    add_prefix_space: bool | None = None
+    bos_token: _NamedToken | None = None
+    eos_token: _NamedToken | None = None
+    unk_token: _NamedToken | None = None
+    pad_token: _NamedToken | None = None
+    cls_token: _NamedToken | None = None
+    sep_token: _NamedToken | None = None
+    mask_token: _NamedToken | None = None
+    additional_special_tokens: list[_NamedToken] = []
+    extra_special_tokens: list[_NamedToken] | dict[str, _NamedToken] = []
+
+
+class _JsonModel(msgspec.Struct):
+    type: str
+    vocab: dict[str, int]
+    unk_token: str | None = None
+    byte_fallback: bool = False
+
+
+class _JsonTokenizer(msgspec.Struct):
+    model: _JsonModel
+    added_tokens: list[_AddedToken] = []
+
+
+def _load_vocabulary(directory: Path) -> _Vocabulary:
+    config = _read(directory / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
+    names = _special_names(config)
+    special_map = _read(directory / "special_tokens_map.json", _TokenizerConfig)
+    if special_map is not None:
+        names |= _special_names(special_map)
+    for name in SENTENCEPIECE_FILES:
+        if (directory / name).exists():
+            return _from_sentencepiece(directory / name, config, names)
+    if (directory / "tokenizer.json").exists():
+        return _from_json(directory / "tokenizer.json", names)
+    raise CheckpointError(f"{directory} has neither tokenizer.model nor tokenizer.json")
+
+
+def _special_names(config: _TokenizerConfig) -> dict[str, None]:
+    """Texts of the special tokens, but single characters, in the order in which transformers gives ids to new ones."""
+    extra = config.extra_special_tokens
+    named = [config.bos_token, config.eos_token, config.unk_token, config.pad_token, config.cls_token]
+    named += [config.sep_token, config.mask_token, *config.additional_special_tokens]
+    named += extra.values() if isinstance(extra, dict) else extra
+    texts = (token if isinstance(token, str) else token.get("content") for token in named if token is not None)
+    return dict.fromkeys(text for text in texts if text and len(text) > 1)
+
+
+def _from_sentencepiece(path: Path, config: _TokenizerConfig, names: Mapping[str, None]) -> _Vocabulary:
+    proto = path.read_bytes()
+    if config.add_prefix_space:
+        raise CheckpointError(f"{path.parent}: add_prefix_space is true; the model was trained without")
+    # A later occurrence of a protobuf field wins and messages merge: normalizer_spec { add_dummy_prefix: false }.
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+        pieces = list(_sentencepiece_pieces(proto))
+    except (RuntimeError, IndexError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no SentencePiece model") from error
+    added = _added_tokens(path.parent, config, names, {piece.text: i for i, piece in enumerate(pieces)})
+    return _assemble(path, processor.encode, pieces, added, names, knows_added=False)
+
+
+def _sentencepiece_pieces(proto: bytes) -> Iterator[_Piece]:
+    """The pieces of a serialized ModelProto, in id order: field 1, with text in its field 1 and type in its field 3.
+
+    The library does not tell user-defined pieces, which text always turns into, from merged ones.
+    """
+    for field, value in _protobuf_fields(proto):
+        if field == 1 and isinstance(value, bytes):
+            piece = dict(_protobuf_fields(value))
+            text, kind = piece.get(1, b""), piece.get(3, _NORMAL)
+            if isinstance(text, bytes) and isinstance(kind, int):
+                yield _Piece(text.decode(), kind)
+
+
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field numbers and values of one message: varints as int, everything else as its bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at)
+        else:
+            size = 8 if wire == 1 else 4
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _added_tokens(
+    directory: Path, config: _TokenizerConfig, names: Iterable[str], pieces: Mapping[str, int]
+) -> list[_AddedToken]:
+    """Tokens beside the SentencePiece model: from either file, or by name alone, numbered on as transformers does."""
+    found: dict[str, _AddedToken] = {}
+    for key, token in config.added_tokens_decoder.items():
+        if not key.isdecimal():
+            raise CheckpointError(f"{directory}/tokenizer_config.json: added_tokens_decoder has the id {key!r}")
+        token.id = int(key)
+        found[token.content] = token
+    for text, token_id in (_read(directory / "added_tokens.json", dict[str, int]) or {}).items():
+        token = found.setdefault(text, _AddedToken(text, id=token_id))
+        if token.id != token_id:
+            raise CheckpointError(f"{directory}: token {text!r} has the ids {token.id} and {token_id}")
+    after = max([len(pieces) - 1, *(token.id for token in found.values() if token.id is not None)])
+    for text in names:
+        if text not in found and text not in pieces:
+            after += 1
+            found[text] = _AddedToken(text, special=True, id=after)
+    return list(found.values())
+
+
+def _from_json(path: Path, names: Mapping[str, None]) -> _Vocabulary:
+    raw = _read(path, dict[str, Any])
+    parsed = _read(path, _JsonTokenizer)
+    assert raw is not None
+    assert parsed is not None
+    model = parsed.model
+    if model.type != "BPE" or not model.byte_fallback:
+        raise CheckpointError(f"{path}: model.type {model.type!r} is not BPE with byte_fallback")
+    ordered = {i: text for text, i in model.vocab.items()}
+    pieces = [
+        _Piece(text, _piece_kind(text, model))
+        for text in (ordered.get(i, "") for i in range(max(ordered, default=-1) + 1))
+    ]
+    # Control tokens are taken out of the back end, with whatever would add them to text by itself.
+    ordinary = [
+        entry
+        for entry, token in zip(raw["added_tokens"], parsed.added_tokens, strict=True)
+        if not _is_control(token, names)
+    ]
+    stripped = raw | {"added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stripped))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path}: {error}") from error
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return _assemble(path, encode, pieces, parsed.added_tokens, names, knows_added=True)
+
+
+def _piece_kind(text: str, model: _JsonModel) -> int:
+    if text == model.unk_token:
+        return _UNKNOWN
+    return _BYTE if _BYTE_PIECE.fullmatch(text) else _NORMAL
+
+
+def _is_control(token: _AddedToken, names: Mapping[str, None]) -> bool:
+    # A single character is text, whatever a file calls it: some list the digits as special.
+    if len(token.content) < 2:
+        return False
+    return token.special or token.content in names or _ANGLED.fullmatch(token.content) is not None
+
+
+def _assemble(
+    path: Path,
+    encode: Callable[[str], list[int]],
+    pieces: list[_Piece],
+    added: list[_AddedToken],
+    names: Mapping[str, None],
+    *,
+    knows_added: bool,
+) -> _Vocabulary:
+    """One vocabulary of a model file's pieces and the tokens added beside it.
+
+    Raises:
+        CheckpointError: two tokens claim one id, or text does not come back from its ids.
+    """
+    texts = [piece.text for piece in pieces]
+    data = [_piece_bytes(piece, special=piece.text in names) for piece in pieces]
+    control = {piece.text: i for i, piece in enumerate(pieces) if _is_control_piece(piece, names)}
+    literals: dict[str, int] = {}
+    for token in added:
+        if token.id is None:
+            raise CheckpointError(f"{path.parent}: added token {token.content!r} has no id")
+        room = token.id + 1 - len(texts)
+        texts += [""] * room
+        data += [b""] * room
+        if texts[token.id] not in ("", token.content):
+            raise CheckpointError(f"{path.parent}: {texts[token.id]!r} and {token.content!r} both have id {token.id}")
+        is_new, texts[token.id] = not texts[token.id], token.content
+        special = token.special or token.content in names
+        if _is_control(token, names):
+            control[token.content] = token.id
+            data[token.id] = b"" if special and token.content not in VISIBLE else token.content.encode()
+        elif is_new:
+            data[token.id] = token.content.encode()
+            if not knows_added:
+                literals[token.content] = _plain_literal(path, token)
+    vocabulary = _Vocabulary(encode, data, control, literals)
+    probe = "a b"
+    if b"".join(data[i] for i in encode(probe)) != probe.encode():
+        raise CheckpointError(f"{path}: the tokens of {probe!r} are not its text")
+    return vocabulary
+
+
+def _plain_literal(path: Path, token: _AddedToken) -> int:
+    if token.id is None or token.lstrip or token.rstrip or token.single_word:
+        raise CheckpointError(f"{path.parent}: added token {token.content!r} has lstrip, rstrip or single_word")
+    return token.id
+
+
+def _is_control_piece(piece: _Piece, names: Mapping[str, None]) -> bool:
+    """Whether a piece of the model file itself is a control token.
+
+    A merged piece like <br> is text; one like <|...|> or one the server parses is not, however it got there.
+    """
+    if len(piece.text) < 2:
+        return False
+    if piece.kind in (_UNKNOWN, _CONTROL) or piece.text in names or piece.text in VISIBLE:
+        return True
+    if piece.kind == _USER_DEFINED:
+        return _ANGLED.fullmatch(piece.text) is not None
+    return piece.kind == _NORMAL and _ANGLED_BARS.fullmatch(piece.text) is not None
+
+
+def _piece_bytes(piece: _Piece, *, special: bool) -> bytes:
+    if piece.text in VISIBLE:
+        return piece.text.encode()
+    if special or (piece.kind in (_UNKNOWN, _CONTROL) and len(piece.text) > 1):
+        return b""
+    byte = _BYTE_PIECE.fullmatch(piece.text) if piece.kind == _BYTE else None
+    return bytes.fromhex(byte[1]) if byte else piece.text.replace(SPACE, " ").encode()
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    """A JSON file as `kind`; None where there is no such file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        raise CheckpointError(f"{path}: {error}") from error
