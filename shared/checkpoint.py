@@ -4,10 +4,35 @@ Accepted on disk: the hub's original names with or without the `model.` prefix o
 own (fused experts, transposed gates). Asked for: the original names of docs/checkpoint.md.
 """
 
+import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from shared.errors import CheckpointError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stored tensor, or one slice of it."""
+
+    stored: str
+    index: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """How an original tensor is made of stored ones: their rows one after another, then perhaps transposed."""
+
+    parts: tuple[_Part, ...]
+    transposed: bool = False
 
 
 class Checkpoint:
@@ -16,9 +41,14 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         """
         Raises:
-            CheckpointError: no safetensors, an index that names absent files, or the same tensor twice.
+            CheckpointError: no safetensors, an index that names absent files, the same tensor twice, or weights that
+                are already quantised.
         """
-        raise NotImplementedError
+        self._directory = directory
+        _refuse_quantized(directory / "config.json")
+        self._files = _Files(directory)
+        self._sources = _sources(self._files)
+        self._asked: set[str] = set()
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """One tensor by its original name, on the CPU, in its stored dtype.
@@ -26,18 +56,188 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing or has another shape.
         """
-        raise NotImplementedError
+        source = self._sources.get(name)
+        if source is None:
+            raise CheckpointError(f"{self._directory}: tensor {name} is missing")
+        self._asked.add(name)
+        parts = [self._files.read(part) for part in source.parts]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if source.transposed:
+            tensor = tensor.T
+        if tensor.shape != tuple(shape):
+            stored = ", ".join(part.stored for part in source.parts)
+            is_not = f"has shape {list(tensor.shape)}, not {list(shape)}"
+            raise CheckpointError(f"{self._directory}: tensor {name} (stored as {stored}) {is_not}")
+        return tensor
 
     def has(self, name: str) -> bool:
-        raise NotImplementedError
+        return name in self._sources
 
     def check_all_used(self, prefixes: Sequence[str]) -> None:
         """
         Raises:
             CheckpointError: a tensor whose original name starts with one of `prefixes` was never asked for.
         """
-        raise NotImplementedError
+        unused = sorted(name for name in self._sources if name.startswith(tuple(prefixes)) and name not in self._asked)
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            raise CheckpointError(f"{self._directory}: unexpected tensors {', '.join(unused[:3])}{more}")
 
     def names(self) -> Iterator[str]:
         """Original names of all tensors."""
-        raise NotImplementedError
+        return iter(self._sources)
+
+
+# ----------------------------------------------------------------------------------------------------- files on disk
+
+
+class _Files:
+    """The shards: which tensor is where, and reading it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        listed = _weight_map(directory / INDEX)
+        names = sorted(set(listed.values())) if listed else [SINGLE]
+        for name in names:
+            self._open(name)
+        if listed:
+            self._check_index(listed)
+
+    def names(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._handles[self._file_of[stored]].get_slice(stored).get_shape())
+
+    def read(self, part: _Part) -> torch.Tensor:
+        handle = self._handles[self._file_of[part.stored]]
+        tensor: torch.Tensor
+        tensor = handle.get_slice(part.stored)[part.index] if part.index else handle.get_tensor(part.stored)
+        return tensor
+
+    def _open(self, name: str) -> None:
+        path = self._directory / name
+        if path.parent != self._directory:
+            raise CheckpointError(f"{self._directory / INDEX} names {name!r}, which is no file of the directory")
+        try:
+            handle = safe_open(path, framework="pt", device="cpu")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} does not exist") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is no complete safetensors file: {error}") from error
+        self._handles[name] = handle
+        for stored in handle.keys():  # noqa: SIM118 - not a mapping
+            if stored in self._file_of:
+                raise CheckpointError(f"tensor {stored} is in {self._file_of[stored]} and in {name}")
+            self._file_of[stored] = name
+
+    def _check_index(self, listed: dict[str, str]) -> None:
+        for stored in sorted(listed.keys() | self._file_of.keys()):
+            says, found = listed.get(stored), self._file_of.get(stored)
+            if says != found:
+                raise CheckpointError(f"{self._directory / INDEX} puts tensor {stored} in {says}; it is in {found}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name to file name; empty where there is no index."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensors to files")
+    return weight_map
+
+
+def _refuse_quantized(path: Path) -> None:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if isinstance(config, dict) and config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path}: quantization_config: reading weights that are already quantised is not supported"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ names on disk
+
+# transformers' own naming, below the layer's `mlp.`. Pool 0 is text, pool 1 vision.
+_POOL = r"(?P<mlp>.+\.mlp\.)(?P<pool>text|vision)_moe\."
+_NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
+_NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
+_NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
+_NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
+_RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
+
+
+def _sources(files: _Files) -> dict[str, _Source]:
+    """Every original tensor and how it is stored."""
+    sources: dict[str, _Source] = {}
+    halves: dict[str, dict[int, _Part]] = {}
+    for stored in files.names():
+        name = _original_prefix(stored)
+        if match := _NATIVE_BIAS.fullmatch(name):
+            bias = f"{match['mlp']}moe_statics.e_score_correction_bias"
+            halves.setdefault(bias, {})[_pool(match)] = _Part(stored)
+            continue
+        for original, source in _expand(name, stored, files):
+            if original in sources:
+                first = sources[original].parts[0].stored
+                raise CheckpointError(f"tensor {original} is stored twice: as {first} and as {stored}")
+            sources[original] = source
+    for bias, parts in halves.items():
+        if len(parts) != 2:
+            raise CheckpointError(
+                f"tensor {bias} is stored for one of the two pools only, as {parts.popitem()[1].stored}"
+            )
+        if bias in sources:
+            raise CheckpointError(f"tensor {bias} is stored twice: as {bias} and as {parts[0].stored}")
+        sources[bias] = _Source((parts[0], parts[1]))
+    return sources
+
+
+def _original_prefix(stored: str) -> str:
+    """Where the tensor sits in the original naming: the tower at the root, everything else under `model.`."""
+    name = stored.removeprefix("model.").removeprefix("language_model.")
+    if name.startswith("vision_tower."):
+        name = "vision_model." + name.removeprefix("vision_tower.")
+    return name if name.startswith(("vision_model.", "lm_head.")) else f"model.{name}"
+
+
+def _pool(match: re.Match[str]) -> int:
+    return 0 if match["pool"] == "text" else 1
+
+
+def _expand(name: str, stored: str, files: _Files) -> Iterator[tuple[str, _Source]]:
+    """The original tensors one stored tensor holds: itself, or in transformers' naming up to two per expert."""
+    if match := _NATIVE_EXPERTS.fullmatch(name):
+        yield from _fused_experts(match, stored, files.shape(stored))
+    elif match := _NATIVE_GATE.fullmatch(name):
+        yield f"{match['mlp']}gate.weight{'_1' if _pool(match) else ''}", _Source((_Part(stored),), transposed=True)
+    elif match := _NATIVE_RESAMPLER.fullmatch(name):
+        yield f"{match['linear']}{_RESAMPLER_PARTS[match['part']]}{match['rest']}", _Source((_Part(stored),))
+    else:
+        yield name, _Source((_Part(stored),))
+
+
+def _fused_experts(match: re.Match[str], stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, _Source]]:
+    """gate_up_proj is [experts, 2 x inner, hidden], gate rows first; down_proj is [experts, hidden, inner]."""
+    gate_up = match["kind"] == "gate_up"
+    if len(shape) != 3 or (gate_up and shape[1] % 2):
+        raise CheckpointError(f"tensor {stored} has shape {list(shape)}, not that of fused experts")
+    count, rows, _ = shape
+    for e in range(count):
+        expert = f"{match['mlp']}experts.{e + _pool(match) * count}."
+        if gate_up:
+            yield f"{expert}gate_proj.weight", _Source((_Part(stored, (e, slice(0, rows // 2))),))
+            yield f"{expert}up_proj.weight", _Source((_Part(stored, (e, slice(rows // 2, rows))),))
+        else:
+            yield f"{expert}down_proj.weight", _Source((_Part(stored, (e,)),))
