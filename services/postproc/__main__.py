@@ -1,0 +1,33 @@
+"""Runs a postproc: `python -m services.postproc`, configured by MILLRACE_ variables."""
+
+import os
+import sys
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from services.postproc.detokenize import Vocabulary
+from services.postproc.metrics import PostprocMetrics
+from services.postproc.settings import PostprocSettings
+from services.postproc.worker import SERVICE, Worker
+from shared import service
+from shared.keys import Keys
+from shared.tokenizer import Tokenizer
+
+
+def build(settings: PostprocSettings, redis: Redis) -> Worker:
+    """
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+    """
+    vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
+    return Worker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics())
+
+
+def main() -> int:
+    """Serve until told to stop; returns the exit status."""
+    return service.launch(SERVICE, PostprocSettings, build, os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""What a postproc is told."""
+
+from services.postproc.answer import Parsers
+from shared.config import CommonSettings, Positive, variable
+from shared.errors import ConfigError
+
+ERNIE_VL_THINKING = "ernie-45-vl-thinking"
+
+
+class PostprocSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An empty parser name is no parser: all the model writes is content.
+
+    Raises:
+        ConfigError: a parser is unknown; the message names the setting and the parsers there are.
+    """
+
+    reasoning_parser: str = ERNIE_VL_THINKING
+    tool_call_parser: str = ERNIE_VL_THINKING
+    journal_every: Positive = 64  # tokens of a request between two writes of its journal
+    read_count: Positive = 128  # steps read at once, when behind
+    trim_every: Positive = 256  # steps between two trims of a shard's stream
+    deltas_max_len: Positive = 10_000  # messages a gateway's stream keeps, about
+
+    def __post_init__(self) -> None:
+        parsers = {"reasoning_parser": self.reasoning_parser, "tool_call_parser": self.tool_call_parser}
+        for field, name in parsers.items():
+            if name not in ("", ERNIE_VL_THINKING):
+                raise ConfigError(f'{variable(field)} is {name!r}; known: {ERNIE_VL_THINKING!r}, and "" for none')
+
+    def parsers(self) -> Parsers:
+        return Parsers(reasoning=bool(self.reasoning_parser), tool_calls=bool(self.tool_call_parser))
