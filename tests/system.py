@@ -1,5 +1,6 @@
 """The whole product for tests: `millrace serve` as a person would start it, on free ports of this machine."""
 
+import asyncio
 import base64
 import io
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from redis.asyncio import Redis
 
 from shared import bus
 from shared.keys import ENCODE, GENERATE, Keys
@@ -64,18 +66,24 @@ class System:
         except OSError:
             return 0, ""
 
-    async def redis_state(self) -> dict[str, int]:
-        """What Redis holds that should be gone when nothing runs: per-request keys, and entries of work streams."""
-        keys = Keys("millrace")
+    async def running_requests(self) -> int:
+        """How many requests the engine has, waiting or running."""
         client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
-            left = {}
-            for pattern in (keys.request("*"), keys.journal("*"), keys.blob("media", "*"), keys.quarantine("*")):
-                for key in await client.keys(pattern):
-                    left[key.decode()] = 1
-            for stream in (ENCODE, GENERATE):
-                if length := await client.xlen(keys.stream(stream)):
-                    left[keys.stream(stream)] = length
+            return int(await client.xlen(Keys("millrace").stream(GENERATE)))
+        finally:
+            await client.aclose()
+
+    async def left_behind(self) -> dict[str, int]:
+        """What Redis still holds of requests, once it holds nothing or enough time has passed: their keys, and how
+        many entries the work streams have.
+        """
+        client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
+        try:
+            for _ in range(int(SETTLE_S / LOOK_S)):
+                if not (left := await _per_request(client, Keys("millrace"))):
+                    break
+                await asyncio.sleep(LOOK_S)
             return left
         finally:
             await client.aclose()
@@ -117,6 +125,13 @@ class System:
             assert self._process.poll() is None, f"it ended with status {self._process.returncode}\n{self.tail()}"
             assert time.monotonic() < deadline, f"{what} within {seconds:.0f} s\n{self.tail()}"
             time.sleep(LOOK_S)
+
+
+async def _per_request(client: Redis, keys: Keys) -> dict[str, int]:
+    patterns = (keys.request("*"), keys.journal("*"), keys.blob("media", "*"), keys.quarantine("*"))
+    left = {key.decode(): 1 for pattern in patterns for key in await client.keys(pattern)}
+    lengths = {keys.stream(name): await client.xlen(keys.stream(name)) for name in (ENCODE, GENERATE)}
+    return left | {stream: length for stream, length in lengths.items() if length}
 
 
 @contextmanager
