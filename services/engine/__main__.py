@@ -5,26 +5,27 @@ import sys
 from pathlib import Path
 
 import torch
+from redis.asyncio import Redis
 
 from services.engine.kernels.ops import Ops
 from services.engine.memory import allocate_cache
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
-from services.engine.runner import ModelRunner
+from services.engine.runner import ModelRunner, Runner
 from services.engine.sampler import Sampler
 from services.engine.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings, check
-from shared import bus, config, log, metrics, service
 from shared.errors import CheckpointError, ConfigError
-from shared.model_config import load_model_config
+from shared.model_config import ModelConfig, load_model_config
+from shared.service import launch
 from shared.tokenizer import Tokenizer
 
 THINK_CLOSE = "</think>"
 
 
-def compose(settings: EngineSettings, name: str) -> EngineService:
-    """Load the model and put the service together.
+def build(settings: EngineSettings, redis: Redis) -> EngineService:
+    """Put the service together; it loads the weights when it starts.
 
     Raises:
         ConfigError: a setting is out of range, contradicts the model, or asks for what this machine has not.
@@ -32,29 +33,31 @@ def compose(settings: EngineSettings, name: str) -> EngineService:
     """
     check(settings)
     directory = Path(settings.model)
-    model_config = load_model_config(directory)
-    if settings.max_model_len > model_config.max_position_embeddings:
+    model = load_model_config(directory)
+    if settings.max_model_len > model.max_position_embeddings:
         raise ConfigError(
-            f"max_model_len is {settings.max_model_len}; the model's positions end at "
-            f"{model_config.max_position_embeddings}"
+            f"max_model_len is {settings.max_model_len}; the model's positions end at {model.max_position_embeddings}"
         )
     think_close_id = Tokenizer.load(directory).token_id(THINK_CLOSE)
     if think_close_id is None:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
+    where = device(settings)
+    facts = EngineFacts(model, settings.max_model_len, think_close_id)
+    return EngineService(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics())
+
+
+def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:
+    """The model on its device, its cache and its sampler; and the cache's number of blocks.
+
+    Raises:
+        ConfigError: the cache could not hold max_model_len.
+        CheckpointError: the weights are not what the configuration says.
+    """
     quantization = None if settings.quantization == "none" else settings.quantization
-    model = load_model(directory, model_config, device(settings), quantization, Ops())
-    cache = allocate_cache(model, model_config, settings)
-    sampler = Sampler(model_config.eos_ids, settings.sampling_class, model.device)
-    return EngineService(
-        settings,
-        name,
-        bus.connect(settings.redis_url),
-        bus.connect(settings.blob_redis_url or settings.redis_url),
-        EngineFacts(model_config, settings.max_model_len, think_close_id),
-        ModelRunner(model, cache, sampler, model_config.image_patch_id, model_config.hidden_size),
-        cache.num_blocks,
-        EngineMetrics(),
-    )
+    model = load_model(Path(settings.model), config, where, quantization, Ops())
+    cache = allocate_cache(model, config, settings)
+    sampler = Sampler(config.eos_ids, settings.sampling_class, model.device)
+    return ModelRunner(model, cache, sampler, config.image_patch_id, config.hidden_size), cache.num_blocks
 
 
 def device(settings: EngineSettings) -> str:
@@ -71,10 +74,7 @@ def device(settings: EngineSettings) -> str:
 
 
 def main() -> int:
-    settings = config.load(EngineSettings, os.environ)
-    log.setup(SERVICE, settings.name, settings.log_level)
-    metrics.serve(settings.metrics_port)
-    return service.run(compose(settings, settings.name))
+    return launch(SERVICE, EngineSettings, build, os.environ)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,19 @@ OnEnded = Callable[[Iterable[str]], Awaitable[None]]
 
 
 class Outbox:
-    """Made and run on the event loop; `put` belongs to the model's thread."""
+    """Run on the event loop; `put` belongs to the model's thread, which is started after `open`."""
 
     def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded) -> None:
         self._redis = redis
         self._keys = keys
         self._on_ended = on_ended
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Emission] = asyncio.Queue()
         self._room = threading.Semaphore(LEAD)
         self._closed = False
+
+    def open(self) -> None:
+        """Belong to the running event loop."""
+        self._loop = asyncio.get_running_loop()
 
     def put(self, emission: Emission) -> None:
         """Queue an emission; waits while Redis is LEAD steps behind. After `close` it goes nowhere."""

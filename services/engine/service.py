@@ -1,8 +1,14 @@
-"""The engine as a service: its life cycle, its thread, and what it says of itself."""
+"""The engine as a service: asyncio does the talking, one thread does the computing; they share a mailbox and an outbox.
+
+startup  join the stream, load the model
+serve    take work and run it
+drain    take nothing new; what is held runs to its end
+close    stop computing. What is left stays ours until the lease ends, and then another engine resumes it
+"""
 
 import asyncio
 import contextlib
-import threading
+from collections.abc import Callable
 
 from redis.asyncio import Redis
 
@@ -16,135 +22,99 @@ from services.engine.runner import Runner
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import EngineFacts
 from services.engine.settings import EngineSettings
+from services.engine.thread import ModelThread
+from shared import bus
 from shared.blobs import Blobs
 from shared.keys import GENERATE, Keys
-from shared.log import logger
 from shared.streams import WorkStream
 
 SERVICE = "engine"
 
-_log = logger(__name__)
+Load = Callable[[], tuple[Runner, int]]  # the runner, and how many cache blocks it has
 
 
 class EngineService:
-    """Asyncio does the talking, one thread does the computing; they share a mailbox and an outbox."""
+    """See `shared.service.Service`."""
 
     def __init__(
-        self,
-        settings: EngineSettings,
-        name: str,
-        redis: Redis,
-        blob_redis: Redis,
-        facts: EngineFacts,
-        runner: Runner,
-        num_blocks: int,
-        metrics: EngineMetrics,
+        self, settings: EngineSettings, redis: Redis, facts: EngineFacts, load: Load, metrics: EngineMetrics
     ) -> None:
-        self.name = name
         self._settings = settings
-        self._redis = redis
-        self._blob_redis = blob_redis
-        self._keys = Keys(settings.namespace)
-        self._facts = facts
-        self._runner = runner
         self._metrics = metrics
+        self._load = load
+        keys = Keys(settings.namespace)
+        self._blob_redis = bus.connect(settings.blob_redis_url or settings.redis_url)
+        self._work = WorkStream(redis, keys, GENERATE, SERVICE, settings.name, settings.max_deliveries)
         self._mailbox = Mailbox()
-        self._pool = BlockPool(num_blocks, settings.enable_prefix_caching)
-        self._scheduler = Scheduler(
-            self._pool,
-            Limits(
-                settings.max_num_seqs,
-                settings.max_num_batched_tokens,
-                settings.enable_chunked_prefill,
-                settings.block_size,
-            ),
-        )
-        self._work = WorkStream(redis, self._keys, GENERATE, SERVICE, name, settings.max_deliveries)
-
-    async def startup(self) -> None:
-        settings = self._settings
-        blobs = Blobs(self._blob_redis, self._keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-        capacity = settings.max_num_seqs + waiting_allowance(settings.max_num_seqs)
         self._inbox = Inbox(
-            self._redis,
-            self._keys,
+            redis,
+            keys,
             self._work,
-            blobs,
+            Blobs(self._blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
             self._mailbox,
-            self._facts,
-            capacity,
+            facts,
+            settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
             settings.lease_ms / 1000,
         )
-        self._outbox = Outbox(self._redis, self._keys, self._inbox.finished)
+        self._outbox = Outbox(redis, keys, self._inbox.finished)
+        self._background: asyncio.Task[None] | None = None
+
+    async def startup(self) -> None:
+        self._outbox.open()
+        self._thread = ModelThread(self._load, self._compute)
+        await self._thread.start()
         await self._inbox.start()
-        self._loop = asyncio.get_running_loop()
-        self._computing: asyncio.Future[None] = self._loop.create_future()
-        self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
-        self._thread.start()
-        self._background = asyncio.create_task(self._run_background())
+        self._background = asyncio.create_task(self._run_background(), name="engine background")
 
     async def serve(self) -> None:
-        """Take work until cancelled, or until something fails that only a restart mends."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._inbox.take())
             tasks.create_task(self._inbox.reclaim())
             tasks.create_task(self._watch())
 
     async def drain(self) -> None:
-        """Take nothing new; return when every request held has ended."""
-        empty = asyncio.ensure_future(self._inbox.empty())
-        try:
-            await asyncio.wait([empty, self._background], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            empty.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._watch())
+            await self._inbox.empty()
+            watch.cancel()
 
     async def close(self) -> None:
-        """Stop computing, whatever is left: its entries stay ours until the lease ends, and then someone resumes
-        them."""
         self._mailbox.close()
         self._outbox.close()
-        await asyncio.to_thread(self._thread.join)
-        self._background.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await self._background
-        await self._work.leave()
-        await self._redis.aclose()
+        if self._background is not None:
+            with contextlib.suppress(Exception):  # whoever started it has been told by `serve`
+                await self._thread.watch()
+            self._background.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._background
+            await self._work.leave()
         await self._blob_redis.aclose()
 
     def load(self) -> dict[str, float]:
-        return {
-            "held": float(self._inbox.num_held),
-            "capacity": float(self._settings.max_num_seqs),
-            "kv_usage": self._pool.used / self._pool.num_blocks,
-        }
+        return {"held": float(self._inbox.num_held), "capacity": float(self._settings.max_num_seqs)}
 
     async def _watch(self) -> None:
-        """Fail with what fails in the background."""
+        """Raise what was raised in the background."""
+        assert self._background is not None
         await asyncio.shield(self._background)
 
     async def _run_background(self) -> None:
-        """What must go on while the service drains."""
+        """What goes on while the service drains."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._outbox.run())
             tasks.create_task(self._inbox.admit())
             tasks.create_task(self._inbox.listen())
-            tasks.create_task(self._computed())
+            tasks.create_task(self._thread.watch())
 
-    async def _computed(self) -> None:
-        await self._computing
-
-    def _compute(self) -> None:
-        """The model's thread."""
-        engine = Engine(self._mailbox, self._scheduler, self._pool, self._runner, self._outbox.put, self._metrics)
-        try:
-            engine.run()
-        except BaseException as failure:
-            _log.exception("a step failed")
-            self._report(failure)
-
-    def _report(self, failure: BaseException) -> None:
-        def fail() -> None:
-            if not self._computing.done():
-                self._computing.set_exception(failure)
-
-        self._loop.call_soon_threadsafe(fail)
+    def _compute(self, loaded: tuple[Runner, int]) -> None:
+        """The model thread's work."""
+        settings, (runner, num_blocks) = self._settings, loaded
+        pool = BlockPool(num_blocks, settings.enable_prefix_caching)
+        limits = Limits(
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            settings.enable_chunked_prefill,
+            settings.block_size,
+        )
+        scheduler = Scheduler(pool, limits)
+        Engine(self._mailbox, scheduler, pool, runner, self._outbox.put, self._metrics).run()
