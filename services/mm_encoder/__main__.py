@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from redis.asyncio import Redis
 
 from services.mm_encoder import timestamps
 from services.mm_encoder.batcher import Batcher
@@ -19,17 +20,17 @@ from services.mm_encoder.service import SERVICE, MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.video import VideoLimits
 from services.mm_encoder.weights import load_weights
-from shared import bus, config, log, metrics, service
+from shared import bus, config, log, service
 from shared.blobs import Blobs
 from shared.checkpoint import Checkpoint
-from shared.errors import CheckpointError, ConfigError
+from shared.errors import ConfigError
 from shared.keys import ENCODE, Keys
 from shared.model_config import load_model_config
 from shared.records import Records
 from shared.streams import WorkStream
 
 
-def build(settings: MmEncoderSettings, figures: Metrics) -> MmEncoder:
+def build(settings: MmEncoderSettings, redis: Redis) -> MmEncoder:
     """The service, with its weights loaded.
 
     Raises:
@@ -48,7 +49,7 @@ def build(settings: MmEncoderSettings, figures: Metrics) -> MmEncoder:
             "no font in the model directory; using font-roboto's", extra={"font": timestamps.FONT}
         )
     keys = Keys(settings.namespace)
-    redis = bus.connect(settings.redis_url)
+    figures = Metrics()
     blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     embeds = Embeds(blobs)
@@ -77,8 +78,8 @@ def build(settings: MmEncoderSettings, figures: Metrics) -> MmEncoder:
         max_model_len=settings.max_model_len,
     )
     return MmEncoder(
-        name=settings.name,
         redis=redis,
+        own_clients=() if blob_redis is redis else (blob_redis,),
         keys=keys,
         stream=WorkStream(redis, keys, ENCODE, SERVICE, settings.name, settings.max_deliveries),
         records=Records(redis, keys),
@@ -102,18 +103,7 @@ def _check_device(device: str) -> None:
 
 def main() -> int:
     """Returns the process's exit status."""
-    try:
-        settings = config.load(MmEncoderSettings, os.environ)
-        log.setup(SERVICE, settings.name, settings.log_level)
-        stop_metrics = metrics.serve(settings.metrics_port)
-        mm_encoder = build(settings, Metrics())
-    except (ConfigError, CheckpointError) as error:
-        print(f"mm_encoder: {error}", file=sys.stderr)
-        return 2
-    try:
-        return service.run(mm_encoder)
-    finally:
-        stop_metrics()
+    return service.launch(SERVICE, MmEncoderSettings, build, os.environ)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Embeds:
             RequestError: 503, more than the store may hold.
         """
         meta = EmbedMeta(grid, rows.shape[0], rows.shape[1], str(rows.dtype).removeprefix("torch."))
-        data = rows.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        data = rows.contiguous().flatten().view(torch.uint8).numpy().data
         await self._blobs.put(KIND, key, data, msgspec.json.encode(meta))
 
 

@@ -156,10 +156,8 @@ class Fetcher:
         try:
             async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
                 return await self._read(response, url)
-        except (AddressRefusedError, httpcore.ConnectError, httpcore.UnsupportedProtocol, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise refuse(_UNREACHABLE) from error
+        except (AddressRefusedError, httpcore.ConnectError, OSError, UnicodeError) as error:
+            raise refuse(_UNREACHABLE) from error  # Unicode: a name that cannot be one
         except httpcore.TimeoutException as error:
             raise TimeoutError from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
@@ -201,6 +199,8 @@ def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
         raise refuse("The media's URL is malformed.") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise refuse("The media's URL must start with http:// or https:// and name a host.")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise refuse("The media's URL is malformed.")
     if url.userinfo:
         raise refuse("The media's URL must not hold credentials.")
     return url

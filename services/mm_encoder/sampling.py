@@ -28,7 +28,7 @@ def override(server: FrameSampling, item: VideoOptions) -> FrameSampling:
     Raises:
         ValueError: the options contradict each other.
     """
-    fps = server.fps if item.fps is None else item.fps
+    fps = server.fps if item.fps is None else float(item.fps)
     target = server.target_frames if item.target_frames is None else item.target_frames
     if item.target_frames is not None and item.target_frames > 0 and item.fps is None:
         fps = -1

@@ -6,6 +6,7 @@ it has done then is done again, to the same effect.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,13 +46,15 @@ class Running:
 
 
 class MmEncoder:
-    """See the module. `patch_id` is the placeholder's token id; abandoned entries are looked for every `claim_s`."""
+    """See the module. `patch_id` is the placeholder's token id; abandoned entries are looked for every `claim_s`;
+    `own_clients` are closed in the end.
+    """
 
     def __init__(
         self,
         *,
-        name: str,
         redis: Redis,
+        own_clients: Sequence[Redis],
         keys: Keys,
         stream: WorkStream,
         records: Records,
@@ -64,8 +67,8 @@ class MmEncoder:
         concurrency: int,
         claim_s: float,
     ) -> None:
-        self.name = name
         self._redis = redis
+        self._own_clients = own_clients
         self._keys = keys
         self._stream = stream
         self._records = records
@@ -80,6 +83,10 @@ class MmEncoder:
         self._encoding: Flights[None] = Flights()
         self._running: dict[str, Running] = {}
         self._broken: asyncio.Future[None]
+
+    @property
+    def name(self) -> str:
+        return SERVICE
 
     async def startup(self) -> None:
         self._broken = asyncio.get_running_loop().create_future()
@@ -107,6 +114,8 @@ class MmEncoder:
         await self._preparer.close()
         await self._batcher.close()
         await self._stream.leave()
+        for client in self._own_clients:
+            await client.aclose()
 
     def load(self) -> dict[str, float]:
         return {"running": len(self._running), "limit": self._concurrency}

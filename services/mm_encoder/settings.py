@@ -48,7 +48,7 @@ class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         """The frame sampling of a video that has no options of its own."""
         default_fps = -1 if self.video_target_frames > 0 else 2
         return FrameSampling(
-            fps=default_fps if self.video_fps is msgspec.UNSET else self.video_fps,
+            fps=float(default_fps if self.video_fps is msgspec.UNSET else self.video_fps),
             min_frames=self.video_min_frames,
             max_frames=self.video_max_frames,
             target_frames=self.video_target_frames,

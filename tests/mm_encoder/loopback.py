@@ -1,0 +1,53 @@
+"""A small HTTP server on loopback, told what to answer, and a resolver told what names mean."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+Handler = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Site:
+    """Answers by path; remembers the heads of requests."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.heads: list[str] = []
+        self.answers: dict[str, bytes] = {}
+        self.handlers: dict[str, Handler] = {}
+
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    def serve(self, path: str, body: bytes, status: str = "200 OK", **headers: str) -> str:
+        lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self.answers[path] = "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
+        return self.url(path)
+
+    def redirect(self, path: str, to: str, status: str = "302 Found") -> str:
+        return self.serve(path, b"", status, Location=to)
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.heads.append(head)
+            path = head.split()[1]
+            if path in self.handlers:
+                await self.handlers[path](path, writer)
+            else:
+                writer.write(self.answers.get(path, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"))
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def running_site() -> AsyncIterator[Site]:
+    site = Site()
+    server = await asyncio.start_server(site.handle, "127.0.0.1", 0)
+    site.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield site
