@@ -43,10 +43,10 @@ class Engine:
             for command in commands:
                 self._obey(command, emission)
             plan = self._scheduler.schedule()
-            sampled = self._execute(plan)
-            progress = self._scheduler.commit(plan, [s.token for s in sampled])
             for sequence in plan.begun:
                 emission.begin(sequence.shard, sequence.begin())
+            sampled = self._execute(plan)
+            progress = self._scheduler.commit(plan, [s.token for s in sampled])
             for (sequence, finish), drawn in zip(progress, sampled, strict=True):
                 emission.last_token(sequence, drawn.logprob, finish)
             self._count(plan, emission, len(sampled))
