@@ -122,7 +122,7 @@ class _Files:
         if path.parent != self._directory:
             raise CheckpointError(f"{self._directory / INDEX} names {name!r}, which is no file of the directory")
         try:
-            handle = safe_open(path, framework="pt", device="cpu")
+            handle: Any = safe_open(path, framework="pt", device="cpu")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist") from error
         except (OSError, SafetensorError) as error:
