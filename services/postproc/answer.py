@@ -31,6 +31,7 @@ class Answer:
     """The answer to one request, and what of it has not been taken yet."""
 
     __slots__ = (
+        "_called",
         "_calls",
         "_content",
         "_detokenizer",
@@ -67,6 +68,7 @@ class Answer:
         self._detokenizer = Detokenizer()
         self._split = Reasoning(output.thinking and parsers.reasoning)
         self._reasoned = 0  # tokens up to and including </think>
+        self._called = False  # a call was shown
         self._calls: ToolCalls | None = None
         if output.tools and parsers.tool_calls:
             self._calls = ToolCalls(request.id, output.parallel_tool_calls, vocabulary.spelled_markers)
@@ -234,6 +236,7 @@ class Answer:
             else:
                 if piece.name is not None:
                     self._content.append(self._stop_content.flush())
+                    self._called = True
                 self._tool_deltas.append(piece)
 
     def _flush(self, cut_off: bool) -> None:
@@ -256,7 +259,7 @@ class Answer:
         self.ended = True
         if self.begin is None:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
-        elif reason == "stop" and self._calls and self._calls.calls:
+        elif reason == "stop" and self._called:
             self._ending = "tool_calls"
         else:
             self._ending = reason

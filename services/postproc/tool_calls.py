@@ -35,7 +35,7 @@ class ToolCalls:
 
     def __init__(self, request_id: str, parallel: bool, spelled: tuple[str, ...]) -> None:
         """`spelled`: the markers that the vocabulary lacks, to be looked for in the text."""
-        self.calls = 0  # shown
+        self._count = 0  # calls with a name, but for those that are left out
         self._request_id = request_id
         self._parallel = parallel
         self._finder = Finder(compile_patterns(spelled)) if spelled else None
@@ -79,7 +79,7 @@ class ToolCalls:
         if marker == CALL_CLOSE:
             return self._end_call(CALL_CLOSE) if self._call else self._say(CALL_CLOSE)
         pieces = self._end_call("")
-        self._call = Call(self.calls, call_id(self._request_id, self.calls))
+        self._call = Call(self._count, call_id(self._request_id, self._count))
         return pieces
 
     def _text(self, text: str) -> list[Piece]:
@@ -109,7 +109,7 @@ class ToolCalls:
         if call.index and not self._parallel:
             return []
         if any(delta.name for delta in deltas):
-            self.calls += 1
+            self._count += 1
         return [*deltas]
 
     def _say(self, text: str) -> list[Piece]:
