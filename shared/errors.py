@@ -69,8 +69,8 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> Req
 def context_length(prompt_tokens: int, max_model_len: int, param: str = "messages") -> RequestError:
     """A 400: the prompt leaves no room for one generated token."""
     return invalid(
-        f"The prompt has {prompt_tokens} tokens; this model's maximum context length is {max_model_len} tokens, "
-        "and at least one must be left for the answer.",
+        f"`{param}`: the prompt has {prompt_tokens} tokens; this model's maximum context length is {max_model_len} "
+        "tokens, and at least one must be left for the answer.",
         param,
         "context_length_exceeded",
     )

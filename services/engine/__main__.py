@@ -78,4 +78,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: the model's thread may still be loading, or letting go of the model, and an interpreter that is torn
+    # down under a thread inside C++ aborts.
+    os._exit(status)

@@ -57,8 +57,9 @@ class MediaRules(msgspec.Struct, frozen=True):
         for kind, limit in self.limits.items():
             found = [item for item in items if item.kind == kind]
             if len(found) > limit:
-                text = f"Too many {kind} items in prompt, got {len(found)} but limit is {limit}"
-                raise invalid(text, found[limit].param)
+                where = found[limit].param
+                text = f"`{where}`: too many {kind} items in prompt, got {len(found)} but limit is {limit}."
+                raise invalid(text, where)
         return items
 
     def _item(self, part: ImagePart | VideoPart | FilePart, path: str) -> Item:

@@ -142,7 +142,8 @@ def _check_content(message: Message, path: str) -> None:
     elif isinstance(content, list):
         for i, part in enumerate(content):
             if not isinstance(part, TextPart) and message.role not in ("user", "tool"):
-                raise invalid(f"A message of the role {message.role} has text only.", f"{path}[{i}].type")
+                field = f"{path}[{i}].type"
+                raise invalid(f"`{field}`: a message of the role {message.role} has text only.", field)
             _check_part(part, f"{path}[{i}]")
 
 

@@ -20,7 +20,8 @@ TOOLS = [
 
 def user(*content: Any) -> list[Message]:
     """A conversation of one turn: a text, or parts."""
-    return [{"role": "user", "content": content[0] if len(content) == 1 else list(content)}]
+    only_text = len(content) == 1 and isinstance(content[0], str)
+    return [{"role": "user", "content": content[0] if only_text else list(content)}]
 
 
 def image(url: str) -> Message:
