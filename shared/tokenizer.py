@@ -261,7 +261,7 @@ def _from_sentencepiece(path: Path, config: _TokenizerConfig, names: Mapping[str
     except (RuntimeError, IndexError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no SentencePiece model") from error
     added = _added_tokens(path.parent, config, names, {piece.text: i for i, piece in enumerate(pieces)})
-    return _assemble(path, processor.encode, pieces, added, names, knows_added=False)
+    return _assemble(path, processor.encode, pieces, added, names)
 
 
 def _sentencepiece_pieces(proto: bytes) -> Iterator[_Piece]:
@@ -341,11 +341,12 @@ def _from_json(path: Path, names: Mapping[str, None]) -> _Vocabulary:
         _Piece(text, _piece_kind(text, model))
         for text in (ordered.get(i, "") for i in range(max(ordered, default=-1) + 1))
     ]
-    # Control tokens are taken out of the back end, with whatever would add them to text by itself.
+    # Control tokens are taken out of the back end, with whatever would add them to text by itself. So are added
+    # tokens the model file does not hold: the library would number them anew.
     ordinary = [
         entry
-        for entry, token in zip(raw["added_tokens"], parsed.added_tokens, strict=True)
-        if not _is_control(token, names)
+        for entry, token in zip(raw.get("added_tokens", []), parsed.added_tokens, strict=True)
+        if token.content in model.vocab and not _is_control(token, names)
     ]
     stripped = raw | {"added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
     try:
@@ -356,7 +357,7 @@ def _from_json(path: Path, names: Mapping[str, None]) -> _Vocabulary:
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    return _assemble(path, encode, pieces, parsed.added_tokens, names, knows_added=True)
+    return _assemble(path, encode, pieces, parsed.added_tokens, names)
 
 
 def _piece_kind(text: str, model: _JsonModel) -> int:
@@ -378,8 +379,6 @@ def _assemble(
     pieces: list[_Piece],
     added: list[_AddedToken],
     names: Mapping[str, None],
-    *,
-    knows_added: bool,
 ) -> _Vocabulary:
     """One vocabulary of a model file's pieces and the tokens added beside it.
 
@@ -405,8 +404,7 @@ def _assemble(
             data[token.id] = b"" if special and token.content not in VISIBLE else token.content.encode()
         elif is_new:
             data[token.id] = token.content.encode()
-            if not knows_added:
-                literals[token.content] = _plain_literal(path, token)
+            literals[token.content] = _plain_literal(path, token)
     vocabulary = _Vocabulary(encode, data, control, literals)
     probe = "a b"
     if b"".join(data[i] for i in encode(probe)) != probe.encode():
