@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Bits = Literal[4, 8]
+GROUP = 256  # inputs that share 32 words
+PLANES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """A quantised weight of logical shape [.., out, in]."""
 
-    data: Tensor  # int8 [.., out, in], or uint8 [.., out, in / 2] for 4 bits
+    data: Tensor  # int8 [.., out, in], or int32 [.., out, 32 * groups] for 4 bits
     scale: Tensor  # [.., out], in the dtype of the activations
     bits: Bits
-
-    @property
-    def in_features(self) -> int:
-        return int(self.data.shape[-1]) * (2 if self.bits == 4 else 1)
+    in_features: int
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +36,7 @@ class Quantized:
 
     def __getitem__(self, index: int) -> "Quantized":
         """The weight at `index` of the first dimension, without a copy."""
-        return Quantized(self.data[index], self.scale[index], self.bits)
+        return Quantized(self.data[index], self.scale[index], self.bits, self.in_features)
 
 
 Weight = Tensor | Quantized
@@ -46,12 +46,7 @@ def quantize(weight: Tensor, bits: Bits) -> Quantized:
     """
     Args:
         weight: [.., out, in], floating point. Its dtype becomes that of the scales.
-
-    Raises:
-        ValueError: 4 bits and an odd `in`.
     """
-    if bits == 4 and weight.shape[-1] % 2:
-        raise ValueError(f"4-bit weights need an even number of inputs, not {weight.shape[-1]}")
     limit = 127 if bits == 8 else 7
     exact = weight.float()
     amax = exact.abs().amax(-1, keepdim=True)
@@ -59,12 +54,12 @@ def quantize(weight: Tensor, bits: Bits) -> Quantized:
     scaled = exact / torch.where(amax > 0, amax, 1) * limit
     values = (scaled.abs() + 0.5).floor().clamp_(max=limit).copysign(scaled).to(torch.int8)
     scale = (amax / limit).squeeze(-1).to(weight.dtype)
-    return Quantized(values if bits == 8 else _pack(values), scale, bits)
+    return Quantized(values if bits == 8 else _pack(values), scale, bits, weight.shape[-1])
 
 
 def dequantize(weight: Quantized) -> Tensor:
     """[.., out, in] in the dtype of the scales."""
-    values = weight.data if weight.bits == 8 else _unpack(weight.data)
+    values = weight.data if weight.bits == 8 else _unpack(weight.data, weight.in_features)
     return values.to(weight.scale.dtype) * weight.scale.unsqueeze(-1)
 
 
@@ -74,10 +69,17 @@ def dense(weight: Weight) -> Tensor:
 
 
 def _pack(values: Tensor) -> Tensor:
-    nibbles = values.view(torch.uint8) & 0xF
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    """int8 [.., in] to int32 words."""
+    padded = F.pad(values, (0, -values.shape[-1] % GROUP))
+    planes = padded.unflatten(-1, (-1, PLANES, GROUP // PLANES)).to(torch.int32) & 0xF
+    words = torch.zeros_like(planes[..., 0, :])
+    for plane in range(PLANES):
+        words |= planes[..., plane, :] << (4 * plane)
+    return words.flatten(-2)
 
 
-def _unpack(data: Tensor) -> Tensor:
-    nibbles = torch.stack((data & 0xF, data >> 4), -1).flatten(-2)
-    return (nibbles ^ 8).view(torch.int8) - 8
+def _unpack(words: Tensor, inputs: int) -> Tensor:
+    """The inverse: int32 words to int8 [.., inputs]."""
+    grouped = words.unflatten(-1, (-1, GROUP // PLANES))
+    planes = torch.stack([(grouped >> (4 * plane)) & 0xF for plane in range(PLANES)], -2)
+    return ((planes ^ 8) - 8).to(torch.int8).flatten(-3)[..., :inputs]

@@ -139,12 +139,7 @@ class _Reader:
         return SwiGLU(self._pack(torch.cat(gate_up), bits), self._pack(down, bits))
 
     def _pack(self, weight: Tensor, bits: Bits | None) -> Weight:
-        if bits is None:
-            return weight
-        try:
-            return quantize(weight, bits)
-        except ValueError as error:
-            raise CheckpointError(f"this model cannot be quantised: {error}") from error
+        return weight if bits is None else quantize(weight, bits)
 
 
 def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
@@ -160,7 +155,7 @@ def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
 def _room(like: Weight, count: int) -> Weight:
     if isinstance(like, Quantized):
         data = like.data.new_empty(count, *like.data.shape)
-        return Quantized(data, like.scale.new_empty(count, *like.scale.shape), like.bits)
+        return Quantized(data, like.scale.new_empty(count, *like.scale.shape), like.bits, like.in_features)
     return like.new_empty(count, *like.shape)
 
 

