@@ -137,25 +137,25 @@ class Desk:
         try:
             for key, data in uploads.items():
                 await self._blobs.put("media", key, data)
-            # From here on others may know of it, even where the reply to the transaction is lost.
-            choice.submitted = True
             if order.media:
                 media = tuple(_media(item, _blob_key(choice, i)) for i, item in enumerate(order.media))
                 await self._records.submit(keys.ENCODE, Encode(request, segments, media))
             else:
                 await self._records.submit(keys.GENERATE, Generate(request, segments[0], order.max_tokens))
         except BaseException:
-            await self._discard(list(uploads))
+            await self._discard(choice, list(uploads))
             raise
+        choice.submitted = True
 
-    async def _discard(self, blobs: list[str]) -> None:
-        """Uploads of a request that was not sent. Where Redis does not answer they expire."""
-        if not blobs:
-            return
+    async def _discard(self, choice: Choice, uploads: list[str]) -> None:
+        """Remove what a request that could not be sent may have left: its entry, if there is one after all, is dropped
+        by whoever takes it and finds no record. Where Redis does not answer, blobs expire."""
         try:
-            await self._blobs.delete("media", blobs)
+            await self._records.delete([choice.request_id])
+            if uploads:
+                await self._blobs.delete("media", uploads)
         except RedisError as error:
-            logger.warning("blobs are left to expire", extra={"error": str(error)})
+            logger.warning("could not clean up", extra={"request_id": choice.request_id, "error": str(error)})
 
     async def _close(self, exchange: Exchange) -> None:
         """The one way out of the dict: after the finish, a failure, a disconnect, a deadline."""

@@ -17,7 +17,7 @@ class Choice:
         self.index = index
         self.request_id = exchange.id if index == 0 else f"{exchange.id}-{index}"
         self.seq = 0  # of the last delta taken in; what is not above it has been shown
-        self.submitted = False  # other stages may know of it
+        self.submitted = False  # other stages know of it
         self.ended = False  # they have finished with it
         self.usage: Usage | None = None
 

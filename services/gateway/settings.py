@@ -26,7 +26,9 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_prompt_chars: Positive = 4 << 20  # of the rendered prompt: 32 for each of 131072 tokens
     body_timeout_s: Seconds = 60.0  # for the client to send its request
     request_timeout_s: Seconds = 600.0  # from arrival to the last token; the openai client's own default
-    hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0  # how long a stream's status waits to know that its media are good
+    hold_headers_s: Annotated[float, Meta(ge=0)] = (
+        15.0  # how long a stream's status waits to know that its media are good
+    )
     keep_alive_s: Seconds = 10.0  # silence after which a comment is sent on a stream
     max_pending_bytes: Positive = 1 << 20  # text a stream may owe to a client that does not read
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask

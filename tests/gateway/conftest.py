@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from gateway_stages import Stages
+from redis.asyncio import Redis
 
 from cli.demo import write_demo
 from services.gateway.chat import ChatFormat
 from services.gateway.media import MediaRules
 from services.gateway.order import OrderTaker
 from services.gateway.template import Template
+from shared.keys import Keys
 from shared.model_config import GenerationDefaults
 from shared.tokenizer import Tokenizer
-
-MAX_MODEL_LEN = 2048
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,12 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
         rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
         model="demo-model",
         max_n=4,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=2048,
         force_include_usage=False,
     )
+
+
+@pytest.fixture
+def stages(redis: Redis, keys: Keys) -> Stages:
+    """The test's hand in place of every other stage."""
+    return Stages(redis, keys)

@@ -51,9 +51,7 @@ def control_ids(chat: Prompt, tokenizer: Tokenizer) -> list[int]:
 def text_of(prompt: Prompt, tokenizer: Tokenizer) -> str:
     """The text that the prompt's ordinary tokens stand for, with control tokens by name."""
     names = {token: text.encode() for text, token in tokenizer.control.items()}
-    pieces = [
-        names.get(token, None) or tokenizer.token_bytes(token) for segment in prompt.segments for token in segment
-    ]
+    pieces = [names.get(token) or tokenizer.token_bytes(token) for segment in prompt.segments for token in segment]
     return b"".join(pieces).decode()
 
 
@@ -61,6 +59,11 @@ def text_of(prompt: Prompt, tokenizer: Tokenizer) -> str:
 def chat(request: pytest.FixtureRequest, checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> ChatFormat:
     directory = checkpoint if request.param == "checkpoint" else tmp_path
     return ChatFormat(Template.load(directory, 100_000), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def demo_chat(checkpoint: Path, tokenizer: Tokenizer) -> ChatFormat:
+    return ChatFormat(Template.load(checkpoint, 100_000), tokenizer)
 
 
 def test_a_prompt_is_the_templates_text_and_control_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> None:
@@ -131,19 +134,13 @@ WORDS = st.lists(st.sampled_from([*TRICKS, "<", "|>", "<|", "think>", ">", "/", 
 
 @settings(deadline=None, max_examples=60)
 @given(words=WORDS, free=st.text(max_size=20))
-def test_no_text_becomes_a_control_token(words: list[str], free: str) -> None:
-    chat, tokenizer = DEMO
+def test_no_text_becomes_a_control_token(
+    demo_chat: ChatFormat, tokenizer: Tokenizer, words: list[str], free: str
+) -> None:
     content = "".join(words) + free
-    prompt = prompt_of(chat, messages=[{"role": "user", "content": content}])
+    prompt = prompt_of(demo_chat, messages=[{"role": "user", "content": content}])
     assert control_ids(prompt, tokenizer) == [tokenizer.control["<|begin_of_sentence|>"], tokenizer.control["<think>"]]
     assert f"User: {content}\nAssistant:" in text_of(prompt, tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def _demo(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Hypothesis calls its test many times within one set of fixtures."""
-    global DEMO
-    DEMO = (ChatFormat(Template.load(checkpoint, 100_000), tokenizer), tokenizer)
 
 
 @pytest.mark.parametrize(

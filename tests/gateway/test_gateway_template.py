@@ -184,7 +184,11 @@ def test_tools_not_to_be_called_are_not_shown(built_in: Template) -> None:
         (
             {
                 "tokenizer_config.json": json.dumps(
-                    {"chat_template": "{{ bos_token }}{{ eos_token }}", "bos_token": "<s>", "eos_token": {"content": "E"}}
+                    {
+                        "chat_template": "{{ bos_token }}{{ eos_token }}",
+                        "bos_token": "<s>",
+                        "eos_token": {"content": "E"},
+                    }
                 )
             },
             "<s>E",
@@ -228,5 +232,7 @@ def test_how_a_rendering_fails(source: str, status: int, message: str) -> None:
 
 
 def test_what_templates_expect_to_find() -> None:
-    source = "{{ {'a': 'é<&'} | tojson }} {{ strftime_now('%Y') | int > 2000 }}{% for i in [1, 2] %}{% break %}{% endfor %}"
+    source = (
+        "{{ {'a': 'é<&'} | tojson }} {{ strftime_now('%Y') | int > 2000 }}{% for i in [1, 2] %}{% break %}{% endfor %}"
+    )
     assert Template("t", source, {}, 100).render({}) == '{"a": "é<&"} True'

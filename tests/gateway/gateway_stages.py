@@ -1,0 +1,122 @@
+"""A running gateway for tests, and the test's own hand in place of the stages behind it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from openai import AsyncOpenAI
+from prometheus_client import CollectorRegistry, generate_latest
+from redis.asyncio import Redis
+
+from services.gateway.__main__ import compose
+from services.gateway.server import bind
+from services.gateway.service import Gateway
+from services.gateway.settings import GatewaySettings
+from shared import bus
+from shared.keys import ENCODE, GENERATE, Keys
+from shared.messages import Accepted, Cancel, Delta, Deltas, Encode, Failed, Generate, Request, Usage
+from shared.streams import LogReader, send
+
+WAIT_S = 20.0
+USAGE = Usage(
+    prompt_tokens=11, completion_tokens=3, reasoning_tokens=1, cached_tokens=4, image_tokens=0, video_tokens=0
+)
+
+
+class Running(msgspec.Struct):
+    """One gateway process, in this event loop."""
+
+    gateway: Gateway
+    url: str
+    registry: CollectorRegistry
+    client: AsyncOpenAI
+
+    def metric(self, line: str) -> float:
+        """The value of a metric by its name and labels as written in the exposition format."""
+        for shown in generate_latest(self.registry).decode().splitlines():
+            if shown.startswith(f"{line} "):
+                return float(shown.rpartition(" ")[2])
+        raise AssertionError(f"no metric {line}")
+
+
+@asynccontextmanager
+async def running(checkpoint: Path, redis_url: str, **settings: Any) -> AsyncIterator[Running]:
+    """Start a gateway on a free loopback port; stop it as the service's life does."""
+    fields = {
+        "redis_url": redis_url,
+        "model": str(checkpoint),
+        "namespace": "test",
+        "name": "gw",
+        "max_model_len": 2048,
+    }
+    told = GatewaySettings(**{**fields, "host": "127.0.0.1", "shards": 4, **settings})
+    redis = bus.connect(redis_url)
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    registry = CollectorRegistry()
+    gateway = compose(told, redis, listener, registry, tick_s=0.02)
+    await gateway.startup()
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="key-1", max_retries=0)
+    try:
+        yield Running(gateway, url, registry, client)
+    finally:
+        await client.close()
+        await gateway.close()
+        await redis.aclose()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Let the event loop run until something is so."""
+    async with asyncio.timeout(WAIT_S):
+        while not true():  # noqa: ASYNC110  (what is waited for is the gateway's, and sets no event of ours)
+            await asyncio.sleep(0.001)
+
+
+class Stages:
+    """Reads what the gateway sends and writes what the stages would answer."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis = redis
+        self.keys = keys
+        self._work = LogReader(redis, {keys.stream(GENERATE): "0", keys.stream(ENCODE): "0"})
+        self._control = LogReader(redis, {keys.control(): "0"})
+        self._taken: list[Encode | Generate] = []
+
+    async def take(self, count: int = 1) -> list[Encode | Generate]:
+        """The next `count` work entries, in the order in which they were sent."""
+        async with asyncio.timeout(WAIT_S):
+            while len(self._taken) < count:
+                for _, _, message in await self._work.read(1000, 100):
+                    assert isinstance(message, Encode | Generate)
+                    self._taken.append(message)
+        taken, self._taken = self._taken[:count], self._taken[count:]
+        return taken
+
+    async def request(self) -> Request:
+        """The next request."""
+        return (await self.take())[0].request
+
+    async def cancelled(self) -> set[str]:
+        """The ids of the next Cancel."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                for _, _, message in await self._control.read(1, 100):
+                    assert isinstance(message, Cancel)
+                    return set(message.request_ids)
+
+    async def say(self, request: Request, *deltas: Delta) -> None:
+        """Send deltas in one message, as postproc does."""
+        await send(self.redis, self.keys.deltas(request.gateway), Deltas(deltas))
+
+    async def tell(self, request: Request, message: Accepted | Failed) -> None:
+        """Send what the mm_encoder does."""
+        await send(self.redis, self.keys.deltas(request.gateway), message)
+
+    async def answer(self, request: Request, *texts: str, usage: Usage = USAGE) -> None:
+        """A whole answer, one message a text."""
+        for i, text in enumerate(texts):
+            await self.say(request, Delta(request.id, i + 1, content=text))
+        await self.say(request, Delta(request.id, len(texts) + 1, finish_reason="stop", usage=usage))
