@@ -1,4 +1,4 @@
-"""One thread, and NaN in every tensor that an operation allocates without filling it."""
+"""One thread, one seed, and, for tests of the torch operations, NaN in every tensor allocated without filling it."""
 
 from collections.abc import Iterator
 
@@ -7,9 +7,14 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def poisoned_allocations() -> Iterator[None]:
+def seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_allocations(seeded: None) -> Iterator[None]:
+    """Not for a GPU: there, deterministic mode refuses some operations."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()

@@ -10,6 +10,8 @@ from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.quantize import dequantize, quantize
 from services.engine.kernels.router import router
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
 
 def naive_route(x: np.ndarray, gate: np.ndarray, bias: np.ndarray, top_k: int) -> tuple[list[int], list[float]]:
     """One token, one pool."""

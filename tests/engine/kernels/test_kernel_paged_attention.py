@@ -7,6 +7,8 @@ import torch
 from services.engine.kernels.kv_write import kv_write
 from services.engine.kernels.paged_attention import paged_attention
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
 BLOCK, DIM, SCALE = 4, 6, 0.3
 BLOCKS = 23
 

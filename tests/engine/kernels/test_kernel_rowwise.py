@@ -12,6 +12,8 @@ from services.engine.kernels.rms_norm import add_rms_norm, rms_norm
 from services.engine.kernels.rotary import rotary, rotary_tables
 from services.engine.kernels.silu_mul import silu_mul
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
 
