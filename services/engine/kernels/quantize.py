@@ -71,7 +71,7 @@ def dense(weight: Weight) -> Tensor:
 def _pack(values: Tensor) -> Tensor:
     """int8 [.., in] to int32 words."""
     padded = F.pad(values, (0, -values.shape[-1] % GROUP))
-    planes = padded.unflatten(-1, (-1, PLANES, GROUP // PLANES)).to(torch.int32) & 0xF
+    planes = padded.view(*padded.shape[:-1], -1, PLANES, GROUP // PLANES).to(torch.int32) & 0xF
     words = torch.zeros_like(planes[..., 0, :])
     for plane in range(PLANES):
         words |= planes[..., plane, :] << (4 * plane)
@@ -80,6 +80,6 @@ def _pack(values: Tensor) -> Tensor:
 
 def _unpack(words: Tensor, inputs: int) -> Tensor:
     """The inverse: int32 words to int8 [.., inputs]."""
-    grouped = words.unflatten(-1, (-1, GROUP // PLANES))
+    grouped = words.view(*words.shape[:-1], -1, GROUP // PLANES)
     planes = torch.stack([(grouped >> (4 * plane)) & 0xF for plane in range(PLANES)], -2)
     return ((planes ^ 8) - 8).to(torch.int8).flatten(-3)[..., :inputs]

@@ -143,7 +143,7 @@ def paged_attention(
     return out
 
 
-def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:  # type: ignore[no-untyped-def]
+def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:
     sequences, (_, block, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     splits, group = decode_splits(sequences, kv_heads), heads // kv_heads
     partial = torch.empty(sequences * kv_heads * splits * group, dim, dtype=torch.float32, device=query.device)
@@ -160,7 +160,7 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
     )  # fmt: skip
 
 
-def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:  # type: ignore[no-untyped-def]
+def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
     sequences, (_, block, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     tile = 128 if max_query_len > 64 else 16
     grid = (triton.cdiv(max_query_len, tile), heads, sequences)
