@@ -10,7 +10,10 @@ from services.postproc.detokenize import Vocabulary
 from shared.errors import Failure
 from shared.messages import Delta, Finish, ShownLogprob, TokenLogprob, Usage
 
-ANSWER = 'Hm.\n\nA cat, I think…\n</think>\n\nA "cat" 😀\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\nDone\n'
+ANSWER = (
+    "Hm.\n\nA cat, I think…\n</think>\n\n"
+    'A "cat" 😀\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\nDone\n'
+)
 
 output_options = st.fixed_dictionaries(
     {

@@ -1,0 +1,652 @@
+"""The worker against a real Redis. The test is the engine, which writes steps, and the gateway, which reads deltas."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+
+from cli.demo_tokenizer import write_tokenizer
+from services.postproc.answer import Answer, Parsers
+from services.postproc.detokenize import TokenBytes, Vocabulary
+from services.postproc.metrics import PostprocMetrics
+from services.postproc.settings import PostprocSettings
+from services.postproc.worker import SERVICE, Worker
+from shared.keys import GENERATE, Keys
+from shared.leases import Lease
+from shared.messages import (
+    Begin,
+    Cancel,
+    Delta,
+    Deltas,
+    Finish,
+    Generate,
+    Request,
+    TokenLogprob,
+    TokenRun,
+    Tokens,
+    Usage,
+    pack_ids,
+)
+from shared.records import Records
+from shared.streams import LogReader, send
+from shared.tokenizer import Tokenizer
+
+TEXT = "The café, “two” 😀.\n\nHm.\n</think>\n\nA cat. " + "And so on, and on; 你好。\n" * 12
+PIECES = cut(TEXT, every_byte(TEXT)[::2])
+WORDS = StandIn([piece for piece in PIECES if isinstance(piece, bytes)])
+TOKENS = WORDS.tokens(PIECES)
+STOP = Finish("stop", stop_token=EOS)
+
+
+class System:
+    """Everything around the workers."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis = redis
+        self.keys = keys
+        self.records = Records(redis, keys)
+        self.leases: dict[str, Lease] = {}
+        self.metrics: dict[str, CollectorRegistry] = {}
+        self._gateways: dict[str, LogReader] = {}
+        self.shown: dict[str, Shown] = {}
+
+    async def worker(
+        self, name: str = "p1", vocabulary: TokenBytes = WORDS, clock: Any = None, **options: Any
+    ) -> Worker:
+        """A worker with a lease; it owns its shards after its first turn."""
+        defaults: dict[str, Any] = {"journal_every": 8, "trim_every": 16, "lease_ms": 60}
+        settings = PostprocSettings(redis_url="", model="", name=name, **(defaults | options))
+        self.metrics[name] = CollectorRegistry()
+        self.leases[name] = Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000)
+        await self.leases[name].renew("ready")
+        more = {"clock": clock} if clock else {}
+        metrics = PostprocMetrics(self.metrics[name])
+        worker = Worker(self.redis, self.keys, settings, Vocabulary(vocabulary), metrics, **more)
+        await worker.startup()
+        return worker
+
+    async def die(self, name: str) -> None:
+        """What a crash leaves after a while: a lease that expired."""
+        await self.leases[name].release()
+
+    def counted(self, name: str, metric: str) -> float:
+        value = self.metrics[name].get_sample_value(f"millrace_postproc_{metric}")
+        assert value is not None
+        return value
+
+    async def submit(self, *requests: Request) -> None:
+        for one in requests:
+            await self.records.submit(GENERATE, Generate(one, pack_ids([1]), max_tokens=1000))
+
+    async def step(self, *runs: TokenRun, begins: Sequence[Begin] = (), shard: int = 0) -> None:
+        await send(self.redis, self.keys.tokens(shard), Tokens(tuple(begins), runs))
+
+    async def begin(self, *request_ids: str, epoch: int = 1, index: int = 0) -> None:
+        await self.step(begins=[Begin(request_id, epoch, index, 7, 3, 2, 1) for request_id in request_ids])
+
+    async def generate(
+        self, request_id: str, first: int, end: int, tokens: Sequence[int] = TOKENS, epoch: int = 1
+    ) -> None:
+        """Tokens [first, end), one a step."""
+        for index in range(first, end):
+            await self.step(TokenRun(request_id, epoch, index, (tokens[index],)))
+
+    async def finish(self, request_id: str, index: int, finish: Finish = STOP, epoch: int = 1) -> None:
+        tokens = (EOS,) if finish.stop_token is not None else ()
+        await self.step(TokenRun(request_id, epoch, index, tokens, finish=finish))
+
+    async def deltas(self, gateway: str = "g1") -> list[Delta]:
+        """What came for a gateway since the last call."""
+        reader = self._gateways.setdefault(gateway, LogReader(self.redis, {self.keys.deltas(gateway): "0"}))
+        found: list[Delta] = []
+        while entries := await reader.read(1000, 0):
+            for _, _, message in entries:
+                assert isinstance(message, Deltas)
+                found += message.items
+        return found
+
+    async def show(self, gateway: str = "g1") -> dict[str, Shown]:
+        """What a gateway has shown: deltas with a number it has seen are dropped."""
+        for delta in await self.deltas(gateway):
+            shown = self.shown.setdefault(delta.request_id, Shown())
+            if delta.seq > shown.seq:
+                shown.add(delta)
+        return self.shown
+
+    async def left(self) -> set[str]:
+        """Keys of requests."""
+        names = [name.decode() for name in await self.redis.keys("*")]
+        return {name for name in names if ":request:" in name or ":journal:" in name}
+
+
+@pytest.fixture
+def system(redis: Redis, keys: Keys) -> System:
+    return System(redis, keys)
+
+
+def whole(finish: str = "stop", count: int = len(TOKENS)) -> Shown:
+    """The answer as the pure pipeline has it, of the first `count` tokens."""
+    answer = Answer(request(), Vocabulary(WORDS), Parsers())
+    answer.begin = Begin("r1", 1, 0, 7, 3, 2, 1)
+    for token in TOKENS[:count]:
+        answer.push(token)
+    if finish == "stop":
+        answer.push_stop_token(EOS)
+    answer.finish(Finish(finish))  # type: ignore[arg-type]
+    shown, delta = Shown(), answer.take()
+    assert delta is not None
+    shown.add(delta)
+    return shown
+
+
+async def test_many_requests_share_steps(system: System) -> None:
+    requests = [request(f"r{n}", gateway=f"g{n % 2}") for n in range(5)]
+    await system.submit(*requests)
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin(*(one.id for one in requests))
+    for index, token in enumerate(TOKENS):
+        await system.step(*(TokenRun(one.id, 1, index, (token,)) for one in requests[index % 2 :]))
+        await system.step(*(TokenRun(one.id, 1, index, (token,)) for one in requests[: index % 2]))
+        if index % 50 == 0:
+            await worker.turn()
+    await system.step(*(TokenRun(one.id, 1, len(TOKENS), (EOS,), finish=STOP) for one in requests))
+    while worker.load()["open"]:
+        await worker.turn()
+    await system.show("g0")
+    await system.show("g1")
+    assert system.shown == {one.id: whole() for one in requests}
+    assert await system.left() == set()
+    assert system.counted("p1", "tokens_total") == 5 * (len(TOKENS) + 1)
+    assert system.counted("p1", "replayed_tokens_total") == 0
+    assert system.counted("p1", "open_requests") == 0
+
+
+async def test_one_message_a_gateway_and_turn(system: System) -> None:
+    await system.submit(request("a", "g1"), request("b", "g1"), request("c", "g2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("a", "b", "c")
+    for index in range(20):
+        await system.step(*(TokenRun(one, 1, index, (TOKENS[index],)) for one in "abc"))
+    await worker.turn()
+    assert await system.redis.xlen(system.keys.deltas("g1")) == 1
+    assert [(d.request_id, d.seq) for d in await system.deltas("g1")] == [("a", 20), ("b", 20)]
+    assert [(d.request_id, d.seq) for d in await system.deltas("g2")] == [("c", 20)]
+
+
+async def test_several_tokens_a_run_and_overlapping_runs(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    for first in range(0, len(TOKENS), 5):
+        await system.step(TokenRun("r1", 1, max(0, first - 3), tuple(TOKENS[max(0, first - 3) : first + 5])))
+        await worker.turn()
+    await system.finish("r1", len(TOKENS))
+    await worker.turn()
+    assert (await system.show())["r1"] == whole()
+
+
+async def test_what_comes_twice_or_from_a_former_owner_is_dropped(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 10)
+    await system.generate("r1", 5, 10)
+    await system.begin("r1", epoch=2, index=8)
+    await system.generate("r1", 8, 12, epoch=2)
+    await system.step(TokenRun("r1", 1, 12, (TOKENS[0],), finish=Finish("error")))  # not the owner any more
+    await system.begin("r1", epoch=1)
+    await system.generate("r1", 12, len(TOKENS), epoch=2)
+    await system.finish("r1", len(TOKENS), epoch=2)
+    await system.finish("r1", len(TOKENS), epoch=2)
+    while worker.load()["open"] == 1 or not await system.show():
+        await worker.turn()
+    assert (await system.show())["r1"] == whole()
+    assert await system.left() == set()
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [(Finish("length"), "length"), (STOP, "stop"), (Finish("stop"), "stop"), (Finish("error"), None)],
+)
+async def test_after_a_finish_no_key_is_left(system: System, finish: Finish, reason: str | None) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 50)
+    await worker.turn()
+    assert await system.left() == {"test:request:r1", "test:journal:r1"}
+    await system.finish("r1", 50, finish)
+    await worker.turn()
+    shown = (await system.show())["r1"]
+    assert shown.finish_reason == reason
+    assert (shown.failure is None) == (reason is not None)
+    assert await system.left() == set()
+    assert worker.load() == {"open": 0.0, "shards": 1.0}
+
+
+async def test_a_cancelled_request_ends_without_a_word(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 20)
+    await worker.turn()
+    await system.deltas()
+    await system.records.cancel(["r1"])
+    await system.finish("r1", 20, Finish("cancelled"))
+    await worker.turn()
+    assert await system.deltas() == []
+    assert await system.left() == set()
+    assert worker.load()["open"] == 0
+
+
+async def test_a_stop_string_cancels_and_waits_for_the_engine(system: System) -> None:
+    await system.submit(request(stop=("cat",)), request("r2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    control = LogReader(system.redis, {system.keys.control(): "0"})
+    await system.generate("r1", 0, len(TOKENS) - 5)
+    await worker.turn()
+    shown = (await system.show())["r1"]
+    assert (shown.content, shown.finish_reason) == ("A ", "stop")
+    assert shown.usage is not None
+    assert shown.usage.completion_tokens == shown.seq - 1 < len(TOKENS) - 5
+    assert (await system.records.get(["r1"]))["r1"].cancelled
+    assert [message for _, _, message in await control.read(10, 0)] == [Cancel(("r1",))]
+    assert worker.load()["open"] == 2
+
+    await system.generate("r1", len(TOKENS) - 5, len(TOKENS))
+    await worker.turn()
+    await system.finish("r1", len(TOKENS), Finish("cancelled"))
+    await worker.turn()
+    assert await system.deltas() == []
+    assert await control.read(10, 0) == []
+    assert await system.left() == {"test:request:r2"}
+
+
+async def test_log_probabilities_go_through(system: System) -> None:
+    await system.submit(request(logprobs=True, thinking=False))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    logprobs = tuple(TokenLogprob(-index / 2, ((EOS, -1.0),)) for index in range(4))
+    await system.step(TokenRun("r1", 1, 0, tuple(TOKENS[:4]), logprobs))
+    await system.step(TokenRun("r1", 1, 2, (*TOKENS[2:4], EOS), (*logprobs[2:], TokenLogprob(-9.0)), STOP))
+    await worker.turn()
+    deltas = await system.deltas()
+    assert [shown.logprob for delta in deltas for shown in delta.logprobs] == [0, -0.5, -1, -1.5]
+    assert deltas[-1].finish_reason == "stop"
+
+
+# ------------------------------------------------------------------------------------------------ journal, restart
+
+
+async def test_the_journal_holds_what_was_sent_and_the_stream_is_trimmed(system: System) -> None:
+    await system.submit(request(), request("r2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    for repeat in range(len(TOKENS)):
+        await system.step(TokenRun("r1", 1, repeat, (TOKENS[repeat],)))
+        if repeat < 3:  # then it stands still, and must not hold the stream
+            await system.step(TokenRun("r2", 1, repeat, (TOKENS[repeat],)))
+        if repeat % 10 == 0:
+            await worker.turn()
+    await worker.turn()
+    journal = await system.records.read_journal("r1")
+    assert journal == TOKENS[: len(journal)]
+    assert len(TOKENS) - len(journal) < 8
+    assert await system.records.read_journal("r2") == TOKENS[:3]
+    assert await system.redis.xlen(system.keys.tokens(0)) < 150 < len(TOKENS)
+    assert system.counted("p1", "journal_writes_total") >= len(TOKENS) / 16
+
+    successor = await system.worker("p2")
+    await system.die("p1")
+    await successor.turn()
+    await system.finish("r1", len(TOKENS))
+    await system.finish("r2", 3)
+    while successor.load()["open"]:
+        await successor.turn()
+    shown = await system.show()
+    assert shown["r1"] == whole()
+    assert shown["r2"] == whole(count=3)
+    assert await system.left() == set()
+
+
+@pytest.mark.parametrize("crash_at", ["_send", "_end", "_save", "_trim", None])
+@pytest.mark.parametrize("after", [1, 40, 170, 300])
+async def test_a_restart_shows_nothing_twice_and_loses_nothing(
+    system: System, monkeypatch: pytest.MonkeyPatch, after: int, crash_at: str | None
+) -> None:
+    """The first worker dies in the turn that has token `after`, before the given part of it or after all of it."""
+    await system.submit(request(), request("r2", stop=("on; 你",)), request("gone"))
+    first = await system.worker("p1", read_count=10)
+    await first.turn()
+    await system.begin("r1", "r2", "gone")
+    for index, token in enumerate(TOKENS[:after]):
+        await system.step(*(TokenRun(one, 1, index, (token,)) for one in ("r1", "r2")))
+        if index == 30:
+            await system.finish("gone", 0, Finish("length"))
+        if index % 7 == 0 and index != after - 1:
+            await first.turn()
+    if crash_at:
+
+        async def crash(*_: object) -> None:
+            raise RuntimeError("killed")
+
+        monkeypatch.setattr(first, crash_at, crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            await first.turn()
+    else:
+        await first.turn()
+    await system.show()
+    await system.die("p1")
+
+    second = await system.worker("p2", read_count=10)
+    for index, token in enumerate(TOKENS[after:], start=after):
+        await system.step(*(TokenRun(one, 1, index, (token,)) for one in ("r1", "r2")))
+        if index % 20 == 0:
+            await second.turn()
+    await system.finish("r1", len(TOKENS))
+    await system.finish("r2", len(TOKENS), Finish("cancelled"))
+    if after <= 30:
+        await system.finish("gone", 0, Finish("length"))
+    await second.turn()
+    while second.load()["open"]:
+        await second.turn()
+    shown = await system.show()
+    assert shown["r1"] == whole()
+    assert shown["r2"].content == whole().content.partition("on; 你")[0]
+    assert shown["r2"].finish_reason == "stop"
+    assert shown["gone"].finish_reason == "length"
+    assert await system.left() == set()
+
+
+async def test_a_restart_after_the_engine_was_replaced(system: System) -> None:
+    """The record knows of the newer engine while the stream still has the older one's steps."""
+    await system.submit(request())
+    first = await system.worker("p1", trim_every=1000)
+    await first.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 50)
+    await system.begin("r1", epoch=2, index=50)
+    await system.generate("r1", 50, 100, epoch=2)
+    await first.turn()
+    record = (await system.records.get(["r1"]))["r1"]
+    assert record.begin == Begin("r1", 2, 0, 7, 3, 2, 1)
+    assert len(await system.redis.xrange(system.keys.tokens(0))) == 102
+    await system.die("p1")
+    second = await system.worker("p2")
+    await system.step(TokenRun("r1", 1, 100, (EOS,), finish=Finish("error")))  # the old one wakes up
+    await system.generate("r1", 100, len(TOKENS), epoch=2)
+    await system.finish("r1", len(TOKENS), epoch=2)
+    await second.turn()
+    while second.load()["open"]:
+        await second.turn()
+    assert (await system.show())["r1"] == whole()
+
+
+async def test_a_journal_that_redis_lost_is_written_again(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 16)
+    await worker.turn()
+    await system.redis.set(system.keys.journal("r1"), pack_ids(TOKENS[:5]))
+    await system.generate("r1", 16, 24)
+    await worker.turn()
+    assert await system.records.read_journal("r1") == TOKENS[:5]
+    await system.generate("r1", 24, 25)
+    await worker.turn()
+    assert await system.records.read_journal("r1") == TOKENS[:25]
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+async def test_a_gap_ends_the_request_in_an_error(system: System) -> None:
+    await system.submit(request(), request("r2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    await system.generate("r1", 0, 5)
+    await system.generate("r1", 6, 9)
+    await system.generate("r2", 0, 9)
+    await worker.turn()
+    deltas = {delta.request_id: delta for delta in await system.deltas()}
+    failure = deltas["r1"].failure
+    assert failure is not None
+    assert (failure.status, deltas["r1"].seq) == (500, 6)
+    assert deltas["r2"].failure is None
+    assert (await system.records.get(["r1"]))["r1"].cancelled
+    await system.finish("r1", 9, Finish("cancelled"))
+    await worker.turn()
+    assert await system.deltas() == []
+    assert await system.left() == {"test:request:r2", "test:journal:r2"}
+
+
+async def test_a_finish_with_a_gap_is_an_error_and_an_error_is_one_anyway(system: System) -> None:
+    await system.submit(request(), request("r2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.finish("r1", 5)
+    await system.step(TokenRun("r2", 0, 0, (), finish=Finish("error")))  # given up before any engine began
+    await worker.turn()
+    assert [delta.failure is not None and delta.failure.status for delta in await system.deltas()] == [500, 500]
+    assert await system.left() == set()
+
+
+async def test_a_request_without_a_record_is_ignored(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    get = Records.get
+
+    async def counting(records: Records, request_ids: Sequence[str]) -> Any:
+        asked.append(list(request_ids))
+        return await get(records, request_ids)
+
+    monkeypatch.setattr(Records, "get", counting)
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 5)
+    await worker.turn()
+    await system.generate("r1", 5, 20)
+    await worker.turn()
+    assert asked == [["r1"]]
+    await system.finish("r1", 20)
+    await worker.turn()
+    assert worker.load()["open"] == 0
+    assert await system.left() == set()
+    assert await system.deltas() == []
+
+
+async def test_a_request_that_cannot_be_processed_hurts_nobody_else(
+    system: System, caplog: pytest.LogCaptureFixture
+) -> None:
+    await system.submit(request("bad", stop=("",)), request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("bad", "r1")
+    for index in range(10):
+        await system.step(*(TokenRun(one, 1, index, (TOKENS[index],)) for one in ("bad", "r1")))
+    # One whose log-probabilities do not match its tokens.
+    await system.submit(request("odd", logprobs=True))
+    await system.begin("odd")
+    await system.step(TokenRun("odd", 1, 0, tuple(TOKENS[:2]), (TokenLogprob(-1.0),)))
+    await worker.turn()
+    deltas = {delta.request_id: delta for delta in await system.deltas()}
+    assert [deltas[one].failure is not None for one in ("bad", "odd", "r1")] == [True, True, False]
+    assert deltas["r1"].seq == 10
+    assert (await system.records.get(["bad"]))["bad"].cancelled
+    assert {record.request_id for record in caplog.records if "cannot be" in record.message} == {"bad", "odd"}  # type: ignore[attr-defined]
+    for one in ("bad", "odd", "r1"):
+        await system.finish(one, 10 if one != "odd" else 2, Finish("cancelled"))
+    await worker.turn()
+    assert await system.left() == set()
+
+
+async def test_an_unreadable_entry_ends_only_the_requests_in_it(
+    system: System, caplog: pytest.LogCaptureFixture
+) -> None:
+    await system.submit(request(), request("r2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    await system.generate("r1", 0, 3)
+    await worker.turn()
+    await system.redis.xadd(system.keys.tokens(0), {"v": "9", "m": "r1's token 3"})
+    await worker.turn()
+    assert "skipped" in caplog.text
+    await system.generate("r1", 4, 6)
+    await system.generate("r2", 0, 6)
+    await worker.turn()
+    failed = {delta.request_id: delta.failure is not None for delta in await system.deltas()}
+    assert failed == {"r1": True, "r2": False}
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+async def test_replicas_share_shards_and_hand_them_over(system: System) -> None:
+    now = 0.0
+    await system.submit(request("r0", shard=0), request("r1", shard=1))
+    first = await system.worker("p1", clock=lambda: now, shards=2)
+    await first.turn()
+    assert first.load()["shards"] == 2
+    for shard in (0, 1):
+        await system.step(begins=[Begin(f"r{shard}", 1, 0, 7, 3, 2, 1)], shard=shard)
+        await system.step(TokenRun(f"r{shard}", 1, 0, tuple(TOKENS[:5])), shard=shard)
+    await first.turn()
+    assert first.load() == {"open": 2.0, "shards": 2.0}
+
+    second = await system.worker("p2", clock=lambda: now, shards=2)
+    await second.turn()
+    assert second.load()["shards"] == 0
+    now += 1
+    await first.turn()
+    await second.turn()
+    assert (first.load(), second.load()) == ({"open": 1.0, "shards": 1.0}, {"open": 1.0, "shards": 1.0})
+
+    await first.drain()
+    assert first.load() == {"open": 0.0, "shards": 0.0}
+    await system.leases["p1"].renew("draining")
+    now += 1
+    await second.turn()
+    for shard in (0, 1):
+        await system.step(TokenRun(f"r{shard}", 1, 5, (*TOKENS[5:], EOS), finish=STOP), shard=shard)
+    await second.turn()
+    while second.load()["open"]:
+        await second.turn()
+    await system.show()
+    assert system.shown == {"r0": whole(), "r1": whole()}
+    assert await system.left() == set()
+
+
+async def test_a_worker_that_was_paused_sends_nothing_for_a_shard_it_lost(system: System) -> None:
+    now = 0.0
+    await system.submit(request())
+    paused = await system.worker("p1", clock=lambda: now)
+    await paused.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 10)
+    await paused.turn()
+    await system.die("p1")
+    other = await system.worker("p2")
+    await other.turn()
+    before = await system.redis.xlen(system.keys.deltas("g1"))
+    await system.generate("r1", 10, 20)
+    now += 60
+    await system.leases["p1"].renew("ready")
+    await paused.turn()
+    assert paused.load() == {"open": 0.0, "shards": 0.0}
+    assert await system.redis.xlen(system.keys.deltas("g1")) == before
+    await other.turn()
+    assert (await system.show())["r1"].seq == 20
+
+
+async def test_a_pause_while_reading_is_noticed_before_sending(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    await system.submit(request())
+    paused = await system.worker("p1", clock=lambda: now)
+    await paused.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 10)
+    read = LogReader.read
+
+    async def slow(reader: LogReader, count: int, block_ms: int) -> Any:
+        nonlocal now
+        found = await read(reader, count, block_ms)
+        await system.die("p1")
+        monkeypatch.undo()
+        other = await system.worker("p2")
+        await other.turn()
+        now += 60
+        return found
+
+    monkeypatch.setattr(LogReader, "read", slow)
+    await paused.turn()
+    assert paused.load() == {"open": 0.0, "shards": 0.0}
+    numbers = [delta.seq for delta in await system.deltas()]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == 10
+
+
+async def test_serve_works_until_cancelled(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    task = asyncio.create_task(worker.serve())
+    await system.begin("r1")
+    await system.generate("r1", 0, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    reader = LogReader(system.redis, {system.keys.deltas("g1"): "0"})
+    shown = Shown()
+    async with asyncio.timeout(60):
+        while not shown.finish_reason:
+            for _, _, message in await reader.read(100, 1000):
+                assert isinstance(message, Deltas)
+                for delta in message.items:
+                    shown.add(delta)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await worker.drain()
+    await worker.close()
+    assert shown == whole()
+
+
+async def test_with_a_tokenizer_as_checkpoints_have_it(system: System, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    text = (
+        "Où est la gare ? 你好 😀\n</think>\n\nLet me look.\n"
+        '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>\n'
+    )
+    tokens = tokenizer.encode_template(text)
+    eos = tokenizer.token_id("</s>")
+    assert eos is not None
+    await system.submit(request(tools=True))
+    worker = await system.worker(vocabulary=tokenizer)
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, len(tokens), tokens)
+    await system.step(TokenRun("r1", 1, len(tokens), (eos,), finish=Finish("stop", stop_token=eos)))
+    await worker.turn()
+    shown = (await system.show())["r1"]
+    assert (shown.reasoning, shown.content) == ("Où est la gare ? 你好 😀", "Let me look.")
+    assert shown.functions == [("f", '{"a": "é"}')]
+    thought = tokens.index(tokenizer.token_id("</think>")) + 1  # type: ignore[arg-type]
+    assert shown.usage == Usage(7, len(tokens) + 1, thought, 3, 2, 1)
+    assert shown.finish_reason == "tool_calls"
