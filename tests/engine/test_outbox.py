@@ -1,0 +1,100 @@
+"""Emissions reach their streams in order, through a Redis that comes and goes, before anyone is told of an end."""
+
+import asyncio
+import threading
+from collections.abc import Iterable
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
+
+from services.engine import outbox as outbox_module
+from services.engine import patience
+from services.engine.emission import Emission
+from services.engine.outbox import LEAD, Outbox
+from services.engine.patience import persist
+from shared.keys import Keys
+from shared.messages import Finish, TokenRun, Tokens, from_entry
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_DELAY_S", 0.001)
+
+
+def emission(index: int, finish: Finish | None = None) -> Emission:
+    made = Emission()
+    made.run(0, TokenRun("r", 1, index, (index,), None, finish))
+    return made
+
+
+async def test_what_redis_refuses_for_now_is_sent_again_in_order(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = outbox_module.streams.send, [ConnectionError("gone"), OutOfMemoryError("full")]
+
+    async def send(client: Redis, key: str, message: Tokens) -> str:
+        if message.runs[0].index == 1 and failures:
+            raise failures.pop()
+        return await real(client, key, message)
+
+    monkeypatch.setattr(outbox_module.streams, "send", send)
+    ended: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    length_at_end = []
+
+    async def on_ended(request_ids: Iterable[str]) -> None:
+        length_at_end.append(int(await redis.xlen(keys.tokens(0))))
+        ended.set_result(list(request_ids))
+
+    outbox = Outbox(redis, keys, on_ended)
+    outbox.open()
+    task = asyncio.create_task(outbox.run())
+    for index in range(3):
+        outbox.put(emission(index, Finish("length") if index == 2 else None))
+    assert await asyncio.wait_for(ended, 20) == ["r"]
+    task.cancel()
+    messages = [from_entry(fields) for _, fields in await redis.xrange(keys.tokens(0))]
+    assert [m.runs[0].index for m in messages if isinstance(m, Tokens)] == [0, 1, 2]
+    assert length_at_end == [3]
+    assert not failures
+
+
+async def test_the_model_waits_when_redis_is_far_behind(redis: Redis, keys: Keys) -> None:
+    async def on_ended(request_ids: Iterable[str]) -> None: ...
+
+    outbox = Outbox(redis, keys, on_ended)
+    outbox.open()
+    put = threading.Semaphore(0)
+
+    def model() -> None:
+        for index in range(LEAD + 1):
+            outbox.put(emission(index))
+            put.release()
+
+    thread = threading.Thread(target=model)
+    thread.start()
+    for _ in range(LEAD):
+        assert await asyncio.to_thread(put.acquire, timeout=20)
+    assert not put.acquire(blocking=False)
+    task = asyncio.create_task(outbox.run())
+    await asyncio.to_thread(thread.join)
+    task.cancel()
+
+
+async def test_closing_lets_the_model_go(redis: Redis, keys: Keys) -> None:
+    async def on_ended(request_ids: Iterable[str]) -> None: ...
+
+    outbox = Outbox(redis, keys, on_ended)
+    outbox.open()
+    thread = threading.Thread(target=lambda: [outbox.put(emission(index)) for index in range(LEAD + 1)])
+    thread.start()
+    outbox.close()
+    await asyncio.to_thread(thread.join)
+
+
+async def test_an_error_that_waiting_does_not_mend_is_raised() -> None:
+    async def wrong() -> None:
+        raise ResponseError("WRONGTYPE")
+
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await persist("test", wrong)
