@@ -66,6 +66,14 @@ class System:
         except OSError:
             return 0, ""
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        status, text = self.get("/metrics", self.metrics_port)
+        assert status == 200
+        lines = [line for line in text.splitlines() if line.partition(" ")[0].partition("{")[0] == name]
+        assert lines, f"no metric {name}"
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
     async def running_requests(self) -> int:
         """How many requests the engine has, waiting or running."""
         client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")

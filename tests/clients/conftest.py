@@ -7,16 +7,23 @@ from openai import OpenAI
 from scripted_model import write_scripted
 from system import System, running
 
+from cli.demo import write_demo
+
 SMALL_VIDEOS = '{"video_min_pixels": 3136, "video_max_pixels": 12544}'
 API_KEY = "a-secret"
 
 
 @pytest.fixture(scope="package")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """The README's `millrace serve --demo`, with room for several images and a way to this machine's http server."""
-    arguments = ["--demo", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 3, "video": 1}']
-    arguments += ["--mm-processor-kwargs", SMALL_VIDEOS, "--media-allow-network", "127.0.0.1/32"]
-    with running(arguments, tmp_path_factory.mktemp("random")) as system:
+    """Random weights, room for several images and a way to this machine's http server.
+
+    In float32: what a request is batched with, and what it finds cached, then never changes which token is drawn.
+    """
+    directory = tmp_path_factory.mktemp("random")
+    write_demo(directory / "demo", dtype="float32")
+    arguments = ["--model", str(directory / "demo"), "--max-model-len", "4096"]
+    arguments += ["--limit-mm-per-prompt", '{"image": 3, "video": 1}', "--mm-processor-kwargs", SMALL_VIDEOS]
+    with running([*arguments, "--media-allow-network", "127.0.0.1/32"], directory) as system:
         yield system
 
 

@@ -96,13 +96,6 @@ def test_seeds_repeat_and_differ(client: OpenAI) -> None:
     assert first["choices"] != other["choices"]
 
 
-def test_choices_are_what_each_seed_alone_would_be(client: OpenAI) -> None:
-    both = collected(ask(client, QUESTION, n=2, seed=5))
-    alone = [collected(ask(client, QUESTION, seed=seed)) for seed in (5, 6)]
-    assert both["choices"] == [answer["choices"][0] for answer in alone]
-    assert both["usage"]["completion_tokens"] == sum(answer["usage"]["completion_tokens"] for answer in alone)
-
-
 def test_logprobs_are_of_what_was_said(client: OpenAI) -> None:
     options = {"logprobs": True, "top_logprobs": 4, "temperature": 0, "extra_body": {"ignore_eos": True}}
     choice = ask(client, QUESTION, max_tokens=6, **options).choices[0]
@@ -194,4 +187,5 @@ def test_health_and_metrics(system: System, client: OpenAI) -> None:
     assert system.get("/health/ready")[0] == 200
     status, metrics = system.get("/metrics", system.metrics_port)
     assert status == 200
-    assert "generation_tokens" in metrics
+    for name in ("http_requests", "mm_running", "engine_step_seconds", "postproc_open_requests"):
+        assert f"millrace_{name}" in metrics, f"of the four services' metrics one is missing: {name}"

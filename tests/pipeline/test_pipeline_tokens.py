@@ -10,11 +10,17 @@ from pipeline_judge import Judge, Question
 from system import System, picture, running
 
 MAX_TOKENS = 16
+WITHOUT_CACHE = "--no-enable-prefix-caching"
+# name: (flags, whether prompts are found cached, whether sequences are preempted when there are many)
 LAUNCHES = {
-    "as launched by default": [],
-    "in chunks of 7, without prefix cache": ["--max-num-batched-tokens", "7", "--no-enable-prefix-caching"],
-    "in chunks of 1": ["--max-num-batched-tokens", "1"],
-    "in a cache too small for all": ["--block-size", "16", "--num-gpu-blocks-override", "40"],
+    "as launched by default": ([], True, False),
+    "in chunks of 7, without prefix cache": (["--max-num-batched-tokens", "7", WITHOUT_CACHE], False, False),
+    "in chunks of 1": (["--max-num-batched-tokens", "1"], True, False),
+    "in a cache too small for all": (
+        ["--block-size", "4", "--num-gpu-blocks-override", "50", WITHOUT_CACHE],
+        False,
+        True,
+    ),
 }
 TEXT = Question("What is in this picture?")
 IMAGE = Question("Describe it.", picture(150, 100))
@@ -24,9 +30,14 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(scope="module", params=LAUNCHES.values(), ids=LAUNCHES)
-def system(request: pytest.FixtureRequest, judge: Judge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    arguments = ["--model", str(judge.directory), "--max-model-len", "512", *request.param]
+@pytest.fixture(scope="module", params=LAUNCHES)
+def launched(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def system(launched: str, judge: Judge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    arguments = ["--model", str(judge.directory), "--max-model-len", "200", *LAUNCHES[launched][0]]
     with running(arguments, tmp_path_factory.mktemp("system")) as system:
         yield system
 
@@ -56,9 +67,23 @@ def test_alone(system: System, judge: Judge, answers: dict[str, list[int]], ques
             assert reply.usage.prompt_tokens == len(judge.prompt(question)[0])
 
 
-async def test_among_sixteen_others(system: System, answers: dict[str, list[int]]) -> None:
+async def test_among_sixteen_others(system: System, launched: str, answers: dict[str, list[int]]) -> None:
     questions = [TEXT, IMAGE, *OTHERS]
     async with AsyncOpenAI(base_url=f"{system.base_url}/v1", api_key="none", max_retries=0) as client:
         replies = await asyncio.gather(*(client.chat.completions.create(**asked(question)) for question in questions))
     ids = [reply.choices[0].message.model_extra["completion_token_ids"] for reply in replies]
     assert ids == [answers[question.text] for question in questions]
+    _, cached, preempted = LAUNCHES[launched]
+    assert (system.metric("millrace_prefix_cache_token_num_total") > 0) is cached
+    assert (system.metric("millrace_request_preempted_total") > 0) is preempted
+
+
+async def test_choices_are_what_each_seed_alone_would_be(system: System) -> None:
+    options = {**asked(TEXT), "temperature": 1.0, "top_p": 0.9}
+    async with AsyncOpenAI(base_url=f"{system.base_url}/v1", api_key="none", max_retries=0) as client:
+        both = await client.chat.completions.create(**options, n=2, seed=5)
+        alone = [await client.chat.completions.create(**options, seed=seed) for seed in (5, 6)]
+    ids = [choice.message.model_extra["completion_token_ids"] for choice in both.choices]
+    assert ids == [reply.choices[0].message.model_extra["completion_token_ids"] for reply in alone]
+    assert ids[0] != ids[1]
+    assert both.usage.completion_tokens == sum(reply.usage.completion_tokens for reply in alone)
