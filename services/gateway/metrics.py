@@ -39,9 +39,11 @@ class GatewayMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self.prompt_tokens = Counter("millrace_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
+        self.prompt_tokens = Counter(
+            "millrace_answered_prompt_tokens", "Prompt tokens of finished requests", registry=registry
+        )
         self.generation_tokens = Counter(
-            "millrace_generation_tokens", "Generated tokens of finished requests", registry=registry
+            "millrace_answered_tokens", "Generated tokens of finished requests", registry=registry
         )
         self.cancelled = Counter(
             "millrace_requests_cancelled", "Choices cancelled before they ended", registry=registry

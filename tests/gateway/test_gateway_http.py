@@ -263,8 +263,8 @@ async def test_many_at_once_each_with_its_own_answer(server: Running, stages: St
     await nothing_left(server, redis, keys)
     assert server.metric('millrace_http_requests_total{method="POST",path="/v1/chat/completions",status="200"}') == 64
     assert server.metric("millrace_time_to_first_token_seconds_count") == 64
-    assert server.metric("millrace_generation_tokens_total") == 64 * 3
-    assert server.metric("millrace_prompt_tokens_total") == 64 * 11
+    assert server.metric("millrace_answered_tokens_total") == 64 * 3
+    assert server.metric("millrace_answered_prompt_tokens_total") == 64 * 11
     assert server.metric('millrace_open_requests{stream="true"}') == 0
 
 
