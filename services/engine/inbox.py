@@ -20,7 +20,7 @@ from services.engine.resume import History, recover
 from services.engine.runner import EMBED_DTYPES
 from services.engine.sequence import Embeds, EngineFacts, build
 from shared.blobs import Blobs
-from shared.errors import Failure, ProtocolError, RequestError, internal
+from shared.errors import ProtocolError, RequestError, internal
 from shared.keys import Keys
 from shared.log import logger
 from shared.messages import Begin, Cancel, Finish, Generate, MediaSpan, Message, unpack_ids
@@ -193,10 +193,11 @@ class Inbox:
             await self._drop(request_id)
         else:
             held.cancelled |= record.cancelled
-            self._mailbox.put(await self._command(message, record.epoch, history))
-            held.admitted = True
+            command = await self._command(message, record.epoch, history)
             if held.cancelled:
-                self._mailbox.put(Abort(request_id))
+                command = _answer(message, record.epoch, history, Finish("cancelled"))
+            self._mailbox.put(command)
+            held.admitted = True
 
     async def _claim(self, delivery: Delivery) -> Record | None:
         return await persist("claim", lambda: self._records.claim(delivery.message.request.id))
@@ -213,7 +214,7 @@ class Inbox:
             return Add(build(message, epoch, history.tokens, embeds, self._facts))
         except RequestError as refused:
             _log.warning("request refused", extra={"request_id": message.request.id, "why": refused.failure.message})
-            return _answer(message, epoch, history, refused.failure)
+            return _answer(message, epoch, history, Finish("error", failure=refused.failure))
 
     async def _answer_poisoned(self, delivery: Delivery) -> None:
         """The entry is in the quarantine already; what is left is to tell whoever waits."""
@@ -225,7 +226,7 @@ class Inbox:
         history = histories.get(message.request.id, History())
         if not history.ended:
             failure = internal(f"The request ended {delivery.attempts - 1} engines before it ended itself.").failure
-            self._mailbox.put(_answer(message, record.epoch, history, failure))
+            self._mailbox.put(_answer(message, record.epoch, history, Finish("error", failure=failure)))
 
     async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
         """
@@ -280,6 +281,6 @@ def _check_deadline(message: Generate) -> None:
         raise internal("The request's deadline passed before the model could begin.", "timeout", status=504)
 
 
-def _answer(message: Generate, epoch: int, history: History, failure: Failure) -> Answer:
+def _answer(message: Generate, epoch: int, history: History, finish: Finish) -> Answer:
     begin = Begin(message.request.id, epoch, len(history.tokens), len(unpack_ids(message.prompt)), 0, 0, 0)
-    return Answer(message.request.shard, begin, Finish("error", failure=failure))
+    return Answer(message.request.shard, begin, finish)

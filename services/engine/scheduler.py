@@ -125,8 +125,8 @@ class Scheduler:
             if budget > 0 and sequence not in preempted:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].length
-        # What was just taken from one sequence is not given to a later one.
-        while not preempted and budget > 0 and (waiting := self._admit(budget)):
+        # After a preemption the first to wait is the latest victim, whose own blocks are no longer all there.
+        while budget > 0 and (waiting := self._admit(budget)):
             admitted.append(waiting)
             chunks.append(_chunk(waiting, budget))
             budget -= chunks[-1].length

@@ -118,6 +118,32 @@ async def test_what_was_cancelled_before_it_was_taken_is_dropped(redis: Redis, r
     assert set(await records.get(["late", "gone", "fine"])) == {"fine"}
 
 
+async def test_cancelling_while_embeddings_load(
+    redis: Redis, redis_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await Blobs(redis, keys, 60, 1 << 20).put("embeds", "cat", ROWS, json.dumps(META).encode())
+    loading, go_on, get = asyncio.Event(), asyncio.Event(), Blobs.get
+
+    async def slow_get(self: Blobs, kind: str, key: str) -> tuple[bytes, bytes] | None:
+        loading.set()
+        await go_on.wait()
+        return await get(self, kind, key)
+
+    monkeypatch.setattr(Blobs, "get", slow_get)
+    reader, runner = Reader(redis, keys), SumRunner(64, 4)
+    async with engine(redis, redis_url, runner) as running:
+        await submit(redis, keys, generate("r", [PATCH + 1, *[PATCH] * 6, PATCH + 2], 200, spans=(SPAN,)))
+        await asyncio.wait_for(loading.wait(), 20)
+        await Records(redis, keys).cancel(["r"])
+        await eventually(lambda: asyncio.sleep(0, running.service._inbox._requests["r"].cancelled))
+        go_on.set()
+        [seen] = await reader.finished("r")
+        assert seen.finish == Finish("cancelled")
+        await no_backlog(redis, keys)
+        assert running.held == 0
+    assert runner.plans == [], "nothing was computed for it"
+
+
 async def test_a_cancel_of_a_request_it_does_not_have_is_ignored(redis: Redis, redis_url: str, keys: Keys) -> None:
     reader = Reader(redis, keys)
     async with engine(redis, redis_url):

@@ -48,6 +48,9 @@ class Bench:
             assert len(chunk.sequence.blocks) * BLOCK >= chunk.start + chunk.length
         progress = self.scheduler.commit(plan, [sampled.token for sampled in self.runner.execute(plan)])
         self.finished += [ended for ended, finish in progress if finish]
+        for victim in plan.preempted:
+            assert (victim.num_computed, len(victim.blocks)) == (0, 0)
+            assert all(chunk.sequence is not victim for chunk in plan.chunks)
         self.pool.check()
         held = [block for s in self.sequences for block in s.blocks]
         assert self.pool.used == len(set(held))
@@ -145,6 +148,14 @@ def test_the_latest_arrival_gives_way_and_is_computed_again() -> None:
     assert again[1].length > 7, "the answer so far is computed with the prompt"
     assert [sum(s is second for s in plan.begun) for plan in plans].count(1) == 1
     assert second.generated.tolist() == continuation(prompt(1, 7), 9)
+
+
+def test_a_newcomer_leaves_the_running_a_block_each() -> None:
+    bench = Bench(6, limits())
+    bench.add(sequence(prompt(0, 7), request_id="a", max_tokens=9), sequence(prompt(1, 7), request_id="b"))
+    assert len(bench.step().chunks) == 2, "two blocks each, one left for each of those before"
+    bench.add(sequence(prompt(2, 7), request_id="c"))
+    assert len(bench.step().chunks) == 2, "two are free, but two run"
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
