@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
 from services.postproc.detokenize import Vocabulary
@@ -15,13 +16,13 @@ from shared.keys import Keys
 from shared.tokenizer import Tokenizer
 
 
-def build(settings: PostprocSettings, redis: Redis) -> Worker:
+def build(settings: PostprocSettings, redis: Redis, registry: CollectorRegistry = REGISTRY) -> Worker:
     """
     Raises:
         CheckpointError: the tokenizer cannot be read.
     """
     vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
-    return Worker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics())
+    return Worker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics(registry))
 
 
 def main() -> int:
