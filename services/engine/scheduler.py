@@ -125,7 +125,7 @@ class Scheduler:
             if budget > 0 and sequence not in preempted:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].length
-        # After a preemption the first to wait is the latest victim, whose own blocks are no longer all there.
+        # After a preemption the first to wait is the victim. It comes back at once only if others hold its prefix.
         while budget > 0 and (waiting := self._admit(budget)):
             admitted.append(waiting)
             chunks.append(_chunk(waiting, budget))
