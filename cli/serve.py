@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.multiprocess import mark_process_dead
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -20,6 +21,7 @@ from cli.supervisor import Child
 from shared import bus, leases
 from shared.keys import Keys
 
+METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then
 STATUS_S = 10.0
 CLOSE_S = 10.0  # what a service may take to close, once drained
@@ -52,7 +54,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         metrics = directory / "metrics"
         metrics.mkdir()
         for each in environs.values():
-            each["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)  # so that one listener shows all four
+            each[METRICS_DIRECTORY] = str(metrics)  # so that one listener shows all four
         if redis:
             stack.enter_context(redis)
             report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
@@ -65,12 +67,13 @@ class System:
     def __init__(self, launch: Launch, redis: RedisServer | None, environs: dict[str, dict[str, str]]) -> None:
         common = settings_of(environs["gateway"])
         self._launch = launch
+        self._metrics = environs["gateway"][METRICS_DIRECTORY]
         self._redis = redis
         self._redis_url = common.redis_url
         self._keys = Keys(common.namespace)
         self._grace_s = common.drain_s + CLOSE_S
         self._children = [
-            Child(service, [sys.executable, "-m", f"services.{service}"], environ, report)
+            Child(service, [sys.executable, "-m", f"services.{service}"], environ, report, self._forget_gauges)
             for service, environ in environs.items()
         ]
         self._first_signal: float | None = None
@@ -79,10 +82,12 @@ class System:
 
     async def run(self) -> int:
         """Until a signal comes or something cannot be kept running; returns the exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         tasks = [asyncio.create_task(child.run()) for child in self._children]
-        watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self._told_to_stop.wait())]
+        watchers = [
+            asyncio.create_task(each) for each in (self._watch(), self._redis_ends(), self._told_to_stop.wait())
+        ]
         done, _ = await asyncio.wait([*tasks, *watchers], return_when=asyncio.FIRST_COMPLETED)
         failed = not self._told_to_stop.is_set()
         if failed:
@@ -95,19 +100,23 @@ class System:
             return 128 + signal.SIGINT
         return 0 if all(orderly) and not failed else 1
 
+    async def _redis_ends(self) -> None:
+        """Return when our own Redis has ended; with somebody else's, never."""
+        while self._redis is None or self._redis.running:
+            await asyncio.sleep(LOOK_S[0])  # noqa: ASYNC110  # a process started without asyncio has no event
+
     async def _watch(self) -> None:
-        """Say when a stage becomes ready and, when it has changed, what each is doing; return when Redis ends."""
+        """Say when a stage becomes ready and, when it has changed, what each is doing."""
         client = bus.connect(self._redis_url)
-        said = ("", time.monotonic())
+        said, said_at = "", time.monotonic()
         try:
-            while self._redis is None or self._redis.running:
-                with contextlib.suppress(
-                    RedisError
-                ):  # an outage of Redis is the services' to ride out, not ours to end
+            while True:
+                # An outage of somebody else's Redis is for the services to ride out, and no reason to end them.
+                with contextlib.suppress(RedisError):
                     status = await self._look(client)
-                    if status != said[0] and time.monotonic() - said[1] >= STATUS_S:
+                    if status != said and time.monotonic() - said_at >= STATUS_S:
                         report(status)
-                        said = (status, time.monotonic())
+                        said, said_at = status, time.monotonic()
                 await asyncio.sleep(LOOK_S[self._all_ready])
         finally:
             await client.aclose()
@@ -144,15 +153,23 @@ class System:
             report("stopping, once what runs has been answered; a second time stops at once")
         elif now - self._first_signal >= SAME_SIGNAL_S:
             self._killed = True
-            for child in self._children:
-                child.kill()
+            self._kill_all()
+
+    def _forget_gauges(self, pid: int) -> None:
+        """What a process said it holds, it holds no more; what it has counted stands."""
+        mark_process_dead(pid, self._metrics)  # type: ignore[no-untyped-call]
+
+    def _kill_all(self) -> None:
+        for child in self._children:
+            child.kill()
 
     def _explain(self, done: set[asyncio.Task[Any]]) -> None:
         for task in done:
             if error := task.exception():
                 report(f"{error}" or type(error).__name__)
         if self._redis and not self._redis.running:
-            report("redis ended by itself, and with it what it held")
+            report("redis ended by itself, and with it all work; what remains is ended at once")
+            self._kill_all()
 
     async def _stop(self, child: Child) -> bool:
         orderly = await child.stop(self._grace_s)

@@ -24,13 +24,20 @@ class Child:
     """One service. `name` is the replica that runs now: each start is a new replica, whose lease nobody else holds."""
 
     def __init__(
-        self, service: str, command: Sequence[str], environ: Mapping[str, str], report: Callable[[str], None]
+        self,
+        service: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        report: Callable[[str], None],
+        on_end: Callable[[int], None],
     ) -> None:
+        """`report` is told what a person should know, `on_end` the id of each process that has ended."""
         self.service = service
         self.name = ""
         self._command = command
         self._environ = environ
         self._report = report
+        self._on_end = on_end
         self._ready_name = ""
         self._started = time.monotonic()
         self._process: asyncio.subprocess.Process | None = None
@@ -117,6 +124,7 @@ class Child:
         assert self._process.stdout is not None
         await self._pass_on(self._process.stdout)
         status = await self._process.wait()
+        self._on_end(self._process.pid)
         return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
     async def _pass_on(self, output: asyncio.StreamReader) -> None:

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class System:
     def __init__(self, arguments: list[str], directory: Path) -> None:
         self.port, self.metrics_port, self.redis_port = free_ports(3)
         self.base_url = f"http://127.0.0.1:{self.port}"
+        self.directory = directory
+        self._mark = f"TEST_SYSTEM={directory}\0".encode()
         self.log = directory / "serve.log"
         ports = ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
         ports += ["--engine-worker-queue-port", str(self.redis_port), "--host", "127.0.0.1"]
@@ -45,7 +47,8 @@ class System:
             self._process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments],
                 cwd=directory,
-                env={**environ, "OMP_NUM_THREADS": "1"},  # four processes share what may be two cores
+                # One thread each: four processes share what may be two cores.
+                env={**environ, "OMP_NUM_THREADS": "1", "TEST_SYSTEM": str(directory)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -54,6 +57,35 @@ class System:
     def wait_until_ready(self) -> None:
         """Return when GET /health/ready answers 200."""
         self._until(lambda: self.get("/health/ready")[0] == 200, READY_S, "it was not ready")
+
+    def wait_for(self, words: str, after: int = 0) -> None:
+        """Return when it has written `words`, after its first `after` characters."""
+        self._until(lambda: words in self.log.read_text()[after:], READY_S, f"it did not say {words!r}")
+
+    def answers(self, port: int) -> bool:
+        """Whether anything listens on a port of this machine."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def children(self) -> list[str]:
+        """Command lines of the processes it started that are still there."""
+        return [command for _, command in self._children()]
+
+    def kill_child(self, words: str) -> None:
+        """kill -9 the one child whose command line has `words` in it."""
+        [pid] = [pid for pid, command in self._children() if words in command]
+        os.kill(pid, signal.SIGKILL)
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, seconds: float) -> int:
+        """Its exit status, once it has ended."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it did not end within {seconds:.0f} s\n{self.tail()}") from None
 
     def get(self, path: str, port: int | None = None) -> tuple[int, str]:
         """Status and body of a plain GET; status 0 where nothing answers."""
@@ -102,30 +134,40 @@ class System:
         Raises:
             AssertionError: another exit status than 0, or a traceback in what it wrote.
         """
-        self._process.send_signal(signal.SIGINT)
-        try:
-            status = self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise AssertionError(f"it did not stop within {STOP_S:.0f} s\n{self.tail()}") from None
+        self.signal(signal.SIGINT)
+        status = self.wait(STOP_S)
         assert status == 0, f"exit status {status}\n{self.tail()}"
         assert "Traceback" not in self.log.read_text(), self.tail()
 
     def kill(self) -> None:
-        """A second Ctrl-C ends it at once, with all that it started."""
-        for _ in range(2):
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(2.0)
-            except subprocess.TimeoutExpired:
-                continue
+        """End it and all that it started, at once, if it still runs."""
+        if self._process.poll() is not None:
             return
+        children = self._children()
         self._process.kill()
         self._process.wait()
+        for pid, _ in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def tail(self) -> str:
         """The end of what it wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
+
+    def _children(self) -> list[tuple[int, str]]:
+        """Processes with our mark in their environment, even orphans; and Redis, which overwrites its own."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):  # not a process, or gone, or somebody else's
+                pid, command = int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                ours = self._mark in (entry / "environ").read_bytes() or self._is_child(entry)
+                if ours and command and pid != self._process.pid:
+                    found.append((pid, command))
+        return found
+
+    def _is_child(self, entry: Path) -> bool:
+        parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+        return int(parent) == self._process.pid
 
     def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
@@ -143,17 +185,23 @@ async def _per_request(client: Redis, keys: Keys) -> dict[str, int]:
 
 
 @contextmanager
-def running(arguments: list[str], directory: Path) -> Iterator[System]:
-    """A system from ready to stopped; one that failed before is ended at once."""
+def started(arguments: list[str], directory: Path) -> Iterator[System]:
+    """A system whose end is the test's affair; what still runs then is killed."""
     directory.mkdir(parents=True, exist_ok=True)
     system = System(arguments, directory)
     try:
+        yield system
+    finally:
+        system.kill()
+
+
+@contextmanager
+def running(arguments: list[str], directory: Path) -> Iterator[System]:
+    """A system from ready to stopped in order."""
+    with started(arguments, directory) as system:
         system.wait_until_ready()
         yield system
-    except BaseException:
-        system.kill()
-        raise
-    system.stop()
+        system.stop()
 
 
 def free_ports(count: int) -> list[int]:

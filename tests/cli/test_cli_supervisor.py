@@ -14,7 +14,7 @@ PATIENCE_S = 20.0
 
 
 def child(script: str, said: list[str]) -> Child:
-    return Child("engine", [sys.executable, "-c", script], {}, said.append)
+    return Child("engine", [sys.executable, "-c", script], {}, said.append, lambda pid: None)
 
 
 async def until(path: Path, text: str) -> None:
@@ -140,7 +140,7 @@ while not os.path.exists({str(gate)!r}):
     time.sleep(0.01)
 raise SystemExit(1)
 """
-    one = Child("engine", [sys.executable, "-c", script], {}, lambda _: said.set())
+    one = Child("engine", [sys.executable, "-c", script], {}, lambda _: said.set(), lambda pid: None)
     running = asyncio.create_task(one.run())
     await until(names, "x")
     one.mark_ready()
@@ -156,3 +156,10 @@ async def test_lines_of_any_length_and_without_an_end_are_passed_on(capfd: pytes
     with pytest.raises(GaveUp):
         await child("print('a' * 200_000); print('b', end='')", []).run()
     assert capfd.readouterr().err == "a" * 200_000 + "\nb\n"
+
+
+async def test_whoever_asked_is_told_which_process_has_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    ended: list[int] = []
+    with pytest.raises(GaveUp):
+        await Child("engine", [sys.executable, "-c", "import os; print(os.getpid())"], {}, print, ended.append).run()
+    assert ended == [int(capfd.readouterr().err)]

@@ -1,0 +1,143 @@
+"""`millrace serve` as a person meets it: the demo, deaths of its processes, Ctrl-C once and twice, another Redis."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+from safetensors.torch import load_file, save_file
+from system import System, free_ports, running, started
+
+from cli.demo import write_demo
+from cli.main import main
+from shared.keys import Keys
+
+PATIENCE_S = 60.0
+HELLO: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with running(["--demo"], tmp_path_factory.mktemp("demo")) as system:
+        yield system
+
+
+def chat(system: System, **options: Any) -> httpx.Response:
+    return httpx.post(f"{system.base_url}/v1/chat/completions", json={**HELLO, "max_tokens": 4, **options}, timeout=60)
+
+
+def test_the_demo_writes_its_checkpoint_and_answers(demo: System) -> None:
+    config = json.loads((demo.directory / "demo" / "config.json").read_text())
+    assert config["model_type"] == "ernie4_5_moe_vl"
+    assert chat(demo).json()["usage"]["completion_tokens"] > 0
+    said = [line for line in demo.log.read_text().splitlines() if line.startswith("millrace: ")]
+    for stage in ("redis", "gateway", "mm_encoder", "engine", "postproc"):
+        assert any(line.startswith(f"millrace: {stage:10} ready") for line in said), said
+    assert f"millrace: serving demo at {demo.base_url}/v1" in said
+
+
+@pytest.mark.parametrize("service", ["postproc", "engine", "mm_encoder", "gateway"])
+def test_a_service_that_dies_is_started_again(demo: System, service: str) -> None:
+    assert chat(demo).status_code == 200
+    before = demo.log.read_text()
+    demo.kill_child(f"services.{service}")
+    demo.wait_for(f"{service} was ended by SIGKILL; starting it again", after=len(before))
+    demo.wait_for(f"millrace: {service:10} ready", after=len(before))
+    demo.wait_until_ready()
+    assert chat(demo).status_code == 200
+
+
+def test_ctrl_c_twice_ends_it_at_once(tmp_path: Path) -> None:
+    body = {**HELLO, "max_tokens": 30_000, "stream": True, "ignore_eos": True}
+    with started(["--demo"], tmp_path) as system:
+        system.wait_until_ready()
+        with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
+            next(reply.iter_lines())
+            system.signal(signal.SIGINT)
+            system.wait_for("millrace: stopping")
+            time.sleep(1.1)  # two signals within a second are one Ctrl-C that came by two ways
+            system.signal(signal.SIGINT)
+            assert system.wait(PATIENCE_S) == 130
+        assert_nothing_runs(system)
+
+
+def assert_nothing_runs(system: System) -> None:
+    assert system.children() == []
+    assert not any(map(system.answers, (system.port, system.metrics_port, system.redis_port)))
+
+
+def test_it_ends_with_its_redis(tmp_path: Path) -> None:
+    with started(["--demo"], tmp_path) as system:
+        system.wait_until_ready()
+        system.kill_child("-server")
+        assert system.wait(PATIENCE_S) == 1
+        assert "redis ended by itself" in system.log.read_text()
+        assert_nothing_runs(system)
+
+
+def test_a_broken_checkpoint_is_named_and_nothing_keeps_running(tmp_path: Path) -> None:
+    model = tmp_path / "broken"
+    write_demo(model)
+    name = "model.layers.1.mlp.gate.weight"
+    file = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, file)
+    with started(["--model", str(model)], tmp_path) as system:
+        assert system.wait(PATIENCE_S) == 1
+        said = system.log.read_text()
+        assert "millrace: engine ended with status 2 before it was ready" in said
+        assert name in said
+        assert_nothing_runs(system)
+
+
+async def test_a_redis_of_ones_own(redis: Redis, redis_url: str, tmp_path: Path) -> None:
+    with running(["--demo", "--redis-url", redis_url], tmp_path) as system:
+        assert chat(system).status_code == 200
+        assert await redis.smembers(Keys("millrace").replicas("engine"))
+        assert not [line for line in system.children() if "-server" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "usage: millrace serve"),
+        (["dance"], "no such command: dance"),
+        (["serve"], "--model"),
+        (["serve", "--demo", "--speculative-config", "{}"], "--speculative-config: a flag of FastDeploy"),
+        (["serve", "--model", "."], "config.json"),
+    ],
+)
+def test_what_cannot_work_is_told_at_once(
+    arguments: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ports = [str(port) for port in free_ports(3)]
+    flags = [
+        word
+        for pair in zip(("--port", "--metrics-port", "--engine-worker-queue-port"), ports, strict=True)
+        for word in pair
+    ]
+    assert main([*arguments, *(flags if arguments[:1] == ["serve"] else [])]) == 2
+    shown = capsys.readouterr()
+    assert named in shown.out + shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_port_is_told_before_anything_starts(demo: System, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("millrace")), "serve", "--demo", "--port", str(demo.port)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"millrace serve: error: --port: cannot listen on 0.0.0.0:{demo.port}")
+    assert list(tmp_path.iterdir()) == []
