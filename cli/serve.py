@@ -102,8 +102,8 @@ class System:
 
     async def _redis_ends(self) -> None:
         """Return when our own Redis has ended; with somebody else's, never."""
-        while self._redis is None or self._redis.running:
-            await asyncio.sleep(LOOK_S[0])  # noqa: ASYNC110  # a process started without asyncio has no event
+        while self._redis is None or self._redis.running:  # noqa: ASYNC110  # its process has no event to wait for
+            await asyncio.sleep(LOOK_S[0])
 
     async def _watch(self) -> None:
         """Say when a stage becomes ready and, when it has changed, what each is doing."""
