@@ -113,3 +113,24 @@ def test_old_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_overlong_socket_path_is_refused(redis_server: RedisServer) -> None:
     with pytest.raises(ConfigError, match="socket"):
         RedisServer(Path("/" + "x" * 120), binary=redis_server.binary)
+
+
+async def test_a_cancellation_is_never_lost(redis: Redis) -> None:
+    """At whatever point of a command it comes: a loop over commands would go on for ever without it."""
+    lost = 0
+
+    async def loop() -> None:
+        nonlocal lost
+        me = asyncio.current_task()
+        assert me is not None
+        while not me.cancelling():
+            await redis.set("key", b"value")
+        lost += 1
+
+    for steps in range(300):
+        task = asyncio.create_task(loop())
+        for _ in range(steps % 60):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+    assert lost == 0
