@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
 from services.mm_encoder import timestamps
@@ -30,7 +31,7 @@ from shared.records import Records
 from shared.streams import WorkStream
 
 
-def build(settings: MmEncoderSettings, redis: Redis) -> MmEncoder:
+def build(settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry = REGISTRY) -> MmEncoder:
     """The service, with its weights loaded.
 
     Raises:
@@ -49,7 +50,7 @@ def build(settings: MmEncoderSettings, redis: Redis) -> MmEncoder:
             "no font in the model directory; using font-roboto's", extra={"font": timestamps.FONT}
         )
     keys = Keys(settings.namespace)
-    figures = Metrics()
+    figures = Metrics(registry)
     blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     embeds = Embeds(blobs)

@@ -84,10 +84,6 @@ class MmEncoder:
         self._running: dict[str, Running] = {}
         self._broken: asyncio.Future[None]
 
-    @property
-    def name(self) -> str:
-        return SERVICE
-
     async def startup(self) -> None:
         self._broken = asyncio.get_running_loop().create_future()
         self._batcher.start()

@@ -1,0 +1,512 @@
+"""The service on a real Redis, with a model that transformers has written and judges."""
+
+import asyncio
+import json
+import struct
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loopback import running_site
+from media_files import picture, video_bytes, video_frames
+from oracle import Model, save_with_transformers
+from PIL import Image
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from torch import Tensor
+
+from services.mm_encoder.__main__ import build
+from services.mm_encoder.image import open_image, resized, rgb_pixels
+from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise, patch_rows
+from services.mm_encoder.resize import smart_resize
+from services.mm_encoder.service import SERVICE, MmEncoder
+from services.mm_encoder.settings import MmEncoderSettings, ProcessorSettings
+from shared.blobs import Blobs
+from shared.errors import ConfigError, Failure
+from shared.keys import ENCODE, GENERATE, Keys
+from shared.messages import (
+    Accepted,
+    Encode,
+    Failed,
+    Generate,
+    Media,
+    Message,
+    Output,
+    Request,
+    Sampling,
+    VideoOptions,
+    from_entry,
+    pack_ids,
+    unpack_ids,
+)
+from shared.model_config import load_model_config
+from shared.records import Records
+from shared.service import Life
+from shared.streams import LogReader, WorkStream
+
+torch.set_num_threads(1)
+
+GATEWAY = "gw"
+LIMITS = ProcessorSettings(image_max_pixels=784 * 30, video_min_pixels=3136, video_max_pixels=784 * 9)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model") / "small"
+
+
+@pytest.fixture(scope="module")
+def judge(directory: Path) -> Model:
+    return save_with_transformers(directory)
+
+
+class Bench:
+    """A client of the service under test: what the gateway and the engine would see."""
+
+    def __init__(self, redis: Redis, keys: Keys, directory: Path) -> None:
+        self.redis = redis
+        self.keys = keys
+        self.directory = directory
+        self.records = Records(redis, keys)
+        self.blobs = Blobs(redis, keys, 600, 1 << 30)
+        self.registry = CollectorRegistry()
+        self.patch_id = load_model_config(directory).image_patch_id
+        self._deltas = LogReader(redis, {keys.deltas(GATEWAY): "0"})
+        self._inbox: list[Message] = []
+
+    def settings(self, **changes: object) -> MmEncoderSettings:
+        told = {"redis_url": "unused", "model": str(self.directory), "namespace": self.keys.ns, "name": "mm-1"}
+        told |= {"lease_ms": 300, "mm_processor_kwargs": LIMITS, "max_model_len": 2000}
+        return MmEncoderSettings(**told | changes)  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def running(self, **changes: object) -> AsyncIterator[MmEncoder]:
+        """The service through all phases of its life."""
+        settings = self.settings(**changes)
+        service = build(settings, self.redis, self.registry)
+        life = Life(SERVICE, service, settings, self.redis)
+        task = asyncio.create_task(life.run())
+        try:
+            yield service
+        finally:
+            life.stop.set()
+            status = await task
+        assert status == 0
+        assert service.load()["running"] == 0
+
+    async def submit(
+        self, request_id: str, media: Sequence[Media | bytes], max_tokens: int | None = None, text: int = 3
+    ) -> Encode:
+        """One more segment of `text` tokens than media; bytes are uploaded as images."""
+        items = []
+        for i, item in enumerate(media):
+            if isinstance(item, bytes):
+                await self.blobs.put("media", f"{request_id}-{i}", item)
+                item = Media("image", f"messages[0].content[{i}]", blob=f"{request_id}-{i}")
+            items.append(item)
+        request = Request(request_id, GATEWAY, 0, 0.0, Sampling(seed=1, max_tokens=max_tokens), Output(thinking=False))
+        segments = tuple(pack_ids(range(10 * i, 10 * i + text)) for i in range(len(items) + 1))
+        message = Encode(request, segments, tuple(items))
+        await self.records.submit(ENCODE, message)
+        return message
+
+    async def told(self) -> Message:
+        """The next message to the gateway."""
+        async with asyncio.timeout(30):
+            while not self._inbox:
+                self._inbox += [message for _, _, message in await self._deltas.read(100, 1000)]
+        return self._inbox.pop(0)
+
+    async def refused(self) -> Failure:
+        message = await self.told()
+        assert isinstance(message, Failed), message
+        return message.failure
+
+    async def generates(self, count: int = 1) -> list[Generate]:
+        """What was handed on, once it is `count` entries."""
+        async with asyncio.timeout(30):
+            while len(entries := await self.redis.xrange(self.keys.stream(GENERATE))) < count:  # noqa: ASYNC110 - the event is in Redis
+                await asyncio.sleep(0.01)
+        messages = [from_entry(fields) for _, fields in entries]
+        assert all(isinstance(message, Generate) for message in messages)
+        return messages  # type: ignore[return-value]
+
+    async def embeddings(self, key: str) -> tuple[Tensor, dict[str, object]]:
+        blob = await self.blobs.get("embeds", key)
+        assert blob is not None
+        meta = json.loads(blob[1])
+        assert meta["dtype"] == "float32"
+        return torch.frombuffer(bytearray(blob[0]), dtype=torch.float32).view(meta["rows"], meta["hidden"]), meta
+
+    async def settled(self) -> None:
+        """Wait until no entry is waiting or in hand."""
+        async with asyncio.timeout(30):
+            while await self.redis.xlen(self.keys.stream(ENCODE)):  # noqa: ASYNC110 - the event is in Redis
+                await asyncio.sleep(0.01)
+
+    async def left(self) -> set[str]:
+        """Keys that hold something of a request."""
+        names = {name.decode().removeprefix(f"{self.keys.ns}:") for name in await self.redis.keys()}
+        return {name for name in names if name.startswith(("request:", "journal:", "blob:media"))}
+
+    def passes(self) -> float:
+        """How often the tower has run."""
+        return self.registry.get_sample_value("millrace_mm_stage_seconds_count", {"stage": "tower"}) or 0
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0
+
+
+@pytest.fixture
+def bench(redis: Redis, keys: Keys, directory: Path, judge: Model) -> Bench:
+    return Bench(redis, keys, directory)
+
+
+def judged_image(judge: Model, data: bytes) -> Tensor:
+    image = rgb_pixels(open_image(data, 10**8))
+    height, width = smart_resize(
+        image.height, image.width, factor=28, min_pixels=3136, max_pixels=LIMITS.image_max_pixels
+    )
+    rows = torch.from_numpy(patch_rows(resized(image, height, width), 14, 2))
+    pixels = normalise(rows, torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD), torch.float32)
+    with torch.no_grad():
+        grid = torch.tensor([[1, height // 14, width // 14]])
+        return judge.get_image_features(pixels, grid).pooler_output[0]
+
+
+def huge_png() -> bytes:
+    """The header of a 30,000 x 30,000 image, and a little of it."""
+    head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+async def test_a_picture_becomes_a_prompt_and_embeddings(bench: Bench, judge: Model) -> None:
+    data = picture(100, 150)
+    async with bench.running():
+        await bench.submit("a", [data], max_tokens=7)
+        [generate] = await bench.generates()
+    accepted = await bench.told()
+    assert accepted == Accepted("a", 6 + 20)
+    assert unpack_ids(generate.prompt) == [0, 1, 2, *[bench.patch_id] * 20, 10, 11, 12]
+    assert generate.max_tokens == 7
+    assert generate.request.id == "a"
+    [span] = generate.spans
+    assert (span.kind, span.offset, span.length, span.grid) == ("image", 3, 20, (1, 8, 10))
+    found, meta = await bench.embeddings(span.key)
+    assert meta["grid"] == [1, 8, 10]
+    assert (found - judged_image(judge, data)).abs().max() <= 1e-4
+    assert await bench.left() == {"request:a"}
+    assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 0
+
+
+async def test_pictures_and_a_video_in_one_prompt(bench: Bench, judge: Model) -> None:
+    await bench.blobs.put("media", "m-1", video_bytes(video_frames(9)))
+    video = Media("video", "messages[0].content[1]", blob="m-1", video=VideoOptions(target_frames=4, min_frames=1))
+    first, last = picture(100, 150), picture(60, 60, "JPEG")
+    async with bench.running():
+        await bench.submit("m", [first, video, last])
+        [generate] = await bench.generates()
+    kinds = [(span.kind, span.grid, span.length) for span in generate.spans]
+    assert kinds == [("image", (1, 8, 10), 20), ("video", (4, 4, 6), 12), ("image", (1, 4, 4), 4)]
+    assert [span.offset for span in generate.spans] == [3, 26, 41]
+    assert len(unpack_ids(generate.prompt)) == 4 * 3 + 36
+    assert generate.max_tokens == 2000 - 48
+    for span, data in ((generate.spans[0], first), (generate.spans[2], last)):
+        assert ((await bench.embeddings(span.key))[0] - judged_image(judge, data)).abs().max() <= 1e-4
+    assert (await bench.embeddings(generate.spans[1].key))[0].shape == (12, 128)
+
+
+async def test_the_same_picture_is_encoded_once(bench: Bench) -> None:
+    data, other = picture(100, 150), picture(100, 150, seed=1)
+    async with bench.running():
+        for request_id in ("a", "b"):
+            await bench.submit(request_id, [data])
+            await bench.generates(1 if request_id == "a" else 2)
+        assert bench.passes() == 1
+        await bench.submit("c", [other])
+        generates = await bench.generates(3)
+    assert bench.passes() == 2
+    keys = [generate.spans[0].key for generate in generates]
+    assert keys[0] == keys[1] != keys[2]
+    assert generates[0].spans == generates[1].spans
+    assert bench.count("millrace_mm_cache_hits_total", kind="image") == 1
+    assert bench.count("millrace_mm_media_total", kind="image") == 3
+
+
+async def test_many_requests_at_once_with_few_pictures(bench: Bench, judge: Model) -> None:
+    data = [picture(60 + 28 * i, 90, seed=i) for i in range(3)]
+    async with bench.running(concurrency=4):
+        for i in range(24):
+            await bench.submit(f"r{i}", [data[i % 3], data[(i + 1) % 3]])
+        generates = await bench.generates(24)
+        await bench.settled()
+    assert {generate.request.id for generate in generates} == {f"r{i}" for i in range(24)}
+    assert len({span.key for generate in generates for span in generate.spans}) == 3
+    assert bench.passes() <= 3
+    for generate in generates:
+        which = int(generate.request.id[1:])
+        for span, shown in zip(generate.spans, (which % 3, (which + 1) % 3), strict=True):
+            found, _ = await bench.embeddings(span.key)
+            assert (found - judged_image(judge, data[shown])).abs().max() <= 1e-4
+    assert not {name for name in await bench.left() if name.startswith("blob:")}
+
+
+async def test_other_settings_make_other_keys(bench: Bench) -> None:
+    data = picture(100, 150)
+    async with bench.running():
+        await bench.submit("a", [data])
+        await bench.generates(1)
+    bench.registry = CollectorRegistry()
+    async with bench.running(mm_processor_kwargs=ProcessorSettings(image_max_pixels=784 * 8)):
+        await bench.submit("b", [data])
+        one, two = await bench.generates(2)
+    assert one.spans[0].key != two.spans[0].key
+    assert two.spans[0].grid == (1, 4, 6)
+
+
+def bad_media() -> dict[str, tuple[str, bytes, str]]:
+    png, jpeg, video = picture(300, 300), picture(300, 300, "JPEG"), video_bytes(video_frames(4), "mp4", "mpeg4")
+    fragments = video_bytes(video_frames(4), "mp4", "mpeg4", options={"movflags": "frag_keyframe+empty_moov"})
+    return {
+        "truncated JPEG": ("image", jpeg[: len(jpeg) // 2], "truncated"),
+        "truncated PNG": ("image", png[: len(png) // 2], "truncated"),
+        "30000 x 30000": ("image", huge_png(), "media_max_pixels"),
+        "text as image": ("image", b"hello", "not an image"),
+        "video as image": ("image", video, "not an image"),
+        "truncated video": ("video", video[: len(video) // 2], "cannot? be read|that can be read"),
+        "empty video": ("video", fragments[: fragments.index(b"moof") - 4], "no frames"),
+        "text as video": ("video", b"hello", "that can be read"),
+        "too many bytes": ("image", bytes(200_001), "media_max_bytes = 200000"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_media())
+async def test_bad_media_is_a_400_that_names_its_field_and_leaves_nothing(bench: Bench, name: str) -> None:
+    kind, data, message = bad_media()[name]
+    good = picture(60, 60)
+    async with bench.running(media_max_bytes=200_000):
+        await bench.blobs.put("media", "bad-x", data)
+        bad = Media(kind, "messages[0].content[1].image_url", blob="bad-x")  # type: ignore[arg-type]
+        await bench.submit("bad", [good, bad])
+        failure = await bench.refused()
+        await bench.settled()
+        assert failure.status == 400
+        assert failure.param == "messages[0].content[1].image_url"
+        assert failure.message.startswith("`messages[0].content[1].image_url`: ")
+        assert any(part in failure.message for part in message.split("|")), failure.message
+        assert await bench.left() == set()
+        assert await bench.redis.xlen(bench.keys.stream(GENERATE)) == 0
+        await bench.submit("good", [good])
+        assert await bench.told() == Accepted("good", 6 + 4)
+        await bench.generates()
+    assert bench.count("millrace_mm_requests_total", outcome="refused") == 1
+
+
+async def test_of_two_bad_media_the_first_is_named(bench: Bench) -> None:
+    async with bench.running():
+        await bench.submit("a", [picture(60, 60)[:90], b"hello"])
+        assert (await bench.refused()).param == "messages[0].content[1]", "sizes are checked before pixels"
+        await bench.submit("b", [picture(60, 60)[:90], picture(50, 50)[:90]])
+        assert (await bench.refused()).param == "messages[0].content[0]"
+        await bench.settled()
+    assert await bench.left() == set()
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_before_pixels_are_decoded(bench: Bench) -> None:
+    async with bench.running(max_model_len=30):
+        await bench.submit("a", [picture(100, 150), picture(100, 150, seed=1)])
+        failure = await bench.refused()
+        await bench.settled()
+    assert (failure.status, failure.code) == (400, "context_length_exceeded")
+    assert bench.count("millrace_mm_stage_seconds_count", stage="decode") == 0
+    assert bench.passes() == 0
+    assert await bench.left() == set()
+
+
+async def test_all_media_of_a_request_have_a_limit_together(bench: Bench) -> None:
+    data = [picture(60, 60, seed=i) for i in range(3)]
+    async with bench.running(media_request_max_bytes=sum(map(len, data)) - 1):
+        await bench.submit("a", data)
+        failure = await bench.refused()
+        await bench.settled()
+    assert "media_request_max_bytes" in failure.message
+    assert failure.param is not None
+
+
+async def test_an_upload_that_is_gone_is_our_fault(bench: Bench) -> None:
+    async with bench.running():
+        await bench.submit("a", [Media("image", "messages[0]", blob="a-0")])
+        failure = await bench.refused()
+        await bench.settled()
+    assert failure.status == 503
+    assert failure.param == "messages[0]"
+
+
+async def test_media_from_the_web(bench: Bench, judge: Model) -> None:
+    data = picture(100, 150)
+    async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",)):
+        await bench.submit("a", [Media("image", "p", url=site.serve("/picture.png", data))])
+        [generate] = await bench.generates()
+        await bench.told()
+        await bench.submit("b", [Media("image", "q", url=site.url("/absent"))])
+        failure = await bench.refused()
+        await bench.settled()
+    assert ((await bench.embeddings(generate.spans[0].key))[0] - judged_image(judge, data)).abs().max() <= 1e-4
+    assert (failure.status, failure.param) == (400, "q")
+    assert "status 404" in failure.message
+    assert bench.count("millrace_mm_fetched_bytes_total") == len(data)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://169.254.169.254/latest/meta-data/", "http://127.0.0.1:{port}/", "http://[::1]/"]
+)
+async def test_addresses_that_are_not_global_are_refused_by_default(bench: Bench, url: str) -> None:
+    async with running_site() as site, bench.running():
+        site.serve("/", picture(60, 60))
+        await bench.submit("a", [Media("image", "messages[0].content[0]", url=url.format(port=site.port))])
+        failure = await bench.refused()
+        await bench.settled()
+        assert site.heads == []
+    assert (failure.status, failure.param) == (400, "messages[0].content[0]")
+    assert "not allowed" in failure.message
+    assert await bench.left() == set()
+
+
+async def test_a_request_cancelled_before_it_is_taken_is_dropped(bench: Bench) -> None:
+    await bench.submit("a", [picture(100, 150)])
+    await bench.records.cancel(["a"])
+    async with bench.running():
+        await bench.settled()
+    assert await bench.left() == set()
+    assert await bench.redis.xlen(bench.keys.stream(GENERATE)) == 0
+    assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
+    assert bench.passes() == 0
+    assert bench.count("millrace_mm_requests_total", outcome="dropped") == 1
+
+
+async def test_a_request_without_a_record_is_dropped(bench: Bench) -> None:
+    await bench.submit("a", [picture(100, 150)])
+    await bench.records.delete(["a"])
+    async with bench.running():
+        await bench.settled()
+    assert await bench.left() == set()
+    assert await bench.redis.xlen(bench.keys.stream(GENERATE)) == 0
+
+
+async def test_a_request_cancelled_in_hand_is_dropped_at_once(bench: Bench) -> None:
+    """Its media never comes, and the time limit is far away."""
+    asked, forever = asyncio.Event(), asyncio.Event()
+
+    async def silent(path: str, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await forever.wait()
+
+    async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",), media_timeout_s=600.0):
+        site.handlers["/"] = silent
+        await bench.submit("a", [Media("image", "p", url=site.url("/")), picture(60, 60)])
+        await asyncio.wait_for(asked.wait(), 30)
+        await bench.records.cancel(["a"])
+        await bench.settled()
+        forever.set()
+    assert await bench.left() == set()
+    assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
+
+
+async def taken_by_a_dead_replica(bench: Bench, times: int = 1) -> None:
+    """As a replica leaves it that dies with an entry in hand: pending under its name, and no lease."""
+    for number in range(times):
+        stream = WorkStream(bench.redis, bench.keys, ENCODE, "mm_encoder", f"dead-{number}", 100)
+        await stream.join()
+        taken = await stream.take(10, 0) if number == 0 else (await stream.claim_abandoned(10))[0]
+        assert len(taken) == 1
+
+
+async def test_an_entry_of_a_dead_replica_is_processed(bench: Bench) -> None:
+    await bench.submit("a", [picture(100, 150)])
+    await taken_by_a_dead_replica(bench)
+    async with bench.running():
+        [generate] = await bench.generates()
+        await bench.settled()
+    assert generate.request.id == "a"
+    assert await bench.told() == Accepted("a", 26)
+    assert await bench.left() == {"request:a"}
+
+
+async def test_an_entry_that_kills_replicas_is_answered(bench: Bench) -> None:
+    await bench.submit("a", [picture(100, 150)])
+    await taken_by_a_dead_replica(bench, times=3)
+    async with bench.running(max_deliveries=3):
+        failure = await bench.refused()
+        await bench.settled()
+    assert failure.status == 500
+    assert await bench.left() == set()
+    assert await bench.redis.xlen(bench.keys.quarantine(ENCODE)) == 1
+    assert bench.passes() == 0
+
+
+async def test_a_bug_costs_one_request(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is raised that nobody foresaw: a 500 without its text, and the service goes on."""
+    good, bad = picture(60, 60), picture(61, 61)
+
+    def planted(image: Image.Image, height: int, width: int) -> np.ndarray:
+        if image.width == 61:
+            raise ZeroDivisionError("secret detail")
+        return resized(image, height, width)
+
+    monkeypatch.setattr("services.mm_encoder.processor.resized", planted)
+    async with bench.running():
+        await bench.submit("bad", [good, bad])
+        failure = await bench.refused()
+        await bench.submit("good", [good])
+        [generate] = await bench.generates()
+        await bench.settled()
+    assert failure.status == 500
+    assert "secret" not in failure.message
+    assert generate.request.id == "good"
+    assert await bench.left() == {"request:good"}
+    assert bench.count("millrace_mm_requests_total", outcome="failed") == 1
+
+
+async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+    data = picture(60, 60)
+
+    async with running_site() as site:
+
+        async def slow(path: str, writer: asyncio.StreamWriter) -> None:
+            asked.set()
+            await go.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            await writer.drain()
+
+        site.handlers["/"] = slow
+        settings = bench.settings(media_allow_networks=("127.0.0.0/8",), concurrency=1)
+        service = build(settings, bench.redis, bench.registry)
+        life = Life(SERVICE, service, settings, bench.redis)
+        task = asyncio.create_task(life.run())
+        await bench.submit("a", [Media("image", "p", url=site.url("/"))])
+        await asyncio.wait_for(asked.wait(), 30)
+        await bench.submit("b", [data])
+        life.stop.set()
+        await asyncio.sleep(0)
+        go.set()
+        assert await task == 0
+    [generate] = await bench.generates()
+    assert generate.request.id == "a"
+    assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1, "the second waits for another replica"
+    assert await bench.redis.xinfo_consumers(bench.keys.stream(ENCODE), "mm_encoder") == []
+
+
+async def test_a_device_that_is_not_there_is_named(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="MILLRACE_DEVICE: 'nonsense'"):
+        build(bench.settings(device="nonsense"), bench.redis, bench.registry)
