@@ -5,6 +5,7 @@ violation, where it must find that.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -265,6 +266,17 @@ def test_the_top_level_is_what_the_map_says() -> None:
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     names = {entry.name for entry in ROOT.iterdir() if not any(fnmatch(entry.name, rule) for rule in ignored)}
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/checkpoint.md"])
+def test_documents_name_files_that_are_there(document: str) -> None:
+    """By their path, or by their name where the path before it says whose they are."""
+    names = set(re.findall(r"`([\w./]+\.py)`", (ROOT / document).read_text()))
+    ours = {path.relative_to(ROOT).as_posix() for top in CODE for path in (ROOT / top).rglob("*.py")}
+    assert names
+    assert {name for name in names if not any(path == name or path.endswith("/" + name) for path in ours)} <= {
+        "tests/test_layout.py"
+    }
 
 
 def test_services_are_the_four() -> None:
