@@ -224,6 +224,12 @@ def test_no_stop_string_in_a_call() -> None:
     assert (shown.content, shown.functions, shown.finish_reason) == ("A ", [], "stop")
 
 
+def test_no_stop_string_across_a_call() -> None:
+    text = '</think>A sto<tool_call>{"name": "f"}</tool_call>p it'
+    shown = run(text, every_byte(text), stop=("stop",), tools=True)
+    assert (shown.content, shown.functions) == ("A stop it", [("f", "{}")])
+
+
 def test_a_stop_string_after_a_call_leaves_the_call_to_be_answered() -> None:
     shown = run('</think><tool_call>{"name": "f"}</tool_call>A stop.', stop=("stop",), tools=True)
     assert (shown.content, shown.functions, shown.finish_reason) == ("A ", [("f", "{}")], "tool_calls")

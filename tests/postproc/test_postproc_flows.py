@@ -58,10 +58,14 @@ def test_an_entry_is_held_until_the_journal_has_all_of_it() -> None:
     assert flows.waiting(0, before=(2, 0)) == []
     fold(flows, 4, TokenRun("r2", 1, 2, (EOS,), finish=Finish("stop", stop_token=EOS)))
     assert flows.oldest(0) is None
-    fold(flows, 5, begins=(Begin("r1", 1, 0, 1, 0, 0, 0),))
+    for entry in (5, 6):
+        fold(flows, entry, TokenRun("r1", 1, entry - 1, (A,)))
+        assert flows.oldest(0) == (5, 0)
+    due[0].saved()
+    fold(flows, 7, begins=(Begin("r1", 1, 0, 1, 0, 0, 0),))
     assert flows.oldest(0) is None  # said before
-    fold(flows, 6, begins=(Begin("r1", 2, 4, 9, 9, 9, 9),))
-    assert flows.oldest(0) == (6, 0)
+    fold(flows, 8, begins=(Begin("r1", 2, 6, 9, 9, 9, 9),))
+    assert flows.oldest(0) == (8, 0)
     assert due[0].begin() == Begin("r1", 2, 0, 1, 0, 0, 0)
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from services.postproc.stop import Finder, Patterns, Stop, compile_patterns
 
-texts = st.text(alphabet="ab\n]-^ñ€", max_size=40)
-strings = st.lists(st.text(alphabet="ab\n]-^ñ€", min_size=1, max_size=5), min_size=1, max_size=4).map(tuple)
+texts = st.text(alphabet="ab]^€", max_size=40)
+strings = st.lists(st.text(alphabet="ab]^€", min_size=1, max_size=5), min_size=1, max_size=4).map(tuple)
 
 
 def first_match(text: str, wanted: tuple[str, ...]) -> tuple[int, str] | None:
@@ -27,6 +27,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
 
 @given(texts, strings, st.lists(st.integers(0, 40)), st.booleans())
 @example("aab", ("aab", "ab"), [0, 1, 2], False)
+@example("aabb", ("aabb", "ab"), [], False)
 @example("abab^", ("abac", "bab^"), list(range(5)), False)
 def test_stops_where_brute_force_does(text: str, wanted: tuple[str, ...], cuts: list[int], include: bool) -> None:
     stop = Stop(wanted, include)

@@ -334,6 +334,11 @@ def test_a_marker_spelled_by_ordinary_tokens_is_text_where_it_is_a_token() -> No
     assert (shown.functions, shown.content) == ([("f", '{"a": "<tool_call></tool_call>"}')], ".")
 
 
+def test_newlines_around_a_call_are_shown_between_texts_even_if_the_first_was_plain() -> None:
+    shown = run_pieces([b"One.", b"\n", OPEN, b'{"name": "f"}', CLOSE, b"\n", b"Two."], tools=True, thinking=False)
+    assert (shown.content, shown.functions) == ("One.\n\nTwo.", [("f", "{}")])
+
+
 def test_half_a_character_before_a_call() -> None:
     shown = run_pieces(["</think>", b"a\xe2", OPEN, b'{"name": "f', b"\xe2\x82", b'"}', CLOSE, b"\x82"], tools=True)
     assert (shown.functions, shown.content) == ([("f\ufffd", "{}")], "a\ufffd\ufffd")

@@ -336,10 +336,9 @@ async def test_a_restart_shows_nothing_twice_and_loses_nothing(
     await system.begin("r1", "r2", "gone")
     for index, token in enumerate(TOKENS[:after]):
         await system.step(*(TokenRun(one, 1, index, (token,)) for one in ("r1", "r2")))
-        if index == 30:
-            await system.finish("gone", 0, Finish("length"))
         if index % 7 == 0 and index != after - 1:
             await first.turn()
+    await system.finish("gone", 0, Finish("length"))
     if crash_at:
 
         async def crash(*_: object) -> None:
@@ -360,8 +359,6 @@ async def test_a_restart_shows_nothing_twice_and_loses_nothing(
             await second.turn()
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", len(TOKENS), Finish("cancelled"))
-    if after <= 30:
-        await system.finish("gone", 0, Finish("length"))
     await second.turn()
     while second.load()["open"]:
         await second.turn()
@@ -373,8 +370,9 @@ async def test_a_restart_shows_nothing_twice_and_loses_nothing(
     assert await system.left() == set()
 
 
-async def test_a_restart_after_the_engine_was_replaced(system: System) -> None:
-    """The record knows of the newer engine while the stream still has the older one's steps."""
+@pytest.mark.parametrize("trimmed", [False, True])
+async def test_a_restart_after_the_engine_was_replaced(system: System, trimmed: bool) -> None:
+    """The record knows of the newer engine, whether the stream still has the older one's steps or not even its own."""
     await system.submit(request())
     first = await system.worker("p1", trim_every=1000)
     await first.turn()
@@ -385,7 +383,9 @@ async def test_a_restart_after_the_engine_was_replaced(system: System) -> None:
     await first.turn()
     record = (await system.records.get(["r1"]))["r1"]
     assert record.begin == Begin("r1", 2, 0, 7, 3, 2, 1)
-    assert len(await system.redis.xrange(system.keys.tokens(0))) == 102
+    assert await system.redis.xlen(system.keys.tokens(0)) == 102
+    if trimmed:
+        await system.redis.xtrim(system.keys.tokens(0), maxlen=0, approximate=False)
     await system.die("p1")
     second = await system.worker("p2")
     await system.step(TokenRun("r1", 1, 100, (EOS,), finish=Finish("error")))  # the old one wakes up
@@ -602,6 +602,38 @@ async def test_a_pause_while_reading_is_noticed_before_sending(system: System, m
     numbers = [delta.seq for delta in await system.deltas()]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == 10
+
+
+async def test_a_shard_lost_and_regained_while_reading_starts_over(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    await system.submit(request())
+    paused = await system.worker("p1", clock=lambda: now, journal_every=100)
+    await paused.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 7)
+    await paused.turn()
+    await system.generate("r1", 7, 20)
+    read = LogReader.read
+
+    async def slow(reader: LogReader, count: int, block_ms: int) -> Any:
+        nonlocal now
+        found = await read(reader, count, block_ms)
+        monkeypatch.undo()
+        await system.die("p1")
+        other = await system.worker("p2", journal_every=100)
+        await other.turn()
+        await other.drain()
+        await system.die("p2")
+        now += 60
+        return found
+
+    monkeypatch.setattr(LogReader, "read", slow)
+    await paused.turn()
+    await system.finish("r1", 20, Finish("length"))
+    await paused.turn()
+    assert (await system.show())["r1"] == whole("length", 20)
 
 
 async def test_serve_works_until_cancelled(system: System) -> None:
