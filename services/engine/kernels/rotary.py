@@ -12,9 +12,9 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, axes: Tensor) -> tuple
         axes: [D / 2] int64, the position axis each frequency follows.
 
     Returns:
-        cos, sin: [N, D / 2] float32.
+        cos, sin: [N, D / 2] float32, contiguous.
     """
-    angles = positions[axes].float().T * frequencies
+    angles = positions[axes].T.contiguous().float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -23,7 +23,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
     Args:
         x: [N, heads, D]: the query and key heads, which are neighbours in the fused projection. Rows may be strided.
-        cos, sin: [N, D / 2] float32.
+        cos, sin: [N, D / 2] float32, contiguous.
     """
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -175,3 +175,16 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
         dim**-0.5,
     )
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+
+
+def test_rotary_takes_the_tables_it_is_given() -> None:
+    positions = torch.randint(0, 1000, (3, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    axes = torch.tensor([1, 2, 1, 2, 0, 0], device=DEVICE)
+    cos, sin = REFERENCE.rotary_tables(positions, draw(6).abs(), axes)
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    x = draw(5, 2, 12)
+    expected = x.clone()
+    OPS.rotary(x, cos, sin)
+    REFERENCE.rotary(expected, cos, sin)
+    close(x, expected)
