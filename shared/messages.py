@@ -109,7 +109,7 @@ class VideoOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Media(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One image or video as the client gave it. Exactly one of `url` (http, https) and `blob` (uploaded bytes) is set."""
+    """One image or video as the client gave it: either by `url` (http, https) or by `blob` (uploaded bytes)."""
 
     kind: MediaKind
     param: str  # the request field it came from, for error messages
