@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import redis
+from numpy.typing import NDArray
 
 from benchmarks.synthetic_engine import Board
 from cli.demo import write_demo
@@ -103,7 +104,7 @@ class System:
 def engine(system: System, board: Board, token: int, **options: float) -> Iterator[subprocess.Popen[bytes]]:
     """The synthetic engine as a process."""
     command = [sys.executable, "-m", "benchmarks.synthetic_engine", "--redis-url", system.redis_url]
-    command += ["--namespace", NAMESPACE, "--board", board.memory.name, "--token", str(token)]
+    command += ["--namespace", NAMESPACE, "--board", str(board.path), "--token", str(token)]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     process = subprocess.Popen(command)
@@ -177,7 +178,7 @@ class Reader:
         self.selector.close()
 
 
-def percentiles(values: np.ndarray) -> dict[str, float]:
+def percentiles(values: NDArray[np.float64]) -> dict[str, float]:
     """Milliseconds."""
     return {f"p{q}": round(float(np.percentile(values, q)) * 1e3, 2) for q in (50, 99)}
 
@@ -224,7 +225,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     model = root / "model"
     write_demo(model)
     token = Tokenizer.load(model).encode_text(MARK)[-1]
-    board = Board(f"millrace-bench-{os.getpid()}", create=True)
+    board = Board(root / "board")
     with RedisServer(root / "redis") as server:
         system = System(server, model, free_port(), args.shards)
         try:
@@ -241,7 +242,6 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             }
         finally:
             system.stop()
-            board.close(unlink=True)
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ Emission times go to a shared array, so that the client can tell how long a toke
 import argparse
 import asyncio
 import time
-from multiprocessing import shared_memory
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.bus import connect
 from shared.keys import GENERATE, Keys
@@ -18,17 +19,16 @@ from shared.messages import Begin, Finish, Generate, TokenRun, Tokens, unpack_id
 from shared.records import Records
 from shared.streams import WorkStream, send
 
-REPORT_STREAMS = 1024
 REPORT_TOKENS = 8192
 
 
 class Board:
-    """Shared between engine and client: emission time of step i of the whole batch, and tokens the client has read."""
+    """Shared between engine and client through a file: emission times, and how many tokens the client has read."""
 
-    def __init__(self, name: str, create: bool) -> None:
-        size = 8 * (2 + REPORT_TOKENS)
-        self.memory = shared_memory.SharedMemory(name=name, create=create, size=size)
-        self.cells = np.ndarray((2 + REPORT_TOKENS,), dtype=np.float64, buffer=self.memory.buf)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = 2 + REPORT_TOKENS
+        self.cells = np.memmap(path, np.float64, "r+" if path.exists() else "w+", shape=(size,))
 
     @property
     def received(self) -> float:
@@ -48,15 +48,9 @@ class Board:
     def cpu_s(self, seconds: float) -> None:
         self.cells[1] = seconds
 
-    def emitted_at(self) -> np.ndarray:
+    def emitted_at(self) -> NDArray[np.float64]:
         """[REPORT_TOKENS] monotonic seconds at which token i of every stream was emitted."""
         return self.cells[2:]
-
-    def close(self, unlink: bool = False) -> None:
-        del self.cells
-        self.memory.close()
-        if unlink:
-            self.memory.unlink()
 
 
 async def collect(work: WorkStream, streams: int) -> list[tuple[str, Generate]]:
@@ -72,13 +66,12 @@ async def collect(work: WorkStream, streams: int) -> list[tuple[str, Generate]]:
 async def run(args: argparse.Namespace) -> None:
     keys = Keys(args.namespace)
     redis = connect(args.redis_url)
-    board = Board(args.board, create=False)
+    board = Board(args.board)
     records = Records(redis, keys)
     work = WorkStream(redis, keys, GENERATE, "engine", "synthetic", 3)
     await work.join()
     for _ in range(args.rounds):
         await one_round(args, keys, redis, board, records, work)
-    board.close()
     await redis.aclose()
 
 
@@ -127,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--redis-url", required=True)
     parser.add_argument("--namespace", required=True)
-    parser.add_argument("--board", required=True, help="name of the shared memory made by the client")
+    parser.add_argument("--board", type=Path, required=True, help="file shared with the client")
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True, help="tokens per stream")
     parser.add_argument("--token", type=int, required=True, help="the token id to emit")
