@@ -1,0 +1,127 @@
+"""Fetches a checkpoint from a hub into a directory, and marks it complete when every file has the right size and hash.
+
+Arguments: endpoint, repository, revision, directory. Environment: HUB_TOKEN, where the hub wants one. Needs the
+standard library alone. Run again after a failure it goes on where it was; several may run on one directory.
+"""
+
+import fnmatch
+import hashlib
+import http.client
+import json
+import os
+import pathlib
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+# What the services read. Code and pickles of a checkpoint are never fetched.
+WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.ttf")
+COMPLETE = ".complete"
+PARALLEL = 4
+TRIES = 8
+TIMEOUT_S = 60
+BLOCK = 1 << 20
+
+
+class Broken(Exception):
+    """A file is not what the hub says it is, or the hub's list is not one."""
+
+
+def request(url: str, start: int = 0):
+    """Open a URL. The token stays with the hub: what it redirects to gets none."""
+    asked = urllib.request.Request(url, headers={"User-Agent": "millrace"})
+    if token := os.environ.get("HUB_TOKEN"):
+        asked.add_unredirected_header("Authorization", f"Bearer {token}")
+    if start:
+        asked.add_header("Range", f"bytes={start}-")
+    return urllib.request.urlopen(asked, timeout=TIMEOUT_S)
+
+
+def listing(endpoint: str, repository: str, revision: str) -> list[dict]:
+    """The wanted files, each with rfilename, size and, of large ones, lfs.sha256."""
+    url = f"{endpoint}/api/models/{repository}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true"
+    with request(url) as response:
+        files = json.load(response)["siblings"]
+    wanted = [file for file in files if any(fnmatch.fnmatch(file["rfilename"], pattern) for pattern in WANTED)]
+    for file in wanted:
+        if not isinstance(file.get("size"), int):
+            raise Broken(f"{file['rfilename']}: the hub does not say its size")
+        path = pathlib.PurePosixPath(file["rfilename"])
+        if path.is_absolute() or ".." in path.parts:
+            raise Broken(f"{path}: not a path inside the repository")
+    if not any(file["rfilename"] == "config.json" for file in wanted):
+        raise Broken(f"{repository} has no config.json")
+    return wanted
+
+
+def append(url: str, part: pathlib.Path) -> None:
+    """Go on with what there is of a file."""
+    start = part.stat().st_size if part.exists() else 0
+    with request(url, start) as response, part.open("ab") as file:
+        if start and response.status != 206:
+            file.truncate(0)  # a hub that always begins at the beginning
+        while block := response.read(BLOCK):
+            file.write(block)
+
+
+def check(part: pathlib.Path, file: dict) -> None:
+    if part.stat().st_size != file["size"]:
+        raise Broken(f"{file['rfilename']}: {part.stat().st_size} bytes of {file['size']}")
+    if expected := (file.get("lfs") or {}).get("sha256"):
+        digest = hashlib.sha256()
+        with part.open("rb") as content:
+            while block := content.read(BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            part.unlink()
+            raise Broken(f"{file['rfilename']}: its hash is not the hub's")
+
+
+def fetch(base: str, file: dict, directory: pathlib.Path) -> None:
+    name = file["rfilename"]
+    target = directory / name
+    if target.exists() and target.stat().st_size == file["size"]:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.uname().nodename}.part")
+    for attempt in range(TRIES):
+        try:
+            if not part.exists() or part.stat().st_size != file["size"]:
+                append(f"{base}/{urllib.parse.quote(name)}", part)
+            check(part, file)
+            break
+        except (Broken, OSError, http.client.HTTPException) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (416, 429)
+            if refused or attempt == TRIES - 1:
+                raise
+            if isinstance(error, urllib.error.HTTPError) and error.code == 416:
+                part.unlink()
+            print(f"{name}: {error}; again", flush=True)
+            time.sleep(min(30, 2**attempt) * float(os.environ.get("HUB_PATIENCE", "1")))
+    part.rename(target)
+    print(f"{name}: {file['size']} bytes", flush=True)
+
+
+def main(endpoint: str, repository: str, revision: str, directory: str) -> int:
+    endpoint, target = endpoint.rstrip("/"), pathlib.Path(directory)
+    if (target / COMPLETE).exists():
+        print("complete already")
+        return 0
+    try:
+        files = listing(endpoint, repository, revision)
+        target.mkdir(parents=True, exist_ok=True)
+        base = f"{endpoint}/{repository}/resolve/{urllib.parse.quote(revision, safe='')}"
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(lambda file: fetch(base, file, target), files))
+    except (Broken, OSError, ValueError, KeyError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    (target / COMPLETE).write_text(f"{repository} {revision}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

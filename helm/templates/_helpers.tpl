@@ -1,0 +1,73 @@
+{{/* Names and labels. A service's key in the values has underscores, as its Python package; objects have hyphens. */}}
+
+{{- define "millrace.fullname" -}}
+{{- $name := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
+{{- $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "millrace.name" -}}
+{{- printf "%s-%s" (include "millrace.fullname" .root) (.component | replace "_" "-") -}}
+{{- end -}}
+
+{{- define "millrace.selector" -}}
+app.kubernetes.io/name: millrace
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component | replace "_" "-" }}
+{{- end -}}
+
+{{- define "millrace.labels" -}}
+{{ include "millrace.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "millrace.image" -}}
+{{- $repository := printf "millrace-%s" (.component | replace "_" "-") -}}
+{{- with .root.Values.image.registry }}{{- $repository = printf "%s/%s" (. | trimSuffix "/") $repository -}}{{- end -}}
+{{- printf "%s:%s" $repository (.root.Values.image.tag | default .root.Chart.AppVersion) -}}
+{{- end -}}
+
+{{/* A service's values: those of all pods, with its own on top. */}}
+{{- define "millrace.config" -}}
+{{- mergeOverwrite (deepCopy .root.Values.pods) (deepCopy (index .root.Values .component)) | toYaml -}}
+{{- end -}}
+
+{{/* The prefix of all keys in Redis: of this release alone, so that releases can share a Redis. */}}
+{{- define "millrace.namespace" -}}
+{{- .Values.settings.namespace | default (printf "%s.%s" .Release.Namespace (include "millrace.fullname" .)) -}}
+{{- end -}}
+
+{{- define "millrace.requestTimeout" -}}
+{{- int (.Values.gateway.settings.request_timeout_s | default 600) -}}
+{{- end -}}
+
+{{/* What keeps an installation from working, said before anything is installed. */}}
+{{- define "millrace.check" -}}
+{{- $model := .Values.model -}}
+{{- $sources := list $model.existingClaim $model.hostPath $model.download.repository | compact -}}
+{{- if ne (len $sources) 1 -}}
+{{- fail "say where the model is: exactly one of model.existingClaim, model.hostPath and model.download.repository" -}}
+{{- end -}}
+{{- if and .Values.apiKeys .Values.apiKeysSecret -}}
+{{- fail "apiKeys and apiKeysSecret exclude each other" -}}
+{{- end -}}
+{{- if and .Values.redis.external.blobUrl (not .Values.redis.external.url) -}}
+{{- fail "redis.external.blobUrl needs redis.external.url" -}}
+{{- end -}}
+{{- if contains "@" .Values.redis.external.url -}}
+{{- fail "redis.external.url must not hold a password: put URLs with passwords into redis.existingSecret" -}}
+{{- end -}}
+{{- if and (eq .Values.autoscaling.kind "hpa") (has 0 (list (int .Values.mm_encoder.replicas) (int .Values.engine.replicas))) -}}
+{{- fail "an HPA cannot scale to zero or from zero: replicas must be 1 or more, or autoscaling.kind keda" -}}
+{{- end -}}
+{{- if and (ne .Values.autoscaling.kind "none") (has 0 (list (int .Values.gateway.replicas) (int .Values.postproc.replicas))) -}}
+{{- fail "gateway and postproc scale by cpu, which one that sleeps does not use: their replicas must be 1 or more" -}}
+{{- end -}}
+{{- range $service := list "gateway" "mm_encoder" "engine" "postproc" -}}
+{{- $config := index $.Values $service -}}
+{{- if and (ne $.Values.autoscaling.kind "none") (gt (int $config.replicas) (int $config.maxReplicas)) -}}
+{{- fail (printf "%s.replicas is more than %s.maxReplicas" $service $service) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

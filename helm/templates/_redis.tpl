@@ -1,0 +1,78 @@
+{{/* How the services reach Redis: the chart's own Valkey, or one that is there already. Each service has a URL of its
+     own, so that it can be a user of its own. */}}
+
+{{- define "millrace.redisHost" -}}
+{{- printf "%s.%s.svc" (include "millrace.name" (dict "root" . "component" "redis")) .Release.Namespace -}}
+{{- end -}}
+
+{{- define "millrace.redisSecret" -}}
+{{- if .Values.redis.existingSecret -}}
+{{- .Values.redis.existingSecret -}}
+{{- else if not .Values.redis.external.url -}}
+{{- include "millrace.name" (dict "root" . "component" "redis") -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "millrace.redisCa" -}}
+{{- if .Values.redis.tlsSecret }}?ssl_ca_certs=/etc/millrace/redis-tls/ca.crt{{ end -}}
+{{- end -}}
+
+{{- define "millrace.redisEnv" -}}
+{{- $secret := include "millrace.redisSecret" .root -}}
+{{- $external := .root.Values.redis.external -}}
+{{- $key := .component | replace "_" "-" }}
+- name: MILLRACE_REDIS_URL
+{{- if $secret }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secret }}
+      key: {{ $key }}
+{{- else }}
+  value: {{ printf "%s%s" $external.url (include "millrace.redisCa" .root) | quote }}
+{{- end }}
+{{- if and $external.blobUrl (ne .component "postproc") }}
+- name: MILLRACE_BLOB_REDIS_URL
+{{- if $secret }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secret }}
+      key: {{ $key }}-blobs
+{{- else }}
+  value: {{ printf "%s%s" $external.blobUrl (include "millrace.redisCa" .root) | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* HOST:PORT of a Redis URL. */}}
+{{- define "millrace.urlAddress" -}}
+{{- $host := (urlParse .).host -}}
+{{- contains ":" $host | ternary $host (printf "%s:6379" $host) -}}
+{{- end -}}
+
+{{- define "millrace.redisAddress" -}}
+{{- if .Values.redis.external.url -}}
+{{- include "millrace.urlAddress" .Values.redis.external.url -}}
+{{- else -}}
+{{- include "millrace.redisHost" . }}:6379
+{{- end -}}
+{{- end -}}
+
+{{- define "millrace.redisTls" -}}
+{{- if .Values.redis.external.url -}}
+{{- hasPrefix "rediss:" .Values.redis.external.url -}}
+{{- else -}}
+{{- not (empty .Values.redis.tlsSecret) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The users of the chart's Valkey. Services may do all that is not administration, within the release's keys. Without
+     passwords it serves to tell whether the users' rights have changed. */}}
+{{- define "millrace.redisAcl" -}}
+{{- $keys := printf "~%s:*" (include "millrace.namespace" .root) -}}
+user default on nopass resetkeys resetchannels -@all +ping
+{{- range list "gateway" "mm-encoder" "engine" "postproc" }}
+user {{ . }} on #{{ index $.passwords . | default "" | sha256sum }} {{ $keys }} resetchannels +@all -@admin -@dangerous
+{{- end }}
+user scaler on #{{ .passwords.scaler | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +info +xlen
+user monitor on #{{ .passwords.monitor | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +info +config|get +slowlog|len +slowlog|get +latency|latest +type +scard +xinfo
+{{- end -}}

@@ -1,0 +1,105 @@
+{{/* One scaler per service. `stream`: by how much work there is, waiting and running, which is the length of its stream
+     (entries are deleted when their work has ended). `cpu`: by how busy it is. */}}
+
+{{- define "millrace.scaler" -}}
+{{- if eq .root.Values.autoscaling.kind "keda" }}
+---
+{{ include "millrace.scaledObject" . }}
+{{- else if eq .root.Values.autoscaling.kind "hpa" }}
+---
+{{ include "millrace.hpa" . }}
+{{- end }}
+{{- end -}}
+
+{{- define "millrace.scaledObject" -}}
+apiVersion: keda.sh/v1alpha1
+kind: ScaledObject
+metadata:
+  name: {{ include "millrace.name" . }}
+  labels:
+    {{- include "millrace.labels" . | nindent 4 }}
+spec:
+  scaleTargetRef:
+    name: {{ include "millrace.name" . }}
+  pollingInterval: 5
+  cooldownPeriod: {{ .root.Values.autoscaling.cooldownSeconds }}
+  minReplicaCount: {{ .config.replicas }}
+  maxReplicaCount: {{ .config.maxReplicas }}
+  advanced:
+    horizontalPodAutoscalerConfig:
+      behavior:
+        {{- include "millrace.scaleDown" . | nindent 8 }}
+  triggers:
+    {{- if .stream }}
+    - type: redis-streams
+      metadata:
+        address: {{ include "millrace.redisAddress" .root }}
+        stream: {{ printf "%s:%s" (include "millrace.namespace" .root) .stream }}
+        streamLength: {{ .config.target | quote }}
+        activationLagCount: "0"
+        databaseIndex: {{ include "millrace.redisDatabase" .root | quote }}
+        enableTLS: {{ include "millrace.redisTls" .root | quote }}
+      {{- if include "millrace.redisSecret" .root }}
+      authenticationRef:
+        name: {{ include "millrace.name" (dict "root" .root "component" "scaler") }}
+      {{- end }}
+    {{- else }}
+    - type: cpu
+      metricType: Utilization
+      metadata:
+        value: {{ .config.target | quote }}
+    {{- end }}
+{{- end -}}
+
+{{- define "millrace.redisDatabase" -}}
+{{- (urlParse (.Values.redis.external.url | default "redis://x/0")).path | trimPrefix "/" | default "0" -}}
+{{- end -}}
+
+{{- define "millrace.hpa" -}}
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata:
+  name: {{ include "millrace.name" . }}
+  labels:
+    {{- include "millrace.labels" . | nindent 4 }}
+spec:
+  scaleTargetRef:
+    apiVersion: apps/v1
+    kind: Deployment
+    name: {{ include "millrace.name" . }}
+  minReplicas: {{ .config.replicas }}
+  maxReplicas: {{ .config.maxReplicas }}
+  behavior:
+    {{- include "millrace.scaleDown" . | nindent 4 }}
+  metrics:
+    {{- if .stream }}
+    - type: External
+      external:
+        metric:
+          name: redis_stream_length
+          selector:
+            matchLabels:
+              # A selector's values may not hold colons, as the stream's name does: the PodMonitor adds this label.
+              stage: {{ .stream }}
+              app_kubernetes_io_instance: {{ .root.Release.Name }}
+        target:
+          type: AverageValue
+          averageValue: {{ .config.target | quote }}
+    {{- else }}
+    - type: Resource
+      resource:
+        name: cpu
+        target:
+          type: Utilization
+          averageUtilization: {{ .config.target }}
+    {{- end }}
+{{- end -}}
+
+{{- define "millrace.scaleDown" -}}
+scaleDown:
+  stabilizationWindowSeconds: {{ .root.Values.autoscaling.cooldownSeconds }}
+  policies:
+    - type: Pods
+      value: 1
+      periodSeconds: 60
+{{- end -}}

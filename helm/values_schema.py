@@ -1,0 +1,165 @@
+"""Writes values.schema.json: the chart's own keys as said here, and the keys of every `settings` map out of the
+settings that the services decode, so that a misspelt or malformed one is refused before anything is installed.
+
+Run it from the repository's root after a setting has changed: python helm/values_schema.py
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from services.engine.settings import EngineSettings  # noqa: E402
+from services.gateway.settings import GatewaySettings  # noqa: E402
+from services.mm_encoder.settings import MmEncoderSettings  # noqa: E402
+from services.postproc.settings import PostprocSettings  # noqa: E402
+from shared.config import CommonSettings  # noqa: E402
+
+TARGET = ROOT / "helm" / "values.schema.json"
+SERVICES: dict[str, type[CommonSettings]] = {
+    "gateway": GatewaySettings,
+    "mm_encoder": MmEncoderSettings,
+    "engine": EngineSettings,
+    "postproc": PostprocSettings,
+}
+# The chart says these itself, out of other values.
+OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "drain_s"}
+OWNED |= {"host", "port", "served_model_name", "api_keys", "device"}
+COMMON = frozenset(CommonSettings.__struct_fields__)
+OF_ONE_SERVICE = ("log_level",)  # common settings that may differ between services
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+POSITIVE: Schema = {"type": "integer", "minimum": 1}
+QUANTITY: Schema = {"type": "string", "pattern": r"^[0-9.]+(m|[kKMGTP]i?)?$"}
+TEXTS: Schema = {"type": "array", "items": TEXT}
+LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
+OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
+MAP: Schema = {"type": "object"}
+CIDRS: Schema = {"type": "array", "items": {"type": "string", "pattern": r"^[0-9a-fA-F.:]+/[0-9]+$"}}
+REDIS_URL: Schema = {"type": "string", "pattern": r"^(rediss?://[^@]+)?$"}
+NAMESPACE: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9._-]*$"}  # in ACL rules and the exporter's lists
+
+
+def keys(**properties: Schema) -> Schema:
+    """An object with these keys and no others."""
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def one_of(*values: str) -> Schema:
+    return {"enum": list(values)}
+
+
+def fields(settings: type[CommonSettings]) -> dict[str, Schema]:
+    """A settings struct's fields as the chart takes them: without defaults and prose, references resolved."""
+    (schema,), definitions = msgspec.json.schema_components([settings], ref_template="{name}")
+    return {name: _plain(value, definitions) for name, value in definitions[schema["$ref"]]["properties"].items()}
+
+
+def _plain(schema: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_plain(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _plain(definitions[schema["$ref"]], definitions)
+    plain = {key: value for key, value in schema.items() if key not in ("default", "title", "description")}
+    if "properties" in plain:
+        return plain | {"properties": {name: _plain(value, definitions) for name, value in plain["properties"].items()}}
+    return {key: _plain(value, definitions) for key, value in plain.items()}
+
+
+def pod_keys() -> dict[str, Schema]:
+    return {
+        "annotations": LABELS,
+        "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
+        "nodeSelector": LABELS,
+        "tolerations": OBJECTS,
+        "affinity": MAP,
+        "spreadBy": TEXTS,
+        "priorityClassName": TEXT,
+        "gpus": COUNT,
+        "preStopSeconds": COUNT,
+        "startupSeconds": POSITIVE,
+        "surge": COUNT,
+    }
+
+
+def service_keys(service: str) -> Schema:
+    settings = fields(SERVICES[service])
+    own = {name: value for name, value in settings.items() if name not in COMMON | OWNED or name in OF_ONE_SERVICE}
+    return keys(
+        **pod_keys(),
+        replicas=COUNT,
+        maxReplicas=POSITIVE,
+        target=POSITIVE,
+        cpu=QUANTITY,
+        memory=QUANTITY,
+        drainSeconds={"type": "integer", "minimum": 10},  # ten of them are for closing
+        settings=keys(**own),
+    )
+
+
+def schema() -> Schema:
+    common = {name: value for name, value in fields(CommonSettings).items() if name not in OWNED}
+    services = {service: service_keys(service) for service in SERVICES}
+    chart = keys(
+        **{"global": MAP},
+        image=keys(registry=TEXT, tag=TEXT, pullPolicy=one_of("Always", "IfNotPresent", "Never"), pullSecrets=OBJECTS),
+        model=keys(
+            name={"type": "string", "minLength": 1},
+            subPath=TEXT,
+            existingClaim=TEXT,
+            hostPath={"type": "string", "pattern": "^(/.*)?$"},
+            download=keys(
+                repository={"type": "string", "pattern": r"^([\w.-]+/[\w.-]+)?$"},
+                revision={"type": "string", "pattern": r"^[\w.-]+$"},
+                endpoint={"type": "string", "pattern": "^https?://"},
+                tokenSecret=TEXT,
+                size=QUANTITY,
+                storageClass=TEXT,
+                accessMode=one_of("ReadWriteMany", "ReadWriteOnce"),
+            ),
+        ),
+        apiKeys={"type": "array", "items": {"type": "string", "minLength": 1}},
+        apiKeysSecret=TEXT,
+        settings=keys(**common, namespace=NAMESPACE),
+        redis=keys(
+            existingSecret=TEXT,
+            tlsSecret=TEXT,
+            external=keys(url=REDIS_URL, blobUrl=REDIS_URL, cidrs=CIDRS),
+            image={"type": "string", "minLength": 1},
+            exporterImage=TEXT,
+            maxMemoryMb=POSITIVE,
+            cpu=QUANTITY,
+            size={"type": "string", "pattern": r"^([0-9.]+([kKMGTP]i?)?)?$"},
+            storageClass=TEXT,
+        ),
+        pods=keys(**pod_keys()),
+        **services,
+        gpu=keys(resource=TEXT, runtimeClassName=TEXT),
+        service=keys(type=one_of("ClusterIP", "NodePort", "LoadBalancer"), port=POSITIVE, annotations=LABELS),
+        host=TEXT,
+        ingress=keys(enabled=FLAG, className=TEXT, tlsSecret=TEXT, annotations=LABELS),
+        route=keys(parentRefs=OBJECTS),
+        networkPolicy=keys(enabled=FLAG, clients=OBJECTS, scrapers=OBJECTS, dns=OBJECTS, hub=OBJECTS),
+        autoscaling=keys(kind=one_of("none", "keda", "hpa"), cooldownSeconds=COUNT, kedaNamespace=TEXT),
+        monitoring=keys(podMonitor=FLAG, rules=FLAG, dashboard=FLAG, labels=LABELS),
+    )
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **chart}
+
+
+def text() -> str:
+    return json.dumps(schema(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text(), encoding="utf-8")

@@ -1,0 +1,158 @@
+"""The chart as Helm's own SDK renders it, for the tests beside this file."""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helm_python import _native, lint
+from helm_python.chart import Chart
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm"
+SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
+RELEASE = "millrace"
+NAMESPACE = "models"
+
+Values = dict[str, Any]
+Object = dict[str, Any]
+
+CLAIM: Values = {"model": {"existingClaim": "checkpoint"}}
+# What people install, and with the chart's defaults every branch of every template.
+MATRIX: dict[str, Values] = {
+    "defaults": CLAIM,
+    "cpu, nothing kept, no policies": {
+        "model": {"hostPath": "/var/lib/checkpoints", "subPath": "ernie"},
+        "redis": {"size": "", "exporterImage": ""},
+        "mm_encoder": {"gpus": 0},
+        "engine": {"gpus": 0, "settings": {"max_num_seqs": 4, "num_gpu_blocks_override": 64}},
+        "networkPolicy": {"enabled": False},
+        "pods": {"spreadBy": []},
+    },
+    "fetched model, keda, monitoring, tls": {
+        "model": {"download": {"repository": "baidu/ERNIE-4.5-VL-28B-A3B-Thinking", "tokenSecret": "hub"}},
+        "image": {"registry": "registry.example.com/team/", "tag": "1.2.3", "pullSecrets": [{"name": "pull"}]},
+        "apiKeys": ["sk-one", "sk-two"],
+        "redis": {"tlsSecret": "redis-tls", "storageClass": "fast"},
+        "autoscaling": {"kind": "keda"},
+        "mm_encoder": {"replicas": 0},
+        "engine": {"replicas": 0, "gpus": 2},
+        "gpu": {"runtimeClassName": "nvidia"},
+        "monitoring": {"podMonitor": True, "rules": True, "dashboard": True, "labels": {"release": "prometheus"}},
+        "networkPolicy": {
+            "clients": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}],
+            "scrapers": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+            "hub": [{"ipBlock": {"cidr": "10.20.0.0/16"}}],
+        },
+        "ingress": {"enabled": True, "className": "nginx", "tlsSecret": "site", "annotations": {"a": "b"}},
+        "host": "chat.example.com",
+        "route": {"parentRefs": [{"name": "public", "namespace": "ingress"}]},
+        "service": {"annotations": {"a": "b"}},
+    },
+    "external redis with users, hpa, placement": {
+        "model": {"existingClaim": "checkpoint", "name": "ernie"},
+        "apiKeysSecret": "keys",
+        "redis": {
+            "existingSecret": "redis-users",
+            "external": {
+                "url": "rediss://redis.example.com:6380/2",
+                "blobUrl": "rediss://blobs.example.com:6381/0",
+                "cidrs": ["192.0.2.0/24"],
+            },
+            "tlsSecret": "redis-ca",
+        },
+        "autoscaling": {"kind": "hpa"},
+        "pods": {
+            "annotations": {"a": "b"},
+            "env": {"HTTPS_PROXY": "http://proxy:3128"},
+            "nodeSelector": {"pool": "cpu"},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+            "affinity": {"nodeAffinity": {}},
+            "spreadBy": ["topology.kubernetes.io/zone", "kubernetes.io/hostname"],
+            "priorityClassName": "serving",
+            "preStopSeconds": 12,
+        },
+        "engine": {"nodeSelector": {"pool": "gpu"}, "priorityClassName": "gpu", "surge": 1},
+        "gateway": {"settings": {"limit_mm_per_prompt": {"image": 20}, "request_timeout_s": 1800}},
+        "mm_encoder": {
+            "settings": {
+                "mm_processor_kwargs": {"video_max_frames": 60},
+                "media_allow_networks": ["10.1.0.0/16"],
+                "media_max_bytes": 4294967296,
+                "log_level": "debug",
+            }
+        },
+        "ingress": {"enabled": True},
+        "monitoring": {"rules": True},
+    },
+    "external redis, open": {
+        **CLAIM,
+        "redis": {"external": {"url": "redis://redis:6379"}},
+        "autoscaling": {"kind": "keda"},
+    },
+}
+
+
+def render(values: Values, name: str = RELEASE, kube_version: str = "1.31.0") -> dict[str, str]:
+    """Text of every template, by its path in the chart. The SDK's own `render` cannot be told the cluster's version."""
+    options = {"name": name, "namespace": NAMESPACE, "kube_version": kube_version}
+    with Chart.load(CHART) as chart:
+        rendered = _native.call_string("helm_render", chart._raw(), json.dumps(values), json.dumps(options))
+    return {path.removeprefix("millrace/"): text for path, text in json.loads(rendered).items()}
+
+
+def parse(rendered: dict[str, str]) -> list[Object]:
+    """Every object of every template."""
+    return [
+        item for path, text in rendered.items() if path.endswith(".yaml") for item in yaml.safe_load_all(text) if item
+    ]
+
+
+@cache
+def case(name: str) -> tuple[Object, ...]:
+    """The objects of one case of MATRIX."""
+    return tuple(parse(render(MATRIX[name])))
+
+
+def objects(values: Values) -> list[Object]:
+    return parse(render(values))
+
+
+def find(items: Iterator[Object] | list[Object] | tuple[Object, ...], kind: str, name: str | None = None) -> Object:
+    """The one object of this kind and name; any name where none is said."""
+    (found,) = [item for item in items if item["kind"] == kind and name in (None, item["metadata"]["name"])]
+    return found
+
+
+def pods(items: list[Object] | tuple[Object, ...]) -> dict[str, tuple[Object, Object]]:
+    """Metadata and spec of every pod that the objects make, by component."""
+    found = {}
+    for item in items:
+        if item["kind"] in ("Deployment", "StatefulSet", "Job"):
+            template = item["spec"]["template"]
+        elif item["kind"] == "Pod":
+            template = item
+        else:
+            continue
+        found[template["metadata"]["labels"]["app.kubernetes.io/component"]] = template["metadata"], template["spec"]
+    return found
+
+
+def container(spec: Object, name: str | None = None) -> Object:
+    """The pod's container of this name, or its first."""
+    return next(each for each in spec["containers"] if name in (None, each["name"]))
+
+
+def environment(items: list[Object] | tuple[Object, ...], service: str) -> dict[str, Any]:
+    """A service's environment: text, or where the text comes from."""
+    component = service.replace("_", "-")
+    _, spec = pods(items)[component]
+    return {each["name"]: each.get("value", each.get("valueFrom")) for each in container(spec, component)["env"]}
+
+
+def complaints(values: Values) -> list[str]:
+    """What `helm lint --strict` has against the chart; hints are not counted."""
+    report = lint(CHART, values, strict=True, namespace=NAMESPACE)
+    return [message["error"] for message in report["messages"] if message["severity"] > 1] + report["errors"]

@@ -1,0 +1,138 @@
+"""NetworkPolicies are the arrows of the design and no others, worked out as a cluster would."""
+
+import ipaddress
+
+import pytest
+from helm_chart import MATRIX, Object, Values, case, objects, pods
+
+CLAIM: Values = {"model": {"existingClaim": "c"}}
+STAGES = ("gateway", "mm-encoder", "engine", "postproc")
+DNS = "kube-system"
+PRIVATE = """
+10.0.0.1 127.0.0.1 169.254.169.254 172.16.9.9 172.31.0.1 192.168.1.1 100.64.0.1 224.0.0.1 255.255.255.255 0.0.0.0
+198.18.0.1 ::1 fd00::1 fe80::1 ::ffff:10.0.0.1 ff02::1 2002:a00:1::1 2001:0:a00:1::
+"""
+
+Arrow = tuple[str, str, int | None]  # from, to, TCP port; None: any
+
+
+def policies(items: list[Object] | tuple[Object, ...]) -> list[Object]:
+    return [item for item in items if item["kind"] == "NetworkPolicy"]
+
+
+def selected(policy: Object, labels: dict[str, str]) -> bool:
+    return policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def peers(rule: Object, side: str, components: dict[str, dict[str, str]]) -> list[str]:
+    """Who is on the other side of a rule: components of the release, a namespace, or networks."""
+    if side not in rule:
+        return ["anybody"]
+    found = []
+    for peer in rule[side]:
+        if "ipBlock" in peer:
+            found.append(peer["ipBlock"]["cidr"])
+        elif "namespaceSelector" in peer:
+            found.append(peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"])
+        else:
+            wanted = peer["podSelector"]["matchLabels"].items()
+            found += [name for name, labels in components.items() if wanted <= labels.items()]
+    return found
+
+
+def arrows(items: list[Object] | tuple[Object, ...]) -> tuple[set[Arrow], set[Arrow]]:
+    """What the policies let out of the pods, and what they let into them, DNS left out."""
+    components = {name: metadata["labels"] for name, (metadata, _) in pods(items).items()}
+    outward, inward = set(), set()
+    for policy in policies(items):
+        for name in (name for name, labels in components.items() if selected(policy, labels)):
+            for side, key, found in (("egress", "to", outward), ("ingress", "from", inward)):
+                for rule in policy["spec"].get(side, []):
+                    ports = [port["port"] for port in rule.get("ports", [{"port": None}])]
+                    for other in peers(rule, key, components):
+                        ends = (name, other) if side == "egress" else (other, name)
+                        found |= {(*ends, port) for port in ports if port != 53}
+    return outward, inward
+
+
+@pytest.mark.parametrize("name", [name for name in MATRIX if "no policies" not in name])
+def test_every_pod_is_closed_both_ways_but_for_its_rules(name: str) -> None:
+    for component, (metadata, _) in pods(case(name)).items():
+        directions = [
+            direction
+            for policy in policies(case(name))
+            if selected(policy, metadata["labels"])
+            for direction in policy["spec"]["policyTypes"]
+        ]
+        assert {"Ingress", "Egress"} <= set(directions), component
+
+
+def test_the_arrows_are_the_designs() -> None:
+    outward, inward = arrows(objects(CLAIM))
+    to_redis = {(stage, "redis", 6379) for stage in STAGES}
+    assert outward == to_redis | {
+        ("mm-encoder", "0.0.0.0/0", None),
+        ("mm-encoder", "2000::/3", None),
+        ("test", "gateway", 8180),
+    }
+    assert inward == to_redis | {("anybody", "gateway", 8180)}
+
+
+def test_named_clients_scrapers_and_keda_add_their_arrows_only() -> None:
+    outward, inward = arrows(case("fetched model, keda, monitoring, tls"))
+    assert inward == {(stage, "redis", 6379) for stage in (*STAGES, "keda")} | {
+        ("ingress", "gateway", 8180),
+        ("test", "gateway", 8180),
+        *(("monitoring", stage, 8181) for stage in STAGES),
+        ("monitoring", "redis", 9121),
+    }
+    assert {arrow for arrow in outward if arrow[0] == "model"} == {("model", "10.20.0.0/16", None)}
+    assert {arrow[0] for arrow in outward if arrow[1] == "0.0.0.0/0"} == {"mm-encoder"}
+
+
+def test_a_download_may_reach_the_internet_where_no_hub_is_named() -> None:
+    outward, _ = arrows(objects({"model": {"download": {"repository": "baidu/ernie"}}}))
+    assert {arrow[0] for arrow in outward if arrow[1] == "0.0.0.0/0"} == {"mm-encoder", "model"}
+
+
+def test_an_external_redis_is_reached_at_its_ports_and_addresses() -> None:
+    outward, inward = arrows(case("external redis with users, hpa, placement"))
+    reached = {(stage, "192.0.2.0/24", port) for stage in STAGES for port in (6380, 6381)}
+    assert {arrow for arrow in outward if arrow[0] != "test"} == reached | {
+        ("mm-encoder", "0.0.0.0/0", None),
+        ("mm-encoder", "2000::/3", None),
+        ("mm-encoder", "10.1.0.0/16", None),
+    }
+    assert inward == {("anybody", "gateway", 8180)}
+    outward, _ = arrows(case("external redis, open"))
+    assert ("engine", "anybody", 6379) in outward
+
+
+def test_dns_is_the_clusters() -> None:
+    (policy,) = [item for item in policies(objects(CLAIM)) if item["metadata"]["name"].endswith("-dns")]
+    (rule,) = policy["spec"]["egress"]
+    assert rule["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    assert rule["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": DNS}}}]
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_media_cannot_be_fetched_from_private_networks(address: str) -> None:
+    assert not internet(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "172.32.0.1", "2606:4700::1111", "2a00:1450::1"])
+def test_media_can_be_fetched_from_the_internet(address: str) -> None:
+    assert internet(address)
+
+
+def internet(address: str) -> bool:
+    """Whether mm-encoder's policy lets packets out to this address."""
+    (policy,) = [item for item in policies(objects(CLAIM)) if item["metadata"]["name"] == "millrace-mm-encoder"]
+    blocks = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule["to"] if "ipBlock" in peer]
+    wanted = ipaddress.ip_address(address)
+
+    def within(text: str) -> bool:
+        network = ipaddress.ip_network(text)
+        return wanted.version == network.version and wanted in network
+
+    return any(within(block["cidr"]) and not any(map(within, block["except"])) for block in blocks)

@@ -1,0 +1,106 @@
+"""The values: few, described by a schema that follows the services' settings, and refused where they contradict."""
+
+import pytest
+import values_schema
+import yaml
+from helm_chart import CHART, CLAIM, MATRIX, Values, render
+from helm_python.errors import HelmError
+
+MOST_KEYS = 100
+
+
+def leaves(values: object, path: str = "") -> list[str]:
+    if not isinstance(values, dict) or not values:
+        return [path]
+    return [leaf for key, value in values.items() for leaf in leaves(value, f"{path}.{key}")]
+
+
+def defaults() -> Values:
+    return yaml.safe_load((CHART / "values.yaml").read_text())
+
+
+def merged(base: Values, extra: Values) -> Values:
+    return {
+        key: merged(base.get(key, {}), value) if isinstance(value, dict) else value
+        for key, value in {**base, **extra}.items()
+    }
+
+
+def test_the_values_are_fewer_than_a_hundred() -> None:
+    assert len(leaves(defaults())) < MOST_KEYS
+
+
+def test_the_schema_is_what_the_settings_say() -> None:
+    written = (CHART / "values.schema.json").read_text()
+    assert written == values_schema.text(), "a setting has changed: run python helm/values_schema.py"
+
+
+def test_the_schema_knows_every_key_and_no_other() -> None:
+    def described(schema: dict, path: str = "") -> set[str]:
+        if "properties" not in schema:
+            return {path}
+        return {each for key, value in schema["properties"].items() for each in described(value, f"{path}.{key}")}
+
+    known = {path for path in described(values_schema.schema()) if ".settings." not in path} - {".global"}
+    of_pods = {key for key in values_schema.pod_keys()}
+    overrides = {f".{service}.{key}" for service in values_schema.SERVICES for key in of_pods}
+    given = {path for path in leaves(defaults()) if ".settings" not in path}
+    assert given <= known
+    assert known - given <= overrides
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"engin": {}}, "engin"),
+        ({"engine": {"replica": 1}}, "replica"),
+        ({"engine": {"settings": {"max_num_seq": 4}}}, "max_num_seq"),
+        ({"engine": {"settings": {"max_num_seqs": "4"}}}, "max_num_seqs"),
+        ({"engine": {"settings": {"quantization": "int3"}}}, "quantization"),
+        ({"engine": {"settings": {"redis_url": "redis://x"}}}, "redis_url"),
+        ({"engine": {"settings": {"max_model_len": 4096}}}, "max_model_len"),
+        ({"settings": {"shards": 0}}, "shards"),
+        ({"settings": {"max_num_seqs": 4}}, "max_num_seqs"),
+        ({"settings": {"namespace": "a b"}}, "namespace"),
+        ({"mm_encoder": {"settings": {"mm_processor_kwargs": {"fps": 2}}}}, "fps"),
+        ({"gateway": {"settings": {"limit_mm_per_prompt": {"image": -1}}}}, "image"),
+        ({"gateway": {"drainSeconds": 5}}, "drainSeconds"),
+        ({"gateway": {"env": {"MILLRACE_PORT": "80"}}}, "MILLRACE_PORT"),
+        ({"redis": {"external": {"url": "http://x"}}}, "url"),
+        ({"redis": {"external": {"url": "redis://user:secret@x:6379"}}}, "url"),
+        ({"model": {"download": {"repository": "ernie"}}}, "repository"),
+        ({"service": {"type": "External"}}, "type"),
+        ({"autoscaling": {"kind": "vpa"}}, "kind"),
+    ],
+)
+def test_the_schema_refuses(values: Values, said: str) -> None:
+    with pytest.raises(HelmError, match=said):
+        render(merged(CLAIM, values))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "exactly one of"),
+        ({"model": {"existingClaim": "a", "hostPath": "/b"}}, "exactly one of"),
+        ({**CLAIM, "apiKeys": ["a"], "apiKeysSecret": "b"}, "exclude each other"),
+        ({**CLAIM, "redis": {"external": {"blobUrl": "redis://b"}}}, "needs redis.external.url"),
+        ({**CLAIM, "autoscaling": {"kind": "hpa"}, "engine": {"replicas": 0}}, "cannot scale to zero"),
+        ({**CLAIM, "autoscaling": {"kind": "keda"}, "postproc": {"replicas": 0}}, "must be 1 or more"),
+        ({**CLAIM, "autoscaling": {"kind": "keda"}, "engine": {"replicas": 9}}, "more than engine.maxReplicas"),
+    ],
+)
+def test_contradictions_are_refused(values: Values, said: str) -> None:
+    with pytest.raises(HelmError, match=said):
+        render(values)
+
+
+def test_the_smallest_set_of_values_is_where_the_model_is() -> None:
+    assert render(CLAIM)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_the_matrix_satisfies_the_schema(name: str) -> None:
+    import jsonschema
+
+    jsonschema.Draft7Validator(values_schema.schema()).validate(merged(defaults(), MATRIX[name]))
