@@ -59,7 +59,7 @@ async def running(checkpoint: Path, redis_url: str, **settings: Any) -> AsyncIte
     registry = CollectorRegistry()
     gateway = compose(told, redis, listener, registry, tick_s=0.02)
     await gateway.startup()
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="key-1", max_retries=0)
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="key-1", max_retries=0, timeout=WAIT_S)
     try:
         yield Running(gateway, url, registry, client)
     finally:
