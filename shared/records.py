@@ -15,6 +15,7 @@ from shared.messages import (
     Begin,
     Cancel,
     Encode,
+    Failed,
     Generate,
     Request,
     decode_begin,
@@ -39,6 +40,18 @@ if alive and first == 1 then
   redis.call('XADD', KEYS[3], '*', 'v', ARGV[3], 'm', ARGV[4])
 end
 return alive and 1 or 0
+"""
+
+# KEYS record, journal, stream done, deltas; ARGV group, entry id, v, m, length of deltas. The first decides here too: a
+# replica that lost the entry while it was paused must not fail a request that is in the engine's hands.
+_REFUSE = """
+local first = redis.call('XACK', KEYS[3], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[3], ARGV[2])
+if first == 1 then
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[5], '*', 'v', ARGV[3], 'm', ARGV[4])
+  redis.call('UNLINK', KEYS[1], KEYS[2])
+end
+return first
 """
 
 # KEYS record. A claim of a request that has ended must not bring a record without a request to life.
@@ -101,6 +114,7 @@ class Records:
         self._redis = redis
         self._keys = keys
         self._hand_on = redis.register_script(_HAND_ON)
+        self._refuse = redis.register_script(_REFUSE)
         self._claim = redis.register_script(_CLAIM)
         self._cancel = redis.register_script(_CANCEL)
         self._write_journal = redis.register_script(_WRITE_JOURNAL)
@@ -129,6 +143,26 @@ class Records:
                     self._keys.stream(GENERATE),
                 ],
                 args=[group, entry_id, entry[b"v"], entry[b"m"]],
+            )
+        )
+
+    async def refuse(
+        self, message: Failed, gateway: str, stream_done: str, entry_id: str, group: str, max_len: int
+    ) -> bool:
+        """Tell `gateway`, ack and delete the entry of `stream_done`, and delete the record, in one go (mm_encoder).
+
+        Returns False, and does none of it, when another replica has ended the entry.
+        """
+        entry = to_entry(message)
+        return bool(
+            await self._refuse(
+                keys=[
+                    self._keys.request(message.request_id),
+                    self._keys.journal(message.request_id),
+                    self._keys.stream(stream_done),
+                    self._keys.deltas(gateway),
+                ],
+                args=[group, entry_id, entry[b"v"], entry[b"m"], max_len],
             )
         )
 

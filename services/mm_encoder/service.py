@@ -6,7 +6,7 @@ it has done then is done again, to the same effect.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,9 +39,10 @@ _log = logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """One request in hand: `work` may be cancelled by anyone, `task` sees it to its end."""
+    """One request in hand: `work` may be cancelled by anyone, `task` sees it to its end. Without work, it is only
+    being answered."""
 
-    work: asyncio.Task[bool]
+    work: asyncio.Task[bool] | None
     task: asyncio.Task[None]
 
 
@@ -99,6 +100,8 @@ class MmEncoder:
         while self._running:
             await asyncio.wait([running.task for running in self._running.values()])
             await asyncio.sleep(0)
+        if self._broken.done():
+            self._broken.result()
 
     async def close(self) -> None:
         """Let go of what is still in hand: its entries are claimed by another replica once our lease is gone."""
@@ -129,7 +132,8 @@ class MmEncoder:
             for delivery in ours:
                 self._start(delivery)
             for delivery in poisoned:
-                await self._answer(_encode(delivery), POISONED)
+                message = _encode(delivery)
+                self._keep(message.request.id, self._answer_poisoned(message))
             await asyncio.sleep(self._claim_s)
 
     async def _listen(self) -> None:
@@ -146,7 +150,7 @@ class MmEncoder:
 
     async def _watch(self) -> None:
         """Ends, with its exception, when something that must never fail has failed."""
-        await self._broken
+        await asyncio.shield(self._broken)
 
     async def _room(self) -> int:
         """How many more requests we may take in hand; waits until it is one."""
@@ -161,8 +165,15 @@ class MmEncoder:
         request_id = delivery.message.request.id
         if request_id in self._running:
             return  # delivered again while in hand; the entry is the same one
-        work = asyncio.create_task(self._work(delivery.entry_id, _encode(delivery)))
-        task = asyncio.create_task(self._handle(delivery.entry_id, _encode(delivery), work))
+        message = _encode(delivery)
+        work = asyncio.create_task(self._work(delivery.entry_id, message))
+        self._keep(request_id, self._handle(delivery.entry_id, message, work), work)
+
+    def _keep(
+        self, request_id: str, steps: Coroutine[None, None, None], work: asyncio.Task[bool] | None = None
+    ) -> None:
+        """Hold a request until `steps` have ended."""
+        task = asyncio.create_task(steps)
         self._running[request_id] = Running(work, task)
         self._metrics.running.inc()
         task.add_done_callback(lambda done: self._ended(request_id, done))
@@ -177,7 +188,7 @@ class MmEncoder:
     def _cancel(self, message: Cancel) -> None:
         for request_id in message.request_ids:
             running = self._running.get(request_id)
-            if running is not None:
+            if running is not None and running.work is not None:
                 running.work.cancel()
 
     async def _handle(self, entry_id: str, message: Encode, work: asyncio.Task[bool]) -> None:
@@ -189,7 +200,9 @@ class MmEncoder:
             work.cancel()  # does nothing unless we are being closed
         failure = self._outcome(request_id, work)
         if failure is not None:
-            await self._answer(message, failure)
+            self._metrics.left("refused" if failure.status < 500 else "failed")
+            gateway, failed = message.request.gateway, Failed(request_id, failure)
+            await self._records.refuse(failed, gateway, ENCODE, entry_id, SERVICE, DELTAS_LENGTH)
         elif work.cancelled() or not work.result():
             self._metrics.left("dropped")
             await self._records.delete([request_id])
@@ -233,10 +246,10 @@ class MmEncoder:
         with self._metrics.stage("store"):
             await self._embeds.store(embedded.key, embedded.grid, rows)
 
-    async def _answer(self, message: Encode, failure: Failure) -> None:
-        """Tell the client, then forget the request: whoever takes the entry again finds no record and drops it."""
-        self._metrics.left("refused" if failure.status < 500 else "failed")
-        await self._tell(message, Failed(message.request.id, failure))
+    async def _answer_poisoned(self, message: Encode) -> None:
+        """Its entry is in quarantine already."""
+        self._metrics.left("failed")
+        await self._tell(message, Failed(message.request.id, POISONED))
         await self._blobs.delete(MEDIA, _uploads(message))
         await self._records.delete([message.request.id])
 

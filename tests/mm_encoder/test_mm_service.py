@@ -454,6 +454,38 @@ async def test_an_entry_that_kills_replicas_is_answered(bench: Bench) -> None:
     assert bench.passes() == 0
 
 
+async def test_a_replica_that_has_lost_its_entry_refuses_nothing(bench: Bench) -> None:
+    """It was paused for longer than its lease; meanwhile another has handed the request on and deleted the upload."""
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(path: str, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await go.wait()
+
+    async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",)):
+        site.handlers["/"] = slow
+        message = await bench.submit("a", [Media("image", "p", url=site.url("/"))])
+        await asyncio.wait_for(asked.wait(), 30)
+        [(entry_id, _)] = await bench.redis.xrange(bench.keys.stream(ENCODE))
+        theirs = Generate(message.request, b"", 1)
+        assert await bench.records.hand_on(theirs, ENCODE, entry_id.decode(), SERVICE)
+        go.set()
+    assert bench.count("millrace_mm_requests_total", outcome="refused") == 1
+    assert await bench.generates() == [theirs]
+    assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
+    assert await bench.left() == {"request:a"}
+
+
+async def test_an_error_of_redis_ends_the_process_and_keeps_the_entry(bench: Bench) -> None:
+    settings = bench.settings()
+    life = Life(SERVICE, build(settings, bench.redis, bench.registry), settings, bench.redis)
+    await bench.submit("a", [picture(60, 60)])
+    await bench.redis.set(bench.keys.request("a"), "no hash")
+    assert await life.run() == 1
+    assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1
+    assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
+
+
 async def test_a_bug_costs_one_request(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is raised that nobody foresaw: a 500 without its text, and the service goes on."""
     good, bad = picture(60, 60), picture(61, 61)

@@ -3,8 +3,9 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
+from shared.errors import Failure
 from shared.keys import ENCODE, GENERATE, Keys
-from shared.messages import Cancel, Encode, Generate, Output, Request, Sampling, from_entry, pack_ids
+from shared.messages import Cancel, Encode, Failed, Generate, Output, Request, Sampling, from_entry, pack_ids
 from shared.records import Record, Records
 
 
@@ -87,6 +88,34 @@ async def test_ended_request_is_not_handed_on(redis: Redis, keys: Keys, records:
     assert await generates(redis, keys) == []
     assert await redis.xlen(keys.stream(ENCODE)) == 0
     assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
+
+
+async def test_refuse(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(ENCODE, encode())
+    entry_id = await delivered(redis, keys)
+    failed = Failed("r1", Failure(400, "no"))
+    assert await records.refuse(failed, "gw", ENCODE, entry_id, "mm_encoder", 100)
+    assert [from_entry(fields) for _, fields in await redis.xrange(keys.deltas("gw"))] == [failed]
+    assert await records.get(["r1"]) == {}
+    assert await redis.xlen(keys.stream(ENCODE)) == 0
+    assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
+
+
+async def test_what_is_handed_on_is_not_refused(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(ENCODE, encode())
+    entry_id = await delivered(redis, keys)
+    assert await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
+    assert not await records.refuse(Failed("r1", Failure(400, "no")), "gw", ENCODE, entry_id, "mm_encoder", 100)
+    assert not await redis.exists(keys.deltas("gw"))
+    assert "r1" in await records.get(["r1"])
+
+
+async def test_what_is_refused_is_not_handed_on(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(ENCODE, encode())
+    entry_id = await delivered(redis, keys)
+    assert await records.refuse(Failed("r1", Failure(400, "no")), "gw", ENCODE, entry_id, "mm_encoder", 100)
+    assert not await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
+    assert await generates(redis, keys) == []
 
 
 async def test_cancel_marks_existing_records_and_tells_everyone_once(
