@@ -6,11 +6,13 @@
     {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
     {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       trimmed by length; deleted when the gateway drains
     {ns}:control                     stream  any                  every replica      trimmed by length
-    {ns}:request:{id}                hash    gateway, engine      all                until the request has ended
+    {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the request's end
                                              fields: request (msgpack Request), epoch (int), cancelled ("1"),
-                                             begin (msgpack Begin, by postproc)
-    {ns}:journal:{id}                string  postproc             engine, postproc   until the request has ended
+                                             begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
+                                             gateway (where deltas go now, if not to the request's first gateway)
+    {ns}:journal:{id}                string  postproc             engine, postproc   the same
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i
+    {ns}:idempotency:{digest}        string  gateway              gateway            until `retain_s` after the request's end
     {ns}:blob:{kind}:{key}           hash    gateway, mm_encoder  mm_encoder, engine TTL; evicted oldest first over the byte budget
                                              fields: size, chunks, meta
     {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
@@ -50,6 +52,10 @@ class Keys(msgspec.Struct, frozen=True):
 
     def request(self, request_id: str) -> str:
         return f"{self.ns}:request:{request_id}"
+
+    def idempotency(self, digest: str) -> str:
+        """`digest` covers the tenant and the client's Idempotency-Key."""
+        return f"{self.ns}:idempotency:{digest}"
 
     def journal(self, request_id: str) -> str:
         return f"{self.ns}:journal:{request_id}"

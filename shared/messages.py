@@ -5,7 +5,7 @@ prompts travel packed as little-endian uint32 (`pack_ids`), since they are many 
 
     encode      Encode                      gateway -> mm_encoder
     generate    Generate                    gateway or mm_encoder -> engine
-    tokens      Tokens                      engine -> postproc
+    tokens      Tokens, Attach              engine -> postproc; Attach: gateway -> postproc
     deltas      Accepted, Failed, Deltas    mm_encoder or postproc -> gateway
     control     Cancel, Drain               anyone -> everyone
 
@@ -92,6 +92,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling
     output: Output
     deadline: float | None = None  # unix seconds
+    retain_s: float = 0.0  # how long record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
 
 
@@ -243,6 +244,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     usage: Usage | None = None  # with the finish
     failure: Failure | None = None  # ends the request instead of a finish
+    start: int = 0  # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more
+    # and less than `seq` cannot use this one; both send Attach
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -274,6 +277,18 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_ids: tuple[str, ...]
 
 
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    """From now on this request's deltas go to `gateway`; first those after sequence number `after`, from the journal.
+
+    Sent into the tokens stream of the request's shard, so that whoever owns the shard reads it in order and a new owner
+    reads it again. A gateway sends it for a client that comes back, and when the deltas it gets leave a gap.
+    """
+
+    request_id: str
+    gateway: str
+    after: int
+
+
 class Drain(msgspec.Struct, frozen=True, tag=True):
     """Ask a replica to finish what it has and leave."""
 
@@ -281,7 +296,7 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     replica: str
 
 
-Message = Encode | Generate | Tokens | Accepted | Failed | Deltas | Cancel | Drain
+Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
