@@ -58,7 +58,11 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         if redis:
             stack.enter_context(redis)
             report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
-        return asyncio.run(System(launch, redis, environs).run())
+        status = asyncio.run(System(launch, redis, environs).run())
+        if redis:
+            redis.stop()
+            report("redis      stopped")
+        return status
 
 
 class System:

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,12 +29,13 @@ READY_S = 120.0  # on a machine with two slow cores
 STOP_S = 60.0
 SETTLE_S = 30.0
 LOOK_S = 0.05
+NOTHING: Mapping[str, str] = {}
 
 
 class System:
     """A running `millrace serve`."""
 
-    def __init__(self, arguments: list[str], directory: Path) -> None:
+    def __init__(self, arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> None:
         self.port, self.metrics_port, self.redis_port = free_ports(3)
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
@@ -42,13 +43,13 @@ class System:
         self.log = directory / "serve.log"
         ports = ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
         ports += ["--engine-worker-queue-port", str(self.redis_port), "--host", "127.0.0.1"]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "FD_"))}
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "FD_"))}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments],
                 cwd=directory,
                 # One thread each: four processes share what may be two cores.
-                env={**environ, "OMP_NUM_THREADS": "1", "TEST_SYSTEM": str(directory)},
+                env={**ours, **environ, "OMP_NUM_THREADS": "1", "TEST_SYSTEM": str(directory)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -115,13 +116,13 @@ class System:
             await client.aclose()
 
     async def left_behind(self) -> dict[str, int]:
-        """What Redis still holds of requests, once it holds nothing or enough time has passed: their keys, and how
-        many entries the work streams have.
+        """What Redis still holds of requests, once it holds nothing or enough time has passed: keys that are none of
+        those that last, and how many entries the work streams have.
         """
         client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
             for _ in range(int(SETTLE_S / LOOK_S)):
-                if not (left := await _per_request(client, Keys("millrace"))):
+                if not (left := await _of_requests(client, Keys("millrace"))):
                     break
                 await asyncio.sleep(LOOK_S)
             return left
@@ -177,18 +178,34 @@ class System:
             time.sleep(LOOK_S)
 
 
-async def _per_request(client: Redis, keys: Keys) -> dict[str, int]:
-    patterns = (keys.request("*"), keys.journal("*"), keys.blob("media", "*"), keys.quarantine("*"))
-    left = {key.decode(): 1 for pattern in patterns for key in await client.keys(pattern)}
-    lengths = {keys.stream(name): await client.xlen(keys.stream(name)) for name in (ENCODE, GENERATE)}
-    return left | {stream: length for stream, length in lengths.items() if length}
+# What may stay when nothing runs: streams, who is there, who owns which shard, and cached embeddings.
+_LASTING = (
+    "encode",
+    "generate",
+    "tokens:",
+    "deltas:",
+    "control",
+    "replica:",
+    "replicas:",
+    "shards",
+    "blob:embeds:",
+    "blobs",
+)
+
+
+async def _of_requests(client: Redis, keys: Keys) -> dict[str, int]:
+    prefix = keys.stream("")
+    names = [key.decode().removeprefix(prefix) for key in await client.keys("*")]
+    left = {name: 1 for name in names if not name.startswith(_LASTING)}
+    lengths = {name: await client.xlen(keys.stream(name)) for name in (ENCODE, GENERATE)}
+    return left | {name: length for name, length in lengths.items() if length}
 
 
 @contextmanager
-def started(arguments: list[str], directory: Path) -> Iterator[System]:
+def started(arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> Iterator[System]:
     """A system whose end is the test's affair; what still runs then is killed."""
     directory.mkdir(parents=True, exist_ok=True)
-    system = System(arguments, directory)
+    system = System(arguments, directory, environ)
     try:
         yield system
     finally:
@@ -196,9 +213,9 @@ def started(arguments: list[str], directory: Path) -> Iterator[System]:
 
 
 @contextmanager
-def running(arguments: list[str], directory: Path) -> Iterator[System]:
+def running(arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> Iterator[System]:
     """A system from ready to stopped in order."""
-    with started(arguments, directory) as system:
+    with started(arguments, directory, environ) as system:
         system.wait_until_ready()
         yield system
         system.stop()

@@ -105,6 +105,19 @@ async def test_a_redis_of_ones_own(redis: Redis, redis_url: str, tmp_path: Path)
         assert not [line for line in system.children() if "-server" in line]
 
 
+@pytest.mark.parametrize("quantization", ["wint4", "wint8"])
+def test_the_launch_fastdeploy_documents(tmp_path: Path, quantization: str) -> None:
+    """With a model of our own, and otherwise word for word."""
+    write_demo(tmp_path / "model")
+    arguments = f"""--model {tmp_path / "model"} --tensor-parallel-size 1 --max-model-len 32768 --max-num-seqs 32
+        --reasoning-parser ernie-45-vl-thinking --tool-call-parser ernie-45-vl-thinking --gpu-memory-utilization 0.9
+        --max-num-batched-tokens 16384 --quantization {quantization} --enable-chunked-prefill"""
+    media = ["--limit-mm-per-prompt", '{"image": 100, "video": 100}']
+    media += ["--mm-processor-kwargs", '{"image_max_pixels": 12845056}']
+    with running([*arguments.split(), *media], tmp_path, {"FD_SAMPLING_CLASS": "rejection"}) as system:
+        assert chat(system).json()["usage"]["completion_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
