@@ -244,8 +244,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     usage: Usage | None = None  # with the finish
     failure: Failure | None = None  # ends the request instead of a finish
-    start: int = 0  # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more
-    # and less than `seq` cannot use this one; both send Attach
+    # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
+    # `seq` cannot use this one; both send Attach.
+    start: int = 0
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
