@@ -40,6 +40,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_model_len: Positive = 32768  # prompt and answer together
     blob_ttl_s: Positive = 3600
     blob_budget_bytes: Positive = 4 << 30
+    crash_at: str = ""  # tests only: where to die (shared/crash.py)
 
 
 S = TypeVar("S", bound=CommonSettings)

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import bus, config, log, metrics
+from shared import bus, config, crash, log, metrics
 from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError, ProtocolError
 from shared.keys import Keys
@@ -64,6 +64,7 @@ def launch(
     try:
         told = config.load(settings, environ)
         log.setup(name, told.name, told.log_level)
+        crash.arm(told.crash_at)
         metrics.serve(told.metrics_port)
         redis = bus.connect(told.redis_url)
         service = build(told, redis)

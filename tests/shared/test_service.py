@@ -191,6 +191,7 @@ async def test_lease_is_renewed_and_outlives_failures(
 
 PROGRAM = """
     import asyncio, os, sys
+    from shared import crash
     from shared.config import CommonSettings
     from shared.service import launch
 
@@ -199,6 +200,7 @@ PROGRAM = """
         async def serve(self):
             print("serve", flush=True)
             if sys.argv[1] == "fail": raise OSError("broken")
+            crash.reach("tiny.serve.after")
             await asyncio.sleep(3600)
         async def drain(self):
             print("drain", flush=True)
@@ -241,6 +243,12 @@ async def test_a_signal_ends_a_process_in_order(redis: Redis, redis_url: str, nu
         "msg=draining",
     ]
     assert await redis.keys() == []
+
+
+def test_it_dies_where_it_is_told_to(redis_url: str) -> None:
+    with start(redis_url, "well", MILLRACE_CRASH_AT="tiny.serve.after") as process:
+        out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out.split()) == (137, ["startup", "serve"])
 
 
 def test_a_second_signal_ends_it_at_once(redis_url: str) -> None:
