@@ -6,34 +6,33 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.engine.kernels.embed import embed
-from services.engine.kernels.experts import ExpertPool, experts
-from services.engine.kernels.kv_write import kv_write
-from services.engine.kernels.linear import linear
+from services.engine.kernels.linear_add_norm import linear_add_norm
 from services.engine.kernels.logits import logits
+from services.engine.kernels.mlp import SwiGLU, mlp_add_norm
+from services.engine.kernels.moe import MoE, moe_add_norm
 from services.engine.kernels.paged_attention import paged_attention
+from services.engine.kernels.qkv import qkv
 from services.engine.kernels.quantize import Weight
-from services.engine.kernels.rms_norm import add_rms_norm, rms_norm
-from services.engine.kernels.rotary import rotary, rotary_tables
-from services.engine.kernels.router import router
-from services.engine.kernels.silu_mul import silu_mul
+from services.engine.kernels.rms_norm import rms_norm
+from services.engine.kernels.rotary import rotary_tables
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Arguments and results are those of the torch function of the same name. `dataclasses.replace` swaps one."""
+    """Arguments and results are those of the torch function of the same name. `dataclasses.replace` swaps one.
+
+    The seam is as coarse as a launch is dear: what one launch can do together is one operation.
+    """
 
     embed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = embed
     rotary_tables: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_tables
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_rms_norm
-    linear: Callable[[Tensor, Weight], Tensor] = linear
-    rotary: Callable[[Tensor, Tensor, Tensor], None] = rotary
-    kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = kv_write
+    qkv: Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = qkv
     paged_attention: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float],
         Tensor,
     ] = paged_attention
-    silu_mul: Callable[[Tensor], Tensor] = silu_mul
-    router: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] = router
-    experts: Callable[[Tensor, Tensor, Tensor, ExpertPool, ExpertPool], Tensor] = experts
+    linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm
+    mlp_add_norm: Callable[[Tensor, SwiGLU, Tensor, Tensor, float], tuple[Tensor, Tensor]] = mlp_add_norm
+    moe_add_norm: Callable[[Tensor, MoE, Tensor, int, Tensor, Tensor, float], tuple[Tensor, Tensor]] = moe_add_norm
     logits: Callable[[Tensor, Tensor], Tensor] = logits

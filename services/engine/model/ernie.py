@@ -5,30 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.kernels.experts import ExpertPool
+from services.engine.kernels.mlp import SwiGLU
+from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Weight
 from services.engine.model.inputs import KVCache, StepInput
 from shared.model_config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class SwiGLU:
-    """down(silu(gate x) * up x)."""
-
-    gate_up: Weight  # [2 I, hidden]: gate rows, then up rows
-    down: Weight  # [hidden, I]
-
-
-@dataclass(frozen=True, slots=True)
-class MoE:
-    """Two pools of routed experts, and a shared one that every token visits."""
-
-    gate: Tensor  # [2 E, hidden] float32: text, then vision
-    bias: Tensor  # [2 E] float32
-    text: ExpertPool
-    vision: ExpertPool
-    shared: SwiGLU
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +62,17 @@ class ErnieModel:
         cos, sin = ops.rotary_tables(step.positions, self._frequencies, self._axes)
         residual = ops.embed(weights.embedding, step.token_ids, step.embed_rows, step.embeds)
         x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
-        for i, layer in enumerate(weights.layers):
-            if i > 0:
-                x, residual = ops.add_rms_norm(x, residual, layer.attention_norm, eps)
-            x = self._attention(layer, x, cos, sin, step, cache.keys[i], cache.values[i])
-            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = self._mlp(layer.mlp, x, step.vision)
-        rows = step.logit_rows
-        x, _ = ops.add_rms_norm(x[rows], residual[rows], weights.norm, eps)
-        return ops.logits(x, weights.head)
+        norms = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
+        for layer, keys, values, norm in zip(weights.layers, cache.keys, cache.values, norms, strict=True):
+            query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
+            x = self._attention(query, step, keys, values)
+            x, residual = ops.linear_add_norm(x, layer.out, residual, layer.mlp_norm, eps)
+            x, residual = self._mlp(layer.mlp, x, step.vision, residual, norm)
+        return ops.logits(x[step.logit_rows], weights.head)
 
-    def _attention(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, step: StepInput, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        ops, heads, kv_heads = self._ops, self.config.num_heads, self.config.num_kv_heads
-        qkv = ops.linear(x, layer.qkv).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
-        ops.rotary(qkv[:, : heads + kv_heads], cos, sin)
-        ops.kv_write(qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :], keys, values, step.slots)
-        attended = ops.paged_attention(
-            qkv[:, :heads],
+    def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
+        attended = self._ops.paged_attention(
+            query,
             keys,
             values,
             step.block_tables,
@@ -108,17 +82,15 @@ class ErnieModel:
             step.max_context_len,
             self._scale,
         )
-        return ops.linear(attended.flatten(1), layer.out)
+        return attended.flatten(1)
 
-    def _mlp(self, mlp: SwiGLU | MoE, x: Tensor, vision: Tensor) -> Tensor:
+    def _mlp(
+        self, mlp: SwiGLU | MoE, x: Tensor, vision: Tensor, residual: Tensor, norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ops, config = self._ops, self.config
         if isinstance(mlp, SwiGLU):
-            return self._swiglu(mlp, x)
-        ids, weights = self._ops.router(x, mlp.gate, mlp.bias, vision, self.config.experts_per_token)
-        routed = self._ops.experts(x, ids, weights, mlp.text, mlp.vision)
-        return routed + self._swiglu(mlp.shared, x)
-
-    def _swiglu(self, mlp: SwiGLU, x: Tensor) -> Tensor:
-        return self._ops.linear(self._ops.silu_mul(self._ops.linear(x, mlp.gate_up)), mlp.down)
+            return ops.mlp_add_norm(x, mlp, residual, norm, config.norm_eps)
+        return ops.moe_add_norm(x, mlp, vision, config.experts_per_token, residual, norm, config.norm_eps)
 
 
 def rotary_plan(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:

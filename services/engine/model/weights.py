@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
+from services.engine.kernels.mlp import SwiGLU
+from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize
-from services.engine.model.ernie import ErnieModel, Layer, MoE, SwiGLU, Weights
+from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
 from shared.model_config import ModelConfig

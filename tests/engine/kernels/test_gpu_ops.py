@@ -10,11 +10,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from services.engine.kernels.experts import ExpertPool
+from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
+from services.engine.kernels.gpu import linear as gpu_linear
+from services.engine.kernels.gpu import router as gpu_router
+from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
 from services.engine.kernels.gpu.ops import gpu_ops
+from services.engine.kernels.linear import linear
+from services.engine.kernels.mlp import SwiGLU
+from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.quantize import Weight, quantize
+from services.engine.kernels.quantize import Quantized, Weight, dequantize, quantize
+from services.engine.kernels.router import router
 
 OPS, REFERENCE = gpu_ops(), Ops()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,55 +59,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 100), (5, 2560)])
-def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
-    x, residual, weight = (
-        draw(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, width), (rows, width), (width,)])
-    )
-    close(OPS.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
-    for actual, expected in zip(
-        OPS.add_rms_norm(x, residual, weight, 1e-5), REFERENCE.add_rms_norm(x, residual, weight, 1e-5), strict=True
-    ):
-        close(actual, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotary_of_strided_rows(dtype: torch.dtype) -> None:
-    qkv = draw(5, 7, 24, dtype=dtype)
-    expected = qkv.clone()
-    cos, sin = draw(5, 12, seed=1), draw(5, 12, seed=2)
-    OPS.rotary(qkv[:, :5], cos, sin)
-    REFERENCE.rotary(expected[:, :5], cos, sin)
-    close(qkv, expected)
-    assert torch.equal(qkv[:, 5:], expected[:, 5:])
-
-
-def test_kv_write() -> None:
-    qkv = draw(4, 6, 24)
-    key, value = qkv[:, 2:4], qkv[:, 4:]
-    slots = torch.tensor([7, 0, 13, 4], device=DEVICE)
-    keys, values = draw(3, 5, 2, 24, seed=3), draw(3, 5, 2, 24, seed=4)
-    expected = keys.clone(), values.clone()
-    OPS.kv_write(key, value, keys, values, slots)
-    REFERENCE.kv_write(key, value, *expected, slots)
-    assert torch.equal(keys, expected[0])
-    assert torch.equal(values, expected[1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul(dtype: torch.dtype) -> None:
-    x = draw(3, 2 * 1100, dtype=dtype)
-    close(OPS.silu_mul(x), REFERENCE.silu_mul(x))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("experts", [8, 6, 64])
-def test_router(experts: int, dtype: torch.dtype) -> None:
-    x, gate, bias = draw(9, 40, dtype=dtype), draw(2 * experts, 40, seed=1), draw(2 * experts, seed=2, scale=0.1)
-    vision = torch.arange(9, device=DEVICE) % 3 == 0
-    ids, weights = OPS.router(x, gate, bias, vision, 5)
-    expected_ids, expected_weights = REFERENCE.router(x, gate, bias, vision, 5)
-    assert torch.equal(ids, expected_ids)
-    close(weights, expected_weights)
+def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, norm = draw(rows, width, dtype=dtype), draw(width, dtype=dtype, seed=1)
+    close(OPS.rms_norm(x, norm, 1e-5), REFERENCE.rms_norm(x, norm, 1e-5))
 
 
 def weight(*shape: int, bits: int, dtype: torch.dtype, seed: int) -> Weight:
@@ -109,45 +70,141 @@ def weight(*shape: int, bits: int, dtype: torch.dtype, seed: int) -> Weight:
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 96, 40), (19, 130, 17), (70, 64, 100), (300, 320, 130)])
-def test_linear(rows: int, inputs: int, outputs: int, bits: int, dtype: torch.dtype) -> None:
-    x, w = draw(rows, inputs + 8, dtype=dtype)[:, :inputs], weight(outputs, inputs, bits=bits, dtype=dtype, seed=1)
-    close(OPS.linear(x, w), REFERENCE.linear(x, w))
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, dim, hidden = 5, 2, 24, 1100
+    x, w = draw(rows, hidden, dtype=dtype), weight((heads + 2 * kv_heads) * dim, hidden, bits=bits, dtype=dtype, seed=1)
+    positions = torch.randint(0, 1000, (3, rows), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    axes = torch.tensor([1, 2] * 4 + [0] * 4, device=DEVICE)
+    cos, sin = OPS.rotary_tables(positions, draw(dim // 2).abs(), axes)
+    slots = torch.tensor([7, 0, 13, 4, 9], device=DEVICE)[:rows]
+    caches = [draw(3, 5, kv_heads, dim, dtype=dtype, seed=s) for s in (3, 4)]
+    expected = [cache.clone() for cache in caches]
+    query = OPS.qkv(x, w, cos, sin, caches[0], caches[1], slots)
+    close(query, REFERENCE.qkv(x, w, cos, sin, expected[0], expected[1], slots))
+    untouched = [slot for slot in range(15) if slot not in slots.tolist()]
+    for actual, reference in zip(caches, expected, strict=True):
+        close(actual, reference)
+        assert torch.equal(actual.flatten(0, 1)[untouched], reference.flatten(0, 1)[untouched])
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("rows", [1, 5, 33, 700])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
+    hidden, width = 70, 1100
+    mlp = SwiGLU(
+        weight(2 * width, hidden, bits=bits, dtype=dtype, seed=1), weight(hidden, width, bits=bits, dtype=dtype, seed=2)
+    )
+    x, residual, norm = (draw(*s, dtype=dtype, seed=3 + len(s)) for s in [(rows, hidden), (rows, hidden), (hidden,)])
+    for actual, expected in zip(
+        OPS.mlp_add_norm(x, mlp, residual, norm, 1e-5),
+        REFERENCE.mlp_add_norm(x, mlp, residual, norm, 1e-5),
+        strict=True,
+    ):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_a_block_of_experts(rows: int, dtype: torch.dtype) -> None:
+    count, hidden = 4, 300
+    pools = [
+        ExpertPool(
+            weight(count, 2 * width, hidden, bits=4, dtype=dtype, seed=width),
+            weight(count, hidden, width, bits=4, dtype=dtype, seed=width + 1),
+        )
+        for width in (40, 24)
+    ]
+    shared = SwiGLU(
+        weight(2 * 50, hidden, bits=8, dtype=dtype, seed=8), weight(hidden, 50, bits=8, dtype=dtype, seed=9)
+    )
+    moe = MoE(draw(2 * count, hidden, seed=5), draw(2 * count, seed=6), pools[0], pools[1], shared)
+    x, residual, norm = (draw(*s, dtype=dtype, seed=3 + len(s)) for s in [(rows, hidden), (rows, hidden), (hidden,)])
+    vision = torch.arange(rows, device=DEVICE) % 3 == 1
+    for actual, expected in zip(
+        OPS.moe_add_norm(x, moe, vision, 3, residual, norm, 1e-5),
+        REFERENCE.moe_add_norm(x, moe, vision, 3, residual, norm, 1e-5),
+        strict=True,
+    ):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden", "experts"), [(1, 2560, 64), (9, 40, 8), (70, 100, 6)])
+def test_router(rows: int, hidden: int, experts: int, dtype: torch.dtype) -> None:
+    x, gate, bias = draw(rows, hidden, dtype=dtype), draw(2 * experts, hidden, seed=1), draw(2 * experts, seed=2)
+    gate, vision = gate / hidden**0.5, torch.arange(rows, device=DEVICE) % 3 == 0
+    ids, weights = gpu_router.router(x, gate, bias, vision, 5)
+    expected_ids, expected_weights = router(x, gate, bias, vision, 5)
+    assert torch.equal(ids, expected_ids)
+    close(weights, expected_weights)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 96, 40), (19, 1300, 17), (70, 64, 100), (300, 320, 130), (1030, 130, 17)]
+)
+def test_linear(rows: int, inputs: int, outputs: int, bits: int, dtype: torch.dtype) -> None:
+    x, w = draw(rows, inputs + 8, dtype=dtype)[:, :inputs], weight(outputs, inputs, bits=bits, dtype=dtype, seed=1)
+    close(gpu_linear.linear(x, w), linear(x, w))
+
+
+def test_few_rows_split_the_inputs() -> None:
+    w = weight(64, 2560, bits=8, dtype=torch.float32, seed=1)
+    assert len(gpu_linear.partial_linear(draw(1, 2560), w)) > 1
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantize(bits: int, dtype: torch.dtype) -> None:
+    w = weight(3, 19, 300, bits=bits, dtype=dtype, seed=1)
+    assert isinstance(w, Quantized)
+    assert torch.equal(gpu_dequantize(w), dequantize(w))
+
+
+def test_every_stored_byte_widens_exactly() -> None:
+    values = torch.arange(-128, 128, device=DEVICE).to(torch.int8).view(16, 16)
+    w = Quantized(values, torch.ones(16, dtype=torch.bfloat16, device=DEVICE), 8, 16)
+    assert torch.equal(gpu_dequantize(w), values.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("rows", [1, 5, 33, 700] if DEVICE == "cuda" else [1, 5, 33])
 def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None:
-    experts, hidden, top_k = 4, 48, 3
+    count, hidden, top_k = 4, 300, 3
 
     def pool(width: int, seed: int) -> ExpertPool:
         return ExpertPool(
-            weight(experts, 2 * width, hidden, bits=bits, dtype=dtype, seed=seed),
-            weight(experts, hidden, width, bits=bits, dtype=dtype, seed=seed + 1),
+            weight(count, 2 * width, hidden, bits=bits, dtype=dtype, seed=seed),
+            weight(count, hidden, width, bits=bits, dtype=dtype, seed=seed + 1),
         )
 
     text, vision = pool(40, 1), pool(24, 3)
     generator = torch.Generator().manual_seed(rows)
-    choice = torch.rand(rows, experts, generator=generator).topk(top_k, -1).indices
-    ids = (choice + experts * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
+    choice = torch.rand(rows, count, generator=generator).topk(top_k, -1).indices
+    ids = (choice + count * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
     weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
     x = draw(rows, hidden, dtype=dtype)
-    close(OPS.experts(x, ids, weights, text, vision), REFERENCE.experts(x, ids, weights, text, vision))
+    results = gpu_experts.partial_experts(x, ids, text, vision).float().sum(0).view(rows, top_k, hidden)
+    combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
+    close(combined, experts(x, ids, weights, text, vision))
 
 
 @pytest.mark.parametrize("pairs", [1, 37, 3000])
 @pytest.mark.parametrize("tile", [16, 128])
 def test_rows_are_grouped_by_expert(pairs: int, tile: int) -> None:
-    experts = 16
-    ids = torch.randint(0, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
-    place, tile_expert = (t.cpu() for t in gpu_experts.group_rows(ids.to(DEVICE), experts, tile))
+    count = 16
+    ids = torch.randint(0, count, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
+    place, tile_expert = (t.cpu() for t in gpu_experts.group_rows(ids.to(DEVICE), count, tile))
     assert sorted(place[place >= 0].tolist()) == list(range(pairs))
     for row, pair in enumerate(place.tolist()):
         if pair >= 0:
             assert tile_expert[row // tile] == ids[pair]
-    assert all(e >= experts for e, t in zip(tile_expert, place.view(-1, tile), strict=True) if (t < 0).all())
+    assert all(e >= count for e, t in zip(tile_expert, place.view(-1, tile), strict=True) if (t < 0).all())
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
@@ -175,16 +232,3 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
         dim**-0.5,
     )
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
-
-
-def test_rotary_takes_the_tables_it_is_given() -> None:
-    positions = torch.randint(0, 1000, (3, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    axes = torch.tensor([1, 2, 1, 2, 0, 0], device=DEVICE)
-    cos, sin = REFERENCE.rotary_tables(positions, draw(6).abs(), axes)
-    assert cos.is_contiguous()
-    assert sin.is_contiguous()
-    x = draw(5, 2, 12)
-    expected = x.clone()
-    OPS.rotary(x, cos, sin)
-    REFERENCE.rotary(expected, cos, sin)
-    close(x, expected)

@@ -1,8 +1,11 @@
 """Both pools of experts as one grouped product: rows sorted by expert on the device, tiles of one expert each.
 
-Four launches: sort, gate_up with the gate applied, down, and the weighted sum. The host never learns how many rows an
-expert got: the grid has as many row tiles as the worst case needs, and tiles past the last one leave at once.
+Three launches: sort, gate_up with the gate applied, and down; whoever reads the results weighs and sums them. The host
+never learns how many rows an expert got: the grid has as many row tiles as the worst case needs, and tiles past the
+last one leave at once. With very few pairs each is a tile of its own and nothing is sorted.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -10,16 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
-from services.engine.kernels.gpu.matmul import dot_tile, parts
+from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts
+from services.engine.kernels.gpu.silu_mul import silu_mul
 from services.engine.kernels.quantize import GROUP
 
 
 @triton.jit
 def _sort_kernel(
     ids_ptr, place_ptr, tile_expert_ptr, cursor_ptr, P, tiles,
-    EXPERTS: tl.constexpr, BM: tl.constexpr, PPAD: tl.constexpr, TPAD: tl.constexpr,
+    EXPERTS: tl.constexpr, BM: tl.constexpr, PPAD: tl.constexpr, TPAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """place[row] = pair, rows grouped by expert and each group padded to tiles of BM with -1 (filled by the caller)."""
+    """place[row] = pair, rows grouped by expert and each group padded to tiles of BM with -1."""
+    predecessor(PDL)
     pair = tl.arange(0, PPAD)
     inside = pair < P
     ids = tl.load(ids_ptr + pair, inside, EXPERTS)
@@ -31,18 +37,30 @@ def _sort_kernel(
     tile = tl.arange(0, TPAD)
     owner = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
     tl.store(tile_expert_ptr + tile, owner, tile < tiles)
+    rows = tl.arange(0, TPAD * BM)
+    tl.store(place_ptr + rows, -1, rows < tiles * BM)
     tl.debug_barrier()
     row = tl.atomic_add(cursor_ptr + ids, 1, inside)
     tl.store(place_ptr + row, pair, inside)
 
 
 @triton.jit
+def _rows(place_ptr, owner_ptr, SORTED: tl.constexpr, BM: tl.constexpr):
+    """The expert of this program's tile, and the pairs in its rows (-1: none)."""
+    tile, row = tl.program_id(1), tl.arange(0, BM)
+    pair = tl.load(place_ptr + tile * BM + row) if SORTED else tl.where(row == 0, tile, -1)
+    return tl.load(owner_ptr + tile), pair
+
+
+@triton.jit
 def _gate_up_kernel(
-    x_ptr, place_ptr, tile_expert_ptr, inner_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
-    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, place_ptr, owner_ptr, out_ptr,
+    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, P, share, x_stride, w_stride,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.load(tile_expert_ptr + tl.program_id(1))
+    predecessor(PDL)
+    expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
     if expert >= 2 * E:
         return
     width, w_ptr, scale_ptr, index = TEXT, text_ptr, text_scale_ptr, expert
@@ -50,63 +68,82 @@ def _gate_up_kernel(
         width, w_ptr, scale_ptr, index = VISION, vision_ptr, vision_scale_ptr, expert - E
     if tl.program_id(0) * BN >= width:
         return
-    pair = tl.load(place_ptr + tl.program_id(1) * BM + tl.arange(0, BM))
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows, columns = (pair >= 0)[None, :], (n < width)[:, None]
     x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
     gate_row = index.to(tl.int64) * 2 * width + n
     w_ptrs = w_ptr + gate_row[:, None] * w_stride
-    up_offset = width.to(tl.int64) * w_stride
+    up_ptrs = w_ptrs + width.to(tl.int64) * w_stride
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
-    for k in range(0, IN, BK):
-        gate = dot_tile(gate, w_ptrs, columns, x_ptrs, rows, k, IN, BK, BITS)
-        up = dot_tile(up, w_ptrs + up_offset, columns, x_ptrs, rows, k, IN, BK, BITS)
+    first = tl.program_id(2) * share
+    for k in range(first, tl.minimum(first + share, IN), BK):
+        gate, up = dot_two(gate, up, w_ptrs, up_ptrs, columns, x_ptrs, rows, k, IN, BK, BITS)
     if BITS != 16:
         gate *= tl.load(scale_ptr + gate_row, n < width, 0.0).to(tl.float32)[:, None]
         up *= tl.load(scale_ptr + gate_row + width, n < width, 0.0).to(tl.float32)[:, None]
-    inner = gate * tl.sigmoid(gate) * up
-    out = inner_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
-    tl.store(out, inner.to(inner_ptr.dtype.element_ty), rows & columns)
+    if SPLIT:
+        out = out_ptr + (tl.program_id(2) * P + pair.to(tl.int64)[None, :]) * 2 * TEXT + n[:, None]
+        tl.store(out, gate, rows & columns)
+        tl.store(out + TEXT, up, rows & columns)
+    else:
+        inner = gate * tl.sigmoid(gate) * up
+        out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
+        tl.store(out, inner.to(out_ptr.dtype.element_ty), rows & columns)
 
 
 @triton.jit
 def _down_kernel(
-    inner_ptr, place_ptr, tile_expert_ptr, out_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, H, TEXT, VISION, text_stride, vision_stride,
-    E: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    inner_ptr, place_ptr, owner_ptr, out_ptr,
+    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, H, TEXT, VISION, P, share, text_stride, vision_stride,
+    E: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.load(tile_expert_ptr + tl.program_id(1))
+    predecessor(PDL)
+    expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
     if expert >= 2 * E:
         return
     width, w_ptr, scale_ptr, index, w_stride = TEXT, text_ptr, text_scale_ptr, expert, text_stride
     if expert >= E:
         width, w_ptr, scale_ptr, index, w_stride = VISION, vision_ptr, vision_scale_ptr, expert - E, vision_stride
-    pair = tl.load(place_ptr + tl.program_id(1) * BM + tl.arange(0, BM))
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows, columns = (pair >= 0)[None, :], (n < H)[:, None]
     x_ptrs = inner_ptr + pair.to(tl.int64)[None, :] * TEXT
     w_row = index.to(tl.int64) * H + n
     w_ptrs = w_ptr + w_row[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(0, width, BK):
+    first = tl.program_id(2) * share
+    for k in range(first, tl.minimum(first + share, width), BK):
         acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, k, width, BK, BITS)
     if BITS != 16:
         acc *= tl.load(scale_ptr + w_row, n < H, 0.0).to(tl.float32)[:, None]
-    out = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
+    out = out_ptr + (tl.program_id(2) * P + pair.to(tl.int64)[None, :]) * H + n[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), rows & columns)
 
 
-@triton.jit
-def _combine_kernel(results_ptr, weights_ptr, out_ptr, H, K: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < H
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        result = tl.load(results_ptr + (row * K + k) * H + column, inside, 0.0).to(tl.float32)
-        total += tl.load(weights_ptr + row * K + k) * result
-    tl.store(out_ptr + row * H + column, total.to(out_ptr.dtype.element_ty), inside)
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a product is cut: outputs and inputs of a program, its warps and stages, parts of the inputs."""
+
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+    def share(self, inputs: int) -> int:
+        """Inputs of a part."""
+        return -(-inputs // (self.bk * self.splits)) * self.bk
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How both products are cut."""
+
+    rows: int  # of a tile
+    gate_up: Tile
+    down: Tile
+    grouped: bool = True
 
 
 def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
@@ -120,14 +157,15 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     """
     pairs = len(ids)
     tiles = min(pairs, triton.cdiv(pairs, tile) + experts)
-    place = torch.full((tiles * tile,), -1, dtype=torch.int32, device=ids.device)
+    place = torch.empty(tiles * tile, dtype=torch.int32, device=ids.device)
     if pairs > 2048:
-        return place, _group_many(ids, experts, tile, tiles, place)
+        return place, _group_many(ids, experts, tile, tiles, place.fill_(-1))
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=ids.device)
     cursor = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
     _sort_kernel[(1,)](
         ids, place, tile_expert, cursor, pairs, tiles,
         EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles), num_warps=8,
+        **overlapped(ids),
     )  # fmt: skip
     return place, tile_expert
 
@@ -144,43 +182,65 @@ def _group_many(ids: Tensor, experts: int, tile: int, tiles: int, place: Tensor)
     return torch.searchsorted(ends, torch.arange(tiles, device=ids.device), right=True).to(torch.int32)
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
-    """See the reference. `x` contiguous; both pools quantised alike."""
-    rows, hidden = x.shape
-    top_k, per_pool = ids.shape[1], len(text)
+def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+    """Every chosen expert applied to its row, in parts that are still to be summed and weighted.
+
+    Args:
+        x: [N, H], contiguous.
+        ids: [N, K] int32.
+        text, vision: quantised alike.
+
+    Returns:
+        [parts, N K, H]: one part in the dtype of x, or several in float32.
+    """
+    (rows, hidden), top_k, per_pool = x.shape, ids.shape[1], len(text)
+    pairs = rows * top_k
     gate_text, gate_text_scale, bits = parts(text.gate_up)
     gate_vision, gate_vision_scale, _ = parts(vision.gate_up)
     down_text, down_text_scale, _ = parts(text.down)
     down_vision, down_vision_scale, _ = parts(vision.down)
     text_width, vision_width = gate_text.shape[1] // 2, gate_vision.shape[1] // 2
-    bm, bn, bk, warps, stages = _tiles(rows * top_k, 2 * per_pool, bits)
-    place, tile_expert = group_rows(ids.flatten(), 2 * per_pool, bm)
-    tiles = len(tile_expert)
-    inner = torch.empty(rows * top_k, text_width, dtype=x.dtype, device=x.device)
-    common = {"E": per_pool, "BITS": bits, "BM": bm, "BK": bk, "num_warps": warps, "num_stages": stages}
-    _gate_up_kernel[(triton.cdiv(text_width, bn), tiles)](
-        x, place, tile_expert, inner, gate_text, gate_text_scale, gate_vision, gate_vision_scale,
-        hidden, text_width, vision_width, x.stride(0), gate_text.stride(1), K=top_k, BN=bn, **common,
+    tiles = plan(pairs, 2 * per_pool, bits)
+    flat = ids.flatten()
+    place, owner = group_rows(flat, 2 * per_pool, tiles.rows) if tiles.grouped else (flat, flat)
+    common = {"E": per_pool, "BITS": bits, "BM": tiles.rows, "SORTED": tiles.grouped, **overlapped(x)}
+
+    tile, share = tiles.gate_up, tiles.gate_up.share(hidden)
+    splits = triton.cdiv(hidden, share)
+    inner = _room(splits, pairs, 2 * text_width if splits > 1 else text_width, x)
+    _gate_up_kernel[(triton.cdiv(text_width, tile.bn), len(owner), splits)](
+        x, place, owner, inner, gate_text, gate_text_scale, gate_vision, gate_vision_scale,
+        hidden, text_width, vision_width, pairs, share, x.stride(0), gate_text.stride(1),
+        K=top_k, SPLIT=splits > 1, BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
-    results = torch.empty(rows * top_k, hidden, dtype=x.dtype, device=x.device)
-    _down_kernel[(triton.cdiv(hidden, bn), tiles)](
-        inner, place, tile_expert, results, down_text, down_text_scale, down_vision, down_vision_scale,
-        hidden, text_width, vision_width, down_text.stride(1), down_vision.stride(1), BN=bn, **common,
+    inner = silu_mul(inner, x.dtype) if splits > 1 else inner[0]
+
+    tile, share = tiles.down, tiles.down.share(text_width)
+    splits = triton.cdiv(text_width, share)
+    results = _room(splits, pairs, hidden, x)
+    _down_kernel[(triton.cdiv(hidden, tile.bn), len(owner), splits)](
+        inner, place, owner, results, down_text, down_text_scale, down_vision, down_vision_scale,
+        hidden, text_width, vision_width, pairs, share, down_text.stride(1), down_vision.stride(1),
+        BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
-    out = torch.empty_like(x)
-    block = min(1024, triton.next_power_of_2(hidden))
-    _combine_kernel[(rows, triton.cdiv(hidden, block))](
-        results, weights, out, hidden, K=top_k, BLOCK=block, num_warps=4
-    )
-    return out
+    return results
 
 
-def _tiles(pairs: int, experts: int, bits: int) -> tuple[int, int, int, int, int]:
-    """BM, BN, BK, warps, stages, by how many rows an expert gets on average."""
+def _room(splits: int, rows: int, width: int, like: Tensor) -> Tensor:
+    dtype = like.dtype if splits == 1 else torch.float32
+    return torch.empty(splits, rows, width, dtype=dtype, device=like.device)
+
+
+def plan(pairs: int, experts: int, bits: int) -> Tiles:
+    """By how many rows an expert gets on average."""
     each = pairs / experts
     bk = GROUP if bits == 4 else 128
+    if pairs <= 12:
+        return Tiles(16, Tile(32, bk, 4, 3, 2), Tile(32, bk, 4, 3, 2), grouped=False)
     if each <= 8:
-        return 16, 64, bk, 4, 3
+        return Tiles(16, Tile(64, bk, 4, 3), Tile(64, bk, 4, 3))
     if each <= 64:
-        return 32, 64, bk, 4, 2 if bits == 4 else 3
-    return 128, 128, bk if bits == 4 else 64, 8, 2 if bits == 4 else 3
+        return Tiles(32, Tile(64, bk, 4, 2 if bits == 4 else 3), Tile(64, bk, 4, 2 if bits == 4 else 3))
+    if bits == 16:
+        return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+    return Tiles(64, Tile(128, bk, 4, 2), Tile(128, bk, 4, 2))

@@ -32,6 +32,15 @@ _UNPACK = tl.constexpr(
     "sub.bf16x2 $0, $0, s; sub.bf16x2 $1, $1, s; sub.bf16x2 $2, $2, s; sub.bf16x2 $3, $3, s;"
     "sub.bf16x2 $4, $4, s; sub.bf16x2 $5, $5, s; sub.bf16x2 $6, $6, s; sub.bf16x2 $7, $7, s; }"
 )
+# Four bytes in, two pairs of bfloat16 out. A byte is its low seven bits less 128 if the eighth is set; both terms,
+# raised by 128, are bit patterns of bfloat16: 0x4300 plus the low bits, and 0x4300 plus the eighth.
+_WIDEN = tl.constexpr(
+    "{ .reg .b32 a, b, c, d;"
+    "prmt.b32 a, $2, 0x43434343, 0x4140; prmt.b32 b, $2, 0x43434343, 0x4342;"
+    "and.b32 c, a, 0xFF80FF80; and.b32 d, b, 0xFF80FF80;"
+    "and.b32 a, a, 0xFF7FFF7F; and.b32 b, b, 0xFF7FFF7F;"
+    "sub.bf16x2 $0, a, c; sub.bf16x2 $1, b, d; }"
+)
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -56,7 +65,16 @@ def unpack(words, dtype: tl.constexpr):
 
 @triton.jit
 def _plane(words, J: tl.constexpr, dtype: tl.constexpr):
-    return ((((words >> (4 * J)) & 0xF) ^ 8) - 8).to(dtype)
+    return ((((words >> (4 * J)) & 0xF) ^ 8) - 8).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def widen(values, dtype: tl.constexpr):
+    """`values` in `dtype`."""
+    if values.dtype == tl.int8 and dtype == tl.bfloat16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r", [values], dtype=tl.bfloat16, is_pure=True, pack=4)
+    # By way of float32, since the interpreter takes an integer for bfloat16's bits.
+    return values if values.dtype == dtype else values.to(tl.float32).to(dtype)
 
 
 @triton.jit
@@ -78,8 +96,31 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, k, IN, BK: tl.constexpr, BITS:
         inside = column < IN
         w = tl.load(w_ptrs + column[None, :], w_mask & inside[None, :], 0)
         x = tl.load(x_ptrs + column[:, None], x_mask & inside[:, None], 0.0)
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+        acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def dot_two(a, b, a_ptrs, b_ptrs, w_mask, x_ptrs, x_mask, k, IN, BK: tl.constexpr, BITS: tl.constexpr):
+    """`dot_tile` of two weights with the same x, which is read once."""
+    if BITS == 4:
+        lane = tl.arange(0, BK // 8)
+        words = (k // 8 + lane)[None, :]
+        planes_a = unpack(tl.load(a_ptrs + words, w_mask, 0), x_ptrs.dtype.element_ty)
+        planes_b = unpack(tl.load(b_ptrs + words, w_mask, 0), x_ptrs.dtype.element_ty)
+        for j in tl.static_range(8):
+            column = k + j * (BK // 8) + lane
+            x = tl.load(x_ptrs + column[:, None], x_mask & (column < IN)[:, None], 0.0)
+            a = tl.dot(planes_a[j], x, a, input_precision="ieee")
+            b = tl.dot(planes_b[j], x, b, input_precision="ieee")
+    else:
+        column = k + tl.arange(0, BK)
+        inside = column < IN
+        w_inside = w_mask & inside[None, :]
+        x = tl.load(x_ptrs + column[:, None], x_mask & inside[:, None], 0.0)
+        a = tl.dot(widen(tl.load(a_ptrs + column[None, :], w_inside, 0), x.dtype), x, a, input_precision="ieee")
+        b = tl.dot(widen(tl.load(b_ptrs + column[None, :], w_inside, 0), x.dtype), x, b, input_precision="ieee")
+    return a, b
 
 
 def parts(weight: Weight) -> tuple[Tensor, Tensor, int]:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.launch import overlapped, predecessor
+
 PROGRAMS = 1024  # decode programs to aim at: enough to fill the device whatever the batch
 MAX_SPLITS = 64
 GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query heads fills a part of them
@@ -20,7 +22,9 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, acc_ptr, max_ptr, sum_ptr,
     q_stride, q_head_stride, table_stride, kv_heads, splits, scale,
     G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    predecessor(PDL)
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     context = tl.load(contexts_ptr + sequence)
@@ -58,7 +62,9 @@ def _decode_kernel(
 def _merge_kernel(
     acc_ptr, max_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, kv_heads, splits,
     G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, BLOCK: tl.constexpr, SPAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    predecessor(PDL)
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     split, d = tl.arange(0, SPAD), tl.arange(0, DPAD)
@@ -79,7 +85,9 @@ def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr,
     q_stride, q_head_stride, table_stride, heads, kv_heads, scale,
     G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    predecessor(PDL)
     sequence, head = tl.program_id(2), tl.program_id(1)
     start = tl.load(starts_ptr + sequence)
     length = tl.load(starts_ptr + sequence + 1) - start
@@ -148,7 +156,7 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
     splits, group = decode_splits(sequences, kv_heads), heads // kv_heads
     partial = torch.empty(sequences * kv_heads * splits * group, dim, dtype=torch.float32, device=query.device)
     high, total = torch.empty(2, len(partial), dtype=torch.float32, device=query.device)
-    sizes = {"G": group, "D": dim, "DPAD": max(16, triton.next_power_of_2(dim)), "BLOCK": block}
+    sizes = {"G": group, "D": dim, "DPAD": max(16, triton.next_power_of_2(dim)), "BLOCK": block, **overlapped(query)}
     _decode_kernel[(sequences, kv_heads, splits)](
         query, keys, values, block_tables, query_start, context_lens, partial, high, total,
         query.stride(0), query.stride(1), block_tables.stride(0), kv_heads, splits, scale,
@@ -168,5 +176,5 @@ def _prefill(query, keys, values, block_tables, query_start, context_lens, max_q
         query, keys, values, block_tables, query_start, context_lens, out,
         query.stride(0), query.stride(1), block_tables.stride(0), heads, kv_heads, scale,
         G=heads // kv_heads, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), PAGE=block, BM=tile, BN=64,
-        num_warps=8 if tile == 128 else 4, num_stages=3,
+        num_warps=8 if tile == 128 else 4, num_stages=3, **overlapped(query),
     )  # fmt: skip

@@ -1,55 +1,79 @@
-"""Root-mean-square normalisation in one pass over each row."""
+"""Root-mean-square normalisation in one pass over each row, with the sums that come before it."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.launch import overlapped, predecessor
+
 
 @triton.jit
-def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, H, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def rounded_norm(x, weight_ptr, column, inside, H, eps):
+    """The norm of one row: x [BLOCK], 0 past H."""
+    exact = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(exact * exact, 0) / H + eps)
+    weight = tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
+    return ((exact * inverse).to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, H, eps, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    predecessor(PDL)
     row = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     inside = column < H
     x = tl.load(x_ptr + row + column, inside, 0.0)
-    if ADD:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + row + column, inside, 0.0).to(tl.float32)).to(x.dtype)
-        tl.store(total_ptr + row + column, x, inside)
-    exact = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(exact * exact, 0) / H + eps)
-    weight = tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
-    normed = (exact * inverse).to(x.dtype).to(tl.float32)
-    tl.store(out_ptr + row + column, (normed * weight).to(x.dtype), inside)
+    tl.store(out_ptr + row + column, rounded_norm(x, weight_ptr, column, inside, H, eps), inside)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows, width = x.shape
-    out = torch.empty_like(x)
-    total = out if residual is None else torch.empty_like(x)
-    block = triton.next_power_of_2(width)
-    source = x if residual is None else residual
-    _rms_norm_kernel[(rows,)](
-        x,
-        source,
-        weight,
-        out,
-        total,
-        width,
-        eps,
-        ADD=residual is not None,
-        BLOCK=block,
-        num_warps=4 if block < 8192 else 8,
-    )
-    return out, total
+@triton.jit
+def _add_norm_kernel(
+    parts_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, H, eps, part_stride,
+    PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    predecessor(PDL)
+    row = tl.program_id(0).to(tl.int64) * H
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    exact = tl.load(residual_ptr + row + column, inside, 0.0).to(tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        summed += tl.load(parts_ptr + part * part_stride + row + column, inside, 0.0).to(tl.float32)
+    x = (exact + summed).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + row + column, x, inside)
+    tl.store(out_ptr + row + column, rounded_norm(x, weight_ptr, column, inside, H, eps), inside)
+
+
+def row_warps(block: int) -> int:
+    """Warps for a program that holds a row."""
+    return 8 if block >= 4096 else 4
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See the reference: services.engine.kernels.rms_norm. `x` contiguous."""
-    return _launch(x, None, weight, eps)[0]
+    rows, width = x.shape
+    out, block = torch.empty_like(x), triton.next_power_of_2(width)
+    _rms_norm_kernel[(rows,)](
+        x, weight, out, width, eps, BLOCK=block, num_warps=row_warps(block), **overlapped(x)
+    )  # fmt: skip
+    return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See the reference. `x` and `residual` contiguous."""
-    return _launch(x, residual, weight, eps)
+def add_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of a product that is still in parts.
+
+    Args:
+        partial: [parts, N, H], contiguous.
+        residual: [N, H], contiguous.
+
+    Returns:
+        the norm and the new residual, each [N, H] in the dtype of `residual`.
+    """
+    parts, rows, width = partial.shape
+    out, total, block = torch.empty_like(residual), torch.empty_like(residual), triton.next_power_of_2(width)
+    _add_norm_kernel[(rows,)](
+        partial, residual, weight, out, total, width, eps, partial.stride(0),
+        PARTS=parts, BLOCK=block, num_warps=row_warps(block), **overlapped(residual),
+    )  # fmt: skip
+    return out, total

@@ -5,22 +5,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.launch import overlapped, predecessor
+
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, WIDTH, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    parts_ptr, out_ptr, WIDTH, part_stride, PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    gate = tl.load(x_ptr + row * 2 * WIDTH + column, inside, 0.0)
-    up = tl.load(x_ptr + row * 2 * WIDTH + WIDTH + column, inside, 0.0).to(tl.float32)
-    exact = gate.to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + column, (exact * tl.sigmoid(exact) * up).to(gate.dtype), inside)
+    gate = tl.zeros((BLOCK,), tl.float32)
+    up = tl.zeros((BLOCK,), tl.float32)
+    at = parts_ptr + row * 2 * WIDTH + column
+    for part in tl.static_range(PARTS):
+        gate += tl.load(at + part * part_stride, inside, 0.0).to(tl.float32)
+        up += tl.load(at + part * part_stride + WIDTH, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), inside)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See the reference. `gate_up` contiguous."""
-    rows, double = gate_up.shape
-    out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(1024, triton.next_power_of_2(double // 2))
-    _silu_mul_kernel[(rows, triton.cdiv(double // 2, block))](gate_up, out, double // 2, BLOCK=block, num_warps=4)
+def silu_mul(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gate of a product that is still in parts.
+
+    Args:
+        partial: [parts, N, 2 I], contiguous: gate, then up.
+
+    Returns:
+        [N, I] of `dtype`.
+    """
+    parts, rows, double = partial.shape
+    out = torch.empty(rows, double // 2, dtype=dtype, device=partial.device)
+    block = min(512, triton.next_power_of_2(double // 2))
+    _silu_mul_kernel[(rows, triton.cdiv(double // 2, block))](
+        partial, out, double // 2, partial.stride(0), PARTS=parts, BLOCK=block, num_warps=4, **overlapped(partial)
+    )  # fmt: skip
     return out

@@ -1,0 +1,28 @@
+"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch).
+
+A kernel launched so must not read what others wrote before `predecessor` returns. It returns when the kernel before has
+ended; as every kernel of a stream waits in this way, all earlier ones have ended too. Not for a kernel that joins two
+streams.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HOPPER = (9, 0)
+
+
+@triton.jit
+def predecessor(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def overlapped(tensor: Tensor) -> dict[str, Any]:
+    """Launch options for the device that holds `tensor`."""
+    able = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= HOPPER
+    return {"PDL": able, "launch_pdl": able}

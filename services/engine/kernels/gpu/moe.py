@@ -1,0 +1,95 @@
+"""A block of experts: the shared one beside the routed ones, on a stream of its own where that hides it.
+
+With few rows every product waits for memory or for its launch, so two streams do what one would do twice as slowly; one
+kernel then weighs the routed results and adds the shared one, the residual stream and the next block's norm.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kernels.gpu.experts import partial_experts
+from services.engine.kernels.gpu.linear import partial_linear
+from services.engine.kernels.gpu.rms_norm import rounded_norm, row_warps
+from services.engine.kernels.gpu.router import router
+from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.mlp import SwiGLU
+from services.engine.kernels.moe import MoE
+
+SIDE_ROWS = 512  # with more rows each product fills the device by itself
+
+
+@triton.jit
+def _combine_kernel(
+    routed_ptr, weights_ptr, shared_ptr, residual_ptr, norm_ptr, out_ptr, total_ptr, H, eps,
+    routed_stride, shared_stride, K: tl.constexpr, ROUTED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    summed = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SHARED):
+        summed += tl.load(shared_ptr + part * shared_stride + row * H + column, inside, 0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        weight = tl.load(weights_ptr + row * K + k)
+        for part in tl.static_range(ROUTED):
+            at = routed_ptr + part * routed_stride + (row * K + k) * H + column
+            summed += weight * tl.load(at, inside, 0.0).to(tl.float32)
+    exact = tl.load(residual_ptr + row * H + column, inside, 0.0).to(tl.float32)
+    x = (exact + summed).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + row * H + column, x, inside)
+    tl.store(out_ptr + row * H + column, rounded_norm(x, norm_ptr, column, inside, H, eps), inside)
+
+
+def moe_add_norm(
+    x: Tensor, moe: MoE, vision: Tensor, top_k: int, residual: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See the reference: services.engine.kernels.moe. Everything contiguous."""
+    if x.is_cuda and len(x) <= SIDE_ROWS:
+        main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        # What either stream frees is written again only after the next of these waits.
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            shared = _shared(x, moe.shared)
+        routed, weights = _routed(x, moe, vision, top_k)
+        main.wait_stream(side)
+    else:
+        shared = _shared(x, moe.shared)
+        routed, weights = _routed(x, moe, vision, top_k)
+    return _combine(routed, weights, shared, residual, norm, eps)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
+    return partial_linear(silu_mul(partial_linear(x, mlp.gate_up), x.dtype), mlp.down)
+
+
+def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
+    return partial_experts(x, ids, moe.text, moe.vision), weights
+
+
+def _combine(
+    routed: Tensor, weights: Tensor, shared: Tensor, residual: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        routed: [parts, N K, H].
+        weights: [N, K] float32.
+        shared: [parts, N, H].
+    """
+    (rows, width), out, total = residual.shape, torch.empty_like(residual), torch.empty_like(residual)
+    block = triton.next_power_of_2(width)
+    # It joins two streams, so it is launched when both have ended.
+    _combine_kernel[(rows,)](
+        routed, weights, shared, residual, norm, out, total, width, eps, routed.stride(0), shared.stride(0),
+        K=weights.shape[1], ROUTED=len(routed), SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),
+    )  # fmt: skip
+    return out, total

@@ -1,0 +1,41 @@
+"""A block of experts: routed ones of two pools and a shared one, added to the residual stream, normed for the next."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.engine.kernels.experts import ExpertPool, experts
+from services.engine.kernels.mlp import SwiGLU, swiglu
+from services.engine.kernels.rms_norm import add_rms_norm
+from services.engine.kernels.router import router
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Two pools of routed experts, and a shared one that every token visits."""
+
+    gate: Tensor  # [2 E, H] float32: text, then vision
+    bias: Tensor  # [2 E] float32
+    text: ExpertPool
+    vision: ExpertPool
+    shared: SwiGLU
+
+
+def moe_add_norm(
+    x: Tensor, moe: MoE, vision: Tensor, top_k: int, residual: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of what `experts` make of x as `router` says, plus `swiglu` by the shared one. An implementation
+    may leave out the roundings to x's dtype in between.
+
+    Args:
+        x, residual: [N, H].
+        vision: [N] bool: rows of the vision pool.
+        top_k: routed experts of a row.
+        norm: [H].
+
+    Returns:
+        the norm and the new residual, each [N, H].
+    """
+    ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
+    routed = experts(x, ids, weights, moe.text, moe.vision)
+    return add_rms_norm(routed + swiglu(x, moe.shared), residual, norm, eps)
