@@ -1,8 +1,8 @@
 """Named moments at which a test makes a process die.
 
-`reach("<service>.<step>.before")` and `.after` stand around the steps that another replica must be able to repeat: sends,
-acks, writes of journals. They do nothing unless `crash_at` was set: "engine.tokens.after" ends the process there the
-first time, "engine.tokens.after:3" the third time.
+`reach("<service>.<step>.before")` and `.after` stand around the steps that another replica must be able to repeat:
+sends, acks, writes of journals. They do nothing unless `crash_at` was set: "engine.tokens.after" ends the process there
+the first time, "engine.tokens.after:3" the third time.
 """
 
 import os
