@@ -1,0 +1,203 @@
+"""How the services reach Redis; and the chart's Valkey itself, with its configuration and its users."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from chart_valkey import free_port, say, valkey
+from helm_chart import CLAIM, Object, case, container, environment, find, objects, pods
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError
+
+from shared import bus
+from shared.blobs import Blobs
+from shared.keys import ENCODE, GENERATE, Keys
+from shared.leases import Lease, Shards, live
+from shared.messages import Cancel
+from shared.records import Records
+from shared.streams import LogReader, WorkStream, send
+
+SERVICE_KEYS = ("gateway", "mm-encoder", "engine", "postproc")
+NAMESPACE = "models.millrace"
+
+
+@pytest.fixture(scope="module")
+def rendered() -> list[Object]:
+    return objects(CLAIM)
+
+
+@pytest.fixture(scope="module")
+def secret(rendered: list[Object], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with valkey(rendered, tmp_path_factory.mktemp("valkey"), free_port()) as urls:
+        yield urls
+
+
+@pytest.fixture
+async def client(secret: dict[str, str]) -> AsyncIterator[Redis]:
+    client = bus.connect(secret["engine"])
+    yield client
+    await client.aclose()
+
+
+@pytest.mark.parametrize("user", SERVICE_KEYS)
+async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, str], user: str) -> None:
+    client, keys = bus.connect(secret[user]), Keys(f"{NAMESPACE}:{user}")
+    try:
+        await Lease(client, keys, "engine", "me", 60_000).renew("ready")
+        assert [replica.name for replica in await live(client, keys, "engine")] == ["me"]
+        for name in (ENCODE, GENERATE):
+            stream = WorkStream(client, keys, name, "engine", "me", 3)
+            await stream.join()
+            assert await stream.take(1, 0) == []
+            assert await stream.claim_abandoned(1) == ([], [])
+            await stream.leave()
+        shards = Shards(client, keys, "engine", "me", 2)
+        await shards.check_count()
+        assert await shards.acquire(2) == {0: 1, 1: 1}
+        await shards.release([0, 1])
+        await send(client, keys.control(), Cancel(("one",)), max_len=10)
+        assert await LogReader(client, {keys.control(): "0"}).read(10, 0)
+        records = Records(client, keys)
+        await records.cancel(["one"])
+        await records.delete(["one"])
+        blobs = Blobs(client, keys, 60, 1 << 20)
+        await blobs.put("media", "one", b"bytes", b"{}")
+        assert await blobs.get("media", "one") is not None
+    finally:
+        await client.aclose()
+
+
+async def test_a_service_may_not_administer_nor_leave_its_release(client: Redis) -> None:
+    for words in (
+        ("FLUSHALL",),
+        ("CONFIG", "GET", "*"),
+        ("KEYS", "*"),
+        ("ACL", "LIST"),
+        ("SHUTDOWN",),
+        ("GET", "other:x"),
+    ):
+        with pytest.raises(NoPermissionError):
+            await bus.command(client, *words)
+
+
+async def test_nobody_comes_in_without_a_password(secret: dict[str, str]) -> None:
+    stranger = bus.connect(f"redis://{secret['engine'].split('@')[1]}")
+    try:
+        assert await bus.command(stranger, "PING")
+        with pytest.raises(NoPermissionError):
+            await bus.command(stranger, "XLEN", f"{NAMESPACE}:generate")
+    finally:
+        await stranger.aclose()
+    assert say(port(secret), "AUTH engine guess").startswith(b"-WRONGPASS")
+
+
+async def test_the_scaler_and_the_monitor_see_only_what_they_count(secret: dict[str, str], client: Redis) -> None:
+    await bus.command(client, "XADD", f"{NAMESPACE}:generate", "1-1", "a", "b")
+    await bus.command(client, "SADD", f"{NAMESPACE}:replicas:engine", "one")
+    address = secret["engine"].split("@")[1]
+    scaler = bus.connect(f"redis://scaler:{secret['scaler-password']}@{address}")
+    monitor = bus.connect(f"redis://monitor:{secret['monitor-password']}@{address}")
+    try:
+        assert await bus.command(scaler, "XLEN", f"{NAMESPACE}:generate") == 1
+        assert await bus.command(monitor, "XINFO", "STREAM", f"{NAMESPACE}:generate")
+        assert await bus.command(monitor, "SCARD", f"{NAMESPACE}:replicas:engine") == 1
+        for each in (scaler, monitor):
+            with pytest.raises(NoPermissionError):
+                await bus.command(each, "XRANGE", f"{NAMESPACE}:generate", "-", "+")
+    finally:
+        await scaler.aclose()
+        await monitor.aclose()
+
+
+def test_the_probe_needs_no_password(secret: dict[str, str]) -> None:
+    assert say(port(secret), "PING") == b"+PONG\r\n"
+
+
+async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, str], client: Redis) -> None:
+    """Asked of the server itself, by the user that may read its configuration."""
+    address = secret["engine"].split("@")[1]
+    monitor = bus.connect(f"redis://monitor:{secret['monitor-password']}@{address}")
+    try:
+        told = {}
+        for name in ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync"):
+            reply = await bus.command(monitor, "CONFIG", "GET", name)
+            pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+            told |= {_text(key): _text(value) for key, value in pairs}
+    finally:
+        await monitor.aclose()
+    assert told == {
+        "maxmemory-policy": "noeviction",
+        "maxmemory": str(6144 << 20),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+    }
+
+
+def port(secret: dict[str, str]) -> int:
+    return int(secret["engine"].rpartition(":")[2].partition("/")[0])
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def test_each_service_has_a_url_of_its_own(rendered: list[Object]) -> None:
+    urls = {
+        service: environment(rendered, service)["MILLRACE_REDIS_URL"]["secretKeyRef"]
+        for service in ("gateway", "mm_encoder", "engine", "postproc")
+    }
+    assert {name["name"] for name in urls.values()} == {"millrace-redis"}
+    assert {name["key"] for name in urls.values()} == set(SERVICE_KEYS)
+    data = find(rendered, "Secret", "millrace-redis")["stringData"]
+    assert len({data[f"{user}-password"] for user in (*SERVICE_KEYS, "scaler", "monitor")}) == 6
+
+
+def test_an_external_redis_is_reached_by_its_secret_or_its_url() -> None:
+    made = case("external redis with users, hpa, placement")
+    assert environment(made, "engine")["MILLRACE_REDIS_URL"] == {
+        "secretKeyRef": {"name": "redis-users", "key": "engine"}
+    }
+    assert environment(made, "mm_encoder")["MILLRACE_BLOB_REDIS_URL"] == {
+        "secretKeyRef": {"name": "redis-users", "key": "mm-encoder-blobs"}
+    }
+    assert "MILLRACE_BLOB_REDIS_URL" not in environment(made, "postproc")
+    assert "redis" not in pods(made)
+    assert environment(case("external redis, open"), "engine")["MILLRACE_REDIS_URL"] == "redis://redis:6379"
+
+
+def test_tls_is_asked_for_and_its_authority_known_everywhere() -> None:
+    made = case("fetched model, keda, monitoring, tls")
+    data = find(made, "Secret", "millrace-redis")["stringData"]
+    config = find(made, "ConfigMap", "millrace-redis")["data"]["valkey.conf"]
+    assert "port 0" in config.splitlines()
+    assert "tls-port 6379" in config.splitlines()
+    for component in SERVICE_KEYS:
+        assert data[component].startswith("rediss://")
+        path = data[component].partition("?ssl_ca_certs=")[2]
+        bus.connect(data[component])
+        _, spec = pods(made)[component]
+        (mount,) = [each for each in container(spec)["volumeMounts"] if each["name"] == "redis-tls"]
+        assert path == f"{mount['mountPath']}/ca.crt"
+    trigger = find(made, "ScaledObject", "millrace-engine")["spec"]["triggers"][0]
+    assert trigger["metadata"]["enableTLS"] == "true"
+
+
+def test_valkeys_pod_has_room_to_rewrite_its_file() -> None:
+    made = find(objects({**CLAIM, "redis": {"maxMemoryMb": 1000}}), "StatefulSet")
+    assert container(made["spec"]["template"]["spec"])["resources"]["limits"]["memory"] == "1500Mi"
+
+
+def test_valkey_restarts_for_its_own_configuration_only() -> None:
+    def marks(values: Object) -> Object:
+        return pods(objects({**CLAIM, **values}))["redis"][0]["annotations"]
+
+    assert marks({}) == marks({"image": {"tag": "2"}, "engine": {"replicas": 3}})
+    assert marks({}) != marks({"redis": {"maxMemoryMb": 1}})
+    assert marks({}) != marks({"settings": {"namespace": "other"}})
+
+
+def test_nothing_of_valkey_stays_after_an_uninstall() -> None:
+    made = find(case("defaults"), "StatefulSet")["spec"]
+    assert made["persistentVolumeClaimRetentionPolicy"]["whenDeleted"] == "Delete"
+    made = find(case("cpu, nothing kept, no policies"), "StatefulSet")["spec"]
+    assert "volumeClaimTemplates" not in made
+    assert {"name": "data", "emptyDir": {}} in made["template"]["spec"]["volumes"]

@@ -1,0 +1,205 @@
+"""The chart's two scripts: the one that fetches a model, against a hub on loopback, and the one that chats."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helm_chart import CHART
+
+FETCH = CHART / "files" / "fetch_model.py"
+CHAT = CHART / "files" / "chat.py"
+FILES = {
+    "config.json": b"{}",
+    "model-1.safetensors": bytes(range(256)) * 5000,
+    "tokenizer.model": b"pieces",
+    "modeling.py": b"import os",
+    "weights.bin": b"a pickle",
+}
+LARGE = "model-1.safetensors"
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of a hub as the script needs, with the mishaps that happen."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = dict(FILES)
+        self.break_off_after: int | None = None  # bytes of the next large answer
+        self.ranges = True
+        self.names: list[str] = []  # of files, in a list that is not theirs
+        self.seen: list[tuple[str, str | None, str | None]] = []  # path, Range, Authorization
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        hub, path = self.server, self.path
+        hub.seen.append((path, self.headers["Range"], self.headers["Authorization"]))
+        if path == "/api/models/baidu/ernie/revision/main?blobs=true":
+            self._send(json.dumps({"siblings": self._siblings()}).encode())
+        elif path.startswith("/baidu/ernie/resolve/main/"):
+            self.send_response(302)
+            self.send_header("Location", path.replace("/baidu/ernie/resolve/main", "/cdn"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif (name := path.removeprefix("/cdn/")) in hub.files:
+            self._file(hub.files[name])
+        else:
+            self.send_error(404)
+
+    def _siblings(self) -> list[dict[str, object]]:
+        listed = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
+        large = next(file for file in listed if file["rfilename"] == LARGE)
+        large["lfs"] = {"sha256": hashlib.sha256(FILES[LARGE]).hexdigest()}
+        return listed + [{"rfilename": name, "size": 1} for name in self.server.names]
+
+    def _file(self, data: bytes) -> None:
+        start = 0
+        if self.server.ranges and (asked := self.headers["Range"]):
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        self._send(data[start:], 206 if start else 200)
+
+    def _send(self, data: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        limit = self.server.break_off_after
+        if limit is not None and len(data) > limit:
+            self.server.break_off_after = None
+            data = data[:limit]
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run(script: Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-I", str(script), *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def fetch(hub: Hub, directory: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return run(FETCH, hub.url, "baidu/ernie", "main", str(directory), HUB_PATIENCE="0", **environ)
+
+
+def test_what_the_services_read_is_fetched_and_nothing_that_could_run(hub: Hub, tmp_path: Path) -> None:
+    done = fetch(hub, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names == {"config.json", LARGE, "tokenizer.model", ".complete"}
+    assert (tmp_path / "model" / LARGE).read_bytes() == FILES[LARGE]
+    hub.seen.clear()
+    assert fetch(hub, tmp_path / "model").returncode == 0
+    assert hub.seen == [], "what is complete is not asked for again"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on_where_it_was(hub: Hub, tmp_path: Path, ranges: bool) -> None:
+    hub.break_off_after, hub.ranges = 1000, ranges
+    done = fetch(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / LARGE).read_bytes() == FILES[LARGE]
+    assert (f"/cdn/{LARGE}", "bytes=1000-", None) in hub.seen
+
+
+def test_a_changed_file_is_never_accepted(hub: Hub, tmp_path: Path) -> None:
+    hub.files[LARGE] = bytes(len(FILES[LARGE]))
+    done = fetch(hub, tmp_path)
+    assert (done.returncode, "hash" in done.stderr) == (1, True)
+    assert not (tmp_path / LARGE).exists()
+    assert not (tmp_path / ".complete").exists()
+
+
+def test_the_token_stays_with_the_hub(hub: Hub, tmp_path: Path) -> None:
+    assert fetch(hub, tmp_path, HUB_TOKEN="secret").returncode == 0
+    for path, _, token in hub.seen:
+        assert token == (None if path.startswith("/cdn/") else "Bearer secret"), path
+
+
+def test_a_file_outside_the_directory_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.names = ["../../etc/evil.json"]
+    done = fetch(hub, tmp_path / "model")
+    assert (done.returncode, "not a path inside" in done.stderr) == (1, True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_the_hub_does_not_have_is_an_error_at_once(hub: Hub, tmp_path: Path) -> None:
+    done = run(FETCH, hub.url, "baidu/other", "main", str(tmp_path))
+    assert (done.returncode, "404" in done.stderr) == (1, True)
+    assert len(hub.seen) == 1
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Answers as the gateway does, or not."""
+
+    parts: tuple[str, ...] = ("Hel", "lo")
+    ends = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != "Bearer sk-one" or self.path != "/v1/chat/completions":
+            self.send_error(401)
+            return
+        if body["stream"]:
+            chunks = [{"choices": [{"delta": {"content": part}}]} for part in self.parts]
+            lines = ["data: " + json.dumps(chunk) for chunk in chunks] + ["data: [DONE]"] * self.ends
+            answer = ": keep-alive\n\n" + "".join(f"{line}\n\n" for line in lines)
+        else:
+            answer = json.dumps({"choices": [{"message": {"reasoning_content": None, "content": "".join(self.parts)}}]})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+
+@pytest.mark.parametrize(
+    ("parts", "ends", "keys", "passes"),
+    [
+        (("Hel", "lo"), True, '["sk-one", "sk-two"]', True),
+        ((), True, '["sk-one"]', False),
+        (("Hel",), False, '["sk-one"]', False),
+        (("Hel", "lo"), True, '["sk-two"]', False),
+    ],
+)
+def test_helm_test_passes_only_if_both_ways_are_answered(
+    parts: tuple[str, ...], ends: bool, keys: str, passes: bool
+) -> None:
+    handler = type("OneGateway", (Gateway,), {"parts": parts, "ends": ends})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        done = run(CHAT, f"http://127.0.0.1:{server.server_address[1]}", "ernie", MILLRACE_API_KEYS=keys)
+        server.shutdown()
+        thread.join()
+    assert (done.returncode == 0) is passes, done.stderr
