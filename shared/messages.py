@@ -94,6 +94,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     deadline: float | None = None  # unix seconds
     retain_s: float = 0.0  # how long record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
+    form: bytes = b""  # the gateways' own (services/gateway/form.py): how the answer is written, by whichever of them
 
 
 # ---------------------------------------------------------------------------------------------------- work streams
