@@ -6,8 +6,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -86,8 +87,9 @@ class System:
 
     async def run(self) -> int:
         """Until a signal comes or something cannot be kept running; returns the exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        loop = asyncio.get_running_loop()
+        # Not the loop's own handlers, which die with the loop: what is left to do then must not be cut short either.
+        self._handle_signals(lambda *_: loop.call_soon_threadsafe(self._on_signal))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
         watchers = [
             asyncio.create_task(each) for each in (self._watch(), self._redis_ends(), self._told_to_stop.wait())
@@ -100,6 +102,7 @@ class System:
             watcher.cancel()
         orderly = [await self._stop(child) for child in self._children]
         await asyncio.gather(*tasks, *watchers, return_exceptions=True)
+        self._handle_signals(signal.SIG_IGN)
         if self._killed:
             return 128 + signal.SIGINT
         return 0 if all(orderly) and not failed else 1
@@ -148,6 +151,11 @@ class System:
     @property
     def _all_ready(self) -> bool:
         return all(child.ready for child in self._children)
+
+    @staticmethod
+    def _handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, handler)
 
     def _on_signal(self) -> None:
         now = time.monotonic()

@@ -59,12 +59,23 @@ def test_ctrl_c_twice_ends_it_at_once(tmp_path: Path) -> None:
     with started(["--demo"], tmp_path) as system:
         system.wait_until_ready()
         with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # kept, since the connection is closed when it goes
+            next(lines)
             system.signal(signal.SIGINT)
             system.wait_for("millrace: stopping")
             time.sleep(1.1)  # two signals within a second are one Ctrl-C that came by two ways
             system.signal(signal.SIGINT)
             assert system.wait(PATIENCE_S) == 130
+        assert_nothing_runs(system)
+
+
+def test_ctrl_c_again_when_all_has_stopped_changes_nothing(tmp_path: Path) -> None:
+    with started(["--demo"], tmp_path) as system:
+        system.wait_until_ready()
+        system.signal(signal.SIGINT)
+        system.wait_for("millrace: postproc   stopped")
+        system.signal(signal.SIGTERM)
+        assert system.wait(PATIENCE_S) == 0
         assert_nothing_runs(system)
 
 
