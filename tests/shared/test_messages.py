@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from shared.errors import Failure, ProtocolError, context_length, internal, invalid
 from shared.messages import (
     Accepted,
+    Attach,
     Begin,
     Cancel,
     Delta,
@@ -44,6 +45,7 @@ REQUEST = Request(
     sampling=Sampling(seed=2**63, temperature=0.0, bad_words=((1, 2), (3,)), logit_bias={5: -100.0}, logprobs=0),
     output=Output(thinking=True, stop=("\n", "é"), tools=True),
     deadline=99.0,
+    retain_s=60.0,
 )
 FAILURE = Failure(400, "bad", param="messages[0]", code="x")
 USAGE = Usage(1, 2, 3, 4, 5, 6)
@@ -61,11 +63,12 @@ MESSAGES: list[Message] = [
             TokenRun("cd", 1, 0, (9,), (TokenLogprob(-0.5, ((9, -0.5), (8, -1.5))),), Finish("error", None, FAILURE)),
         ),
     ),
+    Attach("ab12", "gateway-1", 40),
     Accepted("ab12", 17),
     Failed("ab12", FAILURE),
     Deltas(
         (
-            Delta("ab12", 1, content="hé"),
+            Delta("ab12", 5, content="hé", start=3),
             Delta(
                 "ab12",
                 2,
