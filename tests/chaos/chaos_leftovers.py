@@ -1,0 +1,82 @@
+"""What must not be there when no request is under way any more."""
+
+import asyncio
+
+from chaos_system import System
+
+from shared import leases
+from shared.keys import ENCODE, GENERATE
+
+SETTLE_LOOK_S = 0.5
+GROUPS = {ENCODE: "mm_encoder", GENERATE: "engine"}
+# What each service says of its open requests in its lease.
+OPEN = {
+    "gateway": ("requests", "choices"),
+    "mm_encoder": ("running",),
+    "engine": ("held",),
+    "postproc": ("open",),
+}
+# What lasts: streams, who is there, who owns which shard, and embeddings, which are a cache with a budget.
+LASTING = ("encode", "generate", "tokens:", "control", "replica:", "replicas:", "shards", "blob:embeds:", "blobs")
+MAX_TOKENS_STREAM = 400  # entries: XTRIM takes whole nodes of a hundred
+
+
+async def wait_until_clean(system: System, seconds: float) -> list[str]:
+    """What is still there after at most `seconds`; empty as soon as nothing is."""
+    for _ in range(int(seconds / SETTLE_LOOK_S)):
+        if not (left := await leftovers(system)):
+            break
+        await asyncio.sleep(SETTLE_LOOK_S)
+    return left
+
+
+async def leftovers(system: System) -> list[str]:
+    """One line for each thing that has outlived its request or its replica."""
+    return [
+        *await _keys(system),
+        *await _entries(system),
+        *await _open(system),
+    ]
+
+
+async def _keys(system: System) -> list[str]:
+    redis, prefix = system.redis, f"{system.keys.ns}:"
+    names = sorted([key.decode().removeprefix(prefix) async for key in redis.scan_iter(count=1000)])
+    left = [f"key {name}" for name in names if not name.startswith((*LASTING, "deltas:"))]
+    for name in names:
+        # A dead gateway's stream goes by itself; it must not get entries any more, which would make it anew.
+        if name.startswith("deltas:") and await redis.pttl(prefix + name) == -1:
+            left.append(f"key {name} does not expire")
+    shards = [name for name in names if name.startswith("tokens:")]
+    lengths = {name: int(await redis.xlen(prefix + name)) for name in shards}
+    return left + [f"{name} has {length} entries" for name, length in lengths.items() if length > MAX_TOKENS_STREAM]
+
+
+async def _entries(system: System) -> list[str]:
+    left = []
+    for stream, group in GROUPS.items():
+        key = system.keys.stream(stream)
+        if length := await system.redis.xlen(key):
+            left.append(f"{stream} has {length} entries")
+        if not await system.redis.exists(key):
+            continue
+        alive = {replica.name for replica in system.of(group) if replica.running}
+        for consumer in await system.redis.xinfo_consumers(key, group):
+            name, pending = consumer["name"].decode(), consumer["pending"]
+            if pending:
+                left.append(f"{stream}: {pending} entries pending for {name}")
+            if name not in alive:
+                left.append(f"{stream}: consumer of the dead {name}")
+    return left
+
+
+async def _open(system: System) -> list[str]:
+    left = []
+    for service, figures in OPEN.items():
+        for replica in await leases.live(system.redis, system.keys, service):
+            left += [
+                f"{replica.name}: {name} is {replica.load[name]:g}" for name in figures if replica.load.get(name, 0)
+            ]
+            if replica.name not in {one.name for one in system.of(service) if one.running}:
+                left.append(f"lease of the dead {replica.name}")
+    return left

@@ -1,0 +1,227 @@
+"""One seed of chaos: clients of all kinds at work while faults are injected, and what may not follow from it.
+
+    python -m chaos_storm --seeds 10 --seconds 60 [--first-seed 1] [--clients 64]
+
+`make chaos SEEDS=n SECONDS=s` runs this; the last line is the totals.
+"""
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from chaos_client import Broken, Client, Manner, Transcript
+from chaos_faults import Faults
+from chaos_leftovers import wait_until_clean
+from chaos_model import write_model
+from chaos_requests import Ask, files_to_serve, pool
+from chaos_system import REQUEST_TIMEOUT_S, RETAIN_S, System, running
+from system import file_server
+
+from shared.errors import MillraceError
+
+ONE_OF_EACH = {"gateway": 1, "mm_encoder": 1, "engine": 1, "postproc": 1}
+TWO_OF_EACH = dict.fromkeys(ONE_OF_EACH, 2)
+POOL = 44  # requests
+SETTLE_S = RETAIN_S + 20.0
+FAULTS_EVERY_S = (0.5, 3.0)
+HTTP = httpx.Timeout(30.0, connect=2.0)
+
+
+@dataclass
+class Totals:
+    """What a run came to."""
+
+    seeds: int = 0
+    requests: int = 0
+    connections: int = 0
+    resumed: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    longest_silence_s: float = 0.0
+
+    def line(self) -> str:
+        """The closing line."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items())) or "none"
+        return (
+            f"chaos: {self.seeds} seeds, {self.faults.total()} faults ({kinds}), {self.requests} requests checked over "
+            f"{self.connections} connections ({self.resumed} resumed), longest silence {self.longest_silence_s:.1f} s, "
+            f"{len(self.failures)} failures"
+        )
+
+
+class World:
+    """The pool of requests, with the answers of a system in which nothing goes wrong."""
+
+    def __init__(self, model: Path, asks: list[Ask], expected: Mapping[int, Transcript]) -> None:
+        self.model = model
+        self.asks = asks
+        self.expected = expected
+
+
+async def quiet_world(directory: Path, files: str, size: int = POOL) -> World:
+    """Write the checkpoint, and ask for everything once, one request at a time and nothing streamed."""
+    model = directory / "model"
+    asks = pool(size, write_model(model), files)
+    async with running(directory / "quiet", model, ONE_OF_EACH) as system, httpx.AsyncClient(timeout=HTTP) as http:
+        client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))
+        try:
+            expected = {ask.number: await client.ask(ask, Manner(stream=False), REQUEST_TIMEOUT_S) for ask in asks}
+        except Broken as broken:
+            raise AssertionError(f"the quiet system: {broken}\n{system.tails()}") from None
+    return World(model, asks, expected)
+
+
+class Storm:
+    """One seed."""
+
+    def __init__(self, world: World, seed: int, system: System, clients: int) -> None:
+        self._world = world
+        self._seed = seed
+        self._system = system
+        self._clients = clients
+        self._rng = random.Random(f"faults {seed}")
+        self.totals = Totals(seeds=1)
+
+    async def blow(self, seconds: float, every_s: tuple[float, float] = FAULTS_EVERY_S) -> Totals:
+        """Clients for `seconds`, then all is mended, and what is left is looked for."""
+        faults = Faults(self._system, self._rng, every_s)
+        injecting = asyncio.create_task(faults.run())
+        async with httpx.AsyncClient(
+            timeout=HTTP, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        ) as http:
+            until = time.monotonic() + seconds
+            workers = [asyncio.create_task(self._work(http, number, until)) for number in range(self._clients)]
+            await asyncio.wait([injecting, *workers], timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            injecting.cancel()
+            await asyncio.wait([injecting])
+            try:
+                if not injecting.cancelled():
+                    injecting.result()
+                await faults.mend()
+            except (AssertionError, OSError, MillraceError) as error:
+                self._fail(f"mending: {error}")
+            await asyncio.gather(*workers)
+        left = await wait_until_clean(self._system, SETTLE_S)
+        if left:
+            self._fail(f"left behind: {'; '.join(left[:20])}")
+        self.totals.faults += faults.injected
+        if self.totals.failures:
+            self.totals.failures.append("\n".join(["faults:", *faults.story]))
+        return self.totals
+
+    async def _work(self, http: httpx.AsyncClient, number: int, until: float) -> None:
+        rng = random.Random(f"client {self._seed} {number}")
+        turn = 0
+        while time.monotonic() < until:
+            ask = rng.choice(self._world.asks)
+            await self._one(http, ask, rng, f"{self._seed}-{number}-{turn}")
+            turn += 1
+
+    async def _one(self, http: httpx.AsyncClient, ask: Ask, rng: random.Random, key: str) -> None:
+        await asyncio.gather(*(self._check(http, ask, manner, rng) for manner in _manners(rng, key)))
+
+    async def _check(self, http: httpx.AsyncClient, ask: Ask, manner: Manner, rng: random.Random) -> None:
+        client = Client(http, self._gateways, rng)
+        expected = self._world.expected[ask.number]
+        try:
+            got = await client.ask(ask, manner, REQUEST_TIMEOUT_S)
+        except Broken as broken:
+            wrong = str(broken)
+        else:
+            wrong = got.differs(expected) if manner.leaves_after is None else got.begins(expected)
+        self.totals.requests += 1
+        self.totals.connections += client.connections
+        self.totals.resumed += client.resumed
+        self.totals.longest_silence_s = max(self.totals.longest_silence_s, client.longest_silence_s)
+        if wrong:
+            self._fail(f"request {ask.number} ({ask.kind}, {manner}): {wrong}")
+
+    def _gateways(self) -> list[str]:
+        return [gateway.url for gateway in self._system.of("gateway")]
+
+    def _fail(self, what: str) -> None:
+        self.totals.failures.append(f"seed {self._seed}: {what}")
+
+
+def _manners(rng: random.Random, key: str) -> list[Manner]:
+    """How one request is made: by one client, or by two with one key."""
+    match rng.choices(["plain", "keyed", "leaves", "breaks", "twice"], weights=[4, 3, 1, 2, 1])[0]:
+        case "plain":
+            return [Manner(stream=rng.random() < 0.7)]
+        case "keyed":
+            return [Manner(stream=rng.random() < 0.7, key=key)]
+        case "leaves":
+            return [Manner(leaves_after=rng.randint(1, 30))]
+        case "breaks":
+            return [Manner(key=key, breaks_after=rng.randint(1, 30))]
+        case _:
+            return [Manner(stream=rng.random() < 0.7, key=key), Manner(stream=rng.random() < 0.7, key=key)]
+
+
+async def storm(
+    directory: Path, world: World, seed: int, seconds: float, clients: int, replicas: Mapping[str, int] = TWO_OF_EACH
+) -> Totals:
+    """A system of its own for one seed; its logs stay in `directory`."""
+    async with running(directory, world.model, replicas) as system:
+        return await Storm(world, seed, system, clients).blow(seconds)
+
+
+async def storms(first_seed: int, seeds: int, seconds: float, clients: int, keep: Path) -> Totals:
+    """Seeds one after another, each reported as it ends."""
+    total = Totals()
+    with file_server(files_to_serve()) as files:
+        world = await quiet_world(keep, files)
+        for seed in range(first_seed, first_seed + seeds):
+            # Odd seeds have one replica of each service, which must be enough.
+            replicas = TWO_OF_EACH if seed % 2 == 0 else ONE_OF_EACH
+            one = await storm(keep / f"seed-{seed}", world, seed, seconds, clients, replicas)
+            total = _sum(total, one)
+            print(f"seed {seed}: {one.line()}", flush=True)
+            for failure in one.failures:
+                print(f"  {failure}", flush=True)
+            if one.failures:
+                print(f"  again: {replay(seed, seconds, clients)}; logs in {keep / f'seed-{seed}'}", flush=True)
+    return total
+
+
+def replay(seed: int, seconds: float, clients: int) -> str:
+    """How to run one seed again."""
+    return f"make chaos SEEDS=1 FIRST_SEED={seed} SECONDS={seconds:g} CLIENTS={clients}"
+
+
+def _sum(a: Totals, b: Totals) -> Totals:
+    return Totals(
+        a.seeds + b.seeds,
+        a.requests + b.requests,
+        a.connections + b.connections,
+        a.resumed + b.resumed,
+        a.faults + b.faults,
+        a.failures + b.failures,
+        max(a.longest_silence_s, b.longest_silence_s),
+    )
+
+
+def main() -> int:
+    """Returns the exit status: 0 if nothing failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of load, a seed")
+    parser.add_argument("--clients", type=int, default=16)
+    args = parser.parse_args()
+    keep = Path(tempfile.mkdtemp(prefix="millrace-chaos-"))
+    total = asyncio.run(storms(args.first_seed, args.seeds, args.seconds, args.clients, keep))
+    print(total.line())
+    return 1 if total.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

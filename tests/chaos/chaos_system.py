@@ -1,0 +1,253 @@
+"""Real processes: a Redis that keeps its data on disk, and replicas of the services that can be killed and paused."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from system import free_ports
+
+from cli.redis_server import RedisServer
+from shared import bus, leases
+from shared.keys import Keys
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
+READY_S = 60.0
+LOOK_S = 0.05
+LEASE_MS = 1500
+RETAIN_S = 10.0
+REQUEST_TIMEOUT_S = 90.0
+# Small enough that everything that happens to long answers happens to short ones.
+SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "all": {
+        "lease_ms": LEASE_MS,
+        "shards": 2,
+        "drain_s": 15,
+        "max_model_len": 512,
+        "max_deliveries": 100,  # what is killed that often on purpose is not poison
+    },
+    "gateway": {
+        "host": "127.0.0.1",
+        "served_model_name": "chaos",
+        "limit_mm_per_prompt": {"image": 2},
+        "keep_alive_s": 1,
+        "hold_headers_s": 2,
+        "request_timeout_s": REQUEST_TIMEOUT_S,
+        "retain_s": RETAIN_S,
+    },
+    "mm_encoder": {"media_allow_networks": ["127.0.0.1/32"], "concurrency": 4},
+    "engine": {
+        "device": "cpu",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "block_size": 16,
+        "num_gpu_blocks_override": 96,
+    },
+    "postproc": {"journal_every": 8, "trim_every": 16},
+}
+
+
+class Replica:
+    """One place for a process of a service: what is started after a crash takes it."""
+
+    def __init__(self, service: str, number: int, environ: Mapping[str, str], log: Path) -> None:
+        self.service = service
+        self.number = number
+        self.name = ""
+        self.paused = False
+        self.log = log
+        self.port = free_ports(1)[0] if service == "gateway" else 0
+        self._environ = environ
+        self._starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.service}-{self.number}"
+
+    @property
+    def url(self) -> str:
+        """Of a gateway."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def status(self) -> int | None:
+        """How the last process ended; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def start(self, *, crash_at: str = "", same_name: bool = False, **settings: object) -> None:
+        """Start a process, under the name of the last one (a container that starts again) or a new one (a new pod)."""
+        assert not self.running
+        if not (same_name and self.name):
+            self._starts += 1
+            self.name = f"{self}-{self._starts}"
+        told = {"name": self.name, "crash_at": crash_at, **settings}
+        told |= {"port": self.port} if self.service == "gateway" else {}
+        self.paused = False
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"services.{self.service}"],
+                cwd=ROOT,
+                env={**self._environ, **_variables(told)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.paused = False
+        if self._process is not None:
+            self._process.wait()
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+        self.paused = self.running
+
+    def wake(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.paused = False
+
+    def terminate(self) -> None:
+        """Ask it to drain and end."""
+        self._signal(signal.SIGTERM)
+
+    async def ended(self, seconds: float) -> int | None:
+        """Its exit status; None if it still runs after `seconds`."""
+        for _ in range(int(seconds / LOOK_S)):
+            if not self.running:
+                break
+            await asyncio.sleep(LOOK_S)
+        return self.status
+
+    def tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join([f"--- {self}", *lines[-40:]])
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+
+class System:
+    """Redis and all replicas."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        replicas: Mapping[str, int],
+        *,
+        persistence: bool = True,
+        **settings: Mapping[str, object],
+    ) -> None:
+        """`replicas`: how many of each service. `settings`: by service or "all", over SETTINGS."""
+        self.directory = directory
+        self.keys = Keys("chaos")
+        # Its own directory's path may be too long for a socket.
+        self._sockets = Path(tempfile.mkdtemp(prefix="chaos-"))
+        self.server = RedisServer(
+            directory / "redis", unix_socket=self._sockets / "redis.sock", persistence=persistence
+        )
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
+        plain |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        common = {"redis_url": self.server.url, "model": str(model), "namespace": self.keys.ns}
+        self.replicas = []
+        for service in SERVICES:
+            told = common | dict(SETTINGS["all"]) | dict(settings.get("all", {}))
+            told |= dict(SETTINGS[service]) | dict(settings.get(service, {}))
+            environ = plain | _variables(told)
+            for number in range(replicas[service]):
+                self.replicas.append(Replica(service, number, environ, directory / f"{service}-{number}.log"))
+        self.redis: Redis = bus.connect(self.server.url)
+
+    def of(self, service: str) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.service == service]
+
+    async def start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(self.server.start)
+        for replica in self.replicas:
+            replica.start()
+        await self.ready(self.replicas)
+
+    async def ready(self, replicas: list[Replica]) -> None:
+        """Return when these say in their leases that they take work.
+
+        Raises:
+            AssertionError: one ended, or was not ready in time.
+        """
+        deadline = time.monotonic() + READY_S
+        for replica in replicas:
+            while await self.state(replica) != "ready":
+                assert replica.running, f"{replica} ended with status {replica.status}\n{replica.tail()}"
+                assert time.monotonic() < deadline, f"{replica} was not ready in time\n{replica.tail()}"
+                await asyncio.sleep(LOOK_S)
+
+    async def state(self, replica: Replica) -> str:
+        """What its lease says; "" if it has none or Redis cannot be asked."""
+        with suppress(RedisError):
+            for one in await leases.live(self.redis, self.keys, replica.service):
+                if one.name == replica.name:
+                    return one.state
+        return ""
+
+    async def restart_redis(self, down_s: float, *, orderly: bool = False) -> None:
+        """Kill Redis and start it again on the same data."""
+        await asyncio.to_thread(self.server.stop if orderly else self.server.kill)
+        await asyncio.sleep(down_s)
+        await asyncio.to_thread(self.server.start)
+
+    async def pause_redis(self, seconds: float) -> None:
+        """As a host that swaps, or a snapshot that forks, would."""
+        pid = self.server.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+
+    async def close(self) -> None:
+        """End everything at once."""
+        for replica in self.replicas:
+            replica.kill()
+        await self.redis.aclose()
+        await asyncio.to_thread(self.server.kill)
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def tails(self) -> str:
+        return "\n".join(replica.tail() for replica in self.replicas)
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, model: Path, replicas: Mapping[str, int], **options: Mapping[str, object]
+) -> AsyncIterator[System]:
+    """A system from ready to killed."""
+    system = System(directory, model, replicas, **options)  # type: ignore[arg-type]
+    try:
+        await system.start()
+        yield system
+    finally:
+        await system.close()
+
+
+def _variables(settings: Mapping[str, object]) -> dict[str, str]:
+    return {
+        f"MILLRACE_{name.upper()}": value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for name, value in settings.items()
+    }
