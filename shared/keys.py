@@ -4,20 +4,30 @@
     {ns}:encode                      stream  gateway              mm_encoder (group) entry deleted with its ack
     {ns}:generate                    stream  gateway, mm_encoder  engine (group)     entry deleted with its ack, at the request's end
     {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
-    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       trimmed by length; deleted when the gateway drains
+    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       made and deleted by that gateway; trimmed by length
     {ns}:control                     stream  any                  every replica      trimmed by length
-    {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the request's end
+    {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the answer's end; at once if
+                                             it was cancelled or failed
                                              fields: request (msgpack Request), epoch (int), cancelled ("1"),
                                              begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
-                                             gateway (where deltas go now, if not to the request's first gateway)
+                                             gateway (where deltas go now, if not to the request's first gateway),
+                                             encode (the Encode it came from), made (digest of what became of it),
+                                             returned (how often it had to be encoded again), reached (tokens when
+                                             it was last delivered again) by shared/custody.py
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i
-    {ns}:idempotency:{digest}        string  gateway              gateway            until `retain_s` after the request's end
+    {ns}:logprobs:{id}               list    postproc             postproc           the same; only where the request asked for them
+                                             msgpack TokenLogprob or nil; element i belongs to generated token i
+    {ns}:idempotency:{digest}        string  gateway              gateway            until `retain_s` after the request's deadline;
+                                             void once one of its requests has no record
+                                             JSON {"body_hash": ..., "request_ids": [...]}
     {ns}:blob:{kind}:{key}           hash    gateway, mm_encoder  mm_encoder, engine TTL; evicted oldest first over the byte budget
                                              fields: size, chunks, meta
     {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
     {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, and their sum
+    {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
+                                             content key -> replica that makes them; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
     {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
     {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner"; "count" -> number of shards
@@ -60,6 +70,9 @@ class Keys(msgspec.Struct, frozen=True):
     def journal(self, request_id: str) -> str:
         return f"{self.ns}:journal:{request_id}"
 
+    def logprobs(self, request_id: str) -> str:
+        return f"{self.ns}:logprobs:{request_id}"
+
     def blob(self, kind: str, key: str) -> str:
         return self.blob_prefix() + self.blob_member(kind, key)
 
@@ -79,6 +92,9 @@ class Keys(msgspec.Struct, frozen=True):
 
     def blob_sizes(self) -> str:
         return f"{self.ns}:blobs:sizes"
+
+    def flights(self) -> str:
+        return f"{self.ns}:flights"
 
     def replicas(self, service: str) -> str:
         return f"{self.ns}:replicas:{service}"

@@ -1,14 +1,35 @@
-"""Liveness: one lease per replica, renewed by one command; and ownership of shards, decided in Lua."""
+"""Liveness: one lease per replica, renewed by one command; and ownership of shards, decided in Lua.
+
+Who owns a shard writes under a fence: the script that writes first asks whether the shard is still ours under our
+epoch, so a replica that was thought dead and wakes up changes nothing, however late its command arrives.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+from redis.exceptions import ResponseError
 
 from shared.bus import command
 from shared.config import variable
-from shared.errors import ConfigError, ProtocolError
+from shared.errors import ConfigError, FencedError, ProtocolError
 from shared.keys import Keys
 
 COUNT = "count"  # the field of the shards hash that holds their number
+
+_FENCED = "FENCED"
+
+# How every script that a fence guards begins: KEYS[1] is the shards hash, and the script's own ARGV start at `at`.
+FENCE = f"""
+local at = 2 * ARGV[1] + 2
+for i = 2, at - 1, 2 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) ~= ARGV[i + 1] then
+    return redis.error_reply('{_FENCED} shard ' .. ARGV[i])
+  end
+end
+"""
 
 # KEYS index; ARGV prefix of lease keys. Pruned in the same step as looked at: else a replica that renews in between
 # would be alive and in no index.
@@ -25,23 +46,61 @@ end
 return leases
 """
 
-# KEYS shards; ARGV prefix of lease keys, me, number of shards, how many to own. Returns {shard, epoch, ...}.
-_ACQUIRE = """
+# KEYS lease, index; ARGV status, expiry in ms, name. In one step, so that no loss of Redis's newest writes leaves a
+# lease that is in no index.
+_RENEW = """
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SADD', KEYS[2], ARGV[3])
+"""
+
+# KEYS shards; ARGV prefix of lease keys, me, number of shards, number of other replicas that are ready, their names,
+# shards we hold. Returns {shard, epoch, ...}. With N shards and R replicas all have N // R and N % R of them one more:
+# whoever has it already, so that no shard moves without need.
+_BALANCE = """
+local count, others, held = tonumber(ARGV[3]), tonumber(ARGV[4]), {}
+local theirs = {}
+for i = 5, 4 + others do theirs[ARGV[i]] = 0 end
+for i = 5 + others, #ARGV do held[tonumber(ARGV[i])] = true end
+redis.call('HSETNX', KEYS[1], 'count', count)
+
+local function own(shard, epoch, owner)
+  redis.call('HSET', KEYS[1], shard, string.format('%d %s', epoch, owner))
+end
+
 local mine, free = {}, {}
-for shard = 0, ARGV[3] - 1 do
+for shard = 0, count - 1 do
   local epoch, owner = string.match(redis.call('HGET', KEYS[1], shard) or '0 ', '^(%d+) (.*)$')
   if owner == ARGV[2] then
-    mine[#mine + 1], mine[#mine + 2] = shard, tonumber(epoch)
+    if not held[shard] then
+      epoch = epoch + 1
+      own(shard, epoch, owner)
+    end
+    mine[#mine + 1] = {shard, tonumber(epoch)}
   elseif owner == '' or redis.call('EXISTS', ARGV[1] .. owner) == 0 then
     free[#free + 1] = {shard, epoch + 1}
+  elseif theirs[owner] then
+    theirs[owner] = theirs[owner] + 1
   end
 end
-for _, taken in ipairs(free) do
-  if #mine / 2 >= tonumber(ARGV[4]) then break end
-  redis.call('HSET', KEYS[1], taken[1], string.format('%d %s', taken[2], ARGV[2]))
-  mine[#mine + 1], mine[#mine + 2] = taken[1], taken[2]
+
+local share, larger = math.floor(count / (others + 1)), 0
+for _, number in pairs(theirs) do
+  if number > share then larger = larger + 1 end
 end
-return mine
+if larger < count % (others + 1) then share = share + 1 end
+
+while #mine > share do
+  local shard, epoch = unpack(table.remove(mine))
+  own(shard, epoch, '')
+end
+for _, taken in ipairs(free) do
+  if #mine >= share then break end
+  own(taken[1], taken[2], ARGV[2])
+  mine[#mine + 1] = taken
+end
+local flat = {}
+for _, owned in ipairs(mine) do flat[#flat + 1], flat[#flat + 2] = owned[1], owned[2] end
+return flat
 """
 
 # KEYS shards; ARGV me, shard... The epoch stays, so that the next owner's is higher.
@@ -78,13 +137,12 @@ class Lease:
         self._name = name
         self._ttl_ms = ttl_ms
         self._version = version
+        self._renew = redis.register_script(_RENEW)
 
     async def renew(self, state: str, load: dict[str, float] | None = None) -> None:
-        """Write status and expiry: one command (SET PX), plus SADD to the index when there was no lease before."""
+        """Write status and expiry, and the name into the index, in one command."""
         status = _encoder.encode(Replica(self._service, self._name, state, self._version, load or {}))
-        before = await command(self._redis, "SET", self._key, status, "PX", self._ttl_ms, "GET")
-        if before is None:
-            await command(self._redis, "SADD", self._index, self._name)
+        await self._renew(keys=[self._key, self._index], args=[status, self._ttl_ms, self._name])
 
     async def release(self) -> None:
         """Gone at once, so that others need not wait for expiry."""
@@ -107,11 +165,36 @@ async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
         raise ProtocolError(f"unreadable lease of a {service}: {error}") from error
 
 
+class Fence:
+    """What a write counts under: that all these shards are ours, each under its epoch. Without shards: always."""
+
+    __slots__ = ("_key", "_words")
+
+    def __init__(self, keys: Keys, name: str, epochs: Mapping[int, int]) -> None:
+        self._key = keys.shards()
+        self._words: list[str | int] = [len(epochs)]
+        for shard, epoch in epochs.items():
+            self._words += [shard, f"{epoch} {name}"]
+
+    async def run(self, script: AsyncScript, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+        """Run a script that begins with FENCE.
+
+        Raises:
+            FencedError: one of the shards is not ours any more; nothing was written.
+        """
+        try:
+            return await script(keys=[self._key, *keys], args=[*self._words, *args])
+        except ResponseError as error:
+            if str(error).startswith(_FENCED):
+                raise FencedError(str(error)) from None
+            raise
+
+
 class Shards:
     """Which tokens streams this postproc owns. A shard whose owner's lease has expired is free.
 
-    Renew the lease before the first `acquire`. An owner that calls `acquire` and does not see a shard, or sees it with
-    a higher epoch than before, has lost it meanwhile.
+    Renew the lease before the first `balance`. An owner that calls `balance` and does not see a shard, or sees it with
+    another epoch than before, has lost it meanwhile.
     """
 
     def __init__(self, redis: Redis, keys: Keys, service: str, name: str, count: int) -> None:
@@ -120,7 +203,7 @@ class Shards:
         self._leases = keys.replica_prefix(service)
         self._name = name
         self._count = count
-        self._acquire = redis.register_script(_ACQUIRE)
+        self._balance = redis.register_script(_BALANCE)
         self._release = redis.register_script(_RELEASE)
 
     async def check_count(self) -> None:
@@ -137,9 +220,16 @@ class Shards:
                 f"service and delete the key {self._key}"
             )
 
-    async def acquire(self, limit: int) -> dict[int, int]:
-        """Take free shards while we own fewer than `limit`; returns {shard: epoch} of all we own now."""
-        flat = await self._acquire(keys=[self._key], args=[self._leases, self._name, self._count, limit])
+    async def balance(self, ready: Collection[str], held: Collection[int] = ()) -> dict[int, int]:
+        """Take or give up shards towards a fair share among us and the replicas named `ready`; returns {shard: epoch}
+        of all we own now.
+
+        `held` are those we go on with. One that is ours without our holding it, because we start anew, gets a higher
+        epoch, so that what we wrote before and has not arrived is void.
+        """
+        others = [name for name in ready if name != self._name]
+        args: list[str | int] = [self._leases, self._name, self._count, len(others), *others, *held]
+        flat = await self._balance(keys=[self._key], args=args)
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
     async def release(self, shards: list[int]) -> None:

@@ -7,17 +7,18 @@ prompts travel packed as little-endian uint32 (`pack_ids`), since they are many 
     generate    Generate                    gateway or mm_encoder -> engine
     tokens      Tokens, Attach              engine -> postproc; Attach: gateway -> postproc
     deltas      Accepted, Failed, Deltas    mm_encoder or postproc -> gateway
-    control     Cancel, Drain               anyone -> everyone
+    control     Cancel, Drain, Landed       anyone -> everyone
 
-Sequence numbers. Token `index` counts a request's generated tokens from 0. A delta's `seq` is the number of tokens
-folded into all deltas up to and including it (and one more on the delta that carries the finish), so that replaying
-the journal one token at a time yields deltas that a reader can match against what it has already shown.
+Sequence numbers. Token `index` counts a request's generated tokens from 0. A delta's `seq` is the number of tokens up
+to and including the last that added something to it; with the finish, the number of all tokens and one more. However
+tokens are grouped, a number stands for the same beginning of the answer, so that replaying the journal one token at a
+time yields deltas that a reader can match against what it has already shown.
 """
 
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -27,6 +28,8 @@ VERSION = b"1"
 
 MediaKind = Literal["image", "video"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+T = TypeVar("T")
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
@@ -298,12 +301,20 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     replica: str
 
 
-Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain
+class Landed(msgspec.Struct, frozen=True, tag=True):
+    """Whoever waited for these embeddings may look for them: they are stored, or the one that made them gave up."""
+
+    key: str
+
+
+Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Landed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _request_decoder = msgspec.msgpack.Decoder(Request)
 _begin_decoder = msgspec.msgpack.Decoder(Begin)
+_finish_decoder = msgspec.msgpack.Decoder(Finish)
+_logprob_decoder: msgspec.msgpack.Decoder[TokenLogprob | None] = msgspec.msgpack.Decoder(TokenLogprob | None)
 
 
 def to_entry(message: Message) -> dict[bytes, bytes]:
@@ -336,10 +347,7 @@ def decode_request(data: bytes) -> Request:
     Raises:
         ProtocolError: the record was written by another version.
     """
-    try:
-        return _request_decoder.decode(data)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"unreadable request record: {error}") from error
+    return _of_record(_request_decoder, data)
 
 
 def encode_begin(begin: Begin) -> bytes:
@@ -353,7 +361,39 @@ def decode_begin(data: bytes) -> Begin:
     Raises:
         ProtocolError: the record was written by another version.
     """
+    return _of_record(_begin_decoder, data)
+
+
+def encode_finish(finish: Finish) -> bytes:
+    """The `finish` field of a request's record."""
+    return _encoder.encode(finish)
+
+
+def decode_finish(data: bytes) -> Finish:
+    """The inverse of `encode_finish`.
+
+    Raises:
+        ProtocolError: the record was written by another version.
+    """
+    return _of_record(_finish_decoder, data)
+
+
+def encode_logprob(logprob: TokenLogprob | None) -> bytes:
+    """An element of a request's list of log-probabilities; None for a token that came without."""
+    return _encoder.encode(logprob)
+
+
+def decode_logprob(data: bytes) -> TokenLogprob | None:
+    """The inverse of `encode_logprob`.
+
+    Raises:
+        ProtocolError: the list was written by another version.
+    """
+    return _of_record(_logprob_decoder, data)
+
+
+def _of_record(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
     try:
-        return _begin_decoder.decode(data)
+        return decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"unreadable request record: {error}") from error

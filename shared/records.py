@@ -1,26 +1,35 @@
 """What Redis knows of one request: its record (a hash) and its token journal (a string of uint32).
 
-The record is born with the request's first work entry, in one transaction, and dies with the request. A stage that
-takes an entry and finds no record, or a cancelled one, drops the entry. No journal is written without its record, so
-a late writer leaves nothing behind.
+The record is born with the request's first work entry, in one transaction, and dies with the request, or some time
+after an answer that a client may come back for. A stage that takes an entry and finds no record, or a cancelled one,
+drops the entry. No journal is written without its record, so a late writer leaves nothing behind.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from redis.asyncio import Redis
 
+from shared.bus import command
 from shared.keys import GENERATE, Keys
+from shared.leases import FENCE, Fence
 from shared.messages import (
+    VERSION,
     Begin,
     Cancel,
     Encode,
     Failed,
+    Finish,
     Generate,
     Request,
+    TokenLogprob,
     decode_begin,
+    decode_finish,
+    decode_logprob,
     decode_request,
     encode_begin,
+    encode_finish,
+    encode_logprob,
     encode_request,
     pack_ids,
     to_entry,
@@ -42,60 +51,116 @@ end
 return alive and 1 or 0
 """
 
-# KEYS record, journal, stream done, deltas; ARGV group, entry id, v, m, length of deltas. The first decides here too: a
-# replica that lost the entry while it was paused must not fail a request that is in the engine's hands.
+# KEYS record, journal, stream done; ARGV group, entry id, v, m, length of deltas, first gateway, prefix of deltas. The
+# first decides here too: a replica that lost the entry while it was paused must not fail a request that is in the
+# engine's hands.
 _REFUSE = """
 local first = redis.call('XACK', KEYS[3], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[3], ARGV[2])
 if first == 1 then
-  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[5], '*', 'v', ARGV[3], 'm', ARGV[4])
+  local gateway = redis.call('HGET', KEYS[1], 'gateway') or ARGV[6]
+  redis.call('XADD', ARGV[7] .. gateway, 'MAXLEN', '~', ARGV[5], '*', 'v', ARGV[3], 'm', ARGV[4])
   redis.call('UNLINK', KEYS[1], KEYS[2])
 end
 return first
 """
 
-# KEYS record. A claim of a request that has ended must not bring a record without a request to life.
+# KEYS record; ARGV fields. A claim of a request that has ended must not bring a record without a request to life.
 _CLAIM = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return false end
 redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-return redis.call('HMGET', KEYS[1], 'request', 'epoch', 'cancelled', 'begin')
+return redis.call('HMGET', KEYS[1], unpack(ARGV))
 """
 
-# KEYS control, record...; ARGV length of control, v, m.
-_CANCEL = """
+# KEYS idempotency, stream, record...; ARGV what we submit, expiry in s, prefix of records, v, then (request, m)...
+# Earlier requests of which one is gone (refused, cancelled, failed, or past their time) do not stand in the way.
+_SUBMIT_ONCE = """
+local known = redis.call('GET', KEYS[1])
+if known then
+  local alive = true
+  for _, id in ipairs(cjson.decode(known).request_ids) do
+    alive = alive and redis.call('EXISTS', ARGV[3] .. id) == 1
+  end
+  if alive then return known end
+end
+for i = 3, #KEYS do
+  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i - 1], 'epoch', '0')
+  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i])
+end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return false
+"""
+
+# KEYS shards, control, record...; ARGV fence, length of control, v, m.
+_CANCEL = (
+    FENCE
+    + """
 local marked = 0
-for i = 2, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 then
+for i = 3, #KEYS do
+  if redis.call('EXISTS', KEYS[i]) == 1 and redis.call('HEXISTS', KEYS[i], 'finish') == 0 then
     marked = marked + redis.call('HSET', KEYS[i], 'cancelled', '1')
   end
 end
 if marked > 0 then
-  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'v', ARGV[2], 'm', ARGV[3])
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + 2])
 end
 return marked
 """
+)
 
-# KEYS (record, journal)...; ARGV (offset, bytes)... Returns the places, from 1, of the writes that left a hole.
-_WRITE_JOURNAL = """
-local refused = {}
-for i = 1, #KEYS, 2 do
+# KEYS shards, (record, journal, logprobs)...; ARGV fence, (index, tokens, begin or '', number of logprobs,
+# logprobs...)... Returns the places, from 1, of the writes that left a hole.
+_WRITE_JOURNAL = (
+    FENCE
+    + f"""
+local refused = {{}}
+for i = 2, #KEYS, 3 do
+  local index, tokens, begin, logprobs = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
+  at = at + 4
   if redis.call('EXISTS', KEYS[i]) == 1 then
-    if redis.call('STRLEN', KEYS[i + 1]) < tonumber(ARGV[i]) then
-      refused[#refused + 1] = (i + 1) / 2
+    local kept = logprobs > 0 and redis.call('LLEN', KEYS[i + 2]) or index
+    if redis.call('STRLEN', KEYS[i + 1]) < {TOKEN_BYTES} * index or kept < index then
+      refused[#refused + 1] = (i + 1) / 3
     else
-      redis.call('SETRANGE', KEYS[i + 1], ARGV[i], ARGV[i + 1])
+      redis.call('SETRANGE', KEYS[i + 1], {TOKEN_BYTES} * index, tokens)
+      for n = kept - index, logprobs - 1 do redis.call('RPUSH', KEYS[i + 2], ARGV[at + n]) end
+      if begin ~= '' then redis.call('HSET', KEYS[i], 'begin', begin) end
     end
   end
+  at = at + logprobs
 end
 return refused
 """
+)
 
-# KEYS record...; ARGV begin...
-_WRITE_BEGINS = """
-for i = 1, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('HSET', KEYS[i], 'begin', ARGV[i]) end
+# KEYS shards, (record, journal, logprobs)...; ARGV fence, (finish, expiry in ms)...
+_RETAIN = (
+    FENCE
+    + """
+for i = 2, #KEYS, 3 do
+  if redis.call('EXISTS', KEYS[i]) == 1 then
+    redis.call('HSET', KEYS[i], 'finish', ARGV[at])
+    for n = i, i + 2 do redis.call('PEXPIRE', KEYS[n], ARGV[at + 1]) end
+  end
+  at = at + 2
 end
 """
+)
+
+# KEYS shards, keys...; ARGV fence.
+_DELETE = FENCE + "for i = 2, #KEYS do redis.call('UNLINK', KEYS[i]) end"
+
+# KEYS shards, record...; ARGV fence, gateway...
+_ATTACH = (
+    FENCE
+    + """
+for i = 2, #KEYS do
+  if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('HSET', KEYS[i], 'gateway', ARGV[at + i - 2]) end
+end
+"""
+)
+
+_FIELDS = ("request", "epoch", "cancelled", "begin", "finish", "gateway")
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -103,22 +168,36 @@ class Record(msgspec.Struct, frozen=True):
 
     request: Request
     epoch: int
-    cancelled: bool
+    cancelled: bool  # nothing more is to be generated: nobody waits for it, or a stop string has ended the answer
     begin: Begin | None = None  # of the newest epoch whose tokens the journal may hold; set once there is a journal
+    finish: Finish | None = None  # the answer has ended well, the journal holds all of it, and both will expire
+    gateway: str | None = None  # where deltas go now, if not to the request's first gateway
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """What was sent under an idempotency key."""
+
+    body_hash: str
+    request_ids: tuple[str, ...]
 
 
 class Records:
-    """All reading and writing of records and journals."""
+    """All reading and writing of records and journals. A write that is given a fence raises FencedError, having done
+    nothing, when the fence's shards are not the writer's any more."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
+        self._unfenced = Fence(keys, "", {})
+        self._submit_once = redis.register_script(_SUBMIT_ONCE)
         self._hand_on = redis.register_script(_HAND_ON)
         self._refuse = redis.register_script(_REFUSE)
         self._claim = redis.register_script(_CLAIM)
         self._cancel = redis.register_script(_CANCEL)
         self._write_journal = redis.register_script(_WRITE_JOURNAL)
-        self._write_begins = redis.register_script(_WRITE_BEGINS)
+        self._retain = redis.register_script(_RETAIN)
+        self._delete = redis.register_script(_DELETE)
+        self._attach = redis.register_script(_ATTACH)
 
     async def submit(self, stream: str, message: Encode | Generate) -> None:
         """Create the record and append the work entry to `stream`, in one transaction (gateway)."""
@@ -127,6 +206,29 @@ class Records:
             pipe.hset(self._keys.request(request.id), mapping={b"request": encode_request(request), b"epoch": b"0"})
             pipe.xadd(self._keys.stream(stream), to_entry(message))  # type: ignore[arg-type]  # dict is invariant
             await pipe.execute()
+
+    async def submit_once(
+        self, stream: str, messages: Sequence[Encode | Generate], digest: str, body_hash: str, ttl_s: int
+    ) -> Submission | None:
+        """`submit` all of `messages` (the choices of one HTTP request) in one go, unless the idempotency key `digest`
+        was used before: then nothing is done and what was submitted under it is returned (gateway).
+
+        The key is forgotten after `ttl_s`, which should reach `retain_s` past the deadline, and counts no longer when
+        a record of its requests is gone.
+        """
+        mine = Submission(body_hash, tuple(message.request.id for message in messages))
+        entries = [(encode_request(message.request), to_entry(message)) for message in messages]
+        fields = [part for request, entry in entries for part in (request, entry[b"m"])]
+        known = await self._submit_once(
+            keys=[
+                self._keys.idempotency(digest),
+                self._keys.stream(stream),
+                *(self._keys.request(request_id) for request_id in mine.request_ids),
+            ],
+            args=[msgspec.json.encode(mine), ttl_s, self._keys.request(""), VERSION, *fields],
+        )
+        earlier = msgspec.json.decode(known, type=Submission) if known else None
+        return None if earlier == mine else earlier  # equal: our own, sent again because its reply was lost
 
     async def hand_on(self, message: Generate, stream_done: str, entry_id: str, group: str) -> bool:
         """Append `message` to `generate` and ack and delete the entry of `stream_done`, in one go (mm_encoder).
@@ -149,7 +251,8 @@ class Records:
     async def refuse(
         self, message: Failed, gateway: str, stream_done: str, entry_id: str, group: str, max_len: int
     ) -> bool:
-        """Tell `gateway`, ack and delete the entry of `stream_done`, and delete the record, in one go (mm_encoder).
+        """Tell `gateway`, or the one that has taken the request over since, ack and delete the entry of `stream_done`,
+        and delete the record, in one go (mm_encoder).
 
         Returns False, and does none of it, when another replica has ended the entry.
         """
@@ -160,72 +263,113 @@ class Records:
                     self._keys.request(message.request_id),
                     self._keys.journal(message.request_id),
                     self._keys.stream(stream_done),
-                    self._keys.deltas(gateway),
                 ],
-                args=[group, entry_id, entry[b"v"], entry[b"m"], max_len],
+                args=[group, entry_id, entry[b"v"], entry[b"m"], max_len, gateway, self._keys.deltas("")],
             )
         )
 
     async def claim(self, request_id: str) -> Record | None:
         """Become the request's owner: raise its epoch by one and return it; None if the record is gone (engine)."""
-        fields = await self._claim(keys=[self._keys.request(request_id)])
+        fields = await self._claim(keys=[self._keys.request(request_id)], args=_FIELDS)
         return _record(fields) if fields else None
 
     async def get(self, request_ids: Sequence[str]) -> dict[str, Record]:
-        """The records that exist, in one round trip (postproc)."""
+        """The records that exist, in one round trip."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for request_id in request_ids:
-                pipe.hmget(self._keys.request(request_id), ["request", "epoch", "cancelled", "begin"])
+                pipe.hmget(self._keys.request(request_id), _FIELDS)
             found = await pipe.execute()
         return {request_id: _record(fields) for request_id, fields in zip(request_ids, found, strict=True) if fields[0]}
 
-    async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Mark existing records cancelled and broadcast `Cancel` if any was not yet."""
+    async def exists(self, request_ids: Sequence[str]) -> set[str]:
+        """Those that have a record, in one round trip (gateway, postproc)."""
+        if not request_ids:
+            return set()
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for request_id in request_ids:
+                pipe.exists(self._keys.request(request_id))
+            found = await pipe.execute()
+        return {request_id for request_id, there in zip(request_ids, found, strict=True) if there}
+
+    async def cancel(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
+        """Mark existing records that have no finish cancelled, and broadcast `Cancel` if any was not yet."""
         entry = to_entry(Cancel(tuple(request_ids)))
-        await self._cancel(
-            keys=[self._keys.control(), *map(self._keys.request, request_ids)],
-            args=[CONTROL_LENGTH, entry[b"v"], entry[b"m"]],
+        await self._under(fence).run(
+            self._cancel,
+            [self._keys.control(), *map(self._keys.request, request_ids)],
+            [CONTROL_LENGTH, entry[b"v"], entry[b"m"]],
         )
 
-    async def write_journal(self, writes: Sequence[tuple[str, int, Sequence[int]]]) -> list[str]:
-        """(request id, index, tokens): idempotent writes at their place, in one round trip (postproc).
+    # ------------------------------------------------------------------------------------------- postproc's part
 
-        A request without a record is passed over. Returns the ids whose write would have left a hole, after a Redis
-        that lost its last second: nothing of it was written, and the writer starts again from token 0.
+    async def write_journal(
+        self,
+        writes: Sequence[tuple[str, int, Sequence[int]]],
+        begins: Sequence[Begin] = (),
+        logprobs: Sequence[tuple[str, Sequence[TokenLogprob | None]]] = (),
+        fence: Fence | None = None,
+    ) -> list[str]:
+        """(request id, index, tokens): idempotent writes at their place, in one round trip.
+
+        `begins` and `logprobs` belong to some of these requests: what usage needs and the epoch; and the
+        log-probabilities of the very tokens. A request without a record is passed over. Returns the ids whose write
+        would have left a hole, after a Redis that lost its last second: nothing of it was written, and the writer
+        starts again from token 0.
         """
         if not writes:
             return []
-        refused = await self._write_journal(
-            keys=[name for write in writes for name in (self._keys.request(write[0]), self._keys.journal(write[0]))],
-            args=[part for _, index, tokens in writes for part in (TOKEN_BYTES * index, pack_ids(tokens))],
-        )
+        begin_of = {begin.request_id: encode_begin(begin) for begin in begins}
+        logprobs_of = dict(logprobs)
+        args: list[str | bytes | int] = []
+        for request_id, index, tokens in writes:
+            packed = [encode_logprob(logprob) for logprob in logprobs_of.get(request_id, ())]
+            args += [index, pack_ids(tokens), begin_of.get(request_id, b""), len(packed), *packed]
+        names = self._names(request_id for request_id, _, _ in writes)
+        refused = await self._under(fence).run(self._write_journal, names, args)
         return [writes[place - 1][0] for place in refused]
-
-    async def write_begins(self, begins: Sequence[Begin]) -> None:
-        """Keep what usage needs, and the epoch, once the journal holds the tokens before them (postproc).
-
-        A request without a record is passed over.
-        """
-        if begins:
-            names = [self._keys.request(begin.request_id) for begin in begins]
-            await self._write_begins(keys=names, args=[encode_begin(begin) for begin in begins])
 
     async def read_journal(self, request_id: str) -> list[int]:
         """The generated tokens journaled so far. (The tail may still be in the tokens stream only.)"""
         data = await self._redis.get(self._keys.journal(request_id))
         return unpack_ids(data) if isinstance(data, bytes) else []
 
-    async def delete(self, request_ids: Sequence[str]) -> None:
-        """Remove record and journal."""
-        names = [key(request_id) for request_id in request_ids for key in (self._keys.request, self._keys.journal)]
-        if names:
-            await self._redis.unlink(*names)
+    async def read_logprobs(self, request_id: str) -> list[TokenLogprob | None]:
+        """What was journaled beside the tokens, for a request that asked for log-probabilities."""
+        found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
+        return [decode_logprob(data) for data in found]
+
+    async def attach(self, gateways: Mapping[str, str], fence: Fence) -> None:
+        """Keep where the deltas of these requests go from now on; request id -> gateway."""
+        names = [self._keys.request(request_id) for request_id in gateways]
+        await fence.run(self._attach, names, list(gateways.values()))
+
+    async def retain(self, ended: Sequence[tuple[str, Finish, float]], fence: Fence) -> None:
+        """(request id, finish, seconds): keep the answer, whose journal is complete, for that long."""
+        args = [part for _, finish, s in ended for part in (encode_finish(finish), max(1, int(1000 * s)))]
+        await fence.run(self._retain, self._names(request_id for request_id, _, _ in ended), args)
+
+    async def delete(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
+        """Remove record and journal, also of a request that no engine ever had (any stage)."""
+        if request_ids:
+            await self._under(fence).run(self._delete, self._names(request_ids), [])
+
+    def _under(self, fence: Fence | None) -> Fence:
+        return self._unfenced if fence is None else fence
+
+    def _names(self, request_ids: Iterable[str]) -> list[str]:
+        keys = (self._keys.request, self._keys.journal, self._keys.logprobs)
+        return [key(request_id) for request_id in request_ids for key in keys]
 
 
 def _record(fields: Sequence[bytes | None]) -> Record:
-    request, epoch, cancelled, begin = fields
+    request, epoch, cancelled, begin, finish, gateway = fields
     assert request is not None
     assert epoch is not None
     return Record(
-        decode_request(request), int(epoch), cancelled is not None, None if begin is None else decode_begin(begin)
+        decode_request(request),
+        int(epoch),
+        cancelled is not None,
+        None if begin is None else decode_begin(begin),
+        None if finish is None else decode_finish(finish),
+        None if gateway is None else str(gateway, "utf-8"),
     )

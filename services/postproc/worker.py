@@ -182,14 +182,14 @@ class Worker:
         """Write the journals, then what records say of them, so that a record never promises tokens that are lost."""
         if not flows:
             return
+        begins = [flow.begin() for flow in flows if flow.begin_due]
         refused = set(
             await self._records.write_journal(
-                [(flow.request_id, flow.written, flow.tokens[flow.written :]) for flow in flows]
+                [(flow.request_id, flow.written, flow.tokens[flow.written :]) for flow in flows],
+                [begin for begin in begins if begin is not None],
             )
         )
         saved = [flow for flow in flows if flow.request_id not in refused]
-        begins = [flow.begin() for flow in saved if flow.begin_due]
-        await self._records.write_begins([begin for begin in begins if begin is not None])
         for flow in saved:
             flow.saved()
         for flow in flows:
@@ -219,12 +219,7 @@ class Worker:
         replicas = {
             replica.name for replica in await live(self._redis, self._keys, SERVICE) if replica.state != "draining"
         }
-        share = math.ceil(self._settings.shards / len(replicas | {self._settings.name}))
-        epochs = await self._shards.acquire(share)
-        surplus = sorted(epochs)[share:]
-        if surplus:
-            await self._shards.release(surplus)
-        kept = {shard: epoch for shard, epoch in epochs.items() if shard not in surplus}
+        kept = await self._shards.balance(replicas, self._owned)
         lost = {shard for shard, owned in self._owned.items() if kept.get(shard) != owned.epoch}
         for shard in lost:
             self._disown(shard)

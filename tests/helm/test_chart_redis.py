@@ -52,7 +52,7 @@ async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, 
             await stream.leave()
         shards = Shards(client, keys, "engine", "me", 2)
         await shards.check_count()
-        assert await shards.acquire(2) == {0: 1, 1: 1}
+        assert await shards.balance([]) == {0: 1, 1: 1}
         await shards.release([0, 1])
         await send(client, keys.control(), Cancel(("one",)), max_len=10)
         assert await LogReader(client, {keys.control(): "0"}).read(10, 0)

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -16,6 +19,7 @@ from shared.messages import (
     Failed,
     Finish,
     Generate,
+    Landed,
     Media,
     MediaSpan,
     Message,
@@ -29,7 +33,13 @@ from shared.messages import (
     ToolDelta,
     Usage,
     VideoOptions,
+    decode_begin,
+    decode_finish,
+    decode_logprob,
     decode_request,
+    encode_begin,
+    encode_finish,
+    encode_logprob,
     encode_request,
     from_entry,
     pack_ids,
@@ -81,6 +91,7 @@ MESSAGES: list[Message] = [
     ),
     Cancel(("ab12", "cd")),
     Drain("engine", "engine-0"),
+    Landed("hash"),
 ]
 
 
@@ -110,10 +121,23 @@ def test_anything_else_is_refused(fields: dict[bytes, bytes]) -> None:
         from_entry(fields)
 
 
-def test_request_record() -> None:
-    assert decode_request(encode_request(REQUEST)) == REQUEST
+RECORD_FIELDS: list[tuple[Any, Callable[[Any], bytes], Callable[[bytes], Any]]] = [
+    (REQUEST, encode_request, decode_request),
+    (Begin("ab12", 2, 5, 1, 2, 3, 4), encode_begin, decode_begin),
+    (Finish("stop", 7), encode_finish, decode_finish),
+    (TokenLogprob(-0.5, ((9, -0.5),)), encode_logprob, decode_logprob),
+]
+
+
+@pytest.mark.parametrize(("value", "encode", "decode"), RECORD_FIELDS)
+def test_what_a_record_holds(value: Any, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]) -> None:
+    assert decode(encode(value)) == value
     with pytest.raises(ProtocolError, match="request record"):
-        decode_request(b"\x80")
+        decode(b"\x80")
+
+
+def test_a_token_may_have_come_without_its_probability() -> None:
+    assert decode_logprob(encode_logprob(None)) is None
 
 
 @given(st.lists(st.integers(0, 2**32 - 1)))
