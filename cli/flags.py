@@ -44,6 +44,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     metrics_port: int
     redis_port: int
     redis_url: str | None  # None: start one of our own
+    redis_dir: Path | None  # where our own keeps its data; None: where it is gone when we end
     settings: dict[str, Any]  # by the name of the setting; only what was given
 
 
@@ -109,7 +110,16 @@ def _parser() -> _Parser:
         metavar="PORT",
         help="the embedded Redis, on 127.0.0.1 (%(default)s)",
     )
-    listen.add_argument("--redis-url", default=None, metavar="URL", help="use this Redis instead of starting one")
+    redis = listen.add_mutually_exclusive_group()
+    redis.add_argument("--redis-url", default=None, metavar="URL", help="use this Redis instead of starting one")
+    redis.add_argument(
+        "--redis-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="where the embedded Redis keeps its data, so that what was under way goes on after a restart of all "
+        "(unset: it outlives the death of Redis, but not our end)",
+    )
     listen.add_argument(
         "--api-key", dest="api_keys", action="append", metavar="KEY", help="required of clients; repeatable"
     )

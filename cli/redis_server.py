@@ -12,7 +12,7 @@ from types import TracebackType
 from shared.errors import ConfigError
 
 OLDEST = (7, 0)
-START_S = 20.0
+START_S = 60.0  # it may have a large file to load
 STOP_S = 10.0
 _POLL_S = 0.02
 _LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) less the terminating zero
@@ -118,6 +118,18 @@ class RedisServer:
             self._process.wait()
         self._process = None
 
+    def kill(self) -> None:
+        """End it at once, as a crash would. It can be started again on what it has left."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if there is one."""
+        return None if self._process is None else self._process.pid
+
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -150,6 +162,7 @@ class RedisServer:
             "--logfile": str(self.log),
             "--save": "",
             "--appendonly": "yes" if self.persistence else "no",
+            "--appendfsync": "everysec",
         }
         return [word for option in options.items() for word in option]
 

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
 from cli.redis_server import RedisServer
-from cli.supervisor import Child
+from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
 from shared import bus, leases
 from shared.keys import Keys
 
@@ -50,7 +50,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         write_demo(launch.model)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-")))
-        redis = RedisServer(directory / "redis", port=launch.redis_port) if launch.redis_url is None else None
+        redis = _own_redis(launch, directory) if launch.redis_url is None else None
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
         metrics = directory / "metrics"
         metrics.mkdir()
@@ -64,6 +64,12 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
             redis.stop()
             report("redis      stopped")
         return status
+
+
+def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
+    """Append-only: what was accepted outlives its death. The socket is in `scratch`, whose path is short."""
+    kept = launch.redis_dir or scratch / "redis"
+    return RedisServer(kept, port=launch.redis_port, unix_socket=scratch / "redis.sock", persistence=True)
 
 
 class System:
@@ -91,26 +97,45 @@ class System:
         # Not the loop's own handlers, which die with the loop: what is left to do then must not be cut short either.
         self._handle_signals(lambda *_: loop.call_soon_threadsafe(self._on_signal))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
-        watchers = [
-            asyncio.create_task(each) for each in (self._watch(), self._redis_ends(), self._told_to_stop.wait())
-        ]
-        done, _ = await asyncio.wait([*tasks, *watchers], return_when=asyncio.FIRST_COMPLETED)
+        redis = asyncio.create_task(self._keep_redis())
+        watchers = [asyncio.create_task(each) for each in (self._watch(), self._told_to_stop.wait())]
+        done, _ = await asyncio.wait([*tasks, *watchers, redis], return_when=asyncio.FIRST_COMPLETED)
         failed = not self._told_to_stop.is_set()
         if failed:
             self._explain(done)
         for watcher in watchers:
             watcher.cancel()
         orderly = [await self._stop(child) for child in self._children]
-        await asyncio.gather(*tasks, *watchers, return_exceptions=True)
+        redis.cancel()  # only now: the services cannot end in order without it
+        await asyncio.gather(*tasks, *watchers, redis, return_exceptions=True)
         self._handle_signals(signal.SIG_IGN)
         if self._killed:
             return 128 + signal.SIGINT
         return 0 if all(orderly) and not failed else 1
 
-    async def _redis_ends(self) -> None:
-        """Return when our own Redis has ended; with somebody else's, never."""
-        while self._redis is None or self._redis.running:  # noqa: ASYNC110  # its process has no event to wait for
-            await asyncio.sleep(LOOK_S[0])
+    async def _keep_redis(self) -> None:
+        """Start our own Redis again whenever it dies, on the same data; with somebody else's, wait for ever.
+
+        Raises:
+            ConfigError: it does not start.
+            GaveUp: it died too often in a row.
+        """
+        if self._redis is None:
+            await asyncio.get_running_loop().create_future()
+            return
+        quick, started = 0, time.monotonic()
+        while True:
+            while self._redis.running:  # noqa: ASYNC110  # its process has no event to wait for
+                await asyncio.sleep(LOOK_S[0])
+            quick = 1 if time.monotonic() - started >= STEADY_S else quick + 1
+            if quick > RESTARTS:
+                raise GaveUp(f"redis ended by itself, for the {quick}th time in a row")
+            delay = 0.0 if quick == 1 else min(BACKOFF_S[0] * 2 ** (quick - 2), BACKOFF_S[1])
+            report("redis ended by itself; starting it again, on what it has on disk")
+            await asyncio.sleep(delay)
+            started = time.monotonic()
+            await asyncio.to_thread(self._redis.start)
+            report(f"redis      ready after {time.monotonic() - started:.1f} s")
 
     async def _watch(self) -> None:
         """Say when a stage becomes ready and, when it has changed, what each is doing."""
@@ -180,7 +205,7 @@ class System:
             if error := task.exception():
                 report(f"{error}" or type(error).__name__)
         if self._redis and not self._redis.running:
-            report("redis ended by itself, and with it all work; what remains is ended at once")
+            report("without Redis nothing can end in order; what remains is ended at once")
             self._kill_all()
 
     async def _stop(self, child: Child) -> bool:

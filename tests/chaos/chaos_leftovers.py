@@ -43,10 +43,9 @@ async def _keys(system: System) -> list[str]:
     redis, prefix = system.redis, f"{system.keys.ns}:"
     names = sorted([key.decode().removeprefix(prefix) async for key in redis.scan_iter(count=1000)])
     left = [f"key {name}" for name in names if not name.startswith((*LASTING, "deltas:"))]
-    for name in names:
-        # A dead gateway's stream goes by itself; it must not get entries any more, which would make it anew.
-        if name.startswith("deltas:") and await redis.pttl(prefix + name) == -1:
-            left.append(f"key {name} does not expire")
+    # A dead gateway's stream goes by itself. One that a late entry made anew would not.
+    expiries = {name: await redis.pttl(prefix + name) for name in names if name.startswith("deltas:")}
+    left += [f"key {name} does not expire" for name, expiry in expiries.items() if expiry == -1]
     shards = [name for name in names if name.startswith("tokens:")]
     lengths = {name: int(await redis.xlen(prefix + name)) for name in shards}
     return left + [f"{name} has {length} entries" for name, length in lengths.items() if length > MAX_TOKENS_STREAM]

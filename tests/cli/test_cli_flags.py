@@ -15,7 +15,7 @@ def test_the_launch_fastdeploy_documents_for_one_card(tmp_path: Path) -> None:
         --quantization wint4 --enable-chunked-prefill""".split()
     json = ["--limit-mm-per-prompt", '{"image": 100, "video": 100}', "--mm-processor-kwargs"]
     launch = parse([*arguments, *json, '{"image_max_pixels": 12845056}'], {"FD_SAMPLING_CLASS": "rejection"})
-    assert (launch.model, launch.demo, launch.redis_url) == (tmp_path, False, None)
+    assert (launch.model, launch.demo, launch.redis_url, launch.redis_dir) == (tmp_path, False, None, None)
     assert (launch.port, launch.metrics_port, launch.redis_port) == (8190, 8191, 8192)
     assert launch.settings == {
         "tensor_parallel_size": 1,

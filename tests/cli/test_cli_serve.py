@@ -84,12 +84,55 @@ def assert_nothing_runs(system: System) -> None:
     assert not any(map(system.answers, (system.port, system.metrics_port, system.redis_port)))
 
 
-def test_it_ends_with_its_redis(tmp_path: Path) -> None:
-    with started(["--demo"], tmp_path) as system:
+def test_an_answer_goes_on_when_its_redis_dies(demo: System) -> None:
+    body = {**HELLO, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    whole = httpx.post(f"{demo.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S).json()
+    before = len(demo.log.read_text())
+    with httpx.stream(
+        "POST", f"{demo.base_url}/v1/chat/completions", json={**body, "stream": True}, timeout=PATIENCE_S
+    ) as reply:
+        lines = (line for line in reply.iter_lines() if line.startswith("data: "))
+        read = [next(lines) for _ in range(10)]
+        demo.kill_child("-server")
+        read += lines
+    demo.wait_for("redis ended by itself; starting it again", after=before)
+    assert read.pop() == "data: [DONE]"
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in read]
+    message = whole["choices"][0]["message"]
+    for part in ("reasoning_content", "content"):
+        assert "".join(delta.get(part) or "" for delta in deltas) == (message.get(part) or "")
+
+
+def test_what_was_accepted_goes_on_after_a_restart_of_all(tmp_path: Path) -> None:
+    flags = ["--demo", "--redis-dir", str(tmp_path / "redis")]
+    body = {**HELLO, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
+    with started(flags, tmp_path) as system:
         system.wait_until_ready()
+        with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
+            lines = reply.iter_lines()  # kept, since the connection is closed when it goes
+            read = [next(lines) for _ in range(30)]
+            system.kill()
+    told = [line[4:] for line in read if line.startswith("id: ")][-1]
+    request_id = json.loads(next(line for line in read if line.startswith("data: "))[6:])["id"]
+    with running(flags, tmp_path) as system:
+        path = f"/v1/chat/completions/{request_id}/events"
+        with httpx.stream("GET", system.base_url + path, headers={"Last-Event-ID": told}, timeout=PATIENCE_S) as reply:
+            assert reply.status_code == 200
+            lines = list(reply.iter_lines())
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert not [event for event in events if "error" in event]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert "data: [DONE]" in lines
+
+
+def test_it_ends_where_its_redis_cannot_be_started_again(tmp_path: Path) -> None:
+    with started(["--demo", "--redis-dir", str(tmp_path / "redis")], tmp_path) as system:
+        system.wait_until_ready()
+        (tmp_path / "redis" / "appendonlydir").rename(tmp_path / "gone")
+        (tmp_path / "redis" / "appendonlydir").write_text("in the way")
         system.kill_child("-server")
         assert system.wait(PATIENCE_S) == 1
-        assert "redis ended by itself" in system.log.read_text()
+        assert "without Redis nothing can end in order" in system.log.read_text()
         assert_nothing_runs(system)
 
 
