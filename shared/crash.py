@@ -1,11 +1,14 @@
-"""Named moments at which a test makes a process die.
+"""Named moments at which a test makes a process die, or stand still.
 
 `reach("<service>.<step>.before")` and `.after` stand around the steps that another replica must be able to repeat:
 sends, acks, writes of journals. They do nothing unless `crash_at` was set: "engine.tokens.after" ends the process there
-the first time, "engine.tokens.after:3" the third time.
+the first time, "engine.tokens.after:3" the third time, and "engine.tokens.after:3:stop" halts it there until it is told
+to continue.
 """
 
 import os
+import re
+import signal
 
 from shared.errors import ConfigError
 
@@ -13,26 +16,29 @@ _STATUS = 137  # what a shell says of a process that was killed with SIGKILL
 
 _point = ""
 _left = 0
+_stops = False
 
 
 def arm(crash_at: str) -> None:
     """Choose the moment; empty: none, at any time.
 
     Raises:
-        ConfigError: what follows the colon is no count.
+        ConfigError: what follows the point is no count, or what follows that is not "stop".
     """
-    global _point, _left
-    _point, colon, count = crash_at.partition(":")
-    if colon and not (count.isdecimal() and int(count) > 0):
-        raise ConfigError(f"crash_at: {count!r} is no number of times")
-    _left = int(count or 1)
+    global _point, _left, _stops
+    found = re.fullmatch(r"([^:]*)(?::([1-9][0-9]*)(:stop)?)?", crash_at)
+    if found is None:
+        raise ConfigError(f"crash_at: {crash_at!r} is not POINT, POINT:TIMES or POINT:TIMES:stop")
+    _point, _left, _stops = found[1], int(found[2] or 1), found[3] is not None
 
 
 def reach(point: str) -> None:
-    """End this process at once, with nothing closed or flushed, if this is the moment."""
+    """End this process at once, with nothing closed or flushed, or halt it, if this is the moment."""
     global _left
     if point != _point:
         return
     _left -= 1
-    if _left <= 0:
+    if _left == 0 and _stops:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif _left == 0:
         os._exit(_STATUS)

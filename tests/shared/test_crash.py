@@ -1,5 +1,7 @@
 """A process dies at the named moment, and at no other."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -40,8 +42,18 @@ def test_dies_at_the_named_moment(crash_at: str, status: int, printed: str) -> N
     assert _run(crash_at) == (status, printed)
 
 
-@pytest.mark.parametrize("count", ["", "0", "-1", "x"])
-def test_a_count_is_a_count(count: str) -> None:
-    with pytest.raises(ConfigError, match="is no number of times"):
-        crash.arm(f"engine.tokens.after:{count}")
-    crash.arm("")
+def test_stands_still_until_told_to_go_on() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, "engine.tokens.after:2:stop"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "0\n1\n2\n")
+
+
+@pytest.mark.parametrize("rest", ["", "0", "-1", "x", "1:go", "1:stop:2", "stop"])
+def test_what_follows_a_point_is_a_count_and_perhaps_stop(rest: str) -> None:
+    with pytest.raises(ConfigError, match="crash_at"):
+        crash.arm(f"engine.tokens.after:{rest}")
