@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from redis.asyncio import Redis
 
+from services.engine.assembly import runner_for
+from services.engine.kernels.gpu.ops import gpu_ops
 from services.engine.kernels.ops import Ops
-from services.engine.memory import allocate_cache
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
-from services.engine.runner import ModelRunner, Runner
-from services.engine.sampler import Sampler
+from services.engine.runner import Runner
 from services.engine.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings, check
@@ -54,10 +54,9 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights are not what the configuration says.
     """
     quantization = None if settings.quantization == "none" else settings.quantization
-    model = load_model(Path(settings.model), config, where, quantization, Ops())
-    cache = allocate_cache(model, config, settings)
-    sampler = Sampler(config.eos_ids, settings.sampling_class, model.device)
-    return ModelRunner(model, cache, sampler, config.image_patch_id, config.hidden_size), cache.num_blocks
+    on_gpu = where == "cuda"
+    model = load_model(Path(settings.model), config, where, quantization, gpu_ops() if on_gpu else Ops())
+    return runner_for(model, config, settings)
 
 
 def device(settings: EngineSettings) -> str:

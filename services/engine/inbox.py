@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from services.engine.mailbox import Abort, Add, Answer, Mailbox
 from services.engine.patience import persist
 from services.engine.resume import History, recover
-from services.engine.runner import EMBED_DTYPES
+from services.engine.step import EMBED_DTYPES
 from services.engine.sequence import Embeds, EngineFacts, build
 from shared.blobs import Blobs
 from shared.errors import ProtocolError, RequestError, internal

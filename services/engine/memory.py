@@ -4,21 +4,25 @@ import gc
 
 import torch
 
+from services.engine.graphs import captured_bytes
 from services.engine.model.inputs import KVCache, StepInput
-from services.engine.runner import Model
 from services.engine.settings import EngineSettings
+from services.engine.step import Model
 from shared.errors import ConfigError
 from shared.model_config import ModelConfig
 
 
-def allocate_cache(model: Model, config: ModelConfig, settings: EngineSettings) -> KVCache:
+def allocate_cache(model: Model, config: ModelConfig, settings: EngineSettings, spare: int = 0) -> KVCache:
     """The cache for a loaded model.
+
+    Args:
+        spare: blocks besides those that sequences are given.
 
     Raises:
         ConfigError: it could not hold one sequence of max_model_len; the message has the numbers.
     """
     dtype, device = model.dtype, model.device
-    blocks = num_blocks(model, config, settings)
+    blocks = num_blocks(model, config, settings) + spare
     return KVCache.allocate(
         config.num_layers, blocks, settings.block_size, config.num_kv_heads, config.head_dim, dtype, str(device)
     )
@@ -80,7 +84,8 @@ def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings) -> i
     foreign = total - free - torch.cuda.memory_reserved(device)
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
-    return int(total * settings.gpu_memory_utilization) - foreign - peak
+    graphs = captured_bytes(settings.max_num_seqs, config.vocab_size)
+    return int(total * settings.gpu_memory_utilization) - foreign - peak - graphs
 
 
 def _profile(model: Model, config: ModelConfig, settings: EngineSettings) -> None:

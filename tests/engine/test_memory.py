@@ -18,6 +18,7 @@ BLOCK_BYTES = 2 * 2 * 1 * 4 * 16 * 4  # keys and values, layers, heads, head siz
 class CpuModel:
     dtype = torch.float32
     device = torch.device("cpu")
+    hidden_size = 8
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         raise AssertionError("nothing to profile on a CPU")

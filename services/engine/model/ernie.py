@@ -48,6 +48,10 @@ class ErnieModel:
         return self.weights.norm.dtype
 
     @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
     def device(self) -> torch.device:
         return self.weights.norm.device
 

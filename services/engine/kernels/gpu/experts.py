@@ -35,11 +35,12 @@ def _sort_kernel(
     ends = tl.cumsum(needed, 0)
     tl.store(cursor_ptr + expert, (ends - needed) * BM)
     tile = tl.arange(0, TPAD)
-    owner = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-    tl.store(tile_expert_ptr + tile, owner, tile < tiles)
+    tl.store(tile_expert_ptr + tile, EXPERTS, tile < tiles)
     rows = tl.arange(0, TPAD * BM)
     tl.store(place_ptr + rows, -1, rows < tiles * BM)
     tl.debug_barrier()
+    for nth in range(0, tl.max(needed, 0)):
+        tl.store(tile_expert_ptr + ends - needed + nth, expert, nth < needed)
     row = tl.atomic_add(cursor_ptr + ids, 1, inside)
     tl.store(place_ptr + row, pair, inside)
 
@@ -211,7 +212,8 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     _gate_up_kernel[(triton.cdiv(text_width, tile.bn), len(owner), splits)](
         x, place, owner, inner, gate_text, gate_text_scale, gate_vision, gate_vision_scale,
         hidden, text_width, vision_width, pairs, share, x.stride(0), gate_text.stride(1),
-        K=top_k, SPLIT=splits > 1, BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages, **common,
+        K=top_k, SPLIT=splits > 1, BN=tile.bn, BK=tile.bk,
+        num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
     )  # fmt: skip
     inner = silu_mul(inner, x.dtype) if splits > 1 else inner[0]
 
@@ -221,7 +223,7 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     _down_kernel[(triton.cdiv(hidden, tile.bn), len(owner), splits)](
         inner, place, owner, results, down_text, down_text_scale, down_vision, down_vision_scale,
         hidden, text_width, vision_width, pairs, share, down_text.stride(1), down_vision.stride(1),
-        BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages, **common,
+        BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
     )  # fmt: skip
     return results
 
@@ -232,15 +234,24 @@ def _room(splits: int, rows: int, width: int, like: Tensor) -> Tensor:
 
 
 def plan(pairs: int, experts: int, bits: int) -> Tiles:
-    """By how many rows an expert gets on average."""
+    """By how many rows an expert gets on average. Measured: see docs/engine-performance.md."""
     each = pairs / experts
-    bk = GROUP if bits == 4 else 128
+    if bits == 4:
+        return _plan4(pairs, each)
     if pairs <= 12:
-        return Tiles(16, Tile(32, bk, 4, 3, 2), Tile(32, bk, 4, 3, 2), grouped=False)
+        return Tiles(16, Tile(32, 128, 4, 4, 2), Tile(32, 128, 4, 4, 2), grouped=False)
     if each <= 8:
-        return Tiles(16, Tile(64, bk, 4, 3), Tile(64, bk, 4, 3))
-    if each <= 64:
-        return Tiles(32, Tile(64, bk, 4, 2 if bits == 4 else 3), Tile(64, bk, 4, 2 if bits == 4 else 3))
-    if bits == 16:
-        return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
-    return Tiles(64, Tile(128, bk, 4, 2), Tile(128, bk, 4, 2))
+        return Tiles(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
+    if each <= 24:
+        return Tiles(32, Tile(128, 128, 8, 3), Tile(128, 128, 8, 3))
+    return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+
+
+def _plan4(pairs: int, each: float) -> Tiles:
+    if pairs <= 12:
+        return Tiles(16, Tile(32, GROUP, 2, 2, 2), Tile(32, GROUP, 2, 2, 2), grouped=False)
+    if each <= 8:
+        return Tiles(16, Tile(32, GROUP, 2, 2), Tile(64, GROUP, 4, 2))
+    if each <= 24:
+        return Tiles(32, Tile(64, GROUP, 4, 2), Tile(64, GROUP, 4, 2))
+    return Tiles(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))

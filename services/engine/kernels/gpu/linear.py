@@ -15,18 +15,18 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.dequantize import dequantize
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.matmul import dot_tile
+from services.engine.kernels.gpu.matmul import dot_tile, widen
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
 
-LIBRARY_ROWS = 1024  # from here on a product is bound by arithmetic
+LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
+EARLY_ROWS = 32  # up to here a weight is read ahead
 
 
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    predecessor(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     first = tl.program_id(2) * share
@@ -34,7 +34,19 @@ def _linear_kernel(
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(first, tl.minimum(first + share, IN), BK):
+    start = first
+    if EARLY:
+        # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
+        column = first + tl.arange(0, BK)
+        inside = column < IN
+        w = tl.load(w_ptrs + column[None, :], columns & inside[None, :], 0)
+        predecessor(PDL)
+        x = tl.load(x_ptrs + column[:, None], rows & inside[:, None], 0.0)
+        acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
+        start += BK
+    else:
+        predecessor(PDL)
+    for k in range(start, tl.minimum(first + share, IN), BK):
         acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, k, IN, BK, BITS)
     acc *= tl.load(scale_ptr + n, n < N, 0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
@@ -59,21 +71,30 @@ def partial_linear(x: Tensor, weight: Weight) -> Tensor:
         return F.linear(x, dequantize(weight)).unsqueeze(0)
     (rows, inputs), outputs = x.shape, weight.scale.shape[0]
     bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, inputs, weight.bits)
-    share = triton.cdiv(triton.cdiv(inputs, bk), splits) * bk
+    share = -(-inputs // (bk * splits)) * bk
     splits = triton.cdiv(inputs, share)
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, rows, outputs, dtype=dtype, device=x.device)
     _linear_kernel[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm), splits)](
         x, weight.data, weight.scale, out, rows, outputs, inputs, share, x.stride(0), weight.data.stride(0),
-        BITS=weight.bits, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages, **overlapped(x),
+        BITS=weight.bits, BM=bm, BN=bn, BK=bk, EARLY=weight.bits == 8 and rows <= EARLY_ROWS,
+        num_warps=warps, num_stages=stages if x.element_size() == 2 else 1, **overlapped(x),
     )  # fmt: skip
     return out
 
 
 def _tiles(rows: int, outputs: int, inputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
     """BM, BN, BK, warps, stages, splits. Few rows: the weight is the traffic, and many programs put it on its way."""
-    if rows > 64:
-        return (128, 64, GROUP, 4, 2, 1) if bits == 4 else (64 if rows <= 128 else 128, 64, 128, 4, 4, 1)
-    bm = max(16, triton.next_power_of_2(rows))
-    splits = max(1, min(inputs // 512, 512 * 32 // outputs))
-    return (bm, 32, GROUP, 4, 2, splits) if bits == 4 else (bm, 32, 256, 4, 3 if bm <= 32 else 2, splits)
+    if bits == 4:
+        return min(64, max(16, triton.next_power_of_2(rows))), 32, GROUP, 4, 2, _splits(4, 512 * 32 // outputs)
+    if rows <= 16:
+        return 16, 32, 512, 4, 3, _splits(triton.cdiv(inputs, 512), 1024 * 32 // outputs)
+    if rows <= 32:
+        return 32, 32, 256, 4, 3, _splits(5, 12800 // outputs)
+    if rows <= 64:
+        return 64, 64, 128, 4, 3, _splits(4, 14336 // outputs)
+    return 128, 64, 128, 4, 3, _splits(2, 224 // (triton.cdiv(outputs, 64) * triton.cdiv(rows, 128)))
+
+
+def _splits(most: int, enough: int) -> int:
+    return max(1, min(most, enough))

@@ -102,8 +102,11 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, k, IN, BK: tl.constexpr, BITS:
 
 @triton.jit
 def dot_two(a, b, a_ptrs, b_ptrs, w_mask, x_ptrs, x_mask, k, IN, BK: tl.constexpr, BITS: tl.constexpr):
-    """`dot_tile` of two weights with the same x, which is read once."""
-    if BITS == 4:
+    """`dot_tile` of two weights with the same x, which is read once where registers allow it."""
+    if BITS == 4 and a.shape[1] >= 64:
+        a = dot_tile(a, a_ptrs, w_mask, x_ptrs, x_mask, k, IN, BK, BITS)
+        b = dot_tile(b, b_ptrs, w_mask, x_ptrs, x_mask, k, IN, BK, BITS)
+    elif BITS == 4:
         lane = tl.arange(0, BK // 8)
         words = (k // 8 + lane)[None, :]
         planes_a = unpack(tl.load(a_ptrs + words, w_mask, 0), x_ptrs.dtype.element_ty)

@@ -1,0 +1,276 @@
+"""The engine at the full model's size, in one process: scheduler, cache, model, sampling and emission; no Redis.
+
+Weights are drawn on the device from N(0, 0.02), tensor by tensor through the loader that reads checkpoints, so that
+routing spreads over all experts and loading has the memory it has in service. Needs a CUDA device; asserts nothing.
+
+decode   N prompts of 1,024 tokens, greedy; the mean time between emissions that carry a token of every sequence
+prefill  n prompts of a length, one token each: prompt tokens over the time from the first step to the last emission
+"""
+
+import argparse
+import json
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import triton
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from services.engine.assembly import runner_for
+from services.engine.blocks import BlockPool
+from services.engine.emission import Emission
+from services.engine.engine import Engine
+from services.engine.kernels.gpu.ops import gpu_ops
+from services.engine.mailbox import Add, Mailbox
+from services.engine.metrics import EngineMetrics
+from services.engine.model.ernie import ErnieModel
+from services.engine.model.weights import Quantization, load_weights
+from services.engine.runner import Runner
+from services.engine.scheduler import Limits, Scheduler
+from services.engine.sequence import EngineFacts, Sequence, build
+from services.engine.settings import EngineSettings
+from shared.messages import Generate, Output, Request, Sampling, pack_ids
+from shared.model_config import ModelConfig, VisionConfig
+
+PROMPT = 1024
+GENERATED = 72
+WARM_STEPS = 8
+PROFILED_STEPS = 8
+
+CONFIG = ModelConfig(
+    vocab_size=103424,
+    hidden_size=2560,
+    intermediate_size=12288,
+    num_layers=28,
+    num_heads=20,
+    num_kv_heads=4,
+    head_dim=128,
+    max_position_embeddings=131072,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    time_freqs=20,
+    tie_embeddings=True,
+    num_experts=64,
+    text_expert_size=1536,
+    vision_expert_size=512,
+    experts_per_token=6,
+    num_shared_experts=2,
+    shared_expert_size=3072,
+    dense_layers=(0,),
+    image_patch_id=100295,
+    image_start_id=101304,
+    image_end_id=101305,
+    video_start_id=101306,
+    video_end_id=101307,
+    pad_id=0,
+    bos_id=1,
+    eos_ids=(2,),
+    dtype="bfloat16",
+    vision=VisionConfig(
+        depth=32,
+        hidden_size=1280,
+        num_heads=16,
+        intermediate_size=5120,
+        patch_size=14,
+        in_channels=3,
+        spatial_merge_size=2,
+        temporal_merge_size=2,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+    ),
+)
+
+
+class Drawn:
+    """Stands in for a checkpoint: every tensor that is asked for exists, and is drawn where it is needed."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if "norm" in name:
+            return torch.ones(shape, device=self._device)
+        if name.endswith("bias"):
+            return torch.zeros(shape, device=self._device)
+        return torch.empty(shape, device=self._device).normal_(0, 0.02, generator=self._generator)
+
+    def has(self, name: str) -> bool:
+        return not name.startswith("lm_head")
+
+    def check_all_used(self, prefixes: tuple[str, ...]) -> None:
+        pass
+
+
+class Watch:
+    """Where emissions go: when each came, and with how many tokens; ends the run when every request has ended."""
+
+    def __init__(self, mailbox: Mailbox, requests: int, profiler: "profile | None" = None) -> None:
+        self._mailbox, self._left, self._requests = mailbox, requests, requests
+        self._profiler = profiler
+        self.stamps: list[tuple[float, int]] = []
+
+    def __call__(self, emission: Emission) -> None:
+        tokens = sum(len(run.tokens) for message in emission.messages().values() for run in message.runs)
+        self.stamps.append((time.perf_counter(), tokens))
+        self._left -= len(emission.ended)
+        if self._left == 0:
+            self._mailbox.close()
+        if self._profiler is not None:
+            full = sum(count == self._requests for _, count in self.stamps)
+            if full == WARM_STEPS:
+                self._profiler.start()
+            elif full == WARM_STEPS + PROFILED_STEPS:
+                torch.cuda.synchronize()
+                self._profiler.stop()
+
+    def step_ms(self) -> float:
+        """Mean time of the steps in which all sequences decode."""
+        full = [i for i, (_, tokens) in enumerate(self.stamps) if tokens == self._requests][WARM_STEPS:]
+        times = [self.stamps[i][0] - self.stamps[i - 1][0] for i in full]
+        return 1000 * statistics.fmean(times)
+
+
+class Bench:
+    """One quantisation of the model, loaded."""
+
+    def __init__(self, quantization: Literal["none", "wint8", "wint4"], max_model_len: int) -> None:
+        device = torch.device("cuda")
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        chosen: Quantization | None = None if quantization == "none" else quantization
+        weights = load_weights(Drawn(device, seed=0), CONFIG, torch.bfloat16, device, chosen)  # type: ignore[arg-type]
+        torch.cuda.synchronize()
+        loaded = time.perf_counter()
+        self.memory = {
+            "weights_gib": torch.cuda.memory_allocated() / 2**30,
+            "peak_while_loading_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+        self._settings = EngineSettings(
+            redis_url="unix:///unused",
+            model="unused",
+            max_num_seqs=256,
+            max_num_batched_tokens=16384,
+            max_model_len=max_model_len,
+            quantization=quantization,
+            enable_prefix_caching=False,
+        )
+        self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
+        self._runner: Runner
+        self._runner, self._blocks = runner_for(ErnieModel(CONFIG, weights, gpu_ops()), CONFIG, self._settings)
+        torch.cuda.synchronize()
+        self.startup_s = {"load": loaded - started, "profile_and_capture": time.perf_counter() - loaded}
+        self.memory["cache_tokens"] = self._blocks * self._settings.block_size
+        self.memory["reserved_gib"] = torch.cuda.memory_reserved() / 2**30
+
+    def run(self, count: int, length: int, generated: int, profiler: "profile | None" = None) -> tuple[float, Watch]:
+        """Seconds from the first step to the last emission, and all emissions."""
+        settings, mailbox = self._settings, Mailbox()
+        watch = Watch(mailbox, count, profiler)
+        pool = BlockPool(self._blocks, caching=False)
+        limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, True, settings.block_size)
+        metrics = EngineMetrics(CollectorRegistry())
+        engine = Engine(mailbox, Scheduler(pool, limits), pool, self._runner, watch, metrics)
+        for index in range(count):
+            mailbox.put(Add(self._sequence(index, length, generated)))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        engine.run()
+        return watch.stamps[-1][0] - started, watch
+
+    def _sequence(self, index: int, length: int, generated: int) -> Sequence:
+        prompt = np.random.default_rng(index).integers(1000, 100000, length).tolist()
+        sampling = Sampling(seed=0, temperature=0.0, ignore_eos=True)
+        request = Request(f"{index:016x}", "bench", 0, 0.0, sampling, Output(thinking=False))
+        return build(Generate(request, pack_ids(prompt), generated, ()), 1, (), (), self._facts)
+
+    def decode_ms(self, count: int) -> float:
+        return self.run(count, PROMPT, GENERATED)[1].step_ms()
+
+    def prefill_tok_s(self, count: int, length: int) -> float:
+        self.run(count, length, 1)
+        return count * length / statistics.median(self.run(count, length, 1)[0] for _ in range(3))
+
+    def kernels(self, count: int) -> list[dict[str, Any]]:
+        """What the device does in a decode step of `count` sequences, longest first."""
+        profiler = profile(activities=[ProfilerActivity.CUDA])
+        self.run(count, PROMPT, GENERATED, profiler)
+        return table(profiler, PROFILED_STEPS)
+
+    def prefill_kernels(self, count: int, length: int) -> list[dict[str, Any]]:
+        """The same for a prefill."""
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.run(count, length, 1)
+            torch.cuda.synchronize()
+        return table(profiler, 1)
+
+
+def table(profiler: profile, steps: int) -> list[dict[str, Any]]:
+    rows = [
+        {"kernel": event.key[:60], "us": event.self_device_time_total / steps, "launches": event.count / steps}
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(rows, key=lambda row: -row["us"])[:16]
+
+
+def ceilings() -> dict[str, float]:
+    """What the card can do: a copy's bytes, read and written, and a large product's operations."""
+    source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    product_ms = triton.testing.do_bench(lambda: a @ b, return_mode="median")
+    return {"copy_tb_s": 2 * source.nbytes / copy_ms / 1e9, "bf16_tflop_s": 2 * 8192**3 / product_ms / 1e9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantization", default="wint4,wint8,none")
+    parser.add_argument("--batches", default="1,8,32,64,128,256")
+    parser.add_argument("--prefills", default="1x1024,1x8192,16x1024,2x16384")
+    parser.add_argument("--max-model-len", type=int, default=32768)
+    parser.add_argument("--profile", default="1,32,128", help="batches whose kernels are listed")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "ceilings": ceilings(),
+    }
+    parts = ("decode_ms", "prefill_tok_s", "decode_kernels", "prefill_kernels", "memory", "startup_s")
+    result.update({part: {} for part in parts})
+    for quantization in args.quantization.split(","):
+        torch.cuda.empty_cache()
+        name = "bf16" if quantization == "none" else quantization
+        bench = Bench(quantization, args.max_model_len)
+        result["memory"][name], result["startup_s"][name] = bench.memory, bench.startup_s
+        print(name, json.dumps(bench.startup_s), json.dumps(bench.memory), flush=True)
+        bench.run(1, PROMPT, 4)  # what was not captured is compiled here
+        for part in ("decode_ms", "prefill_tok_s", "decode_kernels", "prefill_kernels"):
+            result[part][name] = {}
+        for batch in map(int, filter(None, args.batches.split(","))):
+            result["decode_ms"][name][str(batch)] = ms = round(bench.decode_ms(batch), 3)
+            print(f"{name} decode {batch:4d} {ms:8.3f} ms/step {1000 * batch / ms:9.0f} tok/s", flush=True)
+        for shape in filter(None, args.prefills.split(",")):
+            count, length = map(int, shape.split("x"))
+            result["prefill_tok_s"][name][shape] = rate = round(bench.prefill_tok_s(count, length))
+            print(f"{name} prefill {shape:8s} {rate} tok/s", flush=True)
+        for batch in map(int, filter(None, args.profile.split(","))):
+            result["decode_kernels"][name][str(batch)] = bench.kernels(batch)
+        if args.profile and args.prefills:
+            result["prefill_kernels"][name]["1x8192"] = bench.prefill_kernels(1, 8192)
+        del bench
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

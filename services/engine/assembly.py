@@ -1,0 +1,25 @@
+"""Puts a runner together around a loaded model."""
+
+from services.engine.graphs import DecodeGraphs
+from services.engine.memory import allocate_cache
+from services.engine.model.ernie import ErnieModel
+from services.engine.runner import ModelRunner, Runner
+from services.engine.sampler import Sampler
+from services.engine.settings import EngineSettings
+from services.engine.step import StepBuilder
+from shared.model_config import ModelConfig
+
+
+def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
+    """A loaded model's runner, and its cache's number of blocks.
+
+    Raises:
+        ConfigError: the cache could not hold max_model_len.
+    """
+    on_gpu = model.device.type == "cuda"
+    cache = allocate_cache(model, config, settings, spare=int(on_gpu))
+    blocks = cache.num_blocks - int(on_gpu)
+    graphs = DecodeGraphs(model, cache, settings.max_num_seqs, settings.max_model_len, blocks) if on_gpu else None
+    sampler = Sampler(config.eos_ids, settings.sampling_class, model.device)
+    builder = StepBuilder(model, settings.block_size, config.image_patch_id)
+    return ModelRunner(model, cache, sampler, builder, graphs), blocks

@@ -1,0 +1,171 @@
+"""A plan as arrays: everything a step needs, built on the host and moved to the device once each."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.engine.model.inputs import KVCache, StepInput
+from services.engine.scheduler import Chunk, Plan
+from services.engine.sequence import Embeds
+
+EMBED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Ints = NDArray[np.int64]
+
+
+class Model(Protocol):
+    """What runs a step: see `services.engine.model.ernie.ErnieModel`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def forward(self, step: StepInput, cache: KVCache) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """The fields of a StepInput that have its names, as arrays; and its sequences' blocks."""
+
+    token_ids: Ints  # [N]
+    positions: Ints  # [3, N]
+    vision: NDArray[np.bool_]  # [N]
+    embed_rows: Ints  # [M]
+    embeds: Tensor  # [M, hidden] model dtype, on the host
+    slots: Ints  # [N]
+    blocks: list[bytes]  # [S] block numbers of each sequence, as int32
+    query_start: NDArray[np.int32]  # [S + 1]
+    context_lens: NDArray[np.int32]  # [S]
+    logit_rows: Ints  # [R]
+    max_query_len: int
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.blocks)
+
+    @property
+    def samples_all(self) -> bool:
+        return len(self.logit_rows) == len(self.blocks)
+
+    def to(self, device: torch.device, block_size: int) -> StepInput:
+        """The step on a device."""
+
+        def move(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        longest = int(self.context_lens.max())
+        return StepInput(
+            token_ids=move(self.token_ids),
+            positions=move(self.positions),
+            vision=move(self.vision),
+            embed_rows=move(self.embed_rows),
+            embeds=self.embeds.to(device),
+            slots=move(self.slots),
+            block_tables=move(block_tables(self.blocks, -(-longest // block_size))),
+            query_start=move(self.query_start),
+            context_lens=move(self.context_lens),
+            logit_rows=move(self.logit_rows),
+            max_query_len=self.max_query_len,
+            max_context_len=longest,
+        )
+
+
+class StepBuilder:
+    """Builds the steps of one model and cache."""
+
+    def __init__(self, model: Model, block_size: int, image_patch_id: int) -> None:
+        self._hidden_size, self._dtype = model.hidden_size, model.dtype
+        self._block_size = block_size
+        self._image_patch_id = image_patch_id
+
+    def build(self, plan: Plan) -> HostStep:
+        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in plan.chunks):
+            return self._decode(plan.chunks)
+        return self._mixed(plan.chunks)
+
+    def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
+        """A token each of sequences that are past their prompts: most steps, so in as few passes as can be."""
+        size = self._block_size
+        token_ids = np.array([c.sequence.tokens[c.start] for c in chunks], np.int64)
+        # All three axes of a generated token's position are the same.
+        positions = np.array([c.sequence.next_position + c.start - c.sequence.prompt_len for c in chunks], np.int64)
+        starts = np.arange(len(chunks) + 1)
+        return HostStep(
+            token_ids=token_ids,
+            positions=np.broadcast_to(positions, (3, len(chunks))).copy(),
+            vision=token_ids >= self._image_patch_id,
+            embed_rows=np.empty(0, np.int64),
+            embeds=torch.empty(0, self._hidden_size, dtype=self._dtype),
+            slots=np.array([c.sequence.blocks[c.start // size] * size + c.start % size for c in chunks], np.int64),
+            blocks=[c.sequence.blocks.tobytes() for c in chunks],
+            query_start=starts.astype(np.int32),
+            context_lens=np.array([c.start + 1 for c in chunks], np.int32),
+            logit_rows=np.array([row for row, c in enumerate(chunks) if c.samples], np.int64),
+            max_query_len=1,
+        )
+
+    def _mixed(self, chunks: tuple[Chunk, ...]) -> HostStep:
+        lengths = [chunk.length for chunk in chunks]
+        starts = np.cumsum([0, *lengths])
+        token_ids = np.concatenate([c.sequence.tokens[c.start : c.start + c.length] for c in chunks])
+        rows, embeds = self._embeds(chunks, starts)
+        return HostStep(
+            token_ids=token_ids,
+            positions=np.concatenate([c.sequence.positions(c.start, c.start + c.length) for c in chunks], axis=1),
+            vision=token_ids >= self._image_patch_id,
+            embed_rows=rows,
+            embeds=embeds,
+            slots=np.concatenate([slots(chunk, self._block_size) for chunk in chunks]),
+            blocks=[chunk.sequence.blocks.tobytes() for chunk in chunks],
+            query_start=starts.astype(np.int32),
+            context_lens=np.array([chunk.start + chunk.length for chunk in chunks], np.int32),
+            logit_rows=np.array([stop - 1 for c, stop in zip(chunks, starts[1:], strict=True) if c.samples], np.int64),
+            max_query_len=max(lengths),
+        )
+
+    def _embeds(self, chunks: tuple[Chunk, ...], starts: Ints) -> tuple[Ints, Tensor]:
+        """Which rows of the step are media, and their embeddings, [M, hidden]."""
+        rows: list[Ints] = [np.empty(0, np.int64)]
+        parts = [torch.empty(0, self._hidden_size, dtype=self._dtype)]
+        for chunk, first_row in zip(chunks, starts, strict=False):
+            stop = chunk.start + chunk.length
+            for span, stored in zip(chunk.sequence.spans, chunk.sequence.embeds, strict=True):
+                begin, end = max(chunk.start, span.offset), min(stop, span.offset + span.length)
+                if begin < end:
+                    rows.append(np.arange(begin, end) - chunk.start + first_row)
+                    part = embed_rows(stored, self._hidden_size, begin - span.offset, end - span.offset)
+                    parts.append(part.to(self._dtype))
+        return np.concatenate(rows), torch.cat(parts)
+
+
+def slots(chunk: Chunk, block_size: int) -> Ints:
+    """[length] where the keys and values of a chunk's tokens go."""
+    at = np.arange(chunk.start, chunk.start + chunk.length)
+    blocks = np.frombuffer(chunk.sequence.blocks, np.int32)
+    return blocks[at // block_size].astype(np.int64) * block_size + at % block_size
+
+
+def block_tables(blocks: list[bytes], width: int) -> NDArray[np.int32]:
+    """[S, width] padded with 0."""
+    tables = np.zeros((len(blocks), width), np.int32)
+    for table, content in zip(tables, blocks, strict=True):
+        used = np.frombuffer(content, np.int32)[:width]
+        table[: len(used)] = used
+    return tables
+
+
+def embed_rows(stored: Embeds, hidden_size: int, start: int, stop: int) -> Tensor:
+    """[stop - start, hidden] of stored embeddings, in their dtype. Only these rows are copied."""
+    dtype = EMBED_DTYPES[stored.dtype]
+    row_bytes = hidden_size * dtype.itemsize
+    data = np.frombuffer(stored.data, np.uint8)[start * row_bytes : stop * row_bytes].copy()
+    return torch.from_numpy(data).view(dtype).view(stop - start, hidden_size)
