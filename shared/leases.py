@@ -119,7 +119,8 @@ class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     state: str  # starting, ready, draining
     version: str = ""
-    load: dict[str, float] = {}
+    load: dict[str, float] = {}  # figures of now: docs/operations-monitoring.md has their names
+    started: float = 0.0  # unix seconds
 
 
 _encoder = msgspec.json.Encoder()
@@ -129,7 +130,16 @@ _decoder = msgspec.json.Decoder(Replica)
 class Lease:
     """This replica's lease."""
 
-    def __init__(self, redis: Redis, keys: Keys, service: str, name: str, ttl_ms: int, version: str = "") -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        service: str,
+        name: str,
+        ttl_ms: int,
+        version: str = "",
+        started: float = 0.0,
+    ) -> None:
         self._redis = redis
         self._key = keys.replica(service, name)
         self._index = keys.replicas(service)
@@ -137,11 +147,12 @@ class Lease:
         self._name = name
         self._ttl_ms = ttl_ms
         self._version = version
+        self._started = started
         self._renew = redis.register_script(_RENEW)
 
     async def renew(self, state: str, load: dict[str, float] | None = None) -> None:
         """Write status and expiry, and the name into the index, in one command."""
-        status = _encoder.encode(Replica(self._service, self._name, state, self._version, load or {}))
+        status = _encoder.encode(Replica(self._service, self._name, state, self._version, load or {}, self._started))
         await self._renew(keys=[self._key, self._index], args=[status, self._ttl_ms, self._name])
 
     async def release(self) -> None:

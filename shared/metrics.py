@@ -5,7 +5,7 @@ one of them the port."""
 import os
 from collections.abc import Callable
 
-from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from shared.errors import ConfigError
@@ -38,3 +38,19 @@ def _registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return registry
+
+
+def value(metric: Counter | Gauge) -> float:
+    """What this process has put into a metric, over all labels."""
+    return _sum(metric, "_total" if isinstance(metric, Counter) else "")
+
+
+def observed(histogram: Histogram) -> tuple[float, float]:
+    """Sum and number of what this process has observed, over all labels."""
+    return _sum(histogram, "_sum"), _sum(histogram, "_count")
+
+
+def _sum(metric: Counter | Gauge | Histogram, suffix: str) -> float:
+    return sum(
+        sample.value for family in metric.collect() for sample in family.samples if sample.name == family.name + suffix
+    )

@@ -10,7 +10,9 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Mapping
+from importlib.metadata import version
 from typing import Protocol, TypeVar
 
 from redis.asyncio import Redis
@@ -106,7 +108,8 @@ class Life:
         self._me = Drain(name, settings.name)
         self._redis = redis
         self._control = keys.control()
-        self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms)
+        about = (version("millrace"), time.time())
+        self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
         self._renew_s = settings.lease_ms / 3000
         self._drain_s = settings.drain_s
         self._state = "starting"

@@ -2,6 +2,9 @@
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from shared.metrics import observed, value
+from shared.recent import Recent
+
 # From a decode step on a GPU to a long prefill on a CPU.
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -29,3 +32,26 @@ class EngineMetrics:
         self.step_seconds = Histogram(
             "millrace_engine_step_seconds", "Time of one step", buckets=STEP_SECONDS, registry=registry
         )
+        self._recent = Recent()
+
+    def figures(self) -> dict[str, float]:
+        """For the lease."""
+        step_seconds, steps = observed(self.step_seconds)
+        totals = {
+            "prompt": value(self.prompt_tokens),
+            "generated": value(self.generation_tokens),
+            "hits": value(self.prefix_hits),
+            "preemptions": value(self.preemptions),
+            "steps": steps,
+            "step_seconds": step_seconds,
+        }
+        recent = self._recent.look(totals)
+        return {
+            "running": value(self.running),
+            "waiting": value(self.waiting),
+            "kv_usage": value(self.kv_usage),
+            "tokens_per_s": recent.per_second("generated"),
+            "prompt_tokens_per_s": recent.per_second("prompt"),
+            "preemptions_per_s": recent.per_second("preemptions"),
+            **recent.ratios({"prefix_hits": ("hits", "prompt"), "step_s": ("step_seconds", "steps")}),
+        }

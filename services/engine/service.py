@@ -91,7 +91,8 @@ class EngineService:
         await self._blob_redis.aclose()
 
     def load(self) -> dict[str, float]:
-        return {"held": float(self._inbox.num_held), "capacity": float(self._settings.max_num_seqs)}
+        held = {"held": float(self._inbox.num_held), "capacity": float(self._settings.max_num_seqs)}
+        return held | self._metrics.figures()
 
     async def _watch(self) -> None:
         """Raise what was raised in the background."""

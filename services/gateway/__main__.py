@@ -92,6 +92,7 @@ def compose(
         desk=desk,
         inbox=Inbox(redis, keys, address, desk),
         server=Server(Edge(app, settings.api_keys, paths(app), figures), listener),
+        metrics=figures,
         tick_s=tick_s,
     )
 

@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from shared.metrics import observed, value
+from shared.recent import Recent
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30)
 
@@ -48,3 +51,24 @@ class GatewayMetrics:
         self.cancelled = Counter(
             "millrace_requests_cancelled", "Choices cancelled before they ended", registry=registry
         )
+        self._recent = Recent()
+
+    def figures(self) -> dict[str, float]:
+        """For the lease."""
+        first_seconds, firsts = observed(self.first_token)
+        latencies, answered = observed(self.latency)
+        totals = {
+            "answered": answered,
+            "latencies": latencies,
+            "firsts": firsts,
+            "first_seconds": first_seconds,
+            "tokens": value(self.generation_tokens),
+            "cancelled": value(self.cancelled),
+        }
+        recent = self._recent.look(totals)
+        return {
+            "answered_per_s": recent.per_second("answered"),
+            "answered_tokens_per_s": recent.per_second("tokens"),
+            "cancelled_per_s": recent.per_second("cancelled"),
+            **recent.ratios({"first_token_s": ("first_seconds", "firsts"), "latency_s": ("latencies", "answered")}),
+        }

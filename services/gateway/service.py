@@ -10,6 +10,7 @@ from services.gateway.admission import Admission
 from services.gateway.desk import Desk
 from services.gateway.errors import SHUTTING_DOWN
 from services.gateway.inbox import Inbox
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import CLOSE_S, Server
 from shared import log
 
@@ -31,6 +32,7 @@ class Gateway:
         desk: Desk,
         inbox: Inbox,
         server: Server,
+        metrics: GatewayMetrics,
         tick_s: float,
     ) -> None:
         """`own_clients` are closed with us; `tick_s`: how often deadlines and silent streams are looked after."""
@@ -39,6 +41,7 @@ class Gateway:
         self._desk = desk
         self._inbox = inbox
         self._server = server
+        self._metrics = metrics
         self._tick_s = tick_s
         self._serving: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,7 +80,7 @@ class Gateway:
             await client.aclose()
 
     def load(self) -> dict[str, float]:
-        return {"requests": self._admission.inside, "choices": len(self._desk)}
+        return {"requests": self._admission.inside, "choices": len(self._desk), **self._metrics.figures()}
 
     async def _tick(self) -> None:
         while True:

@@ -1,11 +1,13 @@
 """What mm_encoder counts."""
 
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.messages import MediaKind
+from shared.metrics import observed, value
+from shared.recent import Recent
 
 Stage = Literal["fetch", "plan", "decode", "tower", "store"]
 
@@ -32,6 +34,7 @@ class Metrics:
             registry=registry,
         )
         self.running = Gauge("millrace_mm_running", "Requests in hand", multiprocess_mode="livesum", registry=registry)
+        self._recent = Recent()
 
     def stage(self, stage: Stage) -> AbstractContextManager[object]:
         """Times what is inside."""
@@ -47,3 +50,15 @@ class Metrics:
 
     def left(self, outcome: Literal["handed_on", "refused", "failed", "dropped"]) -> None:
         self._requests.labels(outcome).inc()
+
+    def figures(self) -> dict[str, float]:
+        """For the lease."""
+        totals = {"media": value(self._media), "hits": value(self._hits), "requests": value(self._requests)}
+        for stage in get_args(Stage):
+            totals[f"{stage}_seconds"], totals[stage] = observed(self._seconds.labels(stage))
+        recent = self._recent.look(totals)
+        return {
+            "media_per_s": recent.per_second("media"),
+            "requests_per_s": recent.per_second("requests"),
+            **recent.ratios({"cache_hits": ("hits", "media"), "tower_s": ("tower_seconds", "tower")}),
+        }

@@ -117,7 +117,7 @@ class MmEncoder:
             await client.aclose()
 
     def load(self) -> dict[str, float]:
-        return {"running": len(self._running), "limit": self._concurrency}
+        return {"running": len(self._running), "limit": self._concurrency, **self._metrics.figures()}
 
     # ------------------------------------------------------------------------------------------------------- loops
 

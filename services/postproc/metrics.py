@@ -2,6 +2,9 @@
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from shared.metrics import value
+from shared.recent import Recent
+
 
 class PostprocMetrics:
     """One of these a process and registry. Updated once a turn."""
@@ -21,3 +24,10 @@ class PostprocMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self._recent = Recent()
+
+    def figures(self) -> dict[str, float]:
+        """For the lease."""
+        totals = {"tokens": value(self.tokens), "deltas": value(self.deltas), "replayed": value(self.replayed)}
+        recent = self._recent.look(totals)
+        return {f"{name}_per_s": recent.per_second(name) for name in totals}

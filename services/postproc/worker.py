@@ -96,7 +96,8 @@ class Worker:
         """Nothing is left to close: the client is closed by whoever made it."""
 
     def load(self) -> dict[str, float]:
-        return {"open": float(len(self._flows)), "shards": float(len(self._owned))}
+        held = {"open": float(len(self._flows)), "shards": float(len(self._owned))}
+        return held | self._metrics.figures()
 
     # ------------------------------------------------------------------------------------------------ the loop
 

@@ -76,7 +76,7 @@ async def events(url: str, body: dict[str, Any], **headers: str) -> list[str]:
 
 async def nothing_left(server: Running, redis: Redis, keys: Keys) -> None:
     """Every open request is gone from the gateway, and what is left in Redis is for the stages behind it."""
-    await until(lambda: server.gateway.load() == {"requests": 0, "choices": 0})
+    await until(lambda: server.gateway.load().items() >= {"requests": 0, "choices": 0}.items())
     assert not await redis.keys(keys.blob("*", "*"))
 
 
@@ -253,7 +253,7 @@ async def test_many_at_once_each_with_its_own_answer(server: Running, stages: St
 
     asked = asyncio.gather(*map(one, range(64)))
     work = [entry.request for entry in await stages.take(64)]
-    assert server.gateway.load() == {"requests": 64, "choices": 64}
+    assert server.gateway.load().items() >= {"requests": 64, "choices": 64}.items()
     for turn in range(5):
         for request in work:
             await stages.say(request, Delta(request.id, turn + 1, content=f"{request.sampling.seed}."))
@@ -481,7 +481,7 @@ async def test_a_failure_to_clean_up_is_not_another_answer(server: Running, redi
     with pytest.raises(openai.APIStatusError) as failed:
         await ask(server, LOOK)
     assert failed.value.status_code == 503
-    await until(lambda: server.gateway.load() == {"requests": 0, "choices": 0})
+    await until(lambda: server.gateway.load().items() >= {"requests": 0, "choices": 0}.items())
 
 
 async def test_answers_go_on_when_the_stream_can_be_read_again(
@@ -504,7 +504,7 @@ async def test_a_cancel_that_cannot_be_sent(
     await stages.request()
     await stream.close()
     await until(lambda: "could not cancel" in caplog.messages)
-    await until(lambda: server.gateway.load() == {"requests": 0, "choices": 0})
+    await until(lambda: server.gateway.load().items() >= {"requests": 0, "choices": 0}.items())
 
 
 async def test_not_ready_without_redis_or_with_leases_nobody_can_read(

@@ -231,7 +231,7 @@ async def test_after_a_finish_no_key_is_left(system: System, finish: Finish, rea
     assert shown.finish_reason == reason
     assert (shown.failure is None) == (reason is not None)
     assert await system.left() == set()
-    assert worker.load() == {"open": 0.0, "shards": 1.0}
+    assert worker.load().items() >= {"open": 0.0, "shards": 1.0}.items()
 
 
 async def test_a_cancelled_request_ends_without_a_word(system: System) -> None:

@@ -22,11 +22,11 @@ async def replica(redis: Redis, keys: Keys, name: str, count: int = 4) -> Shards
 
 
 async def test_lease_says_who_and_how(redis: Redis, keys: Keys) -> None:
-    lease = Lease(redis, keys, "engine", "a", HOUR_MS, "1.0")
+    lease = Lease(redis, keys, "engine", "a", HOUR_MS, "1.0", 1.5e9)
     await lease.renew("starting")
     await lease.renew("ready", {"running": 3.0})
     await Lease(redis, keys, "gateway", "g", HOUR_MS).renew("ready")
-    assert await live(redis, keys, "engine") == [Replica("engine", "a", "ready", "1.0", {"running": 3.0})]
+    assert await live(redis, keys, "engine") == [Replica("engine", "a", "ready", "1.0", {"running": 3.0}, 1.5e9)]
     assert 0 < await redis.pttl(keys.replica("engine", "a")) <= HOUR_MS
 
 

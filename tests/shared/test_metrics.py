@@ -5,7 +5,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from prometheus_client import Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared import metrics
 from shared.errors import ConfigError
@@ -41,3 +41,19 @@ def test_one_listener_for_several_processes(unused_port: int, tmp_path: Path, mo
         assert "millrace_shared_total 2.0" in scrape(unused_port)
     finally:
         stop()
+
+
+def test_what_a_process_has_counted_can_be_read_back() -> None:
+    registry = CollectorRegistry()
+    counter = Counter("millrace_test_read", "Read back.", ["kind"], registry=registry)
+    gauge = Gauge("millrace_test_held", "Held.", registry=registry)
+    histogram = Histogram("millrace_test_seconds", "Seconds.", ["stage"], registry=registry)
+    counter.labels("a").inc(2)
+    counter.labels("b").inc(3)
+    gauge.set(4)
+    histogram.labels("a").observe(0.5)
+    histogram.labels("b").observe(1.5)
+    assert metrics.value(counter) == 5
+    assert metrics.value(gauge) == 4
+    assert metrics.observed(histogram) == (2.0, 2.0)
+    assert metrics.observed(histogram.labels("a")) == (0.5, 1.0)

@@ -1,0 +1,90 @@
+"""What each service says of itself in its lease, out of what it counts."""
+
+from prometheus_client import CollectorRegistry
+
+from services.engine.metrics import EngineMetrics
+from services.gateway.metrics import GatewayMetrics
+from services.mm_encoder.metrics import Metrics as MmMetrics
+from services.postproc.metrics import PostprocMetrics
+from shared.recent import Recent
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
+def test_engine() -> None:
+    metrics, clock = EngineMetrics(CollectorRegistry()), Clock()
+    metrics._recent = Recent(clock)
+    assert "prefix_hits" not in metrics.figures(), "no prompt has been seen"
+    clock.now = 2
+    metrics.running.set(3)
+    metrics.waiting.set(1)
+    metrics.kv_usage.set(0.25)
+    metrics.prompt_tokens.inc(400)
+    metrics.prefix_hits.inc(100)
+    metrics.generation_tokens.inc(60)
+    metrics.preemptions.inc(1)
+    for _ in range(4):
+        metrics.step_seconds.observe(0.02)
+    assert rounded(metrics.figures()) == {
+        "running": 3,
+        "waiting": 1,
+        "kv_usage": 0.25,
+        "tokens_per_s": 30,
+        "prompt_tokens_per_s": 200,
+        "preemptions_per_s": 0.5,
+        "prefix_hits": 0.25,
+        "step_s": 0.02,
+    }
+
+
+def test_gateway() -> None:
+    metrics, clock = GatewayMetrics(CollectorRegistry()), Clock()
+    metrics._recent = Recent(clock)
+    metrics.figures()
+    clock.now = 4
+    metrics.first_token.observe(0.5)
+    metrics.first_token.observe(1.5)
+    metrics.latency.observe(6)
+    metrics.generation_tokens.inc(100)
+    metrics.cancelled.inc(2)
+    assert rounded(metrics.figures()) == {
+        "answered_per_s": 0.25,
+        "answered_tokens_per_s": 25,
+        "cancelled_per_s": 0.5,
+        "first_token_s": 1,
+        "latency_s": 6,
+    }
+
+
+def test_mm_encoder() -> None:
+    metrics, clock = MmMetrics(CollectorRegistry()), Clock()
+    metrics._recent = Recent(clock)
+    metrics.figures()
+    clock.now = 2
+    metrics.accepted("image", hit=True)
+    metrics.accepted("video", hit=False)
+    metrics.left("handed_on")
+    metrics.left("refused")
+    metrics._seconds.labels("tower").observe(0.75)
+    assert rounded(metrics.figures()) == {"media_per_s": 1, "requests_per_s": 1, "cache_hits": 0.5, "tower_s": 0.75}
+
+
+def test_postproc() -> None:
+    metrics, clock = PostprocMetrics(CollectorRegistry()), Clock()
+    metrics._recent = Recent(clock)
+    metrics.figures()
+    clock.now = 5
+    metrics.tokens.inc(50)
+    metrics.deltas.inc(10)
+    metrics.replayed.inc(5)
+    assert rounded(metrics.figures()) == {"tokens_per_s": 10, "deltas_per_s": 2, "replayed_per_s": 1}
