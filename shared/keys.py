@@ -12,10 +12,12 @@
                                              begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
                                              gateway (where deltas go now, if not to the request's first gateway),
                                              encode (the Encode it came from), made (digest of what became of it),
-                                             returned (how often it had to be encoded again), reached (tokens when
-                                             it was last delivered again) by shared/custody.py
+                                             failed (how it is about to end), returned (how often it had to be
+                                             encoded again), reached (tokens when it was last delivered again), all
+                                             by shared/custody.py
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
-                                             little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i
+                                             little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i;
+                                             a token that stopped the answer is in `finish` alone
     {ns}:logprobs:{id}               list    postproc             postproc           the same; only where the request asked for them
                                              msgpack TokenLogprob or nil; element i belongs to generated token i
     {ns}:idempotency:{digest}        string  gateway              gateway            until `retain_s` after the request's deadline;

@@ -1,13 +1,16 @@
 """One request's way from tokens to an answer: detokenise, split off reasoning and tool calls, find stop strings.
 
 The state is a function of the tokens folded so far, so replaying them rebuilds it, and a delta is a function of the
-tokens between it and the one before. Stop strings are looked for in the reasoning and in the content, each as it is
-shown (after trimming), never across the boundary between them or a tool call, and never inside a call. A match ends
-the answer with the token that made it certain; what that token adds after the match is cut.
+tokens between it and the one before. Its number is that of the last token that added something, not of the last that
+was folded: so the same beginning of the answer has the same number however deltas were taken.
+
+Stop strings are looked for in the reasoning and in the content, each as it is shown (after trimming), never across the
+boundary between them or a tool call, and never inside a call. A match ends the answer with the token that made it
+certain; what that token adds after the match is cut.
 """
 
 from itertools import groupby
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -18,6 +21,8 @@ from services.postproc.tool_calls import Piece, ToolCalls
 from services.postproc.usage import usage_of
 from shared.errors import Failure, internal
 from shared.messages import Begin, Delta, Finish, Request, ShownLogprob, TokenLogprob, ToolDelta
+
+T = TypeVar("T")
 
 
 class Parsers(msgspec.Struct, frozen=True):
@@ -40,6 +45,7 @@ class Answer:
         "_logprobs",
         "_output",
         "_plain",
+        "_reached",
         "_reasoned",
         "_reasoning",
         "_request_id",
@@ -50,9 +56,11 @@ class Answer:
         "_stop_reasoning",
         "_tool_deltas",
         "_vocabulary",
+        "answered",
         "begin",
         "count",
         "ended",
+        "taken",
         "unasked",
     )
 
@@ -60,8 +68,11 @@ class Answer:
         output = request.output
         self.begin: Begin | None = None  # what usage needs; the caller's to set before the finish
         self.count = 0  # tokens folded
+        self.taken = 0  # the number of the delta taken last
         self.ended = False
+        self.answered = False  # it ended well
         self.unasked = False  # it ended without the engine's doing, so the engine has to be told
+        self._reached = 0  # tokens up to the last that added something
         self._request_id = request.id
         self._output = output
         self._vocabulary = vocabulary
@@ -94,10 +105,11 @@ class Answer:
         """Fold the next token. After the end it does not count."""
         if self.ended:
             return
-        self.count += 1
         if self._plain and (text := self._vocabulary.plain.get(token)) is not None:
+            self.count = self._reached = self.count + 1
             self._sink.append(text)
             return
+        self.count += 1
         self._fold(token, logprob)
         self._settle()
 
@@ -107,7 +119,7 @@ class Answer:
             return
         self.count += 1
         if self._output.return_token_ids:
-            self._ids.append(token)
+            self._add(self._ids, token)
 
     def finish(self, finish: Finish) -> None:
         """The engine's end of the request."""
@@ -127,12 +139,6 @@ class Answer:
         self.ended = True
         self._ending = failure
 
-    def restore(self, tokens: list[int]) -> None:
-        """Fold tokens whose deltas were sent long ago."""
-        for token in tokens:
-            self.push(token)
-            self.take()
-
     # ------------------------------------------------------------------------------------------------ deltas out
 
     def take(self) -> Delta | None:
@@ -142,16 +148,19 @@ class Answer:
         reasoning, content = self._reasoning, self._content
         if not reasoning and not content:
             return None
-        delta = Delta(self._request_id, self.count, "".join(reasoning), "".join(content))
+        start, self.taken = self.taken, self._reached
+        delta = Delta(self._request_id, self._reached, "".join(reasoning), "".join(content), start=start)
         reasoning.clear()
         content.clear()
-        return delta if delta.reasoning or delta.content else None
+        return delta
 
     def _take_all(self) -> Delta:
         ending, self._ending = self._ending, None
+        start, self.taken = self.taken, self._reached if ending is None else self.count + 1
         delta = Delta(
             self._request_id,
-            self.count + (ending is not None),
+            self.taken,
+            start=start,
             reasoning="".join(self._reasoning),
             content="".join(self._content),
             tool_calls=_joined(self._tool_deltas),
@@ -177,9 +186,9 @@ class Answer:
 
     def _fold(self, token: int, logprob: TokenLogprob | None) -> None:
         if self._output.logprobs and logprob is not None:
-            self._logprobs.append(self._shown(token, logprob))
+            self._add(self._logprobs, self._shown(token, logprob))
         if self._output.return_token_ids:
-            self._ids.append(token)
+            self._add(self._ids, token)
         vocabulary, split, calls = self._vocabulary, self._split, self._calls
         if split.open and token == vocabulary.think_end:
             self._route(self._detokenizer.flush())
@@ -213,17 +222,17 @@ class Answer:
         if self.ended:
             return
         self._split.end()
-        self._reasoning.append(self._stop_reasoning.flush())
+        self._write(self._reasoning, self._stop_reasoning.flush())
         self._reasoned = self.count
         self._sink = self._content
 
     def _think(self, text: str) -> None:
-        self._reasoning.append(self._stop_reasoning.push(text))
+        self._write(self._reasoning, self._stop_reasoning.push(text))
         if self._stop_reasoning.matched:
             self._end_by_stop_string()
 
     def _say(self, text: str) -> None:
-        self._content.append(self._stop_content.push(text))
+        self._write(self._content, self._stop_content.push(text))
         if self._stop_content.matched:
             self._end_by_stop_string()
 
@@ -235,20 +244,28 @@ class Answer:
                 self._say(piece)
             else:
                 if piece.name is not None:
-                    self._content.append(self._stop_content.flush())
+                    self._write(self._content, self._stop_content.flush())
                     self._called = True
-                self._tool_deltas.append(piece)
+                self._add(self._tool_deltas, piece)
+
+    def _write(self, sink: list[str], text: str) -> None:
+        if text:
+            self._add(sink, text)
+
+    def _add(self, sink: list[T], piece: T) -> None:
+        sink.append(piece)
+        self._reached = self.count
 
     def _flush(self, cut_off: bool) -> None:
         """Show what was held back; nothing can follow. It may still complete a stop string."""
         self._route(self._detokenizer.flush())
         if self._split.open:
             self._think(self._split.finish())
-            self._reasoning.append(self._stop_reasoning.flush())
+            self._write(self._reasoning, self._stop_reasoning.flush())
             return
         if self._calls:
             self._show(self._calls.finish(cut_off))
-        self._content.append(self._stop_content.flush())
+        self._write(self._content, self._stop_content.flush())
 
     def _end_by_stop_string(self) -> None:
         if not self.ended:
@@ -259,10 +276,9 @@ class Answer:
         self.ended = True
         if self.begin is None:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
-        elif reason == "stop" and self._called:
-            self._ending = "tool_calls"
-        else:
-            self._ending = reason
+            return
+        self.answered = True
+        self._ending = "tool_calls" if reason == "stop" and self._called else reason
 
 
 def _joined(deltas: list[ToolDelta]) -> tuple[ToolDelta, ...]:

@@ -1,35 +1,44 @@
 """The hot loop: read engine steps, fold them, send deltas, and now and then write journals and trim.
 
 The order within a turn makes every crash harmless. Deltas are sent before their tokens are journaled, and tokens are
-journaled before the stream is trimmed; so whatever a new owner finds in a journal was sent, and whatever is not in a
-journal is still in the stream, from whose beginning it starts.
+journaled before the stream is trimmed or the request ends; so whatever a new owner finds in a journal was sent, and
+whatever is not in a journal is still in the stream, from whose beginning it starts.
+
+All that is written for a shard is written under a fence, so a worker that was paused and has lost a shard meanwhile
+writes nothing: it notices by that, forgets everything, and starts again with the shards it is given.
 """
 
-import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from redis.asyncio import Redis
 
 from services.postproc.detokenize import Vocabulary
-from services.postproc.flows import EntryId, Flow, Flows, Turn
+from services.postproc.flows import EntryId, Flow, Flows, Journal, Turn
 from services.postproc.metrics import PostprocMetrics
+from services.postproc.outbox import Outbox
 from services.postproc.settings import PostprocSettings
 from shared.bus import command
-from shared.errors import ProtocolError
+from shared.crash import reach
+from shared.errors import FencedError, ProtocolError
 from shared.keys import Keys
-from shared.leases import Shards, live
+from shared.leases import Fence, Shards, live
 from shared.log import logger
-from shared.messages import Delta, Deltas, Tokens
-from shared.records import Records
-from shared.streams import LogReader, send
+from shared.messages import Attach, Tokens
+from shared.patience import persist
+from shared.records import Record, Records
+from shared.streams import LogReader
 
 SERVICE = "postproc"
 
+_LOOKS_A_LEASE = 12  # so that a dead replica's shards are taken soon after its lease has expired
+
 _log = logger(__name__)
 
-Step = tuple[int, EntryId, Tokens]  # shard, where it stands, what it says
+Step = tuple[int, EntryId, Tokens | Attach]  # shard, where it stands, what it says
+T = TypeVar("T")
 
 
 class Owned:
@@ -66,12 +75,15 @@ class Worker:
         self._clock = clock
         self._records = Records(redis, keys)
         self._shards = Shards(redis, keys, SERVICE, settings.name, settings.shards)
+        self._outbox = Outbox(redis, keys, settings.deltas_max_len)
         self._reader = LogReader(redis, {})
         self._flows = Flows(vocabulary, settings.parsers(), settings.journal_every)
         self._shard_of = {keys.tokens(shard): shard for shard in range(settings.shards)}
         self._owned: dict[int, Owned] = {}
-        self._interval_ms = max(1, settings.lease_ms // 3)
-        self._own_at = -math.inf
+        self._fence = Fence(keys, settings.name, {})
+        self._look_ms = max(1, settings.lease_ms // _LOOKS_A_LEASE)
+        self._look_at = -math.inf
+        self._sweep_at = -math.inf
 
     # ------------------------------------------------------------------------------------------------ phases
 
@@ -89,8 +101,7 @@ class Worker:
     async def drain(self) -> None:
         """Hand the shards over. Whoever takes them finds all it needs in the streams and journals."""
         await self._shards.release(list(self._owned))
-        for shard in list(self._owned):
-            self._disown(shard)
+        self._disown(list(self._owned))
 
     async def close(self) -> None:
         """Nothing is left to close: the client is closed by whoever made it."""
@@ -102,25 +113,27 @@ class Worker:
     # ------------------------------------------------------------------------------------------------ the loop
 
     async def turn(self) -> None:
-        """Wait for engine steps, for a third of the lease at most, and deal with them."""
-        await self._keep_shards()
-        steps = await self._read()
-        # A process that was paused while it waited may have lost its shards, and must not send for them.
-        changed = await self._keep_shards()
-        steps = [step for step in steps if step[0] in self._owned and step[0] not in changed]
-        if not steps:
-            return
-        await self._open_strangers(steps)
-        turn = self._fold(steps)
-        await self._send(turn.deltas)
-        await self._end(turn)
-        await self._save(turn.due)
-        await self._trim()
-        self._count(turn)
+        """Wait for engine steps, for a fraction of the lease at most, and deal with them.
+
+        While Redis does not answer, this waits, and goes on where it was: what is sent twice thereby is dropped by its
+        numbers.
+        """
+        try:
+            await self._keep_shards()
+            steps = await self._read()
+            if steps:
+                await self._deal_with(steps)
+            else:
+                await self._tidy_up()
+            await self._sweep()
+        except FencedError as fenced:
+            _log.warning("shards were lost; starting again", extra={"reason": str(fenced)})
+            self._disown(list(self._owned))
+            self._look_at = -math.inf
 
     async def _read(self) -> list[Step]:
         try:
-            entries = await self._reader.read(self._settings.read_count, self._interval_ms)
+            entries = await persist("read", lambda: self._reader.read(self._settings.read_count, self._look_ms))
         except ProtocolError:
             # The requests in it have a gap now, which ends each in an error as soon as its next token comes.
             _log.exception("entry of a tokens stream skipped")
@@ -128,122 +141,182 @@ class Worker:
         return [
             (self._shard_of[stream], _parse(entry_id), message)
             for stream, entry_id, message in entries
-            if isinstance(message, Tokens)
+            if isinstance(message, Tokens | Attach)
         ]
 
-    async def _open_strangers(self, steps: list[Step]) -> None:
-        strangers = self._flows.strangers([message for _, _, message in steps])
+    async def _deal_with(self, steps: list[Step]) -> None:
+        turn = Turn()
+        await self._open_strangers(steps, turn)
+        self._fold(steps, turn)
+        await self._send(turn)
+        await self._save(turn.due + turn.kept)
+        await self._end(turn)
+        await self._trim()
+        self._count(turn)
+
+    async def _open_strangers(self, steps: list[Step], turn: Turn) -> None:
+        seen, asked = self._flows.strangers([message for _, _, message in steps])
+        strangers = list(seen | asked)
         if not strangers:
             return
-        records = await self._records.get(list(strangers))
-        self._flows.ignore(strangers - records.keys())
+        records = await persist("records", lambda: self._records.get(strangers))
+        self._flows.ignore(seen - records.keys())
         for request_id, record in records.items():
-            journal = await self._records.read_journal(request_id) if record.begin else []
-            self._metrics.replayed.inc(len(journal))
-            self._flows.open(record.request.shard, record, journal)
+            if record.finish is not None:
+                self._flows.ignore([request_id])
+                if request_id in asked:
+                    self._flows.recall(record, await self._journal(record), turn)
+            elif record.begin is not None or request_id in seen:
+                self._flows.open(record, await self._journal(record), turn)
+            else:
+                turn.queued.add(request_id)
 
-    def _fold(self, steps: list[Step]) -> Turn:
-        turn = Turn()
+    async def _journal(self, record: Record) -> Journal:
+        request = record.request
+        if record.begin is None:
+            return Journal()
+        tokens = await persist("journal", lambda: self._records.read_journal(request.id))
+        self._metrics.replayed.inc(len(tokens))
+        if not request.output.logprobs:
+            return Journal(tokens)
+        return Journal(tokens, await persist("journal", lambda: self._records.read_logprobs(request.id)))
+
+    def _fold(self, steps: list[Step], turn: Turn) -> None:
         for shard, entry, message in steps:
             owned = self._owned[shard]
             replay = entry <= owned.replay_until
-            before = turn.tokens
-            self._flows.fold(entry, message, turn, replay)
-            if replay:
-                self._metrics.replayed.inc(turn.tokens - before)
+            if isinstance(message, Attach):
+                self._flows.attach(message, turn, replay)
+            else:
+                before = turn.tokens
+                self._flows.fold(entry, message, turn, replay)
+                if replay:
+                    self._metrics.replayed.inc(turn.tokens - before)
             owned.last = entry
             owned.steps += 1
         self._flows.end_turn(turn)
-        return turn
 
-    async def _send(self, deltas: dict[str, list[Delta]]) -> None:
-        await asyncio.gather(
-            *(
-                send(
-                    self._redis, self._keys.deltas(gateway), Deltas(tuple(items)), max_len=self._settings.deltas_max_len
-                )
-                for gateway, items in deltas.items()
-            )
-        )
+    async def _send(self, turn: Turn) -> None:
+        if turn.moved:
+            await self._write("attach", lambda: self._records.attach(turn.moved, self._fence))
+        if turn.deltas:
+            await self._write("deltas", lambda: self._outbox.send(turn.deltas, self._fence))
 
     async def _end(self, turn: Turn) -> None:
         if turn.unasked:
-            await self._records.cancel(turn.unasked)
-        if turn.finished:
-            await self._records.delete(turn.finished)
+            await self._write("cancel", lambda: self._records.cancel(turn.unasked, self._fence))
+        if turn.kept:
+            ended = [(flow.request_id, flow.last_word(), flow.request.retain_s) for flow in turn.kept]
+            await self._write("retain", lambda: self._records.retain(ended, self._fence))
+        if turn.gone:
+            await self._write("delete", lambda: self._records.delete(turn.gone, self._fence))
+
+    async def _write(self, what: str, write: Callable[[], Awaitable[T]]) -> T:
+        reach(f"postproc.{what}.before")
+        done = await persist(what, write)
+        reach(f"postproc.{what}.after")
+        return done
 
     def _count(self, turn: Turn) -> None:
         self._metrics.tokens.inc(turn.tokens)
         self._metrics.deltas.inc(turn.sent)
+        self._metrics.failures.inc(turn.failures)
         self._metrics.open.set(len(self._flows))
 
     # ------------------------------------------------------------------------------------------------ the journal
 
     async def _save(self, flows: list[Flow]) -> None:
-        """Write the journals, then what records say of them, so that a record never promises tokens that are lost."""
-        if not flows:
-            return
-        begins = [flow.begin() for flow in flows if flow.begin_due]
-        refused = set(
-            await self._records.write_journal(
-                [(flow.request_id, flow.written, flow.tokens[flow.written :]) for flow in flows],
-                [begin for begin in begins if begin is not None],
+        """Write journals, and with them what records say of them. Where Redis has lost some, write it all again."""
+        while flows:
+            refused = await self._write_journals(flows)
+            for flow in flows:
+                if flow.request_id in refused:
+                    flow.unsaved()
+                else:
+                    flow.saved()
+            self._metrics.journal_writes.inc(len(flows) - len(refused))
+            flows = [flow for flow in flows if flow.request_id in refused]
+
+    async def _write_journals(self, flows: list[Flow]) -> set[str]:
+        """Returns those whose journal lacks what is before this write."""
+        writes = [(flow.request_id, flow.written, flow.tokens[flow.written :]) for flow in flows]
+        begins = [begin for flow in flows if flow.begin_due and (begin := flow.begin()) is not None]
+        logprobs = [(flow.request_id, flow.logprobs[flow.written :]) for flow in flows if flow.logprobs is not None]
+        return set(
+            await self._write(
+                "journal", lambda: self._records.write_journal(writes, begins, logprobs, fence=self._fence)
             )
         )
-        saved = [flow for flow in flows if flow.request_id not in refused]
-        for flow in saved:
-            flow.saved()
-        for flow in flows:
-            if flow.request_id in refused:
-                flow.written, flow.begin_due = 0, True
-        self._metrics.journal_writes.inc(len(saved))
 
     async def _trim(self) -> None:
         """Cut what no new owner would need. What has waited since before the last time is journaled first, so that a
         request that stands still does not hold the stream."""
         for shard, owned in self._owned.items():
-            if owned.steps < self._settings.trim_every:
-                continue
-            await self._save(self._flows.waiting(shard, owned.trimmed_at))
-            milliseconds, number = self._flows.oldest(shard) or (owned.last[0], owned.last[1] + 1)
-            await command(self._redis, "XTRIM", self._keys.tokens(shard), "MINID", "~", f"{milliseconds}-{number}")
-            owned.trimmed_at = owned.last
-            owned.steps = 0
+            if owned.steps >= self._settings.trim_every:
+                await self._cut(shard, owned, owned.trimmed_at, exactly=False)
+
+    async def _cut(self, shard: int, owned: Owned, journaled_before: EntryId, exactly: bool) -> None:
+        await self._save(self._flows.waiting(shard, journaled_before))
+        before = self._flows.oldest(shard) or _next(owned.last)
+        await self._write("trim", lambda: self._outbox.trim(shard, before, exactly, self._fence))
+        owned.trimmed_at = owned.last
+        owned.steps = 0
+
+    async def _tidy_up(self) -> None:
+        """While nothing comes: journal everything, so that the streams are empty."""
+        for shard, owned in self._owned.items():
+            if owned.steps:
+                await self._cut(shard, owned, _next(owned.last), exactly=True)
+
+    async def _sweep(self) -> None:
+        """Once a lease: forget the requests that Redis has forgotten."""
+        if self._clock() < self._sweep_at:
+            return
+        self._sweep_at = self._clock() + self._settings.lease_ms / 1000
+        idle = self._flows.idle()
+        alive = await persist("exists", lambda: self._records.exists(idle))
+        turn = Turn()
+        self._flows.forget([request_id for request_id in idle if request_id not in alive], turn)
+        await self._send(turn)
+        self._count(turn)
 
     # ------------------------------------------------------------------------------------------------ shards
 
-    async def _keep_shards(self) -> set[int]:
-        """Now and then look who is there, and own a fair share. Returns the shards gained or lost."""
-        if self._clock() < self._own_at:
-            return set()
-        asked_at = self._clock()
-        replicas = {
-            replica.name for replica in await live(self._redis, self._keys, SERVICE) if replica.state != "draining"
-        }
-        kept = await self._shards.balance(replicas, self._owned)
-        lost = {shard for shard, owned in self._owned.items() if kept.get(shard) != owned.epoch}
-        for shard in lost:
-            self._disown(shard)
-        gained = {shard: epoch for shard, epoch in kept.items() if shard not in self._owned}
+    async def _keep_shards(self) -> None:
+        """Now and then look who is there, and own a fair share."""
+        if self._clock() < self._look_at:
+            return
+        looked_at = self._clock()
+        replicas = await persist("replicas", lambda: live(self._redis, self._keys, SERVICE))
+        ready = {replica.name for replica in replicas if replica.state == "ready"}
+        epochs = await persist("shards", lambda: self._shards.balance(ready, self._owned))
+        self._disown([shard for shard, owned in self._owned.items() if epochs.get(shard) != owned.epoch])
+        gained = {shard: epoch for shard, epoch in epochs.items() if shard not in self._owned}
         await self._begin_shards(gained)
-        self._own_at = asked_at + self._interval_ms / 1000
-        return lost | gained.keys()
+        self._fence = Fence(self._keys, self._settings.name, epochs)
+        self._look_at = looked_at + self._look_ms / 1000
 
     async def _begin_shards(self, epochs: dict[int, int]) -> None:
         for shard, epoch in epochs.items():
             key = self._keys.tokens(shard)
-            newest = await command(self._redis, "XREVRANGE", key, "+", "-", "COUNT", 1)
+            words = ("XREVRANGE", key, "+", "-", "COUNT", 1)
+            newest = await persist("newest", lambda words=words: command(self._redis, *words))  # type: ignore[misc]
             self._owned[shard] = Owned(epoch, _parse(str(newest[0][0], "ascii")) if newest else (0, 0))
             self._reader.positions[key] = "0"
             _log.info("shard taken", extra={"shard": shard, "epoch": epoch})
 
-    def _disown(self, shard: int) -> None:
-        del self._owned[shard]
-        del self._reader.positions[self._keys.tokens(shard)]
-        self._flows.drop(shard)
-        _log.info("shard given up", extra={"shard": shard})
+    def _disown(self, shards: list[int]) -> None:
+        for shard in shards:
+            del self._owned[shard]
+            del self._reader.positions[self._keys.tokens(shard)]
+            self._flows.drop(shard)
+            _log.info("shard given up", extra={"shard": shard})
 
 
 def _parse(entry_id: str) -> EntryId:
     milliseconds, _, number = entry_id.partition("-")
     return int(milliseconds), int(number)
+
+
+def _next(entry: EntryId) -> EntryId:
+    return entry[0], entry[1] + 1

@@ -62,9 +62,19 @@ def every_byte(text: str) -> list[int]:
 cuts = st.lists(st.integers(min_value=0, max_value=500), max_size=60)
 
 
-def request(request_id: str = "r1", gateway: str = "g1", shard: int = 0, **output: object) -> Request:
+def request(
+    request_id: str = "r1", gateway: str = "g1", shard: int = 0, retain_s: float = 0.0, **output: object
+) -> Request:
     options = {"thinking": True, **output}
-    return Request(request_id, gateway, shard, created=0.0, sampling=Sampling(seed=1), output=Output(**options))  # type: ignore[arg-type]
+    return Request(
+        request_id,
+        gateway,
+        shard,
+        created=0.0,
+        sampling=Sampling(seed=1),
+        output=Output(**options),  # type: ignore[arg-type]
+        retain_s=retain_s,
+    )
 
 
 class Shown(msgspec.Struct):
@@ -81,7 +91,7 @@ class Shown(msgspec.Struct):
     logprobs: list[object] = msgspec.field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
-        assert delta.seq > self.seq
+        assert delta.start == self.seq < delta.seq
         assert self.finish_reason is None
         assert self.failure is None
         self.seq = delta.seq
@@ -101,6 +111,17 @@ class Shown(msgspec.Struct):
         self.finish_reason = delta.finish_reason
         self.usage = delta.usage
         self.failure = delta.failure
+
+    def take(self, delta: Delta) -> bool:
+        """The rule of gateways: what was shown is dropped, what follows on it is added. False: neither can be, and
+        what is missing has to be asked for."""
+        if delta.seq > self.seq and delta.start == self.seq:
+            self.add(delta)
+        return delta.seq <= self.seq
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None or self.failure is not None
 
     @property
     def functions(self) -> list[tuple[str, str]]:

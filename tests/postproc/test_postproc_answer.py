@@ -83,19 +83,6 @@ def test_a_replay_token_by_token_fits_whatever_was_sent_before(
     assert collect([*sent, *replayed]) == expected
 
 
-@given(cuts, output_options, st.integers(0, 100))
-def test_an_answer_restored_goes_on_as_if_nothing_had_happened(
-    places: list[int], output: dict[str, object], journaled: int
-) -> None:
-    pieces = cut(ANSWER, places)
-    whole, tokens = answer_of(pieces, **output)
-    stream(whole, tokens[:journaled])
-    expected = stream(whole, tokens[journaled:], Finish("stop"))
-    restored, _ = answer_of(pieces, **output)
-    restored.restore(tokens[:journaled])
-    assert stream(restored, tokens[journaled:], Finish("stop")) == expected
-
-
 @given(cuts, output_options)
 def test_the_short_way_of_plain_tokens_leads_to_the_same_answer(places: list[int], output: dict[str, object]) -> None:
     # Whoever asks for token ids gets every token folded the long way.

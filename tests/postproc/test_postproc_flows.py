@@ -4,8 +4,8 @@ from postproc_stand_in import EOS, StandIn, request
 
 from services.postproc.answer import Parsers
 from services.postproc.detokenize import Vocabulary
-from services.postproc.flows import IGNORED, Flows, Turn
-from shared.messages import Begin, Finish, TokenRun, Tokens
+from services.postproc.flows import IGNORED, Flows, Journal, Turn
+from shared.messages import Attach, Begin, Finish, TokenRun, Tokens
 from shared.records import Record
 
 WORDS = StandIn([b"a"])
@@ -15,7 +15,7 @@ A = WORDS.tokens([b"a"])[0]
 def flows_of(*request_ids: str, shard: int = 0) -> Flows:
     flows = Flows(Vocabulary(WORDS), Parsers(), journal_every=4)
     for request_id in request_ids:
-        flows.open(shard, Record(request(request_id, shard=shard), 1, False), [])
+        flows.open(Record(request(request_id, shard=shard), 1, False), Journal(), Turn())
     return flows
 
 
@@ -30,17 +30,19 @@ def test_strangers_are_who_is_neither_open_nor_ignored() -> None:
     flows = flows_of("known")
     flows.ignore(["gone"])
     runs = tuple(TokenRun(one, 1, 0, (A,)) for one in ("known", "gone", "new"))
-    assert flows.strangers([Tokens((Begin("newer", 1, 0, 1, 0, 0, 0),), runs)]) == {"new", "newer"}
+    begun = Tokens((Begin("newer", 1, 0, 1, 0, 0, 0),), runs)
+    attached = [Attach(one, "g1", 0) for one in ("known", "gone", "other")]
+    assert flows.strangers([begun, *attached]) == ({"new", "newer"}, {"gone", "other"})
 
 
 def test_the_ignored_are_forgotten_with_their_finish_and_when_there_are_too_many() -> None:
     flows = flows_of()
     flows.ignore(["r1"])
     fold(flows, 1, TokenRun("r1", 1, 0, (), finish=Finish("length")))
-    assert flows.strangers([Tokens((), (TokenRun("r1", 1, 1, (A,)),))]) == {"r1"}
+    assert flows.strangers([Tokens((), (TokenRun("r1", 1, 1, (A,)),))]) == ({"r1"}, set())
     flows.ignore(f"r{n}" for n in range(IGNORED + 1))
     runs = tuple(TokenRun(f"r{n}", 1, 0, (A,)) for n in (0, 1, IGNORED))
-    assert flows.strangers([Tokens((), runs)]) == {"r0"}
+    assert flows.strangers([Tokens((), runs)]) == ({"r0"}, set())
 
 
 def test_an_entry_is_held_until_the_journal_has_all_of_it() -> None:
@@ -75,3 +77,18 @@ def test_a_shard_given_up_takes_its_requests_with_it() -> None:
     assert len(flows) == 1
     flows.drop(1)
     assert len(flows) == 0
+
+
+def test_the_idle_are_those_of_which_nothing_came_since_the_last_look() -> None:
+    flows = flows_of("r1", "r2")
+    assert flows.idle() == []
+    fold(flows, 1, TokenRun("r1", 1, 0, (A,)))
+    assert flows.idle() == ["r2"]
+    assert flows.idle() == ["r1", "r2"]
+    turn = Turn()
+    flows.forget(["r1"], turn)
+    [delta] = turn.deltas["g1"]
+    assert (delta.seq, delta.start) == (2, 1)
+    assert delta.failure is not None
+    assert delta.failure.status == 503
+    assert len(flows) == 1

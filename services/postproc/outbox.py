@@ -1,0 +1,45 @@
+"""What the owner of shards sends and cuts, under its fence: one script a write, whatever it carries."""
+
+from collections.abc import Mapping, Sequence
+
+from redis.asyncio import Redis
+
+from shared.keys import Keys
+from shared.leases import FENCE, Fence
+from shared.messages import VERSION, Delta, Deltas, to_entry
+
+# KEYS shards, deltas...; ARGV fence, length of a stream, v, m...
+_SEND = (
+    FENCE
+    + """
+for i = 2, #KEYS do
+  redis.call(
+    'XADD', KEYS[i], 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + i]
+  )
+end
+"""
+)
+
+# KEYS shards, tokens; ARGV fence, ~ or =, entry id.
+_TRIM = FENCE + "redis.call('XTRIM', KEYS[2], 'MINID', ARGV[at], ARGV[at + 1])"
+
+
+class Outbox:
+    """Every write raises FencedError, having done nothing, when one of the fence's shards is not ours any more."""
+
+    def __init__(self, redis: Redis, keys: Keys, deltas_max_len: int) -> None:
+        self._keys = keys
+        self._deltas_max_len = deltas_max_len
+        self._send = redis.register_script(_SEND)
+        self._trim = redis.register_script(_TRIM)
+
+    async def send(self, deltas: Mapping[str, Sequence[Delta]], fence: Fence) -> None:
+        """One message to every gateway."""
+        packed = [to_entry(Deltas(tuple(items)))[b"m"] for items in deltas.values()]
+        await fence.run(self._send, [*map(self._keys.deltas, deltas)], [self._deltas_max_len, VERSION, *packed])
+
+    async def trim(self, shard: int, before: tuple[int, int], exactly: bool, fence: Fence) -> None:
+        """Cut a tokens stream below an entry id; if not `exactly`, as far as is cheap."""
+        milliseconds, number = before
+        words = ["=" if exactly else "~", f"{milliseconds}-{number}"]
+        await fence.run(self._trim, [self._keys.tokens(shard)], words)
