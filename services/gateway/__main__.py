@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from services.gateway.admission import Admission
 from services.gateway.answer import Answerer
 from services.gateway.app import ModelCard, paths, routes
+from services.gateway.backlog import Backlog
 from services.gateway.chat import ChatFormat
 from services.gateway.completions import ChatCompletions
 from services.gateway.desk import Desk, DeskRules
@@ -26,6 +27,8 @@ from services.gateway.inbox import Inbox
 from services.gateway.media import MediaRules
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.order import OrderTaker
+from services.gateway.pipeline import Pipeline, Route
+from services.gateway.returns import Returns
 from services.gateway.server import Server, bind
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
@@ -35,7 +38,6 @@ from shared.blobs import Blobs
 from shared.errors import CheckpointError
 from shared.keys import Keys
 from shared.model_config import load_generation_defaults
-from shared.records import Records
 from shared.tokenizer import Tokenizer
 
 TICK_S = 1.0
@@ -67,25 +69,24 @@ def compose(
     blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
-    rules = DeskRules(
-        gateway=address,
-        shards=settings.shards,
-        timeout_s=settings.request_timeout_s,
-        keep_alive_s=settings.keep_alive_s,
-        max_pending=settings.max_pending_bytes,
-    )
+    route = Route(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    desk = Desk(rules, Records(redis, keys), blobs, figures, time.time)
+    pipeline = Pipeline(route, redis, keys, Backlog(redis, keys, settings.max_queue), blobs)
+    rules = DeskRules(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
+    desk = Desk(rules, pipeline, figures, time.time)
+    answerer = Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s)
     completions = ChatCompletions(
         admission=admission,
         taker=taker,
         desk=desk,
-        answerer=Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s),
+        answerer=answerer,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
+        request_timeout_s=settings.request_timeout_s,
     )
     card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
-    app = routes(completions, card, partial(readiness, redis, keys, admission))
+    returns = Returns(admission, pipeline, desk, answerer)
+    app = routes(completions, returns, card, partial(readiness, redis, keys, admission))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
@@ -94,6 +95,7 @@ def compose(
         server=Server(Edge(app, settings.api_keys, paths(app), figures), listener),
         metrics=figures,
         tick_s=tick_s,
+        watch_s=tick_s,
     )
 
 

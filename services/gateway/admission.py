@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from services.gateway.errors import SHUTTING_DOWN
-from shared.errors import Failure, RequestError
+from services.gateway.errors import SHUTTING_DOWN, too_many
+from shared.errors import RequestError
 
 
 class Admission:
@@ -31,8 +31,7 @@ class Admission:
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
         if self._inside >= self._limit:
-            text = f"Too many requests, current max concurrency is {self._limit}."
-            raise RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
+            raise too_many(f"Too many requests, current max concurrency is {self._limit}.")
         self._inside += 1
         self._none.clear()
         try:

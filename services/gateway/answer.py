@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 
 import msgspec
+from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from services.gateway.errors import error_response
+from services.gateway.errors import RETRY_AFTER_S, error_response
 from services.gateway.exchange import Exchange
 from services.gateway.replies import (
     DONE,
@@ -15,11 +17,14 @@ from services.gateway.replies import (
     Chunks,
     Collected,
     Head,
+    Marks,
     completion,
     error_event,
     merge,
     total_usage,
+    unfinished,
 )
+from shared import log
 from shared.errors import Failure, RequestError, internal
 from shared.messages import Usage
 
@@ -28,7 +33,9 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-_JSON_HEADERS = [(b"content-type", b"application/json")]
+_RETRY_AFTER = (b"retry-after", str(RETRY_AFTER_S).encode())
+
+logger = log.logger(__name__)
 
 
 class Answerer(msgspec.Struct, frozen=True):
@@ -38,13 +45,29 @@ class Answerer(msgspec.Struct, frozen=True):
     system_fingerprint: str
     hold_headers_s: float
 
+    async def respond(self, exchange: Exchange, request: Request, receive: Receive, send: Send) -> None:
+        """Answer, and log how it ended."""
+        outcome = "answered"
+        try:
+            if not await self.answer(exchange, receive, send):
+                outcome = "client left"
+        except RequestError as error:
+            outcome = f"failed {error.failure.status}"
+            # Unlike a refusal, this has run; unless it says "later", running it again would end the same way.
+            headers = {"x-should-retry": "false"} if error.failure.status != 503 else {}
+            await refuse(error.failure, send, headers)
+        finally:
+            duration = round(time.time() - exchange.created, 3)
+            fields = {"request_id": exchange.id, "http_request_id": request.scope["request_id"], "seconds": duration}
+            logger.info(outcome, extra=fields)
+
     async def answer(self, exchange: Exchange, receive: Receive, send: Send) -> bool:
         """Write the answer; False if the client left or would not read, and it was not written to the end.
 
         Raises:
             RequestError: the request failed before anything was written.
         """
-        write = self._stream if exchange.order.stream else self._collect
+        write = self._stream if exchange.stream else self._collect
         writing = asyncio.create_task(write(exchange, send))
         leaving = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(exchange.cut_off.wait())]
         try:
@@ -58,8 +81,12 @@ class Answerer(msgspec.Struct, frozen=True):
                 task.cancel()
             await asyncio.gather(writing, *leaving, return_exceptions=True)
 
-    def _head(self, exchange: Exchange) -> Head:
-        return Head(f"chatcmpl-{exchange.id}", int(exchange.created), self.model, self.system_fingerprint)
+    async def say_unfinished(self, request_id: str, created: float, send: Send) -> None:
+        """202: there is no whole answer yet."""
+        await _write_json(send, unfinished(self._head(request_id, created)), 202, [_RETRY_AFTER])
+
+    def _head(self, request_id: str, created: float) -> Head:
+        return Head(f"chatcmpl-{request_id}", int(created), self.model, self.system_fingerprint)
 
     async def _stream(self, exchange: Exchange, send: Send) -> None:
         """Bad media are a real 4xx as long as they are found in time; then the stream starts and errors are in it."""
@@ -67,41 +94,42 @@ class Answerer(msgspec.Struct, frozen=True):
             await asyncio.wait_for(exchange.accepted.wait(), self.hold_headers_s)
         if exchange.failure is not None:
             raise RequestError(exchange.failure)
-        order = exchange.order
-        chunks = Chunks(self._head(exchange), order.n, order.include_usage)
+        form = exchange.form
+        chunks = Chunks(self._head(exchange.id, exchange.created), form.n, form.include_usage)
+        marks = Marks(exchange.since)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        prompt_ids = order.prompt_ids if order.output.return_token_ids else None
-        await _write(send, b"".join(chunks.opening(index, prompt_ids) for index in range(order.n)))
+        exchange.announced = True
+        if not exchange.resumed:
+            await _write(send, chunks.openings(marks.line(), form.prompt_ids))
         while not exchange.done:
             news = merge(await exchange.take())
             if news:
-                await _write(send, b"".join(chunks.delta(index, delta) for index, delta in news))
-            elif exchange.failure is None:
+                events = (chunks.delta(index, delta, marks.after(index, delta.seq)) for index, delta in news)
+                await _write(send, b"".join(events))
+            elif not exchange.done:
                 await _write(send, KEEP_ALIVE)
         await _write(send, _ending(exchange, chunks), more=False)
 
     async def _collect(self, exchange: Exchange, send: Send) -> None:
-        order = exchange.order
-        collected = [Collected() for _ in range(order.n)]
+        form = exchange.form
+        collected = [Collected() for _ in range(form.n)]
         while not exchange.done:
             for index, delta in await exchange.take():
                 collected[index].add(delta)
         if exchange.failure is not None:
             raise RequestError(exchange.failure)
-        with_ids, with_logprobs = order.output.return_token_ids, order.output.logprobs
         choices = [
-            choice.choice(index, with_logprobs, order.prompt_ids, with_ids) for index, choice in enumerate(collected)
+            choice.choice(index, form.logprobs, form.prompt_ids, form.token_ids)
+            for index, choice in enumerate(collected)
         ]
-        body = completion(self._head(exchange), choices, total_usage(_usages(exchange)))
-        length = (b"content-length", str(len(body)).encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [*_JSON_HEADERS, length]})
-        await _write(send, body, more=False)
+        body = completion(self._head(exchange.id, exchange.created), choices, total_usage(_usages(exchange)))
+        await _write_json(send, body, 200, [])
 
 
 def _ending(exchange: Exchange, chunks: Chunks) -> bytes:
     if exchange.failure is not None:
         return error_event(exchange.failure) + DONE
-    if not exchange.order.include_usage:
+    if not exchange.form.include_usage:
         return DONE
     try:
         return chunks.usage(total_usage(_usages(exchange))) + DONE
@@ -118,6 +146,12 @@ def _usages(exchange: Exchange) -> list[Usage]:
 
 async def _write(send: Send, body: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await _write(send, body, more=False)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,6 +1,7 @@
 """The routes, and how every error leaves them."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -8,9 +9,11 @@ from fastapi import FastAPI, Request
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from services.gateway.completions import ChatCompletions, ChatResponse
+from services.gateway.completions import ChatCompletions
 from services.gateway.errors import QUEUE_DOWN, UNEXPECTED, error_response, http_failure
+from services.gateway.returns import Returns
 from services.gateway.schemas import ChatRequest
 from services.gateway.validate import unknown_model
 from shared.errors import RequestError
@@ -29,7 +32,20 @@ class ModelCard(msgspec.Struct, frozen=True):
     root: str = ""
 
 
-def routes(completions: ChatCompletions, card: ModelCard, ready: Callable[[], Awaitable[dict[str, Any]]]) -> FastAPI:
+class Written(Response):
+    """A response that writes itself: FastAPI hands it the connection, and nothing stands between it and the client."""
+
+    def __init__(self, write: Callable[[Receive, Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self._write = write
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._write(receive, send)
+
+
+def routes(
+    completions: ChatCompletions, returns: Returns, card: ModelCard, ready: Callable[[], Awaitable[dict[str, Any]]]
+) -> FastAPI:
     """The application; `ready` is asked what the health routes report."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None)
     _add_errors(app)
@@ -38,7 +54,15 @@ def routes(completions: ChatCompletions, card: ModelCard, ready: Callable[[], Aw
 
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
     async def chat_completions(request: Request) -> Response:
-        return ChatResponse(completions, request)
+        return Written(partial(completions.handle, request))
+
+    @app.get("/v1/chat/completions/{name}/events")
+    async def events(name: str, request: Request) -> Response:
+        return Written(partial(returns.events, name, request))
+
+    @app.get("/v1/chat/completions/{name}")
+    async def answer(name: str, request: Request) -> Response:
+        return Written(partial(returns.answer, name, request))
 
     @app.get("/v1/models")
     async def models() -> Response:

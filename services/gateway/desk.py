@@ -1,26 +1,27 @@
-"""The open requests, in one dict: entered when submitted, removed by one method whatever ends them."""
+"""The open requests, in one dict: entered when submitted or returned to, removed by one method whatever ends them."""
 
 import asyncio
+import math
 import secrets
-import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
 from redis.exceptions import RedisError
 
-from services.gateway.errors import TIMED_OUT
+from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT
 from services.gateway.exchange import Choice, Exchange
-from services.gateway.media import Item
+from services.gateway.form import Form
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.order import Order
-from services.gateway.sampling import choice_seed
-from shared import keys, log
-from shared.blobs import Blobs
-from shared.errors import Failure
-from shared.messages import Accepted, Delta, Deltas, Encode, Failed, Generate, Media, Message, Request, pack_ids
-from shared.records import Records
+from services.gateway.pipeline import Known, Pipeline, Ticket
+from shared import log
+from shared.errors import Failure, RequestError
+from shared.messages import Accepted, Delta, Deltas, Failed, Message
+
+MISSES = 2  # looks in a row without a record: the last words of a request that has ended may still be under way
+NOT_FOUND = "request_not_found"  # the code of the answer to an Attach where there is no record
 
 logger = log.logger(__name__)
 
@@ -32,49 +33,131 @@ class Clock(Protocol):
 
 
 class DeskRules(msgspec.Struct, frozen=True):
-    """How requests are sent and how long they may take."""
+    """How open requests are looked after."""
 
-    gateway: str  # this process's name: where deltas come to
-    shards: int
-    timeout_s: float
     keep_alive_s: float
+    watch_s: float  # silence after which a request is looked up
     max_pending: int  # bytes
 
 
 class Desk:
     """Sends orders into the pipeline and gives what comes back to whoever waits for it."""
 
-    def __init__(self, rules: DeskRules, records: Records, blobs: Blobs, metrics: GatewayMetrics, clock: Clock) -> None:
+    def __init__(self, rules: DeskRules, pipeline: Pipeline, metrics: GatewayMetrics, clock: Clock) -> None:
         self._rules = rules
-        self._records = records
-        self._blobs = blobs
+        self._pipeline = pipeline
         self._metrics = metrics
         self._clock = clock
-        self._open: dict[str, Choice] = {}
+        self._open: dict[str, list[Choice]] = {}  # by request: several clients may read one answer
+        self._behind: list[Choice] = []  # something was lost on the way to them
 
     def __len__(self) -> int:
         """Choices that are open."""
-        return len(self._open)
+        return sum(map(len, self._open.values()))
+
+    # ------------------------------------------------------------------------------------------------ coming, going
 
     @asynccontextmanager
-    async def open(self, order: Order, created: float, trace: str | None) -> AsyncIterator[Exchange]:
-        """Send `order`; what has not ended when the block is left is cancelled.
+    async def open(self, order: Order, ticket: Ticket) -> AsyncIterator[Exchange]:
+        """Send `order`, or return to what was sent under its key before. What has not ended when the block is left is
+        cancelled, unless it may be returned to.
 
         Raises:
-            RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
+            RequestError: it is refused; nothing of it is left behind.
+            RedisError: the same, as far as Redis can be told.
         """
-        deadline = created + self._rules.timeout_s
-        exchange = Exchange(secrets.token_hex(8), order, created, deadline, self._rules.max_pending)
-        self._open.update({choice.request_id: choice for choice in exchange.choices})
-        gauge = self._metrics.open.labels("true" if order.stream else "false")
+        form = order.form(ticket.owner, ticket.key.digest if ticket.key else "")
+        exchange = Exchange(
+            secrets.token_hex(8),
+            form,
+            order.stream,
+            ticket.created,
+            ticket.deadline,
+            self._rules.max_pending,
+            self._clock(),
+            unchecked=bool(order.media),
+        )
+        async with self._entered(exchange):
+            earlier = await self._pipeline.submit(exchange, order, ticket)
+            if earlier is None:
+                yield exchange
+                return
+        async with self.rejoin(await self._known(earlier, ticket.owner), form, order.stream) as exchange:
+            yield exchange
+
+    @asynccontextmanager
+    async def rejoin(
+        self, known: Known, form: Form, stream: bool, shown: Sequence[int] | None = None
+    ) -> AsyncIterator[Exchange]:
+        """Go on with a request that another connection began, from the beginning or after `shown`.
+
+        Raises:
+            RedisError: it cannot be asked for.
+        """
+        exchange = Exchange(
+            known.id,
+            form,
+            stream,
+            known.created,
+            known.deadline,
+            self._rules.max_pending,
+            self._clock(),
+            shown=shown,
+        )
+        exchange.rejoined = True
+        for choice in exchange.choices:
+            choice.submitted = True
+        async with self._entered(exchange):
+            await self._pipeline.attach(exchange.choices)
+            yield exchange
+
+    async def _known(self, request_id: str, owner: str) -> Known:
+        try:
+            return await self._pipeline.find(request_id, owner)
+        except RequestError as error:
+            raise RequestError(LOST) from error  # it was there a moment ago
+
+    @asynccontextmanager
+    async def _entered(self, exchange: Exchange) -> AsyncIterator[None]:
+        for choice in exchange.choices:
+            self._open.setdefault(choice.request_id, []).append(choice)
+        gauge = self._metrics.open.labels("true" if exchange.stream else "false")
         gauge.inc()
         try:
-            for choice in exchange.choices:
-                await self._submit(choice, trace)
-            yield exchange
+            yield
         finally:
             gauge.dec()
             await self._close(exchange)
+
+    async def _close(self, exchange: Exchange) -> None:
+        """The one way out of the dict: after the finish, a failure, a disconnect, a deadline."""
+        for choice in exchange.choices:
+            readers = self._open[choice.request_id]
+            readers.remove(choice)
+            if not readers:
+                del self._open[choice.request_id]
+        self._account(exchange)
+        left = [choice.request_id for choice in exchange.choices if self._is_left(choice)]
+        if not left or _goes_on(exchange):
+            return
+        self._metrics.cancelled.inc(len(left))
+        try:
+            # Shielded: whoever cancels the connection's task must not keep the engine working for nobody.
+            await asyncio.shield(self._pipeline.cancel(left))
+        except RedisError as error:
+            logger.warning("could not cancel", extra={"request_id": exchange.id, "error": str(error)})
+
+    def _is_left(self, choice: Choice) -> bool:
+        return choice.submitted and not choice.ended and choice.request_id not in self._open
+
+    def _account(self, exchange: Exchange) -> None:
+        usages = [choice.usage for choice in exchange.choices if choice.usage is not None]
+        if len(usages) == len(exchange.choices) and not exchange.rejoined:
+            self._metrics.latency.observe(self._clock() - exchange.created)
+            self._metrics.prompt_tokens.inc(usages[0].prompt_tokens)
+            self._metrics.generation_tokens.inc(sum(usage.completion_tokens for usage in usages))
+
+    # ------------------------------------------------------------------------------------------------ what comes
 
     def route(self, message: Message) -> None:
         """Give a message of our stream to the request it is for. One that nobody waits for any more is dropped."""
@@ -82,108 +165,95 @@ class Desk:
             case Deltas(items):
                 now = self._clock()
                 for delta in items:
-                    self._deliver(delta, now)
+                    for choice in self._open.get(delta.request_id, ()):
+                        self._deliver(choice, delta, now)
             case Accepted(request_id):
-                if (choice := self._open.get(request_id)) is not None:
+                for choice in self._open.get(request_id, ()):
                     choice.exchange.accept(choice)
             case Failed(request_id, failure):
-                if (choice := self._open.get(request_id)) is not None:
+                for choice in self._open.get(request_id, ()):
                     choice.exchange.fail(choice, failure)
             case _:
                 logger.warning("unexpected message", extra={"type": type(message).__name__})
 
+    def _deliver(self, choice: Choice, delta: Delta, now: float) -> None:
+        if choice.ended:
+            return
+        exchange = choice.exchange
+        if delta.failure is not None and delta.failure.code == NOT_FOUND:
+            exchange.fail(choice, LOST)
+            return
+        if not exchange.started and delta.failure is None:
+            exchange.started = True
+            if not exchange.rejoined:
+                self._metrics.first_token.observe(now - exchange.created)
+        if exchange.feed(choice, delta, now) and not choice.asked:
+            choice.asked = True
+            self._behind.append(choice)
+
+    async def catch_up(self) -> None:
+        """Ask for what was lost on its way to us."""
+        if self._behind:
+            behind, self._behind = self._behind, []
+            await self._attach(behind)
+
+    # ------------------------------------------------------------------------------------------------ looking after
+
     def tick(self) -> None:
         """Once in a while: end what is past its deadline, wake what has been silent for long."""
         now = self._clock()
-        for exchange in {choice.exchange for choice in self._open.values()}:
+        for exchange in {choice.exchange for choice in self._choices()}:
             if now >= exchange.deadline:
                 exchange.fail(None, TIMED_OUT)
             elif now - exchange.idle_since >= self._rules.keep_alive_s:
                 exchange.idle_since = now
                 exchange.poke()
 
+    async def look(self, everything: bool = False) -> None:
+        """Look up what has been silent for long (or everything, after Redis may have lost it): no record, no answer."""
+        now = self._clock()
+        silent = [
+            choice
+            for choice in self._choices()
+            if choice.submitted and not choice.ended and (everything or now - choice.looked_at >= self._rules.watch_s)
+        ]
+        if not silent:
+            return
+        records = await self._pipeline.records({choice.request_id for choice in silent})
+        astray = []
+        for choice in silent:
+            record = records.get(choice.request_id)
+            if record is None:
+                self._miss(choice)
+                continue
+            choice.looked_at, choice.misses = now, 0
+            if choice.asked or record.finish is not None or not self._pipeline.is_ours(record):
+                astray.append(choice)
+        await self._attach(astray)
+
+    def _miss(self, choice: Choice) -> None:
+        choice.looked_at = -math.inf  # again with the next look
+        choice.misses += 1
+        if choice.misses >= MISSES and not choice.ended:
+            choice.exchange.fail(None, LOST)
+
     def fail_all(self, failure: Failure) -> None:
         """End every open request with the same answer."""
-        for choice in self._open.values():
+        for choice in self._choices():
             choice.exchange.fail(None, failure)
 
-    def _deliver(self, delta: Delta, now: float) -> None:
-        choice = self._open.get(delta.request_id)
-        if choice is None:
-            return
-        exchange = choice.exchange
-        exchange.idle_since = now
-        if not exchange.started and delta.failure is None:
-            exchange.started = True
-            self._metrics.first_token.observe(now - exchange.created)
-        exchange.feed(choice, delta)
-
-    async def _submit(self, choice: Choice, trace: str | None) -> None:
-        """Media first: an entry whose blobs are missing would fail."""
-        exchange = choice.exchange
-        order = exchange.order
-        request = Request(
-            id=choice.request_id,
-            gateway=self._rules.gateway,
-            shard=zlib.crc32(choice.request_id.encode()) % self._rules.shards,
-            created=exchange.created,
-            sampling=msgspec.structs.replace(order.sampling, seed=choice_seed(order.sampling.seed, choice.index)),
-            output=order.output,
-            deadline=exchange.deadline,
-            trace=trace,
-        )
-        uploads = {_blob_key(choice, i): item.data for i, item in enumerate(order.media) if item.data is not None}
-        segments = tuple(map(pack_ids, order.segments))
+    async def _attach(self, choices: list[Choice]) -> None:
         try:
-            for key, data in uploads.items():
-                await self._blobs.put("media", key, data)
-            if order.media:
-                media = tuple(_media(item, _blob_key(choice, i)) for i, item in enumerate(order.media))
-                await self._records.submit(keys.ENCODE, Encode(request, segments, media))
-            else:
-                await self._records.submit(keys.GENERATE, Generate(request, segments[0], order.max_tokens))
-        except BaseException:
-            await self._discard(choice, list(uploads))
-            raise
-        choice.submitted = True
-
-    async def _discard(self, choice: Choice, uploads: list[str]) -> None:
-        """Remove what a request that could not be sent may have left: its entry, if there is one after all, is dropped
-        by whoever takes it and finds no record. Where Redis does not answer, blobs expire."""
-        try:
-            await self._records.delete([choice.request_id])
-            if uploads:
-                await self._blobs.delete("media", uploads)
+            await self._pipeline.attach([choice for choice in choices if not choice.ended])
         except RedisError as error:
-            logger.warning("could not clean up", extra={"request_id": choice.request_id, "error": str(error)})
+            logger.warning("could not ask for answers again", extra={"error": str(error)})  # the next look will
 
-    async def _close(self, exchange: Exchange) -> None:
-        """The one way out of the dict: after the finish, a failure, a disconnect, a deadline."""
-        for choice in exchange.choices:
-            del self._open[choice.request_id]
-        self._account(exchange)
-        left = [choice.request_id for choice in exchange.choices if choice.submitted and not choice.ended]
-        if not left:
-            return
-        self._metrics.cancelled.inc(len(left))
-        try:
-            # Shielded: whoever cancels the connection's task must not keep the engine working for nobody.
-            await asyncio.shield(self._records.cancel(left))
-        except RedisError as error:
-            logger.warning("could not cancel", extra={"request_id": exchange.id, "error": str(error)})
-
-    def _account(self, exchange: Exchange) -> None:
-        usages = [choice.usage for choice in exchange.choices if choice.usage is not None]
-        if len(usages) == len(exchange.choices):
-            self._metrics.latency.observe(self._clock() - exchange.created)
-            self._metrics.prompt_tokens.inc(usages[0].prompt_tokens)
-            self._metrics.generation_tokens.inc(sum(usage.completion_tokens for usage in usages))
+    def _choices(self) -> Iterator[Choice]:
+        return (choice for readers in self._open.values() for choice in readers)
 
 
-def _blob_key(choice: Choice, index: int) -> str:
-    return f"{choice.request_id}-{index}"
-
-
-def _media(item: Item, key: str) -> Media:
-    blob = None if item.data is None else key
-    return Media(kind=item.kind, param=item.param, url=item.url, blob=blob, video=item.video)
+def _goes_on(exchange: Exchange) -> bool:
+    """Whether the client may come back for what it has not been given."""
+    if exchange.failure is SHUTTING_DOWN:
+        return exchange.announced or bool(exchange.form.key)
+    return exchange.failure is None and bool(exchange.form.key)

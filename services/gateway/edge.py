@@ -16,6 +16,7 @@ from services.gateway.metrics import GatewayMetrics
 # Everything else needs a key, routes that do not exist included.
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
 MODEL_PATH = "/v1/models/"
+CHAT_PATH = "/v1/chat/completions/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
@@ -46,7 +47,9 @@ class Edge:
             await send(message)
 
         try:
-            if self._allowed(scope["path"], headers):
+            owner = self._owner(scope["path"], headers)
+            if owner is not None:
+                scope["owner"] = owner
                 await self._app(scope, receive, send_named)
             else:
                 await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"})(scope, receive, send_named)
@@ -55,19 +58,22 @@ class Edge:
             self._metrics.requests.labels(method, path, status).inc()
             self._metrics.duration.labels(method, path).observe(time.perf_counter() - started)
 
-    def _allowed(self, path: str, headers: Headers) -> bool:
+    def _owner(self, path: str, headers: Headers) -> str | None:
+        """Whose the request is: a digest of the key, empty where none is needed; None if it may not come in."""
         if not self._keys or path in OPEN_PATHS:
-            return True
+            return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         digest = _digest(given.strip())
         # All keys are compared, and digests rather than keys, so that time tells neither which one nor how much.
         matches = [hmac.compare_digest(digest, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return digest.hex() if scheme.lower() == "bearer" and any(matches) else None
 
     def _label(self, path: str) -> str:
         """A bounded set of names, whatever clients ask for."""
         if path in self._paths:
             return path
+        if path.startswith(CHAT_PATH):
+            return CHAT_PATH + ("{name}/events" if path.endswith("/events") else "{name}")
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 

@@ -5,13 +5,22 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-from shared.errors import Failure
+from shared.errors import Failure, RequestError
 
 RETRY_AFTER_S = 1  # for what passes soon: too many at once, draining, a restarting dependency
 
 TIMED_OUT = Failure(504, "The request took too long and was cancelled.", type="timeout_error", code="timeout")
 SHUTTING_DOWN = Failure(503, "The server is shutting down.", type="server_error", code="shutting_down")
 QUEUE_DOWN = Failure(503, "The request queue cannot be reached.", type="api_connection_error", code="connection_error")
+LOST = Failure(
+    503,
+    "The server lost this request and cannot go on with it; send it again.",
+    type="server_error",
+    code="request_lost",
+)
+REUSED_KEY = Failure(
+    409, "This Idempotency-Key was used for another request.", param="Idempotency-Key", code="idempotency_key_reused"
+)
 UNEXPECTED = Failure(500, "The server failed to handle the request.", type="server_error", code="internal_error")
 UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
 
@@ -19,12 +28,24 @@ UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KE
 def error_response(failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
     """`failure` as a response of its own."""
     own = {"retry-after": str(RETRY_AFTER_S)} if failure.status in (429, 503) else {}
+    if failure.status == 409:
+        own["x-should-retry"] = "false"  # OpenAI's client takes every conflict for one that passes
     return Response(
         msgspec.json.encode(failure.openai_body()),
         failure.status,
         {**own, **(headers or {})},
         media_type="application/json",
     )
+
+
+def unknown_request(name: str) -> RequestError:
+    """A 404: no such request runs or is kept, or it is somebody else's."""
+    return RequestError(Failure(404, f"No request {name[:64]!r} is running or kept.", code="request_not_found"))
+
+
+def too_many(text: str) -> RequestError:
+    """A 429: it would be taken a little later."""
+    return RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
 
 
 def http_failure(status: int, detail: str) -> Failure:

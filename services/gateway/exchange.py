@@ -1,8 +1,9 @@
 """One HTTP request that is being answered: what has come back for it, and what the client has not been given yet."""
 
 import asyncio
+from collections.abc import Sequence
 
-from services.gateway.order import Order
+from services.gateway.form import Form
 from shared.errors import Failure
 from shared.messages import Delta, Usage
 
@@ -10,34 +11,67 @@ from shared.messages import Delta, Usage
 class Choice:
     """One of the answers asked for: a request of its own to every other stage."""
 
-    __slots__ = ("ended", "exchange", "index", "request_id", "seq", "submitted", "usage")
+    __slots__ = (
+        "asked",
+        "ended",
+        "exchange",
+        "index",
+        "looked_at",
+        "misses",
+        "request_id",
+        "seq",
+        "submitted",
+        "usage",
+    )
 
-    def __init__(self, exchange: "Exchange", index: int) -> None:
+    def __init__(self, exchange: "Exchange", index: int, seq: int, now: float) -> None:
         self.exchange = exchange
         self.index = index
-        self.request_id = exchange.id if index == 0 else f"{exchange.id}-{index}"
-        self.seq = 0  # of the last delta taken in; what is not above it has been shown
+        self.request_id = choice_id(exchange.id, index)
+        self.seq = seq  # of the last delta taken in; what is not above it has been shown
         self.submitted = False  # other stages know of it
         self.ended = False  # they have finished with it
+        self.asked = False  # for what comes after `seq`, and not answered yet
+        self.looked_at = now  # when it last went on, or its record was last looked for
+        self.misses = 0  # times in a row that its record was not there
         self.usage: Usage | None = None
 
 
 class Exchange:
     """The request's state. It is filled by the inbox and emptied by the one task that writes to the client."""
 
-    def __init__(self, request_id: str, order: Order, created: float, deadline: float, max_pending: int) -> None:
-        """`created` and `deadline` are unix seconds; `max_pending` bounds what a client that does not read may owe."""
+    def __init__(
+        self,
+        request_id: str,
+        form: Form,
+        stream: bool,
+        created: float,
+        deadline: float,
+        max_pending: int,
+        now: float,
+        *,
+        unchecked: bool = False,
+        shown: Sequence[int] | None = None,
+    ) -> None:
+        """`created`, `deadline` and `now` are unix seconds; `max_pending` bounds what a client that does not read may
+        owe. `unchecked`: nothing may be said before the media of every choice are known to be good. `shown` is where a
+        stream goes on that the client has the beginning of: a sequence number for each choice."""
         self.id = request_id
-        self.order = order
+        self.form = form
+        self.stream = stream
         self.created = created
         self.deadline = deadline
-        self.choices = [Choice(self, index) for index in range(order.n)]
+        self.resumed = shown is not None
+        self.since = [0] * form.n if shown is None else list(shown)  # what the client had at first
+        self.choices = [Choice(self, index, seq, now) for index, seq in enumerate(self.since)]
         self.failure: Failure | None = None
-        self.idle_since = created
+        self.idle_since = now  # when a choice last went on, or the client was last told that we live
         self.started = False  # a token has come
+        self.announced = False  # the client knows the request's id
+        self.rejoined = False  # another connection began it
         self.accepted = asyncio.Event()  # the request is known to be good, or to have failed
         self.cut_off = asyncio.Event()  # the client reads too slowly
-        self._waiting = set(range(order.n)) if order.media else set()
+        self._waiting = set(range(form.n)) if unchecked else set()
         self._pending: list[tuple[int, Delta]] = []
         self._pending_size = 0
         self._max_pending = max_pending
@@ -56,25 +90,29 @@ class Exchange:
         if not self._waiting:
             self.accepted.set()
 
-    def feed(self, choice: Choice, delta: Delta) -> None:
-        """Take in what postproc sent, unless it was shown already: a postproc that replaces another sends again."""
-        if choice.ended:
-            return
+    def feed(self, choice: Choice, delta: Delta, now: float) -> bool:
+        """Take in what postproc sent for a choice that has not ended, if it is what comes next. What was shown before
+        is not shown again.
+
+        Returns True if something before it is missing, so that it has to be asked for.
+        """
         if delta.failure is not None:
             self.fail(choice, delta.failure)
-            return
-        if delta.seq <= choice.seq:
-            return
-        choice.seq = delta.seq
-        self.accept(choice)
-        if delta.finish_reason is not None:
+            return False
+        last = delta.finish_reason is not None
+        if delta.seq > choice.seq:
+            if delta.start != choice.seq:
+                # One that overlaps was made for another reader of the same answer. Ours may still be on its way, and
+                # if not, the next one leaves a gap; but after the last there is none.
+                return delta.start > choice.seq or last
+            self._take_in(choice, delta, now)
+        elif not last:
+            return False
+        if last:
             choice.ended = True
             choice.usage = delta.usage
-        self._pending.append((choice.index, delta))
-        self._pending_size += _size(delta)
-        if self._pending_size > self._max_pending:
-            self.cut_off.set()
-        self._wake.set()
+            self._wake.set()
+        return False
 
     def fail(self, choice: Choice | None, failure: Failure) -> None:
         """End the whole request: one choice failed, or (None) the gateway gives up on all of them."""
@@ -96,6 +134,23 @@ class Exchange:
         self._wake.clear()
         taken, self._pending, self._pending_size = self._pending, [], 0
         return taken
+
+    def _take_in(self, choice: Choice, delta: Delta, now: float) -> None:
+        choice.seq = delta.seq
+        choice.asked = False
+        choice.misses = 0
+        self.idle_since = choice.looked_at = now
+        self.accept(choice)
+        if self._pending_size > self._max_pending:
+            self.cut_off.set()
+        self._pending.append((choice.index, delta))
+        self._pending_size += _size(delta)
+        self._wake.set()
+
+
+def choice_id(request_id: str, index: int) -> str:
+    """The id that other stages know a choice by."""
+    return request_id if index == 0 else f"{request_id}-{index}"
 
 
 def _size(delta: Delta) -> int:

@@ -9,13 +9,23 @@ from services.gateway.desk import Desk
 from shared import log
 from shared.errors import ProtocolError
 from shared.keys import Keys
+from shared.messages import Deltas, to_entry
 from shared.streams import LogReader
 
 BATCH = 256  # entries a read
 BLOCK_MS = 1000
 RETRY_S = 0.2
 TTL_S = 3600  # of the stream of a gateway that died without deleting it
-TTL_EVERY_S = 600.0
+
+# KEYS stream; ARGV ttl, v, m. Others write to the stream only while it is there, so that nothing is left of a gateway
+# that is not. Returns whether it was not.
+_KEEP = """
+local gone = redis.call('EXISTS', KEYS[1]) == 0
+if gone then redis.call('XADD', KEYS[1], '*', 'v', ARGV[2], 'm', ARGV[3]) end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+return gone and 1 or 0
+"""
+_NOTHING = to_entry(Deltas(()))
 
 logger = log.logger(__name__)
 
@@ -28,12 +38,24 @@ class Inbox:
         self._redis = redis
         self._key = keys.deltas(gateway)
         self._reader = LogReader(redis, {self._key: "0"})
+        self._keep = redis.register_script(_KEEP)
         self._desk = desk
+
+    async def create(self) -> None:
+        """Make the stream, however long it takes Redis to be there."""
+        while True:
+            try:
+                await self._keep_it()
+            except RedisError as error:
+                logger.warning("cannot make the stream of answers", extra={"error": str(error)})
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     async def run(self) -> None:
         """Read until cancelled. While Redis cannot be reached the position is kept.
 
-        Whose answer an unreadable entry held cannot be known; that request ends at its deadline.
+        Whose answer an unreadable entry held cannot be known; that request has a gap, and asks for what it missed.
         """
         while True:
             try:
@@ -47,16 +69,27 @@ class Inbox:
                 continue
             for _key, _entry_id, message in entries:
                 self._desk.route(message)
+            await self._desk.catch_up()
 
-    async def keep(self) -> None:
-        """Renew the stream's expiry until cancelled, so that it outlives a crash of ours by no more than that."""
+    async def watch(self, every_s: float) -> None:
+        """Until cancelled, keep the stream from expiring and the desk from waiting in vain.
+
+        A Redis that came back without the stream has lost more than that: then everything open is looked up.
+        """
         while True:
+            await asyncio.sleep(every_s)
             try:
-                await self._redis.expire(self._key, TTL_S)
+                await self._desk.look(everything=await self._keep_it())
             except RedisError as error:
-                logger.warning("cannot renew the stream", extra={"error": str(error)})
-            await asyncio.sleep(TTL_EVERY_S)
+                logger.warning("cannot look after requests", extra={"error": str(error)})
 
     async def delete(self) -> None:
         """Remove the stream: nobody will read it again."""
         await self._redis.delete(self._key)
+
+    async def _keep_it(self) -> bool:
+        """Renew the stream's expiry, so that it outlives a crash of ours by no more; True if it had to be made anew."""
+        made = bool(await self._keep(keys=[self._key], args=[TTL_S, _NOTHING[b"v"], _NOTHING[b"m"]]))
+        if made:
+            self._reader.positions[self._key] = "0"  # the ids of a new stream may be below the old one's
+        return made

@@ -4,11 +4,12 @@ import msgspec
 
 from services.gateway import validate
 from services.gateway.chat import ChatFormat
+from services.gateway.form import Form
 from services.gateway.media import Item, MediaRules
 from services.gateway.sampling import output, sampling
 from services.gateway.schemas import parse
 from shared.limits import resolve_max_tokens
-from shared.messages import Output, Sampling
+from shared.messages import Output, Sampling, pack_ids
 from shared.model_config import GenerationDefaults
 from shared.tokenizer import Tokenizer
 
@@ -25,10 +26,18 @@ class Order(msgspec.Struct, frozen=True):
     stream: bool
     include_usage: bool
 
-    @property
-    def prompt_ids(self) -> list[int] | None:
-        """The prompt's tokens; None with media, whose number of tokens only the mm_encoder knows."""
-        return None if self.media else self.segments[0]
+    def form(self, owner: str, key: str) -> Form:
+        """How its answer is written. With media only the mm_encoder knows the prompt's tokens."""
+        token_ids = self.output.return_token_ids
+        return Form(
+            n=self.n,
+            include_usage=self.include_usage,
+            token_ids=token_ids,
+            logprobs=self.output.logprobs,
+            prompt=pack_ids(self.segments[0]) if token_ids and not self.media else None,
+            owner=owner,
+            key=key,
+        )
 
 
 class OrderTaker(msgspec.Struct, frozen=True):

@@ -80,6 +80,27 @@ class Head(msgspec.Struct, frozen=True):
     system_fingerprint: str
 
 
+class Marks:
+    """The ids of a stream's events: how much of each choice a reader has that has read so far.
+
+    What one delta adds is one step, however many events it takes, and the last of them carries the id; so an id always
+    means a whole number of deltas, and what a reader has beyond the last id it saw is sent again if it comes back.
+    """
+
+    def __init__(self, seqs: Iterable[int]) -> None:
+        """`seqs`: of each choice, the sequence number from which the stream starts."""
+        self._seqs = list(seqs)
+
+    def line(self) -> bytes:
+        """The field of an event."""
+        return b"id: %b\n" % ".".join(map(str, self._seqs)).encode()
+
+    def after(self, index: int, seq: int) -> bytes:
+        """The field once choice `index` has come to `seq`."""
+        self._seqs[index] = seq
+        return self.line()
+
+
 class Chunks:
     """Writes the chunks of one stream."""
 
@@ -91,13 +112,14 @@ class Chunks:
         self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._plain = b'},"logprobs":null,"finish_reason":null}]' + self._end
 
-    def opening(self, index: int, prompt_ids: list[int] | None = None) -> bytes:
-        """The first chunk of a choice. `prompt_ids` are for who asked for token ids."""
+    def openings(self, mark: bytes, prompt_ids: list[int] | None = None) -> bytes:
+        """The first chunks, one a choice. `prompt_ids` are for who asked for token ids."""
         ids = b"" if prompt_ids is None else b',"prompt_token_ids":' + _json.encode(prompt_ids)
-        return self._starts[index] + b'"role":"assistant","content":""' + ids + self._plain
+        *others, last = [start + b'"role":"assistant","content":""' + ids + self._plain for start in self._starts]
+        return b"".join([*others, mark, last])
 
-    def delta(self, index: int, delta: Delta) -> bytes:
-        """All chunks of one delta: reasoning, content, tool calls one fragment each, finish."""
+    def delta(self, index: int, delta: Delta, mark: bytes) -> bytes:
+        """All chunks of one delta, the last with the id: reasoning, content, tool calls one fragment each, finish."""
         start = self._starts[index]
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
         chunks = [start + piece + self._plain for piece in pieces]
@@ -108,6 +130,8 @@ class Chunks:
             chunks.append(
                 start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + self._end
             )
+        if chunks:
+            chunks.insert(-1, mark)
         return b"".join(chunks)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -240,6 +264,12 @@ def completion(head: Head, choices: list[dict[str, Any]], usage: dict[str, Any])
     """The body of an answer that is not streamed."""
     fields = {"id": head.id, "object": "chat.completion", "created": head.created, "model": head.model}
     return _json.encode({**fields, "system_fingerprint": head.system_fingerprint, "choices": choices, "usage": usage})
+
+
+def unfinished(head: Head) -> bytes:
+    """The body that says that an answer is being written."""
+    fields = {"id": head.id, "object": "chat.completion.status", "created": head.created, "model": head.model}
+    return _json.encode({**fields, "status": "in_progress"})
 
 
 def _one_line(value: Any) -> bytes:

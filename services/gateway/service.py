@@ -34,8 +34,10 @@ class Gateway:
         server: Server,
         metrics: GatewayMetrics,
         tick_s: float,
+        watch_s: float,
     ) -> None:
-        """`own_clients` are closed with us; `tick_s`: how often deadlines and silent streams are looked after."""
+        """`own_clients` are closed with us; `tick_s`: how often deadlines and silent streams are looked after;
+        `watch_s`: how often Redis is asked whether it still has what we wait for."""
         self._own_clients = own_clients
         self._admission = admission
         self._desk = desk
@@ -43,12 +45,14 @@ class Gateway:
         self._server = server
         self._metrics = metrics
         self._tick_s = tick_s
+        self._watch_s = watch_s
         self._serving: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self) -> None:
         """Listen to answers, then to clients."""
-        work = {"inbox": self._inbox.run(), "stream expiry": self._inbox.keep(), "clock": self._tick()}
+        await self._inbox.create()
+        work = {"inbox": self._inbox.run(), "watch": self._inbox.watch(self._watch_s), "clock": self._tick()}
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
         self._serving = asyncio.create_task(self._server.run_until_stopped(), name="server")
         self._tasks.append(self._serving)

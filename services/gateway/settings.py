@@ -26,6 +26,10 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_prompt_chars: Positive = 4 << 20  # of the rendered prompt: 32 for each of 131072 tokens
     body_timeout_s: Seconds = 60.0  # for the client to send its request
     request_timeout_s: Seconds = 600.0  # from arrival to the last token; the openai client's own default
+    max_queue: Positive = 4096  # requests in the pipeline, waiting and running; more are answered 429
+    submit_timeout_s: Seconds = 10.0  # for Redis to take a request in; a restart of it takes a second or two
+    retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
+    watch_s: Seconds = 3.0  # silence after which a request is looked up, for Redis may have lost it
     hold_headers_s: Annotated[float, Meta(ge=0)] = (
         15.0  # how long a stream's status waits to know that its media are good
     )

@@ -17,10 +17,25 @@ from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
 from shared import bus
 from shared.keys import ENCODE, GENERATE, Keys
-from shared.messages import Accepted, Cancel, Delta, Deltas, Encode, Failed, Generate, Request, Usage
+from shared.leases import Fence
+from shared.messages import (
+    Accepted,
+    Attach,
+    Cancel,
+    Delta,
+    Deltas,
+    Encode,
+    Failed,
+    Finish,
+    Generate,
+    Request,
+    Usage,
+)
+from shared.records import Records
 from shared.streams import LogReader, send
 
 WAIT_S = 20.0
+SHARDS = 4
 USAGE = Usage(
     prompt_tokens=11, completion_tokens=3, reasoning_tokens=1, cached_tokens=4, image_tokens=0, video_tokens=0
 )
@@ -33,6 +48,11 @@ class Running(msgspec.Struct):
     url: str
     registry: CollectorRegistry
     client: AsyncOpenAI
+
+    def idle(self) -> bool:
+        """Nobody is being answered."""
+        load = self.gateway.load()
+        return not load["requests"] and not load["choices"]
 
     def metric(self, line: str) -> float:
         """The value of a metric by its name and labels as written in the exposition format."""
@@ -52,7 +72,7 @@ async def running(checkpoint: Path, redis_url: str, **settings: Any) -> AsyncIte
         "name": "gw",
         "max_model_len": 2048,
     }
-    told = GatewaySettings(**{**fields, "host": "127.0.0.1", "shards": 4, **settings})
+    told = GatewaySettings(**{**fields, "host": "127.0.0.1", "shards": SHARDS, **settings})
     redis = bus.connect(redis_url)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -83,7 +103,10 @@ class Stages:
         self.keys = keys
         self._work = LogReader(redis, {keys.stream(GENERATE): "0", keys.stream(ENCODE): "0"})
         self._control = LogReader(redis, {keys.control(): "0"})
+        self._tokens = LogReader(redis, {keys.tokens(shard): "0" for shard in range(SHARDS)})
         self._taken: list[Encode | Generate] = []
+        self._attached: list[Attach] = []
+        self._said: dict[str, int] = {}  # request -> seq of the newest delta
 
     async def take(self, count: int = 1) -> list[Encode | Generate]:
         """The next `count` work entries, in the order in which they were sent."""
@@ -107,9 +130,32 @@ class Stages:
                     assert isinstance(message, Cancel)
                     return set(message.request_ids)
 
+    async def attached(self) -> Attach:
+        """The next Attach."""
+        async with asyncio.timeout(WAIT_S):
+            while not self._attached:
+                for _, _, message in await self._tokens.read(100, 100):
+                    assert isinstance(message, Attach)
+                    self._attached.append(message)
+        return self._attached.pop(0)
+
     async def say(self, request: Request, *deltas: Delta) -> None:
-        """Send deltas in one message, as postproc does."""
-        await send(self.redis, self.keys.deltas(request.gateway), Deltas(deltas))
+        """Send deltas in one message, as postproc does, each starting where the one before it ended."""
+        await self.send(request.gateway, *map(self._started, deltas))
+
+    async def send(self, gateway: str, *deltas: Delta) -> None:
+        """Send deltas as they are."""
+        await send(self.redis, self.keys.deltas(gateway), Deltas(deltas))
+
+    async def keep(self, *requests: Request) -> None:
+        """Keep finished answers, as postproc does."""
+        ended = [(request.id, Finish("stop"), 60.0) for request in requests]
+        await Records(self.redis, self.keys).retain(ended, Fence(self.keys, "", {}))
+
+    def _started(self, delta: Delta) -> Delta:
+        before = self._said.get(delta.request_id, 0)
+        self._said[delta.request_id] = max(before, delta.seq)
+        return msgspec.structs.replace(delta, start=before if delta.seq > before else delta.seq - 1)
 
     async def tell(self, request: Request, message: Accepted | Failed) -> None:
         """Send what the mm_encoder does."""

@@ -12,6 +12,7 @@ from services.gateway.replies import (
     Chunks,
     Collected,
     Head,
+    Marks,
     completion,
     error_event,
     merge,
@@ -23,16 +24,23 @@ from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
 HEAD = Head("chatcmpl-1", 123, 'a "model"', "fp_1")
 USAGE = Usage(10, 20, 5, 3, 2, 1)
+MARK = b"id: 1\n"
 
 
 def chunks_of(data: bytes) -> list[dict[str, Any]]:
     """The JSON of each event, checked against the client's own types."""
     events = data.split(b"\n\n")
     assert events.pop() == b""
-    parsed = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    parsed = [json.loads(event.rpartition(b"data: ")[2]) for event in events]
     for one in parsed:
         ChatCompletionChunk.model_validate(one)
     return parsed
+
+
+def ids_of(data: bytes) -> list[bytes | None]:
+    """The id of each event."""
+    events = data.split(b"\n\n")[:-1]
+    return [event.partition(b"\n")[0].removeprefix(b"id: ") if event.startswith(b"id: ") else None for event in events]
 
 
 def deltas_of(data: bytes) -> list[dict[str, Any]]:
@@ -40,7 +48,7 @@ def deltas_of(data: bytes) -> list[dict[str, Any]]:
 
 
 def test_the_frame_of_every_chunk() -> None:
-    (chunk,) = chunks_of(Chunks(HEAD, 2, include_usage=False).delta(1, Delta("r", 1, content="Hi")))
+    (chunk,) = chunks_of(Chunks(HEAD, 2, include_usage=False).delta(1, Delta("r", 1, content="Hi"), MARK))
     assert chunk == {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",
@@ -52,12 +60,27 @@ def test_the_frame_of_every_chunk() -> None:
 
 
 def test_the_first_chunk_names_the_role() -> None:
-    assert deltas_of(Chunks(HEAD, 1, False).opening(0)) == [{"role": "assistant", "content": ""}]
-    assert deltas_of(Chunks(HEAD, 1, False).opening(0, [1, 2]))[0]["prompt_token_ids"] == [1, 2]
+    assert deltas_of(Chunks(HEAD, 1, False).openings(MARK)) == [{"role": "assistant", "content": ""}]
+    assert deltas_of(Chunks(HEAD, 1, False).openings(MARK, [1, 2]))[0]["prompt_token_ids"] == [1, 2]
+
+
+def test_the_last_event_of_a_step_carries_its_id() -> None:
+    chunks, marks = Chunks(HEAD, 2, False), Marks([0, 0])
+    calls = (ToolDelta(0, "c0", "f", "{}"),)
+    step = Delta("r", 7, reasoning="a", content="b", tool_calls=calls, finish_reason="tool_calls", usage=USAGE)
+    data = chunks.openings(marks.line())
+    data += chunks.delta(1, Delta("r", 3, content="x"), marks.after(1, 3))
+    data += chunks.delta(0, step, marks.after(0, 7))
+    data += chunks.delta(1, Delta("r", 9, content="y", token_ids=(1,)), marks.after(1, 9))
+    assert ids_of(data) == [None, b"0.0", b"0.3", None, None, None, None, b"7.3", b"7.9"]
+
+
+def test_an_id_of_one_choice_is_its_number() -> None:
+    assert Marks([5]).line() == b"id: 5\n"
 
 
 def test_reasoning_has_both_names_or_none() -> None:
-    assert deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"))) == [
+    assert deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"), MARK)) == [
         {"reasoning_content": "a", "reasoning": "a"},
         {"content": "b"},
     ]
@@ -66,7 +89,8 @@ def test_reasoning_has_both_names_or_none() -> None:
 def test_one_tool_fragment_a_chunk_and_its_name_once_without_arguments() -> None:
     calls = (ToolDelta(0, "c0", "f", '{"a":'), ToolDelta(0, None, None, "1}"), ToolDelta(1, "c1", "g", ""))
     assert [
-        delta["tool_calls"] for delta in deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, tool_calls=calls)))
+        delta["tool_calls"]
+        for delta in deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, tool_calls=calls), MARK))
     ] == [
         [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
         [{"index": 0, "function": {"arguments": '{"a":'}}],
@@ -76,7 +100,7 @@ def test_one_tool_fragment_a_chunk_and_its_name_once_without_arguments() -> None
 
 
 def test_the_finish_is_a_chunk_of_its_own() -> None:
-    data = Chunks(HEAD, 1, False).delta(0, Delta("r", 2, content="end", finish_reason="length", usage=USAGE))
+    data = Chunks(HEAD, 1, False).delta(0, Delta("r", 2, content="end", finish_reason="length", usage=USAGE), MARK)
     text, finish = (chunk["choices"][0] for chunk in chunks_of(data))
     assert (text["delta"], text["finish_reason"]) == ({"content": "end"}, None)
     assert (finish["delta"], finish["finish_reason"]) == ({}, "length")
@@ -84,17 +108,17 @@ def test_the_finish_is_a_chunk_of_its_own() -> None:
 
 def test_usage_is_null_until_it_comes_and_absent_unless_asked_for() -> None:
     asked = Chunks(HEAD, 1, include_usage=True)
-    assert chunks_of(asked.opening(0))[0]["usage"] is None
+    assert chunks_of(asked.openings(MARK))[0]["usage"] is None
     (last,) = chunks_of(asked.usage(total_usage([USAGE])))
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == 30
-    assert "usage" not in chunks_of(Chunks(HEAD, 1, False).opening(0))[0]
+    assert "usage" not in chunks_of(Chunks(HEAD, 1, False).openings(MARK))[0]
 
 
 def test_details_ride_on_the_first_chunk_of_a_delta() -> None:
     shown = ShownLogprob("é", "é".encode(), -0.5, (("x", b"x", float("-inf")),))
     delta = Delta("r", 2, reasoning="é", content="b", logprobs=(shown,), token_ids=(7, 8))
-    first, second = (chunk["choices"][0] for chunk in chunks_of(Chunks(HEAD, 1, False).delta(0, delta)))
+    first, second = (chunk["choices"][0] for chunk in chunks_of(Chunks(HEAD, 1, False).delta(0, delta, MARK)))
     assert first["delta"]["completion_token_ids"] == [7, 8]
     assert first["logprobs"] == {
         "content": [
@@ -108,7 +132,7 @@ def test_details_ride_on_the_first_chunk_of_a_delta() -> None:
         "refusal": None,
     }
     assert second["logprobs"] is None
-    silent = chunks_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, token_ids=(9,))))
+    silent = chunks_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, token_ids=(9,)), MARK))
     assert silent[0]["choices"][0]["delta"] == {"completion_token_ids": [9]}
 
 
@@ -146,7 +170,7 @@ def test_merging_changes_the_cut_and_not_the_text(deltas: list[tuple[int, Delta]
 def _flow(writer: Chunks, deltas: list[tuple[int, Delta]]) -> list[tuple[int, str, Any]]:
     """(choice, field, value) in order, with neighbouring text of a field joined."""
     flow: list[tuple[int, str, Any]] = []
-    for chunk in chunks_of(b"".join(writer.delta(index, delta) for index, delta in deltas)):
+    for chunk in chunks_of(b"".join(writer.delta(index, delta, MARK) for index, delta in deltas)):
         (choice,) = chunk["choices"]
         for field, value in choice["delta"].items():
             last = [i for i, (index, _, _) in enumerate(flow) if index == choice["index"]][-1:]
@@ -226,7 +250,7 @@ def test_usage_of_several_choices_counts_the_prompt_once() -> None:
 @pytest.mark.parametrize("n", [1, 3])
 def test_choices_are_told_apart(n: int) -> None:
     writer = Chunks(HEAD, n, False)
-    data = b"".join(writer.delta(i, Delta("r", 1, content=str(i))) for i in range(n))
+    data = b"".join(writer.delta(i, Delta("r", 1, content=str(i)), MARK) for i in range(n))
     assert [(c["choices"][0]["index"], c["choices"][0]["delta"]["content"]) for c in chunks_of(data)] == [
         (i, str(i)) for i in range(n)
     ]

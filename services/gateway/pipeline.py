@@ -1,0 +1,243 @@
+"""What the gateway sends to the other stages and reads of requests that are under way."""
+
+import asyncio
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.gateway import form as forms
+from services.gateway.backlog import Backlog
+from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, unknown_request
+from services.gateway.exchange import Choice, Exchange, choice_id
+from services.gateway.form import Form
+from services.gateway.media import Item
+from services.gateway.order import Order
+from services.gateway.sampling import choice_seed
+from services.gateway.terms import Key
+from shared import keys, log
+from shared.blobs import Blobs
+from shared.crash import reach
+from shared.errors import RequestError
+from shared.keys import Keys
+from shared.leases import Fence
+from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
+from shared.records import Record, Records, Submission
+from shared.streams import send
+
+CLEAN_UP_S = 2.0  # after that, what is left behind is left to expire
+
+logger = log.logger(__name__)
+
+
+class Route(msgspec.Struct, frozen=True):
+    """How requests are sent."""
+
+    gateway: str  # this process's name: where deltas come to
+    shards: int
+    retain_s: float  # how long an answer can be read again after its end
+    submit_s: float  # for Redis to take a request in
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """What a request came with besides its body."""
+
+    created: float  # unix seconds
+    deadline: float
+    owner: str
+    key: Key | None
+    trace: str | None
+
+
+class Known(msgspec.Struct, frozen=True):
+    """A request that runs or is kept."""
+
+    id: str
+    form: Form
+    records: tuple[Record, ...]  # by choice
+
+    @property
+    def created(self) -> float:
+        return self.records[0].request.created
+
+    @property
+    def deadline(self) -> float:
+        return self.records[0].request.deadline or math.inf
+
+    @property
+    def ended(self) -> bool:
+        return all(record.finish is not None for record in self.records)
+
+
+class Pipeline:
+    """The stages behind Redis, as the desk sees them."""
+
+    def __init__(self, route: Route, redis: Redis, keys: Keys, backlog: Backlog, blobs: Blobs) -> None:
+        self._route = route
+        self._redis = redis
+        self._keys = keys
+        self._backlog = backlog
+        self._blobs = blobs
+        self._records = Records(redis, keys)
+        self._fence = Fence(keys, route.gateway, {})
+
+    async def submit(self, exchange: Exchange, order: Order, ticket: Ticket) -> str | None:
+        """Send every choice of `exchange`, or none: then, under the same key, a request was sent before, whose id is
+        returned.
+
+        Raises:
+            RequestError: 409, the key was used for something else; 429, the queue is full; 503, Redis does not answer.
+            RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
+        """
+        try:
+            async with asyncio.timeout(self._route.submit_s):
+                await self._backlog.admit(order.n)
+                earlier = await self._send(self._works(exchange, order, ticket), _uploads(exchange, order), ticket)
+        except TimeoutError:
+            raise RequestError(QUEUE_DOWN) from None
+        if earlier is not None:
+            assert ticket.key is not None
+            if earlier.body_hash != ticket.key.body:
+                raise RequestError(REUSED_KEY)
+            return earlier.request_ids[0]
+        for choice in exchange.choices:
+            choice.submitted = True
+        return None
+
+    async def find(self, request_id: str, owner: str) -> Known:
+        """
+        Raises:
+            RequestError: 404, unknown or no longer known, or another's.
+        """
+        first = (await self._records.get([request_id])).get(request_id)
+        if first is None:
+            raise unknown_request(request_id)
+        form = forms.decode(first.request.form)
+        ids = [choice_id(request_id, index) for index in range(form.n)]
+        records = {request_id: first, **(await self._records.get(ids[1:]))}
+        if form.owner != owner or len(records) < form.n:
+            raise unknown_request(request_id)
+        return Known(request_id, form, tuple(records[each] for each in ids))
+
+    async def records(self, request_ids: Iterable[str]) -> dict[str, Record]:
+        """Those that exist."""
+        return await self._records.get(list(request_ids))
+
+    def is_ours(self, record: Record) -> bool:
+        """Whether its answer comes to this gateway."""
+        return (record.gateway or record.request.gateway) == self._route.gateway
+
+    async def attach(self, choices: Sequence[Choice]) -> None:
+        """Have the answers come here from now on, and first what comes after what each choice has.
+
+        The record says so at once, so that a gateway that had the request before does not cancel it.
+        """
+        if not choices:
+            return
+        await self._records.attach({choice.request_id: self._route.gateway for choice in choices}, self._fence)
+        for choice in choices:
+            attach = Attach(choice.request_id, self._route.gateway, choice.seq)
+            choice.asked = True
+            reach("gateway.attach.before")
+            await send(self._redis, self._keys.tokens(self._shard(choice.request_id)), attach)
+            reach("gateway.attach.after")
+
+    async def cancel(self, request_ids: Sequence[str]) -> None:
+        """Stop work on these, except where another gateway has taken over."""
+        records = await self._records.get(request_ids)
+        ours = [request_id for request_id, record in records.items() if self.is_ours(record)]
+        if ours:
+            reach("gateway.cancel.before")
+            await self._records.cancel(ours)
+            reach("gateway.cancel.after")
+
+    # ------------------------------------------------------------------------------------------------ sending
+
+    async def _send(
+        self, works: list[Encode] | list[Generate], uploads: dict[str, bytes], ticket: Ticket
+    ) -> Submission | None:
+        """Media first: an entry whose blobs are missing would fail."""
+        stream = keys.ENCODE if isinstance(works[0], Encode) else keys.GENERATE
+        earlier = None
+        try:
+            for key, data in uploads.items():
+                await self._blobs.put("media", key, data)
+            reach("gateway.submit.before")
+            if ticket.key is None:
+                for work in works:
+                    await self._records.submit(stream, work)
+            else:
+                request = works[0].request
+                ttl_s = math.ceil(max(0.0, ticket.deadline - ticket.created) + request.retain_s) + 1
+                earlier = await self._records.submit_once(stream, works, ticket.key.digest, ticket.key.body, ttl_s)
+            reach("gateway.submit.after")
+        except BaseException:
+            await self._discard([work.request.id for work in works], uploads)
+            raise
+        if earlier is not None:
+            await self._discard([], uploads)
+        return earlier
+
+    def _works(self, exchange: Exchange, order: Order, ticket: Ticket) -> list[Encode] | list[Generate]:
+        segments = tuple(map(pack_ids, order.segments))
+        requests = [self._request(choice, order, ticket) for choice in exchange.choices]
+        if not order.media:
+            return [Generate(request, segments[0], order.max_tokens) for request in requests]
+        return [
+            Encode(
+                request, segments, tuple(_media(item, _blob_key(request.id, i)) for i, item in enumerate(order.media))
+            )
+            for request in requests
+        ]
+
+    def _request(self, choice: Choice, order: Order, ticket: Ticket) -> Request:
+        retain_s = self._route.retain_s
+        if retain_s and order.n > 1:
+            retain_s += ticket.deadline - ticket.created  # a choice that ends early is kept for the others' sake
+        return Request(
+            id=choice.request_id,
+            gateway=self._route.gateway,
+            shard=self._shard(choice.request_id),
+            created=ticket.created,
+            sampling=msgspec.structs.replace(order.sampling, seed=choice_seed(order.sampling.seed, choice.index)),
+            output=order.output,
+            deadline=ticket.deadline,
+            retain_s=retain_s,
+            trace=ticket.trace,
+            form=forms.encode(choice.exchange.form),
+        )
+
+    def _shard(self, request_id: str) -> int:
+        return zlib.crc32(request_id.encode()) % self._route.shards
+
+    async def _discard(self, request_ids: list[str], uploads: Iterable[str]) -> None:
+        """Remove what a request that could not be sent may have left: its entry, if there is one after all, is dropped
+        by whoever takes it and finds no record. Where Redis does not answer, blobs expire."""
+        try:
+            async with asyncio.timeout(CLEAN_UP_S):
+                await self._records.delete(request_ids)
+                if uploads:
+                    await self._blobs.delete("media", list(uploads))
+        except (RedisError, TimeoutError) as error:
+            logger.warning("could not clean up", extra={"request_ids": request_ids, "error": str(error)})
+
+
+def _uploads(exchange: Exchange, order: Order) -> dict[str, bytes]:
+    return {
+        _blob_key(choice.request_id, i): item.data
+        for choice in exchange.choices
+        for i, item in enumerate(order.media)
+        if item.data is not None
+    }
+
+
+def _blob_key(request_id: str, index: int) -> str:
+    return f"{request_id}-{index}"
+
+
+def _media(item: Item, key: str) -> Media:
+    blob = None if item.data is None else key
+    return Media(kind=item.kind, param=item.param, url=item.url, blob=blob, video=item.video)
