@@ -19,20 +19,21 @@ from system import free_ports
 
 from cli.redis_server import RedisServer
 from shared import bus, leases
-from shared.keys import Keys
+from shared.keys import GENERATE, Keys
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
 READY_S = 60.0
 LOOK_S = 0.05
 LEASE_MS = 1500
+SHARDS = 2
 RETAIN_S = 10.0
 REQUEST_TIMEOUT_S = 90.0
 # Small enough that everything that happens to long answers happens to short ones.
 SETTINGS: Mapping[str, Mapping[str, object]] = {
     "all": {
         "lease_ms": LEASE_MS,
-        "shards": 2,
+        "shards": SHARDS,
         "drain_s": 15,
         "max_model_len": 512,
         "max_deliveries": 100,  # what is killed that often on purpose is not poison
@@ -83,6 +84,14 @@ class Replica:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def halted(self) -> bool:
+        """Whether it stands still, by whoever's signal."""
+        if not self.running or self._process is None:
+            return False
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
 
     @property
     def status(self) -> int | None:
@@ -167,14 +176,23 @@ class System:
         plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
         plain |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         common = {"redis_url": self.server.url, "model": str(model), "namespace": self.keys.ns}
-        self.replicas = []
+        self._environs = {}
         for service in SERVICES:
             told = common | dict(SETTINGS["all"]) | dict(settings.get("all", {}))
             told |= dict(SETTINGS[service]) | dict(settings.get(service, {}))
-            environ = plain | _variables(told)
-            for number in range(replicas[service]):
-                self.replicas.append(Replica(service, number, environ, directory / f"{service}-{number}.log"))
+            self._environs[service] = plain | _variables(told)
+        self.replicas: list[Replica] = []
+        for service in SERVICES:
+            for _ in range(replicas[service]):
+                self.add(service)
         self.redis: Redis = bus.connect(self.server.url)
+
+    def add(self, service: str) -> Replica:
+        """A place for one more, with nothing in it yet."""
+        number = 1 + max((replica.number for replica in self.of(service)), default=-1)
+        log = self.directory / f"{service}-{number}.log"
+        self.replicas.append(Replica(service, number, self._environs[service], log))
+        return self.replicas[-1]
 
     def of(self, service: str) -> list[Replica]:
         return [replica for replica in self.replicas if replica.service == service]
@@ -207,6 +225,22 @@ class System:
                     return one.state
         return ""
 
+    async def generating(self) -> None:
+        """Return when engines have sent some more steps.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        before = await self._newest_steps()
+        for _ in range(int(READY_S / LOOK_S)):
+            await asyncio.sleep(LOOK_S)
+            if (now := await self._newest_steps()) != before and await self.redis.xlen(self.keys.stream(GENERATE)):
+                return
+        raise AssertionError(f"no tokens came: {now}\n{self.tails()}")
+
+    async def _newest_steps(self) -> list[object]:
+        return [await self.redis.xrevrange(self.keys.tokens(shard), count=1) for shard in range(SHARDS)]
+
     async def restart_redis(self, down_s: float, *, orderly: bool = False) -> None:
         """Kill Redis and start it again on the same data."""
         await asyncio.to_thread(self.server.stop if orderly else self.server.kill)
@@ -235,10 +269,15 @@ class System:
 
 @asynccontextmanager
 async def running(
-    directory: Path, model: Path, replicas: Mapping[str, int], **options: Mapping[str, object]
+    directory: Path,
+    model: Path,
+    replicas: Mapping[str, int],
+    *,
+    persistence: bool = True,
+    **settings: Mapping[str, object],
 ) -> AsyncIterator[System]:
     """A system from ready to killed."""
-    system = System(directory, model, replicas, **options)  # type: ignore[arg-type]
+    system = System(directory, model, replicas, persistence=persistence, **settings)
     try:
         await system.start()
         yield system

@@ -1,0 +1,102 @@
+"""How long clients wait because of one fault: the figures of docs/guarantees.md.
+
+    python -m chaos_pauses [--rounds 5] [--clients 8]
+
+Each round: clients stream long answers, one fault comes in the middle, and the longest gap between two events of a
+client is noted. Two replicas of each service, unless the fault says "alone".
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+from chaos_client import Broken, Client, Manner
+from chaos_crash import Expected, reference
+from chaos_model import write_model
+from chaos_requests import pool
+from chaos_storm import ONE_OF_EACH, TWO_OF_EACH
+from chaos_system import REQUEST_TIMEOUT_S, System, running
+
+LONG = 2  # the place of "long" in the pool
+ANSWER = 400  # tokens
+LEASE_MS = 3000  # the default
+
+
+def nothing(system: System) -> None:
+    """The gaps that are there anyway."""
+
+
+def kill(service: str) -> Callable[[System], None]:
+    def fault(system: System) -> None:
+        """Of two replicas, one that has work."""
+        replica = random.choice(system.of(service))
+        replica.kill()
+        replica.start()
+
+    return fault
+
+
+def terminate(service: str) -> Callable[[System], None]:
+    return lambda system: random.choice(system.of(service)).terminate()
+
+
+async def kill_redis(system: System) -> None:
+    await system.restart_redis(0)
+
+
+Fault = Callable[[System], Awaitable[None] | None]
+FAULTS: dict[str, tuple[dict[str, int], Fault]] = {
+    "nothing": (TWO_OF_EACH, nothing),
+    **{f"kill -9 of 1 of 2 {name}": (TWO_OF_EACH, kill(name)) for name in ("gateway", "engine", "postproc")},
+    **{f"kill -9 of the only {name}": (ONE_OF_EACH, kill(name)) for name in ("gateway", "engine", "postproc")},
+    **{f"SIGTERM of 1 of 2 {name}": (TWO_OF_EACH, terminate(name)) for name in ("engine", "postproc")},
+    "kill -9 of Redis": (TWO_OF_EACH, kill_redis),
+}
+
+
+async def one_round(system: System, expected: Expected, fault: Fault, clients: int) -> list[float]:
+    """The longest silence of each client."""
+    ask, answer = expected["long"]
+    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as http:
+        each = [Client(http, lambda: [g.url for g in system.of("gateway")], random.Random(n)) for n in range(clients)]
+        asking = [asyncio.create_task(client.ask(ask, Manner(), REQUEST_TIMEOUT_S)) for client in each]
+        await asyncio.sleep(1.5)
+        if (injected := fault(system)) is not None:
+            await injected
+        for got in await asyncio.gather(*asking):
+            if wrong := got.differs(answer):
+                raise Broken(wrong)
+    for replica in system.replicas:
+        await replica.ended(0.5)
+        if not replica.running:
+            replica.start()
+    await system.ready(system.replicas)
+    return [client.longest_silence_s for client in each]
+
+
+async def measure(rounds: int, clients: int, directory: Path) -> None:
+    asks = pool(LONG + 1, write_model(directory / "model"), "")[LONG:]
+    asks[0].body["max_tokens"] = ANSWER
+    for number, (name, (replicas, fault)) in enumerate(FAULTS.items()):
+        settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
+        async with running(directory / str(number), directory / "model", replicas, **settings) as system:
+            expected = await reference(system, asks)
+            gaps = [gap for _ in range(rounds) for gap in await one_round(system, expected, fault, clients)]
+        print(f"{name:32} median {statistics.median(gaps):5.2f} s, longest {max(gaps):5.2f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=8)
+    args = parser.parse_args()
+    asyncio.run(measure(args.rounds, args.clients, Path(tempfile.mkdtemp(prefix="millrace-pauses-"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A death, and a halt until another has taken over, at each named moment of a request's way, one by one.
+
+Which moments there are is read from the services' sources; one without a scenario that leads to it fails here. All of
+them take long, so a run takes some, others every day; CHAOS_ALL=1 (as in `make chaos`) takes all, and CHAOS_DAY=n those
+of day n.
+"""
+
+import os
+import time
+from collections.abc import AsyncIterator
+
+import chaos_crash as crash
+import httpx
+import pytest
+import pytest_asyncio
+from chaos_crash import Expected, Scenario, Stage, play, points, reference
+from chaos_model import write_model
+from chaos_requests import KINDS, pool
+from chaos_storm import ONE_OF_EACH
+from chaos_system import System, running
+
+SOME = 8
+DAY = int(os.environ.get("CHAOS_DAY", time.time() // 86400))
+# step: which scenario leads to it, and the how manyeth time to fail.
+STEPS: dict[str, list[tuple[Scenario, int]]] = {
+    "engine.take": [(crash.text, 1)],
+    "engine.look": [(crash.text, 1)],
+    "engine.claim": [(crash.text, 1)],
+    "engine.tokens": [(crash.text, 1), (crash.text, 40)],
+    "engine.finish": [(crash.text, 1)],
+    "engine.announce": [(crash.resumed, 1)],
+    "engine.drop": [(crash.left_before_the_engine, 1)],
+    "engine.send_back": [(crash.evicted, 1)],
+    "gateway.submit": [(crash.text, 1), (crash.whole, 1)],
+    "gateway.cancel": [(crash.leaves, 1)],
+    "gateway.attach": [(crash.breaks, 1)],
+}
+CASES = [
+    pytest.param(f"{point}:{times}{how}", scenario, id=f"{point}:{times}{how} {scenario.__name__}")
+    for point in points()
+    for scenario, times in STEPS.get(point.rpartition(".")[0], [])
+    # A gateway has nothing that another would take over while its client is still there.
+    for how in ([""] if point.startswith("gateway.") else ["", ":stop"])
+]
+CHOSEN = CASES if os.environ.get("CHAOS_ALL") else CASES[DAY % -(-len(CASES) // SOME) :: -(-len(CASES) // SOME)]
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def test_every_point_has_a_scenario() -> None:
+    assert {point.rpartition(".")[0] for point in points()} == STEPS.keys()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, Expected]]:
+    """One for all cases, and its answers while nothing has failed yet."""
+    directory = tmp_path_factory.mktemp("crash")
+    asks = [ask for ask in pool(len(KINDS), write_model(directory / "model"), "") if ask.kind != "link"]
+    # Answers are kept for a moment only, so that each case can see that its own is gone.
+    async with running(directory / "system", directory / "model", ONE_OF_EACH, gateway={"retain_s": 2}) as system:
+        yield system, await reference(system, asks)
+
+
+@pytest.mark.parametrize(("crash_at", "scenario"), CHOSEN)
+async def test_a_request_does_not_care(
+    running_system: tuple[System, Expected], crash_at: str, scenario: Scenario
+) -> None:
+    system, expected = running_system
+    for replica in system.replicas:
+        if not replica.running:  # after a case that failed
+            replica.start()
+    await system.ready(system.replicas)
+    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as http:
+        await play(Stage(system, expected, http, crash_at), scenario)

@@ -1,0 +1,52 @@
+"""A Redis that comes back without its data: every client is told within seconds, and the services go on."""
+
+import asyncio
+import random
+import time
+from pathlib import Path
+
+import httpx
+from chaos_client import Broken, Client, Manner
+from chaos_crash import reference
+from chaos_leftovers import wait_until_clean
+from chaos_model import write_model
+from chaos_requests import KINDS, pool
+from chaos_storm import ONE_OF_EACH
+from chaos_system import LEASE_MS, System, running
+
+TOLD_S = 10.0
+SETTLE_S = 15.0
+ASKED = ("long", "long", "long", "choices", "image", "tools")
+
+
+async def ask(system: System, kind: str, expected: dict, stream: bool) -> str:  # type: ignore[type-arg]
+    """What went wrong with an answer, if anything did."""
+    request, answer = expected[kind]
+    async with httpx.AsyncClient(timeout=30) as http:
+        client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))
+        try:
+            got = await client.ask(request, Manner(stream=stream), 60)
+        except Broken as broken:
+            return f"told: {broken}"
+        return got.differs(answer)
+
+
+async def test_every_client_is_told_and_the_services_go_on(tmp_path: Path) -> None:
+    asks = [one for one in pool(len(KINDS), write_model(tmp_path / "model"), "") if one.kind != "link"]
+    async with running(tmp_path / "system", tmp_path / "model", ONE_OF_EACH, persistence=False) as system:
+        expected = await reference(system, asks)
+        asking = [asyncio.create_task(ask(system, kind, expected, n != 1)) for n, kind in enumerate(ASKED)]
+        await system.generating()
+        await system.restart_redis(0)
+        back = time.monotonic()
+        ends = await asyncio.gather(*asking)
+        took = time.monotonic() - back
+        assert [end for end in ends if end and not end.startswith("told: ")] == [], system.tails()
+        assert [end for end in ends if "no answer within" in end] == [], system.tails()
+        assert any(end.startswith("told: ") for end in ends), "Redis was killed when all was over"
+        assert took < TOLD_S + LEASE_MS / 1000, (took, ends)
+        # Everything that the services had made in Redis is made again.
+        await system.ready(system.replicas)
+        for kind in ("long", "image"):
+            assert await ask(system, kind, expected, True) == "", system.tails()
+        assert await wait_until_clean(system, SETTLE_S) == []
