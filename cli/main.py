@@ -3,13 +3,18 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shared.errors import CheckpointError, ConfigError
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
+       millrace top | status [flags]
 
-  serve    run Redis and the four services on this machine; `millrace serve --help` lists the flags
+  serve      run Redis and the four services on this machine
+  top        watch a running pipeline: stages, replicas, streams, Redis
+  status     the same once, as text or JSON; the exit status says whether all is well
+
+`millrace COMMAND --help` lists the flags.
 """
 
 
@@ -19,23 +24,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    if words[0] != "serve":
+    if words[0] not in COMMANDS:
         print(f"millrace: error: no such command: {words[0]}\n{USAGE}", end="", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the event loop listens, as Ctrl-C
     try:
-        return _serve(words[1:])
+        return COMMANDS[words[0]](words[1:])
     except (ConfigError, CheckpointError) as error:
-        print(f"millrace serve: error: {error}", file=sys.stderr)
+        print(f"millrace {words[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
+# Each imports what it needs when it is called: a mistyped flag is told at once, and no command needs another's extra.
+
+
 def _serve(words: Sequence[str]) -> int:
     from cli.flags import parse
 
-    launch = parse(words, os.environ)  # before the second import, which takes a second: a mistyped flag is told at once
+    launch = parse(words, os.environ)
     from cli.serve import serve
 
     return serve(launch, os.environ)
+
+
+def _status(words: Sequence[str]) -> int:
+    from cli.status import main
+
+    return main(words, os.environ)
+
+
+def _top(words: Sequence[str]) -> int:
+    from cli.top import main
+
+    return main(words, os.environ)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": _serve,
+    "top": _top,
+    "status": _status,
+}

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
+from cli.pipeline_view import HELD
 from cli.redis_server import RedisServer
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
 from shared import bus, leases
@@ -162,9 +163,8 @@ class System:
                     if not child.ready:
                         child.mark_ready()
                         self._say_ready(child)
-                    figures = " ".join(f"{name}={value:g}" for name, value in sorted(replica.load.items()))
-                    doing.append(f"{child.service} {figures or 'ready'}")
-        return " | ".join(doing) if self._all_ready else ""
+                    doing.append(f"{child.service} {replica.load.get(HELD[child.service], 0):g}")
+        return f"in work: {', '.join(doing)}" if self._all_ready else ""
 
     def _say_ready(self, child: Child) -> None:
         report(f"{child.service:10} ready after {child.age_s:.1f} s")

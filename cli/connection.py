@@ -1,0 +1,41 @@
+"""Which deployment a command looks at: the flags they share."""
+
+import argparse
+from collections.abc import Mapping
+from typing import NoReturn
+
+from shared.config import variable
+from shared.errors import ConfigError
+
+LOCAL = "redis://127.0.0.1:8182/0"  # where `millrace serve` has its Redis unless told otherwise
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parser(prog: str, description: str, environ: Mapping[str, str]) -> Parser:
+    """One with --redis-url, --blob-redis-url and --namespace, which the services' own variables fill."""
+    made = Parser(prog=prog, description=description, allow_abbrev=False)
+    made.add_argument(
+        "--redis-url",
+        default=environ.get(variable("redis_url"), LOCAL),
+        metavar="URL",
+        help=f"the deployment's Redis (unset: {variable('redis_url')}, or the one of `millrace serve`)",
+    )
+    made.add_argument(
+        "--blob-redis-url",
+        default=environ.get(variable("blob_redis_url")) or None,
+        metavar="URL",
+        help="the Redis of media and embeddings, if it is another",
+    )
+    made.add_argument(
+        "--namespace",
+        default=environ.get(variable("namespace"), "millrace"),
+        metavar="NAME",
+        help="what the deployment's keys begin with (%(default)s)",
+    )
+    return made

@@ -1,0 +1,73 @@
+"""`millrace status`: the pipeline at one moment, for people or, with --json, for scripts.
+
+Exit status: 0 all is well, 1 something is wrong (and is said), 2 the question could not be asked.
+"""
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from redis.exceptions import RedisError
+
+from cli.connection import parser
+from cli.pipeline_view import HELD, PipelineView, StageView, problems, read
+from shared import bus
+from shared.keys import Keys
+
+WELL, UNWELL, UNKNOWN = 0, 1, 2
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What --json prints."""
+
+    healthy: bool
+    problems: list[str]
+    pipeline: PipelineView
+
+
+def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """
+    Raises:
+        ConfigError: a flag is wrong.
+    """
+    flags = parser("millrace status", "What the pipeline is doing.", environ)
+    flags.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    given = flags.parse_args(words)
+    try:
+        view = asyncio.run(look(given.redis_url, given.blob_redis_url, given.namespace))
+    except RedisError as error:
+        print(f"millrace status: Redis does not answer: {error}", file=sys.stderr)
+        return UNKNOWN
+    found = problems(view)
+    if given.json:
+        print(msgspec.json.encode(Status(not found, found, view)).decode())
+    else:
+        print("\n".join([*map(line, view.stages), *(f"! {problem}" for problem in found)]))
+    return UNWELL if found else WELL
+
+
+async def look(redis_url: str, blob_redis_url: str | None, namespace: str) -> PipelineView:
+    """Connect, read, disconnect.
+
+    Raises:
+        ConfigError: a URL is malformed.
+        RedisError: Redis does not answer.
+    """
+    redis = bus.connect(redis_url)
+    blobs = bus.connect(blob_redis_url) if blob_redis_url else None
+    try:
+        return await read(redis, Keys(namespace), blobs)
+    finally:
+        for client in (redis, blobs):
+            if client is not None:
+                await client.aclose()
+
+
+def line(stage: StageView) -> str:
+    """One stage: its replicas by state, and its work."""
+    states = dict.fromkeys(replica.state for replica in stage.replicas)
+    counts = ", ".join(f"{len(stage.within(state))} {state}" for state in states) or "no replica"
+    held = sum(replica.load.get(HELD[stage.service], 0) for replica in stage.replicas)
+    waiting = f", {stage.queue.waiting} waiting" if stage.queue else ""
+    return f"{stage.service:10} {counts}; {held:.0f} in work{waiting}"

@@ -1,0 +1,103 @@
+"""`millrace top`: the pipeline, live. One look a second; q or Ctrl-C ends it."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import termios
+import tty
+from collections.abc import Iterator, Mapping, Sequence
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from cli.board import draw
+from cli.connection import parser
+from cli.pipeline_view import read
+from cli.status import UNKNOWN, look
+from shared import bus
+from shared.errors import ConfigError
+from shared.keys import Keys
+
+EVERY_S = 1.0
+WIDE = 160  # columns where there is no terminal to ask
+
+
+def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """
+    Raises:
+        ConfigError: a flag is wrong, or there is no terminal.
+    """
+    flags = parser("millrace top", "Watch the pipeline. q ends it.", environ)
+    flags.add_argument("--once", action="store_true", help="draw one look and end")
+    given = flags.parse_args(words)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in environ else WIDE)
+    if given.once:
+        return _once(console, given.redis_url, given.blob_redis_url, given.namespace)
+    if not (console.is_terminal and sys.stdin.isatty()):
+        raise ConfigError("this is no terminal; --once draws one look")
+    asyncio.run(_watch(console, given.redis_url, given.blob_redis_url, Keys(given.namespace)))
+    return 0
+
+
+def _once(console: Console, redis_url: str, blob_redis_url: str | None, namespace: str) -> int:
+    try:
+        console.print(draw(asyncio.run(look(redis_url, blob_redis_url, namespace))))
+    except RedisError as error:
+        print(f"millrace top: Redis does not answer: {error}", file=sys.stderr)
+        return UNKNOWN
+    return 0
+
+
+async def _watch(console: Console, redis_url: str, blob_redis_url: str | None, keys: Keys) -> None:
+    """Draw until q is pressed."""
+    redis = bus.connect(redis_url)
+    blobs = bus.connect(blob_redis_url) if blob_redis_url else None
+    try:
+        with _pressed("q") as told, Live(console=console, screen=True, auto_refresh=False) as live:
+            drawing = asyncio.create_task(_draw(live, redis, blobs, keys))
+            await asyncio.wait([drawing, told], return_when=asyncio.FIRST_COMPLETED)
+            drawing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await drawing
+    finally:
+        for client in (redis, blobs):
+            if client is not None:
+                await client.aclose()
+
+
+async def _draw(live: Live, redis: Redis, blobs: Redis | None, keys: Keys) -> None:
+    while True:
+        live.update(await _picture(redis, blobs, keys), refresh=True)
+        await asyncio.sleep(EVERY_S)
+
+
+async def _picture(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
+    try:
+        return draw(await read(redis, keys, blobs))
+    except RedisError as error:
+        return Text(f"Redis does not answer: {error}", "bold red")
+
+
+@contextlib.contextmanager
+def _pressed(key: str) -> Iterator[asyncio.Future[None]]:
+    """A future that is done when the key is; the terminal gives keys one by one meanwhile, and shows none."""
+    loop, descriptor = asyncio.get_running_loop(), sys.stdin.fileno()
+    told: asyncio.Future[None] = loop.create_future()
+
+    def look_at_keys() -> None:
+        typed = os.read(descriptor, 64)
+        if (key.encode() in typed or not typed) and not told.done():
+            told.set_result(None)
+
+    before = termios.tcgetattr(descriptor)
+    tty.setcbreak(descriptor)
+    loop.add_reader(descriptor, look_at_keys)
+    try:
+        yield told
+    finally:
+        loop.remove_reader(descriptor)
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
