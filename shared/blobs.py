@@ -15,6 +15,9 @@ from shared.bus import command
 from shared.errors import internal
 from shared.keys import Keys
 
+MEDIA = "media"  # the kind of uploaded bytes: they live until their request has ended
+EMBEDS = "embeds"  # the kind of the encoder's output: kept for whoever shows the same media, and evicted
+
 CHUNK = 1 << 20
 _BATCH = 4  # chunks in one pipeline: what a client that writes or reads holds Redis up with, about 2 ms
 
@@ -88,8 +91,13 @@ _FORGET = _INDEX + "for i = 3, #ARGV do forget(ARGV[i]) end"
 T = TypeVar("T")
 
 
+def upload_keys(request_id: str, media: int) -> list[str]:
+    """Where the uploads of a request with so many images and videos are; those given by URL have none."""
+    return [f"{request_id}-{index}" for index in range(media)]
+
+
 class Blobs:
-    """A store of immutable values by (kind, key). Kinds: "media" (uploaded bytes), "embeds" (encoder output)."""
+    """A store of immutable values by (kind, key). Kinds: MEDIA and EMBEDS."""
 
     def __init__(self, redis: Redis, keys: Keys, ttl_s: int, budget_bytes: int) -> None:
         self._redis = redis

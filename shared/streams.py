@@ -2,19 +2,19 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus import MAX_BLOCK_MS, command
+from shared.custody import Custody, Poison
 from shared.errors import ProtocolError
 from shared.keys import Keys
 from shared.log import logger
 from shared.messages import Encode, Generate, Message, from_entry, to_entry
 
-QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
@@ -22,47 +22,40 @@ _log = logger(__name__)
 _Entry = tuple[str, int, Mapping[bytes, bytes]]  # id, attempts, fields
 
 # Takes entries over from `owner`, inside Redis, so that of two replicas that look at once only one gets each: the
-# second finds them in the first one's list. KEYS stream, quarantine; ARGV group, me, max deliveries, length of the
-# quarantine.
+# second finds them in the first one's list. KEYS stream; ARGV group, me.
 _TAKE_OVER = """
-local function quarantine(id, attempts, fields, reason)
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'reason', reason, 'attempts', attempts, unpack(fields))
-  redis.call('XACK', KEYS[1], ARGV[1], id)
-  redis.call('XDEL', KEYS[1], id)
-end
-
 local function take_over(pending, taken)
   for _, entry in ipairs(pending) do
-    local id, attempts = entry[1], entry[4] + 1
-    local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id)[1]
+    local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1])[1]
     if claimed then
-      taken[#taken + 1] = {id, attempts, claimed[2]}
-      if attempts > tonumber(ARGV[3]) then
-        quarantine(id, attempts, claimed[2], 'delivered ' .. attempts .. ' times')
-      end
+      taken[#taken + 1] = {entry[1], entry[4] + 1, claimed[2]}
     end
   end
 end
 """
 
-# ARGV ..., prefix of lease keys, count. A dead consumer that owns nothing is deleted.
+# ARGV ..., prefix of lease keys, count. A replica that is starting has taken nothing yet: what is pending under its
+# name is what its former self left. A dead consumer that owns nothing is deleted. Returns {taken, how many are left}.
 _CLAIM_DEAD = (
     _TAKE_OVER
     + """
-local taken, room = {}, tonumber(ARGV[6])
+local taken, left, room = {}, 0, tonumber(ARGV[4])
 local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
-if consumers.err then return taken end
+if consumers.err then return {taken, left} end
 for _, consumer in ipairs(consumers) do
-  local name = consumer[2]
-  if name ~= ARGV[2] and redis.call('EXISTS', ARGV[5] .. name) == 0 then
-    if consumer[4] == 0 then
+  local name, pending = consumer[2], consumer[4]
+  local lease = redis.call('GET', ARGV[3] .. name)
+  if name ~= ARGV[2] and (not lease or cjson.decode(lease).state == 'starting') then
+    local before = #taken
+    if pending > 0 and before < room then
+      take_over(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name), taken)
+    elseif pending == 0 and not lease then
       redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
-    elseif #taken < room then
-      take_over(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - #taken, name), taken)
     end
+    left = left + pending - (#taken - before)
   end
 end
-return taken
+return {taken, left}
 """
 )
 
@@ -71,17 +64,21 @@ _CLAIM_LOST = (
     _TAKE_OVER
     + """
 local taken = {}
-for i = 5, #ARGV do
+for i = 3, #ARGV do
   take_over(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]), taken)
 end
 return taken
 """
 )
 
-# KEYS stream; ARGV group, me.
+# KEYS stream; ARGV group, me, most pending. What is handed over in order has not failed: its delivery does not count.
 _LEAVE = """
-local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2])
-if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
+local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[3], ARGV[2])
+if pending.err then return end
+for _, entry in ipairs(pending) do
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', math.max(entry[4] - 1, 0), 'JUSTID')
+end
+if #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
 """
 
 
@@ -93,12 +90,21 @@ class Delivery(msgspec.Struct, frozen=True):
     attempts: int  # 1 on first delivery
 
 
+class Look(NamedTuple):
+    """What a look at everyone's pending entries found."""
+
+    ours: list[Delivery]  # now
+    poisoned: list[Delivery]  # ours too, but delivered too often: answer their requests, then quarantine them
+    lost: set[str]  # ids that were delivered to us and are no longer ours: another's, or nobody's any more
+    left: int  # entries of dead replicas for which we had no room
+
+
 class WorkStream:
     """One replica's membership in the consumer group of `encode` or `generate`.
 
-    An entry is acked and deleted in one transaction when its work has ended, so XLEN is the stage's backlog: waiting
-    plus running. Entries of consumers whose lease has expired are claimed by whoever looks next; idle time is never
-    the criterion, since long work is not dead work. Renew the lease before the first `take`.
+    An entry is acked and deleted in one step when its work has ended (shared/custody.py), so XLEN is the stage's
+    backlog: waiting plus running. Entries of consumers whose lease has expired are claimed by whoever looks next; idle
+    time is never the criterion, since long work is not dead work. Renew the lease before the first `take`.
 
     A reply that was lost on its way, or a process that died and came back under its name, leaves entries in our own
     list that nobody works on; `claim_abandoned` finds these too. So it must be called now and then by a replica that
@@ -108,11 +114,11 @@ class WorkStream:
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
         self._redis = redis
         self._key = keys.stream(stream)
-        self._quarantine_key = keys.quarantine(stream)
         self._leases = keys.replica_prefix(service)
         self._group = service
         self._name = name
         self._max_deliveries = max_deliveries
+        self._custody = Custody(redis, keys, stream, service, name)
         self._claim_dead = redis.register_script(_CLAIM_DEAD)
         self._claim_lost = redis.register_script(_CLAIM_LOST)
         self._leave = redis.register_script(_LEAVE)
@@ -145,30 +151,27 @@ class WorkStream:
             self._taking = False
             self._takes += 1
 
-    async def claim_abandoned(self, count: int) -> tuple[list[Delivery], list[Delivery]]:
-        """Take over entries of dead consumers and delete consumers that have none left.
+    async def claim_abandoned(self, count: int) -> Look:
+        """Take over up to `count` entries of dead consumers, and delete consumers that have none left.
 
-        Returns (ours now, poisoned): the second were delivered more than `max_deliveries` times; they have been moved
-        to the quarantine stream and acked, and the caller answers their requests with an error.
+        What was delivered more than `max_deliveries` times is poison. Such an entry stays pending under our name until
+        the caller has answered its request and quarantined it: if this process dies first, the next one answers.
         """
         async with self._claiming:
-            claimed = await self._claim(count)
-            ours = await self._deliver([entry for entry in claimed if entry[1] <= self._max_deliveries])
-        return ours, [delivery for entry in claimed if entry[1] > self._max_deliveries for delivery in _poison(entry)]
+            lost, claimed, left = await self._claim(count)
+            deliveries = await self._deliver(claimed)
+        ours = [delivery for delivery in deliveries if delivery.attempts <= self._max_deliveries]
+        return Look(ours, [delivery for delivery in deliveries if delivery.attempts > self._max_deliveries], lost, left)
 
     async def finish(self, entry_ids: Sequence[str]) -> None:
-        """Ack and delete, in one transaction."""
-        if not entry_ids:
-            return
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.xack(self._key, self._group, *entry_ids)
-            pipe.xdel(self._key, *entry_ids)
-            await pipe.execute()
+        """Ack and delete those that are still ours, in one step."""
+        await self._custody.finish(entry_ids)
         self._held.difference_update(entry_ids)
 
     async def leave(self) -> None:
-        """Delete our consumer if it owns nothing. (What it still owns is claimed by others once our lease is gone.)"""
-        await self._leave(keys=[self._key], args=[self._group, self._name])
+        """Delete our consumer if it owns nothing. What it still owns is claimed by others as soon as our lease is gone,
+        and none of it is the worse for having been here."""
+        await self._leave(keys=[self._key], args=[self._group, self._name, _MOST_PENDING])
 
     async def backlog(self) -> int:
         """Waiting plus running."""
@@ -189,16 +192,18 @@ class WorkStream:
             return []
         return [(str(entry_id, "ascii"), fields) for _, entries in reply for entry_id, fields in entries]
 
-    async def _claim(self, count: int) -> list[_Entry]:
-        keys = [self._key, self._quarantine_key]
-        who: list[str | int] = [self._group, self._name, self._max_deliveries, QUARANTINE_LENGTH]
+    async def _claim(self, count: int) -> tuple[set[str], list[_Entry], int]:
+        """(what we have lost, what we take over, how many entries of the dead are left)"""
+        who: list[str | int] = [self._group, self._name]
         taken: list[Any] = []
-        lost = (await self._lost())[:count]
-        if lost:
-            taken += await self._claim_lost(keys=keys, args=[*who, *lost])
-        if len(taken) < count:
-            taken += await self._claim_dead(keys=keys, args=[*who, self._leases, count - len(taken)])
-        return [(str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in taken]
+        lost, forgotten = await self._compare()
+        if forgotten[:count]:
+            taken += await self._claim_lost(keys=[self._key], args=[*who, *forgotten[:count]])
+        found, left = await self._claim_dead(keys=[self._key], args=[*who, self._leases, count - len(taken)])
+        entries: list[_Entry] = [
+            (str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in [*taken, *found]
+        ]
+        return lost, entries, int(left)
 
     async def _deliver(self, entries: Sequence[_Entry]) -> list[Delivery]:
         """Hold what can be read, before anything is awaited; quarantine the rest."""
@@ -208,31 +213,25 @@ class WorkStream:
             try:
                 deliveries.append(Delivery(entry_id, _work(fields), attempts))
             except ProtocolError as error:
-                unreadable.append((entry_id, attempts, fields, str(error)))
-        for entry_id, attempts, fields, reason in unreadable:
-            await self._quarantine(entry_id, attempts, fields, reason)
+                unreadable.append((entry_id, Poison(attempts, str(error))))
+        for entry_id, poison in unreadable:
+            await self._custody.quarantine(entry_id, poison)
+            self._held.discard(entry_id)
         return deliveries
 
-    async def _quarantine(self, entry_id: str, attempts: int, fields: Mapping[bytes, bytes], reason: str) -> None:
-        _log.error("entry quarantined", extra={"stream": self._key, "entry": entry_id, "reason": reason})
-        kept = {b"reason": reason.encode(), b"attempts": b"%d" % attempts, **fields}
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.xadd(self._quarantine_key, kept, maxlen=QUARANTINE_LENGTH)  # type: ignore[arg-type]  # invariance
-            pipe.xack(self._key, self._group, entry_id)
-            pipe.xdel(self._key, entry_id)
-            await pipe.execute()
-        self._held.discard(entry_id)
-
-    async def _lost(self) -> list[str]:
-        """Entries pending under our name that no call has delivered here, and that none under way can deliver."""
+    async def _compare(self) -> tuple[set[str], list[str]]:
+        """(entries delivered here that are no longer pending under our name; entries pending under our name that no
+        call has delivered here and none under way can deliver)"""
         held_before = set(self._held)
         pending = await self._pending()
-        if len(pending) < _MOST_PENDING:
-            self._held -= held_before - pending  # handed on, or taken from us while we were paused
+        # Finished meanwhile, or taken from us while we were paused, or lost by Redis.
+        lost = held_before - pending if len(pending) < _MOST_PENDING else set()
+        self._held -= lost
         unheld = pending - self._held
         # A reply to the call of `take` that is under way may carry them; once that call has returned, none will.
         self._suspects = {entry_id: self._suspects.get(entry_id, self._takes) for entry_id in unheld}
-        return sorted(entry_id for entry_id, seen in self._suspects.items() if not self._taking or seen < self._takes)
+        ripe = [entry_id for entry_id, seen in self._suspects.items() if not self._taking or seen < self._takes]
+        return lost, sorted(ripe)
 
     async def _pending(self) -> set[str]:
         words = ("XPENDING", self._key, self._group, "-", "+", _MOST_PENDING, self._name)
@@ -252,16 +251,6 @@ def _work(fields: Mapping[bytes, bytes]) -> Encode | Generate:
     return message
 
 
-def _poison(entry: _Entry) -> list[Delivery]:
-    """What the caller can answer of an entry already moved away: nothing, where not even its request can be read."""
-    entry_id, attempts, fields = entry
-    _log.error("entry quarantined", extra={"entry": entry_id, "reason": f"delivered {attempts} times"})
-    try:
-        return [Delivery(entry_id, _work(fields), attempts)]
-    except ProtocolError:
-        return []
-
-
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
@@ -271,6 +260,13 @@ async def send(redis: Redis, key: str, message: Message, *, max_len: int | None 
     trim = () if max_len is None else ("MAXLEN", "~", max_len)
     fields = [word for pair in to_entry(message).items() for word in pair]
     return str(await command(redis, "XADD", key, *trim, "*", *fields), "ascii")
+
+
+async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
+    """The same into a stream that its reader has made: one that is gone leaves nothing behind. Returns whether it was
+    there."""
+    fields = [word for pair in to_entry(message).items() for word in pair]
+    return await command(redis, "XADD", key, "NOMKSTREAM", "MAXLEN", "~", max_len, "*", *fields) is not None
 
 
 class LogReader:

@@ -1,8 +1,19 @@
 """What one step has to say, gathered by shard."""
 
+from dataclasses import dataclass
+
 from services.engine.sequence import Sequence
 from shared.errors import Failure
-from shared.messages import Begin, Finish, TokenLogprob, TokenRun, Tokens
+from shared.messages import Begin, Finish, FinishReason, TokenLogprob, TokenRun, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A request has ended under this epoch; under a later one it may go on."""
+
+    request_id: str
+    epoch: int
+    reason: FinishReason
 
 
 class Emission:
@@ -11,7 +22,7 @@ class Emission:
     def __init__(self) -> None:
         self._begins: dict[int, list[Begin]] = {}
         self._runs: dict[int, list[TokenRun]] = {}
-        self.ended: dict[str, str] = {}  # request id -> reason
+        self.ended: list[End] = []
 
     def begin(self, shard: int, begin: Begin) -> None:
         self._begins.setdefault(shard, []).append(begin)
@@ -19,7 +30,7 @@ class Emission:
     def run(self, shard: int, run: TokenRun) -> None:
         self._runs.setdefault(shard, []).append(run)
         if run.finish is not None:
-            self.ended[run.request_id] = run.finish.reason
+            self.ended.append(End(run.request_id, run.epoch, run.finish.reason))
 
     def last_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
         """A sequence has grown by one token."""

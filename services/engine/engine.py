@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 from services.engine.blocks import BlockPool
 from services.engine.emission import Emission, error
-from services.engine.mailbox import Abort, Add, Answer, Command, Mailbox
+from services.engine.mailbox import Abort, Add, Answer, Command, Forget, Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.runner import Runner
 from services.engine.sampler import Sampled
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import Sequence
-from shared.messages import Finish, TokenRun
+from shared.messages import TokenRun
 
 Emit = Callable[[Emission], None]
 
@@ -64,10 +64,12 @@ class Engine:
         match command:
             case Add(sequence):
                 self._add(sequence, emission)
-            case Abort(request_id):
+            case Abort(request_id, finish):
                 removed = self._scheduler.remove(request_id)
                 if removed is not None:
-                    emission.end(removed, Finish("cancelled"))
+                    emission.end(removed, finish)
+            case Forget(request_id):
+                self._scheduler.remove(request_id)
             case Answer(shard, begin, finish):
                 emission.begin(shard, begin)
                 emission.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
@@ -94,5 +96,5 @@ class Engine:
         metrics.preemptions.inc(len(plan.preempted))
         metrics.steps.inc(bool(plan.chunks))
         metrics.step_tokens.inc(plan.num_tokens)
-        for reason in emission.ended.values():
-            metrics.finished.labels(reason).inc()
+        for end in emission.ended:
+            metrics.finished.labels(end.reason).inc()

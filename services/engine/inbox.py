@@ -1,54 +1,40 @@
 """Brings work to the engine: takes entries while there is room, claims what dead engines left, makes sequences of
 requests, and lets go of an entry when its request has ended.
 
-A request's state on this side is its entry in one dict, from delivery until its Finish is in the stream or it was
-dropped; `finished` and `_drop` are the only ways out.
+A request's state on this side is its entry in one dict, from delivery until its Finish is in the stream, or until
+nothing need be said of it here: it was dropped, sent back for new embeddings, or is another engine's.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
-import msgspec
 from redis.asyncio import Redis
 
-from services.engine.mailbox import Abort, Add, Answer, Mailbox
-from services.engine.patience import persist
-from services.engine.resume import History, recover
-from services.engine.step import EMBED_DTYPES
+from services.engine.emission import End
+from services.engine.held import Held, hold
+from services.engine.mailbox import Abort, Add, Answer, Forget, Mailbox
+from services.engine.media import EmbedsGoneError, check_embeds
+from services.engine.resume import History, announcement, recover
 from services.engine.sequence import Embeds, EngineFacts, build
-from shared.blobs import Blobs
-from shared.errors import ProtocolError, RequestError, internal
+from shared.blobs import MEDIA, Blobs
+from shared.crash import reach
+from shared.custody import Custody, Poison
+from shared.errors import Failure, ProtocolError, RequestError, internal
 from shared.keys import Keys
 from shared.log import logger
-from shared.messages import Begin, Cancel, Finish, Generate, MediaSpan, Message, unpack_ids
+from shared.messages import Cancel, Finish, MediaSpan, Message
+from shared.patience import persist
 from shared.records import Record, Records
 from shared.streams import Delivery, LogReader, WorkStream
 
 BLOCK_MS = 1000
 CONTROL_PAGE = 100
+DEADLINES_EVERY_S = 0.5
+LATE = internal("The request's deadline passed before its answer was complete.", "timeout", status=504).failure
 
 _log = logger(__name__)
-
-
-class EmbedsMeta(msgspec.Struct, frozen=True):
-    """What the encoder says of a blob of embeddings."""
-
-    grid: tuple[int, int, int]
-    rows: int
-    hidden: int
-    dtype: str
-
-
-@dataclass(slots=True)
-class Held:
-    """An entry of ours. `admitted`: the model's thread has the request. `cancelled`: nobody waits for it."""
-
-    entry_id: str
-    admitted: bool = False
-    cancelled: bool = False
 
 
 def waiting_allowance(max_num_seqs: int) -> int:
@@ -65,25 +51,29 @@ class Inbox:
         redis: Redis,
         keys: Keys,
         work: WorkStream,
+        custody: Custody,
         blobs: Blobs,
         mailbox: Mailbox,
         facts: EngineFacts,
         capacity: int,
-        claim_every_s: float,
+        look_every_s: float,
     ) -> None:
         self._redis = redis
         self._keys = keys
         self._work = work
+        self._custody = custody
         self._records = Records(redis, keys)
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
         self._capacity = capacity
-        self._claim_every_s = claim_every_s
+        self._look_every_s = look_every_s
         self._control = LogReader(redis, {keys.control(): "$"})
         self._requests: dict[str, Held] = {}
-        self._batches: asyncio.Queue[list[Delivery]] = asyncio.Queue()
+        self._batches: asyncio.Queue[list[Held]] = asyncio.Queue()
         self._changed = asyncio.Condition()
+        self._open = False
+        self._owed = 0  # entries of dead engines for which nobody had room when we last looked
 
     @property
     def num_held(self) -> int:
@@ -91,8 +81,15 @@ class Inbox:
 
     async def start(self) -> None:
         """Join the stream, and fix where control begins: what is cancelled before is seen in the records."""
-        await self._work.join()
-        await self._control.read(1, 0)
+        await persist("join", self._work.join)
+        await persist("control", lambda: self._control.read(1, 0))
+
+    def open(self) -> None:
+        """From now on work may come, until `close`."""
+        self._open = True
+
+    def close(self) -> None:
+        self._open = False
 
     async def empty(self) -> None:
         """Return when no request is held."""
@@ -102,19 +99,28 @@ class Inbox:
     # ------------------------------------------------------------------------------- loops, each until cancelled
 
     async def take(self) -> None:
-        """Take new entries as there is room for them."""
+        """Take new entries as there is room for them that no dead engine's request needs: its client has waited, and
+        may have seen half of an answer."""
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._room > 0)
-            await self._hold(await persist("take", lambda: self._work.take(self._room, BLOCK_MS)))
+                await self._changed.wait_for(lambda: self._room > 0 and not self._owed)
+            deliveries = await persist("take", lambda: self._work.take(self._room, BLOCK_MS))
+            reach("engine.take.after")
+            self._hold(deliveries)
 
-    async def reclaim(self) -> None:
-        """Take over the entries of dead engines, at once and then every lease interval."""
+    async def look(self) -> None:
+        """Take over the entries of dead engines, and notice which of ours are no longer ours."""
         while True:
-            ours, poisoned = await persist("claim", lambda: self._work.claim_abandoned(self._room))
-            await self._hold(ours)
-            await asyncio.gather(*map(self._answer_poisoned, poisoned))
-            await asyncio.sleep(self._claim_every_s)
+            ours, poisoned, lost, owed = await persist("look", lambda: self._work.claim_abandoned(self._room))
+            reach("engine.look.after")
+            async with self._changed:
+                for held in [held for held in self._requests.values() if held.entry_id in lost]:
+                    self._let_go(held)
+                self._owed = owed
+                self._changed.notify_all()
+            self._hold(ours)
+            self._hold(poisoned, poison=True)
+            await self._until_next_look()
 
     async def listen(self) -> None:
         """Honour cancellations."""
@@ -124,44 +130,98 @@ class Inbox:
                     for request_id in message.request_ids:
                         self._cancel(request_id)
 
+    async def expire(self) -> None:
+        """End what is past its deadline. The gateway does so too, by cancelling; this is for when it is gone."""
+        while True:
+            for request_id, held in self._requests.items():
+                if held.admitted and held.late(time.time()):
+                    self._mailbox.put(Abort(request_id, Finish("error", failure=LATE)))
+            await asyncio.sleep(DEADLINES_EVERY_S)
+
     async def admit(self) -> None:
         """Turn deliveries into sequences. A loop of its own, so that what was taken is admitted when taking stops."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 tasks.create_task(self._admit(await self._batches.get()))
 
+    async def _until_next_look(self) -> None:
+        """At once when there is room for what had none."""
+        if not self._owed:
+            await asyncio.sleep(self._look_every_s)
+            return
+        try:
+            async with asyncio.timeout(self._look_every_s), self._changed:
+                await self._changed.wait_for(lambda: self._room > 0)
+        except TimeoutError:
+            pass
+
     # -------------------------------------------------------------------------------------- ways in and out
 
     @property
     def _room(self) -> int:
-        return max(0, self._capacity - len(self._requests))
+        return max(0, self._capacity - len(self._requests)) if self._open else 0
 
-    async def _hold(self, deliveries: list[Delivery]) -> None:
-        fresh: list[Delivery] = []
-        doubles: list[Delivery] = []
-        for delivery in deliveries:
-            # A gateway whose connection broke may have submitted the same request twice.
-            double = delivery.message.request.id in self._requests
-            (doubles if double else fresh).append(delivery)
-            if not double:
-                self._requests[delivery.message.request.id] = Held(delivery.entry_id)
+    def _hold(self, deliveries: Sequence[Delivery], poison: bool = False) -> None:
+        """What is delivered counts, whatever we have of the request: we may have lost that without knowing it."""
+        fresh = [hold(delivery, poison) for delivery in deliveries]
+        for held in fresh:
+            before = self._requests.pop(held.request_id, None)
+            if before is not None:
+                held.replaces = before.entry_id
+                self._mailbox.put(Forget(held.request_id))
+            self._requests[held.request_id] = held
         if fresh:
             self._batches.put_nowait(fresh)
-        await persist("finish", lambda: self._work.finish([delivery.entry_id for delivery in doubles]))
 
-    async def finished(self, request_ids: Iterable[str]) -> None:
+    async def finished(self, ends: Sequence[End]) -> None:
         """These requests' Finish is in the stream: let go of their entries."""
-        held = {request_id: self._requests[request_id] for request_id in request_ids if request_id in self._requests}
-        await persist("finish", lambda: self._work.finish([entry.entry_id for entry in held.values()]))
+        found = [(self._requests.get(end.request_id), end) for end in ends]
+        await self._finish([held for held, end in found if held is not None and held.epoch == end.epoch])
+
+    async def _finish(self, ended: Sequence[Held]) -> None:
+        """Uploads first: of an entry that is gone, nobody would look for them."""
+        uploads = await self._uploads(ended)
+        if uploads:
+            await persist("uploads", lambda: self._blobs.delete(MEDIA, uploads))
+        reach("engine.finish.before")
+        plain = [held.entry_id for held in ended if held.poison is None]
+        await persist("finish", lambda: self._work.finish(plain))
+        for held in ended:
+            if held.poison is not None:
+                await persist("quarantine", partial(self._custody.quarantine, held.entry_id, held.poison))
+        reach("engine.finish.after")
+        await self._release(ended)
+
+    async def _uploads(self, ended: Sequence[Held]) -> list[str]:
+        """The uploads of requests that are still ours; another engine may yet need those of the others."""
+        shown = [held for held in ended if held.uploads]
+        if not shown:
+            return []
+        ours = await persist("owned", lambda: self._custody.owned([held.entry_id for held in shown]))
+        return [key for held in shown if held.entry_id in ours for key in held.uploads]
+
+    async def _release(self, gone: Sequence[Held]) -> None:
         async with self._changed:
-            for request_id in held:
-                del self._requests[request_id]
+            for held in gone:
+                if self._requests.get(held.request_id) is held:
+                    del self._requests[held.request_id]
             self._changed.notify_all()
 
-    async def _drop(self, request_id: str) -> None:
-        """Forget a request that nobody waits for and of which nothing was ever said."""
-        await persist("delete", lambda: self._records.delete([request_id]))
-        await self.finished([request_id])
+    def _let_go(self, held: Held) -> None:
+        """Forget what is no longer ours, and stop computing it."""
+        _log.warning("no longer ours", extra={"request_id": held.request_id, "entry": held.entry_id})
+        del self._requests[held.request_id]
+        self._mailbox.put(Forget(held.request_id))
+
+    async def _drop(self, held: Held) -> None:
+        """End a request that nobody waits for and of which nothing was ever said."""
+        uploads = await self._uploads([held])
+        if uploads:
+            await persist("uploads", lambda: self._blobs.delete(MEDIA, uploads))
+        reach("engine.drop.before")
+        await persist("drop", lambda: self._custody.drop(held.entry_id, held.request_id))
+        reach("engine.drop.after")
+        await self._release([held])
 
     def _cancel(self, request_id: str) -> None:
         held = self._requests.get(request_id)
@@ -169,64 +229,94 @@ class Inbox:
             return
         held.cancelled = True
         if held.admitted:
-            self._mailbox.put(Abort(request_id))
+            self._mailbox.put(Abort(request_id, Finish("cancelled")))
 
     # --------------------------------------------------------------------------------------------- admission
 
-    async def _admit(self, deliveries: list[Delivery]) -> None:
-        claimed = [(delivery.message, await self._claim(delivery)) for delivery in deliveries]
-        histories = await self._histories([record for _, record in claimed if record is not None])
+    async def _admit(self, batch: list[Held]) -> None:
+        replaced = [held.replaces for held in batch if held.replaces not in (None, held.entry_id)]
+        await persist("finish", lambda: self._work.finish([entry_id for entry_id in replaced if entry_id]))
+        records = await self._claim(batch)
+        again = {held.request_id: (held.message, held.epoch) for held in batch if held.epoch > 1}
+        histories = await persist("resume", lambda: recover(self._redis, self._keys, self._records, again))
         await asyncio.gather(
             *(
-                self._admit_one(message, record, histories.get(message.request.id, History()))
-                for message, record in claimed
-                if isinstance(message, Generate)
+                self._admit_one(held, records.get(held.request_id), histories.get(held.request_id, History()))
+                for held in batch
             )
         )
 
-    async def _admit_one(self, message: Generate, record: Record | None, history: History) -> None:
-        request_id = message.request.id
-        held = self._requests[request_id]
-        if history.ended:
-            await self.finished([request_id])
-        elif record is None or ((record.cancelled or held.cancelled) and record.epoch == 1):
-            await self._drop(request_id)
+    async def _claim(self, batch: Sequence[Held]) -> dict[str, Record]:
+        """Become the owner of these requests, as far as their entries are ours; their records, where there are any."""
+        entries = [(held.entry_id, held.request_id) for held in batch]
+        reach("engine.claim.before")
+        epochs = await persist("claim", lambda: self._custody.claim(entries))
+        reach("engine.claim.after")
+        for held in batch:
+            held.epoch = epochs.get(held.request_id) or 0
+            held.lost = held.request_id not in epochs
+        return await persist("claim", lambda: self._records.get([held.request_id for held in batch if held.epoch]))
+
+    async def _admit_one(self, held: Held, record: Record | None, history: History) -> None:
+        if self._requests.get(held.request_id) is not held:
+            return
+        over = history.ended or (record is not None and record.finish is not None)
+        if held.lost:
+            self._let_go(held)
+        elif over or (record is None and held.poison is not None):
+            await self._finish([held])
+        elif record is None or ((record.cancelled or held.cancelled) and held.epoch == 1):
+            await self._drop(held)
         else:
             held.cancelled |= record.cancelled
-            command = await self._command(message, record.epoch, history)
-            if held.cancelled:
-                command = _answer(message, record.epoch, history, Finish("cancelled"))
-            self._mailbox.put(command)
-            held.admitted = True
+            if held.attempts > 1 and history.tokens:
+                count = len(history.tokens)
+                await persist("progress", lambda: self._custody.progressed(held.entry_id, held.request_id, count))
+            await self._give(held, history)
 
-    async def _claim(self, delivery: Delivery) -> Record | None:
-        return await persist("claim", lambda: self._records.claim(delivery.message.request.id))
-
-    async def _histories(self, records: list[Record]) -> dict[str, History]:
-        """Of the requests that someone has owned before us; the others have none."""
-        again = [record.request for record in records if record.epoch > 1]
-        return await persist("resume", lambda: recover(self._redis, self._keys, self._records, again))
-
-    async def _command(self, message: Generate, epoch: int, history: History) -> Add | Answer:
-        try:
-            _check_deadline(message)
-            embeds = await self._embeds(message.spans)
-            return Add(build(message, epoch, history.tokens, embeds, self._facts))
-        except RequestError as refused:
-            _log.warning("request refused", extra={"request_id": message.request.id, "why": refused.failure.message})
-            return _answer(message, epoch, history, Finish("error", failure=refused.failure))
-
-    async def _answer_poisoned(self, delivery: Delivery) -> None:
-        """The entry is in the quarantine already; what is left is to tell whoever waits."""
-        message = delivery.message
-        record = await self._claim(delivery)
-        if record is None or not isinstance(message, Generate):
+    async def _give(self, held: Held, history: History) -> None:
+        """Give the request to the model, or the reason why not to whoever waits for it."""
+        command: Add | Answer | None
+        if held.cancelled:
+            command = _answer(held, history, Finish("cancelled"))
+        elif held.poison is not None:
+            command = _answer(held, history, Finish("error", failure=_deadly(held.poison)))
+        else:
+            command = await self._command(held, history)
+        # Much may have happened while embeddings were loaded.
+        if command is None or self._requests.get(held.request_id) is not held:
             return
-        histories = await self._histories([record])
-        history = histories.get(message.request.id, History())
-        if not history.ended:
-            failure = internal(f"The request ended {delivery.attempts - 1} engines before it ended itself.").failure
-            self._mailbox.put(_answer(message, record.epoch, history, Finish("error", failure=failure)))
+        if held.cancelled:
+            command = _answer(held, history, Finish("cancelled"))
+        self._mailbox.put(command)
+        held.admitted = True
+
+    async def _command(self, held: Held, history: History) -> Add | Answer | None:
+        """None: the request has been sent back to have its embeddings made again."""
+        try:
+            if held.late(time.time()):
+                raise RequestError(LATE)
+            embeds = await self._embeds(held.message.spans)
+            return Add(build(held.message, held.epoch, history.tokens, embeds, self._facts))
+        except EmbedsGoneError as gone:
+            if await self._send_back(held):
+                return None
+            refused: RequestError = gone
+        except RequestError as error:
+            refused = error
+        _log.warning("request refused", extra={"request_id": held.request_id, "why": refused.failure.message})
+        return _answer(held, history, Finish("error", failure=refused.failure))
+
+    async def _send_back(self, held: Held) -> bool:
+        """Whether the request is someone else's affair now."""
+        reach("engine.send_back.before")
+        outcome = await persist("send back", lambda: self._custody.send_back(held.entry_id, held.request_id))
+        reach("engine.send_back.after")
+        if outcome == "never":
+            return False
+        _log.info("sent back for its embeddings", extra={"request_id": held.request_id, "outcome": outcome})
+        await self._release([held])
+        return True
 
     async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
         """
@@ -246,41 +336,10 @@ class Inbox:
             return []
 
 
-def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes] | None, hidden_size: int) -> Embeds:
-    """The embeddings of a span.
-
-    Raises:
-        RequestError: they are gone (503: they can be made again), or not what the span says (500).
-    """
-    if stored is None:
-        raise internal(
-            f"The embeddings of the {span.kind} at token {span.offset} are no longer stored. Send the request again.",
-            status=503,
-        )
-    data, meta_json = stored
-    try:
-        meta = msgspec.json.decode(meta_json, type=EmbedsMeta)
-    except msgspec.MsgspecError as unreadable:
-        raise internal(f"The embeddings of the {span.kind} at token {span.offset} are unreadable.") from unreadable
-    expected = EmbedsMeta(span.grid, span.length, hidden_size, meta.dtype)
-    if meta != expected or meta.dtype not in EMBED_DTYPES:
-        raise internal(f"The embeddings of the {span.kind} at token {span.offset} are {meta}; expected {expected}.")
-    if len(data) != meta.rows * meta.hidden * EMBED_DTYPES[meta.dtype].itemsize:
-        raise internal(f"The embeddings of the {span.kind} at token {span.offset} are {len(data)} bytes for {meta}.")
-    return Embeds(data, meta.dtype)
+def _deadly(poison: Poison) -> Failure:
+    return internal(f"The request ended {poison.attempts - 1} engines before it ended itself.").failure
 
 
-def _check_deadline(message: Generate) -> None:
-    """The gateway cancels what is late; this is for when it is gone.
-
-    Raises:
-        RequestError: the time is over (504).
-    """
-    deadline = message.request.deadline
-    if deadline is not None and time.time() > deadline:
-        raise internal("The request's deadline passed before the model could begin.", "timeout", status=504)
-
-
-def _answer(message: Generate, epoch: int, history: History, finish: Finish) -> Answer:
-    begin = Begin(message.request.id, epoch, len(history.tokens), len(unpack_ids(message.prompt)), 0, 0, 0)
-    return Answer(message.request.shard, begin, finish)
+def _answer(held: Held, history: History, finish: Finish) -> Answer:
+    begin = announcement(held.message, held.epoch, len(history.tokens))
+    return Answer(held.message.request.shard, begin, finish)

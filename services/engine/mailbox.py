@@ -16,7 +16,15 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End this request if it is there: nobody waits for it any more."""
+    """End this request, and say so, if it is there: nobody waits for it any more, or its time is over."""
+
+    request_id: str
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Free what this request holds, and say nothing of it: it is another's now, or comes again under a new epoch."""
 
     request_id: str
 
@@ -30,7 +38,7 @@ class Answer:
     finish: Finish
 
 
-Command = Add | Abort | Answer
+Command = Add | Abort | Forget | Answer
 
 
 class Mailbox:

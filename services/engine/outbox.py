@@ -2,19 +2,20 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 
 from redis.asyncio import Redis
 
-from services.engine.emission import Emission
-from services.engine.patience import persist
+from services.engine.emission import Emission, End
 from shared import streams
+from shared.crash import reach
 from shared.keys import Keys
 from shared.messages import Tokens
+from shared.patience import persist
 
 LEAD = 64  # steps the model may be ahead of Redis before it waits
 
-OnEnded = Callable[[Iterable[str]], Awaitable[None]]
+OnEnded = Callable[[Sequence[End]], Awaitable[None]]
 
 
 class Outbox:
@@ -55,4 +56,6 @@ class Outbox:
             self._room.release()
 
     async def _send(self, shard: int, message: Tokens) -> None:
+        reach("engine.tokens.before")
         await persist("tokens", lambda: streams.send(self._redis, self._keys.tokens(shard), message))
+        reach("engine.tokens.after")

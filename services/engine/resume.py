@@ -1,17 +1,20 @@
 """What a request has generated so far, wherever it was generated: its journal and the tail of its tokens stream."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from redis.asyncio import Redis
 
+from services.engine.sequence import media_tokens
+from shared.crash import reach
 from shared.errors import ProtocolError
 from shared.keys import Keys
 from shared.log import logger
-from shared.messages import Begin, Request, TokenRun, Tokens
-from shared.records import Records
-from shared.streams import LogReader
+from shared.messages import Begin, Generate, Request, TokenRun, Tokens
+from shared.records import TOKEN_BYTES, Records
+from shared.streams import LogReader, send
 
 PAGE = 500  # entries read at once
 
@@ -49,14 +52,29 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 
     return History(tuple(tokens))
 
 
-async def recover(redis: Redis, keys: Keys, records: Records, requests: Sequence[Request]) -> dict[str, History]:
+def announcement(message: Generate, epoch: int, index: int = 0) -> Begin:
+    """A Begin of a request that is no sequence yet."""
+    image, video = media_tokens(message.spans)
+    return Begin(message.request.id, epoch, index, len(message.prompt) // TOKEN_BYTES, 0, image, video)
+
+
+async def recover(
+    redis: Redis, keys: Keys, records: Records, claims: Mapping[str, tuple[Generate, int]]
+) -> dict[str, History]:
     """The histories of requests that someone has begun before, by id; each shard's tail is read once.
 
-    The tail is read before the journals: postproc trims tokens only after it has journaled them, so what the one no
-    longer has is in the other. A record that is gone by then means that the request ended meanwhile.
+    Args:
+        claims: request id -> (the request, the epoch we have claimed it under).
+
+    First a Begin of each goes into the stream: what a former owner, who may only have been paused, writes after it
+    counts for nobody. So the tail up to it is all that a client has seen or will see. The tail is read before the
+    journals: postproc trims tokens only after it has journaled them, so what the one no longer has is in the other. A
+    record that is gone by then, or has a finish, means that the request ended meanwhile.
     """
-    if not requests:
+    if not claims:
         return {}
+    requests = [message.request for message, _ in claims.values()]
+    await _announce(redis, keys, claims)
     said = await _tails(redis, keys, requests)
     journals = await asyncio.gather(*(records.read_journal(request.id) for request in requests))
     alive = await records.get([request.id for request in requests])
@@ -65,8 +83,18 @@ async def recover(redis: Redis, keys: Keys, records: Records, requests: Sequence
         record = alive.get(request.id)
         journaled = 0 if record is None or record.begin is None else record.begin.epoch
         history = fold(journal, said[request.id], journaled)
-        histories[request.id] = history if record is not None else History(history.tokens, ended=True)
+        ended = record is None or record.finish is not None
+        histories[request.id] = History(history.tokens, ended=True) if ended else history
     return histories
+
+
+async def _announce(redis: Redis, keys: Keys, claims: Mapping[str, tuple[Generate, int]]) -> None:
+    begins: dict[int, list[Begin]] = defaultdict(list)
+    for message, epoch in claims.values():
+        begins[message.request.shard].append(announcement(message, epoch))
+    reach("engine.announce.before")
+    await asyncio.gather(*(send(redis, keys.tokens(shard), Tokens(tuple(b), ())) for shard, b in begins.items()))
+    reach("engine.announce.after")
 
 
 def _sort(message: Tokens, said: dict[str, list[Begin | TokenRun]]) -> None:

@@ -148,8 +148,14 @@ class Sequence:
 
     def begin(self) -> Begin:
         """What postproc is told when the engine has taken the request."""
-        image, video = (sum(s.length for s in self.spans if s.kind == kind) for kind in ("image", "video"))
+        image, video = media_tokens(self.spans)
         return Begin(self.request_id, self.epoch, self.num_generated, self.prompt_len, self.cached_tokens, image, video)
+
+
+def media_tokens(spans: Ordered[MediaSpan]) -> tuple[int, int]:
+    """Tokens of images, and of videos."""
+    image, video = (sum(span.length for span in spans if span.kind == kind) for kind in ("image", "video"))
+    return image, video
 
 
 def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int, int, str]]:

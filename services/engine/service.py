@@ -3,7 +3,7 @@
 startup  join the stream, load the model
 serve    take work and run it
 drain    take nothing new; what is held runs to its end
-close    stop computing. What is left stays ours until the lease ends, and then another engine resumes it
+close    stop computing. What is left is another engine's as soon as the lease is released
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
@@ -25,10 +26,15 @@ from services.engine.settings import EngineSettings
 from services.engine.thread import ModelThread
 from shared import bus
 from shared.blobs import Blobs
+from shared.custody import Custody
 from shared.keys import GENERATE, Keys
+from shared.log import logger
 from shared.streams import WorkStream
 
 SERVICE = "engine"
+LOOKS = 10  # in the time of a lease: how much later than its end a dead engine's requests go on
+
+_log = logger(__name__)
 
 Load = Callable[[], tuple[Runner, int]]  # the runner, and how many cache blocks it has
 
@@ -50,11 +56,12 @@ class EngineService:
             redis,
             keys,
             self._work,
+            Custody(redis, keys, GENERATE, SERVICE, settings.name),
             Blobs(self._blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
             self._mailbox,
             facts,
             settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
-            settings.lease_ms / 1000,
+            settings.lease_ms / 1000 / LOOKS,
         )
         self._outbox = Outbox(redis, keys, self._inbox.finished)
         self._background: asyncio.Task[None] | None = None
@@ -67,12 +74,13 @@ class EngineService:
         self._background = asyncio.create_task(self._run_background(), name="engine background")
 
     async def serve(self) -> None:
+        self._inbox.open()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._inbox.take())
-            tasks.create_task(self._inbox.reclaim())
             tasks.create_task(self._watch())
 
     async def drain(self) -> None:
+        self._inbox.close()
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch())
             await self._inbox.empty()
@@ -87,8 +95,14 @@ class EngineService:
             self._background.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._background
-            await self._work.leave()
+            await self._leave()
         await self._blob_redis.aclose()
+
+    async def _leave(self) -> None:
+        try:
+            await self._work.leave()
+        except RedisError as error:
+            _log.warning("consumer not deleted; others do it", extra={"reason": str(error)})
 
     def load(self) -> dict[str, float]:
         held = {"held": float(self._inbox.num_held), "capacity": float(self._settings.max_num_seqs)}
@@ -104,7 +118,9 @@ class EngineService:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._outbox.run())
             tasks.create_task(self._inbox.admit())
+            tasks.create_task(self._inbox.look())
             tasks.create_task(self._inbox.listen())
+            tasks.create_task(self._inbox.expire())
             tasks.create_task(self._thread.watch())
 
     def _compute(self, loaded: tuple[Runner, int]) -> None:

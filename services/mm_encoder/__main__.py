@@ -19,16 +19,20 @@ from services.mm_encoder.prepare import Preparer
 from services.mm_encoder.processor import Processor
 from services.mm_encoder.service import SERVICE, MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.turns import Turns
 from services.mm_encoder.video import VideoLimits
 from services.mm_encoder.weights import load_weights
 from shared import bus, config, log, service
 from shared.blobs import Blobs
 from shared.checkpoint import Checkpoint
+from shared.custody import Custody
 from shared.errors import ConfigError
 from shared.keys import ENCODE, Keys
 from shared.model_config import load_model_config
 from shared.records import Records
 from shared.streams import WorkStream
+
+LOOKS = 10  # in the time of a lease: how much later than its end a dead replica's requests go on
 
 
 def build(settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry = REGISTRY) -> MmEncoder:
@@ -83,6 +87,8 @@ def build(settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry
         own_clients=() if blob_redis is redis else (blob_redis,),
         keys=keys,
         stream=WorkStream(redis, keys, ENCODE, SERVICE, settings.name, settings.max_deliveries),
+        custody=Custody(redis, keys, ENCODE, SERVICE, settings.name),
+        turns=Turns(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000),
         records=Records(redis, keys),
         blobs=blobs,
         preparer=preparer,
@@ -91,7 +97,7 @@ def build(settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry
         metrics=figures,
         patch_id=model.image_patch_id,
         concurrency=settings.concurrency,
-        claim_s=settings.lease_ms / 1000,
+        look_s=settings.lease_ms / 1000 / LOOKS,
     )
 
 

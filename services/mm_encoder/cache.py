@@ -1,7 +1,7 @@
 """Embeddings by content: one blob for all requests and replicas that show the same media the same way.
 
 The key covers the source's bytes, everything that decides its patches, and the weights. Within a process the same key
-is computed once at a time; two replicas that start at once both compute it and write the same bytes.
+is computed once at a time; `turns.py` sees to it among replicas.
 """
 
 import asyncio
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from services.mm_encoder.processor import Grid
 from services.mm_encoder.prompt import Embedded
-from shared.blobs import Blobs
+from shared.blobs import EMBEDS, Blobs
 from shared.messages import MediaKind
-
-KIND = "embeds"
 
 T = TypeVar("T")
 
@@ -46,7 +44,7 @@ class Embeds:
 
     async def find(self, kind: MediaKind, key: str) -> Embedded | None:
         """Also renews its life, so that it is there when the engine comes for it."""
-        meta = await self._blobs.meta(KIND, key)
+        meta = await self._blobs.meta(EMBEDS, key)
         if meta is None:
             return None
         found = msgspec.json.decode(meta, type=EmbedMeta)
@@ -60,7 +58,7 @@ class Embeds:
         """
         meta = EmbedMeta(grid, rows.shape[0], rows.shape[1], str(rows.dtype).removeprefix("torch."))
         data = rows.contiguous().flatten().view(torch.uint8).numpy().data
-        await self._blobs.put(KIND, key, data, msgspec.json.encode(meta))
+        await self._blobs.put(EMBEDS, key, data, msgspec.json.encode(meta))
 
 
 class Flights(Generic[T]):

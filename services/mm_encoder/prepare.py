@@ -13,12 +13,10 @@ from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.processor import Patches, Plan, Processor
 from services.mm_encoder.prompt import Embedded, text_tokens
 from services.mm_encoder.refusal import named, over_limit
-from shared.blobs import Blobs
+from shared.blobs import MEDIA, Blobs
 from shared.errors import RequestError, internal
 from shared.limits import resolve_max_tokens
 from shared.messages import Encode, Media
-
-MEDIA = "media"  # the kind of uploaded blobs
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")

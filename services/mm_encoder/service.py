@@ -2,13 +2,19 @@
 
 Every entry leaves in one of four ways: handed on, refused (4xx), failed (5xx) or dropped (cancelled, or its request is
 gone), and each leaves nothing of it behind here. If this process dies first, the entry is another replica's: all that
-it has done then is done again, to the same effect.
+it has done then is done again, to the same effect. If another has the entry, because this process was paused or Redis
+lost it, what is done here has no effect.
+
+Uploads stay until the request ends, since embeddings may be evicted before the engine comes for them: it sends the
+request back then. A request that an engine has had ends as all such requests do, in the tokens stream.
 """
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -16,38 +22,57 @@ from redis.exceptions import RedisError
 from services.mm_encoder.batcher import Batcher
 from services.mm_encoder.cache import Embeds, Flights
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.prepare import MEDIA, Prepared, Preparer, gather_in_order
+from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
 from services.mm_encoder.processor import Patches
 from services.mm_encoder.prompt import Embedded, expand
-from shared.blobs import Blobs
-from shared.errors import Failure, ProtocolError, RequestError
+from services.mm_encoder.turns import Turns
+from shared.blobs import MEDIA, Blobs
+from shared.crash import reach
+from shared.custody import DELTAS_LENGTH, Custody, HandedOn, Poison
+from shared.errors import Failure, ProtocolError, RequestError, internal
 from shared.keys import ENCODE, Keys
 from shared.log import logger
-from shared.messages import Accepted, Cancel, Encode, Failed, Generate
-from shared.records import Records
-from shared.streams import Delivery, LogReader, WorkStream, send
+from shared.messages import (
+    Accepted,
+    Begin,
+    Cancel,
+    Encode,
+    Failed,
+    Finish,
+    Generate,
+    Landed,
+    Message,
+    Request,
+    TokenRun,
+    Tokens,
+)
+from shared.patience import persist
+from shared.records import Record, Records
+from shared.streams import Delivery, LogReader, WorkStream, reply
 
 SERVICE = "mm_encoder"
-DELTAS_LENGTH = 100_000  # entries a gateway's stream keeps, about
 POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
 INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
+CHANGED = internal("The media at a URL changed while the request was in work.", "media_changed", 503).failure
+
+Outcome = HandedOn | Literal["over"] | Failure  # over: it has ended, and its answer is kept for a while
 
 _BLOCK_MS = 1000
 
 _log = logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
-    """One request in hand: `work` may be cancelled by anyone, `task` sees it to its end. Without work, it is only
-    being answered."""
+    """One request in hand. `work` may be cancelled by anyone; without it, the request is only being answered."""
 
-    work: asyncio.Task[bool] | None
-    task: asyncio.Task[None]
+    entry_id: str
+    work: asyncio.Task[Outcome] | None
+    lost: bool = False  # the entry is not ours any more: nothing is left to do
 
 
 class MmEncoder:
-    """See the module. `patch_id` is the placeholder's token id; abandoned entries are looked for every `claim_s`;
+    """See the module. `patch_id` is the placeholder's token id; abandoned entries are looked for every `look_s`;
     `own_clients` are closed in the end.
     """
 
@@ -58,6 +83,8 @@ class MmEncoder:
         own_clients: Sequence[Redis],
         keys: Keys,
         stream: WorkStream,
+        custody: Custody,
+        turns: Turns,
         records: Records,
         blobs: Blobs,
         preparer: Preparer,
@@ -66,12 +93,14 @@ class MmEncoder:
         metrics: Metrics,
         patch_id: int,
         concurrency: int,
-        claim_s: float,
+        look_s: float,
     ) -> None:
         self._redis = redis
         self._own_clients = own_clients
         self._keys = keys
         self._stream = stream
+        self._custody = custody
+        self._turns = turns
         self._records = records
         self._blobs = blobs
         self._preparer = preparer
@@ -80,39 +109,51 @@ class MmEncoder:
         self._metrics = metrics
         self._patch_id = patch_id
         self._concurrency = concurrency
-        self._claim_s = claim_s
+        self._look_s = look_s
         self._encoding: Flights[None] = Flights()
+        self._control = LogReader(redis, {keys.control(): "$"})
         self._running: dict[str, Running] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = False
+        self._owed = 0  # entries of dead replicas for which nobody had room when we last looked
+        self._changed = asyncio.Event()
         self._broken: asyncio.Future[None]
 
     async def startup(self) -> None:
         self._broken = asyncio.get_running_loop().create_future()
         self._batcher.start()
-        await self._stream.join()
+        await persist("join", self._stream.join)
 
     async def serve(self) -> None:
         """Work until cancelled. What is in hand then goes on, for `drain` to wait for."""
+        self._open = True
         async with asyncio.TaskGroup() as group:
-            for loop in (self._take, self._claim, self._listen, self._watch):
+            for loop in (self._take, self._look, self._listen, self._watch):
                 group.create_task(loop())
 
     async def drain(self) -> None:
-        while self._running:
-            await asyncio.wait([running.task for running in self._running.values()])
-            await asyncio.sleep(0)
-        if self._broken.done():
-            self._broken.result()
+        self._open = False
+        async with asyncio.TaskGroup() as group:
+            loops = [group.create_task(loop()) for loop in (self._look, self._listen, self._watch)]
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+                await asyncio.sleep(0)
+            for loop in loops:
+                loop.cancel()
 
     async def close(self) -> None:
-        """Let go of what is still in hand: its entries are claimed by another replica once our lease is gone."""
-        tasks = [running.task for running in self._running.values()]
+        """Let go of what is still in hand: its entries are another replica's as soon as our lease is released."""
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._encoding.close()
         await self._preparer.close()
         await self._batcher.close()
-        await self._stream.leave()
+        try:
+            await self._stream.leave()
+        except RedisError as error:
+            _log.warning("consumer not deleted; others do it", extra={"reason": str(error)})
         for client in self._own_clients:
             await client.aclose()
 
@@ -122,68 +163,102 @@ class MmEncoder:
     # ------------------------------------------------------------------------------------------------------- loops
 
     async def _take(self) -> None:
+        """Take what is new, unless a dead replica's requests need the room: they have waited longer."""
         while True:
-            for delivery in await self._stream.take(await self._room(), _BLOCK_MS):
+            while self._room <= 0 or self._owed:
+                self._changed.clear()
+                await self._changed.wait()
+            deliveries = await persist("take", lambda: self._stream.take(self._room, _BLOCK_MS))
+            reach("mm_encoder.take.after")
+            for delivery in deliveries:
                 self._start(delivery)
 
-    async def _claim(self) -> None:
+    async def _look(self) -> None:
+        """Take over what dead replicas left, and notice which entries are no longer ours."""
         while True:
-            ours, poisoned = await self._stream.claim_abandoned(await self._room())
+            ours, poisoned, lost, self._owed = await persist(
+                "look", lambda: self._stream.claim_abandoned(max(0, self._room))
+            )
+            reach("mm_encoder.look.after")
+            for running in [running for running in self._running.values() if running.entry_id in lost]:
+                self._lose(running)
             for delivery in ours:
                 self._start(delivery)
             for delivery in poisoned:
-                message = _encode(delivery)
-                self._keep(message.request.id, self._answer_poisoned(message))
-            await asyncio.sleep(self._claim_s)
+                self._start_poisoned(delivery)
+            await persist("sweep", self._turns.sweep)
+            self._changed.set()
+            await asyncio.sleep(self._look_s)
 
     async def _listen(self) -> None:
-        control = LogReader(self._redis, {self._keys.control(): "$"})
         while True:
-            try:
-                entries = await control.read(100, _BLOCK_MS)
-            except ProtocolError as error:
-                _log.warning("unreadable control entry", extra={"reason": str(error)})
-                continue
-            for _, _, message in entries:
+            for _, _, message in await persist("control", self._read_control):
                 if isinstance(message, Cancel):
                     self._cancel(message)
+                elif isinstance(message, Landed):
+                    self._turns.landed(message)
+
+    async def _read_control(self) -> list[tuple[str, str, Message]]:
+        try:
+            return await self._control.read(100, _BLOCK_MS)
+        except ProtocolError as error:
+            _log.warning("unreadable control entry", extra={"reason": str(error)})
+            return []
 
     async def _watch(self) -> None:
         """Ends, with its exception, when something that must never fail has failed."""
         await asyncio.shield(self._broken)
 
-    async def _room(self) -> int:
-        """How many more requests we may take in hand; waits until it is one."""
-        while len(self._running) >= self._concurrency:
-            await asyncio.wait([running.task for running in self._running.values()], return_when="FIRST_COMPLETED")
-            await asyncio.sleep(0)
-        return self._concurrency - len(self._running)
+    @property
+    def _room(self) -> int:
+        """How many more requests we may take in hand."""
+        return self._concurrency - len(self._running) if self._open else 0
 
     # ------------------------------------------------------------------------------------------------- one request
 
     def _start(self, delivery: Delivery) -> None:
-        request_id = delivery.message.request.id
-        if request_id in self._running:
-            return  # delivered again while in hand; the entry is the same one
         message = _encode(delivery)
-        work = asyncio.create_task(self._work(delivery.entry_id, message))
-        self._keep(request_id, self._handle(delivery.entry_id, message, work), work)
+        work = asyncio.create_task(persist("encode", lambda: self._work(delivery, message)))
+        running = Running(delivery.entry_id, work)
+        self._keep(message, running, self._handle(message, running, work))
 
-    def _keep(
-        self, request_id: str, steps: Coroutine[None, None, None], work: asyncio.Task[bool] | None = None
-    ) -> None:
-        """Hold a request until `steps` have ended."""
-        task = asyncio.create_task(steps)
-        self._running[request_id] = Running(work, task)
+    def _start_poisoned(self, delivery: Delivery) -> None:
+        message = _encode(delivery)
+        poison = Poison(delivery.attempts, f"delivered {delivery.attempts} times")
+        self._metrics.left("failed")
+        running = Running(delivery.entry_id, None)
+        self._keep(message, running, self._end(message, delivery.entry_id, POISONED, poison))
+
+    def _keep(self, message: Encode, running: Running, steps: Coroutine[None, None, None]) -> None:
+        """Hold a request until `steps` have ended. What is delivered last counts, whatever we have of the request: we
+        may have lost that without knowing it."""
+        request_id = message.request.id
+        before = self._running.get(request_id)
+        if before is not None:
+            self._lose(before)
+            if before.entry_id != running.entry_id:
+                self._spawn(persist("finish", lambda: self._stream.finish([before.entry_id])))
+        self._running[request_id] = running
         self._metrics.running.inc()
-        task.add_done_callback(lambda done: self._ended(request_id, done))
+        self._spawn(steps).add_done_callback(lambda _: self._ended(request_id, running))
 
-    def _ended(self, request_id: str, task: asyncio.Task[None]) -> None:
-        del self._running[request_id]
-        self._metrics.running.dec()
+    def _spawn(self, steps: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not self._broken.done():
             self._broken.set_exception(error)
+
+    def _ended(self, request_id: str, running: Running) -> None:
+        if self._running.get(request_id) is running:
+            del self._running[request_id]
+        self._changed.set()
+        self._metrics.running.dec()
 
     def _cancel(self, message: Cancel) -> None:
         for request_id in message.request_ids:
@@ -191,31 +266,36 @@ class MmEncoder:
             if running is not None and running.work is not None:
                 running.work.cancel()
 
-    async def _handle(self, entry_id: str, message: Encode, work: asyncio.Task[bool]) -> None:
+    def _lose(self, running: Running) -> None:
+        """Stop, and leave all else to whoever has the entry now."""
+        running.lost = True
+        if running.work is not None:
+            running.work.cancel()
+
+    async def _handle(self, message: Encode, running: Running, work: asyncio.Task[Outcome]) -> None:
         """Carry one request to one of the four ends."""
-        request_id = message.request.id
         try:
             await asyncio.wait([work])
         finally:
             work.cancel()  # does nothing unless we are being closed
-        failure = self._outcome(request_id, work)
-        if failure is not None:
-            self._metrics.left("refused" if failure.status < 500 else "failed")
-            gateway, failed = message.request.gateway, Failed(request_id, failure)
-            await self._records.refuse(failed, gateway, ENCODE, entry_id, SERVICE, DELTAS_LENGTH)
-        elif work.cancelled() or not work.result():
-            self._metrics.left("dropped")
-            await self._records.delete([request_id])
-        else:
+        outcome = self._outcome(message.request.id, work)
+        if isinstance(outcome, Failure):
+            self._metrics.left("refused" if outcome.status < 500 else "failed")
+            await self._end(message, running.entry_id, outcome)
+        elif outcome == "done":
             self._metrics.left("handed_on")
-        await self._blobs.delete(MEDIA, _uploads(message))
-        await self._stream.finish([entry_id])
+        elif outcome == "over":
+            await persist("finish", lambda: self._stream.finish([running.entry_id]))
+        elif outcome == "unwanted" and not running.lost:
+            self._metrics.left("dropped")
+            await self._end(message, running.entry_id, None)
 
-    def _outcome(self, request_id: str, work: asyncio.Task[bool]) -> Failure | None:
-        """What the client is told; None if the work went well or was cancelled."""
-        error = None if work.cancelled() else work.exception()
+    def _outcome(self, request_id: str, work: asyncio.Task[Outcome]) -> Outcome:
+        if work.cancelled():
+            return "unwanted"
+        error = work.exception()
         if error is None:
-            return None
+            return CHANGED if work.result() == "changed" else work.result()
         if isinstance(error, RedisError):
             raise error  # nobody could be told; the entry stays and is taken again
         if isinstance(error, RequestError):
@@ -223,18 +303,31 @@ class MmEncoder:
         _log.error("request failed", extra={"request_id": request_id}, exc_info=error)
         return INTERNAL
 
-    async def _work(self, entry_id: str, message: Encode) -> bool:
-        """False: nobody waits for this request any more."""
+    async def _work(self, delivery: Delivery, message: Encode) -> Outcome:
         request = message.request
         record = (await self._records.get([request.id])).get(request.id)
         if record is None or record.cancelled:
-            return False
+            return "unwanted"
+        if record.finish is not None:
+            return "over"
+        if delivery.attempts > 1 and (condemned := await self._custody.condemned(request.id)) is not None:
+            return condemned
+        _check_deadline(request)
         media, max_tokens = await self._preparer.prepare(message)
         prompt, spans = expand(message.segments, [item.embedded for item in media], self._patch_id)
-        await self._tell(message, Accepted(request.id, len(prompt) // 4))
+        await self._accept(record, Accepted(request.id, len(prompt) // 4))
         await gather_in_order([self._ensure_encoded(item) for item in media])
+        reach("mm_encoder.hand_on.before")
         generate = Generate(request, prompt, max_tokens, spans)
-        return await self._records.hand_on(generate, ENCODE, entry_id, SERVICE)
+        outcome = await self._custody.hand_on(delivery.entry_id, message, generate)
+        reach("mm_encoder.hand_on.after")
+        return outcome
+
+    async def _accept(self, record: Record, accepted: Accepted) -> None:
+        reach("mm_encoder.accepted.before")
+        deltas = self._keys.deltas(record.gateway or record.request.gateway)
+        await reply(self._redis, deltas, accepted, DELTAS_LENGTH)
+        reach("mm_encoder.accepted.after")
 
     async def _ensure_encoded(self, item: Prepared) -> None:
         self._metrics.accepted(item.embedded.kind, hit=item.patches is None)
@@ -242,19 +335,58 @@ class MmEncoder:
             await self._encoding.join(item.embedded.key, partial(self._encode, item.embedded, item.patches))
 
     async def _encode(self, embedded: Embedded, patches: Patches) -> None:
-        rows = await self._batcher.encode(patches)
-        with self._metrics.stage("store"):
-            await self._embeds.store(embedded.key, embedded.grid, rows)
+        async def stored() -> bool:
+            return await self._embeds.find(embedded.kind, embedded.key) is not None
 
-    async def _answer_poisoned(self, message: Encode) -> None:
-        """Its entry is in quarantine already."""
-        self._metrics.left("failed")
-        await self._tell(message, Failed(message.request.id, POISONED))
-        await self._blobs.delete(MEDIA, _uploads(message))
-        await self._records.delete([message.request.id])
+        async def make() -> None:
+            rows = await self._batcher.encode(patches)
+            with self._metrics.stage("store"):
+                await self._embeds.store(embedded.key, embedded.grid, rows)
+            reach("mm_encoder.store.after")
 
-    async def _tell(self, message: Encode, what: Accepted | Failed) -> None:
-        await send(self._redis, self._keys.deltas(message.request.gateway), what, max_len=DELTAS_LENGTH)
+        await self._turns.make(embedded.key, stored, make)
+
+    # -------------------------------------------------------------------------------------------------- the ways out
+
+    async def _end(self, message: Encode, entry_id: str, failure: Failure | None, poison: Poison | None = None) -> None:
+        """End a request here: tell why, if there is a failure, and forget it. Does nothing if another has the entry."""
+        request, uploads = message.request, _uploads(message)
+        if uploads:
+            if not await persist("condemn", lambda: self._custody.condemn(entry_id, request.id, failure)):
+                return
+            reach("mm_encoder.condemn.after")
+            await persist("uploads", lambda: self._blobs.delete(MEDIA, uploads))
+        records = await persist("record", lambda: self._records.get([request.id]))
+        record = records.get(request.id)
+        reach("mm_encoder.end.before")
+        await persist("end", lambda: self._last_word(request, record, entry_id, failure, poison))
+        reach("mm_encoder.end.after")
+
+    async def _last_word(
+        self, request: Request, record: Record | None, entry_id: str, failure: Failure | None, poison: Poison | None
+    ) -> None:
+        if record is not None and record.epoch > 0:
+            finish = Finish("cancelled") if failure is None else Finish("error", failure=failure)
+            await self._custody.end(entry_id, request, _last_tokens(request.id, record.epoch, finish), poison)
+        elif failure is None:
+            await self._custody.drop(entry_id, request.id)
+        else:
+            await self._custody.refuse(entry_id, request, Failed(request.id, failure), poison)
+
+
+def _last_tokens(request_id: str, epoch: int, finish: Finish) -> Tokens:
+    """What postproc ends a request by. Its counts are those of the engine that began it."""
+    run = TokenRun(request_id, epoch, 0, (), None, finish)
+    return Tokens((Begin(request_id, epoch, 0, 0, 0, 0, 0),), (run,))
+
+
+def _check_deadline(request: Request) -> None:
+    """
+    Raises:
+        RequestError: the request waited for too long (504).
+    """
+    if request.deadline is not None and time.time() > request.deadline:
+        raise internal("The request's deadline passed before its media were looked at.", "timeout", status=504)
 
 
 def _encode(delivery: Delivery) -> Encode:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -165,7 +166,7 @@ async def test_a_journal_is_resumed_at_its_end(redis: Redis, redis_url: str, key
         await no_backlog(redis, keys)
     begins = [begin for _, message in reader.messages for begin in message.begins]
     runs = [run for _, message in reader.messages for run in message.runs]
-    assert [(begin.epoch, begin.index) for begin in begins] == [(2, cut)]
+    assert [(begin.epoch, begin.index) for begin in begins] == [(2, 0), (2, cut)], "announced, then begun"
     assert runs[0].index == min(cut, 7), "what only lacks its end says its last token again"
     assert [token for run in runs for token in run.tokens] == whole[min(cut, 7) :]
     assert runs[-1].finish == Finish("length")
@@ -186,7 +187,7 @@ async def test_a_dead_engines_requests_go_on_under_a_higher_epoch(redis: Redis, 
             [seen] = await reader.finished("r")
             await no_backlog(redis, keys)
         assert seen.tokens == whole
-        assert [(begin.epoch, begin.index) for begin in seen.begins] == [(1, 0), (2, 5)]
+        assert [(begin.epoch, begin.index) for begin in seen.begins] == [(1, 0), (2, 0), (2, 5)]
         before = len(reader.messages)
         runner.allow(1000)
         await reader.until(lambda: any(run.finish for _, m in reader.messages[before:] for run in m.runs))
@@ -201,7 +202,10 @@ async def test_an_answer_whose_end_is_in_the_stream_is_only_acked(redis: Redis, 
     await send(redis, keys.tokens(0), Tokens((), (TokenRun("r", 1, 0, (10, EOS), None, Finish("stop", EOS)),)))
     async with engine(redis, redis_url):
         await no_backlog(redis, keys)
-    assert int(await redis.xlen(keys.tokens(0))) == 1
+    reader = Reader(redis, keys)
+    [seen] = await reader.finished("r")
+    assert sum(len(message.runs) for _, message in reader.messages) == 1
+    assert seen.finish == Finish("stop", EOS)
 
 
 async def test_a_request_submitted_twice_is_run_once(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -331,7 +335,7 @@ async def test_a_request_past_its_deadline_is_not_begun(redis: Redis, redis_url:
 
 
 class FailingRunner:
-    def execute(self, plan: Plan) -> list[Sampled]:
+    def execute(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> list[Sampled]:
         raise RuntimeError("the device is gone")
 
 
@@ -378,8 +382,8 @@ async def test_draining_finishes_what_is_held_and_takes_no_more(redis: Redis, re
 
 
 class LogprobRunner(SumRunner):
-    def execute(self, plan: Plan) -> list[Sampled]:
-        return [Sampled(s.token, TokenLogprob(-0.5, ((s.token, -0.5),))) for s in super().execute(plan)]
+    def execute(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> list[Sampled]:
+        return [Sampled(s.token, TokenLogprob(-0.5, ((s.token, -0.5),))) for s in super().execute(plan, meanwhile)]
 
 
 async def test_logprobs_travel_with_their_tokens(redis: Redis, redis_url: str, keys: Keys) -> None:

@@ -2,19 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
 
 from services.engine import outbox as outbox_module
-from services.engine import patience
-from services.engine.emission import Emission
+from services.engine.emission import Emission, End
 from services.engine.outbox import LEAD, Outbox
-from services.engine.patience import persist
+from shared import patience
 from shared.keys import Keys
 from shared.messages import Finish, TokenRun, Tokens, from_entry
+from shared.patience import persist
 
 
 @pytest.fixture(autouse=True)
@@ -39,19 +39,19 @@ async def test_what_redis_refuses_for_now_is_sent_again_in_order(
         return await real(client, key, message)
 
     monkeypatch.setattr(outbox_module.streams, "send", send)
-    ended: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    ended: asyncio.Future[list[End]] = asyncio.get_running_loop().create_future()
     length_at_end = []
 
-    async def on_ended(request_ids: Iterable[str]) -> None:
+    async def on_ended(ends: Sequence[End]) -> None:
         length_at_end.append(int(await redis.xlen(keys.tokens(0))))
-        ended.set_result(list(request_ids))
+        ended.set_result(list(ends))
 
     outbox = Outbox(redis, keys, on_ended)
     outbox.open()
     task = asyncio.create_task(outbox.run())
     for index in range(3):
         outbox.put(emission(index, Finish("length") if index == 2 else None))
-    assert await asyncio.wait_for(ended, 20) == ["r"]
+    assert await asyncio.wait_for(ended, 20) == [End("r", 1, "length")]
     task.cancel()
     messages = [from_entry(fields) for _, fields in await redis.xrange(keys.tokens(0))]
     assert [m.runs[0].index for m in messages if isinstance(m, Tokens)] == [0, 1, 2]
@@ -60,7 +60,7 @@ async def test_what_redis_refuses_for_now_is_sent_again_in_order(
 
 
 async def test_the_model_waits_when_redis_is_far_behind(redis: Redis, keys: Keys) -> None:
-    async def on_ended(request_ids: Iterable[str]) -> None: ...
+    async def on_ended(ends: Sequence[End]) -> None: ...
 
     outbox = Outbox(redis, keys, on_ended)
     outbox.open()
@@ -82,7 +82,7 @@ async def test_the_model_waits_when_redis_is_far_behind(redis: Redis, keys: Keys
 
 
 async def test_closing_lets_the_model_go(redis: Redis, keys: Keys) -> None:
-    async def on_ended(request_ids: Iterable[str]) -> None: ...
+    async def on_ended(ends: Sequence[End]) -> None: ...
 
     outbox = Outbox(redis, keys, on_ended)
     outbox.open()

@@ -63,10 +63,11 @@ async def test_the_tail_is_read_to_its_end_past_what_others_say(redis: Redis, ke
         await send(redis, keys.tokens(1), Tokens((), (TokenRun("other", 1, index, (9,)),)))
     await redis.xadd(keys.tokens(1), {b"v": b"0", b"m": b"from another version"})
     await send(redis, keys.tokens(1), Tokens((begin(1, 0),), (run(1, 0, 1), run(1, 1, 2, 3))))
-    assert await recover(redis, keys, records, [message.request]) == {"r": History((1, 2, 3))}
+    claims = {"r": (message, 2)}
+    assert await recover(redis, keys, records, claims) == {"r": History((1, 2, 3))}
     await records.delete(["r"])
-    assert (await recover(redis, keys, records, [message.request]))["r"].ended, "it ended while nobody looked"
+    assert (await recover(redis, keys, records, claims))["r"].ended, "it ended while nobody looked"
 
 
 async def test_nothing_to_recover_reads_nothing(redis: Redis, keys: Keys) -> None:
-    assert await recover(redis, keys, Records(redis, keys), []) == {}
+    assert await recover(redis, keys, Records(redis, keys), {}) == {}

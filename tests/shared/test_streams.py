@@ -6,8 +6,11 @@ from redis.asyncio import Redis
 
 from shared.errors import ProtocolError
 from shared.keys import GENERATE, Keys
+from shared.leases import Lease
 from shared.messages import Cancel, Generate, Message, Output, Request, Sampling, to_entry
-from shared.streams import LogReader, WorkStream, send
+from shared.streams import LogReader, Look, WorkStream, reply, send
+
+NOTHING = Look([], [], set(), 0)
 
 
 def work(request_id: str) -> Generate:
@@ -82,13 +85,13 @@ async def test_only_the_dead_are_robbed(redis: Redis, replicas: Replicas) -> Non
     a, b = await replicas.start("a"), await replicas.start("b")
     await send(redis, replicas.key, work("r"))
     [delivery] = await a.take(1, 0)
-    assert await b.claim_abandoned(9) == ([], [])
+    assert await b.claim_abandoned(9) == NOTHING
     await replicas.die("a")
-    assert await b.claim_abandoned(0) == ([], [])
-    [claimed], poisoned = await b.claim_abandoned(9)
+    assert await b.claim_abandoned(0) == Look([], [], set(), 1), "no room"
+    [claimed], poisoned, lost, left = await b.claim_abandoned(9)
     assert (claimed.entry_id, claimed.message, claimed.attempts) == (delivery.entry_id, work("r"), 2)
-    assert poisoned == []
-    assert await b.claim_abandoned(9) == ([], [])
+    assert (poisoned, lost, left) == ([], set(), 0)
+    assert await b.claim_abandoned(9) == NOTHING
     assert await replicas.names() == {"b"}
 
 
@@ -100,8 +103,8 @@ async def test_claims_at_most_count(redis: Redis, replicas: Replicas) -> None:
     await c.take(1, 0)
     await replicas.die("a")
     await replicas.die("c")
-    sizes = [len((await b.claim_abandoned(2))[0]) for _ in range(3)]
-    assert sizes == [2, 2, 0]
+    looks = [await b.claim_abandoned(2) for _ in range(3)]
+    assert [(len(look.ours), look.left) for look in looks] == [(2, 2), (2, 0), (0, 0)]
 
 
 async def test_of_two_claimants_one_wins(redis: Redis, replicas: Replicas) -> None:
@@ -111,27 +114,81 @@ async def test_of_two_claimants_one_wins(redis: Redis, replicas: Replicas) -> No
     await a.take(50, 0)
     await replicas.die("a")
     rounds = await asyncio.gather(*(stream.claim_abandoned(7) for stream in [b, c] * 8))
-    ids = [d.message.request.id for ours, _ in rounds for d in ours]
+    ids = [d.message.request.id for look in rounds for d in look.ours]
     assert sorted(ids, key=int) == [str(i) for i in range(50)]
-    assert all(d.attempts == 2 for ours, _ in rounds for d in ours)
+    assert all(d.attempts == 2 for look in rounds for d in look.ours)
 
 
-async def test_entry_delivered_too_often_is_quarantined(redis: Redis, keys: Keys, replicas: Replicas) -> None:
-    await replicas.start("0", 2)
-    await send(redis, replicas.key, work("poison"))
+async def test_entry_delivered_too_often_is_poison_until_it_is_answered(
+    redis: Redis, keys: Keys, replicas: Replicas
+) -> None:
     seen = []
+    await send(redis, replicas.key, work("poison"))
     for name in ("1", "2"):
         stream = await replicas.start(name, 2)
-        seen += await stream.take(1, 0) + (await stream.claim_abandoned(1))[0]
+        seen += await stream.take(1, 0) + (await stream.claim_abandoned(1)).ours
         await replicas.die(name)
     assert [d.attempts for d in seen] == [1, 2]
-    last = await replicas.start("3", 2)
-    ours, [poisoned] = await last.claim_abandoned(1)
+    third = await replicas.start("3", 2)
+    ours, [poisoned], _, _ = await third.claim_abandoned(1)
     assert ours == []
     assert (poisoned.message, poisoned.attempts) == (work("poison"), 3)
-    assert await last.backlog() == 0
-    [(_, kept)] = await redis.xrange(keys.quarantine(GENERATE))
-    assert kept == {**to_entry(work("poison")), b"reason": b"delivered 3 times", b"attempts": b"3"}
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 0
+    await replicas.die("3")  # before it answered
+    fourth = await replicas.start("4", 2)
+    _, [again], _, _ = await fourth.claim_abandoned(1)
+    assert (again.entry_id, again.attempts) == (poisoned.entry_id, 4)
+
+
+async def test_a_replica_that_is_starting_has_nothing(redis: Redis, keys: Keys, replicas: Replicas) -> None:
+    """It was killed, and started again under its name before its lease ended."""
+    a, b = await replicas.start("a"), await replicas.start("b")
+    await send(redis, replicas.key, work("r"))
+    await a.take(1, 0)
+    await Lease(redis, keys, "engine", "a", 10_000).renew("starting")
+    [claimed] = (await b.claim_abandoned(9)).ours
+    assert claimed.attempts == 2
+    assert await replicas.names() == {"a", "b"}, "it has joined already"
+
+
+async def test_what_is_lost_is_told_once(redis: Redis, replicas: Replicas) -> None:
+    a, b = await replicas.start("a"), await replicas.start("b")
+    for name in ("taken", "kept", "deleted", "finished"):
+        await send(redis, replicas.key, work(name))
+    taken, kept, deleted, finished = (delivery.entry_id for delivery in await a.take(9, 0))
+    await redis.xclaim(replicas.key, "engine", "b", 0, [taken])
+    await redis.xdel(replicas.key, deleted)
+    await redis.xack(replicas.key, "engine", deleted)
+    await a.finish([finished])
+    assert (await a.claim_abandoned(0)).lost == {taken, deleted}
+    assert (await a.claim_abandoned(0)).lost == set()
+    await redis.flushall()
+    assert (await a.claim_abandoned(0)).lost == {kept}
+    assert await b.claim_abandoned(9) == NOTHING
+
+
+async def test_what_another_has_is_not_finished(redis: Redis, replicas: Replicas) -> None:
+    a = await replicas.start("a")
+    await replicas.start("b")
+    for name in ("theirs", "ours"):
+        await send(redis, replicas.key, work(name))
+    theirs, ours = (delivery.entry_id for delivery in await a.take(9, 0))
+    await redis.xclaim(replicas.key, "engine", "b", 0, [theirs])
+    await a.finish([theirs, ours, "0-1"])
+    assert [entry_id.decode() for entry_id, _ in await redis.xrange(replicas.key)] == [theirs]
+    assert (await redis.xpending(replicas.key, "engine"))["pending"] == 1
+
+
+async def test_handing_over_is_no_failure(redis: Redis, replicas: Replicas) -> None:
+    await send(redis, replicas.key, work("r"))
+    attempts = []
+    for name in "abcd":
+        stream = await replicas.start(name, 1)
+        taken = await stream.take(1, 0) or (await stream.claim_abandoned(1)).ours
+        attempts += [delivery.attempts for delivery in taken]
+        await stream.leave()
+        await replicas.die(name)
+    assert attempts == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +209,7 @@ async def test_unreadable_entry_is_quarantined(
     await send(redis, replicas.key, work("good"))
     if via == "claim":
         await redis.xreadgroup("engine", "dead", {replicas.key: ">"})
-        deliveries, poisoned = await stream.claim_abandoned(9)
+        deliveries, poisoned, _, _ = await stream.claim_abandoned(9)
         assert poisoned == []
     else:
         deliveries = await stream.take(9, 0)
@@ -161,14 +218,14 @@ async def test_unreadable_entry_is_quarantined(
     [(_, kept)] = await redis.xrange(keys.quarantine(GENERATE))
     assert kept.items() >= fields.items()
     assert kept[b"reason"]
-    assert await stream.claim_abandoned(9) == ([], [])
+    assert await stream.claim_abandoned(9) == NOTHING
 
 
 async def test_unreadable_poison_answers_nobody_but_is_kept(redis: Redis, keys: Keys, replicas: Replicas) -> None:
     stream = await replicas.start("a", max_deliveries=1)
     await redis.xadd(replicas.key, {"v": "2"})
     await redis.xreadgroup("engine", "dead", {replicas.key: ">"})
-    assert await stream.claim_abandoned(9) == ([], [])
+    assert await stream.claim_abandoned(9) == NOTHING
     assert await redis.xlen(keys.quarantine(GENERATE)) == 1
     assert await stream.backlog() == 0
 
@@ -176,7 +233,7 @@ async def test_unreadable_poison_answers_nobody_but_is_kept(redis: Redis, keys: 
 async def test_a_redis_that_forgot_the_group_is_joined_again(redis: Redis, replicas: Replicas) -> None:
     stream = await replicas.start("a")
     await redis.flushall()
-    assert await stream.claim_abandoned(1) == ([], [])
+    assert await stream.claim_abandoned(1) == NOTHING
     await send(redis, replicas.key, work("r"))
     deliveries = await stream.take(1, 0) or await stream.take(1, 0)
     assert [d.message for d in deliveries] == [work("r")]
@@ -199,15 +256,15 @@ async def test_entry_whose_delivery_was_lost_comes_back(redis: Redis, replicas: 
         await send(redis, replicas.key, work(name))
     await stream.take(1, 0)
     await redis.xreadgroup("engine", "a", {replicas.key: ">"})  # the reply never reaches the stream
-    [again], _ = await stream.claim_abandoned(9)
+    [again] = (await stream.claim_abandoned(9)).ours
     assert (again.message.request.id, again.attempts) == ("lost", 2)
-    assert await stream.claim_abandoned(9) == ([], [])
+    assert await stream.claim_abandoned(9) == NOTHING
 
 
 async def test_a_process_restarted_under_its_name_finds_its_work(redis: Redis, replicas: Replicas) -> None:
     await send(redis, replicas.key, work("r"))
     await (await replicas.start("a")).take(1, 0)
-    [again], _ = await (await replicas.start("a")).claim_abandoned(9)
+    [again] = (await (await replicas.start("a")).claim_abandoned(9)).ours
     assert again.attempts == 2
 
 
@@ -221,7 +278,7 @@ async def test_what_a_waiting_take_is_given_is_not_claimed_as_lost(redis: Redis,
 
     async def claim() -> None:
         while len(got) < total:
-            got.extend((await stream.claim_abandoned(9))[0])
+            got.extend((await stream.claim_abandoned(9)).ours)
 
     async def produce() -> None:
         for i in range(total):
@@ -239,10 +296,10 @@ async def test_lost_entry_is_found_while_a_take_waits(redis: Redis, replicas: Re
     await redis.xreadgroup("engine", "a", {replicas.key: ">"})
     taking = asyncio.create_task(stream.take(1, 5000))
     await asyncio.sleep(0)
-    assert await stream.claim_abandoned(9) == ([], [])  # the waiting take might still bring it
+    assert await stream.claim_abandoned(9) == NOTHING  # the waiting take might still bring it
     await send(redis, replicas.key, work("next"))
     await taking
-    [again], _ = await stream.claim_abandoned(9)
+    [again] = (await stream.claim_abandoned(9)).ours
     assert again.message.request.id == "lost"
 
 
@@ -312,3 +369,11 @@ async def test_send_trims(redis: Redis) -> None:
         entry_id = await send(redis, "log", Cancel(("r",)), max_len=10)
     assert 10 <= await redis.xlen("log") < 300
     assert (await redis.xrange("log"))[-1][0].decode() == entry_id
+
+
+async def test_a_reply_to_a_reader_that_is_gone_leaves_nothing(redis: Redis) -> None:
+    assert not await reply(redis, "log", Cancel(("r",)), 10)
+    assert not await redis.exists("log")
+    await send(redis, "log", Cancel(("first",)))
+    assert await reply(redis, "log", Cancel(("r",)), 10)
+    assert await redis.xlen("log") == 2
