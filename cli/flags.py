@@ -7,6 +7,7 @@ live in one place, the settings.
 
 import argparse
 import ipaddress
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,6 +132,23 @@ def _parser() -> _Parser:
     limits.add_argument(
         "--max-concurrency", type=_count(1), metavar="N", help="requests at once; more are told to wait"
     )
+    limits.add_argument(
+        "--max-queue", type=_count(1), metavar="N", help="requests waiting and running; more are told to come back"
+    )
+    limits.add_argument(
+        "--request-timeout",
+        dest="request_timeout_s",
+        type=_seconds(zero=False),
+        metavar="SECONDS",
+        help="for an answer",
+    )
+    limits.add_argument(
+        "--retain-seconds",
+        dest="retain_s",
+        type=_seconds(zero=True),
+        metavar="SECONDS",
+        help="how long a finished answer can be read again; 0: not at all",
+    )
     limits.add_argument("--gpu-memory-utilization", type=_share, metavar="SHARE", help="of the device's memory, to 1")
 
     media = parser.add_argument_group("images and videos")
@@ -204,6 +222,19 @@ def _count(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 _port = _count(1, 65535)
+
+
+def _seconds(zero: bool) -> Callable[[str], float]:
+    def seconds(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if not (0.0 < number < math.inf or (zero and number == 0.0)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds{'' if zero else ' above 0'}")
+        return number
+
+    return seconds
 
 
 def _share(text: str) -> float:

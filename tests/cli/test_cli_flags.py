@@ -52,6 +52,11 @@ def test_flags_that_repeat_or_negate() -> None:
     }
 
 
+def test_what_bounds_requests() -> None:
+    launch = parse(["--demo", "--max-queue", "9", "--request-timeout", "2.5", "--retain-seconds", "0"], {})
+    assert launch.settings == {"max_queue": 9, "request_timeout_s": 2.5, "retain_s": 0.0}
+
+
 def test_api_keys_of_the_environment() -> None:
     assert parse(["--demo"], {"FD_API_KEY": "a,b,"}).settings == {"api_keys": ["a", "b"]}
 
@@ -73,6 +78,12 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --max-num-batched-tokens 1.5", "--max-num-batched-tokens"),
         ("--demo --gpu-memory-utilization 1.1", "--gpu-memory-utilization"),
         ("--demo --gpu-memory-utilization nan", "--gpu-memory-utilization"),
+        ("--demo --max-queue 0", "--max-queue"),
+        ("--demo --request-timeout 0", "--request-timeout"),
+        ("--demo --request-timeout inf", "--request-timeout"),
+        ("--demo --retain-seconds -1", "--retain-seconds"),
+        ("--demo --retain-seconds nan", "--retain-seconds"),
+        ("--demo --retain-seconds soon", "--retain-seconds"),
         ("--demo --quantization wint2", "--quantization"),
         ("--demo --reasoning-parser qwen3", "--reasoning-parser"),
         ("--demo --tool-call-parser hermes", "--tool-call-parser"),
