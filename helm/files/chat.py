@@ -23,30 +23,34 @@ def text(part: dict) -> str:
     return (part.get("reasoning_content") or "") + (part.get("content") or "")
 
 
-def answer(url: str, model: str, keys: list[str]) -> str:
+def answer(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
+    """What was said, and whether it was a whole answer."""
     with ask(url, model, keys, stream=False) as response:
-        return text(json.load(response)["choices"][0]["message"])
+        reply = json.load(response)
+    choice = reply["choices"][0]
+    return text(choice["message"]), bool(choice["finish_reason"]) and reply["usage"]["completion_tokens"] > 0
 
 
-def streamed(url: str, model: str, keys: list[str]) -> str:
-    parts, ended = [], False
+def streamed(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
+    """The same, in pieces."""
+    parts, finished, ended = [], False, False
     with ask(url, model, keys, stream=True) as response:
         for line in response:
             if line.startswith(b"data: [DONE]"):
                 ended = True
             elif line.startswith(b"data: "):
-                parts += [text(choice["delta"]) for choice in json.loads(line[6:])["choices"]]
-    if not ended:
-        raise RuntimeError("the stream broke off")
-    return "".join(parts)
+                for choice in json.loads(line[6:])["choices"]:
+                    parts.append(text(choice["delta"]))
+                    finished = finished or bool(choice["finish_reason"])
+    return "".join(parts), finished and ended
 
 
 def main(url: str, model: str) -> int:
     keys = json.loads(os.environ.get("MILLRACE_API_KEYS", "[]"))
     for way in (answer, streamed):
-        said = way(url, model, keys)
-        print(f"{way.__name__}: {said!r}")
-        if not said:
+        said, whole = way(url, model, keys)
+        print(f"{way.__name__}: {said!r}{'' if whole else ', and then it broke off'}")
+        if not whole:
             return 1
     return 0
 

@@ -160,7 +160,8 @@ def test_what_the_hub_does_not_have_is_an_error_at_once(hub: Hub, tmp_path: Path
 class Gateway(BaseHTTPRequestHandler):
     """Answers as the gateway does, or not."""
 
-    parts: tuple[str, ...] = ("Hel", "lo")
+    tokens = 2
+    finish: str | None = "stop"
     ends = True
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -171,31 +172,38 @@ class Gateway(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != "Bearer sk-one" or self.path != "/v1/chat/completions":
             self.send_error(401)
             return
-        if body["stream"]:
-            chunks = [{"choices": [{"delta": {"content": part}}]} for part in self.parts]
-            lines = ["data: " + json.dumps(chunk) for chunk in chunks] + ["data: [DONE]"] * self.ends
-            answer = ": keep-alive\n\n" + "".join(f"{line}\n\n" for line in lines)
-        else:
-            answer = json.dumps({"choices": [{"message": {"reasoning_content": None, "content": "".join(self.parts)}}]})
+        answer = self._stream() if body["stream"] else self._whole()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer.encode())
 
+    def _whole(self) -> str:
+        message = {"reasoning_content": None, "content": "Hello"}
+        choices = [{"message": message, "finish_reason": "stop"}]
+        return json.dumps({"choices": choices, "usage": {"completion_tokens": self.tokens}})
+
+    def _stream(self) -> str:
+        choices = [{"delta": {"content": part}, "finish_reason": None} for part in ("Hel", "lo")]
+        choices.append({"delta": {}, "finish_reason": self.finish})
+        lines = [f"data: {json.dumps({'choices': [choice]})}" for choice in choices] + ["data: [DONE]"] * self.ends
+        return ": keep-alive\n\n" + "".join(f"{line}\n\n" for line in lines)
+
 
 @pytest.mark.parametrize(
-    ("parts", "ends", "keys", "passes"),
+    ("behaviour", "keys", "passes"),
     [
-        (("Hel", "lo"), True, '["sk-one", "sk-two"]', True),
-        ((), True, '["sk-one"]', False),
-        (("Hel",), False, '["sk-one"]', False),
-        (("Hel", "lo"), True, '["sk-two"]', False),
+        ({}, '["sk-one", "sk-two"]', True),
+        ({"tokens": 0}, '["sk-one"]', False),
+        ({"finish": None}, '["sk-one"]', False),
+        ({"ends": False}, '["sk-one"]', False),
+        ({}, '["sk-two"]', False),
     ],
 )
-def test_helm_test_passes_only_if_both_ways_are_answered(
-    parts: tuple[str, ...], ends: bool, keys: str, passes: bool
+def test_helm_test_passes_only_if_both_ways_are_answered_to_the_end(
+    behaviour: dict[str, object], keys: str, passes: bool
 ) -> None:
-    handler = type("OneGateway", (Gateway,), {"parts": parts, "ends": ends})
+    handler = type("OneGateway", (Gateway,), behaviour)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
