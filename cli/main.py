@@ -9,10 +9,12 @@ from shared.errors import CheckpointError, ConfigError
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace top | status [flags]
+       millrace quarantine list | show | retry | drop [entries]
 
   serve      run Redis and the four services on this machine
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
+  quarantine look at requests that ended replica after replica, run them again or drop them
 
 `millrace COMMAND --help` lists the flags.
 """
@@ -55,6 +57,12 @@ def _status(words: Sequence[str]) -> int:
     return main(words, os.environ)
 
 
+def _quarantine(words: Sequence[str]) -> int:
+    from cli.quarantine import main
+
+    return main(words, os.environ)
+
+
 def _top(words: Sequence[str]) -> int:
     from cli.top import main
 
@@ -65,4 +73,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "top": _top,
     "status": _status,
+    "quarantine": _quarantine,
 }
