@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from shared.errors import CheckpointError, ConfigError
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
-       millrace top | status [flags]
+       millrace top | status | autoscale [flags]
        millrace quarantine list | show | retry | drop [entries]
 
   serve      run Redis and the four services on this machine
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
   quarantine look at requests that ended replica after replica, run them again or drop them
+  autoscale  scale a deployment on Kubernetes by the work that waits in it
 
 `millrace COMMAND --help` lists the flags.
 """
@@ -69,9 +70,16 @@ def _top(words: Sequence[str]) -> int:
     return main(words, os.environ)
 
 
+def _autoscale(words: Sequence[str]) -> int:
+    from cli.autoscaler.__main__ import main
+
+    return main(words, os.environ)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "top": _top,
     "status": _status,
     "quarantine": _quarantine,
+    "autoscale": _autoscale,
 }

@@ -43,11 +43,11 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     crash_at: str = ""  # tests only: where to die (shared/crash.py)
 
 
-S = TypeVar("S", bound=CommonSettings)
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 def load(settings: type[S], environ: Mapping[str, str]) -> S:
-    """Decode MILLRACE_* variables into `settings`. An empty `name` becomes this host's name and process id.
+    """Decode MILLRACE_* variables into `settings`. It has a `name`; an empty one becomes this host's and process id.
 
     Raises:
         ConfigError: a variable is unknown, missing or of the wrong type; the message names it, and never its value.

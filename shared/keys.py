@@ -33,6 +33,7 @@
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
     {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
     {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner"; "count" -> number of shards
+    {ns}:leader:{role}               string  autoscaler           autoscaler         name of the one that acts; expires unless renewed
     {ns}:quarantine:{stream}         stream  whoever claims       people             poison entries, kept for inspection
 
 Consumer groups are named after the service and start at id 0. Consumers are named after their replica.
@@ -110,6 +111,10 @@ class Keys(msgspec.Struct, frozen=True):
 
     def shards(self) -> str:
         return f"{self.ns}:shards"
+
+    def leader(self, role: str) -> str:
+        """Where several replicas of something stand by for one that acts."""
+        return f"{self.ns}:leader:{role}"
 
     def quarantine(self, stream: str) -> str:
         return f"{self.ns}:quarantine:{stream}"

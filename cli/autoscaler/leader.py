@@ -1,0 +1,56 @@
+"""Of several autoscalers one acts: the one whose name is in a key of Redis that it renews before it expires.
+
+A leader that stalls may wake up after another has begun. It looks at its own clock before each change it makes, and
+changes carry the version of what was read, so that a late one is refused by Kubernetes.
+"""
+
+import time
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+
+from shared.keys import Keys
+
+ROLE = "autoscaler"
+
+# KEYS leader; ARGV me, expiry in ms.
+_HOLD = """
+local leader = redis.call('GET', KEYS[1])
+if leader and leader ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+
+
+class Leadership:
+    """This replica's claim."""
+
+    def __init__(
+        self, redis: Redis, keys: Keys, name: str, ttl_ms: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._key = keys.leader(ROLE)
+        self._name = name
+        self._ttl_ms = ttl_ms
+        self._clock = clock
+        self._until = 0.0
+        self._hold = redis.register_script(_HOLD)
+        self._release = redis.register_script(_RELEASE)
+
+    @property
+    def valid(self) -> bool:
+        """Whether nobody else can be leader yet."""
+        return self._clock() < self._until
+
+    async def hold(self) -> bool:
+        """Become or stay the leader, unless another is."""
+        asked = self._clock()
+        leads = bool(await self._hold(keys=[self._key], args=[self._name, self._ttl_ms]))
+        self._until = asked + self._ttl_ms / 1000 if leads else 0.0
+        return leads
+
+    async def release(self) -> None:
+        """Let another be it at once."""
+        self._until = 0.0
+        await self._release(keys=[self._key], args=[self._name])

@@ -1,0 +1,36 @@
+"""What the pipeline's state means for its scaling."""
+
+import msgspec
+
+from cli.autoscaler.policy import Seen
+from cli.pipeline_view import HELD, PipelineView, StageView
+
+FEEDS = {"engine": "mm_encoder"}  # whose work becomes whose
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """`work` and `coming` as the policy has them; `held`: what each replica has in hand, by its name."""
+
+    work: int
+    coming: int
+    held: dict[str, int]
+
+    def seen(self, replicas: int) -> Seen:
+        return Seen(self.work, replicas, self.coming)
+
+
+def observe(view: PipelineView, service: str) -> Stage:
+    """A stage's work is the length of its stream, as entries are deleted when their work has ended; where it has no
+    stream, what its replicas say they hold. What a leaving replica holds needs no other."""
+    stage = view.stage(service)
+    held = _held(stage)
+    leaving = sum(held.get(replica.name, 0) for replica in stage.within("draining"))
+    work = stage.queue.length if stage.queue else sum(held.values())
+    feeder = view.stage(FEEDS[service]).queue if service in FEEDS else None
+    return Stage(max(0, work - leaving), feeder.length if feeder else 0, held)
+
+
+def _held(stage: StageView) -> dict[str, int]:
+    if stage.queue:
+        return {consumer.name: consumer.pending for consumer in stage.queue.consumers}
+    return {replica.name: int(replica.load.get(HELD[stage.service], 0)) for replica in stage.replicas}

@@ -1,0 +1,78 @@
+"""How many replicas a stage should have: a function of what is seen, of what was seen of late, and of the time.
+
+Work is waiting and running together, so the answer does not depend on how many replicas there are now, and does not
+run away while they start. More are asked for at once; fewer only when nothing within the cool-down asked for more.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+# stay; ask for more; say which replicas are to go first; ask for fewer
+Step = Literal["stay", "out", "mark", "in"]
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one stage is told. With `least` 0 it sleeps while there is no work."""
+
+    deployment: str
+    target: Annotated[int, Meta(ge=1)]  # work that one replica should have
+    least: Annotated[int, Meta(ge=0)] = 1
+    most: Annotated[int, Meta(ge=1)]
+    cooldown_s: Annotated[float, Meta(ge=0)] = 300.0
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A stage at one moment. `work`: requests that are its own, waiting and running, but not those of replicas that are
+    leaving, which take their work with them to its end. `coming`: requests that an earlier stage will hand to it.
+    `replicas`: how many Kubernetes was asked for."""
+
+    work: int
+    replicas: int
+    coming: int = 0
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """What a decision needs of the past: since when we look, and what the work asked for within the cool-down."""
+
+    since: float
+    wanted: tuple[tuple[float, int], ...] = ()  # (when, replicas)
+    marked: bool = False  # the replicas that are to go have been named
+
+
+class Decision(msgspec.Struct, frozen=True):
+    step: Step
+    replicas: int  # that there should be; with "mark", soon
+    why: str
+
+
+def wanted(rules: Rules, seen: Seen) -> int:
+    """What the work of this moment asks for."""
+    enough = math.ceil(seen.work / rules.target)
+    # Starting a replica takes longer than the stage before takes with a request.
+    awake = 1 if seen.coming else 0
+    return min(rules.most, max(rules.least, enough, awake))
+
+
+def decide(rules: Rules, seen: Seen, memory: Memory, now: float) -> tuple[Memory, Decision]:
+    """One look. Time is in seconds, on a clock that does not jump.
+
+    Fewer replicas take two looks in a row: those that are to go are named with the first, since Kubernetes may act on
+    a new number before it has read a name that was written just before.
+    """
+    asked = wanted(rules, seen)
+    recent = (*((when, number) for when, number in memory.wanted if when > now - rules.cooldown_s), (now, asked))
+    calm = max(number for _, number in recent)
+    if asked > seen.replicas:
+        return Memory(memory.since, recent), Decision("out", asked, f"{_work(seen)}, {rules.target} a replica")
+    if calm < seen.replicas and now - memory.since >= rules.cooldown_s:
+        step: Step = "in" if memory.marked else "mark"
+        why = f"{_work(seen)}, and for {rules.cooldown_s:g} s never enough for more than {calm}"
+        return Memory(memory.since, recent, marked=step == "mark"), Decision(step, calm, why)
+    return Memory(memory.since, recent), Decision("stay", seen.replicas, f"{_work(seen)}, enough for {asked}")
+
+
+def _work(seen: Seen) -> str:
+    return f"{seen.work} in work or waiting" + (f", {seen.coming} coming" if seen.coming else "")

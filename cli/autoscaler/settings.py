@@ -1,0 +1,44 @@
+"""What the autoscaler is told, by MILLRACE_ variables as the services are."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cli.autoscaler.policy import Rules
+from cli.pipeline_view import QUEUES, SERVICES
+from shared import config
+from shared.config import Port, Positive, variable
+from shared.errors import ConfigError
+
+
+class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    redis_url: str
+    stages: dict[str, Rules]  # by service; a stage that is not named is left alone
+    kube_namespace: str  # of Kubernetes, where the Deployments are
+    namespace: str = "millrace"  # of the keys in Redis
+    name: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: Port = 0
+    interval_s: Annotated[float, Meta(gt=0)] = 5.0  # between two looks
+    leader_ms: Positive = 15_000  # a leader that has not been heard of for so long is replaced
+
+
+def load(environ: Mapping[str, str]) -> AutoscalerSettings:
+    """
+    Raises:
+        ConfigError: a variable is unknown, missing or malformed, or stages cannot be scaled as it says.
+    """
+    told = config.load(AutoscalerSettings, environ)
+    for service, rules in told.stages.items():
+        where = f"{variable('stages')}: {service}"
+        if service not in SERVICES:
+            raise ConfigError(f"{where} is not one of {', '.join(SERVICES)}")
+        if rules.least > rules.most:
+            raise ConfigError(f"{where}: least is more than most")
+        if rules.least == 0 and service not in QUEUES:
+            raise ConfigError(f"{where}: least must be 1 or more, since no stream would wake it")
+    if told.leader_ms <= 2000 * told.interval_s:
+        raise ConfigError(f"{variable('leader_ms')} must be more than two intervals, or leadership flaps")
+    return told
