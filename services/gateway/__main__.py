@@ -14,6 +14,7 @@ import uvloop
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
+from services.gateway import console
 from services.gateway.admission import Admission
 from services.gateway.answer import Answerer
 from services.gateway.app import ModelCard, paths, routes
@@ -87,12 +88,13 @@ def compose(
     card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
     returns = Returns(admission, pipeline, desk, answerer)
     app = routes(completions, returns, card, partial(readiness, redis, keys, admission))
+    app.router.routes += console.routes(console.Console(redis, keys, settings.shards))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
         desk=desk,
         inbox=Inbox(redis, keys, address, desk),
-        server=Server(Edge(app, settings.api_keys, paths(app), figures), listener),
+        server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], figures), listener),
         metrics=figures,
         tick_s=tick_s,
         watch_s=tick_s,

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway.console import ASSETS
 from services.gateway.errors import UNAUTHORIZED, error_response
 from services.gateway.metrics import GatewayMetrics
 
 # Everything else needs a key, routes that do not exist included.
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", *ASSETS})
 MODEL_PATH = "/v1/models/"
 CHAT_PATH = "/v1/chat/completions/"
 

@@ -1,0 +1,235 @@
+"""What becomes of requests as Redis shows it from outside: which entry is where, and what is in the tokens streams.
+
+Nothing is asked of the other stages and nothing is written. Of a work entry only its request's id, its age and how many
+media it has are decoded, and that once; of the tokens, only how many they are is kept. What comes and goes between two
+looks may be missed, which leaves a gap in a timeline and no more.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from redis.asyncio import Redis
+
+from shared.errors import ProtocolError
+from shared.keys import ENCODE, GENERATE, Keys
+from shared.messages import Begin, TokenRun, Tokens
+from shared.streams import LogReader
+
+MOST_TAKEN = 256  # entries in work that are looked at, a stream
+MOST_WAITING = 64  # the same, of those that wait
+STEPS = 1000  # messages of a tokens stream read at once
+READS = 5  # of them at a look: whoever is further behind catches up with the next ones
+KEPT_S = 60.0  # how long an ended request is shown
+MOST_KEPT = 400
+
+Where = Literal["encode", "generate", "ended"]
+
+GROUPS = {ENCODE: "mm_encoder", GENERATE: "engine"}
+
+# KEYS stream, quarantine; ARGV group, most taken, most waiting, entries that are known... Returns {now, length,
+# quarantined, how many are taken, {entry, consumer, deliveries} of those, entries that wait, {entry, message} of all
+# that were not known}. Entry ids are of Redis's clock, so now is too.
+_LOOK = """
+local known, new = {}, {}
+for i = 4, #ARGV do known[ARGV[i]] = true end
+
+local function add(entry)
+  for i = 1, #entry[2], 2 do
+    if entry[2][i] == 'm' then new[#new + 1] = {entry[1], entry[2][i + 1]} end
+  end
+end
+
+local delivered = '0-0'
+local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+for _, group in ipairs(groups.err and {} or groups) do
+  local about = {}
+  for i = 1, #group, 2 do about[group[i]] = group[i + 1] end
+  if about['name'] == ARGV[1] then delivered = about['last-delivered-id'] end
+end
+
+local taken, running = {}, redis.pcall('XPENDING', KEYS[1], ARGV[1])
+if not running.err then
+  for _, entry in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[2])) do
+    taken[#taken + 1] = {entry[1], entry[2], entry[4]}
+    local found = not known[entry[1]] and redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
+    if found then add(found) end
+  end
+end
+
+local waiting = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', ARGV[3])) do
+  waiting[#waiting + 1] = entry[1]
+  if not known[entry[1]] then add(entry) end
+end
+
+local now = redis.call('TIME')
+return {
+  string.format('%d.%06d', now[1], now[2]), redis.call('XLEN', KEYS[1]), redis.call('XLEN', KEYS[2]),
+  running.err and 0 or running[1], taken, waiting, new,
+}
+"""
+
+
+class _Name(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _Work(msgspec.Struct, frozen=True):
+    """What is read of an `Encode` or a `Generate`."""
+
+    request: _Name
+    media: tuple[msgspec.Raw, ...] = ()
+
+
+_work = msgspec.msgpack.Decoder(_Work)
+
+
+class Queue(msgspec.Struct, frozen=True):
+    """A work stream as a whole."""
+
+    name: str
+    waiting: int
+    running: int
+    oldest_s: float  # age of the oldest entry, waiting or running; 0 without any
+    quarantined: int
+
+
+class Sighting(msgspec.Struct):
+    """One request. Times are unix seconds of Redis's clock; None is what has not happened or was not seen."""
+
+    id: str
+    where: Where = "ended"
+    waiting: bool = False  # nobody has taken its entry yet
+    replica: str = ""  # who has it, or had it last
+    media: int = 0
+    attempts: int = 0
+    accepted: float | None = None  # it entered its first stream
+    encoded: float | None = None  # its media were handed on to the engine's stream
+    begun: float | None = None  # the engine took it up, the last time
+    first: float | None = None  # token
+    last: float | None = None
+    finished: float | None = None
+    reason: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    seen: float = 0.0  # the newest time of all
+
+
+class Sightings:
+    """Every request that was seen, until some time after its end. Calls of `look` must not overlap."""
+
+    def __init__(self, redis: Redis, keys: Keys, shards: int) -> None:
+        self._keys = keys
+        self._look = redis.register_script(_LOOK)
+        self._steps = LogReader(redis, {keys.tokens(shard): "0" for shard in range(shards)})
+        self._seen: dict[str, Sighting] = {}
+        self._entries: dict[str, dict[str, tuple[str, int]]] = {ENCODE: {}, GENERATE: {}}  # id -> request, media
+        self.now = 0.0  # of the last look
+
+    async def look(self) -> list[Queue]:
+        """See what has changed. In this order, in which no request on its way is in none of the places.
+
+        Raises:
+            RedisError: nothing can be seen.
+        """
+        present: set[str] = set()
+        queues = [await self._look_at(ENCODE, present), await self._look_at(GENERATE, present)]
+        await self._read_steps()
+        for sighting in self._seen.values():
+            if sighting.id not in present:
+                sighting.where, sighting.waiting = "ended", False
+        self._forget()
+        return queues
+
+    def requests(self) -> list[Sighting]:
+        """All that is known, newest first."""
+        return sorted(self._seen.values(), key=lambda one: one.accepted or one.begun or one.seen, reverse=True)
+
+    async def _look_at(self, stream: str, present: set[str]) -> Queue:
+        known = self._entries[stream]
+        now, length, quarantined, running, taken, waiting, new = await self._look(
+            keys=[self._keys.stream(stream), self._keys.quarantine(stream)],
+            args=[GROUPS[stream], MOST_TAKEN, MOST_WAITING, *known],
+        )
+        self.now = float(now)
+        for entry, message in new:
+            with contextlib.suppress(msgspec.MsgspecError):  # of another version, or broken: counted and not shown
+                work = _work.decode(message)
+                known[_text(entry)] = (work.request.id, len(work.media))
+        for entry, consumer, attempts in taken:
+            self._place(stream, _text(entry), present, replica=_text(consumer), attempts=attempts)
+        for entry in waiting:
+            self._place(stream, _text(entry), present)
+        there = [_text(entry) for entry in (*(entry for entry, _, _ in taken), *waiting)]
+        self._entries[stream] = {entry: known[entry] for entry in there if entry in known}
+        oldest = min(map(_seconds, there), default=self.now)
+        return Queue(stream, max(0, length - running), running, max(0.0, self.now - oldest), quarantined)
+
+    def _place(self, stream: str, entry: str, present: set[str], replica: str = "", attempts: int = 0) -> None:
+        if entry not in self._entries[stream]:
+            return  # gone again, or unreadable
+        request_id, media = self._entries[stream][entry]
+        one = self._of(request_id)
+        if stream == GENERATE and one.media:
+            one.encoded = _seconds(entry)
+        one.accepted = one.accepted or _seconds(entry)
+        one.where = "encode" if stream == ENCODE else "generate"
+        one.media = media or one.media
+        one.replica, one.waiting, one.attempts = replica or one.replica, not replica, attempts or one.attempts
+        one.seen = self.now
+        present.add(request_id)
+
+    # ------------------------------------------------------------------------------------------------ tokens
+
+    async def _read_steps(self) -> None:
+        for _ in range(READS):
+            try:
+                messages = await self._steps.read(STEPS, 0)
+            except ProtocolError:
+                continue  # of another version; the next read goes on behind it
+            for _, entry, message in messages:
+                if isinstance(message, Tokens):
+                    self._step(_seconds(entry), message.begins, message.runs)
+            if not messages:
+                return
+
+    def _step(self, at: float, begins: Sequence[Begin], runs: Sequence[TokenRun]) -> None:
+        for begin in begins:
+            one = self._of(begin.request_id)
+            one.begun = at
+            one.prompt_tokens, one.cached_tokens = begin.prompt_tokens, begin.cached_tokens
+            one.media = one.media or bool(begin.image_tokens or begin.video_tokens)
+            one.seen = max(one.seen, at)
+        for run in runs:
+            one = self._of(run.request_id)
+            if run.tokens:
+                one.first = at if run.index == 0 and one.first is None else one.first
+                one.last = at
+                one.tokens = max(one.tokens, run.index + len(run.tokens))
+            if run.finish is not None:
+                one.finished, one.reason = at, run.finish.reason
+            one.seen = max(one.seen, at)
+
+    # ------------------------------------------------------------------------------------------------ all of them
+
+    def _of(self, request_id: str) -> Sighting:
+        return self._seen.setdefault(request_id, Sighting(request_id))
+
+    def _forget(self) -> None:
+        ended = sorted((one for one in self._seen.values() if one.where == "ended"), key=lambda one: one.seen)
+        excess = len(self._seen) - MOST_KEPT
+        for place, one in enumerate(ended):
+            if place < excess or self.now - one.seen > KEPT_S:
+                del self._seen[one.id]
+
+
+def _seconds(entry: str) -> float:
+    """When an entry was written."""
+    return int(entry.partition("-")[0]) / 1000
+
+
+def _text(reply: Any) -> str:
+    return str(reply, "utf-8")

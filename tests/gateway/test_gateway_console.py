@@ -1,0 +1,274 @@
+"""The console over HTTP: its files and their policy, who may see the state, and what the state says."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateway_stages import Running, Stages, running
+from redis.asyncio import Redis
+
+from services.gateway.console import ASSETS, STATIC, Console
+from services.gateway.sightings import KEPT_S, MOST_WAITING
+from shared.keys import ENCODE, GENERATE, Keys
+from shared.leases import Lease
+from shared.messages import (
+    Begin,
+    Encode,
+    Finish,
+    Generate,
+    Media,
+    Output,
+    Request,
+    Sampling,
+    TokenRun,
+    Tokens,
+    pack_ids,
+    to_entry,
+)
+from shared.records import Records
+from shared.streams import WorkStream, send
+
+SECRET = 7_654_321  # a token of a prompt, which must not be seen
+KEY = {"Authorization": "Bearer key-1"}
+
+
+@pytest.fixture
+async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
+    async with running(checkpoint, redis_url, api_keys=("key-1",)) as started:
+        yield started
+
+
+@pytest.fixture
+async def http(server: Running) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+        yield client
+
+
+def request(request_id: str) -> Request:
+    return Request(request_id, "gw", 1, 1.0, Sampling(seed=1), Output(thinking=True, stop=("a secret",)))
+
+
+def generate(request_id: str) -> Generate:
+    return Generate(request(request_id), pack_ids([SECRET] * 50), 10)
+
+
+def encode(request_id: str) -> Encode:
+    segments = (pack_ids([SECRET]), pack_ids([SECRET]))
+    return Encode(request(request_id), segments, (Media("image", "messages[0]", blob="secret-blob"),))
+
+
+async def look(redis: Redis, keys: Keys, console: Console | None = None) -> dict[str, Any]:
+    return dict(json.loads(await (console or Console(redis, keys, shards=2)).state()))
+
+
+def by_id(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["id"]: one for one in state["requests"]}
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("path", ASSETS)
+async def test_the_page_is_public_and_can_run_nothing_of_others(http: httpx.AsyncClient, path: str) -> None:
+    reply = await http.get(path)
+    assert reply.status_code == 200
+    assert reply.content == (STATIC / ASSETS[path][0]).read_bytes()
+    assert reply.headers["content-type"] == ASSETS[path][1]
+    policy = dict(rule.split(" ", 1) for rule in reply.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'self'"
+    assert policy["img-src"] == policy["media-src"] == "'self' blob: data:"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert "unsafe" not in reply.headers["content-security-policy"]
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    again = await http.get(path, headers={"if-none-match": reply.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert (await http.head(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/console/../settings.py",
+        "/console/..%2fsettings.py",
+        "/console/%2e%2e/console.py",
+        "/console//etc/passwd",
+        "/console/index.html",
+        "/console/",
+        "/static/app.js",
+        "/app.js",
+        "/console/app.js%00.css",
+    ],
+)
+async def test_nothing_else_can_be_read(http: httpx.AsyncClient, path: str) -> None:
+    """Without a key nobody learns even that it is not there."""
+    assert (await http.get(path)).status_code == 401
+    assert (await http.get(path, headers=KEY)).status_code == 404
+
+
+def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+    for name, _ in ASSETS.values():
+        text = (STATIC / name).read_text().replace("http://www.w3.org/2000/svg", "")
+        assert "http://" not in text
+        assert "https://" not in text
+    page = (STATIC / "index.html").read_text()
+    assert "style=" not in page
+    assert re.search(r"\son\w+=", page) is None
+    assert re.findall(r"<script[^>]*>([^<]*)</script>", page) == [""]
+    script = (STATIC / "app.js").read_text()
+    assert not [
+        word for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(") if word in script
+    ]
+
+
+async def test_files_are_read_with_get_only(http: httpx.AsyncClient) -> None:
+    assert (await http.post("/", headers=KEY)).status_code == 405
+
+
+# --------------------------------------------------------------------------------------------------------- the state
+
+
+async def test_the_state_needs_the_key(http: httpx.AsyncClient, server: Running) -> None:
+    assert (await http.get("/console/state")).status_code == 401
+    reply = await http.get("/console/state", headers=KEY)
+    assert reply.status_code == 200
+    assert reply.headers["cache-control"] == "no-store"
+    assert [stage["name"] for stage in reply.json()["stages"]] == ["gateway", "mm_encoder", "engine", "postproc"]
+    assert server.metric('millrace_http_requests_total{method="GET",path="/console/state",status="200"}') == 1
+
+
+async def test_an_open_request_is_seen_on_its_way(server: Running, stages: Stages, http: httpx.AsyncClient) -> None:
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    asked = asyncio.ensure_future(server.client.chat.completions.create(model="demo-model", messages=messages))
+    sent = await stages.request()
+    state = (await http.get("/console/state", headers=KEY)).json()
+    assert by_id(state)[sent.id].items() >= {"where": "generate", "waiting": True}.items()
+    await stages.answer(sent, "x")
+    await asked
+
+
+async def test_replicas_and_queues_are_counted(redis: Redis, keys: Keys) -> None:
+    await Lease(redis, keys, "engine", "e1", 10_000, "1.2", 5.0).renew("ready", {"held": 3.0})
+    records = Records(redis, keys)
+    work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
+    await work.join()
+    for i in range(3):
+        await records.submit(GENERATE, generate(f"r{i}"))
+    [taken] = await work.take(1, 100)
+    await redis.xadd(keys.quarantine(ENCODE), {"x": "y"})
+    state = await look(redis, keys)
+    [engine] = [stage for stage in state["stages"] if stage["name"] == "engine"]
+    assert (
+        engine["replicas"][0].items() >= {"name": "e1", "state": "ready", "started": 5.0, "load": {"held": 3.0}}.items()
+    )
+    encode_queue, generate_queue = state["queues"]
+    assert (generate_queue["waiting"], generate_queue["running"]) == (2, 1)
+    assert (encode_queue["waiting"], encode_queue["running"], encode_queue["quarantined"]) == (0, 0, 1)
+    assert 0 <= generate_queue["oldest_s"] < 60
+    seen = by_id(state)
+    first = seen[taken.message.request.id]
+    assert (first["replica"], first["waiting"], first["attempts"]) == ("e1", False, 1)
+    assert seen["r1"]["waiting"]
+    assert seen["r1"]["accepted"] is not None
+
+
+async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: Keys) -> None:
+    records, console = Records(redis, keys), Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    encoder = WorkStream(redis, keys, ENCODE, "mm_encoder", "m1", 3)
+    engine = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
+    await encoder.join()
+    await engine.join()
+    await records.submit(ENCODE, encode("r"))
+    assert (
+        by_id(await look(redis, keys, console))["r"].items() >= {"where": "encode", "waiting": True, "media": 1}.items()
+    )
+    [entry] = await encoder.take(1, 100)
+    seen = by_id(await look(redis, keys, console))["r"]
+    assert seen.items() >= {"where": "encode", "waiting": False, "replica": "m1", "encoded": None}.items()
+    await records.hand_on(generate("r"), ENCODE, entry.entry_id, "mm_encoder")
+    seen = by_id(await look(redis, keys, console))["r"]
+    assert seen.items() >= {"where": "generate", "waiting": True}.items()
+    assert seen["accepted"] <= seen["encoded"]
+    [entry] = await engine.take(1, 100)
+    seen = by_id(await look(redis, keys, console))["r"]
+    assert seen.items() >= {"where": "generate", "waiting": False, "replica": "e1", "first": None}.items()
+    await send(redis, keys.tokens(1), Tokens((Begin("r", 1, 0, 60, 16, 9, 0),), (TokenRun("r", 1, 0, (5,)),)))
+    await send(redis, keys.tokens(1), Tokens((), (TokenRun("r", 1, 1, (6, 7), finish=Finish("length")),)))
+    await engine.finish([entry.entry_id])
+    seen = by_id(await look(redis, keys, console))["r"]
+    told = {
+        "where": "ended",
+        "reason": "length",
+        "tokens": 3,
+        "prompt_tokens": 60,
+        "cached_tokens": 16,
+        "replica": "e1",
+    }
+    assert seen.items() >= told.items()
+    assert seen["encoded"] <= seen["begun"] <= seen["first"] <= seen["last"] == seen["finished"]
+
+
+async def test_a_request_that_was_refused_is_shown_as_ended(redis: Redis, keys: Keys) -> None:
+    console = Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    work = WorkStream(redis, keys, ENCODE, "mm_encoder", "m1", 3)
+    await work.join()
+    await Records(redis, keys).submit(ENCODE, encode("r"))
+    [entry] = await work.take(1, 100)
+    await look(redis, keys, console)
+    await work.finish([entry.entry_id])
+    assert by_id(await look(redis, keys, console))["r"].items() >= {"where": "ended", "reason": None}.items()
+
+
+async def test_nothing_of_what_people_sent_is_in_it(redis: Redis, keys: Keys) -> None:
+    records, console = Records(redis, keys), Console(redis, keys, shards=2)
+    await records.submit(ENCODE, encode("r1"))
+    await records.submit(GENERATE, generate("r2"))
+    picture = await console.state()
+    assert b"r1" in picture
+    assert b"r2" in picture
+    assert b"secret" not in picture
+    assert str(SECRET).encode() not in picture
+
+
+async def test_a_long_queue_is_counted_and_not_listed(redis: Redis, keys: Keys) -> None:
+    records = Records(redis, keys)
+    for i in range(MOST_WAITING + 10):
+        await records.submit(GENERATE, generate(f"r{i}"))
+    state = await look(redis, keys)
+    assert state["queues"][1]["waiting"] == MOST_WAITING + 10
+    assert len(state["requests"]) == MOST_WAITING
+
+
+async def test_entries_that_cannot_be_read_do_not_hide_the_others(redis: Redis, keys: Keys) -> None:
+    await redis.xadd(keys.stream(GENERATE), {"v": "1", "m": b"\xc1"})
+    await redis.xadd(keys.stream(GENERATE), {"other": "x"})
+    await redis.xadd(keys.tokens(0), {"v": "99", "m": "x"})
+    await redis.set(keys.replica("postproc", "p"), "{}")
+    await redis.sadd(keys.replicas("postproc"), "p")
+    await Records(redis, keys).submit(GENERATE, generate("r"))
+    await send(redis, keys.tokens(0), Tokens((), (TokenRun("r", 1, 0, (5,)),)))
+    state = await look(redis, keys)
+    assert by_id(state)["r"]["tokens"] == 1
+    assert [stage["name"] for stage in state["stages"] if stage["unreadable"]] == ["postproc"]
+    assert state["queues"][1]["waiting"] == 3
+
+
+async def test_what_ended_is_forgotten_after_a_while(redis: Redis, keys: Keys) -> None:
+    long_ago = f"{int((await redis.time())[0] - KEPT_S - 5) * 1000}-0"
+    old = Tokens((), (TokenRun("old", 1, 0, (5,), finish=Finish("stop")),))
+    await redis.xadd(keys.tokens(0), to_entry(old), id=long_ago)  # type: ignore[arg-type]
+    await send(redis, keys.tokens(0), Tokens((), (TokenRun("new", 1, 0, (5,), finish=Finish("stop")),)))
+    assert by_id(await look(redis, keys)).keys() == {"new"}
+
+
+async def test_many_who_look_at_once_cost_one_look(redis: Redis, keys: Keys) -> None:
+    now = [0.0]
+    console = Console(redis, keys, shards=2, clock=lambda: now[0])
+    first, second = await asyncio.gather(console.state(), console.state())
+    assert first is second
+    now[0] += 1
+    assert await console.state() is not first
