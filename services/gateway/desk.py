@@ -23,6 +23,8 @@ from shared.messages import Accepted, Delta, Deltas, Failed, Message
 MISSES = 2  # looks in a row without a record: the last words of a request that has ended may still be under way
 NOT_FOUND = "request_not_found"  # the code of the answer to an Attach where there is no record
 
+READ_S = 60.0  # to read an answer that is kept
+
 logger = log.logger(__name__)
 
 
@@ -92,23 +94,18 @@ class Desk:
         """Go on with a request that another connection began, from the beginning or after `shown`.
 
         Raises:
+            RequestError: 503, Redis does not answer.
             RedisError: it cannot be asked for.
         """
-        exchange = Exchange(
-            known.id,
-            form,
-            stream,
-            known.created,
-            known.deadline,
-            self._rules.max_pending,
-            self._clock(),
-            shown=shown,
-        )
+        now = self._clock()
+        # The deadline is the answer's; once there is one, all that is left is to read it.
+        deadline = max(known.deadline, now + READ_S) if known.ended else known.deadline
+        exchange = Exchange(known.id, form, stream, known.created, deadline, self._rules.max_pending, now, shown=shown)
         exchange.rejoined = True
         for choice in exchange.choices:
             choice.submitted = True
         async with self._entered(exchange):
-            await self._pipeline.attach(exchange.choices)
+            await self._pipeline.join(exchange.choices)
             yield exchange
 
     async def _known(self, request_id: str, owner: str) -> Known:

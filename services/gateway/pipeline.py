@@ -3,7 +3,8 @@
 import asyncio
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 import msgspec
 from redis.asyncio import Redis
@@ -39,7 +40,7 @@ class Route(msgspec.Struct, frozen=True):
     gateway: str  # this process's name: where deltas come to
     shards: int
     retain_s: float  # how long an answer can be read again after its end
-    submit_s: float  # for Redis to take a request in
+    submit_s: float  # for Redis to take a request in, or to say what it knows of one
 
 
 class Ticket(msgspec.Struct, frozen=True):
@@ -92,12 +93,9 @@ class Pipeline:
             RequestError: 409, the key was used for something else; 429, the queue is full; 503, Redis does not answer.
             RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
         """
-        try:
-            async with asyncio.timeout(self._route.submit_s):
-                await self._backlog.admit(order.n)
-                earlier = await self._send(self._works(exchange, order, ticket), _uploads(exchange, order), ticket)
-        except TimeoutError:
-            raise RequestError(QUEUE_DOWN) from None
+        async with self._in_time():
+            await self._backlog.admit(order.n)
+            earlier = await self._send(self._works(exchange, order, ticket), _uploads(exchange, order), ticket)
         if earlier is not None:
             assert ticket.key is not None
             if earlier.body_hash != ticket.key.body:
@@ -110,14 +108,16 @@ class Pipeline:
     async def find(self, request_id: str, owner: str) -> Known:
         """
         Raises:
-            RequestError: 404, unknown or no longer known, or another's.
+            RequestError: 404, unknown or no longer known, or another's; 503, Redis does not answer.
+            RedisError: it cannot be known.
         """
-        first = (await self._records.get([request_id])).get(request_id)
-        if first is None:
-            raise unknown_request(request_id)
-        form = forms.decode(first.request.form)
-        ids = [choice_id(request_id, index) for index in range(form.n)]
-        records = {request_id: first, **(await self._records.get(ids[1:]))}
+        async with self._in_time():
+            first = (await self._records.get([request_id])).get(request_id)
+            if first is None:
+                raise unknown_request(request_id)
+            form = forms.decode(first.request.form)
+            ids = [choice_id(request_id, index) for index in range(form.n)]
+            records = {request_id: first, **(await self._records.get(ids[1:]))}
         if form.owner != owner or len(records) < form.n:
             raise unknown_request(request_id)
         return Known(request_id, form, tuple(records[each] for each in ids))
@@ -145,6 +145,16 @@ class Pipeline:
             await send(self._redis, self._keys.tokens(self._shard(choice.request_id)), attach)
             reach("gateway.attach.after")
 
+    async def join(self, choices: Sequence[Choice]) -> None:
+        """`attach` for a client that waits for it.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: they cannot be asked for.
+        """
+        async with self._in_time():
+            await self.attach(choices)
+
     async def cancel(self, request_ids: Sequence[str]) -> None:
         """Stop work on these, except where another gateway has taken over."""
         records = await self._records.get(request_ids)
@@ -155,6 +165,15 @@ class Pipeline:
             reach("gateway.cancel.after")
 
     # ------------------------------------------------------------------------------------------------ sending
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """A Redis that is silent is as good as none."""
+        try:
+            async with asyncio.timeout(self._route.submit_s):
+                yield
+        except TimeoutError:
+            raise RequestError(QUEUE_DOWN) from None
 
     async def _send(
         self, works: list[Encode] | list[Generate], uploads: dict[str, bytes], ticket: Ticket

@@ -105,6 +105,8 @@ async def test_a_redis_that_does_not_answer(checkpoint: Path, own_redis: RedisSe
             async with asyncio.timeout(10):
                 with pytest.raises(openai.APIStatusError) as refused:
                     await server.client.chat.completions.create(model="demo-model", messages=HI)
+                with pytest.raises(openai.InternalServerError, match="cannot be reached"):
+                    await server.client.chat.completions.retrieve("chatcmpl-0000000000000000")
         finally:
             if how == "silent":
                 os.kill(own_redis.pid, signal.SIGCONT)

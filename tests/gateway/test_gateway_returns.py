@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -295,6 +296,24 @@ async def test_the_whole_answer_when_there_is_one(server: Running, other: Runnin
     assert (reply.id, reply.created) == (f"chatcmpl-{first.id}", int(first.created))
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 6
+
+
+async def test_a_kept_answer_outlives_the_time_it_had(checkpoint: Path, redis_url: str, stages: Stages) -> None:
+    async with running(checkpoint, redis_url, request_timeout_s=0.5) as server:
+        async with reading(server, body={}) as reader:
+            request = await stages.request()
+            await stages.keep(request)
+            await stages.answer(request, "x")
+            await reader.rest()
+        assert request.deadline is not None
+        await asyncio.sleep(max(0.0, request.deadline - time.time()))  # what it had
+        async with reading(server, f"/chatcmpl-{request.id}/events") as again:
+            await stages.attached()
+            await again.until("0")
+            await asyncio.sleep(0.1)  # five times as long as it takes the gateway to look at deadlines
+            delta = Delta(request.id, 2, content="x", finish_reason="stop", usage=USAGE)
+            await stages.send(request.gateway, delta)
+            assert texts(await again.rest()) == "x"
 
 
 # ------------------------------------------------------------------------------------------------- gaps, other readers
