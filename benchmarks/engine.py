@@ -268,8 +268,8 @@ def main() -> None:
         if args.profile and args.prefills:
             result["prefill_kernels"][name]["1x8192"] = bench.prefill_kernels(1, 8192)
         del bench
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        if args.output is not None:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,11 +34,12 @@ class Engine:
         self._runner = runner
         self._emit = emit
         self._metrics = metrics
+        self._unsent = Emission()
 
     def run(self) -> None:
         """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
         process, and whoever takes over resumes every request from its journal."""
-        while (commands := self._mailbox.receive(wait=not self._scheduler.has_work)) is not None:
+        while (commands := self._receive()) is not None:
             emission = Emission()
             for command in commands:
                 self._obey(command, emission)
@@ -50,13 +51,28 @@ class Engine:
             for (sequence, finish), drawn in zip(progress, sampled, strict=True):
                 emission.last_token(sequence, drawn.logprob, finish)
             self._count(plan, emission, len(sampled))
-            self._emit(emission)
+            self._unsent = emission
+        self._send()
+
+    def _receive(self) -> list[Command] | None:
+        """Commands there are; with nothing to compute, some there will be. None: the mailbox was closed."""
+        if self._scheduler.has_work:
+            return self._mailbox.receive(wait=False)
+        self._send()
+        return self._mailbox.receive(wait=True)
+
+    def _send(self) -> None:
+        """Send what the last step said."""
+        emission, self._unsent = self._unsent, Emission()
+        self._emit(emission)
 
     def _execute(self, plan: Plan) -> list[Sampled]:
+        """Run the step, and send what the one before it said while a device computes."""
         if not plan.chunks:
+            self._send()
             return []
         started = time.perf_counter()
-        sampled = self._runner.execute(plan)
+        sampled = self._runner.execute(plan, self._send)
         self._metrics.step_seconds.observe(time.perf_counter() - started)
         return sampled
 

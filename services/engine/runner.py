@@ -3,6 +3,7 @@
 `Runner` is the engine's one seam to the machine it runs on: whatever has this method can stand in for the model.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -18,8 +19,12 @@ from services.engine.step import Model, StepBuilder
 class Runner(Protocol):
     """Executes plans, in the order they were made."""
 
-    def execute(self, plan: Plan) -> list[Sampled]:
-        """One token for each of `plan.sampling`, in its order; the sequences themselves are left alone."""
+    def execute(self, plan: Plan, meanwhile: Callable[[], None]) -> list[Sampled]:
+        """One token for each of `plan.sampling`, in its order; the sequences themselves are left alone.
+
+        Args:
+            meanwhile: called once, at a moment at which the caller's work costs the step least.
+        """
 
 
 class ModelRunner:
@@ -34,14 +39,18 @@ class ModelRunner:
         self._builder = builder
         self._graphs = graphs
 
-    def execute(self, plan: Plan) -> list[Sampled]:
-        logits = self._logits(plan)
+    def execute(self, plan: Plan, meanwhile: Callable[[], None]) -> list[Sampled]:
+        logits = self._logits(plan, meanwhile)
         sequences = plan.sampling
         # Planned while a device computes: nothing above waits for it.
         return self._sampler.sample(logits, plan_sampling(sequences)) if sequences else []
 
-    def _logits(self, plan: Plan) -> Tensor:
+    def _logits(self, plan: Plan, meanwhile: Callable[[], None]) -> Tensor:
         step = self._builder.build(plan)
         if self._graphs is not None and self._graphs.fits(step):
-            return self._graphs.run(step)
+            logits = self._graphs.run(step)
+            meanwhile()
+            return logits
+        # Launching a step, or computing it here, takes longer than whatever waits to be done.
+        meanwhile()
         return self._model.forward(step.to(self._model.device, self._cache.block_size), self._cache)

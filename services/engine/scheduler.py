@@ -196,6 +196,8 @@ class Scheduler:
         Returns False, and preempts the sequence itself, if it is the latest.
         """
         missing = self._blocks_for(sequence.num_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         while missing > self._pool.available:
             victim = self._running.pop()
             self._free(victim)

@@ -37,12 +37,13 @@ class GatedRunner:
     def allow(self, steps: int) -> None:
         self._steps.release(steps)
 
-    def execute(self, plan: Plan) -> list[Sampled]:
+    def execute(self, plan: Plan, meanwhile: Callable[[], None]) -> list[Sampled]:
+        meanwhile()
         if not self._steps.acquire(blocking=False):
             self.waiting.set()
             self._steps.acquire()
             self.waiting.clear()
-        return self._inner.execute(plan)
+        return self._inner.execute(plan, lambda: None)
 
 
 class Seen:

@@ -1,5 +1,6 @@
 """What several tests of the engine build: a small model's numbers, requests, sequences, and a model that is one sum."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -114,7 +115,8 @@ class SumRunner:
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
         self.plans: list[Plan] = []
 
-    def execute(self, plan: Plan) -> list[Sampled]:
+    def execute(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> list[Sampled]:
+        meanwhile()
         self.plans.append(plan)
         block_size = self._cache.shape[1]
         for chunk in plan.chunks:

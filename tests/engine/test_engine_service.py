@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from collections.abc import Callable
 
 import msgspec
 import pytest

@@ -13,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
+from services.engine.kernels.gpu.dequantize import dequantize
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts
 from services.engine.kernels.gpu.silu_mul import silu_mul
-from services.engine.kernels.quantize import GROUP
+from services.engine.kernels.quantize import GROUP, Quantized, Weight
+
+DEQUANTIZED_ROWS = 8192
 
 
 @triton.jit
@@ -196,10 +199,10 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     """
     (rows, hidden), top_k, per_pool = x.shape, ids.shape[1], len(text)
     pairs = rows * top_k
-    gate_text, gate_text_scale, bits = parts(text.gate_up)
-    gate_vision, gate_vision_scale, _ = parts(vision.gate_up)
-    down_text, down_text_scale, _ = parts(text.down)
-    down_vision, down_vision_scale, _ = parts(vision.down)
+    # With so many rows the arithmetic takes longer than dequantising both pools does, one product after the other.
+    once = dequantized if rows >= DEQUANTIZED_ROWS else as_stored
+    gate_text, gate_text_scale, bits = parts(once(text.gate_up))
+    gate_vision, gate_vision_scale, _ = parts(once(vision.gate_up))
     text_width, vision_width = gate_text.shape[1] // 2, gate_vision.shape[1] // 2
     tiles = plan(pairs, 2 * per_pool, bits)
     flat = ids.flatten()
@@ -215,17 +218,29 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
         K=top_k, SPLIT=splits > 1, BN=tile.bn, BK=tile.bk,
         num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
     )  # fmt: skip
+    del gate_text, gate_vision
     inner = silu_mul(inner, x.dtype) if splits > 1 else inner[0]
 
+    down_text, down_text_scale, _ = parts(once(text.down))
+    down_vision, down_vision_scale, _ = parts(once(vision.down))
     tile, share = tiles.down, tiles.down.share(text_width)
     splits = triton.cdiv(text_width, share)
     results = _room(splits, pairs, hidden, x)
     _down_kernel[(triton.cdiv(hidden, tile.bn), len(owner), splits)](
         inner, place, owner, results, down_text, down_text_scale, down_vision, down_vision_scale,
         hidden, text_width, vision_width, pairs, share, down_text.stride(1), down_vision.stride(1),
-        BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
+        BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1,
+        **common,
     )  # fmt: skip
     return results
+
+
+def dequantized(weight: Weight) -> Weight:
+    return dequantize(weight) if isinstance(weight, Quantized) else weight
+
+
+def as_stored(weight: Weight) -> Weight:
+    return weight
 
 
 def _room(splits: int, rows: int, width: int, like: Tensor) -> Tensor:
@@ -235,23 +250,34 @@ def _room(splits: int, rows: int, width: int, like: Tensor) -> Tensor:
 
 def plan(pairs: int, experts: int, bits: int) -> Tiles:
     """By how many rows an expert gets on average. Measured: see docs/engine-performance.md."""
-    each = pairs / experts
-    if bits == 4:
-        return _plan4(pairs, each)
-    if pairs <= 12:
-        return Tiles(16, Tile(32, 128, 4, 4, 2), Tile(32, 128, 4, 4, 2), grouped=False)
-    if each <= 8:
-        return Tiles(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
-    if each <= 24:
-        return Tiles(32, Tile(128, 128, 8, 3), Tile(128, 128, 8, 3))
-    return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+    return {4: _plan4, 8: _plan8, 16: _plan16}[bits](pairs, pairs / experts)
 
 
 def _plan4(pairs: int, each: float) -> Tiles:
     if pairs <= 12:
         return Tiles(16, Tile(32, GROUP, 2, 2, 2), Tile(32, GROUP, 2, 2, 2), grouped=False)
     if each <= 8:
-        return Tiles(16, Tile(32, GROUP, 2, 2), Tile(64, GROUP, 4, 2))
+        return Tiles(16, Tile(32, GROUP, 2, 2), Tile(64, GROUP, 2, 2))
     if each <= 24:
         return Tiles(32, Tile(64, GROUP, 4, 2), Tile(64, GROUP, 4, 2))
     return Tiles(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
+
+
+def _plan8(pairs: int, each: float) -> Tiles:
+    if pairs <= 12:
+        return Tiles(16, Tile(32, 256, 2, 2, 2), Tile(32, 256, 2, 3), grouped=False)
+    if each <= 8:
+        return Tiles(16, Tile(32, 256, 2, 3), Tile(64, 256, 2, 3))
+    if each <= 24:
+        return Tiles(32, Tile(32, 256, 2, 2), Tile(64, 128, 4, 3))
+    return Tiles(64, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
+
+
+def _plan16(pairs: int, each: float) -> Tiles:
+    if pairs <= 12:
+        return Tiles(16, Tile(64, 128, 4, 3), Tile(32, 128, 4, 3), grouped=False)
+    if each <= 8:
+        return Tiles(16, Tile(64, 128, 4, 2), Tile(64, 128, 4, 2))
+    if each <= 24:
+        return Tiles(32, Tile(128, 128, 8, 3), Tile(128, 128, 8, 3))
+    return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))

@@ -17,6 +17,10 @@ MAX_SPLITS = 64
 GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query heads fills a part of them
 
 
+# Queries and keys of a prefill program's tile, its warps and stages: for long chunks and for short ones.
+LONG, SHORT = (128, 128, 8, 2), (16, 64, 4, 3)
+
+
 @triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, acc_ptr, max_ptr, sum_ptr,
@@ -170,11 +174,11 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
     sequences, (_, block, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    tile = 128 if max_query_len > 64 else 16
+    tile, keys_tile, warps, stages = LONG if max_query_len > 64 else SHORT
     grid = (triton.cdiv(max_query_len, tile), heads, sequences)
     _prefill_kernel[grid](
         query, keys, values, block_tables, query_start, context_lens, out,
         query.stride(0), query.stride(1), block_tables.stride(0), heads, kv_heads, scale,
-        G=heads // kv_heads, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), PAGE=block, BM=tile, BN=64,
-        num_warps=8 if tile == 128 else 4, num_stages=3, **overlapped(query),
+        G=heads // kv_heads, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), PAGE=block, BM=tile, BN=keys_tile,
+        num_warps=warps, num_stages=stages, **overlapped(query),
     )  # fmt: skip

@@ -8,15 +8,15 @@ from torch import Tensor
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.router import SUM_MIN
 
-FEW_ROWS = 8  # up to here every row reads the gates for itself
-EXPERTS = 2  # scores of a program
+LIBRARY_ROWS = 256  # above, the library's product is as fast
+EXPERTS = 4  # scores of a program
 
 
 @triton.jit
 def _scores_kernel(
-    x_ptr, gate_ptr, out_ptr, N, H, x_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x_ptr, gate_ptr, out_ptr, M, N, H, x_stride,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     column = tl.arange(0, BLOCK)
     inside = column < H
@@ -24,8 +24,10 @@ def _scores_kernel(
     # The gates wait for nobody.
     gate = tl.load(gate_ptrs, (expert < N)[:, None] & inside[None, :], 0.0)
     predecessor(PDL)
-    x = tl.load(x_ptr + row * x_stride + column, inside, 0.0).to(tl.float32)
-    tl.store(out_ptr + row * N + expert, tl.sum(gate * x[None, :], 1), expert < N)
+    for nth in range(0, ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + nth
+        x = tl.load(x_ptr + row * x_stride + column, inside & (row < M), 0.0).to(tl.float32)
+        tl.store(out_ptr + row * N + expert, tl.sum(gate * x[None, :], 1), (expert < N) & (row < M))
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def _choose_kernel(
 def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """See the reference. `gate` contiguous; the rows of `x` may be strided."""
     rows = len(x)
-    scores = _scores(x, gate) if rows <= FEW_ROWS else x.float() @ gate.T
+    scores = _scores(x, gate) if rows <= LIBRARY_ROWS else x.float() @ gate.T
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
     per_pool = len(gate) // 2
@@ -71,11 +73,12 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) ->
 
 
 def _scores(x: Tensor, gate: Tensor) -> Tensor:
-    """x @ gate^T in float32, for rows so few that a matrix product has nothing to share."""
+    """x @ gate^T in float32 on the plain units, for which the library has no good product of so odd a shape."""
     (rows, hidden), outputs = x.shape, len(gate)
     scores = torch.empty(rows, outputs, dtype=torch.float32, device=x.device)
-    _scores_kernel[(rows, triton.cdiv(outputs, EXPERTS))](
-        x, gate, scores, outputs, hidden, x.stride(0),
-        EXPERTS=EXPERTS, BLOCK=triton.next_power_of_2(hidden), num_warps=4, **overlapped(x),
+    each = 1 if rows <= 8 else 4 if rows <= 64 else 8
+    _scores_kernel[(triton.cdiv(rows, each), triton.cdiv(outputs, EXPERTS))](
+        x, gate, scores, rows, outputs, hidden, x.stride(0),
+        ROWS=each, EXPERTS=EXPERTS, BLOCK=triton.next_power_of_2(hidden), num_warps=8, **overlapped(x),
     )  # fmt: skip
     return scores
