@@ -1,0 +1,63 @@
+"""Steps as arrays: the quick way for decoding says what the general one does; tables follow their sequences."""
+
+import numpy as np
+import pytest
+import torch
+from engine_cases import sequence
+
+from services.engine.graphs import BlockTables, capture_sizes
+from services.engine.scheduler import Chunk
+from services.engine.step import HostStep, StepBuilder
+
+BLOCK = 4
+
+
+class Model:
+    dtype = torch.float32
+    device = torch.device("cpu")
+    hidden_size = 8
+
+
+def decoding() -> tuple[Chunk, ...]:
+    """Sequences of several lengths; the last one has a token more to catch up with, so it does not sample."""
+    chunks = []
+    for row, (prompt, generated) in enumerate([(3, 1), (9, 5), (4, 4), (5, 3)]):
+        made = sequence(range(10, 10 + prompt), range(50, 50 + generated), max_tokens=20)
+        made.blocks.extend(range(7 * row, 7 * row + 7))
+        behind = row == 3
+        chunks.append(Chunk(made, made.num_tokens - 1 - behind, 1, samples=not behind))
+    return tuple(chunks)
+
+
+def test_decoding_is_built_as_any_step_is() -> None:
+    builder, chunks = StepBuilder(Model(), BLOCK, image_patch_id=52), decoding()
+    quick, general = builder._decode(chunks), builder._mixed(chunks)
+    for name in HostStep.__dataclass_fields__:
+        actual, expected = getattr(quick, name), getattr(general, name)
+        if isinstance(expected, np.ndarray):
+            assert actual.dtype == expected.dtype, name
+            np.testing.assert_array_equal(actual, expected, name)
+        elif isinstance(expected, torch.Tensor):
+            assert torch.equal(actual, expected), name
+        else:
+            assert actual == expected, name
+    assert not quick.samples_all
+
+
+def test_tables_hold_the_blocks_of_every_row() -> None:
+    tables = BlockTables(4, 6, torch.device("cpu"))
+    rows = [np.array(blocks, np.int32).tobytes() for blocks in ([5, 6, 7], [1], [2, 3])]
+    tables.update(rows)
+    assert tables.device[0, :3].tolist() == [5, 6, 7]
+    assert tables.device[1, 0] == 1
+    assert tables.device[2, :2].tolist() == [2, 3]
+    grown = [np.array(blocks, np.int32).tobytes() for blocks in ([5, 6, 7], [9], [2, 3, 4])]
+    tables.update(grown)
+    assert tables.device[0, :3].tolist() == [5, 6, 7]
+    assert tables.device[1, 0] == 9
+    assert tables.device[2, :3].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (5, (1, 2, 4, 5)), (16, (1, 2, 4, 8, 16))])
+def test_the_largest_batch_is_captured(most: int, sizes: tuple[int, ...]) -> None:
+    assert capture_sizes(most) == sizes
