@@ -49,10 +49,10 @@ for _, consumer in ipairs(consumers) do
     local before = #taken
     if pending > 0 and before < room then
       take_over(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name), taken)
-    elseif pending == 0 and not lease then
-      redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
     end
-    left = left + pending - (#taken - before)
+    local rest = pending - (#taken - before)
+    if rest == 0 and not lease then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end
+    left = left + rest
   end
 end
 return {taken, left}

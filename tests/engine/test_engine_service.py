@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+import time
 from collections.abc import Callable
 
 import msgspec
 import pytest
-from engine_bench import GatedRunner, Reader, Seen, engine, eventually, settings_for, submit
+from engine_bench import GatedRunner, Reader, Running, Seen, engine, eventually, settings_for, submit
 from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, SumRunner, continuation, generate
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -17,10 +17,22 @@ from services.engine.sampler import Sampled
 from services.engine.scheduler import Plan
 from services.engine.service import EngineService
 from shared.blobs import Blobs
-from shared.errors import ConfigError
-from shared.keys import GENERATE, Keys
+from shared.custody import MOST_RETURNS, Custody
+from shared.errors import ConfigError, Failure
+from shared.keys import ENCODE, GENERATE, Keys
 from shared.leases import Lease
-from shared.messages import Cancel, Finish, MediaSpan, TokenLogprob, TokenRun, Tokens
+from shared.messages import (
+    Cancel,
+    Encode,
+    Finish,
+    Generate,
+    Media,
+    MediaSpan,
+    TokenLogprob,
+    TokenRun,
+    Tokens,
+    from_entry,
+)
 from shared.records import Records
 from shared.service import MISCONFIGURED, Life
 from shared.streams import WorkStream, send
@@ -35,6 +47,10 @@ async def no_backlog(redis: Redis, keys: Keys) -> None:
         return await backlog(redis, keys) == 0
 
     await eventually(empty)
+
+
+async def nothing_held(running: Running) -> None:
+    await eventually(lambda: asyncio.sleep(0, running.held == 0))
 
 
 def gated(blocks: int = 64) -> GatedRunner:
@@ -61,7 +77,7 @@ async def test_requests_are_answered_in_one_stream_a_shard(redis: Redis, redis_u
             assert len(set(runs)) == len(runs), "one run a sequence and step"
             assert {int(r[1]) % 2 for r in runs} <= {int(stream[-1])}
         await no_backlog(redis, keys)
-        assert running.held == 0
+        await nothing_held(running)
         assert running.metric("generation_tokens_total") == sum(range(5, 11))
         assert running.metric("prompt_tokens_total") == 18
         assert running.metric("num_requests_running") == 0
@@ -101,7 +117,7 @@ async def test_cancelling_frees_everything_whether_it_waits_or_runs(redis: Redis
         assert len(runs.tokens) < 50
         assert waits.tokens == []
         await no_backlog(redis, keys)
-        assert running.held == 0
+        await nothing_held(running)
         await submit(redis, keys, generate("after", [22], 2))
         await reader.finished("after")
         assert running.metric("gpu_cache_usage_perc") == 0
@@ -142,7 +158,7 @@ async def test_cancelling_while_embeddings_load(
         [seen] = await reader.finished("r")
         assert seen.finish == Finish("cancelled")
         await no_backlog(redis, keys)
-        assert running.held == 0
+        await nothing_held(running)
     assert runner.plans == [], "nothing was computed for it"
 
 
@@ -226,16 +242,21 @@ async def test_a_request_submitted_twice_is_run_once(redis: Redis, redis_url: st
         await no_backlog(redis, keys)
 
 
-async def test_an_entry_that_kills_engines_is_answered_with_an_error(redis: Redis, redis_url: str, keys: Keys) -> None:
-    await submit(redis, keys, generate("bad", [20], 6))
-    for name in ("dead-1", "dead-2"):
-        lease = Lease(redis, keys, "engine", name, 60_000)
+async def delivered_to_the_dead(redis: Redis, keys: Keys, times: int) -> None:
+    """As so many engines leave an entry that each die of it."""
+    for number in range(times):
+        lease = Lease(redis, keys, "engine", f"dead-{number}", 60_000)
         await lease.renew("ready")
-        work = WorkStream(redis, keys, GENERATE, "engine", name, 2)
+        work = WorkStream(redis, keys, GENERATE, "engine", f"dead-{number}", 100)
         await work.join()
-        taken = [*await work.take(1, 0), *(await work.claim_abandoned(1))[0]]
+        taken = await work.take(1, 0) or (await work.claim_abandoned(1)).ours
         assert len(taken) == 1
         await lease.release()
+
+
+async def test_an_entry_that_kills_engines_is_answered_with_an_error(redis: Redis, redis_url: str, keys: Keys) -> None:
+    await submit(redis, keys, generate("bad", [20], 6))
+    await delivered_to_the_dead(redis, keys, 2)
     reader = Reader(redis, keys)
     async with engine(redis, redis_url, max_deliveries=2) as running:
         [seen] = await reader.finished("bad")
@@ -243,8 +264,115 @@ async def test_an_entry_that_kills_engines_is_answered_with_an_error(redis: Redi
         assert seen.finish.failure is not None
         assert (seen.finish.reason, seen.finish.failure.status) == ("error", 500)
         await no_backlog(redis, keys)
-        assert running.held == 0
-    assert int(await redis.xlen(keys.quarantine(GENERATE))) == 1
+        await nothing_held(running)
+    [(_, kept)] = await redis.xrange(keys.quarantine(GENERATE))
+    assert kept.items() >= {b"reason": b"delivered 3 times", b"attempts": b"3"}.items()
+    message = from_entry(kept)
+    assert isinstance(message, Generate)
+    assert message.request.id == "bad"
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before it answered", "after it answered"])
+async def test_poison_is_answered_once_though_who_found_it_dies(
+    redis: Redis, redis_url: str, keys: Keys, answered: bool
+) -> None:
+    await submit(redis, keys, generate("bad", [20], 6))
+    await delivered_to_the_dead(redis, keys, 3)
+    if answered:
+        await Records(redis, keys).claim("bad")
+        failure = Failure(500, "poison")
+        await send(
+            redis, keys.tokens(0), Tokens((), (TokenRun("bad", 1, 0, (), None, Finish("error", None, failure)),))
+        )
+    reader = Reader(redis, keys)
+    async with engine(redis, redis_url, max_deliveries=2):
+        await no_backlog(redis, keys)
+        [seen] = await reader.finished("bad")
+    assert sum(run.finish is not None for _, message in reader.messages for run in message.runs) == 1
+    assert seen.finish is not None
+    assert seen.finish.reason == "error"
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 1
+
+
+async def test_a_request_that_got_further_is_counted_anew(redis: Redis, redis_url: str, keys: Keys) -> None:
+    """Who had it died of something else."""
+    runner, reader, records = gated(), Reader(redis, keys), Records(redis, keys)
+    await submit(redis, keys, generate("r", [20, 30], 12))
+    await delivered_to_the_dead(redis, keys, 2)
+    await records.claim("r")
+    await records.write_journal([("r", 0, continuation([20, 30], 12)[:4])])
+
+    async def counted_anew() -> bool:
+        [pending] = await redis.xpending_range(keys.stream(GENERATE), "engine", "-", "+", 1)
+        return (pending["consumer"], pending["times_delivered"]) == (b"engine-a", 1)
+
+    async with engine(redis, redis_url, runner):
+        await eventually(counted_anew)
+        runner.allow(1000)
+        reader.seen["r"] = Seen(continuation([20, 30], 12)[:4])
+        await reader.finished("r")
+
+
+async def test_what_redis_has_lost_is_let_go(redis: Redis, redis_url: str, keys: Keys) -> None:
+    runner, reader = gated(), Reader(redis, keys)
+    async with engine(redis, redis_url, runner, lease_ms=100, max_num_seqs=1) as running:
+        await submit(redis, keys, generate("runs", [20, 30], 50), generate("waits", [21, 30], 50))
+        runner.allow(3)
+        await reader.reached("runs", 3)
+        await eventually(lambda: asyncio.sleep(0, running.held == 2))
+        await redis.flushall()
+        await nothing_held(running)
+        runner.allow(1000)
+        await submit(redis, keys, generate("after", [22], 2))
+        again = Reader(redis, keys)
+        again.seen["runs"] = Seen(reader.seen["runs"].tokens)  # one step may be under way when it hears of it
+        await again.finished("after")
+        assert again.seen["runs"].finish is None
+        assert set(again.seen) == {"after", "runs"}
+        assert running.metric("num_requests_running") == 0
+        assert running.metric("gpu_cache_usage_perc") == 0
+
+
+async def test_a_dead_engines_requests_come_before_new_ones(redis: Redis, redis_url: str, keys: Keys) -> None:
+    await submit(redis, keys, generate("old", [20], 4))
+    lease = Lease(redis, keys, "engine", "dying", 60_000)
+    await lease.renew("ready")
+    work = WorkStream(redis, keys, GENERATE, "engine", "dying", 3)
+    await work.join()
+    runner, reader = gated(), Reader(redis, keys)
+    async with engine(redis, redis_url, runner, lease_ms=100, max_num_seqs=1) as running:
+        await submit(redis, keys, *(generate(f"new-{i}", [30 + i], 4) for i in range(8)))
+        await eventually(lambda: asyncio.sleep(0, running.held == 3))
+        assert len(await work.take(1, 0)) == 1
+        await lease.release()
+
+        async def owed() -> bool:
+            return running.service._inbox._owed == 1
+
+        await eventually(owed)
+        runner.allow(1000)
+        await reader.finished("old", *(f"new-{i}" for i in range(8)))
+    begun = list(dict.fromkeys(begin.request_id for _, m in reader.messages for begin in m.begins))
+    assert begun.index("old") < begun.index("new-5")
+
+
+async def test_draining_hands_over_what_it_does_not_finish(redis: Redis, redis_url: str, keys: Keys) -> None:
+    runner, reader = gated(), Reader(redis, keys)
+    async with engine(redis, redis_url, runner, name="engine-a", drain_s=0.0, lease_ms=60_000) as leaving:
+        await submit(redis, keys, generate("r", [20, 30], 12))
+        runner.allow(5)
+        await reader.reached("r", 5)
+        leaving.life.stop.set()
+        await eventually(lambda: asyncio.sleep(0, leaving.service._outbox._closed))
+        runner.allow(1000)
+        assert await leaving.task == 0
+    [pending] = await redis.xpending_range(keys.stream(GENERATE), "engine", "-", "+", 1)
+    assert pending["times_delivered"] == 0, "it did not fail"
+    async with engine(redis, redis_url, name="engine-b"):
+        [seen] = await reader.finished("r")
+        await no_backlog(redis, keys)
+    assert seen.tokens == continuation([20, 30], 12)
+    assert await redis.xinfo_consumers(keys.stream(GENERATE), "engine") == []
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -253,6 +381,75 @@ async def test_an_entry_that_kills_engines_is_answered_with_an_error(redis: Redi
 SPAN = MediaSpan("image", "cat", 1, 6, (1, 4, 6))
 META = {"grid": [1, 4, 6], "rows": 6, "hidden": CONFIG.hidden_size, "dtype": "float32"}
 ROWS = bytes(6 * CONFIG.hidden_size * 4)
+
+
+def shown(request_id: str = "sees") -> Encode:
+    """What its media came from."""
+    made = generate(request_id, [20]).request
+    return Encode(made, (b"", b""), (Media("image", "p", blob=f"{request_id}-0"),))
+
+
+async def handed_on(redis: Redis, keys: Keys) -> None:
+    """As mm_encoder does it, once its entry of `encode` is there."""
+    stream = WorkStream(redis, keys, ENCODE, "mm_encoder", "mm-1", 100)
+    await Lease(redis, keys, "mm_encoder", "mm-1", 60_000).renew("ready")
+    await stream.join()
+    [delivery] = await stream.take(1, 5000)
+    assert isinstance(delivery.message, Encode)
+    message = generate(delivery.message.request.id, [PATCH + 1, *[PATCH] * 6, PATCH + 2], 3, spans=(SPAN,))
+    custody = Custody(redis, keys, ENCODE, "mm_encoder", "mm-1")
+    assert await custody.hand_on(delivery.entry_id, delivery.message, message) == "done"
+
+
+async def test_embeddings_that_were_evicted_are_made_again(redis: Redis, redis_url: str, keys: Keys) -> None:
+    blobs, reader = Blobs(redis, keys, 60, 1 << 20), Reader(redis, keys)
+    await blobs.put("media", "sees-0", b"a picture")
+    await Records(redis, keys).submit(ENCODE, shown())
+    async with engine(redis, redis_url) as running:
+        await handed_on(redis, keys)
+        await eventually(lambda: redis.xlen(keys.stream(ENCODE)))
+        assert await backlog(redis, keys) == 0
+        await nothing_held(running)
+        assert reader.seen == {}
+        await blobs.put("embeds", "cat", ROWS, json.dumps(META).encode())
+        await handed_on(redis, keys)
+        [seen] = await reader.finished("sees")
+        assert (seen.finish, seen.epoch) == (Finish("length"), 2)
+        await no_backlog(redis, keys)
+    assert await blobs.get("media", "sees-0") is None, "nobody needs it any more"
+    assert await redis.xlen(keys.stream(ENCODE)) == 0
+
+
+async def test_embeddings_are_not_made_again_for_ever(redis: Redis, redis_url: str, keys: Keys) -> None:
+    reader = Reader(redis, keys)
+    await Records(redis, keys).submit(ENCODE, shown())
+    async with engine(redis, redis_url):
+        for _ in range(MOST_RETURNS + 1):
+            await handed_on(redis, keys)
+        [seen] = await reader.finished("sees")
+        await no_backlog(redis, keys)
+    assert seen.finish is not None
+    assert seen.finish.failure is not None
+    assert seen.finish.failure.status == 503
+    assert await redis.xlen(keys.stream(ENCODE)) == 0
+
+
+async def test_the_upload_of_a_request_that_another_has_stays(redis: Redis, redis_url: str, keys: Keys) -> None:
+    """Of a request that another has now, the upload stays."""
+    blobs, reader, runner = Blobs(redis, keys, 60, 1 << 20), Reader(redis, keys), gated()
+    await blobs.put("media", "sees-0", b"a picture")
+    await blobs.put("embeds", "cat", ROWS, json.dumps(META).encode())
+    await Records(redis, keys).submit(ENCODE, shown())
+    async with engine(redis, redis_url, runner, lease_ms=600_000) as running:
+        await handed_on(redis, keys)
+        await stuck(runner)
+        [(entry_id, _)] = await redis.xrange(keys.stream(GENERATE))
+        await redis.xclaim(keys.stream(GENERATE), "engine", "other", 0, [entry_id])
+        runner.allow(1000)
+        await reader.finished("sees")
+        await nothing_held(running)
+        assert await blobs.get("media", "sees-0") is not None
+        assert await backlog(redis, keys) == 1
 
 
 @pytest.mark.parametrize(
@@ -284,7 +481,7 @@ async def test_media_that_are_not_there_fail_their_request_alone(
         assert [begin.prompt_tokens for begin in sees.begins] == [8]
         assert reads.finish == Finish("length")
         await no_backlog(redis, keys)
-        assert running.held == 0
+        await nothing_held(running)
 
 
 async def test_media_that_are_there_are_given_to_the_runner(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -317,7 +514,7 @@ async def test_what_cannot_run_is_answered(
         assert seen.finish.failure is not None
         assert (seen.finish.failure.status, seen.finish.failure.param) == (status, named)
         await no_backlog(redis, keys)
-        assert running.held == 0
+        await nothing_held(running)
 
 
 async def test_a_request_past_its_deadline_is_not_begun(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -330,6 +527,26 @@ async def test_a_request_past_its_deadline_is_not_begun(redis: Redis, redis_url:
         assert seen.finish is not None
         assert seen.finish.failure is not None
         assert seen.finish.failure.status == 504
+
+
+async def test_a_request_that_runs_past_its_deadline_is_ended(redis: Redis, redis_url: str, keys: Keys) -> None:
+    runner, reader = gated(), Reader(redis, keys)
+    message = generate("slow", [20], 100)
+    request = msgspec.structs.replace(message.request, deadline=time.time() + 3600)
+    async with engine(redis, redis_url, runner) as running:
+        await submit(redis, keys, msgspec.structs.replace(message, request=request))
+        runner.allow(3)
+        await reader.reached("slow", 3)
+        await stuck(runner)
+        held = running.service._inbox._requests["slow"]
+        held.message = msgspec.structs.replace(message, request=msgspec.structs.replace(request, deadline=1.0))
+        await eventually(lambda: asyncio.sleep(0, not running.service._mailbox._queue.empty()))
+        runner.allow(2)
+        [seen] = await reader.finished("slow")
+        assert seen.finish is not None
+        assert seen.finish.failure is not None
+        assert seen.finish.failure.status == 504
+        await no_backlog(redis, keys)
 
 
 # ---------------------------------------------------------------------------------------------------- life and death
