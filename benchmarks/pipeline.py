@@ -1,11 +1,14 @@
 """What the token path costs: gateway, postproc and Redis as they ship, an engine that thinks for free, a raw client.
 
-    python -m benchmarks.pipeline [--streams 256] [--json out.json]
+    python -m benchmarks.pipeline [--streams 256] [--json out.json] [--guarantees 3]
 
 Three measurements, all on one machine, the client included in its load but not in its figures:
   first token   one request at a time: request sent -> first token read, over every hop
   paced         every stream gets `--steps-per-s` tokens a second: CPU us per token by process, emit -> read p50 / p99
   flat out      closed loop: the most tokens a second that arrive while a bounded number is on its way
+With --guarantees N, instead: the paced measurement N times each with all guarantees and Redis on disk, with all
+guarantees and Redis in memory, and with a postproc that has none (benchmarks/bare_postproc.py) and Redis in memory, in
+turns; and the ratios of the medians of CPU per token.
 CPU is user + system time of each process between the first and the last token, from /proc. Nothing is asserted.
 """
 
@@ -53,7 +56,9 @@ def free_port() -> int:
 class System:
     """Redis, gateway and postproc as processes."""
 
-    def __init__(self, redis_server: RedisServer, model: Path, port: int, shards: int) -> None:
+    def __init__(
+        self, redis_server: RedisServer, model: Path, port: int, shards: int, postproc: str = "services.postproc"
+    ) -> None:
         self.port = port
         self.redis_url = redis_server.url
         common = {
@@ -66,16 +71,16 @@ class System:
         }
         gateway = {"MILLRACE_HOST": "127.0.0.1", "MILLRACE_PORT": str(port), "MILLRACE_MAX_CONCURRENCY": "4096"}
         self.processes = {
-            "gateway": self._start("gateway", common | gateway),
-            "postproc": self._start("postproc", common),
+            "gateway": self._start("services.gateway", common | gateway),
+            "postproc": self._start(postproc, common),
         }
         with redis.Redis.from_url(redis_server.url) as client:
             self.redis_pid = int(client.info("server")["process_id"])
         self._wait_for_gateway()
 
     @staticmethod
-    def _start(service: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", f"services.{service}"], env=env)
+    def _start(module: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", module], env=env)
 
     def _wait_for_gateway(self) -> None:
         deadline = time.monotonic() + 30
@@ -244,6 +249,42 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             system.stop()
 
 
+SHIPPED, BARE = "services.postproc", "benchmarks.bare_postproc"
+WAYS = {"guarantees, on disk": (SHIPPED, True), "guarantees": (SHIPPED, False), "none": (BARE, False)}
+
+
+def paced_cost(args: argparse.Namespace, root: Path, model: Path, postproc: str, on_disk: bool) -> dict[str, float]:
+    """CPU us per token by process, of one system of its own."""
+    token = Tokenizer.load(model).encode_text(MARK)[-1]
+    board = Board(root / "board")
+    with RedisServer(root / "redis", persistence=on_disk) as server:
+        system = System(server, model, free_port(), args.shards, postproc)
+        try:
+            throughput(system, board, token, args.streams, 50, steps_per_s=args.steps_per_s)  # warm-up
+            paced = throughput(system, board, token, args.streams, args.tokens, steps_per_s=args.steps_per_s)
+        finally:
+            system.stop()
+    cost: dict[str, float] = paced["cpu_us_per_token"]
+    return cost
+
+
+def guarantees(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """What the guarantees cost, in turns so that a busy minute of the machine falls on all of them."""
+    model = root / "model"
+    write_demo(model)
+    costs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for turn in range(args.guarantees):
+        for way, (postproc, on_disk) in WAYS.items():
+            directory = root / f"{turn} {way}"
+            directory.mkdir()
+            costs[way].append(paced_cost(args, directory, model, postproc, on_disk))
+    median = {
+        way: {name: statistics.median(cost[name] for cost in each) for name in each[0]} for way, each in costs.items()
+    }
+    ratios = {way: round(cost["total"] / median["none"]["total"], 3) for way, cost in median.items()}
+    return {"cpu_us_per_token": median, "against none": ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
@@ -252,10 +293,11 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, default=32, help="flat out: tokens per stream on their way")
     parser.add_argument("--rounds", type=int, default=200, help="first token: requests")
     parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--guarantees", type=int, default=0, metavar="N", help="only what the guarantees cost, N times")
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        result = measure(args, Path(root))
+        result = guarantees(args, Path(root)) if args.guarantees else measure(args, Path(root))
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:

@@ -18,7 +18,8 @@ from system import data_url
 
 from shared.keys import ENCODE, GENERATE
 
-REACH = re.compile(r"""\breach\("([a-z_]+(?:\.[a-z_]+){2,})"\)""")
+REACH = re.compile(r'\breach\(f?"([^"]+)"\)')
+WRITE = re.compile(r'\._write\(\s*"(\w+)"')
 SETTLE_S = 20.0
 
 Expected = dict[str, tuple[Ask, Transcript]]  # by kind: a request and its answer
@@ -26,8 +27,13 @@ Expected = dict[str, tuple[Ask, Transcript]]  # by kind: a request and its answe
 
 def points() -> list[str]:
     """Every named moment in the services, as their sources have them."""
-    sources = sorted((ROOT / "services").rglob("*.py"))
-    return sorted({name for path in sources for name in REACH.findall(path.read_text())})
+    found = set()
+    for path in (ROOT / "services").rglob("*.py"):
+        source = path.read_text()
+        for name in REACH.findall(source):
+            # One around every write of a service, by the name of what is written.
+            found |= {name.replace("{what}", what) for what in WRITE.findall(source)} if "{what}" in name else {name}
+    return sorted(found)
 
 
 class Stage:

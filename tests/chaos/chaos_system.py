@@ -67,6 +67,7 @@ class Replica:
         self.number = number
         self.name = ""
         self.paused = False
+        self.started = 0.0  # unix seconds
         self.log = log
         self.port = free_ports(1)[0] if service == "gateway" else 0
         self._environ = environ
@@ -106,7 +107,7 @@ class Replica:
             self.name = f"{self}-{self._starts}"
         told = {"name": self.name, "crash_at": crash_at, **settings}
         told |= {"port": self.port} if self.service == "gateway" else {}
-        self.paused = False
+        self.paused, self.started = False, time.time()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"services.{self.service}"],
@@ -221,7 +222,8 @@ class System:
         """What its lease says; "" if it has none or Redis cannot be asked."""
         with suppress(RedisError):
             for one in await leases.live(self.redis, self.keys, replica.service):
-                if one.name == replica.name:
+                # A predecessor of the same name may have left a lease behind.
+                if one.name == replica.name and one.started >= replica.started:
                     return one.state
         return ""
 

@@ -19,10 +19,22 @@ from chaos_requests import KINDS, pool
 from chaos_storm import ONE_OF_EACH
 from chaos_system import System, running
 
-SOME = 8
+SOME = 6
 DAY = int(os.environ.get("CHAOS_DAY", time.time() // 86400))
 # step: which scenario leads to it, and the how manyeth time to fail.
 STEPS: dict[str, list[tuple[Scenario, int]]] = {
+    "gateway.submit": [(crash.text, 1), (crash.whole, 1), (crash.picture, 1)],
+    "gateway.cancel": [(crash.leaves, 1)],
+    "gateway.attach": [(crash.breaks, 1)],
+    "mm_encoder.take": [(crash.picture, 1)],
+    "mm_encoder.look": [(crash.picture, 1)],
+    "mm_encoder.accepted": [(crash.picture, 1)],
+    "mm_encoder.take_off": [(crash.picture, 1)],
+    "mm_encoder.store": [(crash.picture, 1)],
+    "mm_encoder.land": [(crash.picture, 1)],
+    "mm_encoder.hand_on": [(crash.picture, 1)],
+    "mm_encoder.condemn": [(crash.bad_picture, 1)],
+    "mm_encoder.end": [(crash.bad_picture, 1), (crash.left_before_the_encoder, 1), (crash.poison_of_the_encoder, 1)],
     "engine.take": [(crash.text, 1)],
     "engine.look": [(crash.text, 1)],
     "engine.claim": [(crash.text, 1)],
@@ -31,9 +43,13 @@ STEPS: dict[str, list[tuple[Scenario, int]]] = {
     "engine.announce": [(crash.resumed, 1)],
     "engine.drop": [(crash.left_before_the_engine, 1)],
     "engine.send_back": [(crash.evicted, 1)],
-    "gateway.submit": [(crash.text, 1), (crash.whole, 1)],
-    "gateway.cancel": [(crash.leaves, 1)],
-    "gateway.attach": [(crash.breaks, 1)],
+    "postproc.attach": [(crash.breaks, 1)],
+    "postproc.deltas": [(crash.text, 1), (crash.text, 40), (crash.logprobs, 10)],
+    "postproc.journal": [(crash.text, 1), (crash.logprobs, 2)],
+    "postproc.trim": [(crash.text, 1)],
+    "postproc.cancel": [(crash.stop_string, 1)],
+    "postproc.retain": [(crash.text, 1)],
+    "postproc.delete": [(crash.leaves, 1)],
 }
 CASES = [
     pytest.param(f"{point}:{times}{how}", scenario, id=f"{point}:{times}{how} {scenario.__name__}")

@@ -1,0 +1,72 @@
+"""A postproc that guarantees nothing, to measure what the guarantees cost: `python -m benchmarks.bare_postproc`.
+
+No journal, no fence, nothing kept after the end; the rest is the service as it ships. Let it die and every answer under
+way is lost.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+from redis.asyncio import Redis
+
+from services.postproc.detokenize import Vocabulary
+from services.postproc.flows import Flow, Turn
+from services.postproc.metrics import PostprocMetrics
+from services.postproc.outbox import Outbox
+from services.postproc.settings import PostprocSettings
+from services.postproc.worker import SERVICE, Worker
+from shared import service
+from shared.bus import command
+from shared.keys import Keys
+from shared.leases import Fence
+from shared.messages import Delta, Deltas
+from shared.streams import send
+from shared.tokenizer import Tokenizer
+
+
+class BareOutbox(Outbox):
+    """Plain commands where the real one asks in a script whose the shard is."""
+
+    def __init__(self, redis: Redis, keys: Keys, deltas_max_len: int) -> None:
+        super().__init__(redis, keys, deltas_max_len)
+        self._redis = redis
+        self._max_len = deltas_max_len
+
+    async def send(self, deltas: Mapping[str, Sequence[Delta]], fence: Fence) -> None:
+        for gateway, items in deltas.items():
+            await send(self._redis, self._keys.deltas(gateway), Deltas(tuple(items)), max_len=self._max_len)
+
+    async def trim(self, shard: int, before: tuple[int, int], exactly: bool, fence: Fence) -> None:
+        await command(self._redis, "XTRIM", self._keys.tokens(shard), "MINID", "~", f"{before[0]}-{before[1]}")
+
+
+class BareWorker(Worker):
+    """Takes everything for saved, and deletes what has ended."""
+
+    def __init__(
+        self, redis: Redis, keys: Keys, settings: PostprocSettings, vocabulary: Vocabulary, metrics: PostprocMetrics
+    ) -> None:
+        super().__init__(redis, keys, settings, vocabulary, metrics)
+        self._outbox = BareOutbox(redis, keys, settings.deltas_max_len)
+
+    async def _save(self, flows: list[Flow]) -> None:
+        for flow in flows:
+            flow.saved()
+
+    async def _end(self, turn: Turn) -> None:
+        turn.gone += [flow.request_id for flow in turn.kept]
+        turn.kept.clear()
+        await super()._end(turn)
+
+
+def build(settings: PostprocSettings, redis: Redis) -> Worker:
+    """As the real one is put together."""
+    vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
+    return BareWorker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics(REGISTRY))
+
+
+if __name__ == "__main__":
+    sys.exit(service.launch(SERVICE, PostprocSettings, build, os.environ))
