@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,12 +21,14 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from torch import Tensor
 
+from cli.redis_server import RedisServer
 from services.mm_encoder.__main__ import build
 from services.mm_encoder.image import open_image, resized, rgb_pixels
 from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise, patch_rows
 from services.mm_encoder.resize import smart_resize
 from services.mm_encoder.service import SERVICE, MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings, ProcessorSettings
+from shared import bus
 from shared.blobs import Blobs
 from shared.custody import Custody
 from shared.errors import ConfigError, Failure
@@ -33,12 +37,15 @@ from shared.messages import (
     Accepted,
     Encode,
     Failed,
+    Finish,
     Generate,
     Media,
     Message,
     Output,
     Request,
     Sampling,
+    TokenRun,
+    Tokens,
     VideoOptions,
     from_entry,
     pack_ids,
@@ -100,7 +107,12 @@ class Bench:
         assert service.load()["running"] == 0
 
     async def submit(
-        self, request_id: str, media: Sequence[Media | bytes], max_tokens: int | None = None, text: int = 3
+        self,
+        request_id: str,
+        media: Sequence[Media | bytes],
+        max_tokens: int | None = None,
+        text: int = 3,
+        deadline: float | None = None,
     ) -> Encode:
         """One more segment of `text` tokens than media; bytes are uploaded as images."""
         items = []
@@ -109,7 +121,8 @@ class Bench:
                 await self.blobs.put("media", f"{request_id}-{i}", item)
                 item = Media("image", f"messages[0].content[{i}]", blob=f"{request_id}-{i}")
             items.append(item)
-        request = Request(request_id, GATEWAY, 0, 0.0, Sampling(seed=1, max_tokens=max_tokens), Output(thinking=False))
+        sampling = Sampling(seed=1, max_tokens=max_tokens)
+        request = Request(request_id, GATEWAY, 0, 0.0, sampling, Output(thinking=False), deadline)
         segments = tuple(pack_ids(range(10 * i, 10 * i + text)) for i in range(len(items) + 1))
         message = Encode(request, segments, tuple(items))
         await self.records.submit(ENCODE, message)
@@ -436,7 +449,7 @@ async def taken_by_a_dead_replica(bench: Bench, times: int = 1) -> None:
     for number in range(times):
         stream = WorkStream(bench.redis, bench.keys, ENCODE, "mm_encoder", f"dead-{number}", 100)
         await stream.join()
-        taken = await stream.take(10, 0) if number == 0 else (await stream.claim_abandoned(10))[0]
+        taken = await stream.take(10, 0) if number == 0 else (await stream.claim_abandoned(10)).ours
         assert len(taken) == 1
 
 
@@ -484,6 +497,147 @@ async def test_a_replica_that_has_lost_its_entry_refuses_nothing(bench: Bench) -
     assert await bench.left() == {"request:a"}
     other = Custody(bench.redis, bench.keys, ENCODE, SERVICE, "other")
     assert await other.hand_on(entry_id.decode(), message, Generate(message.request, b"", 1)) == "done"
+
+
+async def test_an_entry_that_redis_has_lost_is_let_go(bench: Bench) -> None:
+    asked, forever = asyncio.Event(), asyncio.Event()
+
+    async def silent(path: str, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await forever.wait()
+
+    async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",), concurrency=1) as service:
+        site.handlers["/"] = silent
+        await bench.submit("a", [Media("image", "p", url=site.url("/"))])
+        await asyncio.wait_for(asked.wait(), 30)
+        await bench.redis.flushall()
+        await bench.submit("b", [picture(60, 60)])
+        [generate] = await bench.generates()
+        assert generate.request.id == "b"
+        assert service.load()["running"] <= 1
+        forever.set()
+    assert await bench.left() == bench.waits("b")
+
+
+async def test_two_replicas_encode_a_picture_once(bench: Bench, directory: Path) -> None:
+    other = Bench(bench.redis, bench.keys, directory)
+    data = picture(100, 150)
+    async with bench.running(name="mm-1", concurrency=1), other.running(name="mm-2", concurrency=1):
+        for i in range(4):
+            await bench.submit(f"r{i}", [data])
+        await bench.generates(4)
+        await bench.settled()
+    assert bench.passes() + other.passes() == 1
+    assert not await bench.redis.exists(bench.keys.flights())
+
+
+async def test_a_request_past_its_deadline_is_answered(bench: Bench) -> None:
+    await bench.submit("late", [picture(60, 60)], deadline=1.0)
+    async with bench.running():
+        failure = await bench.refused()
+        await bench.settled()
+    assert (failure.status, failure.code) == (504, "timeout")
+    assert bench.passes() == 0
+    assert await bench.left() == set()
+
+
+async def test_who_dies_while_refusing_is_followed_by_the_same_refusal(bench: Bench) -> None:
+    """The upload is gone by then, which would be another error."""
+    await bench.submit("a", [b"hello"])
+    await taken_by_a_dead_replica(bench)
+    [(entry_id, _)] = await bench.redis.xrange(bench.keys.stream(ENCODE))
+    dead = Custody(bench.redis, bench.keys, ENCODE, SERVICE, "dead-0")
+    assert await dead.condemn(entry_id.decode(), "a", Failure(400, "not an image"))
+    await bench.blobs.delete("media", ["a-0"])
+    async with bench.running():
+        assert await bench.refused() == Failure(400, "not an image")
+        await bench.settled()
+    assert await bench.left() == set()
+
+
+class Engine:
+    """What sends requests back."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.work = WorkStream(bench.redis, bench.keys, GENERATE, "engine", "e", 9)
+        self.custody = Custody(bench.redis, bench.keys, GENERATE, "engine", "e")
+
+    async def take(self) -> tuple[str, Generate]:
+        await self.work.join()
+        [delivery] = await self.work.take(1, 10_000)
+        assert isinstance(delivery.message, Generate)
+        request_id = delivery.message.request.id
+        assert await self.custody.claim([(delivery.entry_id, request_id)])
+        return delivery.entry_id, delivery.message
+
+    async def last_words(self) -> list[TokenRun]:
+        entries = await self.bench.redis.xrange(self.bench.keys.tokens(0))
+        messages = [from_entry(fields) for _, fields in entries]
+        return [run for message in messages if isinstance(message, Tokens) for run in message.runs]
+
+
+async def test_a_request_that_was_sent_back_is_encoded_again(bench: Bench) -> None:
+    engine = Engine(bench)
+    async with bench.running():
+        await bench.submit("a", [picture(100, 150)])
+        entry_id, first = await engine.take()
+        await bench.blobs.delete("embeds", [first.spans[0].key])
+        assert await engine.custody.send_back(entry_id, "a") == "done"
+        _, second = await engine.take()
+    assert second == first
+    assert (await bench.embeddings(first.spans[0].key))[0].shape == (20, 128)
+    assert bench.passes() == 2
+    assert await engine.last_words() == []
+    assert await bench.left() == bench.waits("a")
+
+
+@pytest.mark.parametrize("why", ["upload gone", "cancelled", "poison"])
+async def test_a_request_that_an_engine_had_ends_in_the_tokens_stream(bench: Bench, why: str) -> None:
+    engine = Engine(bench)
+    async with bench.running():
+        await bench.submit("a", [picture(100, 150)])
+        entry_id, first = await engine.take()
+    assert await bench.told() == Accepted("a", 26)
+    await bench.blobs.delete("embeds", [first.spans[0].key])
+    assert await engine.custody.send_back(entry_id, "a") == "done"
+    if why == "upload gone":
+        await bench.blobs.delete("media", ["a-0"])
+    elif why == "cancelled":
+        await bench.records.cancel(["a"])
+    else:
+        await taken_by_a_dead_replica(bench, times=3)
+    bench.registry = CollectorRegistry()
+    async with bench.running(max_deliveries=3):
+        await bench.settled()
+    [run] = await engine.last_words()
+    assert (run.request_id, run.epoch, run.tokens) == ("a", 1, ())
+    assert run.finish is not None
+    if why == "cancelled":
+        assert run.finish == Finish("cancelled")
+    else:
+        assert run.finish.failure is not None
+        assert run.finish.failure.status == (503 if why == "upload gone" else 500)
+    assert await bench.redis.xlen(bench.keys.quarantine(ENCODE)) == (why == "poison")
+    assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 1, "nothing but Accepted"
+    assert await bench.left() == {"request:a"}, "postproc ends it"
+
+
+async def test_what_redis_forgot_does_not_stop_the_service(directory: Path, judge: Model, tmp_path: Path) -> None:
+    """Redis dies in the middle, and comes back with nothing."""
+    with RedisServer(Path(tempfile.mkdtemp(prefix="millrace-"))) as server:
+        redis = bus.connect(server.url)
+        bench = Bench(redis, Keys("test"), directory)
+        async with bench.running():
+            await bench.submit("a", [picture(60, 60)])
+            await bench.generates()
+            server.kill()
+            await asyncio.to_thread(server.start)
+            await bench.submit("b", [picture(60, 60)])
+            [generate] = await bench.generates()
+            assert generate.request.id == "b"
+        await redis.aclose()
+    shutil.rmtree(server.directory)
 
 
 async def test_an_error_of_redis_ends_the_process_and_keeps_the_entry(bench: Bench) -> None:
