@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,10 +15,12 @@ from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, SumRunner, continuati
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
+from cli.redis_server import RedisServer
 from services.engine.metrics import EngineMetrics
 from services.engine.sampler import Sampled
 from services.engine.scheduler import Plan
 from services.engine.service import EngineService
+from shared import bus
 from shared.blobs import Blobs
 from shared.custody import MOST_RETURNS, Custody
 from shared.errors import ConfigError, Failure
@@ -331,6 +336,36 @@ async def test_what_redis_has_lost_is_let_go(redis: Redis, redis_url: str, keys:
         assert set(again.seen) == {"after", "runs"}
         assert running.metric("num_requests_running") == 0
         assert running.metric("gpu_cache_usage_perc") == 0
+
+
+@pytest.mark.parametrize("persistence", [True, False], ids=["kept", "lost"])
+async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
+    """With what it had, or with nothing; the model computes on meanwhile as far as it may."""
+    directory = Path(tempfile.mkdtemp(prefix="millrace-"))
+    with RedisServer(directory, persistence=persistence) as server:
+        redis = bus.connect(server.url)
+        runner, reader = gated(), Reader(redis, keys)
+        async with engine(redis, server.url, runner, lease_ms=300) as running:
+            await submit(redis, keys, generate("r", [20, 30], 60))
+            runner.allow(5)
+            await reader.reached("r", 5)
+            server.kill()
+            runner.allow(20)
+            await stuck(runner)
+            await asyncio.to_thread(server.start)
+            if persistence:
+                runner.allow(1000)
+                [seen] = await reader.finished("r")
+                assert seen.tokens == continuation([20, 30], 60)
+            await nothing_held(running)
+            runner.allow(1000)
+            again = Reader(redis, keys)
+            again.seen["r"] = Seen(continuation([20, 30], 60))  # what it had to say before it heard of the loss
+            await submit(redis, keys, generate("after", [21], 3))
+            [seen] = await again.finished("after")
+            assert seen.tokens == continuation([21], 3)
+        await redis.aclose()
+    shutil.rmtree(directory)
 
 
 async def test_a_dead_engines_requests_come_before_new_ones(redis: Redis, redis_url: str, keys: Keys) -> None:
