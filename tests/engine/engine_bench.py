@@ -72,13 +72,14 @@ class Seen:
 class Reader:
     """Follows tokens streams."""
 
-    def __init__(self, redis: Redis, keys: Keys, shards: int = 1) -> None:
+    def __init__(self, redis: Redis, keys: Keys, shards: int = 1, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._log = LogReader(redis, {keys.tokens(shard): "0" for shard in range(shards)})
         self.seen: dict[str, Seen] = {}
         self.messages: list[tuple[str, Tokens]] = []
 
     async def until(self, done: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(self._patience_s):
             while not done():
                 for stream, _, message in await self._log.read(100, 100):
                     assert isinstance(message, Tokens)
@@ -101,9 +102,9 @@ async def submit(redis: Redis, keys: Keys, *messages: Generate) -> None:
         await Records(redis, keys).submit(GENERATE, message)
 
 
-async def eventually(condition: Callable[[], Any]) -> None:
+async def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
     """Wait until `condition`, a coroutine function, is true of a Redis that others change."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(patience_s):
         while not await condition():  # noqa: ASYNC110  # what is waited for is in Redis
             await asyncio.sleep(0.005)
 
