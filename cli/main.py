@@ -71,8 +71,10 @@ def _top(words: Sequence[str]) -> int:
 
 
 def _autoscale(words: Sequence[str]) -> int:
-    from cli.autoscaler.__main__ import main
-
+    try:
+        from cli.autoscaler.__main__ import main
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; pip install 'millrace[autoscaler]'") from error
     return main(words, os.environ)
 
 

@@ -64,7 +64,13 @@ class KubernetesApi:
         return {
             "apiVersion": "autoscaling/v1",
             "kind": "Scale",
-            "metadata": {"name": name, "namespace": "models", "resourceVersion": str(self._version)},
+            "metadata": {
+                "name": name,
+                "namespace": "models",
+                "uid": "6f1c",
+                "resourceVersion": str(self._version),
+                "creationTimestamp": "2026-01-02T03:04:05Z",
+            },
             "spec": {"replicas": self.replicas[name]} if self.replicas[name] else {},  # as Kubernetes leaves zeros out
             "status": {"replicas": self.replicas[name], "selector": f"app={name}"},
         }

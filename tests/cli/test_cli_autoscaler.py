@@ -273,7 +273,7 @@ async def test_a_dry_run_changes_nothing(api: KubernetesApi, redis: Redis, keys:
 async def test_it_needs_no_more_of_redis_than_the_documents_say(
     api: KubernetesApi, redis: Redis, redis_url: str, keys: Keys, cluster: Cluster
 ) -> None:
-    rights = ["-@all", "+@connection", "+@read", "+info", "+time", "+set", "+eval", "+evalsha", "+script|load"]
+    rights = ["-@all", "+@connection", "+@read", "+info", "+time", "+set", "+eval", "+evalsha", "+script|load", "+del"]
     await command(redis, "ACL", "SETUSER", "scaler", "reset", "on", ">secret", "~test:*", *rights)
     own = bus.connect(redis_url.replace("unix://", "unix://scaler:secret@"))
     deployment = Deployment(own, keys, cluster)
@@ -281,6 +281,8 @@ async def test_it_needs_no_more_of_redis_than_the_documents_say(
         await redis.xadd(keys.stream(GENERATE), {"v": "1"})
     await deployment.turns()
     assert api.requests == [("scale engine", "2")]
+    await deployment.leadership.release()
+    assert await redis.get(keys.leader("autoscaler")) is None
     await own.aclose()
     await command(redis, "ACL", "DELUSER", "scaler")
 
@@ -323,6 +325,14 @@ def test_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.setattr("cli.autoscaler.__main__.log.setup", lambda *_: None)
     assert main(["autoscale"]) == 2
     assert "neither in a cluster nor told of one" in capsys.readouterr().err
+
+
+def test_without_the_kubernetes_client(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cli.autoscaler.__main__", "cli.autoscaler.cluster", "cli.autoscaler.scaler"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "kubernetes.aio", None)
+    assert main(["autoscale"]) == 2
+    assert "kubernetes.aio is not installed; pip install 'millrace[autoscaler]'" in capsys.readouterr().err
 
 
 def kubeconfig(directory: Path, url: str) -> Path:
