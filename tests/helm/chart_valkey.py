@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from helm_chart import Object, find
+from helm_chart import Object, find, secret_data
 
 from cli.redis_server import find_server
 
@@ -18,7 +18,7 @@ POLL_S = 0.02
 @contextlib.contextmanager
 def valkey(items: list[Object], directory: Path, port: int) -> Iterator[dict[str, str]]:
     """A running server; yields its Secret, with URLs that lead to it."""
-    secret = dict(find(items, "Secret", "millrace-redis")["stringData"])
+    secret = secret_data(items, "millrace-redis")
     config = find(items, "ConfigMap", "millrace-redis")["data"]["valkey.conf"]
     users = directory / "users.acl"
     users.write_text(secret["users.acl"])

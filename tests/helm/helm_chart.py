@@ -1,5 +1,6 @@
 """The chart as Helm's own SDK renders it, for the tests beside this file."""
 
+import base64
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -124,6 +125,11 @@ def find(items: Iterator[Object] | list[Object] | tuple[Object, ...], kind: str,
     """The one object of this kind and name; any name where none is said."""
     (found,) = [item for item in items if item["kind"] == kind and name in (None, item["metadata"]["name"])]
     return found
+
+
+def secret_data(items: list[Object] | tuple[Object, ...], name: str) -> dict[str, str]:
+    """What a Secret holds."""
+    return {key: base64.b64decode(value).decode() for key, value in find(items, "Secret", name)["data"].items()}
 
 
 def pods(items: list[Object] | tuple[Object, ...]) -> dict[str, tuple[Object, Object]]:

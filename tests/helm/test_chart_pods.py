@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from helm_chart import MATRIX, SERVICES, Object, case, container, environment, find, objects, pods
+from helm_chart import CLAIM, MATRIX, SERVICES, Object, case, container, environment, find, objects, pods
 
 from services.engine.settings import EngineSettings
 from services.engine.settings import check as check_engine
@@ -253,3 +253,17 @@ def test_images_are_one_per_service() -> None:
         assert container(made[component][1])["image"] == f"registry.example.com/team/millrace-{component}:1.2.3"
     assert all(spec["imagePullSecrets"] == [{"name": "pull"}] for _, spec in made.values())
     assert container(pods(case("defaults"))["engine"][1])["image"] == "millrace-engine:0.1.0"
+
+
+def test_what_the_chart_assumes_of_the_settings_is_so() -> None:
+    """Where a value of the chart follows from a setting that was not given, the setting's own default counts."""
+    defaults = {each.name: each.default for each in msgspec.structs.fields(GatewaySettings)}
+    made = objects({**CLAIM, "ingress": {"enabled": True}, "route": {"parentRefs": [{"name": "public"}]}})
+    annotations = find(made, "Ingress")["metadata"]["annotations"]
+    prefix = "nginx.ingress.kubernetes.io/proxy-"
+    assert int(annotations[f"{prefix}read-timeout"]) == defaults["request_timeout_s"] + 60
+    assert int(annotations[f"{prefix}body-size"]) == defaults["max_body_bytes"]
+    (rule,) = find(made, "HTTPRoute")["spec"]["rules"]
+    assert rule["timeouts"]["request"] == f"{defaults['request_timeout_s'] + 60:.0f}s"
+    probe = container(pods(made)["engine"][1])["startupProbe"]
+    assert probe["initialDelaySeconds"] == defaults["lease_ms"] // 1000 + 2

@@ -1,7 +1,7 @@
 """Each stage is scaled by the length of its own stream, and only ever by draining what is taken away."""
 
 import pytest
-from helm_chart import CLAIM, SERVICES, Object, case, find, objects
+from helm_chart import CLAIM, SERVICES, Object, case, find, objects, secret_data
 
 from shared.keys import ENCODE, GENERATE, Keys
 
@@ -41,8 +41,7 @@ def test_keda_signs_in_as_the_user_that_may_only_count() -> None:
     assert told["username"] == ("millrace-redis", "scaler-username")
     assert told["password"] == ("millrace-redis", "scaler-password")
     assert trigger(KEDA, "engine")["authenticationRef"] == {"name": auth["metadata"]["name"]}
-    secret = find(case(KEDA), "Secret", "millrace-redis")["stringData"]
-    assert {"scaler-username", "scaler-password"} <= secret.keys()
+    assert {"scaler-username", "scaler-password"} <= secret_data(case(KEDA), "millrace-redis").keys()
     assert "authenticationRef" not in trigger("external redis, open", "engine")
 
 

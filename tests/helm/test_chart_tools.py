@@ -48,8 +48,8 @@ def settled(items: list[Object]) -> dict[str, Object]:
     """Objects by kind and name, with what is drawn at random at every rendering made the same."""
     found = {}
     for item in copy.deepcopy(items):
-        if item["kind"] == "Secret" and "users.acl" in item.get("stringData", {}):
-            item["stringData"] = sorted(item["stringData"])
+        if item["kind"] == "Secret" and "users.acl" in item.get("data", {}):
+            item["data"] = sorted(item["data"])
         found[f"{item['kind']} {item['metadata']['name']}"] = item
     return found
 
