@@ -75,4 +75,6 @@ user {{ . }} on #{{ index $.passwords . | default "" | sha256sum }} {{ $keys }} 
 {{- end }}
 user scaler on #{{ .passwords.scaler | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +info +xlen
 user monitor on #{{ .passwords.monitor | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +info +config|get +slowlog|len +slowlog|get +latency|latest +type +scard +xinfo
+user viewer on #{{ .passwords.viewer | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +time
+user autoscaler on #{{ .passwords.autoscaler | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +evalsha +script|load +time +set +del
 {{- end -}}

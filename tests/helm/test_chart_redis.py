@@ -8,6 +8,8 @@ from helm_chart import CLAIM, Object, case, container, environment, find, object
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
+from cli import pipeline_view
+from cli.autoscaler.leader import Leadership
 from shared import bus
 from shared.blobs import Blobs
 from shared.keys import ENCODE, GENERATE, Keys
@@ -108,6 +110,24 @@ async def test_the_scaler_and_the_monitor_see_only_what_they_count(secret: dict[
         await monitor.aclose()
 
 
+async def test_the_viewer_sees_the_pipeline_and_the_autoscaler_may_lead(secret: dict[str, str]) -> None:
+    address = secret["engine"].split("@")[1]
+    viewer = bus.connect(f"redis://viewer:{secret['viewer-password']}@{address}")
+    autoscaler = bus.connect(f"redis://autoscaler:{secret['autoscaler-password']}@{address}")
+    try:
+        assert (await pipeline_view.read(viewer, Keys(NAMESPACE))).redis is not None
+        assert await Leadership(autoscaler, Keys(NAMESPACE), "me", 1000).hold()
+        for client, words in (
+            (viewer, ("SET", f"{NAMESPACE}:x", "1")),
+            (autoscaler, ("XADD", f"{NAMESPACE}:x", "*", "a", "b")),
+        ):
+            with pytest.raises(NoPermissionError):
+                await bus.command(client, *words)
+    finally:
+        await viewer.aclose()
+        await autoscaler.aclose()
+
+
 def test_the_probe_needs_no_password(secret: dict[str, str]) -> None:
     assert say(port(secret), "PING") == b"+PONG\r\n"
 
@@ -148,7 +168,8 @@ def test_each_service_has_a_url_of_its_own(rendered: list[Object]) -> None:
     assert {name["name"] for name in urls.values()} == {"millrace-redis"}
     assert {name["key"] for name in urls.values()} == set(SERVICE_KEYS)
     data = secret_data(rendered, "millrace-redis")
-    assert len({data[f"{user}-password"] for user in (*SERVICE_KEYS, "scaler", "monitor")}) == 6
+    passwords = {data[f"{user}-password"] for user in (*SERVICE_KEYS, "scaler", "monitor", "viewer", "autoscaler")}
+    assert len(passwords) == 8
 
 
 def test_an_external_redis_is_reached_by_its_secret_or_its_url() -> None:

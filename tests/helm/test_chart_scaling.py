@@ -88,3 +88,9 @@ def test_without_a_scaler_the_values_say_how_many() -> None:
     made = objects({**CLAIM, "engine": {"replicas": 3}})
     assert find(made, "Deployment", "millrace-engine")["spec"]["replicas"] == 3
     assert not {item["kind"] for item in made} & {"ScaledObject", "HorizontalPodAutoscaler", "TriggerAuthentication"}
+
+
+def test_somebody_elses_decisions_are_left_alone() -> None:
+    made = objects({**CLAIM, "autoscaling": {"kind": "external"}})
+    assert all("replicas" not in item["spec"] for item in made if item["kind"] == "Deployment")
+    assert not {item["kind"] for item in made} & {"ScaledObject", "HorizontalPodAutoscaler"}
