@@ -101,6 +101,7 @@ async def test_shards_and_their_owners(redis: Redis, keys: Keys) -> None:
     await lease(redis, keys, "postproc", "postproc-0")
     await Shards(redis, keys, "postproc", "postproc-0", 3).balance([])
     await redis.hset(keys.shards(), "2", "7 postproc-1")
+    await redis.sadd(keys.replicas("postproc"), "postproc-1")  # whose lease has expired
     await redis.xadd(keys.tokens(1), {"v": "1"})
     view = await read(redis, keys)
     assert [(each.shard, each.owner, each.epoch, each.length) for each in view.shards] == [
