@@ -14,13 +14,15 @@ from redis.asyncio import Redis
 
 from shared.errors import ProtocolError
 from shared.keys import ENCODE, GENERATE, Keys
-from shared.messages import Begin, TokenRun, Tokens
+from shared.messages import Begin, Cancel, TokenRun, Tokens
+from shared.records import TOKEN_BYTES, Record, Records
 from shared.streams import LogReader
 
 MOST_TAKEN = 256  # entries in work that are looked at, a stream
 MOST_WAITING = 64  # the same, of those that wait
 STEPS = 1000  # messages of a tokens stream read at once
 READS = 5  # of them at a look: whoever is further behind catches up with the next ones
+SETTLED_S = 10.0  # after that, nothing more is learnt of a request that has left the streams
 KEPT_S = 60.0  # how long an ended request is shown
 MOST_KEPT = 400
 
@@ -72,15 +74,17 @@ return {
 """
 
 
-class _Name(msgspec.Struct, frozen=True):
+class _Request(msgspec.Struct, frozen=True):
     id: str
+    created: float
 
 
 class _Work(msgspec.Struct, frozen=True):
-    """What is read of an `Encode` or a `Generate`."""
+    """What is read of an `Encode`, which has media, or a `Generate`, which has spans."""
 
-    request: _Name
+    request: _Request
     media: tuple[msgspec.Raw, ...] = ()
+    spans: tuple[msgspec.Raw, ...] = ()
 
 
 _work = msgspec.msgpack.Decoder(_Work)
@@ -122,11 +126,13 @@ class Sightings:
     """Every request that was seen, until some time after its end. Calls of `look` must not overlap."""
 
     def __init__(self, redis: Redis, keys: Keys, shards: int) -> None:
+        self._redis = redis
         self._keys = keys
+        self._records = Records(redis, keys)
         self._look = redis.register_script(_LOOK)
-        self._steps = LogReader(redis, {keys.tokens(shard): "0" for shard in range(shards)})
+        self._steps = LogReader(redis, {**{keys.tokens(shard): "0" for shard in range(shards)}, keys.control(): "$"})
         self._seen: dict[str, Sighting] = {}
-        self._entries: dict[str, dict[str, tuple[str, int]]] = {ENCODE: {}, GENERATE: {}}  # id -> request, media
+        self._entries: dict[str, dict[str, _Work]] = {ENCODE: {}, GENERATE: {}}  # by entry id
         self.now = 0.0  # of the last look
 
     async def look(self) -> list[Queue]:
@@ -141,6 +147,7 @@ class Sightings:
         for sighting in self._seen.values():
             if sighting.id not in present:
                 sighting.where, sighting.waiting = "ended", False
+        await self._read_records()
         self._forget()
         return queues
 
@@ -157,8 +164,7 @@ class Sightings:
         self.now = float(now)
         for entry, message in new:
             with contextlib.suppress(msgspec.MsgspecError):  # of another version, or broken: counted and not shown
-                work = _work.decode(message)
-                known[_text(entry)] = (work.request.id, len(work.media))
+                known[_text(entry)] = _work.decode(message)
         for entry, consumer, attempts in taken:
             self._place(stream, _text(entry), present, replica=_text(consumer), attempts=attempts)
         for entry in waiting:
@@ -171,16 +177,17 @@ class Sightings:
     def _place(self, stream: str, entry: str, present: set[str], replica: str = "", attempts: int = 0) -> None:
         if entry not in self._entries[stream]:
             return  # gone again, or unreadable
-        request_id, media = self._entries[stream][entry]
-        one = self._of(request_id)
+        work = self._entries[stream][entry]
+        one = self._of(work.request.id)
+        one.media = len(work.media or work.spans)
         if stream == GENERATE and one.media:
             one.encoded = _seconds(entry)
+            one.accepted = one.accepted or work.request.created  # by the gateway's clock
         one.accepted = one.accepted or _seconds(entry)
         one.where = "encode" if stream == ENCODE else "generate"
-        one.media = media or one.media
         one.replica, one.waiting, one.attempts = replica or one.replica, not replica, attempts or one.attempts
         one.seen = self.now
-        present.add(request_id)
+        present.add(one.id)
 
     # ------------------------------------------------------------------------------------------------ tokens
 
@@ -193,6 +200,8 @@ class Sightings:
             for _, entry, message in messages:
                 if isinstance(message, Tokens):
                     self._step(_seconds(entry), message.begins, message.runs)
+                elif isinstance(message, Cancel):
+                    self._cancel(message.request_ids)
             if not messages:
                 return
 
@@ -212,6 +221,45 @@ class Sightings:
             if run.finish is not None:
                 one.finished, one.reason = at, run.finish.reason
             one.seen = max(one.seen, at)
+
+    def _cancel(self, request_ids: Sequence[str]) -> None:
+        """Nothing more is wanted; a stop string is a reason for that too, but then stream or record say so."""
+        for request_id in request_ids:
+            if request_id in self._seen and self._seen[request_id].finished is None:
+                self._seen[request_id].reason = "cancelled"
+
+    # ------------------------------------------------------------------------------------------------ records
+
+    async def _read_records(self) -> None:
+        """The tokens streams are trimmed soon; records and journals say without times what was in them."""
+        asked = [one for one in self._seen.values() if self._is_open_question(one)]
+        if not asked:
+            return
+        records = await self._records.get([one.id for one in asked])
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for one in asked:
+                pipe.strlen(self._keys.journal(one.id))
+                pipe.pttl(self._keys.request(one.id))
+            told = await pipe.execute()
+        for one, journaled, left_ms in zip(asked, told[::2], told[1::2], strict=True):
+            one.tokens = max(one.tokens, journaled // TOKEN_BYTES)
+            if one.id in records:
+                self._recall(one, records[one.id], left_ms / 1000)
+
+    def _is_open_question(self, one: Sighting) -> bool:
+        if one.where == "ended":
+            return one.finished is None and self.now - one.seen < SETTLED_S
+        return one.where == "generate" and not one.waiting
+
+    def _recall(self, one: Sighting, record: Record, left_s: float) -> None:
+        """`left_s`: how long the record will be there."""
+        if record.begin is not None:
+            one.prompt_tokens, one.cached_tokens = record.begin.prompt_tokens, record.begin.cached_tokens
+        if record.finish is not None:
+            one.reason = record.finish.reason
+            one.finished = self.now - max(0.0, record.request.retain_s - left_s)
+        elif record.cancelled:
+            self._cancel([one.id])
 
     # ------------------------------------------------------------------------------------------------ all of them
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
@@ -15,13 +16,14 @@ from redis.asyncio import Redis
 from services.gateway.console import ASSETS, STATIC, Console
 from services.gateway.sightings import KEPT_S, MOST_WAITING
 from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import Lease
+from shared.leases import Fence, Lease
 from shared.messages import (
     Begin,
     Encode,
     Finish,
     Generate,
     Media,
+    MediaSpan,
     Output,
     Request,
     Sampling,
@@ -34,6 +36,7 @@ from shared.records import Records
 from shared.streams import WorkStream, send
 
 SECRET = 7_654_321  # a token of a prompt, which must not be seen
+SPAN = MediaSpan("image", "secret-key", 3, 9, (1, 6, 6))
 KEY = {"Authorization": "Bearer key-1"}
 
 
@@ -53,8 +56,8 @@ def request(request_id: str) -> Request:
     return Request(request_id, "gw", 1, 1.0, Sampling(seed=1), Output(thinking=True, stop=("a secret",)))
 
 
-def generate(request_id: str) -> Generate:
-    return Generate(request(request_id), pack_ids([SECRET] * 50), 10)
+def generate(request_id: str, *spans: MediaSpan) -> Generate:
+    return Generate(request(request_id), pack_ids([SECRET] * 50), 10, spans)
 
 
 def encode(request_id: str) -> Encode:
@@ -189,7 +192,7 @@ async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: K
     [entry] = await encoder.take(1, 100)
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "encode", "waiting": False, "replica": "m1", "encoded": None}.items()
-    await records.hand_on(generate("r"), ENCODE, entry.entry_id, "mm_encoder")
+    await records.hand_on(generate("r", SPAN), ENCODE, entry.entry_id, "mm_encoder")
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "generate", "waiting": True}.items()
     assert seen["accepted"] <= seen["encoded"]
@@ -210,6 +213,43 @@ async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: K
     }
     assert seen.items() >= told.items()
     assert seen["encoded"] <= seen["begun"] <= seen["first"] <= seen["last"] == seen["finished"]
+
+
+async def test_media_that_were_encoded_before_anybody_looked_are_known(redis: Redis, keys: Keys) -> None:
+    await Records(redis, keys).submit(GENERATE, generate("r", SPAN))
+    seen = by_id(await look(redis, keys))["r"]
+    assert seen.items() >= {"media": 1, "accepted": request("r").created}.items()
+    assert seen["encoded"] > seen["accepted"]
+
+
+async def test_what_the_trimmed_streams_no_longer_say_is_in_the_record(redis: Redis, keys: Keys) -> None:
+    records, console = Records(redis, keys), Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
+    await work.join()
+    told = Generate(msgspec.structs.replace(request("r"), retain_s=60.0), pack_ids([SECRET]), 10)
+    await records.submit(GENERATE, told)
+    [entry] = await work.take(1, 100)
+    await records.write_journal([("r", 0, (5, 6))], [Begin("r", 1, 0, 60, 16, 9, 0)])
+    seen = by_id(await look(redis, keys, console))["r"]
+    assert (seen["tokens"], seen["prompt_tokens"], seen["finished"]) == (2, 60, None)
+    await work.finish([entry.entry_id])
+    await records.retain([("r", Finish("stop"), 60.0)], Fence(keys, "p", {}))
+    state = await look(redis, keys, console)
+    assert by_id(state)["r"].items() >= {"where": "ended", "reason": "stop"}.items()
+    assert state["now"] - 5 < by_id(state)["r"]["finished"] <= state["now"]
+
+
+async def test_a_cancelled_request_is_told_from_a_lost_one(redis: Redis, keys: Keys) -> None:
+    records, console = Records(redis, keys), Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
+    await work.join()
+    await records.submit(GENERATE, generate("r"))
+    [entry] = await work.take(1, 100)
+    await look(redis, keys, console)
+    await records.cancel(["r"])
+    await work.finish([entry.entry_id])
+    await records.delete(["r"])
+    assert by_id(await look(redis, keys, console))["r"].items() >= {"where": "ended", "reason": "cancelled"}.items()
 
 
 async def test_a_request_that_was_refused_is_shown_as_ended(redis: Redis, keys: Keys) -> None:

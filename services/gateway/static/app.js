@@ -426,6 +426,7 @@ async function answer() {
   try {
     const headers = { "Content-Type": "application/json" };
     const reply = await api(CHAT_PATH, { method: "POST", headers, body: JSON.stringify(body), signal: controller.signal });
+    glance();  // while the request is under way, so that its timeline is known later
     for await (const data of events(reply)) {
       if (data.startsWith("[DONE]")) break;
       take(turn, view, JSON.parse(data), since);
@@ -441,6 +442,7 @@ async function answer() {
   view.end();
   if (running === controller) running = null;
   showRunning();
+  glance();
   if (mine === chat) toEnd(false);
   save();
 }
@@ -666,6 +668,10 @@ async function poll() {
     $("trouble").hidden = false;
     setText($("trouble"), `The pipeline cannot be seen now: ${error.message}`);
   }
+}
+
+function glance() {
+  if (!polling) poll();
 }
 
 function watch() {
@@ -901,7 +907,7 @@ function drawTimeline() {
   }
   const start = begun(one), end = until(one);
   const steps = [["Accepted", one.accepted], ...(one.media ? [["Media encoded", one.encoded]] : []),
-    ["Taken up by the engine", one.begun], ["First token", one.first], [one.where === "ended" ? `Finished (${one.reason ?? "not seen how"})` : "Finished", one.finished]];
+    ["Taken up by the engine", one.begun], ["First token", one.first], [one.where === "ended" ? `Finished (${one.reason ?? "not seen how"})` : "Finished", one.where === "ended" ? until(one) : null]];
   const bounds = [["waiting", start, one.media ? one.encoded ?? end : one.begun ?? end, one.media ? "encoding" : "waiting"],
     ...(one.media && one.encoded ? [["waiting", one.encoded, one.begun ?? end, "waiting"]] : []),
     ...(one.begun ? [["reading", one.begun, one.first ?? end, "reading"]] : []), ...(one.first ? [["writing", one.first, end, "writing"]] : [])];
