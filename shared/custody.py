@@ -19,7 +19,7 @@ from shared.log import logger
 from shared.messages import VERSION, Encode, Failed, Generate, Request, Tokens, to_entry
 
 QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
-DELTAS_LENGTH = 100_000  # entries a gateway's stream keeps, about
+DELTAS_LENGTH = 10_000  # entries a gateway's stream keeps, about
 MOST_RETURNS = 3  # how often embeddings are made again for one request
 
 _log = logger(__name__)
