@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import API_KEY, Watched
+from browser_pages import API_KEY, Watched
 from system import System, encoded, picture
 
 DONE_MS = 60_000
