@@ -11,13 +11,15 @@ from redis.exceptions import ResponseError
 from shared.bus import MAX_BLOCK_MS, command
 from shared.custody import Custody, Poison
 from shared.errors import ProtocolError
-from shared.keys import Keys
+from shared.keys import ENCODE, GENERATE, Keys
 from shared.log import logger
 from shared.messages import Encode, Generate, Message, from_entry, to_entry
 
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
+
+_KINDS: Mapping[str, type[Encode | Generate]] = {ENCODE: Encode, GENERATE: Generate}
 
 _Entry = tuple[str, int, Mapping[bytes, bytes]]  # id, attempts, fields
 
@@ -114,6 +116,7 @@ class WorkStream:
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
         self._redis = redis
         self._key = keys.stream(stream)
+        self._kind = _KINDS[stream]
         self._leases = keys.replica_prefix(service)
         self._group = service
         self._name = name
@@ -211,13 +214,19 @@ class WorkStream:
         for entry_id, attempts, fields in entries:
             self._held.add(entry_id)
             try:
-                deliveries.append(Delivery(entry_id, _work(fields), attempts))
+                deliveries.append(Delivery(entry_id, self._work(fields), attempts))
             except ProtocolError as error:
                 unreadable.append((entry_id, Poison(attempts, str(error))))
         for entry_id, poison in unreadable:
             await self._custody.quarantine(entry_id, poison)
             self._held.discard(entry_id)
         return deliveries
+
+    def _work(self, fields: Mapping[bytes, bytes]) -> Encode | Generate:
+        message = from_entry(fields)
+        if not isinstance(message, self._kind):
+            raise ProtocolError(f"a {type(message).__name__} in {self._key}")
+        return message
 
     async def _compare(self) -> tuple[set[str], list[str]]:
         """(entries delivered here that are no longer pending under our name; entries pending under our name that no
@@ -242,13 +251,6 @@ class WorkStream:
                 raise
             return set()
         return {str(entry["message_id"], "ascii") for entry in reply}
-
-
-def _work(fields: Mapping[bytes, bytes]) -> Encode | Generate:
-    message = from_entry(fields)
-    if not isinstance(message, Encode | Generate):
-        raise ProtocolError(f"a {type(message).__name__} is not work")
-    return message
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from shared.errors import ProtocolError
 from shared.keys import GENERATE, Keys
 from shared.leases import Lease
-from shared.messages import Cancel, Generate, Message, Output, Request, Sampling, to_entry
+from shared.messages import Cancel, Encode, Generate, Message, Output, Request, Sampling, to_entry
 from shared.streams import LogReader, Look, WorkStream, reply, send
 
 NOTHING = Look([], [], set(), 0)
@@ -198,6 +198,7 @@ async def test_handing_over_is_no_failure(redis: Redis, replicas: Replicas) -> N
         {b"v": b"1", b"m": b"\xc1"},
         {b"other": b"field"},
         to_entry(Cancel(("r",))),  # a message, but not work
+        to_entry(Encode(work("r").request, (b"",), ())),  # work of another kind
     ],
 )
 @pytest.mark.parametrize("via", ["take", "claim"])
