@@ -122,7 +122,7 @@ async def test_nobody_hears_an_engine_that_slept_too_long(
     [again] = await reader.finished("again")
     assert seen.tokens == again.tokens, "as if nothing had happened"
     late = [run for _, message in reader.messages[before:] for run in message.runs if run.request_id == "r"]
-    assert all(run.epoch < seen.epoch and run.finish is None for run in late), "what it says is out of date, and ends soon"
+    assert all(run.epoch < seen.epoch and run.finish is None for run in late), "it is out of date, and ends soon"
     assert (await records.get(["r"]))["r"].epoch == epochs[-1] + (halt_at.startswith("engine.finish"))
     assert [await engines.stop(name) for name in ("sleeper", "other")] == [0, 0]
     assert await redis.xinfo_consumers(keys.stream(GENERATE), "engine") == []
