@@ -50,7 +50,13 @@ class System:
                 cwd=directory,
                 # One thread each: four processes share what may be two cores. Answers are kept for a moment only, so
                 # that `left_behind` need not wait for them.
-                env={**ours, "MILLRACE_RETAIN_S": "1", **environ, "OMP_NUM_THREADS": "1", "TEST_SYSTEM": str(directory)},
+                env={
+                    **ours,
+                    "MILLRACE_RETAIN_S": "1",
+                    **environ,
+                    "OMP_NUM_THREADS": "1",
+                    "TEST_SYSTEM": str(directory),
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
