@@ -10,8 +10,9 @@ from browser_pages import API_KEY, Watched
 from system import System, running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """Of a module, since playwright's event loop occupies this thread: tests that bring their own must come after."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser-test")
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if binary is None:
@@ -22,14 +23,14 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def demo(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """`millrace serve --demo`."""
     with running(["--demo"], tmp_path_factory.mktemp("demo")) as system:
         yield system
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def locked(demo: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """The same, behind a key."""
     arguments = ["--model", str(demo.directory / "demo"), "--api-key", API_KEY]
