@@ -11,14 +11,13 @@ import msgspec
 from redis.asyncio import Redis
 
 from shared.bus import command
-from shared.keys import GENERATE, Keys
+from shared.keys import Keys
 from shared.leases import FENCE, Fence
 from shared.messages import (
     VERSION,
     Begin,
     Cancel,
     Encode,
-    Failed,
     Finish,
     Generate,
     Request,
@@ -38,39 +37,6 @@ from shared.messages import (
 
 CONTROL_LENGTH = 10_000  # entries the control stream keeps, about; the record says the same to whoever missed one
 TOKEN_BYTES = 4
-
-# KEYS record, stream done, generate; ARGV group, entry id, v, m. Of two replicas that finish the same entry, the
-# first appends: XACK tells it.
-_HAND_ON = """
-local alive = redis.call('EXISTS', KEYS[1]) == 1 and not redis.call('HGET', KEYS[1], 'cancelled')
-local first = redis.call('XACK', KEYS[2], ARGV[1], ARGV[2])
-redis.call('XDEL', KEYS[2], ARGV[2])
-if alive and first == 1 then
-  redis.call('XADD', KEYS[3], '*', 'v', ARGV[3], 'm', ARGV[4])
-end
-return alive and 1 or 0
-"""
-
-# KEYS record, journal, stream done; ARGV group, entry id, v, m, length of deltas, first gateway, prefix of deltas. The
-# first decides here too: a replica that lost the entry while it was paused must not fail a request that is in the
-# engine's hands.
-_REFUSE = """
-local first = redis.call('XACK', KEYS[3], ARGV[1], ARGV[2])
-redis.call('XDEL', KEYS[3], ARGV[2])
-if first == 1 then
-  local gateway = redis.call('HGET', KEYS[1], 'gateway') or ARGV[6]
-  redis.call('XADD', ARGV[7] .. gateway, 'MAXLEN', '~', ARGV[5], '*', 'v', ARGV[3], 'm', ARGV[4])
-  redis.call('UNLINK', KEYS[1], KEYS[2])
-end
-return first
-"""
-
-# KEYS record; ARGV fields. A claim of a request that has ended must not bring a record without a request to life.
-_CLAIM = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
-redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-return redis.call('HMGET', KEYS[1], unpack(ARGV))
-"""
 
 # KEYS idempotency, stream, record...; ARGV what we submit, expiry in s, prefix of records, v, then (request, m)...
 # Earlier requests of which one is gone (refused, cancelled, failed, or past their time) do not stand in the way.
@@ -190,9 +156,6 @@ class Records:
         self._keys = keys
         self._unfenced = Fence(keys, "", {})
         self._submit_once = redis.register_script(_SUBMIT_ONCE)
-        self._hand_on = redis.register_script(_HAND_ON)
-        self._refuse = redis.register_script(_REFUSE)
-        self._claim = redis.register_script(_CLAIM)
         self._cancel = redis.register_script(_CANCEL)
         self._write_journal = redis.register_script(_WRITE_JOURNAL)
         self._retain = redis.register_script(_RETAIN)
@@ -229,49 +192,6 @@ class Records:
         )
         earlier = msgspec.json.decode(known, type=Submission) if known else None
         return None if earlier == mine else earlier  # equal: our own, sent again because its reply was lost
-
-    async def hand_on(self, message: Generate, stream_done: str, entry_id: str, group: str) -> bool:
-        """Append `message` to `generate` and ack and delete the entry of `stream_done`, in one go (mm_encoder).
-
-        Returns False, and only acks and deletes, when the record is gone or cancelled. An entry that another replica
-        has handed on already is not handed on again; that is True, since the request is in the engine's hands.
-        """
-        entry = to_entry(message)
-        return bool(
-            await self._hand_on(
-                keys=[
-                    self._keys.request(message.request.id),
-                    self._keys.stream(stream_done),
-                    self._keys.stream(GENERATE),
-                ],
-                args=[group, entry_id, entry[b"v"], entry[b"m"]],
-            )
-        )
-
-    async def refuse(
-        self, message: Failed, gateway: str, stream_done: str, entry_id: str, group: str, max_len: int
-    ) -> bool:
-        """Tell `gateway`, or the one that has taken the request over since, ack and delete the entry of `stream_done`,
-        and delete the record, in one go (mm_encoder).
-
-        Returns False, and does none of it, when another replica has ended the entry.
-        """
-        entry = to_entry(message)
-        return bool(
-            await self._refuse(
-                keys=[
-                    self._keys.request(message.request_id),
-                    self._keys.journal(message.request_id),
-                    self._keys.stream(stream_done),
-                ],
-                args=[group, entry_id, entry[b"v"], entry[b"m"], max_len, gateway, self._keys.deltas("")],
-            )
-        )
-
-    async def claim(self, request_id: str) -> Record | None:
-        """Become the request's owner: raise its epoch by one and return it; None if the record is gone (engine)."""
-        fields = await self._claim(keys=[self._keys.request(request_id)], args=_FIELDS)
-        return _record(fields) if fields else None
 
     async def get(self, request_ids: Sequence[str]) -> dict[str, Record]:
         """The records that exist, in one round trip."""

@@ -8,13 +8,13 @@ from shared.keys import Keys
 from shared.leases import FENCE, Fence
 from shared.messages import VERSION, Delta, Deltas, to_entry
 
-# KEYS shards, deltas...; ARGV fence, length of a stream, v, m...
+# KEYS shards, deltas...; ARGV fence, length of a stream, v, m... A gateway that is gone has no stream, and gets none.
 _SEND = (
     FENCE
     + """
 for i = 2, #KEYS do
   redis.call(
-    'XADD', KEYS[i], 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + i]
+    'XADD', KEYS[i], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + i]
   )
 end
 """

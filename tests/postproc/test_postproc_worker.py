@@ -16,6 +16,7 @@ from services.postproc.detokenize import TokenBytes, Vocabulary
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.settings import PostprocSettings
 from services.postproc.worker import SERVICE, Worker
+from shared.bus import command
 from shared.keys import GENERATE, Keys
 from shared.leases import Lease
 from shared.messages import (
@@ -79,8 +80,15 @@ class System:
         assert value is not None
         return value
 
+    async def listen(self, gateway: str) -> None:
+        """A gateway makes its stream before anything is sent to it."""
+        key = self.keys.deltas(gateway)
+        if not await self.redis.exists(key):
+            await command(self.redis, "XGROUP", "CREATE", key, "nobody", "0", "MKSTREAM")
+
     async def submit(self, *requests: Request) -> None:
         for one in requests:
+            await self.listen(one.gateway)
             await self.records.submit(GENERATE, Generate(one, pack_ids([1]), max_tokens=1000))
 
     async def step(self, *runs: TokenRun, begins: Sequence[Begin] = (), shard: int = 0) -> None:

@@ -3,14 +3,13 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from shared.errors import Failure, FencedError
+from shared.errors import FencedError
 from shared.keys import ENCODE, GENERATE, Keys
 from shared.leases import Fence
 from shared.messages import (
     Begin,
     Cancel,
     Encode,
-    Failed,
     Finish,
     Generate,
     Output,
@@ -47,13 +46,6 @@ def records(redis: Redis, keys: Keys) -> Records:
     return Records(redis, keys)
 
 
-async def delivered(redis: Redis, keys: Keys) -> str:
-    """Take the only entry of `encode`, as an encoder would; returns its id."""
-    await redis.xgroup_create(keys.stream(ENCODE), "mm_encoder", id="0", mkstream=True)
-    [[_, [(entry_id, _)]]] = await redis.xreadgroup("mm_encoder", "me", {keys.stream(ENCODE): ">"})
-    return str(entry_id, "ascii")
-
-
 async def generates(redis: Redis, keys: Keys) -> list[object]:
     return [from_entry(fields) for _, fields in await redis.xrange(keys.stream(GENERATE))]
 
@@ -62,86 +54,6 @@ async def test_submit_makes_record_and_entry(redis: Redis, keys: Keys, records: 
     await records.submit(GENERATE, generate())
     assert await generates(redis, keys) == [generate()]
     assert await records.get(["r1", "absent"]) == {"r1": Record(request(), epoch=0, cancelled=False)}
-
-
-async def test_claim_raises_the_epoch_every_time(records: Records) -> None:
-    await records.submit(GENERATE, generate())
-    assert await records.claim("r1") == Record(request(), epoch=1, cancelled=False)
-    await records.cancel(["r1"])
-    assert await records.claim("r1") == Record(request(), epoch=2, cancelled=True)
-
-
-async def test_claim_of_an_ended_request_creates_nothing(redis: Redis, keys: Keys, records: Records) -> None:
-    assert await records.claim("r1") is None
-    assert not await redis.exists(keys.request("r1"))
-
-
-async def test_hand_on(redis: Redis, keys: Keys, records: Records) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    assert await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
-    assert await generates(redis, keys) == [generate()]
-    assert await redis.xlen(keys.stream(ENCODE)) == 0
-    assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
-
-
-async def test_hand_on_twice_generates_once(redis: Redis, keys: Keys, records: Records) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    both = [records.hand_on(generate(), ENCODE, entry_id, "mm_encoder") for _ in range(2)]
-    assert await asyncio.gather(*both) == [True, True]
-    assert await generates(redis, keys) == [generate()]
-
-
-@pytest.mark.parametrize("end", ["cancel", "delete"])
-async def test_ended_request_is_not_handed_on(redis: Redis, keys: Keys, records: Records, end: str) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    await getattr(records, end)(["r1"])
-    assert not await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
-    assert await generates(redis, keys) == []
-    assert await redis.xlen(keys.stream(ENCODE)) == 0
-    assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
-
-
-async def test_refuse(redis: Redis, keys: Keys, records: Records) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    failed = Failed("r1", Failure(400, "no"))
-    assert await records.refuse(failed, "gw", ENCODE, entry_id, "mm_encoder", 100)
-    assert [from_entry(fields) for _, fields in await redis.xrange(keys.deltas("gw"))] == [failed]
-    assert await records.get(["r1"]) == {}
-    assert await redis.xlen(keys.stream(ENCODE)) == 0
-    assert (await redis.xpending(keys.stream(ENCODE), "mm_encoder"))["pending"] == 0
-
-
-async def test_what_is_handed_on_is_not_refused(redis: Redis, keys: Keys, records: Records) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    assert await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
-    assert not await records.refuse(Failed("r1", Failure(400, "no")), "gw", ENCODE, entry_id, "mm_encoder", 100)
-    assert not await redis.exists(keys.deltas("gw"))
-    assert "r1" in await records.get(["r1"])
-
-
-async def test_what_is_refused_is_not_handed_on(redis: Redis, keys: Keys, records: Records) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    assert await records.refuse(Failed("r1", Failure(400, "no")), "gw", ENCODE, entry_id, "mm_encoder", 100)
-    assert not await records.hand_on(generate(), ENCODE, entry_id, "mm_encoder")
-    assert await generates(redis, keys) == []
-
-
-async def test_who_has_taken_the_request_over_is_told_of_its_refusal(
-    redis: Redis, keys: Keys, records: Records
-) -> None:
-    await records.submit(ENCODE, encode())
-    entry_id = await delivered(redis, keys)
-    await records.attach({"r1": "gw2"}, Fence(keys, "", {}))
-    failed = Failed("r1", Failure(400, "no"))
-    assert await records.refuse(failed, "gw", ENCODE, entry_id, "mm_encoder", 100)
-    assert [from_entry(fields) for _, fields in await redis.xrange(keys.deltas("gw2"))] == [failed]
-    assert not await redis.exists(keys.deltas("gw"))
 
 
 async def test_a_key_submits_all_choices_once(redis: Redis, keys: Keys, records: Records) -> None:
@@ -307,8 +219,7 @@ async def test_delete_leaves_nothing(redis: Redis, keys: Keys, records: Records)
 
 async def test_scripts_survive_a_script_flush(redis: Redis, records: Records) -> None:
     await records.submit(GENERATE, generate())
-    await records.claim("r1")
+    await records.delete(["absent"])
     await redis.script_flush()
-    record = await records.claim("r1")
-    assert record is not None
-    assert record.epoch == 2
+    await records.delete(["r1"])
+    assert await records.get(["r1"]) == {}
