@@ -12,6 +12,7 @@ import httpx
 from chaos_requests import Ask
 
 LATER = (429, 503)  # not now, not here: try again
+ELSEWHERE = "The server is shutting down."  # inside a stream: it goes on at another gateway
 RETRY_S = (0.05, 0.4)
 SILENCE_S = 30.0  # a stream says something every second, if only that it is there
 TOLERANCE = 1e-3  # of log-probabilities: the same sums in another order
@@ -139,13 +140,14 @@ class _Talk:
         self.transcript = Transcript([Choice() for _ in range(ask.body.get("n", 1))])
         self._id = ""
         self._last_event = ""
-        self._events = 0
+        self._events: list[dict[str, Any]] = []
+        self._certain = 0  # of the events, up to the last that had an id
         self._done = False
         self._broke = False
         self._history: list[str] = []
 
     def so_far(self) -> str:
-        return f"request {self._id or 'without an id'}, {self._events} events; {' | '.join(self._history[-12:])}"
+        return f"request {self._id or 'without an id'}, {len(self._events)} events; {' | '.join(self._history[-12:])}"
 
     async def run(self) -> None:
         while not self._done:
@@ -158,7 +160,8 @@ class _Talk:
                 self._history.append(type(error).__name__)
 
     async def _begin(self) -> None:
-        self.transcript = Transcript([Choice() for _ in self.transcript.choices])
+        self._certain = 0
+        self._forget_uncertain()
         body = {**self._ask.body, "stream": self._manner.stream}
         if self._manner.stream:
             body["stream_options"] = {"include_usage": True}
@@ -167,6 +170,7 @@ class _Talk:
 
     async def _go_on(self) -> None:
         self._client.resumed += 1
+        self._forget_uncertain()
         await self._request(
             "GET", f"/v1/chat/completions/{self._id}/events", headers={"Last-Event-ID": self._last_event}
         )
@@ -198,17 +202,29 @@ class _Talk:
                     raise Broken("[DONE] before the finish")
                 self._done = True
                 return
-            self._event(json.loads(data))
-            self._last_event = event_id or self._last_event
-            self._events += 1
-            if self._manner.leaves_after is not None and self._events >= self._manner.leaves_after:
+            event = json.loads(data)
+            if event.get("error", {}).get("message") == ELSEWHERE:
+                self._history.append("told to go elsewhere")
+                return
+            self._event(event)
+            self._events.append(event)
+            if event_id != self._last_event:
+                self._last_event, self._certain = event_id, len(self._events)
+            if self._manner.leaves_after is not None and len(self._events) >= self._manner.leaves_after:
                 self._done = True
                 return
-            if not self._broke and self._manner.breaks_after is not None and self._events >= self._manner.breaks_after:
+            if self._manner.breaks_after == len(self._events) and not self._broke:
                 self._broke = True
                 self._history.append("breaks")
                 return
         raise Broken("the stream ended without [DONE]")
+
+    def _forget_uncertain(self) -> None:
+        """What came after the last id comes again."""
+        del self._events[self._certain :]
+        self.transcript = Transcript([Choice() for _ in self.transcript.choices])
+        for event in self._events:
+            self._event(event)
 
     def _event(self, event: dict[str, Any]) -> None:
         if "error" in event:
@@ -222,8 +238,8 @@ class _Talk:
             self.transcript.usage = _counts(event["usage"])
 
     async def _events_of(self, response: httpx.Response) -> AsyncIterator[tuple[str, str]]:
-        """(id, data) of each event."""
-        event_id, data, heard = "", "", time.monotonic()
+        """(the last id so far, data) of each event."""
+        event_id, data, heard = self._last_event, "", time.monotonic()
         async for line in response.aiter_lines():
             if line.startswith("id:"):
                 event_id = line[3:].strip()

@@ -116,7 +116,7 @@ class Stage:
             self._mending.cancel()
             raise AssertionError(f"{self._crash_at} was not reached\n{self.replica.tail()}")
         self._mending.result()
-        left = await wait_until_clean(self.system, SETTLE_S)
+        left = await wait_until_clean(self.system, SETTLE_S, uploads=self.service != "gateway")
         assert not left, f"left behind: {left}\n{self.system.tails()}"
 
     # ------------------------------------------------------------------------------------------------- mending

@@ -29,6 +29,7 @@ class Faults:
     def __init__(self, system: System, rng: random.Random, every_s: tuple[float, float]) -> None:
         self.injected: Counter[str] = Counter()
         self.story: list[str] = []
+        self.gateways_killed = False
         self._system = system
         self._rng = rng
         self._every_s = every_s
@@ -90,6 +91,7 @@ class Faults:
     def _kill(self, replica: Replica) -> str:
         down, same_name = self._rng.choice([0, self._rng.uniform(0, 2 * LEASE_S)]), self._rng.random() < 0.5
         replica.kill()
+        self.gateways_killed |= replica.service == "gateway"
         self._mend(replica, self._start(replica, down, same_name))
         return f"kill {replica} for {down:.1f} s{', same name' if same_name else ''}"
 

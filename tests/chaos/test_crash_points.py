@@ -82,9 +82,6 @@ async def test_a_request_does_not_care(
     running_system: tuple[System, Expected], crash_at: str, scenario: Scenario
 ) -> None:
     system, expected = running_system
-    for replica in system.replicas:
-        if not replica.running:  # after a case that failed
-            replica.start()
-    await system.ready(system.replicas)
+    await system.make_whole()
     async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as http:
         await play(Stage(system, expected, http, crash_at), scenario)
