@@ -121,7 +121,7 @@ def _replica(service: str, replica: ReplicaView) -> tuple[RenderableType, ...]:
     held = replica.load.get(HELD[service])
     room = replica.load.get(ROOM.get(service, ""))
     rest = [
-        f"{_words(name)} {figure(name, value)}"
+        f"{_short_name(name)}={figure(name, value).replace(' ', '')}"  # in one word, so that no line ends in it
         for name, value in replica.load.items()
         if name not in shown and (value or not name.endswith("_per_s"))
     ]
@@ -135,8 +135,8 @@ def _replica(service: str, replica: ReplicaView) -> tuple[RenderableType, ...]:
     )
 
 
-def _words(name: str) -> str:
-    return name.removesuffix("_per_s").removesuffix("_s").replace("_", " ")
+def _short_name(name: str) -> str:
+    return name.removesuffix("_per_s").removesuffix("_s")
 
 
 def _streams(view: PipelineView) -> RenderableType:

@@ -32,12 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the event loop listens, as Ctrl-C
     try:
-        return COMMANDS[words[0]](words[1:])
+        status = COMMANDS[words[0]](words[1:])
+        sys.stdout.flush()
+        return status
     except (ConfigError, CheckpointError) as error:
         print(f"millrace {words[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 # Each imports what it needs when it is called: a mistyped flag is told at once, and no command needs another's extra.

@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -203,6 +207,16 @@ def test_the_command(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None
     said = json.loads(capsys.readouterr().out)
     assert (said["healthy"], said["problems"]) == (True, [])
     assert said["pipeline"]["stages"][2]["replicas"][0]["load"] == {"held": 3}
+
+
+def test_a_reader_that_has_seen_enough(redis_url: str) -> None:
+    command = [Path(sys.executable).with_name("millrace"), "status", "--json", "--redis-url", redis_url]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, env=buffered)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_redis_that_does_not_answer(
