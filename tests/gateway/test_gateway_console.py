@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from services.gateway.console import ASSETS, STATIC, Console
 from services.gateway.sightings import KEPT_S, MOST_WAITING
+from shared.custody import Custody
 from shared.keys import ENCODE, GENERATE, Keys
 from shared.leases import Fence, Lease
 from shared.messages import (
@@ -192,7 +193,8 @@ async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: K
     [entry] = await encoder.take(1, 100)
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "encode", "waiting": False, "replica": "m1", "encoded": None}.items()
-    await records.hand_on(generate("r", SPAN), ENCODE, entry.entry_id, "mm_encoder")
+    assert isinstance(entry.message, Encode)
+    await Custody(redis, keys, ENCODE, "mm_encoder", "m1").hand_on(entry.entry_id, entry.message, generate("r", SPAN))
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "generate", "waiting": True}.items()
     assert seen["accepted"] <= seen["encoded"]

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, OpenAI
 from pipeline_judge import Judge, Question
 from system import System, picture, running
 
-MAX_TOKENS = 16
+MAX_TOKENS = 48  # long enough for many to run at once, whatever pace they arrive at
 WITHOUT_CACHE = "--no-enable-prefix-caching"
 # name: (flags, whether prompts are found cached, whether sequences are preempted when there are many)
 LAUNCHES = {
