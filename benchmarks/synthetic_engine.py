@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.bus import connect
+from shared.custody import Custody
 from shared.keys import GENERATE, Keys
 from shared.messages import Begin, Finish, Generate, TokenRun, Tokens, unpack_ids
-from shared.records import Records
 from shared.streams import WorkStream, send
 
 REPORT_TOKENS = 8192
@@ -67,22 +67,18 @@ async def run(args: argparse.Namespace) -> None:
     keys = Keys(args.namespace)
     redis = connect(args.redis_url)
     board = Board(args.board)
-    records = Records(redis, keys)
+    custody = Custody(redis, keys, GENERATE, "engine", "synthetic")
     work = WorkStream(redis, keys, GENERATE, "engine", "synthetic", 3)
     await work.join()
     for _ in range(args.rounds):
-        await one_round(args, keys, redis, board, records, work)
+        await one_round(args, keys, redis, board, custody, work)
     await redis.aclose()
 
 
-async def one_round(args, keys, redis, board, records, work) -> None:  # type: ignore[no-untyped-def]
+async def one_round(args, keys, redis, board, custody, work) -> None:  # type: ignore[no-untyped-def]
     """One batch of `--streams` requests, start to end."""
     taken = await collect(work, args.streams)
-    epochs = {}
-    for _, message in taken:
-        record = await records.claim(message.request.id)
-        assert record is not None
-        epochs[message.request.id] = record.epoch
+    epochs = await custody.claim([(entry_id, message.request.id) for entry_id, message in taken])
     shards = sorted({message.request.shard for _, message in taken})
     by_shard = {s: [m.request.id for _, m in taken if m.request.shard == s] for s in shards}
     now = time.monotonic()

@@ -180,7 +180,7 @@ async def test_a_journal_is_resumed_at_its_end(redis: Redis, redis_url: str, key
     whole = continuation([20, 30], 8)
     records, reader = Records(redis, keys), Reader(redis, keys)
     await submit(redis, keys, generate("r", [20, 30], 8))
-    await records.claim("r")
+    await redis.hincrby(keys.request("r"), "epoch", 1)
     await records.write_journal([("r", 0, whole[:cut])])
     async with engine(redis, redis_url):
         reader.seen["r"] = Seen(whole[:cut])
@@ -218,9 +218,8 @@ async def test_a_dead_engines_requests_go_on_under_a_higher_epoch(redis: Redis, 
 
 
 async def test_an_answer_whose_end_is_in_the_stream_is_only_acked(redis: Redis, redis_url: str, keys: Keys) -> None:
-    records = Records(redis, keys)
     await submit(redis, keys, generate("r", [20], 3))
-    await records.claim("r")
+    await redis.hincrby(keys.request("r"), "epoch", 1)
     await send(redis, keys.tokens(0), Tokens((), (TokenRun("r", 1, 0, (10, EOS), None, Finish("stop", EOS)),)))
     async with engine(redis, redis_url):
         await no_backlog(redis, keys)
@@ -304,7 +303,7 @@ async def test_a_request_that_got_further_is_counted_anew(redis: Redis, redis_ur
     runner, reader, records = gated(), Reader(redis, keys), Records(redis, keys)
     await submit(redis, keys, generate("r", [20, 30], 12))
     await delivered_to_the_dead(redis, keys, 2)
-    await records.claim("r")
+    await redis.hincrby(keys.request("r"), "epoch", 1)
     await records.write_journal([("r", 0, continuation([20, 30], 12)[:4])])
 
     async def counted_anew() -> bool:

@@ -176,7 +176,7 @@ async def test_seeded_draws_are_the_same_alone_among_others_and_resumed(
             reader.seen[name] = Seen(whole[:cut])
             # The record knows an earlier owner before the entry can be taken, as after a crash.
             await Records(redis, keys).submit("elsewhere", case.message(name, seed=3, **SEEDED))
-            await records.claim(name)
+            await redis.hincrby(keys.request(name), "epoch", 1)
             await records.write_journal([(name, 0, whole[:cut])])
             await redis.xadd(keys.stream("generate"), dict((await redis.xrange(keys.stream("elsewhere")))[-1][1]))
             [resumed] = await reader.finished(name)
