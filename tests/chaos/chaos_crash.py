@@ -84,7 +84,7 @@ class Stage:
         ask, _ = self._expected["image"]
         part = {"type": "image_url", "image_url": {"url": data_url(b"no picture", "image/png")}}
         body = {**ask.body, "messages": [{"role": "user", "content": [part]}]}
-        with pytest.raises(Broken, match=r"\A400"):
+        with pytest.raises(Broken, match="400"):
             await self._client().ask(Ask(-1, "bad", body), Manner(key=self._key), REQUEST_TIMEOUT_S)
 
     async def waiting(self, stream: str) -> None:
@@ -265,7 +265,7 @@ async def _poison(stage: Stage, stream: str, kind: str) -> None:
     await stage.waiting(stream)
     await stage.poison(stream)
     await stage.arm()
-    with pytest.raises(Broken, match=r"500"):
+    with pytest.raises(Broken, match="500"):
         await asking
     quarantine = stage.system.keys.quarantine(stream)
     assert await stage.system.redis.xlen(quarantine) == 1

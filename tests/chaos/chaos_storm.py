@@ -22,7 +22,7 @@ from chaos_faults import Faults
 from chaos_leftovers import wait_until_clean
 from chaos_model import write_model
 from chaos_requests import Ask, files_to_serve, pool
-from chaos_system import REQUEST_TIMEOUT_S, RETAIN_S, System, running
+from chaos_system import REQUEST_TIMEOUT_S, System, running
 from system import file_server
 
 from shared.errors import MillraceError
