@@ -60,8 +60,8 @@ class Transcript:
     choices: list[Choice] = field(default_factory=list)
     usage: dict[str, int] | None = None
 
-    def differs(self, expected: "Transcript") -> str:
-        """Where this is not what was expected; "" if it is."""
+    def differs(self, expected: "Transcript", *, usage_asked: bool = True) -> str:
+        """Where this is not what was expected; "" if it is. Without `usage_asked`, usage may be missing."""
         if len(self.choices) != len(expected.choices):
             return f"{len(self.choices)} choices, expected {len(expected.choices)}"
         for index, (ours, theirs) in enumerate(zip(self.choices, expected.choices, strict=True)):
@@ -72,7 +72,7 @@ class Transcript:
                 return f"choice {index}: logprobs of {len(ours.logprobs)} tokens, expected {len(theirs.logprobs)}"
             if any(abs(a - b) > TOLERANCE for (_, a), (_, b) in zip(ours.logprobs, theirs.logprobs, strict=True)):
                 return f"choice {index}: logprobs differ"
-        if self.usage != expected.usage:
+        if self.usage != expected.usage and (usage_asked or self.usage is not None):
             return f"usage is {self.usage}, expected {expected.usage}"
         return ""
 
@@ -94,6 +94,7 @@ class Manner:
     key: str | None = None  # its Idempotency-Key
     leaves_after: int | None = None  # events, and for good
     breaks_after: int | None = None  # events, and comes back
+    shared: bool = False  # another uses the key too, and may have been the first
 
 
 class Client:
