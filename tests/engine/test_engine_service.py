@@ -283,7 +283,7 @@ async def test_poison_is_answered_once_though_who_found_it_dies(
     await submit(redis, keys, generate("bad", [20], 6))
     await delivered_to_the_dead(redis, keys, 3)
     if answered:
-        await Records(redis, keys).claim("bad")
+        await redis.hincrby(keys.request("bad"), "epoch", 1)
         failure = Failure(500, "poison")
         await send(
             redis, keys.tokens(0), Tokens((), (TokenRun("bad", 1, 0, (), None, Finish("error", None, failure)),))

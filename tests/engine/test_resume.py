@@ -57,7 +57,7 @@ def test_a_finish_ends_it_unless_it_is_out_of_date() -> None:
 async def test_the_tail_is_read_to_its_end_past_what_others_say(redis: Redis, keys: Keys) -> None:
     records, message = Records(redis, keys), generate("r", [5], 9, shard=1)
     await records.submit(GENERATE, message)
-    await records.claim("r")
+    await redis.hincrby(keys.request("r"), "epoch", 1)
     await records.write_journal([("r", 0, [1, 2])])
     for index in range(PAGE + 1):
         await send(redis, keys.tokens(1), Tokens((), (TokenRun("other", 1, index, (9,)),)))
