@@ -139,7 +139,7 @@ class Storm:
         except Broken as broken:
             wrong = str(broken)
         else:
-            # Who goes on with a stream gets its usage if the first request asked for it, and that may not have been ours.
+            # Who goes on with a stream gets its usage if the first request asked for it, which may not have been ours.
             whole = manner.leaves_after is None
             wrong = got.differs(expected, usage_asked=not manner.shared) if whole else got.begins(expected)
         self.totals.requests += 1
