@@ -129,14 +129,15 @@ return 1
 """
 )
 
-# KEYS ..., record, quarantine; ARGV ..., entry id, v, m, prefix of deltas, gateway, their length, length of the
+# KEYS ..., record, quarantine; ARGV ..., entry id, v, m, prefix of deltas, first gateway, their length, length of the
 # quarantine, attempts, reason (empty: not poison).
 _REFUSE = (
     _OURS
     + """
 if not ours(ARGV[3]) then return 0 end
-local deltas = ARGV[6] .. (redis.call('HGET', KEYS[2], 'gateway') or ARGV[7])
-redis.call('XADD', deltas, 'NOMKSTREAM', 'MAXLEN', '~', ARGV[8], '*', 'v', ARGV[4], 'm', ARGV[5])
+for gateway in string.gmatch(redis.call('HGET', KEYS[2], 'gateways') or ARGV[7], '%S+') do
+  redis.call('XADD', ARGV[6] .. gateway, 'NOMKSTREAM', 'MAXLEN', '~', ARGV[8], '*', 'v', ARGV[4], 'm', ARGV[5])
+end
 if ARGV[11] ~= '' then keep(ARGV[3], KEYS[3], ARGV[9], ARGV[11], ARGV[10]) end
 let_go(ARGV[3])
 redis.call('UNLINK', KEYS[2])
@@ -274,7 +275,7 @@ class Custody:
         return bool(await self._drop(keys=[self._key, self._keys.request(request_id)], args=[*self._who, entry_id]))
 
     async def refuse(self, entry_id: str, request: Request, failed: Failed, poison: Poison | None = None) -> bool:
-        """End an entry that no engine has had (mm_encoder): tell the gateway, and delete the record."""
+        """End an entry that no engine has had (mm_encoder): tell its gateways, and delete the record."""
         entry = to_entry(failed)
         return bool(
             await self._refuse(

@@ -4,13 +4,13 @@
     {ns}:encode                      stream  gateway              mm_encoder (group) entry deleted with its ack
     {ns}:generate                    stream  gateway, mm_encoder  engine (group)     entry deleted with its ack, at the request's end
     {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
-    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       made and deleted by that gateway; trimmed by length
+    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       made and deleted by that gateway, which cuts what it has read
     {ns}:control                     stream  any                  every replica      trimmed by length
     {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the answer's end; at once if
                                              it was cancelled or failed
                                              fields: request (msgpack Request), epoch (int), cancelled ("1"),
                                              begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
-                                             gateway (where deltas go now, if not to the request's first gateway),
+                                             gateways (names, spaces between: where deltas go) by gateway,
                                              encode (the Encode it came from), made (digest of what became of it),
                                              failed (how it is about to end), returned (how often it had to be
                                              encoded again), reached (tokens when it was last delivered again), all

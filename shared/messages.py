@@ -89,7 +89,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """What every stage knows of one choice of one HTTP request. With n > 1 each choice is a request of its own."""
 
     id: str
-    gateway: str  # replica name: where deltas go
+    gateway: str  # replica name: where deltas go at first; its record says where they go now
     shard: int  # which tokens stream
     created: float  # unix seconds
     sampling: Sampling
@@ -283,7 +283,8 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
-    """From now on this request's deltas go to `gateway`; first those after sequence number `after`, from the journal.
+    """From now on this request's deltas go to `gateway` too; first those after sequence number `after`, from the
+    journal.
 
     Sent into the tokens stream of the request's shard, so that whoever owns the shard reads it in order and a new owner
     reads it again. A gateway sends it for a client that comes back, and when the deltas it gets leave a gap.

@@ -5,7 +5,7 @@ after an answer that a client may come back for. A stage that takes an entry and
 drops the entry. No journal is written without its record, so a late writer leaves nothing behind.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from redis.asyncio import Redis
@@ -38,7 +38,8 @@ from shared.messages import (
 CONTROL_LENGTH = 10_000  # entries the control stream keeps, about; the record says the same to whoever missed one
 TOKEN_BYTES = 4
 
-# KEYS idempotency, stream, record...; ARGV what we submit, expiry in s, prefix of records, v, then (request, m)...
+# KEYS idempotency, stream, record...; ARGV what we submit, expiry in s, prefix of records, v, gateway, then
+# (request, m)...
 # Earlier requests of which one is gone (refused, cancelled, failed, or past their time) do not stand in the way.
 _SUBMIT_ONCE = """
 local known = redis.call('GET', KEYS[1])
@@ -50,8 +51,8 @@ if known then
   if alive then return known end
 end
 for i = 3, #KEYS do
-  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i - 1], 'epoch', '0')
-  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i])
+  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5])
+  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1])
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 return false
@@ -116,17 +117,50 @@ end
 # KEYS shards, keys...; ARGV fence.
 _DELETE = FENCE + "for i = 2, #KEYS do redis.call('UNLINK', KEYS[i]) end"
 
-# KEYS shards, record...; ARGV fence, gateway...
+# The names in a record's `gateways`, but for one.
+_OTHERS = """
+local function others(record, gateway)
+  local names = {}
+  for name in string.gmatch(redis.call('HGET', record, 'gateways') or '', '%S+') do
+    if name ~= gateway then names[#names + 1] = name end
+  end
+  return names
+end
+"""
+
+# KEYS record...; ARGV gateway.
 _ATTACH = (
-    FENCE
+    _OTHERS
     + """
-for i = 2, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('HSET', KEYS[i], 'gateway', ARGV[at + i - 2]) end
+for _, record in ipairs(KEYS) do
+  if redis.call('EXISTS', record) == 1 then
+    local names = others(record, ARGV[1])
+    names[#names + 1] = ARGV[1]
+    redis.call('HSET', record, 'gateways', table.concat(names, ' '))
+  end
 end
 """
 )
 
-_FIELDS = ("request", "epoch", "cancelled", "begin", "finish", "gateway")
+# KEYS record...; ARGV gateway, prefix of deltas. A gateway is there while its stream is. Returns the places, from 1, of
+# those without a reader now.
+_DETACH = (
+    _OTHERS
+    + """
+local alone = {}
+for i, record in ipairs(KEYS) do
+  if redis.call('EXISTS', record) == 1 then
+    local names, read = others(record, ARGV[1]), false
+    for _, name in ipairs(names) do read = read or redis.call('EXISTS', ARGV[2] .. name) == 1 end
+    redis.call('HSET', record, 'gateways', table.concat(names, ' '))
+    if not read then alone[#alone + 1] = i end
+  end
+end
+return alone
+"""
+)
+
+_FIELDS = ("request", "epoch", "cancelled", "begin", "finish", "gateways")
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -135,9 +169,9 @@ class Record(msgspec.Struct, frozen=True):
     request: Request
     epoch: int
     cancelled: bool  # nothing more is to be generated: nobody waits for it, or a stop string has ended the answer
+    gateways: tuple[str, ...]  # where deltas go: usually one, more while several clients read the same answer
     begin: Begin | None = None  # of the newest epoch whose tokens the journal may hold; set once there is a journal
     finish: Finish | None = None  # the answer has ended well, the journal holds all of it, and both will expire
-    gateway: str | None = None  # where deltas go now, if not to the request's first gateway
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -161,12 +195,16 @@ class Records:
         self._retain = redis.register_script(_RETAIN)
         self._delete = redis.register_script(_DELETE)
         self._attach = redis.register_script(_ATTACH)
+        self._detach = redis.register_script(_DETACH)
 
     async def submit(self, stream: str, message: Encode | Generate) -> None:
         """Create the record and append the work entry to `stream`, in one transaction (gateway)."""
         request = message.request
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(self._keys.request(request.id), mapping={b"request": encode_request(request), b"epoch": b"0"})
+            pipe.hset(
+                self._keys.request(request.id),
+                mapping={b"request": encode_request(request), b"epoch": b"0", b"gateways": request.gateway.encode()},
+            )
             pipe.xadd(self._keys.stream(stream), to_entry(message))  # type: ignore[arg-type]  # dict is invariant
             await pipe.execute()
 
@@ -188,7 +226,14 @@ class Records:
                 self._keys.stream(stream),
                 *(self._keys.request(request_id) for request_id in mine.request_ids),
             ],
-            args=[msgspec.json.encode(mine), ttl_s, self._keys.request(""), VERSION, *fields],
+            args=[
+                msgspec.json.encode(mine),
+                ttl_s,
+                self._keys.request(""),
+                VERSION,
+                messages[0].request.gateway,
+                *fields,
+            ],
         )
         earlier = msgspec.json.decode(known, type=Submission) if known else None
         return None if earlier == mine else earlier  # equal: our own, sent again because its reply was lost
@@ -219,6 +264,16 @@ class Records:
             [self._keys.control(), *map(self._keys.request, request_ids)],
             [CONTROL_LENGTH, entry[b"v"], entry[b"m"]],
         )
+
+    async def attach(self, request_ids: Sequence[str], gateway: str) -> None:
+        """Write down that clients of `gateway` read these answers (gateway)."""
+        await self._attach(keys=[*map(self._keys.request, request_ids)], args=[gateway])
+
+    async def detach(self, request_ids: Sequence[str], gateway: str) -> list[str]:
+        """Write down that none does any more. Returns the requests that no living gateway has a reader of now."""
+        args = [gateway, self._keys.deltas("")]
+        alone = await self._detach(keys=[*map(self._keys.request, request_ids)], args=args)
+        return [request_ids[place - 1] for place in alone]
 
     # ------------------------------------------------------------------------------------------- postproc's part
 
@@ -258,11 +313,6 @@ class Records:
         found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
         return [decode_logprob(data) for data in found]
 
-    async def attach(self, gateways: Mapping[str, str], fence: Fence) -> None:
-        """Keep where the deltas of these requests go from now on; request id -> gateway."""
-        names = [self._keys.request(request_id) for request_id in gateways]
-        await fence.run(self._attach, names, list(gateways.values()))
-
     async def retain(self, ended: Sequence[tuple[str, Finish, float]], fence: Fence) -> None:
         """(request id, finish, seconds): keep the answer, whose journal is complete, for that long."""
         args = [part for _, finish, s in ended for part in (encode_finish(finish), max(1, int(1000 * s)))]
@@ -282,14 +332,15 @@ class Records:
 
 
 def _record(fields: Sequence[bytes | None]) -> Record:
-    request, epoch, cancelled, begin, finish, gateway = fields
+    request, epoch, cancelled, begin, finish, gateways = fields
     assert request is not None
     assert epoch is not None
+    assert gateways is not None
     return Record(
         decode_request(request),
         int(epoch),
         cancelled is not None,
+        tuple(str(gateways, "utf-8").split()),
         None if begin is None else decode_begin(begin),
         None if finish is None else decode_finish(finish),
-        None if gateway is None else str(gateway, "utf-8"),
     )

@@ -15,13 +15,14 @@ from shared.streams import LogReader
 BATCH = 256  # entries a read
 BLOCK_MS = 1000
 RETRY_S = 0.2
-TTL_S = 3600  # of the stream of a gateway that died without deleting it
+TTL_S = 60  # of the stream of a gateway that died without deleting it
 
-# KEYS stream; ARGV ttl, v, m. Others write to the stream only while it is there, so that nothing is left of a gateway
-# that is not. Returns whether it was not.
+# KEYS stream; ARGV ttl, v, m, the id of what was read last. Others write to the stream only while it is there, so that
+# nothing is left of a gateway that is not. What was read is cut. Returns whether the stream was not there.
 _KEEP = """
 local gone = redis.call('EXISTS', KEYS[1]) == 0
 if gone then redis.call('XADD', KEYS[1], '*', 'v', ARGV[2], 'm', ARGV[3]) end
+redis.call('XTRIM', KEYS[1], 'MINID', '~', ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 return gone and 1 or 0
 """
@@ -88,8 +89,10 @@ class Inbox:
         await self._redis.delete(self._key)
 
     async def _keep_it(self) -> bool:
-        """Renew the stream's expiry, so that it outlives a crash of ours by no more; True if it had to be made anew."""
-        made = bool(await self._keep(keys=[self._key], args=[TTL_S, _NOTHING[b"v"], _NOTHING[b"m"]]))
+        """Renew the stream's expiry, so that it outlives a crash of ours by no more, and cut what was read; True if it
+        had to be made anew."""
+        args = [TTL_S, _NOTHING[b"v"], _NOTHING[b"m"], self._reader.positions[self._key]]
+        made = bool(await self._keep(keys=[self._key], args=args))
         if made:
             self._reader.positions[self._key] = "0"  # the ids of a new stream may be below the old one's
         return made

@@ -24,7 +24,6 @@ from shared.blobs import Blobs
 from shared.crash import reach
 from shared.errors import RequestError
 from shared.keys import Keys
-from shared.leases import Fence
 from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
 from shared.records import Record, Records, Submission
 from shared.streams import send
@@ -83,7 +82,6 @@ class Pipeline:
         self._backlog = backlog
         self._blobs = blobs
         self._records = Records(redis, keys)
-        self._fence = Fence(keys, route.gateway, {})
 
     async def submit(self, exchange: Exchange, order: Order, ticket: Ticket) -> str | None:
         """Send every choice of `exchange`, or none: then, under the same key, a request was sent before, whose id is
@@ -128,16 +126,16 @@ class Pipeline:
 
     def is_ours(self, record: Record) -> bool:
         """Whether its answer comes to this gateway."""
-        return (record.gateway or record.request.gateway) == self._route.gateway
+        return self._route.gateway in record.gateways
 
     async def attach(self, choices: Sequence[Choice]) -> None:
-        """Have the answers come here from now on, and first what comes after what each choice has.
+        """Have the answers come here too from now on, and first what comes after what each choice has.
 
-        The record says so at once, so that a gateway that had the request before does not cancel it.
+        The record says so at once, so that no other gateway that has had the request cancels it.
         """
         if not choices:
             return
-        await self._records.attach({choice.request_id: self._route.gateway for choice in choices}, self._fence)
+        await self._records.attach([choice.request_id for choice in choices], self._route.gateway)
         for choice in choices:
             attach = Attach(choice.request_id, self._route.gateway, choice.seq)
             choice.asked = True
@@ -156,12 +154,11 @@ class Pipeline:
             await self.attach(choices)
 
     async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Stop work on these, except where another gateway has taken over."""
-        records = await self._records.get(request_ids)
-        ours = [request_id for request_id, record in records.items() if self.is_ours(record)]
-        if ours:
+        """Stop work on these, except on what another gateway has readers of."""
+        alone = await self._records.detach(request_ids, self._route.gateway)
+        if alone:
             reach("gateway.cancel.before")
-            await self._records.cancel(ours)
+            await self._records.cancel(alone)
             reach("gateway.cancel.after")
 
     # ------------------------------------------------------------------------------------------------ sending

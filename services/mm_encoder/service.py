@@ -325,8 +325,8 @@ class MmEncoder:
 
     async def _accept(self, record: Record, accepted: Accepted) -> None:
         reach("mm_encoder.accepted.before")
-        deltas = self._keys.deltas(record.gateway or record.request.gateway)
-        await reply(self._redis, deltas, accepted, DELTAS_LENGTH)
+        for gateway in record.gateways:
+            await reply(self._redis, self._keys.deltas(gateway), accepted, DELTAS_LENGTH)
         reach("mm_encoder.accepted.after")
 
     async def _ensure_encoded(self, item: Prepared) -> None:

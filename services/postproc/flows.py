@@ -21,7 +21,6 @@ IGNORED = 4096  # requests without a record that are remembered, so that each is
 EntryId = tuple[int, int]  # milliseconds and sequence number of a stream entry
 
 NOT_FOUND = Failure(404, "There is no such request, or its answer is no longer kept.", code="request_not_found")
-TAKEN_OVER = Failure(409, "Another connection has taken this answer over.", code="taken_over")
 LOST = internal("The server has lost this request.", "request_lost", status=503).failure
 
 _log = logger(__name__)
@@ -39,12 +38,11 @@ class Flow:
 
     __slots__ = (
         "answer",
-        "attached",
         "begin_due",
         "cut",
         "epoch",
         "finish",
-        "gateway",
+        "gateways",
         "idle",
         "logprobs",
         "request",
@@ -62,8 +60,7 @@ class Flow:
         self.request = request
         self.request_id = request.id
         self.shard = request.shard
-        self.gateway = record.gateway or request.gateway
-        self.attached = record.gateway is not None  # somebody came back for it
+        self.gateways = record.gateways  # where its deltas go
         self.answer = answer
         self.epoch = begin.epoch if begin else 0  # the newest seen
         self.tokens = journal.tokens  # all that the engine generated, even after a stop string, but for a stop token
@@ -111,7 +108,6 @@ class Turn:
         "failures",
         "gone",
         "kept",
-        "moved",
         "queued",
         "sent",
         "tokens",
@@ -125,7 +121,6 @@ class Turn:
         self.kept: list[Flow] = []  # ended well, and somebody may come back for them
         self.gone: list[str] = []  # ended, and nobody will
         self.due: list[Flow] = []  # have enough new tokens for a write of their journal
-        self.moved: dict[str, str] = {}  # request -> the gateway that has attached itself to it
         self.queued: set[str] = set()  # attached to before any engine began
         self.closed: dict[str, Flow] = {}  # ended in this turn or before it
         self.touched: list[Flow] = []
@@ -137,7 +132,8 @@ class Turn:
         """Collect what is new in an answer."""
         delta = flow.answer.take()
         if delta is not None:
-            self.say(flow.gateway, delta)
+            for gateway in flow.gateways:
+                self.say(gateway, delta)
 
     def say(self, gateway: str, delta: Delta) -> None:
         self.sent += 1
@@ -335,31 +331,29 @@ class Flows:
             turn.kept.append(flow)
             return
         turn.gone.append(flow.request_id)
-        if flow.attached and flow.finish.reason == "cancelled" and not flow.answer.answered:
-            turn.say(flow.gateway, _not_found(flow.request_id, flow.answer.taken))
+        if flow.finish.reason == "cancelled" and not flow.answer.answered:
+            for gateway in flow.gateways:
+                if gateway != flow.request.gateway:  # somebody came back there, and cannot have cancelled it
+                    turn.say(gateway, _not_found(flow.request_id, flow.answer.taken))
 
     # ------------------------------------------------------------------------------------------------ coming back
 
-    def attach(self, message: Attach, turn: Turn, replay: bool) -> None:
-        """Send what a gateway has missed of an answer, and from now on the rest. With `replay` it may have come before:
-        then what is sent again is dropped there by its number."""
+    def attach(self, message: Attach, turn: Turn) -> None:
+        """Send what a gateway has missed of an answer, and from now on the rest. What it had before is dropped there by
+        its number, as when a new owner of the shard reads this again."""
         request_id, gateway = message.request_id, message.gateway
         flow = self._flows.get(request_id)
         if flow is not None:
             turn.take(flow)
-            if gateway != flow.gateway and not replay:
-                turn.say(flow.gateway, _last(request_id, flow.answer.taken, TAKEN_OVER))
-            flow.gateway, flow.attached = gateway, True
+            if gateway not in flow.gateways:
+                flow.gateways += (gateway,)
         elif request_id in turn.queued:
-            turn.moved[request_id] = gateway
-            return
+            return  # its record says who reads it
         else:
             flow = turn.closed.get(request_id)
         if flow is None or (flow.finish is not None and flow.finish.reason == "cancelled" and not flow.answer.answered):
             turn.say(gateway, _not_found(request_id, message.after))
             return
-        if request_id in self._flows:
-            turn.moved[request_id] = gateway
         delta = self._missed(flow, message.after)
         if delta is not None:
             turn.say(gateway, delta)

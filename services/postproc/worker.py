@@ -186,7 +186,7 @@ class Worker:
             owned = self._owned[shard]
             replay = entry <= owned.replay_until
             if isinstance(message, Attach):
-                self._flows.attach(message, turn, replay)
+                self._flows.attach(message, turn)
             else:
                 before = turn.tokens
                 self._flows.fold(entry, message, turn, replay)
@@ -197,8 +197,6 @@ class Worker:
         self._flows.end_turn(turn)
 
     async def _send(self, turn: Turn) -> None:
-        if turn.moved:
-            await self._write("attach", lambda: self._records.attach(turn.moved, self._fence))
         if turn.deltas:
             await self._write("deltas", lambda: self._outbox.send(turn.deltas, self._fence))
 

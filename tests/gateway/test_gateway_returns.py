@@ -160,13 +160,31 @@ async def test_a_stream_goes_on_at_another_gateway(
     assert {event.chunk["id"] for event in [*before, *after[:-1]]} == {f"chatcmpl-{request.id}"}
     assert {event.chunk["created"] for event in [*before, *after[:-1]]} == {int(request.created)}
     assert after[-2].chunk["usage"]["total_tokens"] == 14
-    assert await redis.xlen(keys.control()) == 0, "the first gateway left what another had taken over alone"
+    assert await redis.xlen(keys.control()) == 0, "the first gateway left alone what another was reading"
     assert (
         other.metric(
             'millrace_http_requests_total{method="GET",path="/v1/chat/completions/{name}/events",status="200"}'
         )
         == 1
     )
+
+
+async def test_who_only_looked_on_ends_nothing_by_leaving(
+    server: Running, other: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    async with reading(server, body={}) as reader:
+        request = await stages.request()
+        await stages.say(request, Delta(request.id, 1, content="a"))
+        before = await reader.until("1")
+        async with reading(other, f"/chatcmpl-{request.id}/events") as looker:
+            gateway = (await stages.attached()).gateway
+            await stages.send(gateway, Delta(request.id, 1, content="a"))
+            assert texts(await looker.until("1")) == "a"
+        await until(other.idle)
+        assert (await Records(redis, keys).get([request.id]))[request.id].gateways == (request.gateway,)
+        assert await redis.xlen(keys.control()) == 0
+        await stages.say(request, Delta(request.id, 2, content="b", finish_reason="stop", usage=USAGE, start=1))
+        assert texts(before) + texts(await reader.rest()) == "ab"
 
 
 async def test_the_client_library_reads_it(server: Running, other: Running, stages: Stages) -> None:
@@ -378,7 +396,7 @@ async def test_a_silent_request_that_another_gateway_has_is_asked_for_again(
 ) -> None:
     async with running(checkpoint, redis_url, watch_s=0.05) as server, reading(server, body={}) as reader:
         request = await stages.request()
-        await redis.hset(keys.request(request.id), "gateway", "another")
+        await redis.hset(keys.request(request.id), "gateways", "another")
         attach = await stages.attached()
         assert attach == Attach(request.id, request.gateway, 0)
         await stages.say(request, Delta(request.id, 1, content="a", finish_reason="stop", usage=USAGE))
@@ -425,6 +443,20 @@ async def test_a_request_that_redis_has_lost_is_answered(
         assert await redis.exists(keys.deltas(request.gateway)), "made again, for others write to what is there only"
         await stages.answer(request, "back")
         assert (await again).choices[0].message.content == "back"
+
+
+async def test_what_was_read_is_cut(checkpoint: Path, redis_url: str, stages: Stages, redis: Redis, keys: Keys) -> None:
+    """A gateway's stream is empty again, but for what its nodes round up to, when nothing is said any more."""
+    texts = [f"{n} " for n in range(300)]
+    async with running(checkpoint, redis_url, watch_s=0.05) as server:
+        asked = asyncio.create_task(server.client.chat.completions.create(model="demo-model", messages=HI))
+        request = await stages.request()
+        await stages.answer(request, *texts)
+        assert (await asked).choices[0].message.content == "".join(texts)
+        async with asyncio.timeout(WAIT_S):
+            while await redis.xlen(keys.deltas(request.gateway)) > 100:  # noqa: ASYNC110  # nobody tells of it
+                await asyncio.sleep(0.01)
+        assert 0 < await redis.ttl(keys.deltas(request.gateway)) <= 60
 
 
 async def test_everything_is_looked_up_once_redis_is_back_without_it(

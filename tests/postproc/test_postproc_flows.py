@@ -15,7 +15,7 @@ A = WORDS.tokens([b"a"])[0]
 def flows_of(*request_ids: str, shard: int = 0) -> Flows:
     flows = Flows(Vocabulary(WORDS), Parsers(), journal_every=4)
     for request_id in request_ids:
-        flows.open(Record(request(request_id, shard=shard), 1, False), Journal(), Turn())
+        flows.open(Record(request(request_id, shard=shard), 1, False, ("g1",)), Journal(), Turn())
     return flows
 
 

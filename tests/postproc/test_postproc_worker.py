@@ -9,6 +9,8 @@ import pytest
 from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.demo_tokenizer import write_tokenizer
 from services.postproc.answer import Answer, Parsers
@@ -16,10 +18,12 @@ from services.postproc.detokenize import TokenBytes, Vocabulary
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.settings import PostprocSettings
 from services.postproc.worker import SERVICE, Worker
+from shared import patience
 from shared.bus import command
 from shared.keys import GENERATE, Keys
-from shared.leases import Lease
+from shared.leases import Fence, Lease
 from shared.messages import (
+    Attach,
     Begin,
     Cancel,
     Delta,
@@ -60,7 +64,7 @@ class System:
         self, name: str = "p1", vocabulary: TokenBytes = WORDS, clock: Any = None, **options: Any
     ) -> Worker:
         """A worker with a lease; it owns its shards after its first turn."""
-        defaults: dict[str, Any] = {"journal_every": 8, "trim_every": 16, "lease_ms": 60}
+        defaults: dict[str, Any] = {"journal_every": 8, "trim_every": 16, "lease_ms": 60, "read_count": 1000}
         settings = PostprocSettings(redis_url="", model="", name=name, **(defaults | options))
         self.metrics[name] = CollectorRegistry()
         self.leases[name] = Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000)
@@ -126,10 +130,16 @@ class System:
             assert shown.seq >= delta.seq
         return self.shown
 
+    async def attach(self, request_id: str, gateway: str, after: int, shard: int = 0) -> None:
+        """A client has come to `gateway` with the number of what it was shown last."""
+        await self.listen(gateway)
+        await self.records.attach([request_id], gateway)
+        await send(self.redis, self.keys.tokens(shard), Attach(request_id, gateway, after))
+
     async def left(self) -> set[str]:
         """Keys of requests."""
         names = [name.decode() for name in await self.redis.keys("*")]
-        return {name for name in names if ":request:" in name or ":journal:" in name}
+        return {name for name in names if {"request", "journal", "logprobs"} & set(name.split(":"))}
 
 
 def held(worker: Worker) -> dict[str, float]:
@@ -423,6 +433,245 @@ async def test_a_journal_that_redis_lost_is_written_again(system: System) -> Non
     assert await system.records.read_journal("r1") == TOKENS[:24]
 
 
+# ------------------------------------------------------------------------------------------------ coming back
+
+
+async def test_who_comes_back_gets_what_it_missed_and_then_the_rest(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 20)
+    await worker.turn()
+    seen = (await system.show())["r1"]
+    await system.generate("r1", 20, 30)
+    await worker.turn()
+    await system.deltas()  # sent to a gateway that has died
+    await system.attach("r1", "g2", seen.seq)
+    await system.generate("r1", 30, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    await worker.turn()
+    assert (await system.show("g2"))["r1"] == whole()
+    assert await system.left() == set()
+
+
+async def test_an_answer_is_read_at_several_gateways_at_once(system: System) -> None:
+    await system.submit(request())
+    first = await system.worker("p1")
+    await first.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 20)
+    await first.turn()
+    await system.attach("r1", "g2", 0)
+    await system.generate("r1", 20, 40)
+    await first.turn()
+    await first.turn()  # nothing comes, so all is journaled and the stream is empty
+    await system.die("p1")
+    second = await system.worker("p2")
+    await second.turn()
+    await system.attach("r1", "g3", 0)
+    await system.generate("r1", 40, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    await second.turn()
+    for gateway in ("g1", "g2", "g3"):
+        system.shown.clear()
+        assert (await system.show(gateway))["r1"] == whole()
+
+
+async def test_a_gateway_that_has_a_gap_gets_all_behind_it_at_once(system: System) -> None:
+    await system.submit(request(), request("r2"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    for first in (0, 10, 20):
+        await system.generate("r1", first, first + 10)
+        await system.generate("r2", first, first + 10)
+        await worker.turn()
+    first, _, third = [delta for delta in await system.deltas() if delta.request_id == "r1"]
+    assert (first.start, third.start > first.seq) == (0, True)
+    await system.attach("r1", "g1", first.seq)
+    await system.attach("r1", "g1", first.seq)  # asked twice
+    await worker.turn()
+    shown = Shown()
+    for delta in (first, third, *await system.deltas()):
+        shown.take(delta)
+    await system.generate("r1", 30, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    await worker.turn()
+    for delta in await system.deltas():
+        assert delta.failure is None
+        shown.take(delta)
+    assert shown == whole()
+
+
+async def test_where_deltas_go_outlives_the_worker(system: System) -> None:
+    await system.submit(request())
+    first = await system.worker("p1")
+    await first.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 40)
+    await first.turn()
+    await system.attach("r1", "g2", 0)
+    await first.turn()
+    await first.turn()  # nothing comes, so all is journaled and the stream is empty
+    assert await system.redis.xlen(system.keys.tokens(0)) == 0
+    assert await system.records.read_journal("r1") == TOKENS[:40]
+    await system.die("p1")
+    second = await system.worker("p2")
+    await second.turn()
+    await system.generate("r1", 40, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    while not (await system.show("g2")).get("r1", Shown()).done:
+        await second.turn()
+    assert system.shown["r1"] == whole()
+
+
+async def test_who_comes_back_to_a_request_that_waits_gets_it_from_the_beginning(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.attach("r1", "g2", 0)
+    await worker.turn()
+    assert worker.load()["open"] == 0
+    await system.begin("r1")
+    await system.generate("r1", 0, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    await worker.turn()
+    for gateway in ("g1", "g2"):
+        system.shown.clear()
+        assert (await system.show(gateway))["r1"] == whole()
+
+
+async def test_a_finished_answer_is_kept_and_told_again_to_whoever_asks(system: System) -> None:
+    await system.submit(request(retain_s=60.0), request("r2", stop=("on; 你",), retain_s=60.0))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    for one in ("r1", "r2"):
+        await system.generate(one, 0, len(TOKENS))
+    await worker.turn()
+    await system.finish("r1", len(TOKENS))
+    await system.finish("r2", len(TOKENS), Finish("cancelled"))  # for us: it had a stop string
+    await worker.turn()
+    first = dict(await system.show())
+    assert worker.load()["open"] == 0
+    assert await system.records.read_journal("r1") == TOKENS
+    assert {one: record.finish for one, record in (await system.records.get(["r1", "r2"])).items()} == {
+        "r1": STOP,
+        "r2": Finish("stop"),
+    }
+    for key in await system.left():
+        assert 0 < await system.redis.ttl(key) <= 60
+
+    await system.step(TokenRun("r1", 1, 3, (EOS,)))  # what comes of it now is nothing
+    for one in ("r1", "r2"):
+        await system.attach(one, "g2", 0)
+        await system.attach(one, "g3", first[one].seq - 1)
+        await system.attach(one, "g4", first[one].seq)
+    await worker.turn()
+    for gateway, start in (("g2", 0), ("g3", None), ("g4", None)):
+        deltas = {delta.request_id: delta for delta in await system.deltas(gateway)}
+        for one in ("r1", "r2"):
+            delta = deltas[one]
+            assert (delta.finish_reason, delta.usage, delta.seq) == ("stop", first[one].usage, first[one].seq)
+            assert (delta.content == first[one].content) == (start == 0)
+    assert await system.deltas("g1") == []
+    assert worker.load()["open"] == 0
+
+
+async def test_log_probabilities_and_token_ids_are_kept_for_who_asked_for_them(system: System) -> None:
+    asked = {"logprobs": True, "return_token_ids": True, "thinking": False}
+    await system.submit(request(retain_s=60.0, **asked))  # type: ignore[arg-type]
+    first = await system.worker("p1")
+    await first.turn()
+    await system.begin("r1")
+    logprobs = tuple(TokenLogprob(-index / 2, ((EOS, -1.0),)) for index in range(41))
+    await system.step(TokenRun("r1", 1, 0, tuple(TOKENS[:20]), logprobs[:20]))
+    await first.turn()
+    await first.turn()
+    await system.die("p1")
+    second = await system.worker("p2")
+    await second.turn()
+    await system.step(TokenRun("r1", 1, 20, (*TOKENS[20:40], EOS), logprobs[20:], STOP))
+    await second.turn()
+    shown = (await system.show())["r1"]
+    assert [one.logprob for one in shown.logprobs] == [-index / 2 for index in range(40)]  # type: ignore[attr-defined]
+    assert shown.token_ids == [*TOKENS[:40], EOS]
+    await system.attach("r1", "g2", 0)
+    await second.turn()
+    [delta] = await system.deltas("g2")
+    assert (list(delta.logprobs), list(delta.token_ids)) == (shown.logprobs, shown.token_ids)
+
+
+@pytest.mark.parametrize("failed", [True, False])
+async def test_what_was_cancelled_or_failed_is_not_kept(system: System, failed: bool) -> None:
+    await system.submit(request(retain_s=60.0))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 20)
+    await system.finish("r1", 20, Finish("error" if failed else "cancelled"))
+    await worker.turn()
+    assert await system.left() == set()
+    await system.attach("r1", "g2", 0)
+    await worker.turn()
+    [delta] = await system.deltas("g2")
+    assert delta.failure is not None
+    assert (delta.failure.status, delta.failure.code, delta.seq) == (404, "request_not_found", 1)
+
+
+async def test_who_came_back_learns_that_the_request_was_cancelled(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 20)
+    await system.attach("r1", "g2", 0)
+    await worker.turn()
+    await system.deltas("g2")
+    await system.finish("r1", 20, Finish("cancelled"))
+    await worker.turn()
+    [delta] = await system.deltas("g2")
+    assert delta.failure is not None
+    assert delta.failure.code == "request_not_found"
+
+
+async def test_what_ends_in_the_same_turn_is_told_to_who_comes_back_in_it(system: System) -> None:
+    await system.submit(*(request(one) for one in ("good", "failed", "cancelled", "gap")))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("good", "failed", "cancelled", "gap")
+    for one in ("good", "failed", "cancelled", "gap"):
+        await system.generate(one, 0, 30)
+    await system.generate("gap", 31, 32)
+    await system.attach("gap", "g2", 0)
+    for one, finish in (("good", Finish("length")), ("failed", Finish("error")), ("cancelled", Finish("cancelled"))):
+        await system.finish(one, 30, finish)
+        await system.attach(one, "g2", 0)
+    await worker.turn()
+    told = {delta.request_id: delta for delta in await system.deltas("g2")}
+    assert told["good"].finish_reason == "length"
+    assert {one: delta.failure.status for one, delta in told.items() if delta.failure} == {
+        "failed": 500,
+        "cancelled": 404,
+        "gap": 500,
+    }
+    assert told["gap"].reasoning + told["gap"].content == told["good"].reasoning + told["good"].content != ""
+
+
+async def test_a_gateway_that_is_gone_leaves_nothing_behind(system: System) -> None:
+    await system.submit(request())
+    worker = await system.worker()
+    await worker.turn()
+    await system.redis.delete(system.keys.deltas("g1"))
+    await system.begin("r1")
+    await system.generate("r1", 0, 20)
+    await system.finish("r1", 20)
+    await worker.turn()
+    assert not await system.redis.exists(system.keys.deltas("g1"))
+    assert await system.left() == set()
+
+
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -527,7 +776,133 @@ async def test_an_unreadable_entry_ends_only_the_requests_in_it(
     assert failed == {"r1": True, "r2": False}
 
 
+async def test_a_redis_that_forgot_everything_is_served_anew(system: System) -> None:
+    await system.submit(request("lost"))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("lost")
+    await system.generate("lost", 0, 10)
+    await worker.turn()
+    await system.show()
+    await system.redis.flushall()
+    await system.leases["p1"].renew("ready")
+    await system.listen("g1")
+    await system.generate("lost", 10, 20)  # its engine knows nothing of it
+    await system.submit(request())
+    await system.begin("r1")
+    await system.generate("r1", 0, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    while not (await system.show()).get("r1", Shown()).done:
+        await worker.turn()
+    assert system.shown["r1"] == whole()
+    assert await system.left() == set()
+    while worker.load()["open"]:
+        await worker.turn()
+    [delta] = await system.deltas()
+    assert (delta.request_id, delta.failure is not None) == ("lost", True)
+    assert worker.load()["shards"] == 1
+
+
+async def test_a_request_that_redis_forgot_ends_in_an_error(system: System) -> None:
+    now = 0.0
+    await system.submit(request(), request("r2"))
+    worker = await system.worker(clock=lambda: now)
+    await worker.turn()
+    await system.begin("r1", "r2")
+    await system.generate("r1", 0, 10)
+    await system.generate("r2", 0, 10)
+    await worker.turn()
+    shown = (await system.show())["r1"].seq
+    await system.redis.delete(system.keys.request("r1"))
+    for _ in range(2):
+        assert worker.load()["open"] == 2
+        now += 60
+        await worker.turn()
+    assert worker.load()["open"] == 1
+    [delta] = await system.deltas()
+    assert delta.failure is not None
+    assert (delta.request_id, delta.failure.status, delta.start) == ("r1", 503, shown)
+
+
+async def test_while_redis_does_not_answer_the_worker_waits_and_loses_nothing(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every write fails once on its way, and once with its reply on the way back."""
+    failures = iter([1, 2] * 100)
+    run = Fence.run
+
+    async def broken(fence: Fence, script: Any, keys: Any, args: Any) -> Any:
+        match next(failures, 0):
+            case 1:
+                raise RedisConnectionError("down")
+            case 2:
+                await run(fence, script, keys, args)
+                raise RedisTimeoutError("slow")
+        return await run(fence, script, keys, args)
+
+    monkeypatch.setattr(Fence, "run", broken)
+    monkeypatch.setattr(patience, "FIRST_DELAY_S", 0.0)
+    await system.submit(request(), request("r2", stop=("on; 你",), retain_s=60.0))
+    worker = await system.worker()
+    await worker.turn()
+    await system.begin("r1", "r2")
+    for first in range(0, len(TOKENS), 40):
+        for one in ("r1", "r2"):
+            await system.generate(one, first, min(first + 40, len(TOKENS)))
+        await worker.turn()
+    await system.finish("r1", len(TOKENS))
+    await system.finish("r2", len(TOKENS), Finish("cancelled"))
+    await worker.turn()
+    shown = await system.show()
+    assert shown["r1"] == whole()
+    assert shown["r2"].finish_reason == "stop"
+    assert await system.records.read_journal("r2") == TOKENS
+    assert await system.left() == {"test:request:r2", "test:journal:r2"}
+
+
 # ------------------------------------------------------------------------------------------------ shards
+
+
+WRITES = ("deltas", "cancel", "journal", "retain", "delete", "trim")
+
+
+@pytest.mark.parametrize("what", WRITES)
+async def test_a_paused_owner_that_wakes_writes_nothing(
+    system: System, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It stops right before a write, another takes over and ends everything, and then it goes on."""
+    await system.submit(request(retain_s=60.0), request("r2"), request("r3", "g3", stop=("cat",)))
+    paused = await system.worker("p1", trim_every=1)
+    await paused.turn()
+    await system.begin("r1", "r2", "r3")
+    for one in ("r1", "r2", "r3"):
+        await system.generate(one, 0, len(TOKENS))
+    await system.attach("r3", "g2", 0)
+    await system.finish("r1", len(TOKENS))
+    await system.finish("r2", len(TOKENS))
+    write = paused._write
+    stopped, go_on = asyncio.Event(), asyncio.Event()
+
+    async def stopping(point: str, attempt: Any) -> Any:
+        if point == what:
+            stopped.set()
+            await go_on.wait()
+        return await write(point, attempt)
+
+    monkeypatch.setattr(paused, "_write", stopping)
+    task = asyncio.create_task(paused.turn())
+    await stopped.wait()
+    await system.die("p1")
+    other = await system.worker("p2")
+    await other.turn()
+    await other.turn()
+    before = {key: await system.redis.dump(key) for key in await system.redis.keys("*")}
+    go_on.set()
+    await task
+    assert {key: await system.redis.dump(key) for key in await system.redis.keys("*")} == before
+    assert held(paused) == {"open": 0.0, "shards": 0.0}
+    await system.show("g1")
+    assert system.shown["r1"] == system.shown["r2"] == whole()
 
 
 async def test_replicas_share_shards_and_hand_them_over(system: System) -> None:

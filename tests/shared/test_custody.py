@@ -193,16 +193,16 @@ async def test_what_nobody_waits_for_is_not_handed_on(encoding: Case, keys: Keys
     assert not await encoding.redis.exists(keys.stream(GENERATE))
 
 
-@pytest.mark.parametrize("moved", [False, True])
-async def test_refuse(encoding: Case, keys: Keys, moved: bool) -> None:
-    if moved:
-        await encoding.redis.hset(keys.request("r"), "gateway", "gw-2")
+@pytest.mark.parametrize("joined", [False, True])
+async def test_refuse(encoding: Case, keys: Keys, joined: bool) -> None:
+    if joined:
+        await encoding.records.attach(["r"], "gw-2")
         await send(encoding.redis, keys.deltas("gw-2"), NO)
     assert await encoding.ours.refuse(encoding.entry, REQUEST, NO)
     assert not await encoding.ours.refuse(encoding.entry, REQUEST, NO)
     assert await encoding.ended()
-    assert await encoding.messages(keys.deltas("gw")) == ([] if moved else [NO])
-    assert await encoding.messages(keys.deltas("gw-2")) == ([NO, NO] if moved else [])
+    assert await encoding.messages(keys.deltas("gw")) == [NO]
+    assert await encoding.messages(keys.deltas("gw-2")) == ([NO, NO] if joined else [])
     assert await encoding.records.get(["r"]) == {}
 
 

@@ -9,6 +9,7 @@ from shared.leases import Fence
 from shared.messages import (
     Begin,
     Cancel,
+    Deltas,
     Encode,
     Finish,
     Generate,
@@ -20,6 +21,7 @@ from shared.messages import (
     pack_ids,
 )
 from shared.records import Record, Records, Submission
+from shared.streams import send
 
 
 def request(request_id: str = "r1") -> Request:
@@ -53,7 +55,7 @@ async def generates(redis: Redis, keys: Keys) -> list[object]:
 async def test_submit_makes_record_and_entry(redis: Redis, keys: Keys, records: Records) -> None:
     await records.submit(GENERATE, generate())
     assert await generates(redis, keys) == [generate()]
-    assert await records.get(["r1", "absent"]) == {"r1": Record(request(), epoch=0, cancelled=False)}
+    assert await records.get(["r1", "absent"]) == {"r1": Record(request(), 0, False, (request().gateway,))}
 
 
 async def test_a_key_submits_all_choices_once(redis: Redis, keys: Keys, records: Records) -> None:
@@ -181,11 +183,33 @@ async def test_an_answer_that_is_kept_expires_as_a_whole(redis: Redis, keys: Key
     assert not await redis.exists(keys.control())
 
 
-async def test_where_deltas_go_is_kept(keys: Keys, records: Records) -> None:
+async def test_where_deltas_go_is_kept(redis: Redis, keys: Keys, records: Records) -> None:
+    async def gateways() -> tuple[str, ...]:
+        return (await records.get(["r1", "gone"]))["r1"].gateways
+
+    first = request().gateway
     await records.submit(GENERATE, generate())
-    assert (await records.get(["r1"]))["r1"].gateway is None
-    await records.attach({"r1": "gateway-2", "gone": "gateway-2"}, Fence(keys, "", {}))
-    assert (await records.get(["r1", "gone"])) == {"r1": Record(request(), 0, False, gateway="gateway-2")}
+    assert await gateways() == (first,)
+    for _ in range(2):
+        await records.attach(["r1", "gone"], "g2")
+        assert await gateways() == (first, "g2")
+    await records.attach(["r1"], first)
+    assert await gateways() == ("g2", first)
+    assert not await redis.exists(keys.request("gone"))
+
+
+async def test_who_reads_last_is_told_so(redis: Redis, keys: Keys, records: Records) -> None:
+    first = request().gateway
+    await records.submit(GENERATE, generate())
+    for gateway in ("g2", "dead"):
+        await records.attach(["r1"], gateway)
+    for gateway in (first, "g2"):
+        await send(redis, keys.deltas(gateway), Deltas(()))
+    assert await records.detach(["gone", "r1"], "g2") == []
+    assert (await records.get(["r1"]))["r1"].gateways == (first, "dead")
+    assert await records.detach(["gone", "r1"], first) == ["r1"]
+    assert await records.detach(["r1"], "g2") == ["r1"]  # again: it has none
+    assert not await redis.exists(keys.request("gone"))
 
 
 async def test_who_lost_its_shards_writes_nothing(redis: Redis, keys: Keys, records: Records) -> None:
@@ -197,7 +221,6 @@ async def test_who_lost_its_shards_writes_nothing(redis: Redis, keys: Keys, reco
     writes = [
         records.cancel(["r1"], lost),
         records.write_journal([("r1", 0, [9])], fence=lost),
-        records.attach({"r1": "g"}, lost),
         records.retain([("r1", Finish("stop"), 1.0)], lost),
         records.delete(["r1"], lost),
     ]
