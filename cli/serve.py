@@ -17,11 +17,11 @@ from redis.exceptions import RedisError
 
 from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
-from cli.pipeline_view import HELD
 from cli.redis_server import RedisServer
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
 from shared import bus, leases
 from shared.keys import Keys
+from shared.pipeline_view import HELD
 
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then

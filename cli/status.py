@@ -11,9 +11,9 @@ import msgspec
 from redis.exceptions import RedisError
 
 from cli.connection import parser
-from cli.pipeline_view import HELD, PipelineView, StageView, problems, read
 from shared import bus
 from shared.keys import Keys
+from shared.pipeline_view import HELD, PipelineView, StageView, problems, read
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 

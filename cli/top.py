@@ -16,11 +16,11 @@ from rich.text import Text
 
 from cli.board import draw
 from cli.connection import parser
-from cli.pipeline_view import read
 from cli.status import UNKNOWN, look
 from shared import bus
 from shared.errors import ConfigError
 from shared.keys import Keys
+from shared.pipeline_view import read
 
 EVERY_S = 1.0
 WIDE = 160  # columns where there is no terminal to ask

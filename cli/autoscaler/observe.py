@@ -3,7 +3,7 @@
 import msgspec
 
 from cli.autoscaler.policy import Seen
-from cli.pipeline_view import HELD, PipelineView, StageView
+from shared.pipeline_view import HELD, PipelineView, StageView
 
 FEEDS = {"engine": "mm_encoder"}  # whose work becomes whose
 

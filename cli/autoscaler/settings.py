@@ -7,10 +7,10 @@ import msgspec
 from msgspec import Meta
 
 from cli.autoscaler.policy import Rules
-from cli.pipeline_view import QUEUES, SERVICES
 from shared import config
 from shared.config import Port, Positive, variable
 from shared.errors import ConfigError
+from shared.pipeline_view import QUEUES, SERVICES
 
 
 class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

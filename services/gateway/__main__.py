@@ -88,7 +88,7 @@ def compose(
     card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
     returns = Returns(admission, pipeline, desk, answerer)
     app = routes(completions, returns, card, partial(readiness, redis, keys, admission))
-    app.router.routes += console.routes(console.Console(redis, keys, settings.shards))
+    app.router.routes += console.routes(console.Console(redis, keys, settings.shards, blob_redis))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,

@@ -16,12 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from services.gateway.sightings import Queue, Sighting, Sightings
-from shared.errors import ProtocolError
+from services.gateway.sightings import Sighting, Sightings
 from shared.keys import Keys
-from shared.leases import Replica, live
+from shared.pipeline_view import PipelineView, problems, read
 
-STAGES = ("gateway", "mm_encoder", "engine", "postproc")
 STATIC = Path(__file__).parent / "static"
 ASSETS = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -57,28 +55,27 @@ _HEADERS = {
 }
 
 
-class Stage(msgspec.Struct, frozen=True):
-    """The replicas of one service. `unreadable`: one of another version is among them, and none can be shown."""
-
-    name: str
-    replicas: list[Replica]
-    unreadable: bool = False
-
-
 class State(msgspec.Struct, frozen=True):
     """What GET /console/state answers. Times are unix seconds of Redis's clock."""
 
-    now: float
-    stages: list[Stage]
-    queues: list[Queue]
+    problems: list[str]
+    pipeline: PipelineView
     requests: list[Sighting]
 
 
 class Console:
     """The picture, made when somebody asks for it and at no other time."""
 
-    def __init__(self, redis: Redis, keys: Keys, shards: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        shards: int,
+        blob_redis: Redis | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._redis = redis
+        self._blob_redis = blob_redis
         self._keys = keys
         self._sightings = Sightings(redis, keys, shards)
         self._clock = clock
@@ -99,15 +96,8 @@ class Console:
             return self._picture
 
     async def _look(self) -> bytes:
-        stages = [await self._stage(name) for name in STAGES]
-        queues = await self._sightings.look()
-        return msgspec.json.encode(State(self._sightings.now, stages, queues, self._sightings.requests()))
-
-    async def _stage(self, name: str) -> Stage:
-        try:
-            return Stage(name, await live(self._redis, self._keys, name))
-        except ProtocolError:
-            return Stage(name, [], unreadable=True)
+        view = await read(self._redis, self._keys, self._blob_redis, server=False)
+        return msgspec.json.encode(State(problems(view), view, await self._sightings.look(view.at)))
 
 
 def routes(console: Console) -> list[BaseRoute]:

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from shared.errors import ProtocolError
 from shared.keys import ENCODE, GENERATE, Keys
 from shared.messages import Begin, Cancel, TokenRun, Tokens
+from shared.pipeline_view import GROUP, QUEUES
 from shared.records import TOKEN_BYTES, Record, Records
 from shared.streams import LogReader
 
@@ -28,12 +29,11 @@ MOST_KEPT = 400
 
 Where = Literal["encode", "generate", "ended"]
 
-GROUPS = {ENCODE: "mm_encoder", GENERATE: "engine"}
-
-# KEYS stream, quarantine; ARGV group, most taken, most waiting, entries that are known... Returns {now, length,
-# quarantined, how many are taken, {entry, consumer, deliveries} of those, entries that wait, {entry, message} of all
-# that were not known}. Entry ids are of Redis's clock, so now is too.
-_LOOK = """
+# KEYS stream; ARGV group, most taken, most waiting, entries that are known... Returns {{entry, consumer, deliveries} of
+# what is taken, entries that wait, {entry, message} of all that were not known}.
+_LOOK = (
+    GROUP
+    + """
 local known, new = {}, {}
 for i = 4, #ARGV do known[ARGV[i]] = true end
 
@@ -43,35 +43,24 @@ local function add(entry)
   end
 end
 
-local delivered = '0-0'
-local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
-for _, group in ipairs(groups.err and {} or groups) do
-  local about = {}
-  for i = 1, #group, 2 do about[group[i]] = group[i + 1] end
-  if about['name'] == ARGV[1] then delivered = about['last-delivered-id'] end
-end
-
-local taken, running = {}, redis.pcall('XPENDING', KEYS[1], ARGV[1])
-if not running.err then
+local found, taken = group(), {}
+if found then
   for _, entry in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[2])) do
     taken[#taken + 1] = {entry[1], entry[2], entry[4]}
-    local found = not known[entry[1]] and redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
-    if found then add(found) end
+    local there = not known[entry[1]] and redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
+    if there then add(there) end
   end
 end
 
-local waiting = {}
+local waiting, delivered = {}, found and found['last-delivered-id'] or '0-0'
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', ARGV[3])) do
   waiting[#waiting + 1] = entry[1]
   if not known[entry[1]] then add(entry) end
 end
 
-local now = redis.call('TIME')
-return {
-  string.format('%d.%06d', now[1], now[2]), redis.call('XLEN', KEYS[1]), redis.call('XLEN', KEYS[2]),
-  running.err and 0 or running[1], taken, waiting, new,
-}
+return {taken, waiting, new}
 """
+)
 
 
 class _Request(msgspec.Struct, frozen=True):
@@ -88,16 +77,6 @@ class _Work(msgspec.Struct, frozen=True):
 
 
 _work = msgspec.msgpack.Decoder(_Work)
-
-
-class Queue(msgspec.Struct, frozen=True):
-    """A work stream as a whole."""
-
-    name: str
-    waiting: int
-    running: int
-    oldest_s: float  # age of the oldest entry, waiting or running; 0 without any
-    quarantined: int
 
 
 class Sighting(msgspec.Struct):
@@ -133,35 +112,33 @@ class Sightings:
         self._steps = LogReader(redis, {**{keys.tokens(shard): "0" for shard in range(shards)}, keys.control(): "$"})
         self._seen: dict[str, Sighting] = {}
         self._entries: dict[str, dict[str, _Work]] = {ENCODE: {}, GENERATE: {}}  # by entry id
-        self.now = 0.0  # of the last look
+        self._now = 0.0  # of the last look
 
-    async def look(self) -> list[Queue]:
-        """See what has changed. In this order, in which no request on its way is in none of the places.
+    async def look(self, now: float) -> list[Sighting]:
+        """See what has changed, `now` in unix seconds of Redis's clock; all that is known, newest first.
 
         Raises:
             RedisError: nothing can be seen.
         """
+        self._now = now
         present: set[str] = set()
-        queues = [await self._look_at(ENCODE, present), await self._look_at(GENERATE, present)]
+        # In this order, in which no request on its way is in none of the places.
+        await self._look_at("mm_encoder", present)
+        await self._look_at("engine", present)
         await self._read_steps()
         for sighting in self._seen.values():
             if sighting.id not in present:
                 sighting.where, sighting.waiting = "ended", False
         await self._read_records()
         self._forget()
-        return queues
-
-    def requests(self) -> list[Sighting]:
-        """All that is known, newest first."""
         return sorted(self._seen.values(), key=lambda one: one.accepted or one.begun or one.seen, reverse=True)
 
-    async def _look_at(self, stream: str, present: set[str]) -> Queue:
+    async def _look_at(self, service: str, present: set[str]) -> None:
+        stream = QUEUES[service]
         known = self._entries[stream]
-        now, length, quarantined, running, taken, waiting, new = await self._look(
-            keys=[self._keys.stream(stream), self._keys.quarantine(stream)],
-            args=[GROUPS[stream], MOST_TAKEN, MOST_WAITING, *known],
+        taken, waiting, new = await self._look(
+            keys=[self._keys.stream(stream)], args=[service, MOST_TAKEN, MOST_WAITING, *known]
         )
-        self.now = float(now)
         for entry, message in new:
             with contextlib.suppress(msgspec.MsgspecError):  # of another version, or broken: counted and not shown
                 known[_text(entry)] = _work.decode(message)
@@ -171,8 +148,6 @@ class Sightings:
             self._place(stream, _text(entry), present)
         there = [_text(entry) for entry in (*(entry for entry, _, _ in taken), *waiting)]
         self._entries[stream] = {entry: known[entry] for entry in there if entry in known}
-        oldest = min(map(_seconds, there), default=self.now)
-        return Queue(stream, max(0, length - running), running, max(0.0, self.now - oldest), quarantined)
 
     def _place(self, stream: str, entry: str, present: set[str], replica: str = "", attempts: int = 0) -> None:
         if entry not in self._entries[stream]:
@@ -186,7 +161,7 @@ class Sightings:
         one.accepted = one.accepted or _seconds(entry)
         one.where = "encode" if stream == ENCODE else "generate"
         one.replica, one.waiting, one.attempts = replica or one.replica, not replica, attempts or one.attempts
-        one.seen = self.now
+        one.seen = self._now
         present.add(one.id)
 
     # ------------------------------------------------------------------------------------------------ tokens
@@ -248,7 +223,7 @@ class Sightings:
 
     def _is_open_question(self, one: Sighting) -> bool:
         if one.where == "ended":
-            return one.finished is None and self.now - one.seen < SETTLED_S
+            return one.finished is None and self._now - one.seen < SETTLED_S
         return one.where == "generate" and not one.waiting
 
     def _recall(self, one: Sighting, record: Record, left_s: float) -> None:
@@ -257,7 +232,7 @@ class Sightings:
             one.prompt_tokens, one.cached_tokens = record.begin.prompt_tokens, record.begin.cached_tokens
         if record.finish is not None:
             one.reason = record.finish.reason
-            one.finished = self.now - max(0.0, record.request.retain_s - left_s)
+            one.finished = self._now - max(0.0, record.request.retain_s - left_s)
         elif record.cancelled:
             self._cancel([one.id])
 
@@ -270,7 +245,7 @@ class Sightings:
         ended = sorted((one for one in self._seen.values() if one.where == "ended"), key=lambda one: one.seen)
         excess = len(self._seen) - MOST_KEPT
         for place, one in enumerate(ended):
-            if place < excess or self.now - one.seen > KEPT_S:
+            if place < excess or self._now - one.seen > KEPT_S:
                 del self._seen[one.id]
 
 

@@ -25,8 +25,8 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def demo(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """`millrace serve --demo`."""
-    with running(["--demo"], tmp_path_factory.mktemp("demo")) as system:
+    """`millrace serve --demo`. Answers are kept for as long as by default: the console reads in them how they ended."""
+    with running(["--demo"], tmp_path_factory.mktemp("demo"), {"MILLRACE_RETAIN_S": "60"}) as system:
         yield system
 
 

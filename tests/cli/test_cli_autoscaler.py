@@ -24,7 +24,6 @@ from cli.autoscaler.policy import Rules
 from cli.autoscaler.scaler import Scaler
 from cli.autoscaler.settings import load
 from cli.main import main
-from cli.pipeline_view import PipelineView, read
 from shared import bus
 from shared.bus import command
 from shared.errors import ConfigError
@@ -32,6 +31,7 @@ from shared.keys import ENCODE, GENERATE, Keys
 from shared.leases import Lease
 from shared.messages import Generate, Output, Request, Sampling, to_entry
 from shared.metrics import value
+from shared.pipeline_view import PipelineView, read
 from shared.streams import WorkStream
 
 HOUR_MS = 3_600_000

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cli.autoscaler.observe import observe
 from cli.autoscaler.policy import Decision, Memory, Rules, Seen, decide, wanted
-from cli.pipeline_view import (
+from shared.pipeline_view import (
     BlobsView,
     ConsumerView,
     PipelineView,

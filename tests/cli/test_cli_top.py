@@ -16,7 +16,8 @@ from rich.console import Console
 
 from cli.board import draw, duration, figure, size
 from cli.main import main
-from cli.pipeline_view import (
+from shared import bus
+from shared.pipeline_view import (
     BlobsView,
     ConsumerView,
     PipelineView,
@@ -26,7 +27,6 @@ from cli.pipeline_view import (
     ShardView,
     StageView,
 )
-from shared import bus
 
 PATIENCE_S = 30.0
 ENGINES = (

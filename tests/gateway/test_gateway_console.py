@@ -33,6 +33,7 @@ from shared.messages import (
     pack_ids,
     to_entry,
 )
+from shared.pipeline_view import PipelineView, problems, read
 from shared.records import Records
 from shared.streams import WorkStream, send
 
@@ -68,6 +69,11 @@ def encode(request_id: str) -> Encode:
 
 async def look(redis: Redis, keys: Keys, console: Console | None = None) -> dict[str, Any]:
     return dict(json.loads(await (console or Console(redis, keys, shards=2)).state()))
+
+
+def shape(view: PipelineView) -> str:
+    """All of it but times."""
+    return re.sub(r"(at|\w+_s)=[\d.]+", r"\1=", repr(view))
 
 
 def by_id(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -141,7 +147,12 @@ async def test_the_state_needs_the_key(http: httpx.AsyncClient, server: Running)
     reply = await http.get("/console/state", headers=KEY)
     assert reply.status_code == 200
     assert reply.headers["cache-control"] == "no-store"
-    assert [stage["name"] for stage in reply.json()["stages"]] == ["gateway", "mm_encoder", "engine", "postproc"]
+    assert [stage["service"] for stage in reply.json()["pipeline"]["stages"]] == [
+        "gateway",
+        "mm_encoder",
+        "engine",
+        "postproc",
+    ]
     assert server.metric('millrace_http_requests_total{method="GET",path="/console/state",status="200"}') == 1
 
 
@@ -155,7 +166,7 @@ async def test_an_open_request_is_seen_on_its_way(server: Running, stages: Stage
     await asked
 
 
-async def test_replicas_and_queues_are_counted(redis: Redis, keys: Keys) -> None:
+async def test_the_state_is_the_look_that_the_commands_share_and_the_requests(redis: Redis, keys: Keys) -> None:
     await Lease(redis, keys, "engine", "e1", 10_000, "1.2", 5.0).renew("ready", {"held": 3.0})
     records = Records(redis, keys)
     work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
@@ -165,19 +176,15 @@ async def test_replicas_and_queues_are_counted(redis: Redis, keys: Keys) -> None
     [taken] = await work.take(1, 100)
     await redis.xadd(keys.quarantine(ENCODE), {"x": "y"})
     state = await look(redis, keys)
-    [engine] = [stage for stage in state["stages"] if stage["name"] == "engine"]
-    assert (
-        engine["replicas"][0].items() >= {"name": "e1", "state": "ready", "started": 5.0, "load": {"held": 3.0}}.items()
-    )
-    encode_queue, generate_queue = state["queues"]
-    assert (generate_queue["waiting"], generate_queue["running"]) == (2, 1)
-    assert (encode_queue["waiting"], encode_queue["running"], encode_queue["quarantined"]) == (0, 0, 1)
-    assert 0 <= generate_queue["oldest_s"] < 60
-    seen = by_id(state)
-    first = seen[taken.message.request.id]
+    seen = await read(redis, keys, server=False)
+    told = msgspec.json.decode(json.dumps(state["pipeline"]), type=PipelineView)
+    assert shape(told) == shape(seen)
+    assert state["problems"] == problems(seen)
+    requests = by_id(state)
+    first = requests[taken.message.request.id]
     assert (first["replica"], first["waiting"], first["attempts"]) == ("e1", False, 1)
-    assert seen["r1"]["waiting"]
-    assert seen["r1"]["accepted"] is not None
+    assert requests["r1"]["waiting"]
+    assert requests["r1"]["accepted"] is not None
 
 
 async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: Keys) -> None:
@@ -238,7 +245,7 @@ async def test_what_the_trimmed_streams_no_longer_say_is_in_the_record(redis: Re
     await records.retain([("r", Finish("stop"), 60.0)], Fence(keys, "p", {}))
     state = await look(redis, keys, console)
     assert by_id(state)["r"].items() >= {"where": "ended", "reason": "stop"}.items()
-    assert state["now"] - 5 < by_id(state)["r"]["finished"] <= state["now"]
+    assert state["pipeline"]["at"] - 5 < by_id(state)["r"]["finished"] <= state["pipeline"]["at"]
 
 
 async def test_a_cancelled_request_is_told_from_a_lost_one(redis: Redis, keys: Keys) -> None:
@@ -281,7 +288,7 @@ async def test_a_long_queue_is_counted_and_not_listed(redis: Redis, keys: Keys) 
     for i in range(MOST_WAITING + 10):
         await records.submit(GENERATE, generate(f"r{i}"))
     state = await look(redis, keys)
-    assert state["queues"][1]["waiting"] == MOST_WAITING + 10
+    assert state["pipeline"]["stages"][2]["queue"]["length"] == MOST_WAITING + 10
     assert len(state["requests"]) == MOST_WAITING
 
 
@@ -295,8 +302,9 @@ async def test_entries_that_cannot_be_read_do_not_hide_the_others(redis: Redis, 
     await send(redis, keys.tokens(0), Tokens((), (TokenRun("r", 1, 0, (5,)),)))
     state = await look(redis, keys)
     assert by_id(state)["r"]["tokens"] == 1
-    assert [stage["name"] for stage in state["stages"] if stage["unreadable"]] == ["postproc"]
-    assert state["queues"][1]["waiting"] == 3
+    stages = {stage["service"]: stage for stage in state["pipeline"]["stages"]}
+    assert [replica["state"] for replica in stages["postproc"]["replicas"]] == ["unreadable"]
+    assert stages["engine"]["queue"]["length"] == 3
 
 
 async def test_what_ended_is_forgotten_after_a_while(redis: Redis, keys: Keys) -> None:

@@ -8,9 +8,8 @@ from helm_chart import CLAIM, Object, case, container, environment, find, object
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
-from cli import pipeline_view
 from cli.autoscaler.leader import Leadership
-from shared import bus
+from shared import bus, pipeline_view
 from shared.blobs import Blobs
 from shared.keys import ENCODE, GENERATE, Keys
 from shared.leases import Lease, Shards, live

@@ -651,7 +651,7 @@ function phase(one) {
 }
 
 function place(one) {
-  if (one.where === "ended") return picture.now - one.seen < SHOWN_AFTER_END_S ? stageViews.get("postproc").lane : null;
+  if (one.where === "ended") return now() - one.seen < SHOWN_AFTER_END_S ? stageViews.get("postproc").lane : null;
   if (one.waiting) return pipeViews.get(one.where).lane;
   return stageViews.get(one.where === "encode" ? "mm_encoder" : "engine").lane;
 }
@@ -662,7 +662,8 @@ async function poll() {
     const kept = (one) => Object.fromEntries(Object.entries(one).filter(([, value]) => value !== null));
     requests = new Map(found.requests.map((one) => [one.id, { ...requests.get(one.id), ...kept(one) }]));
     picture = found;
-    $("trouble").hidden = true;
+    $("trouble").hidden = found.problems.length === 0;
+    setText($("trouble"), found.problems.join("\n"));
     draw();
   } catch (error) {
     $("trouble").hidden = false;
@@ -685,15 +686,17 @@ function watch() {
 
 function draw() {
   drawTiles();
-  for (const stage of picture.stages) drawStage(stage);
-  for (const queue of picture.queues) drawQueue(queue);
+  picture.pipeline.stages.forEach(drawStage);
+  queues().forEach(drawQueue);
   drawTokens();
   drawDots();
   drawRows();
   drawTimeline();
 }
 
-const loads = (name) => picture.stages.find((stage) => stage.name === name).replicas.map((replica) => replica.load ?? {});
+const now = () => picture.pipeline.at;
+const queues = () => picture.pipeline.stages.map((stage) => stage.queue).filter((queue) => queue !== null);
+const loads = (name) => picture.pipeline.stages.find((stage) => stage.service === name).replicas.map((replica) => replica.load);
 const sum = (name, figure) => loads(name).reduce((total, load) => total + (load[figure] ?? 0), 0);
 
 function tokenRate() {
@@ -703,8 +706,8 @@ function tokenRate() {
 function drawTiles() {
   const open = [...requests.values()].filter((one) => one.where !== "ended").length;
   const waits = loads("gateway").map((load) => load.first_token_s).filter((value) => value !== undefined);
-  const lost = picture.queues.reduce((total, queue) => total + queue.quarantined, 0);
-  const backlog = picture.queues.reduce((total, queue) => total + queue.waiting + queue.running, 0);
+  const lost = queues().reduce((total, queue) => total + queue.quarantined, 0);
+  const backlog = queues().reduce((total, queue) => total + queue.length, 0);
   const tiles = [["Open requests", String(Math.max(open, backlog)), ""], ["Tokens per second", number(tokenRate()), ""],
     ["To the first token", waits.length ? seconds(waits.reduce((a, b) => a + b) / waits.length) : "–", ""],
     ["Quarantined", String(lost), lost ? "bad" : ""]];
@@ -718,9 +721,9 @@ function drawTiles() {
 }
 
 function drawStage(stage) {
-  const view = stageViews.get(stage.name);
+  const view = stageViews.get(stage.service);
   const ready = stage.replicas.filter((replica) => replica.state === "ready").length;
-  setText(view.count, stage.unreadable ? "of another version" : ready ? `${ready} ready` : "none ready");
+  setText(view.count, ready ? `${ready} ready` : "none ready");
   view.box.classList.toggle("lacking", ready === 0);
   const names = new Set(stage.replicas.map((replica) => replica.name));
   for (const [name, known] of view.known) {
@@ -731,11 +734,11 @@ function drawStage(stage) {
   }
   for (const replica of stage.replicas) {
     if (!view.known.has(replica.name)) {
-      const known = replicaView(stage.name, replica.name);
+      const known = replicaView(stage.service, replica.name);
       view.known.set(replica.name, known);
       view.replicas.append(known.node);
     }
-    drawReplica(stage.name, view.known.get(replica.name), replica);
+    drawReplica(stage.service, view.known.get(replica.name), replica);
   }
 }
 
@@ -752,11 +755,10 @@ function replicaView(stage, name) {
 }
 
 function drawReplica(stage, view, replica) {
-  const load = replica.load ?? {};
+  const { load } = replica;
   view.state.dataset.state = replica.state;
   view.state.title = replica.state;
-  const up = replica.started ? age(Math.max(0, picture.now - replica.started)) : "";
-  setText(view.up, replica.state === "ready" ? up : replica.state);
+  setText(view.up, replica.state !== "ready" ? replica.state : replica.up_s === null ? "" : age(replica.up_s));
   STAGES[stage].gauges.forEach(([used, limit], i) => {
     const gauge = view.gauges[i];
     gauge.node.hidden = load[used] === undefined;
@@ -783,13 +785,12 @@ function figure([name, value]) {
 }
 
 function drawQueue(queue) {
-  const view = pipeViews.get(queue.name);
-  setText(view.value, String(queue.waiting));
-  setText(view.label, `waiting in ${queue.name}`);
-  const total = queue.waiting + queue.running;
-  setText(view.old, queue.quarantined ? `${queue.quarantined} quarantined` : total ? `oldest ${age(queue.oldest_s)}` : "");
+  const view = pipeViews.get(queue.stream);
+  setText(view.value, String(Math.max(0, queue.length - queue.pending)));
+  setText(view.label, `waiting in ${queue.stream}`);
+  setText(view.old, queue.quarantined ? `${queue.quarantined} quarantined` : queue.length ? `oldest ${age(queue.oldest_s)}` : "");
   view.old.classList.toggle("bad", queue.quarantined > 0);
-  view.pipe.classList.toggle("moving", total > 0);
+  view.pipe.classList.toggle("moving", queue.length > 0);
 }
 
 function drawTokens() {
@@ -850,7 +851,7 @@ function move(dot, lane, from) {
 }
 
 const begun = (one) => one.accepted ?? one.begun ?? one.first ?? one.seen;
-const until = (one) => (one.where === "ended" ? one.finished ?? one.seen : picture.now);
+const until = (one) => (one.where === "ended" ? one.finished ?? one.seen : now());
 
 function drawRows() {
   const body = $("requests").tBodies[0];

@@ -22,23 +22,30 @@ ROOM = {"mm_encoder": "limit", "engine": "capacity"}
 LONG_WAIT_S = 300.0
 FULL = 0.85  # of Redis's memory
 
-# KEYS stream; ARGV group. {length, oldest entry, pending (-1: no such group), oldest entry that nobody has taken}
-_QUEUE = """
+# For scripts with KEYS stream; ARGV group: what Redis says of the group, by name, or nil where there is none yet.
+GROUP = """
+local function group()
+  local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+  for _, fields in ipairs(groups.err and {} or groups) do
+    local found = {}
+    for i = 1, #fields, 2 do found[fields[i]] = fields[i + 1] end
+    if found['name'] == ARGV[1] then return found end
+  end
+end
+"""
+
+# {length, oldest entry, pending, oldest entry that nobody has taken}
+_QUEUE = (
+    GROUP
+    + """
 local function first(from)
   local entry = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 1)[1]
   return entry and entry[1] or ''
 end
-local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
-local pending, untaken = -1, first('-')
-for _, fields in ipairs(groups.err and {} or groups) do
-  local group = {}
-  for i = 1, #fields, 2 do group[fields[i]] = fields[i + 1] end
-  if group['name'] == ARGV[1] then
-    pending, untaken = group['pending'], first('(' .. group['last-delivered-id'])
-  end
-end
-return {redis.call('XLEN', KEYS[1]), first('-'), pending, untaken}
+local found = group() or {pending = 0, ['last-delivered-id'] = '0-0'}
+return {redis.call('XLEN', KEYS[1]), first('-'), found['pending'], first('(' .. found['last-delivered-id'])}
 """
+)
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
@@ -125,19 +132,19 @@ class PipelineView(msgspec.Struct, frozen=True):
     shards: tuple[ShardView, ...]
     control_length: int
     blobs: BlobsView
-    redis: RedisView | None  # None: this user may not ask
+    redis: RedisView | None  # None: it was not asked, or this user may not
 
     def stage(self, service: str) -> StageView:
         return next(stage for stage in self.stages if stage.service == service)
 
 
-async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> PipelineView:
-    """Look once.
+async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None, *, server: bool = True) -> PipelineView:
+    """Look once. Without `server` Redis is asked nothing of itself: a user that may not would fill its log of refusals.
 
     Raises:
         RedisError: Redis does not answer, or refuses what a reader needs.
     """
-    first = await _ask(redis, _first_questions(keys))
+    first = await _ask(redis, _first_questions(keys, server))
     names = {service: sorted(str(name, "utf-8") for name in first[f"names {service}"]) for service in SERVICES}
     recorded = {str(field, "ascii"): str(value, "utf-8") for field, value in first["shards"].items()}
     count = int(recorded.get(COUNT, 0))
@@ -163,7 +170,7 @@ async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> Pip
         shards=tuple(_shard(n, recorded.get(str(n), "0 "), second[f"shard {n}"], alive, now) for n in range(count)),
         control_length=first["control"],
         blobs=BlobsView(blobs["blobs"], int(blobs["blob bytes"] or 0)),
-        redis=_redis(first["info"]),
+        redis=_redis(first.get("info")),
     )
 
 
@@ -200,8 +207,10 @@ def _problems_of(stage: StageView) -> list[str]:
 _Questions = dict[str, Sequence[str | int]]
 
 
-def _first_questions(keys: Keys) -> _Questions:
-    questions: _Questions = {"time": ("TIME",), "info": ("INFO",), "control": ("XLEN", keys.control())}
+def _first_questions(keys: Keys, server: bool) -> _Questions:
+    questions: _Questions = {"time": ("TIME",), "control": ("XLEN", keys.control())}
+    if server:
+        questions["info"] = ("INFO",)
     for service in SERVICES:
         questions[f"names {service}"] = ("SMEMBERS", keys.replicas(service))
     for service, stream in QUEUES.items():
@@ -269,7 +278,7 @@ def _queue(stream: str, answers: dict[str, Any], now: float) -> QueueView:
     return QueueView(
         stream=stream,
         length=length,
-        pending=max(0, pending),
+        pending=pending,
         oldest_s=_age(oldest, now),
         waiting_s=_age(untaken, now),
         consumers=tuple(sorted(consumers, key=lambda consumer: consumer.name)),
