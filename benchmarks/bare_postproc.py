@@ -25,6 +25,7 @@ from shared.leases import Fence
 from shared.messages import Delta, Deltas
 from shared.streams import send
 from shared.tokenizer import Tokenizer
+from shared.tracing import Tracing
 
 
 class BareOutbox(Outbox):
@@ -62,8 +63,8 @@ class BareWorker(Worker):
         await super()._end(turn)
 
 
-def build(settings: PostprocSettings, redis: Redis) -> Worker:
-    """As the real one is put together."""
+def build(settings: PostprocSettings, redis: Redis, *, tracing: Tracing) -> Worker:
+    """As the real one is put together, without traces."""
     vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
     return BareWorker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics(REGISTRY))
 

@@ -21,6 +21,8 @@ PREFIX = "MILLRACE_"
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+HttpUrl = Annotated[str, Meta(pattern=r"^(https?://[^/@\s]+[^@\s]*)?$")]  # or empty; without a password
 
 
 class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +42,8 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_model_len: Positive = 32768  # prompt and answer together
     blob_ttl_s: Positive = 3600
     blob_budget_bytes: Positive = 4 << 30
+    otlp_endpoint: HttpUrl = ""  # of a collector of traces, http://HOST:4318; empty: no traces (shared/tracing.py)
+    trace_ratio: Share = 1.0  # of the traces that begin here; one that a caller began is recorded if the caller says so
     crash_at: str = ""  # tests only: where to die (shared/crash.py)
 
 

@@ -1,4 +1,4 @@
-"""One-line structured logs (logfmt) to stderr, with the request id where there is one and never a body."""
+"""One-line structured logs (logfmt) to stderr, with the ids of request and trace where there are and never a body."""
 
 import json
 import logging
@@ -29,8 +29,7 @@ class Logfmt(logging.Formatter):
             "msg": record.getMessage(),
         }
         extras = {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
-        if "request_id" in extras:
-            fields["request_id"] = extras.pop("request_id")
+        fields |= {key: extras.pop(key) for key in ("request_id", "trace_id") if key in extras}
         fields |= extras
         if record.exc_info and record.exc_info[0]:
             fields["exc"] = self.formatException(record.exc_info)

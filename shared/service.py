@@ -18,13 +18,14 @@ from typing import Protocol, TypeVar
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import bus, config, crash, log, metrics
+from shared import bus, config, crash, log, metrics, tracing
 from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError, ProtocolError
 from shared.keys import Keys
 from shared.leases import Lease
 from shared.messages import Drain
 from shared.streams import LogReader
+from shared.tracing import Tracing
 
 FAILED = 1
 MISCONFIGURED = 2  # starting it again would not help
@@ -32,6 +33,7 @@ _RETRY_S = 1.0
 
 _log = log.logger(__name__)
 S = TypeVar("S", bound=CommonSettings)
+S_contra = TypeVar("S_contra", bound=CommonSettings, contravariant=True)
 
 
 class Service(Protocol):
@@ -51,14 +53,20 @@ class Service(Protocol):
         """Figures for the lease's status."""
 
 
+class Build(Protocol[S_contra]):
+    """Puts a service together."""
+
+    def __call__(self, settings: S_contra, redis: Redis, *, tracing: Tracing) -> Service: ...
+
+
 def launch(
     name: str,
     settings: type[S],
-    build: Callable[[S, Redis], Service],
+    build: Build[S],
     environ: Mapping[str, str],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
-    """All a `__main__` does: settings, logs, metrics, Redis, then `run` what `build` makes of them.
+    """All a `__main__` does: settings, logs, metrics, traces, Redis, then `run` what `build` makes of them.
 
     `name` is the service's ("engine"); the replica's is `settings.name`.
     Returns the process's exit status: MISCONFIGURED, with one line that says why, where whoever starts it can mend it.
@@ -69,11 +77,15 @@ def launch(
         crash.arm(told.crash_at)
         metrics.serve(told.metrics_port)
         redis = bus.connect(told.redis_url)
-        service = build(told, redis)
+        traces = tracing.start(name, told)
+        service = build(told, redis, tracing=traces)
     except (ConfigError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return MISCONFIGURED
-    return run(name, service, told, redis, loop_factory)
+    try:
+        return run(name, service, told, redis, loop_factory)
+    finally:
+        traces.close()
 
 
 def run(

@@ -20,11 +20,12 @@ from shared.errors import CheckpointError, ConfigError
 from shared.model_config import ModelConfig, load_model_config
 from shared.service import launch
 from shared.tokenizer import Tokenizer
+from shared.tracing import OFF, Tracing
 
 THINK_CLOSE = "</think>"
 
 
-def build(settings: EngineSettings, redis: Redis) -> EngineService:
+def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> EngineService:
     """Put the service together; it loads the weights when it starts.
 
     Raises:
@@ -43,7 +44,7 @@ def build(settings: EngineSettings, redis: Redis) -> EngineService:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
     facts = EngineFacts(model, settings.max_model_len, think_close_id)
-    return EngineService(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics())
+    return EngineService(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics(), tracing)
 
 
 def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:

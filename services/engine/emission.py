@@ -1,5 +1,6 @@
 """What one step has to say, gathered by shard."""
 
+import time
 from dataclasses import dataclass
 
 from services.engine.sequence import Sequence
@@ -14,6 +15,9 @@ class End:
     request_id: str
     epoch: int
     reason: FinishReason
+    generated: int  # tokens of the answer, here and before
+    error: str | None  # its code
+    at: float  # unix seconds
 
 
 class Emission:
@@ -30,7 +34,7 @@ class Emission:
     def run(self, shard: int, run: TokenRun) -> None:
         self._runs.setdefault(shard, []).append(run)
         if run.finish is not None:
-            self.ended.append(End(run.request_id, run.epoch, run.finish.reason))
+            self.ended.append(_end(run, run.finish))
 
     def last_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
         """A sequence has grown by one token."""
@@ -51,6 +55,11 @@ class Emission:
         """By shard; empty if nothing was said."""
         shards = self._begins.keys() | self._runs.keys()
         return {s: Tokens(tuple(self._begins.get(s, ())), tuple(self._runs.get(s, ()))) for s in shards}
+
+
+def _end(run: TokenRun, finish: Finish) -> End:
+    code = None if finish.failure is None else finish.failure.code or str(finish.failure.status)
+    return End(run.request_id, run.epoch, finish.reason, run.index + len(run.tokens), code, time.time())
 
 
 def error(failure: Failure) -> Finish:

@@ -35,6 +35,7 @@ class Engine:
         self._emit = emit
         self._metrics = metrics
         self._unsent = Emission()
+        self._prefilling: set[Sequence] = set()  # begun, and without a token yet
 
     def run(self) -> None:
         """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
@@ -45,11 +46,13 @@ class Engine:
                 self._obey(command, emission)
             plan = self._scheduler.schedule()
             for sequence in plan.begun:
-                emission.begin(sequence.shard, sequence.begin())
+                self._begin(sequence, emission)
             sampled = self._execute(plan)
             progress = self._scheduler.commit(plan, [s.token for s in sampled])
             for (sequence, finish), drawn in zip(progress, sampled, strict=True):
                 emission.last_token(sequence, drawn.logprob, finish)
+            if self._prefilling:
+                self._note_first_tokens()
             self._count(plan, emission, len(sampled))
             self._unsent = emission
         self._send()
@@ -81,11 +84,11 @@ class Engine:
             case Add(sequence):
                 self._add(sequence, emission)
             case Abort(request_id, finish):
-                removed = self._scheduler.remove(request_id)
+                removed = self._remove(request_id)
                 if removed is not None:
                     emission.end(removed, finish)
             case Forget(request_id):
-                self._scheduler.remove(request_id)
+                self._remove(request_id)
             case Answer(shard, begin, finish):
                 emission.begin(shard, begin)
                 emission.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
@@ -101,6 +104,25 @@ class Engine:
         if refusal is not None:
             emission.end(sequence, error(refusal))
 
+    def _remove(self, request_id: str) -> Sequence | None:
+        removed = self._scheduler.remove(request_id)
+        if removed is not None:
+            self._prefilling.discard(removed)
+        return removed
+
+    def _begin(self, sequence: Sequence, emission: Emission) -> None:
+        emission.begin(sequence.shard, sequence.begin())
+        times = sequence.timeline
+        times.scheduled = time.time()
+        times.cached_tokens, times.resumed_tokens = sequence.cached_tokens, sequence.num_generated
+        self._prefilling.add(sequence)
+
+    def _note_first_tokens(self) -> None:
+        now = time.time()
+        for sequence in [s for s in self._prefilling if s.num_generated > s.timeline.resumed_tokens]:
+            sequence.timeline.first_token = now
+            self._prefilling.remove(sequence)
+
     def _count(self, plan: Plan, emission: Emission, generated: int) -> None:
         metrics = self._metrics
         metrics.running.set(self._scheduler.num_running)
@@ -112,5 +134,7 @@ class Engine:
         metrics.preemptions.inc(len(plan.preempted))
         metrics.steps.inc(bool(plan.chunks))
         metrics.step_tokens.inc(plan.num_tokens)
+        for sequence in plan.preempted:
+            sequence.timeline.preemptions += 1
         for end in emission.ended:
             metrics.finished.labels(end.reason).inc()

@@ -1,7 +1,9 @@
 """What the engine knows of a request outside the model's thread."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from services.engine.emission import End
+from services.engine.timeline import Timeline
 from shared.blobs import upload_keys
 from shared.custody import Poison
 from shared.errors import ProtocolError
@@ -22,6 +24,8 @@ class Held:
     replaces: str | None = None  # the entry of the same request that we had before
     admitted: bool = False  # the model's thread has it
     cancelled: bool = False  # nobody waits for it
+    end: End | None = None  # how it ended, once that is said
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def request_id(self) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 
 from redis.asyncio import Redis
 
+from services.engine import spans
 from services.engine.emission import End
 from services.engine.held import Held, hold
 from services.engine.mailbox import Abort, Add, Answer, Forget, Mailbox
@@ -28,6 +29,7 @@ from shared.messages import Cancel, Finish, MediaSpan, Message
 from shared.patience import persist
 from shared.records import Record, Records
 from shared.streams import Delivery, LogReader, WorkStream
+from shared.tracing import OFF, Tracing
 
 BLOCK_MS = 1000
 CONTROL_PAGE = 100
@@ -57,6 +59,7 @@ class Inbox:
         facts: EngineFacts,
         capacity: int,
         look_every_s: float,
+        tracing: Tracing = OFF,
     ) -> None:
         self._redis = redis
         self._keys = keys
@@ -68,6 +71,7 @@ class Inbox:
         self._facts = facts
         self._capacity = capacity
         self._look_every_s = look_every_s
+        self._tracing = tracing
         self._control = LogReader(redis, {keys.control(): "$"})
         self._requests: dict[str, Held] = {}
         self._batches: asyncio.Queue[list[Held]] = asyncio.Queue()
@@ -175,8 +179,13 @@ class Inbox:
 
     async def finished(self, ends: Sequence[End]) -> None:
         """These requests' Finish is in the stream: let go of their entries."""
-        found = [(self._requests.get(end.request_id), end) for end in ends]
-        await self._finish([held for held, end in found if held is not None and held.epoch == end.epoch])
+        ended = []
+        for end in ends:
+            held = self._requests.get(end.request_id)
+            if held is not None and held.epoch == end.epoch:
+                held.end = end
+                ended.append(held)
+        await self._finish(ended)
 
     async def _finish(self, ended: Sequence[Held]) -> None:
         """Uploads first: of an entry that is gone, nobody would look for them."""
@@ -205,6 +214,7 @@ class Inbox:
             for held in gone:
                 if self._requests.get(held.request_id) is held:
                     del self._requests[held.request_id]
+                    spans.record(self._tracing, held, time.time())
             self._changed.notify_all()
 
     def _let_go(self, held: Held) -> None:
@@ -212,6 +222,7 @@ class Inbox:
         _log.warning("no longer ours", extra={"request_id": held.request_id, "entry": held.entry_id})
         del self._requests[held.request_id]
         self._mailbox.put(Forget(held.request_id))
+        spans.record(self._tracing, held, time.time(), spans.LOST)
 
     async def _drop(self, held: Held) -> None:
         """End a request that nobody waits for and of which nothing was ever said."""
@@ -297,7 +308,9 @@ class Inbox:
             if held.late(time.time()):
                 raise RequestError(LATE)
             embeds = await self._embeds(held.message.spans)
-            return Add(build(held.message, held.epoch, history.tokens, embeds, self._facts))
+            sequence = build(held.message, held.epoch, history.tokens, embeds, self._facts)
+            sequence.timeline = held.timeline
+            return Add(sequence)
         except EmbedsGoneError as gone:
             if await self._send_back(held):
                 return None

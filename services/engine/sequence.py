@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from services.engine.blocks import ROOT, block_hash
 from services.engine.positions import positions
 from services.engine.thinking import ThinkingBudget, is_thinking
+from services.engine.timeline import Timeline
 from shared.errors import context_length, internal, invalid
 from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack_ids
 from shared.model_config import ModelConfig
@@ -93,6 +94,7 @@ class Sequence:
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
+    timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
     @property

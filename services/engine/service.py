@@ -30,6 +30,7 @@ from shared.custody import Custody
 from shared.keys import GENERATE, Keys
 from shared.log import logger
 from shared.streams import WorkStream
+from shared.tracing import OFF, Tracing
 
 SERVICE = "engine"
 LOOKS = 10  # in the time of a lease: how much later than its end a dead engine's requests go on
@@ -43,7 +44,13 @@ class EngineService:
     """See `shared.service.Service`."""
 
     def __init__(
-        self, settings: EngineSettings, redis: Redis, facts: EngineFacts, load: Load, metrics: EngineMetrics
+        self,
+        settings: EngineSettings,
+        redis: Redis,
+        facts: EngineFacts,
+        load: Load,
+        metrics: EngineMetrics,
+        tracing: Tracing = OFF,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -62,6 +69,7 @@ class EngineService:
             facts,
             settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
             settings.lease_ms / 1000 / LOOKS,
+            tracing,
         )
         self._outbox = Outbox(redis, keys, self._inbox.finished)
         self._background: asyncio.Task[None] | None = None

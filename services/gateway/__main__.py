@@ -40,22 +40,28 @@ from shared.errors import CheckpointError
 from shared.keys import Keys
 from shared.model_config import load_generation_defaults
 from shared.tokenizer import Tokenizer
+from shared.tracing import OFF, Tracing
 
 TICK_S = 1.0
 
 
-def build(settings: GatewaySettings, redis: Redis) -> Gateway:
+def build(settings: GatewaySettings, redis: Redis, *, tracing: Tracing = OFF) -> Gateway:
     """The gateway as the process runs it.
 
     Raises:
         CheckpointError: the model directory lacks what the gateway reads.
         ConfigError: the URL of the blobs' Redis is malformed, or the port is taken.
     """
-    return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S)
+    return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S, tracing)
 
 
 def compose(
-    settings: GatewaySettings, redis: Redis, listener: socket, registry: CollectorRegistry, tick_s: float
+    settings: GatewaySettings,
+    redis: Redis,
+    listener: socket,
+    registry: CollectorRegistry,
+    tick_s: float,
+    tracing: Tracing = OFF,
 ) -> Gateway:
     """A gateway on `listener`, with its metrics in `registry`.
 
@@ -94,7 +100,7 @@ def compose(
         admission=admission,
         desk=desk,
         inbox=Inbox(redis, keys, address, desk),
-        server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], figures), listener),
+        server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], figures, tracing), listener),
         metrics=figures,
         tick_s=tick_s,
         watch_s=tick_s,

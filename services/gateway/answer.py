@@ -59,6 +59,8 @@ class Answerer(msgspec.Struct, frozen=True):
         finally:
             duration = round(time.time() - exchange.created, 3)
             fields = {"request_id": exchange.id, "http_request_id": request.scope["request_id"], "seconds": duration}
+            if (span := request.scope["span"]) is not None:
+                fields["trace_id"] = span.trace_id
             logger.info(outcome, extra=fields)
 
     async def answer(self, exchange: Exchange, receive: Receive, send: Send) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
+from fastapi.telemetry import TelemetryConfig
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -19,6 +20,8 @@ from services.gateway.validate import unknown_model
 from shared.errors import RequestError
 
 OWNER = "Baidu"
+# FastAPI's own would wrap every chunk of a stream, and its logs hold what failed validation. Ours is in edge.py.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -47,7 +50,7 @@ def routes(
     completions: ChatCompletions, returns: Returns, card: ModelCard, ready: Callable[[], Awaitable[dict[str, Any]]]
 ) -> FastAPI:
     """The application; `ready` is asked what the health routes report."""
-    app = FastAPI(title="Millrace", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     _add_errors(app)
     _add_health(app, ready)
     body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}, "required": True}

@@ -8,7 +8,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
-from services.gateway import terms
+from services.gateway import spans, terms
 from services.gateway.admission import Admission
 from services.gateway.answer import Answerer
 from services.gateway.body import read_body
@@ -16,6 +16,7 @@ from services.gateway.desk import Desk
 from services.gateway.order import Order, OrderTaker
 from services.gateway.pipeline import Ticket
 from services.gateway.terms import Key
+from shared.tracing import Span
 
 INLINE_BYTES = 16 << 10  # a larger body is prepared in a thread, so that other streams do not wait for it
 
@@ -38,7 +39,9 @@ class ChatCompletions(msgspec.Struct, frozen=True):
         """
         created = time.time()
         seconds = terms.timeout(request.headers, self.request_timeout_s)
-        owner, trace = request.scope["owner"], terms.trace(request.headers)
+        owner = request.scope["owner"]
+        span: Span | None = request.scope["span"]
+        trace = terms.trace(request.headers) if span is None else span.traceparent
         with self.admission.slot():
             try:
                 body = await read_body(request, self.max_body_bytes, self.body_timeout_s)
@@ -46,9 +49,15 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                 return
             order, key = await self._take(body, request.headers, owner)
             del body
+            if span is not None:
+                spans.asked(span, self.answerer.model, order)
             ticket = Ticket(created, created + seconds, owner, key, trace)
             async with self.desk.open(order, ticket) as exchange:
-                await self.answerer.respond(exchange, request, receive, send)
+                try:
+                    await self.answerer.respond(exchange, request, receive, send)
+                finally:
+                    if span is not None:
+                        spans.answered(span, self.answerer.model, exchange, time.time())
 
     async def _take(self, body: bytes, headers: Mapping[str, str], owner: str) -> tuple[Order, Key | None]:
         def take() -> tuple[Order, Key | None]:

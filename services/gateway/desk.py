@@ -180,8 +180,8 @@ class Desk:
         if delta.failure is not None and delta.failure.code == NOT_FOUND:
             exchange.fail(choice, LOST)
             return
-        if not exchange.started and delta.failure is None:
-            exchange.started = True
+        if exchange.first_token is None and delta.failure is None:
+            exchange.first_token = now
             if not exchange.rejoined:
                 self._metrics.first_token.observe(now - exchange.created)
         if exchange.feed(choice, delta, now) and not choice.asked:

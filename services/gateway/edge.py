@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway import spans
 from services.gateway.console import ASSETS
 from services.gateway.errors import UNAUTHORIZED, error_response
 from services.gateway.metrics import GatewayMetrics
+from shared.tracing import OFF, Span, Tracing
 
 # Everything else needs a key, routes that do not exist included.
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", *ASSETS})
@@ -26,18 +28,27 @@ _CLIENT_LEFT = "499"
 class Edge:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], paths: Iterable[str], metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        paths: Iterable[str],
+        metrics: GatewayMetrics,
+        tracing: Tracing = OFF,
+    ) -> None:
         """`keys` are the API keys, none for an open server; `paths` the routes that metrics name."""
         self._app = app
         self._keys = [_digest(key) for key in keys]
         self._paths = frozenset(paths)
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["request_id"] = request_id
+        scope["span"] = span = self._span(scope, headers)
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:
@@ -58,6 +69,14 @@ class Edge:
             method, path = _method(scope["method"]), self._label(scope["path"])
             self._metrics.requests.labels(method, path, status).inc()
             self._metrics.duration.labels(method, path).observe(time.perf_counter() - started)
+            if span is not None:
+                spans.end(span, None if status == _CLIENT_LEFT else status)
+
+    def _span(self, scope: Scope, headers: Headers) -> Span | None:
+        """Of a chat request; all else is too short to ask where its time went."""
+        if scope["path"] != spans.PATH or scope["method"] != "POST":
+            return None
+        return self._tracing.serve(spans.NAME, headers.get("traceparent"), spans.ARRIVED)
 
     def _owner(self, path: str, headers: Headers) -> str | None:
         """Whose the request is: a digest of the key, empty where none is needed; None if it may not come in."""

@@ -25,6 +25,7 @@ class Choice:
     )
 
     def __init__(self, exchange: "Exchange", index: int, seq: int, now: float) -> None:
+        "finish_reason",
         self.exchange = exchange
         self.index = index
         self.request_id = choice_id(exchange.id, index)
@@ -46,6 +47,7 @@ class Exchange:
         form: Form,
         stream: bool,
         created: float,
+        self.finish_reason: str | None = None  # both with the finish
         deadline: float,
         max_pending: int,
         now: float,
@@ -66,7 +68,7 @@ class Exchange:
         self.choices = [Choice(self, index, seq, now) for index, seq in enumerate(self.since)]
         self.failure: Failure | None = None
         self.idle_since = now  # when a choice last went on, or the client was last told that we live
-        self.started = False  # a token has come
+        self.first_token: float | None = None  # when it came, in unix seconds
         self.announced = False  # the client knows the request's id
         self.rejoined = False  # another connection began it
         self.accepted = asyncio.Event()  # the request is known to be good, or to have failed
@@ -122,6 +124,7 @@ class Exchange:
             self.failure = failure
         self.accepted.set()
         self._wake.set()
+            choice.finish_reason = delta.finish_reason
 
     def poke(self) -> None:
         """Let the writer say that it is still there."""

@@ -31,11 +31,14 @@ from shared.keys import ENCODE, Keys
 from shared.model_config import load_model_config
 from shared.records import Records
 from shared.streams import WorkStream
+from shared.tracing import OFF, Tracing
 
 LOOKS = 10  # in the time of a lease: how much later than its end a dead replica's requests go on
 
 
-def build(settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry = REGISTRY) -> MmEncoder:
+def build(
+    settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry = REGISTRY, *, tracing: Tracing = OFF
+) -> MmEncoder:
     """The service, with its weights loaded.
 
     Raises:
@@ -98,6 +101,7 @@ def build(settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry
         patch_id=model.image_patch_id,
         concurrency=settings.concurrency,
         look_s=settings.lease_ms / 1000 / LOOKS,
+        tracing=tracing,
     )
 
 

@@ -12,23 +12,24 @@ request back then. A request that an engine has had ends as all such requests do
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from services.mm_encoder import spans
 from services.mm_encoder.batcher import Batcher
 from services.mm_encoder.cache import Embeds, Flights
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
 from services.mm_encoder.processor import Patches
 from services.mm_encoder.prompt import Embedded, expand
+from services.mm_encoder.running import Outcome, Running
 from services.mm_encoder.turns import Turns
 from shared.blobs import MEDIA, Blobs
 from shared.crash import reach
-from shared.custody import DELTAS_LENGTH, Custody, HandedOn, Poison
+from shared.custody import DELTAS_LENGTH, Custody, Poison
 from shared.errors import Failure, ProtocolError, RequestError, internal
 from shared.keys import ENCODE, Keys
 from shared.log import logger
@@ -49,26 +50,16 @@ from shared.messages import (
 from shared.patience import persist
 from shared.records import Record, Records
 from shared.streams import Delivery, LogReader, WorkStream, reply
+from shared.tracing import OFF, Tracing
 
 SERVICE = "mm_encoder"
 POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
 INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
 CHANGED = internal("The media at a URL changed while the request was in work.", "media_changed", 503).failure
 
-Outcome = HandedOn | Literal["over"] | Failure  # over: it has ended, and its answer is kept for a while
-
 _BLOCK_MS = 1000
 
 _log = logger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """One request in hand. `work` may be cancelled by anyone; without it, the request is only being answered."""
-
-    entry_id: str
-    work: asyncio.Task[Outcome] | None
-    lost: bool = False  # the entry is not ours any more: nothing is left to do
 
 
 class MmEncoder:
@@ -94,6 +85,7 @@ class MmEncoder:
         patch_id: int,
         concurrency: int,
         look_s: float,
+        tracing: Tracing = OFF,
     ) -> None:
         self._redis = redis
         self._own_clients = own_clients
@@ -110,6 +102,7 @@ class MmEncoder:
         self._patch_id = patch_id
         self._concurrency = concurrency
         self._look_s = look_s
+        self._tracing = tracing
         self._encoding: Flights[None] = Flights()
         self._control = LogReader(redis, {keys.control(): "$"})
         self._running: dict[str, Running] = {}
@@ -218,15 +211,15 @@ class MmEncoder:
 
     def _start(self, delivery: Delivery) -> None:
         message = _encode(delivery)
-        work = asyncio.create_task(persist("encode", lambda: self._work(delivery, message)))
-        running = Running(delivery.entry_id, work)
+        running = Running(delivery.entry_id, delivery.attempts)
+        work = running.work = asyncio.create_task(persist("encode", lambda: self._work(running, message)))
         self._keep(message, running, self._handle(message, running, work))
 
     def _start_poisoned(self, delivery: Delivery) -> None:
         message = _encode(delivery)
         poison = Poison(delivery.attempts, f"delivered {delivery.attempts} times")
         self._metrics.left("failed")
-        running = Running(delivery.entry_id, None)
+        running = Running(delivery.entry_id, delivery.attempts)
         self._keep(message, running, self._end(message, delivery.entry_id, POISONED, poison))
 
     def _keep(self, message: Encode, running: Running, steps: Coroutine[None, None, None]) -> None:
@@ -289,6 +282,7 @@ class MmEncoder:
         elif outcome == "unwanted" and not running.lost:
             self._metrics.left("dropped")
             await self._end(message, running.entry_id, None)
+        spans.record(self._tracing, message, running, outcome)
 
     def _outcome(self, request_id: str, work: asyncio.Task[Outcome]) -> Outcome:
         if work.cancelled():
@@ -303,23 +297,24 @@ class MmEncoder:
         _log.error("request failed", extra={"request_id": request_id}, exc_info=error)
         return INTERNAL
 
-    async def _work(self, delivery: Delivery, message: Encode) -> Outcome:
+    async def _work(self, running: Running, message: Encode) -> Outcome:
         request = message.request
         record = (await self._records.get([request.id])).get(request.id)
         if record is None or record.cancelled:
             return "unwanted"
         if record.finish is not None:
             return "over"
-        if delivery.attempts > 1 and (condemned := await self._custody.condemned(request.id)) is not None:
+        if running.attempts > 1 and (condemned := await self._custody.condemned(request.id)) is not None:
             return condemned
         _check_deadline(request)
         media, max_tokens = await self._preparer.prepare(message)
-        prompt, spans = expand(message.segments, [item.embedded for item in media], self._patch_id)
-        await self._accept(record, Accepted(request.id, len(prompt) // 4))
+        prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
+        running.prompt_tokens, running.hits = len(prompt) // 4, sum(item.patches is None for item in media)
+        await self._accept(record, Accepted(request.id, running.prompt_tokens))
         await gather_in_order([self._ensure_encoded(item) for item in media])
         reach("mm_encoder.hand_on.before")
-        generate = Generate(request, prompt, max_tokens, spans)
-        outcome = await self._custody.hand_on(delivery.entry_id, message, generate)
+        generate = Generate(request, prompt, max_tokens, placed)
+        outcome = await self._custody.hand_on(running.entry_id, message, generate)
         reach("mm_encoder.hand_on.after")
         return outcome
 

@@ -14,15 +14,19 @@ from services.postproc.worker import SERVICE, Worker
 from shared import service
 from shared.keys import Keys
 from shared.tokenizer import Tokenizer
+from shared.tracing import OFF, Tracing
 
 
-def build(settings: PostprocSettings, redis: Redis, registry: CollectorRegistry = REGISTRY) -> Worker:
+def build(
+    settings: PostprocSettings, redis: Redis, registry: CollectorRegistry = REGISTRY, *, tracing: Tracing = OFF
+) -> Worker:
     """
     Raises:
         CheckpointError: the tokenizer cannot be read.
     """
     vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
-    return Worker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics(registry))
+    keys, metrics = Keys(settings.namespace), PostprocMetrics(registry)
+    return Worker(redis, keys, settings, vocabulary, metrics, tracing=tracing)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ A run counts only once: what a former owner of the request writes is dropped by 
 index. A run that leaves a gap ends the request in an error, since its answer can no longer be right.
 """
 
+import time
 from collections.abc import Iterable
 
 import msgspec
@@ -45,6 +46,7 @@ class Flow:
         "gateways",
         "idle",
         "logprobs",
+        "opened",
         "request",
         "request_id",
         "shard",
@@ -58,6 +60,7 @@ class Flow:
     def __init__(self, record: Record, answer: Answer, journal: Journal) -> None:
         request, begin = record.request, record.begin
         self.request = request
+        self.opened = time.time()
         self.request_id = request.id
         self.shard = request.shard
         self.gateways = record.gateways  # where its deltas go
@@ -105,6 +108,7 @@ class Turn:
         "closed",
         "deltas",
         "due",
+        "ended",
         "failures",
         "gone",
         "kept",
@@ -122,6 +126,7 @@ class Turn:
         self.gone: list[str] = []  # ended, and nobody will
         self.due: list[Flow] = []  # have enough new tokens for a write of their journal
         self.queued: set[str] = set()  # attached to before any engine began
+        self.ended: list[Flow] = []  # ended in this turn
         self.closed: dict[str, Flow] = {}  # ended in this turn or before it
         self.touched: list[Flow] = []
         self.tokens = 0
@@ -221,6 +226,7 @@ class Flows:
         for request_id in request_ids:
             flow = self._flows.pop(request_id)
             turn.fail(flow, LOST)
+            turn.ended.append(flow)
             turn.take(flow)
 
     def _answer(self, record: Record) -> Answer:
@@ -326,6 +332,7 @@ class Flows:
         turn.take(flow)
         del self._flows[flow.request_id]
         turn.closed[flow.request_id] = flow
+        turn.ended.append(flow)
         flow.finish = flow.finish or finish
         if flow.answer.answered and flow.request.retain_s > 0:
             turn.kept.append(flow)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from redis.asyncio import Redis
 
+from services.postproc import spans
 from services.postproc.detokenize import Vocabulary
 from services.postproc.flows import EntryId, Flow, Flows, Journal, Turn
 from services.postproc.metrics import PostprocMetrics
@@ -30,6 +31,7 @@ from shared.messages import Attach, Tokens
 from shared.patience import persist
 from shared.records import Record, Records
 from shared.streams import LogReader
+from shared.tracing import OFF, Tracing
 
 SERVICE = "postproc"
 
@@ -67,12 +69,14 @@ class Worker:
         vocabulary: Vocabulary,
         metrics: PostprocMetrics,
         clock: Callable[[], float] = time.monotonic,
+        tracing: Tracing = OFF,
     ) -> None:
         self._redis = redis
         self._keys = keys
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
+        self._tracing = tracing
         self._records = Records(redis, keys)
         self._shards = Shards(redis, keys, SERVICE, settings.name, settings.shards)
         self._outbox = Outbox(redis, keys, settings.deltas_max_len)
@@ -199,6 +203,7 @@ class Worker:
     async def _send(self, turn: Turn) -> None:
         if turn.deltas:
             await self._write("deltas", lambda: self._outbox.send(turn.deltas, self._fence))
+        spans.record(self._tracing, turn.ended)
 
     async def _end(self, turn: Turn) -> None:
         if turn.unasked:

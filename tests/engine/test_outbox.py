@@ -51,7 +51,8 @@ async def test_what_redis_refuses_for_now_is_sent_again_in_order(
     task = asyncio.create_task(outbox.run())
     for index in range(3):
         outbox.put(emission(index, Finish("length") if index == 2 else None))
-    assert await asyncio.wait_for(ended, 20) == [End("r", 1, "length")]
+    [end] = await asyncio.wait_for(ended, 20)
+    assert (end.request_id, end.epoch, end.reason, end.generated, end.error) == ("r", 1, "length", 3, None)
     task.cancel()
     messages = [from_entry(fields) for _, fields in await redis.xrange(keys.tokens(0))]
     assert [m.runs[0].index for m in messages if isinstance(m, Tokens)] == [0, 1, 2]

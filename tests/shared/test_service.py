@@ -208,7 +208,7 @@ PROGRAM = """
         async def close(self): print("close", flush=True)
         def load(self): return {}
 
-    sys.exit(launch("tiny", CommonSettings, lambda settings, redis: Tiny(), os.environ))
+    sys.exit(launch("tiny", CommonSettings, lambda settings, redis, tracing: Tiny(), os.environ))
 """
 
 

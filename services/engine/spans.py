@@ -1,0 +1,54 @@
+"""A request's time in this engine as spans: it waits, its prompt is computed, its tokens are generated."""
+
+from services.engine.held import Held
+from shared.records import TOKEN_BYTES
+from shared.tracing import REQUEST_ID, Attributes, Tracing
+
+LOST = "lost"  # another replica has it now
+
+
+def record(tracing: Tracing, held: Held, now: float, error: str | None = None) -> None:
+    """When a request leaves, in whatever way. `now` in unix seconds; `error`: why, where it has not ended."""
+    trace, end = held.message.request.trace, held.end
+    if trace is None or not tracing.follows(trace):
+        return
+    phases = _phases(held)
+    stops = [start for _, start, _ in phases[1:]] + [now if end is None else end.at]
+    for (name, start, attributes), stop in zip(phases, stops, strict=True):
+        about = {**_about(held), **attributes}
+        if name != phases[-1][0]:
+            tracing.record(name, trace, start, stop, about)
+        elif end is None:
+            tracing.record(name, trace, start, stop, about, error)
+        else:
+            ended: Attributes = {"gen_ai.response.finish_reasons": [end.reason]}
+            tracing.record(name, trace, start, stop, {**about, **ended}, end.error)
+
+
+def _phases(held: Held) -> list[tuple[str, float, Attributes]]:
+    """(name, start, attributes) of what it came to; each lasts until the next."""
+    times = held.timeline
+    phases: list[tuple[str, float, Attributes]] = [("queue", _queued_at(held), {})]
+    if times.scheduled is not None:
+        counts = {
+            "gen_ai.usage.input_tokens": len(held.message.prompt) // TOKEN_BYTES,
+            "gen_ai.usage.cache_read.input_tokens": times.cached_tokens,
+            "millrace.resumed_tokens": times.resumed_tokens,
+        }
+        phases.append(("prefill", times.scheduled, counts))
+    if times.first_token is not None:
+        counts = {"millrace.preemptions": times.preemptions}
+        if held.end is not None:
+            counts["gen_ai.usage.output_tokens"] = held.end.generated
+        phases.append(("decode", times.first_token, counts))
+    return phases
+
+
+def _about(held: Held) -> Attributes:
+    return {REQUEST_ID: held.request_id, "millrace.epoch": held.epoch, "millrace.attempt": held.attempts}
+
+
+def _queued_at(held: Held) -> float:
+    """When it came into the stream, by Redis's clock. What another engine has had waits here since we took it."""
+    taken = held.timeline.taken
+    return taken if held.epoch > 1 else min(taken, int(held.entry_id.partition("-")[0]) / 1000)

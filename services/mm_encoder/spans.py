@@ -1,0 +1,33 @@
+"""The time that a request's media took here, as a span: from taking the entry to handing it on or answering it."""
+
+import time
+
+from services.mm_encoder.running import Running
+from shared.errors import Failure
+from shared.messages import Encode, MediaKind
+from shared.tracing import REQUEST_ID, Tracing
+
+
+def record(tracing: Tracing, message: Encode, running: Running, outcome: str | Failure) -> None:
+    """When its part is over."""
+    trace = message.request.trace
+    if trace is None or not tracing.follows(trace):
+        return
+    attributes: dict[str, str | int] = {
+        REQUEST_ID: message.request.id,
+        "millrace.attempt": running.attempts,
+        "millrace.images": _count(message, "image"),
+        "millrace.videos": _count(message, "video"),
+    }
+    if running.prompt_tokens is not None:
+        attributes |= {"gen_ai.usage.input_tokens": running.prompt_tokens, "millrace.cache_hits": running.hits}
+    error = None
+    if isinstance(outcome, Failure):
+        error = outcome.code or str(outcome.status)
+    else:
+        attributes["millrace.outcome"] = "lost" if running.lost else outcome
+    tracing.record("encode", trace, running.taken, time.time(), attributes, error)
+
+
+def _count(message: Encode, kind: MediaKind) -> int:
+    return sum(media.kind == kind for media in message.media)

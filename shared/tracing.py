@@ -1,0 +1,148 @@
+"""Traces: what each stage did for a request, and when, as spans for an OpenTelemetry collector.
+
+Off unless `otlp_endpoint` is set: nothing of OpenTelemetry is imported then by us, and a request costs one question.
+
+The gateway begins a span, as the child of its caller's if a W3C traceparent came with the request; that span's own
+traceparent travels in `Request.trace`, and the other stages record theirs as its children, each when its part is over.
+Whether a trace is recorded is decided where it begins and said in the traceparent. Spans hold times, counts and names;
+never what a client wrote or was answered.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from shared.config import CommonSettings
+
+if TYPE_CHECKING:
+    from opentelemetry import trace as otel
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+
+FLUSH_S = 2.0  # for what is left at the end; what a collector has not taken by then is lost
+REQUEST_ID = "millrace.request_id"  # as in the logs; with n > 1 each choice has its own
+ERROR_TYPE = "error.type"
+
+Attributes = Mapping[str, str | bool | int | float | Sequence[str]]
+
+
+class Span:
+    """One that is under way. Times are unix seconds."""
+
+    __slots__ = ("_failed", "_span", "trace_id", "traceparent")
+
+    def __init__(self, span: "otel.Span") -> None:
+        from opentelemetry.trace import format_trace_id
+
+        context = span.get_span_context()
+        self._span = span
+        self._failed = False
+        self.trace_id = format_trace_id(context.trace_id)
+        self.traceparent = f"00-{self.trace_id}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+    def set(self, attributes: Attributes) -> None:
+        self._span.set_attributes(attributes)
+
+    def event(self, name: str, at: float) -> None:
+        self._span.add_event(name, timestamp=_nanoseconds(at))
+
+    def fail(self, kind: str) -> None:
+        """Say that it ended in an error; the first to say so counts."""
+        if not self._failed:
+            self._failed = True
+            _fail(self._span, kind)
+
+    def end(self) -> None:
+        self._span.end()
+
+
+class Tracing:
+    """Makes spans, which are sent in the background. `OFF` makes none."""
+
+    def __init__(self, provider: "TracerProvider | None") -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("millrace", version("millrace")) if provider else None
+
+    def serve(self, name: str, caller: str | None, attributes: Attributes) -> Span | None:
+        """Begin the span of a request from outside, in the trace of `caller` (a traceparent) or in a new one."""
+        if self._tracer is None:
+            return None
+        from opentelemetry.trace import SpanKind
+
+        span = self._tracer.start_span(name, _context(caller), SpanKind.SERVER, attributes)
+        return Span(span) if span.get_span_context().is_valid else None
+
+    def follows(self, trace: str | None) -> bool:
+        """Whether spans of the trace that a traceparent names are recorded."""
+        return self._tracer is not None and trace is not None and bool(int(trace[-2:], 16) & 1)
+
+    def record(
+        self, name: str, trace: str, start: float, end: float, attributes: Attributes, error: str | None = None
+    ) -> None:
+        """A span that is over, as the child of what `trace` names; for a trace that it `follows`. Times are unix
+        seconds; `error` names what went wrong."""
+        assert self._tracer is not None
+        span = self._tracer.start_span(
+            name, _context(trace), attributes=attributes, start_time=_nanoseconds(min(start, end))
+        )
+        if error is not None:
+            _fail(span, error)
+        span.end(_nanoseconds(end))
+
+    def close(self) -> None:
+        """Send what is left, for FLUSH_S at most."""
+        if self._provider is not None:
+            # The SDK's own limit is half a minute. A daemon: a collector that is silent must not keep the process.
+            closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+            closing.start()
+            closing.join(FLUSH_S)
+
+
+OFF = Tracing(None)
+
+
+def start(service: str, settings: CommonSettings) -> Tracing:
+    """What the settings ask for. The SDK's own variables (OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_HEADERS,
+    OTEL_BSP_MAX_QUEUE_SIZE, ...) add to it. A queue that is full drops spans; nothing waits for it."""
+    if not settings.otlp_endpoint:
+        return OFF
+    # Here, so that a process without traces does not have them in memory.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+
+    who = {
+        "service.name": f"millrace-{service}",
+        "service.instance.id": settings.name,
+        "service.version": version("millrace"),
+    }
+    provider = TracerProvider(
+        sampler=ParentBased(TraceIdRatioBased(settings.trace_ratio)),
+        resource=Resource.create(who),
+        shutdown_on_exit=False,  # `close` does it, and in time
+    )
+    exporter = OTLPSpanExporter(f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return Tracing(provider)
+
+
+def _context(traceparent: str | None) -> "Context":
+    """Never the ambient one; without a traceparent, or with one of zeros, one without a parent."""
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    return TraceContextTextMapPropagator().extract({"traceparent": traceparent or ""}, Context())
+
+
+def _fail(span: "otel.Span", kind: str) -> None:
+    from opentelemetry.trace import StatusCode
+
+    span.set_attribute(ERROR_TYPE, kind)
+    span.set_status(StatusCode.ERROR)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
