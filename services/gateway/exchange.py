@@ -15,6 +15,7 @@ class Choice:
         "asked",
         "ended",
         "exchange",
+        "finish_reason",
         "index",
         "looked_at",
         "misses",
@@ -25,7 +26,6 @@ class Choice:
     )
 
     def __init__(self, exchange: "Exchange", index: int, seq: int, now: float) -> None:
-        "finish_reason",
         self.exchange = exchange
         self.index = index
         self.request_id = choice_id(exchange.id, index)
@@ -35,6 +35,7 @@ class Choice:
         self.asked = False  # for what comes after `seq`, and not answered yet
         self.looked_at = now  # when it last went on, or its record was last looked for
         self.misses = 0  # times in a row that its record was not there
+        self.finish_reason: str | None = None  # both with the finish
         self.usage: Usage | None = None
 
 
@@ -47,7 +48,6 @@ class Exchange:
         form: Form,
         stream: bool,
         created: float,
-        self.finish_reason: str | None = None  # both with the finish
         deadline: float,
         max_pending: int,
         now: float,
@@ -112,6 +112,7 @@ class Exchange:
             return False
         if last:
             choice.ended = True
+            choice.finish_reason = delta.finish_reason
             choice.usage = delta.usage
             self._wake.set()
         return False
@@ -124,7 +125,6 @@ class Exchange:
             self.failure = failure
         self.accepted.set()
         self._wake.set()
-            choice.finish_reason = delta.finish_reason
 
     def poke(self) -> None:
         """Let the writer say that it is still there."""
