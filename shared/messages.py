@@ -293,6 +293,7 @@ class Attach(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     gateway: str
     after: int
+    until: int = 0  # if not 0, a delta is to end there: the one that the client has the first events of
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):

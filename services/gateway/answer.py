@@ -106,7 +106,7 @@ class Answerer(msgspec.Struct, frozen=True):
         while not exchange.done:
             news = merge(await exchange.take())
             if news:
-                events = (chunks.delta(index, delta, marks.after(index, delta.seq)) for index, delta in news)
+                events = (chunks.delta(index, delta, marks, exchange.shown(index)) for index, delta in news)
                 await _write(send, b"".join(events))
             elif not exchange.done:
                 await _write(send, KEEP_ALIVE)

@@ -11,7 +11,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT
-from services.gateway.exchange import Choice, Exchange
+from services.gateway.exchange import Choice, Exchange, Place
 from services.gateway.form import Form
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.order import Order
@@ -89,7 +89,7 @@ class Desk:
 
     @asynccontextmanager
     async def rejoin(
-        self, known: Known, form: Form, stream: bool, shown: Sequence[int] | None = None
+        self, known: Known, form: Form, stream: bool, shown: Sequence[Place] | None = None
     ) -> AsyncIterator[Exchange]:
         """Go on with a request that another connection began, from the beginning or after `shown`.
 

@@ -3,9 +3,19 @@
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
+
 from services.gateway.form import Form
 from shared.errors import Failure
 from shared.messages import Delta, Usage
+
+
+class Place(msgspec.Struct, frozen=True):
+    """How much of a choice a client has: all up to delta `seq`, and some events of the next, which ends at `until`."""
+
+    seq: int
+    until: int = 0
+    events: int = 0
 
 
 class Choice:
@@ -22,14 +32,16 @@ class Choice:
         "request_id",
         "seq",
         "submitted",
+        "until",
         "usage",
     )
 
-    def __init__(self, exchange: "Exchange", index: int, seq: int, now: float) -> None:
+    def __init__(self, exchange: "Exchange", index: int, place: Place, now: float) -> None:
         self.exchange = exchange
         self.index = index
         self.request_id = choice_id(exchange.id, index)
-        self.seq = seq  # of the last delta taken in; what is not above it has been shown
+        self.seq = place.seq  # of the last delta taken in; what is not above it has been shown
+        self.until = place.until  # where the next has to end, if not 0, for some of it has been shown
         self.submitted = False  # other stages know of it
         self.ended = False  # they have finished with it
         self.asked = False  # for what comes after `seq`, and not answered yet
@@ -53,19 +65,19 @@ class Exchange:
         now: float,
         *,
         unchecked: bool = False,
-        shown: Sequence[int] | None = None,
+        shown: Sequence[Place] | None = None,
     ) -> None:
         """`created`, `deadline` and `now` are unix seconds; `max_pending` bounds what a client that does not read may
         owe. `unchecked`: nothing may be said before the media of every choice are known to be good. `shown` is where a
-        stream goes on that the client has the beginning of: a sequence number for each choice."""
+        stream goes on that the client has the beginning of: a place for each choice."""
         self.id = request_id
         self.form = form
         self.stream = stream
         self.created = created
         self.deadline = deadline
         self.resumed = shown is not None
-        self.since = [0] * form.n if shown is None else list(shown)  # what the client had at first
-        self.choices = [Choice(self, index, seq, now) for index, seq in enumerate(self.since)]
+        self.since = [Place(0)] * form.n if shown is None else list(shown)  # what the client had at first
+        self.choices = [Choice(self, index, place, now) for index, place in enumerate(self.since)]
         self.failure: Failure | None = None
         self.idle_since = now  # when a choice last went on, or the client was last told that we live
         self.first_token: float | None = None  # when it came, in unix seconds
@@ -103,7 +115,7 @@ class Exchange:
             return False
         last = delta.finish_reason is not None
         if delta.seq > choice.seq:
-            if delta.start != choice.seq:
+            if delta.start != choice.seq or choice.until not in (0, delta.seq):
                 # One that overlaps was made for another reader of the same answer. Ours may still be on its way, and
                 # if not, the next one leaves a gap; but after the last there is none.
                 return delta.start > choice.seq or last
@@ -126,6 +138,11 @@ class Exchange:
         self.accepted.set()
         self._wake.set()
 
+    def shown(self, index: int) -> int:
+        """How many events of the next delta of a choice the client has."""
+        place, self.since[index] = self.since[index], Place(0)
+        return place.events
+
     def poke(self) -> None:
         """Let the writer say that it is still there."""
         self._wake.set()
@@ -140,6 +157,7 @@ class Exchange:
 
     def _take_in(self, choice: Choice, delta: Delta, now: float) -> None:
         choice.seq = delta.seq
+        choice.until = 0
         choice.asked = False
         choice.misses = 0
         self.idle_since = choice.looked_at = now

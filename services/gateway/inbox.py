@@ -91,7 +91,7 @@ class Inbox:
     async def _keep_it(self) -> bool:
         """Renew the stream's expiry, so that it outlives a crash of ours by no more, and cut what was read; True if it
         had to be made anew."""
-        args = [TTL_S, _NOTHING[b"v"], _NOTHING[b"m"], self._reader.positions[self._key]]
+        args: list[str | bytes | int] = [TTL_S, _NOTHING[b"v"], _NOTHING[b"m"], self._reader.positions[self._key]]
         made = bool(await self._keep(keys=[self._key], args=args))
         if made:
             self._reader.positions[self._key] = "0"  # the ids of a new stream may be below the old one's

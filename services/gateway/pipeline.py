@@ -137,7 +137,7 @@ class Pipeline:
             return
         await self._records.attach([choice.request_id for choice in choices], self._route.gateway)
         for choice in choices:
-            attach = Attach(choice.request_id, self._route.gateway, choice.seq)
+            attach = Attach(choice.request_id, self._route.gateway, choice.seq, choice.until)
             choice.asked = True
             reach("gateway.attach.before")
             await send(self._redis, self._keys.tokens(self._shard(choice.request_id)), attach)

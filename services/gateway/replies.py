@@ -3,11 +3,13 @@
 A chunk is a prefix made once per request, the escaped text, and a fixed end; nothing else is formatted per token.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
 
+from services.gateway.exchange import Place
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
@@ -83,22 +85,25 @@ class Head(msgspec.Struct, frozen=True):
 class Marks:
     """The ids of a stream's events: how much of each choice a reader has that has read so far.
 
-    What one delta adds is one step, however many events it takes, and the last of them carries the id; so an id always
-    means a whole number of deltas, and what a reader has beyond the last id it saw is sent again if it comes back.
+    A number where that is a whole number of deltas. One delta may take several events; after some of them it is the
+    number before the delta, the delta's, and how many of its events.
     """
 
-    def __init__(self, seqs: Iterable[int]) -> None:
-        """`seqs`: of each choice, the sequence number from which the stream starts."""
-        self._seqs = list(seqs)
+    def __init__(self, places: Iterable[Place]) -> None:
+        """`places`: where the stream starts."""
+        self._ids = [b"%d" % place.seq for place in places]
 
     def line(self) -> bytes:
         """The field of an event."""
-        return b"id: %b\n" % ".".join(map(str, self._seqs)).encode()
+        return b"id: %b\n" % b".".join(self._ids)
 
-    def after(self, index: int, seq: int) -> bytes:
-        """The field once choice `index` has come to `seq`."""
-        self._seqs[index] = seq
-        return self.line()
+    def through(self, index: int, delta: Delta, events: int) -> Iterator[bytes]:
+        """The field of each event of a delta of choice `index`."""
+        for event in range(1, events):
+            self._ids[index] = b"%d-%d-%d" % (delta.start, delta.seq, event)
+            yield self.line()
+        self._ids[index] = b"%d" % delta.seq
+        yield self.line()
 
 
 class Chunks:
@@ -118,8 +123,8 @@ class Chunks:
         *others, last = [start + b'"role":"assistant","content":""' + ids + self._plain for start in self._starts]
         return b"".join([*others, mark, last])
 
-    def delta(self, index: int, delta: Delta, mark: bytes) -> bytes:
-        """All chunks of one delta, the last with the id: reasoning, content, tool calls one fragment each, finish."""
+    def delta(self, index: int, delta: Delta, marks: Marks, shown: int = 0) -> bytes:
+        """A delta's chunks but for the first `shown`: reasoning, content, tool calls one fragment each, finish."""
         start = self._starts[index]
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
         chunks = [start + piece + self._plain for piece in pieces]
@@ -130,9 +135,7 @@ class Chunks:
             chunks.append(
                 start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + self._end
             )
-        if chunks:
-            chunks.insert(-1, mark)
-        return b"".join(chunks)
+        return b"".join(chain(*list(zip(marks.through(index, delta, len(chunks)), chunks, strict=False))[shown:]))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk without choices that ends the stream of a client who asked for it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from services.gateway.exchange import Place
 from shared.errors import invalid
 
 TIMEOUT = "x-request-timeout"
@@ -15,7 +16,8 @@ LAST_EVENT = "last-event-id"
 MAX_KEY_CHARS = 255
 
 _KEY = re.compile(rf"[\x20-\x7e]{{1,{MAX_KEY_CHARS}}}")
-_PLACES = re.compile(r"\d{1,15}(\.\d{1,15})*")
+_PLACE = r"\d{1,15}(-\d{1,15}-\d{1,9})?"
+_PLACES = re.compile(rf"{_PLACE}(\.{_PLACE})*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 # They say how the answer is sent, and not what it is.
 _OF_THE_SENDING = frozenset({"stream", "stream_options"})
@@ -61,7 +63,7 @@ def key(headers: Mapping[str, str], owner: str, body: bytes) -> Key | None:
     return Key(hashlib.sha256(f"{owner}\n{given}".encode()).hexdigest(), _digest(body))
 
 
-def last_event(headers: Mapping[str, str], n: int) -> list[int] | None:
+def last_event(headers: Mapping[str, str], n: int) -> list[Place] | None:
     """How much of each choice the client has; None if it wants all.
 
     Raises:
@@ -70,10 +72,14 @@ def last_event(headers: Mapping[str, str], n: int) -> list[int] | None:
     given = headers.get(LAST_EVENT)
     if not given:  # a browser that has seen none says so by an empty one
         return None
-    places = [int(place) for place in given.split(".")] if _PLACES.fullmatch(given) else []
+    places = [_place(one) for one in given.split(".")] if _PLACES.fullmatch(given) else []
     if len(places) != n:
         raise invalid("The header Last-Event-ID is not the id of an event of this stream.", "Last-Event-ID")
     return places
+
+
+def _place(given: str) -> Place:
+    return Place(*map(int, given.split("-")))
 
 
 def trace(headers: Mapping[str, str]) -> str | None:

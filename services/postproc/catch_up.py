@@ -14,8 +14,9 @@ def missed(
     logprobs: Sequence[TokenLogprob | None] | None,
     finish: Finish | None,
     after: int,
-) -> Delta | None:
-    """All that follows number `after`, as one delta; None if there is nothing.
+    until: int = 0,
+) -> list[Delta]:
+    """All that follows number `after`, as one delta, or as two if a delta ends at `until`; none if there is nothing.
 
     The end of an answer is said again to who has seen it, so that nobody waits for more.
 
@@ -41,12 +42,17 @@ def missed(
         end()
     seen = answer.take()
     if answer.ended:
-        return seen and _only_the_end(seen, after)
-    push(after, len(tokens))
-    if after <= len(tokens):
-        end()
-    delta = answer.take()
-    return delta and replace(delta, start=after)
+        return [_only_the_end(seen, after)] if seen else []
+    deltas: list[Delta] = []
+    first = after
+    for last in [until] * (until > after) + [max(after, len(tokens)) + 1]:
+        push(first, last)
+        if first <= len(tokens) < last:
+            end()
+        if delta := answer.take():
+            deltas.append(delta if deltas else replace(delta, start=after))
+        first = last
+    return deltas
 
 
 def _only_the_end(delta: Delta, after: int) -> Delta:

@@ -361,18 +361,19 @@ class Flows:
         if flow is None or (flow.finish is not None and flow.finish.reason == "cancelled" and not flow.answer.answered):
             turn.say(gateway, _not_found(request_id, message.after))
             return
-        delta = self._missed(flow, message.after)
-        if delta is not None:
+        for delta in self._missed(flow, message):
             turn.say(gateway, delta)
 
-    def _missed(self, flow: Flow, after: int) -> Delta | None:
+    def _missed(self, flow: Flow, message: Attach) -> list[Delta]:
         try:
             answer = Answer(flow.request, self._vocabulary, self._parsers)
             answer.begin = flow.answer.begin
-            return missed(answer, flow.tokens[: flow.cut], flow.logprobs, flow.finish, after)
+            tokens = flow.tokens[: flow.cut]
+            return missed(answer, tokens, flow.logprobs, flow.finish, message.after, message.until)
         except Exception:
             _log.exception("answer cannot be rebuilt", extra={"request_id": flow.request_id})
-            return _last(flow.request_id, after, internal("This request could not be processed.").failure)
+            failure = internal("This request could not be processed.").failure
+            return [_last(flow.request_id, message.after, failure)]
 
     # ------------------------------------------------------------------------------------------------ the journal
 

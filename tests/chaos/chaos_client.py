@@ -141,14 +141,13 @@ class _Talk:
         self.transcript = Transcript([Choice() for _ in range(ask.body.get("n", 1))])
         self._id = ""
         self._last_event = ""
-        self._events: list[dict[str, Any]] = []
-        self._certain = 0  # of the events, up to the last that had an id
+        self._events = 0
         self._done = False
         self._broke = False
         self._history: list[str] = []
 
     def so_far(self) -> str:
-        return f"request {self._id or 'without an id'}, {len(self._events)} events; {' | '.join(self._history[-12:])}"
+        return f"request {self._id or 'without an id'}, {self._events} events; {' | '.join(self._history[-12:])}"
 
     async def run(self) -> None:
         while not self._done:
@@ -161,8 +160,7 @@ class _Talk:
                 self._history.append(type(error).__name__)
 
     async def _begin(self) -> None:
-        self._certain = 0
-        self._forget_uncertain()
+        self._start_again()
         body = {**self._ask.body, "stream": self._manner.stream}
         if self._manner.stream:
             body["stream_options"] = {"include_usage": True}
@@ -171,7 +169,8 @@ class _Talk:
 
     async def _go_on(self) -> None:
         self._client.resumed += 1
-        self._forget_uncertain()
+        if not self._last_event:
+            self._start_again()
         await self._request(
             "GET", f"/v1/chat/completions/{self._id}/events", headers={"Last-Event-ID": self._last_event}
         )
@@ -208,24 +207,21 @@ class _Talk:
                 self._history.append("told to go elsewhere")
                 return
             self._event(event)
-            self._events.append(event)
-            if event_id != self._last_event:
-                self._last_event, self._certain = event_id, len(self._events)
-            if self._manner.leaves_after is not None and len(self._events) >= self._manner.leaves_after:
+            self._events += 1
+            self._last_event = event_id
+            if self._manner.leaves_after is not None and self._events >= self._manner.leaves_after:
                 self._done = True
                 return
-            if self._manner.breaks_after == len(self._events) and not self._broke:
+            if self._manner.breaks_after == self._events and not self._broke:
                 self._broke = True
                 self._history.append("breaks")
                 return
         raise Broken("the stream ended without [DONE]")
 
-    def _forget_uncertain(self) -> None:
-        """What came after the last id comes again."""
-        del self._events[self._certain :]
+    def _start_again(self) -> None:
+        self._last_event = ""
+        self._events = 0
         self.transcript = Transcript([Choice() for _ in self.transcript.choices])
-        for event in self._events:
-            self._event(event)
 
     def _event(self, event: dict[str, Any]) -> None:
         if "error" in event:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from services.gateway.exchange import Place
 from services.gateway.replies import (
     Chunks,
     Collected,
@@ -25,6 +26,10 @@ from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 HEAD = Head("chatcmpl-1", 123, 'a "model"', "fp_1")
 USAGE = Usage(10, 20, 5, 3, 2, 1)
 MARK = b"id: 1\n"
+
+
+def marks(n: int = 2) -> Marks:
+    return Marks([Place(0)] * n)
 
 
 def chunks_of(data: bytes) -> list[dict[str, Any]]:
@@ -48,7 +53,7 @@ def deltas_of(data: bytes) -> list[dict[str, Any]]:
 
 
 def test_the_frame_of_every_chunk() -> None:
-    (chunk,) = chunks_of(Chunks(HEAD, 2, include_usage=False).delta(1, Delta("r", 1, content="Hi"), MARK))
+    (chunk,) = chunks_of(Chunks(HEAD, 2, include_usage=False).delta(1, Delta("r", 1, content="Hi"), marks()))
     assert chunk == {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",
@@ -64,23 +69,32 @@ def test_the_first_chunk_names_the_role() -> None:
     assert deltas_of(Chunks(HEAD, 1, False).openings(MARK, [1, 2]))[0]["prompt_token_ids"] == [1, 2]
 
 
-def test_the_last_event_of_a_step_carries_its_id() -> None:
-    chunks, marks = Chunks(HEAD, 2, False), Marks([0, 0])
+def test_every_event_says_how_much_its_reader_has() -> None:
+    chunks, places = Chunks(HEAD, 2, False), marks()
     calls = (ToolDelta(0, "c0", "f", "{}"),)
-    step = Delta("r", 7, reasoning="a", content="b", tool_calls=calls, finish_reason="tool_calls", usage=USAGE)
-    data = chunks.openings(marks.line())
-    data += chunks.delta(1, Delta("r", 3, content="x"), marks.after(1, 3))
-    data += chunks.delta(0, step, marks.after(0, 7))
-    data += chunks.delta(1, Delta("r", 9, content="y", token_ids=(1,)), marks.after(1, 9))
-    assert ids_of(data) == [None, b"0.0", b"0.3", None, None, None, None, b"7.3", b"7.9"]
+    step = Delta("r", 7, reasoning="a", content="b", tool_calls=calls, finish_reason="tool_calls", usage=USAGE, start=2)
+    data = chunks.openings(places.line())
+    data += chunks.delta(1, Delta("r", 3, content="x"), places)
+    data += chunks.delta(0, step, places)
+    data += chunks.delta(1, Delta("r", 9, content="y", token_ids=(1,)), places)
+    within = [f"2-7-{event}.3".encode() for event in range(1, 5)]
+    assert ids_of(data) == [None, b"0.0", b"0.3", *within, b"7.3", b"7.9"]
+
+
+@pytest.mark.parametrize("shown", range(6))
+def test_who_has_some_events_of_a_delta_gets_the_others(shown: int) -> None:
+    calls = (ToolDelta(0, "c0", "f", "{}"),)
+    delta = Delta("r", 7, reasoning="a", content="b", tool_calls=calls, finish_reason="stop", usage=USAGE, start=2)
+    events = Chunks(HEAD, 1, False).delta(0, delta, marks()).split(b"\n\n")
+    assert Chunks(HEAD, 1, False).delta(0, delta, marks(), shown).split(b"\n\n") == events[shown:]
 
 
 def test_an_id_of_one_choice_is_its_number() -> None:
-    assert Marks([5]).line() == b"id: 5\n"
+    assert Marks([Place(5)]).line() == b"id: 5\n"
 
 
 def test_reasoning_has_both_names_or_none() -> None:
-    assert deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"), MARK)) == [
+    assert deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"), marks())) == [
         {"reasoning_content": "a", "reasoning": "a"},
         {"content": "b"},
     ]
@@ -90,7 +104,7 @@ def test_one_tool_fragment_a_chunk_and_its_name_once_without_arguments() -> None
     calls = (ToolDelta(0, "c0", "f", '{"a":'), ToolDelta(0, None, None, "1}"), ToolDelta(1, "c1", "g", ""))
     assert [
         delta["tool_calls"]
-        for delta in deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, tool_calls=calls), MARK))
+        for delta in deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, tool_calls=calls), marks()))
     ] == [
         [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
         [{"index": 0, "function": {"arguments": '{"a":'}}],
@@ -100,7 +114,7 @@ def test_one_tool_fragment_a_chunk_and_its_name_once_without_arguments() -> None
 
 
 def test_the_finish_is_a_chunk_of_its_own() -> None:
-    data = Chunks(HEAD, 1, False).delta(0, Delta("r", 2, content="end", finish_reason="length", usage=USAGE), MARK)
+    data = Chunks(HEAD, 1, False).delta(0, Delta("r", 2, content="end", finish_reason="length", usage=USAGE), marks())
     text, finish = (chunk["choices"][0] for chunk in chunks_of(data))
     assert (text["delta"], text["finish_reason"]) == ({"content": "end"}, None)
     assert (finish["delta"], finish["finish_reason"]) == ({}, "length")
@@ -118,7 +132,7 @@ def test_usage_is_null_until_it_comes_and_absent_unless_asked_for() -> None:
 def test_details_ride_on_the_first_chunk_of_a_delta() -> None:
     shown = ShownLogprob("é", "é".encode(), -0.5, (("x", b"x", float("-inf")),))
     delta = Delta("r", 2, reasoning="é", content="b", logprobs=(shown,), token_ids=(7, 8))
-    first, second = (chunk["choices"][0] for chunk in chunks_of(Chunks(HEAD, 1, False).delta(0, delta, MARK)))
+    first, second = (chunk["choices"][0] for chunk in chunks_of(Chunks(HEAD, 1, False).delta(0, delta, marks())))
     assert first["delta"]["completion_token_ids"] == [7, 8]
     assert first["logprobs"] == {
         "content": [
@@ -132,7 +146,7 @@ def test_details_ride_on_the_first_chunk_of_a_delta() -> None:
         "refusal": None,
     }
     assert second["logprobs"] is None
-    silent = chunks_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, token_ids=(9,)), MARK))
+    silent = chunks_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, token_ids=(9,)), marks()))
     assert silent[0]["choices"][0]["delta"] == {"completion_token_ids": [9]}
 
 
@@ -170,7 +184,7 @@ def test_merging_changes_the_cut_and_not_the_text(deltas: list[tuple[int, Delta]
 def _flow(writer: Chunks, deltas: list[tuple[int, Delta]]) -> list[tuple[int, str, Any]]:
     """(choice, field, value) in order, with neighbouring text of a field joined."""
     flow: list[tuple[int, str, Any]] = []
-    for chunk in chunks_of(b"".join(writer.delta(index, delta, MARK) for index, delta in deltas)):
+    for chunk in chunks_of(b"".join(writer.delta(index, delta, marks()) for index, delta in deltas)):
         (choice,) = chunk["choices"]
         for field, value in choice["delta"].items():
             last = [i for i, (index, _, _) in enumerate(flow) if index == choice["index"]][-1:]
@@ -250,7 +264,7 @@ def test_usage_of_several_choices_counts_the_prompt_once() -> None:
 @pytest.mark.parametrize("n", [1, 3])
 def test_choices_are_told_apart(n: int) -> None:
     writer = Chunks(HEAD, n, False)
-    data = b"".join(writer.delta(i, Delta("r", 1, content=str(i)), MARK) for i in range(n))
+    data = b"".join(writer.delta(i, Delta("r", 1, content=str(i)), marks(n)) for i in range(n))
     assert [(c["choices"][0]["index"], c["choices"][0]["delta"]["content"]) for c in chunks_of(data)] == [
         (i, str(i)) for i in range(n)
     ]

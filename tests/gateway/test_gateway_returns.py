@@ -104,17 +104,17 @@ async def other(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
 # ------------------------------------------------------------------------------------------------------------- ids
 
 
-async def test_every_step_has_an_id(server: Running, stages: Stages) -> None:
+async def test_every_event_of_a_delta_has_an_id(server: Running, stages: Stages) -> None:
     async with reading(server, body={"stream_options": {"include_usage": True}}) as reader:
         request = await stages.request()
         await stages.say(request, Delta(request.id, 2, content="Hel"))
         await reader.until("2")
         call = ToolDelta(0, "c", "f", "{}")
         await stages.say(request, Delta(request.id, 5, reasoning="hm", content="lo", tool_calls=(call,)))
-        await reader.until("5")
+        assert [event.id for event in await reader.until("5")] == ["2-5-1", "2-5-2", "2-5-3", "5"]
         await stages.say(request, Delta(request.id, 7, content="!", finish_reason="stop", usage=USAGE))
         text, finish, usage, done = await reader.rest()
-    assert (text.id, finish.id, usage.id, done.id) == (None, "7", None, None)
+    assert (text.id, finish.id, usage.id, done.id) == ("5-7-1", "7", None, None)
     assert usage.chunk["usage"]["total_tokens"] == 14
 
 
@@ -219,8 +219,33 @@ async def test_two_choices_go_on_each_from_where_it_was(server: Running, other: 
             await stages.send(gateway, Delta(first.id, 3, finish_reason="stop", usage=USAGE, start=3))
             await stages.send(gateway, Delta(second.id, 9, "", "c", finish_reason="stop", usage=USAGE, start=7))
             events = await reader.rest()
-    assert [event.id for event in events] == [None, "3.9", None]
+    assert [event.id for event in events] == ["3.7-9-1", "3.9", None]
     assert (texts(events), events[0].chunk["choices"][0]["index"]) == ("c", 1)
+
+
+@pytest.mark.parametrize("shown", ["2-5-1", "2-5-2", "2-5-3", "5"])
+async def test_a_reader_comes_back_between_the_events_of_a_delta(
+    server: Running, other: Running, stages: Stages, shown: str
+) -> None:
+    calls = (ToolDelta(0, "c", "f", "{}"),)
+    async with reading(server, body={}) as abandoned:
+        request = await stages.request()
+        whole = Delta(request.id, 5, reasoning="hm", content="b", tool_calls=calls, start=2)
+        end = Delta(request.id, 7, "", "c", finish_reason="tool_calls", usage=USAGE, start=5)
+        await stages.say(request, Delta(request.id, 2, reasoning="h"), whole)
+        before = await abandoned.until(shown)
+        async with reading(other, f"/chatcmpl-{request.id}/events", **{"last-event-id": shown}) as reader:
+            attach = await stages.attached()
+            assert (attach.after, attach.until) == ((5, 0) if shown == "5" else (2, 5))
+            larger = msgspec.structs.replace(whole, seq=6, content="bc")  # made for somebody else here
+            await stages.send(attach.gateway, larger, *([] if shown == "5" else [whole]), end)
+            after = await reader.rest()
+        rest = await abandoned.until("5") if shown != "5" else []
+    ids = ["0", "2", "2-5-1", "2-5-2", "2-5-3", "5"]
+    assert [event.id for event in before + after] == [*ids, "5-7-1", "7", None]
+    assert [event.chunk["choices"] for event in before + rest] == [
+        event.chunk["choices"] for event in (before + after)[: len(ids)]
+    ]
 
 
 async def test_who_has_seen_the_end_is_told_that_it_was(server: Running, other: Running, stages: Stages) -> None:
@@ -259,7 +284,7 @@ async def test_what_there_is_to_go_on_with(server: Running, stages: Stages, redi
             for path in (f"/{name}/events", f"/{name}"):
                 reply = await get(server, path)
                 assert (reply.status_code, reply.json()["error"]["code"]) == (404, "request_not_found")
-        for last in ("1", "1.2.3", "a.b", "1.", "-1.2", "1.2e3", "9" * 20 + ".1"):
+        for last in ("1", "1.2.3", "1-2.3", "1-2-3-4.5", "a.b", "1.", "-1.2", "1.2e3", "9" * 20 + ".1"):
             reply = await get(server, f"/chatcmpl-{first.id}/events", **{"last-event-id": last})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "Last-Event-ID")
         await redis.delete(keys.request(second.id))

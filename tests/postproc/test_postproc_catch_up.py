@@ -61,8 +61,8 @@ class Case:
         deltas.append(answer.take())
         return [delta for delta in deltas if delta is not None]
 
-    def missed(self, after: int) -> Delta | None:
-        return missed(self.answer(), self.tokens, self.logprobs, self.finish, after)
+    def missed(self, after: int, until: int = 0) -> list[Delta]:
+        return missed(self.answer(), self.tokens, self.logprobs, self.finish, after, until)
 
 
 cases = st.builds(Case, cuts, finishes, outputs)
@@ -87,21 +87,43 @@ def test_what_was_seen_and_what_was_missed_are_the_answer(case: Case, data: st.D
     deltas = case.deltas()
     seen = data.draw(st.integers(0, len(deltas)))
     shown = collect(deltas[:seen])
-    delta = case.missed(shown.seq)
+    missed = case.missed(shown.seq)
     if shown.done:
-        assert delta is not None
+        [delta] = missed
         assert (delta.finish_reason, delta.failure) == (shown.finish_reason, shown.failure)
         assert (delta.seq, delta.content, delta.reasoning, delta.tool_calls) == (shown.seq, "", "", ())
-    elif delta is not None:
-        shown.add(delta)
+    else:
+        for delta in missed:
+            shown.add(delta)
     assert shown == collect(deltas)
+
+
+@given(cases, st.sets(st.integers(0, 200)), st.data())
+def test_who_has_some_of_a_delta_gets_that_delta_again(case: Case, takes: set[int], data: st.DataObject) -> None:
+    deltas = case.deltas(takes)
+    if not deltas:
+        return
+    place = data.draw(st.integers(0, len(deltas) - 1))
+    again, *rest = case.missed(deltas[place].start, deltas[place].seq)
+    assert again == deltas[place]
+    assert len(rest) == (place + 1 < len(deltas))
+    assert collect([*deltas[:place], again, *rest]) == collect(deltas)
+
+
+@given(cases, st.integers(0, 300), st.integers(0, 300))
+def test_places_that_no_stream_has_do_no_harm(case: Case, after: int, until: int) -> None:
+    at = after
+    for delta in case.missed(after, until):
+        assert delta.start == at or delta.start == after
+        at = delta.seq
 
 
 @given(cases)
 def test_who_has_seen_more_than_there_is_misses_nothing(case: Case) -> None:
-    delta = case.missed(1000)
-    assert delta is None or (delta.content, delta.reasoning, delta.logprobs, delta.token_ids) == ("", "", (), ())
-    assert (delta is None) == (not collect(case.deltas()).done)
+    missed = case.missed(1000)
+    for delta in missed:
+        assert (delta.content, delta.reasoning, delta.logprobs, delta.token_ids) == ("", "", (), ())
+    assert len(missed) == collect(case.deltas()).done
 
 
 def test_a_number_in_between_is_taken_for_the_last_before_it() -> None:
@@ -109,7 +131,5 @@ def test_a_number_in_between_is_taken_for_the_last_before_it() -> None:
     shown = [delta.seq for delta in case.deltas()]
     gap = next(number for number in range(1, max(shown)) if number not in shown)
     before = max(number for number in shown if number < gap)
-    between, after = case.missed(gap), case.missed(before)
-    assert between is not None
-    assert after is not None
+    [between], [after] = case.missed(gap), case.missed(before)
     assert (between.content, between.start) == (after.content, gap)
