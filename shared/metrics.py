@@ -3,12 +3,22 @@ through prometheus-client's multiprocess directory: set PROMETHEUS_MULTIPROC_DIR
 one of them the port."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from shared.errors import ConfigError
+
+HOP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_hops = Histogram(
+    "millrace_hop_seconds",
+    "From an entry's being written to a stream to its being read by the next stage",
+    ["stream"],
+    buckets=HOP_SECONDS,
+)
 
 
 def serve(port: int) -> Callable[[], None]:
@@ -38,6 +48,22 @@ def _registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return registry
+
+
+class Hop:
+    """The way of entries through one stream, seen by who reads it. An entry's id says when Redis took it, so the clocks
+    of Redis and of this machine must agree; nothing is less than 0."""
+
+    def __init__(self, stream: str, clock: Callable[[], float] = time.time) -> None:
+        """`stream` is the label: encode, generate, tokens or deltas."""
+        self._seconds = _hops.labels(stream)
+        self._clock = clock
+
+    def read(self, entry_ids: Iterable[str]) -> None:
+        """These entries have just been read for the first time."""
+        now = self._clock()
+        for entry_id in entry_ids:
+            self._seconds.observe(max(0.0, now - int(entry_id.partition("-")[0]) / 1000))
 
 
 def value(metric: Counter | Gauge) -> float:

@@ -14,6 +14,7 @@ from shared.errors import ProtocolError
 from shared.keys import ENCODE, GENERATE, Keys
 from shared.log import logger
 from shared.messages import Encode, Generate, Message, from_entry, to_entry
+from shared.metrics import Hop
 
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
@@ -122,6 +123,7 @@ class WorkStream:
         self._name = name
         self._max_deliveries = max_deliveries
         self._custody = Custody(redis, keys, stream, service, name)
+        self._hop = Hop(stream)
         self._claim_dead = redis.register_script(_CLAIM_DEAD)
         self._claim_lost = redis.register_script(_CLAIM_LOST)
         self._leave = redis.register_script(_LEAVE)
@@ -149,6 +151,7 @@ class WorkStream:
         self._taking = True
         try:
             entries = await self._read(count, block_ms)
+            self._hop.read(entry_id for entry_id, _ in entries)
             return await self._deliver([(entry_id, 1, fields) for entry_id, fields in entries])
         finally:
             self._taking = False
@@ -278,8 +281,10 @@ class LogReader:
     reads, and may start anywhere: "0" is the first entry, "$" whatever comes after the first read began.
     """
 
-    def __init__(self, redis: Redis, positions: dict[str, str]) -> None:
+    def __init__(self, redis: Redis, positions: dict[str, str], hop: str | None = None) -> None:
+        """`hop`: what metrics call the streams' way to this reader; None where it is no stage of a request's."""
         self._redis = redis
+        self._hop = None if hop is None else Hop(hop)
         self.positions = dict(positions)
 
     async def read(self, count: int, block_ms: int) -> list[tuple[str, str, Message]]:
@@ -300,6 +305,8 @@ class LogReader:
         messages: list[tuple[str, str, Message]] = []
         for stream, entries in await command(self._redis, *words):
             self._decode(str(stream, "utf-8"), entries, messages)
+        if self._hop is not None:
+            self._hop.read(entry_id for _, entry_id, _ in messages)
         return messages
 
     def _decode(

@@ -38,7 +38,7 @@ class Inbox:
     def __init__(self, redis: Redis, keys: Keys, gateway: str, desk: Desk) -> None:
         self._redis = redis
         self._key = keys.deltas(gateway)
-        self._reader = LogReader(redis, {self._key: "0"})
+        self._reader = LogReader(redis, {self._key: "0"}, hop="deltas")
         self._keep = redis.register_script(_KEEP)
         self._desk = desk
 

@@ -80,7 +80,7 @@ class Worker:
         self._records = Records(redis, keys)
         self._shards = Shards(redis, keys, SERVICE, settings.name, settings.shards)
         self._outbox = Outbox(redis, keys, settings.deltas_max_len)
-        self._reader = LogReader(redis, {})
+        self._reader = LogReader(redis, {}, hop="tokens")
         self._flows = Flows(vocabulary, settings.parsers(), settings.journal_every)
         self._shard_of = {keys.tokens(shard): shard for shard in range(settings.shards)}
         self._owned: dict[int, Owned] = {}

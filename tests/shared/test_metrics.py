@@ -57,3 +57,12 @@ def test_what_a_process_has_counted_can_be_read_back() -> None:
     assert metrics.value(gauge) == 4
     assert metrics.observed(histogram) == (2.0, 2.0)
     assert metrics.observed(histogram.labels("a")) == (0.5, 1.0)
+
+
+def test_the_time_of_a_hop_is_counted_from_the_ids_of_entries() -> None:
+    seconds = metrics._hops.labels("a test's")
+    hop = metrics.Hop("a test's", clock=lambda: 100.0)
+    hop.read(["99500-0", "98000-7"])
+    assert metrics.observed(seconds) == (2.5, 2.0)
+    hop.read(["100250-1"])  # of a Redis whose clock is ahead of ours
+    assert metrics.observed(seconds) == (2.5, 3.0)

@@ -4,6 +4,7 @@ import itertools
 import pytest
 from redis.asyncio import Redis
 
+from shared import metrics
 from shared.errors import ProtocolError
 from shared.keys import GENERATE, Keys
 from shared.leases import Lease
@@ -378,3 +379,32 @@ async def test_a_reply_to_a_reader_that_is_gone_leaves_nothing(redis: Redis) -> 
     await send(redis, "log", Cancel(("first",)))
     assert await reply(redis, "log", Cancel(("r",)), 10)
     assert await redis.xlen("log") == 2
+
+
+def hops(stream: str) -> float:
+    """Entries whose way through the stream was timed."""
+    return metrics.observed(metrics._hops.labels(stream))[1]
+
+
+async def test_an_entry_is_timed_when_it_is_first_taken(redis: Redis, replicas: Replicas) -> None:
+    before = hops(GENERATE)
+    dead, heir = [await replicas.start(name) for name in ("dead", "heir")]
+    for name in ("x", "y", "z"):
+        await send(redis, replicas.key, work(name))
+    assert len(await dead.take(2, 0)) == 2
+    assert hops(GENERATE) == before + 2
+    await replicas.die("dead")
+    assert len((await heir.claim_abandoned(9)).ours) == 2
+    assert hops(GENERATE) == before + 2
+    assert len(await heir.take(9, 0)) == 1
+    assert hops(GENERATE) == before + 3
+
+
+async def test_a_log_is_timed_for_the_stage_that_it_leads_to(redis: Redis) -> None:
+    await send(redis, "log", Cancel(("a",)))
+    await send(redis, "log", Cancel(("b",)))
+    before = hops("a test's log")
+    await LogReader(redis, {"log": "0"}).read(9, 0)
+    assert hops("a test's log") == before
+    await LogReader(redis, {"log": "0"}, hop="a test's log").read(9, 0)
+    assert hops("a test's log") == before + 2
