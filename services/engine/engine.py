@@ -36,6 +36,7 @@ class Engine:
         self._metrics = metrics
         self._unsent = Emission()
         self._prefilling: set[Sequence] = set()  # begun, and without a token yet
+        self._spoke: float | None = None  # when the last step gave tokens, if it did
 
     def run(self) -> None:
         """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
@@ -123,6 +124,13 @@ class Engine:
             sequence.timeline.first_token = now
             self._prefilling.remove(sequence)
 
+    def _note_tokens(self, plan: Plan, generated: int) -> None:
+        """Time the step against the last, from which those who go on had their tokens."""
+        now = time.perf_counter()
+        if self._spoke is not None and any(c.samples and c.sequence.num_generated > 1 for c in plan.chunks):
+            self._metrics.inter_token.observe(now - self._spoke)
+        self._spoke = now if generated else None
+
     def _count(self, plan: Plan, emission: Emission, generated: int) -> None:
         metrics = self._metrics
         metrics.running.set(self._scheduler.num_running)
@@ -130,10 +138,13 @@ class Engine:
         metrics.kv_usage.set(self._pool.used / self._pool.num_blocks)
         metrics.prompt_tokens.inc(sum(s.prompt_len for s in plan.begun))
         metrics.generation_tokens.inc(generated)
+        metrics.cached_tokens.inc(sum(s.cached_tokens for s in plan.begun))
+        metrics.prefix_queries.inc(plan.asked_tokens)
         metrics.prefix_hits.inc(plan.hit_tokens)
         metrics.preemptions.inc(len(plan.preempted))
-        metrics.steps.inc(bool(plan.chunks))
-        metrics.step_tokens.inc(plan.num_tokens)
+        if plan.chunks:
+            metrics.step_tokens.observe(plan.num_tokens)
+        self._note_tokens(plan, generated)
         for sequence in plan.preempted:
             sequence.timeline.preemptions += 1
         for end in emission.ended:

@@ -1,4 +1,4 @@
-"""What the engine counts. Names after the `millrace_` are the reference server's where it has the figure."""
+"""What the engine counts. Names after the `millrace_` are vLLM's where it has the figure."""
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -7,6 +7,7 @@ from shared.recent import Recent
 
 # From a decode step on a GPU to a long prefill on a CPU.
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class EngineMetrics:
@@ -21,14 +22,26 @@ class EngineMetrics:
 
         self.running = gauge("num_requests_running", "Sequences that hold cache blocks")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait for the scheduler")
-        self.kv_usage = gauge("gpu_cache_usage_perc", "Share of the cache blocks in use, 0 to 1")
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of the cache blocks in use, 0 to 1")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts begun")
+        self.cached_tokens = counter("prompt_tokens_cached", "Of these, tokens found in the prefix cache")
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
-        self.prefix_hits = counter("prefix_cache_token_num", "Tokens found in the prefix cache")
-        self.preemptions = counter("request_preempted", "Times a sequence lost its blocks to an earlier one")
+        self.prefix_queries = counter("prefix_cache_queries", "Tokens looked for in the prefix cache")
+        self.prefix_hits = counter("prefix_cache_hits", "Of these, tokens found")
+        self.preemptions = counter("num_preemptions", "Times a sequence lost its blocks to an earlier one")
         self.finished = Counter("millrace_engine_finished", "Requests ended", ["reason"], registry=registry)
-        self.steps = counter("engine_steps", "Steps run")
-        self.step_tokens = counter("engine_step_tokens", "Tokens computed, prefill and decode")
+        self.step_tokens = Histogram(
+            "millrace_iteration_tokens_total",
+            "Tokens of one step, prefill and decode",
+            buckets=STEP_TOKENS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "millrace_inter_token_latency_seconds",
+            "From the tokens of one step to those of the next: one observation a step, for all sequences in it",
+            buckets=STEP_SECONDS,
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "millrace_engine_step_seconds", "Time of one step", buckets=STEP_SECONDS, registry=registry
         )

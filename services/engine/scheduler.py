@@ -37,7 +37,8 @@ class Plan:
     chunks: tuple[Chunk, ...]
     begun: tuple[Sequence, ...]  # scheduled for the first time
     preempted: tuple[Sequence, ...]  # lost their blocks and wait again
-    hit_tokens: int  # found in the prefix cache by the sequences admitted
+    asked_tokens: int  # looked for in the prefix cache by the sequences admitted
+    hit_tokens: int  # and found
 
     @property
     def num_tokens(self) -> int:
@@ -131,11 +132,12 @@ class Scheduler:
             chunks.append(_chunk(waiting, budget))
             budget -= chunks[-1].length
         begun = tuple(s for s in admitted if not s.begun)
+        asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
         hit_tokens = sum(s.num_computed for s in admitted)
         for sequence in begun:
             sequence.begun = True
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
-        return Plan(tuple(chunks), begun, tuple(preempted), hit_tokens)
+        return Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens)
 
     def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[Sequence, Finish | None]]:
         """Take in what a plan's step computed.

@@ -19,7 +19,10 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._media = Counter(
-            "millrace_mm_media", "Media of requests that passed all checks", ["kind"], registry=registry
+            "millrace_mm_cache_queries",
+            "Media of requests that passed all checks, each looked for in the cache",
+            ["kind"],
+            registry=registry,
         )
         self._hits = Counter(
             "millrace_mm_cache_hits", "Media whose embeddings were there already", ["kind"], registry=registry

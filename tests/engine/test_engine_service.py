@@ -86,7 +86,7 @@ async def test_requests_are_answered_in_one_stream_a_shard(redis: Redis, redis_u
         assert running.metric("generation_tokens_total") == sum(range(5, 11))
         assert running.metric("prompt_tokens_total") == 18
         assert running.metric("num_requests_running") == 0
-        assert running.metric("gpu_cache_usage_perc") == 0
+        assert running.metric("kv_cache_usage_perc") == 0
 
 
 async def test_a_full_engine_leaves_the_rest_to_others(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -125,7 +125,7 @@ async def test_cancelling_frees_everything_whether_it_waits_or_runs(redis: Redis
         await nothing_held(running)
         await submit(redis, keys, generate("after", [22], 2))
         await reader.finished("after")
-        assert running.metric("gpu_cache_usage_perc") == 0
+        assert running.metric("kv_cache_usage_perc") == 0
 
 
 async def test_what_was_cancelled_before_it_was_taken_is_dropped(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -334,7 +334,7 @@ async def test_what_redis_has_lost_is_let_go(redis: Redis, redis_url: str, keys:
         assert again.seen["runs"].finish is None
         assert set(again.seen) == {"after", "runs"}
         assert running.metric("num_requests_running") == 0
-        assert running.metric("gpu_cache_usage_perc") == 0
+        assert running.metric("kv_cache_usage_perc") == 0
 
 
 @pytest.mark.parametrize("persistence", [True, False], ids=["kept", "lost"])

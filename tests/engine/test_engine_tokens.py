@@ -130,7 +130,7 @@ async def test_greedy_tokens_are_transformers(
         await submit(redis, keys, *others[:8], *(case.message(case.name) for case in oracle.cases), *others[8:])
         check(oracle.cases, await reader.finished(*(case.name for case in oracle.cases)))
         await reader.finished(*(other.request.id for other in others))
-        hits = running.metric("prefix_cache_token_num_total")
+        hits = running.metric("prefix_cache_hits_total")
         assert (hits > 0) == caching
 
 
@@ -145,8 +145,8 @@ async def test_greedy_tokens_survive_preemption(oracle: Oracle, redis: Redis, re
         named = [(f"{case.name} {i}", case) for i in range(3) for case in oracle.cases]
         await submit(redis, keys, *(case.message(name) for name, case in named))
         check([case for _, case in named], await reader.finished(*(name for name, _ in named)))
-        assert running.metric("request_preempted_total") > 0
-        assert running.metric("gpu_cache_usage_perc") == 0
+        assert running.metric("num_preemptions_total") > 0
+        assert running.metric("kv_cache_usage_perc") == 0
 
 
 SEEDED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.2}

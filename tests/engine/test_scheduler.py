@@ -186,6 +186,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
     plan = bench.step()
     assert [(c.start, c.length) for c in plan.chunks] == [(8, 3)]
     assert plan.hit_tokens == bench.sequences[1].cached_tokens == 8
+    assert plan.asked_tokens == 11
 
 
 def test_at_least_one_token_is_computed() -> None:

@@ -262,7 +262,7 @@ async def test_the_same_picture_is_encoded_once(bench: Bench) -> None:
     assert keys[0] == keys[1] != keys[2]
     assert generates[0].spans == generates[1].spans
     assert bench.count("millrace_mm_cache_hits_total", kind="image") == 1
-    assert bench.count("millrace_mm_media_total", kind="image") == 3
+    assert bench.count("millrace_mm_cache_queries_total", kind="image") == 3
 
 
 async def test_many_requests_at_once_with_few_pictures(bench: Bench, judge: Model) -> None:

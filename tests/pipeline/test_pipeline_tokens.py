@@ -74,8 +74,8 @@ async def test_among_sixteen_others(system: System, launched: str, answers: dict
     ids = [reply.choices[0].message.model_extra["completion_token_ids"] for reply in replies]
     assert ids == [answers[question.text] for question in questions]
     _, cached, preempted = LAUNCHES[launched]
-    assert (system.metric("millrace_prefix_cache_token_num_total") > 0) is cached
-    assert (system.metric("millrace_request_preempted_total") > 0) is preempted
+    assert (system.metric("millrace_prefix_cache_hits_total") > 0) is cached
+    assert (system.metric("millrace_num_preemptions_total") > 0) is preempted
 
 
 async def test_choices_are_what_each_seed_alone_would_be(system: System) -> None:
