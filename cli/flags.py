@@ -167,6 +167,17 @@ def _parser() -> _Parser:
         help="let media URLs reach this network although it is not global; repeatable",
     )
 
+    traces = parser.add_argument_group("traces")
+    traces.add_argument(
+        "--otlp-endpoint", metavar="URL", help="an OpenTelemetry collector, http://HOST:4318 (unset: none)"
+    )
+    traces.add_argument(
+        "--trace-ratio",
+        type=_ratio,
+        metavar="SHARE",
+        help="of the traces that begin here, 0 to 1 (1); callers decide on their own",
+    )
+
     engine = parser.add_argument_group("the engine and the answer")
     engine.add_argument("--tensor-parallel-size", type=_count(1), metavar="N", help="only 1 as yet")
     engine.add_argument("--quantization", choices=("wint4", "wint8"), help="weights, as they load; unset: as stored")
@@ -238,13 +249,20 @@ def _seconds(zero: bool) -> Callable[[str], float]:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0.0 < share <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    share = _ratio(text)
+    if share == 0.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return share
+
+
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0.0 <= ratio <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return ratio
 
 
 def _json(shape: Any) -> Callable[[str], Any]:

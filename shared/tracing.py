@@ -1,6 +1,6 @@
 """Traces: what each stage did for a request, and when, as spans for an OpenTelemetry collector.
 
-Off unless `otlp_endpoint` is set: nothing of OpenTelemetry is imported then by us, and a request costs one question.
+Off unless `otlp_endpoint` is set: no exporter is imported then, and a request costs one question.
 
 The gateway begins a span, as the child of its caller's if a W3C traceparent came with the request; that span's own
 traceparent travels in `Request.trace`, and the other stages record theirs as its children, each when its part is over.
@@ -107,7 +107,7 @@ def start(service: str, settings: CommonSettings) -> Tracing:
     OTEL_BSP_MAX_QUEUE_SIZE, ...) add to it. A queue that is full drops spans; nothing waits for it."""
     if not settings.otlp_endpoint:
         return OFF
-    # Here, so that a process without traces does not have them in memory.
+    # Here, for a process without traces needs none of it.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -145,4 +145,5 @@ def _fail(span: "otel.Span", kind: str) -> None:
 
 
 def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)
+    """Exact to what a float of that size can tell, which a product with a thousand million is not."""
+    return int(seconds) * 10**9 + round(seconds % 1 * 1e9)

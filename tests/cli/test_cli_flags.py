@@ -57,6 +57,11 @@ def test_what_bounds_requests() -> None:
     assert launch.settings == {"max_queue": 9, "request_timeout_s": 2.5, "retain_s": 0.0}
 
 
+def test_where_traces_go() -> None:
+    launch = parse(["--demo", "--otlp-endpoint", "http://collector:4318", "--trace-ratio", "0"], {})
+    assert launch.settings == {"otlp_endpoint": "http://collector:4318", "trace_ratio": 0.0}
+
+
 def test_api_keys_of_the_environment() -> None:
     assert parse(["--demo"], {"FD_API_KEY": "a,b,"}).settings == {"api_keys": ["a", "b"]}
 
@@ -78,6 +83,9 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --max-num-batched-tokens 1.5", "--max-num-batched-tokens"),
         ("--demo --gpu-memory-utilization 1.1", "--gpu-memory-utilization"),
         ("--demo --gpu-memory-utilization nan", "--gpu-memory-utilization"),
+        ("--demo --gpu-memory-utilization 0", "--gpu-memory-utilization"),
+        ("--demo --trace-ratio 1.1", "--trace-ratio"),
+        ("--demo --trace-ratio nan", "--trace-ratio"),
         ("--demo --max-queue 0", "--max-queue"),
         ("--demo --request-timeout 0", "--request-timeout"),
         ("--demo --request-timeout inf", "--request-timeout"),

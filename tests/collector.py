@@ -1,0 +1,134 @@
+"""An OpenTelemetry collector for tests: OTLP over HTTP on loopback, decoded by the protocol's own messages."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+ARRIVE_S = 60.0  # on a machine with two slow cores
+
+
+@dataclass(frozen=True)
+class Event:
+    name: str
+    at: int  # nanoseconds
+
+
+@dataclass(frozen=True)
+class Received:
+    """One span."""
+
+    service: str
+    resource: dict[str, Any]
+    name: str
+    kind: int
+    trace: str
+    id: str
+    parent: str  # empty: it has none
+    start: int  # nanoseconds
+    end: int
+    attributes: dict[str, Any]
+    events: tuple[Event, ...]
+    failed: bool
+
+
+class Collector:
+    """What has come in."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
+        self._spans: list[Received] = []
+        self._came = threading.Condition()
+
+    def take(self, path: str, headers: dict[str, str], body: bytes) -> int:
+        """The status to answer with."""
+        if path != "/v1/traces" or headers["content-type"] != "application/x-protobuf":
+            return 404
+        with self._came:
+            self.bodies.append(body)
+            self.headers.append(headers)
+            self._spans += _spans(body)
+            self._came.notify_all()
+        return 200
+
+    def wait(self, enough: Callable[[list[Received]], bool], trace: str = "") -> list[Received]:
+        """The spans of a trace (or all), in the order of their starts, once they are enough."""
+
+        def spans() -> list[Received]:
+            return sorted((s for s in self._spans if trace in ("", s.trace)), key=lambda s: s.start)
+
+        with self._came:
+            came = self._came.wait_for(lambda: enough(spans()), ARRIVE_S)
+            assert came, f"only {[(s.service, s.name) for s in spans()]}"
+            return spans()
+
+
+@contextmanager
+def collector() -> Iterator[Collector]:
+    """One that listens while the block runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            status = got.take(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Tests print nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    got = Collector(server.server_address[1])
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield got
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def silent_collector() -> Iterator[str]:
+    """The URL of one that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def _spans(body: bytes) -> Iterator[Received]:
+    for each in ExportTraceServiceRequest.FromString(body).resource_spans:
+        resource = _attributes(each.resource.attributes)
+        for scope in each.scope_spans:
+            for span in scope.spans:
+                yield Received(
+                    resource["service.name"],
+                    resource,
+                    span.name,
+                    span.kind,
+                    span.trace_id.hex(),
+                    span.span_id.hex(),
+                    span.parent_span_id.hex(),
+                    span.start_time_unix_nano,
+                    span.end_time_unix_nano,
+                    _attributes(span.attributes),
+                    tuple(Event(event.name, event.time_unix_nano) for event in span.events),
+                    span.status.code == span.status.STATUS_CODE_ERROR,
+                )
+
+
+def _attributes(pairs: Any) -> dict[str, Any]:
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _value(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    return [_value(each) for each in value.array_value.values] if kind == "array_value" else getattr(value, kind)
