@@ -66,6 +66,12 @@ class Hop:
             self._seconds.observe(max(0.0, now - int(entry_id.partition("-")[0]) / 1000))
 
 
+def at_zero(metric: Counter, *labels: str) -> None:
+    """Show a series for each value of its label from the start: a rate over what is not there is not 0."""
+    for label in labels:
+        metric.labels(label)
+
+
 def value(metric: Counter | Gauge) -> float:
     """What this process has put into a metric, over all labels."""
     return _sum(metric, "_total" if isinstance(metric, Counter) else "")

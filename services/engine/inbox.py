@@ -17,6 +17,7 @@ from services.engine.emission import End
 from services.engine.held import Held, hold
 from services.engine.mailbox import Abort, Add, Answer, Forget, Mailbox
 from services.engine.media import EmbedsGoneError, check_embeds
+from services.engine.metrics import EngineMetrics
 from services.engine.resume import History, announcement, recover
 from services.engine.sequence import Embeds, EngineFacts, build
 from shared.blobs import MEDIA, Blobs
@@ -59,6 +60,7 @@ class Inbox:
         facts: EngineFacts,
         capacity: int,
         look_every_s: float,
+        metrics: EngineMetrics,
         tracing: Tracing = OFF,
     ) -> None:
         self._redis = redis
@@ -71,6 +73,7 @@ class Inbox:
         self._facts = facts
         self._capacity = capacity
         self._look_every_s = look_every_s
+        self._metrics = metrics
         self._tracing = tracing
         self._control = LogReader(redis, {keys.control(): "$"})
         self._requests: dict[str, Held] = {}
@@ -214,8 +217,14 @@ class Inbox:
             for held in gone:
                 if self._requests.get(held.request_id) is held:
                     del self._requests[held.request_id]
-                    spans.record(self._tracing, held, time.time())
+                    self._note(held, time.time())
             self._changed.notify_all()
+
+    def _note(self, held: Held, now: float) -> None:
+        spans.record(self._tracing, held, now)
+        if held.end is not None:
+            fresh = held.end.generated - held.timeline.resumed_tokens
+            self._metrics.ended(spans.durations(held, now), fresh)
 
     def _let_go(self, held: Held) -> None:
         """Forget what is no longer ours, and stop computing it."""

@@ -1,5 +1,7 @@
 """What the engine counts. Names after the `millrace_` are vLLM's where it has the figure."""
 
+from collections.abc import Mapping
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.metrics import observed, value
@@ -7,6 +9,7 @@ from shared.recent import Recent
 
 # From a decode step on a GPU to a long prefill on a CPU.
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+PHASE_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -45,7 +48,41 @@ class EngineMetrics:
         self.step_seconds = Histogram(
             "millrace_engine_step_seconds", "Time of one step", buckets=STEP_SECONDS, registry=registry
         )
+        self.waiting_by_reason = Gauge(
+            "millrace_num_requests_waiting_by_reason",
+            "capacity: wait for the scheduler; deferred: taken, and their embeddings or journals are being read",
+            ["reason"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._phases = {
+            phase: Histogram(f"millrace_request_{phase}_time_seconds", text, buckets=PHASE_SECONDS, registry=registry)
+            for phase, text in (
+                ("queue", "From a request's entry in the stream of work to its first step here"),
+                ("prefill", "From its first step to its first token"),
+                ("decode", "From its first token to its end"),
+            )
+        }
+        self._per_token = Histogram(
+            "millrace_request_time_per_output_token_seconds",
+            "Mean time between a request's tokens, one observation a request",
+            buckets=STEP_SECONDS,
+            registry=registry,
+        )
         self._recent = Recent()
+
+    def ended(self, seconds: Mapping[str, float], generated: int) -> None:
+        """A request was answered to its end: `seconds` by phase, and how many tokens were generated here."""
+        for phase, took in seconds.items():
+            self._phases[phase].observe(max(0.0, took))
+        if "decode" in seconds and generated > 1:
+            self._per_token.observe(seconds["decode"] / (generated - 1))
+
+    def holds(self, number: int) -> None:
+        """How many requests this engine has taken, wherever they are in it."""
+        waiting = value(self.waiting)
+        self.waiting_by_reason.labels("capacity").set(waiting)
+        self.waiting_by_reason.labels("deferred").set(max(0.0, number - value(self.running) - waiting))
 
     def figures(self) -> dict[str, float]:
         """For the lease."""

@@ -69,6 +69,7 @@ class EngineService:
             facts,
             settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
             settings.lease_ms / 1000 / LOOKS,
+            metrics,
             tracing,
         )
         self._outbox = Outbox(redis, keys, self._inbox.finished)
@@ -114,6 +115,7 @@ class EngineService:
 
     def load(self) -> dict[str, float]:
         held = {"held": float(self._inbox.num_held), "capacity": float(self._settings.max_num_seqs)}
+        self._metrics.holds(self._inbox.num_held)
         return held | self._metrics.figures()
 
     async def _watch(self) -> None:

@@ -13,8 +13,7 @@ def record(tracing: Tracing, held: Held, now: float, error: str | None = None) -
     if trace is None or not tracing.follows(trace):
         return
     phases = _phases(held)
-    stops = [start for _, start, _ in phases[1:]] + [now if end is None else end.at]
-    for (name, start, attributes), stop in zip(phases, stops, strict=True):
+    for (name, start, attributes), stop in zip(phases, _stops(phases, held, now), strict=True):
         about = {**_about(held), **attributes}
         if name != phases[-1][0]:
             tracing.record(name, trace, start, stop, about)
@@ -23,6 +22,16 @@ def record(tracing: Tracing, held: Held, now: float, error: str | None = None) -
         else:
             ended: Attributes = {"gen_ai.response.finish_reasons": [end.reason]}
             tracing.record(name, trace, start, stop, {**about, **ended}, end.error)
+
+
+def durations(held: Held, now: float) -> dict[str, float]:
+    """Seconds in each phase it came to: queue, prefill, decode."""
+    phases = _phases(held)
+    return {name: stop - start for (name, start, _), stop in zip(phases, _stops(phases, held, now), strict=True)}
+
+
+def _stops(phases: list[tuple[str, float, Attributes]], held: Held, now: float) -> list[float]:
+    return [start for _, start, _ in phases[1:]] + [now if held.end is None else held.end.at]
 
 
 def _phases(held: Held) -> list[tuple[str, float, Attributes]]:

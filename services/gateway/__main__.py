@@ -71,14 +71,15 @@ def compose(
     """
     keys = Keys(settings.namespace)
     figures = GatewayMetrics(registry)
-    admission = Admission(settings.max_concurrency)
+    admission = Admission(settings.max_concurrency, figures.rejections)
     taker = _taker(settings)
     blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
     route = Route(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    pipeline = Pipeline(route, redis, keys, Backlog(redis, keys, settings.max_queue), blobs)
+    backlog = Backlog(redis, keys, settings.max_queue, figures.rejections)
+    pipeline = Pipeline(route, redis, keys, backlog, blobs)
     rules = DeskRules(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     desk = Desk(rules, pipeline, figures, time.time)
     answerer = Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s)

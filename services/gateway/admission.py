@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prometheus_client import Counter
+
 from services.gateway.errors import SHUTTING_DOWN, too_many
 from shared.errors import RequestError
 
@@ -11,8 +13,9 @@ from shared.errors import RequestError
 class Admission:
     """Counts the chat requests being read, prepared or answered."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, rejections: Counter) -> None:
         self._limit = limit
+        self._rejections = rejections
         self._inside = 0
         self._none = asyncio.Event()
         self._none.set()
@@ -29,8 +32,10 @@ class Admission:
             RequestError: 503 while draining, 429 when full.
         """
         if self.draining:
+            self._rejections.labels("draining").inc()
             raise RequestError(SHUTTING_DOWN)
         if self._inside >= self._limit:
+            self._rejections.labels("max_concurrency").inc()
             raise too_many(f"Too many requests, current max concurrency is {self._limit}.")
         self._inside += 1
         self._none.clear()

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from prometheus_client import Counter
 from redis.asyncio import Redis
 
 from services.gateway.errors import too_many
@@ -15,10 +16,18 @@ FRESH_S = 0.25  # what came in meanwhile over other gateways goes uncounted
 class Backlog:
     """The entries of `encode` and `generate`, waiting and running, counted now and then."""
 
-    def __init__(self, redis: Redis, keys: Keys, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        limit: int,
+        rejections: Counter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._redis = redis
         self._streams = [keys.stream(ENCODE), keys.stream(GENERATE)]
         self._limit = limit
+        self._rejections = rejections
         self._clock = clock
         self._counted_at = -FRESH_S
         self._length = 0
@@ -35,6 +44,7 @@ class Backlog:
             if self._clock() - self._counted_at >= FRESH_S:
                 await self._count()
         if self._length + count > self._limit:
+            self._rejections.labels("max_queue").inc()
             raise too_many(f"The queue is full: {self._length} requests are waiting or running, of {self._limit}.")
         self._length += count
 

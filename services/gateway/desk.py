@@ -152,7 +152,11 @@ class Desk:
         if len(usages) == len(exchange.choices) and not exchange.rejoined:
             self._metrics.latency.observe(self._clock() - exchange.created)
             self._metrics.prompt_tokens.inc(usages[0].prompt_tokens)
+            self._metrics.prompt_lengths.observe(usages[0].prompt_tokens)
             self._metrics.generation_tokens.inc(sum(usage.completion_tokens for usage in usages))
+            for choice, usage in zip(exchange.choices, usages, strict=True):
+                self._metrics.answer_lengths.observe(usage.completion_tokens)
+                self._metrics.success.labels(choice.finish_reason).inc()
 
     # ------------------------------------------------------------------------------------------------ what comes
 

@@ -2,10 +2,11 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.metrics import observed, value
+from shared.metrics import at_zero, observed, value
 from shared.recent import Recent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30)
 
 
@@ -35,6 +36,23 @@ class GatewayMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.prompt_lengths = Histogram(
+            "millrace_request_prompt_tokens", "Prompt tokens of one request", buckets=_TOKENS, registry=registry
+        )
+        self.answer_lengths = Histogram(
+            "millrace_request_generation_tokens", "Generated tokens of one choice", buckets=_TOKENS, registry=registry
+        )
+        self.success = Counter(
+            "millrace_request_success", "Choices answered, by how they ended", ("finished_reason",), registry=registry
+        )
+        at_zero(self.success, "stop", "length", "tool_calls")
+        self.rejections = Counter(
+            "millrace_admission_rejections",
+            "Chat requests refused: too many at once here, too much work in the pipeline, or shutting down",
+            ("reason",),
+            registry=registry,
+        )
+        at_zero(self.rejections, "max_concurrency", "max_queue", "draining")
         self.open = Gauge(
             "millrace_open_requests",
             "Chat requests being answered",

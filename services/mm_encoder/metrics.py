@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.messages import MediaKind
-from shared.metrics import observed, value
+from shared.metrics import at_zero, observed, value
 from shared.recent import Recent
 
 Stage = Literal["fetch", "plan", "decode", "tower", "store"]
@@ -27,6 +27,8 @@ class Metrics:
         self._hits = Counter(
             "millrace_mm_cache_hits", "Media whose embeddings were there already", ["kind"], registry=registry
         )
+        for counter in (self._media, self._hits):
+            at_zero(counter, *get_args(MediaKind))
         self._bytes = Counter("millrace_mm_fetched_bytes", "Bytes of media fetched by URL", registry=registry)
         self._requests = Counter("millrace_mm_requests", "Requests by how they left", ["outcome"], registry=registry)
         self._seconds = Histogram(

@@ -36,7 +36,6 @@ class Answer:
     """The answer to one request, and what of it has not been taken yet."""
 
     __slots__ = (
-        "_called",
         "_calls",
         "_content",
         "_detokenizer",
@@ -58,6 +57,7 @@ class Answer:
         "_vocabulary",
         "answered",
         "begin",
+        "called",
         "count",
         "ended",
         "taken",
@@ -79,7 +79,7 @@ class Answer:
         self._detokenizer = Detokenizer()
         self._split = Reasoning(output.thinking and parsers.reasoning)
         self._reasoned = 0  # tokens up to and including </think>
-        self._called = False  # a call was shown
+        self.called = False  # a call was shown
         self._calls: ToolCalls | None = None
         if output.tools and parsers.tool_calls:
             self._calls = ToolCalls(request.id, output.parallel_tool_calls, vocabulary.spelled_markers)
@@ -245,7 +245,7 @@ class Answer:
             else:
                 if piece.name is not None:
                     self._write(self._content, self._stop_content.flush())
-                    self._called = True
+                    self.called = True
                 self._add(self._tool_deltas, piece)
 
     def _write(self, sink: list[str], text: str) -> None:
@@ -278,7 +278,7 @@ class Answer:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
             return
         self.answered = True
-        self._ending = "tool_calls" if reason == "stop" and self._called else reason
+        self._ending = "tool_calls" if reason == "stop" and self.called else reason
 
 
 def _joined(deltas: list[ToolDelta]) -> tuple[ToolDelta, ...]:

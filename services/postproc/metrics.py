@@ -1,8 +1,10 @@
 """What a postproc counts."""
 
+from collections.abc import Iterable
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from shared.metrics import value
+from shared.metrics import at_zero, value
 from shared.recent import Recent
 
 
@@ -24,7 +26,19 @@ class PostprocMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self._tool_parsers = Counter(
+            "millrace_tool_call_parser_invocations",
+            "Answers that were searched for tool calls, since tools were offered",
+            ["outcome"],
+            registry=registry,
+        )
+        at_zero(self._tool_parsers, "tool_call", "no_tool_call")
         self._recent = Recent()
+
+    def parsed(self, called: Iterable[bool]) -> None:
+        """Answers that could hold tool calls have ended; whether they did."""
+        for one in called:
+            self._tool_parsers.labels("tool_call" if one else "no_tool_call").inc()
 
     def figures(self) -> dict[str, float]:
         """For the lease."""

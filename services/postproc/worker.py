@@ -204,6 +204,7 @@ class Worker:
         if turn.deltas:
             await self._write("deltas", lambda: self._outbox.send(turn.deltas, self._fence))
         spans.record(self._tracing, turn.ended)
+        self._metrics.parsed([flow.answer.called for flow in turn.ended if flow.request.output.tools])
 
     async def _end(self, turn: Turn) -> None:
         if turn.unasked:

@@ -47,6 +47,26 @@ def test_engine() -> None:
     }
 
 
+def test_why_an_engines_requests_wait() -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    metrics.running.set(3)
+    metrics.waiting.set(1)
+    metrics.holds(6)
+    for reason, number in (("capacity", 1), ("deferred", 2)):
+        assert registry.get_sample_value("millrace_num_requests_waiting_by_reason", {"reason": reason}) == number
+    metrics.holds(3)  # fewer than a moment ago
+    assert registry.get_sample_value("millrace_num_requests_waiting_by_reason", {"reason": "deferred"}) == 0
+
+
+def test_answers_searched_for_tool_calls() -> None:
+    registry = CollectorRegistry()
+    PostprocMetrics(registry).parsed([True, False, True])
+    for outcome, number in (("tool_call", 2), ("no_tool_call", 1)):
+        found = registry.get_sample_value("millrace_tool_call_parser_invocations_total", {"outcome": outcome})
+        assert found == number
+
+
 def test_gateway() -> None:
     metrics, clock = GatewayMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)

@@ -634,6 +634,7 @@ async def test_no_more_than_so_many_at_once(checkpoint: Path, redis_url: str, st
         with pytest.raises(openai.RateLimitError, match="max concurrency is 1") as refused:
             await ask(server)
         assert refused.value.response.headers["retry-after"] == "1"
+        assert server.metric('millrace_admission_rejections_total{reason="max_concurrency"}') == 1
         await stages.answer(request, "x")
         await asked
         again = ask(server)

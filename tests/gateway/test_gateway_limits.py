@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from gateway_stages import Stages, running, until
+from prometheus_client import Counter
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
@@ -20,6 +21,7 @@ from services.gateway.backlog import FRESH_S, Backlog
 from shared import bus
 from shared.errors import RequestError
 from shared.keys import ENCODE, GENERATE, Keys
+from shared.metrics import value
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -80,7 +82,8 @@ async def test_a_full_queue(checkpoint: Path, redis_url: str, stages: Stages, re
 
 async def test_the_queue_is_counted_now_and_then(redis: Redis, keys: Keys) -> None:
     now = 100.0
-    backlog = Backlog(redis, keys, 4, lambda: now)
+    rejections = Counter("rejections", "Of this test", ("reason",), registry=None)
+    backlog = Backlog(redis, keys, 4, rejections, lambda: now)
     await backlog.admit(3)
     with pytest.raises(RequestError) as refused:
         await backlog.admit(2)
@@ -91,6 +94,7 @@ async def test_the_queue_is_counted_now_and_then(redis: Redis, keys: Keys) -> No
     await backlog.admit(3)
     with pytest.raises(RequestError):
         await backlog.admit(1)
+    assert value(rejections) == 2
 
 
 @pytest.mark.parametrize("how", ["silent", "gone"])
