@@ -10,6 +10,9 @@ from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from shared.config import CommonSettings
+from shared.tracing import Tracing, start
+
 ARRIVE_S = 60.0  # on a machine with two slow cores
 
 
@@ -58,11 +61,15 @@ class Collector:
             self._came.notify_all()
         return 200
 
+    def spans(self) -> list[Received]:
+        """What has come so far, in the order of their starts."""
+        return sorted(self._spans, key=lambda s: s.start)
+
     def wait(self, enough: Callable[[list[Received]], bool], trace: str = "") -> list[Received]:
         """The spans of a trace (or all), in the order of their starts, once they are enough."""
 
         def spans() -> list[Received]:
-            return sorted((s for s in self._spans if trace in ("", s.trace)), key=lambda s: s.start)
+            return [span for span in self.spans() if trace in ("", span.trace)]
 
         with self._came:
             came = self._came.wait_for(lambda: enough(spans()), ARRIVE_S)
@@ -95,6 +102,17 @@ def collector() -> Iterator[Collector]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def traced(service: str) -> Iterator[tuple[Tracing, Collector]]:
+    """Traces of this process, all of them sent when the block ends."""
+    with collector() as got:
+        tracing = start(service, CommonSettings(redis_url="", model="", name="test", otlp_endpoint=got.url))
+        try:
+            yield tracing, got
+        finally:
+            tracing.close()
 
 
 @contextmanager

@@ -54,11 +54,12 @@ def answered(span: Span, model: str, exchange: Exchange, now: float) -> None:
                 "gen_ai.usage.reasoning.output_tokens": sum(usage.reasoning_tokens for usage in usages),
             }
         )
-    if exchange.failure is not None:
-        if exchange.failure.status >= 500:
-            span.fail(exchange.failure.code or str(exchange.failure.status))
-    elif not exchange.done:
-        span.event(CLIENT_LEFT, now)
+    failure = exchange.failure
+    if failure is None:
+        if not exchange.done:
+            span.event(CLIENT_LEFT, now)
+    elif failure.status >= 500 and len(reasons) < len(exchange.choices):  # a failure may come after the end
+        span.fail(failure.code or str(failure.status))
 
 
 def end(span: Span, status: str | None) -> None:

@@ -22,6 +22,7 @@ from shared.messages import Begin, Finish, Generate, TokenRun, Tokens
 from shared.records import Records
 from shared.service import Life
 from shared.streams import LogReader
+from shared.tracing import OFF, Tracing
 
 PATIENCE_S = 20.0
 
@@ -155,13 +156,14 @@ async def engine(
     *,
     blocks: int = 64,
     facts: EngineFacts = FACTS,
+    tracing: Tracing = OFF,
     **changes: Any,
 ) -> AsyncIterator[Running]:
     """An engine that lives while the block runs, and is then asked to drain."""
     settings = settings_for(redis_url, **changes)
     made = runner or SumRunner(blocks, settings.block_size)
     registry = CollectorRegistry()
-    service = EngineService(settings, redis, facts, lambda: (made, blocks), EngineMetrics(registry))
+    service = EngineService(settings, redis, facts, lambda: (made, blocks), EngineMetrics(registry), tracing)
     life = Life("engine", service, settings, redis)
     running = Running(service, life, asyncio.create_task(life.run()), registry)
     try:

@@ -33,6 +33,7 @@ from shared.messages import (
 )
 from shared.records import Records
 from shared.streams import LogReader, send
+from shared.tracing import OFF, Tracing
 
 WAIT_S = 20.0
 SHARDS = 4
@@ -63,7 +64,7 @@ class Running(msgspec.Struct):
 
 
 @asynccontextmanager
-async def running(checkpoint: Path, redis_url: str, **settings: Any) -> AsyncIterator[Running]:
+async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **settings: Any) -> AsyncIterator[Running]:
     """Start a gateway on a free loopback port; stop it as the service's life does."""
     fields = {
         "redis_url": redis_url,
@@ -77,7 +78,7 @@ async def running(checkpoint: Path, redis_url: str, **settings: Any) -> AsyncIte
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     registry = CollectorRegistry()
-    gateway = compose(told, redis, listener, registry, tick_s=0.02)
+    gateway = compose(told, redis, listener, registry, tick_s=0.02, tracing=tracing)
     await gateway.startup()
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="key-1", max_retries=0, timeout=WAIT_S)
     try:
