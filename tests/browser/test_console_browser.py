@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import subprocess
 import threading
@@ -13,20 +14,20 @@ from typing import Any
 
 import pytest
 from browser_pages import API_KEY, Watched
-from system import System, encoded, picture
+from system import System, encoded, mp4, picture
 
 DONE_MS = 60_000
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True}
 EVIL = '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script>'
 TOOL_CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": EVIL, "arguments": '{"a": 1}'}}
 
-# Drops a file where a person would.
+# Drops a file where a person would, or anywhere else.
 DROP = """
-([bytes, name, type]) => {
+([bytes, name, type, where]) => {
   const transfer = new DataTransfer();
   transfer.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, {type}));
   for (const kind of ["dragenter", "dragover", "drop"]) {
-    document.getElementById("talk").dispatchEvent(
+    document.getElementById(where ?? "talk").dispatchEvent(
       new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}));
   }
 }
@@ -35,7 +36,7 @@ PASTE = """
 ([bytes, name, type]) => {
   const transfer = new DataTransfer();
   transfer.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, {type}));
-  document.getElementById("prompt").dispatchEvent(
+  document.body.dispatchEvent(
     new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true, cancelable: true}));
 }
 """
@@ -46,6 +47,7 @@ NAMELESS = """
   .filter((one) => !document.getElementById(one.getAttribute("aria-labelledby")))
   .map((one) => one.outerHTML)
 """
+IN_SIGHT = "() => document.getElementById('timeline-title').getBoundingClientRect().top < innerHeight"
 WIDER = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -162,6 +164,31 @@ def test_a_dropped_and_a_pasted_image_are_sent(pages: Watched, demo: System) -> 
     assert "not seen" not in events.locator("li", has_text="First token").inner_text()
 
 
+def test_a_video_is_sent(pages: Watched, demo: System) -> None:
+    page = pages.open(demo.base_url)
+    film = mp4(8)
+    page.evaluate(DROP, [*file(film, "waves.mp4", "video/mp4"), "settings"])  # beside the conversation
+    page.locator("#attachments video").wait_for()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "What happens here?")
+    [message] = sent.value.post_data_json["messages"]
+    assert [part["type"] for part in message["content"]] == ["video_url", "text"]
+    assert message["content"][0]["video_url"]["url"].startswith("data:video/mp4;base64,")
+    answer = answered(page)
+    assert answer.locator(".failure").count() == 0
+    assert "prompt tokens" in answer.locator(".stats").inner_text()
+    assert page.locator("li.user .media video").count() == 1
+
+
+def test_a_file_dropped_on_the_other_page_does_not_replace_it(pages: Watched, demo: System) -> None:
+    page = pages.open(f"{demo.base_url}/#pipeline")
+    page.evaluate(DROP, [*file(photo(), "hills.png"), "flow"])
+    page.locator("#to-chat").click()
+    page.evaluate(PASTE, file(photo(), "hills.png"))
+    page.locator("#attachments img").wait_for()
+    assert page.locator("#attachments li").count() == 1
+
+
 def test_a_file_picked_that_is_no_medium_is_refused_at_once(pages: Watched, demo: System) -> None:
     page = pages.open(demo.base_url)
     page.locator("#picker").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
@@ -269,6 +296,42 @@ def test_the_curl_command_does_what_the_page_did(pages: Watched, demo: System) -
     assert '"finish_reason":"length"' in done.stdout
 
 
+def test_the_curl_command_takes_the_key_from_the_environment(pages: Watched, locked: System) -> None:
+    page = pages.open(locked.base_url, permissions=["clipboard-read", "clipboard-write"])
+    page.locator("#key").fill(API_KEY)
+    page.get_by_role("button", name="Use it").click()
+    page.evaluate(DROP, file(photo(), "hills.png"))
+    page.locator("#attachments img").wait_for()
+    say(page, "Hello", max_tokens=2)
+    answered(page)
+    page.reload()  # the server has refused nothing since
+    answered(page).get_by_role("button", name="Copy as curl").click()
+    page.locator("#toast.shown", has_text="$MILLRACE_API_KEY").wait_for()
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert API_KEY not in command
+    environ = {**os.environ, "MILLRACE_API_KEY": API_KEY}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=environ)
+    assert '"finish_reason":"length"' in done.stdout, done.stdout + done.stderr
+    page.get_by_role("button", name="API key").click()
+    page.locator("#key-dialog[open]").wait_for()
+
+
+def test_who_gives_no_key_is_asked_again_only_when_sending(pages: Watched, locked: System) -> None:
+    page = pages.open(f"{locked.base_url}/#pipeline")
+    page.locator("#key-dialog[open]").wait_for()
+    page.keyboard.press("Escape")
+    page.locator("#trouble", has_text="A valid API key is needed").wait_for()
+    with page.expect_response("**/console/state") as refused:
+        pass
+    assert refused.value.status == 401
+    assert page.locator("#key-dialog[open]").count() == 0
+    page.locator("#to-chat").click()
+    say(page, "Hello")
+    page.locator("#key-dialog[open]").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    assert "401" in answered(page).locator(".failure").inner_text()
+
+
 def test_parameters_are_sent_as_set(pages: Watched, demo: System) -> None:
     page = pages.open(demo.base_url)
     page.locator("#thinking").select_option("off")
@@ -315,6 +378,9 @@ def test_the_pipeline_shows_four_stages_and_their_requests(pages: Watched, demo:
         page.keyboard.press("Enter")
         page.locator("#timeline .events", has_text="Taken up by the engine").wait_for()
     page.locator("#timeline .events", has_text="Finished (length)").wait_for(timeout=DONE_MS)
+    strip, parts = page.locator("#timeline .strip"), page.locator("#timeline .seg")
+    filled = sum(part.bounding_box()["width"] for part in parts.all())
+    assert filled == pytest.approx(strip.bounding_box()["width"], abs=2)
     facts = page.locator("#timeline .facts").inner_text()
     assert "tokens 150" in facts
 
@@ -350,6 +416,27 @@ def test_all_can_be_reached_and_told_by_name(pages: Watched, demo: System) -> No
     assert page.evaluate(NAMELESS) == []
 
 
+def test_a_conversation_with_the_keyboard_alone(pages: Watched, demo: System) -> None:
+    page = pages.open(demo.base_url)
+    never_ending(page)
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type("One line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("and another")
+    page.keyboard.press("Enter")
+    page.locator("li.assistant .reasoning .text", has_text="e").wait_for(timeout=DONE_MS)
+    page.keyboard.press("Escape")
+    assert "stopped" in answered(page).locator(".stats").inner_text()
+    assert page.locator("li.user .text").text_content() == "One line\nand another"
+    for _ in range(20):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.textContent") == "Timeline":
+            break
+    page.keyboard.press("Enter")
+    page.locator("#timeline .events").wait_for()
+    assert page.evaluate("document.activeElement.id") == "timeline"
+
+
 @pytest.mark.parametrize("place", ["chat", "pipeline"])
 def test_a_phone_has_room_for_all(pages: Watched, demo: System, place: str) -> None:
     page = pages.open(f"{demo.base_url}/#{place}", **PHONE)
@@ -360,8 +447,16 @@ def test_a_phone_has_room_for_all(pages: Watched, demo: System, place: str) -> N
         page.get_by_label("Temperature").wait_for()
         page.keyboard.press("Escape")
         assert page.evaluate("document.activeElement.id") == "settings-button"
+        page.locator("#history-button").tap()
+        page.locator("#history .close").tap()
+        page.locator("#history .close").wait_for(state="hidden")
+        page.get_by_role("button", name="Timeline").tap()
+        page.locator("#timeline .events", has_text="Finished").wait_for()
     else:
         page.locator(".stage .count", has_text="1 ready").nth(3).wait_for()
+        chat(demo, 4)
+        page.locator("#requests tbody tr", has_text="ended (length)").first.tap()
+        page.wait_for_function(IN_SIGHT)
     assert page.evaluate(WIDER) == 0
 
 

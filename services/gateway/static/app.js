@@ -29,10 +29,10 @@ function button(text, listener, className = "small") {
   return el("button", { type: "button", className, textContent: text, on: { click: listener } });
 }
 
-async function copy(text) {
+async function copy(text, said = "Copied") {
   try {
     await navigator.clipboard.writeText(text);
-    toast("Copied");
+    toast(said);
   } catch {  // not a secure context, or not allowed
     $("copy-text").value = text;
     $("copy-dialog").showModal();
@@ -53,7 +53,7 @@ class Refused extends Error {
   }
 }
 
-const server = { model: "", needsKey: false };
+const server = { model: "", needsKey: sessionStorage.getItem(KEY) !== null, declined: false };
 
 async function api(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
@@ -63,7 +63,7 @@ async function api(path, options = {}) {
   if (reply.status === 401) {
     server.needsKey = true;
     $("key-button").hidden = false;
-    askForKey();
+    if (!server.declined) askForKey();
   }
   let error = {};
   try {
@@ -103,13 +103,21 @@ async function checkHealth() {
   setText($("health"), text);
 }
 
+function declineKey() {
+  server.declined = true;  // asked again only when somebody sends something, or wants to
+  $("key-dialog").close();
+}
+
 $("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
+  server.declined = false;
   sessionStorage.setItem(KEY, $("key").value.trim());
   $("key-dialog").close();
   if (await findModel()) toast("Key accepted");
 });
-$("key-cancel").addEventListener("click", () => $("key-dialog").close());
+$("key-dialog").addEventListener("cancel", declineKey);  // Escape
+$("key-cancel").addEventListener("click", declineKey);
+$("key-button").hidden = !server.needsKey;
 $("key-button").addEventListener("click", askForKey);
 $("copy-close").addEventListener("click", () => $("copy-dialog").close());
 
@@ -198,6 +206,7 @@ for (const [name, value] of Object.entries(JSON.parse(sessionStorage.getItem(SET
 let chats = JSON.parse(sessionStorage.getItem(CHATS) ?? "[]");
 let chat = chats[0] ?? newChat();
 let attached = [];  // media of the next message
+let attaching = Promise.resolve();  // until all of them have been read
 let running = null;  // the AbortController of the answer that is coming
 
 function newChat() {
@@ -385,7 +394,8 @@ function addTurn(turn) {
 
 function copyCurl(turn) {
   try {
-    copy(curl(requestOf(chat.turns.slice(0, chat.turns.indexOf(turn)))));
+    const said = server.needsKey ? "Copied; it reads the key from $MILLRACE_API_KEY" : "Copied";
+    copy(curl(requestOf(chat.turns.slice(0, chat.turns.indexOf(turn)))), said);
   } catch (error) {
     $("problem").textContent = error.message;
   }
@@ -414,6 +424,7 @@ async function answer() {
     $("problem").textContent = error.message;
     return;
   }
+  server.declined = false;
   const mine = chat, controller = new AbortController();
   running = controller;
   const turn = { role: "assistant", reasoning: "", content: "", calls: [], failure: null, request: null, stopped: false, ended: false,
@@ -484,7 +495,8 @@ function showRunning() {
 
 // ---------------------------------------------------------------------------------------------------- the composer
 
-function submit() {
+async function submit() {
+  await attaching;
   const text = $("prompt").value.trim();
   if (running || (!text && !attached.length)) return;
   $("problem").textContent = "";
@@ -505,8 +517,14 @@ function submit() {
   answer();
 }
 
-async function attach(files) {
+/** Files are read one after another, and nothing is sent before all are. */
+function attach(files) {
   $("problem").textContent = "";
+  const list = [...files];
+  attaching = attaching.then(() => read(list)).catch((error) => { $("problem").textContent = `A file cannot be read: ${error.message}`; });
+}
+
+async function read(files) {
   for (const file of files) {
     const kind = file.type.split("/")[0];
     if (kind !== "image" && kind !== "video") {
@@ -554,8 +572,8 @@ $("prompt").addEventListener("keydown", (event) => {
     submit();
   }
 });
-$("prompt").addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) {
+document.addEventListener("paste", (event) => {
+  if (!$("chat").hidden && event.clipboardData.files.length) {
     event.preventDefault();
     attach(event.clipboardData.files);
   }
@@ -565,24 +583,26 @@ $("stop").addEventListener("click", () => {
   $("prompt").focus();
 });
 $("attach").addEventListener("click", () => $("picker").click());
-$("picker").addEventListener("change", async () => {
-  await attach([...$("picker").files]);
+$("picker").addEventListener("change", () => {
+  attach($("picker").files);
   $("picker").value = "";
 });
+// Anywhere on the page: where a page does not take a file, the browser leaves the page for it.
 for (const name of ["dragenter", "dragover"]) {
-  talk.addEventListener(name, (event) => {
+  document.addEventListener(name, (event) => {
     if (!event.dataTransfer?.types.includes("Files")) return;
     event.preventDefault();
     talk.classList.add("dropping");
   });
 }
-talk.addEventListener("dragleave", (event) => {
-  if (!talk.contains(event.relatedTarget)) talk.classList.remove("dropping");
+document.addEventListener("dragleave", (event) => {
+  if (event.relatedTarget === null) talk.classList.remove("dropping");
 });
-talk.addEventListener("drop", (event) => {
+document.addEventListener("drop", (event) => {
+  if (!event.dataTransfer?.types.includes("Files")) return;
   event.preventDefault();
   talk.classList.remove("dropping");
-  attach(event.dataTransfer.files);
+  if (!$("chat").hidden) attach(event.dataTransfer.files);
 });
 
 function closeDrawers() {
@@ -598,10 +618,16 @@ for (const name of ["history", "settings"]) {
     closeDrawers();
     $(name).classList.add("open");
     $(`${name}-button`).setAttribute("aria-expanded", "true");
-    $(name).querySelector("button, textarea").focus();
+    $(name).querySelector(".close").focus();
   });
 }
 talk.addEventListener("click", closeDrawers);
+for (const close of document.querySelectorAll(".close")) {
+  close.addEventListener("click", () => {
+    closeDrawers();
+    $(`${close.parentElement.id}-button`).focus();
+  });
+}
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
   const open = document.querySelector(".drawer.open");
@@ -816,7 +842,7 @@ function drawDots() {
     if (lane === null) continue;
     used.set(lane, (used.get(lane) ?? 0) + 1);
     if (!dots.has(one.id)) {
-      dots.set(one.id, el("button", { type: "button", className: "dot", data: { id: one.id }, on: { click: () => choose(one.id, true) } }));
+      dots.set(one.id, el("button", { type: "button", className: "dot", data: { id: one.id }, on: { click: () => choose(one.id) } }));
     }
     const dot = dots.get(one.id);
     dot.dataset.phase = phase(one);
@@ -868,7 +894,7 @@ function drawRows() {
     if (!rows.has(one.id)) rows.set(one.id, rowView(one.id));
     const row = rows.get(one.id);
     row.where.dataset.phase = phase(one);
-    setText(row.where, one.where === "ended" ? one.reason ?? LABELS.lost : LABELS[phase(one)]);
+    setText(row.where, one.where === "ended" && one.reason ? `ended (${one.reason})` : LABELS[phase(one)]);
     setText(row.prompt, one.prompt_tokens ? number(one.prompt_tokens) : "–");
     setText(row.tokens, String(one.tokens));
     setText(row.time, seconds(Math.max(0, until(one) - begun(one))));
@@ -882,20 +908,23 @@ function rowView(id) {
   const open = el("button", { type: "button", textContent: id });
   const where = el("span", { className: "mark" });
   const [prompt, tokens, time] = ["num wide-only", "num", "num"].map((className) => el("td", { className }));
-  const node = el("tr", { on: { click: () => choose(id, false) } }, el("td", {}, open), el("td", {}, where), prompt, tokens, time);
+  const node = el("tr", { on: { click: () => choose(id) } }, el("td", {}, open), el("td", {}, where), prompt, tokens, time);
   return { node, open, where, prompt, tokens, time };
 }
 
-function choose(id, scroll) {
+function choose(id) {
   chosen = id;
   draw();
-  if (scroll) $("timeline").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  $("timeline").scrollIntoView({ block: "nearest", behavior: "smooth" });
 }
 
 /** From a chat's answer to its timeline. */
-function showRequest(name) {
+async function showRequest(name) {
   chosen = name.replace(/^chatcmpl-/, "");
   location.hash = "#pipeline";
+  turnPage();
+  await poll();
+  $("timeline").focus();
 }
 
 function drawTimeline() {
@@ -909,14 +938,15 @@ function drawTimeline() {
   const start = begun(one), end = until(one);
   const steps = [["Accepted", one.accepted], ...(one.media ? [["Media encoded", one.encoded]] : []),
     ["Taken up by the engine", one.begun], ["First token", one.first], [one.where === "ended" ? `Finished (${one.reason ?? "not seen how"})` : "Finished", one.where === "ended" ? until(one) : null]];
-  const bounds = [["waiting", start, one.media ? one.encoded ?? end : one.begun ?? end, one.media ? "encoding" : "waiting"],
-    ...(one.media && one.encoded ? [["waiting", one.encoded, one.begun ?? end, "waiting"]] : []),
-    ...(one.begun ? [["reading", one.begun, one.first ?? end, "reading"]] : []), ...(one.first ? [["writing", one.first, end, "writing"]] : [])];
-  const strip = el("div", { className: "strip", aria: { role: "img", label: "Parts of its time" } }, ...bounds.filter(([, from, to]) => to > from).map(([, from, to, kind]) => {
+  const bounds = [[start, one.media ? one.encoded ?? end : one.begun ?? end, one.media ? "encoding" : "waiting"],
+    ...(one.media && one.encoded ? [[one.encoded, one.begun ?? end, "waiting"]] : []),
+    ...(one.begun ? [[one.begun, one.first ?? end, "reading"]] : []), ...(one.first ? [[one.first, end, "writing"]] : [])];
+  const parts = bounds.filter(([from, to]) => to > from).map(([from, to, kind]) => {
     const part = el("div", { className: "seg", title: `${LABELS[kind]} ${seconds(to - from)}`, data: { phase: kind } });
-    part.style.flexGrow = String(to - from);
+    part.style.flexGrow = String(1e6 * (to - from));  // what adds up to less than 1 does not fill the strip
     return part;
-  }));
+  });
+  const strip = el("div", { className: "strip", aria: { role: "img", label: parts.map((part) => part.title).join(", ") || "no time" } }, ...parts);
   let last = start;
   const list = steps.map(([title, at]) => {
     if (at === null || at === undefined) return el("li", {}, el("span", { className: "missing", textContent: title }), el("span", { className: "clock", textContent: one.where === "ended" ? "not seen" : "not yet" }), el("span"));
