@@ -150,8 +150,18 @@ def schema() -> Schema:
         host=TEXT,
         ingress=keys(enabled=FLAG, className=TEXT, tlsSecret=TEXT, annotations=LABELS),
         route=keys(parentRefs=OBJECTS),
-        networkPolicy=keys(enabled=FLAG, clients=OBJECTS, scrapers=OBJECTS, dns=OBJECTS, hub=OBJECTS),
-        autoscaling=keys(kind=one_of("none", "keda", "hpa", "external"), cooldownSeconds=COUNT, kedaNamespace=TEXT),
+        networkPolicy=keys(
+            enabled=FLAG,
+            clients=OBJECTS,
+            scrapers=OBJECTS,
+            dns=OBJECTS,
+            hub=OBJECTS,
+            apiServer=OBJECTS,
+            collector=OBJECTS,
+        ),
+        autoscaling=keys(
+            kind=one_of("none", "builtin", "keda", "hpa", "external"), cooldownSeconds=COUNT, kedaNamespace=TEXT
+        ),
         monitoring=keys(podMonitor=FLAG, rules=FLAG, dashboard=FLAG, labels=LABELS),
     )
     return {"$schema": "http://json-schema.org/draft-07/schema#", **chart}

@@ -39,3 +39,9 @@
     {{- end }}
   {{- end }}
 {{- end -}}
+
+{{/* The port of a URL that spans are sent to. */}}
+{{- define "millrace.otlpPort" -}}
+{{- $url := urlParse . -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "https" | ternary "443" "80") -}}
+{{- end -}}

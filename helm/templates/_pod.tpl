@@ -1,4 +1,4 @@
-{{/* The parts of a pod that all four services have alike. Each takes (dict "root" $ "component" NAME "config" MAP). */}}
+{{/* The parts of a pod that all four services, and the autoscaler, have alike. Each takes (dict "root" $ "component" NAME "config" MAP). */}}
 
 {{- define "millrace.podAnnotations" -}}
 checksum/model: {{ toJson .root.Values.model | sha256sum | trunc 16 }}
@@ -13,7 +13,7 @@ checksum/api-keys: {{ toJson .root.Values.apiKeys | sha256sum | trunc 16 }}
 {{/* Where it runs, and as whom. */}}
 {{- define "millrace.podSpec" -}}
 serviceAccountName: {{ include "millrace.name" . }}
-automountServiceAccountToken: false
+automountServiceAccountToken: {{ eq .component "autoscaler" }}  # nobody else asks Kubernetes anything
 enableServiceLinks: false  # they would be MILLRACE_ variables, which a service that knows no such setting refuses
 securityContext:
   {{- include "millrace.podSecurity" . | nindent 2 }}
@@ -132,6 +132,11 @@ preStop:
 - name: model
   mountPath: /model
   readOnly: true
+{{ include "millrace.ownMounts" . }}
+{{- end -}}
+
+{{/* The same without the model. */}}
+{{- define "millrace.ownMounts" -}}
 - name: tmp
   mountPath: /tmp
 {{- if .root.Values.redis.tlsSecret }}
@@ -144,6 +149,10 @@ preStop:
 {{- define "millrace.volumes" -}}
 - name: model
   {{- include "millrace.modelVolume" .root | nindent 2 }}
+{{ include "millrace.ownVolumes" . }}
+{{- end -}}
+
+{{- define "millrace.ownVolumes" -}}
 - name: tmp
   emptyDir: {}
 {{- if .root.Values.redis.tlsSecret }}

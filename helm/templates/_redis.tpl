@@ -30,7 +30,7 @@
 {{- else }}
   value: {{ printf "%s%s" $external.url (include "millrace.redisCa" .root) | quote }}
 {{- end }}
-{{- if and $external.blobUrl (ne .component "postproc") }}
+{{- if and $external.blobUrl (not (has .component (list "postproc" "autoscaler"))) }}
 - name: MILLRACE_BLOB_REDIS_URL
 {{- if $secret }}
   valueFrom:

@@ -1,11 +1,12 @@
 {{/* One scaler per service. `stream`: by how much work there is, waiting and running, which is the length of its stream
-     (entries are deleted when their work has ended). `cpu`: by how busy it is. */}}
+     (entries are deleted when their work has ended). `cpu`: by how busy it is. The built-in autoscaler scales the stages
+     with a stream, and leaves the others to HPAs, which can do that without help. */}}
 
 {{- define "millrace.scaler" -}}
 {{- if eq .root.Values.autoscaling.kind "keda" }}
 ---
 {{ include "millrace.scaledObject" . }}
-{{- else if eq .root.Values.autoscaling.kind "hpa" }}
+{{- else if or (eq .root.Values.autoscaling.kind "hpa") (and (eq .root.Values.autoscaling.kind "builtin") (not .stream)) }}
 ---
 {{ include "millrace.hpa" . }}
 {{- end }}
@@ -102,4 +103,15 @@ scaleDown:
     - type: Pods
       value: 1
       periodSeconds: 60
+{{- end -}}
+
+{{/* What the built-in autoscaler is told of the stages. */}}
+{{- define "millrace.stages" -}}
+{{- $stages := dict -}}
+{{- range $service := list "mm_encoder" "engine" -}}
+{{- $config := index $.Values $service -}}
+{{- $deployment := include "millrace.name" (dict "root" $ "component" $service) -}}
+{{- $_ := set $stages $service (dict "deployment" $deployment "target" (int $config.target) "least" (int $config.replicas) "most" (int $config.maxReplicas) "cooldown_s" (int $.Values.autoscaling.cooldownSeconds)) -}}
+{{- end -}}
+{{- toJson $stages -}}
 {{- end -}}

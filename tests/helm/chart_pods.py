@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chart_valkey import free_port, valkey
-from helm_chart import CHART, SERVICES, Object, Values, container, environment, objects, pods
+from helm_chart import CHART, NAMESPACE, SERVICES, Object, Values, container, environment, find, objects, pods
 
 from cli.demo import write_demo
 
 ROOT = CHART.parent
+AUTOSCALER = "autoscaler"
 READY_S = 120.0  # on a machine with two slow cores
 STOP_S = 60.0
 POLL_S = 0.2
@@ -26,38 +27,46 @@ VALUES: Values = {
     "apiKeys": ["sk-one"],
     "redis": {"maxMemoryMb": 256},
     "mm_encoder": {"gpus": 0},
-    "engine": {"gpus": 0, "settings": {"max_num_seqs": 4, "kv_cache_bytes": 16777216}},
+    "engine": {"gpus": 0, "replicas": 0, "settings": {"max_num_seqs": 4, "kv_cache_bytes": 16777216}},
+    "autoscaling": {"kind": "builtin", "cooldownSeconds": 1},
 }
 
 
 class Pod:
-    """One service's container as a process of this machine."""
+    """A container of the chart's as a process of this machine. `volume`: the model's directory or, for the autoscaler,
+    one with a `kubeconfig` in place of the token that a cluster would mount."""
 
-    def __init__(self, items: list[Object], service: str, secret: dict[str, str], model: Path, log: Path) -> None:
+    def __init__(self, items: list[Object], service: str, secret: dict[str, str], volume: Path, log: Path) -> None:
         self.spec = container(pods(items)[service.replace("_", "-")][1])
         self.service = service
         self.log = log
+        fields = {"metadata.name": f"millrace-{service}-0", "metadata.namespace": NAMESPACE}
         self.environ = {"OMP_NUM_THREADS": "1"}
         for name, value in environment(items, service).items():
             if isinstance(value, str):
                 self.environ[name] = value
             elif "fieldRef" in value:
-                self.environ[name] = f"millrace-{service}-0"
+                self.environ[name] = fields[value["fieldRef"]["fieldPath"]]
             else:
                 self.environ[name] = secret[value["secretKeyRef"]["key"]]
-        self.environ |= {"MILLRACE_MODEL": self.see(model), "MILLRACE_METRICS_PORT": str(free_port())}
+        self.environ["MILLRACE_METRICS_PORT"] = str(free_port())
+        if service == AUTOSCALER:
+            self.environ["KUBECONFIG"] = f"{self.see(volume)}/kubeconfig"
+        else:
+            self.environ["MILLRACE_MODEL"] = self.see(volume)
         if service == "gateway":
             self.environ["MILLRACE_PORT"] = str(free_port())
-        self.start(model)
+        self.start(volume)
 
-    def see(self, model: Path) -> str:
-        """Where the container sees the model."""
-        return str(model)
+    def see(self, volume: Path) -> str:
+        """Where the container sees its volume."""
+        return str(volume)
 
-    def start(self, model: Path) -> None:
+    def start(self, volume: Path) -> None:
+        module = "cli.autoscaler" if self.service == AUTOSCALER else f"services.{self.service}"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"services.{self.service}"],
+                [sys.executable, "-m", module],
                 cwd=ROOT,
                 env={"PATH": os.environ["PATH"], **self.environ},
                 stdout=output,
@@ -91,8 +100,9 @@ class Pod:
         probe = self.spec[f"{kind}Probe"]
         if "exec" in probe:
             return self.run(probe["exec"]["command"]) == 0
+        port = self.environ[{"http": "MILLRACE_PORT", "metrics": "MILLRACE_METRICS_PORT"}[probe["httpGet"]["port"]]]
         try:
-            with urllib.request.urlopen(self.url + probe["httpGet"]["path"], timeout=5) as reply:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{probe['httpGet']['path']}", timeout=5) as reply:
                 return int(reply.status) == 200
         except OSError:
             return False
@@ -122,9 +132,20 @@ def running(directory: Path, kinds: dict[str, type[Pod]]) -> Iterator[dict[str, 
 
 
 def helm_test(url: str) -> "subprocess.CompletedProcess[str]":
-    """What `helm test` runs."""
+    """What `helm test` runs: the rendered pod's command with the rendered script, at this gateway's address."""
+    items = objects(VALUES)
+    spec = container(pods(items)["test"][1])
+    (mount,) = spec["volumeMounts"]
+    interpreter, path = spec["command"]
+    service = find(items, "Service", "millrace-gateway")
+    address, *others = spec["args"]
+    assert interpreter == "python"
+    assert address == f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    script = find(items, "ConfigMap", "millrace-test")["data"][path.removeprefix(f"{mount['mountPath']}/")]
+    assert [each["name"] for each in spec["env"]] == ["MILLRACE_API_KEYS"]
     return subprocess.run(
-        [sys.executable, str(CHART / "files" / "chat.py"), url, "demo"],
+        [sys.executable, "-I", "-", url, *others],
+        input=script,
         env={"MILLRACE_API_KEYS": '["sk-one"]'},
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
-"""Puts the schema's writer, which lives in the chart, on the path."""
+"""Puts on the path: the schema's writer, which lives in the chart, and the stand-in for Kubernetes's API."""
 
 import sys
 
-from helm_chart import CHART
+from helm_chart import CHART, ROOT
 
-sys.path.insert(0, str(CHART))
+sys.path += [str(CHART), str(ROOT / "tests" / "cli")]

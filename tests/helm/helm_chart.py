@@ -88,6 +88,18 @@ MATRIX: dict[str, Values] = {
         "ingress": {"enabled": True},
         "monitoring": {"rules": True},
     },
+    "autoscaler of its own": {
+        **CLAIM,
+        "redis": {"tlsSecret": "redis-tls"},
+        "autoscaling": {"kind": "builtin", "cooldownSeconds": 120},
+        "engine": {"replicas": 0, "target": 64},
+        "settings": {"log_level": "debug", "otlp_endpoint": "http://collector.tracing:4318", "trace_ratio": 0.1},
+        "pods": {"annotations": {"a": "b"}},
+        "networkPolicy": {
+            "scrapers": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+            "apiServer": [{"ipBlock": {"cidr": "192.0.2.1/32"}}],
+        },
+    },
     "external redis, open": {
         **CLAIM,
         "redis": {"external": {"url": "redis://redis:6379"}},

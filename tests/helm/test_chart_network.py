@@ -90,6 +90,42 @@ def test_named_clients_scrapers_and_keda_add_their_arrows_only() -> None:
     assert {arrow[0] for arrow in outward if arrow[1] == "0.0.0.0/0"} == {"mm-encoder"}
 
 
+def test_an_autoscaler_reaches_redis_and_the_api_server() -> None:
+    outward, inward = arrows(case("autoscaler of its own"))
+    assert {arrow for arrow in outward if arrow[0] == "autoscaler"} == {
+        ("autoscaler", "redis", 6379),
+        ("autoscaler", "192.0.2.1/32", None),
+    }
+    assert {arrow for arrow in inward if "autoscaler" in arrow} == {
+        ("autoscaler", "redis", 6379),
+        ("monitoring", "autoscaler", 8181),
+    }
+    outward, _ = arrows(objects({**CLAIM, "autoscaling": {"kind": "builtin"}}))
+    assert {arrow for arrow in outward if arrow[1] == "anybody"} == {
+        ("autoscaler", "anybody", port) for port in (443, 6443, 8443, 16443)
+    }
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector.tracing:4318", 4318),
+        ("https://collector.example.com/v1/traces", 443),
+        ("http://192.0.2.9", 80),
+        ("http://[2001:db8::1]:4318", 4318),
+        ("http://[2001:db8::1]", 80),
+    ],
+)
+def test_spans_reach_the_collector_from_the_four_services_only(endpoint: str, port: int) -> None:
+    values: Values = {**CLAIM, "settings": {"otlp_endpoint": endpoint}, "autoscaling": {"kind": "builtin"}}
+    collector = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "tracing"}}}]
+    without, _ = arrows(objects({**CLAIM, "autoscaling": {"kind": "builtin"}}))
+    named, _ = arrows(objects({**values, "networkPolicy": {"collector": collector}}))
+    assert named - without == {(stage, "tracing", port) for stage in STAGES}
+    anywhere, _ = arrows(objects(values))
+    assert anywhere - without == {(stage, "anybody", port) for stage in STAGES}
+
+
 def test_a_download_may_reach_the_internet_where_no_hub_is_named() -> None:
     outward, _ = arrows(objects({"model": {"download": {"repository": "baidu/ernie"}}}))
     assert {arrow[0] for arrow in outward if arrow[1] == "0.0.0.0/0"} == {"mm-encoder", "model"}

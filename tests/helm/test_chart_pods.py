@@ -67,6 +67,14 @@ def test_settings_are_passed_through_with_their_types() -> None:
     assert gateway.served_model_name == "ernie"
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_traces_are_asked_of_all_services_alike_or_of_none(service: str) -> None:
+    told = environment(case("autoscaler of its own"), service)
+    assert told["MILLRACE_OTLP_ENDPOINT"] == "http://collector.tracing:4318"
+    assert told["MILLRACE_TRACE_RATIO"] == "0.1"
+    assert not {"MILLRACE_OTLP_ENDPOINT", "MILLRACE_TRACE_RATIO"} & environment(case("defaults"), service).keys()
+
+
 @pytest.mark.parametrize(("service", "device"), [("mm_encoder", "cuda"), ("engine", "cuda")])
 def test_a_service_with_a_gpu_must_find_it(service: str, device: str) -> None:
     assert environment(case("defaults"), service)["MILLRACE_DEVICE"] == device
@@ -135,7 +143,7 @@ def test_no_pod_has_more_rights_than_it_needs(name: str) -> None:
             component
         )
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert spec["automountServiceAccountToken"] is False
+        assert spec["automountServiceAccountToken"] is (component == "autoscaler")
         assert spec["enableServiceLinks"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & spec.keys()
         for each in [*spec["containers"], *spec.get("initContainers", [])]:
@@ -149,15 +157,17 @@ def test_no_pod_has_more_rights_than_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_pod_is_a_service_account_without_a_token(name: str) -> None:
+def test_every_pod_is_a_service_account_that_hands_out_no_token(name: str) -> None:
     accounts = {item["metadata"]["name"]: item for item in case(name) if item["kind"] == "ServiceAccount"}
     assert all(account["automountServiceAccountToken"] is False for account in accounts.values())
     assert {spec["serviceAccountName"] for _, spec in pods(case(name)).values()} == accounts.keys()
 
 
-def test_no_object_grants_rights_in_the_cluster() -> None:
-    for name in MATRIX:
-        assert not {item["kind"] for item in case(name)} & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"}
+@pytest.mark.parametrize("name", MATRIX)
+def test_only_the_autoscaler_has_rights_in_the_cluster(name: str) -> None:
+    granted = [(item["kind"], item["metadata"]["name"]) for item in case(name) if "rbac" in item["apiVersion"]]
+    expected = [("Role", "millrace-autoscaler"), ("RoleBinding", "millrace-autoscaler")]
+    assert sorted(granted) == (expected if "autoscaler" in pods(case(name)) else [])
 
 
 @pytest.mark.parametrize("name", MATRIX)

@@ -159,6 +159,14 @@ def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
+async def test_the_autoscalers_url_is_its_users(secret: dict[str, str]) -> None:
+    own = bus.connect(secret["autoscaler"])
+    try:
+        assert "user=autoscaler " in _text(await bus.command(own, "CLIENT", "INFO"))
+    finally:
+        await own.aclose()
+
+
 def test_each_service_has_a_url_of_its_own(rendered: list[Object]) -> None:
     urls = {
         service: environment(rendered, service)["MILLRACE_REDIS_URL"]["secretKeyRef"]
@@ -190,11 +198,11 @@ def test_tls_is_asked_for_and_its_authority_known_everywhere() -> None:
     config = find(made, "ConfigMap", "millrace-redis")["data"]["valkey.conf"]
     assert "port 0" in config.splitlines()
     assert "tls-port 6379" in config.splitlines()
-    for component in SERVICE_KEYS:
+    for component in (*SERVICE_KEYS, "autoscaler"):
         assert data[component].startswith("rediss://")
         path = data[component].partition("?ssl_ca_certs=")[2]
         bus.connect(data[component])
-        _, spec = pods(made)[component]
+        _, spec = pods(made if component in SERVICE_KEYS else case("autoscaler of its own"))[component]
         (mount,) = [each for each in container(spec)["volumeMounts"] if each["name"] == "redis-tls"]
         assert path == f"{mount['mountPath']}/ca.crt"
     trigger = find(made, "ScaledObject", "millrace-engine")["spec"]["triggers"][0]

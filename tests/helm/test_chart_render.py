@@ -30,7 +30,7 @@ def full(version: str) -> str:
 @functools.cache
 def validator(version: str, kind: str, api_version: str) -> jsonschema.Draft202012Validator:
     """The package's own validation reads all of Kubernetes's schemas anew for every object."""
-    group = api_version.replace(".k8s.io", "").replace("/", "-")
+    group = api_version.replace(".authorization.k8s.io", "").replace(".k8s.io", "").replace("/", "-")
     name = f"kubernetes-json-schema/v{full(version)}-local-strict/{kind.lower()}-{group}.json"
     schema = kubernetes.schema_contents(name, version)
     return jsonschema.Draft202012Validator(

@@ -1,12 +1,15 @@
 """Each stage is scaled by the length of its own stream, and only ever by draining what is taken away."""
 
 import pytest
-from helm_chart import CLAIM, SERVICES, Object, case, find, objects, secret_data
+from helm_chart import CLAIM, MATRIX, SERVICES, Object, case, environment, find, objects, secret_data
 
+from cli.autoscaler.policy import Rules
+from cli.autoscaler.settings import AutoscalerSettings, load
 from shared.keys import ENCODE, GENERATE, Keys
 
 KEDA = "fetched model, keda, monitoring, tls"
 HPA = "external redis with users, hpa, placement"
+BUILTIN = "autoscaler of its own"
 
 
 def trigger(name: str, component: str) -> Object:
@@ -65,6 +68,53 @@ def test_the_hpa_reads_what_the_podmonitor_labels() -> None:
         if each["port"] == "redis-metrics"
     ]
     assert endpoint["metricRelabelings"][0]["targetLabel"] == "stage"
+
+
+def autoscaler(items: list[Object] | tuple[Object, ...], redis_url: str = "redis://r") -> AutoscalerSettings:
+    """The autoscaler's own reading of its pod's environment."""
+    fields = {"metadata.name": "pod-0", "metadata.namespace": "models"}
+    told = {}
+    for name, value in environment(items, "autoscaler").items():
+        if isinstance(value, str):
+            told[name] = value
+        else:
+            told[name] = fields[value["fieldRef"]["fieldPath"]] if "fieldRef" in value else redis_url
+    return load(told)
+
+
+def test_the_autoscaler_understands_what_it_is_told() -> None:
+    told = autoscaler(case(BUILTIN))
+    assert told.stages == {
+        "mm_encoder": Rules(deployment="millrace-mm-encoder", target=8, least=1, most=4, cooldown_s=120),
+        "engine": Rules(deployment="millrace-engine", target=64, least=0, most=4, cooldown_s=120),
+    }
+    deployments = {item["metadata"]["name"] for item in case(BUILTIN) if item["kind"] == "Deployment"}
+    assert {rules.deployment for rules in told.stages.values()} <= deployments
+    assert (told.kube_namespace, told.namespace, told.name) == ("models", "models.millrace", "pod-0")
+    assert (told.metrics_port, told.log_level) == (8181, "debug")
+
+
+def test_the_autoscaler_looks_at_any_redis() -> None:
+    """One with users, one without, and never the second one for media."""
+    made = objects({**MATRIX[HPA], "autoscaling": {"kind": "builtin"}})
+    assert environment(made, "autoscaler")["MILLRACE_REDIS_URL"] == {
+        "secretKeyRef": {"name": "redis-users", "key": "autoscaler"}
+    }
+    assert autoscaler(made, "rediss://u:p@redis.example.com:6380/2").redis_url.endswith("/2")
+    made = objects({**MATRIX["external redis, open"], "autoscaling": {"kind": "builtin"}})
+    assert autoscaler(made).redis_url == "redis://redis:6379"
+
+
+def test_the_ends_of_the_pipeline_are_scaled_by_cpu_beside_the_autoscaler() -> None:
+    least = {
+        item["spec"]["scaleTargetRef"]["name"]: (item["spec"]["minReplicas"], item["spec"]["metrics"][0]["type"])
+        for item in case(BUILTIN)
+        if item["kind"] == "HorizontalPodAutoscaler"
+    }
+    assert least == {"millrace-gateway": (2, "Resource"), "millrace-postproc": (2, "Resource")}
+    for service in SERVICES:
+        deployment = find(case(BUILTIN), "Deployment", f"millrace-{service.replace('_', '-')}")
+        assert "replicas" not in deployment["spec"], "an upgrade would undo the scaler's last decision"
 
 
 @pytest.mark.parametrize("name", [KEDA, HPA])

@@ -1,8 +1,9 @@
 """The images, built from the unchanged Containerfiles and run as the chart's pods.
 
-IMAGES names the services to build ("gateway postproc"); the others run as processes. IMAGES_BUILD_OPTIONS are more
-words for `buildah build`, such as a volume that holds wheels. Needs buildah, podman and runc, and root; `base.sh` makes
-the base where no registry of images can be reached. Layers are kept in IMAGES_ROOT between runs.
+IMAGES names what to build ("gateway postproc", or all); the other services run as processes, and so does Valkey, with
+the chart's configuration. IMAGES_BUILD_OPTIONS are more words for `buildah build`, such as a volume that holds wheels.
+Needs buildah, podman and runc, and root; `base.sh` makes the base where no registry of images can be reached. Layers
+are kept in IMAGES_ROOT between runs.
 """
 
 import json
@@ -18,11 +19,14 @@ from chart_pods import ROOT, STOP_S, Pod, helm_test, running
 from helm_chart import SERVICES
 from openai import OpenAI
 
+AUTOSCALER = "autoscaler"
+HOME = {AUTOSCALER: "gateway"}  # in whose Containerfile it is
 BUILT = os.environ.get("IMAGES", "").split()
 STORE = Path(os.environ.get("IMAGES_ROOT", "/var/tmp/millrace-images"))
 STORAGE = ["--root", str(STORE / "graph"), "--runroot", str(STORE / "run")]
 LARGEST = {"gateway": 250_000_000, "postproc": 250_000_000}
-BUILD_S = 1800
+CLI_FILES = [*(f"cli/{each}" for each in ("__init__.py", "autoscaler", "connection.py")), "shared"]
+BUILD_S = 3600
 # What the machine trusts and where it finds packages is lent to the build, not put into the image.
 LENT = [path for path in ("/etc/ssl/certs", "/etc/pip.conf") if Path(path).exists()]
 
@@ -100,9 +104,10 @@ def images() -> None:
     volumes = [word for path in LENT for word in ("--volume", f"{path}:{path}:ro")]
     options = ["--isolation", "chroot", "--network", "host", "--pull=never", "--layers", *volumes]
     options += shlex.split(os.environ.get("IMAGES_BUILD_OPTIONS", ""))
-    for service in BUILT:
-        file = ROOT / "helm" / "images" / f"{service.replace('_', '-')}.Containerfile"
-        words("buildah", *STORAGE, "build", *options, "--file", str(file), "--tag", tag(service), str(ROOT))
+    for name in BUILT:
+        target = ["--target", name] if name == AUTOSCALER else []
+        file = ROOT / "helm" / "images" / f"{HOME.get(name, name).replace('_', '-')}.Containerfile"
+        words("buildah", *STORAGE, "build", *options, *target, "--file", str(file), "--tag", tag(name), str(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +120,14 @@ def system(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
         yield pods
 
 
-@pytest.mark.parametrize("service", BUILT)
-def test_the_image_is_small_and_holds_its_own_service_only(images: None, service: str) -> None:
-    size = int(json.loads(podman("image", "inspect", tag(service)))[0]["Size"])
-    print(f"{service}: {size / 1e6:.0f} MB", file=sys.stderr)
-    assert size < LARGEST.get(service, sys.maxsize)
-    inside = ["run", "--rm", "--network", "host", "--entrypoint", "sh", tag(service), "-c"]
-    assert podman(*inside, "ls /opt/service/services").split() == [service]
+@pytest.mark.parametrize("name", BUILT)
+def test_the_image_is_small_and_holds_its_own_service_only(images: None, name: str) -> None:
+    size = int(json.loads(podman("image", "inspect", tag(name)))[0]["Size"])
+    print(f"{name}: {size / 1e6:.0f} MB", file=sys.stderr)
+    assert size < LARGEST.get(name, sys.maxsize)
+    inside = ["run", "--rm", "--network", "host", "--entrypoint", "sh", tag(name), "-c"]
+    held = podman(*inside, "cd /opt/service && ls -d services/* cli/* shared 2>/dev/null || true").split()
+    assert held == (CLI_FILES if name == AUTOSCALER else [f"services/{name}", "shared"])
     assert podman(*inside, "id -u").strip() == "10001"
     assert podman(*inside, "command -v gcc cc c++ ld make || true").strip() == ""
 
