@@ -471,8 +471,8 @@ def test_pictures_for_the_documentation(pages: Watched, demo: System, screenshot
         page.screenshot(path=screenshots / f"console-chat-{scheme}{name}.png")
         with load(demo, requests=7, max_tokens=200):
             page.get_by_role("button", name="Timeline").click()
-            page.locator("#requests tbody tr", has_text="writing").first.wait_for(timeout=DONE_MS)
-            page.locator(".replica").nth(3).wait_for()
             page.locator("#timeline .events", has_text="Finished (length)").wait_for(timeout=DONE_MS)
+            page.locator("#requests tbody tr", has_text="writing").nth(6).wait_for(timeout=DONE_MS)
+            page.locator("#pipeline").evaluate("(page) => page.scrollTo(0, 0)")
             page.screenshot(path=screenshots / f"console-pipeline-{scheme}{name}.png")
     assert len({path.read_bytes() for path in screenshots.glob("console-*.png")}) == 6
