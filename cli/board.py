@@ -61,9 +61,9 @@ def _head(view: PipelineView) -> RenderableType:
     return Group(title, *(Text(f"  {problem}", "red") for problem in found), Text())
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, gap: int = 2) -> Table:
     """The first column is a name, the others are figures unless they begin with "<"."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold dim")
     for place, column in enumerate(columns):
         left = place == 0 or column.startswith("<")
         table.add_column(column.removeprefix("<"), justify="left" if left else "right", no_wrap=column != "<figures")
@@ -72,7 +72,8 @@ def _table(*columns: str) -> Table:
 
 def _stages(view: PipelineView) -> RenderableType:
     table = _table(
-        "stage", "ready", "starting", "leaving", "in work", "waiting", "waits", "oldest", "quarantine", "rate"
+        *("stage", "ready", "coming", "leaving", "in work", "waiting", "waits", "oldest", "quarantine", "rate"),
+        gap=1,  # in 80 columns
     )
     for stage in view.stages:
         ready, coming = len(stage.ready), len(stage.within("starting"))

@@ -4,6 +4,8 @@ import io
 import os
 import pty
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from cli.board import draw, duration, figure, size
 from cli.main import main
 from shared import bus
 from shared.pipeline_view import (
+    SERVICES,
     BlobsView,
     ConsumerView,
     PipelineView,
@@ -215,3 +218,42 @@ def test_live_until_ctrl_c(redis_url: str) -> None:
         assert terminal.wait() == 130
     finally:
         terminal.close()
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_what_a_terminal_shows(redis_url: str, tmp_path: Path) -> None:
+    """As a person sees it: tmux does with what is sent to it what a terminal does."""
+    tmux = ["tmux", "-S", str(tmp_path / "tmux"), "-f", "/dev/null"]
+    top = shlex.join([str(Path(sys.executable).with_name("millrace")), "top", "--redis-url", redis_url])
+    # Of this environment, and not of what readline has put into the process's own: a size.
+    start = [*tmux, "new-session", "-d", "-x", "80", "-y", "30", f"{top}; exec sleep 600"]
+    subprocess.run(start, check=True, env=dict(os.environ))
+
+    def screen() -> list[str]:
+        shown = subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True)
+        return [line.rstrip() for line in shown.stdout.splitlines()]
+
+    def wait_for(words: str) -> list[str]:
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(words in line for line in screen()):
+            assert time.monotonic() < deadline, screen()
+            time.sleep(0.05)
+        return screen()
+
+    try:
+        lines = wait_for("every replica")  # the last of the streams
+        assert lines[0].startswith("millrace  millrace  ")
+        assert lines[0].endswith("2 to look at")
+        assert lines[1:3] == ["  gateway: no replica is ready", "  postproc: no replica is ready"]
+        [head] = [line for line in lines if line.startswith("stage ")]
+        assert head.replace("in work", "in-work").split()[1:5] == ["ready", "coming", "leaving", "in-work"]
+        assert head.split()[-5:] == ["waiting", "waits", "oldest", "quarantine", "rate"]
+        stages = [line.split()[:2] for line in lines if line.startswith(SERVICES)]
+        assert stages == [[service, "0"] for service in SERVICES]
+        subprocess.run([*tmux, "send-keys", "q"], check=True)
+        deadline = time.monotonic() + PATIENCE_S
+        while any(screen()):
+            assert time.monotonic() < deadline, "q gives the terminal back as it was: empty"
+            time.sleep(0.05)
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=True)
