@@ -105,8 +105,7 @@ class Stage:
         """The waiting entry has been delivered too often already."""
         key, group = self.system.keys.stream(stream), GROUPS[stream]
         [[_, [[entry_id, _]]]] = await self.system.redis.xreadgroup(group, "nobody", {key: ">"}, count=1)
-        words = ("XCLAIM", key, group, "nobody", 0, entry_id, "RETRYCOUNT", 1000, "JUSTID")
-        await self.system.redis.execute_command(*words)
+        await self.system.redis.xclaim(key, group, "nobody", 0, [entry_id], retrycount=1000, justid=True)
 
     async def end(self) -> None:
         """What was to fail has failed and was mended, and nothing is left behind."""
