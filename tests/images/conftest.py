@@ -1,6 +1,7 @@
-"""Puts what the chart's tests share on the path: the containers run as its pods do."""
+"""Puts on the path what the tests of the chart share: containers run as its pods do, beside a stand-in for its API."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helm"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "helm"), str(TESTS / "cli")]

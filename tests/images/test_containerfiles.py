@@ -11,11 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "helm" / "images"
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
+AUTOSCALER = r"FROM \S+ AS autoscaler\b"
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 
 
 def text(service: str) -> str:
     return (IMAGES / f"{service.replace('_', '-')}.Containerfile").read_text()
+
+
+def own(service: str) -> str:
+    """A service's Containerfile without what is built only for --target autoscaler."""
+    stages = re.split(r"^(?=FROM )", text(service), flags=re.MULTILINE)
+    return "".join(stage for stage in stages if not re.match(AUTOSCALER, stage))
 
 
 def final(service: str) -> str:
@@ -29,24 +36,36 @@ def test_there_is_one_for_each_service_and_none_other() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_an_image_holds_its_own_service_and_shared(service: str) -> None:
-    copied = re.findall(r"^COPY (?!--from)(.*)$", text(service), re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(.*)$", own(service), re.MULTILINE)
     code = {words.split()[0] for words in copied if words.startswith(("shared", "services", "cli"))}
     assert code == {"shared", f"services/{service}"}
     assert f'ENTRYPOINT ["python", "-m", "services.{service}"]' in final(service)
     assert f"import services.{service}.__main__" in final(service)
 
 
+def test_the_autoscalers_image_holds_what_it_imports_and_no_service() -> None:
+    stages = re.findall(rf"^{AUTOSCALER}.*?(?=^FROM |\Z)", text("gateway"), re.MULTILINE | re.DOTALL)
+    assert len(stages) == 3
+    copied = re.findall(r"^COPY (?!--from)(.*)$", "".join(stages), re.MULTILINE)
+    held = {word for words in copied for word in words.split()[:-1] if word.startswith(("shared", "services", "cli"))}
+    assert held == {"shared", "cli/autoscaler", "cli/__init__.py", "cli/connection.py"}
+    assert "'.[autoscaler]'" in stages[0]
+    assert "USER 10001:10001" in stages[-1]
+    assert 'ENTRYPOINT ["python", "-m", "cli.autoscaler"]' in stages[-1]
+    assert "autoscaler" not in final("gateway")
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_last_stage_builds_nothing_and_is_nobody(service: str) -> None:
     assert "USER 10001:10001" in final(service)
     assert not re.search(r"\b(gcc|apt-get|pip|build-essential)\b", final(service))
-    assert set(re.findall(r"^FROM (\S+)", text(service), re.MULTILINE)) <= {BASE, "dependencies"}
+    assert set(re.findall(r"^FROM (\S+)", own(service), re.MULTILINE)) <= {BASE, "dependencies"}
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_versions_are_those_of_the_tests(service: str) -> None:
     """By constraints.txt, with the service's own extra, under the name that every pip understands."""
-    (extra,) = re.findall(r"install --constraint constraints.txt '\.\[([a-z-]+)\]'", text(service))
+    (extra,) = re.findall(r"install --constraint constraints.txt '\.\[([a-z-]+)\]'", own(service))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extra.replace("-", "_") == service
     assert service in extras

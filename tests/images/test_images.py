@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chart_autoscaler import wake_and_sleep
 from chart_pods import ROOT, STOP_S, Pod, helm_test, running
 from helm_chart import SERVICES
 from openai import OpenAI
@@ -110,11 +111,16 @@ def images() -> None:
         words("buildah", *STORAGE, "build", *options, *target, "--file", str(file), "--tag", tag(name), str(ROOT))
 
 
+def open_to_all(directory: Path) -> Path:
+    """Containers read what is in it as another user."""
+    for parent in (directory, *directory.parents[:2]):
+        parent.chmod(0o755)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def system(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pod]]:
-    directory = tmp_path_factory.mktemp("containers")
-    for parent in (directory, *directory.parents[:2]):
-        parent.chmod(0o755)  # containers read the model as another user
+    directory = open_to_all(tmp_path_factory.mktemp("containers"))
     kinds = {service: Container if service in BUILT else Pod for service in SERVICES}
     with running(directory, kinds) as pods:
         yield pods
@@ -144,6 +150,11 @@ def test_they_answer_the_openai_client(system: dict[str, Pod]) -> None:
 def test_helm_test_passes(system: dict[str, Pod]) -> None:
     done = helm_test(system["gateway"].url)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(AUTOSCALER not in BUILT, reason="IMAGES does not name it")
+async def test_the_autoscaler_scales(images: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+    await wake_and_sleep(open_to_all(tmp_path_factory.mktemp("autoscaler")), Container)
 
 
 def test_the_health_command_answers_inside(system: dict[str, Pod]) -> None:
