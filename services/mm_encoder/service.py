@@ -115,6 +115,7 @@ class MmEncoder:
     async def startup(self) -> None:
         self._broken = asyncio.get_running_loop().create_future()
         self._batcher.start()
+        await persist("begin", self._turns.begin)
         await persist("join", self._stream.join)
 
     async def serve(self) -> None:

@@ -29,11 +29,13 @@ redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'v', ARGV[4], 'm', ARGV[5])
 """
 
-# KEYS flights; ARGV prefix of lease keys. Nobody may ever ask again for what a dead replica was making.
+# KEYS flights; ARGV prefix of lease keys, one that is alive and has no turns. Nobody may ever ask again for what a dead
+# replica was making.
 _SWEEP = """
 local flat = redis.call('HGETALL', KEYS[1])
 for i = 1, #flat, 2 do
-  if redis.call('EXISTS', ARGV[1] .. flat[i + 1]) == 0 then redis.call('HDEL', KEYS[1], flat[i]) end
+  local owner = flat[i + 1]
+  if owner == ARGV[2] or redis.call('EXISTS', ARGV[1] .. owner) == 0 then redis.call('HDEL', KEYS[1], flat[i]) end
 end
 """
 
@@ -52,6 +54,10 @@ class Turns:
         self._sweep = redis.register_script(_SWEEP)
         self._waiting: dict[str, asyncio.Event] = {}
 
+    async def begin(self) -> None:
+        """Void the turns that a process of our name has left, before this one has any: for others it is alive."""
+        await self._sweep(keys=[self._key], args=[self._leases, self._name])
+
     async def make(self, key: str, stored: Callable[[], Awaitable[bool]], make: Callable[[], Awaitable[None]]) -> None:
         """Return when the embeddings of `key` are stored: by `make`, if it is our turn and they are not there yet."""
         while not await self._ours(key):
@@ -69,7 +75,7 @@ class Turns:
 
     async def sweep(self) -> None:
         """Void the turns of dead replicas."""
-        await self._sweep(keys=[self._key], args=[self._leases])
+        await self._sweep(keys=[self._key], args=[self._leases, ""])
 
     async def _ours(self, key: str) -> bool:
         # Before we ask: else the word that it is free might come in between.

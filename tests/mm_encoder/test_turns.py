@@ -150,12 +150,14 @@ async def test_a_failure_hands_the_turn_on(replicas: Replicas) -> None:
     assert store.made == 1
 
 
-async def test_a_replica_started_again_goes_on_with_its_turn(replicas: Replicas) -> None:
-    await replicas.start("a")
-    await replicas.redis.hset(replicas.keys.flights(), "k", "a")
-    again, store = await replicas.start("a"), Store()
+async def test_a_replica_started_again_holds_nobody_up(replicas: Replicas) -> None:
+    await replicas.redis.hset(replicas.keys.flights(), mapping={"k": "a", "theirs": "b"})
+    again, other = await replicas.start("a"), await replicas.start("b")
+    await again.begin()
+    assert await replicas.redis.hgetall(replicas.keys.flights()) == {b"theirs": b"b"}
+    store = Store()
     store.go_on.set()
-    await again.make("k", store.stored, store.make)
+    await other.make("k", store.stored, store.make)
     assert store.made == 1
 
 
