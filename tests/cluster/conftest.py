@@ -1,6 +1,7 @@
-"""Puts what the chart's tests share on the path."""
+"""Puts what the tests of the chart share on the path, and the stand-in for Kubernetes that some of it imports."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helm"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "helm"), str(TESTS / "cli")]

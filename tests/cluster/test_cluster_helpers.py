@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import yaml
+from chart_autoscaler import kubeconfig as kubeconfig_text
 from chart_pods import Pod
 from chart_pods import running as system_running
 from chart_valkey import free_port
 from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest
-from cluster_release import SELECTOR, Release, ready, rolled_out, until
+from cluster_release import RELEASE, SELECTOR, Release, component, ready, rolled_out, until
 from cluster_settings import CLAIM, ClusterSettings, read
 from cluster_stand_in import NAMESPACE, StandIn, standing_in
-from helm_chart import SERVICES, find, objects, pods
+from helm_chart import CHART, SERVICES, find, objects, pods
 from helm_chart import complaints as lint_complaints
+from helm_python import Config
 from kubernetes import client
 from system import file_server
 from test_chart_render import validator
@@ -82,6 +84,15 @@ def test_images_and_values_are_the_environments(tmp_path: Path) -> None:
     assert made["engine"][1]["containers"][0]["imagePullPolicy"] == "Always"
     assert image(settings, "0") == made["gateway"][1]["containers"][0]["image"]
     assert image(told(), "0.1.0") == pods(objects(told().values))["gateway"][1]["containers"][0]["image"]
+
+
+def test_helm_takes_the_chart_and_the_values_as_they_are_given(release: Release, tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(kubeconfig_text(release.api.configuration.host))
+    with Config(kubeconfig_path=str(kubeconfig), namespace=NAMESPACE) as helm:
+        made = helm.install(CHART, RELEASE, told().values, dry_run="client", timeout=60)
+    names = {item["metadata"]["name"] for item in yaml.safe_load_all(made["manifest"]) if item}
+    assert {f"{RELEASE}-{component(stage)}" for stage in SERVICES} <= names
 
 
 # ---------------------------------------------------------------------------------------------------------- at rest
