@@ -1,11 +1,16 @@
 """Puts a runner together around a loaded model."""
 
+from dataclasses import replace
+
 from services.engine.graphs import DecodeGraphs
+from services.engine.kernels.gpu.ops import gpu_sampling_ops
+from services.engine.kernels.sampling_ops import SamplingOps
+from services.engine.kernels.threshold import threshold, threshold_by_search
 from services.engine.memory import allocate_cache
 from services.engine.model.ernie import ErnieModel
 from services.engine.runner import ModelRunner, Runner
 from services.engine.sampler import Sampler
-from services.engine.settings import EngineSettings
+from services.engine.settings import EngineSettings, SamplingClass
 from services.engine.step import StepBuilder
 from shared.model_config import ModelConfig
 
@@ -17,9 +22,16 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
         ConfigError: the cache could not hold max_model_len.
     """
     on_gpu = model.device.type == "cuda"
-    cache = allocate_cache(model, config, settings, spare=int(on_gpu))
+    sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
+    cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
     blocks = cache.num_blocks - int(on_gpu)
     graphs = DecodeGraphs(model, cache, settings.max_num_seqs, settings.max_model_len, blocks) if on_gpu else None
-    sampler = Sampler(config.eos_ids, settings.sampling_class, model.device)
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     return ModelRunner(model, cache, sampler, builder, graphs), blocks
+
+
+def sampling_ops(wanted: SamplingClass | None, on_gpu: bool) -> SamplingOps:
+    """The operations of a setting, on a device."""
+    ops = gpu_sampling_ops() if on_gpu else SamplingOps(threshold=threshold_by_search)
+    sorts = wanted == "base" or (wanted is None and not on_gpu)
+    return replace(ops, threshold=threshold) if sorts else ops

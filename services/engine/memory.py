@@ -1,8 +1,10 @@
 """How many blocks the paged cache gets: what memory is left, and whether that is enough."""
 
 import gc
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from services.engine.graphs import captured_bytes
 from services.engine.model.inputs import KVCache, StepInput
@@ -11,8 +13,12 @@ from services.engine.step import Model
 from shared.errors import ConfigError
 from shared.model_config import ModelConfig
 
+Rehearse = Callable[[Tensor], None]  # holds what sampling from these logits would
 
-def allocate_cache(model: Model, config: ModelConfig, settings: EngineSettings, spare: int = 0) -> KVCache:
+
+def allocate_cache(
+    model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse, spare: int = 0
+) -> KVCache:
     """The cache for a loaded model.
 
     Args:
@@ -22,13 +28,13 @@ def allocate_cache(model: Model, config: ModelConfig, settings: EngineSettings, 
         ConfigError: it could not hold one sequence of max_model_len; the message has the numbers.
     """
     dtype, device = model.dtype, model.device
-    blocks = num_blocks(model, config, settings) + spare
+    blocks = num_blocks(model, config, settings, rehearse) + spare
     return KVCache.allocate(
         config.num_layers, blocks, settings.block_size, config.num_kv_heads, config.head_dim, dtype, str(device)
     )
 
 
-def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings) -> int:
+def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse) -> int:
     """Blocks by num_gpu_blocks_override; else by gpu_memory_utilization on a GPU and by kv_cache_bytes on a CPU.
 
     Raises:
@@ -38,7 +44,7 @@ def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings) -> i
     if settings.num_gpu_blocks_override is not None:
         blocks, source = settings.num_gpu_blocks_override, "num_gpu_blocks_override"
     elif model.device.type == "cuda":
-        room = _cuda_room(model, config, settings)
+        room = _cuda_room(model, config, settings, rehearse)
         blocks = max(room, 0) // size
         source = f"gpu_memory_utilization {settings.gpu_memory_utilization}"
     else:
@@ -71,13 +77,13 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
-def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings) -> int:
+def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse) -> int:
     """Bytes that are left for the cache of what this process may use, after the largest step's peak."""
     device = model.device
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    _profile(model, config, settings)
+    rehearse(_largest_step(model, config, settings))
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     # What others and the CUDA context hold is not torch's, but is gone all the same.
@@ -88,8 +94,8 @@ def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings) -> i
     return int(total * settings.gpu_memory_utilization) - foreign - peak - graphs
 
 
-def _profile(model: Model, config: ModelConfig, settings: EngineSettings) -> None:
-    """Run the largest step: max_num_batched_tokens of max_num_seqs sequences, half of them vision, all sampled."""
+def _largest_step(model: Model, config: ModelConfig, settings: EngineSettings) -> Tensor:
+    """[R, vocabulary] logits of max_num_batched_tokens of max_num_seqs sequences, half of them vision."""
     tokens, device = settings.max_num_batched_tokens, model.device
     sequences = min(settings.max_num_seqs, tokens)
     length = blocks_for(tokens, sequences)
@@ -106,7 +112,7 @@ def _profile(model: Model, config: ModelConfig, settings: EngineSettings) -> Non
     )
     at = torch.arange(tokens, device=device) % length
     media = tokens // 2
-    logits = model.forward(
+    return model.forward(
         StepInput(
             token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
             positions=at.expand(3, -1).contiguous(),
@@ -123,5 +129,3 @@ def _profile(model: Model, config: ModelConfig, settings: EngineSettings) -> Non
         ),
         cache,
     )
-    # What sampling holds at once: probabilities, and the doubles that are sorted and summed.
-    torch.softmax(logits, dim=-1).double().sort(dim=-1).values.cumsum(dim=-1)

@@ -36,16 +36,15 @@ def philox4x32(counter: UInt64, key: UInt64) -> UInt64:
     return np.stack([c0, c1, c2, c3])
 
 
-def uniform(seeds: UInt64, indices: UInt64, draw: int) -> NDArray[np.float64]:
+def uniform(seeds: UInt64, indices: UInt64) -> NDArray[np.float64]:
     """One number in [0, 1) a row, with all 53 bits of a double.
 
     Args:
         seeds: [R] the requests' seeds.
         indices: [R] which of its generated tokens each row is drawing.
-        draw: which number of that token: rejection sampling may need several.
     """
     zero = np.zeros_like(indices)
-    counter = np.stack([indices & _LOW, indices >> _32, zero + np.uint64(draw), zero])
+    counter = np.stack([indices & _LOW, indices >> _32, zero, zero])
     words = philox4x32(counter, np.stack([seeds & _LOW, seeds >> _32]))
     bits: NDArray[np.float64] = ((words[0] << _32 | words[1]) >> np.uint64(11)).astype(np.float64)
     return bits * 2.0**-53

@@ -14,6 +14,7 @@ from services.engine.sequence import Ids, Sequence
 
 GREEDY_BELOW = 1e-5  # temperatures under this take the most likely token
 SMALLEST_TOP_P = 1e-5  # 0 would leave no token at all
+MOST_LOGPROBS = 20  # of alternatives to one token
 
 Floats = NDArray[np.float32]
 
@@ -82,6 +83,30 @@ def plan_sampling(sequences: Ordered[Sequence]) -> SamplingPlan:
             [b is not None and b.exhausted(s.num_generated) for b, s in zip(thinking, sequences, strict=True)]
         ),
         logprobs=np.array([-1 if a.logprobs is None else a.logprobs for a in asked], np.int64),
+    )
+
+
+def heaviest(rows: int) -> SamplingPlan:
+    """The plan of a step that asks for everything that takes memory with the vocabulary."""
+    nobody = Entries(np.empty(0, np.int64), np.empty(0, np.int64))
+    nothing = np.empty(0, np.float32)
+    return SamplingPlan(
+        temperature=np.full(rows, 0.8, np.float32),
+        top_k=np.full(rows, 50, np.int64),
+        top_p=np.full(rows, 0.9, np.float32),
+        min_p=np.full(rows, 0.01, np.float32),
+        seeds=np.zeros(rows, np.uint64),
+        indices=np.zeros(rows, np.uint64),
+        biased=nobody,
+        bias=nothing,
+        too_early=nobody,
+        penalised=nobody,
+        repetition=nothing,
+        subtracted=nothing,
+        bad=nobody,
+        close_ids=np.full(rows, -1, np.int64),
+        must_close=np.zeros(rows, np.bool_),
+        logprobs=np.full(rows, MOST_LOGPROBS, np.int64),
     )
 
 

@@ -1,6 +1,7 @@
 """The sampler: each operation by its formula, both strategies against exact probabilities, rows against batches."""
 
 import math
+import warnings
 from collections.abc import Sequence as Ordered
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from engine_cases import EOS, THINK_CLOSE, VOCAB, sequence
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from services.engine.assembly import sampling_ops
 from services.engine.sampler import LEAST_LOGPROB, Sampled, Sampler
 from services.engine.sampling import plan_sampling
 from services.engine.sequence import Sequence
@@ -20,7 +23,8 @@ CLASSES: tuple[SamplingClass, ...] = ("base", "rejection")
 
 
 def sample(logits: Tensor, sequences: Ordered[Sequence], kind: SamplingClass = "base") -> list[Sampled]:
-    return Sampler((EOS,), kind, torch.device("cpu")).sample(logits.clone(), plan_sampling(sequences))
+    sampler = Sampler((EOS,), sampling_ops(kind, on_gpu=False), torch.device("cpu"))
+    return sampler.sample(logits.clone(), plan_sampling(sequences))
 
 
 def tokens(logits: Tensor, sequences: Ordered[Sequence], kind: SamplingClass = "base") -> list[int]:
@@ -196,21 +200,28 @@ def test_a_row_of_banned_tokens_still_gives_one() -> None:
 # ------------------------------------------------------------------------------------------------------- independence
 
 
+MIXED: list[dict[str, object]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.0, "logprobs": 0},
+    {"temperature": 0.7, "top_p": 0.6},
+    {"temperature": 1.2, "top_k": 5},
+    {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "top_k": 7, "top_p": 0.9, "presence_penalty": 0.5, "logprobs": 2},
+    {"temperature": 1.0, "logit_bias": {30: 4.0}, "bad_words": ((31,),), "min_tokens": 3},
+    {"temperature": 1.0, "thinking": True, "reasoning_max_tokens": 0},
+]
+
+
+def mixed(rows: int) -> tuple[Tensor, list[Sequence]]:
+    """Logits and sequences that ask for everything there is, each for something else."""
+    logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+    made = [sequence([5, 6], [7] * (i % 4), max_tokens=9, seed=i, **MIXED[i % len(MIXED)]) for i in range(rows)]
+    return logits, made
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_row_draws_the_same_alone_and_in_any_company(kind: SamplingClass) -> None:
-    generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(40, VOCAB, generator=generator) * 2
-    asked = [
-        {"temperature": 1.0},
-        {"temperature": 0.0},
-        {"temperature": 0.7, "top_p": 0.6},
-        {"temperature": 1.2, "top_k": 5},
-        {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.2},
-        {"temperature": 1.0, "top_k": 7, "top_p": 0.9, "presence_penalty": 0.5, "logprobs": 2},
-        {"temperature": 1.0, "logit_bias": {30: 4.0}, "bad_words": ((31,),), "min_tokens": 3},
-        {"temperature": 1.0, "thinking": True, "reasoning_max_tokens": 0},
-    ]
-    sequences = [sequence([5, 6], [7] * (i % 4), max_tokens=9, seed=i, **asked[i % 8]) for i in range(40)]
+    logits, sequences = mixed(40)
     together = sample(logits, sequences, kind)
     for i, made in enumerate(sequences):
         [alone] = sample(logits[i : i + 1], [made], kind)
@@ -228,6 +239,85 @@ def test_seed_and_index_both_matter(kind: SamplingClass) -> None:
     }
     assert len(by_seed) > 15
     assert len(by_index) > 15
+
+
+def test_all_ways_to_sample_draw_the_same_tokens() -> None:
+    """Sorting, searching, and the kernels of the GPU (interpreted where there is none)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logits, sequences = mixed(40)
+    plan = plan_sampling(sequences)
+    ways = [sampling_ops("base", False), sampling_ops("rejection", False)]
+    ways += [sampling_ops("base", True), sampling_ops("rejection", True)]
+    drawn = [Sampler((EOS,), ops, device).sample(logits.clone().to(device), plan) for ops in ways]
+    assert drawn[1:] == drawn[:1] * 3
+    assert len({sampled.token for sampled in drawn[0]}) > 10
+
+
+def test_sorting_is_for_those_who_ask_for_it_and_for_cpus() -> None:
+    assert sampling_ops(None, on_gpu=True) == sampling_ops("rejection", on_gpu=True)
+    assert sampling_ops(None, on_gpu=False) == sampling_ops("base", on_gpu=False)
+    assert len({sampling_ops(kind, on_gpu).threshold for kind in CLASSES for on_gpu in (True, False)}) == 3
+
+
+class Asked(TorchDispatchMode):
+    """Notes what was run, and by which names the host reads a value of a tensor."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def reads(self) -> list[str]:
+        return [name for name in self.names if name.startswith(self.READS)]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_decision_waits_for_the_device(kind: SamplingClass) -> None:
+    """What to launch is decided by the plan, which is on the host; only the result is read."""
+    logits, sequences = mixed(16)
+    with Asked() as asked:
+        sample(logits, sequences, kind)
+    assert "_softmax" in asked.names
+    assert asked.reads == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU says when it is waited for")
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_device_is_waited_for_once(kind: SamplingClass) -> None:
+    logits, sequences = mixed(16)
+    plan, device = plan_sampling(sequences), torch.device("cuda")
+    sampler, moved = Sampler((EOS,), sampling_ops(kind, True), device), logits.to(device)
+    sampler.sample(moved.clone(), plan)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            sampler.sample(moved.clone(), plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in warned if "called a synchronizing" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_rehearsal_is_the_heaviest_step(kind: SamplingClass) -> None:
+    """It limits, and reports log-probabilities: what a step without either runs, it runs too."""
+    light = [sequence([5], temperature=0.5, seed=1), sequence([5], temperature=0.5, seed=2)]
+    heavy = [sequence([5], temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, logprobs=20, seed=i) for i in range(2)]
+    logits, sampler = torch.randn(2, VOCAB), Sampler((EOS,), sampling_ops(kind, False), torch.device("cpu"))
+    ran = []
+    for sequences in (light, heavy):
+        with Asked() as asked:
+            sampler.sample(logits.clone(), plan_sampling(sequences))
+        ran.append(set(asked.names))
+    with Asked() as rehearsed:
+        sampler.rehearse(logits.clone())
+    assert ran[0] < ran[1] == set(rehearsed.names)
 
 
 # ---------------------------------------------------------------------------------------------------- logprobs, budget

@@ -3,9 +3,12 @@
 from services.engine.kernels.gpu.mlp import linear_add_norm, mlp_add_norm
 from services.engine.kernels.gpu.moe import moe_add_norm
 from services.engine.kernels.gpu.paged_attention import paged_attention
+from services.engine.kernels.gpu.pick import pick
 from services.engine.kernels.gpu.qkv import qkv
 from services.engine.kernels.gpu.rms_norm import rms_norm
+from services.engine.kernels.gpu.threshold import threshold
 from services.engine.kernels.ops import Ops
+from services.engine.kernels.sampling_ops import SamplingOps
 
 
 def gpu_ops() -> Ops:
@@ -18,3 +21,7 @@ def gpu_ops() -> Ops:
         mlp_add_norm=mlp_add_norm,
         moe_add_norm=moe_add_norm,
     )
+
+
+def gpu_sampling_ops() -> SamplingOps:
+    return SamplingOps(threshold=threshold, pick=pick)

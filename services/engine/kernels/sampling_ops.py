@@ -1,0 +1,18 @@
+"""The operations that draw tokens, as one value, as `ops.Ops` is for the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.engine.kernels.pick import pick
+from services.engine.kernels.threshold import threshold
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOps:
+    """Arguments and results are those of the torch function of the same name. Any choice of them draws the same tokens
+    from the same probabilities."""
+
+    threshold: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = threshold
+    pick: Callable[[Tensor, Tensor, Tensor], Tensor] = pick

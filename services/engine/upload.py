@@ -1,0 +1,32 @@
+"""Many small arrays to the device in one copy, for which nobody waits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_ALIGNMENT = 16  # kernels are compiled once more for addresses that are not multiples of it
+
+
+def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors over one allocation.
+
+    From pinned memory, so that the host goes on while the device is still busy with what it was given before; torch
+    keeps that memory from being used again until the copy has been made.
+    """
+    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    room = host.numpy()
+    for array, start in zip(arrays, starts, strict=False):
+        room[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    moved = host.to(device, non_blocking=True)
+    return [
+        moved[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+        for array, start in zip(arrays, starts, strict=False)
+    ]
+
+
+def _dtype(array: NDArray[np.generic]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
