@@ -3,7 +3,7 @@
 Weights are drawn on the device from N(0, 0.02), tensor by tensor through the loader that reads checkpoints, so that
 routing spreads over all experts and loading has the memory it has in service. Needs a CUDA device; asserts nothing.
 
-decode   N prompts of 1,024 tokens, greedy; the mean time between emissions that carry a token of every sequence
+decode   N prompts of 1,024 tokens, greedy or by --sampling; the mean time between emissions with a token of each
 prefill  n prompts of a length, one token each: prompt tokens over the time from the first step to the last emission
 """
 
@@ -34,7 +34,7 @@ from services.engine.model.weights import Quantization, load_weights
 from services.engine.runner import Runner
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import EngineFacts, Sequence, build
-from services.engine.settings import EngineSettings
+from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
 from shared.model_config import ModelConfig, VisionConfig
 
@@ -140,7 +140,14 @@ class Watch:
 class Bench:
     """One quantisation of the model, loaded."""
 
-    def __init__(self, quantization: Literal["none", "wint8", "wint4"], max_model_len: int) -> None:
+    def __init__(
+        self,
+        quantization: Literal["none", "wint8", "wint4"],
+        max_model_len: int,
+        sampling: Sampling,
+        sampling_class: SamplingClass | None,
+    ) -> None:
+        self._sampling = sampling
         device = torch.device("cuda")
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -160,6 +167,7 @@ class Bench:
             max_model_len=max_model_len,
             quantization=quantization,
             enable_prefix_caching=False,
+            sampling_class=sampling_class,
         )
         self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
         self._runner: Runner
@@ -186,8 +194,7 @@ class Bench:
 
     def _sequence(self, index: int, length: int, generated: int) -> Sequence:
         prompt = np.random.default_rng(index).integers(1000, 100000, length).tolist()
-        sampling = Sampling(seed=0, temperature=0.0, ignore_eos=True)
-        request = Request(f"{index:016x}", "bench", 0, 0.0, sampling, Output(thinking=False))
+        request = Request(f"{index:016x}", "bench", 0, 0.0, self._sampling, Output(thinking=False))
         return build(Generate(request, pack_ids(prompt), generated, ()), 1, (), (), self._facts)
 
     def decode_ms(self, count: int) -> float:
@@ -217,7 +224,7 @@ def table(profiler: profile, steps: int) -> list[dict[str, Any]]:
         for event in profiler.key_averages()
         if event.self_device_time_total > 0
     ]
-    return sorted(rows, key=lambda row: -row["us"])[:16]
+    return sorted(rows, key=lambda row: -row["us"])[:24]
 
 
 def ceilings() -> dict[str, float]:
@@ -237,20 +244,25 @@ def main() -> None:
     parser.add_argument("--prefills", default="1x1024,1x8192,16x1024,2x16384")
     parser.add_argument("--max-model-len", type=int, default=32768)
     parser.add_argument("--profile", default="1,32,128", help="batches whose kernels are listed")
+    parser.add_argument("--sampling", type=json.loads, default={}, help='of every request: {"temperature": 1.0, ...}')
+    parser.add_argument("--sampling-class", choices=("base", "rejection"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    sampling = Sampling(**{"seed": 0, "temperature": 0.0, "ignore_eos": True, **args.sampling})
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "ceilings": ceilings(),
     }
+    if args.sampling:
+        result["sampling"] = {**args.sampling, "class": args.sampling_class}
     parts = ("decode_ms", "prefill_tok_s", "decode_kernels", "prefill_kernels", "memory", "startup_s")
     result.update({part: {} for part in parts})
     for quantization in args.quantization.split(","):
         torch.cuda.empty_cache()
         name = "bf16" if quantization == "none" else quantization
-        bench = Bench(quantization, args.max_model_len)
+        bench = Bench(quantization, args.max_model_len, sampling, args.sampling_class)
         result["memory"][name], result["startup_s"][name] = bench.memory, bench.startup_s
         print(name, json.dumps(bench.startup_s), json.dumps(bench.memory), flush=True)
         bench.run(1, PROMPT, 4)  # what was not captured is compiled here

@@ -31,7 +31,7 @@ _NOT_YET = """
     disable-custom-all-reduce splitwise-role ips use-warmup router enable-eplb cache-queue-port config
 """
 NOT_YET = frozenset(f"--{name}" for name in _NOT_YET.split())
-# What FD_SAMPLING_CLASS may say here: both draw from the same distribution. FastDeploy's others are its own kernels.
+# What FD_SAMPLING_CLASS may say here: both draw the same tokens, one without sorting. FastDeploy's others are its own.
 SAMPLING_CLASSES = ("base", "rejection")
 
 

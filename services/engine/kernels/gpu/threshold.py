@@ -94,7 +94,7 @@ def _search(
         middle = (low + high) // 2
         listed, above, below = _part(list_ptr, count, middle, MASS, BLOCK)
         fewer = beyond + listed < limit
-        # On to the next value that there is: as many halvings as the list is long, not as a float has bits.
+        # On to the next value that there is: equals, however many, are passed in one halving.
         low = tl.where(fewer, low, tl.minimum(above, high))
         high = tl.where(fewer, tl.maximum(below, low), high)
     return low
