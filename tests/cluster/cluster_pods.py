@@ -140,6 +140,15 @@ def bring_model(release: Release, settings: ClusterSettings, image: str, scratch
         )
 
 
+def take_model(release: Release) -> None:
+    """Delete the claim that `bring_model` made, if it did."""
+    try:
+        client.CoreV1Api(release.api).delete_namespaced_persistent_volume_claim(CLAIM, release.namespace)
+    except ApiException as error:
+        if error.status != 404:
+            raise
+
+
 def demo_tar(scratch: Path) -> bytes:
     write_demo(scratch)
     data = io.BytesIO()

@@ -32,7 +32,7 @@ SMALL: Values = {
     "engine": {
         "replicas": 0,
         "cpu": "200m",
-        "memory": "2Gi",
+        "memory": "3Gi",
         "gpus": 0,
         "settings": {"max_num_seqs": 8, "kv_cache_bytes": 33554432},
     },

@@ -81,7 +81,8 @@ class StandIn:
             return web.json_response(body)
         if method == "DELETE":
             removed = self._one(path)
-            assert removed is not None, path
+            if removed is None:
+                return web.json_response({"message": "not found"}, status=404)
             self.objects[path.rpartition("/")[0]].remove(removed)
             self._end(removed["metadata"]["name"])
             return web.json_response(removed)

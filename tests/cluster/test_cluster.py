@@ -14,7 +14,7 @@ import cluster_load
 import pytest
 import yaml
 from cluster_forward import forwarded
-from cluster_pods import bring_model, complaints, image, load
+from cluster_pods import bring_model, complaints, image, load, take_model
 from cluster_release import STAGES, Release, until
 from cluster_settings import ClusterSettings, read
 from helm_chart import CHART
@@ -71,13 +71,14 @@ def release(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Release]:
     made = Release(api, settings.kubeconfig, namespace, settings.patience_s)
-    if settings.brings_model:
-        bring_model(made, settings, python_image, tmp_path_factory.mktemp("model"))
     try:
+        if settings.brings_model:
+            bring_model(made, settings, python_image, tmp_path_factory.mktemp("model"))
         made.install(settings.values)
         yield made
     finally:
         made.uninstall()
+        take_model(made)
 
 
 @contextmanager
@@ -106,9 +107,8 @@ def whole(answer: ChatCompletion) -> bool:
 
 
 def test_the_charts_own_test_passes(release: Release) -> None:
-    said = release.helm_test()
-    assert "answer: " in said
-    assert "streamed: " in said
+    """It fails by what it raises."""
+    release.helm_test()
 
 
 def test_the_openai_client_is_answered(release: Release, settings: ClusterSettings) -> None:

@@ -15,7 +15,7 @@ from chart_pods import Pod
 from chart_pods import running as system_running
 from chart_valkey import free_port
 from cluster_forward import forwarded
-from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest
+from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest, take_model
 from cluster_release import RELEASE, SELECTOR, Release, component, ready, rolled_out, until
 from cluster_settings import CLAIM, ClusterSettings, read
 from cluster_stand_in import NAMESPACE, StandIn, standing_in
@@ -225,6 +225,9 @@ def test_a_model_is_brought_over_a_port_forward(stand_in: StandIn, release: Rele
     (claim,) = stand_in.objects[f"{CORE}/persistentvolumeclaims"]
     assert claim["metadata"]["name"] == CLAIM
     assert stand_in.objects[f"{CORE}/pods"] == []
+    for _ in range(2):
+        take_model(release)
+        assert stand_in.objects[f"{CORE}/persistentvolumeclaims"] == []
 
 
 def test_a_port_forward_carries_much_both_ways_and_survives_a_broken_one(
