@@ -22,10 +22,10 @@ from shared import service
 from shared.bus import command
 from shared.keys import Keys
 from shared.leases import Fence
-from shared.messages import Delta, Deltas
-from shared.streams import send
+from shared.messages import Delta, Deltas, to_entry
 from shared.tokenizer import Tokenizer
 from shared.tracing import Tracing
+from shared.wire import Wire
 
 
 class BareOutbox(Outbox):
@@ -34,11 +34,13 @@ class BareOutbox(Outbox):
     def __init__(self, redis: Redis, keys: Keys, deltas_max_len: int) -> None:
         super().__init__(redis, keys, deltas_max_len)
         self._redis = redis
+        self._wire = Wire(redis)
         self._max_len = deltas_max_len
 
     async def send(self, deltas: Mapping[str, Sequence[Delta]], fence: Fence) -> None:
         for gateway, items in deltas.items():
-            await send(self._redis, self._keys.deltas(gateway), Deltas(tuple(items)), max_len=self._max_len)
+            fields = [word for pair in to_entry(Deltas(tuple(items))).items() for word in pair]
+            await self._wire.call("XADD", self._keys.deltas(gateway), "MAXLEN", "~", self._max_len, "*", *fields)
 
     async def trim(self, shard: int, before: tuple[int, int], exactly: bool, fence: Fence) -> None:
         await command(self._redis, "XTRIM", self._keys.tokens(shard), "MINID", "~", f"{before[0]}-{before[1]}")

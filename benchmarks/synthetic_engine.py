@@ -8,6 +8,7 @@ Emission times go to a shared array, so that the client can tell how long a toke
 import argparse
 import asyncio
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from shared.bus import connect
 from shared.custody import Custody
 from shared.keys import GENERATE, Keys
 from shared.messages import Begin, Finish, Generate, TokenRun, Tokens, unpack_ids
-from shared.streams import WorkStream, send
+from shared.streams import LogWriter, WorkStream
 
 REPORT_TOKENS = 8192
 
@@ -70,12 +71,13 @@ async def run(args: argparse.Namespace) -> None:
     custody = Custody(redis, keys, GENERATE, "engine", "synthetic")
     work = WorkStream(redis, keys, GENERATE, "engine", "synthetic", 3)
     await work.join()
+    log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
     for _ in range(args.rounds):
-        await one_round(args, keys, redis, board, custody, work)
+        await one_round(args, log, board, custody, work)
     await redis.aclose()
 
 
-async def one_round(args, keys, redis, board, custody, work) -> None:  # type: ignore[no-untyped-def]
+async def one_round(args, log, board, custody, work) -> None:  # type: ignore[no-untyped-def]
     """One batch of `--streams` requests, start to end."""
     taken = await collect(work, args.streams)
     epochs = await custody.claim([(entry_id, message.request.id) for entry_id, message in taken])
@@ -88,7 +90,7 @@ async def one_round(args, keys, redis, board, custody, work) -> None:  # type: i
             for _, m in taken
             if m.request.id in set(ids)
         )
-        await send(redis, keys.tokens(shard), Tokens(begins, ()))
+        await log(shard).send(Tokens(begins, ()))
     board.received = 0
     emitted_at = board.emitted_at()
     token = (args.token,)
@@ -107,7 +109,7 @@ async def one_round(args, keys, redis, board, custody, work) -> None:  # type: i
         finish = Finish("length") if step == args.tokens - 1 else None
         for shard, ids in by_shard.items():
             runs = tuple(TokenRun(i, epochs[i], step, token, None, finish) for i in ids)
-            await send(redis, keys.tokens(shard), Tokens((), runs))
+            await log(shard).send(Tokens((), runs))
     board.cpu_s = time.process_time() - cpu
     await work.finish([entry_id for entry_id, _ in taken])
 

@@ -4,12 +4,11 @@ Who owns a shard writes under a fence: the script that writes first asks whether
 epoch, so a replica that was thought dead and wakes up changes nothing, however late its command arrives.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
-from redis.commands.core import AsyncScript
 from redis.exceptions import ResponseError
 
 from shared.bus import command
@@ -187,8 +186,10 @@ class Fence:
         for shard, epoch in epochs.items():
             self._words += [shard, f"{epoch} {name}"]
 
-    async def run(self, script: AsyncScript, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        """Run a script that begins with FENCE.
+    async def run(
+        self, script: Callable[..., Awaitable[Any]], keys: Sequence[str], args: Sequence[str | bytes | int]
+    ) -> Any:
+        """Run a script that begins with FENCE: called as redis-py's registered ones are.
 
         Raises:
             FencedError: one of the shards is not ours any more; nothing was written.

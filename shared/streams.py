@@ -15,6 +15,7 @@ from shared.keys import ENCODE, GENERATE, Keys
 from shared.log import logger
 from shared.messages import Encode, Generate, Message, from_entry, to_entry
 from shared.metrics import Hop
+from shared.wire import Wire
 
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
@@ -256,6 +257,10 @@ class WorkStream:
         return {str(entry["message_id"], "ascii") for entry in reply}
 
 
+def _flat(message: Message) -> list[bytes]:
+    return [word for pair in to_entry(message).items() for word in pair]
+
+
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
@@ -263,27 +268,39 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 async def send(redis: Redis, key: str, message: Message, *, max_len: int | None = None) -> str:
     """XADD one message, trimming approximately to `max_len`; returns the entry id."""
     trim = () if max_len is None else ("MAXLEN", "~", max_len)
-    fields = [word for pair in to_entry(message).items() for word in pair]
-    return str(await command(redis, "XADD", key, *trim, "*", *fields), "ascii")
+    return str(await command(redis, "XADD", key, *trim, "*", *_flat(message)), "ascii")
 
 
 async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
     """The same into a stream that its reader has made: one that is gone leaves nothing behind. Returns whether it was
     there."""
-    fields = [word for pair in to_entry(message).items() for word in pair]
+    fields = _flat(message)
     return await command(redis, "XADD", key, "NOMKSTREAM", "MAXLEN", "~", max_len, "*", *fields) is not None
+
+
+class LogWriter:
+    """Sends message after message to one stream, over a connection of its own. Calls must not overlap."""
+
+    def __init__(self, redis: Redis, key: str) -> None:
+        self._wire = Wire(redis)
+        self._key = key
+
+    async def send(self, message: Message) -> None:
+        """XADD one message; twice, when the connection breaks at the wrong moment."""
+        await self._wire.call("XADD", self._key, "*", *_flat(message))
 
 
 class LogReader:
     """Reads one or more plain streams from a position on: `tokens:{shard}`, `deltas:{gateway}`, `control`.
 
     Reading never consumes: `positions` (stream key -> id of the last entry seen) lives here, may be changed between
-    reads, and may start anywhere: "0" is the first entry, "$" whatever comes after the first read began.
+    reads, and may start anywhere: "0" is the first entry, "$" whatever comes after the first read began. It has a
+    connection of its own from its first read on; reads must not overlap.
     """
 
     def __init__(self, redis: Redis, positions: dict[str, str], hop: str | None = None) -> None:
         """`hop`: what metrics call the streams' way to this reader; None where it is no stage of a request's."""
-        self._redis = redis
+        self._wire = Wire(redis)
         self._hop = None if hop is None else Hop(hop)
         self.positions = dict(positions)
 
@@ -300,23 +317,28 @@ class LogReader:
             await asyncio.sleep(block_ms / 1000)
             return []
         await self._pin()
-        wait = ("BLOCK", min(block_ms, MAX_BLOCK_MS)) if block_ms > 0 else ()
+        block_ms = min(block_ms, MAX_BLOCK_MS)
+        wait = ("BLOCK", block_ms) if block_ms > 0 else ()
         words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
         messages: list[tuple[str, str, Message]] = []
-        for stream, entries in await command(self._redis, *words):
+        for stream, entries in await self._wire.call(*words, wait_s=block_ms / 1000) or ():
             self._decode(str(stream, "utf-8"), entries, messages)
         if self._hop is not None:
             self._hop.read(entry_id for _, entry_id, _ in messages)
         return messages
 
+    async def close(self) -> None:
+        """Give the connection back. Who reads as long as the client is open need not."""
+        await self._wire.close()
+
     def _decode(
-        self, stream: str, entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]], into: list[tuple[str, str, Message]]
+        self, stream: str, entries: Iterable[tuple[bytes, Sequence[bytes]]], into: list[tuple[str, str, Message]]
     ) -> None:
         """Append to `into` up to an unreadable entry, which is left for the next read unless it is the first of all."""
         for raw_id, fields in entries:
             entry_id = str(raw_id, "ascii")
             try:
-                message = from_entry(fields)
+                message = from_entry(_pairs(fields))
             except ProtocolError:
                 if into:
                     return
@@ -329,5 +351,5 @@ class LogReader:
         """Turn "$" into the id it means now: asked again by every read it would skip what comes between two."""
         for stream, position in self.positions.items():
             if position == "$":
-                newest = await command(self._redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
+                newest = await self._wire.call("XREVRANGE", stream, "+", "-", "COUNT", 1)
                 self.positions[stream] = str(newest[0][0], "ascii") if newest else "0-0"

@@ -3,15 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 
 from redis.asyncio import Redis
 
 from services.engine.emission import Emission, End
-from shared import streams
 from shared.crash import reach
 from shared.keys import Keys
 from shared.messages import Tokens
 from shared.patience import persist
+from shared.streams import LogWriter
 
 LEAD = 64  # steps the model may be ahead of Redis before it waits
 
@@ -22,8 +23,7 @@ class Outbox:
     """Run on the event loop; `put` belongs to the model's thread, which is started after `open`."""
 
     def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded) -> None:
-        self._redis = redis
-        self._keys = keys
+        self._log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
         self._on_ended = on_ended
         self._queue: asyncio.Queue[Emission] = asyncio.Queue()
         self._room = threading.Semaphore(LEAD)
@@ -57,5 +57,5 @@ class Outbox:
 
     async def _send(self, shard: int, message: Tokens) -> None:
         reach("engine.tokens.before")
-        await persist("tokens", lambda: streams.send(self._redis, self._keys.tokens(shard), message))
+        await persist("tokens", lambda: self._log(shard).send(message))
         reach("engine.tokens.after")

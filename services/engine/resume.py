@@ -108,14 +108,19 @@ def _sort(message: Tokens, said: dict[str, list[Begin | TokenRun]]) -> None:
 async def _tails(redis: Redis, keys: Keys, requests: Sequence[Request]) -> dict[str, list[Begin | TokenRun]]:
     said: dict[str, list[Begin | TokenRun]] = {request.id: [] for request in requests}
     reader = LogReader(redis, {keys.tokens(request.shard): "0" for request in requests})
-    while True:
-        try:
-            entries = await reader.read(PAGE, 0)
-        except ProtocolError as error:
-            _log.warning("unreadable entry in a tokens stream; its tokens are drawn again", extra={"error": str(error)})
-            continue
-        if not entries:
-            return said
-        for _, _, message in entries:
-            if isinstance(message, Tokens):
-                _sort(message, said)
+    try:
+        while True:
+            try:
+                entries = await reader.read(PAGE, 0)
+            except ProtocolError as error:
+                _log.warning(
+                    "unreadable entry in a tokens stream; its tokens are drawn again", extra={"error": str(error)}
+                )
+                continue
+            if not entries:
+                return said
+            for _, _, message in entries:
+                if isinstance(message, Tokens):
+                    _sort(message, said)
+    finally:
+        await reader.close()

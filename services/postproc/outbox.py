@@ -7,6 +7,7 @@ from redis.asyncio import Redis
 from shared.keys import Keys
 from shared.leases import FENCE, Fence
 from shared.messages import VERSION, Delta, Deltas, to_entry
+from shared.wire import Wire, WireScript
 
 # KEYS shards, deltas...; ARGV fence, length of a stream, v, m... A gateway that is gone has no stream, and gets none.
 _SEND = (
@@ -30,7 +31,7 @@ class Outbox:
     def __init__(self, redis: Redis, keys: Keys, deltas_max_len: int) -> None:
         self._keys = keys
         self._deltas_max_len = deltas_max_len
-        self._send = redis.register_script(_SEND)
+        self._send = WireScript(Wire(redis), _SEND)
         self._trim = redis.register_script(_TRIM)
 
     async def send(self, deltas: Mapping[str, Sequence[Delta]], fence: Fence) -> None:

@@ -8,13 +8,13 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
 
-from services.engine import outbox as outbox_module
 from services.engine.emission import Emission, End
 from services.engine.outbox import LEAD, Outbox
 from shared import patience
 from shared.keys import Keys
 from shared.messages import Finish, TokenRun, Tokens, from_entry
 from shared.patience import persist
+from shared.streams import LogWriter
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,14 @@ def emission(index: int, finish: Finish | None = None) -> Emission:
 async def test_what_redis_refuses_for_now_is_sent_again_in_order(
     redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, failures = outbox_module.streams.send, [ConnectionError("gone"), OutOfMemoryError("full")]
+    real, failures = LogWriter.send, [ConnectionError("gone"), OutOfMemoryError("full")]
 
-    async def send(client: Redis, key: str, message: Tokens) -> str:
+    async def send(log: LogWriter, message: Tokens) -> None:
         if message.runs[0].index == 1 and failures:
             raise failures.pop()
-        return await real(client, key, message)
+        await real(log, message)
 
-    monkeypatch.setattr(outbox_module.streams, "send", send)
+    monkeypatch.setattr(LogWriter, "send", send)
     ended: asyncio.Future[list[End]] = asyncio.get_running_loop().create_future()
     length_at_end = []
 

@@ -1,0 +1,79 @@
+"""A connection kept for one loop that calls command after command: what goes through here goes for every step.
+
+It is redis-py's connection, so address, TLS, names, keepalive, errors and attempts are as everywhere. What is left out
+is what redis-py's client does around each command, which costs more than the command: taking a connection from the pool
+and looking whether it is sound, events for metrics, other types for the reply (docs/pipeline-performance.md).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from hashlib import sha1
+from typing import Any
+
+import hiredis
+from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import NoScriptError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+LIMIT_S = 5.0  # until the reply, beyond what the command itself was told to wait: after that nobody is there
+
+Word = str | bytes | int | float
+
+
+class Wire:
+    """One connection of a client's pool, taken at the first call. Calls must not overlap."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._pool = redis.connection_pool
+        self._connection: AbstractConnection | None = None
+
+    async def call(self, *words: Word, wait_s: float = 0.0) -> Any:
+        """One command and its reply as Redis sends it: bytes, integers, lists of these, None.
+
+        Sent again when the connection breaks, as redis-py does it, so it may be carried out twice. `wait_s` is how long
+        the command itself may wait: MAX_BLOCK_MS at most. A call that is cancelled takes its connection with it, so
+        that no reply is ever taken for another command's.
+
+        Raises:
+            RedisError: redis-py's, of the same kinds.
+        """
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        return await connection.retry.call_with_retry(
+            lambda: _exchange(connection, words, LIMIT_S + wait_s), lambda _: connection.disconnect(nowait=True)
+        )
+
+    async def close(self) -> None:
+        """Give the connection back. It may be left to the client's own `aclose`, too."""
+        if self._connection is not None:
+            await self._pool.release(self._connection)
+            self._connection = None
+
+
+class WireScript:
+    """A Lua script, called over a wire as redis-py's registered ones are over a client."""
+
+    def __init__(self, wire: Wire, text: str) -> None:
+        self._wire = wire
+        self._text = text
+        self._sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    async def __call__(self, keys: Sequence[str], args: Sequence[Word]) -> Any:
+        words = (len(keys), *keys, *args)
+        try:
+            return await self._wire.call("EVALSHA", self._sha, *words)
+        except NoScriptError:
+            return await self._wire.call("EVAL", self._text, *words)  # which also loads it
+
+
+async def _exchange(connection: AbstractConnection, words: tuple[Word, ...], limit_s: float) -> Any:
+    """Connects first where there is no connection. It is closed by whatever ends this other than a reply."""
+    try:
+        async with asyncio.timeout(limit_s):
+            packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # annotated as a tuple of one
+            await connection.send_packed_command(packed, check_health=False)
+            return await connection.read_response()
+    except TimeoutError:
+        raise RedisTimeoutError(f"no reply to {words[0]!r} within {limit_s} s") from None
