@@ -145,7 +145,7 @@ class Bench:
         quantization: Literal["none", "wint8", "wint4"],
         max_model_len: int,
         sampling: Sampling,
-        sampling_class: SamplingClass | None,
+        sampling_class: SamplingClass,
     ) -> None:
         self._sampling = sampling
         device = torch.device("cuda")
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=32768)
     parser.add_argument("--profile", default="1,32,128", help="batches whose kernels are listed")
     parser.add_argument("--sampling", type=json.loads, default={}, help='of every request: {"temperature": 1.0, ...}')
-    parser.add_argument("--sampling-class", choices=("base", "rejection"))
+    parser.add_argument("--sampling-class", choices=("base", "rejection"), default="base")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     sampling = Sampling(**{"seed": 0, "temperature": 0.0, "ignore_eos": True, **args.sampling})

@@ -1,11 +1,9 @@
 """Puts a runner together around a loaded model."""
 
-from dataclasses import replace
-
 from services.engine.graphs import DecodeGraphs
 from services.engine.kernels.gpu.ops import gpu_sampling_ops
 from services.engine.kernels.sampling_ops import SamplingOps
-from services.engine.kernels.threshold import threshold, threshold_by_search
+from services.engine.kernels.threshold import threshold_by_search
 from services.engine.memory import allocate_cache
 from services.engine.model.ernie import ErnieModel
 from services.engine.runner import ModelRunner, Runner
@@ -30,8 +28,8 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
     return ModelRunner(model, cache, sampler, builder, graphs), blocks
 
 
-def sampling_ops(wanted: SamplingClass | None, on_gpu: bool) -> SamplingOps:
+def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:
     """The operations of a setting, on a device."""
-    ops = gpu_sampling_ops() if on_gpu else SamplingOps(threshold=threshold_by_search)
-    sorts = wanted == "base" or (wanted is None and not on_gpu)
-    return replace(ops, threshold=threshold) if sorts else ops
+    if wanted == "base":
+        return SamplingOps()
+    return gpu_sampling_ops() if on_gpu else SamplingOps(threshold=threshold_by_search)

@@ -18,9 +18,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 8192  # in one step
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
-    # How top_k and top_p find what they keep; the draws are the same. base: by sorting. rejection: without. None:
-    # without on a GPU, where sorting is dear
-    sampling_class: SamplingClass | None = None
+    sampling_class: SamplingClass = "base"  # how top_k and top_p find what they keep: sorting, or not; the same draws
     block_size: int = 64
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
