@@ -145,6 +145,7 @@ class _Talk:
         self._done = False
         self._broke = False
         self._history: list[str] = []
+        self._heard: float | None = None  # when the last event came, on whichever connection
 
     def so_far(self) -> str:
         return f"request {self._id or 'without an id'}, {self._events} events; {' | '.join(self._history[-12:])}"
@@ -236,16 +237,16 @@ class _Talk:
 
     async def _events_of(self, response: httpx.Response) -> AsyncIterator[tuple[str, str]]:
         """(the last id so far, data) of each event."""
-        event_id, data, heard = self._last_event, "", time.monotonic()
+        event_id, data = self._last_event, ""
         async for line in response.aiter_lines():
             if line.startswith("id:"):
                 event_id = line[3:].strip()
             elif line.startswith("data:"):
                 data += line[5:].strip()
             elif not line and data:
-                now = time.monotonic()
-                self._client.longest_silence_s = max(self._client.longest_silence_s, now - heard)
-                heard = now
+                before, self._heard = self._heard, time.monotonic()
+                if before is not None:
+                    self._client.longest_silence_s = max(self._client.longest_silence_s, self._heard - before)
                 yield event_id, data
                 data = ""
 
