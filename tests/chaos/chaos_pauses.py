@@ -1,6 +1,6 @@
 """How long clients wait because of one fault: the figures of docs/guarantees.md.
 
-    python -m chaos_pauses [--rounds 5] [--clients 8]
+    python -m chaos_pauses [--rounds 5] [--clients 8] [--only gateway]
 
 Each round: clients stream long answers, one fault comes in the middle, and the longest gap between two events of a
 client is noted. Two replicas of each service, unless the fault says "alone".
@@ -79,10 +79,12 @@ async def one_round(system: System, expected: Expected, fault: Fault, clients: i
     return [client.longest_silence_s for client in each]
 
 
-async def measure(rounds: int, clients: int, directory: Path) -> None:
+async def measure(rounds: int, clients: int, only: str, directory: Path) -> None:
     asks = pool(LONG + 1, write_model(directory / "model"), "")[LONG:]
     asks[0].body["max_tokens"] = ANSWER
     for number, (name, (replicas, fault)) in enumerate(FAULTS.items()):
+        if only not in name:
+            continue
         settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
         async with running(directory / str(number), directory / "model", replicas, **settings) as system:
             expected = await reference(system, asks)
@@ -94,8 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--only", default="", help="faults with this in their names")
     args = parser.parse_args()
-    asyncio.run(measure(args.rounds, args.clients, Path(tempfile.mkdtemp(prefix="millrace-pauses-"))))
+    asyncio.run(measure(args.rounds, args.clients, args.only, Path(tempfile.mkdtemp(prefix="millrace-pauses-"))))
 
 
 if __name__ == "__main__":
