@@ -454,7 +454,7 @@ def test_a_phone_has_room_for_all(pages: Watched, demo: System, place: str) -> N
         page.locator("#timeline .events", has_text="Finished").wait_for()
     else:
         page.locator(".stage .count", has_text="1 ready").nth(3).wait_for()
-        chat(demo, 4)
+        chat(demo, 600)  # long enough to be seen: what comes and goes between two looks is not
         page.locator("#requests tbody tr", has_text="ended (length)").first.tap()
         page.wait_for_function(IN_SIGHT)
     assert page.evaluate(WIDER) == 0
