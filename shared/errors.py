@@ -28,6 +28,11 @@ class Failure(msgspec.Struct, frozen=True):
     param: str | None = None
     code: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """What traces call it: its code, or its status where it has none."""
+        return self.code or str(self.status)
+
     def openai_body(self) -> dict[str, Any]:
         """The `{"error": {...}}` object of the OpenAI API."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}

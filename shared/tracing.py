@@ -11,7 +11,7 @@ never what a client wrote or was answered.
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from shared.config import CommonSettings
 
@@ -73,7 +73,7 @@ class Tracing:
         span = self._tracer.start_span(name, _context(caller), SpanKind.SERVER, attributes)
         return Span(span) if span.get_span_context().is_valid else None
 
-    def follows(self, trace: str | None) -> bool:
+    def follows(self, trace: str | None) -> TypeGuard[str]:
         """Whether spans of the trace that a traceparent names are recorded."""
         return self._tracer is not None and trace is not None and bool(int(trace[-2:], 16) & 1)
 

@@ -58,7 +58,7 @@ class Emission:
 
 
 def _end(run: TokenRun, finish: Finish) -> End:
-    code = None if finish.failure is None else finish.failure.code or str(finish.failure.status)
+    code = None if finish.failure is None else finish.failure.kind
     return End(run.request_id, run.epoch, finish.reason, run.index + len(run.tokens), code, time.time())
 
 

@@ -20,7 +20,7 @@ from services.engine.media import EmbedsGoneError, check_embeds
 from services.engine.metrics import EngineMetrics
 from services.engine.resume import History, announcement, recover
 from services.engine.sequence import Embeds, EngineFacts, build
-from shared.blobs import MEDIA, Blobs
+from shared.blobs import EMBEDS, MEDIA, Blobs
 from shared.crash import reach
 from shared.custody import Custody, Poison
 from shared.errors import Failure, ProtocolError, RequestError, internal
@@ -346,7 +346,7 @@ class Inbox:
             RequestError: a blob is gone, or is not what the span says (5xx).
         """
         keys = list(dict.fromkeys(span.key for span in spans))
-        found = await asyncio.gather(*(persist("blobs", partial(self._blobs.get, "embeds", key)) for key in keys))
+        found = await asyncio.gather(*(persist("blobs", partial(self._blobs.get, EMBEDS, key)) for key in keys))
         stored = dict(zip(keys, found, strict=True))
         return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
 

@@ -10,7 +10,7 @@ LOST = "lost"  # another replica has it now
 def record(tracing: Tracing, held: Held, now: float, error: str | None = None) -> None:
     """When a request leaves, in whatever way. `now` in unix seconds; `error`: why, where it has not ended."""
     trace, end = held.message.request.trace, held.end
-    if trace is None or not tracing.follows(trace):
+    if not tracing.follows(trace):
         return
     phases = _phases(held)
     for (name, start, attributes), stop in zip(phases, _stops(phases, held, now), strict=True):

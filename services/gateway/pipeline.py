@@ -20,7 +20,7 @@ from services.gateway.order import Order
 from services.gateway.sampling import choice_seed
 from services.gateway.terms import Key
 from shared import keys, log
-from shared.blobs import Blobs
+from shared.blobs import MEDIA, Blobs, upload_keys
 from shared.crash import reach
 from shared.errors import RequestError
 from shared.keys import Keys
@@ -180,7 +180,7 @@ class Pipeline:
         earlier = None
         try:
             for key, data in uploads.items():
-                await self._blobs.put("media", key, data)
+                await self._blobs.put(MEDIA, key, data)
             reach("gateway.submit.before")
             if ticket.key is None:
                 for work in works:
@@ -203,9 +203,7 @@ class Pipeline:
         if not order.media:
             return [Generate(request, segments[0], order.max_tokens) for request in requests]
         return [
-            Encode(
-                request, segments, tuple(_media(item, _blob_key(request.id, i)) for i, item in enumerate(order.media))
-            )
+            Encode(request, segments, tuple(_media(item, key) for key, item in _keyed(request.id, order)))
             for request in requests
         ]
 
@@ -236,22 +234,22 @@ class Pipeline:
             async with asyncio.timeout(CLEAN_UP_S):
                 await self._records.delete(request_ids)
                 if uploads:
-                    await self._blobs.delete("media", list(uploads))
+                    await self._blobs.delete(MEDIA, list(uploads))
         except (RedisError, TimeoutError) as error:
             logger.warning("could not clean up", extra={"request_ids": request_ids, "error": str(error)})
 
 
 def _uploads(exchange: Exchange, order: Order) -> dict[str, bytes]:
     return {
-        _blob_key(choice.request_id, i): item.data
+        key: item.data
         for choice in exchange.choices
-        for i, item in enumerate(order.media)
+        for key, item in _keyed(choice.request_id, order)
         if item.data is not None
     }
 
 
-def _blob_key(request_id: str, index: int) -> str:
-    return f"{request_id}-{index}"
+def _keyed(request_id: str, order: Order) -> Iterable[tuple[str, Item]]:
+    return zip(upload_keys(request_id, len(order.media)), order.media, strict=True)
 
 
 def _media(item: Item, key: str) -> Media:

@@ -59,7 +59,7 @@ def answered(span: Span, model: str, exchange: Exchange, now: float) -> None:
         if not exchange.done:
             span.event(CLIENT_LEFT, now)
     elif failure.status >= 500 and len(reasons) < len(exchange.choices):  # a failure may come after the end
-        span.fail(failure.code or str(failure.status))
+        span.fail(failure.kind)
 
 
 def end(span: Span, status: str | None) -> None:

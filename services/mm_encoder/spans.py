@@ -11,7 +11,7 @@ from shared.tracing import REQUEST_ID, Tracing
 def record(tracing: Tracing, message: Encode, running: Running, outcome: str | Failure) -> None:
     """When its part is over."""
     trace = message.request.trace
-    if trace is None or not tracing.follows(trace):
+    if not tracing.follows(trace):
         return
     attributes: dict[str, str | int] = {
         REQUEST_ID: message.request.id,
@@ -23,7 +23,7 @@ def record(tracing: Tracing, message: Encode, running: Running, outcome: str | F
         attributes |= {"gen_ai.usage.input_tokens": running.prompt_tokens, "millrace.cache_hits": running.hits}
     error = None
     if isinstance(outcome, Failure):
-        error = outcome.code or str(outcome.status)
+        error = outcome.kind
     else:
         attributes["millrace.outcome"] = "lost" if running.lost else outcome
     tracing.record("encode", trace, running.taken, time.time(), attributes, error)

@@ -10,8 +10,9 @@ from shared.tracing import REQUEST_ID, Attributes, Tracing
 def record(tracing: Tracing, ended: Iterable[Flow]) -> None:
     """When their last words have been sent."""
     for flow in ended:
-        if flow.request.trace is not None and tracing.follows(flow.request.trace):
-            _record(tracing, flow, flow.request.trace)
+        trace = flow.request.trace
+        if tracing.follows(trace):
+            _record(tracing, flow, trace)
 
 
 def _record(tracing: Tracing, flow: Flow, trace: str) -> None:
@@ -24,5 +25,5 @@ def _record(tracing: Tracing, flow: Flow, trace: str) -> None:
         "gen_ai.usage.output_tokens": flow.answer.count,
         "gen_ai.response.finish_reasons": [finish.reason],
     }
-    error = None if failure is None else failure.code or str(failure.status)
+    error = None if failure is None else failure.kind
     tracing.record("postprocess", trace, flow.opened, time.time(), attributes, error)
