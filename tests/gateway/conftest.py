@@ -1,10 +1,11 @@
 """What the gateway's tests share: the demo checkpoint and what reads it."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import torch
-from gateway_stages import Stages
+from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
 from cli.demo import write_demo
@@ -55,3 +56,17 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
 def stages(redis: Redis, keys: Keys) -> Stages:
     """The test's hand in place of every other stage."""
     return Stages(redis, keys)
+
+
+@pytest.fixture
+async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
+    """A gateway with the settings of `running`; a module that needs others has a fixture of its own."""
+    async with running(checkpoint, redis_url) as started:
+        yield started
+
+
+@pytest.fixture
+async def other(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
+    """A second one, on the same Redis."""
+    async with running(checkpoint, redis_url, name="other") as started:
+        yield started

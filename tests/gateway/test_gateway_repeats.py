@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,6 @@ from shared.records import Records
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 PNG = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
 LOOK: list[Any] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PNG}}]}]
-
-
-@pytest.fixture
-async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url) as started:
-        yield started
-
-
-@pytest.fixture
-async def other(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, name="other") as started:
-        yield started
 
 
 def ask(server: Running, key: str = "k", messages: list[Any] = HI, **fields: Any) -> "asyncio.Task[Any]":

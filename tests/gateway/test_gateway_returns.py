@@ -89,18 +89,6 @@ def texts(events: list[Event]) -> str:
     return "".join(event.text for event in events)
 
 
-@pytest.fixture
-async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url) as started:
-        yield started
-
-
-@pytest.fixture
-async def other(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, name="other") as started:
-        yield started
-
-
 # ------------------------------------------------------------------------------------------------------------- ids
 
 
