@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.matmul import unpack, widen
+from services.engine.kernels.gpu.matmul import scales, unpack, widen
 from services.engine.kernels.quantize import GROUP, PLANES, Quantized
 
 ROWS = 16  # of a program
@@ -20,7 +20,7 @@ def _dequantize_kernel(
     predecessor(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = (row < ROWS_ALL)[:, None]
-    scale = tl.load(scale_ptr + row, row < ROWS_ALL, 0.0).to(tl.float32)[:, None]
+    scale = scales(scale_ptr + row, row < ROWS_ALL)[:, None]
     dtype = out_ptr.dtype.element_ty
     data_ptrs, out_ptrs = data_ptr + row[:, None] * data_stride, out_ptr + row[:, None] * IN
     for first in range(0, IN, GROUP):
