@@ -156,8 +156,13 @@ class Bench:
         quantization: Literal["none", "wint8", "wint4"],
         max_model_len: int,
         sampling: Sampling,
-        sampling_class: SamplingClass,
+        sampling_class: SamplingClass = "base",
+        **told: Any,
     ) -> None:
+        """
+        Args:
+            told: other settings of the engine.
+        """
         self._sampling = sampling
         device = torch.device("cuda")
         torch.cuda.reset_peak_memory_stats()
@@ -173,12 +178,12 @@ class Bench:
         self._settings = EngineSettings(
             redis_url="unix:///unused",
             model="unused",
-            max_num_seqs=256,
             max_num_batched_tokens=16384,
             max_model_len=max_model_len,
             quantization=quantization,
             enable_prefix_caching=False,
             sampling_class=sampling_class,
+            **{"max_num_seqs": 256, **told},
         )
         self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
         self._runner: Runner

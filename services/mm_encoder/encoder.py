@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.mm_encoder.patches import normalise
-from services.mm_encoder.processor import Grid, Patches
+from services.mm_encoder.patches import Grid, Patches, normalise
 from services.mm_encoder.resampler import run_resampler
 from services.mm_encoder.rows import by_rows
 from services.mm_encoder.tower import run_tower

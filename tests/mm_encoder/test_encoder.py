@@ -12,8 +12,7 @@ from torch import Tensor
 import services.mm_encoder.rows
 import services.mm_encoder.tower
 from services.mm_encoder.encoder import Encoder, plan_passes
-from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise
-from services.mm_encoder.processor import Grid, Patches
+from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, Grid, Patches, normalise
 from services.mm_encoder.weights import load_weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError

@@ -17,7 +17,7 @@ from benchmarks.engine import CONFIG
 from services.mm_encoder import weights
 from services.mm_encoder.encoder import Encoder
 from services.mm_encoder.footprint import CONTEXT_BYTES, device_bytes, pass_bytes, weight_bytes
-from services.mm_encoder.processor import Grid
+from services.mm_encoder.patches import Grid
 
 
 class Held(TorchDispatchMode):
