@@ -223,7 +223,7 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
         K=top_k, SPLIT=splits > 1, EVEN=tile.even((hidden,), widths), BN=tile.bn, BK=tile.bk,
         num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
     )  # fmt: skip
-    del gate_text, gate_vision
+    del gate_text, gate_vision, gate_text_scale, gate_vision_scale  # of plain weights, both are the weight
     inner = silu_mul(inner, x.dtype) if splits > 1 else inner[0]
 
     down_text, down_text_scale, _ = parts(once(text.down))
