@@ -1,6 +1,8 @@
 """Triton operations against their torch references: on the GPU where there is one, else in Triton's interpreter."""
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ if DEVICE == "cpu":
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
 from services.engine.kernels.gpu import linear as gpu_linear
+from services.engine.kernels.gpu import paged_attention as gpu_attention
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
 from services.engine.kernels.gpu.ops import gpu_ops
@@ -209,28 +212,61 @@ def test_rows_are_grouped_by_expert(pairs: int, tile: int) -> None:
     assert all(e >= count for e, t in zip(tile_expert, place.view(-1, tile), strict=True) if (t < 0).all())
 
 
+@dataclass
+class Paged:
+    """Sequences whose pages are shuffled."""
+
+    lengths: list[int]  # new tokens
+    cached: list[int]
+    dtype: torch.dtype
+    page: int = 16
+
+    def arguments(self) -> tuple[Any, ...]:
+        heads, kv_heads, dim, page = 10, 2, 24, self.page
+        contexts = [n + cached for n, cached in zip(self.lengths, self.cached, strict=True)]
+        needed = [-(-c // page) for c in contexts]
+        order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+        tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
+        caches = [draw(sum(needed), page, kv_heads, dim, dtype=self.dtype, seed=s) for s in (5, 6)]
+        for row, blocks in zip(tables, order.split(needed), strict=True):
+            row[: len(blocks)] = blocks
+        qkv = draw(sum(self.lengths), heads + 2, dim, dtype=self.dtype)
+        starts = torch.tensor([0, *torch.tensor(self.lengths).cumsum(0).tolist()], dtype=torch.int32)
+        return (
+            qkv[:, :heads],
+            *caches,
+            tables.to(DEVICE),
+            starts.to(DEVICE),
+            torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
+            max(self.lengths),
+            max(contexts),
+            dim**-0.5,
+        )
+
+
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [1], [5, 1, 40], [130, 3], [16, 17]])
 def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -> None:
-    page, heads, kv_heads, dim = 16, 10, 2, 24
-    contexts = [n + cached for n, cached in zip(lengths, (0, 100, 33), strict=False)]
-    needed = [-(-c // page) for c in contexts]
-    order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
-    tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
-    for row, blocks in zip(tables, order.split(needed), strict=True):
-        row[: len(blocks)] = blocks
-    keys, values = (draw(sum(needed), page, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6))
-    qkv = draw(sum(lengths), heads + 2, dim, dtype=dtype)
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    arguments = (
-        qkv[:, :heads],
-        keys,
-        values,
-        tables.to(DEVICE),
-        starts.to(DEVICE),
-        torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
-        max(lengths),
-        max(contexts),
-        dim**-0.5,
-    )
+    arguments = Paged(lengths, [0, 100, 33][: len(lengths)], dtype).arguments()
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("programs", [1, 12, 1024])
+def test_however_a_context_is_split(programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_attention, "PROGRAMS", programs)
+    arguments = Paged([1, 1], [14, 300], dtype).arguments()
+    first = OPS.paged_attention(*arguments)
+    close(first, REFERENCE.paged_attention(*arguments))
+    # The counts are 0 again.
+    assert torch.equal(OPS.paged_attention(*arguments), first)
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+def test_what_lies_behind_a_context_is_not_read(dtype: torch.dtype) -> None:
+    arguments = Paged([1], [20], dtype).arguments()
+    expected = OPS.paged_attention(*arguments)
+    _, keys, values, tables, *_ = arguments
+    for cache in (keys, values):
+        cache[tables[0, 1], 5:] = float("nan")
+    assert torch.equal(OPS.paged_attention(*arguments), expected)

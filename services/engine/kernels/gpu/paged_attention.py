@@ -1,8 +1,8 @@
 """Causal attention over the paged cache: one kernel for prefill chunks, and one split over the context for decode.
 
 Decode reads each key and value once for the group of query heads that shares them. The context is cut into a number of
-splits that depends on the number of sequences only, so that a captured graph stays valid as contexts grow; a second
-kernel merges the splits' partial softmaxes.
+splits that depends on the number of sequences only, so that a captured graph stays valid as contexts grow; the last
+program of a group to finish merges the splits' partial softmaxes.
 """
 
 import torch
@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 
 PROGRAMS = 1024  # decode programs to aim at: enough to fill the device whatever the batch
 MAX_SPLITS = 64
 GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query heads fills a part of them
-
+DECODE = 64, 4, 3  # tokens of a decode program's tile, at most a page; its warps and stages
+MERGED = 8  # partial softmaxes that are read together, at most
 
 # Queries and keys of a prefill program's tile, its warps and stages: for long chunks and for short ones.
 LONG, SHORT = (128, 128, 8, 2), (16, 64, 4, 3)
@@ -23,65 +25,96 @@ LONG, SHORT = (128, 128, 8, 2), (16, 64, 4, 3)
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, acc_ptr, max_ptr, sum_ptr,
-    q_stride, q_head_stride, table_stride, kv_heads, splits, scale,
-    G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr, acc_ptr, high_ptr, sum_ptr, count_ptr,
+    q_stride, q_head_stride, table_stride, splits, scale,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    predecessor(PDL)
-    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Where to read waits for nobody: a step's tables are uploaded before its first launch.
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     context = tl.load(contexts_ptr + sequence)
-    blocks = tl.cdiv(context, BLOCK)
-    share = tl.cdiv(blocks, splits)
+    tiles = tl.cdiv(context, TILE)
+    share = tl.cdiv(tiles, splits)
     first = split * share
-    last = tl.minimum(first + share, blocks)
-    group, d, token = tl.arange(0, GPAD), tl.arange(0, DPAD), tl.arange(0, BLOCK)
+    last = tl.minimum(first + share, tiles)
+    tables_ptr += sequence.to(tl.int64) * table_stride
+    page = tl.load(tables_ptr + first * TILE // PAGE, first < last, 0)
+    predecessor(PDL)
+    if first >= last:
+        return
+    group, d, token = tl.arange(0, GPAD), tl.arange(0, DPAD), tl.arange(0, TILE)
     q_mask = (group[:, None] < G) & (d[None, :] < D)
     q = tl.load(q_ptr + row * q_stride + (head * G + group[:, None]) * q_head_stride + d[None, :], q_mask, 0.0)
     high = tl.full((GPAD,), float("-inf"), tl.float32)
     total = tl.zeros((GPAD,), tl.float32)
     acc = tl.zeros((GPAD, DPAD), tl.float32)
-    d_mask = d[None, :] < D
-    for block in range(first, last):
-        page = tl.load(tables_ptr + sequence * table_stride + block).to(tl.int64)
-        base = ((page * BLOCK + token[:, None]) * kv_heads + head) * D + d[None, :]
-        k = tl.load(k_ptr + base, d_mask, 0.0)
-        v = tl.load(v_ptr + base, d_mask, 0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where((block * BLOCK + token[None, :]) < context, scores, float("-inf"))
+    inside = token[:, None] * (KV_HEADS * D) + d[None, :]
+    factor = scale * 1.4426950408889634  # exp2 is the hardware's exponential
+    for tile in range(first, last):
+        base = ((page.to(tl.int64) * PAGE + tile * TILE % PAGE) * KV_HEADS + head) * D
+        # The next page's number is on its way while this one is read.
+        page = tl.load(tables_ptr + (tile + 1) * TILE // PAGE, tile + 1 < last, 0)
+        seen = tile * TILE + token < context
+        k = tl.load(k_ptr + base + inside, d[None, :] < D, 0.0)
+        # What an earlier owner of the page left behind the context may be anything, and 0 times anything is not 0.
+        v = tl.load(v_ptr + base + inside, seen[:, None] & (d[None, :] < D), 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         peak = tl.maximum(high, tl.max(scores, 1))
-        shrink = tl.exp(high - peak)
-        p = tl.exp(scores - peak[:, None])
+        shrink = tl.exp2(high - peak)
+        p = tl.exp2(scores - peak[:, None])
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         high = peak
-    place = (sequence * kv_heads + head) * splits + split
-    tl.store(acc_ptr + (place * G + group[:, None]) * D + d[None, :], acc, q_mask)
-    tl.store(max_ptr + place * G + group, high, group < G)
-    tl.store(sum_ptr + place * G + group, total, group < G)
+    used = tl.cdiv(tiles, share)
+    out_ptr += (row * KV_HEADS + head) * G * D
+    if used == 1:
+        result = acc / total[:, None]
+        tl.store(out_ptr + group[:, None] * D + d[None, :], result.to(out_ptr.dtype.element_ty), q_mask)
+    else:
+        pair = sequence * KV_HEADS + head
+        place = pair.to(tl.int64) * splits * G
+        at = place + split * G + group
+        tl.store(acc_ptr + at[:, None] * D + d[None, :], acc, q_mask)
+        tl.store(high_ptr + at, high, group < G)
+        tl.store(sum_ptr + at, total, group < G)
+        if last_of(count_ptr + pair, used):
+            _merge(acc_ptr + place * D, high_ptr + place, sum_ptr + place, out_ptr, used, G, D, DPAD, MERGED)
 
 
 @triton.jit
-def _merge_kernel(
-    acc_ptr, max_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, kv_heads, splits,
-    G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, BLOCK: tl.constexpr, SPAD: tl.constexpr,
-    PDL: tl.constexpr,
+def _merge(
+    acc_ptr, high_ptr, sum_ptr, out_ptr, used,
+    G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    predecessor(PDL)
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    row = tl.load(starts_ptr + sequence).to(tl.int64)
-    split, d = tl.arange(0, SPAD), tl.arange(0, DPAD)
-    share = tl.cdiv(tl.cdiv(tl.load(contexts_ptr + sequence), BLOCK), splits)
-    used = (split < splits) & (split * share * BLOCK < tl.load(contexts_ptr + sequence))
-    place = (sequence * kv_heads + head // G) * splits + split
-    high = tl.load(max_ptr + place * G + head % G, used, float("-inf"))
-    factor = tl.where(used, tl.exp(high - tl.max(high, 0)), 0.0)
-    total = tl.sum(factor * tl.load(sum_ptr + place * G + head % G, used, 0.0), 0)
-    mask = used[:, None] & (d[None, :] < D)
-    acc = tl.load(acc_ptr + (place[:, None] * G + head % G) * D + d[None, :], mask, 0.0)
-    merged = tl.sum(acc * factor[:, None], 0) / total
-    tl.store(out_ptr + (row * kv_heads * G + head) * D + d, merged.to(out_ptr.dtype.element_ty), d < D)
+    """The softmax over all of a context from the partial ones, MERGED of them at a time.
+
+    acc_ptr: [used, G, D]; high_ptr, sum_ptr: [used, G]; out_ptr: [G, D].
+    """
+    GROUPS: tl.constexpr = triton.next_power_of_2(G)
+    split, group, d = tl.arange(0, MERGED), tl.arange(0, GROUPS), tl.arange(0, DPAD)
+    high = tl.full((MERGED, GROUPS), float("-inf"), tl.float32)
+    for first in range(0, used, MERGED):
+        at = (first + split)[:, None] * G + group[None, :]
+        mask = (first + split < used)[:, None] & (group < G)[None, :]
+        high = tl.maximum(high, tl.load(high_ptr + at, mask, float("-inf"), cache_modifier=".cg"))
+    # Heads beyond G have neither maximum nor sum; any numbers do for them.
+    peak = tl.where(group < G, tl.max(high, 0), 0.0)
+    total = tl.zeros((MERGED, GROUPS), tl.float32)
+    acc = tl.zeros((MERGED, GROUPS, DPAD), tl.float32)
+    for first in range(0, used, MERGED):
+        at = (first + split)[:, None] * G + group[None, :]
+        mask = (first + split < used)[:, None] & (group < G)[None, :]
+        own = tl.load(high_ptr + at, mask, float("-inf"), cache_modifier=".cg")
+        factor = tl.exp2(own - peak[None, :])
+        total += factor * tl.load(sum_ptr + at, mask, 0.0, cache_modifier=".cg")
+        d_mask = mask[:, :, None] & (d < D)[None, None, :]
+        part = tl.load(acc_ptr + at[:, :, None] * D + d[None, None, :], d_mask, 0.0, cache_modifier=".cg")
+        acc += factor[:, :, None] * part
+    merged = tl.sum(acc, 0) / tl.where(group < G, tl.sum(total, 0), 1.0)[:, None]
+    out_mask = (group < G)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + group[:, None] * D + d[None, :], merged.to(out_ptr.dtype.element_ty), out_mask)
 
 
 @triton.jit
@@ -156,19 +189,19 @@ def paged_attention(
 
 
 def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:
-    sequences, (_, block, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
+    sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     splits, group = decode_splits(sequences, kv_heads), heads // kv_heads
-    partial = torch.empty(sequences * kv_heads * splits * group, dim, dtype=torch.float32, device=query.device)
-    high, total = torch.empty(2, len(partial), dtype=torch.float32, device=query.device)
-    sizes = {"G": group, "D": dim, "DPAD": max(16, triton.next_power_of_2(dim)), "BLOCK": block, **overlapped(query)}
-    _decode_kernel[(sequences, kv_heads, splits)](
-        query, keys, values, block_tables, query_start, context_lens, partial, high, total,
-        query.stride(0), query.stride(1), block_tables.stride(0), kv_heads, splits, scale,
-        GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), num_warps=4, num_stages=3, **sizes,
-    )  # fmt: skip
-    _merge_kernel[(sequences, heads)](
-        partial, high, total, query_start, context_lens, out, kv_heads, splits,
-        SPAD=triton.next_power_of_2(splits), num_warps=4, **sizes,
+    tile, warps, stages = DECODE
+    partials = sequences * heads * splits if splits > 1 else 0
+    acc, high, total = (torch.empty(partials * each, dtype=torch.float32, device=out.device) for each in (dim, 1, 1))
+    _decode_kernel[(kv_heads, splits, sequences)](
+        query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
+        counters(out.device, "decode", sequences * kv_heads),
+        query.stride(0), query.stride(1), block_tables.stride(0), splits, scale,
+        KV_HEADS=kv_heads, G=group, GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), D=dim,
+        DPAD=max(16, triton.next_power_of_2(dim)), PAGE=page, TILE=min(tile, page),
+        MERGED=min(MERGED, triton.next_power_of_2(splits)),
+        num_warps=warps, num_stages=stages, **overlapped(query),
     )  # fmt: skip
 
 
