@@ -136,8 +136,8 @@ def test_a_block_of_experts(rows: int, dtype: torch.dtype) -> None:
         close(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "hidden", "experts"), [(1, 2560, 64), (9, 40, 8), (70, 100, 6)])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("rows", "hidden", "experts"), [(1, 2560, 64), (9, 40, 8), (70, 300, 6)])
 def test_router(rows: int, hidden: int, experts: int, dtype: torch.dtype) -> None:
     x, gate, bias = draw(rows, hidden, dtype=dtype), draw(2 * experts, hidden, seed=1), draw(2 * experts, seed=2)
     gate, vision = gate / hidden**0.5, torch.arange(rows, device=DEVICE) % 3 == 0
@@ -145,6 +145,29 @@ def test_router(rows: int, hidden: int, experts: int, dtype: torch.dtype) -> Non
     expected_ids, expected_weights = router(x, gate, bias, vision, 5)
     assert torch.equal(ids, expected_ids)
     close(weights, expected_weights)
+    # The counts are 0 again.
+    again = gpu_router.router(x, gate, bias, vision, 5)
+    assert torch.equal(again[0], ids)
+    assert torch.equal(again[1], weights)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="numpy's products depend on their shapes")
+def test_a_rows_experts_do_not_depend_on_the_others() -> None:
+    x, gate, bias = draw(70, 2560, dtype=torch.bfloat16), draw(128, 2560, seed=1, scale=0.02), draw(128, seed=2)
+    vision = torch.arange(70, device=DEVICE) % 3 == 0
+    ids, weights = gpu_router.router(x, gate, bias, vision, 6)
+    for part in (slice(0, 1), slice(37, 38), slice(30, 70)):
+        own_ids, own_weights = gpu_router.router(x[part], gate, bias, vision[part], 6)
+        assert torch.equal(own_ids, ids[part])
+        assert torch.equal(own_weights, weights[part])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_row_of_no_numbers_gets_experts() -> None:
+    x, gate = torch.full((2, 40), float("nan"), device=DEVICE), draw(16, 40)
+    ids, _ = gpu_router.router(x, gate, draw(16), torch.tensor([False, True], device=DEVICE), 5)
+    assert ids.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
