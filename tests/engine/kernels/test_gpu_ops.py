@@ -15,6 +15,7 @@ if DEVICE == "cpu":
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
 from services.engine.kernels.gpu import linear as gpu_linear
+from services.engine.kernels.gpu import mlp as gpu_mlp
 from services.engine.kernels.gpu import paged_attention as gpu_attention
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
@@ -69,6 +70,16 @@ def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     close(OPS.rms_norm(x, norm, 1e-5), REFERENCE.rms_norm(x, norm, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_logits(rows: int, dtype: torch.dtype) -> None:
+    x, head = draw(rows, 96, dtype=dtype), draw(301, 96, dtype=dtype, seed=1)
+    exact = x.double() @ head.double().T
+    actual = OPS.logits(x, head)
+    assert actual.dtype == torch.float32
+    assert (actual - exact).norm() / exact.norm() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
 def weight(*shape: int, bits: int, dtype: torch.dtype, seed: int) -> Weight:
     plain = draw(*shape, dtype=dtype, seed=seed, scale=0.2)
     return plain if bits == 16 else quantize(plain, bits)  # type: ignore[arg-type]
@@ -76,22 +87,32 @@ def weight(*shape: int, bits: int, dtype: torch.dtype, seed: int) -> Weight:
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 70])
 def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
     heads, kv_heads, dim, hidden = 5, 2, 24, 1100
     x, w = draw(rows, hidden, dtype=dtype), weight((heads + 2 * kv_heads) * dim, hidden, bits=bits, dtype=dtype, seed=1)
     positions = torch.randint(0, 1000, (3, rows), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     axes = torch.tensor([1, 2] * 4 + [0] * 4, device=DEVICE)
     cos, sin = OPS.rotary_tables(positions, draw(dim // 2).abs(), axes)
-    slots = torch.tensor([7, 0, 13, 4, 9], device=DEVICE)[:rows]
-    caches = [draw(3, 5, kv_heads, dim, dtype=dtype, seed=s) for s in (3, 4)]
+    slots = torch.randperm(75, generator=torch.Generator().manual_seed(0))[:rows].to(DEVICE)
+    caches = [draw(15, 5, kv_heads, dim, dtype=dtype, seed=s) for s in (3, 4)]
     expected = [cache.clone() for cache in caches]
     query = OPS.qkv(x, w, cos, sin, caches[0], caches[1], slots)
     close(query, REFERENCE.qkv(x, w, cos, sin, expected[0], expected[1], slots))
-    untouched = [slot for slot in range(15) if slot not in slots.tolist()]
+    untouched = [slot for slot in range(75) if slot not in slots.tolist()]
     for actual, reference in zip(caches, expected, strict=True):
         close(actual, reference)
         assert torch.equal(actual.flatten(0, 1)[untouched], reference.flatten(0, 1)[untouched])
+    # The counts are 0 again.
+    assert torch.equal(OPS.qkv(x, w, cos, sin, caches[0], caches[1], slots), query)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_few_rows_of_a_plain_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_linear, "PLAIN_ROWS", 17)
+    x, w = draw(3, 700, dtype=dtype), draw(50, 700, dtype=dtype, seed=1)
+    assert len(gpu_linear.partial_linear(x, w)) > 1
+    close(gpu_linear.linear(x, w), linear(x, w))
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
@@ -109,6 +130,24 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
         strict=True,
     ):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("inputs", [300, 1100])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_way_out_of_attention(
+    rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gpu_mlp, "NORMED_ROWS", 3)
+    hidden = 70
+    x, w = draw(rows, inputs, dtype=dtype), weight(hidden, inputs, bits=8, dtype=dtype, seed=1)
+    residual, norm = draw(rows, hidden, dtype=dtype, seed=2), draw(hidden, dtype=dtype, seed=3)
+    actual = OPS.linear_add_norm(x, w, residual, norm, 1e-5)
+    for one, expected in zip(actual, REFERENCE.linear_add_norm(x, w, residual, norm, 1e-5), strict=True):
+        close(one, expected)
+    # The count is 0 again.
+    for one, again in zip(actual, OPS.linear_add_norm(x, w, residual, norm, 1e-5), strict=True):
+        assert torch.equal(one, again)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)

@@ -7,6 +7,9 @@ With few rows a weight is split along its inputs too, so that all of it is on it
 order, by whoever reads the product: a sum in float32 that does not depend on which program was first.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -23,20 +26,23 @@ EARLY_ROWS = 32  # up to here a weight is read ahead
 
 
 @triton.jit
-def _linear_kernel(
-    x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+def product(
+    x_ptr, w_ptr, scale_ptr, m, n, M, N, IN, share, x_stride, w_stride,
+    BITS: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    """weight[n] times x[m]^T over part program_id(2) of the inputs, which are `share` blocks of BK: [BN, BM] float32.
+
+    Waits for the predecessor.
+    """
     block = tl.program_id(2) * share
     last = tl.minimum(block + share, tl.cdiv(IN, BK))
     rows, columns = (m < M)[None, :], (n < N)[:, None]
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
-    acc = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+    # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
+    scale = scales(scale_ptr + n, n < N)[:, None]
     if EARLY:
-        # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
         column = block * BK + tl.arange(0, BK)
         inside = column < IN
         w = tl.load(w_ptrs + column[None, :], columns & inside[None, :], 0)
@@ -47,10 +53,51 @@ def _linear_kernel(
     else:
         predecessor(PDL)
     for nth in range(block, last):
-        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, False)
-    acc *= scales(scale_ptr + n, n < N)[:, None]
+        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, EVEN)
+    return acc * scale
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    acc = product(x_ptr, w_ptr, scale_ptr, m, n, M, N, IN, share, x_stride, w_stride, BITS, BK, EARLY, EVEN, PDL)
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), rows & columns)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (m < M)[None, :] & (n < N)[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a product is launched."""
+
+    grid: tuple[int, int, int]  # tiles of outputs, tiles of rows, parts of the inputs
+    arguments: tuple[Tensor, Tensor, Tensor]  # x, weight, scales
+    sizes: tuple[int, ...]  # M to w_stride
+    options: dict[str, Any]
+
+
+def cut(x: Tensor, weight: Weight) -> Cut | None:
+    """None if the product is the library's business."""
+    if not isinstance(weight, Quantized) or len(x) >= LIBRARY_ROWS:
+        return None
+    (rows, inputs), outputs = x.shape, weight.scale.shape[0]
+    bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
+    share = -(-inputs // (bk * splits))
+    options = {
+        "BITS": weight.bits, "BM": bm, "BN": bn, "BK": bk,
+        "EARLY": weight.bits == 8 and rows <= EARLY_ROWS, "EVEN": inputs % bk == 0 and outputs % bn == 0,
+        "num_warps": warps, "num_stages": stages if x.element_size() == 2 else 1, **overlapped(x),
+    }  # fmt: skip
+    return Cut(
+        (triton.cdiv(outputs, bn), triton.cdiv(rows, bm), triton.cdiv(inputs, share * bk)),
+        (x, weight.data, weight.scale),
+        (rows, outputs, inputs, share, x.stride(0), weight.data.stride(0)),
+        options,
+    )
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -65,36 +112,25 @@ def partial_linear(x: Tensor, weight: Weight) -> Tensor:
     Returns:
         [parts, N, out]: one part in the dtype of x, or several in float32.
     """
-    if not isinstance(weight, Quantized):
-        return F.linear(x, weight).unsqueeze(0)
-    if len(x) >= LIBRARY_ROWS:
-        return F.linear(x, dequantize(weight)).unsqueeze(0)
-    (rows, inputs), outputs = x.shape, weight.scale.shape[0]
-    bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, inputs, weight.bits)
-    share = -(-inputs // (bk * splits))
-    splits = triton.cdiv(inputs, share * bk)
+    way = cut(x, weight)
+    if way is None:
+        return F.linear(x, dequantize(weight) if isinstance(weight, Quantized) else weight).unsqueeze(0)
+    splits = way.grid[2]
     dtype = x.dtype if splits == 1 else torch.float32
-    out = torch.empty(splits, rows, outputs, dtype=dtype, device=x.device)
-    _linear_kernel[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm), splits)](
-        x, weight.data, weight.scale, out, rows, outputs, inputs, share, x.stride(0), weight.data.stride(0),
-        BITS=weight.bits, BM=bm, BN=bn, BK=bk, EARLY=weight.bits == 8 and rows <= EARLY_ROWS,
-        num_warps=warps, num_stages=stages if x.element_size() == 2 else 1, **overlapped(x),
-    )  # fmt: skip
+    out = torch.empty(splits, len(x), way.sizes[1], dtype=dtype, device=x.device)
+    _linear_kernel[way.grid](*way.arguments, out, *way.sizes, **way.options)
     return out
 
 
-def _tiles(rows: int, outputs: int, inputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
+def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
     """BM, BN, BK, warps, stages, splits. Few rows: the weight is the traffic, and many programs put it on its way."""
+    splits = max(1, min(4, 32768 // outputs))
     if bits == 4:
-        return min(64, max(16, triton.next_power_of_2(rows))), 32, GROUP, 4, 2, _splits(4, 512 * 32 // outputs)
+        return min(64, max(16, triton.next_power_of_2(rows))), 32, GROUP, 4, 2, splits
     if rows <= 16:
-        return 16, 32, 512, 4, 3, _splits(triton.cdiv(inputs, 512), 1024 * 32 // outputs)
+        return 8 if rows <= 8 else 16, 32, 256, 2, 4, splits
     if rows <= 32:
-        return 32, 32, 256, 4, 3, _splits(5, 12800 // outputs)
+        return 32, 32, 128, 2, 4, min(2, splits)
     if rows <= 64:
-        return 64, 64, 128, 4, 3, _splits(4, 14336 // outputs)
-    return 128, 64, 128, 4, 3, _splits(2, 224 // (triton.cdiv(outputs, 64) * triton.cdiv(rows, 128)))
-
-
-def _splits(most: int, enough: int) -> int:
-    return max(1, min(most, enough))
+        return 64, 64, 128, 4, 3, splits
+    return 128, 64, 128, 4, 3, min(2, splits)

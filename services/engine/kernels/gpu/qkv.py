@@ -1,12 +1,17 @@
-"""Projection, rotary embedding and the cache's write: a product, and one pass over its rows."""
+"""Projection, rotary embedding and the cache's write.
+
+One launch, in which the last program of a tile of outputs to finish sums its parts, rotates and stores; a product that
+the library makes is followed by one pass over its rows.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.linear import partial_linear
+from services.engine.kernels.gpu.linear import cut, partial_linear, product
 from services.engine.kernels.quantize import Weight
 
 HEADS = 4  # a program rotates this many heads of a row
@@ -42,17 +47,81 @@ def _rotate_kernel(
     tl.store(values_ptr + (cached - kv_heads + head) * 2 * HALF + at, plain, inside & (head >= heads + kv_heads))
 
 
+@triton.jit
+def _qkv_kernel(
+    x_ptr, w_ptr, scale_ptr, parts_ptr, count_ptr, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr,
+    M, N, IN, share, x_stride, w_stride, KEYS, HALF,
+    SPLITS: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    acc = product(x_ptr, w_ptr, scale_ptr, m, n, M, N, IN, share, x_stride, w_stride, BITS, BK, EARLY, LOOP, PDL)
+    if SPLITS > 1:
+        mask = (m < M)[None, :] & (n < N)[:, None]
+        at = parts_ptr + m[None, :] * N + n[:, None]
+        tl.store(at + tl.program_id(2) * M * N, acc, mask)
+        if last_of(count_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
+            acc = tl.zeros((BN, BM), tl.float32)
+            for part in tl.static_range(SPLITS):
+                acc += tl.load(at + part * M * N, mask, 0.0, cache_modifier=".cg")
+            _turn(acc, m, n, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr, M, N, KEYS, HALF, BM, BN)
+    else:
+        _turn(acc, m, n, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr, M, N, KEYS, HALF, BM, BN)
+
+
+@triton.jit
+def _turn(
+    acc, m, n, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr, M, N, KEYS, HALF,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Rotate and store a tile [BN, BM] of the product, outputs n of rows m. KEYS: outputs that are keys."""
+    dtype = query_ptr.dtype.element_ty
+    plain = acc.to(dtype)
+    even, odd = tl.split(tl.permute(tl.reshape(plain.to(tl.float32), (BN // 2, 2, BM)), (0, 2, 1)))
+    rows, pair = (m < M)[None, :], tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    angle = m[None, :] * HALF + pair[:, None] % HALF
+    cos, sin = tl.load(cos_ptr + angle, rows, 0.0), tl.load(sin_ptr + angle, rows, 0.0)
+    both = tl.join(even * cos - odd * sin, odd * cos + even * sin)
+    turned = tl.reshape(tl.permute(both, (0, 2, 1)), (BN, BM)).to(dtype)
+    n, queries = n[:, None], N - 2 * KEYS
+    tl.store(query_ptr + m[None, :] * queries + n, turned, rows & (n < queries))
+    cached = tl.load(slots_ptr + m, m < M, 0)[None, :] * KEYS + n - queries
+    tl.store(keys_ptr + cached, turned, rows & (n >= queries) & (n < N - KEYS))
+    tl.store(values_ptr + cached - KEYS, plain, rows & (n >= N - KEYS) & (n < N))
+
+
 def qkv(
     x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor
 ) -> Tensor:  # fmt: skip
     """See the reference. All but `x` contiguous, and so is the result."""
-    partial = partial_linear(x, weight)
-    parts, rows, width = partial.shape
     kv_heads, dim = keys.shape[2:]
-    heads = width // dim - 2 * kv_heads
-    query = torch.empty(rows, heads, dim, dtype=x.dtype, device=x.device)
-    _rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS))](
-        partial, cos, sin, slots, query, keys, values, heads, kv_heads, partial.stride(0), dim // 2,
-        PARTS=parts, HEADS=HEADS, BLOCK=triton.next_power_of_2(dim // 2), num_warps=2, **overlapped(x),
+    heads = len(weight) // dim - 2 * kv_heads
+    query = torch.empty(len(x), heads, dim, dtype=x.dtype, device=x.device)
+    way = cut(x, weight)
+    if way is None:
+        _rotate(partial_linear(x, weight), cos, sin, slots, query, keys, values)
+        return query
+    outputs, rows, splits = way.grid
+    partial = torch.empty(splits if splits > 1 else 0, len(x), len(weight), dtype=torch.float32, device=x.device)
+    _qkv_kernel[way.grid](
+        *way.arguments, partial, counters(x.device, "qkv", outputs * rows), cos, sin, slots, query, keys, values,
+        *way.sizes, kv_heads * dim, dim // 2, SPLITS=splits, **way.options,
     )  # fmt: skip
     return query
+
+
+def _rotate(
+    partial: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, query: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """
+    Args:
+        partial: [parts, N, (heads + 2 kv_heads) D], contiguous.
+        query: [N, heads, D]; written.
+    """
+    parts, rows, _ = partial.shape
+    (_, heads, dim), kv_heads = query.shape, keys.shape[2]
+    _rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS))](
+        partial, cos, sin, slots, query, keys, values, heads, kv_heads, partial.stride(0), dim // 2,
+        PARTS=parts, HEADS=HEADS, BLOCK=triton.next_power_of_2(dim // 2), num_warps=2, **overlapped(partial),
+    )  # fmt: skip
