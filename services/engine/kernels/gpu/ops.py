@@ -1,5 +1,6 @@
 """The CUDA choice of operations."""
 
+from services.engine.kernels.gpu.logits import logits
 from services.engine.kernels.gpu.mlp import linear_add_norm, mlp_add_norm
 from services.engine.kernels.gpu.moe import moe_add_norm
 from services.engine.kernels.gpu.paged_attention import paged_attention
@@ -20,6 +21,7 @@ def gpu_ops() -> Ops:
         linear_add_norm=linear_add_norm,
         mlp_add_norm=mlp_add_norm,
         moe_add_norm=moe_add_norm,
+        logits=logits,
     )
 
 
