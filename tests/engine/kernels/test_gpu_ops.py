@@ -15,7 +15,6 @@ if DEVICE == "cpu":
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
 from services.engine.kernels.gpu import linear as gpu_linear
-from services.engine.kernels.gpu import mlp as gpu_mlp
 from services.engine.kernels.gpu import paged_attention as gpu_attention
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
@@ -107,14 +106,6 @@ def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
     assert torch.equal(OPS.qkv(x, w, cos, sin, caches[0], caches[1], slots), query)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-def test_few_rows_of_a_plain_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_linear, "PLAIN_ROWS", 17)
-    x, w = draw(3, 700, dtype=dtype), draw(50, 700, dtype=dtype, seed=1)
-    assert len(gpu_linear.partial_linear(x, w)) > 1
-    close(gpu_linear.linear(x, w), linear(x, w))
-
-
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rows", [1, 70])
@@ -130,24 +121,6 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
         strict=True,
     ):
         close(actual, expected)
-
-
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("inputs", [300, 1100])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_way_out_of_attention(
-    rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setattr(gpu_mlp, "NORMED_ROWS", 3)
-    hidden = 70
-    x, w = draw(rows, inputs, dtype=dtype), weight(hidden, inputs, bits=8, dtype=dtype, seed=1)
-    residual, norm = draw(rows, hidden, dtype=dtype, seed=2), draw(hidden, dtype=dtype, seed=3)
-    actual = OPS.linear_add_norm(x, w, residual, norm, 1e-5)
-    for one, expected in zip(actual, REFERENCE.linear_add_norm(x, w, residual, norm, 1e-5), strict=True):
-        close(one, expected)
-    # The count is 0 again.
-    for one, again in zip(actual, OPS.linear_add_norm(x, w, residual, norm, 1e-5), strict=True):
-        assert torch.equal(one, again)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
@@ -195,7 +168,7 @@ def test_a_rows_experts_do_not_depend_on_the_others() -> None:
     x, gate, bias = draw(70, 2560, dtype=torch.bfloat16), draw(128, 2560, seed=1, scale=0.02), draw(128, seed=2)
     vision = torch.arange(70, device=DEVICE) % 3 == 0
     ids, weights = gpu_router.router(x, gate, bias, vision, 6)
-    for part in (slice(0, 1), slice(37, 38), slice(30, 70)):
+    for part in (slice(0, 17), slice(20, 37), slice(30, 70)):  # all by the matrix units
         own_ids, own_weights = gpu_router.router(x[part], gate, bias, vision[part], 6)
         assert torch.equal(own_ids, ids[part])
         assert torch.equal(own_weights, weights[part])

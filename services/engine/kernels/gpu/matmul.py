@@ -21,8 +21,8 @@ from services.engine.kernels.quantize import Quantized, Weight
 # multiplication by 2^127 (0x7F00) and an addition then make any small number without a conversion.
 PER_UNIT = tl.constexpr(64)
 
-# Two words a thread in, eight pairs of bfloat16 out. With their sign turned, nibbles are 8 more than their values; in the
-# upper half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
+# Two words a thread in, eight pairs of bfloat16 out. With their sign turned, nibbles are 8 more than their values; in
+# the upper half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
 _UNPACK = tl.constexpr(
     "{ .reg .b32 a, b, s, t, one, high, less;"
     "mov.b32 one, 0x7F007F00; mov.b32 high, 0x7D007D00; mov.b32 less, 0xBE00BE00;"

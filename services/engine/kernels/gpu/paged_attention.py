@@ -15,6 +15,7 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 
 PROGRAMS = 1024  # decode programs to aim at: enough to fill the device whatever the batch
 MAX_SPLITS = 64
+LAST_MERGES = 4  # splits that the last program to finish merges; more of them another launch does
 GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query heads fills a part of them
 DECODE = 64, 4, 3  # tokens of a decode program's tile, at most a page; its warps and stages
 MERGED = 8  # partial softmaxes that are read together, at most
@@ -28,7 +29,7 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr, acc_ptr, high_ptr, sum_ptr, count_ptr,
     q_stride, q_head_stride, table_stride, splits, scale,
     KV_HEADS: tl.constexpr, G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, MERGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Where to read waits for nobody: a step's tables are uploaded before its first launch.
@@ -79,7 +80,7 @@ def _decode_kernel(
         tl.store(acc_ptr + at[:, None] * D + d[None, :], acc, q_mask)
         tl.store(high_ptr + at, high, group < G)
         tl.store(sum_ptr + at, total, group < G)
-        if last_of(count_ptr + pair, used):
+        if MERGES and last_of(count_ptr + pair, used):
             _merge(acc_ptr + place * D, high_ptr + place, sum_ptr + place, out_ptr, used, G, D, DPAD, MERGED)
 
 
@@ -115,6 +116,30 @@ def _merge(
     merged = tl.sum(acc, 0) / tl.where(group < G, tl.sum(total, 0), 1.0)[:, None]
     out_mask = (group < G)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + group[:, None] * D + d[None, :], merged.to(out_ptr.dtype.element_ty), out_mask)
+
+
+@triton.jit
+def _merge_kernel(
+    acc_ptr, high_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, splits,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
+    SPAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The softmax over all of a context from partial ones, for a head of a sequence."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(starts_ptr + sequence).to(tl.int64)
+    tiles = tl.cdiv(tl.load(contexts_ptr + sequence), TILE)
+    used = tl.cdiv(tiles, tl.cdiv(tiles, splits))
+    predecessor(PDL)
+    if used > 1:
+        split, d = tl.arange(0, SPAD), tl.arange(0, DPAD)
+        inside = split < used
+        at = ((sequence * KV_HEADS + head // G).to(tl.int64) * splits + split) * G + head % G
+        high = tl.load(high_ptr + at, inside, float("-inf"))
+        factor = tl.where(inside, tl.exp2(high - tl.max(high, 0)), 0.0)
+        total = tl.sum(factor * tl.load(sum_ptr + at, inside, 0.0), 0)
+        acc = tl.load(acc_ptr + at[:, None] * D + d[None, :], inside[:, None] & (d[None, :] < D), 0.0)
+        merged = tl.sum(acc * factor[:, None], 0) / total
+        tl.store(out_ptr + (row * KV_HEADS * G + head) * D + d, merged.to(out_ptr.dtype.element_ty), d < D)
 
 
 @triton.jit
@@ -200,9 +225,15 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
         query.stride(0), query.stride(1), block_tables.stride(0), splits, scale,
         KV_HEADS=kv_heads, G=group, GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), D=dim,
         DPAD=max(16, triton.next_power_of_2(dim)), PAGE=page, TILE=min(tile, page),
-        MERGED=min(MERGED, triton.next_power_of_2(splits)),
+        MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=splits <= LAST_MERGES,
         num_warps=warps, num_stages=stages, **overlapped(query),
     )  # fmt: skip
+    if splits > LAST_MERGES:
+        _merge_kernel[(sequences, heads)](
+            acc, high, total, query_start, context_lens, out, splits,
+            KV_HEADS=kv_heads, G=group, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), TILE=min(tile, page),
+            SPAD=triton.next_power_of_2(splits), num_warps=4, **overlapped(query),
+        )  # fmt: skip
 
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:

@@ -1,7 +1,7 @@
 """Projection, rotary embedding and the cache's write.
 
-One launch, in which the last program of a tile of outputs to finish sums its parts, rotates and stores; a product that
-the library makes is followed by one pass over its rows.
+With few rows one launch, in which the last program of a tile of outputs to finish sums its parts, rotates and stores;
+with more of them the product is followed by one pass over its rows.
 """
 
 import torch
@@ -15,6 +15,7 @@ from services.engine.kernels.gpu.linear import cut, partial_linear, product
 from services.engine.kernels.quantize import Weight
 
 HEADS = 4  # a program rotates this many heads of a row
+FUSED_ROWS = 16  # up to here one launch is faster than two
 
 
 @triton.jit
@@ -52,11 +53,11 @@ def _qkv_kernel(
     x_ptr, w_ptr, scale_ptr, parts_ptr, count_ptr, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr,
     M, N, IN, share, x_stride, w_stride, KEYS, HALF,
     SPLITS: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EARLY: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    acc = product(x_ptr, w_ptr, scale_ptr, m, n, M, N, IN, share, x_stride, w_stride, BITS, BK, EARLY, LOOP, PDL)
+    acc = product(x_ptr, w_ptr, scale_ptr, m, n, M, N, IN, share, x_stride, w_stride, BITS, BK, EARLY, EVEN, PDL)
     if SPLITS > 1:
         mask = (m < M)[None, :] & (n < N)[:, None]
         at = parts_ptr + m[None, :] * N + n[:, None]
@@ -98,7 +99,7 @@ def qkv(
     kv_heads, dim = keys.shape[2:]
     heads = len(weight) // dim - 2 * kv_heads
     query = torch.empty(len(x), heads, dim, dtype=x.dtype, device=x.device)
-    way = cut(x, weight)
+    way = cut(x, weight) if len(x) <= FUSED_ROWS else None
     if way is None:
         _rotate(partial_linear(x, weight), cos, sin, slots, query, keys, values)
         return query

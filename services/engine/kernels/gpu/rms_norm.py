@@ -28,32 +28,21 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, H, eps, PDL: tl.constexpr, BLOC
 
 
 @triton.jit
-def add_norm_row(
-    start, parts_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, H, eps, part_stride,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The row at element `start` of the sum of the parts and the residual, and its norm."""
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    at = start + column
-    exact = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
-    summed = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        # Past the first level of the cache, for those who read what the same launch wrote.
-        summed += tl.load(parts_ptr + part * part_stride + at, inside, 0.0, cache_modifier=".cg").to(tl.float32)
-    x = (exact + summed).to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + at, x, inside)
-    tl.store(out_ptr + at, rounded_norm(x, weight_ptr, column, inside, H, eps), inside)
-
-
-@triton.jit
 def _add_norm_kernel(
     parts_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, H, eps, part_stride,
     PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
-    start = tl.program_id(0).to(tl.int64) * H
-    add_norm_row(start, parts_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, H, eps, part_stride, PARTS, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * H
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    exact = tl.load(residual_ptr + row + column, inside, 0.0).to(tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        summed += tl.load(parts_ptr + part * part_stride + row + column, inside, 0.0).to(tl.float32)
+    x = (exact + summed).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + row + column, x, inside)
+    tl.store(out_ptr + row + column, rounded_norm(x, weight_ptr, column, inside, H, eps), inside)
 
 
 def row_warps(block: int) -> int:
