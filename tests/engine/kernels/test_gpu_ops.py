@@ -167,6 +167,15 @@ def test_dequantize(bits: int, dtype: torch.dtype) -> None:
     assert torch.equal(gpu_dequantize(w), dequantize(w))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantize_skips_what_is_not_used(bits: int) -> None:
+    w = weight(3, 19, 300, bits=bits, dtype=torch.float32, seed=1)
+    assert isinstance(w, Quantized)
+    out = gpu_dequantize(w, torch.tensor([7, 0, 1], dtype=torch.int32, device=DEVICE))
+    assert torch.equal(out[[0, 2]], dequantize(w)[[0, 2]])
+    assert out[1].isnan().all()
+
+
 def test_every_stored_byte_widens_exactly() -> None:
     values = torch.arange(-128, 128, device=DEVICE).to(torch.int8).view(16, 16)
     w = Quantized(values, torch.ones(16, dtype=torch.bfloat16, device=DEVICE), 8, 16)
