@@ -12,10 +12,12 @@ if DEVICE == "cpu":
 
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
+from services.engine.kernels.gpu import grouped
 from services.engine.kernels.gpu import linear as gpu_linear
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
 from services.engine.kernels.gpu.ops import gpu_ops
+from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.linear import linear
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
@@ -203,6 +205,63 @@ def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None
     results = gpu_experts.partial_experts(x, ids, text, vision).float().sum(0).view(rows, top_k, hidden)
     combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
     close(combined, experts(x, ids, weights, text, vision))
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("persistent", [0, 1])
+def test_experts_of_many_rows(
+    bits: int, persistent: int, gather: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Widths that are no multiple of a tile, but of what the copy engine reads; some experts get no row.
+    rows, count, hidden, top_k, tile = 90, 4, 72, 3, 16
+    monkeypatch.setattr(grouped, "ROWS", tile)
+    monkeypatch.setattr(grouped, "EACH", 1)
+    monkeypatch.setattr(grouped, "QUANTIZED_ROWS", rows)
+    for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
+        monkeypatch.setattr(grouped, name, grouped.Cut(outputs, 32, 4, 2, persistent=persistent, gather=gather))
+
+    def pool(width: int, seed: int) -> ExpertPool:
+        return ExpertPool(
+            weight(count, 2 * width, hidden, bits=bits, dtype=dtype, seed=seed),
+            weight(count, hidden, width, bits=bits, dtype=dtype, seed=seed + 1),
+        )
+
+    text, vision = pool(40, 1), pool(24, 3)
+    generator = torch.Generator().manual_seed(rows)
+    choice = torch.rand(rows, count, generator=generator).topk(top_k, -1).indices
+    choice[choice == 2] = 1
+    ids = (choice + count * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
+    weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
+    x = draw(rows, hidden, dtype=dtype)
+    assert grouped.takes(x, ids, text, vision)
+    results = gpu_experts.partial_experts(x, ids, text, vision).float().sum(0).view(rows, top_k, hidden)
+    combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
+    close(combined, experts(x, ids, weights, text, vision))
+
+
+def test_the_copy_engine_reads_rows_of_whole_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "EACH", 1)
+    for hidden, taken in ((72, True), (71, False)):
+        pool = ExpertPool(draw(4, 80, hidden), draw(4, hidden, 40))
+        assert grouped.takes(draw(90, hidden), torch.zeros(90, 3, dtype=torch.int32), pool, pool) == taken
+
+
+@pytest.mark.parametrize(("pairs", "experts"), [(1, 4), (37, 16), (3000, 16)])
+@pytest.mark.parametrize("tile", [16, 128])
+def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None:
+    ids = torch.randint(0, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
+    ids[ids == 1] = 0
+    order = sort_pairs(ids.to(DEVICE), experts, tile)
+    place, owner, bounds = order.place.tolist(), order.owner.tolist(), order.bounds.tolist()
+    assert sorted(pair for pair in place if pair >= 0) == list(range(pairs))
+    for row, pair in enumerate(place):
+        if pair >= 0:
+            assert owner[row // tile] == ids[pair]
+    assert order.counts.tolist() == torch.bincount(ids, minlength=experts).tolist()
+    tiles = [-(-count // tile) for count in order.counts.tolist()]
+    assert bounds == [0, sum(tiles[: experts // 2]), sum(tiles)]
 
 
 @pytest.mark.parametrize("pairs", [1, 37, 3000])

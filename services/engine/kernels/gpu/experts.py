@@ -14,6 +14,7 @@ from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.dequantize import dequantize
+from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts
 from services.engine.kernels.gpu.silu_mul import silu_mul
@@ -197,6 +198,8 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     Returns:
         [parts, N K, H]: one part in the dtype of x, or several in float32.
     """
+    if takes(x, ids, text, vision):
+        return grouped_experts(x, ids, text, vision)
     (rows, hidden), top_k, per_pool = x.shape, ids.shape[1], len(text)
     pairs = rows * top_k
     # With so many rows the arithmetic takes longer than dequantising both pools does, one product after the other.
