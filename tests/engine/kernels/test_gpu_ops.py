@@ -1,6 +1,7 @@
 """Triton operations against their torch references: on the GPU where there is one, else in Triton's interpreter."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ if DEVICE == "cpu":
 
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
-from services.engine.kernels.gpu import grouped
+from services.engine.kernels.gpu import grouped, whole_prompt
 from services.engine.kernels.gpu import linear as gpu_linear
+from services.engine.kernels.gpu import paged_attention as gpu_attention
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
 from services.engine.kernels.gpu.ops import gpu_ops
@@ -277,11 +279,11 @@ def test_rows_are_grouped_by_expert(pairs: int, tile: int) -> None:
     assert all(e >= count for e, t in zip(tile_expert, place.view(-1, tile), strict=True) if (t < 0).all())
 
 
-@pytest.mark.parametrize("dtype", MAIN_DTYPES)
-@pytest.mark.parametrize("lengths", [[1, 1, 1], [1], [5, 1, 40], [130, 3], [16, 17]])
-def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -> None:
-    page, heads, kv_heads, dim = 16, 10, 2, 24
-    contexts = [n + cached for n, cached in zip(lengths, (0, 100, 33), strict=False)]
+def attention_arguments(
+    lengths: list[int], cached: list[int], page: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """Of sequences whose pages are shuffled."""
+    contexts = [n + before for n, before in zip(lengths, cached, strict=False)]
     needed = [-(-c // page) for c in contexts]
     order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
@@ -290,7 +292,7 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
     keys, values = (draw(sum(needed), page, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6))
     qkv = draw(sum(lengths), heads + 2, dim, dtype=dtype)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    arguments = (
+    return (
         qkv[:, :heads],
         keys,
         values,
@@ -300,5 +302,55 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
         max(lengths),
         max(contexts),
         dim**-0.5,
+        tuple(zip(lengths, contexts, strict=True)),
     )
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [1], [5, 1, 40], [130, 3], [16, 17]])
+def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -> None:
+    arguments = attention_arguments(lengths, [0, 100, 33], 16, 10, 2, 24, dtype)
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("cached", [[0, 0, 0], [70, 128, 1]])
+def test_attention_to_pages_by_the_copy_engine(
+    cached: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_attention, "LONG", gpu_attention.Cut(32, 16, 4, 2, pagewise=True))
+    arguments = attention_arguments([130, 1, 33], cached, 16, 4, 2, 32, dtype)
+    close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "cached", "prompts"),
+    [
+        ([43], [0], 1),
+        ([1, 40, 5, 64, 41, 17], [9, 0, 30, 0, 0, 33], 3),
+        ([41, 41], [1, 0], 1),
+        ([9, 41], [0, 3], 0),
+    ],
+)
+def test_the_library_attends_to_whole_prompts(
+    lengths: list[int], cached: list[int], prompts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded: 43 to 44, 41 to 44; the kernel takes the others, whatever lies between them."""
+    seen = []
+
+    def spy(query: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(query))
+        return whole_prompt.whole_prompt(query, *rest)
+
+    monkeypatch.setattr(whole_prompt, "LEAST", 40)
+    monkeypatch.setattr(gpu_attention, "suits", lambda query: True)
+    monkeypatch.setattr(gpu_attention, "whole_prompt", spy)
+    arguments = attention_arguments(lengths, cached, 16, 4, 2, 32, dtype)
+    close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+    assert len(seen) == prompts
+
+
+@pytest.mark.parametrize(("length", "planned"), [(2048, 2048), (2049, 2304), (5000, 5120), (8192, 8192), (8193, 9216)])
+def test_prompts_are_padded_to_few_lengths(length: int, planned: int) -> None:
+    assert whole_prompt.planned_length(length) == planned

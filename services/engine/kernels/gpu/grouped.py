@@ -187,14 +187,16 @@ def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tenso
 
 
 def _programs(cut: Cut, order: Sorted, outputs: int, x: Tensor) -> int:
-    most = len(order.owner) * triton.cdiv(outputs, cut.outputs)
+    most: int = len(order.owner) * triton.cdiv(outputs, cut.outputs)
     return min(most, cut.persistent * _multiprocessors(x.device)) if cut.persistent else most
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     """An interpreter has some, too: more than one, so that tiles are shared out."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _options(cut: Cut, x: Tensor) -> dict[str, object]:
