@@ -8,7 +8,7 @@ from torch import Tensor
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.router import SUM_MIN
 
-LIBRARY_ROWS = 256  # above, the library's product is as fast
+LIBRARY_ROWS = 256  # above, the library's product is faster
 EXPERTS = 4  # scores of a program
 
 
@@ -31,16 +31,29 @@ def _scores_kernel(
 
 
 @triton.jit
+def _split_kernel(gate_ptr, out_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    predecessor(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rest = tl.load(gate_ptr + at, at < SIZE, 0.0)
+    for part in tl.static_range(3):
+        rounded = rest.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + part * SIZE + at, rounded, at < SIZE)
+        rest -= rounded.to(tl.float32)
+
+
+@triton.jit
 def _choose_kernel(
     scores_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, E, sum_min,
-    K: tl.constexpr, BLOCK: tl.constexpr, KPAD: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KPAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
     pool = tl.load(vision_ptr + row).to(tl.int32)
     expert = tl.arange(0, BLOCK)
     inside = expert < E
-    scores = tl.load(scores_ptr + (row * 2 + pool) * E + expert, inside, float("-inf"))
+    scores = tl.load(scores_ptr + (row * PARTS * 2 + pool) * E + expert, inside, float("-inf"))
+    for part in tl.static_range(1, PARTS):
+        scores += tl.load(scores_ptr + ((row * PARTS + part) * 2 + pool) * E + expert, inside, 0.0)
     p = tl.exp(scores - tl.max(scores, 0))
     p = p / tl.sum(p, 0)
     ranked = tl.where(inside, p + tl.load(bias_ptr + pool * E + expert, inside, 0.0), float("-inf"))
@@ -60,13 +73,13 @@ def _choose_kernel(
 def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """See the reference. `gate` contiguous; the rows of `x` may be strided."""
     rows = len(x)
-    scores = _scores(x, gate) if rows <= LIBRARY_ROWS else x.float() @ gate.T
+    scores = _scores(x, gate) if rows <= LIBRARY_ROWS else _library_scores(x, gate)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
     per_pool = len(gate) // 2
     _choose_kernel[(rows,)](
         scores, bias, vision, ids, weights, per_pool, SUM_MIN,
-        K=top_k, BLOCK=triton.next_power_of_2(per_pool), KPAD=triton.next_power_of_2(top_k),
+        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=triton.next_power_of_2(per_pool), KPAD=triton.next_power_of_2(top_k),
         num_warps=1, **overlapped(x),
     )  # fmt: skip
     return ids, weights
@@ -82,3 +95,24 @@ def _scores(x: Tensor, gate: Tensor) -> Tensor:
         ROWS=each, EXPERTS=EXPERTS, BLOCK=triton.next_power_of_2(hidden), num_warps=8, **overlapped(x),
     )  # fmt: skip
     return scores
+
+
+def _library_scores(x: Tensor, gate: Tensor) -> Tensor:
+    """x @ gate^T, in parts that are still to be summed: [N, parts 2 E] float32.
+
+    The library's product of float32 is slow. But three bfloat16 hold what a float32 does, a bfloat16 is the first of
+    its three parts, and their products are exact in the float32 that sums them.
+    """
+    if x.dtype != torch.bfloat16:
+        return x.float() @ gate.T
+    parts = split(gate)
+    return torch.mm(x, parts.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ parts.float().T
+
+
+def split(gate: Tensor) -> Tensor:
+    """[3 R, H] bfloat16 from [R, H] float32: three summands of each value, the largest first."""
+    parts = torch.empty(3 * len(gate), gate.shape[1], dtype=torch.bfloat16, device=gate.device)
+    _split_kernel[(triton.cdiv(gate.numel(), 2048),)](
+        gate, parts, gate.numel(), BLOCK=2048, num_warps=4, **overlapped(gate)
+    )  # fmt: skip
+    return parts
