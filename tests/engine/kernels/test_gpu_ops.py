@@ -148,6 +148,18 @@ def test_router(rows: int, hidden: int, experts: int, dtype: torch.dtype) -> Non
     close(weights, expected_weights)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_router_of_many_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_router, "LIBRARY_ROWS", 30)
+    test_router(31, 96, 6, dtype)
+
+
+def test_three_summands_hold_a_gate() -> None:
+    gate = draw(6, 500) * 2.0 ** torch.arange(-3, 3, device=DEVICE).unsqueeze(1)
+    parts = gpu_router.split(gate).view(3, 6, 500).double()
+    assert ((parts.sum(0) - gate.double()).abs() <= gate.double().abs() * 2.0**-24).all()
+
+
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(
@@ -264,6 +276,7 @@ def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None
     assert order.counts.tolist() == torch.bincount(ids, minlength=experts).tolist()
     tiles = [-(-count // tile) for count in order.counts.tolist()]
     assert bounds == [0, sum(tiles[: experts // 2]), sum(tiles)]
+    assert all(expert == experts for expert in owner[bounds[2] :])
 
 
 @pytest.mark.parametrize("pairs", [1, 37, 3000])

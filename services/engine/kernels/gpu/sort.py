@@ -18,17 +18,17 @@ class Sorted:
     """Rows of pairs grouped by expert, each group padded to whole tiles."""
 
     place: Tensor  # [tiles * tile] int32, the pair of each row or -1
-    owner: Tensor  # [tiles] int32, the expert of each tile before the end
+    owner: Tensor  # [tiles] int32, the expert of each tile, `experts` past the end
     bounds: Tensor  # [3] int32, the tiles before the first pool, before the second, and before the end
     counts: Tensor  # [experts] int32, pairs of each
 
 
 @triton.jit
 def _count_kernel(
-    ids_ptr, counts_ptr, place_ptr, P, rows,
-    EXPERTS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    ids_ptr, counts_ptr, place_ptr, owner_ptr, P, tiles,
+    EXPERTS: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """counts[block, expert] of a block of pairs; besides, its share of `place` becomes -1."""
+    """counts[block, expert] of a block of pairs; besides, its share of the tiles is emptied."""
     predecessor(PDL)
     block = tl.program_id(0)
     pair = block * SIZE + tl.arange(0, SIZE)
@@ -36,8 +36,10 @@ def _count_kernel(
     counts = tl.histogram(tl.load(ids_ptr + pair, pair < P, EXPERTS), EXPERTS * 2)
     expert = tl.arange(0, EXPERTS * 2)
     tl.store(counts_ptr + block * EXPERTS + expert, counts, expert < EXPERTS)
-    row = block * ROWS + tl.arange(0, ROWS)
-    tl.store(place_ptr + row, -1, row < rows)
+    row = block * TILES * BM + tl.arange(0, TILES * BM)
+    tl.store(place_ptr + row, -1, row < tiles * BM)
+    tile = block * TILES + tl.arange(0, TILES)
+    tl.store(owner_ptr + tile, EXPERTS, tile < tiles)
 
 
 @triton.jit
@@ -86,16 +88,15 @@ def sort_pairs(ids: Tensor, experts: int, tile: int) -> Sorted:
     """
     pairs, device = len(ids), ids.device
     tiles = min(pairs, triton.cdiv(pairs, tile) + experts)
-    rows = tiles * tile
     size = max(LEAST, triton.next_power_of_2(triton.cdiv(pairs, BLOCKS)))
     blocks = triton.cdiv(pairs, size)
     cursor, counts = torch.empty(2, blocks, experts, dtype=torch.int32, device=device)
-    place, owner = (torch.empty(n, dtype=torch.int32, device=device) for n in (rows, tiles))
+    place, owner = (torch.empty(n, dtype=torch.int32, device=device) for n in (tiles * tile, tiles))
     bounds, total = (torch.empty(n, dtype=torch.int32, device=device) for n in (3, experts))
     common = {"EXPERTS": experts, **overlapped(ids)}
     _count_kernel[(blocks,)](
-        ids, counts, place, pairs, rows,
-        SIZE=size, ROWS=triton.next_power_of_2(triton.cdiv(rows, blocks)), num_warps=4, **common,
+        ids, counts, place, owner, pairs, tiles,
+        SIZE=size, BM=tile, TILES=triton.next_power_of_2(triton.cdiv(tiles, blocks)), num_warps=4, **common,
     )  # fmt: skip
     _offsets_kernel[(1,)](
         counts, cursor, total, owner, bounds, blocks,
