@@ -79,8 +79,8 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) ->
     per_pool = len(gate) // 2
     _choose_kernel[(rows,)](
         scores, bias, vision, ids, weights, per_pool, SUM_MIN,
-        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=triton.next_power_of_2(per_pool), KPAD=triton.next_power_of_2(top_k),
-        num_warps=1, **overlapped(x),
+        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=triton.next_power_of_2(per_pool),
+        KPAD=triton.next_power_of_2(top_k), num_warps=1, **overlapped(x),
     )  # fmt: skip
     return ids, weights
 
