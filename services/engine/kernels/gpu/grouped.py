@@ -62,19 +62,19 @@ def _gather_kernel(
         tl.store(out_ptr + row[:, None] * H + column[None, :], values, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool"])
 def _gate_up_kernel(
-    x, w_desc, place_ptr, owner_ptr, bounds_ptr, out_ptr, H, WIDTH, x_stride, out_stride,
-    POOL: tl.constexpr, E: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, FLATTEN: tl.constexpr,
+    x, w_desc, place_ptr, owner_ptr, bounds_ptr, out_ptr, H, WIDTH, x_stride, out_stride, pool,
+    E: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = silu(gate) up, rows in order. x: a descriptor of rows in order, or with GATHER a pointer to tokens."""
     predecessor(PDL)
-    first, last = tl.load(bounds_ptr + POOL), tl.load(bounds_ptr + POOL + 1)
+    first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
     columns = tl.cdiv(WIDTH, BN)
     for job in tl.range(tl.program_id(0), (last - first) * columns, tl.num_programs(0), flatten=FLATTEN):
         tile, n = first + job // columns, job % columns * BN
-        index = tl.load(owner_ptr + tile) - POOL * E
+        index = tl.load(owner_ptr + tile) - pool * E
         row = tile * BM + tl.arange(0, BM)
         acc = tl.zeros((BM, 2 * BN), tl.float32)
         if GATHER:
@@ -94,19 +94,19 @@ def _gate_up_kernel(
         tl.store(out_ptr + row.to(tl.int64)[:, None] * out_stride + n[None, :], inner, (n < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool"])
 def _down_kernel(
-    x_desc, w_desc, place_ptr, owner_ptr, bounds_ptr, out_ptr, WIDTH, H,
-    POOL: tl.constexpr, E: tl.constexpr, FLATTEN: tl.constexpr,
+    x_desc, w_desc, place_ptr, owner_ptr, bounds_ptr, out_ptr, WIDTH, H, pool,
+    E: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = x[row of the pair] times the expert's weight."""
     predecessor(PDL)
-    first, last = tl.load(bounds_ptr + POOL), tl.load(bounds_ptr + POOL + 1)
+    first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
     columns = tl.cdiv(H, BN)
     for job in tl.range(tl.program_id(0), (last - first) * columns, tl.num_programs(0), flatten=FLATTEN):
         tile, n = first + job // columns, job % columns * BN
-        index = tl.load(owner_ptr + tile) - POOL * E
+        index = tl.load(owner_ptr + tile) - pool * E
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, WIDTH, BK):
             w = w_desc.load([index, n, k]).reshape(BN, BK)
@@ -170,8 +170,8 @@ def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, top_k: int, inn
     _gate_up_kernel[(_programs(cut, order, width, x),)](
         x if cut.gather else TensorDescriptor.from_tensor(x, [ROWS, cut.inputs]),
         TensorDescriptor.from_tensor(planes, [2, cut.outputs, cut.inputs]),
-        order.place, order.owner, order.bounds, inner, hidden, width, x.stride(0), inner.stride(0),
-        POOL=nth, E=experts, K=top_k, GATHER=cut.gather, **_options(cut, x),
+        order.place, order.owner, order.bounds, inner, hidden, width, x.stride(0), inner.stride(0), nth,
+        E=experts, K=top_k, GATHER=cut.gather, **_options(cut, x),
     )  # fmt: skip
 
 
@@ -181,8 +181,8 @@ def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tenso
     _down_kernel[(_programs(cut, order, hidden, inner),)](
         TensorDescriptor.from_tensor(inner[:, :width], [ROWS, cut.inputs]),
         TensorDescriptor.from_tensor(weight, [1, cut.outputs, cut.inputs]),
-        order.place, order.owner, order.bounds, results, width, hidden,
-        POOL=nth, E=experts, **_options(cut, inner),
+        order.place, order.owner, order.bounds, results, width, hidden, nth,
+        E=experts, **_options(cut, inner),
     )  # fmt: skip
 
 
