@@ -16,6 +16,7 @@ from services.engine.kernels.gpu import experts as gpu_experts
 from services.engine.kernels.gpu import grouped, whole_prompt
 from services.engine.kernels.gpu import linear as gpu_linear
 from services.engine.kernels.gpu import paged_attention as gpu_attention
+from services.engine.kernels.gpu import qkv as gpu_qkv
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
 from services.engine.kernels.gpu.ops import gpu_ops
@@ -93,6 +94,11 @@ def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
     for actual, reference in zip(caches, expected, strict=True):
         close(actual, reference)
         assert torch.equal(actual.flatten(0, 1)[untouched], reference.flatten(0, 1)[untouched])
+
+
+def test_qkv_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_qkv, "MANY_ROWS", 3)
+    test_qkv(5, 16, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
