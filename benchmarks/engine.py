@@ -1,16 +1,29 @@
-"""The engine at the full model's size, in one process: scheduler, cache, model, sampling and emission; no Redis.
+"""The engine at the full model's size: in one process without Redis, and once more as it is served.
+
+    python -m benchmarks.engine [--quantization wint4] [--output FILE.json]
 
 Weights are drawn on the device from N(0, 0.02), tensor by tensor through the loader that reads checkpoints, so that
-routing spreads over all experts and loading has the memory it has in service. Needs a CUDA device; asserts nothing.
+routing spreads over all experts and loading has the memory it has in service; each quantisation is loaded once. Needs
+a CUDA device of 80 GB (141 GB for bf16 with 256 sequences) and some four minutes; asserts nothing. With --output the
+figures are kept as JSON, written after each quantisation (`wint4`, `wint8`, `bf16`) under
 
-decode   N prompts of 1,024 tokens, greedy or by --sampling; the mean time between emissions with a token of each
-prefill  n prompts of a length, one token each: prompt tokens over the time from the first step to the last emission
+  decode_ms.<quant>.<batch>            N prompts of 1,024 tokens, greedy or by --sampling: ms a step, which is the mean
+                                       time between emissions with a token of each
+  prefill_tok_s.<quant>.<n>x<len>      n prompts of a length, one token each: prompt tokens over the time from the first
+                                       step to the last emission, the median of three
+  decode_ms_redis.<quant>.<batch>      as decode_ms, with Redis, a postproc and a reader for the gateway around it: the
+                                       mean time between messages of the tokens stream with a token of each, as another
+                                       process reads them
+  delta_ms_redis.<quant>.<batch>       p50 and p99 from a token's message there to its delta at the gateway's reader
+  long_context.<quant>                 one prompt of --long-context tokens: prefill_tok_s, and decode_ms behind it
+  memory, startup_s, decode_kernels, prefill_kernels, ceilings
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +35,9 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import engine_service
+from benchmarks.engine_client import Passage
+from benchmarks.steps import GENERATED, PROMPT, WARM_STEPS, step_ms
 from services.engine.assembly import runner_for
 from services.engine.blocks import BlockPool
 from services.engine.emission import Emission
@@ -33,14 +49,12 @@ from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import Quantization, load_weights
 from services.engine.runner import Runner
 from services.engine.scheduler import Limits, Scheduler
-from services.engine.sequence import EngineFacts, Sequence, build
+from services.engine.sequence import EngineFacts, build
+from services.engine.sequence import Sequence as Asked
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
 from shared.model_config import ModelConfig, VisionConfig
 
-PROMPT = 1024
-GENERATED = 72
-WARM_STEPS = 8
 PROFILED_STEPS = 8
 
 CONFIG = ModelConfig(
@@ -131,10 +145,7 @@ class Watch:
                 self._profiler.stop()
 
     def step_ms(self) -> float:
-        """Mean time of the steps in which all sequences decode."""
-        full = [i for i, (_, tokens) in enumerate(self.stamps) if tokens == self._requests][WARM_STEPS:]
-        times = [self.stamps[i][0] - self.stamps[i - 1][0] for i in full]
-        return 1000 * statistics.fmean(times)
+        return step_ms(self.stamps, self._requests)
 
 
 class Bench:
@@ -145,8 +156,13 @@ class Bench:
         quantization: Literal["none", "wint8", "wint4"],
         max_model_len: int,
         sampling: Sampling,
-        sampling_class: SamplingClass,
+        sampling_class: SamplingClass = "base",
+        **told: Any,
     ) -> None:
+        """
+        Args:
+            told: other settings of the engine.
+        """
         self._sampling = sampling
         device = torch.device("cuda")
         torch.cuda.reset_peak_memory_stats()
@@ -162,12 +178,12 @@ class Bench:
         self._settings = EngineSettings(
             redis_url="unix:///unused",
             model="unused",
-            max_num_seqs=256,
             max_num_batched_tokens=16384,
             max_model_len=max_model_len,
             quantization=quantization,
             enable_prefix_caching=False,
             sampling_class=sampling_class,
+            **{"max_num_seqs": 256, **told},
         )
         self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
         self._runner: Runner
@@ -192,7 +208,7 @@ class Bench:
         engine.run()
         return watch.stamps[-1][0] - started, watch
 
-    def _sequence(self, index: int, length: int, generated: int) -> Sequence:
+    def _sequence(self, index: int, length: int, generated: int) -> Asked:
         prompt = np.random.default_rng(index).integers(1000, 100000, length).tolist()
         request = Request(f"{index:016x}", "bench", 0, 0.0, self._sampling, Output(thinking=False))
         return build(Generate(request, pack_ids(prompt), generated, ()), 1, (), (), self._facts)
@@ -203,6 +219,16 @@ class Bench:
     def prefill_tok_s(self, count: int, length: int) -> float:
         self.run(count, length, 1)
         return count * length / statistics.median(self.run(count, length, 1)[0] for _ in range(3))
+
+    def through_redis(self, counts: Sequence[int]) -> list[Passage]:
+        loads = [engine_service.load_of(count, self._sampling) for count in counts]
+        return engine_service.measure((self._runner, self._blocks), self._settings, self._facts, loads)
+
+    def long_context(self, length: int) -> dict[str, float]:
+        seconds, watch = self.run(1, length, GENERATED)
+        first = next(at for at, tokens in watch.stamps if tokens)
+        prefill_s = seconds - (watch.stamps[-1][0] - first)
+        return {"prompt": length, "prefill_tok_s": round(length / prefill_s), "decode_ms": round(watch.step_ms(), 3)}
 
     def kernels(self, count: int) -> list[dict[str, Any]]:
         """What the device does in a decode step of `count` sequences, longest first."""
@@ -237,17 +263,69 @@ def ceilings() -> dict[str, float]:
     return {"copy_tb_s": 2 * source.nbytes / copy_ms / 1e9, "bf16_tflop_s": 2 * 8192**3 / product_ms / 1e9}
 
 
-def main() -> None:
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    return [
+        (int(count), int(length)) for count, _, length in (shape.partition("x") for shape in text.split(",")) if count
+    ]
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quantization", default="wint4,wint8,none")
-    parser.add_argument("--batches", default="1,8,32,64,128,256")
-    parser.add_argument("--prefills", default="1x1024,1x8192,16x1024,2x16384")
-    parser.add_argument("--max-model-len", type=int, default=32768)
-    parser.add_argument("--profile", default="1,32,128", help="batches whose kernels are listed")
+    parser.add_argument("--quantization", default="wint4,wint8,none", help="%(default)s; none is bf16")
+    parser.add_argument("--batches", type=numbers, default="1,8,32,64,128,256", help="decode_ms (%(default)s)")
+    parser.add_argument(
+        "--prefills", type=shapes, default="1x1024,1x8192,16x1024,2x16384", help="prefill_tok_s (%(default)s)"
+    )
+    parser.add_argument("--redis", type=numbers, default="1,32,256", help="decode_ms_redis (%(default)s; '': without)")
+    parser.add_argument(
+        "--long-context", type=int, default=131_000, help="prompt of long_context in tokens (%(default)s; 0: without)"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        default=131_072,
+        help="of the engine, and how wide its block tables are (%(default)s)",
+    )
+    parser.add_argument(
+        "--profile", type=numbers, default="1,32,128", help="decode_kernels, and with any prefill_kernels (%(default)s)"
+    )
     parser.add_argument("--sampling", type=json.loads, default={}, help='of every request: {"temperature": 1.0, ...}')
     parser.add_argument("--sampling-class", choices=("base", "rejection"), default="base")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="the JSON file")
+    return parser.parse_args()
+
+
+def measure(bench: Bench, name: str, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Everything of one quantisation, into `result` and, in lines, to whoever watches."""
+    bench.run(1, PROMPT, 4)  # what was not captured is compiled here
+    for batch in args.batches:
+        result["decode_ms"][name][str(batch)] = ms = round(bench.decode_ms(batch), 3)
+        print(f"{name} decode {batch:4d} {ms:8.3f} ms/step {1000 * batch / ms:9.0f} tok/s", flush=True)
+    for count, length in args.prefills:
+        result["prefill_tok_s"][name][f"{count}x{length}"] = rate = round(bench.prefill_tok_s(count, length))
+        print(f"{name} prefill {count}x{length} {rate} tok/s", flush=True)
+    for batch, passage in zip(args.redis, bench.through_redis(args.redis) if args.redis else (), strict=True):
+        result["decode_ms_redis"][name][str(batch)] = passage.step_ms
+        result["delta_ms_redis"][name][str(batch)] = passage.delta_ms
+        print(f"{name} with Redis {batch:4d} {passage.step_ms:8.3f} ms/step, delta {passage.delta_ms} ms", flush=True)
+    if args.long_context:
+        result["long_context"][name] = bench.long_context(args.long_context)
+        print(f"{name} long context {json.dumps(result['long_context'][name])}", flush=True)
+    for batch in args.profile:
+        result["decode_kernels"][name][str(batch)] = bench.kernels(batch)
+    if args.profile and args.prefills:
+        result["prefill_kernels"][name]["1x8192"] = bench.prefill_kernels(1, 8192)
+
+
+PARTS = ("decode_ms", "prefill_tok_s", "decode_ms_redis", "delta_ms_redis", "decode_kernels", "prefill_kernels")
+
+
+def main() -> None:
+    args = parse()
     sampling = Sampling(**{"seed": 0, "temperature": 0.0, "ignore_eos": True, **args.sampling})
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -257,28 +335,15 @@ def main() -> None:
     }
     if args.sampling:
         result["sampling"] = {**args.sampling, "class": args.sampling_class}
-    parts = ("decode_ms", "prefill_tok_s", "decode_kernels", "prefill_kernels", "memory", "startup_s")
-    result.update({part: {} for part in parts})
+    result.update({part: {} for part in (*PARTS, "long_context", "memory", "startup_s")})
     for quantization in args.quantization.split(","):
         torch.cuda.empty_cache()
         name = "bf16" if quantization == "none" else quantization
         bench = Bench(quantization, args.max_model_len, sampling, args.sampling_class)
         result["memory"][name], result["startup_s"][name] = bench.memory, bench.startup_s
         print(name, json.dumps(bench.startup_s), json.dumps(bench.memory), flush=True)
-        bench.run(1, PROMPT, 4)  # what was not captured is compiled here
-        for part in ("decode_ms", "prefill_tok_s", "decode_kernels", "prefill_kernels"):
-            result[part][name] = {}
-        for batch in map(int, filter(None, args.batches.split(","))):
-            result["decode_ms"][name][str(batch)] = ms = round(bench.decode_ms(batch), 3)
-            print(f"{name} decode {batch:4d} {ms:8.3f} ms/step {1000 * batch / ms:9.0f} tok/s", flush=True)
-        for shape in filter(None, args.prefills.split(",")):
-            count, length = map(int, shape.split("x"))
-            result["prefill_tok_s"][name][shape] = rate = round(bench.prefill_tok_s(count, length))
-            print(f"{name} prefill {shape:8s} {rate} tok/s", flush=True)
-        for batch in map(int, filter(None, args.profile.split(","))):
-            result["decode_kernels"][name][str(batch)] = bench.kernels(batch)
-        if args.profile and args.prefills:
-            result["prefill_kernels"][name]["1x8192"] = bench.prefill_kernels(1, 8192)
+        result.update({part: result[part] | {name: {}} for part in PARTS})
+        measure(bench, name, args, result)
         del bench
         if args.output is not None:
             args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,6 +10,7 @@ from cli.flags import Launch
 from services.engine.settings import EngineSettings
 from services.engine.settings import check as check_engine
 from services.gateway.settings import GatewaySettings
+from services.mm_encoder.footprint import device_bytes
 from services.mm_encoder.settings import MmEncoderSettings
 from services.postproc.settings import PostprocSettings
 from shared import config
@@ -62,6 +63,7 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     told = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}
     told = ours | {_variable(name): _value(value) for name, value in told.items()}
     told |= _context_length(launch.model, told)
+    told.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, told)))
     only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port", "metrics_port")}
     known = {
         service: {_variable(name) for name in settings.__struct_fields__} for service, settings in SETTINGS.items()
@@ -91,6 +93,16 @@ def _variable(setting: str) -> str:
 
 def _value(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _encoder_bytes(model: Path, told: Mapping[str, str]) -> int:
+    """What the mm_encoder will take of the card that it shares with the engine, which may look before it is there."""
+    known = {_variable(name) for name in MmEncoderSettings.__struct_fields__}
+    settings = config.load(MmEncoderSettings, {name: value for name, value in told.items() if name in known})
+    if settings.device == "cpu":
+        return 0
+    facts = load_model_config(model)
+    return device_bytes(facts, settings.largest_pass(facts.vision))
 
 
 def _context_length(model: Path, told: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from services.engine.settings import EngineSettings
 from services.engine.step import Model
 from shared.errors import ConfigError
 from shared.model_config import ModelConfig
+
+CONTEXT_BYTES = 512 << 20  # what CUDA and its libraries hold of a device for this process, about
 
 Rehearse = Callable[[Tensor], None]  # holds what sampling from these logits would
 
@@ -77,21 +80,46 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A device's memory as this process finds it after its largest step, in bytes."""
+
+    total: int  # of the device, or of the part that this process is limited to
+    others: int  # what is gone and is not torch's: other processes, and the contexts of CUDA
+    peak: int  # torch's, with the weights
+    loose: int  # held by torch beside live tensors, in blocks that it cannot give back
+
+    def room(self, share: float, foreign: int, graphs: int) -> int:
+        """What is left for the cache, below 0 if nothing.
+
+        Args:
+            share: of the card that may be used at all.
+            foreign: what other processes will hold when all have started, or hold already.
+            graphs: what the captured steps will keep.
+        """
+        others = max(self.others, foreign + CONTEXT_BYTES)
+        return int(self.total * share) - others - self.peak - self.loose - graphs
+
+
 def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse) -> int:
     """Bytes that are left for the cache of what this process may use, after the largest step's peak."""
     device = model.device
     gc.collect()
     torch.cuda.empty_cache()
+    loose = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     rehearse(_largest_step(model, config, settings))
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
-    # What others and the CUDA context hold is not torch's, but is gone all the same.
-    foreign = total - free - torch.cuda.memory_reserved(device)
-    peak = torch.cuda.max_memory_allocated(device)
+    card = Card(
+        total=int(total * torch.cuda.get_per_process_memory_fraction(device)),
+        others=total - free - torch.cuda.memory_reserved(device),
+        peak=torch.cuda.max_memory_allocated(device),
+        loose=loose,
+    )
     torch.cuda.empty_cache()
     graphs = captured_bytes(settings.max_num_seqs, config.vocab_size)
-    return int(total * settings.gpu_memory_utilization) - foreign - peak - graphs
+    return card.room(settings.gpu_memory_utilization, settings.foreign_bytes, graphs)
 
 
 def _largest_step(model: Model, config: ModelConfig, settings: EngineSettings) -> Tensor:

@@ -20,7 +20,8 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     sampling_class: SamplingClass = "base"  # how top_k and top_p find what they keep: sorting, or not; the same draws
     block_size: int = 64
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.9  # of the device, for us and for all others on it
+    foreign_bytes: int = 0  # of it, what others hold or will: an mm_encoder on the same card may start after us
     num_gpu_blocks_override: int | None = None
     kv_cache_bytes: int = 1 << 30  # on the CPU: at most this, and never more than max_num_seqs full contexts
 
@@ -40,6 +41,8 @@ def check(settings: EngineSettings) -> None:
     for name in ("max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
         if (value := getattr(settings, name)) < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if settings.foreign_bytes < 0:
+        raise ConfigError(f"foreign_bytes is {settings.foreign_bytes}; it must be at least 0")
     if settings.num_gpu_blocks_override is not None and settings.num_gpu_blocks_override < 1:
         raise ConfigError(f"num_gpu_blocks_override is {settings.num_gpu_blocks_override}; it must be at least 1")
     if not settings.enable_chunked_prefill and settings.max_num_batched_tokens < settings.max_model_len:

@@ -48,8 +48,8 @@ def build(
     directory = Path(settings.model)
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
-    _check_device(settings.device)
-    weights = load_weights(Checkpoint(directory), model, settings.device)
+    device = _device(settings.device)
+    weights = load_weights(Checkpoint(directory), model, device)
     normal = load_normalisation(directory)
     font, own = timestamps.font_file(directory)
     if not own:
@@ -67,7 +67,7 @@ def build(
         max_frames=settings.video_max_frames,
         decode_s=settings.video_decode_s,
     )
-    encoder = Encoder(weights, model, settings.device, settings.tower_max_patches, normal.image_mean, normal.image_std)
+    encoder = Encoder(weights, model, device, settings.tower_max_patches, normal.image_mean, normal.image_std)
     preparer = Preparer(
         processor=Processor(settings.mm_processor_kwargs, limits, model.vision, font),
         fetcher=Fetcher(
@@ -105,11 +105,18 @@ def build(
     )
 
 
-def _check_device(device: str) -> None:
+def _device(wanted: str) -> str:
+    """
+    Raises:
+        ConfigError: it is not there.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"{config.variable('device')}: {device!r} cannot be used: {error}") from error
+        raise ConfigError(f"{config.variable('device')}: {wanted!r} cannot be used: {error}") from error
+    return wanted
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.processor import Patches
+from services.mm_encoder.patches import Patches
 
 
 class Encodes(Protocol):

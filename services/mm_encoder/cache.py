@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from services.mm_encoder.processor import Grid
+from services.mm_encoder.patches import Grid
 from services.mm_encoder.prompt import Embedded
 from shared.blobs import EMBEDS, Blobs
 from shared.messages import MediaKind

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.mm_encoder.patches import normalise
-from services.mm_encoder.processor import Grid, Patches
+from services.mm_encoder.patches import Grid, Patches, normalise
 from services.mm_encoder.resampler import run_resampler
+from services.mm_encoder.rows import by_rows
 from services.mm_encoder.tower import run_tower
 from services.mm_encoder.weights import VisionWeights
 from shared.model_config import ModelConfig
@@ -91,6 +91,6 @@ class Encoder:
 
     def _run(self, rows: Tensor, grids: Sequence[Grid]) -> Tensor:
         vision = self._config.vision
-        x = normalise(rows.to(self._device), self._mean, self._std, self._dtype)
+        x = by_rows(lambda some: normalise(some.to(self._device), self._mean, self._std, self._dtype), rows)
         x = run_tower(x, grids, self._weights.tower, vision)
         return run_resampler(x, grids, self._weights.resampler, vision, self._config.norm_eps)

@@ -1,5 +1,7 @@
 """Pixels as the vision tower reads them: uint8 rows of one patch each, and their normalisation on the device."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,6 +9,17 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """One image or video as the vision tower reads it."""
+
+    rows: NDArray[np.uint8]  # [t * h * w, channels * patch * patch]
+    grid: Grid  # frames, patch rows, patch columns
 
 
 def patch_rows(pixels: NDArray[np.uint8], patch: int, merge: int) -> NDArray[np.uint8]:

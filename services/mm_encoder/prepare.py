@@ -10,7 +10,8 @@ from typing import Any, TypeVar, TypeVarTuple
 from services.mm_encoder.cache import Embeds, Flights, content_key
 from services.mm_encoder.fetch import Fetcher
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.processor import Patches, Plan, Processor
+from services.mm_encoder.patches import Patches
+from services.mm_encoder.processor import Plan, Processor
 from services.mm_encoder.prompt import Embedded, text_tokens
 from services.mm_encoder.refusal import named, over_limit
 from shared.blobs import MEDIA, Blobs

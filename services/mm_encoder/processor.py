@@ -13,23 +13,13 @@ from PIL import Image, ImageFont
 
 from services.mm_encoder import sampling, timestamps
 from services.mm_encoder.image import open_image, resized, rgb_pixels
-from services.mm_encoder.patches import patch_rows
+from services.mm_encoder.patches import Patches, patch_rows
 from services.mm_encoder.refusal import refuse
 from services.mm_encoder.resize import smart_resize
 from services.mm_encoder.settings import ProcessorSettings
 from services.mm_encoder.video import VideoFacts, VideoLimits, decode, probe
 from shared.messages import Media, VideoOptions
 from shared.model_config import VisionConfig
-
-Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Patches:
-    """One image or video as the vision tower reads it."""
-
-    rows: NDArray[np.uint8]  # [t * h * w, channels * patch * patch]
-    grid: Grid  # frames, patch rows, patch columns
 
 
 @dataclass(frozen=True, slots=True)

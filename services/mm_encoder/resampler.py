@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.mm_encoder.rows import by_rows
 from services.mm_encoder.weights import Merger, Resampler
 from shared.model_config import VisionConfig
 
@@ -14,21 +15,27 @@ def run_resampler(
     x: Tensor, grids: Sequence[tuple[int, int, int]], weights: Resampler, config: VisionConfig, rms_eps: float
 ) -> Tensor:
     """[N, hidden] in merge-block order to [rows, text hidden]; a single frame is paired with itself."""
-    block = config.spatial_merge_size**2
-    x = _merge(x.reshape(-1, block * x.shape[1]), weights.spatial, config.norm_eps)
-    sizes = [t * h * w // block for t, h, w in grids]
-    pairs = [
-        _pair(one, t, config.temporal_merge_size) for one, (t, _, _) in zip(torch.split(x, sizes), grids, strict=True)
-    ]
-    x = _merge(torch.cat(pairs), weights.temporal, config.norm_eps)
-    return _rms_norm(F.linear(x, weights.out.weight, weights.out.bias), weights.norm, rms_eps)
+    eps, block = config.norm_eps, config.spatial_merge_size**2
+    x = by_rows(lambda rows: _merge(rows, weights.spatial, eps), x.reshape(-1, block * x.shape[1]))
+
+    def finish(places: Tensor) -> Tensor:
+        joined = _merge(x[places].flatten(1), weights.temporal, eps)
+        return _rms_norm(F.linear(joined, weights.out.weight, weights.out.bias), weights.norm, rms_eps)
+
+    return by_rows(finish, _pairs(grids, block, config.temporal_merge_size).to(x.device))
 
 
-def _pair(x: Tensor, frames: int, temporal: int) -> Tensor:
-    """[frames * n, d] to [frames / temporal * n, temporal * d]: the vectors at one place of consecutive frames."""
-    if frames == 1:
-        return x.repeat(1, temporal)
-    return x.reshape(frames // temporal, temporal, -1, x.shape[1]).transpose(1, 2).flatten(2).flatten(0, 1)
+def _pairs(grids: Sequence[tuple[int, int, int]], block: int, temporal: int) -> Tensor:
+    """[rows, temporal]: which vectors, at one place of consecutive frames, each row joins."""
+    found, start = [], 0
+    for t, h, w in grids:
+        each = h * w // block
+        frames = torch.arange(start, start + t * each).view(t, each)
+        if t == 1:
+            frames = frames.expand(temporal, each)
+        found.append(frames.reshape(-1, temporal, each).transpose(1, 2).flatten(0, 1))
+        start += t * each
+    return torch.cat(found)
 
 
 def _merge(x: Tensor, merger: Merger, eps: float) -> Tensor:

@@ -22,8 +22,8 @@ from services.mm_encoder import spans
 from services.mm_encoder.batcher import Batcher
 from services.mm_encoder.cache import Embeds, Flights
 from services.mm_encoder.metrics import Metrics
+from services.mm_encoder.patches import Patches
 from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
-from services.mm_encoder.processor import Patches
 from services.mm_encoder.prompt import Embedded, expand
 from services.mm_encoder.running import Outcome, Running
 from services.mm_encoder.turns import Turns

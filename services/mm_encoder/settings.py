@@ -72,7 +72,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     """Settings of this service. Limits are named in the error a client gets for passing them."""
 
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()
-    device: str = "cpu"
+    device: str = "auto"  # torch's name of one, or auto: the first GPU, or the CPU where there is none
     tower_max_patches: Positive = 32768  # in one pass of the vision tower; a larger image is a pass of its own
     concurrency: Positive = 8  # requests in hand at once
     preprocess_threads: Positive = 2  # decoding and resizing
@@ -85,6 +85,11 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     video_max_seconds: Seconds = 3600.0
     video_max_frames: Positive = 216_000  # in the file; how many are shown is mm_processor_kwargs' affair
     video_decode_s: Seconds = 120.0  # for decoding one video
+
+    def largest_pass(self, vision: VisionConfig) -> int:
+        """Patches."""
+        image = self.mm_processor_kwargs.image_max_pixels // vision.patch_size**2
+        return max(self.tower_max_patches, image)
 
     def __post_init__(self) -> None:
         if Image.MAX_IMAGE_PIXELS is not None and self.media_max_pixels > Image.MAX_IMAGE_PIXELS:

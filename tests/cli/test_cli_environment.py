@@ -14,11 +14,13 @@ from services.engine.metrics import EngineMetrics
 from services.engine.settings import EngineSettings
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
+from services.mm_encoder.footprint import device_bytes
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.settings import MmEncoderSettings
 from services.postproc.metrics import PostprocMetrics
 from shared import config
 from shared.errors import CheckpointError, ConfigError
+from shared.model_config import load_model_config
 
 URL = "redis://127.0.0.1:1"
 
@@ -126,3 +128,17 @@ def test_one_listener_can_show_the_metrics_of_all_four() -> None:
     registry = CollectorRegistry()
     for metrics in (GatewayMetrics, Metrics, EngineMetrics, PostprocMetrics):
         metrics(registry)
+
+
+def foreign_bytes(model: Path, *arguments: str, **environ: str) -> int:
+    told = environments(launch(model, *arguments), URL, environ)
+    return config.load(EngineSettings, own(told["engine"])).foreign_bytes
+
+
+def test_the_engine_leaves_room_for_the_vision_model_on_its_card(model: Path) -> None:
+    usual = foreign_bytes(model)
+    assert usual == device_bytes(load_model_config(model), 32768)
+    larger = foreign_bytes(model, "--mm-processor-kwargs", '{"image_max_pixels": 12845056}')
+    assert larger == device_bytes(load_model_config(model), 65536) > usual
+    assert foreign_bytes(model, MILLRACE_DEVICE="cpu") == 0
+    assert foreign_bytes(model, MILLRACE_FOREIGN_BYTES="7") == 7

@@ -7,7 +7,7 @@ import torch
 from engine_cases import CONFIG
 from torch import Tensor
 
-from services.engine.memory import allocate_cache, block_bytes, num_blocks
+from services.engine.memory import CONTEXT_BYTES, Card, allocate_cache, block_bytes, num_blocks
 from services.engine.model.inputs import KVCache, StepInput
 from services.engine.settings import EngineSettings
 from shared.errors import ConfigError
@@ -59,3 +59,20 @@ def test_an_override_wins() -> None:
 def test_too_small_for_one_context_is_an_error_with_numbers(changes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"max_model_len 100 needs 7 .*{next(iter(changes))}.* leaves 6 .*96 tokens"):
         blocks(**changes)
+
+
+GIB = 2**30
+
+
+def test_the_share_is_for_all_that_is_on_the_card() -> None:
+    card = Card(total=20 * GIB, others=GIB, peak=10 * GIB, loose=0)
+    assert card.room(0.9, 0, graphs=GIB) == 6 * GIB
+    assert Card(20 * GIB, GIB, 10 * GIB, loose=GIB // 2).room(0.9, 0, graphs=GIB) == 5.5 * GIB
+
+
+def test_who_comes_later_finds_room_and_is_not_counted_twice() -> None:
+    """An encoder that takes 3 GiB, before and after it has taken them."""
+    foreign, ours = 3 * GIB, CONTEXT_BYTES
+    before = Card(total=20 * GIB, others=ours, peak=10 * GIB, loose=0)
+    after = Card(total=20 * GIB, others=ours + foreign, peak=10 * GIB, loose=0)
+    assert before.room(0.9, foreign, 0) == after.room(0.9, foreign, 0) == 5 * GIB - ours

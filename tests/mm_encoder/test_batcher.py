@@ -14,7 +14,7 @@ from torch import Tensor
 from services.mm_encoder.batcher import Batcher
 from services.mm_encoder.cache import Flights
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.processor import Patches
+from services.mm_encoder.patches import Patches
 
 
 def patches(rows: int) -> Patches:

@@ -9,9 +9,10 @@ from msgspec.structs import replace as changed
 from oracle import Model, save_with_transformers
 from torch import Tensor
 
+import services.mm_encoder.rows
+import services.mm_encoder.tower
 from services.mm_encoder.encoder import Encoder, plan_passes
-from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise
-from services.mm_encoder.processor import Grid, Patches
+from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, Grid, Patches, normalise
 from services.mm_encoder.weights import load_weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
@@ -95,6 +96,18 @@ def test_the_size_of_a_pass_changes_nothing(
     expected_images, expected_videos = judged(judge, images), judged(judge, videos)
     expected = [expected_images[0], expected_videos[0], *expected_images[1:4], *expected_videos[1:], expected_images[4]]
     agree(encoder(directory, config, max_patches).encode(mixed), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 50])
+def test_how_many_rows_are_in_work_changes_nothing(
+    directory: Path, judge: Model, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """From parts of a frame to several frames at a time."""
+    images, videos = media(IMAGES), media(VIDEOS, seed=1)
+    expected = judged(judge, images) + judged(judge, videos)
+    monkeypatch.setattr(services.mm_encoder.rows, "ROWS", rows)
+    monkeypatch.setattr(services.mm_encoder.tower, "ROWS", rows)
+    agree(encoder(directory, config).encode([*images, *videos]), expected)
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(

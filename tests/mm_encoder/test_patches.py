@@ -14,8 +14,8 @@ from transformers.image_utils import load_image
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 
 from services.mm_encoder.image import open_image
-from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise
-from services.mm_encoder.processor import Patches, Processor
+from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, Patches, normalise
+from services.mm_encoder.processor import Processor
 from services.mm_encoder.settings import ProcessorSettings
 from services.mm_encoder.timestamps import font_file
 from services.mm_encoder.video import VideoLimits

@@ -15,8 +15,8 @@ from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import
 from transformers.video_utils import VideoMetadata
 
 from services.mm_encoder import timestamps, video
-from services.mm_encoder.patches import patch_rows
-from services.mm_encoder.processor import Patches, Processor, VideoPlan
+from services.mm_encoder.patches import Patches, patch_rows
+from services.mm_encoder.processor import Processor, VideoPlan
 from services.mm_encoder.settings import ProcessorSettings
 from services.mm_encoder.video import VideoLimits
 from shared.errors import RequestError

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.matmul import unpack, widen
+from services.engine.kernels.gpu.matmul import scales, unpack, widen
 from services.engine.kernels.quantize import GROUP, PLANES, Quantized
 
 # Groups of 256 inputs that a program widens, and its warps: two times eight words a thread.
@@ -32,7 +32,7 @@ def _dequantize_kernel(
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row, first = group // per_row, (group % per_row * GROUP)[:, None]
     inside = row < OUT
-    scale = tl.load(scale_ptr + first_row + row, inside, 0.0).to(tl.float32)[:, None]
+    scale = scales(scale_ptr + first_row + row, inside)[:, None]
     dtype = out_ptr.dtype.element_ty
     out_ptrs = out_ptr + row[:, None] * IN + first
     if BITS == 4:

@@ -16,7 +16,7 @@ from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.dequantize import dequantize
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts
+from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
 from services.engine.kernels.gpu.silu_mul import silu_mul
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
@@ -63,7 +63,7 @@ def _gate_up_kernel(
     x_ptr, place_ptr, owner_ptr, out_ptr,
     text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, P, share, x_stride, w_stride,
     E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
     expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
@@ -83,11 +83,11 @@ def _gate_up_kernel(
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     first = tl.program_id(2) * share
-    for k in range(first, tl.minimum(first + share, IN), BK):
-        gate, up = dot_two(gate, up, w_ptrs, up_ptrs, columns, x_ptrs, rows, k, IN, BK, BITS)
+    for block in range(first, tl.minimum(first + share, tl.cdiv(IN, BK))):
+        gate, up = dot_two(gate, up, w_ptrs, up_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
     if BITS != 16:
-        gate *= tl.load(scale_ptr + gate_row, n < width, 0.0).to(tl.float32)[:, None]
-        up *= tl.load(scale_ptr + gate_row + width, n < width, 0.0).to(tl.float32)[:, None]
+        gate *= scales(scale_ptr + gate_row, n < width)[:, None]
+        up *= scales(scale_ptr + gate_row + width, n < width)[:, None]
     if SPLIT:
         out = out_ptr + (tl.program_id(2) * P + pair.to(tl.int64)[None, :]) * 2 * TEXT + n[:, None]
         tl.store(out, gate, rows & columns)
@@ -102,7 +102,7 @@ def _gate_up_kernel(
 def _down_kernel(
     inner_ptr, place_ptr, owner_ptr, out_ptr,
     text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, H, TEXT, VISION, P, share, text_stride, vision_stride,
-    E: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr,
+    E: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
@@ -119,10 +119,10 @@ def _down_kernel(
     w_ptrs = w_ptr + w_row[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
     first = tl.program_id(2) * share
-    for k in range(first, tl.minimum(first + share, width), BK):
-        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, k, width, BK, BITS)
+    for block in range(first, tl.minimum(first + share, tl.cdiv(width, BK))):
+        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, width, BK, BITS, EVEN)
     if BITS != 16:
-        acc *= tl.load(scale_ptr + w_row, n < H, 0.0).to(tl.float32)[:, None]
+        acc *= scales(scale_ptr + w_row, n < H)[:, None]
     out = out_ptr + (tl.program_id(2) * P + pair.to(tl.int64)[None, :]) * H + n[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), rows & columns)
 
@@ -138,8 +138,12 @@ class Tile:
     splits: int = 1
 
     def share(self, inputs: int) -> int:
-        """Inputs of a part."""
-        return -(-inputs // (self.bk * self.splits)) * self.bk
+        """Blocks of `bk` inputs in a part."""
+        return -(-inputs // (self.bk * self.splits))
+
+    def even(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> bool:
+        """Whether tiles cover products of any of these sizes exactly, so that nothing need be masked."""
+        return not any(n % self.bk for n in inputs) and not any(n % self.bn for n in outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,18 +201,19 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     gate_text, gate_text_scale, bits = parts(once(text.gate_up))
     gate_vision, gate_vision_scale, _ = parts(once(vision.gate_up))
     text_width, vision_width = gate_text.shape[1] // 2, gate_vision.shape[1] // 2
+    widths = text_width, vision_width
     tiles = plan(pairs, 2 * per_pool, bits)
     flat = ids.flatten()
     place, owner = group_rows(flat, 2 * per_pool, tiles.rows) if tiles.grouped else (flat, flat)
     common = {"E": per_pool, "BITS": bits, "BM": tiles.rows, "SORTED": tiles.grouped, **overlapped(x)}
 
     tile, share = tiles.gate_up, tiles.gate_up.share(hidden)
-    splits = triton.cdiv(hidden, share)
+    splits = triton.cdiv(hidden, share * tile.bk)
     inner = _room(splits, pairs, 2 * text_width if splits > 1 else text_width, x)
     _gate_up_kernel[(triton.cdiv(text_width, tile.bn), len(owner), splits)](
         x, place, owner, inner, gate_text, gate_text_scale, gate_vision, gate_vision_scale,
         hidden, text_width, vision_width, pairs, share, x.stride(0), gate_text.stride(1),
-        K=top_k, SPLIT=splits > 1, BN=tile.bn, BK=tile.bk,
+        K=top_k, SPLIT=splits > 1, EVEN=tile.even((hidden,), widths), BN=tile.bn, BK=tile.bk,
         num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
     )  # fmt: skip
     del gate_text, gate_vision
@@ -217,13 +222,13 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     down_text, down_text_scale, _ = parts(once(text.down))
     down_vision, down_vision_scale, _ = parts(once(vision.down))
     tile, share = tiles.down, tiles.down.share(text_width)
-    splits = triton.cdiv(text_width, share)
+    splits = triton.cdiv(text_width, share * tile.bk)
     results = _room(splits, pairs, hidden, x)
     _down_kernel[(triton.cdiv(hidden, tile.bn), len(owner), splits)](
         inner, place, owner, results, down_text, down_text_scale, down_vision, down_vision_scale,
         hidden, text_width, vision_width, pairs, share, down_text.stride(1), down_vision.stride(1),
-        BN=tile.bn, BK=tile.bk, num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1,
-        **common,
+        EVEN=tile.even(widths, (hidden,)), BN=tile.bn, BK=tile.bk,
+        num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
     )  # fmt: skip
     return results
 
@@ -248,29 +253,33 @@ def plan(pairs: int, experts: int, bits: int) -> Tiles:
 
 def _plan4(pairs: int, each: float) -> Tiles:
     if pairs <= 12:
-        return Tiles(16, Tile(32, GROUP, 2, 2, 2), Tile(32, GROUP, 2, 2, 2), grouped=False)
+        return Tiles(8, Tile(32, GROUP, 2, 3), Tile(32, GROUP, 2, 3), grouped=False)
+    if each <= 2:
+        return Tiles(8, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 8:
-        return Tiles(16, Tile(32, GROUP, 2, 2), Tile(64, GROUP, 2, 2))
+        return Tiles(16, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 24:
-        return Tiles(32, Tile(64, GROUP, 4, 2), Tile(64, GROUP, 4, 2))
+        return Tiles(32, Tile(64, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
     return Tiles(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
 
 
 def _plan8(pairs: int, each: float) -> Tiles:
     if pairs <= 12:
-        return Tiles(16, Tile(32, 256, 2, 2, 2), Tile(32, 256, 2, 3), grouped=False)
+        return Tiles(8, Tile(16, 256, 1, 3), Tile(16, 256, 1, 3), grouped=False)
+    if each <= 2:
+        return Tiles(8, Tile(32, 256, 2, 3), Tile(64, 256, 4, 3))
     if each <= 8:
-        return Tiles(16, Tile(32, 256, 2, 3), Tile(64, 256, 2, 3))
+        return Tiles(16, Tile(32, 128, 2, 4), Tile(64, 256, 2, 3))
     if each <= 24:
-        return Tiles(32, Tile(32, 256, 2, 2), Tile(64, 128, 4, 3))
+        return Tiles(32, Tile(32, 128, 2, 3), Tile(64, 128, 4, 3))
     return Tiles(64, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
 
 
 def _plan16(pairs: int, each: float) -> Tiles:
     if pairs <= 12:
-        return Tiles(16, Tile(64, 128, 4, 3), Tile(32, 128, 4, 3), grouped=False)
+        return Tiles(8, Tile(16, 128, 1, 4), Tile(32, 128, 2, 4), grouped=False)
     if each <= 8:
-        return Tiles(16, Tile(64, 128, 4, 2), Tile(64, 128, 4, 2))
+        return Tiles(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
     if each <= 24:
-        return Tiles(32, Tile(128, 128, 8, 3), Tile(128, 128, 8, 3))
+        return Tiles(32, Tile(128, 128, 8, 3), Tile(64, 128, 4, 3))
     return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.dequantize import dequantize
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.matmul import dot_tile, widen
+from services.engine.kernels.gpu.matmul import dot_tile, scales, widen
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
 
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
@@ -29,26 +29,26 @@ def _linear_kernel(
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    first = tl.program_id(2) * share
+    block = tl.program_id(2) * share
+    last = tl.minimum(block + share, tl.cdiv(IN, BK))
     rows, columns = (m < M)[None, :], (n < N)[:, None]
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
-    start = first
     if EARLY:
         # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
-        column = first + tl.arange(0, BK)
+        column = block * BK + tl.arange(0, BK)
         inside = column < IN
         w = tl.load(w_ptrs + column[None, :], columns & inside[None, :], 0)
         predecessor(PDL)
         x = tl.load(x_ptrs + column[:, None], rows & inside[:, None], 0.0)
         acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
-        start += BK
+        block += 1
     else:
         predecessor(PDL)
-    for k in range(start, tl.minimum(first + share, IN), BK):
-        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, k, IN, BK, BITS)
-    acc *= tl.load(scale_ptr + n, n < N, 0.0).to(tl.float32)[:, None]
+    for nth in range(block, last):
+        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, False)
+    acc *= scales(scale_ptr + n, n < N)[:, None]
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), rows & columns)
 
@@ -71,8 +71,8 @@ def partial_linear(x: Tensor, weight: Weight) -> Tensor:
         return F.linear(x, dequantize(weight)).unsqueeze(0)
     (rows, inputs), outputs = x.shape, weight.scale.shape[0]
     bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, inputs, weight.bits)
-    share = -(-inputs // (bk * splits)) * bk
-    splits = triton.cdiv(inputs, share)
+    share = -(-inputs // (bk * splits))
+    splits = triton.cdiv(inputs, share * bk)
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, rows, outputs, dtype=dtype, device=x.device)
     _linear_kernel[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm), splits)](

@@ -1,0 +1,18 @@
+"""What the engine's decode runs have in common, wherever their steps are watched."""
+
+import statistics
+from collections.abc import Sequence
+
+PROMPT = 1024  # tokens
+GENERATED = 72  # tokens
+WARM_STEPS = 8
+
+
+def step_ms(stamps: Sequence[tuple[float, int]], requests: int) -> float:
+    """Mean milliseconds of the steps in which all requests decode, but for the first few.
+
+    Args:
+        stamps: when each step's tokens came, in seconds, and how many.
+    """
+    full = [i for i, (_, tokens) in enumerate(stamps) if tokens == requests][WARM_STEPS:]
+    return 1000 * statistics.fmean(stamps[i][0] - stamps[i - 1][0] for i in full)
