@@ -76,6 +76,7 @@ class HostStep:
             logit_rows=move(self.logit_rows),
             max_query_len=self.max_query_len,
             max_context_len=longest,
+            lengths=tuple(zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)),
         )
 
 

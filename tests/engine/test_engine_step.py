@@ -44,6 +44,12 @@ def test_decoding_is_built_as_any_step_is() -> None:
     assert not quick.samples_all
 
 
+def test_a_step_knows_its_lengths_on_the_host() -> None:
+    step = StepBuilder(Model(), BLOCK, image_patch_id=52)._decode(decoding()).to(Model.device, BLOCK)
+    assert step.lengths == tuple(zip(step.query_start.diff().tolist(), step.context_lens.tolist(), strict=True))
+    assert step.lengths == ((1, 4), (1, 14), (1, 8), (1, 7))
+
+
 def test_tables_hold_the_blocks_of_every_row() -> None:
     tables = BlockTables(4, 6, torch.device("cpu"))
     rows = [np.array(blocks, np.int32).tobytes() for blocks in ([5, 6, 7], [1], [2, 3])]

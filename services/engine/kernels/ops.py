@@ -10,7 +10,7 @@ from services.engine.kernels.linear_add_norm import linear_add_norm
 from services.engine.kernels.logits import logits
 from services.engine.kernels.mlp import SwiGLU, mlp_add_norm
 from services.engine.kernels.moe import MoE, moe_add_norm
-from services.engine.kernels.paged_attention import paged_attention
+from services.engine.kernels.paged_attention import Lengths, paged_attention
 from services.engine.kernels.qkv import qkv
 from services.engine.kernels.quantize import Weight
 from services.engine.kernels.rms_norm import rms_norm
@@ -29,7 +29,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     qkv: Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = qkv
     paged_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float],
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, Lengths],
         Tensor,
     ] = paged_attention
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm

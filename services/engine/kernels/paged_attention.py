@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Lengths = tuple[tuple[int, int], ...]  # of each sequence: new tokens, and tokens in all
+
 
 def paged_attention(
     query: Tensor,
@@ -15,6 +17,7 @@ def paged_attention(
     max_query_len: int,
     max_context_len: int,
     scale: float,
+    lengths: Lengths = (),
 ) -> Tensor:
     """Softmax in float32 over the keys at or before each query's place in its sequence.
 
@@ -30,20 +33,21 @@ def paged_attention(
         context_lens: [S] int32.
         max_query_len, max_context_len: bounds for planning a launch without reading the tensors.
         scale: factor on the scores.
+        lengths: what query_start and context_lens say, for planning launches, or () where nobody knows.
 
     Returns:
         [N, heads, D], contiguous, dtype of query.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     tables = block_tables[:, : -(-max_context_len // keys.shape[1])].long()
-    lengths = query_start.diff()
-    single = (lengths == 1).nonzero().flatten()
+    rows_of = query_start.diff()
+    single = (rows_of == 1).nonzero().flatten()
     if len(single):
         rows = query_start[single].long()
         out[rows] = _decode(query[rows], keys, values, tables[single], context_lens[single], scale)
     if max_query_len > 1:
         starts, contexts = query_start.tolist(), context_lens.tolist()
-        for s in (lengths > 1).nonzero().flatten().tolist():
+        for s in (rows_of > 1).nonzero().flatten().tolist():
             chunk = slice(starts[s], starts[s + 1])
             key, value = (_gather(cache, tables[s], contexts[s]) for cache in (keys, values))
             out[chunk] = _chunk(query[chunk], key, value, scale)

@@ -85,6 +85,7 @@ class ErnieModel:
             step.max_query_len,
             step.max_context_len,
             self._scale,
+            step.lengths,
         )
         return attended.flatten(1)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.engine.kernels.paged_attention import Lengths
+
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
@@ -26,6 +28,7 @@ class StepInput:
     logit_rows: Tensor  # [R] int64: rows whose logits are wanted
     max_query_len: int
     max_context_len: int
+    lengths: Lengths = ()  # of each sequence as the host knows them; () where a step is captured
 
 
 @dataclass(frozen=True, slots=True)

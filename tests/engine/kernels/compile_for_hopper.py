@@ -1,4 +1,4 @@
-"""Compiles kernels for an H200 as their wrappers launch them, of sampling and of a decode step; prints their names.
+"""Compiles kernels for an H200 as their wrappers launch them; prints their names.
 
 Needs no GPU. A program of its own: Triton is told once a process whether it compiles or interprets.
 """
@@ -6,14 +6,28 @@ Needs no GPU. A program of its own: Triton is told once a process whether it com
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from services.engine.kernels.gpu import linear, mlp, paged_attention, pick, qkv, router, threshold
-from services.engine.kernels.quantize import Quantized
+from services.engine.kernels.experts import ExpertPool
+from services.engine.kernels.gpu import (
+    dequantize,
+    experts,
+    grouped,
+    linear,
+    paged_attention,
+    pick,
+    qkv,
+    rms_norm,
+    router,
+    sort,
+    threshold,
+)
+from services.engine.kernels.quantize import Quantized, quantize
 
-SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS = 1, 2560, 20, 4, 128, 64
+SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS = 20, 2560, 20, 4, 128, 64
 
 
 class NoDriver:
@@ -40,16 +54,22 @@ def main() -> None:
 
     JITFunction.run = compile_only
     driver.set_active(NoDriver())
-    for module in (linear, paged_attention, pick, router, threshold):
+    for module in (dequantize, experts, grouped, linear, paged_attention, pick, qkv, rms_norm, router, sort, threshold):
         module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
+    sampling()
+    decode(1)
+    decode(SEQUENCES)
+    prefill()
+
+
+def sampling() -> None:
     probs, zeros = torch.zeros(2, 103424), torch.zeros(2)
     threshold.threshold(probs, zeros, zeros.long(), zeros.double())
     pick.pick(probs, zeros, zeros.double())
-    decode()
 
 
-def decode() -> None:
-    """A layer's launches for one sequence, but for its experts."""
+def decode(sequences: int) -> None:
+    """A layer's launches, but for the dense ones of its block of experts."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -57,13 +77,40 @@ def decode() -> None:
     def weight(outputs: int) -> Quantized:
         return Quantized(zeros(outputs, HIDDEN, dtype=torch.int8), zeros(outputs), 8, HIDDEN)
 
-    x, angles, cache = zeros(SEQUENCES, HIDDEN), zeros(SEQUENCES, DIM // 2, dtype=torch.float32), zeros(2, 64, 4, DIM)
-    slots, ints = zeros(SEQUENCES, dtype=torch.int64), zeros(SEQUENCES + 1, 40, dtype=torch.int32)
+    x, angles, cache = zeros(sequences, HIDDEN), zeros(sequences, DIM // 2, dtype=torch.float32), zeros(2, 64, 4, DIM)
+    slots, ints = zeros(sequences, dtype=torch.int64), zeros(sequences + 1, 40, dtype=torch.int32)
     query = qkv.qkv(x, weight((HEADS + 2 * KV_HEADS) * DIM), angles, angles, cache, cache, slots)
     paged_attention.paged_attention(query, cache, cache, ints[:-1], ints[:, 0], ints[:-1, 0], 1, 2560, 0.1)
-    mlp.linear_add_norm(x, weight(HIDDEN), x, zeros(HIDDEN), 1e-5)
+    rms_norm.add_norm(linear.partial_linear(x, weight(HIDDEN)), x, zeros(HIDDEN), 1e-5)
     gate, bias = zeros(2 * EXPERTS, HIDDEN, dtype=torch.float32), zeros(2 * EXPERTS, dtype=torch.float32)
-    router.router(x, gate, bias, zeros(SEQUENCES, dtype=torch.bool), 6)
+    router.router(x, gate, bias, zeros(sequences, dtype=torch.bool), 6)
+    experts.partial_experts(x, zeros(sequences, 6, dtype=torch.int32), *pools())
+
+
+def pools() -> list[ExpertPool]:
+    """Two experts of the text pool and two of the vision pool, in 4 bits."""
+    return [
+        ExpertPool(
+            quantize(torch.zeros(2, 2 * width, HIDDEN).bfloat16(), 4),
+            quantize(torch.zeros(2, HIDDEN, width).bfloat16(), 4),
+        )
+        for width in (1536, 512)
+    ]
+
+
+def prefill() -> None:
+    """The kernels that the copy engine feeds, at the model's widths."""
+
+    def room(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    rows = 256
+    grouped.grouped_experts(room(rows, HIDDEN), torch.zeros(rows, 6, dtype=torch.int32), *pools())
+    pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)
+    tables = torch.zeros(1, 4, dtype=torch.int32)
+    paged_attention.paged_attention(
+        room(rows, 20, 128), pages, pages, tables, lengths, lengths[1:], rows, rows, 128**-0.5
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

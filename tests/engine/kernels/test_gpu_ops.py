@@ -1,7 +1,6 @@
 """Triton operations against their torch references: on the GPU where there is one, else in Triton's interpreter."""
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,11 +13,14 @@ if DEVICE == "cpu":
 
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import experts as gpu_experts
+from services.engine.kernels.gpu import grouped, whole_prompt
 from services.engine.kernels.gpu import linear as gpu_linear
 from services.engine.kernels.gpu import paged_attention as gpu_attention
+from services.engine.kernels.gpu import qkv as gpu_qkv
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.dequantize import dequantize as gpu_dequantize
 from services.engine.kernels.gpu.ops import gpu_ops
+from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.linear import linear
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
@@ -106,6 +108,11 @@ def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
     assert torch.equal(OPS.qkv(x, w, cos, sin, caches[0], caches[1], slots), query)
 
 
+def test_qkv_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_qkv, "MANY_ROWS", 3)
+    test_qkv(5, 16, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rows", [1, 70])
@@ -182,6 +189,18 @@ def test_a_row_of_no_numbers_gets_experts() -> None:
     assert ids.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_router_of_many_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_router, "TILED_ROWS", 30)
+    test_router(31, 96, 6, dtype)
+
+
+def test_three_summands_hold_a_gate() -> None:
+    gate = draw(6, 500) * 2.0 ** torch.arange(-3, 3, device=DEVICE).unsqueeze(1)
+    parts = gpu_router.split(gate).view(3, 6, 500).double()
+    assert ((parts.sum(0) - gate.double()).abs() <= gate.double().abs() * 2.0**-24).all()
+
+
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(
@@ -203,6 +222,15 @@ def test_dequantize(bits: int, dtype: torch.dtype) -> None:
     w = weight(3, 19, 300, bits=bits, dtype=dtype, seed=1)
     assert isinstance(w, Quantized)
     assert torch.equal(gpu_dequantize(w), dequantize(w))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantize_skips_what_is_not_used(bits: int) -> None:
+    w = weight(3, 19, 300, bits=bits, dtype=torch.float32, seed=1)
+    assert isinstance(w, Quantized)
+    out = gpu_dequantize(w, torch.tensor([7, 0, 1], dtype=torch.int32, device=DEVICE))
+    assert torch.equal(out[[0, 2]], dequantize(w)[[0, 2]])
+    assert out[1].isnan().all()
 
 
 def test_every_stored_byte_widens_exactly() -> None:
@@ -234,6 +262,64 @@ def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None
     close(combined, experts(x, ids, weights, text, vision))
 
 
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("persistent", [0, 1])
+def test_experts_of_many_rows(
+    bits: int, persistent: int, gather: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Widths that are no multiple of a tile, but of what the copy engine reads; some experts get no row.
+    rows, count, hidden, top_k, tile = 90, 4, 72, 3, 16
+    monkeypatch.setattr(grouped, "ROWS", tile)
+    monkeypatch.setattr(grouped, "EACH", 1)
+    monkeypatch.setattr(grouped, "QUANTIZED_ROWS", rows)
+    for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
+        monkeypatch.setattr(grouped, name, grouped.Cut(outputs, 32, 4, 2, persistent=persistent, gather=gather))
+
+    def pool(width: int, seed: int) -> ExpertPool:
+        return ExpertPool(
+            weight(count, 2 * width, hidden, bits=bits, dtype=dtype, seed=seed),
+            weight(count, hidden, width, bits=bits, dtype=dtype, seed=seed + 1),
+        )
+
+    text, vision = pool(40, 1), pool(24, 3)
+    generator = torch.Generator().manual_seed(rows)
+    choice = torch.rand(rows, count, generator=generator).topk(top_k, -1).indices
+    choice[choice == 2] = 1
+    ids = (choice + count * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
+    weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
+    x = draw(rows, hidden, dtype=dtype)
+    assert grouped.takes(x, ids, text, vision)
+    results = gpu_experts.partial_experts(x, ids, text, vision).float().sum(0).view(rows, top_k, hidden)
+    combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
+    close(combined, experts(x, ids, weights, text, vision))
+
+
+def test_the_copy_engine_reads_rows_of_whole_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "EACH", 1)
+    for hidden, taken in ((72, True), (71, False)):
+        pool = ExpertPool(draw(4, 80, hidden), draw(4, hidden, 40))
+        assert grouped.takes(draw(90, hidden), torch.zeros(90, 3, dtype=torch.int32), pool, pool) == taken
+
+
+@pytest.mark.parametrize(("pairs", "experts"), [(1, 4), (37, 16), (3000, 16)])
+@pytest.mark.parametrize("tile", [16, 128])
+def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None:
+    ids = torch.randint(0, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
+    ids[ids == 1] = 0
+    order = sort_pairs(ids.to(DEVICE), experts, tile)
+    place, owner, bounds = order.place.tolist(), order.owner.tolist(), order.bounds.tolist()
+    assert sorted(pair for pair in place if pair >= 0) == list(range(pairs))
+    for row, pair in enumerate(place):
+        if pair >= 0:
+            assert owner[row // tile] == ids[pair]
+    assert order.counts.tolist() == torch.bincount(ids, minlength=experts).tolist()
+    tiles = [-(-count // tile) for count in order.counts.tolist()]
+    assert bounds == [0, sum(tiles[: experts // 2]), sum(tiles)]
+    assert all(expert == experts for expert in owner[bounds[2] :])
+
+
 @pytest.mark.parametrize("pairs", [1, 37, 3000])
 @pytest.mark.parametrize("tile", [16, 128])
 def test_rows_are_grouped_by_expert(pairs: int, tile: int) -> None:
@@ -247,42 +333,37 @@ def test_rows_are_grouped_by_expert(pairs: int, tile: int) -> None:
     assert all(e >= count for e, t in zip(tile_expert, place.view(-1, tile), strict=True) if (t < 0).all())
 
 
-@dataclass
-class Paged:
-    """Sequences whose pages are shuffled."""
-
-    lengths: list[int]  # new tokens
-    cached: list[int]
-    dtype: torch.dtype
-    page: int = 16
-
-    def arguments(self) -> tuple[Any, ...]:
-        heads, kv_heads, dim, page = 10, 2, 24, self.page
-        contexts = [n + cached for n, cached in zip(self.lengths, self.cached, strict=True)]
-        needed = [-(-c // page) for c in contexts]
-        order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
-        tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
-        caches = [draw(sum(needed), page, kv_heads, dim, dtype=self.dtype, seed=s) for s in (5, 6)]
-        for row, blocks in zip(tables, order.split(needed), strict=True):
-            row[: len(blocks)] = blocks
-        qkv = draw(sum(self.lengths), heads + 2, dim, dtype=self.dtype)
-        starts = torch.tensor([0, *torch.tensor(self.lengths).cumsum(0).tolist()], dtype=torch.int32)
-        return (
-            qkv[:, :heads],
-            *caches,
-            tables.to(DEVICE),
-            starts.to(DEVICE),
-            torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
-            max(self.lengths),
-            max(contexts),
-            dim**-0.5,
-        )
+def attention_arguments(
+    lengths: list[int], cached: list[int], page: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """Of sequences whose pages are shuffled."""
+    contexts = [n + before for n, before in zip(lengths, cached, strict=False)]
+    needed = [-(-c // page) for c in contexts]
+    order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
+    for row, blocks in zip(tables, order.split(needed), strict=True):
+        row[: len(blocks)] = blocks
+    keys, values = (draw(sum(needed), page, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6))
+    qkv = draw(sum(lengths), heads + 2, dim, dtype=dtype)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return (
+        qkv[:, :heads],
+        keys,
+        values,
+        tables.to(DEVICE),
+        starts.to(DEVICE),
+        torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
+        max(lengths),
+        max(contexts),
+        dim**-0.5,
+        tuple(zip(lengths, contexts, strict=True)),
+    )
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [1], [5, 1, 40], [130, 3], [16, 17]])
 def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -> None:
-    arguments = Paged(lengths, [0, 100, 33][: len(lengths)], dtype).arguments()
+    arguments = attention_arguments(lengths, [0, 100, 33], 16, 10, 2, 24, dtype)
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
 
 
@@ -290,7 +371,7 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
 @pytest.mark.parametrize("programs", [1, 12, 1024])
 def test_however_a_context_is_split(programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_attention, "PROGRAMS", programs)
-    arguments = Paged([1, 1], [14, 300], dtype).arguments()
+    arguments = attention_arguments([1, 1], [14, 300], 16, 10, 2, 24, dtype)
     first = OPS.paged_attention(*arguments)
     close(first, REFERENCE.paged_attention(*arguments))
     # The counts are 0 again.
@@ -299,9 +380,52 @@ def test_however_a_context_is_split(programs: int, dtype: torch.dtype, monkeypat
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 def test_what_lies_behind_a_context_is_not_read(dtype: torch.dtype) -> None:
-    arguments = Paged([1], [20], dtype).arguments()
+    arguments = attention_arguments([1], [20], 16, 10, 2, 24, dtype)
     expected = OPS.paged_attention(*arguments)
     _, keys, values, tables, *_ = arguments
     for cache in (keys, values):
         cache[tables[0, 1], 5:] = float("nan")
     assert torch.equal(OPS.paged_attention(*arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("cached", [[0, 0, 0], [70, 128, 1]])
+def test_attention_to_pages_by_the_copy_engine(
+    cached: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_attention, "LONG", gpu_attention.Cut(32, 16, 4, 2, pagewise=True))
+    arguments = attention_arguments([130, 1, 33], cached, 16, 4, 2, 32, dtype)
+    close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "cached", "prompts"),
+    [
+        ([43], [0], 1),
+        ([1, 40, 5, 64, 41, 17], [9, 0, 30, 0, 0, 33], 3),
+        ([41, 41], [1, 0], 1),
+        ([9, 41], [0, 3], 0),
+    ],
+)
+def test_the_library_attends_to_whole_prompts(
+    lengths: list[int], cached: list[int], prompts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded: 43 to 44, 41 to 44; the kernel takes the others, whatever lies between them."""
+    seen = []
+
+    def spy(query: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(query))
+        return whole_prompt.whole_prompt(query, *rest)
+
+    monkeypatch.setattr(whole_prompt, "LEAST", 40)
+    monkeypatch.setattr(gpu_attention, "suits", lambda query: True)
+    monkeypatch.setattr(gpu_attention, "whole_prompt", spy)
+    arguments = attention_arguments(lengths, cached, 16, 4, 2, 32, dtype)
+    close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
+    assert len(seen) == prompts
+
+
+@pytest.mark.parametrize(("length", "planned"), [(2048, 2048), (2049, 2304), (5000, 5120), (8192, 8192), (8193, 9216)])
+def test_prompts_are_padded_to_few_lengths(length: int, planned: int) -> None:
+    assert whole_prompt.planned_length(length) == planned

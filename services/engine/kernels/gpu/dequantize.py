@@ -9,41 +9,64 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import scales, unpack, widen
 from services.engine.kernels.quantize import GROUP, PLANES, Quantized
 
-ROWS = 16  # of a program
+# Groups of 256 inputs that a program widens, and its warps: two times eight words a thread.
+GROUPS, WARPS = 64, 4
+RUN = 8  # values that a thread stores together: 16 bytes
 
 
 @triton.jit
 def _dequantize_kernel(
-    data_ptr, scale_ptr, out_ptr, ROWS_ALL, IN, data_stride,
-    BITS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
+    data_ptr, scale_ptr, used_ptr, out_ptr, OUT, IN, per_row, data_stride,
+    BITS: tl.constexpr, USED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
+    RUN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rows = (row < ROWS_ALL)[:, None]
-    scale = scales(scale_ptr + row, row < ROWS_ALL)[:, None]
+    index = tl.program_id(1)
+    uses = tl.load(used_ptr + index) if USED else 1
+    if uses == 0:
+        return
+    first_row = index.to(tl.int64) * OUT
+    data_ptr += first_row * data_stride
+    out_ptr += first_row * IN
+    # A weight is a list of groups, in memory as in this order: what a program reads and writes is of one piece.
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row, first = group // per_row, (group % per_row * GROUP)[:, None]
+    inside = row < OUT
+    scale = scales(scale_ptr + first_row + row, inside)[:, None]
     dtype = out_ptr.dtype.element_ty
-    data_ptrs, out_ptrs = data_ptr + row[:, None] * data_stride, out_ptr + row[:, None] * IN
-    for first in range(0, IN, GROUP):
-        if BITS == 4:
-            lane = tl.arange(0, GROUP // PLANES)
-            planes = unpack(tl.load(data_ptrs + (first // PLANES + lane)[None, :], rows, 0), dtype)
-            for j in tl.static_range(PLANES):
-                column = first + j * (GROUP // PLANES) + lane
-                value = (planes[j].to(tl.float32) * scale).to(dtype)
-                tl.store(out_ptrs + column[None, :], value, rows & (column < IN)[None, :])
-        else:
-            column = first + tl.arange(0, GROUP)
-            mask = rows & (column < IN)[None, :]
-            values = widen(tl.load(data_ptrs + column[None, :], mask, 0), dtype)
-            tl.store(out_ptrs + column[None, :], (values.to(tl.float32) * scale).to(dtype), mask)
+    out_ptrs = out_ptr + row[:, None] * IN + first
+    if BITS == 4:
+        lane = tl.arange(0, GROUP // PLANES)[None, :]
+        words = tl.load(data_ptr + row[:, None] * data_stride + first // PLANES + lane, inside[:, None], 0)
+        planes = unpack(words, dtype)
+        for j in tl.static_range(PLANES):
+            column = j * (GROUP // PLANES) + lane
+            value = (planes[j].to(tl.float32) * scale).to(dtype)
+            tl.store(out_ptrs + column, value, inside[:, None] & (first + column < IN))
+    else:
+        # Read in the runs that are stored, or each value would change its thread in between.
+        column = tl.max_contiguous(tl.multiple_of(tl.arange(0, GROUP), RUN), RUN)[None, :]
+        mask = inside[:, None] & (first + column < IN)
+        values = widen(tl.load(data_ptr + row[:, None] * data_stride + first + column, mask, 0), dtype)
+        tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), mask)
 
 
-def dequantize(weight: Quantized) -> Tensor:
-    """See the reference: services.engine.kernels.quantize.dequantize."""
-    shape, rows = weight.scale.shape, weight.scale.numel()
-    out = torch.empty(*shape, weight.in_features, dtype=weight.scale.dtype, device=weight.data.device)
-    _dequantize_kernel[(triton.cdiv(rows, ROWS),)](
-        weight.data, weight.scale, out, rows, weight.in_features, weight.data.stride(-2),
-        BITS=weight.bits, ROWS=ROWS, GROUP=GROUP, PLANES=PLANES, num_warps=4, **overlapped(out),
+def dequantize(weight: Quantized, used: Tensor | None = None) -> Tensor:
+    """See the reference: services.engine.kernels.quantize.dequantize.
+
+    Args:
+        used: [E] int32 for a weight [E, out, in]: where 0, nothing is read, and the result is left as it was found.
+    """
+    shape, inputs = weight.scale.shape, weight.in_features
+    outputs = shape[-1]
+    count = weight.scale.numel() // outputs
+    out = torch.empty(*shape, inputs, dtype=weight.scale.dtype, device=weight.data.device)
+    per_row = triton.cdiv(inputs, GROUP)
+    # Bytes need fewer groups for as many values a thread.
+    groups = GROUPS if weight.bits == 4 else GROUPS // 4
+    _dequantize_kernel[(triton.cdiv(outputs * per_row, groups), count)](
+        weight.data, weight.scale, out if used is None else used, out, outputs, inputs, per_row, weight.data.stride(-2),
+        BITS=weight.bits, USED=used is not None, GROUPS=groups, GROUP=GROUP, PLANES=PLANES, RUN=RUN,
+        num_warps=WARPS, **overlapped(out),
     )  # fmt: skip
     return out

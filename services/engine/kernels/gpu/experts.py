@@ -14,9 +14,11 @@ from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.dequantize import dequantize
+from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
 from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
 
 DEQUANTIZED_ROWS = 8192
@@ -164,10 +166,11 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
         place [tiles * tile] int32, the pair of each row or -1; tile_expert [tiles] int32, >= experts past the end.
     """
     pairs = len(ids)
+    if pairs > 2048:
+        order = sort_pairs(ids, experts, tile)
+        return order.place, order.owner
     tiles = min(pairs, triton.cdiv(pairs, tile) + experts)
     place = torch.empty(tiles * tile, dtype=torch.int32, device=ids.device)
-    if pairs > 2048:
-        return place, _group_many(ids, experts, tile, tiles, place.fill_(-1))
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=ids.device)
     cursor = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
     _sort_kernel[(1,)](
@@ -176,18 +179,6 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
         **overlapped(ids),
     )  # fmt: skip
     return place, tile_expert
-
-
-def _group_many(ids: Tensor, experts: int, tile: int, tiles: int, place: Tensor) -> Tensor:
-    """The same by the device's radix sort: for prefill, where its launches do not count. Fills `place`."""
-    ranked, order = ids.sort(stable=True)
-    starts = torch.searchsorted(ranked, torch.arange(experts + 1, dtype=ids.dtype, device=ids.device))
-    needed = (starts.diff() + tile - 1) // tile
-    ends = needed.cumsum(0)
-    expert = ranked.long()
-    row = (ends - needed)[expert] * tile + torch.arange(len(ids), device=ids.device) - starts[expert]
-    place[row] = order.to(torch.int32)
-    return torch.searchsorted(ends, torch.arange(tiles, device=ids.device), right=True).to(torch.int32)
 
 
 def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
@@ -201,6 +192,8 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     Returns:
         [parts, N K, H]: one part in the dtype of x, or several in float32.
     """
+    if takes(x, ids, text, vision):
+        return grouped_experts(x, ids, text, vision)
     (rows, hidden), top_k, per_pool = x.shape, ids.shape[1], len(text)
     pairs = rows * top_k
     # With so many rows the arithmetic takes longer than dequantising both pools does, one product after the other.

@@ -1,17 +1,24 @@
 """Causal attention over the paged cache: one kernel for prefill chunks, and one split over the context for decode.
+Long prompts of which nothing is cached are the library's business: services.engine.kernels.gpu.whole_prompt.
 
 Decode reads each key and value once for the group of query heads that shares them. The context is cut into a number of
 splits that depends on the number of sequences only, so that a captured graph stays valid as contexts grow; the last
 program of a group to finish merges the splits' partial softmaxes.
 """
 
+from dataclasses import dataclass
+from itertools import groupby
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.whole_prompt import suits, whole, whole_prompt
+from services.engine.kernels.paged_attention import Lengths
 
 PROGRAMS = 1024  # decode programs to aim at: enough to fill the device whatever the batch
 MAX_SPLITS = 64
@@ -20,8 +27,21 @@ GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query head
 DECODE = 64, 4, 3  # tokens of a decode program's tile, at most a page; its warps and stages
 MERGED = 8  # partial softmaxes that are read together, at most
 
-# Queries and keys of a prefill program's tile, its warps and stages: for long chunks and for short ones.
-LONG, SHORT = (128, 128, 8, 2), (16, 64, 4, 3)
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a prefill is cut."""
+
+    queries: int  # of a tile
+    keys: int
+    warps: int
+    stages: int
+    pagewise: bool = False  # keys come a page at a time, by the copy engine, where a page is as long as the tile
+    registers: int | None = None  # of a thread, at most
+
+
+# For long chunks, of which two programs of a multiprocessor hide each other's exponentials, and for short ones.
+LONG, SHORT = Cut(128, 64, 4, 2, pagewise=True), Cut(16, 64, 4, 3)
 
 
 @triton.jit
@@ -144,11 +164,12 @@ def _merge_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr,
+    q_ptr, k, v, tables_ptr, starts_ptr, contexts_ptr, out_ptr,
     q_stride, q_head_stride, table_stride, heads, kv_heads, scale,
     G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
+    PAGEWISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """k and v: the caches' pointers, or with PAGEWISE descriptors of [blocks PAGE, kv_heads D] by pages of a head."""
     predecessor(PDL)
     sequence, head = tl.program_id(2), tl.program_id(1)
     start = tl.load(starts_ptr + sequence)
@@ -158,11 +179,10 @@ def _prefill_kernel(
     if tile * BM >= length:
         return
     context = tl.load(contexts_ptr + sequence)
-    query, d, token = tile * BM + tl.arange(0, BM), tl.arange(0, DPAD), tl.arange(0, BN)
+    query, d = tile * BM + tl.arange(0, BM), tl.arange(0, DPAD)
     rows = (start + query).to(tl.int64)
     q_mask = (query[:, None] < length) & (d[None, :] < D)
     q = tl.load(q_ptr + rows[:, None] * q_stride + head * q_head_stride + d[None, :], q_mask, 0.0)
-    kv_head = head // G
     position = context - length + query
     visible = tl.minimum(context - length + (tile + 1) * BM, context)
     whole = ((context - length + tile * BM + 1) // BN) * BN  # keys before this are seen by every row of the tile
@@ -170,24 +190,49 @@ def _prefill_kernel(
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DPAD), tl.float32)
     factor = scale * 1.4426950408889634  # exp2 is the hardware's exponential
-    for first in range(0, visible, BN):
-        at = first + token
-        page = tl.load(tables_ptr + sequence * table_stride + at // PAGE, at < context, 0).to(tl.int64)
-        base = ((page * PAGE + at % PAGE)[:, None] * kv_heads + kv_head) * D + d[None, :]
-        d_mask = d[None, :] < D
-        k = tl.load(k_ptr + base, d_mask, 0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-        if first >= whole:
-            scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
-        peak = tl.maximum(high, tl.max(scores, 1))
-        shrink = tl.exp2(high - peak)
-        p = tl.exp2(scores - peak[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        v = tl.load(v_ptr + base, d_mask, 0.0)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        high = peak
+    table_ptr = tables_ptr + sequence * table_stride
+    # Two loops, so that the long one neither masks nor branches.
+    acc, high, total = _attend(
+        acc, high, total, q, k, v, table_ptr, 0, whole, context, position, head // G, kv_heads, factor,
+        D, DPAD, PAGE, BN, PAGEWISE, False,
+    )  # fmt: skip
+    acc, high, total = _attend(
+        acc, high, total, q, k, v, table_ptr, whole, visible, context, position, head // G, kv_heads, factor,
+        D, DPAD, PAGE, BN, PAGEWISE, True,
+    )  # fmt: skip
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (rows[:, None] * heads + head) * D + d[None, :], out, q_mask)
+
+
+@triton.jit
+def _attend(
+    acc, high, total, q, k_source, v_source, table_ptr, first, last, context, position, kv_head, kv_heads, factor,
+    D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, PAGEWISE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys first..last - 1: acc [BM, DPAD], highest score and total of each row."""
+    token, d = tl.arange(0, BN), tl.arange(0, DPAD)[None, :]
+    for begin in range(first, last, BN):
+        at = begin + token
+        if PAGEWISE:
+            row = tl.load(table_ptr + begin // PAGE) * PAGE
+            k = k_source.load([row, kv_head * D])
+            v = v_source.load([row, kv_head * D])
+        else:
+            page = tl.load(table_ptr + at // PAGE, at < context, 0).to(tl.int64)
+            base = (page * (PAGE * kv_heads * D) + ((at % PAGE) * kv_heads + kv_head) * D)[:, None] + d
+            k = tl.load(k_source + base, d < D, 0.0)
+            v = tl.load(v_source + base, d < D, 0.0)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if MASKED:
+            scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+        peak = tl.maximum(high, tl.max(scores, 1) * factor)
+        shrink = tl.exp2(high - peak)
+        p = tl.exp2(scores * factor - peak[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        high = peak
+    return acc, high, total
 
 
 def decode_splits(sequences: int, kv_heads: int) -> int:
@@ -205,11 +250,34 @@ def paged_attention(
     max_query_len: int,
     max_context_len: int,
     scale: float,
+    lengths: Lengths = (),
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
+    if max_query_len > 1 and suits(query) and any(map(whole, lengths)):
+        return _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     launch = _decode if max_query_len == 1 else _prefill
     launch(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out)
+    return out
+
+
+def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths: Lengths) -> Tensor:
+    """Whole prompts one by one, and what is between them a launch each."""
+    if len(lengths) == 1:
+        return whole_prompt(query, keys, values, block_tables[0], scale)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    sequence = row = 0
+    for alone, group in groupby(lengths, whole):
+        for run in ([length] for length in group) if alone else [list(group)]:
+            end, rows = sequence + len(run), sum(new for new, _ in run)
+            if alone:
+                chunk = slice(row, row + rows)
+                out[chunk] = whole_prompt(query[chunk], keys, values, block_tables[sequence], scale)
+            else:
+                starts, contexts = query_start[sequence : end + 1], context_lens[sequence:end]
+                longest = max(new for new, _ in run)
+                _prefill(query, keys, values, block_tables[sequence:end], starts, contexts, longest, scale, out)
+            sequence, row = end, row + rows
     return out
 
 
@@ -237,12 +305,15 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
 
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
-    sequences, (_, block, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    tile, keys_tile, warps, stages = LONG if max_query_len > 64 else SHORT
-    grid = (triton.cdiv(max_query_len, tile), heads, sequences)
+    sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
+    cut, padded = LONG if max_query_len > 64 else SHORT, max(16, triton.next_power_of_2(dim))
+    pagewise = cut.pagewise and page == cut.keys and dim == padded
+    if pagewise:
+        keys, values = (TensorDescriptor.from_tensor(c.view(-1, kv_heads * dim), [page, dim]) for c in (keys, values))
+    grid = (triton.cdiv(max_query_len, cut.queries), heads, sequences)
     _prefill_kernel[grid](
         query, keys, values, block_tables, query_start, context_lens, out,
         query.stride(0), query.stride(1), block_tables.stride(0), heads, kv_heads, scale,
-        G=heads // kv_heads, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), PAGE=block, BM=tile, BN=keys_tile,
-        num_warps=warps, num_stages=stages, **overlapped(query),
+        G=heads // kv_heads, D=dim, DPAD=padded, PAGE=page, BM=cut.queries, BN=cut.keys, PAGEWISE=pagewise,
+        num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers, **overlapped(query),
     )  # fmt: skip

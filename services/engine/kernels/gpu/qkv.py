@@ -14,7 +14,8 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.linear import cut, partial_linear, product
 from services.engine.kernels.quantize import Weight
 
-HEADS = 4  # a program rotates this many heads of a row
+# Heads of a row that a program rotates, and its warps: few rows are spread out, many are read in long runs.
+FEW, MANY, MANY_ROWS = (4, 2), (8, 4), 512
 FUSED_ROWS = 16  # up to here one launch is faster than two
 
 
@@ -25,26 +26,24 @@ def _rotate_kernel(
 ):  # fmt: skip
     predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    pair = tl.arange(0, BLOCK)
-    # Both of a pair are neighbours: the last axis, so that memory is read and written in order.
-    head, pair, side = head[:, None, None], pair[None, :, None], tl.arange(0, 2)[None, None, :]
-    inside = (head < heads + 2 * kv_heads) & (pair < HALF)
-    source = parts_ptr + (row * (heads + 2 * kv_heads) + head) * 2 * HALF + 2 * pair + side
-    whole = tl.zeros((HEADS, BLOCK, 2), tl.float32)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, 2 * BLOCK)[None, :]
+    inside = (head < heads + 2 * kv_heads) & (at < 2 * HALF)
+    source = parts_ptr + (row * (heads + 2 * kv_heads) + head) * 2 * HALF + at
+    whole = tl.zeros((HEADS, 2 * BLOCK), tl.float32)
     for part in tl.static_range(PARTS):
         whole += tl.load(source + part * part_stride, inside, 0.0).to(tl.float32)
-    even, odd = tl.split(whole.to(query_ptr.dtype.element_ty).to(tl.float32))
+    plain = whole.to(query_ptr.dtype.element_ty)
+    # Both of a pair are neighbours, so that memory is read and written in order, and one thread has both.
+    even, odd = tl.split(plain.to(tl.float32).reshape(HEADS, BLOCK, 2))
     angle = row * HALF + tl.arange(0, BLOCK)
     cos = tl.load(cos_ptr + angle, tl.arange(0, BLOCK) < HALF, 0.0)[None, :]
     sin = tl.load(sin_ptr + angle, tl.arange(0, BLOCK) < HALF, 0.0)[None, :]
-    turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).to(query_ptr.dtype.element_ty)
-    at = 2 * pair + side
+    turned = tl.join(even * cos - odd * sin, odd * cos + even * sin).to(plain.dtype).reshape(HEADS, 2 * BLOCK)
     tl.store(query_ptr + (row * heads + head) * 2 * HALF + at, turned, inside & (head < heads))
     cached = tl.load(slots_ptr + row) * kv_heads - heads
     is_key = (head >= heads) & (head < heads + kv_heads)
     tl.store(keys_ptr + (cached + head) * 2 * HALF + at, turned, inside & is_key)
-    plain = whole.to(query_ptr.dtype.element_ty)
     tl.store(values_ptr + (cached - kv_heads + head) * 2 * HALF + at, plain, inside & (head >= heads + kv_heads))
 
 
@@ -122,7 +121,8 @@ def _rotate(
     """
     parts, rows, _ = partial.shape
     (_, heads, dim), kv_heads = query.shape, keys.shape[2]
-    _rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS))](
+    each, warps = FEW if rows < MANY_ROWS else MANY
+    _rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, each))](
         partial, cos, sin, slots, query, keys, values, heads, kv_heads, partial.stride(0), dim // 2,
-        PARTS=parts, HEADS=HEADS, BLOCK=triton.next_power_of_2(dim // 2), num_warps=2, **overlapped(partial),
+        PARTS=parts, HEADS=each, BLOCK=triton.next_power_of_2(dim // 2), num_warps=warps, **overlapped(partial),
     )  # fmt: skip

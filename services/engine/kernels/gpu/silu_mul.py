@@ -36,7 +36,8 @@ def silu_mul(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """
     parts, rows, double = partial.shape
     out = torch.empty(rows, double // 2, dtype=dtype, device=partial.device)
-    block = min(512, triton.next_power_of_2(double // 2))
+    # Few rows are spread out; of many, a thread takes 16 bytes.
+    block = min(512 if rows < 512 else 1024, triton.next_power_of_2(double // 2))
     _silu_mul_kernel[(rows, triton.cdiv(double // 2, block))](
         partial, out, double // 2, partial.stride(0), PARTS=parts, BLOCK=block, num_warps=4, **overlapped(partial)
     )  # fmt: skip
