@@ -16,6 +16,8 @@ def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[
     From pinned memory, so that the host goes on while the device is still busy with what it was given before; torch
     keeps that memory from being used again until the copy has been made.
     """
+    if not arrays:
+        return []
     starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
     host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     room = host.numpy()
