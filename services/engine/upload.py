@@ -1,6 +1,7 @@
 """Many small arrays to the device in one copy, for which nobody waits."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[
         room[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     moved = host.to(device, non_blocking=True)
     return [
-        moved[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+        moved[start : start + array.nbytes].view(_dtype(array.dtype)).view(array.shape)
         for array, start in zip(arrays, starts, strict=False)
     ]
 
 
-def _dtype(array: NDArray[np.generic]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+@cache
+def _dtype(dtype: "np.dtype[np.generic]") -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
