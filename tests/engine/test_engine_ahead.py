@@ -1,7 +1,6 @@
 """The engine's loop where steps are launched before the ones before them are read: every answer is what it is without.
 
-The sum model takes a token in flight from what it sampled itself, by the source that the plan names, and the mailbox
-is a script: what arrives or is cancelled before which turn.
+The sum model takes a token in flight from what it sampled itself, by the source that the plan names.
 """
 
 from collections import defaultdict
@@ -9,98 +8,15 @@ from collections.abc import Sequence as Ordered
 from typing import Any
 
 import pytest
-from engine_cases import SumRunner, continuation, sequence
+from engine_cases import continuation, sequence
+from engine_loop import Bench, Script, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
-from services.engine.blocks import BlockPool
-from services.engine.emission import Emission
-from services.engine.engine import Engine
-from services.engine.mailbox import Abort, Add, Command, Forget, Mailbox
-from services.engine.metrics import EngineMetrics
-from services.engine.scheduler import Limits, Scheduler
-from shared.messages import Finish, TokenRun
+from services.engine.mailbox import Abort, Add, Forget
+from shared.messages import Finish
 
-BLOCK = 4
 CANCELLED = Finish("cancelled")
-
-Script = dict[int, list[Command]]  # by turn
-
-
-class ScriptedMailbox(Mailbox):
-    """Closed when the script is over and nothing is left to do."""
-
-    def __init__(self, script: Script) -> None:
-        super().__init__()
-        self._script = dict(script)
-        self._turn = 0
-
-    def receive(self, wait: bool) -> list[Command] | None:
-        commands = self._script.pop(self._turn, [])
-        self._turn += 1
-        if wait and not commands:
-            if not self._script:
-                return None
-            self._turn = min(self._script)
-            return self.receive(wait)
-        return commands
-
-
-class Bench:
-    """An engine on the sum model, and what it said."""
-
-    def __init__(self, script: Script, *, overlaps: bool = True, blocks: int = 64, caching: bool = True, **bounds: Any):
-        limits = Limits(
-            **{"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, **bounds}, block_size=BLOCK
-        )
-        self.pool = BlockPool(blocks, caching)
-        self.runner = SumRunner(blocks, BLOCK, overlaps)
-        self.registry = CollectorRegistry()
-        self.runs: dict[str, list[TokenRun]] = defaultdict(list)
-        self.emissions: list[dict[str, int]] = []  # tokens of each that has some
-        metrics = EngineMetrics(self.registry)
-        scheduler = Scheduler(self.pool, limits)
-        Engine(ScriptedMailbox(script), scheduler, self.pool, self.runner, self._hear, metrics).run()
-        assert self.pool.used == 0
-        assert not scheduler.has_work
-
-    def _hear(self, emission: Emission) -> None:
-        self.pool.check()
-        said: dict[str, int] = defaultdict(int)
-        for message in emission.messages().values():
-            for run in message.runs:
-                said[run.request_id] += len(run.tokens)
-                self._follow(run)
-        assert max(said.values(), default=0) <= 1, "steps are said one by one"
-        if said:
-            self.emissions.append(dict(said))
-
-    def _follow(self, run: TokenRun) -> None:
-        before = self.runs[run.request_id + " again" * (run.epoch - 1)]
-        assert not before or before[-1].finish is None, "said after its end"
-        assert run.index == sum(len(r.tokens) for r in before)
-        before.append(run)
-
-    def answer(self, request_id: str) -> list[int]:
-        return [token for run in self.runs[request_id] for token in run.tokens]
-
-    def finish(self, request_id: str) -> Finish | None:
-        return self.runs[request_id][-1].finish
-
-    @property
-    def ahead(self) -> int:
-        """Rows whose token was in flight."""
-        return sum(chunk.source is not None for plan in self.runner.plans for chunk in plan.chunks)
-
-    def metric(self, name: str) -> float:
-        value = self.registry.get_sample_value(f"millrace_{name}")
-        assert value is not None
-        return value
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return [10 + (seed * 37 + i * i) % 90 for i in range(length)]
 
 
 def until(tokens: Ordered[int], stops: Ordered[int]) -> list[int]:
