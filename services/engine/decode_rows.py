@@ -47,7 +47,7 @@ class DecodeRows:
     def bring(self, step: HostStep) -> None:
         """Bring in a step; rows after its own become rows that write to the spare block."""
         # Pinned memory of its own, as the copy out of the last step's may still have to be made.
-        host = torch.empty_like(self._brought, device="cpu", pin_memory=self._brought.is_cuda)
+        host = torch.empty(len(self._brought), dtype=torch.uint8, pin_memory=self._brought.is_cuda)
         count, rows, room = len(step), self._rows, host.numpy()
         longs = room[: _LONGS * 8 * rows].view(np.int64).reshape(_LONGS, rows)
         contexts = room[_LONGS * 8 * rows :].view(np.int32)
