@@ -6,9 +6,9 @@ included; the operations are timed alone. Needs a CUDA device; asserts nothing.
 
 import argparse
 import json
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import triton
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from services.engine.assembly import sampling_ops
 from services.engine.sampler import Sampler
-from services.engine.sampling import heaviest
+from services.engine.sampling import SamplingPlan, heaviest
 from services.engine.settings import SamplingClass
 
 VOCABULARY = 103424
@@ -34,12 +34,14 @@ def measure(kind: SamplingClass, logits: Tensor, top_k: int, top_p: float) -> di
     probs, floor = torch.softmax(logits, dim=-1), torch.zeros(rows, device=device)
     ks, ps = torch.full((rows,), top_k, device=device), torch.full((rows,), top_p, dtype=torch.float64, device=device)
     least, numbers = ops.threshold(probs, floor, ks, ps), torch.rand(rows, dtype=torch.float64, device=device)
-    plan = replace(
+    nothing = SamplingPlan()
+    plan = msgspec.structs.replace(
         heaviest(rows),
         top_k=np.full(rows, top_k, np.int64),
-        top_p=np.full(rows, top_p, np.float32),
+        top_p=np.full(rows, top_p, np.float64),
         min_p=np.zeros(rows, np.float32),
-        logprobs=np.full(rows, -1, np.int64),
+        wanted=nothing.wanted,
+        logprobs=nothing.logprobs,
     )
     sampler = Sampler((2,), ops, device)
     return {
@@ -47,7 +49,7 @@ def measure(kind: SamplingClass, logits: Tensor, top_k: int, top_p: float) -> di
         "pick": us(lambda: ops.pick(probs, least, numbers)),
         "copy": us(lambda: logits.clone()),
         # A copy of the logits is in this, as they are overwritten.
-        "sampled": us(lambda: sampler.sample(logits.clone(), plan)),
+        "sampled": us(lambda: sampler.draw(logits.clone(), plan).read()),
     }
 
 

@@ -1,11 +1,13 @@
 """Puts a runner together around a loaded model."""
 
+from services.engine.decode_rows import DecodeRows
 from services.engine.graphs import DecodeGraphs
 from services.engine.kernels.gpu.ops import gpu_sampling_ops
 from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.kernels.threshold import threshold_by_search
-from services.engine.memory import allocate_cache
+from services.engine.memory import allocate_cache, blocks_for
 from services.engine.model.ernie import ErnieModel
+from services.engine.model.inputs import KVCache
 from services.engine.runner import ModelRunner, Runner
 from services.engine.sampler import Sampler
 from services.engine.settings import EngineSettings, SamplingClass
@@ -23,9 +25,18 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
     sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
     cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
     blocks = cache.num_blocks - int(on_gpu)
-    graphs = DecodeGraphs(model, cache, settings.max_num_seqs, settings.max_model_len, blocks) if on_gpu else None
+    graphs = captured(model, cache, config, settings, spare_block=blocks) if on_gpu else None
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     return ModelRunner(model, cache, sampler, builder, graphs), blocks
+
+
+def captured(
+    model: ErnieModel, cache: KVCache, config: ModelConfig, settings: EngineSettings, spare_block: int
+) -> DecodeGraphs:
+    """The decode steps of every size, with one block of the cache to themselves."""
+    longest = blocks_for(settings.max_model_len, cache.block_size)
+    rows = DecodeRows(model, settings.max_num_seqs, longest, cache.block_size, spare_block, config.image_patch_id)
+    return DecodeGraphs(model, cache, rows, settings.max_num_seqs)
 
 
 def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:

@@ -28,6 +28,9 @@ class Emission:
         self._runs: dict[int, list[TokenRun]] = {}
         self.ended: list[End] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._begins or self._runs)
+
     def begin(self, shard: int, begin: Begin) -> None:
         self._begins.setdefault(shard, []).append(begin)
 

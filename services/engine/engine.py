@@ -1,19 +1,33 @@
-"""The engine's loop: receive, schedule, run, emit. Runs in a thread of its own; torch releases the interpreter lock."""
+"""The engine's loop: receive, schedule, launch, read the step before. Runs in a thread of its own; torch releases the
+interpreter lock.
+
+A device computes the next step while the host takes in the last: the loop launches a step before it reads the one
+before, wherever that one's tokens cannot change what is launched. See `Scheduler.schedule_ahead`.
+"""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.engine.blocks import BlockPool
 from services.engine.emission import Emission, error
 from services.engine.mailbox import Abort, Add, Answer, Command, Forget, Mailbox
 from services.engine.metrics import EngineMetrics
-from services.engine.runner import Runner
-from services.engine.sampler import Sampled
+from services.engine.runner import Launched, Runner
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import Sequence
 from shared.messages import TokenRun
 
 Emit = Callable[[Emission], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched and has not been read."""
+
+    plan: Plan
+    launched: Launched
+    started: float  # perf_counter
 
 
 class Engine:
@@ -35,75 +49,102 @@ class Engine:
         self._emit = emit
         self._metrics = metrics
         self._unsent = Emission()
+        self._flight: Flight | None = None  # launched, not read
+        self._ended = 0.0  # when the last step was read
         self._prefilling: set[Sequence] = set()  # begun, and without a token yet
-        self._spoke: float | None = None  # when the last step gave tokens, if it did
+        self._spoke: float | None = None  # when the last step was read, if it gave tokens
 
     def run(self) -> None:
         """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
-        process, and whoever takes over resumes every request from its journal."""
+        process, and whoever takes over resumes every request from its journal.
+
+        At most two steps are launched and not read, and the second only while the first is waited for. What has to
+        know the tokens of the first waits for it: then a turn launches nothing, and the next one sees what came in
+        meanwhile.
+        """
         while (commands := self._receive()) is not None:
-            emission = Emission()
             for command in commands:
-                self._obey(command, emission)
-            plan = self._scheduler.schedule()
-            for sequence in plan.begun:
-                self._begin(sequence, emission)
-            sampled = self._execute(plan)
-            progress = self._scheduler.commit(plan, [s.token for s in sampled])
-            for (sequence, finish), drawn in zip(progress, sampled, strict=True):
-                emission.last_token(sequence, drawn.logprob, finish)
-            if self._prefilling:
-                self._note_first_tokens()
-            self._count(plan, emission, len(sampled))
-            self._unsent = emission
-        self._send()
+                self._obey(command)
+            launched = self._launch(self._next_plan())
+            if self._flight is not None:
+                self._read(self._flight)
+            self._flight = launched
+            self._show()
+        self._send(self._take_unsent())
 
     def _receive(self) -> list[Command] | None:
         """Commands there are; with nothing to compute, some there will be. None: the mailbox was closed."""
-        if self._scheduler.has_work:
+        if self._scheduler.has_work or self._flight is not None:
             return self._mailbox.receive(wait=False)
-        self._send()
+        self._send(self._take_unsent())
         return self._mailbox.receive(wait=True)
 
-    def _send(self) -> None:
-        """Send what the last step said."""
-        emission, self._unsent = self._unsent, Emission()
-        self._emit(emission)
+    def _next_plan(self) -> Plan | None:
+        """The next step; None if the one in flight has to be read first."""
+        if self._flight is None:
+            return self._scheduler.schedule()
+        return self._scheduler.schedule_ahead() if self._runner.overlaps else None
 
-    def _execute(self, plan: Plan) -> list[Sampled]:
-        """Run the step, and send what the one before it said while a device computes."""
-        if not plan.chunks:
-            self._send()
-            return []
+    def _launch(self, plan: Plan | None) -> Flight | None:
+        """Start a step, if there is one, and send what was said before it while a device computes."""
+        said = self._take_unsent()
+        if plan is None or not plan.chunks:
+            self._send(said)
+            return None
+        self._count(plan)
+        for sequence in plan.begun:
+            self._begin(sequence)
         started = time.perf_counter()
-        sampled = self._runner.execute(plan, self._send)
-        self._metrics.step_seconds.observe(time.perf_counter() - started)
-        return sampled
+        return Flight(plan, self._runner.launch(plan, lambda: self._send(said)), started)
 
-    def _obey(self, command: Command, emission: Emission) -> None:
+    def _read(self, flight: Flight) -> None:
+        """Wait for a step, and note what it says."""
+        sampled = flight.launched.read()
+        now = time.perf_counter()
+        progress = self._scheduler.commit(flight.plan, [s.token for s in sampled])
+        for row, sequence, finish in progress:
+            self._unsent.last_token(sequence, sampled[row].logprob, finish)
+        if self._prefilling:
+            self._note_first_tokens()
+        # Launched while another ran, it began when that had ended.
+        self._metrics.step_seconds.observe(now - max(flight.started, self._ended))
+        self._ended = now
+        self._note_tokens([sequence for _, sequence, _ in progress], now)
+
+    def _take_unsent(self) -> Emission:
+        emission, self._unsent = self._unsent, Emission()
+        return emission
+
+    def _send(self, emission: Emission) -> None:
+        for end in emission.ended:
+            self._metrics.finished.labels(end.reason).inc()
+        if emission:
+            self._emit(emission)
+
+    def _obey(self, command: Command) -> None:
         match command:
             case Add(sequence):
-                self._add(sequence, emission)
+                self._add(sequence)
             case Abort(request_id, finish):
                 removed = self._remove(request_id)
                 if removed is not None:
-                    emission.end(removed, finish)
+                    self._unsent.end(removed, finish)
             case Forget(request_id):
                 self._remove(request_id)
             case Answer(shard, begin, finish):
-                emission.begin(shard, begin)
-                emission.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
+                self._unsent.begin(shard, begin)
+                self._unsent.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
 
-    def _add(self, sequence: Sequence, emission: Emission) -> None:
+    def _add(self, sequence: Sequence) -> None:
         finish = sequence.finish()
         if finish is not None:
             # The journal has all of the answer, but whoever wrote it did not live to say so.
-            emission.begin(sequence.shard, sequence.begin())
-            emission.last_token(sequence, None, finish)
+            self._unsent.begin(sequence.shard, sequence.begin())
+            self._unsent.last_token(sequence, None, finish)
             return
         refusal = self._scheduler.add(sequence)
         if refusal is not None:
-            emission.end(sequence, error(refusal))
+            self._unsent.end(sequence, error(refusal))
 
     def _remove(self, request_id: str) -> Sequence | None:
         removed = self._scheduler.remove(request_id)
@@ -111,8 +152,8 @@ class Engine:
             self._prefilling.discard(removed)
         return removed
 
-    def _begin(self, sequence: Sequence, emission: Emission) -> None:
-        emission.begin(sequence.shard, sequence.begin())
+    def _begin(self, sequence: Sequence) -> None:
+        self._unsent.begin(sequence.shard, sequence.begin())
         times = sequence.timeline
         times.scheduled = time.time()
         times.cached_tokens, times.resumed_tokens = sequence.cached_tokens, sequence.num_generated
@@ -124,28 +165,25 @@ class Engine:
             sequence.timeline.first_token = now
             self._prefilling.remove(sequence)
 
-    def _note_tokens(self, plan: Plan, generated: int) -> None:
+    def _note_tokens(self, progress: list[Sequence], now: float) -> None:
         """Time the step against the last, from which those who go on had their tokens."""
-        now = time.perf_counter()
-        if self._spoke is not None and any(c.samples and c.sequence.num_generated > 1 for c in plan.chunks):
+        if self._spoke is not None and any(sequence.num_generated > 1 for sequence in progress):
             self._metrics.inter_token.observe(now - self._spoke)
-        self._spoke = now if generated else None
+        self._spoke = now if progress else None
+        self._metrics.generation_tokens.inc(len(progress))
 
-    def _count(self, plan: Plan, emission: Emission, generated: int) -> None:
+    def _count(self, plan: Plan) -> None:
         metrics = self._metrics
-        metrics.running.set(self._scheduler.num_running)
-        metrics.waiting.set(self._scheduler.num_waiting)
-        metrics.kv_usage.set(self._pool.used / self._pool.num_blocks)
         metrics.prompt_tokens.inc(sum(s.prompt_len for s in plan.begun))
-        metrics.generation_tokens.inc(generated)
         metrics.cached_tokens.inc(sum(s.cached_tokens for s in plan.begun))
         metrics.prefix_queries.inc(plan.asked_tokens)
         metrics.prefix_hits.inc(plan.hit_tokens)
         metrics.preemptions.inc(len(plan.preempted))
-        if plan.chunks:
-            metrics.step_tokens.observe(plan.num_tokens)
-        self._note_tokens(plan, generated)
+        metrics.step_tokens.observe(plan.num_tokens)
         for sequence in plan.preempted:
             sequence.timeline.preemptions += 1
-        for end in emission.ended:
-            metrics.finished.labels(end.reason).inc()
+
+    def _show(self) -> None:
+        self._metrics.running.set(self._scheduler.num_running)
+        self._metrics.waiting.set(self._scheduler.num_waiting)
+        self._metrics.kv_usage.set(self._pool.used / self._pool.num_blocks)

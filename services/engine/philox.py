@@ -11,9 +11,8 @@ UInt64 = NDArray[np.uint64]
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
-_ROUNDS = 10
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_BUMPS = np.arange(10, dtype=np.uint64)[:, None] * np.array([0x9E3779B9, 0xBB67AE85], np.uint64)  # of each round's key
 
 
 def philox4x32(counter: UInt64, key: UInt64) -> UInt64:
@@ -26,14 +25,14 @@ def philox4x32(counter: UInt64, key: UInt64) -> UInt64:
     Returns:
         [4, ...] random 32-bit words in 64-bit integers.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for bump in range(_ROUNDS):
+    ones = (1,) * (counter.ndim - 1)
+    multipliers, bumps = _MULTIPLIERS.reshape(2, *ones), _BUMPS.reshape(-1, 2, *ones)
+    even, odd = counter[::2], counter[1::2]
+    for round_key in (key + bumps) & _LOW:
         # 32 x 32 bits never exceed 64, so plain products are exact.
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        round_k0, round_k1 = ((k + np.uint64(bump * w)) & _LOW for k, w in zip((k0, k1), _WEYL, strict=True))
-        c0, c1, c2, c3 = (second >> _32) ^ c1 ^ round_k0, second & _LOW, (first >> _32) ^ c3 ^ round_k1, first & _LOW
-    return np.stack([c0, c1, c2, c3])
+        products = (even * multipliers)[::-1]
+        even, odd = (products >> _32) ^ odd ^ round_key, products & _LOW
+    return np.stack([even, odd], axis=1).reshape(counter.shape)
 
 
 def uniform(seeds: UInt64, indices: UInt64) -> NDArray[np.float64]:

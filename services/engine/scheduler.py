@@ -4,6 +4,9 @@ One quantity drives it: every sequence has `num_computed` tokens in the cache an
 lets the first chase the second. Decoding is being one token behind; a new prompt, a prefix found in the cache, a
 preempted sequence and one resumed from its journal differ only in how far behind they start.
 
+Both count a step when it is planned. Its tokens are known when it is read, and the next step may be planned before
+that: see `schedule_ahead`.
+
 Order of service is order of arrival, in three rounds a step: sequences that decode, sequences still in their prefill,
 and then those waiting. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
 out of blocks; then the latest arrival gives all of its blocks back and waits to be computed again. The earliest
@@ -14,20 +17,31 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from services.engine.blocks import BlockPool
 from services.engine.sequence import Sequence
 from shared.errors import Failure
 from shared.messages import Finish
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One sequence's share of a step: tokens [start, start + length). `samples`: its last token is its last known."""
+class Chunk(msgspec.Struct, frozen=True):
+    """One sequence's share of a step: tokens [start, start + length)."""
 
     sequence: Sequence
     start: int
     length: int
-    samples: bool
+    samples: bool  # its last token is the sequence's last
+    source: int | None = None  # which of the tokens in flight is the one it computes; None: its tokens are known
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @property
+    def generated(self) -> int:
+        """How many tokens of the answer come before the one it samples."""
+        return self.start + self.length - self.sequence.prompt_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +49,19 @@ class Plan:
     """One step. Chunks are in the order of their rows."""
 
     chunks: tuple[Chunk, ...]
-    begun: tuple[Sequence, ...]  # scheduled for the first time
-    preempted: tuple[Sequence, ...]  # lost their blocks and wait again
-    asked_tokens: int  # looked for in the prefix cache by the sequences admitted
-    hit_tokens: int  # and found
+    begun: tuple[Sequence, ...] = ()  # scheduled for the first time
+    preempted: tuple[Sequence, ...] = ()  # lost their blocks and wait again
+    asked_tokens: int = 0  # looked for in the prefix cache by the sequences admitted
+    hit_tokens: int = 0  # and found
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 
     @property
-    def sampling(self) -> list[Sequence]:
-        """The sequences that get a token, in the order of their rows."""
-        return [chunk.sequence for chunk in self.chunks if chunk.samples]
+    def sampling(self) -> list[Chunk]:
+        """Those that give their sequence a token, in the order of the tokens."""
+        return [chunk for chunk in self.chunks if chunk.samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +124,8 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Plan:
-        """The next step. Without chunks only if there is nothing to do."""
+        """The next step, when all steps before have been committed. Without chunks only if there is nothing to do."""
+        assert not any(s.in_flight for s in self._running)
         budget = self._limits.max_num_batched_tokens
         decoding = [s for s in self._running if s.num_tokens - s.num_computed == 1]
         prefilling = [s for s in self._running if s.num_tokens - s.num_computed > 1]
@@ -127,7 +142,7 @@ class Scheduler:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].length
         # After a preemption the first to wait is the victim. It comes back at once only if others hold its prefix.
-        while budget > 0 and (waiting := self._admit(budget)):
+        while waiting := self._admit(budget):
             admitted.append(waiting)
             chunks.append(_chunk(waiting, budget))
             budget -= chunks[-1].length
@@ -137,53 +152,83 @@ class Scheduler:
         for sequence in begun:
             sequence.begun = True
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
-        return Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens)
+        return _planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens))
 
-    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[Sequence, Finish | None]]:
-        """Take in what a plan's step computed.
+    def schedule_ahead(self) -> Plan | None:
+        """The next step while the one before is not committed; None where that has to come first.
+
+        Which tokens are in flight must not matter: so it is one token for each of those that go on whatever they are,
+        on blocks that nobody has to give up for it, and nobody is waiting for the rest. Who turns out to have ended has
+        a row in it all the same, which `commit` drops.
+        """
+        going = [s for s in self._running if s.goes_on]
+        budget = self._limits.max_num_batched_tokens - len(going)
+        if not going or budget < 0 or not all(s.in_flight for s in self._running):
+            return None
+        if any(s.looks_back for s in going) or self._match_first(budget) is not None:
+            return None
+        growing = [s for s in going if s.num_computed == len(s.blocks) * self._limits.block_size]
+        if len(growing) > self._pool.available:
+            return None
+        for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
+            sequence.blocks.append(block)
+        return _planned(Plan(tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in going)))
+
+    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
+        """Account for a step that has run.
 
         Args:
-            plan: the last one made.
+            plan: the first that was not committed yet.
             tokens: what `plan.sampling` got, in its order.
 
         Returns:
-            those sequences, and why they have ended if they have; then they are forgotten.
+            which of the tokens were taken, by whom, and why it has ended if it has; then it is forgotten. A sequence
+            that was forgotten after the step was planned takes nothing.
         """
         for chunk in plan.chunks:
-            chunk.sequence.num_computed += chunk.length
-            self._remember(chunk.sequence, chunk.start // self._limits.block_size)
-        progress: list[tuple[Sequence, Finish | None]] = []
-        for sequence, token in zip(plan.sampling, tokens, strict=True):
+            if self._holds(chunk.sequence):
+                self._remember(chunk)
+        progress: list[tuple[int, Sequence, Finish | None]] = []
+        for row, (chunk, token) in enumerate(zip(plan.sampling, tokens, strict=True)):
+            sequence = chunk.sequence
+            sequence.in_flight -= 1
+            if not self._holds(sequence):
+                continue
             sequence.append(token)
             finish = sequence.finish()
-            progress.append((sequence, finish))
+            progress.append((row, sequence, finish))
             if finish is not None:
                 self.remove(sequence.request_id)
         return progress
 
     def _admit(self, budget: int) -> Sequence | None:
-        """Move the first waiting sequence to the running ones, if there is room for it.
-
-        A block for each running sequence stays free, so that the newcomer is not the next one to give way.
-        """
-        if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+        """Move the first waiting sequence to the running ones, if there is room for it."""
+        matched = self._match_first(budget)
+        if matched is None:
             return None
-        sequence = self._waiting[0]
-        matched = self._match(sequence)
-        known = len(matched) * self._limits.block_size
-        fresh = self._blocks_for(sequence.num_tokens) - len(matched)
-        if fresh + self._pool.cost(matched) + len(self._running) > self._pool.available:
-            return None
-        if not self._limits.chunked_prefill and sequence.num_tokens - known > budget:
-            return None
-        self._waiting.popleft()
+        sequence = self._waiting.popleft()
         self._pool.share(matched)
         sequence.blocks.extend(matched)
-        sequence.blocks.extend(self._pool.allocate(fresh))
-        sequence.num_computed = known
+        sequence.blocks.extend(self._pool.allocate(self._blocks_for(sequence.num_tokens) - len(matched)))
+        sequence.num_computed = len(matched) * self._limits.block_size
         assert not self._running or self._running[-1].arrival < sequence.arrival
         self._running.append(sequence)
         return sequence
+
+    def _match_first(self, budget: int) -> list[int] | None:
+        """The cached blocks that the first waiting sequence begins with. None: there is none, or no room for it.
+
+        A block for each running sequence stays free, so that the newcomer is not the next one to give way.
+        """
+        if budget <= 0 or not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+            return None
+        sequence = self._waiting[0]
+        matched = self._match(sequence)
+        fresh = self._blocks_for(sequence.num_tokens) - len(matched)
+        if fresh + self._pool.cost(matched) + len(self._running) > self._pool.available:
+            return None
+        backlog = sequence.num_tokens - len(matched) * self._limits.block_size
+        return matched if self._limits.chunked_prefill or backlog <= budget else None
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Cached blocks of a prefix. At least one token is left to compute: its logits are what is wanted."""
@@ -210,14 +255,17 @@ class Scheduler:
         sequence.blocks.extend(self._pool.allocate(missing))
         return True
 
-    def _remember(self, sequence: Sequence, first: int) -> None:
-        """Publish the blocks from `first` on that are now full, once their content is in the cache and not before."""
-        full = sequence.num_computed // self._limits.block_size
+    def _remember(self, chunk: Chunk) -> None:
+        """Publish the blocks that a chunk has filled, once their content is in the cache and not before."""
+        first, full = chunk.start // self._limits.block_size, chunk.stop // self._limits.block_size
         if not self._pool.caching or full == first:
             return
-        hashes = sequence.block_hashes(self._limits.block_size, full)
+        hashes = chunk.sequence.block_hashes(self._limits.block_size, full)
         for i in range(first, full):
-            self._pool.remember(sequence.blocks[i], hashes[i])
+            self._pool.remember(chunk.sequence.blocks[i], hashes[i])
+
+    def _holds(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request_id) is sequence
 
     def _free(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
@@ -233,6 +281,16 @@ def _chunk(sequence: Sequence, budget: int) -> Chunk:
     length = min(sequence.num_tokens - sequence.num_computed, budget)
     reached = sequence.num_computed + length
     return Chunk(sequence, sequence.num_computed, length, samples=reached == sequence.num_tokens)
+
+
+def _planned(plan: Plan) -> Plan:
+    """The plan, now that its sequences count it."""
+    for chunk in plan.chunks:
+        chunk.sequence.num_computed = chunk.stop
+    for row, chunk in enumerate(plan.sampling):
+        chunk.sequence.row = row
+        chunk.sequence.in_flight += 1
+    return plan
 
 
 def _never_fits(what: str, room: str) -> Failure:

@@ -86,11 +86,13 @@ class Sequence:
     embeds: tuple[Embeds, ...]  # one a span
     eos_ids: tuple[int, ...]
     stop_ids: frozenset[int]  # tokens that end it
-    thinking: bool  # inside an open <think> that the budget may close
+    thinking: bool  # inside an open <think> that the budget will close
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
     arrival: int = -1  # order of service, given by the scheduler
-    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when what was planned has run
+    in_flight: int = 0  # tokens that steps were planned to sample and that are not known yet
+    row: int = 0  # which of the tokens of the last step planned is its own
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
@@ -110,6 +112,16 @@ class Sequence:
     def max_cached(self) -> int:
         """The most tokens the cache will ever hold of it: the last one generated is never fed back."""
         return self.prompt_len + max(self.max_tokens, self.num_generated) - 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the tokens in flight leave room for another. A token that ends it may still be among them."""
+        return self.num_generated + self.in_flight < self.max_tokens
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is sampled depends on which tokens came before, and not on their number alone."""
+        return self.thinking or self.seen is not None or bool(self.sampling.bad_words)
 
     def append(self, token: int) -> None:
         """The answer grows by one token."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from services.engine.model.inputs import KVCache, StepInput
 from services.engine.scheduler import Chunk, Plan
 from services.engine.sequence import Embeds
+from services.engine.upload import upload
 
 EMBED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -36,7 +37,8 @@ class Model(Protocol):
 class HostStep:
     """The fields of a StepInput that have its names, as arrays; and its sequences' blocks."""
 
-    token_ids: Ints  # [N]
+    token_ids: Ints  # [N]; 0 for those in flight
+    sources: Ints  # [S] which of the tokens that the last step samples is the row's id; -1: token_ids has it
     positions: Ints  # [3, N]
     vision: NDArray[np.bool_]  # [N]
     embed_rows: Ints  # [M]
@@ -58,25 +60,48 @@ class HostStep:
 
     def to(self, device: torch.device, block_size: int) -> StepInput:
         """The step on a device."""
-
-        def move(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
+        assert (self.sources < 0).all(), "the id of a row is still in flight"
         longest = int(self.context_lens.max())
+        arrays = {
+            "token_ids": self.token_ids,
+            "positions": self.positions,
+            "vision": self.vision,
+            "embed_rows": self.embed_rows,
+            "embeds": self.embeds.view(torch.uint8).numpy(),
+            "slots": self.slots,
+            "block_tables": block_tables(self.blocks, -(-longest // block_size)),
+            "query_start": self.query_start,
+            "context_lens": self.context_lens,
+            "logit_rows": self.logit_rows,
+        }
+        moved = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
+        embeds = moved.pop("embeds").view(self.embeds.dtype)
+        lengths = zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)
         return StepInput(
-            token_ids=move(self.token_ids),
-            positions=move(self.positions),
-            vision=move(self.vision),
-            embed_rows=move(self.embed_rows),
-            embeds=self.embeds.to(device),
-            slots=move(self.slots),
-            block_tables=move(block_tables(self.blocks, -(-longest // block_size))),
-            query_start=move(self.query_start),
-            context_lens=move(self.context_lens),
-            logit_rows=move(self.logit_rows),
+            **moved,
+            embeds=embeds,
             max_query_len=self.max_query_len,
             max_context_len=longest,
-            lengths=tuple(zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)),
+            lengths=tuple(lengths),
+        )
+
+    @staticmethod
+    def nothing() -> "HostStep":
+        """A step without sequences."""
+        no_ids, no_numbers = np.empty(0, np.int64), np.empty(0, np.int32)
+        return HostStep(
+            token_ids=no_ids,
+            sources=no_ids,
+            positions=np.empty((3, 0), np.int64),
+            vision=np.empty(0, np.bool_),
+            embed_rows=no_ids,
+            embeds=torch.empty(0, 0),
+            slots=no_ids,
+            blocks=[],
+            query_start=np.zeros(1, np.int32),
+            context_lens=no_numbers,
+            logit_rows=no_ids,
+            max_query_len=0,
         )
 
 
@@ -96,12 +121,15 @@ class StepBuilder:
     def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
         """A token each of sequences that are past their prompts: most steps, so in as few passes as can be."""
         size = self._block_size
-        token_ids = np.array([c.sequence.tokens[c.start] for c in chunks], np.int64)
+        sources = np.array([-1 if c.source is None else c.source for c in chunks], np.int64)
+        ids = [c.sequence.tokens[c.start] if c.source is None else 0 for c in chunks]
+        token_ids = np.array(ids, np.int64)
         # All three axes of a generated token's position are the same.
         positions = np.array([c.sequence.next_position + c.start - c.sequence.prompt_len for c in chunks], np.int64)
         starts = np.arange(len(chunks) + 1)
         return HostStep(
             token_ids=token_ids,
+            sources=sources,
             positions=np.broadcast_to(positions, (3, len(chunks))).copy(),
             vision=token_ids >= self._image_patch_id,
             embed_rows=np.empty(0, np.int64),
@@ -121,6 +149,7 @@ class StepBuilder:
         rows, embeds = self._embeds(chunks, starts)
         return HostStep(
             token_ids=token_ids,
+            sources=np.full(len(chunks), -1, np.int64),
             positions=np.concatenate([c.sequence.positions(c.start, c.start + c.length) for c in chunks], axis=1),
             vision=token_ids >= self._image_patch_id,
             embed_rows=rows,

@@ -1,6 +1,7 @@
 """Many small arrays to the device in one copy, for which nobody waits."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[
     From pinned memory, so that the host goes on while the device is still busy with what it was given before; torch
     keeps that memory from being used again until the copy has been made.
     """
+    if not arrays:
+        return []
     starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
     host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     room = host.numpy()
@@ -23,10 +26,11 @@ def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[
         room[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     moved = host.to(device, non_blocking=True)
     return [
-        moved[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+        moved[start : start + array.nbytes].view(_dtype(array.dtype)).view(array.shape)
         for array, start in zip(arrays, starts, strict=False)
     ]
 
 
-def _dtype(array: NDArray[np.generic]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+@cache
+def _dtype(dtype: "np.dtype[np.generic]") -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype

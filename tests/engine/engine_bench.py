@@ -11,8 +11,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from services.engine.metrics import EngineMetrics
-from services.engine.runner import Runner
-from services.engine.sampler import Sampled
+from services.engine.runner import Launched, Runner
 from services.engine.scheduler import Plan
 from services.engine.sequence import EngineFacts
 from services.engine.service import EngineService
@@ -38,13 +37,17 @@ class GatedRunner:
     def allow(self, steps: int) -> None:
         self._steps.release(steps)
 
-    def execute(self, plan: Plan, meanwhile: Callable[[], None]) -> list[Sampled]:
+    @property
+    def overlaps(self) -> bool:
+        return self._inner.overlaps
+
+    def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         meanwhile()
         if not self._steps.acquire(blocking=False):
             self.waiting.set()
             self._steps.acquire()
             self.waiting.clear()
-        return self._inner.execute(plan, lambda: None)
+        return self._inner.launch(plan, lambda: None)
 
 
 class Seen:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from services.engine.sampler import Sampled
-from services.engine.scheduler import Plan
+from services.engine.scheduler import Chunk, Plan
 from services.engine.sequence import Embeds, EngineFacts, Sequence, build
 from shared.messages import Generate, MediaSpan, Output, Request, Sampling, pack_ids
 from shared.model_config import ModelConfig, VisionConfig
@@ -107,22 +107,46 @@ def continuation(prompt: Ordered[int], length: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def last(sequences: Ordered[Sequence]) -> list[Chunk]:
+    """As of a step in which each computes its last token."""
+    return [Chunk(made, made.num_tokens - 1, 1, samples=True) for made in sequences]
+
+
+class Computed:
+    """A step that is launched, of which all is known."""
+
+    def __init__(self, sampled: list[Sampled]) -> None:
+        self._sampled = sampled
+
+    def read(self) -> list[Sampled]:
+        return self._sampled
+
+
 class SumRunner:
     """Runs plans with the sum model, reading every token from a paged cache that it writes as the real one would, so
-    that a wrong block, a lost block or a stale prefix changes what comes out."""
+    that a wrong block, a lost block or a stale prefix changes what comes out. A token in flight is one that it sampled
+    itself, so that a wrong source does too."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, overlaps: bool = False) -> None:
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
+        self._last: list[int] = []
+        self.overlaps = overlaps
         self.plans: list[Plan] = []
 
-    def execute(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> list[Sampled]:
+    def launch(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> Computed:
         meanwhile()
         self.plans.append(plan)
+        sampled = self._run(plan)
+        self._last[: len(sampled)] = [s.token for s in sampled]
+        return Computed(sampled)
+
+    def _run(self, plan: Plan) -> list[Sampled]:
         block_size = self._cache.shape[1]
         for chunk in plan.chunks:
             for at in range(chunk.start, chunk.start + chunk.length):
                 block = chunk.sequence.blocks[at // block_size]
-                self._cache[block, at % block_size] = chunk.sequence.tokens[at]
+                known = chunk.sequence.tokens[at] if chunk.source is None else self._last[chunk.source]
+                self._cache[block, at % block_size] = known
         out = []
         for chunk in plan.chunks:
             if chunk.samples:

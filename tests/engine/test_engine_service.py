@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from engine_bench import GatedRunner, Reader, Running, Seen, engine, eventually, settings_for, submit
-from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, SumRunner, continuation, generate
+from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, Computed, SumRunner, continuation, generate
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
@@ -586,13 +586,13 @@ async def test_a_request_that_runs_past_its_deadline_is_ended(redis: Redis, redi
 # ---------------------------------------------------------------------------------------------------- life and death
 
 
-class FailingRunner:
-    def execute(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> list[Sampled]:
+class FailingRunner(SumRunner):
+    def launch(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> Computed:
         raise RuntimeError("the device is gone")
 
 
 async def test_a_failed_step_ends_the_process_and_keeps_the_entry(redis: Redis, redis_url: str, keys: Keys) -> None:
-    async with engine(redis, redis_url, FailingRunner()) as running:
+    async with engine(redis, redis_url, FailingRunner(64, 4)) as running:
         await submit(redis, keys, generate("r", [20], 5))
         assert await asyncio.wait_for(running.task, 20) == 1
     assert await backlog(redis, keys) == 1
@@ -634,8 +634,9 @@ async def test_draining_finishes_what_is_held_and_takes_no_more(redis: Redis, re
 
 
 class LogprobRunner(SumRunner):
-    def execute(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> list[Sampled]:
-        return [Sampled(s.token, TokenLogprob(-0.5, ((s.token, -0.5),))) for s in super().execute(plan, meanwhile)]
+    def launch(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> Computed:
+        sampled = super().launch(plan, meanwhile).read()
+        return Computed([Sampled(s.token, TokenLogprob(-0.5, ((s.token, -0.5),))) for s in sampled])
 
 
 async def test_logprobs_travel_with_their_tokens(redis: Redis, redis_url: str, keys: Keys) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from engine_cases import sequence
 
-from services.engine.graphs import BlockTables, capture_sizes
+from services.engine.decode_rows import BlockTables
+from services.engine.graphs import capture_sizes
 from services.engine.scheduler import Chunk
 from services.engine.step import HostStep, StepBuilder
 

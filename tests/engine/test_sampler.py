@@ -7,7 +7,7 @@ from collections.abc import Sequence as Ordered
 import numpy as np
 import pytest
 import torch
-from engine_cases import EOS, THINK_CLOSE, VOCAB, sequence
+from engine_cases import EOS, THINK_CLOSE, VOCAB, last, sequence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,7 @@ CLASSES: tuple[SamplingClass, ...] = ("base", "rejection")
 
 def sample(logits: Tensor, sequences: Ordered[Sequence], kind: SamplingClass = "base") -> list[Sampled]:
     sampler = Sampler((EOS,), sampling_ops(kind, on_gpu=False), torch.device("cpu"))
-    return sampler.sample(logits.clone(), plan_sampling(sequences))
+    return sampler.draw(logits.clone(), plan_sampling(last(sequences))).read()
 
 
 def tokens(logits: Tensor, sequences: Ordered[Sequence], kind: SamplingClass = "base") -> list[int]:
@@ -245,10 +245,10 @@ def test_all_ways_to_sample_draw_the_same_tokens() -> None:
     """Sorting, searching, and the kernels of the GPU (interpreted where there is none)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits, sequences = mixed(40)
-    plan = plan_sampling(sequences)
+    plan = plan_sampling(last(sequences))
     ways = [sampling_ops("base", True), sampling_ops("rejection", False), sampling_ops("rejection", True)]
     assert len({ops.threshold for ops in ways}) == 3
-    drawn = [Sampler((EOS,), ops, device).sample(logits.clone().to(device), plan) for ops in ways]
+    drawn = [Sampler((EOS,), ops, device).draw(logits.clone().to(device), plan).read() for ops in ways]
     assert drawn[1:] == drawn[:1] * 2
     assert len({sampled.token for sampled in drawn[0]}) > 10
 
@@ -283,19 +283,20 @@ def test_no_decision_waits_for_the_device(kind: SamplingClass) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU says when it is waited for")
 @pytest.mark.parametrize("kind", CLASSES)
-def test_the_device_is_waited_for_once(kind: SamplingClass) -> None:
+def test_the_device_is_waited_for_where_it_is_read(kind: SamplingClass) -> None:
     logits, sequences = mixed(16)
-    plan, device = plan_sampling(sequences), torch.device("cuda")
+    plan, device = plan_sampling(last(sequences)), torch.device("cuda")
     sampler, moved = Sampler((EOS,), sampling_ops(kind, True), device), logits.to(device)
-    sampler.sample(moved.clone(), plan)
+    expected = sampler.draw(moved.clone(), plan).read()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            sampler.sample(moved.clone(), plan)
+            drawn = sampler.draw(moved.clone(), plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in warned if "called a synchronizing" in str(w.message)]) == 1
+    assert [w for w in warned if "called a synchronizing" in str(w.message)] == []
+    assert drawn.read() == expected
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -307,7 +308,7 @@ def test_the_rehearsal_is_the_heaviest_step(kind: SamplingClass) -> None:
     ran = []
     for sequences in (light, heavy):
         with Asked() as asked:
-            sampler.sample(logits.clone(), plan_sampling(sequences))
+            sampler.draw(logits.clone(), plan_sampling(last(sequences)))
         ran.append(set(asked.names))
     with Asked() as rehearsed:
         sampler.rehearse(logits.clone())

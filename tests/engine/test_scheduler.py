@@ -44,10 +44,10 @@ class Bench:
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             assert chunk.length > 0
-            assert chunk.start == chunk.sequence.num_computed
+            assert chunk.stop == chunk.sequence.num_computed
             assert len(chunk.sequence.blocks) * BLOCK >= chunk.start + chunk.length
-        progress = self.scheduler.commit(plan, [sampled.token for sampled in self.runner.execute(plan)])
-        self.finished += [ended for ended, finish in progress if finish]
+        progress = self.scheduler.commit(plan, [sampled.token for sampled in self.runner.launch(plan).read()])
+        self.finished += [ended for _, ended, finish in progress if finish]
         for victim in set(plan.preempted) - {chunk.sequence for chunk in plan.chunks}:
             assert (victim.num_computed, len(victim.blocks)) == (0, 0)
         self.pool.check()
@@ -279,8 +279,8 @@ def test_an_end_token_ends_it() -> None:
     made = sequence(prompt(0, 4), max_tokens=5)
     bench.add(made)
     plan = bench.scheduler.schedule()
-    bench.runner.execute(plan)
-    [(ended, finish)] = bench.scheduler.commit(plan, [EOS])
+    bench.runner.launch(plan)
+    [(_, ended, finish)] = bench.scheduler.commit(plan, [EOS])
     assert ended is made
     assert finish is not None
     assert (finish.reason, finish.stop_token) == ("stop", EOS)

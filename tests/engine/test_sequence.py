@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import EOS, FACTS, PATCH, THINK_CLOSE, VOCAB, continuation, sequence
+from engine_cases import EOS, FACTS, PATCH, THINK_CLOSE, VOCAB, continuation, last, sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,9 +14,7 @@ from shared.messages import Finish, MediaSpan
 
 def state(made: Sequence) -> object:
     """Everything that can steer what comes next, as plain values."""
-    plan = plan_sampling([made])
-    arrays = [getattr(plan, name) for name in plan.__slots__]
-    flat = [(a.rows.tolist(), a.tokens.tolist()) if hasattr(a, "rows") else a.tolist() for a in arrays]
+    flat = {name: array.tolist() for name, array in plan_sampling(last([made])).arrays().items()}
     return flat, made.thinking, made.finish(), made.tokens[: made.num_tokens].tolist()
 
 

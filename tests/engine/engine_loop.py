@@ -1,0 +1,120 @@
+"""The engine's loop alone, in the test's own thread: a script of what comes before which turn, and what it says."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from engine_cases import SumRunner
+from prometheus_client import CollectorRegistry
+
+from services.engine.blocks import BlockPool
+from services.engine.emission import Emission
+from services.engine.engine import Engine
+from services.engine.mailbox import Command, Mailbox
+from services.engine.metrics import EngineMetrics
+from services.engine.runner import Launched, Runner
+from services.engine.scheduler import Limits, Plan, Scheduler
+from shared.messages import Finish, TokenRun
+
+BLOCK = 4
+Script = dict[int, list[Command]]  # by turn
+
+
+class ScriptedMailbox(Mailbox):
+    """Closed when the script is over and nothing is left to do."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__()
+        self._script = dict(script)
+        self._turn = 0
+
+    def receive(self, wait: bool) -> list[Command] | None:
+        commands = self._script.pop(self._turn, [])
+        self._turn += 1
+        if wait and not commands:
+            if not self._script:
+                return None
+            self._turn = min(self._script)
+            return self.receive(wait)
+        return commands
+
+
+class Watched:
+    """A runner, and what it was told."""
+
+    def __init__(self, inner: Runner) -> None:
+        self._inner = inner
+        self.plans: list[Plan] = []
+
+    @property
+    def overlaps(self) -> bool:
+        return self._inner.overlaps
+
+    def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
+        self.plans.append(plan)
+        return self._inner.launch(plan, meanwhile)
+
+
+class Bench:
+    """An engine that has run, on the sum model unless told otherwise, and what it said."""
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        overlaps: bool = True,
+        runner: Runner | None = None,
+        blocks: int = 64,
+        caching: bool = True,
+        **bounds: Any,
+    ) -> None:
+        limits = Limits(
+            **{"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, **bounds}, block_size=BLOCK
+        )
+        self.pool = BlockPool(blocks, caching)
+        self.runner = Watched(runner or SumRunner(blocks, BLOCK, overlaps))
+        self.registry = CollectorRegistry()
+        self.runs: dict[str, list[TokenRun]] = defaultdict(list)
+        self.emissions: list[dict[str, int]] = []  # tokens of each that has some
+        metrics = EngineMetrics(self.registry)
+        scheduler = Scheduler(self.pool, limits)
+        Engine(ScriptedMailbox(script), scheduler, self.pool, self.runner, self._hear, metrics).run()
+        assert self.pool.used == 0
+        assert not scheduler.has_work
+
+    def _hear(self, emission: Emission) -> None:
+        self.pool.check()
+        said: dict[str, int] = defaultdict(int)
+        for message in emission.messages().values():
+            for run in message.runs:
+                said[run.request_id] += len(run.tokens)
+                self._follow(run)
+        assert max(said.values(), default=0) <= 1, "steps are said one by one"
+        if said:
+            self.emissions.append(dict(said))
+
+    def _follow(self, run: TokenRun) -> None:
+        before = self.runs[run.request_id + " again" * (run.epoch - 1)]
+        assert not before or before[-1].finish is None, "said after its end"
+        assert run.index == sum(len(r.tokens) for r in before)
+        before.append(run)
+
+    def answer(self, request_id: str) -> list[int]:
+        return [token for run in self.runs[request_id] for token in run.tokens]
+
+    def finish(self, request_id: str) -> Finish | None:
+        return self.runs[request_id][-1].finish
+
+    @property
+    def ahead(self) -> int:
+        """Rows whose token was in flight."""
+        return sum(chunk.source is not None for plan in self.runner.plans for chunk in plan.chunks)
+
+    def metric(self, name: str) -> float:
+        value = self.registry.get_sample_value(f"millrace_{name}")
+        assert value is not None
+        return value
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [10 + (seed * 37 + i * i) % 90 for i in range(length)]
