@@ -39,8 +39,8 @@ class Cut:
     gather: bool = False  # the first product reads its rows where they are, not copied into order
 
 
-GATE_UP = Cut(128, 64, 8, 4)
-DOWN = Cut(256, 64, 8, 4)
+GATE_UP = Cut(128, 64, 8, 3)
+DOWN = Cut(256, 64, 8, 3, flatten=True)
 
 
 @triton.jit

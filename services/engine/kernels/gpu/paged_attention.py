@@ -41,7 +41,7 @@ class Cut:
 
 
 # For long chunks, of which two programs of a multiprocessor hide each other's exponentials, and for short ones.
-LONG, SHORT = Cut(128, 64, 4, 2, pagewise=True), Cut(16, 64, 4, 3)
+LONG, SHORT = Cut(128, 64, 8, 2, pagewise=True, registers=128), Cut(16, 64, 4, 3)
 
 
 @triton.jit
