@@ -41,6 +41,7 @@ def captured(
 
 def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:
     """The operations of a setting, on a device."""
-    if wanted == "base":
-        return SamplingOps()
-    return gpu_sampling_ops() if on_gpu else SamplingOps(threshold=threshold_by_search)
+    if not on_gpu:
+        return SamplingOps() if wanted == "base" else SamplingOps(threshold=threshold_by_search)
+    ops = gpu_sampling_ops()
+    return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax)

@@ -113,11 +113,11 @@ class Sampler:
     def _draw(self, logits: Tensor, plan: SamplingPlan, on: Moved) -> Tensor:
         """[R] token ids."""
         if not len(plan.drawing):
-            return logits.argmax(dim=-1)
+            return self._ops.argmax(logits)
         if len(plan.drawing) == len(logits):
             return self._draw_at_random(logits, plan, on)
         drawn = self._draw_at_random(logits[on["drawing"]], plan, on)
-        return logits.argmax(dim=-1).index_copy_(0, on["drawing"], drawn)
+        return self._ops.argmax(logits).index_copy_(0, on["drawing"], drawn)
 
     def _draw_at_random(self, logits: Tensor, plan: SamplingPlan, on: Moved) -> Tensor:
         """[D] token ids of [D, vocabulary] logits, which are overwritten."""

@@ -14,4 +14,5 @@ def embed(table: Tensor, token_ids: Tensor, rows: Tensor, embeds: Tensor) -> Ten
     Returns:
         [N, H], a new tensor.
     """
-    return table[token_ids].index_copy_(0, rows, embeds)
+    found = table[token_ids]
+    return found.index_copy_(0, rows, embeds) if len(rows) else found

@@ -6,7 +6,7 @@ from zero. W is then q * scale. Two int4 values share a byte along `in`: the eve
 complement. The scheme is FastDeploy's weight-only one, so that its accuracy figures apply.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,10 +26,11 @@ class Quantized:
     scale: Tensor  # [.., out], in the dtype of the activations
     bits: Bits
     in_features: int
+    plain: Tensor | None = None  # what it stands for, [.., out, in], where memory is had for it
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes
+        return self.data.nbytes + self.scale.nbytes + (0 if self.plain is None else self.plain.nbytes)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -61,6 +62,11 @@ def dequantize(weight: Quantized) -> Tensor:
     """[.., out, in] in the dtype of the scales."""
     values = weight.data if weight.bits == 8 else _unpack(weight.data, weight.in_features)
     return values.to(weight.scale.dtype) * weight.scale.unsqueeze(-1)
+
+
+def with_plain(weight: Quantized) -> Quantized:
+    """The weight beside what it stands for: products of many rows are faster with that."""
+    return replace(weight, plain=dequantize(weight))
 
 
 def dense(weight: Weight) -> Tensor:

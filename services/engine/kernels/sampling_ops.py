@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from services.engine.kernels.argmax import argmax
 from services.engine.kernels.pick import pick
 from services.engine.kernels.threshold import threshold
 
@@ -14,5 +15,6 @@ class SamplingOps:
     """Arguments and results are those of the torch function of the same name. Any choice of them draws the same tokens
     from the same probabilities."""
 
+    argmax: Callable[[Tensor], Tensor] = argmax
     threshold: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = threshold
     pick: Callable[[Tensor, Tensor, Tensor], Tensor] = pick

@@ -12,7 +12,7 @@ from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize
+from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize, with_plain
 from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
@@ -21,6 +21,8 @@ from shared.model_config import ModelConfig
 Quantization = Literal["wint8", "wint4"]
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+
+ROOMY = 64 << 30  # bytes of a device on which the dense projections' 2 GiB more are not missed
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -51,18 +53,26 @@ def load_weights(
     """Every decoder tensor, each read once. At most one layer exists in both its stored and its final form.
 
     wint8 keeps every projection in 8 bits; wint4 the routed experts in 4 and the other projections in 8. Embedding,
-    head, norms and routers are never quantised.
+    head, norms and routers are never quantised. On a device with much memory, dense projections are kept in both forms:
+    few rows wait for the bytes of a weight, many for its dequantising.
 
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *_widths(quantization))
+    read = _Reader(checkpoint, config, dtype, device, *_widths(quantization), both=_is_roomy(device))
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)
     weights = Weights(embedding, layers, norm, read.head(embedding))
     checkpoint.check_all_used(DECODER_PREFIXES)
     return weights
+
+
+def _is_roomy(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    total = torch.cuda.get_device_properties(device).total_memory
+    return total * torch.cuda.get_per_process_memory_fraction(device) >= ROOMY
 
 
 def _widths(quantization: Quantization | None) -> tuple[Bits | None, Bits | None]:
@@ -80,6 +90,7 @@ class _Reader:
     device: torch.device
     dense_bits: Bits | None
     expert_bits: Bits | None
+    both: bool
 
     def plain(self, name: str, *shape: int) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, self.dtype)
@@ -108,8 +119,8 @@ class _Reader:
         )
         return Layer(
             attention_norm=self.plain(f"{prefix}input_layernorm.weight", hidden),
-            qkv=self._pack(qkv, self.dense_bits),
-            out=self._pack(self.plain(f"{attention}o_proj.weight", hidden, q_size), self.dense_bits),
+            qkv=self._dense(qkv),
+            out=self._dense(self.plain(f"{attention}o_proj.weight", hidden, q_size)),
             mlp_norm=self.plain(f"{prefix}post_attention_layernorm.weight", hidden),
             mlp=self._mlp(index, f"{prefix}mlp."),
         )
@@ -117,7 +128,7 @@ class _Reader:
     def _mlp(self, index: int, prefix: str) -> SwiGLU | MoE:
         config = self.config
         if index in config.dense_layers:
-            return self._swiglu(prefix, config.intermediate_size, self.dense_bits)
+            return self._dense_swiglu(prefix, config.intermediate_size)
         count, hidden = config.num_experts, config.hidden_size
         # Stored as [hidden, experts], unlike every other projection.
         gates = [self.precise(f"{prefix}gate.{name}", hidden, count).T for name in ("weight", "weight_1")]
@@ -126,22 +137,33 @@ class _Reader:
             bias=self.precise(f"{prefix}moe_statics.e_score_correction_bias", 2, count).flatten(),
             text=self._pool(prefix, 0, config.text_expert_size),
             vision=self._pool(prefix, count, config.vision_expert_size),
-            shared=self._swiglu(f"{prefix}shared_experts.", config.shared_expert_size, self.dense_bits),
+            shared=self._dense_swiglu(f"{prefix}shared_experts.", config.shared_expert_size),
         )
 
     def _pool(self, prefix: str, first: int, size: int) -> ExpertPool:
         count = self.config.num_experts
-        experts = (self._swiglu(f"{prefix}experts.{first + e}.", size, self.expert_bits) for e in range(count))
-        return _stack(experts, count)
+        return _stack((self._expert(f"{prefix}experts.{first + e}.", size) for e in range(count)), count)
 
-    def _swiglu(self, prefix: str, size: int, bits: Bits | None) -> SwiGLU:
+    def _expert(self, prefix: str, size: int) -> SwiGLU:
+        gate_up, down = self._projections(prefix, size)
+        return SwiGLU(_pack(gate_up, self.expert_bits), _pack(down, self.expert_bits))
+
+    def _dense_swiglu(self, prefix: str, size: int) -> SwiGLU:
+        gate_up, down = self._projections(prefix, size)
+        return SwiGLU(self._dense(gate_up), self._dense(down))
+
+    def _projections(self, prefix: str, size: int) -> tuple[Tensor, Tensor]:
         hidden = self.config.hidden_size
         gate_up = [self.plain(f"{prefix}{name}_proj.weight", size, hidden) for name in ("gate", "up")]
-        down = self.plain(f"{prefix}down_proj.weight", hidden, size)
-        return SwiGLU(self._pack(torch.cat(gate_up), bits), self._pack(down, bits))
+        return torch.cat(gate_up), self.plain(f"{prefix}down_proj.weight", hidden, size)
 
-    def _pack(self, weight: Tensor, bits: Bits | None) -> Weight:
-        return weight if bits is None else quantize(weight, bits)
+    def _dense(self, weight: Tensor) -> Weight:
+        packed = _pack(weight, self.dense_bits)
+        return with_plain(packed) if self.both and isinstance(packed, Quantized) else packed
+
+
+def _pack(weight: Tensor, bits: Bits | None) -> Weight:
+    return weight if bits is None else quantize(weight, bits)
 
 
 def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:

@@ -1,5 +1,6 @@
 """Triton operations against their torch references: on the GPU where there is one, else in Triton's interpreter."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -25,7 +26,7 @@ from services.engine.kernels.linear import linear
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.quantize import Quantized, Weight, dequantize, quantize
+from services.engine.kernels.quantize import Quantized, Weight, dequantize, quantize, with_plain
 from services.engine.kernels.router import router
 
 OPS, REFERENCE = gpu_ops(), Ops()
@@ -111,6 +112,16 @@ def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
 def test_qkv_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_qkv, "MANY_ROWS", 3)
     test_qkv(5, 16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_weight_in_both_forms(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_linear, "PLAIN_ROWS", 4)
+    x, w = draw(rows, 300, dtype=dtype), quantize(draw(50, 300, dtype=dtype, seed=1), 8)
+    wrong = dataclasses.replace(w, plain=torch.zeros(50, 300, dtype=dtype, device=DEVICE))
+    assert (gpu_linear.linear(x, wrong) == 0).all() == (rows >= 4), "the one that is asked for is used"
+    close(gpu_linear.linear(x, with_plain(w)), linear(x, w))
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
@@ -368,9 +379,13 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("share", [1, 30])
 @pytest.mark.parametrize("programs", [1, 12, 1024])
-def test_however_a_context_is_split(programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_a_context_is_split(
+    programs: int, share: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     monkeypatch.setattr(gpu_attention, "PROGRAMS", programs)
+    monkeypatch.setattr(gpu_attention, "SHARE", share)
     arguments = attention_arguments([1, 1], [14, 300], 16, 10, 2, 24, dtype)
     first = OPS.paged_attention(*arguments)
     close(first, REFERENCE.paged_attention(*arguments))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.engine.kernels.argmax import argmax
+from services.engine.kernels.gpu import argmax as gpu_argmax
 from services.engine.kernels.gpu import pick as gpu_pick
 from services.engine.kernels.gpu import threshold as gpu_threshold
 from services.engine.kernels.pick import WHOLE, pick
@@ -200,6 +202,19 @@ def drawn_by_definition(row: Tensor, least: float, number: float) -> int:
         if point < 0:
             return token
     raise AssertionError("the point is inside")
+
+
+@pytest.mark.parametrize(("most", "device"), [(argmax, "cpu"), (gpu_argmax.argmax, GPU)], ids=["torch", "triton"])
+def test_the_most_likely_token_is_the_first_of_the_largest(most: Callable[[Tensor], Tensor], device: str) -> None:
+    logits = torch.randn(5, 9001, generator=torch.Generator().manual_seed(0))
+    places = [0, 9000, 4095, 4096, 5000]
+    for row, place in enumerate(places):
+        logits[row, place] = 50.0
+        logits[row, max(place, 8500)] = 50.0  # again, in another slice
+    on_device = logits.to(device)
+    assert most(on_device).tolist() == places
+    assert most(on_device).tolist() == places, "what counts programs is 0 again"
+    assert 0 <= most(torch.full((1, 4097), float("nan"), device=device)).item() < 4097
 
 
 @pytest.mark.parametrize(("draw", "device"), PICKS, ids=["torch", "triton"])

@@ -2,10 +2,12 @@
 
 Three launches: sort, gate_up with the gate applied, and down; whoever reads the results weighs and sums them. The host
 never learns how many rows an expert got: the grid has as many row tiles as the worst case needs, and tiles past the
-last one leave at once. With very few pairs each is a tile of its own and nothing is sorted.
+last one leave at once. With very few pairs each is a tile of its own, nothing is sorted, and inputs are split. Many
+rows are another matter: services.engine.kernels.gpu.grouped.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,15 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
-from services.engine.kernels.gpu.dequantize import dequantize
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
+from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
-from services.engine.kernels.gpu.silu_mul import silu_mul
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
-
-DEQUANTIZED_ROWS = 8192
 
 
 @triton.jit
@@ -60,9 +59,9 @@ def _rows(place_ptr, owner_ptr, SORTED: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, place_ptr, owner_ptr, out_ptr,
+    x_ptr, place_ptr, owner_ptr, out_ptr, parts_ptr, count_ptr,
     text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, P, share, x_stride, w_stride,
-    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, SPLIT: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
@@ -88,14 +87,22 @@ def _gate_up_kernel(
     if BITS != 16:
         gate *= scales(scale_ptr + gate_row, n < width)[:, None]
         up *= scales(scale_ptr + gate_row + width, n < width)[:, None]
-    if SPLIT:
-        out = out_ptr + (tl.program_id(2) * P + pair.to(tl.int64)[None, :]) * 2 * TEXT + n[:, None]
-        tl.store(out, gate, rows & columns)
-        tl.store(out + TEXT, up, rows & columns)
-    else:
-        inner = gate * tl.sigmoid(gate) * up
-        out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
-        tl.store(out, inner.to(out_ptr.dtype.element_ty), rows & columns)
+    here = rows & columns
+    if SPLITS > 1:
+        at = parts_ptr + pair.to(tl.int64)[None, :] * 2 * TEXT + n[:, None]
+        part = at + tl.program_id(2).to(tl.int64) * P * 2 * TEXT
+        tl.store(part, gate, here)
+        tl.store(part + TEXT, up, here)
+        if not last_of(count_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
+            return
+        gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
+        for nth in tl.static_range(SPLITS):
+            part = at + nth * P * 2 * TEXT
+            gate += tl.load(part, here, 0.0, cache_modifier=".cg")
+            up += tl.load(part + TEXT, here, 0.0, cache_modifier=".cg")
+    inner = gate * tl.sigmoid(gate) * up
+    out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
+    tl.store(out, inner.to(out_ptr.dtype.element_ty), here)
 
 
 @triton.jit
@@ -141,9 +148,11 @@ class Tile:
         """Blocks of `bk` inputs in a part."""
         return -(-inputs // (self.bk * self.splits))
 
-    def even(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> bool:
-        """Whether tiles cover products of any of these sizes exactly, so that nothing need be masked."""
-        return not any(n % self.bk for n in inputs) and not any(n % self.bn for n in outputs)
+    def options(self, x: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
+        """Of a launch for products of any of these sizes. EVEN: tiles cover them exactly, so nothing need be masked."""
+        even = not any(n % self.bk for n in inputs) and not any(n % self.bn for n in outputs)
+        stages = self.stages if x.element_size() == 2 else 1
+        return {"EVEN": even, "BN": self.bn, "BK": self.bk, "num_warps": self.warps, "num_stages": stages}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,56 +203,59 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     """
     if takes(x, ids, text, vision):
         return grouped_experts(x, ids, text, vision)
-    (rows, hidden), top_k, per_pool = x.shape, ids.shape[1], len(text)
-    pairs = rows * top_k
-    # With so many rows the arithmetic takes longer than dequantising both pools does, one product after the other.
-    once = dequantized if rows >= DEQUANTIZED_ROWS else as_stored
-    gate_text, gate_text_scale, bits = parts(once(text.gate_up))
-    gate_vision, gate_vision_scale, _ = parts(once(vision.gate_up))
-    text_width, vision_width = gate_text.shape[1] // 2, gate_vision.shape[1] // 2
-    widths = text_width, vision_width
-    tiles = plan(pairs, 2 * per_pool, bits)
-    flat = ids.flatten()
-    place, owner = group_rows(flat, 2 * per_pool, tiles.rows) if tiles.grouped else (flat, flat)
-    common = {"E": per_pool, "BITS": bits, "BM": tiles.rows, "SORTED": tiles.grouped, **overlapped(x)}
+    flat, experts = ids.flatten(), len(text) + len(vision)
+    tiles = plan(len(flat), experts, parts(text.down)[2])
+    place, owner = group_rows(flat, experts, tiles.rows) if tiles.grouped else (flat, flat)
+    rows = Rows(place, owner, len(flat), {"E": len(text), "BM": tiles.rows, "SORTED": tiles.grouped, **overlapped(x)})
+    inner = _gate_up(x, rows, tiles.gate_up, text.gate_up, vision.gate_up, ids.shape[1])
+    return _down(inner, rows, tiles.down, text.down, vision.down)
 
-    tile, share = tiles.gate_up, tiles.gate_up.share(hidden)
-    splits = triton.cdiv(hidden, share * tile.bk)
-    inner = _room(splits, pairs, 2 * text_width if splits > 1 else text_width, x)
-    _gate_up_kernel[(triton.cdiv(text_width, tile.bn), len(owner), splits)](
-        x, place, owner, inner, gate_text, gate_text_scale, gate_vision, gate_vision_scale,
-        hidden, text_width, vision_width, pairs, share, x.stride(0), gate_text.stride(1),
-        K=top_k, SPLIT=splits > 1, EVEN=tile.even((hidden,), widths), BN=tile.bn, BK=tile.bk,
-        num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the pairs are."""
+
+    place: Tensor
+    owner: Tensor
+    pairs: int
+    options: dict[str, Any]  # of either launch
+
+
+def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, top_k: int) -> Tensor:
+    """silu(gate) up of every pair, [P, I of the text pool] in the dtype of x."""
+    (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
+    hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
+    share, columns = tile.share(hidden), triton.cdiv(width, tile.bn)
+    splits, programs = triton.cdiv(hidden, share * tile.bk), columns * len(rows.owner)
+    inner = torch.empty(rows.pairs, width, dtype=x.dtype, device=x.device)
+    split = torch.empty(splits if splits > 1 else 0, rows.pairs, 2 * width, dtype=torch.float32, device=x.device)
+    _gate_up_kernel[(columns, len(rows.owner), splits)](
+        x, rows.place, rows.owner, inner, split, counters(x.device, "gate_up", programs if splits > 1 else 0),
+        text_data, text_scale, vision_data, vision_scale,
+        hidden, width, vision_width, rows.pairs, share, x.stride(0), text_data.stride(1),
+        K=top_k, BITS=bits, SPLITS=splits, **tile.options(x, (hidden,), (width, vision_width)), **rows.options,
     )  # fmt: skip
-    del gate_text, gate_vision, gate_text_scale, gate_vision_scale  # of plain weights, both are the weight
-    inner = silu_mul(inner, x.dtype) if splits > 1 else inner[0]
+    return inner
 
-    down_text, down_text_scale, _ = parts(once(text.down))
-    down_vision, down_vision_scale, _ = parts(once(vision.down))
-    tile, share = tiles.down, tiles.down.share(text_width)
-    splits = triton.cdiv(text_width, share * tile.bk)
-    results = _room(splits, pairs, hidden, x)
-    _down_kernel[(triton.cdiv(hidden, tile.bn), len(owner), splits)](
-        inner, place, owner, results, down_text, down_text_scale, down_vision, down_vision_scale,
-        hidden, text_width, vision_width, pairs, share, down_text.stride(1), down_vision.stride(1),
-        EVEN=tile.even(widths, (hidden,)), BN=tile.bn, BK=tile.bk,
-        num_warps=tile.warps, num_stages=tile.stages if x.element_size() == 2 else 1, **common,
+
+def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -> Tensor:
+    """[parts, P, H]: see `partial_experts`."""
+    (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
+    hidden, width, vision_width = text_data.shape[1], inner.shape[1], _inputs(vision)
+    share = tile.share(width)
+    splits = triton.cdiv(width, share * tile.bk)
+    dtype = inner.dtype if splits == 1 else torch.float32
+    results = torch.empty(splits, rows.pairs, hidden, dtype=dtype, device=inner.device)
+    _down_kernel[(triton.cdiv(hidden, tile.bn), len(rows.owner), splits)](
+        inner, rows.place, rows.owner, results, text_data, text_scale, vision_data, vision_scale,
+        hidden, width, vision_width, rows.pairs, share, text_data.stride(1), vision_data.stride(1),
+        BITS=bits, **tile.options(inner, (width, vision_width), (hidden,)), **rows.options,
     )  # fmt: skip
     return results
 
 
-def dequantized(weight: Weight) -> Weight:
-    return dequantize(weight) if isinstance(weight, Quantized) else weight
-
-
-def as_stored(weight: Weight) -> Weight:
-    return weight
-
-
-def _room(splits: int, rows: int, width: int, like: Tensor) -> Tensor:
-    dtype = like.dtype if splits == 1 else torch.float32
-    return torch.empty(splits, rows, width, dtype=dtype, device=like.device)
+def _inputs(weight: Weight) -> int:
+    return weight.in_features if isinstance(weight, Quantized) else weight.shape[-1]
 
 
 def plan(pairs: int, experts: int, bits: int) -> Tiles:
@@ -253,14 +265,14 @@ def plan(pairs: int, experts: int, bits: int) -> Tiles:
 
 def _plan4(pairs: int, each: float) -> Tiles:
     if pairs <= 12:
-        return Tiles(8, Tile(32, GROUP, 2, 3), Tile(32, GROUP, 2, 3), grouped=False)
+        return Tiles(8, Tile(32, GROUP, 2, 3, 5), Tile(32, GROUP, 2, 3, 3), grouped=False)
     if each <= 2:
         return Tiles(8, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 8:
         return Tiles(16, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 24:
         return Tiles(32, Tile(64, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
-    return Tiles(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
+    return Tiles(64, Tile(128, GROUP, 8, 3), Tile(128, GROUP, 8, 2))
 
 
 def _plan8(pairs: int, each: float) -> Tiles:
@@ -271,7 +283,7 @@ def _plan8(pairs: int, each: float) -> Tiles:
     if each <= 8:
         return Tiles(16, Tile(32, 128, 2, 4), Tile(64, 256, 2, 3))
     if each <= 24:
-        return Tiles(32, Tile(32, 128, 2, 3), Tile(64, 128, 4, 3))
+        return Tiles(32, Tile(32, 128, 2, 4), Tile(64, 128, 2, 3))
     return Tiles(64, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
 
 

@@ -1,7 +1,8 @@
 """Matrix products with a weight that may be quantised.
 
 Plain weights are the vendor library's business. Quantised ones are dequantised in registers while the product waits for
-memory; with so many rows that it waits for arithmetic, they are dequantised once and handed to the library.
+memory; with so many rows that it waits for arithmetic, they are dequantised once and handed to the library, which may
+have been done when they were loaded.
 
 With few rows a weight is split along its inputs too, so that all of it is on its way at once. The parts are summed, in
 order, by whoever reads the product: a sum in float32 that does not depend on which program was first.
@@ -22,6 +23,7 @@ from services.engine.kernels.gpu.matmul import dot_tile, scales, widen
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
 
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
+PLAIN_ROWS = 96  # from here on the library is faster, where it need not wait for a weight to be dequantised
 EARLY_ROWS = 32  # up to here a weight is read ahead
 
 
@@ -82,7 +84,7 @@ class Cut:
 
 def cut(x: Tensor, weight: Weight) -> Cut | None:
     """None if the product is the library's business."""
-    if not isinstance(weight, Quantized) or len(x) >= LIBRARY_ROWS:
+    if not isinstance(weight, Quantized) or len(x) >= (LIBRARY_ROWS if weight.plain is None else PLAIN_ROWS):
         return None
     (rows, inputs), outputs = x.shape, weight.scale.shape[0]
     bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
@@ -114,12 +116,18 @@ def partial_linear(x: Tensor, weight: Weight) -> Tensor:
     """
     way = cut(x, weight)
     if way is None:
-        return F.linear(x, dequantize(weight) if isinstance(weight, Quantized) else weight).unsqueeze(0)
+        return F.linear(x, _plain(weight)).unsqueeze(0)
     splits = way.grid[2]
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, len(x), way.sizes[1], dtype=dtype, device=x.device)
     _linear_kernel[way.grid](*way.arguments, out, *way.sizes, **way.options)
     return out
+
+
+def _plain(weight: Weight) -> Tensor:
+    if not isinstance(weight, Quantized):
+        return weight
+    return dequantize(weight) if weight.plain is None else weight.plain
 
 
 def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int, int]:

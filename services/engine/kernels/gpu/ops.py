@@ -1,5 +1,6 @@
 """The CUDA choice of operations."""
 
+from services.engine.kernels.gpu.argmax import argmax
 from services.engine.kernels.gpu.logits import logits
 from services.engine.kernels.gpu.mlp import linear_add_norm, mlp_add_norm
 from services.engine.kernels.gpu.moe import moe_add_norm
@@ -26,4 +27,4 @@ def gpu_ops() -> Ops:
 
 
 def gpu_sampling_ops() -> SamplingOps:
-    return SamplingOps(threshold=threshold, pick=pick)
+    return SamplingOps(argmax=argmax, threshold=threshold, pick=pick)

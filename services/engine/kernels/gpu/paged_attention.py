@@ -2,8 +2,9 @@
 Long prompts of which nothing is cached are the library's business: services.engine.kernels.gpu.whole_prompt.
 
 Decode reads each key and value once for the group of query heads that shares them. The context is cut into a number of
-splits that depends on the number of sequences only, so that a captured graph stays valid as contexts grow; the last
-program of a group to finish merges the splits' partial softmaxes.
+splits that the device decides, up to a limit that depends on the number of sequences only, so that a captured graph
+stays valid as contexts grow. The last program of a group to finish merges the splits' partial softmaxes, or where there
+may be many, another launch does.
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.whole_prompt import suits, whole, whole_prompt
 from services.engine.kernels.paged_attention import Lengths
 
-PROGRAMS = 1024  # decode programs to aim at: enough to fill the device whatever the batch
+PROGRAMS = 2048  # of decode, at most, where there is more than one a sequence and head
 MAX_SPLITS = 64
-LAST_MERGES = 4  # splits that the last program to finish merges; more of them another launch does
+SHARE = 16  # tokens of a split, at least, times the sequences: then 264 programs have 1,024 tokens each among them
+LAST_MERGES = 8  # splits that the last program to finish merges; more of them another launch does
 GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query heads fills a part of them
-DECODE = 64, 4, 3  # tokens of a decode program's tile, at most a page; its warps and stages
+DECODE = 32, 4, 4  # tokens of a decode program's tile, at most a page; its warps and stages
 MERGED = 8  # partial softmaxes that are read together, at most
 
 
@@ -45,9 +47,16 @@ LONG, SHORT = Cut(128, 64, 8, 2, pagewise=True, registers=128), Cut(16, 64, 4, 3
 
 
 @triton.jit
+def _share(tiles, splits, least):
+    """Tiles of each split but the last, if a context is cut into as many as have `least` tiles, and into at most
+    `splits`."""
+    return tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), splits))
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr, acc_ptr, high_ptr, sum_ptr, count_ptr,
-    q_stride, q_head_stride, table_stride, splits, scale,
+    q_stride, q_head_stride, table_stride, splits, least, scale,
     KV_HEADS: tl.constexpr, G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, MERGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +65,7 @@ def _decode_kernel(
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     context = tl.load(contexts_ptr + sequence)
     tiles = tl.cdiv(context, TILE)
-    share = tl.cdiv(tiles, splits)
+    share = _share(tiles, splits, least)
     first = split * share
     last = tl.minimum(first + share, tiles)
     tables_ptr += sequence.to(tl.int64) * table_stride
@@ -140,7 +149,7 @@ def _merge(
 
 @triton.jit
 def _merge_kernel(
-    acc_ptr, high_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, splits,
+    acc_ptr, high_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, splits, least,
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
     SPAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +157,7 @@ def _merge_kernel(
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     tiles = tl.cdiv(tl.load(contexts_ptr + sequence), TILE)
-    used = tl.cdiv(tiles, tl.cdiv(tiles, splits))
+    used = tl.cdiv(tiles, _share(tiles, splits, least))
     predecessor(PDL)
     if used > 1:
         split, d = tl.arange(0, SPAD), tl.arange(0, DPAD)
@@ -236,7 +245,7 @@ def _attend(
 
 
 def decode_splits(sequences: int, kv_heads: int) -> int:
-    """How many parts each context is cut into: a function of the batch alone, never of the contexts."""
+    """How many parts a context is cut into, at most: a function of the batch alone, never of the contexts."""
     return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
 
 
@@ -285,12 +294,13 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     splits, group = decode_splits(sequences, kv_heads), heads // kv_heads
     tile, warps, stages = DECODE
+    least = max(1, SHARE * sequences // tile)
     partials = sequences * heads * splits if splits > 1 else 0
     acc, high, total = (torch.empty(partials * each, dtype=torch.float32, device=out.device) for each in (dim, 1, 1))
     _decode_kernel[(kv_heads, splits, sequences)](
         query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
         counters(out.device, "decode", sequences * kv_heads),
-        query.stride(0), query.stride(1), block_tables.stride(0), splits, scale,
+        query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
         KV_HEADS=kv_heads, G=group, GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), D=dim,
         DPAD=max(16, triton.next_power_of_2(dim)), PAGE=page, TILE=min(tile, page),
         MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=splits <= LAST_MERGES,
@@ -298,7 +308,7 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
     )  # fmt: skip
     if splits > LAST_MERGES:
         _merge_kernel[(sequences, heads)](
-            acc, high, total, query_start, context_lens, out, splits,
+            acc, high, total, query_start, context_lens, out, splits, least,
             KV_HEADS=kv_heads, G=group, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), TILE=min(tile, page),
             SPAD=triton.next_power_of_2(splits), num_warps=4, **overlapped(query),
         )  # fmt: skip
