@@ -156,7 +156,7 @@ class Bench:
         quantization: Literal["none", "wint8", "wint4"],
         max_model_len: int,
         sampling: Sampling,
-        sampling_class: SamplingClass = "base",
+        sampling_class: SamplingClass = "rejection",
         **told: Any,
     ) -> None:
         """
@@ -294,7 +294,7 @@ def parse() -> argparse.Namespace:
         "--profile", type=numbers, default="1,32,128", help="decode_kernels, and with any prefill_kernels (%(default)s)"
     )
     parser.add_argument("--sampling", type=json.loads, default={}, help='of every request: {"temperature": 1.0, ...}')
-    parser.add_argument("--sampling-class", choices=("base", "rejection"), default="base")
+    parser.add_argument("--sampling-class", choices=("base", "rejection"), default="rejection")
     parser.add_argument("--output", type=Path, help="the JSON file")
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 8192  # in one step
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
-    sampling_class: SamplingClass = "base"  # how top_k and top_p find what they keep: sorting, or not; the same draws
+    sampling_class: SamplingClass = "rejection"  # how top_k and top_p find what they keep: the same, sorting or not
     block_size: int = 64
     gpu_memory_utilization: float = 0.9  # of the device, for us and for all others on it
     foreign_bytes: int = 0  # of it, what others hold or will: an mm_encoder on the same card may start after us

@@ -13,6 +13,7 @@ from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize, with_plain
+from services.engine.kernels.room import roomy
 from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
@@ -21,8 +22,6 @@ from shared.model_config import ModelConfig
 Quantization = Literal["wint8", "wint4"]
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
-
-ROOMY = 64 << 30  # bytes of a device on which the dense projections' 2 GiB more are not missed
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,20 +58,13 @@ def load_weights(
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *_widths(quantization), both=_is_roomy(device))
+    read = _Reader(checkpoint, config, dtype, device, *_widths(quantization), both=roomy(device))
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)
     weights = Weights(embedding, layers, norm, read.head(embedding))
     checkpoint.check_all_used(DECODER_PREFIXES)
     return weights
-
-
-def _is_roomy(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    total = torch.cuda.get_device_properties(device).total_memory
-    return total * torch.cuda.get_per_process_memory_fraction(device) >= ROOMY
 
 
 def _widths(quantization: Quantization | None) -> tuple[Bits | None, Bits | None]:

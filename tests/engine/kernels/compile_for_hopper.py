@@ -84,7 +84,7 @@ def decode(sequences: int) -> None:
     rms_norm.add_norm(linear.partial_linear(x, weight(HIDDEN)), x, zeros(HIDDEN), 1e-5)
     gate, bias = zeros(2 * EXPERTS, HIDDEN, dtype=torch.float32), zeros(2 * EXPERTS, dtype=torch.float32)
     router.router(x, gate, bias, zeros(sequences, dtype=torch.bool), 6)
-    experts.partial_experts(x, zeros(sequences, 6, dtype=torch.int32), *pools())
+    experts.expert_results(x, zeros(sequences, 6, dtype=torch.int32), *pools())
 
 
 def pools() -> list[ExpertPool]:

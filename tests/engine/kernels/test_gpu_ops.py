@@ -268,7 +268,7 @@ def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None
     ids = (choice + count * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
     weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
     x = draw(rows, hidden, dtype=dtype)
-    results = gpu_experts.partial_experts(x, ids, text, vision).float().sum(0).view(rows, top_k, hidden)
+    results = gpu_experts.expert_results(x, ids, text, vision).float().view(rows, top_k, hidden)
     combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
     close(combined, experts(x, ids, weights, text, vision))
 
@@ -302,7 +302,7 @@ def test_experts_of_many_rows(
     weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
     x = draw(rows, hidden, dtype=dtype)
     assert grouped.takes(x, ids, text, vision)
-    results = gpu_experts.partial_experts(x, ids, text, vision).float().sum(0).view(rows, top_k, hidden)
+    results = gpu_experts.expert_results(x, ids, text, vision).float().view(rows, top_k, hidden)
     combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
     close(combined, experts(x, ids, weights, text, vision))
 

@@ -2,8 +2,8 @@
 
 Three launches: sort, gate_up with the gate applied, and down; whoever reads the results weighs and sums them. The host
 never learns how many rows an expert got: the grid has as many row tiles as the worst case needs, and tiles past the
-last one leave at once. With very few pairs each is a tile of its own, nothing is sorted, and inputs are split. Many
-rows are another matter: services.engine.kernels.gpu.grouped.
+last one leave at once. With very few pairs each is a tile of its own and nothing is sorted. Many rows are another
+matter: services.engine.kernels.gpu.grouped.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
-from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
+
+SORT_WARPS = 8
 
 
 @triton.jit
@@ -59,10 +60,10 @@ def _rows(place_ptr, owner_ptr, SORTED: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, place_ptr, owner_ptr, out_ptr, parts_ptr, count_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, P, share, x_stride, w_stride,
-    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, place_ptr, owner_ptr, out_ptr,
+    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
     expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
@@ -81,34 +82,20 @@ def _gate_up_kernel(
     up_ptrs = w_ptrs + width.to(tl.int64) * w_stride
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
-    first = tl.program_id(2) * share
-    for block in range(first, tl.minimum(first + share, tl.cdiv(IN, BK))):
+    for block in range(0, tl.cdiv(IN, BK)):
         gate, up = dot_two(gate, up, w_ptrs, up_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
     if BITS != 16:
         gate *= scales(scale_ptr + gate_row, n < width)[:, None]
         up *= scales(scale_ptr + gate_row + width, n < width)[:, None]
-    here = rows & columns
-    if SPLITS > 1:
-        at = parts_ptr + pair.to(tl.int64)[None, :] * 2 * TEXT + n[:, None]
-        part = at + tl.program_id(2).to(tl.int64) * P * 2 * TEXT
-        tl.store(part, gate, here)
-        tl.store(part + TEXT, up, here)
-        if not last_of(count_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
-            return
-        gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
-        for nth in tl.static_range(SPLITS):
-            part = at + nth * P * 2 * TEXT
-            gate += tl.load(part, here, 0.0, cache_modifier=".cg")
-            up += tl.load(part + TEXT, here, 0.0, cache_modifier=".cg")
     inner = gate * tl.sigmoid(gate) * up
     out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
-    tl.store(out, inner.to(out_ptr.dtype.element_ty), here)
+    tl.store(out, inner.to(out_ptr.dtype.element_ty), rows & columns)
 
 
 @triton.jit
 def _down_kernel(
     inner_ptr, place_ptr, owner_ptr, out_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, H, TEXT, VISION, P, share, text_stride, vision_stride,
+    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, H, TEXT, VISION, text_stride, vision_stride,
     E: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -125,28 +112,22 @@ def _down_kernel(
     w_row = index.to(tl.int64) * H + n
     w_ptrs = w_ptr + w_row[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
-    first = tl.program_id(2) * share
-    for block in range(first, tl.minimum(first + share, tl.cdiv(width, BK))):
+    for block in range(0, tl.cdiv(width, BK)):
         acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, width, BK, BITS, EVEN)
     if BITS != 16:
         acc *= scales(scale_ptr + w_row, n < H)[:, None]
-    out = out_ptr + (tl.program_id(2) * P + pair.to(tl.int64)[None, :]) * H + n[:, None]
+    out = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), rows & columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a product is cut: outputs and inputs of a program, its warps and stages, parts of the inputs."""
+    """How a product is cut: outputs and inputs of a program, its warps and stages."""
 
     bn: int
     bk: int
     warps: int
     stages: int
-    splits: int = 1
-
-    def share(self, inputs: int) -> int:
-        """Blocks of `bk` inputs in a part."""
-        return -(-inputs // (self.bk * self.splits))
 
     def options(self, x: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
         """Of a launch for products of any of these sizes. EVEN: tiles cover them exactly, so nothing need be masked."""
@@ -184,14 +165,14 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     cursor = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
     _sort_kernel[(1,)](
         ids, place, tile_expert, cursor, pairs, tiles,
-        EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles), num_warps=8,
+        EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles), num_warps=SORT_WARPS,
         **overlapped(ids),
     )  # fmt: skip
     return place, tile_expert
 
 
-def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
-    """Every chosen expert applied to its row, in parts that are still to be summed and weighted.
+def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+    """Every chosen expert applied to its row; still to be weighted and summed.
 
     Args:
         x: [N, H], contiguous.
@@ -199,7 +180,7 @@ def partial_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
         text, vision: quantised alike.
 
     Returns:
-        [parts, N K, H]: one part in the dtype of x, or several in float32.
+        [N K, H] in the dtype of x.
     """
     if takes(x, ids, text, vision):
         return grouped_experts(x, ids, text, vision)
@@ -225,30 +206,23 @@ def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, to
     """silu(gate) up of every pair, [P, I of the text pool] in the dtype of x."""
     (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
     hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
-    share, columns = tile.share(hidden), triton.cdiv(width, tile.bn)
-    splits, programs = triton.cdiv(hidden, share * tile.bk), columns * len(rows.owner)
     inner = torch.empty(rows.pairs, width, dtype=x.dtype, device=x.device)
-    split = torch.empty(splits if splits > 1 else 0, rows.pairs, 2 * width, dtype=torch.float32, device=x.device)
-    _gate_up_kernel[(columns, len(rows.owner), splits)](
-        x, rows.place, rows.owner, inner, split, counters(x.device, "gate_up", programs if splits > 1 else 0),
-        text_data, text_scale, vision_data, vision_scale,
-        hidden, width, vision_width, rows.pairs, share, x.stride(0), text_data.stride(1),
-        K=top_k, BITS=bits, SPLITS=splits, **tile.options(x, (hidden,), (width, vision_width)), **rows.options,
+    _gate_up_kernel[(triton.cdiv(width, tile.bn), len(rows.owner))](
+        x, rows.place, rows.owner, inner, text_data, text_scale, vision_data, vision_scale,
+        hidden, width, vision_width, x.stride(0), text_data.stride(1),
+        K=top_k, BITS=bits, **tile.options(x, (hidden,), (width, vision_width)), **rows.options,
     )  # fmt: skip
     return inner
 
 
 def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -> Tensor:
-    """[parts, P, H]: see `partial_experts`."""
+    """[P, H] in the dtype of inner."""
     (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
     hidden, width, vision_width = text_data.shape[1], inner.shape[1], _inputs(vision)
-    share = tile.share(width)
-    splits = triton.cdiv(width, share * tile.bk)
-    dtype = inner.dtype if splits == 1 else torch.float32
-    results = torch.empty(splits, rows.pairs, hidden, dtype=dtype, device=inner.device)
-    _down_kernel[(triton.cdiv(hidden, tile.bn), len(rows.owner), splits)](
+    results = torch.empty(rows.pairs, hidden, dtype=inner.dtype, device=inner.device)
+    _down_kernel[(triton.cdiv(hidden, tile.bn), len(rows.owner))](
         inner, rows.place, rows.owner, results, text_data, text_scale, vision_data, vision_scale,
-        hidden, width, vision_width, rows.pairs, share, text_data.stride(1), vision_data.stride(1),
+        hidden, width, vision_width, text_data.stride(1), vision_data.stride(1),
         BITS=bits, **tile.options(inner, (width, vision_width), (hidden,)), **rows.options,
     )  # fmt: skip
     return results
@@ -265,14 +239,14 @@ def plan(pairs: int, experts: int, bits: int) -> Tiles:
 
 def _plan4(pairs: int, each: float) -> Tiles:
     if pairs <= 12:
-        return Tiles(8, Tile(32, GROUP, 2, 3, 5), Tile(32, GROUP, 2, 3, 3), grouped=False)
+        return Tiles(8, Tile(32, GROUP, 2, 3), Tile(32, GROUP, 2, 3), grouped=False)
     if each <= 2:
         return Tiles(8, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 8:
         return Tiles(16, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 24:
         return Tiles(32, Tile(64, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
-    return Tiles(64, Tile(128, GROUP, 8, 3), Tile(128, GROUP, 8, 2))
+    return Tiles(64, Tile(64, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
 
 
 def _plan8(pairs: int, each: float) -> Tiles:

@@ -20,6 +20,7 @@ from services.engine.kernels.gpu.dequantize import dequantize
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.sort import Sorted, sort_pairs
 from services.engine.kernels.quantize import Quantized, Weight
+from services.engine.kernels.room import roomy
 
 EACH = 32  # rows of an expert, on average over both pools, from which on a tile of rows is full enough
 QUANTIZED_ROWS = 4096  # rows of a step from which on dequantising is the smaller part
@@ -118,13 +119,18 @@ def _down_kernel(
 
 
 def takes(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> bool:
-    """Whether there are rows enough, and rows of everything begin where the copy engine can read."""
+    """Whether there are rows enough, memory for copies of them, and the copy engine can read where rows begin."""
     experts = len(text) + len(vision)
     enough = ids.numel() >= EACH * experts and experts & (experts - 1) == 0
     if isinstance(text.gate_up, Quantized):
         enough = enough and len(x) >= QUANTIZED_ROWS
     widths = (x.shape[1], x.stride(0), _inputs(text.down), _inputs(vision.down))
-    return enough and all(width * x.element_size() % 16 == 0 for width in widths)
+    return enough and ample(x.device) and all(width * x.element_size() % 16 == 0 for width in widths)
+
+
+def ample(device: torch.device) -> bool:
+    """Whether a device has memory for rows in order and a pool dequantised. The interpreter has: it is there to try."""
+    return device.type != "cuda" or roomy(device)
 
 
 def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
@@ -136,7 +142,7 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
         text, vision: quantised alike.
 
     Returns:
-        [1, N K, H] in the dtype of x.
+        [N K, H] in the dtype of x.
     """
     top_k, per_pool, hidden = ids.shape[1], len(text), x.shape[1]
     order = sort_pairs(ids.flatten(), 2 * per_pool, ROWS)
@@ -145,7 +151,7 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     for nth, pool in enumerate((text, vision)):
         _gate_up(rows, order, nth, _plain(pool.gate_up, order, nth), top_k, inner)
     del rows
-    results = torch.empty(1, ids.numel(), hidden, dtype=x.dtype, device=x.device)
+    results = torch.empty(ids.numel(), hidden, dtype=x.dtype, device=x.device)
     for nth, pool in enumerate((text, vision)):
         _down(inner, order, nth, _plain(pool.down, order, nth), results)
     return results
@@ -176,7 +182,7 @@ def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, top_k: int, inn
 
 
 def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tensor) -> None:
-    """The second product of pool `nth`. weight [E, H, I]; fills the rows of the pool's pairs in results [1, P, H]."""
+    """The second product of pool `nth`. weight [E, H, I]; fills the rows of the pool's pairs in results [P, H]."""
     cut, (experts, hidden, width) = DOWN, weight.shape
     _down_kernel[(_programs(cut, order, hidden, inner),)](
         TensorDescriptor.from_tensor(inner[:, :width], [ROWS, cut.inputs]),

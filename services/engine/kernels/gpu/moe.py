@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.gpu.experts import partial_experts
+from services.engine.kernels.gpu.experts import expert_results
 from services.engine.kernels.gpu.linear import partial_linear
 from services.engine.kernels.gpu.rms_norm import rounded_norm, row_warps
 from services.engine.kernels.gpu.router import router
@@ -25,7 +25,7 @@ SIDE_ROWS = 512  # with more rows each product fills the device by itself
 @triton.jit
 def _combine_kernel(
     routed_ptr, weights_ptr, shared_ptr, residual_ptr, norm_ptr, out_ptr, total_ptr, H, eps,
-    routed_stride, shared_stride, K: tl.constexpr, ROUTED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    shared_stride, K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -35,9 +35,7 @@ def _combine_kernel(
         summed += tl.load(shared_ptr + part * shared_stride + row * H + column, inside, 0.0).to(tl.float32)
     for k in tl.static_range(K):
         weight = tl.load(weights_ptr + row * K + k)
-        for part in tl.static_range(ROUTED):
-            at = routed_ptr + part * routed_stride + (row * K + k) * H + column
-            summed += weight * tl.load(at, inside, 0.0).to(tl.float32)
+        summed += weight * tl.load(routed_ptr + (row * K + k) * H + column, inside, 0.0).to(tl.float32)
     exact = tl.load(residual_ptr + row * H + column, inside, 0.0).to(tl.float32)
     x = (exact + summed).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + row * H + column, x, inside)
@@ -73,7 +71,7 @@ def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
 
 def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
-    return partial_experts(x, ids, moe.text, moe.vision), weights
+    return expert_results(x, ids, moe.text, moe.vision), weights
 
 
 def _combine(
@@ -81,7 +79,7 @@ def _combine(
 ) -> tuple[Tensor, Tensor]:
     """
     Args:
-        routed: [parts, N K, H].
+        routed: [N K, H].
         weights: [N, K] float32.
         shared: [parts, N, H].
     """
@@ -89,7 +87,7 @@ def _combine(
     block = triton.next_power_of_2(width)
     # It joins two streams, so it is launched when both have ended.
     _combine_kernel[(rows,)](
-        routed, weights, shared, residual, norm, out, total, width, eps, routed.stride(0), shared.stride(0),
-        K=weights.shape[1], ROUTED=len(routed), SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),
+        routed, weights, shared, residual, norm, out, total, width, eps, shared.stride(0),
+        K=weights.shape[1], SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return out, total
