@@ -14,7 +14,8 @@ from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
+# A comment without a blank line, which the openai client, once it has seen an id, takes for the end of an empty event.
+KEEP_ALIVE = b": keep-alive\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 _json = msgspec.json.Encoder()

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import httpx
 from chaos_client import Broken, Client, Manner
-from chaos_crash import Expected, reference
+from chaos_crash import Expected, by_kind
 from chaos_model import write_model
+from chaos_quiet import ONE_OF_EACH, quiet_answers
 from chaos_requests import pool
-from chaos_storm import ONE_OF_EACH, TWO_OF_EACH
+from chaos_storm import TWO_OF_EACH
 from chaos_system import REQUEST_TIMEOUT_S, System, running
 
 LONG = 2  # the place of "long" in the pool
@@ -82,12 +83,12 @@ async def one_round(system: System, expected: Expected, fault: Fault, clients: i
 async def measure(rounds: int, clients: int, only: str, directory: Path) -> None:
     asks = pool(LONG + 1, write_model(directory / "model"), "")[LONG:]
     asks[0].body["max_tokens"] = ANSWER
+    expected = by_kind(await quiet_answers(directory / "quiet", directory / "model", asks))
     for number, (name, (replicas, fault)) in enumerate(FAULTS.items()):
         if only not in name:
             continue
         settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
         async with running(directory / str(number), directory / "model", replicas, **settings) as system:
-            expected = await reference(system, asks)
             gaps = [gap for _ in range(rounds) for gap in await one_round(system, expected, fault, clients)]
         print(f"{name:32} median {statistics.median(gaps):5.2f} s, longest {max(gaps):5.2f} s", flush=True)
 

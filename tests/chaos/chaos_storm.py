@@ -21,13 +21,13 @@ from chaos_client import Broken, Client, Manner, Transcript
 from chaos_faults import Faults
 from chaos_leftovers import wait_until_clean
 from chaos_model import write_model
+from chaos_quiet import ONE_OF_EACH, quiet_answers
 from chaos_requests import Ask, files_to_serve, pool
 from chaos_system import REQUEST_TIMEOUT_S, System, running
 from system import file_server
 
 from shared.errors import MillraceError
 
-ONE_OF_EACH = {"gateway": 1, "mm_encoder": 1, "engine": 1, "postproc": 1}
 TWO_OF_EACH = dict.fromkeys(ONE_OF_EACH, 2)
 POOL = 44  # requests
 SETTLE_S = 30.0
@@ -68,16 +68,10 @@ class World:
 
 
 async def quiet_world(directory: Path, files: str, size: int = POOL) -> World:
-    """Write the checkpoint, and ask for everything once, one request at a time and nothing streamed."""
+    """Write the checkpoint, and ask for everything once."""
     model = directory / "model"
-    asks = pool(size, write_model(model), files)
-    async with running(directory / "quiet", model, ONE_OF_EACH) as system, httpx.AsyncClient(timeout=HTTP) as http:
-        client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))
-        try:
-            expected = {ask.number: await client.ask(ask, Manner(stream=False), REQUEST_TIMEOUT_S) for ask in asks}
-        except Broken as broken:
-            raise AssertionError(f"the quiet system: {broken}\n{system.tails()}") from None
-    return World(model, asks, expected)
+    answered = await quiet_answers(directory / "quiet", model, pool(size, write_model(model), files))
+    return World(model, [ask for ask, _ in answered], {ask.number: answer for ask, answer in answered})
 
 
 class Storm:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import httpx
 from chaos_client import Broken, Client, Manner
-from chaos_crash import reference
+from chaos_crash import by_kind
 from chaos_leftovers import wait_until_clean
 from chaos_model import write_model
+from chaos_quiet import ONE_OF_EACH, quiet_answers
 from chaos_requests import KINDS, pool
-from chaos_storm import ONE_OF_EACH
 from chaos_system import LEASE_MS, System, running
 
 TOLD_S = 10.0
@@ -33,8 +33,8 @@ async def ask(system: System, kind: str, expected: dict, stream: bool) -> str:  
 
 async def test_every_client_is_told_and_the_services_go_on(tmp_path: Path) -> None:
     asks = [one for one in pool(len(KINDS), write_model(tmp_path / "model"), "") if one.kind != "link"]
+    expected = by_kind(await quiet_answers(tmp_path / "quiet", tmp_path / "model", asks))
     async with running(tmp_path / "system", tmp_path / "model", ONE_OF_EACH, persistence=False) as system:
-        expected = await reference(system, asks)
         asking = [asyncio.create_task(ask(system, kind, expected, n != 1)) for n, kind in enumerate(ASKED)]
         await system.generating()
         await system.restart_redis(0)

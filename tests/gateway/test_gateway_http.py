@@ -79,6 +79,19 @@ def said(event: str) -> Any:
     return json.loads(event.rpartition("data: ")[2])
 
 
+def overheard(response: Any, monkeypatch: pytest.MonkeyPatch) -> bytearray:
+    """The body of a response that the client library reads, as far as it has read."""
+    heard, parts = bytearray(), response.aiter_bytes
+
+    async def aiter_bytes() -> AsyncIterator[bytes]:
+        async for part in parts():
+            heard.extend(part)
+            yield part
+
+    monkeypatch.setattr(response, "aiter_bytes", aiter_bytes)
+    return heard
+
+
 async def nothing_left(server: Running, redis: Redis, keys: Keys) -> None:
     """Every open request is gone from the gateway, and what is left in Redis is for the stages behind it."""
     await until(lambda: server.gateway.load().items() >= {"requests": 0, "choices": 0}.items())
@@ -356,7 +369,7 @@ async def test_a_stream_does_not_wait_for_ever_to_start(
         await asyncio.sleep(0.1)  # long beside the silence after which a comment is due
         await stages.tell(request, Failed(request.id, BAD_IMAGE))
         got = await asked
-    assert ": keep-alive" in got
+    assert ": keep-alive\n" in got[-3]
     assert said(got[-3])["error"] == {
         "message": "Not an image.",
         "type": "invalid_request_error",
@@ -364,6 +377,29 @@ async def test_a_stream_does_not_wait_for_ever_to_start(
         "code": 400,
     }
     assert got[-2:] == ["data: [DONE]", ""]
+
+
+async def test_the_client_library_reads_over_the_silences(
+    checkpoint: Path, redis_url: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the id of the last event, and takes every blank line after that for the end of another."""
+    async with running(checkpoint, redis_url, keep_alive_s=0.001) as server:
+        stream = await ask(server, stream=True)
+        heard = overheard(stream.response, monkeypatch)
+        asked = asyncio.create_task(contents(stream))
+        request = await stages.request()
+
+        async def after_a_silence(delta: Delta) -> None:
+            before = b"id: %d\n" % (delta.seq - 1)
+            await until(lambda: asked.done() or b": keep-alive\n" in heard.partition(before)[2])
+            await stages.say(request, delta)
+
+        await after_a_silence(Delta(request.id, 1, content="Hel"))
+        await after_a_silence(Delta(request.id, 2, content="lo"))
+        await after_a_silence(Delta(request.id, 3, finish_reason="stop", usage=USAGE))
+        chunks = await asked
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "Hel", "lo", None]
+    assert all(b"data: " in event for event in heard.removesuffix(b"\n\n").split(b"\n\n")), "an event without data"
 
 
 # --------------------------------------------------------------------------------------------------- errors and ends

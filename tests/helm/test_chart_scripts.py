@@ -187,7 +187,7 @@ class Gateway(BaseHTTPRequestHandler):
         choices = [{"delta": {"content": part}, "finish_reason": None} for part in ("Hel", "lo")]
         choices.append({"delta": {}, "finish_reason": self.finish})
         lines = [f"data: {json.dumps({'choices': [choice]})}" for choice in choices] + ["data: [DONE]"] * self.ends
-        return ": keep-alive\n\n" + "".join(f"{line}\n\n" for line in lines)
+        return ": keep-alive\n" + "".join(f"{line}\n\n" for line in lines)
 
 
 @pytest.mark.parametrize(
