@@ -12,16 +12,23 @@ from services.engine.runner import ModelRunner, Runner
 from services.engine.sampler import Sampler
 from services.engine.settings import EngineSettings, SamplingClass
 from services.engine.step import StepBuilder
+from shared.errors import ConfigError
 from shared.model_config import ModelConfig
+
+SMALLEST_BLOCK = 16  # keys of a matrix instruction
 
 
 def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
     """A loaded model's runner, and its cache's number of blocks.
 
     Raises:
-        ConfigError: the cache could not hold max_model_len.
+        ConfigError: the cache could not hold max_model_len, or its blocks are of a size that no kernel reads.
     """
     on_gpu = model.device.type == "cuda"
+    if on_gpu and (settings.block_size < SMALLEST_BLOCK or settings.block_size & (settings.block_size - 1)):
+        raise ConfigError(
+            f"block_size is {settings.block_size}; on a GPU it must be a power of two, at least {SMALLEST_BLOCK}"
+        )
     sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
     cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
     blocks = cache.num_blocks - int(on_gpu)

@@ -68,9 +68,8 @@ class Bench:
         caching: bool = True,
         **bounds: Any,
     ) -> None:
-        limits = Limits(
-            **{"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, **bounds}, block_size=BLOCK
-        )
+        usual = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, "block_size": BLOCK}
+        limits = Limits(**{**usual, **bounds})
         self.pool = BlockPool(blocks, caching)
         self.runner = Watched(runner or SumRunner(blocks, BLOCK, overlaps))
         self.registry = CollectorRegistry()

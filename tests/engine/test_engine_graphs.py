@@ -33,6 +33,7 @@ torch.set_num_threads(1)
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BLOCKS, SEQS = 64, 5
+PAGE = 16 if ON_GPU else BLOCK  # a matrix instruction wants so many keys
 SMALL = msgspec.structs.replace(
     CONFIG,
     hidden_size=64,
@@ -104,12 +105,12 @@ def model() -> ErnieModel:
 
 
 def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) -> ModelRunner:
-    shape = SMALL.num_layers, BLOCKS + 1, BLOCK, SMALL.num_kv_heads, SMALL.head_dim
+    shape = SMALL.num_layers, BLOCKS + 1, PAGE, SMALL.num_kv_heads, SMALL.head_dim
     cache = KVCache.allocate(*shape, model.dtype, str(DEVICE))
-    rows = DecodeRows(model, SEQS, 16, BLOCK, BLOCKS, SMALL.image_patch_id)
+    rows = DecodeRows(model, SEQS, 16, PAGE, BLOCKS, SMALL.image_patch_id)
     graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
     sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
-    return kind(model, cache, sampler, StepBuilder(model, BLOCK, SMALL.image_patch_id), graphs)
+    return kind(model, cache, sampler, StepBuilder(model, PAGE, SMALL.image_patch_id), graphs)
 
 
 def script(**options: Any) -> Script:
@@ -127,8 +128,8 @@ OPTIONS: list[dict[str, Any]] = [{"ignore_eos": True}, {"temperature": 1.0, "top
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])
 def test_tokens_in_flight_are_those_that_were_sampled(model: ErnieModel, options: dict[str, Any]) -> None:
-    ahead = Bench(script(**options), runner=runner(model, ModelRunner), max_num_seqs=SEQS)
-    known = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS)
+    ahead = Bench(script(**options), runner=runner(model, ModelRunner), max_num_seqs=SEQS, block_size=PAGE)
+    known = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS, block_size=PAGE)
     assert ahead.ahead > 50
     assert known.ahead == 0
     for i in range(6):
@@ -141,8 +142,10 @@ def test_tokens_in_flight_are_those_that_were_sampled(model: ErnieModel, options
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])
 def test_steps_at_fixed_addresses_are_steps(model: ErnieModel, options: dict[str, Any]) -> None:
     """Padded, and with block tables of which only what changed is brought in."""
-    fixed = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS)
-    plain = Bench(script(**options), runner=runner(model, ModelRunner, captured=False), max_num_seqs=SEQS)
+    fixed = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS, block_size=PAGE)
+    plain = Bench(
+        script(**options), runner=runner(model, ModelRunner, captured=False), max_num_seqs=SEQS, block_size=PAGE
+    )
     for i in range(6):
         assert fixed.answer(str(i)) == plain.answer(str(i))
 
@@ -151,9 +154,9 @@ def test_steps_at_fixed_addresses_are_steps(model: ErnieModel, options: dict[str
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])
 def test_no_launch_waits_for_the_device(model: ErnieModel, options: dict[str, Any]) -> None:
     quiet = runner(model, Quiet)
-    Bench(script(**options), runner=quiet, max_num_seqs=SEQS)  # compiles what was not captured
+    Bench(script(**options), runner=quiet, max_num_seqs=SEQS, block_size=PAGE)  # compiles what was not captured
     assert isinstance(quiet, Quiet)
     quiet.waited.clear()
-    bench = Bench(script(**options), runner=quiet, max_num_seqs=SEQS)
+    bench = Bench(script(**options), runner=quiet, max_num_seqs=SEQS, block_size=PAGE)
     assert bench.ahead > 50
     assert quiet.waited == []

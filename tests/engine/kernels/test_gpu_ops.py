@@ -142,9 +142,9 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 20])
-def test_a_block_of_experts(rows: int, dtype: torch.dtype) -> None:
-    count, hidden = 4, 300
+@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (3, 8), (3, 16), (5, 8), (20, 8)])
+def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
+    count, hidden, width = 4, 300, 700
     pools = [
         ExpertPool(
             weight(count, 2 * width, hidden, bits=4, dtype=dtype, seed=width),
@@ -153,7 +153,8 @@ def test_a_block_of_experts(rows: int, dtype: torch.dtype) -> None:
         for width in (40, 24)
     ]
     shared = SwiGLU(
-        weight(2 * 50, hidden, bits=8, dtype=dtype, seed=8), weight(hidden, 50, bits=8, dtype=dtype, seed=9)
+        weight(2 * width, hidden, bits=bits, dtype=dtype, seed=8),
+        weight(hidden, width, bits=bits, dtype=dtype, seed=9),
     )
     moe = MoE(draw(2 * count, hidden, seed=5), draw(2 * count, seed=6), pools[0], pools[1], shared)
     x, residual, norm = (draw(*s, dtype=dtype, seed=3 + len(s)) for s in [(rows, hidden), (rows, hidden), (hidden,)])

@@ -165,7 +165,8 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     cursor = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
     _sort_kernel[(1,)](
         ids, place, tile_expert, cursor, pairs, tiles,
-        EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles), num_warps=SORT_WARPS,
+        EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles),
+        num_warps=SORT_WARPS,
         **overlapped(ids),
     )  # fmt: skip
     return place, tile_expert

@@ -21,7 +21,7 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.whole_prompt import suits, whole, whole_prompt
 from services.engine.kernels.paged_attention import Lengths
 
-PROGRAMS = 2048  # of decode, at most, where there is more than one a sequence and head
+PROGRAMS = 1024  # of decode, at most, where there is more than one a sequence and head
 MAX_SPLITS = 64
 SHARE = 16  # tokens of a split, at least, times the sequences: then 264 programs have 1,024 tokens each among them
 LAST_MERGES = 8  # splits that the last program to finish merges; more of them another launch does
