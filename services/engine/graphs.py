@@ -23,8 +23,8 @@ def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def captured_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """Device memory that the graphs keep: each its logits, once in 16 and once in 32 bits."""
-    return sum(capture_sizes(max_num_seqs)) * vocab_size * 6
+    """Device memory that the graphs keep: each its logits in float32."""
+    return sum(capture_sizes(max_num_seqs)) * vocab_size * 4
 
 
 class DecodeGraphs:

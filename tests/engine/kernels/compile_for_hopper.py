@@ -15,7 +15,6 @@ from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu import (
     dequantize,
     experts,
-    few_rows,
     grouped,
     linear,
     paged_attention,
@@ -26,8 +25,6 @@ from services.engine.kernels.gpu import (
     sort,
     threshold,
 )
-from services.engine.kernels.mlp import SwiGLU
-from services.engine.kernels.moe import MoE
 from services.engine.kernels.quantize import Quantized, quantize
 
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS = 20, 2560, 20, 4, 128, 64
@@ -57,20 +54,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     driver.set_active(NoDriver())
-    for module in (
-        dequantize,
-        experts,
-        few_rows,
-        grouped,
-        linear,
-        paged_attention,
-        pick,
-        qkv,
-        rms_norm,
-        router,
-        sort,
-        threshold,
-    ):
+    for module in (dequantize, experts, grouped, linear, paged_attention, pick, qkv, rms_norm, router, sort, threshold):
         module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
     sampling()
     decode(1)
@@ -99,10 +83,7 @@ def decode(sequences: int) -> None:
     paged_attention.paged_attention(query, cache, cache, ints[:-1], ints[:, 0], ints[:-1, 0], 1, 2560, 0.1)
     rms_norm.add_norm(linear.partial_linear(x, weight(HIDDEN)), x, zeros(HIDDEN), 1e-5)
     gate, bias = zeros(2 * EXPERTS, HIDDEN, dtype=torch.float32), zeros(2 * EXPERTS, dtype=torch.float32)
-    router.router(x, gate, bias, vision := zeros(sequences, dtype=torch.bool), 6)
-    if sequences <= few_rows.ROWS:
-        shared = SwiGLU(weight(6144), Quantized(zeros(HIDDEN, 3072, dtype=torch.int8), zeros(HIDDEN), 8, 3072))
-        few_rows.route_and_share(x, MoE(gate, bias, *pools(), shared), vision, 6)
+    router.router(x, gate, bias, zeros(sequences, dtype=torch.bool), 6)
     experts.expert_results(x, zeros(sequences, 6, dtype=torch.int32), *pools())
 
 

@@ -43,8 +43,7 @@ def product(
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
     # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
-    if BITS != 16:
-        scale = scales(scale_ptr + n, n < N)[:, None]
+    scale = scales(scale_ptr + n, n < N)[:, None]
     if EARLY:
         column = block * BK + tl.arange(0, BK)
         inside = column < IN
@@ -57,9 +56,7 @@ def product(
         predecessor(PDL)
     for nth in range(block, last):
         acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, EVEN)
-    if BITS != 16:
-        acc *= scale
-    return acc
+    return acc * scale
 
 
 @triton.jit

@@ -1,21 +1,17 @@
-"""A block of experts: the shared one beside the routed ones, in their launches or on a stream of its own where that
-hides it.
+"""A block of experts: the shared one beside the routed ones, on a stream of its own where that hides it.
 
 With few rows every product waits for memory or for its launch, so two streams do what one would do twice as slowly; one
 kernel then weighs the routed results and adds the shared one, the residual stream and the next block's norm.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.gpu import few_rows
 from services.engine.kernels.gpu.experts import expert_results
-from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.linear import partial_linear
 from services.engine.kernels.gpu.rms_norm import rounded_norm, row_warps
 from services.engine.kernels.gpu.router import router
@@ -29,9 +25,8 @@ SIDE_ROWS = 512  # with more rows each product fills the device by itself
 @triton.jit
 def _combine_kernel(
     routed_ptr, weights_ptr, shared_ptr, residual_ptr, norm_ptr, out_ptr, total_ptr, H, eps,
-    shared_stride, K: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+    shared_stride, K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < H
@@ -51,10 +46,6 @@ def moe_add_norm(
     x: Tensor, moe: MoE, vision: Tensor, top_k: int, residual: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See the reference: services.engine.kernels.moe. Everything contiguous."""
-    if few_rows.takes(x, moe.shared.gate_up):
-        ids, weights, shared = few_rows.route_and_share(x, moe, vision, top_k)
-        routed = expert_results(x, ids, moe.text, moe.vision)
-        return _combine(routed, weights, shared, residual, norm, eps, overlapped(x))
     if x.is_cuda and len(x) <= SIDE_ROWS:
         main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         # What either stream frees is written again only after the next of these waits.
@@ -66,8 +57,7 @@ def moe_add_norm(
     else:
         shared = _shared(x, moe.shared)
         routed, weights = _routed(x, moe, vision, top_k)
-    # It joins two streams, so it is launched when both have ended.
-    return _combine(routed, weights, shared, residual, norm, eps, {"PDL": False})
+    return _combine(routed, weights, shared, residual, norm, eps)
 
 
 @cache
@@ -85,19 +75,19 @@ def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int) -> tuple[Tensor, Te
 
 
 def _combine(
-    routed: Tensor, weights: Tensor, shared: Tensor, residual: Tensor, norm: Tensor, eps: float, launch: dict[str, Any]
+    routed: Tensor, weights: Tensor, shared: Tensor, residual: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """
     Args:
         routed: [N K, H].
         weights: [N, K] float32.
         shared: [parts, N, H].
-        launch: options.
     """
     (rows, width), out, total = residual.shape, torch.empty_like(residual), torch.empty_like(residual)
     block = triton.next_power_of_2(width)
+    # It joins two streams, so it is launched when both have ended.
     _combine_kernel[(rows,)](
         routed, weights, shared, residual, norm, out, total, width, eps, shared.stride(0),
-        K=weights.shape[1], SHARED=len(shared), BLOCK=block, num_warps=row_warps(block), **launch,
+        K=weights.shape[1], SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return out, total

@@ -21,12 +21,24 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.whole_prompt import suits, whole, whole_prompt
 from services.engine.kernels.paged_attention import Lengths
 
-PROGRAMS = 1024  # of decode, at most, where there is more than one a sequence and head
 MAX_SPLITS = 64
-SHARE = 16  # tokens of a split, at least, times the sequences: then 264 programs have 1,024 tokens each among them
-LAST_MERGES = 8  # splits that the last program to finish merges; more of them another launch does
 GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query heads fills a part of them
-DECODE = 32, 4, 4  # tokens of a decode program's tile, at most a page; its warps and stages
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """How the contexts of a decode step are cut."""
+
+    tile: int  # tokens, at most a page
+    warps: int
+    stages: int
+    programs: int  # at most, where a context has more than one
+    share: int  # tokens of a program, at least, for each sequence of the step
+    last_merges: bool  # the last program of a context to finish merges its splits; else another launch does
+
+
+# So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be.
+FEW, MANY, MANY_SEQUENCES = Decode(64, 4, 3, 1024, 0, False), Decode(32, 4, 4, 2048, 16, True), 48
 MERGED = 8  # partial softmaxes that are read together, at most
 
 
@@ -244,9 +256,9 @@ def _attend(
     return acc, high, total
 
 
-def decode_splits(sequences: int, kv_heads: int) -> int:
+def decode_splits(way: Decode, sequences: int, kv_heads: int) -> int:
     """How many parts a context is cut into, at most: a function of the batch alone, never of the contexts."""
-    return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
+    return max(1, min(MAX_SPLITS, way.programs // (sequences * kv_heads)))
 
 
 def paged_attention(
@@ -292,25 +304,27 @@ def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, 
 
 def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    splits, group = decode_splits(sequences, kv_heads), heads // kv_heads
-    tile, warps, stages = DECODE
-    least = max(1, SHARE * sequences // tile)
+    way, group = FEW if sequences < MANY_SEQUENCES else MANY, heads // kv_heads
+    splits, tile = decode_splits(way, sequences, kv_heads), min(way.tile, page)
+    least = max(1, way.share * sequences // tile)
     partials = sequences * heads * splits if splits > 1 else 0
     acc, high, total = (torch.empty(partials * each, dtype=torch.float32, device=out.device) for each in (dim, 1, 1))
+    sizes = {
+        "KV_HEADS": kv_heads, "G": group, "D": dim, "DPAD": max(16, triton.next_power_of_2(dim)), "TILE": tile,
+        **overlapped(query),
+    }  # fmt: skip
     _decode_kernel[(kv_heads, splits, sequences)](
         query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
         counters(out.device, "decode", sequences * kv_heads),
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
-        KV_HEADS=kv_heads, G=group, GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), D=dim,
-        DPAD=max(16, triton.next_power_of_2(dim)), PAGE=page, TILE=min(tile, page),
-        MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=splits <= LAST_MERGES,
-        num_warps=warps, num_stages=stages, **overlapped(query),
+        GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), PAGE=page,
+        MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=way.last_merges,
+        num_warps=way.warps, num_stages=way.stages, **sizes,
     )  # fmt: skip
-    if splits > LAST_MERGES:
+    if splits > 1 and not way.last_merges:
         _merge_kernel[(sequences, heads)](
             acc, high, total, query_start, context_lens, out, splits, least,
-            KV_HEADS=kv_heads, G=group, D=dim, DPAD=max(16, triton.next_power_of_2(dim)), TILE=min(tile, page),
-            SPAD=triton.next_power_of_2(splits), num_warps=4, **overlapped(query),
+            SPAD=triton.next_power_of_2(splits), num_warps=4, **sizes,
         )  # fmt: skip
 
 

@@ -22,29 +22,21 @@ ROWS, EXPERTS, INPUTS = 16, 32, 256  # of a program's tile on the matrix units
 
 
 @triton.jit
-def plain_scores(
-    x_ptr, gate_ptr, out_ptr, expert, first, count, M, N, H, x_stride, BLOCK: tl.constexpr, PDL: tl.constexpr
+def _scores_kernel(
+    x_ptr, gate_ptr, out_ptr, M, N, H, x_stride,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some of N experts, rows `first` to `first + count`, on the plain units. Waits for the predecessor."""
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     column = tl.arange(0, BLOCK)
     inside = column < H
     gate_ptrs = gate_ptr + expert[:, None] * H + column[None, :]
     # The gates wait for nobody.
     gate = tl.load(gate_ptrs, (expert < N)[:, None] & inside[None, :], 0.0)
     predecessor(PDL)
-    for nth in range(0, count):
-        row = first.to(tl.int64) + nth
+    for nth in range(0, ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + nth
         x = tl.load(x_ptr + row * x_stride + column, inside & (row < M), 0.0).to(tl.float32)
         tl.store(out_ptr + row * N + expert, tl.sum(gate * x[None, :], 1), (expert < N) & (row < M))
-
-
-@triton.jit
-def _scores_kernel(
-    x_ptr, gate_ptr, out_ptr, M, N, H, x_stride,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
-    plain_scores(x_ptr, gate_ptr, out_ptr, expert, tl.program_id(0) * ROWS, ROWS, M, N, H, x_stride, BLOCK, PDL)
 
 
 @triton.jit
@@ -54,11 +46,12 @@ def _comparable(ranked, inside):
 
 
 @triton.jit
-def choose(
-    row, scores_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, E, sum_min,
-    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KPAD: tl.constexpr,
+def _choose_kernel(
+    scores_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, E, sum_min,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KPAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The choice of one row: scores_ptr [M, PARTS, 2 E]."""
+    predecessor(PDL)
+    row = tl.program_id(0).to(tl.int64)
     pool = tl.load(vision_ptr + row).to(tl.int32)
     expert = tl.arange(0, BLOCK)
     inside = expert < E
@@ -79,16 +72,6 @@ def choose(
     weights = weights / tl.maximum(tl.sum(weights, 0), sum_min)
     tl.store(ids_ptr + row * K + slot, ids, slot < K)
     tl.store(weights_ptr + row * K + slot, weights, slot < K)
-
-
-@triton.jit
-def _choose_kernel(
-    scores_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, E, sum_min,
-    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KPAD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    predecessor(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    choose(row, scores_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, E, sum_min, K, PARTS, BLOCK, KPAD)
 
 
 @triton.jit
