@@ -21,8 +21,6 @@ from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
 
-SORT_WARPS = 8
-
 
 @triton.jit
 def _sort_kernel(
@@ -166,8 +164,7 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     _sort_kernel[(1,)](
         ids, place, tile_expert, cursor, pairs, tiles,
         EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles),
-        num_warps=SORT_WARPS,
-        **overlapped(ids),
+        num_warps=8, **overlapped(ids),
     )  # fmt: skip
     return place, tile_expert
 
