@@ -89,7 +89,7 @@ def weight(*shape: int, bits: int, dtype: torch.dtype, seed: int) -> Weight:
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("rows", [1, 5, 17])
 def test_qkv(rows: int, bits: int, dtype: torch.dtype) -> None:
     heads, kv_heads, dim, hidden = 5, 2, 24, 1100
     x, w = draw(rows, hidden, dtype=dtype), weight((heads + 2 * kv_heads) * dim, hidden, bits=bits, dtype=dtype, seed=1)
@@ -142,9 +142,9 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (3, 16), (20, 8)])
+@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (20, 8)])
 def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
-    count, hidden, width = 4, 300, 700
+    count, hidden, width = 4, 300, 50
     pools = [
         ExpertPool(
             weight(count, 2 * width, hidden, bits=4, dtype=dtype, seed=width),
