@@ -69,6 +69,10 @@ def with_plain(weight: Quantized) -> Quantized:
     return replace(weight, plain=dequantize(weight))
 
 
+def in_features(weight: Weight) -> int:
+    return weight.in_features if isinstance(weight, Quantized) else weight.shape[-1]
+
+
 def dense(weight: Weight) -> Tensor:
     """The weight itself, or what its quantised form stands for."""
     return dequantize(weight) if isinstance(weight, Quantized) else weight

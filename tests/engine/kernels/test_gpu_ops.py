@@ -87,6 +87,13 @@ def weight(*shape: int, bits: int, dtype: torch.dtype, seed: int) -> Weight:
     return plain if bits == 16 else quantize(plain, bits)  # type: ignore[arg-type]
 
 
+def draw_pool(count: int, hidden: int, width: int, bits: int, dtype: torch.dtype) -> ExpertPool:
+    return ExpertPool(
+        weight(count, 2 * width, hidden, bits=bits, dtype=dtype, seed=width),
+        weight(count, hidden, width, bits=bits, dtype=dtype, seed=width + 1),
+    )
+
+
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("rows", [1, 5, 17])
@@ -145,13 +152,7 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "bits"), [(1, 8), (20, 8)])
 def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
     count, hidden, width = 4, 300, 50
-    pools = [
-        ExpertPool(
-            weight(count, 2 * width, hidden, bits=4, dtype=dtype, seed=width),
-            weight(count, hidden, width, bits=4, dtype=dtype, seed=width + 1),
-        )
-        for width in (40, 24)
-    ]
+    pools = [draw_pool(count, hidden, w, 4, dtype) for w in (40, 24)]
     shared = SwiGLU(
         weight(2 * width, hidden, bits=bits, dtype=dtype, seed=8),
         weight(hidden, width, bits=bits, dtype=dtype, seed=9),
@@ -257,13 +258,7 @@ def test_every_stored_byte_widens_exactly() -> None:
 def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None:
     count, hidden, top_k = 4, 300, 3
 
-    def pool(width: int, seed: int) -> ExpertPool:
-        return ExpertPool(
-            weight(count, 2 * width, hidden, bits=bits, dtype=dtype, seed=seed),
-            weight(count, hidden, width, bits=bits, dtype=dtype, seed=seed + 1),
-        )
-
-    text, vision = pool(40, 1), pool(24, 3)
+    text, vision = (draw_pool(count, hidden, width, bits, dtype) for width in (40, 24))
     generator = torch.Generator().manual_seed(rows)
     choice = torch.rand(rows, count, generator=generator).topk(top_k, -1).indices
     ids = (choice + count * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
@@ -276,26 +271,16 @@ def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("persistent", [0, 1])
-def test_experts_of_many_rows(
-    bits: int, persistent: int, gather: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_of_many_rows(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Widths that are no multiple of a tile, but of what the copy engine reads; some experts get no row.
     rows, count, hidden, top_k, tile = 90, 4, 72, 3, 16
     monkeypatch.setattr(grouped, "ROWS", tile)
     monkeypatch.setattr(grouped, "EACH", 1)
     monkeypatch.setattr(grouped, "QUANTIZED_ROWS", rows)
     for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
-        monkeypatch.setattr(grouped, name, grouped.Cut(outputs, 32, 4, 2, persistent=persistent, gather=gather))
+        monkeypatch.setattr(grouped, name, grouped.Cut(outputs, 32, 4, 2))
 
-    def pool(width: int, seed: int) -> ExpertPool:
-        return ExpertPool(
-            weight(count, 2 * width, hidden, bits=bits, dtype=dtype, seed=seed),
-            weight(count, hidden, width, bits=bits, dtype=dtype, seed=seed + 1),
-        )
-
-    text, vision = pool(40, 1), pool(24, 3)
+    text, vision = (draw_pool(count, hidden, width, bits, dtype) for width in (40, 24))
     generator = torch.Generator().manual_seed(rows)
     choice = torch.rand(rows, count, generator=generator).topk(top_k, -1).indices
     choice[choice == 2] = 1

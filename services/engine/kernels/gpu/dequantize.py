@@ -7,7 +7,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import scales, unpack, widen
-from services.engine.kernels.quantize import GROUP, PLANES, Quantized
+from services.engine.kernels.quantize import GROUP, PLANES, Quantized, Weight
 
 # Groups of 256 inputs that a program widens together, its warps, and how many times it does: programs of an expert that
 # is not used, which have nothing to do, are then few.
@@ -72,3 +72,14 @@ def dequantize(weight: Quantized, used: Tensor | None = None) -> Tensor:
         num_warps=WARPS, **overlapped(out),
     )  # fmt: skip
     return out
+
+
+def plain(weight: Weight, used: Tensor | None = None) -> Tensor:
+    """The weight itself or what its quantised form stands for, dequantised unless that was done before.
+
+    Args:
+        used: see `dequantize`.
+    """
+    if not isinstance(weight, Quantized):
+        return weight
+    return dequantize(weight, used) if weight.plain is None else weight.plain

@@ -19,7 +19,7 @@ from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
 from services.engine.kernels.gpu.sort import sort_pairs
-from services.engine.kernels.quantize import GROUP, Quantized, Weight
+from services.engine.kernels.quantize import GROUP, Weight, in_features
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, to
 def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -> Tensor:
     """[P, H] in the dtype of inner."""
     (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
-    hidden, width, vision_width = text_data.shape[1], inner.shape[1], _inputs(vision)
+    hidden, width, vision_width = text_data.shape[1], inner.shape[1], in_features(vision)
     results = torch.empty(rows.pairs, hidden, dtype=inner.dtype, device=inner.device)
     _down_kernel[(triton.cdiv(hidden, tile.bn), len(rows.owner))](
         inner, rows.place, rows.owner, results, text_data, text_scale, vision_data, vision_scale,
@@ -224,10 +224,6 @@ def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -
         BITS=bits, **tile.options(inner, (width, vision_width), (hidden,)), **rows.options,
     )  # fmt: skip
     return results
-
-
-def _inputs(weight: Weight) -> int:
-    return weight.in_features if isinstance(weight, Quantized) else weight.shape[-1]
 
 
 def plan(pairs: int, experts: int, bits: int) -> Tiles:

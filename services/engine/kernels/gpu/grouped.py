@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.experts import ExpertPool
-from services.engine.kernels.gpu.dequantize import dequantize
+from services.engine.kernels.gpu.dequantize import plain
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.sort import Sorted, sort_pairs
-from services.engine.kernels.quantize import Quantized, Weight
+from services.engine.kernels.quantize import Quantized, in_features
 from services.engine.kernels.room import roomy
 
 EACH = 32  # rows of an expert, on average over both pools, from which on a tile of rows is full enough
@@ -35,9 +35,7 @@ class Cut:
     inputs: int  # of a stage
     warps: int
     stages: int
-    persistent: int = 1  # programs of a multiprocessor that share the tiles; 0: a program a tile
     flatten: bool = False  # the next tile is read while this one is stored
-    gather: bool = False  # the first product reads its rows where they are, not copied into order
 
 
 GATE_UP = Cut(128, 64, 8, 3)
@@ -65,11 +63,11 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=["pool"])
 def _gate_up_kernel(
-    x, w_desc, place_ptr, owner_ptr, bounds_ptr, out_ptr, H, WIDTH, x_stride, out_stride, pool,
-    E: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, FLATTEN: tl.constexpr,
+    x_desc, w_desc, owner_ptr, bounds_ptr, out_ptr, H, WIDTH, out_stride, pool,
+    E: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = silu(gate) up, rows in order. x: a descriptor of rows in order, or with GATHER a pointer to tokens."""
+    """out[row] = silu(gate) up, rows in order."""
     predecessor(PDL)
     first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
     columns = tl.cdiv(WIDTH, BN)
@@ -78,17 +76,9 @@ def _gate_up_kernel(
         index = tl.load(owner_ptr + tile) - pool * E
         row = tile * BM + tl.arange(0, BM)
         acc = tl.zeros((BM, 2 * BN), tl.float32)
-        if GATHER:
-            token = tl.maximum(tl.load(place_ptr + row), 0) // K
-            x_ptrs = x + token.to(tl.int64)[:, None] * x_stride
         for k in range(0, H, BK):
-            if GATHER:
-                column = k + tl.arange(0, BK)
-                rows = tl.load(x_ptrs + column[None, :], (column < H)[None, :], 0.0)
-            else:
-                rows = x.load([tile * BM, k])
             w = w_desc.load([2 * index, n, k]).reshape(2 * BN, BK)
-            acc = tl.dot(rows, w.T, acc, input_precision="ieee")
+            acc = tl.dot(x_desc.load([tile * BM, k]), w.T, acc, input_precision="ieee")
         gate, up = tl.split(acc.reshape(BM, 2, BN).permute(0, 2, 1))
         inner = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
         n += tl.arange(0, BN)
@@ -124,7 +114,7 @@ def takes(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> bool:
     enough = ids.numel() >= EACH * experts and experts & (experts - 1) == 0
     if isinstance(text.gate_up, Quantized):
         enough = enough and len(x) >= QUANTIZED_ROWS
-    widths = (x.shape[1], x.stride(0), _inputs(text.down), _inputs(vision.down))
+    widths = (x.shape[1], x.stride(0), in_features(text.down), in_features(vision.down))
     return enough and ample(x.device) and all(width * x.element_size() % 16 == 0 for width in widths)
 
 
@@ -144,16 +134,16 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     Returns:
         [N K, H] in the dtype of x.
     """
-    top_k, per_pool, hidden = ids.shape[1], len(text), x.shape[1]
-    order = sort_pairs(ids.flatten(), 2 * per_pool, ROWS)
-    rows = x if GATE_UP.gather else _in_order(x, order, top_k)
-    inner = torch.empty(len(order.place), _inputs(text.down), dtype=x.dtype, device=x.device)
+    order = sort_pairs(ids.flatten(), len(text) + len(vision), ROWS)
+    rows = _in_order(x, order, ids.shape[1])
+    inner = torch.empty(len(order.place), in_features(text.down), dtype=x.dtype, device=x.device)
+    used = order.counts.view(2, -1)  # of either pool's experts: those without a row need no weight
     for nth, pool in enumerate((text, vision)):
-        _gate_up(rows, order, nth, _plain(pool.gate_up, order, nth), top_k, inner)
+        _gate_up(rows, order, nth, plain(pool.gate_up, used[nth]), inner)
     del rows
-    results = torch.empty(ids.numel(), hidden, dtype=x.dtype, device=x.device)
+    results = torch.empty(ids.numel(), x.shape[1], dtype=x.dtype, device=x.device)
     for nth, pool in enumerate((text, vision)):
-        _down(inner, order, nth, _plain(pool.down, order, nth), results)
+        _down(inner, order, nth, plain(pool.down, used[nth]), results)
     return results
 
 
@@ -167,17 +157,17 @@ def _in_order(x: Tensor, order: Sorted, top_k: int) -> Tensor:
     return out
 
 
-def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, top_k: int, inner: Tensor) -> None:
+def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, inner: Tensor) -> None:
     """The first product of pool `nth`. weight [E, 2 I, H]; fills the pool's rows of inner [rows, >= I]."""
     cut, (experts, double, hidden) = GATE_UP, weight.shape
     width = double // 2
     # Gate and up of an expert are two planes, so that one tile has the same outputs of both.
     planes = weight.view(experts * 2, width, hidden)
     _gate_up_kernel[(_programs(cut, order, width, x),)](
-        x if cut.gather else TensorDescriptor.from_tensor(x, [ROWS, cut.inputs]),
+        TensorDescriptor.from_tensor(x, [ROWS, cut.inputs]),
         TensorDescriptor.from_tensor(planes, [2, cut.outputs, cut.inputs]),
-        order.place, order.owner, order.bounds, inner, hidden, width, x.stride(0), inner.stride(0), nth,
-        E=experts, K=top_k, GATHER=cut.gather, **_options(cut, x),
+        order.owner, order.bounds, inner, hidden, width, inner.stride(0), nth,
+        E=experts, **_options(cut, x),
     )  # fmt: skip
 
 
@@ -194,7 +184,7 @@ def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tenso
 
 def _programs(cut: Cut, order: Sorted, outputs: int, x: Tensor) -> int:
     most: int = len(order.owner) * triton.cdiv(outputs, cut.outputs)
-    return min(most, cut.persistent * _multiprocessors(x.device)) if cut.persistent else most
+    return min(most, _multiprocessors(x.device))
 
 
 @cache
@@ -215,14 +205,3 @@ def _options(cut: Cut, x: Tensor) -> dict[str, object]:
         "num_stages": cut.stages if x.element_size() == 2 else 1,
         **overlapped(x),
     }
-
-
-def _plain(weight: Weight, order: Sorted, nth: int) -> Tensor:
-    """A weight of pool `nth`, valid for the experts that got a row."""
-    if not isinstance(weight, Quantized):
-        return weight
-    return dequantize(weight, order.counts.view(2, -1)[nth])
-
-
-def _inputs(weight: Weight) -> int:
-    return weight.in_features if isinstance(weight, Quantized) else weight.shape[-1]

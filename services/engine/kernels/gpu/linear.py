@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.gpu.dequantize import dequantize
+from services.engine.kernels.gpu.dequantize import plain
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, scales, widen
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
@@ -116,18 +116,12 @@ def partial_linear(x: Tensor, weight: Weight) -> Tensor:
     """
     way = cut(x, weight)
     if way is None:
-        return F.linear(x, _plain(weight)).unsqueeze(0)
+        return F.linear(x, plain(weight)).unsqueeze(0)
     splits = way.grid[2]
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, len(x), way.sizes[1], dtype=dtype, device=x.device)
     _linear_kernel[way.grid](*way.arguments, out, *way.sizes, **way.options)
     return out
-
-
-def _plain(weight: Weight) -> Tensor:
-    if not isinstance(weight, Quantized):
-        return weight
-    return dequantize(weight) if weight.plain is None else weight.plain
 
 
 def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
