@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.engine.kernels.experts import ExpertPool, experts
+from services.engine.kernels.linear_add_norm import linear_add_norm
 from services.engine.kernels.mlp import SwiGLU, swiglu
+from services.engine.kernels.quantize import Weight
 from services.engine.kernels.rms_norm import add_rms_norm
 from services.engine.kernels.router import router
 
@@ -21,21 +23,32 @@ class MoE:
     shared: SwiGLU
 
 
-def moe_add_norm(
-    x: Tensor, moe: MoE, vision: Tensor, top_k: int, residual: Tensor, norm: Tensor, eps: float
+def linear_moe_add_norm(
+    x: Tensor,
+    out: Weight,
+    residual: Tensor,
+    moe_norm: Tensor,
+    moe: MoE,
+    vision: Tensor,
+    top_k: int,
+    norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` of what `experts` make of x as `router` says, plus `swiglu` by the shared one. An implementation
-    may leave out the roundings to x's dtype in between.
+    """`linear_add_norm`, then a block: `add_rms_norm` of what `experts` make of its x as `router` says, plus `swiglu`
+    by the shared one. An implementation may leave out the roundings to x's dtype in between.
 
     Args:
-        x, residual: [N, H].
+        x: [N, in].
+        out: [H, in].
+        residual: [N, H].
+        moe_norm, norm: [H]: before the experts and after them.
         vision: [N] bool: rows of the vision pool.
         top_k: routed experts of a row.
-        norm: [H].
 
     Returns:
         the norm and the new residual, each [N, H].
     """
+    x, residual = linear_add_norm(x, out, residual, moe_norm, eps)
     ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
     routed = experts(x, ids, weights, moe.text, moe.vision)
     return add_rms_norm(routed + swiglu(x, moe.shared), residual, norm, eps)

@@ -9,7 +9,7 @@ from services.engine.kernels.embed import embed
 from services.engine.kernels.linear_add_norm import linear_add_norm
 from services.engine.kernels.logits import logits
 from services.engine.kernels.mlp import SwiGLU, mlp_add_norm
-from services.engine.kernels.moe import MoE, moe_add_norm
+from services.engine.kernels.moe import MoE, linear_moe_add_norm
 from services.engine.kernels.paged_attention import Lengths, paged_attention
 from services.engine.kernels.qkv import qkv
 from services.engine.kernels.quantize import Weight
@@ -34,5 +34,7 @@ class Ops:
     ] = paged_attention
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm
     mlp_add_norm: Callable[[Tensor, SwiGLU, Tensor, Tensor, float], tuple[Tensor, Tensor]] = mlp_add_norm
-    moe_add_norm: Callable[[Tensor, MoE, Tensor, int, Tensor, Tensor, float], tuple[Tensor, Tensor]] = moe_add_norm
+    linear_moe_add_norm: Callable[
+        [Tensor, Weight, Tensor, Tensor, MoE, Tensor, int, Tensor, float], tuple[Tensor, Tensor]
+    ] = linear_moe_add_norm
     logits: Callable[[Tensor, Tensor], Tensor] = logits

@@ -69,9 +69,8 @@ class ErnieModel:
         norms = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         for layer, keys, values, norm in zip(weights.layers, cache.keys, cache.values, norms, strict=True):
             query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
-            x = self._attention(query, step, keys, values)
-            x, residual = ops.linear_add_norm(x, layer.out, residual, layer.mlp_norm, eps)
-            x, residual = self._mlp(layer.mlp, x, step.vision, residual, norm)
+            attended = self._attention(query, step, keys, values)
+            x, residual = self._rest(layer, attended, residual, step.vision, norm)
         return ops.logits(x[step.logit_rows], weights.head)
 
     def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
@@ -89,13 +88,18 @@ class ErnieModel:
         )
         return attended.flatten(1)
 
-    def _mlp(
-        self, mlp: SwiGLU | MoE, x: Tensor, vision: Tensor, residual: Tensor, norm: Tensor
+    def _rest(
+        self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor, norm: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ops, config = self._ops, self.config
+        """What comes after a layer's attention, and the norm before the next one's."""
+        ops, eps, mlp = self._ops, self.config.norm_eps, layer.mlp
         if isinstance(mlp, SwiGLU):
-            return ops.mlp_add_norm(x, mlp, residual, norm, config.norm_eps)
-        return ops.moe_add_norm(x, mlp, vision, config.experts_per_token, residual, norm, config.norm_eps)
+            x, residual = ops.linear_add_norm(attended, layer.out, residual, layer.mlp_norm, eps)
+            return ops.mlp_add_norm(x, mlp, residual, norm, eps)
+        top_k = self.config.experts_per_token
+        return ops.linear_moe_add_norm(
+            attended, layer.out, residual, layer.mlp_norm, mlp, vision, top_k, norm, eps
+        )
 
 
 def rotary_plan(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:

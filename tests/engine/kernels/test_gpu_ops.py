@@ -125,6 +125,7 @@ def test_qkv_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [3, 5])
 def test_a_weight_in_both_forms(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_linear, "PLAIN_ROWS", 4)
+    monkeypatch.setattr(gpu_linear, "WHOLE_ROWS", 0)
     x, w = draw(rows, 300, dtype=dtype), quantize(draw(50, 300, dtype=dtype, seed=1), 8)
     wrong = dataclasses.replace(w, plain=torch.zeros(50, 300, dtype=dtype, device=DEVICE))
     assert (gpu_linear.linear(x, wrong) == 0).all() == (rows >= 4), "the one that is asked for is used"
@@ -149,7 +150,7 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (20, 8)])
+@pytest.mark.parametrize(("rows", "bits"), [(1, 8), (3, 16), (7, 8), (20, 8)])
 def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
     count, hidden, width = 4, 300, 50
     pools = [draw_pool(count, hidden, w, 4, dtype) for w in (40, 24)]
@@ -158,12 +159,13 @@ def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
         weight(hidden, width, bits=bits, dtype=dtype, seed=9),
     )
     moe = MoE(draw(2 * count, hidden, seed=5), draw(2 * count, seed=6), pools[0], pools[1], shared)
-    x, residual, norm = (draw(*s, dtype=dtype, seed=3 + len(s)) for s in [(rows, hidden), (rows, hidden), (hidden,)])
+    x, residual = draw(rows, 70, dtype=dtype, seed=3), draw(rows, hidden, dtype=dtype, seed=4)
+    out = weight(hidden, 70, bits=bits, dtype=dtype, seed=10)
+    norms = [draw(hidden, dtype=dtype, seed=s) for s in (11, 12)]
     vision = torch.arange(rows, device=DEVICE) % 3 == 1
+    arguments = (x, out, residual, norms[0], moe, vision, 3, norms[1], 1e-5)
     for actual, expected in zip(
-        OPS.moe_add_norm(x, moe, vision, 3, residual, norm, 1e-5),
-        REFERENCE.moe_add_norm(x, moe, vision, 3, residual, norm, 1e-5),
-        strict=True,
+        OPS.linear_moe_add_norm(*arguments), REFERENCE.linear_moe_add_norm(*arguments), strict=True
     ):
         close(actual, expected)
 
@@ -226,7 +228,7 @@ def test_linear(rows: int, inputs: int, outputs: int, bits: int, dtype: torch.dt
 
 def test_few_rows_split_the_inputs() -> None:
     w = weight(64, 2560, bits=8, dtype=torch.float32, seed=1)
-    assert len(gpu_linear.partial_linear(draw(1, 2560), w)) > 1
+    assert [len(gpu_linear.partial_linear(draw(rows, 2560), w)) for rows in (1, 17)] == [1, 2]
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)

@@ -17,9 +17,14 @@ from torch import Tensor
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
+from services.engine.kernels.gpu.matmul import dot_tile, gate_or_up, gated, parts, scales
+from services.engine.kernels.gpu.router import choice
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Weight, in_features
+from services.engine.kernels.router import SUM_MIN
+
+
+FEW = 12  # pairs that are not sorted: each is a tile of its own
 
 
 @triton.jit
@@ -57,6 +62,34 @@ def _rows(place_ptr, owner_ptr, SORTED: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def gate_up_tile(
+    expert, pair, x_ptr, out_ptr,
+    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = silu(gate) up, BN / 2 outputs of one expert for the pairs [BM], -1 for none."""
+    width, w_ptr, scale_ptr, index = TEXT, text_ptr, text_scale_ptr, expert
+    if expert >= E:
+        width, w_ptr, scale_ptr, index = VISION, vision_ptr, vision_scale_ptr, expert - E
+    first = tl.program_id(0) * (BN // 2)
+    if first < width:
+        output, is_up = gate_or_up(first, BN)
+        w_row = index.to(tl.int64) * 2 * width + output + is_up * width
+        rows, columns = (pair >= 0)[None, :], (output < width)[:, None]
+        x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
+        w_ptrs = w_ptr + w_row[:, None] * w_stride
+        acc = tl.zeros((BN, BM), tl.float32)
+        for block in range(0, tl.cdiv(IN, BK)):
+            acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
+        if BITS != 16:
+            acc *= scales(scale_ptr + w_row, output < width)[:, None]
+        n = first + tl.arange(0, BN // 2)
+        out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
+        tl.store(out, gated(acc, BN, BM).to(out_ptr.dtype.element_ty), rows & (n < width)[:, None])
+
+
+@triton.jit
 def _gate_up_kernel(
     x_ptr, place_ptr, owner_ptr, out_ptr,
     text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
@@ -65,29 +98,36 @@ def _gate_up_kernel(
 ):  # fmt: skip
     predecessor(PDL)
     expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
-    if expert >= 2 * E:
-        return
-    width, w_ptr, scale_ptr, index = TEXT, text_ptr, text_scale_ptr, expert
-    if expert >= E:
-        width, w_ptr, scale_ptr, index = VISION, vision_ptr, vision_scale_ptr, expert - E
-    if tl.program_id(0) * BN >= width:
-        return
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows, columns = (pair >= 0)[None, :], (n < width)[:, None]
-    x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
-    gate_row = index.to(tl.int64) * 2 * width + n
-    w_ptrs = w_ptr + gate_row[:, None] * w_stride
-    up_ptrs = w_ptrs + width.to(tl.int64) * w_stride
-    gate = tl.zeros((BN, BM), tl.float32)
-    up = tl.zeros((BN, BM), tl.float32)
-    for block in range(0, tl.cdiv(IN, BK)):
-        gate, up = dot_two(gate, up, w_ptrs, up_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
-    if BITS != 16:
-        gate *= scales(scale_ptr + gate_row, n < width)[:, None]
-        up *= scales(scale_ptr + gate_row + width, n < width)[:, None]
-    inner = gate * tl.sigmoid(gate) * up
-    out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
-    tl.store(out, inner.to(out_ptr.dtype.element_ty), rows & columns)
+    if expert < 2 * E:
+        gate_up_tile(
+            expert, pair, x_ptr, out_ptr, text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr,
+            IN, TEXT, VISION, x_stride, w_stride, E, K, BITS, EVEN, BM, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _choose_gate_up_kernel(
+    scores_ptr, bias_ptr, pool_ptr, ids_ptr, weights_ptr, sum_min, x_ptr, out_ptr,
+    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first product of one pair, by a program that finds out by itself which expert the pair has."""
+    predecessor(PDL)
+    at = tl.program_id(1)
+    row, nth = at // K, at % K
+    pool = tl.load(pool_ptr + row).to(tl.int32)
+    rank, weight = choice(scores_ptr + row * 2 * E, bias_ptr, pool, E, sum_min, K, 1, BLOCK)
+    chosen = rank == nth
+    expert = tl.sum(tl.where(chosen, tl.arange(0, BLOCK), 0), 0) + pool * E
+    if tl.program_id(0) == 0:
+        tl.store(ids_ptr + at, expert)
+        tl.store(weights_ptr + at, tl.sum(tl.where(chosen, weight, 0.0), 0))
+    gate_up_tile(
+        expert, tl.where(tl.arange(0, BM) == 0, at, -1), x_ptr, out_ptr,
+        text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr,
+        IN, TEXT, VISION, x_stride, w_stride, E, K, BITS, EVEN, BM, BN, BK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -120,16 +160,17 @@ def _down_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a product is cut: outputs and inputs of a program, its warps and stages."""
+    """How a product is cut: rows of a weight and inputs of a program, its warps and stages."""
 
-    bn: int
+    bn: int  # in the first product, half of them of the gate and half of the up projection
     bk: int
     warps: int
     stages: int
 
-    def options(self, x: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
-        """Of a launch for products of any of these sizes. EVEN: tiles cover them exactly, so nothing need be masked."""
-        even = not any(n % self.bk for n in inputs) and not any(n % self.bn for n in outputs)
+    def options(self, x: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...], bn: int) -> dict[str, Any]:
+        """Of a launch for products of any of these sizes, whose programs have `bn` outputs. EVEN: tiles cover them
+        exactly, so nothing need be masked."""
+        even = not any(n % self.bk for n in inputs) and not any(n % bn for n in outputs)
         stages = self.stages if x.element_size() == 2 else 1
         return {"EVEN": even, "BN": self.bn, "BK": self.bk, "num_warps": self.warps, "num_stages": stages}
 
@@ -190,6 +231,37 @@ def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool)
     return _down(inner, rows, tiles.down, text.down, vision.down)
 
 
+def routed_results(
+    x: Tensor, scores: Tensor, bias: Tensor, rows: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool
+) -> tuple[Tensor, Tensor]:
+    """Router and `expert_results` of at most `FEW` pairs, in two launches.
+
+    Args:
+        x: [N, H], contiguous.
+        scores: [N, 2 E] float32 of both pools, not yet a softmax.
+        bias: [2 E] float32.
+        rows: [N] bool: those of the vision pool.
+
+    Returns:
+        [N K, H] in the dtype of x, and their weights [N, K] float32.
+    """
+    tile, pairs, experts = plan(len(x) * top_k, 2 * len(text), parts(text.down)[2]), len(x) * top_k, len(text)
+    (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text.gate_up), parts(vision.gate_up)
+    hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
+    ids = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    weights = torch.empty(len(x), top_k, dtype=torch.float32, device=x.device)
+    inner = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    outputs = tile.gate_up.bn // 2
+    _choose_gate_up_kernel[(triton.cdiv(width, outputs), pairs)](
+        scores, bias, rows, ids, weights, SUM_MIN, x, inner, text_data, text_scale, vision_data, vision_scale,
+        hidden, width, vision_width, x.stride(0), text_data.stride(1),
+        E=experts, K=top_k, BITS=bits, BLOCK=triton.next_power_of_2(experts), BM=tile.rows,
+        **tile.gate_up.options(x, (hidden,), (width, vision_width), outputs), **overlapped(x),
+    )  # fmt: skip
+    options = {"E": experts, "BM": tile.rows, "SORTED": False, **overlapped(x)}
+    return _down(inner, Rows(ids, ids, pairs, options), tile.down, text.down, vision.down), weights
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Where the pairs are."""
@@ -205,10 +277,11 @@ def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, to
     (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
     hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
     inner = torch.empty(rows.pairs, width, dtype=x.dtype, device=x.device)
-    _gate_up_kernel[(triton.cdiv(width, tile.bn), len(rows.owner))](
+    outputs = tile.bn // 2
+    _gate_up_kernel[(triton.cdiv(width, outputs), len(rows.owner))](
         x, rows.place, rows.owner, inner, text_data, text_scale, vision_data, vision_scale,
         hidden, width, vision_width, x.stride(0), text_data.stride(1),
-        K=top_k, BITS=bits, **tile.options(x, (hidden,), (width, vision_width)), **rows.options,
+        K=top_k, BITS=bits, **tile.options(x, (hidden,), (width, vision_width), outputs), **rows.options,
     )  # fmt: skip
     return inner
 
@@ -221,7 +294,7 @@ def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -
     _down_kernel[(triton.cdiv(hidden, tile.bn), len(rows.owner))](
         inner, rows.place, rows.owner, results, text_data, text_scale, vision_data, vision_scale,
         hidden, width, vision_width, text_data.stride(1), vision_data.stride(1),
-        BITS=bits, **tile.options(inner, (width, vision_width), (hidden,)), **rows.options,
+        BITS=bits, **tile.options(inner, (width, vision_width), (hidden,), tile.bn), **rows.options,
     )  # fmt: skip
     return results
 
@@ -232,34 +305,34 @@ def plan(pairs: int, experts: int, bits: int) -> Tiles:
 
 
 def _plan4(pairs: int, each: float) -> Tiles:
-    if pairs <= 12:
+    if pairs <= FEW:
         return Tiles(8, Tile(32, GROUP, 2, 3), Tile(32, GROUP, 2, 3), grouped=False)
-    if each <= 2:
-        return Tiles(8, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
+    if each <= 4:
+        return Tiles(8, Tile(64, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 8:
-        return Tiles(16, Tile(32, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
+        return Tiles(16, Tile(128, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
     if each <= 24:
-        return Tiles(32, Tile(64, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
-    return Tiles(64, Tile(64, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
+        return Tiles(32, Tile(128, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
+    return Tiles(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
 
 
 def _plan8(pairs: int, each: float) -> Tiles:
-    if pairs <= 12:
-        return Tiles(8, Tile(16, 256, 1, 3), Tile(16, 256, 1, 3), grouped=False)
+    if pairs <= FEW:
+        return Tiles(8, Tile(32, 256, 1, 3), Tile(16, 256, 1, 3), grouped=False)
     if each <= 2:
-        return Tiles(8, Tile(32, 256, 2, 3), Tile(64, 256, 4, 3))
+        return Tiles(8, Tile(64, 256, 2, 3), Tile(64, 256, 4, 3))
     if each <= 8:
-        return Tiles(16, Tile(32, 128, 2, 4), Tile(64, 256, 2, 3))
+        return Tiles(16, Tile(64, 128, 2, 4), Tile(64, 256, 2, 3))
     if each <= 24:
-        return Tiles(32, Tile(32, 128, 2, 4), Tile(64, 128, 2, 3))
-    return Tiles(64, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
+        return Tiles(32, Tile(64, 128, 2, 4), Tile(64, 128, 2, 3))
+    return Tiles(64, Tile(128, 128, 4, 3), Tile(64, 128, 4, 3))
 
 
 def _plan16(pairs: int, each: float) -> Tiles:
-    if pairs <= 12:
-        return Tiles(8, Tile(16, 128, 1, 4), Tile(32, 128, 2, 4), grouped=False)
+    if pairs <= FEW:
+        return Tiles(8, Tile(64, 128, 4, 4), Tile(16, 128, 1, 4), grouped=False)
     if each <= 8:
         return Tiles(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
     if each <= 24:
-        return Tiles(32, Tile(128, 128, 8, 3), Tile(64, 128, 4, 3))
-    return Tiles(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+        return Tiles(32, Tile(256, 128, 8, 3), Tile(64, 128, 4, 3))
+    return Tiles(128, Tile(256, 64, 8, 3), Tile(128, 64, 8, 3))

@@ -119,26 +119,18 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, B
 
 
 @triton.jit
-def dot_two(
-    a, b, a_ptrs, b_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """`dot_tile` of two weights with the same x, which is read once."""
-    if BITS == 4:
-        lane = tl.arange(0, BK // 8)
-        words = (block * (BK // 8) + lane)[None, :]
-        planes_a = unpack(_stored(a_ptrs + words, w_mask, EVEN), x_ptrs.dtype.element_ty)
-        planes_b = unpack(_stored(b_ptrs + words, w_mask, EVEN), x_ptrs.dtype.element_ty)
-        for j in tl.static_range(8):
-            x = _activations(x_ptrs, x_mask, block * BK + j * (BK // 8) + lane, IN, EVEN)
-            a = tl.dot(planes_a[j], x, a, input_precision="ieee")
-            b = tl.dot(planes_b[j], x, b, input_precision="ieee")
-    else:
-        column = block * BK + tl.arange(0, BK)
-        w_inside = w_mask & (column < IN)[None, :]
-        x = _activations(x_ptrs, x_mask, column, IN, EVEN)
-        a = tl.dot(widen(_stored(a_ptrs + column[None, :], w_inside, EVEN), x.dtype), x, a, input_precision="ieee")
-        b = tl.dot(widen(_stored(b_ptrs + column[None, :], w_inside, EVEN), x.dtype), x, b, input_precision="ieee")
-    return a, b
+def gate_or_up(first, BN: tl.constexpr):
+    """Of each of BN rows of a tile that has as many of the gate as of the up projection: the output it is part of, and
+    whether it is up. Eight of either by turns, so that a thread that has an element of the gate has its partner."""
+    n = tl.arange(0, BN)
+    return first + n // 16 * 8 + n % 8, n // 8 % 2
+
+
+@triton.jit
+def gated(acc, BN: tl.constexpr, BM: tl.constexpr):
+    """silu(gate) up of a tile [BN, BM] whose rows `gate_or_up` has named: [BN / 2, BM], in order."""
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
+    return tl.reshape(gate * tl.sigmoid(gate) * up, (BN // 2, BM))
 
 
 def parts(weight: Weight) -> tuple[Tensor, Tensor, int]:

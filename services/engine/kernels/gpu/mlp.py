@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from services.engine.kernels.gpu.linear import partial_linear
+from services.engine.kernels.gpu.linear import gated_linear, partial_linear
 from services.engine.kernels.gpu.rms_norm import add_norm
-from services.engine.kernels.gpu.silu_mul import silu_mul
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.quantize import Weight
 
@@ -16,5 +15,4 @@ def linear_add_norm(x: Tensor, weight: Weight, residual: Tensor, norm: Tensor, e
 
 def mlp_add_norm(x: Tensor, mlp: SwiGLU, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See the reference: services.engine.kernels.mlp. `residual` contiguous."""
-    inner = silu_mul(partial_linear(x, mlp.gate_up), x.dtype)
-    return linear_add_norm(inner, mlp.down, residual, norm, eps)
+    return linear_add_norm(gated_linear(x, mlp.gate_up), mlp.down, residual, norm, eps)

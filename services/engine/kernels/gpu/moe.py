@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.gpu.experts import expert_results
-from services.engine.kernels.gpu.linear import partial_linear
-from services.engine.kernels.gpu.rms_norm import rounded_norm, row_warps
-from services.engine.kernels.gpu.router import router
-from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.gpu.add_norm_scores import add_norm_scores
+from services.engine.kernels.gpu.experts import FEW, expert_results, routed_results
+from services.engine.kernels.gpu.linear import gated_linear, partial_linear
+from services.engine.kernels.gpu.rms_norm import add_norm, rounded_norm, row_warps
+from services.engine.kernels.gpu.router import PLAIN_ROWS, router
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
+from services.engine.kernels.quantize import Weight
 
 SIDE_ROWS = 512  # with more rows each product fills the device by itself
 
@@ -42,21 +43,34 @@ def _combine_kernel(
     tl.store(out_ptr + row * H + column, rounded_norm(x, norm_ptr, column, inside, H, eps), inside)
 
 
-def moe_add_norm(
-    x: Tensor, moe: MoE, vision: Tensor, top_k: int, residual: Tensor, norm: Tensor, eps: float
+def linear_moe_add_norm(
+    x: Tensor,
+    out: Weight,
+    residual: Tensor,
+    moe_norm: Tensor,
+    moe: MoE,
+    vision: Tensor,
+    top_k: int,
+    norm: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """See the reference: services.engine.kernels.moe. Everything contiguous."""
+    """See the reference: services.engine.kernels.moe. Everything contiguous but x, whose rows may be strided."""
+    partial, scores = partial_linear(x, out), None
+    if len(x) <= PLAIN_ROWS:
+        x, residual, scores = add_norm_scores(partial, residual, moe_norm, eps, moe.gate)
+    else:
+        x, residual = add_norm(partial, residual, moe_norm, eps)
     if x.is_cuda and len(x) <= SIDE_ROWS:
         main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         # What either stream frees is written again only after the next of these waits.
         side.wait_stream(main)
         with torch.cuda.stream(side):
             shared = _shared(x, moe.shared)
-        routed, weights = _routed(x, moe, vision, top_k)
+        routed, weights = _routed(x, moe, vision, top_k, scores)
         main.wait_stream(side)
     else:
         shared = _shared(x, moe.shared)
-        routed, weights = _routed(x, moe, vision, top_k)
+        routed, weights = _routed(x, moe, vision, top_k, scores)
     return _combine(routed, weights, shared, residual, norm, eps)
 
 
@@ -66,11 +80,13 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
-    return partial_linear(silu_mul(partial_linear(x, mlp.gate_up), x.dtype), mlp.down)
+    return partial_linear(gated_linear(x, mlp.gate_up), mlp.down)
 
 
-def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
+def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    if scores is not None and len(x) * top_k <= FEW:
+        return routed_results(x, scores, moe.bias, vision, top_k, moe.text, moe.vision)
+    ids, weights = router(x, moe.gate, moe.bias, vision, top_k, scores)
     return expert_results(x, ids, moe.text, moe.vision), weights
 
 

@@ -1,7 +1,7 @@
 """Projection, rotary embedding and the cache's write.
 
-With few rows one launch, in which the last program of a tile of outputs to finish sums its parts, rotates and stores;
-with more of them the product is followed by one pass over its rows.
+With very few rows one launch: a program rotates and stores what it has multiplied. With more of them the product is
+followed by one pass over its rows.
 """
 
 import torch
@@ -9,14 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.linear import cut, partial_linear, product
+from services.engine.kernels.gpu.linear import partial_linear, whole, whole_product
 from services.engine.kernels.quantize import Weight
 
 # Heads of a row that a program rotates, and its warps: few rows are spread out, many are read in long runs.
 FEW, MANY, MANY_ROWS = (4, 2), (8, 4), 512
-FUSED_ROWS = 16  # up to here one launch is faster than two
 
 
 @triton.jit
@@ -49,33 +47,15 @@ def _rotate_kernel(
 
 @triton.jit
 def _qkv_kernel(
-    x_ptr, w_ptr, scale_ptr, parts_ptr, count_ptr, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr,
-    M, N, IN, share, x_stride, w_stride, KEYS, HALF,
-    SPLITS: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr,
+    M, N, IN, x_stride, w_stride, KEYS, HALF,
+    BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """KEYS: outputs that are keys."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    acc = product(x_ptr, w_ptr, scale_ptr, m, n, M, N, IN, share, x_stride, w_stride, BITS, BK, EARLY, EVEN, PDL)
-    if SPLITS > 1:
-        mask = (m < M)[None, :] & (n < N)[:, None]
-        at = parts_ptr + m[None, :] * N + n[:, None]
-        tl.store(at + tl.program_id(2) * M * N, acc, mask)
-        if last_of(count_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
-            acc = tl.zeros((BN, BM), tl.float32)
-            for part in tl.static_range(SPLITS):
-                acc += tl.load(at + part * M * N, mask, 0.0, cache_modifier=".cg")
-            _turn(acc, m, n, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr, M, N, KEYS, HALF, BM, BN)
-    else:
-        _turn(acc, m, n, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr, M, N, KEYS, HALF, BM, BN)
-
-
-@triton.jit
-def _turn(
-    acc, m, n, cos_ptr, sin_ptr, slots_ptr, query_ptr, keys_ptr, values_ptr, M, N, KEYS, HALF,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Rotate and store a tile [BN, BM] of the product, outputs n of rows m. KEYS: outputs that are keys."""
+    acc = whole_product(x_ptr, w_ptr, scale_ptr, m, n, n < N, M, IN, x_stride, w_stride, BITS, PARTS, PART, EVEN, PDL)
     dtype = query_ptr.dtype.element_ty
     plain = acc.to(dtype)
     even, odd = tl.split(tl.permute(tl.reshape(plain.to(tl.float32), (BN // 2, 2, BM)), (0, 2, 1)))
@@ -98,16 +78,13 @@ def qkv(
     kv_heads, dim = keys.shape[2:]
     heads = len(weight) // dim - 2 * kv_heads
     query = torch.empty(len(x), heads, dim, dtype=x.dtype, device=x.device)
-    way = cut(x, weight) if len(x) <= FUSED_ROWS else None
+    way = whole(x, weight)
     if way is None:
         _rotate(partial_linear(x, weight), cos, sin, slots, query, keys, values)
-        return query
-    outputs, rows, splits = way.grid
-    partial = torch.empty(splits if splits > 1 else 0, len(x), len(weight), dtype=torch.float32, device=x.device)
-    _qkv_kernel[way.grid](
-        *way.arguments, partial, counters(x.device, "qkv", outputs * rows), cos, sin, slots, query, keys, values,
-        *way.sizes, kv_heads * dim, dim // 2, SPLITS=splits, **way.options,
-    )  # fmt: skip
+    else:
+        _qkv_kernel[way.grid](
+            *way.arguments, cos, sin, slots, query, keys, values, *way.sizes, kv_heads * dim, dim // 2, **way.options
+        )
     return query
 
 

@@ -46,32 +46,40 @@ def _comparable(ranked, inside):
 
 
 @triton.jit
+def choice(scores_ptr, bias_ptr, pool, E, sum_min, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The choice of a row of pool `pool`: [BLOCK] the rank of each of its experts, and the weight of those below K.
+
+    scores_ptr: [PARTS, 2 E] of the row, which are still to be summed.
+    """
+    expert = tl.arange(0, BLOCK)
+    inside = expert < E
+    at = scores_ptr + pool * E + expert
+    scores = tl.load(at, inside, float("-inf"))
+    for part in tl.static_range(1, PARTS):
+        scores += tl.load(at + part * 2 * E, inside, 0.0)
+    p = tl.exp(scores - tl.max(scores, 0))
+    p = p / tl.sum(p, 0)
+    ranked = _comparable(p + tl.load(bias_ptr + pool * E + expert, inside, 0.0), inside)
+    # All with all at once: finding the greatest K times over would be K times as many steps that wait for each other.
+    before = (ranked[None, :] > ranked[:, None]) | (
+        (ranked[None, :] == ranked[:, None]) & (expert[None, :] < expert[:, None])
+    )
+    rank = tl.sum(before.to(tl.int32), 1)
+    total = tl.sum(tl.where(rank < K, p, 0.0), 0)
+    return rank, p / tl.maximum(total, sum_min)
+
+
+@triton.jit
 def _choose_kernel(
     scores_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, E, sum_min,
-    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KPAD: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
     pool = tl.load(vision_ptr + row).to(tl.int32)
-    expert = tl.arange(0, BLOCK)
-    inside = expert < E
-    scores = tl.load(scores_ptr + (row * PARTS * 2 + pool) * E + expert, inside, float("-inf"))
-    for part in tl.static_range(1, PARTS):
-        scores += tl.load(scores_ptr + ((row * PARTS + part) * 2 + pool) * E + expert, inside, 0.0)
-    p = tl.exp(scores - tl.max(scores, 0))
-    p = p / tl.sum(p, 0)
-    ranked = _comparable(p + tl.load(bias_ptr + pool * E + expert, inside, 0.0), inside)
-    slot = tl.arange(0, KPAD)
-    ids = tl.zeros((KPAD,), tl.int32)
-    weights = tl.zeros((KPAD,), tl.float32)
-    for k in tl.static_range(K):
-        best = tl.argmax(ranked, 0)
-        ids = tl.where(slot == k, best + pool * E, ids)
-        weights = tl.where(slot == k, tl.sum(tl.where(expert == best, p, 0.0), 0), weights)
-        ranked = tl.where(expert == best, float("-inf"), ranked)
-    weights = weights / tl.maximum(tl.sum(weights, 0), sum_min)
-    tl.store(ids_ptr + row * K + slot, ids, slot < K)
-    tl.store(weights_ptr + row * K + slot, weights, slot < K)
+    rank, weight = choice(scores_ptr + row * PARTS * 2 * E, bias_ptr, pool, E, sum_min, K, PARTS, BLOCK)
+    tl.store(ids_ptr + row * K + rank, tl.arange(0, BLOCK) + pool * E, rank < K)
+    tl.store(weights_ptr + row * K + rank, weight, rank < K)
 
 
 @triton.jit
@@ -146,20 +154,27 @@ def _split_kernel(gate_ptr, out_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constexp
         rest -= rounded.to(tl.float32)
 
 
-def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See the reference. `gate` contiguous; the rows of `x` may be strided."""
+def router(
+    x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int, scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See the reference. `gate` contiguous; the rows of `x` may be strided.
+
+    Args:
+        scores: [N, 2 E] float32, x @ gate^T, where it was made before.
+    """
     rows = len(x)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
-    if PLAIN_ROWS < rows <= TILED_ROWS:
+    if scores is None and PLAIN_ROWS < rows <= TILED_ROWS:
         _route_tiles(x, gate, bias, vision, ids, weights)
         return ids, weights
-    scores = _plain_scores(x, gate) if rows <= PLAIN_ROWS else _library_scores(x, gate)
+    if scores is None:
+        scores = _plain_scores(x, gate) if rows <= PLAIN_ROWS else _library_scores(x, gate)
     per_pool = len(gate) // 2
     _choose_kernel[(rows,)](
         scores, bias, vision, ids, weights, per_pool, SUM_MIN,
-        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=triton.next_power_of_2(per_pool),
-        KPAD=triton.next_power_of_2(top_k), num_warps=1, **overlapped(x),
+        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=triton.next_power_of_2(per_pool), num_warps=1,
+        **overlapped(x),
     )  # fmt: skip
     return ids, weights
 
