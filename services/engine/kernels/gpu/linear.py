@@ -27,7 +27,7 @@ from services.engine.kernels.quantize import GROUP, Quantized, Weight
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
 PLAIN_ROWS = 96  # from here on the library is faster, where it need not wait for a weight to be dequantised
 EARLY_ROWS = 32  # up to here a weight is read ahead
-WHOLE_ROWS, WHOLE_PLAIN_ROWS = 16, 8  # up to here a program has all inputs, of quantised and of plain weights
+WHOLE_ROWS, WHOLE_PLAIN_ROWS = 16, 32  # up to here a program has all inputs, of quantised and of plain weights
 WHOLE_BITS = (8, 16)
 PARTS, PART = 2, 128  # warps of such a program, and the inputs that one of them takes at once
 

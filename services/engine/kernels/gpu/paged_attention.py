@@ -29,16 +29,14 @@ GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query head
 class Decode:
     """How the contexts of a decode step are cut."""
 
-    tile: int  # tokens, at most a page
-    warps: int
-    stages: int
     programs: int  # at most, where a context has more than one
     share: int  # tokens of a program, at least, for each sequence of the step
     last_merges: bool  # the last program of a context to finish merges its splits; else another launch does
 
 
 # So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be.
-FEW, MANY, MANY_SEQUENCES = Decode(64, 4, 3, 1024, 0, False), Decode(32, 4, 4, 2048, 16, True), 48
+FEW, MANY, MANY_SEQUENCES = Decode(256, 0, False), Decode(2048, 16, True), 48
+TILE, WARPS, STAGES = 64, 4, 3  # tokens, at most a page
 MERGED = 8  # partial softmaxes that are read together, at most
 
 
@@ -305,7 +303,7 @@ def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, 
 def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     way, group = FEW if sequences < MANY_SEQUENCES else MANY, heads // kv_heads
-    splits, tile = decode_splits(way, sequences, kv_heads), min(way.tile, page)
+    splits, tile = decode_splits(way, sequences, kv_heads), min(TILE, page)
     least = max(1, way.share * sequences // tile)
     partials = sequences * heads * splits if splits > 1 else 0
     acc, high, total = (torch.empty(partials * each, dtype=torch.float32, device=out.device) for each in (dim, 1, 1))
@@ -319,7 +317,7 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
         GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), PAGE=page,
         MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=way.last_merges,
-        num_warps=way.warps, num_stages=way.stages, **sizes,
+        num_warps=WARPS, num_stages=STAGES, **sizes,
     )  # fmt: skip
     if splits > 1 and not way.last_merges:
         _merge_kernel[(sequences, heads)](
