@@ -1,5 +1,6 @@
 """A block of experts: routed ones of two pools and a shared one, added to the residual stream, normed for the next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,8 +22,28 @@ class MoE:
     shared: SwiGLU
 
 
+def prefetch_moe(x: Tensor, blocks: Sequence[MoE], vision: Tensor, top_k: int) -> None:
+    """Begin to make ready what a step's blocks of experts need besides their input. Here that is nothing.
+
+    Args:
+        x: [N, H], for its shape, dtype and device.
+        blocks: all of the step, in order.
+        vision, top_k: as `moe_add_norm`.
+
+    Returns:
+        what `moe_add_norm` is given for each of the blocks, in order.
+    """
+
+
 def moe_add_norm(
-    x: Tensor, moe: MoE, vision: Tensor, top_k: int, residual: Tensor, norm: Tensor, eps: float
+    x: Tensor,
+    moe: MoE,
+    vision: Tensor,
+    top_k: int,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    prefetch: None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` of what `experts` make of x as `router` says, plus `swiglu` by the shared one. An implementation
     may leave out the roundings to x's dtype in between.
@@ -32,6 +53,7 @@ def moe_add_norm(
         vision: [N] bool: rows of the vision pool.
         top_k: routed experts of a row.
         norm: [H].
+        prefetch: what `prefetch_moe` of the same implementation returned, if it was called.
 
     Returns:
         the norm and the new residual, each [N, H].

@@ -1,6 +1,7 @@
 """The decoder: one step over the new tokens of many sequences."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class ErnieModel:
         self.config = config
         self.weights = weights
         self._ops = ops
+        self._moes = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoE)]
         self._frequencies, self._axes = rotary_plan(config, weights.norm.device)
         self._scale = config.head_dim**-0.5
 
@@ -65,13 +67,14 @@ class ErnieModel:
         ops, weights, eps = self._ops, self.weights, self.config.norm_eps
         cos, sin = ops.rotary_tables(step.positions, self._frequencies, self._axes)
         residual = ops.embed(weights.embedding, step.token_ids, step.embed_rows, step.embeds)
+        prefetch = ops.prefetch_moe(residual, self._moes, step.vision, self.config.experts_per_token)
         x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
         norms = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         for layer, keys, values, norm in zip(weights.layers, cache.keys, cache.values, norms, strict=True):
             query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
             x = self._attention(query, step, keys, values)
             x, residual = ops.linear_add_norm(x, layer.out, residual, layer.mlp_norm, eps)
-            x, residual = self._mlp(layer.mlp, x, step.vision, residual, norm)
+            x, residual = self._mlp(layer.mlp, x, step.vision, residual, norm, prefetch)
         return ops.logits(x[step.logit_rows], weights.head)
 
     def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
@@ -90,12 +93,12 @@ class ErnieModel:
         return attended.flatten(1)
 
     def _mlp(
-        self, mlp: SwiGLU | MoE, x: Tensor, vision: Tensor, residual: Tensor, norm: Tensor
+        self, mlp: SwiGLU | MoE, x: Tensor, vision: Tensor, residual: Tensor, norm: Tensor, prefetch: Any
     ) -> tuple[Tensor, Tensor]:
         ops, config = self._ops, self.config
         if isinstance(mlp, SwiGLU):
             return ops.mlp_add_norm(x, mlp, residual, norm, config.norm_eps)
-        return ops.moe_add_norm(x, mlp, vision, config.experts_per_token, residual, norm, config.norm_eps)
+        return ops.moe_add_norm(x, mlp, vision, config.experts_per_token, residual, norm, config.norm_eps, prefetch)
 
 
 def rotary_plan(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, dot_two, parts, scales
+from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Weight, in_features
 
@@ -169,19 +170,22 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     return place, tile_expert
 
 
-def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+def expert_results(
+    x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, prefetch: Prefetch | None = None
+) -> Tensor:
     """Every chosen expert applied to its row; still to be weighted and summed.
 
     Args:
         x: [N, H], contiguous.
         ids: [N, K] int32.
         text, vision: quantised alike.
+        prefetch: see `grouped_experts`.
 
     Returns:
         [N K, H] in the dtype of x.
     """
-    if takes(x, ids, text, vision):
-        return grouped_experts(x, ids, text, vision)
+    if takes(x, ids.shape[1], text, vision):
+        return grouped_experts(x, ids, text, vision, prefetch)
     flat, experts = ids.flatten(), len(text) + len(vision)
     tiles = plan(len(flat), experts, parts(text.down)[2])
     place, owner = group_rows(flat, experts, tiles.rows) if tiles.grouped else (flat, flat)
