@@ -42,7 +42,7 @@ class HostStep:
     positions: Ints  # [3, N]
     vision: NDArray[np.bool_]  # [N]
     embed_rows: Ints  # [M]
-    embeds: Tensor  # [M, hidden] model dtype, on the host
+    embeds: Tensor  # [M, hidden] model dtype, on the host, from where a device can copy them by itself
     slots: Ints  # [N]
     blocks: list[bytes]  # [S] block numbers of each sequence, as int32
     query_start: NDArray[np.int32]  # [S + 1]
@@ -67,7 +67,6 @@ class HostStep:
             "positions": self.positions,
             "vision": self.vision,
             "embed_rows": self.embed_rows,
-            "embeds": self.embeds.view(torch.uint8).numpy(),
             "slots": self.slots,
             "block_tables": block_tables(self.blocks, -(-longest // block_size)),
             "query_start": self.query_start,
@@ -75,11 +74,10 @@ class HostStep:
             "logit_rows": self.logit_rows,
         }
         moved = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
-        embeds = moved.pop("embeds").view(self.embeds.dtype)
         lengths = zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)
         return StepInput(
             **moved,
-            embeds=embeds,
+            embeds=self.embeds.to(device, non_blocking=True),
             max_query_len=self.max_query_len,
             max_context_len=longest,
             lengths=tuple(lengths),
@@ -109,7 +107,7 @@ class StepBuilder:
     """Builds the steps of one model and cache."""
 
     def __init__(self, model: Model, block_size: int, image_patch_id: int) -> None:
-        self._hidden_size, self._dtype = model.hidden_size, model.dtype
+        self._hidden_size, self._dtype, self._device = model.hidden_size, model.dtype, model.device
         self._block_size = block_size
         self._image_patch_id = image_patch_id
 
@@ -165,16 +163,24 @@ class StepBuilder:
     def _embeds(self, chunks: tuple[Chunk, ...], starts: Ints) -> tuple[Ints, Tensor]:
         """Which rows of the step are media, and their embeddings, [M, hidden]."""
         rows: list[Ints] = [np.empty(0, np.int64)]
-        parts = [torch.empty(0, self._hidden_size, dtype=self._dtype)]
+        parts: list[tuple[Embeds, int]] = []  # with the first row of each that is this step's
         for chunk, first_row in zip(chunks, starts, strict=False):
             stop = chunk.start + chunk.length
             for span, stored in zip(chunk.sequence.spans, chunk.sequence.embeds, strict=True):
                 begin, end = max(chunk.start, span.offset), min(stop, span.offset + span.length)
                 if begin < end:
                     rows.append(np.arange(begin, end) - chunk.start + first_row)
-                    part = embed_rows(stored, self._hidden_size, begin - span.offset, end - span.offset)
-                    parts.append(part.to(self._dtype))
-        return np.concatenate(rows), torch.cat(parts)
+                    parts.append((stored, begin - span.offset))
+        ends = np.cumsum([len(part) for part in rows]).tolist()
+        embeds = self._room(ends[-1])
+        for (stored, start), begin, end in zip(parts, ends, ends[1:], strict=False):
+            copy_rows(stored, start, embeds[begin:end])
+        return np.concatenate(rows), embeds
+
+    def _room(self, rows: int) -> Tensor:
+        """[rows, hidden]. Of a prompt of images this is most of a step: it is written once, and nobody waits for it."""
+        pinned = rows > 0 and self._device.type == "cuda"
+        return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
 
 
 def slots(chunk: Chunk, block_size: int) -> Ints:
@@ -193,9 +199,12 @@ def block_tables(blocks: list[bytes], width: int) -> NDArray[np.int32]:
     return tables
 
 
-def embed_rows(stored: Embeds, hidden_size: int, start: int, stop: int) -> Tensor:
-    """[stop - start, hidden] of stored embeddings, in their dtype. Only these rows are copied."""
-    dtype = EMBED_DTYPES[stored.dtype]
-    row_bytes = hidden_size * dtype.itemsize
-    data = np.frombuffer(stored.data, np.uint8)[start * row_bytes : stop * row_bytes].copy()
-    return torch.from_numpy(data).view(dtype).view(stop - start, hidden_size)
+def copy_rows(stored: Embeds, start: int, target: Tensor) -> None:
+    """Fill target [rows, hidden] with rows of stored embeddings from `start` on."""
+    dtype, (rows, width) = EMBED_DTYPES[stored.dtype], target.shape
+    row_bytes = width * dtype.itemsize
+    data = np.frombuffer(stored.data, np.uint8, rows * row_bytes, start * row_bytes)
+    if dtype == target.dtype:
+        target.view(torch.uint8).numpy().reshape(-1)[:] = data
+    else:
+        target.copy_(torch.from_numpy(data.copy()).view(dtype).view(rows, width))

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from engine_cases import sequence
+from engine_cases import CONFIG, sequence
 
 from services.engine.decode_rows import BlockTables
 from services.engine.graphs import capture_sizes
-from services.engine.scheduler import Chunk
+from services.engine.scheduler import Chunk, Plan
+from services.engine.sequence import Embeds
 from services.engine.step import HostStep, StepBuilder
+from shared.messages import MediaSpan
 
 BLOCK = 4
 
@@ -49,6 +51,27 @@ def test_a_step_knows_its_lengths_on_the_host() -> None:
     step = StepBuilder(Model(), BLOCK, image_patch_id=52)._decode(decoding()).to(Model.device, BLOCK)
     assert step.lengths == tuple(zip(step.query_start.diff().tolist(), step.context_lens.tolist(), strict=True))
     assert step.lengths == ((1, 4), (1, 14), (1, 8), (1, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_of_media_are_those_of_the_chunk(dtype: torch.dtype) -> None:
+    """Of two images, stored in two dtypes, the first is cut by the chunk's begin and the second by its end."""
+    stored = [torch.randn(length, 8).to(kind) for length, kind in ((6, torch.float32), (4, torch.bfloat16))]
+    names = ("float32", "bfloat16")
+    media = tuple(
+        Embeds(rows.view(torch.uint8).numpy().tobytes(), name) for rows, name in zip(stored, names, strict=True)
+    )
+    spans = (MediaSpan("image", "a", 2, 6, (1, 4, 6)), MediaSpan("image", "b", 9, 4, (1, 4, 4)))
+    made = sequence([CONFIG.image_patch_id] * 15, spans=spans, embeds=media)
+    made.blocks.extend(range(4))
+    other = sequence(range(10, 13))
+    other.blocks.extend(range(4, 8))
+    model = type("Cast", (Model,), {"dtype": dtype})()
+    chunks = (Chunk(other, 0, 3, samples=True), Chunk(made, 4, 7, samples=False))
+    host = StepBuilder(model, BLOCK, CONFIG.image_patch_id).build(Plan(chunks))
+    step = host.to(Model.device, BLOCK)
+    assert step.embed_rows.tolist() == [3, 4, 5, 6, 8, 9]
+    assert torch.equal(step.embeds, torch.cat([stored[0][2:], stored[1][:2]]).to(dtype))
 
 
 def test_tables_hold_the_blocks_of_every_row() -> None:

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-ENOUGH = 64 << 30  # bytes, of which such things take some 3 GiB
+ENOUGH = 64 << 30  # bytes, of which such things take some 4 GiB
 
 
 def roomy(device: torch.device) -> bool:

@@ -13,7 +13,6 @@ from triton.runtime.jit import JITFunction
 
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu import (
-    dequantize,
     experts,
     grouped,
     linear,
@@ -54,7 +53,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     driver.set_active(NoDriver())
-    for module in (dequantize, experts, grouped, linear, paged_attention, pick, qkv, rms_norm, router, sort, threshold):
+    for module in (experts, grouped, linear, paged_attention, pick, qkv, rms_norm, router, sort, threshold):
         module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
     sampling()
     decode(1)
@@ -105,7 +104,10 @@ def prefill() -> None:
         return torch.zeros(*shape, dtype=torch.bfloat16)
 
     rows = 256
-    grouped.grouped_experts(room(rows, HIDDEN), torch.zeros(rows, 6, dtype=torch.int32), *pools())
+    ids = torch.zeros(rows, 6, dtype=torch.int32)
+    grouped.grouped_experts(room(rows, HIDDEN), ids, *pools())
+    plain = ExpertPool(room(2, 2 * 512, HIDDEN), room(2, HIDDEN, 512))
+    grouped.grouped_experts(room(rows, HIDDEN), ids, plain, plain)
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)
     tables = torch.zeros(1, 4, dtype=torch.int32)
     paged_attention.paged_attention(

@@ -18,11 +18,11 @@ from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, gate_or_up, gated, parts, scales
+from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.router import choice
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Weight, in_features
 from services.engine.kernels.router import SUM_MIN
-
 
 FEW = 12  # pairs that are not sorted: each is a tile of its own
 
@@ -210,19 +210,22 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     return place, tile_expert
 
 
-def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+def expert_results(
+    x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, prefetch: Prefetch | None = None
+) -> Tensor:
     """Every chosen expert applied to its row; still to be weighted and summed.
 
     Args:
         x: [N, H], contiguous.
         ids: [N, K] int32.
         text, vision: quantised alike.
+        prefetch: see `grouped_experts`.
 
     Returns:
         [N K, H] in the dtype of x.
     """
-    if takes(x, ids, text, vision):
-        return grouped_experts(x, ids, text, vision)
+    if takes(x, ids.shape[1], text, vision):
+        return grouped_experts(x, ids, text, vision, prefetch)
     flat, experts = ids.flatten(), len(text) + len(vision)
     tiles = plan(len(flat), experts, parts(text.down)[2])
     place, owner = group_rows(flat, experts, tiles.rows) if tiles.grouped else (flat, flat)

@@ -3,11 +3,12 @@
 Rows are sorted by expert, a tile of rows has one expert, and a launch takes the tiles of one pool: as many programs as
 the device has multiprocessors, each with its share of the tiles, which only the device can count. Programs that run
 at the same time have all the outputs of some neighbouring tiles of rows: what they read is in the second-level cache.
-Weights that are stored quantised are dequantised before, those of experts that got a row.
+Weights that are stored quantised are dequantised before: services.engine.kernels.gpu.prefetch.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -16,8 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.experts import ExpertPool
-from services.engine.kernels.gpu.dequantize import plain
-from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.launch import IN_TURN, overlapped, predecessor
+from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.sort import Sorted, sort_pairs
 from services.engine.kernels.quantize import Quantized, in_features
 from services.engine.kernels.room import roomy
@@ -108,10 +109,10 @@ def _down_kernel(
         tl.store(out_ptr + pair.to(tl.int64)[:, None] * H + n[None, :], acc.to(out_ptr.dtype.element_ty), mask)
 
 
-def takes(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> bool:
+def takes(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
     """Whether there are rows enough, memory for copies of them, and the copy engine can read where rows begin."""
     experts = len(text) + len(vision)
-    enough = ids.numel() >= EACH * experts and experts & (experts - 1) == 0
+    enough = len(x) * top_k >= EACH * experts and experts & (experts - 1) == 0
     if isinstance(text.gate_up, Quantized):
         enough = enough and len(x) >= QUANTIZED_ROWS
     widths = (x.shape[1], x.stride(0), in_features(text.down), in_features(vision.down))
@@ -123,13 +124,16 @@ def ample(device: torch.device) -> bool:
     return device.type != "cuda" or roomy(device)
 
 
-def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+def grouped_experts(
+    x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, prefetch: Prefetch | None = None
+) -> Tensor:
     """Every chosen expert applied to its row.
 
     Args:
         x: [N, H], the last dimension contiguous.
         ids: [N, K] int32.
         text, vision: quantised alike.
+        prefetch: the next weights to be taken are those of both pools; None: nobody began to make them ready.
 
     Returns:
         [N K, H] in the dtype of x.
@@ -137,13 +141,15 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     order = sort_pairs(ids.flatten(), len(text) + len(vision), ROWS)
     rows = _in_order(x, order, ids.shape[1])
     inner = torch.empty(len(order.place), in_features(text.down), dtype=x.dtype, device=x.device)
-    used = order.counts.view(2, -1)  # of either pool's experts: those without a row need no weight
-    for nth, pool in enumerate((text, vision)):
-        _gate_up(rows, order, nth, plain(pool.gate_up, used[nth]), inner)
+    weights = prefetch or Prefetch([(text, vision)], order.counts.view(2, -1))
+    # A product that were set up early would stand in line before what is dequantised beside the one that runs.
+    launch = IN_TURN if isinstance(text.gate_up, Quantized) else overlapped(x)
+    for nth, weight in enumerate(weights.take()):
+        _gate_up(rows, order, nth, weight, inner, launch)
     del rows
     results = torch.empty(ids.numel(), x.shape[1], dtype=x.dtype, device=x.device)
-    for nth, pool in enumerate((text, vision)):
-        _down(inner, order, nth, plain(pool.down, used[nth]), results)
+    for nth, weight in enumerate(weights.take()):
+        _down(inner, order, nth, weight, results, launch)
     return results
 
 
@@ -157,7 +163,7 @@ def _in_order(x: Tensor, order: Sorted, top_k: int) -> Tensor:
     return out
 
 
-def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, inner: Tensor) -> None:
+def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, inner: Tensor, launch: dict[str, Any]) -> None:
     """The first product of pool `nth`. weight [E, 2 I, H]; fills the pool's rows of inner [rows, >= I]."""
     cut, (experts, double, hidden) = GATE_UP, weight.shape
     width = double // 2
@@ -167,18 +173,18 @@ def _gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, inner: Tensor) 
         TensorDescriptor.from_tensor(x, [ROWS, cut.inputs]),
         TensorDescriptor.from_tensor(planes, [2, cut.outputs, cut.inputs]),
         order.owner, order.bounds, inner, hidden, width, inner.stride(0), nth,
-        E=experts, **_options(cut, x),
+        E=experts, **_options(cut, x), **launch,
     )  # fmt: skip
 
 
-def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tensor) -> None:
+def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tensor, launch: dict[str, Any]) -> None:
     """The second product of pool `nth`. weight [E, H, I]; fills the rows of the pool's pairs in results [P, H]."""
     cut, (experts, hidden, width) = DOWN, weight.shape
     _down_kernel[(_programs(cut, order, hidden, inner),)](
         TensorDescriptor.from_tensor(inner[:, :width], [ROWS, cut.inputs]),
         TensorDescriptor.from_tensor(weight, [1, cut.outputs, cut.inputs]),
         order.place, order.owner, order.bounds, results, width, hidden, nth,
-        E=experts, **_options(cut, inner),
+        E=experts, **_options(cut, inner), **launch,
     )  # fmt: skip
 
 
@@ -195,7 +201,7 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _options(cut: Cut, x: Tensor) -> dict[str, object]:
+def _options(cut: Cut, x: Tensor) -> dict[str, Any]:
     return {
         "FLATTEN": cut.flatten,
         "BM": ROWS,
@@ -203,5 +209,4 @@ def _options(cut: Cut, x: Tensor) -> dict[str, object]:
         "BK": cut.inputs,
         "num_warps": cut.warps,
         "num_stages": cut.stages if x.element_size() == 2 else 1,
-        **overlapped(x),
     }

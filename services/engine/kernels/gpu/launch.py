@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 HOPPER = (9, 0)
+IN_TURN: dict[str, Any] = {"PDL": False, "launch_pdl": False}  # launch options of a kernel that is not to overlap
 
 
 @triton.jit

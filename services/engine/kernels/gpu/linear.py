@@ -188,9 +188,7 @@ def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
     bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
     share = -(-inputs // (bk * splits))
     splits = triton.cdiv(inputs, share * bk)
-    out = torch.empty(
-        splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device
-    )
+    out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     _linear_kernel[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm), splits)](
         x, weight.data, weight.scale, out, rows, outputs, inputs, share, x.stride(0), weight.data.stride(0),
         BITS=weight.bits, BM=bm, BN=bn, BK=bk,
