@@ -2,8 +2,10 @@
 
 For each output row o of W [.., out, in], computed in float32 from amax = max over `in` of |W[o]|:
 int8: q = round(W / amax * 127), scale = amax / 127; int4: q = round(W / amax * 7), scale = amax / 7. Ties round away
-from zero. W is then q * scale. Two int4 values share a byte along `in`: the even one is the low nibble, both in two's
-complement. The scheme is FastDeploy's weight-only one, so that its accuracy figures apply.
+from zero. W is then q * scale. The scheme is FastDeploy's weight-only one, so that its accuracy figures apply.
+
+Four int4 values share an int16 word, in two's complement: of each GROUP of inputs, word l holds inputs l, 64 + l,
+128 + l and 192 + l, the first in its lowest bits. So a tile of words is four tiles of weights, each of inputs in order.
 """
 
 from dataclasses import dataclass, replace
@@ -14,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bits = Literal[4, 8]
-GROUP = 256  # inputs that share 32 words
-PLANES = 8
+GROUP = 256  # inputs that share 64 words
+PLANES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """A quantised weight of logical shape [.., out, in]."""
 
-    data: Tensor  # int8 [.., out, in], or int32 [.., out, 32 * groups] for 4 bits
+    data: Tensor  # int8 [.., out, in], or int16 [.., out, 64 * groups] for 4 bits
     scale: Tensor  # [.., out], in the dtype of the activations
     bits: Bits
     in_features: int
@@ -79,9 +81,9 @@ def dense(weight: Weight) -> Tensor:
 
 
 def _pack(values: Tensor) -> Tensor:
-    """int8 [.., in] to int32 words."""
+    """int8 [.., in] to int16 words."""
     padded = F.pad(values, (0, -values.shape[-1] % GROUP))
-    planes = padded.view(*padded.shape[:-1], -1, PLANES, GROUP // PLANES).to(torch.int32) & 0xF
+    planes = padded.view(*padded.shape[:-1], -1, PLANES, GROUP // PLANES).to(torch.int16) & 0xF
     words = torch.zeros_like(planes[..., 0, :])
     for plane in range(PLANES):
         words |= planes[..., plane, :] << (4 * plane)
@@ -89,7 +91,7 @@ def _pack(values: Tensor) -> Tensor:
 
 
 def _unpack(words: Tensor, inputs: int) -> Tensor:
-    """The inverse: int32 words to int8 [.., inputs]."""
+    """The inverse: int16 words to int8 [.., inputs]."""
     grouped = words.view(*words.shape[:-1], -1, GROUP // PLANES)
     planes = torch.stack([(grouped >> (4 * plane)) & 0xF for plane in range(PLANES)], -2)
     return ((planes ^ 8) - 8).to(torch.int8).flatten(-3)[..., :inputs]

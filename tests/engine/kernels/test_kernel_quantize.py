@@ -29,8 +29,8 @@ def stored_values(q: Quantized) -> np.ndarray:
         return data
     out = np.empty((*data.shape[:-1], q.in_features), np.int64)
     for *row, i in np.ndindex(*out.shape):
-        group, plane, lane = i // 256, i % 256 // 32, i % 32
-        nibble = data[(*row, 32 * group + lane)] >> (4 * plane) & 0xF
+        group, plane, lane = i // 256, i % 256 // 64, i % 64
+        nibble = data[(*row, 64 * group + lane)] >> (4 * plane) & 0xF
         out[(*row, i)] = nibble - 16 if nibble >= 8 else nibble
     return out
 

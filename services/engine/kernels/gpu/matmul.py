@@ -5,7 +5,7 @@ multiplied with [BK, BM] of the activations' transpose. On Hopper the left opera
 registers, the right one may not, and few rows of activations cost no more than the instruction's smallest width.
 
 Four bits come as the words of services.engine.kernels.quantize: nibble j of a word belongs to plane j of its group, so
-that a tile of words is eight tiles of weights without any shuffling. Scales are per output, and multiply the sum: see
+that a tile of words is four tiles of weights without any shuffling. Scales are per output, and multiply the sum: see
 `scales`.
 """
 
@@ -21,21 +21,15 @@ from services.engine.kernels.quantize import Quantized, Weight
 # multiplication by 2^127 (0x7F00) and an addition then make any small number without a conversion.
 PER_UNIT = tl.constexpr(64)
 
-# Two words a thread in, eight pairs of bfloat16 out. With their sign turned, nibbles are 8 more than their values; in
-# the upper half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
+# Two words in, four pairs of bfloat16 out. With their sign turned, nibbles are 8 more than their values; in the upper
+# half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
 _UNPACK = tl.constexpr(
-    "{ .reg .b32 a, b, s, t, one, high, less;"
-    "mov.b32 one, 0x7F007F00; mov.b32 high, 0x7D007D00; mov.b32 less, 0xBE00BE00;"
-    "prmt.b32 a, $8, $9, 0x5410; prmt.b32 b, $8, $9, 0x7632;"
-    "shr.u32 s, a, 8; shr.u32 t, b, 8;"
-    "lop3.b32 $0, a, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $1, a, 0x00F000F0, 0x00800080, 0x6A;"
+    "{ .reg .b32 s, one, high, less;"
+    "mov.b32 one, 0x7F007F00; mov.b32 high, 0x7D007D00; mov.b32 less, 0xBE00BE00; shr.u32 s, $4, 8;"
+    "lop3.b32 $0, $4, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $1, $4, 0x00F000F0, 0x00800080, 0x6A;"
     "lop3.b32 $2, s, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $3, s, 0x00F000F0, 0x00800080, 0x6A;"
-    "lop3.b32 $4, b, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $5, b, 0x00F000F0, 0x00800080, 0x6A;"
-    "lop3.b32 $6, t, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $7, t, 0x00F000F0, 0x00800080, 0x6A;"
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, high, less;"
-    "fma.rn.bf16x2 $2, $2, one, less; fma.rn.bf16x2 $3, $3, high, less;"
-    "fma.rn.bf16x2 $4, $4, one, less; fma.rn.bf16x2 $5, $5, high, less;"
-    "fma.rn.bf16x2 $6, $6, one, less; fma.rn.bf16x2 $7, $7, high, less; }"
+    "fma.rn.bf16x2 $2, $2, one, less; fma.rn.bf16x2 $3, $3, high, less; }"
 )
 # Four bytes in, two pairs of bfloat16 out. With its sign turned, a byte is 128 more than its value: less 128 / 64.
 _WIDEN = tl.constexpr(
@@ -48,21 +42,12 @@ _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def unpack(words, dtype: tl.constexpr):
-    """Eight planes of signed four-bit values in units, each of the shape of `words`."""
+    """Four planes of signed four-bit values in units, each of the shape of `words`."""
     if dtype == tl.bfloat16 and not _INTERPRETED:
         return tl.inline_asm_elementwise(
-            _UNPACK, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2
+            _UNPACK, "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
         )
-    return (
-        _plane(words, 0, dtype),
-        _plane(words, 1, dtype),
-        _plane(words, 2, dtype),
-        _plane(words, 3, dtype),
-        _plane(words, 4, dtype),
-        _plane(words, 5, dtype),
-        _plane(words, 6, dtype),
-        _plane(words, 7, dtype),
-    )
+    return _plane(words, 0, dtype), _plane(words, 1, dtype), _plane(words, 2, dtype), _plane(words, 3, dtype)
 
 
 @triton.jit
@@ -105,10 +90,10 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, B
     With 4 bits BK is the group of the packing. EVEN: BK divides IN, and w_mask is true everywhere.
     """
     if BITS == 4:
-        lane = tl.arange(0, BK // 8)
-        planes = unpack(_stored(w_ptrs + (block * (BK // 8) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty)
-        for j in tl.static_range(8):
-            x = _activations(x_ptrs, x_mask, block * BK + j * (BK // 8) + lane, IN, EVEN)
+        lane = tl.arange(0, BK // 4)
+        planes = unpack(_stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty)
+        for j in tl.static_range(4):
+            x = _activations(x_ptrs, x_mask, block * BK + j * (BK // 4) + lane, IN, EVEN)
             acc = tl.dot(planes[j], x, acc, input_precision="ieee")
     else:
         column = block * BK + tl.arange(0, BK)
