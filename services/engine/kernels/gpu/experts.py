@@ -62,31 +62,34 @@ def _rows(place_ptr, owner_ptr, SORTED: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def gate_up_tile(
-    expert, pair, x_ptr, out_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
-    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out[pair] = silu(gate) up, BN / 2 outputs of one expert for the pairs [BM], -1 for none."""
+def _of_pool(expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E: tl.constexpr):
+    """Width, weight and scales of the expert's pool, and its index there."""
     width, w_ptr, scale_ptr, index = TEXT, text_ptr, text_scale_ptr, expert
     if expert >= E:
         width, w_ptr, scale_ptr, index = VISION, vision_ptr, vision_scale_ptr, expert - E
+    return width, w_ptr, scale_ptr, index.to(tl.int64)
+
+
+@triton.jit
+def gate_up_tile(
+    pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, index, IN, OUT, x_stride, w_stride,
+    K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = silu(gate) up, BN / 2 outputs of one expert for the pairs [BM], -1 for none."""
     first = tl.program_id(0) * (BN // 2)
-    if first < width:
-        output, is_up = gate_or_up(first, BN)
-        w_row = index.to(tl.int64) * 2 * width + output + is_up * width
-        rows, columns = (pair >= 0)[None, :], (output < width)[:, None]
-        x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
-        w_ptrs = w_ptr + w_row[:, None] * w_stride
-        acc = tl.zeros((BN, BM), tl.float32)
-        for block in range(0, tl.cdiv(IN, BK)):
-            acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
-        if BITS != 16:
-            acc *= scales(scale_ptr + w_row, output < width)[:, None]
-        n = first + tl.arange(0, BN // 2)
-        out = out_ptr + pair.to(tl.int64)[None, :] * TEXT + n[:, None]
-        tl.store(out, gated(acc, BN, BM).to(out_ptr.dtype.element_ty), rows & (n < width)[:, None])
+    output, is_up = gate_or_up(first, BN)
+    w_row = index * 2 * width + output + is_up * width
+    rows, columns = (pair >= 0)[None, :], (output < width)[:, None]
+    x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
+    w_ptrs = w_ptr + w_row[:, None] * w_stride
+    acc = tl.zeros((BN, BM), tl.float32)
+    for block in range(0, tl.cdiv(IN, BK)):
+        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
+    if BITS != 16:
+        acc *= scales(scale_ptr + w_row, output < width)[:, None]
+    n = first + tl.arange(0, BN // 2)
+    out = out_ptr + pair.to(tl.int64)[None, :] * OUT + n[:, None]
+    tl.store(out, gated(acc, BN, BM).to(out_ptr.dtype.element_ty), rows & (n < width)[:, None])
 
 
 @triton.jit
@@ -98,11 +101,16 @@ def _gate_up_kernel(
 ):  # fmt: skip
     predecessor(PDL)
     expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
-    if expert < 2 * E:
-        gate_up_tile(
-            expert, pair, x_ptr, out_ptr, text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr,
-            IN, TEXT, VISION, x_stride, w_stride, E, K, BITS, EVEN, BM, BN, BK,
-        )  # fmt: skip
+    if expert >= 2 * E:
+        return
+    width, w_ptr, scale_ptr, index = _of_pool(
+        expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E
+    )  # fmt: skip
+    if tl.program_id(0) * (BN // 2) >= width:
+        return
+    gate_up_tile(
+        pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, index, IN, TEXT, x_stride, w_stride, K, BITS, EVEN, BM, BN, BK
+    )  # fmt: skip
 
 
 @triton.jit
@@ -123,10 +131,14 @@ def _choose_gate_up_kernel(
     if tl.program_id(0) == 0:
         tl.store(ids_ptr + at, expert)
         tl.store(weights_ptr + at, tl.sum(tl.where(chosen, weight, 0.0), 0))
+    width, w_ptr, scale_ptr, index = _of_pool(
+        expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E
+    )  # fmt: skip
+    if tl.program_id(0) * (BN // 2) >= width:
+        return
+    pair = tl.where(tl.arange(0, BM) == 0, at, -1)
     gate_up_tile(
-        expert, tl.where(tl.arange(0, BM) == 0, at, -1), x_ptr, out_ptr,
-        text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr,
-        IN, TEXT, VISION, x_stride, w_stride, E, K, BITS, EVEN, BM, BN, BK,
+        pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, index, IN, TEXT, x_stride, w_stride, K, BITS, EVEN, BM, BN, BK
     )  # fmt: skip
 
 

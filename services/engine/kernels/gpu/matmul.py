@@ -92,9 +92,12 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, B
     if BITS == 4:
         lane = tl.arange(0, BK // 4)
         planes = unpack(_stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty)
+        # A sum of its own, or the compiler makes the large matrix instructions wait for each other.
+        part = tl.zeros(acc.shape, tl.float32)
         for j in tl.static_range(4):
             x = _activations(x_ptrs, x_mask, block * BK + j * (BK // 4) + lane, IN, EVEN)
-            acc = tl.dot(planes[j], x, acc, input_precision="ieee")
+            part = tl.dot(planes[j], x, part, input_precision="ieee")
+        acc += part
     else:
         column = block * BK + tl.arange(0, BK)
         w = _stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
