@@ -18,6 +18,9 @@ from shared.keys import Keys
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Where this is set, each of the many processes that tests start would compile our sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Taken out of the environment: a service under test would refuse a MILLRACE_ variable it does not know.
 SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
 

@@ -29,6 +29,7 @@ READY_S = 120.0  # on a machine with two slow cores
 STOP_S = 60.0
 SETTLE_S = 30.0
 LOOK_S = 0.05
+CACHE_BYTES = 64 << 20  # 64 thousand tokens of the demo model in bfloat16
 NOTHING: Mapping[str, str] = {}
 
 
@@ -49,10 +50,12 @@ class System:
                 [str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments],
                 cwd=directory,
                 # One thread each: four processes share what may be two cores. Answers are kept for a moment only, so
-                # that `left_behind` need not wait for them.
+                # that `left_behind` need not wait for them. The default cache is 1 GiB, and to zero it takes an engine
+                # longer than all else that it does to start.
                 env={
                     **ours,
                     "MILLRACE_RETAIN_S": "1",
+                    "MILLRACE_KV_CACHE_BYTES": str(CACHE_BYTES),
                     **environ,
                     "OMP_NUM_THREADS": "1",
                     "TEST_SYSTEM": str(directory),

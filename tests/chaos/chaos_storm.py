@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from chaos_client import Broken, Client, Manner, Transcript
+from chaos_client import Broken, Client, Manner
 from chaos_faults import Faults
 from chaos_leftovers import wait_until_clean
 from chaos_model import write_model
-from chaos_quiet import ONE_OF_EACH, quiet_answers
+from chaos_quiet import ONE_OF_EACH, Answered, quiet_answers
 from chaos_requests import Ask, files_to_serve, pool
 from chaos_system import REQUEST_TIMEOUT_S, System, running
 from system import file_server
@@ -61,17 +61,17 @@ class Totals:
 class World:
     """The pool of requests, with the answers of a system in which nothing goes wrong."""
 
-    def __init__(self, model: Path, asks: list[Ask], expected: Mapping[int, Transcript]) -> None:
+    def __init__(self, model: Path, answered: Answered) -> None:
         self.model = model
-        self.asks = asks
-        self.expected = expected
+        self.answered = answered
+        self.asks = [ask for ask, _ in answered]
+        self.expected = {ask.number: answer for ask, answer in answered}
 
 
 async def quiet_world(directory: Path, files: str, size: int = POOL) -> World:
     """Write the checkpoint, and ask for everything once."""
     model = directory / "model"
-    answered = await quiet_answers(directory / "quiet", model, pool(size, write_model(model), files))
-    return World(model, [ask for ask, _ in answered], {ask.number: answer for ask, answer in answered})
+    return World(model, await quiet_answers(directory / "quiet", model, pool(size, write_model(model), files)))
 
 
 class Storm:

@@ -12,9 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from chaos_crash import Expected, Scenario, Stage, by_kind, play, points
-from chaos_model import write_model
-from chaos_quiet import ONE_OF_EACH, quiet_answers
-from chaos_requests import KINDS, pool
+from chaos_storm import ONE_OF_EACH, World
 from chaos_system import System, running
 
 SOME = 6
@@ -64,14 +62,14 @@ async def test_every_point_has_a_scenario() -> None:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running_system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, Expected]]:
+async def running_system(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[System, Expected]]:
     """One for all cases, and the answers of another in which nothing fails."""
-    directory = tmp_path_factory.mktemp("crash")
-    asks = [ask for ask in pool(len(KINDS), write_model(directory / "model"), "") if ask.kind != "link"]
-    expected = by_kind(await quiet_answers(directory / "quiet", directory / "model", asks))
     # Answers are kept for a moment only, so that each case can see that its own is gone.
-    async with running(directory / "system", directory / "model", ONE_OF_EACH, gateway={"retain_s": 2}) as system:
-        yield system, expected
+    directory = tmp_path_factory.mktemp("crash")
+    async with running(directory, world.model, ONE_OF_EACH, gateway={"retain_s": 2}) as system:
+        yield system, by_kind(world.answered)
 
 
 @pytest.mark.parametrize(("crash_at", "scenario"), CHOSEN)

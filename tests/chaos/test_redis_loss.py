@@ -7,11 +7,9 @@ from pathlib import Path
 
 import httpx
 from chaos_client import Broken, Client, Manner
-from chaos_crash import by_kind
+from chaos_crash import Expected, by_kind
 from chaos_leftovers import wait_until_clean
-from chaos_model import write_model
-from chaos_quiet import ONE_OF_EACH, quiet_answers
-from chaos_requests import KINDS, pool
+from chaos_storm import ONE_OF_EACH, World
 from chaos_system import LEASE_MS, System, running
 
 TOLD_S = 10.0
@@ -19,7 +17,7 @@ SETTLE_S = 15.0
 ASKED = ("long", "long", "long", "choices", "image", "tools")
 
 
-async def ask(system: System, kind: str, expected: dict, stream: bool) -> str:  # type: ignore[type-arg]
+async def ask(system: System, kind: str, expected: Expected, stream: bool) -> str:
     """What went wrong with an answer, if anything did."""
     request, answer = expected[kind]
     async with httpx.AsyncClient(timeout=30) as http:
@@ -31,10 +29,9 @@ async def ask(system: System, kind: str, expected: dict, stream: bool) -> str:  
         return got.differs(answer)
 
 
-async def test_every_client_is_told_and_the_services_go_on(tmp_path: Path) -> None:
-    asks = [one for one in pool(len(KINDS), write_model(tmp_path / "model"), "") if one.kind != "link"]
-    expected = by_kind(await quiet_answers(tmp_path / "quiet", tmp_path / "model", asks))
-    async with running(tmp_path / "system", tmp_path / "model", ONE_OF_EACH, persistence=False) as system:
+async def test_every_client_is_told_and_the_services_go_on(world: World, tmp_path: Path) -> None:
+    expected = by_kind(world.answered)
+    async with running(tmp_path / "system", world.model, ONE_OF_EACH, persistence=False) as system:
         asking = [asyncio.create_task(ask(system, kind, expected, n != 1)) for n, kind in enumerate(ASKED)]
         await system.generating()
         await system.restart_redis(0)

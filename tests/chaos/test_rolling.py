@@ -5,27 +5,17 @@ A gateway is taken off the list before it is told to end, as Kubernetes takes a 
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
-import pytest_asyncio
 from chaos_client import Broken, Client, Manner
 from chaos_leftovers import wait_until_clean
-from chaos_requests import KINDS, files_to_serve
-from chaos_storm import HTTP, TWO_OF_EACH, World, quiet_world
+from chaos_storm import HTTP, TWO_OF_EACH, World
 from chaos_system import REQUEST_TIMEOUT_S, SERVICES, Replica, System, running
-from system import file_server
 
 CLIENTS = 6
 ENDS_S = 30.0  # more than drain_s
 SETTLE_S = 15.0
-
-
-@pytest_asyncio.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    with file_server(files_to_serve()) as files:
-        yield await quiet_world(tmp_path / "quiet", files, len(KINDS))
 
 
 class Load:

@@ -29,6 +29,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         yield system
 
 
+@pytest.fixture
+def model(demo: System) -> list[str]:
+    """The flags for the checkpoint that the demo has written: who finds it there is ready sooner."""
+    return ["--model", str(demo.directory / "demo")]
+
+
 def chat(system: System, **options: Any) -> httpx.Response:
     return httpx.post(f"{system.base_url}/v1/chat/completions", json={**HELLO, "max_tokens": 4, **options}, timeout=60)
 
@@ -54,9 +60,9 @@ def test_a_service_that_dies_is_started_again(demo: System, service: str) -> Non
     assert chat(demo).status_code == 200
 
 
-def test_ctrl_c_twice_ends_it_at_once(tmp_path: Path) -> None:
+def test_ctrl_c_twice_ends_it_at_once(model: list[str], tmp_path: Path) -> None:
     body = {**HELLO, "max_tokens": 30_000, "stream": True, "ignore_eos": True}
-    with started(["--demo"], tmp_path) as system:
+    with started(model, tmp_path) as system:
         system.wait_until_ready()
         with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
             lines = reply.iter_lines()  # kept, since the connection is closed when it goes
@@ -69,8 +75,8 @@ def test_ctrl_c_twice_ends_it_at_once(tmp_path: Path) -> None:
         assert_nothing_runs(system)
 
 
-def test_ctrl_c_again_when_all_has_stopped_changes_nothing(tmp_path: Path) -> None:
-    with started(["--demo"], tmp_path) as system:
+def test_ctrl_c_again_when_all_has_stopped_changes_nothing(model: list[str], tmp_path: Path) -> None:
+    with started(model, tmp_path) as system:
         system.wait_until_ready()
         system.signal(signal.SIGINT)
         system.wait_for("millrace: postproc   stopped")
@@ -103,8 +109,8 @@ def test_an_answer_goes_on_when_its_redis_dies(demo: System) -> None:
         assert "".join(delta.get(part) or "" for delta in deltas) == (message.get(part) or "")
 
 
-def test_what_was_accepted_goes_on_after_a_restart_of_all(tmp_path: Path) -> None:
-    flags = ["--demo", "--redis-dir", str(tmp_path / "redis")]
+def test_what_was_accepted_goes_on_after_a_restart_of_all(model: list[str], tmp_path: Path) -> None:
+    flags = [*model, "--redis-dir", str(tmp_path / "redis")]
     body = {**HELLO, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
     with started(flags, tmp_path) as system:
         system.wait_until_ready()
@@ -125,8 +131,8 @@ def test_what_was_accepted_goes_on_after_a_restart_of_all(tmp_path: Path) -> Non
     assert "data: [DONE]" in lines
 
 
-def test_it_ends_where_its_redis_cannot_be_started_again(tmp_path: Path) -> None:
-    with started(["--demo", "--redis-dir", str(tmp_path / "redis")], tmp_path) as system:
+def test_it_ends_where_its_redis_cannot_be_started_again(model: list[str], tmp_path: Path) -> None:
+    with started([*model, "--redis-dir", str(tmp_path / "redis")], tmp_path) as system:
         system.wait_until_ready()
         (tmp_path / "redis" / "appendonlydir").rename(tmp_path / "gone")
         (tmp_path / "redis" / "appendonlydir").write_text("in the way")
@@ -152,8 +158,8 @@ def test_a_broken_checkpoint_is_named_and_nothing_keeps_running(tmp_path: Path) 
         assert_nothing_runs(system)
 
 
-async def test_a_redis_of_ones_own(redis: Redis, redis_url: str, tmp_path: Path) -> None:
-    with running(["--demo", "--redis-url", redis_url], tmp_path) as system:
+async def test_a_redis_of_ones_own(model: list[str], redis: Redis, redis_url: str, tmp_path: Path) -> None:
+    with running([*model, "--redis-url", redis_url], tmp_path) as system:
         assert chat(system).status_code == 200
         assert await redis.smembers(Keys("millrace").replicas("engine"))
         assert not [line for line in system.children() if "-server" in line]

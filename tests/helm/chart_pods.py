@@ -52,6 +52,7 @@ class Pod:
         self.environ["MILLRACE_METRICS_PORT"] = str(free_port())
         if service == AUTOSCALER:
             self.environ["KUBECONFIG"] = f"{self.see(volume)}/kubeconfig"
+            self.environ["MILLRACE_INTERVAL_S"] = str(POLL_S)  # a test waits for several looks
         else:
             self.environ["MILLRACE_MODEL"] = self.see(volume)
         if service == "gateway":

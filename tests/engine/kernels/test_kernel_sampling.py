@@ -6,6 +6,7 @@ The Triton ones run on the GPU where there is one, else in Triton's interpreter.
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -130,16 +131,19 @@ def kept_by_definition(row: Tensor, floor: float, top_k: int, top_p: float) -> s
     # Masses are counted in multiples of 2^-60; the limit is a double, like the setting.
     share = sum(map(_mass, probs.values())) if top_k > 0 else WHOLE
     limit = Fraction(top_p * float(share))
+    equals: dict[float, list[int]] = {}
+    for token, p in probs.items():
+        equals.setdefault(p, []).append(token)
     above, kept = 0, set()
-    for value in sorted(set(probs.values()), reverse=True):
+    for value in sorted(equals, reverse=True):
         if above >= limit:
             break
-        equal = [token for token, p in probs.items() if p == value]
-        kept.update(equal)
-        above += len(equal) * _mass(value)
+        kept.update(equals[value])
+        above += len(equals[value]) * _mass(value)
     return kept
 
 
+@cache
 def _mass(p: float) -> int:
     return math.floor(Fraction(p) * WHOLE)
 
