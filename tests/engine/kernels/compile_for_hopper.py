@@ -13,20 +13,25 @@ from triton.runtime.jit import JITFunction
 
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu import (
+    add_norm_scores,
     experts,
     grouped,
     linear,
+    moe,
     paged_attention,
     pick,
     qkv,
     rms_norm,
     router,
+    silu_mul,
     sort,
     threshold,
 )
+from services.engine.kernels.mlp import SwiGLU
+from services.engine.kernels.moe import MoE
 from services.engine.kernels.quantize import Quantized, quantize
 
-SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS = 20, 2560, 20, 4, 128, 64
+SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
 
 
 class NoDriver:
@@ -53,10 +58,12 @@ def main() -> None:
 
     JITFunction.run = compile_only
     driver.set_active(NoDriver())
-    for module in (experts, grouped, linear, paged_attention, pick, qkv, rms_norm, router, sort, threshold):
+    attention, sampled = (paged_attention, qkv, rms_norm), (pick, threshold)
+    for module in (*attention, add_norm_scores, experts, grouped, linear, router, silu_mul, sort, *sampled):
         module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
     sampling()
     decode(1)
+    decode(4)
     decode(SEQUENCES)
     prefill()
 
@@ -68,7 +75,7 @@ def sampling() -> None:
 
 
 def decode(sequences: int) -> None:
-    """A layer's launches, but for the dense ones of its block of experts."""
+    """A layer's launches."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -80,10 +87,11 @@ def decode(sequences: int) -> None:
     slots, ints = zeros(sequences, dtype=torch.int64), zeros(sequences + 1, 40, dtype=torch.int32)
     query = qkv.qkv(x, weight((HEADS + 2 * KV_HEADS) * DIM), angles, angles, cache, cache, slots)
     paged_attention.paged_attention(query, cache, cache, ints[:-1], ints[:, 0], ints[:-1, 0], 1, 2560, 0.1)
-    rms_norm.add_norm(linear.partial_linear(x, weight(HIDDEN)), x, zeros(HIDDEN), 1e-5)
-    gate, bias = zeros(2 * EXPERTS, HIDDEN, dtype=torch.float32), zeros(2 * EXPERTS, dtype=torch.float32)
-    router.router(x, gate, bias, zeros(sequences, dtype=torch.bool), 6)
-    experts.expert_results(x, zeros(sequences, 6, dtype=torch.int32), *pools())
+    shared = SwiGLU(weight(2 * HIDDEN), weight(HIDDEN))
+    gate, bias = zeros(4, HIDDEN, dtype=torch.float32), zeros(4, dtype=torch.float32)
+    norm, vision = zeros(HIDDEN), zeros(sequences, dtype=torch.bool)
+    block = MoE(gate, bias, *pools(), shared)
+    moe.linear_moe_add_norm(x, weight(HIDDEN), x, norm, block, vision, 6, norm, 1e-5)
 
 
 def pools() -> list[ExpertPool]:

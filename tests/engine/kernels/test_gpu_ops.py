@@ -23,8 +23,10 @@ from services.engine.kernels.gpu import linear as gpu_linear
 from services.engine.kernels.gpu import paged_attention as gpu_attention
 from services.engine.kernels.gpu import qkv as gpu_qkv
 from services.engine.kernels.gpu import router as gpu_router
+from services.engine.kernels.gpu.add_norm_scores import add_norm_scores
 from services.engine.kernels.gpu.ops import gpu_ops
 from services.engine.kernels.gpu.prefetch import Prefetch
+from services.engine.kernels.gpu.rms_norm import add_norm
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.linear import linear
 from services.engine.kernels.mlp import SwiGLU
@@ -188,6 +190,40 @@ def test_router(rows: int, hidden: int, experts: int, dtype: torch.dtype) -> Non
     again = gpu_router.router(x, gate, bias, vision, 5)
     assert torch.equal(again[0], ids)
     assert torch.equal(again[1], weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "parts", "hidden", "experts"), [(1, 1, 2560, 64), (3, 4, 100, 5)])
+def test_norm_and_scores(rows: int, parts: int, hidden: int, experts: int, dtype: torch.dtype) -> None:
+    partial, residual = draw(parts, rows, hidden), draw(rows, hidden, dtype=dtype)
+    norm, gate = draw(hidden, dtype=dtype, seed=1), draw(2 * experts, hidden, seed=2)
+    x, total, scores = add_norm_scores(partial, residual, norm, 1e-5, gate)
+    expected, expected_total = add_norm(partial, residual, norm, 1e-5)
+    close(total, expected_total)
+    close(x, expected)
+    close(scores, x.float() @ gate.T)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_router_of_scores(rows: int) -> None:
+    x, gate, bias = draw(rows, 40), draw(16, 40, seed=1), draw(16, seed=2)
+    vision = torch.arange(rows, device=DEVICE) % 2 == 1
+    ids, weights = gpu_router.router(x, gate, bias, vision, 5, x @ gate.T)
+    expected_ids, expected_weights = router(x, gate, bias, vision, 5)
+    assert torch.equal(ids, expected_ids)
+    close(weights, expected_weights)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_equals_and_no_numbers_rank_by_their_place() -> None:
+    scores = torch.zeros(3, 16, device=DEVICE)
+    scores[1] = float("nan")
+    scores[2, 3] = 1.0
+    nothing = torch.zeros(16, device=DEVICE)
+    vision = torch.zeros(3, dtype=torch.bool, device=DEVICE)
+    ids, _ = gpu_router.router(draw(3, 40), draw(16, 40), nothing, vision, 3, scores)
+    assert ids.tolist() == [[0, 1, 2], [0, 1, 2], [3, 0, 1]]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="numpy's products depend on their shapes")

@@ -20,8 +20,15 @@ def test_kernels_compile_for_hopper() -> None:
     )
     assert done.returncode == 0, done.stderr
     sampling = {"_tally_kernel", "_threshold_kernel", "_slices_kernel", "_find_kernel"}
-    decode = {"_qkv_kernel", "_decode_kernel", "_merge_kernel", "_linear_kernel", "_add_norm_kernel", "_rotate_kernel"}
-    routing = {"_scores_kernel", "_choose_kernel", "_router_kernel", "_sort_kernel"}
+    decode = {"_qkv_kernel", "_decode_kernel", "_merge_kernel", "_whole_kernel", "_linear_kernel", "_rotate_kernel"}
+    block = {
+        "_add_norm_kernel",
+        "_add_norm_scores_kernel",
+        "_choose_gate_up_kernel",
+        "_silu_mul_kernel",
+        "_combine_kernel",
+    }
+    routing = {"_choose_kernel", "_router_kernel", "_sort_kernel"}
     sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel"}
     prefill = {"_dequantize_kernel", "_gather_kernel", "_gate_up_kernel", "_down_kernel", "_prefill_kernel"}
-    assert set(done.stdout.split()) == sampling | decode | routing | sorting | prefill
+    assert set(done.stdout.split()) == sampling | decode | block | routing | sorting | prefill

@@ -11,6 +11,7 @@ from torch import Tensor
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.rms_norm import rounded_norm
 
+ROWS = 16  # up to here the plain units are as fast as the matrix units
 EXPERTS = 4  # scores of a program
 
 

@@ -323,9 +323,9 @@ def _plan4(pairs: int, each: float) -> Tiles:
     if pairs <= FEW:
         return Tiles(8, Tile(32, GROUP, 2, 3), Tile(32, GROUP, 2, 3), grouped=False)
     if each <= 4:
-        return Tiles(8, Tile(64, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
+        return Tiles(8, Tile(64, GROUP, 2, 3), Tile(64, GROUP, 4, 3))
     if each <= 8:
-        return Tiles(16, Tile(128, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
+        return Tiles(16, Tile(64, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
     if each <= 24:
         return Tiles(32, Tile(128, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
     return Tiles(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))

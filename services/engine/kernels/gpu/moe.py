@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.gpu.add_norm_scores import add_norm_scores
+from services.engine.kernels.gpu.add_norm_scores import ROWS, add_norm_scores
 from services.engine.kernels.gpu.experts import FEW, expert_results, routed_results
 from services.engine.kernels.gpu.grouped import takes
 from services.engine.kernels.gpu.linear import gated_linear, partial_linear
 from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.rms_norm import add_norm, rounded_norm, row_warps
-from services.engine.kernels.gpu.router import PLAIN_ROWS, router
+from services.engine.kernels.gpu.router import router
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.quantize import Quantized, Weight
@@ -72,7 +72,7 @@ def linear_moe_add_norm(
 ) -> tuple[Tensor, Tensor]:
     """See the reference: services.engine.kernels.moe. Everything contiguous but x, whose rows may be strided."""
     partial, scores = partial_linear(x, out), None
-    if len(x) <= PLAIN_ROWS:
+    if len(x) <= ROWS:
         x, residual, scores = add_norm_scores(partial, residual, moe_norm, eps, moe.gate)
     else:
         x, residual = add_norm(partial, residual, moe_norm, eps)

@@ -29,14 +29,16 @@ GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query head
 class Decode:
     """How the contexts of a decode step are cut."""
 
+    stages: int
     programs: int  # at most, where a context has more than one
     share: int  # tokens of a program, at least, for each sequence of the step
     last_merges: bool  # the last program of a context to finish merges its splits; else another launch does
 
 
-# So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be.
-FEW, MANY, MANY_SEQUENCES = Decode(256, 0, False), Decode(2048, 16, True), 48
-TILE, WARPS, STAGES = 64, 4, 3  # tokens, at most a page
+# So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be. Those
+# have a program each, which are all at work at once if they take little of a multiprocessor's memory.
+FEW, MANY, MANY_SEQUENCES = Decode(3, 256, 0, False), Decode(2, 2048, 16, True), 48
+TILE, WARPS = 64, 4  # tokens, at most a page
 MERGED = 8  # partial softmaxes that are read together, at most
 
 
@@ -317,7 +319,7 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
         GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), PAGE=page,
         MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=way.last_merges,
-        num_warps=WARPS, num_stages=STAGES, **sizes,
+        num_warps=WARPS, num_stages=way.stages, **sizes,
     )  # fmt: skip
     if splits > 1 and not way.last_merges:
         _merge_kernel[(sequences, heads)](

@@ -1,9 +1,9 @@
 """Routing: the float32 product with both pools' gates, and each row's choice.
 
-Few rows: a launch on the plain units, and one that chooses. More: one launch on the matrix units. A float32 is the sum
-of three bfloat16s, so that with the activations in bfloat16 three products are exact, and sums are float32's; the
-inputs are cut into parts, and the last program of a tile of rows to finish sums them, in order, and chooses. Many: the
-library makes the three products.
+One launch on the matrix units. A float32 is the sum of three bfloat16s, so that with the activations in bfloat16 three
+products are exact, and sums are float32's; the inputs are cut into parts, and the last program of a tile of rows to
+finish sums them, in order, and chooses. Of many rows the library makes the three products, and of few the plain units
+do: services.engine.kernels.gpu.add_norm_scores. There the choice is a launch of its own, or belongs to the next one.
 """
 
 import torch
@@ -15,28 +15,8 @@ from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.router import SUM_MIN
 
-PLAIN_ROWS = 16  # up to here the plain units are faster
-TILED_ROWS = 1024  # above, the library is
-PLAIN_EXPERTS = 4  # scores of a program on the plain units
+TILED_ROWS = 1024  # above, the library is faster
 ROWS, EXPERTS, INPUTS = 16, 32, 256  # of a program's tile on the matrix units
-
-
-@triton.jit
-def _scores_kernel(
-    x_ptr, gate_ptr, out_ptr, M, N, H, x_stride,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    gate_ptrs = gate_ptr + expert[:, None] * H + column[None, :]
-    # The gates wait for nobody.
-    gate = tl.load(gate_ptrs, (expert < N)[:, None] & inside[None, :], 0.0)
-    predecessor(PDL)
-    for nth in range(0, ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + nth
-        x = tl.load(x_ptr + row * x_stride + column, inside & (row < M), 0.0).to(tl.float32)
-        tl.store(out_ptr + row * N + expert, tl.sum(gate * x[None, :], 1), (expert < N) & (row < M))
 
 
 @triton.jit
@@ -165,11 +145,10 @@ def router(
     rows = len(x)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
-    if scores is None and PLAIN_ROWS < rows <= TILED_ROWS:
+    if scores is None and rows <= TILED_ROWS:
         _route_tiles(x, gate, bias, vision, ids, weights)
         return ids, weights
-    if scores is None:
-        scores = _plain_scores(x, gate) if rows <= PLAIN_ROWS else _library_scores(x, gate)
+    scores = _library_scores(x, gate) if scores is None else scores
     per_pool = len(gate) // 2
     _choose_kernel[(rows,)](
         scores, bias, vision, ids, weights, per_pool, SUM_MIN,
@@ -189,18 +168,6 @@ def _route_tiles(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, ids: Ten
         K=ids.shape[1], PARTS=parts, ROWS=ROWS, EXPERTS=EXPERTS, INPUTS=INPUTS,
         POOL=triton.next_power_of_2(outputs // 2), num_warps=4, **overlapped(x),
     )  # fmt: skip
-
-
-def _plain_scores(x: Tensor, gate: Tensor) -> Tensor:
-    """x @ gate^T in float32: [N, 2 E]."""
-    (rows, hidden), outputs = x.shape, len(gate)
-    scores = torch.empty(rows, outputs, dtype=torch.float32, device=x.device)
-    each = 1 if rows <= 8 else 4
-    _scores_kernel[(triton.cdiv(rows, each), triton.cdiv(outputs, PLAIN_EXPERTS))](
-        x, gate, scores, rows, outputs, hidden, x.stride(0),
-        ROWS=each, EXPERTS=PLAIN_EXPERTS, BLOCK=triton.next_power_of_2(hidden), num_warps=8, **overlapped(x),
-    )  # fmt: skip
-    return scores
 
 
 def _library_scores(x: Tensor, gate: Tensor) -> Tensor:
