@@ -10,6 +10,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.rms_norm import rounded_norm
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 ROWS = 16  # up to here the plain units are as fast as the matrix units
 EXPERTS = 4  # scores of a program
@@ -57,8 +58,8 @@ def add_norm_scores(
     parts, rows, width = partial.shape
     out, total = torch.empty_like(residual), torch.empty_like(residual)
     scores = torch.empty(rows, len(gate), dtype=torch.float32, device=residual.device)
-    _add_norm_scores_kernel[(rows, triton.cdiv(len(gate), EXPERTS))](
+    _add_norm_scores_kernel[(rows, ceil_div(len(gate), EXPERTS))](
         partial, residual, norm, gate, out, total, scores, len(gate), width, eps, partial.stride(0),
-        PARTS=parts, EXPERTS=EXPERTS, BLOCK=triton.next_power_of_2(width), num_warps=8, **overlapped(residual),
+        PARTS=parts, EXPERTS=EXPERTS, BLOCK=ceil_pow2(width), num_warps=8, **overlapped(residual),
     )  # fmt: skip
     return out, total, scores

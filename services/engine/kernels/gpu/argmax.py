@@ -7,6 +7,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 SLICE = 4096  # values of a program
 
@@ -35,12 +36,12 @@ def _argmax_kernel(
 def argmax(logits: Tensor) -> Tensor:
     """See the reference: services.engine.kernels.argmax."""
     (rows, vocabulary), device = logits.shape, logits.device
-    parts = triton.cdiv(vocabulary, SLICE)
+    parts = ceil_div(vocabulary, SLICE)
     values = torch.empty(rows, parts, dtype=torch.float32, device=device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=device)
     out = torch.empty(rows, dtype=torch.int64, device=device)
     _argmax_kernel[(rows, parts)](
         logits, values, places, counters(device, "argmax", rows), out, vocabulary,
-        PARTS=parts, PADDED=triton.next_power_of_2(parts), SLICE=SLICE, num_warps=4, **overlapped(logits),
+        PARTS=parts, PADDED=ceil_pow2(parts), SLICE=SLICE, num_warps=4, **overlapped(logits),
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.matmul import scales, unpack, widen
+from services.engine.kernels.gpu.sizes import ceil_div
 from services.engine.kernels.quantize import GROUP, PLANES, Quantized, Weight
 
 # Groups of 256 inputs that a program widens together, its warps, and how many times it does: programs of an expert that
@@ -67,10 +68,10 @@ def dequantize(weight: Quantized, used: Tensor | None = None, out: Tensor | None
     count = weight.scale.numel() // outputs
     if out is None:
         out = torch.empty(*shape, inputs, dtype=weight.scale.dtype, device=weight.data.device)
-    per_row = triton.cdiv(inputs, GROUP)
+    per_row = ceil_div(inputs, GROUP)
     # Bytes need fewer groups for as many values a thread.
     groups = GROUPS if weight.bits == 4 else GROUPS // 2
-    _dequantize_kernel[(triton.cdiv(outputs * per_row, groups * TIMES), count)](
+    _dequantize_kernel[(ceil_div(outputs * per_row, groups * TIMES), count)](
         weight.data, weight.scale, out if used is None else used, out, outputs, inputs, per_row, weight.data.stride(-2),
         BITS=weight.bits, USED=used is not None, GROUPS=groups, GROUP=GROUP, PLANES=PLANES, RUN=RUN, TIMES=TIMES,
         num_warps=WARPS,

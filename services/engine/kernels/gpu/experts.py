@@ -20,6 +20,7 @@ from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, gate_or_up, gated, parts, scales
 from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.router import choice
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.quantize import GROUP, Weight, in_features
 from services.engine.kernels.router import SUM_MIN
@@ -210,13 +211,13 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     if pairs > 2048:
         order = sort_pairs(ids, experts, tile)
         return order.place, order.owner
-    tiles = min(pairs, triton.cdiv(pairs, tile) + experts)
+    tiles = min(pairs, ceil_div(pairs, tile) + experts)
     place = torch.empty(tiles * tile, dtype=torch.int32, device=ids.device)
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=ids.device)
     cursor = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
     _sort_kernel[(1,)](
         ids, place, tile_expert, cursor, pairs, tiles,
-        EXPERTS=experts, BM=tile, PPAD=triton.next_power_of_2(pairs), TPAD=triton.next_power_of_2(tiles),
+        EXPERTS=experts, BM=tile, PPAD=ceil_pow2(pairs), TPAD=ceil_pow2(tiles),
         num_warps=8, **overlapped(ids),
     )  # fmt: skip
     return place, tile_expert
@@ -267,10 +268,10 @@ def routed_results(
     weights = torch.empty(len(x), top_k, dtype=torch.float32, device=x.device)
     inner = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     outputs = tile.gate_up.bn // 2
-    _choose_gate_up_kernel[(triton.cdiv(width, outputs), pairs)](
+    _choose_gate_up_kernel[(ceil_div(width, outputs), pairs)](
         scores, bias, rows, ids, weights, SUM_MIN, x, inner, text_data, text_scale, vision_data, vision_scale,
         hidden, width, vision_width, x.stride(0), text_data.stride(1),
-        E=experts, K=top_k, BITS=bits, BLOCK=triton.next_power_of_2(experts), BM=tile.rows,
+        E=experts, K=top_k, BITS=bits, BLOCK=ceil_pow2(experts), BM=tile.rows,
         **tile.gate_up.options(x, (hidden,), (width, vision_width), outputs), **overlapped(x),
     )  # fmt: skip
     options = {"E": experts, "BM": tile.rows, "SORTED": False, **overlapped(x)}
@@ -293,7 +294,7 @@ def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, to
     hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
     inner = torch.empty(rows.pairs, width, dtype=x.dtype, device=x.device)
     outputs = tile.bn // 2
-    _gate_up_kernel[(triton.cdiv(width, outputs), len(rows.owner))](
+    _gate_up_kernel[(ceil_div(width, outputs), len(rows.owner))](
         x, rows.place, rows.owner, inner, text_data, text_scale, vision_data, vision_scale,
         hidden, width, vision_width, x.stride(0), text_data.stride(1),
         K=top_k, BITS=bits, **tile.options(x, (hidden,), (width, vision_width), outputs), **rows.options,
@@ -306,7 +307,7 @@ def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -
     (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
     hidden, width, vision_width = text_data.shape[1], inner.shape[1], in_features(vision)
     results = torch.empty(rows.pairs, hidden, dtype=inner.dtype, device=inner.device)
-    _down_kernel[(triton.cdiv(hidden, tile.bn), len(rows.owner))](
+    _down_kernel[(ceil_div(hidden, tile.bn), len(rows.owner))](
         inner, rows.place, rows.owner, results, text_data, text_scale, vision_data, vision_scale,
         hidden, width, vision_width, text_data.stride(1), vision_data.stride(1),
         BITS=bits, **tile.options(inner, (width, vision_width), (hidden,), tile.bn), **rows.options,

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.launch import IN_TURN, overlapped, predecessor
 from services.engine.kernels.gpu.prefetch import Prefetch
+from services.engine.kernels.gpu.sizes import ceil_div
 from services.engine.kernels.gpu.sort import Sorted, sort_pairs
 from services.engine.kernels.quantize import Quantized, in_features
 from services.engine.kernels.room import roomy
@@ -189,7 +190,7 @@ def _down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tenso
 
 
 def _programs(cut: Cut, order: Sorted, outputs: int, x: Tensor) -> int:
-    most: int = len(order.owner) * triton.cdiv(outputs, cut.outputs)
+    most: int = len(order.owner) * ceil_div(outputs, cut.outputs)
     return min(most, _multiprocessors(x.device))
 
 

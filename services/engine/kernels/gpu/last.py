@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.sizes import ceil_pow2
+
 
 @triton.jit
 def last_of(count_ptr, programs):
@@ -27,7 +29,7 @@ def last_of(count_ptr, programs):
 def counters(device: torch.device, owner: str, count: int) -> Tensor:
     """At least `count` int32 zeros that belong to the launches of one kernel, which leave them so. These follow each
     other on one stream; graphs keep the address."""
-    return _zeros(device, owner, max(1024, triton.next_power_of_2(count)))
+    return _zeros(device, owner, max(1024, ceil_pow2(count)))
 
 
 @cache

@@ -5,6 +5,7 @@ ended; as every kernel of a stream waits in this way, all earlier ones have ende
 streams.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,5 +26,10 @@ def predecessor(PDL: tl.constexpr):
 
 def overlapped(tensor: Tensor) -> dict[str, Any]:
     """Launch options for the device that holds `tensor`."""
-    able = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= HOPPER
+    return _options(tensor.device)
+
+
+@cache
+def _options(device: torch.device) -> dict[str, Any]:
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER
     return {"PDL": able, "launch_pdl": able}

@@ -22,6 +22,7 @@ from services.engine.kernels.gpu.dequantize import plain
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, gate_or_up, gated, parts, scales, widen
 from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.quantize import GROUP, Quantized, Weight
 
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
@@ -133,7 +134,7 @@ def whole(x: Tensor, weight: Weight, gated: bool = False) -> Whole | None:
     if bits not in WHOLE_BITS or len(x) > (WHOLE_PLAIN_ROWS if bits == 16 else WHOLE_ROWS):
         return None
     (rows, inputs), weight_rows = x.shape, len(data)
-    bm, bn = min(32, max(8, triton.next_power_of_2(rows))), 16
+    bm, bn = min(32, max(8, ceil_pow2(rows))), 16
     outputs, tile = (weight_rows // 2, bn // 2) if gated else (weight_rows, bn)
     options = {
         "BITS": bits, "PARTS": PARTS, "PART": PART, "BM": bm, "BN": bn,
@@ -141,7 +142,7 @@ def whole(x: Tensor, weight: Weight, gated: bool = False) -> Whole | None:
         "num_warps": PARTS, "num_stages": 4 if x.element_size() == 2 else 1, **overlapped(x),
     }  # fmt: skip
     sizes = (rows, outputs, inputs, x.stride(0), data.stride(0))
-    return Whole((triton.cdiv(outputs, tile), triton.cdiv(rows, bm)), (x, data, scale), sizes, options)
+    return Whole((ceil_div(outputs, tile), ceil_div(rows, bm)), (x, data, scale), sizes, options)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -187,9 +188,9 @@ def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
     (rows, inputs), outputs = x.shape, weight.scale.shape[0]
     bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
     share = -(-inputs // (bk * splits))
-    splits = triton.cdiv(inputs, share * bk)
+    splits = ceil_div(inputs, share * bk)
     out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    _linear_kernel[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm), splits)](
+    _linear_kernel[(ceil_div(outputs, bn), ceil_div(rows, bm), splits)](
         x, weight.data, weight.scale, out, rows, outputs, inputs, share, x.stride(0), weight.data.stride(0),
         BITS=weight.bits, BM=bm, BN=bn, BK=bk,
         EARLY=weight.bits == 8 and rows <= EARLY_ROWS, EVEN=inputs % bk == 0 and outputs % bn == 0,
@@ -202,7 +203,7 @@ def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int,
     """BM, BN, BK, warps, stages, splits. Few rows: the weight is the traffic, and many programs put it on its way."""
     splits = max(1, min(4, 32768 // outputs))
     if bits == 4:
-        return min(64, max(16, triton.next_power_of_2(rows))), 32, GROUP, 4, 2, splits
+        return min(64, max(16, ceil_pow2(rows))), 32, GROUP, 4, 2, splits
     if rows <= 32:
         return 32, 32, 128, 2, 4, min(2, splits)
     if rows <= 64:

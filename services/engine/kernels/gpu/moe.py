@@ -19,6 +19,7 @@ from services.engine.kernels.gpu.linear import gated_linear, partial_linear
 from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.rms_norm import add_norm, rounded_norm, row_warps
 from services.engine.kernels.gpu.router import router
+from services.engine.kernels.gpu.sizes import ceil_pow2
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.quantize import Quantized, Weight
@@ -118,7 +119,7 @@ def _combine(
         shared: [parts, N, H].
     """
     (rows, width), out, total = residual.shape, torch.empty_like(residual), torch.empty_like(residual)
-    block = triton.next_power_of_2(width)
+    block = ceil_pow2(width)
     # It joins two streams, so it is launched when both have ended.
     _combine_kernel[(rows,)](
         routed, weights, shared, residual, norm, out, total, width, eps, shared.stride(0),

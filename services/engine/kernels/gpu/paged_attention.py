@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.gpu.whole_prompt import suits, whole, whole_prompt
 from services.engine.kernels.paged_attention import Lengths
 
@@ -310,31 +311,31 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
     partials = sequences * heads * splits if splits > 1 else 0
     acc, high, total = (torch.empty(partials * each, dtype=torch.float32, device=out.device) for each in (dim, 1, 1))
     sizes = {
-        "KV_HEADS": kv_heads, "G": group, "D": dim, "DPAD": max(16, triton.next_power_of_2(dim)), "TILE": tile,
+        "KV_HEADS": kv_heads, "G": group, "D": dim, "DPAD": max(16, ceil_pow2(dim)), "TILE": tile,
         **overlapped(query),
     }  # fmt: skip
     _decode_kernel[(kv_heads, splits, sequences)](
         query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
         counters(out.device, "decode", sequences * kv_heads),
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
-        GPAD=max(GROUP_PAD, triton.next_power_of_2(group)), PAGE=page,
-        MERGED=min(MERGED, triton.next_power_of_2(splits)), MERGES=way.last_merges,
+        GPAD=max(GROUP_PAD, ceil_pow2(group)), PAGE=page,
+        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=way.last_merges,
         num_warps=WARPS, num_stages=way.stages, **sizes,
     )  # fmt: skip
     if splits > 1 and not way.last_merges:
         _merge_kernel[(sequences, heads)](
             acc, high, total, query_start, context_lens, out, splits, least,
-            SPAD=triton.next_power_of_2(splits), num_warps=4, **sizes,
+            SPAD=ceil_pow2(splits), num_warps=4, **sizes,
         )  # fmt: skip
 
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    cut, padded = LONG if max_query_len > 64 else SHORT, max(16, triton.next_power_of_2(dim))
+    cut, padded = LONG if max_query_len > 64 else SHORT, max(16, ceil_pow2(dim))
     pagewise = cut.pagewise and page == cut.keys and dim == padded
     if pagewise:
         keys, values = (TensorDescriptor.from_tensor(c.view(-1, kv_heads * dim), [page, dim]) for c in (keys, values))
-    grid = (triton.cdiv(max_query_len, cut.queries), heads, sequences)
+    grid = (ceil_div(max_query_len, cut.queries), heads, sequences)
     _prefill_kernel[grid](
         query, keys, values, block_tables, query_start, context_lens, out,
         query.stride(0), query.stride(1), block_tables.stride(0), heads, kv_heads, scale,

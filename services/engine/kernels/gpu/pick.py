@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 SLICE = 2048  # probabilities of a program, where a row is split
 
@@ -54,12 +55,12 @@ def _find_kernel(
 def pick(probs: Tensor, least: Tensor, numbers: Tensor) -> Tensor:
     """See the reference: services.engine.kernels.pick. `probs` contiguous."""
     rows, vocabulary = probs.shape
-    parts = triton.cdiv(vocabulary, SLICE)
+    parts = ceil_div(vocabulary, SLICE)
     sums = torch.empty(rows, parts, dtype=torch.int64, device=probs.device)
     out = torch.empty(rows, dtype=torch.int64, device=probs.device)
     _slices_kernel[(rows, parts)](probs, least, sums, vocabulary, SLICE=SLICE, num_warps=4, **overlapped(probs))
     _find_kernel[(rows,)](
         probs, least, numbers, sums, out, vocabulary,
-        PARTS=parts, BLOCK=triton.next_power_of_2(parts), SLICE=SLICE, num_warps=4, **overlapped(probs),
+        PARTS=parts, BLOCK=ceil_pow2(parts), SLICE=SLICE, num_warps=4, **overlapped(probs),
     )  # fmt: skip
     return out

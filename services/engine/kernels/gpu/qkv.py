@@ -11,6 +11,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.linear import partial_linear, whole, whole_product
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.quantize import Weight
 
 # Heads of a row that a program rotates, and its warps: few rows are spread out, many are read in long runs.
@@ -99,7 +100,7 @@ def _rotate(
     parts, rows, _ = partial.shape
     (_, heads, dim), kv_heads = query.shape, keys.shape[2]
     each, warps = FEW if rows < MANY_ROWS else MANY
-    _rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, each))](
+    _rotate_kernel[(rows, ceil_div(heads + 2 * kv_heads, each))](
         partial, cos, sin, slots, query, keys, values, heads, kv_heads, partial.stride(0), dim // 2,
-        PARTS=parts, HEADS=each, BLOCK=triton.next_power_of_2(dim // 2), num_warps=warps, **overlapped(partial),
+        PARTS=parts, HEADS=each, BLOCK=ceil_pow2(dim // 2), num_warps=warps, **overlapped(partial),
     )  # fmt: skip

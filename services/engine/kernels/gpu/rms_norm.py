@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_pow2
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def row_warps(block: int) -> int:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See the reference: services.engine.kernels.rms_norm. `x` contiguous."""
     rows, width = x.shape
-    out, block = torch.empty_like(x), triton.next_power_of_2(width)
+    out, block = torch.empty_like(x), ceil_pow2(width)
     _rms_norm_kernel[(rows,)](
         x, weight, out, width, eps, BLOCK=block, num_warps=row_warps(block), **overlapped(x)
     )  # fmt: skip
@@ -71,7 +72,7 @@ def add_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> t
         the norm and the new residual, each [N, H] in the dtype of `residual`.
     """
     parts, rows, width = partial.shape
-    out, total, block = torch.empty_like(residual), torch.empty_like(residual), triton.next_power_of_2(width)
+    out, total, block = torch.empty_like(residual), torch.empty_like(residual), ceil_pow2(width)
     _add_norm_kernel[(rows,)](
         partial, residual, weight, out, total, width, eps, partial.stride(0),
         PARTS=parts, BLOCK=block, num_warps=row_warps(block), **overlapped(residual),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.last import counters, last_of
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.router import SUM_MIN
 
 TILED_ROWS = 1024  # above, the library is faster
@@ -152,7 +153,7 @@ def router(
     per_pool = len(gate) // 2
     _choose_kernel[(rows,)](
         scores, bias, vision, ids, weights, per_pool, SUM_MIN,
-        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=triton.next_power_of_2(per_pool), num_warps=1,
+        K=top_k, PARTS=scores.shape[1] // len(gate), BLOCK=ceil_pow2(per_pool), num_warps=1,
         **overlapped(x),
     )  # fmt: skip
     return ids, weights
@@ -160,13 +161,13 @@ def router(
 
 def _route_tiles(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, ids: Tensor, weights: Tensor) -> None:
     (rows, hidden), outputs = x.shape, len(gate)
-    tiles, parts = triton.cdiv(rows, ROWS), triton.cdiv(hidden, INPUTS)
+    tiles, parts = ceil_div(rows, ROWS), ceil_div(hidden, INPUTS)
     partial = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
-    _router_kernel[(triton.cdiv(outputs, EXPERTS), parts, tiles)](
+    _router_kernel[(ceil_div(outputs, EXPERTS), parts, tiles)](
         x, gate, bias, vision, partial, counters(x.device, "router", tiles), ids, weights,
         rows, outputs // 2, hidden, x.stride(0), SUM_MIN,
         K=ids.shape[1], PARTS=parts, ROWS=ROWS, EXPERTS=EXPERTS, INPUTS=INPUTS,
-        POOL=triton.next_power_of_2(outputs // 2), num_warps=4, **overlapped(x),
+        POOL=ceil_pow2(outputs // 2), num_warps=4, **overlapped(x),
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _library_scores(x: Tensor, gate: Tensor) -> Tensor:
 def split(gate: Tensor) -> Tensor:
     """[3 R, H] bfloat16 from [R, H] float32: three summands of each value, the largest first."""
     parts = torch.empty(3 * len(gate), gate.shape[1], dtype=torch.bfloat16, device=gate.device)
-    _split_kernel[(triton.cdiv(gate.numel(), 2048),)](
+    _split_kernel[(ceil_div(gate.numel(), 2048),)](
         gate, parts, gate.numel(), BLOCK=2048, num_warps=4, **overlapped(gate)
     )  # fmt: skip
     return parts

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 
 @triton.jit
@@ -37,8 +38,8 @@ def silu_mul(partial: Tensor, dtype: torch.dtype) -> Tensor:
     parts, rows, double = partial.shape
     out = torch.empty(rows, double // 2, dtype=dtype, device=partial.device)
     # Few rows are spread out; of many, a thread takes 16 bytes.
-    block = min(512 if rows < 512 else 1024, triton.next_power_of_2(double // 2))
-    _silu_mul_kernel[(rows, triton.cdiv(double // 2, block))](
+    block = min(512 if rows < 512 else 1024, ceil_pow2(double // 2))
+    _silu_mul_kernel[(rows, ceil_div(double // 2, block))](
         partial, out, double // 2, partial.stride(0), PARTS=parts, BLOCK=block, num_warps=4, **overlapped(partial)
     )  # fmt: skip
     return out

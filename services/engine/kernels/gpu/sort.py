@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 BLOCKS = 64  # programs that count, at most: one program sums what they counted
 LEAST = 512  # pairs of such a program, at least
@@ -87,20 +88,20 @@ def sort_pairs(ids: Tensor, experts: int, tile: int) -> Sorted:
         tile: rows of a tile, a power of two.
     """
     pairs, device = len(ids), ids.device
-    tiles = min(pairs, triton.cdiv(pairs, tile) + experts)
-    size = max(LEAST, triton.next_power_of_2(triton.cdiv(pairs, BLOCKS)))
-    blocks = triton.cdiv(pairs, size)
+    tiles = min(pairs, ceil_div(pairs, tile) + experts)
+    size = max(LEAST, ceil_pow2(ceil_div(pairs, BLOCKS)))
+    blocks = ceil_div(pairs, size)
     cursor, counts = torch.empty(2, blocks, experts, dtype=torch.int32, device=device)
     place, owner = (torch.empty(n, dtype=torch.int32, device=device) for n in (tiles * tile, tiles))
     bounds, total = (torch.empty(n, dtype=torch.int32, device=device) for n in (3, experts))
     common = {"EXPERTS": experts, **overlapped(ids)}
     _count_kernel[(blocks,)](
         ids, counts, place, owner, pairs, tiles,
-        SIZE=size, BM=tile, TILES=triton.next_power_of_2(triton.cdiv(tiles, blocks)), num_warps=4, **common,
+        SIZE=size, BM=tile, TILES=ceil_pow2(ceil_div(tiles, blocks)), num_warps=4, **common,
     )  # fmt: skip
     _offsets_kernel[(1,)](
         counts, cursor, total, owner, bounds, blocks,
-        BM=tile, BPAD=triton.next_power_of_2(blocks), num_warps=16, **common,
+        BM=tile, BPAD=ceil_pow2(blocks), num_warps=16, **common,
     )  # fmt: skip
     _place_kernel[(blocks,)](ids, cursor, place, pairs, SIZE=size, num_warps=4, **common)
     return Sorted(place, owner, bounds, total)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.pick import SLICE, masses
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 PIVOTS = 9  # 2^-10 to 2^-18
 SEARCHED = 4096  # probabilities that a searching program looks at together
@@ -128,7 +129,7 @@ def _threshold_kernel(
 def threshold(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """See the reference: services.engine.kernels.threshold. Everything contiguous."""
     rows, vocabulary = probs.shape
-    parts = triton.cdiv(vocabulary, SLICE)
+    parts = ceil_div(vocabulary, SLICE)
     bits, device = probs.view(torch.int32), probs.device
     tally = torch.empty(rows, 2, PIVOTS, parts, dtype=torch.int64, device=device)
     listed, out = torch.empty_like(bits), torch.empty(rows, dtype=torch.int32, device=device)
@@ -137,7 +138,7 @@ def threshold(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Ten
     )  # fmt: skip
     _threshold_kernel[(rows,)](
         bits, floor.view(torch.int32), top_k, top_p, tally, listed, out, vocabulary,
-        PARTS=parts, PADDED=triton.next_power_of_2(parts), PIVOTS=PIVOTS, BLOCK=SEARCHED, num_warps=8,
+        PARTS=parts, PADDED=ceil_pow2(parts), PIVOTS=PIVOTS, BLOCK=SEARCHED, num_warps=8,
         **overlapped(probs),
     )  # fmt: skip
     return out.view(torch.float32)

@@ -8,9 +8,10 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from services.engine.kernels.gpu.sizes import ceil_pow2
 
 LEAST = 2048  # tokens of a prompt; the launches for a shorter one cost more than its attention gains
 STEPS = 8  # lengths from one power of two to the next
@@ -42,7 +43,7 @@ def _able(device: torch.device) -> bool:
 
 def planned_length(length: int) -> int:
     """The next of the lengths to which prompts are padded."""
-    step: int = max(1, triton.next_power_of_2(length) // (2 * STEPS))
+    step: int = max(1, ceil_pow2(length) // (2 * STEPS))
     return -(-length // step) * step
 
 
