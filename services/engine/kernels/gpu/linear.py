@@ -38,11 +38,15 @@ def whole_product(
     x_ptr, w_ptr, scale_ptr, m, n, columns, M, IN, x_stride, w_stride,
     BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """weight[n] times x[m]^T: [BN, BM] float32. Waits for the predecessor."""
+    """weight[n] times x[m]^T: [BN, BM] float32, of the weight's rows n [BN] where `columns`, and x's rows m < M.
+
+    PARTS warps, each with a part of every block of PARTS PART inputs. Waits for the predecessor.
+    """
     k = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
     rows, columns = (m < M)[None, None, :], columns[None, :, None]
     w_ptrs = w_ptr + n.to(tl.int64)[None, :, None] * w_stride + k[:, None, :]
     x_ptrs = x_ptr + m.to(tl.int64)[None, None, :] * x_stride + k[:, :, None]
+    # The weight waits for nobody.
     w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, columns & (k < IN)[:, None, :], 0)
     predecessor(PDL)
     x = tl.load(x_ptrs, rows if EVEN else rows & (k < IN)[:, :, None], 0.0)

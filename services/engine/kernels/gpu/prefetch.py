@@ -67,6 +67,10 @@ class Prefetch:
         if not self._coming:
             return
         pair, side = self._coming.popleft(), _side_stream(self._device)
+        as_they_are = [weight for weight in pair if isinstance(weight, Tensor)]
+        if as_they_are:  # nothing to begin, and streams cost the host time
+            self._ready.append((as_they_are, None))
+            return
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
