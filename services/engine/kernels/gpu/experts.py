@@ -154,13 +154,14 @@ def _down_kernel(
     expert, pair = _rows(place_ptr, owner_ptr, SORTED, BM)
     if expert >= 2 * E:
         return
-    width, w_ptr, scale_ptr, index, w_stride = TEXT, text_ptr, text_scale_ptr, expert, text_stride
-    if expert >= E:
-        width, w_ptr, scale_ptr, index, w_stride = VISION, vision_ptr, vision_scale_ptr, expert - E, vision_stride
+    width, w_ptr, scale_ptr, index = _of_pool(
+        expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E
+    )  # fmt: skip
+    w_stride = tl.where(expert >= E, vision_stride, text_stride)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows, columns = (pair >= 0)[None, :], (n < H)[:, None]
     x_ptrs = inner_ptr + pair.to(tl.int64)[None, :] * TEXT
-    w_row = index.to(tl.int64) * H + n
+    w_row = index * H + n
     w_ptrs = w_ptr + w_row[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
     for block in range(0, tl.cdiv(width, BK)):
@@ -261,21 +262,18 @@ def routed_results(
     Returns:
         [N K, H] in the dtype of x, and their weights [N, K] float32.
     """
-    tile, pairs, experts = plan(len(x) * top_k, 2 * len(text), parts(text.down)[2]), len(x) * top_k, len(text)
-    (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text.gate_up), parts(vision.gate_up)
-    hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
+    pairs, experts = len(x) * top_k, len(text)
+    tiles = plan(pairs, experts + len(vision), parts(text.down)[2])
     ids = torch.empty(pairs, dtype=torch.int32, device=x.device)
     weights = torch.empty(len(x), top_k, dtype=torch.float32, device=x.device)
-    inner = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
-    outputs = tile.gate_up.bn // 2
-    _choose_gate_up_kernel[(ceil_div(width, outputs), pairs)](
-        scores, bias, rows, ids, weights, SUM_MIN, x, inner, text_data, text_scale, vision_data, vision_scale,
-        hidden, width, vision_width, x.stride(0), text_data.stride(1),
-        E=experts, K=top_k, BITS=bits, BLOCK=ceil_pow2(experts), BM=tile.rows,
-        **tile.gate_up.options(x, (hidden,), (width, vision_width), outputs), **overlapped(x),
+    first = _first(x, tiles.gate_up, text.gate_up, vision.gate_up, pairs, top_k)
+    common = {"E": experts, "BM": tiles.rows, **overlapped(x)}
+    _choose_gate_up_kernel[(first.columns, pairs)](
+        scores, bias, rows, ids, weights, SUM_MIN, x, first.inner, *first.arguments,
+        BLOCK=ceil_pow2(experts), **first.options, **common,
     )  # fmt: skip
-    options = {"E": experts, "BM": tile.rows, "SORTED": False, **overlapped(x)}
-    return _down(inner, Rows(ids, ids, pairs, options), tile.down, text.down, vision.down), weights
+    placed = Rows(ids, ids, pairs, {"SORTED": False, **common})
+    return _down(first.inner, placed, tiles.down, text.down, vision.down), weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,18 +286,38 @@ class Rows:
     options: dict[str, Any]  # of either launch
 
 
-def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, top_k: int) -> Tensor:
-    """silu(gate) up of every pair, [P, I of the text pool] in the dtype of x."""
+@dataclass(frozen=True, slots=True)
+class First:
+    """What launches of the first product have in common."""
+
+    inner: Tensor  # [P, I of the text pool] in the dtype of x, to be filled
+    columns: int  # tiles of outputs
+    arguments: tuple[Any, ...]  # from the text pool's weight on
+    options: dict[str, Any]
+
+
+def _first(x: Tensor, tile: Tile, text: Weight, vision: Weight, pairs: int, top_k: int) -> First:
     (text_data, text_scale, bits), (vision_data, vision_scale, _) = parts(text), parts(vision)
     hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
-    inner = torch.empty(rows.pairs, width, dtype=x.dtype, device=x.device)
     outputs = tile.bn // 2
-    _gate_up_kernel[(ceil_div(width, outputs), len(rows.owner))](
-        x, rows.place, rows.owner, inner, text_data, text_scale, vision_data, vision_scale,
-        hidden, width, vision_width, x.stride(0), text_data.stride(1),
-        K=top_k, BITS=bits, **tile.options(x, (hidden,), (width, vision_width), outputs), **rows.options,
+    return First(
+        torch.empty(pairs, width, dtype=x.dtype, device=x.device),
+        ceil_div(width, outputs),
+        (
+            text_data, text_scale, vision_data, vision_scale,
+            hidden, width, vision_width, x.stride(0), text_data.stride(1),
+        ),
+        {"K": top_k, "BITS": bits, **tile.options(x, (hidden,), (width, vision_width), outputs)},
     )  # fmt: skip
-    return inner
+
+
+def _gate_up(x: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight, top_k: int) -> Tensor:
+    """silu(gate) up of every pair, [P, I of the text pool] in the dtype of x."""
+    first = _first(x, tile, text, vision, rows.pairs, top_k)
+    _gate_up_kernel[(first.columns, len(rows.owner))](
+        x, rows.place, rows.owner, first.inner, *first.arguments, **first.options, **rows.options
+    )
+    return first.inner
 
 
 def _down(inner: Tensor, rows: Rows, tile: Tile, text: Weight, vision: Weight) -> Tensor:
