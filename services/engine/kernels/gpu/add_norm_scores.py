@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.launch import overlapped, predecessor
-from services.engine.kernels.gpu.rms_norm import rounded_norm
+from services.engine.kernels.gpu.rms_norm import residual_sum, rounded_norm
 from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 ROWS = 16  # up to here the plain units are as fast as the matrix units
@@ -30,11 +30,7 @@ def _add_norm_scores_kernel(
     gate = tl.load(gate_ptrs, (expert < N)[:, None] & inside[None, :], 0.0)
     predecessor(PDL)
     at = row * H + column
-    summed = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        summed += tl.load(parts_ptr + part * part_stride + at, inside, 0.0).to(tl.float32)
-    exact = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
-    total = (exact + summed).to(total_ptr.dtype.element_ty)
+    total = residual_sum(parts_ptr, residual_ptr, at, inside, part_stride, PARTS)
     x = rounded_norm(total, norm_ptr, column, inside, H, eps)
     if tl.program_id(1) == 0:
         tl.store(total_ptr + at, total, inside)

@@ -19,6 +19,16 @@ def rounded_norm(x, weight_ptr, column, inside, H, eps):
 
 
 @triton.jit
+def residual_sum(parts_ptr, residual_ptr, at, inside, part_stride, PARTS: tl.constexpr):
+    """A row of the residual stream plus a product in parts, in the dtype of the stream: [BLOCK], 0 where outside."""
+    exact = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
+    summed = tl.zeros(at.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        summed += tl.load(parts_ptr + part * part_stride + at, inside, 0.0).to(tl.float32)
+    return (exact + summed).to(residual_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, H, eps, PDL: tl.constexpr, BLOCK: tl.constexpr):
     predecessor(PDL)
     row = tl.program_id(0).to(tl.int64) * H
@@ -37,11 +47,7 @@ def _add_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     inside = column < H
-    exact = tl.load(residual_ptr + row + column, inside, 0.0).to(tl.float32)
-    summed = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        summed += tl.load(parts_ptr + part * part_stride + row + column, inside, 0.0).to(tl.float32)
-    x = (exact + summed).to(total_ptr.dtype.element_ty)
+    x = residual_sum(parts_ptr, residual_ptr, row + column, inside, part_stride, PARTS)
     tl.store(total_ptr + row + column, x, inside)
     tl.store(out_ptr + row + column, rounded_norm(x, weight_ptr, column, inside, H, eps), inside)
 
