@@ -83,7 +83,7 @@ def linear_moe_add_norm(
         side.wait_stream(main)
         with torch.cuda.stream(side):
             shared = _shared(x, moe.shared)
-        routed, weights = _routed(x, moe, vision, top_k, scores)
+        routed, weights = _routed(x, moe, vision, top_k, scores, prefetch)
         main.wait_stream(side)
     else:
         shared = _shared(x, moe.shared)
@@ -101,7 +101,7 @@ def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
 
 
 def _routed(
-    x: Tensor, moe: MoE, vision: Tensor, top_k: int, scores: Tensor | None, prefetch: Prefetch | None = None
+    x: Tensor, moe: MoE, vision: Tensor, top_k: int, scores: Tensor | None, prefetch: Prefetch | None
 ) -> tuple[Tensor, Tensor]:
     if scores is not None and len(x) * top_k <= FEW:
         return routed_results(x, scores, moe.bias, vision, top_k, moe.text, moe.vision)

@@ -44,7 +44,9 @@ class Prefetch:
         self._device = used.device
         self._ready: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
         # Used in turn: what is begun overwrites what was taken AHEAD before, which has the same shape.
-        self._rooms = deque([_room(weight) for weight in pair] for pair in pairs[: 2 * AHEAD])
+        self._rooms = deque(
+            [_room(weight) for weight in pair if isinstance(weight, Quantized)] for pair in pairs[: 2 * AHEAD]
+        )
         for _ in range(AHEAD):
             self._start()
 
@@ -66,17 +68,19 @@ class Prefetch:
         """Begin with the next weights, if there are any."""
         if not self._coming:
             return
-        pair, side = self._coming.popleft(), _side_stream(self._device)
-        as_they_are = [weight for weight in pair if isinstance(weight, Tensor)]
-        if as_they_are:  # nothing to begin, and streams cost the host time
-            self._ready.append((as_they_are, None))
+        pair = self._coming.popleft()
+        quantised = [weight for weight in pair if isinstance(weight, Quantized)]
+        if not quantised:  # streams cost the host time
+            self._ready.append(([weight for weight in pair if isinstance(weight, Tensor)], None))
             return
+        side = _side_stream(self._device)
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             self._rooms.rotate(-1)
             # Most steps use no vision expert, and that launch gives the product's programs time to take their places.
-            vision, text = (_plain(pair[nth], self._used[nth], self._rooms[-1][nth]) for nth in (1, 0))
+            rooms = self._rooms[-1]
+            vision, text = (dequantize(quantised[nth], self._used[nth], rooms[nth]) for nth in (1, 0))
         self._ready.append(([text, vision], None if side is None else side.record_event()))
 
 
@@ -86,12 +90,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _room(weight: Weight) -> Tensor | None:
-    if not isinstance(weight, Quantized):
-        return None
+def _room(weight: Quantized) -> Tensor:
     shape = *weight.scale.shape, weight.in_features
     return torch.empty(shape, dtype=weight.scale.dtype, device=weight.scale.device)
-
-
-def _plain(weight: Weight, used: Tensor, room: Tensor | None) -> Tensor:
-    return dequantize(weight, used, room) if isinstance(weight, Quantized) else weight
