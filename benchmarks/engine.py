@@ -5,9 +5,9 @@
 Weights are drawn on the device from N(0, 0.02), tensor by tensor through the loader that reads checkpoints, so that
 routing spreads over all experts and loading has the memory it has in service; each quantisation is loaded once. Every
 token is a text token, as in the text model that vLLM was measured with: random weights draw an id from image_patch_id
-on 3 times in 100, each of which would visit the vision pool. Needs
-a CUDA device of 80 GB (141 GB for bf16 with 256 sequences) and some four minutes; asserts nothing. With --output the
-figures are kept as JSON, written after each quantisation (`wint4`, `wint8`, `bf16`) under
+on 3 times in 100, each of which would visit the vision pool. Needs a CUDA device of 80 GB (141 GB for bf16 with 256
+sequences) and some four minutes; asserts nothing. With --output the figures are kept as JSON, written after each
+quantisation (`wint4`, `wint8`, `bf16`) under
 
   decode_ms.<quant>.<batch>            N prompts of 1,024 tokens, greedy or by --sampling: ms a step, which is the mean
                                        time between emissions with a token of each

@@ -191,7 +191,7 @@ def _whole_linear(x: Tensor, way: Whole, gated: bool) -> Tensor:
 def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
     (rows, inputs), outputs = x.shape, weight.scale.shape[0]
     bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
-    share = -(-inputs // (bk * splits))
+    share = ceil_div(inputs, bk * splits)
     splits = ceil_div(inputs, share * bk)
     out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     _linear_kernel[(ceil_div(outputs, bn), ceil_div(rows, bm), splits)](

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from services.engine.kernels.gpu.sizes import ceil_pow2
+from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 
 LEAST = 2048  # tokens of a prompt; the launches for a shorter one cost more than its attention gains
 STEPS = 8  # lengths from one power of two to the next
@@ -44,7 +44,7 @@ def _able(device: torch.device) -> bool:
 def planned_length(length: int) -> int:
     """The next of the lengths to which prompts are padded."""
     step: int = max(1, ceil_pow2(length) // (2 * STEPS))
-    return -(-length // step) * step
+    return ceil_div(length, step) * step
 
 
 def whole_prompt(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -59,7 +59,7 @@ def whole_prompt(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, sca
     """
     length = len(query)
     planned = planned_length(length)
-    missing = -(-planned // keys.shape[1]) - len(table)
+    missing = ceil_div(planned, keys.shape[1]) - len(table)
     # Block 0 stands in for those that the sequence has not: any block does.
     blocks = F.pad(table, (0, missing)) if missing > 0 else table[: len(table) + missing]
     key, value = (cache.index_select(0, blocks).flatten(0, 1)[:planned] for cache in (keys, values))
