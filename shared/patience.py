@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, TimeoutError
+from redis.exceptions import ConnectionError, NoScriptError, OutOfMemoryError, ReadOnlyError, TimeoutError
 
 from shared.log import logger
 
-PASSING = (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError)  # what a restart or an operator mends
+# What a restart or an operator mends. A script is missing where the client has loaded it and Redis was restarted before
+# the call.
+PASSING = (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError, NoScriptError)
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
 
