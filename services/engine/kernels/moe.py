@@ -1,6 +1,5 @@
 """A block of experts: routed ones of two pools and a shared one, added to the residual stream, normed for the next."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,19 +23,6 @@ class MoE:
     shared: SwiGLU
 
 
-def prefetch_moe(x: Tensor, blocks: Sequence[MoE], vision: Tensor, top_k: int) -> None:
-    """Begin to make ready what a step's blocks of experts need besides their input. Here that is nothing.
-
-    Args:
-        x: [N, H], for its shape, dtype and device.
-        blocks: all of the step, in order.
-        vision, top_k: as `linear_moe_add_norm`.
-
-    Returns:
-        what `linear_moe_add_norm` is given for each of the blocks, in order.
-    """
-
-
 def linear_moe_add_norm(
     x: Tensor,
     out: Weight,
@@ -47,7 +33,6 @@ def linear_moe_add_norm(
     top_k: int,
     norm: Tensor,
     eps: float,
-    prefetch: None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_add_norm`, then a block: `add_rms_norm` of what `experts` make of its x as `router` says, plus `swiglu`
     by the shared one. An implementation may leave out the roundings to x's dtype in between.
@@ -59,7 +44,6 @@ def linear_moe_add_norm(
         moe_norm, norm: [H]: before the experts and after them.
         vision: [N] bool: rows of the vision pool.
         top_k: routed experts of a row.
-        prefetch: what `prefetch_moe` of the same implementation returned, if it was called.
 
     Returns:
         the norm and the new residual, each [N, H].

@@ -1,8 +1,7 @@
 """Every operation the model calls, as one value: a model is built with the implementations it is to use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +9,7 @@ from services.engine.kernels.embed import embed
 from services.engine.kernels.linear_add_norm import linear_add_norm
 from services.engine.kernels.logits import logits
 from services.engine.kernels.mlp import SwiGLU, mlp_add_norm
-from services.engine.kernels.moe import MoE, linear_moe_add_norm, prefetch_moe
+from services.engine.kernels.moe import MoE, linear_moe_add_norm
 from services.engine.kernels.paged_attention import Lengths, paged_attention
 from services.engine.kernels.qkv import qkv
 from services.engine.kernels.quantize import Weight
@@ -35,8 +34,7 @@ class Ops:
     ] = paged_attention
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm
     mlp_add_norm: Callable[[Tensor, SwiGLU, Tensor, Tensor, float], tuple[Tensor, Tensor]] = mlp_add_norm
-    prefetch_moe: Callable[[Tensor, Sequence[MoE], Tensor, int], Any] = prefetch_moe
     linear_moe_add_norm: Callable[
-        [Tensor, Weight, Tensor, Tensor, MoE, Tensor, int, Tensor, float, Any], tuple[Tensor, Tensor]
+        [Tensor, Weight, Tensor, Tensor, MoE, Tensor, int, Tensor, float], tuple[Tensor, Tensor]
     ] = linear_moe_add_norm
     logits: Callable[[Tensor, Tensor], Tensor] = logits

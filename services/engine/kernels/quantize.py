@@ -34,6 +34,11 @@ class Quantized:
     def nbytes(self) -> int:
         return self.data.nbytes + self.scale.nbytes + (0 if self.plain is None else self.plain.nbytes)
 
+    @property
+    def stored_inputs(self) -> int:
+        """Inputs of a row with those that fill the last group of four bits, which are 0."""
+        return self.data.shape[-1] * (PLANES if self.bits == 4 else 1)
+
     def __len__(self) -> int:
         return len(self.data)
 

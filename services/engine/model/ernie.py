@@ -1,7 +1,6 @@
 """The decoder: one step over the new tokens of many sequences."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,6 @@ class ErnieModel:
         self.config = config
         self.weights = weights
         self._ops = ops
-        self._moes = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoE)]
         self._frequencies, self._axes = rotary_plan(config, weights.norm.device)
         self._scale = config.head_dim**-0.5
 
@@ -67,13 +65,12 @@ class ErnieModel:
         ops, weights, eps = self._ops, self.weights, self.config.norm_eps
         cos, sin = ops.rotary_tables(step.positions, self._frequencies, self._axes)
         residual = ops.embed(weights.embedding, step.token_ids, step.embed_rows, step.embeds)
-        prefetch = ops.prefetch_moe(residual, self._moes, step.vision, self.config.experts_per_token)
         x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
         norms = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         for layer, keys, values, norm in zip(weights.layers, cache.keys, cache.values, norms, strict=True):
             query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
             attended = self._attention(query, step, keys, values)
-            x, residual = self._rest(layer, attended, residual, step.vision, norm, prefetch)
+            x, residual = self._rest(layer, attended, residual, step.vision, norm)
         return ops.logits(x[step.logit_rows], weights.head)
 
     def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
@@ -92,7 +89,7 @@ class ErnieModel:
         return attended.flatten(1)
 
     def _rest(
-        self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor, norm: Tensor, prefetch: Any
+        self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor, norm: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What comes after a layer's attention, and the norm before the next one's."""
         ops, eps, mlp = self._ops, self.config.norm_eps, layer.mlp
@@ -100,9 +97,7 @@ class ErnieModel:
             x, residual = ops.linear_add_norm(attended, layer.out, residual, layer.mlp_norm, eps)
             return ops.mlp_add_norm(x, mlp, residual, norm, eps)
         top_k = self.config.experts_per_token
-        return ops.linear_moe_add_norm(
-            attended, layer.out, residual, layer.mlp_norm, mlp, vision, top_k, norm, eps, prefetch
-        )
+        return ops.linear_moe_add_norm(attended, layer.out, residual, layer.mlp_norm, mlp, vision, top_k, norm, eps)
 
 
 def rotary_plan(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:

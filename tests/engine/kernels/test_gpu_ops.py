@@ -2,9 +2,6 @@
 
 import dataclasses
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,14 +15,13 @@ if DEVICE == "cpu":
 from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.gpu import dequantize as gpu_dequantize
 from services.engine.kernels.gpu import experts as gpu_experts
-from services.engine.kernels.gpu import grouped, prefetch, whole_prompt
+from services.engine.kernels.gpu import grouped, grouped_plain, grouped_quantized, whole_prompt
 from services.engine.kernels.gpu import linear as gpu_linear
 from services.engine.kernels.gpu import paged_attention as gpu_attention
 from services.engine.kernels.gpu import qkv as gpu_qkv
 from services.engine.kernels.gpu import router as gpu_router
 from services.engine.kernels.gpu.add_norm_scores import add_norm_scores
 from services.engine.kernels.gpu.ops import gpu_ops
-from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.rms_norm import add_norm
 from services.engine.kernels.gpu.sort import sort_pairs
 from services.engine.kernels.linear import linear
@@ -170,7 +166,7 @@ def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
     out = weight(hidden, 70, bits=bits, dtype=dtype, seed=10)
     norms = [draw(hidden, dtype=dtype, seed=s) for s in (11, 12)]
     vision = torch.arange(rows, device=DEVICE) % 3 == 1
-    arguments = (x, out, residual, norms[0], moe, vision, 3, norms[1], 1e-5, None)
+    arguments = (x, out, residual, norms[0], moe, vision, 3, norms[1], 1e-5)
     for actual, expected in zip(
         OPS.linear_moe_add_norm(*arguments), REFERENCE.linear_moe_add_norm(*arguments), strict=True
     ):
@@ -280,15 +276,6 @@ def test_dequantize(bits: int, dtype: torch.dtype) -> None:
     assert torch.equal(gpu_dequantize.dequantize(w), dequantize(w))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_dequantize_skips_what_is_not_used(bits: int) -> None:
-    w = weight(3, 19, 300, bits=bits, dtype=torch.float32, seed=1)
-    assert isinstance(w, Quantized)
-    out = gpu_dequantize.dequantize(w, torch.tensor([7, 0, 1], dtype=torch.int32, device=DEVICE))
-    assert torch.equal(out[[0, 2]], dequantize(w)[[0, 2]])
-    assert out[1].isnan().all()
-
-
 def test_every_stored_byte_widens_exactly() -> None:
     values = torch.arange(-128, 128, device=DEVICE).to(torch.int8).view(16, 16)
     w = Quantized(values, torch.ones(16, dtype=torch.bfloat16, device=DEVICE), 8, 16)
@@ -312,15 +299,16 @@ def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None
     close(combined, experts(x, ids, weights, text, vision))
 
 
-def group_from(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many rows are many. Tiles are small, and do not divide the widths, which the copy engine can read."""
-    monkeypatch.setattr(grouped, "ROWS", 16)
+def group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are many. Tiles are small, and do not divide the widths, which the copy engine can read."""
+    monkeypatch.setattr(grouped_plain, "ROWS", 16)
     monkeypatch.setattr(grouped, "EACH", 1)
-    monkeypatch.setattr(grouped, "QUANTIZED_ROWS", rows)
     monkeypatch.setattr(grouped, "ample", lambda device: True)
-    monkeypatch.setattr(gpu_dequantize, "TIMES", 2)
     for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
-        monkeypatch.setattr(grouped, name, grouped.Cut(outputs, 32, 4, 2))
+        monkeypatch.setattr(grouped_plain, name, grouped_plain.Cut(outputs, 32, 4, 2))
+    monkeypatch.setattr(grouped_quantized, "FEW_ROWS", 16)
+    monkeypatch.setattr(grouped_quantized, "MANY_ROWS", 32)
+    monkeypatch.setattr(grouped_quantized, "WEIGHT_ROWS", 64)
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
@@ -328,7 +316,7 @@ def group_from(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_experts_of_many_rows(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some experts get no row.
     rows, count, hidden, top_k = 90, 4, 72, 3
-    group_from(rows, monkeypatch)
+    group(monkeypatch)
 
     text, vision = (draw_pool(count, hidden, width, bits, dtype) for width in (40, 24))
     generator = torch.Generator().manual_seed(rows)
@@ -341,94 +329,6 @@ def test_experts_of_many_rows(bits: int, dtype: torch.dtype, monkeypatch: pytest
     results = gpu_experts.expert_results(x, ids, text, vision).float().view(rows, top_k, hidden)
     combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
     close(combined, experts(x, ids, weights, text, vision))
-
-
-@contextmanager
-def never_waiting() -> Iterator[None]:
-    """An error where the host would wait for a GPU."""
-    try:
-        if DEVICE == "cuda":
-            with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
-                torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-BLOCKS = 3 if DEVICE == "cpu" else 12
-
-
-@pytest.mark.parametrize("dtype", MAIN_DTYPES)
-@pytest.mark.parametrize(("media", "ahead"), [("none", 1), ("some", 1), ("some", 2), ("all", 1)])
-def test_blocks_of_experts_made_ready(media: str, ahead: int, dtype: torch.dtype, monkeypatch: Any) -> None:
-    rows, count, hidden, top_k = 24, 4, 72, 3
-    group_from(rows, monkeypatch)
-    monkeypatch.setattr(prefetch, "AHEAD", ahead)
-    shared = SwiGLU(draw(96, hidden, dtype=dtype, scale=0.2), draw(hidden, 48, dtype=dtype, scale=0.2))
-    blocks = []
-    for seed in range(BLOCKS):
-        text, vision = (draw_pool(count, hidden, width, 4, dtype, 100 * seed) for width in (40, 24))
-        gate, bias = draw(2 * count, hidden, seed=seed), draw(2 * count, seed=seed)
-        blocks.append(MoE(gate, bias, text, vision, shared))
-    vision_rows = torch.arange(rows, device=DEVICE) % 3 < {"none": 0, "some": 1, "all": 3}[media]
-    residual, norm = draw(rows, hidden, dtype=dtype), draw(hidden, dtype=dtype)
-    inputs = [draw(rows, hidden, dtype=dtype, seed=seed) for seed in range(BLOCKS)]
-    out = draw(hidden, hidden, dtype=dtype, seed=7)
-    arguments = [
-        (x, out, residual, norm, block, vision_rows, top_k, norm, 1e-5) for x, block in zip(inputs, blocks, strict=True)
-    ]
-    # Nobody waits in between: on a GPU all of them are under way at once.
-    with never_waiting():
-        ready = OPS.prefetch_moe(inputs[0], blocks, vision_rows, top_k)
-        assert ready is not None
-        results = [OPS.linear_moe_add_norm(*each, ready) for each in arguments]
-    for each, result in zip(arguments, results, strict=True):
-        for actual, one in zip(result, REFERENCE.linear_moe_add_norm(*each, None), strict=True):
-            close(actual, one)
-
-
-def late(stream: torch.cuda.Stream | None) -> None:
-    """What is launched on the stream from now on, begins in some milliseconds."""
-    if stream is not None:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-
-
-@pytest.mark.parametrize("ahead", [1, 2])
-@pytest.mark.parametrize("slow", ["neither", "main", "side"] if DEVICE == "cuda" else ["neither"])
-def test_a_weight_made_ready_is_whole_until_it_was_read(slow: str, ahead: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prefetch, "AHEAD", ahead)
-    monkeypatch.setattr(gpu_dequantize, "TIMES", 2)
-    pools = [(draw_pool(4, 72, 40, 4, torch.float32, 100 * seed),) * 2 for seed in range(6)]
-    used = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
-    streams = {"main": torch.cuda.current_stream, "side": lambda: prefetch._side_stream(used.device)}
-    ready, read = Prefetch(pools, used), []
-    for _ in range(2 * len(pools)):
-        late(streams[slow]() if slow in streams else None)
-        text, vision = ready.take()
-        late(streams[slow]() if slow in streams else None)
-        read.append((text.clone(), vision.clone()))
-    for nth, (text, vision) in enumerate(read):
-        pool = pools[nth // 2][0]
-        stored = pool.down if nth % 2 else pool.gate_up
-        assert isinstance(stored, Quantized)
-        assert torch.equal(text[used[0] > 0], dequantize(stored)[used[0] > 0])
-        assert text[2].isnan().all()
-        assert vision.isnan().all()
-    with pytest.raises(IndexError):
-        ready.take()
-
-
-def test_only_many_rows_of_quantised_weights_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    group_from(60, monkeypatch)
-    shared = SwiGLU(draw(96, 72), draw(72, 48))
-    for rows, bits, made in ((60, 4, True), (59, 4, False), (60, 16, False)):
-        text, vision = (draw_pool(4, 72, width, bits, torch.float32) for width in (40, 24))
-        moe = MoE(draw(8, 72), draw(8), text, vision, shared)
-        vision_rows = torch.zeros(rows, dtype=torch.bool, device=DEVICE)
-        assert (OPS.prefetch_moe(draw(rows, 72), [moe], vision_rows, 3) is not None) == made
-        assert OPS.prefetch_moe(draw(rows, 72), [], vision_rows, 3) is None
 
 
 def test_the_copy_engine_reads_rows_of_whole_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,8 +349,7 @@ def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None
     for row, pair in enumerate(place):
         if pair >= 0:
             assert owner[row // tile] == ids[pair]
-    assert order.counts.tolist() == torch.bincount(ids, minlength=experts).tolist()
-    tiles = [-(-count // tile) for count in order.counts.tolist()]
+    tiles = [-(-count // tile) for count in torch.bincount(ids, minlength=experts).tolist()]
     assert bounds == [0, sum(tiles[: experts // 2]), sum(tiles)]
     assert all(expert == experts for expert in owner[bounds[2] :])
 

@@ -1,18 +1,11 @@
 """The decoder against transformers, through the paged cache."""
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
 from decoder_judge import Judge, Piece
 from msgspec.structs import replace
 from paged_driver import BLOCK_SIZE, Driver, Paged
-from torch import Tensor
 
-from services.engine.kernels.moe import MoE
-from services.engine.kernels.ops import Ops
 from services.engine.model.ernie import ErnieModel, rotary_plan
 
 TOLERANCE = 1e-4  # absolute, on logits of up to 7
@@ -99,31 +92,6 @@ def test_greedy_decode_is_transformers_generate(judge: Judge, model: ErnieModel)
     for count in range(6):
         _, expected = judge.prompt(*prompt, answer[:count])
         assert int(expected[-1].argmax()) == answer[count]
-
-
-def test_every_block_of_experts_is_given_what_was_made_ready(judge: Judge, model: ErnieModel) -> None:
-    sequence, expected = judge.prompt(*PROMPTS["one image"])
-    asked: list[MoE] = []
-    given: list[tuple[MoE, Any]] = []
-
-    def prefetch_moe(x: Tensor, blocks: Sequence[MoE], vision: Tensor, top_k: int) -> str:
-        assert x.shape == (len(vision), model.hidden_size)
-        assert top_k == model.config.experts_per_token
-        asked.extend(blocks)
-        return "ready"
-
-    def linear_moe_add_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
-        given.append((arguments[4], arguments[-1]))
-        return reference.linear_moe_add_norm(*arguments)
-
-    reference = Ops()
-    ops = dataclasses.replace(reference, prefetch_moe=prefetch_moe, linear_moe_add_norm=linear_moe_add_norm)
-    actual = Driver(ErnieModel(model.config, model.weights, ops)).run(sequence, 1000)
-    assert float((actual - expected).abs().max()) <= TOLERANCE
-    assert len(asked) > 1
-    assert [moe is one and ready == "ready" for one, (moe, ready) in zip(asked, given, strict=True)] == [True] * len(
-        asked
-    )
 
 
 def test_frequencies_and_axes_of_the_full_size_model(model: ErnieModel) -> None:

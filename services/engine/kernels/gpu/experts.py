@@ -18,7 +18,6 @@ from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu.grouped import grouped_experts, takes
 from services.engine.kernels.gpu.launch import overlapped, predecessor
 from services.engine.kernels.gpu.matmul import dot_tile, gate_or_up, gated, parts, scales
-from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.router import choice
 from services.engine.kernels.gpu.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.gpu.sort import sort_pairs
@@ -224,22 +223,19 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     return place, tile_expert
 
 
-def expert_results(
-    x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, prefetch: Prefetch | None = None
-) -> Tensor:
+def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
     """Every chosen expert applied to its row; still to be weighted and summed.
 
     Args:
         x: [N, H], contiguous.
         ids: [N, K] int32.
         text, vision: quantised alike.
-        prefetch: see `grouped_experts`.
 
     Returns:
         [N K, H] in the dtype of x.
     """
     if takes(x, ids.shape[1], text, vision):
-        return grouped_experts(x, ids, text, vision, prefetch)
+        return grouped_experts(x, ids, text, vision)
     flat, experts = ids.flatten(), len(text) + len(vision)
     tiles = plan(len(flat), experts, parts(text.down)[2])
     place, owner = group_rows(flat, experts, tiles.rows) if tiles.grouped else (flat, flat)

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 HOPPER = (9, 0)
-IN_TURN: dict[str, Any] = {"PDL": False, "launch_pdl": False}  # launch options of a kernel that is not to overlap
 
 
 @triton.jit
@@ -33,3 +32,11 @@ def overlapped(tensor: Tensor) -> dict[str, Any]:
 def _options(device: torch.device) -> dict[str, Any]:
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER
     return {"PDL": able, "launch_pdl": able}
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """An interpreter has some, too: more than one, so that tiles are shared out."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -37,6 +37,9 @@ _WIDEN = tl.constexpr(
     "prmt.b32 $0, u, 0, 0x4140; prmt.b32 $1, u, 0, 0x4342;"
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, one, less; }"
 )
+_SETTLED = tl.constexpr(
+    "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
+)
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -65,8 +68,36 @@ def widen(values, dtype: tl.constexpr):
     return (values.to(tl.float32) / PER_UNIT).to(dtype)
 
 
+@triton.constexpr_function
+def _hopper() -> bool:
+    return tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0)
+
+
 @triton.jit
-def _stored(ptrs, mask, EVEN: tl.constexpr):
+def settled(data):
+    """Stored values or words, once no matrix instruction reads its operands any more.
+
+    Hopper's large ones read registers while the program goes on. Triton (3.6 and 3.7) starts those of a block of inputs
+    and lets all but the first run, while what is unpacked for the next block is written to the same registers
+    (triton-lang/triton#9433). What is unpacked here waits.
+    """
+    if not _INTERPRETED and _hopper():
+        PACK: tl.constexpr = 4 * 32 // data.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise(
+            _SETTLED, "=&r,=&r,=&r,=&r,r,r,r,r", [data], dtype=data.dtype, is_pure=True, pack=PACK
+        )
+    return data
+
+
+@triton.jit
+def at_least_one(count):
+    """`count`, as a compiler sees that a loop over so many is gone through. If there were a way around it, sums would
+    be set to 0 in two places, and ptxas would make matrix instructions wait for each other (its message C7515)."""
+    return tl.maximum(count, 1)
+
+
+@triton.jit
+def stored(ptrs, mask, EVEN: tl.constexpr):
     return tl.load(ptrs) if EVEN else tl.load(ptrs, mask, 0)
 
 
@@ -91,7 +122,7 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, B
     """
     if BITS == 4:
         lane = tl.arange(0, BK // 4)
-        planes = unpack(_stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty)
+        planes = unpack(stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty)
         # A sum of its own, or the compiler makes the large matrix instructions wait for each other.
         part = tl.zeros(acc.shape, tl.float32)
         for j in tl.static_range(4):
@@ -100,9 +131,9 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, B
         acc += part
     else:
         column = block * BK + tl.arange(0, BK)
-        w = _stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
+        w = stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
         x = _activations(x_ptrs, x_mask, column, IN, EVEN)
-        acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
+        acc = tl.dot(widen(settled(w) if BITS == 8 else w, x.dtype), x, acc, input_precision="ieee")
     return acc
 
 

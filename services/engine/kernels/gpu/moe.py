@@ -4,7 +4,6 @@ With few rows every product waits for memory or for its launch, so two streams d
 kernel then weighs the routed results and adds the shared one, the residual stream and the next block's norm.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -14,15 +13,13 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.add_norm_scores import ROWS, add_norm_scores
 from services.engine.kernels.gpu.experts import FEW, expert_results, routed_results
-from services.engine.kernels.gpu.grouped import takes
 from services.engine.kernels.gpu.linear import gated_linear, partial_linear
-from services.engine.kernels.gpu.prefetch import Prefetch
 from services.engine.kernels.gpu.rms_norm import add_norm, rounded_norm, row_warps
 from services.engine.kernels.gpu.router import router
 from services.engine.kernels.gpu.sizes import ceil_pow2
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
-from services.engine.kernels.quantize import Quantized, Weight
+from services.engine.kernels.quantize import Weight
 
 SIDE_ROWS = 512  # with more rows each product fills the device by itself
 
@@ -47,18 +44,6 @@ def _combine_kernel(
     tl.store(out_ptr + row * H + column, rounded_norm(x, norm_ptr, column, inside, H, eps), inside)
 
 
-def prefetch_moe(x: Tensor, blocks: Sequence[MoE], vision: Tensor, top_k: int) -> Prefetch | None:
-    """See the reference: services.engine.kernels.moe. None where weights are multiplied as they are stored."""
-    if not blocks or not isinstance(blocks[0].text.gate_up, Quantized):
-        return None
-    if not takes(x, top_k, blocks[0].text, blocks[0].vision):
-        return None
-    # So many rows visit all experts of their pool, but often no row is the vision pool's. The host is not to wait.
-    used = torch.stack((vision.logical_not().any(), vision.any())).to(torch.int32)
-    pools = [(block.text, block.vision) for block in blocks]
-    return Prefetch(pools, used.unsqueeze(1).repeat(1, len(blocks[0].text)))
-
-
 def linear_moe_add_norm(
     x: Tensor,
     out: Weight,
@@ -69,7 +54,6 @@ def linear_moe_add_norm(
     top_k: int,
     norm: Tensor,
     eps: float,
-    prefetch: Prefetch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See the reference: services.engine.kernels.moe. Everything contiguous but x, whose rows may be strided."""
     partial, scores = partial_linear(x, out), None
@@ -83,11 +67,11 @@ def linear_moe_add_norm(
         side.wait_stream(main)
         with torch.cuda.stream(side):
             shared = _shared(x, moe.shared)
-        routed, weights = _routed(x, moe, vision, top_k, scores, prefetch)
+        routed, weights = _routed(x, moe, vision, top_k, scores)
         main.wait_stream(side)
     else:
         shared = _shared(x, moe.shared)
-        routed, weights = _routed(x, moe, vision, top_k, scores, prefetch)
+        routed, weights = _routed(x, moe, vision, top_k, scores)
     return _combine(routed, weights, shared, residual, norm, eps)
 
 
@@ -100,13 +84,11 @@ def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
     return partial_linear(gated_linear(x, mlp.gate_up), mlp.down)
 
 
-def _routed(
-    x: Tensor, moe: MoE, vision: Tensor, top_k: int, scores: Tensor | None, prefetch: Prefetch | None
-) -> tuple[Tensor, Tensor]:
+def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
     if scores is not None and len(x) * top_k <= FEW:
         return routed_results(x, scores, moe.bias, vision, top_k, moe.text, moe.vision)
     ids, weights = router(x, moe.gate, moe.bias, vision, top_k, scores)
-    return expert_results(x, ids, moe.text, moe.vision, prefetch), weights
+    return expert_results(x, ids, moe.text, moe.vision), weights
 
 
 def _combine(

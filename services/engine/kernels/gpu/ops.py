@@ -3,7 +3,7 @@
 from services.engine.kernels.gpu.argmax import argmax
 from services.engine.kernels.gpu.logits import logits
 from services.engine.kernels.gpu.mlp import linear_add_norm, mlp_add_norm
-from services.engine.kernels.gpu.moe import linear_moe_add_norm, prefetch_moe
+from services.engine.kernels.gpu.moe import linear_moe_add_norm
 from services.engine.kernels.gpu.paged_attention import paged_attention
 from services.engine.kernels.gpu.pick import pick
 from services.engine.kernels.gpu.qkv import qkv
@@ -21,7 +21,6 @@ def gpu_ops() -> Ops:
         paged_attention=paged_attention,
         linear_add_norm=linear_add_norm,
         mlp_add_norm=mlp_add_norm,
-        prefetch_moe=prefetch_moe,
         linear_moe_add_norm=linear_moe_add_norm,
         logits=logits,
     )

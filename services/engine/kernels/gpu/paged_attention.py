@@ -38,7 +38,7 @@ class Decode:
 
 # So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be. Those
 # have a program each, which are all at work at once if they take little of a multiprocessor's memory.
-FEW, MANY, MANY_SEQUENCES = Decode(3, 256, 0, False), Decode(2, 2048, 16, True), 48
+FEW, MANY, MANY_SEQUENCES = Decode(3, 256, 0, False), Decode(4, 2048, 16, True), 48
 TILE, WARPS = 64, 4  # tokens, at most a page
 MERGED = 8  # partial softmaxes that are read together, at most
 
@@ -73,7 +73,7 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, MERGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Where to read waits for nobody: a step's tables are uploaded before its first launch.
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     context = tl.load(contexts_ptr + sequence)
@@ -314,7 +314,8 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
         "KV_HEADS": kv_heads, "G": group, "D": dim, "DPAD": max(16, ceil_pow2(dim)), "TILE": tile,
         **overlapped(query),
     }  # fmt: skip
-    _decode_kernel[(kv_heads, splits, sequences)](
+    # Splits last: those that a context is too short for end at once, but not before all others have begun.
+    _decode_kernel[(kv_heads, sequences, splits)](
         query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
         counters(out.device, "decode", sequences * kv_heads),
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,

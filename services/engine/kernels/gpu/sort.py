@@ -21,7 +21,7 @@ class Sorted:
     place: Tensor  # [tiles * tile] int32, the pair of each row or -1
     owner: Tensor  # [tiles] int32, the expert of each tile, `experts` past the end
     bounds: Tensor  # [3] int32, the tiles before the first pool, before the second, and before the end
-    counts: Tensor  # [experts] int32, pairs of each
+    tile: int
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _count_kernel(
 
 @triton.jit
 def _offsets_kernel(
-    counts_ptr, cursor_ptr, total_ptr, owner_ptr, bounds_ptr, blocks,
+    counts_ptr, cursor_ptr, owner_ptr, bounds_ptr, blocks,
     EXPERTS: tl.constexpr, BM: tl.constexpr, BPAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """cursor[block, expert]: the row of the block's first pair of this expert."""
@@ -55,11 +55,9 @@ def _offsets_kernel(
     at = block * EXPERTS + expert[None, :]
     counts = tl.load(counts_ptr + at, block < blocks, 0)
     before = tl.cumsum(counts, 0) - counts
-    total = tl.sum(counts, 0)
-    needed = tl.cdiv(total, BM)
+    needed = tl.cdiv(tl.sum(counts, 0), BM)
     ends = tl.cumsum(needed, 0)
     tl.store(cursor_ptr + at, ((ends - needed) * BM)[None, :] + before, block < blocks)
-    tl.store(total_ptr + expert, total)
     for nth in range(0, tl.max(needed, 0)):
         tl.store(owner_ptr + ends - needed + nth, expert, nth < needed)
     tl.store(bounds_ptr, 0)
@@ -93,15 +91,15 @@ def sort_pairs(ids: Tensor, experts: int, tile: int) -> Sorted:
     blocks = ceil_div(pairs, size)
     cursor, counts = torch.empty(2, blocks, experts, dtype=torch.int32, device=device)
     place, owner = (torch.empty(n, dtype=torch.int32, device=device) for n in (tiles * tile, tiles))
-    bounds, total = (torch.empty(n, dtype=torch.int32, device=device) for n in (3, experts))
+    bounds = torch.empty(3, dtype=torch.int32, device=device)
     common = {"EXPERTS": experts, **overlapped(ids)}
     _count_kernel[(blocks,)](
         ids, counts, place, owner, pairs, tiles,
         SIZE=size, BM=tile, TILES=ceil_pow2(ceil_div(tiles, blocks)), num_warps=4, **common,
     )  # fmt: skip
     _offsets_kernel[(1,)](
-        counts, cursor, total, owner, bounds, blocks,
+        counts, cursor, owner, bounds, blocks,
         BM=tile, BPAD=ceil_pow2(blocks), num_warps=16, **common,
     )  # fmt: skip
     _place_kernel[(blocks,)](ids, cursor, place, pairs, SIZE=size, num_warps=4, **common)
-    return Sorted(place, owner, bounds, total)
+    return Sorted(place, owner, bounds, tile)
