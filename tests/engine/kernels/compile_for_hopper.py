@@ -16,6 +16,8 @@ from services.engine.kernels.gpu import (
     add_norm_scores,
     experts,
     grouped,
+    grouped_plain,
+    grouped_quantized,
     linear,
     moe,
     paged_attention,
@@ -29,7 +31,7 @@ from services.engine.kernels.gpu import (
 )
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
-from services.engine.kernels.quantize import Quantized, quantize
+from services.engine.kernels.quantize import Bits, Quantized, quantize
 
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
 
@@ -59,7 +61,8 @@ def main() -> None:
     JITFunction.run = compile_only
     driver.set_active(NoDriver())
     attention, sampled = (paged_attention, qkv, rms_norm), (pick, threshold)
-    for module in (*attention, add_norm_scores, experts, grouped, linear, router, silu_mul, sort, *sampled):
+    products = (experts, grouped, grouped_plain, grouped_quantized, linear)
+    for module in (*attention, *products, add_norm_scores, router, silu_mul, sort, *sampled):
         module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
     sampling()
     decode(1)
@@ -94,12 +97,12 @@ def decode(sequences: int) -> None:
     moe.linear_moe_add_norm(x, weight(HIDDEN), x, norm, block, vision, 6, norm, 1e-5)
 
 
-def pools() -> list[ExpertPool]:
-    """Two experts of the text pool and two of the vision pool, in 4 bits."""
+def pools(bits: Bits = 4) -> list[ExpertPool]:
+    """Two experts of the text pool and two of the vision pool."""
     return [
         ExpertPool(
-            quantize(torch.zeros(2, 2 * width, HIDDEN).bfloat16(), 4),
-            quantize(torch.zeros(2, HIDDEN, width).bfloat16(), 4),
+            quantize(torch.zeros(2, 2 * width, HIDDEN).bfloat16(), bits),
+            quantize(torch.zeros(2, HIDDEN, width).bfloat16(), bits),
         )
         for width in (1536, 512)
     ]
@@ -113,7 +116,8 @@ def prefill() -> None:
 
     rows = 256
     ids = torch.zeros(rows, 6, dtype=torch.int32)
-    grouped.grouped_experts(room(rows, HIDDEN), ids, *pools())
+    for bits in (4, 8):
+        grouped.grouped_experts(room(rows, HIDDEN), ids, *pools(bits))
     plain = ExpertPool(room(2, 2 * 512, HIDDEN), room(2, HIDDEN, 512))
     grouped.grouped_experts(room(rows, HIDDEN), ids, plain, plain)
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)

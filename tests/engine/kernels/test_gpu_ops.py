@@ -312,11 +312,12 @@ def group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_experts_of_many_rows(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bits", "many"), [(16, 256), (8, 256), (4, 256), (4, 1)])
+def test_experts_of_many_rows(bits: int, many: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some experts get no row.
     rows, count, hidden, top_k = 90, 4, 72, 3
     group(monkeypatch)
+    monkeypatch.setattr(grouped_quantized, "MANY", many)
 
     text, vision = (draw_pool(count, hidden, width, bits, dtype) for width in (40, 24))
     generator = torch.Generator().manual_seed(rows)

@@ -49,7 +49,7 @@ def _sort_kernel(
     tl.debug_barrier()
     for nth in range(0, tl.max(needed, 0)):
         tl.store(tile_expert_ptr + ends - needed + nth, expert, nth < needed)
-    row = tl.atomic_add(cursor_ptr + ids, 1, inside)
+    row = tl.atomic_add(cursor_ptr + ids, 1, inside, sem="relaxed", scope="cta")  # nobody else counts
     tl.store(place_ptr + row, pair, inside)
 
 

@@ -1,6 +1,6 @@
 """Both pools of experts for many rows: products bound by arithmetic.
 
-Rows are sorted by expert and brought into order, a tile of rows has one expert, and a launch takes the tiles of one
+Rows are sorted by expert and copied in that order, a tile of rows has one expert, and a launch takes the tiles of one
 pool: as many programs as the device runs at once, each with its share of the tiles, which only the device can count.
 Programs that run at the same time have all the outputs of some neighbouring tiles of rows: what they read is in the
 second-level cache.
@@ -30,8 +30,8 @@ def _gather_kernel(
     INTERLEAVED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x of the row's token, and 0 behind it up to `width`. Rows without a pair are 0: nobody reads what comes
-    of them, but to multiply by 0 takes less power, which is what bounds long prompts."""
+    """out[row] = x of the row's token, and 0 behind it up to `width`. Rows without a pair are 0: nobody reads what they
+    become, but to multiply by 0 takes less power, which is what bounds long prompts."""
     predecessor(PDL)
     first = tl.program_id(0).to(tl.int64) * ROWS
     if first >= tl.load(bounds_ptr + 2) * BM:

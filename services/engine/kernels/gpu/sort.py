@@ -74,7 +74,7 @@ def _place_kernel(
     pair = block * SIZE + tl.arange(0, SIZE)
     ids = tl.load(ids_ptr + pair, pair < P, 0)
     # Which row of its group a pair gets is left to chance: no row's result depends on its neighbours.
-    row = tl.atomic_add(cursor_ptr + block * EXPERTS + ids, 1, pair < P)
+    row = tl.atomic_add(cursor_ptr + block * EXPERTS + ids, 1, pair < P, sem="relaxed", scope="cta")
     tl.store(place_ptr + row, pair, pair < P)
 
 
