@@ -40,7 +40,6 @@ class DecodeRows:
         self._contexts = self._brought[_LONGS * 8 * rows :].view(torch.int32)
         self._tables = BlockTables(rows, blocks, device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._logit_rows = torch.arange(rows, device=device)
         self._no_rows = torch.empty(0, dtype=torch.int64, device=device)
         self._no_embeds = torch.empty(0, model.hidden_size, dtype=model.dtype, device=device)
 
@@ -83,7 +82,7 @@ class DecodeRows:
             block_tables=self._tables.device[:size],
             query_start=self._starts[: size + 1],
             context_lens=self._contexts[:size],
-            logit_rows=self._logit_rows[:size],
+            logit_rows=None,
             max_query_len=1,
             max_context_len=self._max_context_len,
         )

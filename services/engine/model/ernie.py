@@ -71,7 +71,7 @@ class ErnieModel:
             query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
             attended = self._attention(query, step, keys, values)
             x, residual = self._rest(layer, attended, residual, step.vision, norm)
-        return ops.logits(x[step.logit_rows], weights.head)
+        return ops.logits(x if step.logit_rows is None else x[step.logit_rows], weights.head)
 
     def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
         attended = self._ops.paged_attention(

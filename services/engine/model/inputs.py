@@ -25,7 +25,7 @@ class StepInput:
     block_tables: Tensor  # [S, B] int32, padded with 0
     query_start: Tensor  # [S + 1] int32
     context_lens: Tensor  # [S] int32
-    logit_rows: Tensor  # [R] int64: rows whose logits are wanted
+    logit_rows: Tensor | None  # [R] int64: rows whose logits are wanted; None: of all
     max_query_len: int
     max_context_len: int
     lengths: Lengths = ()  # of each sequence as the host knows them; () where a step is captured

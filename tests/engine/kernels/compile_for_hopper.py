@@ -24,6 +24,7 @@ from services.engine.kernels.gpu import (
     pick,
     qkv,
     rms_norm,
+    rotary_tables,
     router,
     silu_mul,
     sort,
@@ -60,7 +61,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     driver.set_active(NoDriver())
-    attention, sampled = (paged_attention, qkv, rms_norm), (pick, threshold)
+    attention, sampled = (paged_attention, qkv, rms_norm, rotary_tables), (pick, threshold)
     products = (experts, grouped, grouped_plain, grouped_quantized, linear)
     for module in (*attention, *products, add_norm_scores, router, silu_mul, sort, *sampled):
         module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
@@ -88,6 +89,8 @@ def decode(sequences: int) -> None:
 
     x, angles, cache = zeros(sequences, HIDDEN), zeros(sequences, DIM // 2, dtype=torch.float32), zeros(2, 64, 4, DIM)
     slots, ints = zeros(sequences, dtype=torch.int64), zeros(sequences + 1, 40, dtype=torch.int32)
+    axes = torch.zeros(DIM // 2, dtype=torch.int64)
+    rotary_tables.rotary_tables(axes.expand(3, -1)[:, :sequences], angles[0], axes)
     query = qkv.qkv(x, weight((HEADS + 2 * KV_HEADS) * DIM), angles, angles, cache, cache, slots)
     paged_attention.paged_attention(query, cache, cache, ints[:-1], ints[:, 0], ints[:-1, 0], 1, 2560, 0.1)
     shared = SwiGLU(weight(2 * HIDDEN), weight(HIDDEN))

@@ -29,6 +29,7 @@ from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, Weight, dequantize, quantize, with_plain
+from services.engine.kernels.rotary import rotary_tables
 from services.engine.kernels.router import router
 
 OPS, REFERENCE = gpu_ops(), Ops()
@@ -72,6 +73,18 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     x, norm = draw(rows, width, dtype=dtype), draw(width, dtype=dtype, seed=1)
     close(OPS.rms_norm(x, norm, 1e-5), REFERENCE.rms_norm(x, norm, 1e-5))
+
+
+@pytest.mark.parametrize(("rows", "half"), [(1, 64), (40, 12)])
+def test_rotary_tables(rows: int, half: int) -> None:
+    positions = torch.randint(0, 131072, (4, rows), generator=torch.Generator().manual_seed(0)).to(DEVICE)[1:]
+    frequencies = (1.0 / 500000.0 ** (torch.arange(half) / half)).to(DEVICE)
+    axes = (torch.arange(half, device=DEVICE) % 3).flip(0)
+    for actual, expected in zip(
+        OPS.rotary_tables(positions, frequencies, axes), rotary_tables(positions, frequencies, axes), strict=True
+    ):
+        # Both of what a float32 product of position and frequency is.
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,6 +22,7 @@ def test_kernels_compile_for_hopper() -> None:
     sampling = {"_tally_kernel", "_threshold_kernel", "_slices_kernel", "_find_kernel"}
     decode = {"_qkv_kernel", "_decode_kernel", "_merge_kernel", "_whole_kernel", "_linear_kernel", "_rotate_kernel"}
     block = {
+        "_rotary_tables_kernel",
         "_add_norm_kernel",
         "_add_norm_scores_kernel",
         "_choose_gate_up_kernel",

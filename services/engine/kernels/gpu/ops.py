@@ -8,6 +8,7 @@ from services.engine.kernels.gpu.paged_attention import paged_attention
 from services.engine.kernels.gpu.pick import pick
 from services.engine.kernels.gpu.qkv import qkv
 from services.engine.kernels.gpu.rms_norm import rms_norm
+from services.engine.kernels.gpu.rotary_tables import rotary_tables
 from services.engine.kernels.gpu.threshold import threshold
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.sampling_ops import SamplingOps
@@ -16,6 +17,7 @@ from services.engine.kernels.sampling_ops import SamplingOps
 def gpu_ops() -> Ops:
     """Triton where it pays; lookups and plain products stay torch's."""
     return Ops(
+        rotary_tables=rotary_tables,
         rms_norm=rms_norm,
         qkv=qkv,
         paged_attention=paged_attention,
