@@ -1,7 +1,7 @@
 """A plan as arrays: everything a step needs, built on the host and moved to the device once each."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -62,10 +62,9 @@ class HostStep:
         """The step on a device."""
         assert (self.sources < 0).all(), "the id of a row is still in flight"
         longest = int(self.context_lens.max())
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "token_ids": self.token_ids,
             "positions": self.positions,
-            "vision": self.vision,
             "embed_rows": self.embed_rows,
             "slots": self.slots,
             "block_tables": block_tables(self.blocks, -(-longest // block_size)),
@@ -73,10 +72,12 @@ class HostStep:
             "context_lens": self.context_lens,
             "logit_rows": self.logit_rows,
         }
-        moved = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
+        if self.vision.any():
+            arrays["vision"] = self.vision
+        moved: dict[str, Any] = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
         lengths = zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)
         return StepInput(
-            **moved,
+            **{"vision": None} | moved,
             embeds=self.embeds.to(device, non_blocking=True),
             max_query_len=self.max_query_len,
             max_context_len=longest,

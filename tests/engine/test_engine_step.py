@@ -53,6 +53,15 @@ def test_a_step_knows_its_lengths_on_the_host() -> None:
     assert step.lengths == ((1, 4), (1, 14), (1, 8), (1, 7))
 
 
+@pytest.mark.parametrize(("first_of_vision", "expected"), [(52, True), (99, False)])
+def test_a_step_says_if_a_row_is_the_vision_experts(first_of_vision: int, expected: bool) -> None:
+    step = StepBuilder(Model(), BLOCK, image_patch_id=first_of_vision)._mixed(decoding())
+    moved = step.to(torch.device("cpu"), BLOCK)
+    assert (moved.vision is not None) == expected
+    if moved.vision is not None:
+        assert moved.vision.tolist() == [token >= first_of_vision for token in step.token_ids.tolist()]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_of_media_are_those_of_the_chunk(dtype: torch.dtype) -> None:
     """Of two images, stored in two dtypes, the first is cut by the chunk's begin and the second by its end."""

@@ -29,7 +29,7 @@ def linear_moe_add_norm(
     residual: Tensor,
     moe_norm: Tensor,
     moe: MoE,
-    vision: Tensor,
+    vision: Tensor | None,
     top_k: int,
     norm: Tensor,
     eps: float,
@@ -42,7 +42,7 @@ def linear_moe_add_norm(
         out: [H, in].
         residual: [N, H].
         moe_norm, norm: [H]: before the experts and after them.
-        vision: [N] bool: rows of the vision pool.
+        vision: [N] bool: rows of the vision pool; None: no row is, as the host knows.
         top_k: routed experts of a row.
 
     Returns:

@@ -35,6 +35,6 @@ class Ops:
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm
     mlp_add_norm: Callable[[Tensor, SwiGLU, Tensor, Tensor, float], tuple[Tensor, Tensor]] = mlp_add_norm
     linear_moe_add_norm: Callable[
-        [Tensor, Weight, Tensor, Tensor, MoE, Tensor, int, Tensor, float], tuple[Tensor, Tensor]
+        [Tensor, Weight, Tensor, Tensor, MoE, Tensor | None, int, Tensor, float], tuple[Tensor, Tensor]
     ] = linear_moe_add_norm
     logits: Callable[[Tensor, Tensor], Tensor] = logits

@@ -6,7 +6,7 @@ from torch import Tensor
 SUM_MIN = 1e-12  # the model's moe_norm_min
 
 
-def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose top_k experts of the row's own pool.
 
     p is the softmax over the pool's E experts. The bias takes part in the choice only; weights are p of the chosen
@@ -16,7 +16,7 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) ->
         x: [N, H], activations.
         gate: [2 E, H] float32: the text pool's rows, then the vision pool's.
         bias: [2 E] float32.
-        vision: [N] bool.
+        vision: [N] bool: rows of the vision pool; None: no row is.
 
     Returns:
         expert ids [N, top_k] int32 in 0..2 E - 1 (the vision pool's begin at E), best first, and weights
@@ -25,7 +25,7 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) ->
     experts = gate.shape[0] // 2
     # Both pools for every row: twice a small product costs less than parting the rows by pool.
     scores = (x.float() @ gate.T).view(-1, 2, experts)
-    pool = vision.long()
+    pool = torch.zeros(len(x), dtype=torch.long, device=x.device) if vision is None else vision.long()
     p = _of_pool(scores, pool).softmax(-1)
     chosen = (p + bias.view(2, experts)[pool]).topk(top_k, -1).indices
     weights = p.gather(-1, chosen)

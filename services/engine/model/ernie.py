@@ -89,7 +89,7 @@ class ErnieModel:
         return attended.flatten(1)
 
     def _rest(
-        self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor, norm: Tensor
+        self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor | None, norm: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What comes after a layer's attention, and the norm before the next one's."""
         ops, eps, mlp = self._ops, self.config.norm_eps, layer.mlp

@@ -18,7 +18,7 @@ class StepInput:
 
     token_ids: Tensor  # [N] int64
     positions: Tensor  # [3, N] int64: t, h, w
-    vision: Tensor  # [N] bool: routed to the vision experts
+    vision: Tensor | None  # [N] bool: routed to the vision experts; None: no row is
     embed_rows: Tensor  # [M] int64: rows of this step whose embedding is replaced
     embeds: Tensor  # [M, hidden] model dtype: by what
     slots: Tensor  # [N] int64: where each row's key and value go

@@ -178,12 +178,12 @@ def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype) -> None:
     x, residual = draw(rows, 70, dtype=dtype, seed=3), draw(rows, hidden, dtype=dtype, seed=4)
     out = weight(hidden, 70, bits=bits, dtype=dtype, seed=10)
     norms = [draw(hidden, dtype=dtype, seed=s) for s in (11, 12)]
-    vision = torch.arange(rows, device=DEVICE) % 3 == 1
-    arguments = (x, out, residual, norms[0], moe, vision, 3, norms[1], 1e-5)
-    for actual, expected in zip(
-        OPS.linear_moe_add_norm(*arguments), REFERENCE.linear_moe_add_norm(*arguments), strict=True
-    ):
-        close(actual, expected)
+    for vision in (torch.arange(rows, device=DEVICE) % 3 == 1, None):
+        arguments = (x, out, residual, norms[0], moe, vision, 3, norms[1], 1e-5)
+        for actual, expected in zip(
+            OPS.linear_moe_add_norm(*arguments), REFERENCE.linear_moe_add_norm(*arguments), strict=True
+        ):
+            close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
@@ -316,6 +316,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows are many. Tiles are small, and do not divide the widths, which the copy engine can read."""
     monkeypatch.setattr(grouped_plain, "ROWS", 16)
     monkeypatch.setattr(grouped, "EACH", 1)
+    monkeypatch.setattr(grouped, "QUANTIZED_EACH", 1)
     monkeypatch.setattr(grouped, "ample", lambda device: True)
     for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
         monkeypatch.setattr(grouped_plain, name, grouped_plain.Cut(outputs, 32, 4, 2))
@@ -325,8 +326,12 @@ def group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
-@pytest.mark.parametrize(("bits", "many"), [(16, 256), (8, 256), (4, 256), (4, 1)])
-def test_experts_of_many_rows(bits: int, many: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("bits", "many", "media"), [(16, 256, 1), (8, 256, 1), (4, 256, 1), (4, 1, 1), (16, 256, 0), (4, 256, 0)]
+)
+def test_experts_of_many_rows(
+    bits: int, many: int, media: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Some experts get no row.
     rows, count, hidden, top_k = 90, 4, 72, 3
     group(monkeypatch)
@@ -336,11 +341,12 @@ def test_experts_of_many_rows(bits: int, many: int, dtype: torch.dtype, monkeypa
     generator = torch.Generator().manual_seed(rows)
     choice = torch.rand(rows, count, generator=generator).topk(top_k, -1).indices
     choice[choice == 2] = 1
-    ids = (choice + count * (torch.arange(rows) % 3 == 0).long().unsqueeze(1)).to(torch.int32).to(DEVICE)
+    choice += count * (torch.arange(rows) % 3 < media).long().unsqueeze(1)
+    ids = choice.to(torch.int32).to(DEVICE)
     weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
     x = draw(rows, hidden, dtype=dtype)
     assert grouped.takes(x, top_k, text, vision)
-    results = gpu_experts.expert_results(x, ids, text, vision).float().view(rows, top_k, hidden)
+    results = gpu_experts.expert_results(x, ids, text, vision, media > 0).float().view(rows, top_k, hidden)
     combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
     close(combined, experts(x, ids, weights, text, vision))
 

@@ -38,6 +38,14 @@ def test_router(rows: int, count: int, top_k: int) -> None:
         np.testing.assert_allclose(weights[n].numpy(), expected, rtol=1e-5)
 
 
+def test_no_row_of_the_vision_pool() -> None:
+    x, gate, bias = torch.randn(5, 6), torch.randn(8, 6), torch.randn(8)
+    for actual, expected in zip(
+        router(x, gate, bias, None, 2), router(x, gate, bias, torch.zeros(5, dtype=torch.bool), 2), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
 def test_the_bias_chooses_and_does_not_weigh() -> None:
     gate = torch.tensor([[4.0], [1.0], [0.0], [0.0], [0.0], [0.0]])
     bias = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0, 0.0])

@@ -223,19 +223,20 @@ def group_rows(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     return place, tile_expert
 
 
-def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, media: bool = True) -> Tensor:
     """Every chosen expert applied to its row; still to be weighted and summed.
 
     Args:
         x: [N, H], contiguous.
         ids: [N, K] int32.
         text, vision: quantised alike.
+        media: whether there may be choices of the vision pool.
 
     Returns:
         [N K, H] in the dtype of x.
     """
     if takes(x, ids.shape[1], text, vision):
-        return grouped_experts(x, ids, text, vision)
+        return grouped_experts(x, ids, text, vision, media)
     flat, experts = ids.flatten(), len(text) + len(vision)
     tiles = plan(len(flat), experts, parts(text.down)[2])
     place, owner = group_rows(flat, experts, tiles.rows) if tiles.grouped else (flat, flat)

@@ -21,7 +21,9 @@ from services.engine.kernels.gpu.sort import Sorted, sort_pairs
 from services.engine.kernels.quantize import Quantized, Weight, in_features
 from services.engine.kernels.room import roomy
 
-EACH = 32  # rows of an expert, on average over both pools, from which on a tile of rows is full enough
+# Rows of an expert, on average over both pools, from which on tiles of rows are full enough; of quantised weights, from
+# which on the products gain more than the launches before them take.
+EACH, QUANTIZED_EACH = 32, 64
 
 
 @triton.jit
@@ -49,7 +51,8 @@ def _gather_kernel(
 def takes(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
     """Whether there are rows enough, memory for copies of them, and the copy engine can read where rows begin."""
     experts = len(text) + len(vision)
-    enough = len(x) * top_k >= EACH * experts and experts & (experts - 1) == 0
+    least = QUANTIZED_EACH if isinstance(text.gate_up, Quantized) else EACH
+    enough = len(x) * top_k >= least * experts and experts & (experts - 1) == 0
     widths = (x.shape[1], x.stride(0), in_features(text.down), in_features(vision.down))
     return enough and ample(x.device) and all(width * x.element_size() % 16 == 0 for width in widths)
 
@@ -59,17 +62,19 @@ def ample(device: torch.device) -> bool:
     return device.type != "cuda" or roomy(device)
 
 
-def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
+def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, media: bool = True) -> Tensor:
     """Every chosen expert applied to its row.
 
     Args:
         x: [N, H], the last dimension contiguous.
         ids: [N, K] int32.
         text, vision: quantised alike.
+        media: whether there may be choices of the vision pool.
 
     Returns:
         [N K, H] in the dtype of x.
     """
+    pools = (text, vision) if media else (text,)
     products: Any = grouped_plain
     experts, tile = len(text) + len(vision), grouped_plain.ROWS
     if isinstance(text.gate_up, Quantized):
@@ -78,11 +83,11 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     rows = _in_order(x, order, ids.shape[1], text.gate_up)
     width = max(_inputs(text.down), _inputs(vision.down))
     inner = torch.empty(len(order.place), width, dtype=x.dtype, device=x.device)
-    for nth, pool in enumerate((text, vision)):
+    for nth, pool in enumerate(pools):
         products.gate_up(rows, order, nth, pool.gate_up, inner)
     del rows
     results = torch.empty(ids.numel(), x.shape[1], dtype=x.dtype, device=x.device)
-    for nth, pool in enumerate((text, vision)):
+    for nth, pool in enumerate(pools):
         products.down(inner, order, nth, pool.down, results)
     return results
 

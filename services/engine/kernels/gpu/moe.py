@@ -50,7 +50,7 @@ def linear_moe_add_norm(
     residual: Tensor,
     moe_norm: Tensor,
     moe: MoE,
-    vision: Tensor,
+    vision: Tensor | None,
     top_k: int,
     norm: Tensor,
     eps: float,
@@ -84,11 +84,17 @@ def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
     return partial_linear(gated_linear(x, mlp.gate_up), mlp.down)
 
 
-def _routed(x: Tensor, moe: MoE, vision: Tensor, top_k: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+def _routed(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = _text_only(x.device, ceil_pow2(len(x)))[: len(x)] if vision is None else vision
     if scores is not None and len(x) * top_k <= FEW:
-        return routed_results(x, scores, moe.bias, vision, top_k, moe.text, moe.vision)
-    ids, weights = router(x, moe.gate, moe.bias, vision, top_k, scores)
-    return expert_results(x, ids, moe.text, moe.vision), weights
+        return routed_results(x, scores, moe.bias, rows, top_k, moe.text, moe.vision)
+    ids, weights = router(x, moe.gate, moe.bias, rows, top_k, scores)
+    return expert_results(x, ids, moe.text, moe.vision, media=vision is not None), weights
+
+
+@cache
+def _text_only(device: torch.device, rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.bool, device=device)
 
 
 def _combine(
