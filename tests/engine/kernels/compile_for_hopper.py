@@ -3,6 +3,7 @@
 Needs no GPU. A program of its own: Triton is told once a process whether it compiles or interprets.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.quantize import Bits, Quantized, quantize
 
+SETTLED = "wgmma.wait_group.sync.aligned 0; mov"
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         assert "cubin" in kernel.asm
+        assert not overwrites_operands(kernel.asm), f"{self.__name__} unpacks to registers that are still read"
         print(self.__name__)
         return kernel
 
@@ -70,6 +73,14 @@ def main() -> None:
     decode(4)
     decode(SEQUENCES)
     prefill()
+
+
+def overwrites_operands(asm: dict[str, Any]) -> bool:
+    """Whether large matrix instructions that take an operand from registers may still run when a loop comes to write
+    these again: see services.engine.kernels.gpu.matmul.settled."""
+    from_registers = re.search(r"warp_group_dot %.*: tensor<", asm["ttgir"])
+    runs_on = re.search(r"warp_group_dot_wait .*pendings = [1-9]", asm["ttgir"])
+    return bool(from_registers and runs_on) and SETTLED not in asm["ptx"]
 
 
 def sampling() -> None:
