@@ -19,9 +19,8 @@ from services.engine.kernels.gpu.sort import Sorted
 from services.engine.kernels.quantize import GROUP, PLANES, Quantized
 
 WEIGHT_ROWS, INPUTS = 128, TAKEN * PLANES  # of a program's tile of a weight
-
-
-FEW_ROWS, MANY_ROWS = 128, 256  # of a tile: the larger reads a weight half as often, and is padded with more rows
+# Rows of one of activations: the larger reads a weight half as often, and is padded with more rows.
+FEW_ROWS, MANY_ROWS = 128, 256
 MANY = 256  # rows of an expert, on average over both pools, from which on a tile is large
 
 

@@ -21,7 +21,7 @@ def interleaved(column):
     change places, so that this is its own inverse. Columns are a range that begins at a multiple of 16."""
     at = column % _GROUP
     place = column - at + at % _LANES // _TAKEN * _LANES + at // _LANES * _TAKEN + at % _TAKEN
-    return tl.max_contiguous(tl.multiple_of(place, 16), 16)
+    return tl.max_contiguous(tl.multiple_of(place, _TAKEN), _TAKEN)
 
 
 @triton.jit

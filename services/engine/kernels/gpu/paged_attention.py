@@ -37,7 +37,7 @@ class Decode:
 
 
 # So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be. Those
-# have a program each, which are all at work at once if they take little of a multiprocessor's memory.
+# have a program each, which has much on its way.
 FEW, MANY, MANY_SEQUENCES = Decode(3, 256, 0, False), Decode(4, 2048, 16, True), 48
 TILE, WARPS = 64, 4  # tokens, at most a page
 MERGED = 8  # partial softmaxes that are read together, at most

@@ -21,7 +21,7 @@ class Sorted:
     place: Tensor  # [tiles * tile] int32, the pair of each row or -1
     owner: Tensor  # [tiles] int32, the expert of each tile, `experts` past the end
     bounds: Tensor  # [3] int32, the tiles before the first pool, before the second, and before the end
-    tile: int
+    tile: int  # its rows
 
 
 @triton.jit
