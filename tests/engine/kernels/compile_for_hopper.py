@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from services.engine.kernels.experts import ExpertPool
 from services.engine.kernels.gpu import (
     add_norm_scores,
+    dequantize,
     experts,
     grouped,
     grouped_plain,
@@ -134,6 +135,8 @@ def prefill() -> None:
         grouped.grouped_experts(room(rows, HIDDEN), ids, *pools(bits))
     plain = ExpertPool(room(2, 2 * 512, HIDDEN), room(2, HIDDEN, 512))
     grouped.grouped_experts(room(rows, HIDDEN), ids, plain, plain)
+    for bits in (4, 8):
+        dequantize.dequantize(quantize(room(2, 512, HIDDEN), bits))
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)
     tables = torch.zeros(1, 4, dtype=torch.int32)
     paged_attention.paged_attention(

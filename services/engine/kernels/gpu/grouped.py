@@ -83,12 +83,13 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     rows = _in_order(x, order, ids.shape[1], text.gate_up)
     width = max(_inputs(text.down), _inputs(vision.down))
     inner = torch.empty(len(order.place), width, dtype=x.dtype, device=x.device)
+    inners = [inner[:, : _inputs(pool.down)] for pool in pools]
     for nth, pool in enumerate(pools):
-        products.gate_up(rows, order, nth, pool.gate_up, inner)
+        products.gate_up(rows, order, nth, pool.gate_up, inners[nth])
     del rows
     results = torch.empty(ids.numel(), x.shape[1], dtype=x.dtype, device=x.device)
     for nth, pool in enumerate(pools):
-        products.down(inner, order, nth, pool.down, results)
+        products.down(inners[nth], order, nth, pool.down, results)
     return results
 
 

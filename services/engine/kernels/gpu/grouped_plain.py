@@ -82,7 +82,7 @@ def gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, inner: Tensor) -
     Args:
         x: [rows, H], in order.
         weight: [E, 2 I, H].
-        inner: [rows, >= I]; the pool's rows are written.
+        inner: [rows, I], of strided rows; the pool's are written.
     """
     cut, (experts, double, hidden) = GATE_UP, weight.shape
     width = double // 2
@@ -105,7 +105,7 @@ def down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tensor
     """
     cut, (experts, hidden, width) = DOWN, weight.shape
     _down_kernel[(_programs(cut, order, hidden, inner),)](
-        TensorDescriptor.from_tensor(inner[:, :width], [order.tile, cut.inputs]),
+        TensorDescriptor.from_tensor(inner, [order.tile, cut.inputs]),
         TensorDescriptor.from_tensor(weight, [1, cut.outputs, cut.inputs]),
         order.place, order.owner, order.bounds, results, width, hidden, nth,
         E=experts, **_options(cut, order, inner),

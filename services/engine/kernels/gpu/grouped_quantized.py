@@ -16,7 +16,7 @@ from services.engine.kernels.gpu.launch import multiprocessors, overlapped, pred
 from services.engine.kernels.gpu.matmul import at_least_one, gate_or_up, gated, scales, settled, stored, unpack, widen
 from services.engine.kernels.gpu.sizes import ceil_div
 from services.engine.kernels.gpu.sort import Sorted
-from services.engine.kernels.quantize import GROUP, PLANES, Quantized
+from services.engine.kernels.quantize import PLANES, Quantized
 
 WEIGHT_ROWS, INPUTS = 128, TAKEN * PLANES  # of a program's tile of a weight
 # Rows of one of activations: the larger reads a weight half as often, and is padded with more rows.
@@ -104,11 +104,10 @@ def tile_rows(bits: int, each: float) -> int:
 
 
 def gate_up(x: Tensor, order: Sorted, nth: int, weight: Quantized, inner: Tensor) -> None:
-    """See services.engine.kernels.gpu.grouped_plain. Of a row of `inner`, as many columns are written as the pool's
-    second product stores inputs."""
+    """See services.engine.kernels.gpu.grouped_plain. The second product may store more inputs than this one has
+    outputs: they are 0."""
     (experts, double), inputs, outputs = weight.scale.shape, weight.stored_inputs, WEIGHT_ROWS // 2
-    width = double // 2
-    written = width if weight.bits == 8 else ceil_div(width, GROUP) * GROUP
+    width, written = double // 2, inner.shape[1]
     _quantized_gate_up_kernel[(_programs(order, written, outputs, x),)](
         TensorDescriptor.from_tensor(x, [order.tile, INPUTS]), weight.data, weight.scale,
         order.owner, order.bounds, inner, inputs, width, written, weight.data.stride(1), inner.stride(0), nth,
@@ -121,7 +120,7 @@ def down(inner: Tensor, order: Sorted, nth: int, weight: Quantized, results: Ten
     """See services.engine.kernels.gpu.grouped_plain."""
     (experts, hidden), inputs = weight.scale.shape, weight.stored_inputs
     _quantized_down_kernel[(_programs(order, hidden, WEIGHT_ROWS, inner),)](
-        TensorDescriptor.from_tensor(inner[:, :inputs], [order.tile, INPUTS]), weight.data, weight.scale,
+        TensorDescriptor.from_tensor(inner, [order.tile, INPUTS]), weight.data, weight.scale,
         order.place, order.owner, order.bounds, results, inputs, hidden, weight.data.stride(1), nth,
         E=experts, EVEN=inputs % INPUTS == 0 and hidden % WEIGHT_ROWS == 0, **_options(weight, order, inner),
     )  # fmt: skip
