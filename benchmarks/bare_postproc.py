@@ -12,20 +12,20 @@ from pathlib import Path
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from services.postproc.detokenize import Vocabulary
-from services.postproc.flows import Flow, Turn
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.outbox import Outbox
+from services.postproc.request_states import RequestState, TurnOutput
 from services.postproc.settings import PostprocSettings
+from services.postproc.text.detokenize import Vocabulary
 from services.postproc.worker import SERVICE, Worker
 from shared import service
-from shared.bus import command
-from shared.keys import Keys
-from shared.leases import Fence
+from shared.bus.client import command
+from shared.bus.keys import Keys
+from shared.bus.leases import Fence
+from shared.bus.wire import Wire
 from shared.messages import Delta, Deltas, to_entry
-from shared.tokenizer import Tokenizer
+from shared.model.tokenizer import Tokenizer
 from shared.tracing import Tracing
-from shared.wire import Wire
 
 
 class BareOutbox(Outbox):
@@ -55,12 +55,12 @@ class BareWorker(Worker):
         super().__init__(redis, keys, settings, vocabulary, metrics)
         self._outbox = BareOutbox(redis, keys, settings.deltas_max_len)
 
-    async def _save(self, flows: list[Flow]) -> None:
-        for flow in flows:
-            flow.saved()
+    async def _save(self, states: list[RequestState]) -> None:
+        for state in states:
+            state.saved()
 
-    async def _end(self, turn: Turn) -> None:
-        turn.gone += [flow.request_id for flow in turn.kept]
+    async def _end(self, turn: TurnOutput) -> None:
+        turn.gone += [state.request_id for state in turn.kept]
         turn.kept.clear()
         await super()._end(turn)
 

@@ -40,22 +40,22 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import engine_service
 from benchmarks.engine_client import Passage
 from benchmarks.steps import GENERATED, PROMPT, WARM_STEPS, step_ms
-from services.engine.assembly import runner_for
-from services.engine.blocks import BlockPool
-from services.engine.emission import Emission
-from services.engine.engine import Engine
-from services.engine.kernels.gpu.ops import gpu_ops
-from services.engine.mailbox import Add, Mailbox
+from services.engine.kernels.triton.ops import gpu_ops
+from services.engine.loop.engine import Engine
+from services.engine.loop.mailbox import Add, Mailbox
+from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import Quantization, load_weights
-from services.engine.runner import Runner
-from services.engine.scheduler import Limits, Scheduler
-from services.engine.sequence import EngineFacts, build
-from services.engine.sequence import Sequence as Asked
+from services.engine.run.assembly import runner_for
+from services.engine.run.runner import Runner
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.scheduler import Limits, Scheduler
+from services.engine.schedule.sequence import EngineFacts, build
+from services.engine.schedule.sequence import Sequence as Asked
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
-from shared.model_config import ModelConfig, VisionConfig
+from shared.model.config import ModelConfig, VisionConfig
 
 PROFILED_STEPS = 8
 
@@ -132,10 +132,10 @@ class Watch:
         self._profiler = profiler
         self.stamps: list[tuple[float, int]] = []
 
-    def __call__(self, emission: Emission) -> None:
-        tokens = sum(len(run.tokens) for message in emission.messages().values() for run in message.runs)
+    def __call__(self, step_output: StepOutput) -> None:
+        tokens = sum(len(run.tokens) for message in step_output.messages().values() for run in message.runs)
         self.stamps.append((time.perf_counter(), tokens))
-        self._left -= len(emission.ended)
+        self._left -= len(step_output.ended)
         if self._left == 0:
             self._mailbox.close()
         if self._profiler is not None:

@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 
 from benchmarks.steps import GENERATED, PROMPT, step_ms
-from shared import bus
-from shared.keys import GENERATE, Keys
+from shared.bus.client import connect
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.records import Records
+from shared.bus.streams import LogReader, send
 from shared.messages import Delta, Deltas, Generate, Message, Output, Request, Sampling, Tokens, pack_ids
-from shared.records import Records
-from shared.streams import LogReader, send
 
 BLOCK_MS = 1000
 PAGE = 100
@@ -80,7 +80,7 @@ class Watch:
 
 async def run(load: Load) -> Passage:
     """Submit everything, and read until the last finish."""
-    redis, keys = bus.connect(load.redis_url), Keys(load.namespace)
+    redis, keys = connect(load.redis_url), Keys(load.namespace)
     records, watch = Records(redis, keys), Watch(load)
     gateway = uuid.uuid4().hex
     await send(redis, keys.deltas(gateway), Deltas(()))  # nobody writes to a gateway that has no stream

@@ -23,12 +23,13 @@ from benchmarks.engine_client import Load, Passage
 from benchmarks.vocabulary import write_tokenizer
 from cli.redis_server import RedisServer
 from services.engine.metrics import EngineMetrics
-from services.engine.runner import Runner
-from services.engine.sequence import EngineFacts
+from services.engine.run.runner import Runner
+from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings
-from shared import bus, leases
-from shared.keys import Keys
+from shared.bus import leases
+from shared.bus.client import connect
+from shared.bus.keys import Keys
 from shared.messages import Sampling
 from shared.service import Life
 
@@ -43,7 +44,7 @@ def measure(
     """One load after the other, of one running system. Addresses of `settings` and `loads` are filled in.
 
     Args:
-        loaded: what `services.engine.assembly.runner_for` returns.
+        loaded: what `services.engine.run.assembly.runner_for` returns.
     """
     with tempfile.TemporaryDirectory(prefix="millrace-") as scratch:
         root = Path(scratch)
@@ -75,7 +76,7 @@ def _postproc(redis_url: str, model: Path) -> Iterator[None]:
 async def _serve(
     loaded: tuple[Runner, int], settings: EngineSettings, facts: EngineFacts, loads: Sequence[Load]
 ) -> list[Passage]:
-    redis = bus.connect(settings.redis_url)
+    redis = connect(settings.redis_url)
     metrics = EngineMetrics(CollectorRegistry())
     life = Life(SERVICE, EngineService(settings, redis, facts, lambda: loaded, metrics), settings, redis)
     living = asyncio.create_task(life.run())

@@ -19,12 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from shared import bus
-from shared.bus import command
-from shared.keys import GENERATE, Keys
-from shared.leases import COUNT
+from shared.bus.client import command, connect
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.leases import COUNT
+from shared.bus.streams import LogReader
 from shared.messages import Generate, Tokens
-from shared.streams import LogReader
 
 ISO = "%Y-%m-%d %H:%M:%S.%f"
 BLOCK_MS = 500
@@ -94,7 +93,7 @@ SYNTHETIC: dict[str, Callable[[random.Random], list[Arrival]]] = {"day": day, "b
 
 async def record(redis_url: str, namespace: str, seconds: float) -> list[tuple[str, int, int]]:
     """Follow a deployment for a while, as one reader more of its streams; the rows of requests that ended in it."""
-    redis, keys = bus.connect(redis_url), Keys(namespace)
+    redis, keys = connect(redis_url), Keys(namespace)
     shards = int(await command(redis, "HGET", keys.shards(), COUNT) or 0)
     reader = LogReader(redis, {name: "$" for name in (keys.stream(GENERATE), *map(keys.tokens, range(shards)))})
     begun: dict[str, tuple[str, int]] = {}

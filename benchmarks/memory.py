@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.engine import CONFIG, Bench, Drawn
 from benchmarks.steps import GENERATED
-from services.mm_encoder.encoder import Encoder
-from services.mm_encoder.footprint import device_bytes
-from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, Patches
-from services.mm_encoder.weights import load_weights
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches
+from services.mm_encoder.vision.encoder import Encoder
+from services.mm_encoder.vision.memory import device_bytes
+from services.mm_encoder.vision.weights import load_weights
 from shared.errors import ConfigError
 from shared.messages import Sampling
 

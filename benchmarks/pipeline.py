@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from benchmarks.synthetic_engine import Board
 from cli.demo import write_demo
 from cli.redis_server import RedisServer
-from shared.tokenizer import Tokenizer
+from shared.model.tokenizer import Tokenizer
 
 MARK = "~"  # one token of this text per emitted token; it occurs nowhere else in an event
 NAMESPACE = "bench"

@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from services.engine.assembly import sampling_ops
-from services.engine.sampler import Sampler
-from services.engine.sampling import SamplingPlan, heaviest
+from services.engine.run.assembly import sampling_ops
+from services.engine.run.sampler import Sampler
+from services.engine.run.sampling_plan import SamplingPlan, heaviest
 from services.engine.settings import SamplingClass
 
 VOCABULARY = 103424

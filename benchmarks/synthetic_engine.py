@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.bus import connect
-from shared.custody import Custody
-from shared.keys import GENERATE, Keys
+from shared.bus.client import connect
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.ownership import EntryOwnership
+from shared.bus.streams import LogWriter, WorkStream
 from shared.messages import Begin, Finish, Generate, TokenRun, Tokens, unpack_ids
-from shared.streams import LogWriter, WorkStream
 
 REPORT_TOKENS = 8192
 
@@ -68,19 +68,19 @@ async def run(args: argparse.Namespace) -> None:
     keys = Keys(args.namespace)
     redis = connect(args.redis_url)
     board = Board(args.board)
-    custody = Custody(redis, keys, GENERATE, "engine", "synthetic")
+    ownership = EntryOwnership(redis, keys, GENERATE, "engine", "synthetic")
     work = WorkStream(redis, keys, GENERATE, "engine", "synthetic", 3)
     await work.join()
     log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
     for _ in range(args.rounds):
-        await one_round(args, log, board, custody, work)
+        await one_round(args, log, board, ownership, work)
     await redis.aclose()
 
 
-async def one_round(args, log, board, custody, work) -> None:  # type: ignore[no-untyped-def]
+async def one_round(args, log, board, ownership, work) -> None:  # type: ignore[no-untyped-def]
     """One batch of `--streams` requests, start to end."""
     taken = await collect(work, args.streams)
-    epochs = await custody.claim([(entry_id, message.request.id) for entry_id, message in taken])
+    epochs = await ownership.claim([(entry_id, message.request.id) for entry_id, message in taken])
     shards = sorted({message.request.shard for _, message in taken})
     by_shard = {s: [m.request.id for _, m in taken if m.request.shard == s] for s in shards}
     now = time.monotonic()

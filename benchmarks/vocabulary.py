@@ -15,7 +15,7 @@ SYLLABLES = tuple(first + second for first in "bdfghjklmnprstvz" for second in "
 
 
 def write_tokenizer(directory: Path, size: int) -> None:
-    """tokenizer.json of `size` ids, as `shared.tokenizer` reads it: controls, bytes, and words of a few letters."""
+    """tokenizer.json of `size` ids for `shared.model.tokenizer`: controls, bytes, and words of a few letters."""
     pieces = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))]
     words = (_word(number) for number in range(size - len(pieces)))
     vocab = {text: i for i, text in enumerate([*pieces, *words])}

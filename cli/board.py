@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared.pipeline_view import HELD, QUEUES, ROOM, PipelineView, QueueView, ReplicaView, StageView, problems
+from shared.bus.pipeline_view import HELD, QUEUES, ROOM, PipelineView, QueueView, ReplicaView, StageView, problems
 
 COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "gone": "red", "unreadable": "red"}
 SHARES = ("kv_usage", "prefix_hits", "cache_hits")  # figures that are parts of one

@@ -10,13 +10,13 @@ from cli.flags import Launch
 from services.engine.settings import EngineSettings
 from services.engine.settings import check as check_engine
 from services.gateway.settings import GatewaySettings
-from services.mm_encoder.footprint import device_bytes
 from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.vision.memory import device_bytes
 from services.postproc.settings import PostprocSettings
 from shared import config
 from shared.config import CommonSettings
 from shared.errors import ConfigError
-from shared.model_config import load_model_config
+from shared.model.config import load_model_config
 
 PREFIX = "MILLRACE_"
 # In the order in which they are stopped: first who lets requests in, last who gives answers out.

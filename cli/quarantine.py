@@ -21,15 +21,14 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli.connection import parser
-from services.gateway import form as forms
-from shared import bus
-from shared.blobs import EMBEDS, MEDIA, Blobs
-from shared.bus import command
+from services.gateway.request import answer_format as forms
+from shared.bus.blobs import EMBEDS, MEDIA, Blobs
+from shared.bus.client import command, connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import COUNT
+from shared.bus.records import Records
 from shared.errors import ConfigError, ProtocolError
-from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import COUNT
 from shared.messages import Encode, Generate, Request, from_entry, unpack_ids
-from shared.records import Records
 
 DONE, NOT_DONE, UNKNOWN = 0, 1, 2
 STREAMS = (ENCODE, GENERATE)
@@ -88,8 +87,8 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int:
-    redis = bus.connect(where.redis_url)
-    blob_redis = bus.connect(where.blob_redis_url) if where.blob_redis_url else redis
+    redis = connect(where.redis_url)
+    blob_redis = connect(where.blob_redis_url) if where.blob_redis_url else redis
     try:
         ward = Quarantine(redis, Keys(where.namespace), blob_redis)
         if action == "list":

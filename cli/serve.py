@@ -19,9 +19,10 @@ from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
 from cli.redis_server import RedisServer
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
-from shared import bus, leases
-from shared.keys import Keys
-from shared.pipeline_view import HELD
+from shared.bus import leases
+from shared.bus.client import connect
+from shared.bus.keys import Keys
+from shared.bus.pipeline_view import HELD
 
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then
@@ -140,7 +141,7 @@ class System:
 
     async def _watch(self) -> None:
         """Say when a stage becomes ready and, when it has changed, what each is doing."""
-        client = bus.connect(self._redis_url)
+        client = connect(self._redis_url)
         said, said_at = "", time.monotonic()
         try:
             while True:

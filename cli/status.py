@@ -11,9 +11,9 @@ import msgspec
 from redis.exceptions import RedisError
 
 from cli.connection import parser
-from shared import bus
-from shared.keys import Keys
-from shared.pipeline_view import HELD, PipelineView, StageView, problems, read
+from shared.bus.client import connect
+from shared.bus.keys import Keys
+from shared.bus.pipeline_view import HELD, PipelineView, StageView, problems, read
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 
@@ -54,8 +54,8 @@ async def look(redis_url: str, blob_redis_url: str | None, namespace: str) -> Pi
         ConfigError: a URL is malformed.
         RedisError: Redis does not answer.
     """
-    redis = bus.connect(redis_url)
-    blobs = bus.connect(blob_redis_url) if blob_redis_url else None
+    redis = connect(redis_url)
+    blobs = connect(blob_redis_url) if blob_redis_url else None
     try:
         return await read(redis, Keys(namespace), blobs)
     finally:

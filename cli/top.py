@@ -17,10 +17,10 @@ from rich.text import Text
 from cli.board import draw
 from cli.connection import parser
 from cli.status import UNKNOWN, look
-from shared import bus
+from shared.bus.client import connect
+from shared.bus.keys import Keys
+from shared.bus.pipeline_view import read
 from shared.errors import ConfigError
-from shared.keys import Keys
-from shared.pipeline_view import read
 
 EVERY_S = 1.0
 WIDE = 160  # columns where there is no terminal to ask
@@ -54,8 +54,8 @@ def _once(console: Console, redis_url: str, blob_redis_url: str | None, namespac
 
 async def _watch(console: Console, redis_url: str, blob_redis_url: str | None, keys: Keys) -> None:
     """Draw until q is pressed."""
-    redis = bus.connect(redis_url)
-    blobs = bus.connect(blob_redis_url) if blob_redis_url else None
+    redis = connect(redis_url)
+    blobs = connect(blob_redis_url) if blob_redis_url else None
     try:
         with _pressed("q") as told, Live(console=console, screen=True, auto_refresh=False) as live:
             drawing = asyncio.create_task(_draw(live, redis, blobs, keys))

@@ -44,7 +44,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     blob_budget_bytes: Positive = 4 << 30
     otlp_endpoint: HttpUrl = ""  # of a collector of traces, http://HOST:4318; empty: no traces (shared/tracing.py)
     trace_ratio: Share = 1.0  # of the traces that begin here; one that a caller began is recorded if the caller says so
-    crash_at: str = ""  # tests only: where to die (shared/crash.py)
+    crash_at: str = ""  # tests only: where to die (shared/crash_points.py)
 
 
 S = TypeVar("S", bound=msgspec.Struct)

@@ -97,7 +97,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     deadline: float | None = None  # unix seconds
     retain_s: float = 0.0  # how long record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
-    form: bytes = b""  # the gateways' own (services/gateway/form.py): how the answer is written, by whichever of them
+    form: bytes = b""  # the gateways' own (request/answer_format.py): how the answer is written, by whichever of them
 
 
 # ---------------------------------------------------------------------------------------------------- work streams
@@ -303,13 +303,13 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     replica: str
 
 
-class Landed(msgspec.Struct, frozen=True, tag=True):
+class Encoded(msgspec.Struct, frozen=True, tag=True):
     """Whoever waited for these embeddings may look for them: they are stored, or the one that made them gave up."""
 
     key: str
 
 
-Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Landed
+Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Encoded
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

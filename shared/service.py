@@ -18,13 +18,14 @@ from typing import Protocol, TypeVar
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import bus, config, crash, log, metrics, tracing
+from shared import config, crash_points, log, metrics, tracing
+from shared.bus.client import MAX_BLOCK_MS, connect
+from shared.bus.keys import Keys
+from shared.bus.leases import Lease
+from shared.bus.streams import LogReader
 from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError, ProtocolError
-from shared.keys import Keys
-from shared.leases import Lease
 from shared.messages import Drain
-from shared.streams import LogReader
 from shared.tracing import Tracing
 
 FAILED = 1
@@ -74,9 +75,9 @@ def launch(
     try:
         told = config.load(settings, environ)
         log.setup(name, told.name, told.log_level)
-        crash.arm(told.crash_at)
+        crash_points.arm(told.crash_at)
         metrics.serve(told.metrics_port)
-        redis = bus.connect(told.redis_url)
+        redis = connect(told.redis_url)
         traces = tracing.start(name, told)
         service = build(told, redis, tracing=traces)
     except (ConfigError, CheckpointError) as error:
@@ -211,7 +212,7 @@ class Life:
         control = LogReader(self._redis, {self._control: "$"})
         while True:
             try:
-                messages = await control.read(100, bus.MAX_BLOCK_MS)
+                messages = await control.read(100, MAX_BLOCK_MS)
             except ProtocolError:
                 continue  # of another version, so of no concern to us
             except RedisError as error:

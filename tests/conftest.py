@@ -11,8 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
-from shared import bus
-from shared.keys import Keys
+from shared.bus.client import connect
+from shared.bus.keys import Keys
 
 # Triton decides when it is imported whether kernels are compiled or interpreted; several tests import it by the way.
 if shutil.which("nvidia-smi") is None:
@@ -50,7 +50,7 @@ def redis_url(redis_server: RedisServer) -> str:
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
     """A client as the services have it."""
-    client = bus.connect(redis_url)
+    client = connect(redis_url)
     yield client
     await client.aclose()
 

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 from redis.asyncio import Redis
 
-from shared import bus
-from shared.keys import ENCODE, GENERATE, Keys
+from shared.bus.client import connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
 
 READY_S = 120.0  # on a machine with two slow cores
 STOP_S = 60.0
@@ -119,7 +119,7 @@ class System:
 
     async def running_requests(self) -> int:
         """How many requests the engine has, waiting or running."""
-        client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
+        client = connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
             return int(await client.xlen(Keys("millrace").stream(GENERATE)))
         finally:
@@ -129,7 +129,7 @@ class System:
         """What Redis still holds of requests, once it holds nothing or enough time has passed: keys that are none of
         those that last, and how many entries the work streams have.
         """
-        client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
+        client = connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
             for _ in range(int(SETTLE_S / LOOK_S)):
                 if not (left := await _of_requests(client, Keys("millrace"))):

@@ -131,14 +131,18 @@ def services_stand_below_the_cli(modules: Modules) -> list[str]:
 def torch_in_shared_is_the_checkpoint_reader(modules: Modules) -> list[str]:
     return direct(
         modules,
-        lambda name: within(name, "shared") and name != "shared.checkpoint",
-        lambda _, imported: within(imported, *BRINGS_TORCH, "shared.checkpoint"),
+        lambda name: within(name, "shared") and name != "shared.model.checkpoint",
+        lambda _, imported: within(imported, *BRINGS_TORCH, "shared.model.checkpoint"),
     )
 
 
 def light_parts_never_reach_torch(modules: Modules) -> list[str]:
     return reaches_torch(
-        modules, "services.gateway", "services.postproc", "services.engine.scheduler", "services.engine.blocks"
+        modules,
+        "services.gateway",
+        "services.postproc",
+        "services.engine.schedule.scheduler",
+        "services.engine.schedule.blocks",
     )
 
 
@@ -156,7 +160,7 @@ def clients_come_from_the_bus(modules: Modules) -> list[str]:
     return [
         f"{name}: {called}(...)"
         for name, module in modules.items()
-        if name != "shared.bus" and not within(name, "benchmarks")
+        if name != "shared.bus.client" and not within(name, "benchmarks")
         if any(within(imported, "redis", "valkey") for imported in imports(module))
         for called, _ in calls(module)
         if called.rsplit(".", 1)[-1] in BUILDS_CLIENTS
@@ -202,27 +206,35 @@ RULES = [
 ]
 
 PLANTED = [
-    (imports_are_absolute, "services/engine/engine.py", "from ..gateway import app"),
-    (services_stand_alone, "services/gateway/app.py", "from services.engine.scheduler import Scheduler"),
-    (services_stand_alone, "services/gateway/app.py", "def f():\n    import services.postproc"),
-    (services_stand_alone, "services/gateway/app.py", "from services import engine"),
-    (shared_stands_below, "shared/keys.py", "import services.gateway.app"),
-    (shared_stands_below, "shared/keys.py", "from cli import main"),
-    (services_stand_below_the_cli, "services/engine/engine.py", "from cli.flags import parse"),
-    (torch_in_shared_is_the_checkpoint_reader, "shared/keys.py", "import torch.nn as nn"),
-    (torch_in_shared_is_the_checkpoint_reader, "shared/keys.py", "from shared.checkpoint import Checkpoint"),
+    (imports_are_absolute, "services/engine/loop/engine.py", "from ..gateway import app"),
+    (services_stand_alone, "services/gateway/http/app.py", "from services.engine.schedule.scheduler import Scheduler"),
+    (services_stand_alone, "services/gateway/http/app.py", "def f():\n    import services.postproc"),
+    (services_stand_alone, "services/gateway/http/app.py", "from services import engine"),
+    (shared_stands_below, "shared/bus/keys.py", "import services.gateway.http.app"),
+    (shared_stands_below, "shared/bus/keys.py", "from cli import main"),
+    (services_stand_below_the_cli, "services/engine/loop/engine.py", "from cli.flags import parse"),
+    (torch_in_shared_is_the_checkpoint_reader, "shared/bus/keys.py", "import torch.nn as nn"),
+    (torch_in_shared_is_the_checkpoint_reader, "shared/bus/keys.py", "from shared.model.checkpoint import Checkpoint"),
     (light_parts_never_reach_torch, "services/postproc/worker.py", "from torch import Tensor"),
     (light_parts_never_reach_torch, "services/postproc/worker.py", "from shared import weights"),
-    (light_parts_never_reach_torch, "services/engine/scheduler.py", "from services.engine.blocks import Pool"),
-    (kernels_know_no_engine, "services/engine/kernels/moe.py", "from services.engine.model.inputs import StepInput"),
-    (kernels_know_no_engine, "services/engine/kernels/moe.py", "from services.engine import model"),
-    (clients_come_from_the_bus, "services/gateway/app.py", "from redis.asyncio import Redis\nr = Redis()"),
+    (
+        light_parts_never_reach_torch,
+        "services/engine/schedule/scheduler.py",
+        "from services.engine.schedule.blocks import Pool",
+    ),
+    (
+        kernels_know_no_engine,
+        "services/engine/kernels/reference/moe.py",
+        "from services.engine.model.inputs import StepInput",
+    ),
+    (kernels_know_no_engine, "services/engine/kernels/reference/moe.py", "from services.engine import model"),
+    (clients_come_from_the_bus, "services/gateway/http/app.py", "from redis.asyncio import Redis\nr = Redis()"),
     (clients_come_from_the_bus, "cli/serve.py", "import redis\nr = redis.Redis.from_url('redis://x')"),
-    (nothing_runs_data, "shared/keys.py", "import pickle"),
-    (nothing_runs_data, "shared/keys.py", "x = eval('1')"),
-    (nothing_runs_data, "services/engine/engine.py", "import torch\nx = torch.load('f')"),
-    (nothing_runs_data, "services/engine/engine.py", "import numpy\nx = numpy.load('f', allow_pickle=True)"),
-    (configuration_is_read_at_the_root, "services/engine/engine.py", "import os\nx = os.environ['X']"),
+    (nothing_runs_data, "shared/bus/keys.py", "import pickle"),
+    (nothing_runs_data, "shared/bus/keys.py", "x = eval('1')"),
+    (nothing_runs_data, "services/engine/loop/engine.py", "import torch\nx = torch.load('f')"),
+    (nothing_runs_data, "services/engine/loop/engine.py", "import numpy\nx = numpy.load('f', allow_pickle=True)"),
+    (configuration_is_read_at_the_root, "services/engine/loop/engine.py", "import os\nx = os.environ['X']"),
 ]
 
 
@@ -237,19 +249,19 @@ def test_a_planted_violation_is_found(
 ) -> None:
     clean = {
         "shared/__init__.py": "",
-        "shared/keys.py": "",
-        "shared/bus.py": "from redis.asyncio import Redis\nclient = Redis()",
-        "shared/checkpoint.py": "import torch",
-        "shared/weights.py": "from shared.checkpoint import Checkpoint" if "weights" in text else "",
-        "services/gateway/app.py": "import os.path\nfrom shared.keys import x",
+        "shared/bus/keys.py": "",
+        "shared/bus/client.py": "from redis.asyncio import Redis\nclient = Redis()",
+        "shared/model/checkpoint.py": "import torch",
+        "shared/weights.py": "from shared.model.checkpoint import Checkpoint" if "weights" in text else "",
+        "services/gateway/http/app.py": "import os.path\nfrom shared.bus.keys import x",
         "services/gateway/__main__.py": "import os\nx = os.environ",
         "services/postproc/worker.py": "from services.postproc import stop",
         "services/engine/__init__.py": "",
-        "services/engine/engine.py": "import re, torch\nx = re.compile('a')",
-        "services/engine/scheduler.py": "import heapq",
-        "services/engine/blocks.py": "import torch" if "blocks" in text else "",
+        "services/engine/loop/engine.py": "import re, torch\nx = re.compile('a')",
+        "services/engine/schedule/scheduler.py": "import heapq",
+        "services/engine/schedule/blocks.py": "import torch" if "blocks" in text else "",
         "services/engine/kernels/__init__.py": "",
-        "services/engine/kernels/moe.py": "import torch\nfrom services.engine.kernels import reference",
+        "services/engine/kernels/reference/moe.py": "import torch\nfrom services.engine.kernels import reference",
         "cli/serve.py": "from services.gateway import app",
     }
     for name, source in clean.items():

@@ -14,9 +14,10 @@ from cli.autoscaler.metrics import AutoscalerMetrics
 from cli.autoscaler.scaler import Scaler
 from cli.autoscaler.settings import AutoscalerSettings, load
 from cli.connection import Parser
-from shared import bus, log, metrics
+from shared import log, metrics
+from shared.bus.client import connect as connect_redis
+from shared.bus.keys import Keys
 from shared.errors import ConfigError
-from shared.keys import Keys
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -44,7 +45,7 @@ async def serve(settings: AutoscalerSettings, dry_run: bool) -> None:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    redis, keys = bus.connect(settings.redis_url), Keys(settings.namespace)
+    redis, keys = connect_redis(settings.redis_url), Keys(settings.namespace)
     cluster = await connect(settings.kube_namespace)
     leadership = Leadership(redis, keys, settings.name, settings.leader_ms)
     scaler = Scaler(redis, keys, cluster, leadership, settings.stages, AutoscalerMetrics(), dry_run)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from redis.asyncio import Redis
 
-from shared.keys import Keys
+from shared.bus.keys import Keys
 
 ROLE = "autoscaler"
 

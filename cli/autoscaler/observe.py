@@ -3,7 +3,7 @@
 import msgspec
 
 from cli.autoscaler.policy import Seen
-from shared.pipeline_view import HELD, PipelineView, StageView
+from shared.bus.pipeline_view import HELD, PipelineView, StageView
 
 FEEDS = {"engine": "mm_encoder"}  # whose work becomes whose
 

@@ -20,9 +20,9 @@ from cli.autoscaler.leader import Leadership
 from cli.autoscaler.metrics import AutoscalerMetrics
 from cli.autoscaler.observe import Stage, observe
 from cli.autoscaler.policy import Decision, Memory, Rules, decide
-from shared.keys import Keys
+from shared.bus.keys import Keys
+from shared.bus.pipeline_view import read
 from shared.log import logger
-from shared.pipeline_view import read
 
 _log = logger(__name__)
 

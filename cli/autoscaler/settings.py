@@ -8,9 +8,9 @@ from msgspec import Meta
 
 from cli.autoscaler.policy import Rules
 from shared import config
+from shared.bus.pipeline_view import QUEUES, SERVICES
 from shared.config import Port, Positive, variable
 from shared.errors import ConfigError
-from shared.pipeline_view import QUEUES, SERVICES
 
 
 class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from redis.asyncio import Redis
 
-from services.engine.assembly import runner_for
-from services.engine.kernels.gpu.ops import gpu_ops
 from services.engine.kernels.ops import Ops
+from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
-from services.engine.runner import Runner
-from services.engine.sequence import EngineFacts
+from services.engine.run.assembly import runner_for
+from services.engine.run.runner import Runner
+from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings, check
 from shared.errors import CheckpointError, ConfigError
-from shared.model_config import ModelConfig, load_model_config
+from shared.model.config import ModelConfig, load_model_config
+from shared.model.tokenizer import Tokenizer
 from shared.service import launch
-from shared.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 
 THINK_CLOSE = "</think>"

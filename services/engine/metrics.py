@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.metrics import observed, value
-from shared.recent import Recent
+from shared.rates import Recent
 
 # From a decode step on a GPU to a long prefill on a CPU.
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

@@ -13,23 +13,23 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.engine.blocks import BlockPool
-from services.engine.engine import Engine
-from services.engine.inbox import Inbox, waiting_allowance
-from services.engine.mailbox import Mailbox
+from services.engine.loop.engine import Engine
+from services.engine.loop.mailbox import Mailbox
+from services.engine.loop.thread import ModelThread
 from services.engine.metrics import EngineMetrics
-from services.engine.outbox import Outbox
-from services.engine.runner import Runner
-from services.engine.scheduler import Limits, Scheduler
-from services.engine.sequence import EngineFacts
+from services.engine.run.runner import Runner
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.scheduler import Limits, Scheduler
+from services.engine.schedule.sequence import EngineFacts
 from services.engine.settings import EngineSettings
-from services.engine.thread import ModelThread
-from shared import bus
-from shared.blobs import Blobs
-from shared.custody import Custody
-from shared.keys import GENERATE, Keys
+from services.engine.transport.consumer import Inbox, waiting_allowance
+from services.engine.transport.outbox import Outbox
+from shared.bus.blobs import Blobs
+from shared.bus.client import connect
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.ownership import EntryOwnership
+from shared.bus.streams import WorkStream
 from shared.log import logger
-from shared.streams import WorkStream
 from shared.tracing import OFF, Tracing
 
 SERVICE = "engine"
@@ -56,14 +56,14 @@ class EngineService:
         self._metrics = metrics
         self._load = load
         keys = Keys(settings.namespace)
-        self._blob_redis = bus.connect(settings.blob_redis_url or settings.redis_url)
+        self._blob_redis = connect(settings.blob_redis_url or settings.redis_url)
         self._work = WorkStream(redis, keys, GENERATE, SERVICE, settings.name, settings.max_deliveries)
         self._mailbox = Mailbox()
         self._inbox = Inbox(
             redis,
             keys,
             self._work,
-            Custody(redis, keys, GENERATE, SERVICE, settings.name),
+            EntryOwnership(redis, keys, GENERATE, SERVICE, settings.name),
             Blobs(self._blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
             self._mailbox,
             facts,
@@ -114,8 +114,8 @@ class EngineService:
             _log.warning("consumer not deleted; others do it", extra={"reason": str(error)})
 
     def load(self) -> dict[str, float]:
-        held = {"held": float(self._inbox.num_held), "capacity": float(self._settings.max_num_seqs)}
-        self._metrics.holds(self._inbox.num_held)
+        held = {"held": float(self._inbox.num_pending), "capacity": float(self._settings.max_num_seqs)}
+        self._metrics.holds(self._inbox.num_pending)
         return held | self._metrics.figures()
 
     async def _watch(self) -> None:

@@ -14,32 +14,33 @@ import uvloop
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
-from services.gateway import console
-from services.gateway.admission import Admission
-from services.gateway.answer import Answerer
-from services.gateway.app import ModelCard, paths, routes
-from services.gateway.backlog import Backlog
-from services.gateway.chat import ChatFormat
-from services.gateway.completions import ChatCompletions
-from services.gateway.desk import Desk, DeskRules
-from services.gateway.edge import Edge
-from services.gateway.health import readiness
-from services.gateway.inbox import Inbox
-from services.gateway.media import MediaRules
+from services.gateway.console import routes as console
+from services.gateway.http.admission import Admission
+from services.gateway.http.answer import Answerer
+from services.gateway.http.app import ModelCard, paths, routes
+from services.gateway.http.completions import ChatCompletions
+from services.gateway.http.edge import Edge
+from services.gateway.http.health import readiness
+from services.gateway.http.resume import Returns
+from services.gateway.http.server import Server, bind
+from services.gateway.inflight.backlog import Backlog
+from services.gateway.inflight.inbox import Inbox
+from services.gateway.inflight.pipeline import Pipeline, Route
+from services.gateway.inflight.registry import OpenRequestLimits, OpenRequests
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.order import OrderTaker
-from services.gateway.pipeline import Pipeline, Route
-from services.gateway.returns import Returns
-from services.gateway.server import Server, bind
+from services.gateway.request.chat import ChatFormat
+from services.gateway.request.media import MediaRules
+from services.gateway.request.parsed import RequestParser
+from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
-from services.gateway.template import Template
-from shared import bus, service
-from shared.blobs import Blobs
+from shared import service
+from shared.bus.blobs import Blobs
+from shared.bus.client import connect
+from shared.bus.keys import Keys
 from shared.errors import CheckpointError
-from shared.keys import Keys
-from shared.model_config import load_generation_defaults
-from shared.tokenizer import Tokenizer
+from shared.model.config import load_generation_defaults
+from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 
 TICK_S = 1.0
@@ -73,34 +74,34 @@ def compose(
     figures = GatewayMetrics(registry)
     admission = Admission(settings.max_concurrency, figures.rejections)
     taker = _taker(settings)
-    blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
+    blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
     route = Route(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     backlog = Backlog(redis, keys, settings.max_queue, figures.rejections)
     pipeline = Pipeline(route, redis, keys, backlog, blobs)
-    rules = DeskRules(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
-    desk = Desk(rules, pipeline, figures, time.time)
+    rules = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
+    open_requests = OpenRequests(rules, pipeline, figures, time.time)
     answerer = Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s)
     completions = ChatCompletions(
         admission=admission,
         taker=taker,
-        desk=desk,
+        open_requests=open_requests,
         answerer=answerer,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         request_timeout_s=settings.request_timeout_s,
     )
     card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
-    returns = Returns(admission, pipeline, desk, answerer)
+    returns = Returns(admission, pipeline, open_requests, answerer)
     app = routes(completions, returns, card, partial(readiness, redis, keys, admission))
     app.router.routes += console.routes(console.Console(redis, keys, settings.shards, blob_redis))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
-        desk=desk,
-        inbox=Inbox(redis, keys, address, desk),
+        open_requests=open_requests,
+        inbox=Inbox(redis, keys, address, open_requests),
         server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], figures, tracing), listener),
         metrics=figures,
         tick_s=tick_s,
@@ -108,10 +109,10 @@ def compose(
     )
 
 
-def _taker(settings: GatewaySettings) -> OrderTaker:
+def _taker(settings: GatewaySettings) -> RequestParser:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
-    return OrderTaker(
+    return RequestParser(
         chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
         tokenizer=tokenizer,
         defaults=load_generation_defaults(directory),

@@ -6,12 +6,12 @@ from collections.abc import Coroutine, Sequence
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.gateway.admission import Admission
-from services.gateway.desk import Desk
 from services.gateway.errors import SHUTTING_DOWN
-from services.gateway.inbox import Inbox
+from services.gateway.http.admission import Admission
+from services.gateway.http.server import CLOSE_S, Server
+from services.gateway.inflight.inbox import Inbox
+from services.gateway.inflight.registry import OpenRequests
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.server import CLOSE_S, Server
 from shared import log
 
 SERVICE = "gateway"
@@ -29,7 +29,7 @@ class Gateway:
         *,
         own_clients: Sequence[Redis],
         admission: Admission,
-        desk: Desk,
+        open_requests: OpenRequests,
         inbox: Inbox,
         server: Server,
         metrics: GatewayMetrics,
@@ -40,7 +40,7 @@ class Gateway:
         `watch_s`: how often Redis is asked whether it still has what we wait for."""
         self._own_clients = own_clients
         self._admission = admission
-        self._desk = desk
+        self._open_requests = open_requests
         self._inbox = inbox
         self._server = server
         self._metrics = metrics
@@ -69,7 +69,7 @@ class Gateway:
     async def close(self) -> None:
         """End what is still open with an error that its client can read, and leave nothing in Redis."""
         self._admission.draining = True
-        self._desk.fail_all(SHUTTING_DOWN)
+        self._open_requests.fail_all(SHUTTING_DOWN)
         self._server.should_exit = True
         if self._serving is not None:
             await asyncio.wait([self._serving], timeout=2 * CLOSE_S)
@@ -84,12 +84,12 @@ class Gateway:
             await client.aclose()
 
     def load(self) -> dict[str, float]:
-        return {"requests": self._admission.inside, "choices": len(self._desk), **self._metrics.figures()}
+        return {"requests": self._admission.inside, "choices": len(self._open_requests), **self._metrics.figures()}
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._tick_s)
-            self._desk.tick()
+            self._open_requests.tick()
 
     async def _while_well(self, waiting: Coroutine[object, object, object]) -> None:
         """Wait for `waiting`, or fail with whichever task of ours fails before."""

@@ -8,29 +8,30 @@ import torch
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
-from services.mm_encoder import timestamps
-from services.mm_encoder.batcher import Batcher
-from services.mm_encoder.cache import Embeds
-from services.mm_encoder.encoder import Encoder
-from services.mm_encoder.fetch import Fetcher
+from services.mm_encoder.media import timestamps
+from services.mm_encoder.media.fetch import Fetcher
+from services.mm_encoder.media.normalisation import load_normalisation
+from services.mm_encoder.media.processor import Processor
+from services.mm_encoder.media.video import VideoLimits
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.normalisation import load_normalisation
 from services.mm_encoder.prepare import Preparer
-from services.mm_encoder.processor import Processor
 from services.mm_encoder.service import SERVICE, MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
-from services.mm_encoder.turns import Turns
-from services.mm_encoder.video import VideoLimits
-from services.mm_encoder.weights import load_weights
-from shared import bus, config, log, service
-from shared.blobs import Blobs
-from shared.checkpoint import Checkpoint
-from shared.custody import Custody
+from services.mm_encoder.store.cache import Embeds
+from services.mm_encoder.store.locks import EncodeLocks
+from services.mm_encoder.vision.batcher import Batcher
+from services.mm_encoder.vision.encoder import Encoder
+from services.mm_encoder.vision.weights import load_weights
+from shared import config, log, service
+from shared.bus.blobs import Blobs
+from shared.bus.client import connect
+from shared.bus.keys import ENCODE, Keys
+from shared.bus.ownership import EntryOwnership
+from shared.bus.records import Records
+from shared.bus.streams import WorkStream
 from shared.errors import ConfigError
-from shared.keys import ENCODE, Keys
-from shared.model_config import load_model_config
-from shared.records import Records
-from shared.streams import WorkStream
+from shared.model.checkpoint import Checkpoint
+from shared.model.config import load_model_config
 from shared.tracing import OFF, Tracing
 
 LOOKS = 10  # in the time of a lease: how much later than its end a dead replica's requests go on
@@ -58,7 +59,7 @@ def build(
         )
     keys = Keys(settings.namespace)
     figures = Metrics(registry)
-    blob_redis = redis if settings.blob_redis_url is None else bus.connect(settings.blob_redis_url)
+    blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     embeds = Embeds(blobs)
     limits = VideoLimits(
@@ -90,8 +91,8 @@ def build(
         own_clients=() if blob_redis is redis else (blob_redis,),
         keys=keys,
         stream=WorkStream(redis, keys, ENCODE, SERVICE, settings.name, settings.max_deliveries),
-        custody=Custody(redis, keys, ENCODE, SERVICE, settings.name),
-        turns=Turns(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000),
+        ownership=EntryOwnership(redis, keys, ENCODE, SERVICE, settings.name),
+        encode_locks=EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000),
         records=Records(redis, keys),
         blobs=blobs,
         preparer=preparer,

@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from shared.messages import MediaKind
 from shared.metrics import at_zero, observed, value
-from shared.recent import Recent
+from shared.rates import Recent
 
 Stage = Literal["fetch", "plan", "decode", "tower", "store"]
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
-from services.mm_encoder.cache import Embeds, Flights, content_key
-from services.mm_encoder.fetch import Fetcher
+from services.mm_encoder.media.fetch import Fetcher
+from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.media.processor import Plan, Processor
+from services.mm_encoder.media.refusal import named, over_limit
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.patches import Patches
-from services.mm_encoder.processor import Plan, Processor
 from services.mm_encoder.prompt import Embedded, text_tokens
-from services.mm_encoder.refusal import named, over_limit
-from shared.blobs import MEDIA, Blobs
+from services.mm_encoder.store.cache import Embeds, SingleFlight, content_key
+from shared.bus.blobs import MEDIA, Blobs
 from shared.errors import RequestError, internal
 from shared.limits import resolve_max_tokens
 from shared.messages import Encode, Media
@@ -68,7 +68,7 @@ class Preparer:
         self._max_bytes = max_bytes
         self._max_request_bytes = max_request_bytes
         self._max_model_len = max_model_len
-        self._decoding: Flights[Patches] = Flights()
+        self._decoding: SingleFlight[Patches] = SingleFlight()
 
     async def prepare(self, message: Encode) -> tuple[list[Prepared], int]:
         """(the media in order, how many tokens may be generated). Pixels are decoded only if the prompt fits.

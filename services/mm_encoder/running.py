@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.custody import HandedOn
+from shared.bus.ownership import HandedOn
 from shared.errors import Failure
 
 Outcome = HandedOn | Literal["over"] | Failure  # over: it has ended, and its answer is kept for a while

@@ -19,37 +19,37 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.mm_encoder import spans
-from services.mm_encoder.batcher import Batcher
-from services.mm_encoder.cache import Embeds, Flights
+from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.patches import Patches
 from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
 from services.mm_encoder.prompt import Embedded, expand
 from services.mm_encoder.running import Outcome, Running
-from services.mm_encoder.turns import Turns
-from shared.blobs import MEDIA, Blobs
-from shared.crash import reach
-from shared.custody import DELTAS_LENGTH, Custody, Poison
+from services.mm_encoder.store.cache import Embeds, SingleFlight
+from services.mm_encoder.store.locks import EncodeLocks
+from services.mm_encoder.vision.batcher import Batcher
+from shared.bus.blobs import MEDIA, Blobs
+from shared.bus.keys import ENCODE, Keys
+from shared.bus.ownership import DELTAS_LENGTH, EntryOwnership, Poison
+from shared.bus.records import Record, Records
+from shared.bus.retry import retry_until_available
+from shared.bus.streams import Delivery, LogReader, WorkStream, reply
+from shared.crash_points import crash_point
 from shared.errors import Failure, ProtocolError, RequestError, internal
-from shared.keys import ENCODE, Keys
 from shared.log import logger
 from shared.messages import (
     Accepted,
     Begin,
     Cancel,
     Encode,
+    Encoded,
     Failed,
     Finish,
     Generate,
-    Landed,
     Message,
     Request,
     TokenRun,
     Tokens,
 )
-from shared.patience import persist
-from shared.records import Record, Records
-from shared.streams import Delivery, LogReader, WorkStream, reply
 from shared.tracing import OFF, Tracing
 
 SERVICE = "mm_encoder"
@@ -74,8 +74,8 @@ class MmEncoder:
         own_clients: Sequence[Redis],
         keys: Keys,
         stream: WorkStream,
-        custody: Custody,
-        turns: Turns,
+        ownership: EntryOwnership,
+        encode_locks: EncodeLocks,
         records: Records,
         blobs: Blobs,
         preparer: Preparer,
@@ -91,8 +91,8 @@ class MmEncoder:
         self._own_clients = own_clients
         self._keys = keys
         self._stream = stream
-        self._custody = custody
-        self._turns = turns
+        self._ownership = ownership
+        self._encode_locks = encode_locks
         self._records = records
         self._blobs = blobs
         self._preparer = preparer
@@ -103,7 +103,7 @@ class MmEncoder:
         self._concurrency = concurrency
         self._look_s = look_s
         self._tracing = tracing
-        self._encoding: Flights[None] = Flights()
+        self._encoding: SingleFlight[None] = SingleFlight()
         self._control = LogReader(redis, {keys.control(): "$"})
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,8 +115,8 @@ class MmEncoder:
     async def startup(self) -> None:
         self._broken = asyncio.get_running_loop().create_future()
         self._batcher.start()
-        await persist("begin", self._turns.begin)
-        await persist("join", self._stream.join)
+        await retry_until_available("begin", self._encode_locks.begin)
+        await retry_until_available("join", self._stream.join)
 
     async def serve(self) -> None:
         """Work until cancelled. What is in hand then goes on, for `drain` to wait for."""
@@ -162,35 +162,35 @@ class MmEncoder:
             while self._room <= 0 or self._owed:
                 self._changed.clear()
                 await self._changed.wait()
-            deliveries = await persist("take", lambda: self._stream.take(self._room, _BLOCK_MS))
-            reach("mm_encoder.take.after")
+            deliveries = await retry_until_available("take", lambda: self._stream.take(self._room, _BLOCK_MS))
+            crash_point("mm_encoder.take.after")
             for delivery in deliveries:
                 self._start(delivery)
 
     async def _look(self) -> None:
         """Take over what dead replicas left, and notice which entries are no longer ours."""
         while True:
-            ours, poisoned, lost, self._owed = await persist(
+            ours, poisoned, lost, self._owed = await retry_until_available(
                 "look", lambda: self._stream.claim_abandoned(max(0, self._room))
             )
-            reach("mm_encoder.look.after")
+            crash_point("mm_encoder.look.after")
             for running in [running for running in self._running.values() if running.entry_id in lost]:
                 self._lose(running)
             for delivery in ours:
                 self._start(delivery)
             for delivery in poisoned:
                 self._start_poisoned(delivery)
-            await persist("sweep", self._turns.sweep)
+            await retry_until_available("sweep", self._encode_locks.sweep)
             self._changed.set()
             await asyncio.sleep(self._look_s)
 
     async def _listen(self) -> None:
         while True:
-            for _, _, message in await persist("control", self._read_control):
+            for _, _, message in await retry_until_available("control", self._read_control):
                 if isinstance(message, Cancel):
                     self._cancel(message)
-                elif isinstance(message, Landed):
-                    self._turns.landed(message)
+                elif isinstance(message, Encoded):
+                    self._encode_locks.landed(message)
 
     async def _read_control(self) -> list[tuple[str, str, Message]]:
         try:
@@ -213,7 +213,7 @@ class MmEncoder:
     def _start(self, delivery: Delivery) -> None:
         message = _encode(delivery)
         running = Running(delivery.entry_id, delivery.attempts)
-        work = running.work = asyncio.create_task(persist("encode", lambda: self._work(running, message)))
+        work = running.work = asyncio.create_task(retry_until_available("encode", lambda: self._work(running, message)))
         self._keep(message, running, self._handle(message, running, work))
 
     def _start_poisoned(self, delivery: Delivery) -> None:
@@ -231,7 +231,7 @@ class MmEncoder:
         if before is not None:
             self._lose(before)
             if before.entry_id != running.entry_id:
-                self._spawn(persist("finish", lambda: self._stream.finish([before.entry_id])))
+                self._spawn(retry_until_available("finish", lambda: self._stream.finish([before.entry_id])))
         self._running[request_id] = running
         self._metrics.running.inc()
         self._spawn(steps).add_done_callback(lambda _: self._ended(request_id, running))
@@ -279,7 +279,7 @@ class MmEncoder:
         elif outcome == "done":
             self._metrics.left("handed_on")
         elif outcome == "over":
-            await persist("finish", lambda: self._stream.finish([running.entry_id]))
+            await retry_until_available("finish", lambda: self._stream.finish([running.entry_id]))
         elif outcome == "unwanted" and not running.lost:
             self._metrics.left("dropped")
             await self._end(message, running.entry_id, None)
@@ -305,7 +305,7 @@ class MmEncoder:
             return "unwanted"
         if record.finish is not None:
             return "over"
-        if running.attempts > 1 and (condemned := await self._custody.condemned(request.id)) is not None:
+        if running.attempts > 1 and (condemned := await self._ownership.condemned(request.id)) is not None:
             return condemned
         _check_deadline(request)
         media, max_tokens = await self._preparer.prepare(message)
@@ -313,17 +313,17 @@ class MmEncoder:
         running.prompt_tokens, running.hits = len(prompt) // 4, sum(item.patches is None for item in media)
         await self._accept(record, Accepted(request.id, running.prompt_tokens))
         await gather_in_order([self._ensure_encoded(item) for item in media])
-        reach("mm_encoder.hand_on.before")
+        crash_point("mm_encoder.hand_on.before")
         generate = Generate(request, prompt, max_tokens, placed)
-        outcome = await self._custody.hand_on(running.entry_id, message, generate)
-        reach("mm_encoder.hand_on.after")
+        outcome = await self._ownership.hand_on(running.entry_id, message, generate)
+        crash_point("mm_encoder.hand_on.after")
         return outcome
 
     async def _accept(self, record: Record, accepted: Accepted) -> None:
-        reach("mm_encoder.accepted.before")
+        crash_point("mm_encoder.accepted.before")
         for gateway in record.gateways:
             await reply(self._redis, self._keys.deltas(gateway), accepted, DELTAS_LENGTH)
-        reach("mm_encoder.accepted.after")
+        crash_point("mm_encoder.accepted.after")
 
     async def _ensure_encoded(self, item: Prepared) -> None:
         self._metrics.accepted(item.embedded.kind, hit=item.patches is None)
@@ -338,9 +338,9 @@ class MmEncoder:
             rows = await self._batcher.encode(patches)
             with self._metrics.stage("store"):
                 await self._embeds.store(embedded.key, embedded.grid, rows)
-            reach("mm_encoder.store.after")
+            crash_point("mm_encoder.store.after")
 
-        await self._turns.make(embedded.key, stored, make)
+        await self._encode_locks.make(embedded.key, stored, make)
 
     # -------------------------------------------------------------------------------------------------- the ways out
 
@@ -348,26 +348,28 @@ class MmEncoder:
         """End a request here: tell why, if there is a failure, and forget it. Does nothing if another has the entry."""
         request, uploads = message.request, _uploads(message)
         if uploads:
-            if not await persist("condemn", lambda: self._custody.condemn(entry_id, request.id, failure)):
+            if not await retry_until_available(
+                "condemn", lambda: self._ownership.condemn(entry_id, request.id, failure)
+            ):
                 return
-            reach("mm_encoder.condemn.after")
-            await persist("uploads", lambda: self._blobs.delete(MEDIA, uploads))
-        records = await persist("record", lambda: self._records.get([request.id]))
+            crash_point("mm_encoder.condemn.after")
+            await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
+        records = await retry_until_available("record", lambda: self._records.get([request.id]))
         record = records.get(request.id)
-        reach("mm_encoder.end.before")
-        await persist("end", lambda: self._last_word(request, record, entry_id, failure, poison))
-        reach("mm_encoder.end.after")
+        crash_point("mm_encoder.end.before")
+        await retry_until_available("end", lambda: self._last_word(request, record, entry_id, failure, poison))
+        crash_point("mm_encoder.end.after")
 
     async def _last_word(
         self, request: Request, record: Record | None, entry_id: str, failure: Failure | None, poison: Poison | None
     ) -> None:
         if record is not None and record.epoch > 0:
             finish = Finish("cancelled") if failure is None else Finish("error", failure=failure)
-            await self._custody.end(entry_id, request, _last_tokens(request.id, record.epoch, finish), poison)
+            await self._ownership.end(entry_id, request, _last_tokens(request.id, record.epoch, finish), poison)
         elif failure is None:
-            await self._custody.drop(entry_id, request.id)
+            await self._ownership.drop(entry_id, request.id)
         else:
-            await self._custody.refuse(entry_id, request, Failed(request.id, failure), poison)
+            await self._ownership.refuse(entry_id, request, Failed(request.id, failure), poison)
 
 
 def _last_tokens(request_id: str, epoch: int, finish: Finish) -> Tokens:

@@ -7,11 +7,11 @@ import msgspec
 from msgspec import Meta
 from PIL import Image
 
-from services.mm_encoder import sampling
-from services.mm_encoder.sampling import FrameSampling, FramesSample
+from services.mm_encoder.media import frames as sampling
+from services.mm_encoder.media.frames import FrameSampling, FramesSample
 from shared.config import CommonSettings, Positive, variable
 from shared.errors import ConfigError
-from shared.model_config import VisionConfig
+from shared.model.config import VisionConfig
 
 Seconds = Annotated[float, Meta(gt=0)]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -7,13 +7,13 @@ from pathlib import Path
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
-from services.postproc.detokenize import Vocabulary
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.settings import PostprocSettings
+from services.postproc.text.detokenize import Vocabulary
 from services.postproc.worker import SERVICE, Worker
 from shared import service
-from shared.keys import Keys
-from shared.tokenizer import Tokenizer
+from shared.bus.keys import Keys
+from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 
 

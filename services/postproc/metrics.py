@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from shared.metrics import at_zero, value
-from shared.recent import Recent
+from shared.rates import Recent
 
 
 class PostprocMetrics:

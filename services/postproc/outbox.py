@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from redis.asyncio import Redis
 
-from shared.keys import Keys
-from shared.leases import FENCE, Fence
+from shared.bus.keys import Keys
+from shared.bus.leases import FENCE, Fence
+from shared.bus.wire import Wire, WireScript
 from shared.messages import VERSION, Delta, Deltas, to_entry
-from shared.wire import Wire, WireScript
 
 # KEYS shards, deltas...; ARGV fence, length of a stream, v, m... A gateway that is gone has no stream, and gets none.
 _SEND = (

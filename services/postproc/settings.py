@@ -1,6 +1,6 @@
 """What a postproc is told."""
 
-from services.postproc.answer import Parsers
+from services.postproc.text.answer import Parsers
 from shared.config import CommonSettings, Positive, variable
 from shared.errors import ConfigError
 

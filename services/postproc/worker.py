@@ -16,21 +16,21 @@ from typing import TypeVar
 from redis.asyncio import Redis
 
 from services.postproc import spans
-from services.postproc.detokenize import Vocabulary
-from services.postproc.flows import EntryId, Flow, Flows, Journal, Turn
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.outbox import Outbox
+from services.postproc.request_states import EntryId, Journal, RequestState, RequestStates, TurnOutput
 from services.postproc.settings import PostprocSettings
-from shared.bus import command
-from shared.crash import reach
+from services.postproc.text.detokenize import Vocabulary
+from shared.bus.client import command
+from shared.bus.keys import Keys
+from shared.bus.leases import Fence, Shards, live
+from shared.bus.records import Record, Records
+from shared.bus.retry import retry_until_available
+from shared.bus.streams import LogReader
+from shared.crash_points import crash_point
 from shared.errors import FencedError, ProtocolError
-from shared.keys import Keys
-from shared.leases import Fence, Shards, live
 from shared.log import logger
 from shared.messages import Attach, Tokens
-from shared.patience import persist
-from shared.records import Record, Records
-from shared.streams import LogReader
 from shared.tracing import OFF, Tracing
 
 SERVICE = "postproc"
@@ -81,7 +81,7 @@ class Worker:
         self._shards = Shards(redis, keys, SERVICE, settings.name, settings.shards)
         self._outbox = Outbox(redis, keys, settings.deltas_max_len)
         self._reader = LogReader(redis, {}, hop="tokens")
-        self._flows = Flows(vocabulary, settings.parsers(), settings.journal_every)
+        self._states = RequestStates(vocabulary, settings.parsers(), settings.journal_every)
         self._shard_of = {keys.tokens(shard): shard for shard in range(settings.shards)}
         self._owned: dict[int, Owned] = {}
         self._fence = Fence(keys, settings.name, {})
@@ -111,7 +111,7 @@ class Worker:
         """Nothing is left to close: the client is closed by whoever made it."""
 
     def load(self) -> dict[str, float]:
-        held = {"open": float(len(self._flows)), "shards": float(len(self._owned))}
+        held = {"open": float(len(self._states)), "shards": float(len(self._owned))}
         return held | self._metrics.figures()
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -137,7 +137,9 @@ class Worker:
 
     async def _read(self) -> list[Step]:
         try:
-            entries = await persist("read", lambda: self._reader.read(self._settings.read_count, self._look_ms))
+            entries = await retry_until_available(
+                "read", lambda: self._reader.read(self._settings.read_count, self._look_ms)
+            )
         except ProtocolError:
             # The requests in it have a gap now, which ends each in an error as soon as its next token comes.
             _log.exception("entry of a tokens stream skipped")
@@ -149,7 +151,7 @@ class Worker:
         ]
 
     async def _deal_with(self, steps: list[Step]) -> None:
-        turn = Turn()
+        turn = TurnOutput()
         await self._open_strangers(steps, turn)
         self._fold(steps, turn)
         await self._send(turn)
@@ -158,20 +160,20 @@ class Worker:
         await self._trim()
         self._count(turn)
 
-    async def _open_strangers(self, steps: list[Step], turn: Turn) -> None:
-        seen, asked = self._flows.strangers([message for _, _, message in steps])
+    async def _open_strangers(self, steps: list[Step], turn: TurnOutput) -> None:
+        seen, asked = self._states.strangers([message for _, _, message in steps])
         strangers = list(seen | asked)
         if not strangers:
             return
-        records = await persist("records", lambda: self._records.get(strangers))
-        self._flows.ignore(seen - records.keys())
+        records = await retry_until_available("records", lambda: self._records.get(strangers))
+        self._states.ignore(seen - records.keys())
         for request_id, record in records.items():
             if record.finish is not None:
-                self._flows.ignore([request_id])
+                self._states.ignore([request_id])
                 if request_id in asked:
-                    self._flows.recall(record, await self._journal(record), turn)
+                    self._states.recall(record, await self._journal(record), turn)
             elif record.begin is not None or request_id in seen:
-                self._flows.open(record, await self._journal(record), turn)
+                self._states.open(record, await self._journal(record), turn)
             else:
                 turn.queued.add(request_id)
 
@@ -179,73 +181,75 @@ class Worker:
         request = record.request
         if record.begin is None:
             return Journal()
-        tokens = await persist("journal", lambda: self._records.read_journal(request.id))
+        tokens = await retry_until_available("journal", lambda: self._records.read_journal(request.id))
         self._metrics.replayed.inc(len(tokens))
         if not request.output.logprobs:
             return Journal(tokens)
-        return Journal(tokens, await persist("journal", lambda: self._records.read_logprobs(request.id)))
+        return Journal(tokens, await retry_until_available("journal", lambda: self._records.read_logprobs(request.id)))
 
-    def _fold(self, steps: list[Step], turn: Turn) -> None:
+    def _fold(self, steps: list[Step], turn: TurnOutput) -> None:
         for shard, entry, message in steps:
             owned = self._owned[shard]
             replay = entry <= owned.replay_until
             if isinstance(message, Attach):
-                self._flows.attach(message, turn)
+                self._states.attach(message, turn)
             else:
                 before = turn.tokens
-                self._flows.fold(entry, message, turn, replay)
+                self._states.fold(entry, message, turn, replay)
                 if replay:
                     self._metrics.replayed.inc(turn.tokens - before)
             owned.last = entry
             owned.steps += 1
-        self._flows.end_turn(turn)
+        self._states.end_turn(turn)
 
-    async def _send(self, turn: Turn) -> None:
+    async def _send(self, turn: TurnOutput) -> None:
         if turn.deltas:
             await self._write("deltas", lambda: self._outbox.send(turn.deltas, self._fence))
         spans.record(self._tracing, turn.ended)
-        self._metrics.parsed([flow.answer.called for flow in turn.ended if flow.request.output.tools])
+        self._metrics.parsed([state.answer.called for state in turn.ended if state.request.output.tools])
 
-    async def _end(self, turn: Turn) -> None:
+    async def _end(self, turn: TurnOutput) -> None:
         if turn.unasked:
             await self._write("cancel", lambda: self._records.cancel(turn.unasked, self._fence))
         if turn.kept:
-            ended = [(flow.request_id, flow.last_word(), flow.request.retain_s) for flow in turn.kept]
+            ended = [(state.request_id, state.last_word(), state.request.retain_s) for state in turn.kept]
             await self._write("retain", lambda: self._records.retain(ended, self._fence))
         if turn.gone:
             await self._write("delete", lambda: self._records.delete(turn.gone, self._fence))
 
     async def _write(self, what: str, write: Callable[[], Awaitable[T]]) -> T:
-        reach(f"postproc.{what}.before")
-        done = await persist(what, write)
-        reach(f"postproc.{what}.after")
+        crash_point(f"postproc.{what}.before")
+        done = await retry_until_available(what, write)
+        crash_point(f"postproc.{what}.after")
         return done
 
-    def _count(self, turn: Turn) -> None:
+    def _count(self, turn: TurnOutput) -> None:
         self._metrics.tokens.inc(turn.tokens)
         self._metrics.deltas.inc(turn.sent)
         self._metrics.failures.inc(turn.failures)
-        self._metrics.open.set(len(self._flows))
+        self._metrics.open.set(len(self._states))
 
     # ------------------------------------------------------------------------------------------------ the journal
 
-    async def _save(self, flows: list[Flow]) -> None:
+    async def _save(self, states: list[RequestState]) -> None:
         """Write journals, and with them what records say of them. Where Redis has lost some, write it all again."""
-        while flows:
-            refused = await self._write_journals(flows)
-            for flow in flows:
-                if flow.request_id in refused:
-                    flow.unsaved()
+        while states:
+            refused = await self._write_journals(states)
+            for state in states:
+                if state.request_id in refused:
+                    state.unsaved()
                 else:
-                    flow.saved()
-            self._metrics.journal_writes.inc(len(flows) - len(refused))
-            flows = [flow for flow in flows if flow.request_id in refused]
+                    state.saved()
+            self._metrics.journal_writes.inc(len(states) - len(refused))
+            states = [state for state in states if state.request_id in refused]
 
-    async def _write_journals(self, flows: list[Flow]) -> set[str]:
+    async def _write_journals(self, states: list[RequestState]) -> set[str]:
         """Returns those whose journal lacks what is before this write."""
-        writes = [(flow.request_id, flow.written, flow.tokens[flow.written :]) for flow in flows]
-        begins = [begin for flow in flows if flow.begin_due and (begin := flow.begin()) is not None]
-        logprobs = [(flow.request_id, flow.logprobs[flow.written :]) for flow in flows if flow.logprobs is not None]
+        writes = [(state.request_id, state.written, state.tokens[state.written :]) for state in states]
+        begins = [begin for state in states if state.begin_due and (begin := state.begin()) is not None]
+        logprobs = [
+            (state.request_id, state.logprobs[state.written :]) for state in states if state.logprobs is not None
+        ]
         return set(
             await self._write(
                 "journal", lambda: self._records.write_journal(writes, begins, logprobs, fence=self._fence)
@@ -260,8 +264,8 @@ class Worker:
                 await self._cut(shard, owned, owned.trimmed_at, exactly=False)
 
     async def _cut(self, shard: int, owned: Owned, journaled_before: EntryId, exactly: bool) -> None:
-        await self._save(self._flows.waiting(shard, journaled_before))
-        before = self._flows.oldest(shard) or _next(owned.last)
+        await self._save(self._states.waiting(shard, journaled_before))
+        before = self._states.oldest(shard) or _next(owned.last)
         await self._write("trim", lambda: self._outbox.trim(shard, before, exactly, self._fence))
         owned.trimmed_at = owned.last
         owned.steps = 0
@@ -277,10 +281,10 @@ class Worker:
         if self._clock() < self._sweep_at:
             return
         self._sweep_at = self._clock() + self._settings.lease_ms / 1000
-        idle = self._flows.idle()
-        alive = await persist("exists", lambda: self._records.exists(idle))
-        turn = Turn()
-        self._flows.forget([request_id for request_id in idle if request_id not in alive], turn)
+        idle = self._states.idle()
+        alive = await retry_until_available("exists", lambda: self._records.exists(idle))
+        turn = TurnOutput()
+        self._states.forget([request_id for request_id in idle if request_id not in alive], turn)
         await self._send(turn)
         self._count(turn)
 
@@ -291,9 +295,9 @@ class Worker:
         if self._clock() < self._look_at:
             return
         looked_at = self._clock()
-        replicas = await persist("replicas", lambda: live(self._redis, self._keys, SERVICE))
+        replicas = await retry_until_available("replicas", lambda: live(self._redis, self._keys, SERVICE))
         ready = {replica.name for replica in replicas if replica.state == "ready"}
-        epochs = await persist("shards", lambda: self._shards.balance(ready, self._owned))
+        epochs = await retry_until_available("shards", lambda: self._shards.balance(ready, self._owned))
         self._disown([shard for shard, owned in self._owned.items() if epochs.get(shard) != owned.epoch])
         gained = {shard: epoch for shard, epoch in epochs.items() if shard not in self._owned}
         await self._begin_shards(gained)
@@ -304,7 +308,7 @@ class Worker:
         for shard, epoch in epochs.items():
             key = self._keys.tokens(shard)
             words = ("XREVRANGE", key, "+", "-", "COUNT", 1)
-            newest = await persist("newest", lambda words=words: command(self._redis, *words))  # type: ignore[misc]
+            newest = await retry_until_available("newest", lambda words=words: command(self._redis, *words))  # type: ignore[misc]
             self._owned[shard] = Owned(epoch, _parse(str(newest[0][0], "ascii")) if newest else (0, 0))
             self._reader.positions[key] = "0"
             _log.info("shard taken", extra={"shard": shard, "epoch": epoch})
@@ -313,7 +317,7 @@ class Worker:
         for shard in shards:
             del self._owned[shard]
             del self._reader.positions[self._keys.tokens(shard)]
-            self._flows.drop(shard)
+            self._states.drop(shard)
             _log.info("shard given up", extra={"shard": shard})
 
 

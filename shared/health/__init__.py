@@ -12,11 +12,12 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import bus, config
+from shared import config
+from shared.bus.client import command, connect
+from shared.bus.keys import Keys
+from shared.bus.leases import Replica
 from shared.config import CommonSettings
 from shared.errors import ConfigError, ProtocolError
-from shared.keys import Keys
-from shared.leases import Replica
 
 ANSWER_S = 3.0  # for Redis to answer; a probe's own timeout must be longer
 
@@ -47,7 +48,7 @@ async def look(settings: CommonSettings, service: str, probe: Probe, answer_s: f
     Raises:
         ConfigError: the URL of Redis is malformed.
     """
-    redis = bus.connect(settings.redis_url)
+    redis = connect(settings.redis_url)
     try:
         async with asyncio.timeout(answer_s):
             return judge(await _lease(redis, settings, service), probe)
@@ -70,7 +71,7 @@ def judge(lease: Replica | None, probe: Probe) -> str | None:
 
 
 async def _lease(redis: Redis, settings: CommonSettings, service: str) -> Replica | None:
-    status = await bus.command(redis, "GET", Keys(settings.namespace).replica(service, settings.name))
+    status = await command(redis, "GET", Keys(settings.namespace).replica(service, settings.name))
     try:
         return None if status is None else msgspec.json.decode(status, type=Replica)
     except msgspec.MsgspecError as error:

@@ -17,9 +17,9 @@ from chaos_system import LOOK_S, READY_S, REQUEST_TIMEOUT_S, ROOT, Replica, Syst
 from redis.exceptions import ResponseError
 from system import data_url
 
-from shared.keys import ENCODE, GENERATE
+from shared.bus.keys import ENCODE, GENERATE
 
-REACH = re.compile(r'\breach\(f?"([^"]+)"\)')
+REACH = re.compile(r'\bcrash_point\(f?"([^"]+)"\)')
 WRITE = re.compile(r'\._write\(\s*"(\w+)"')
 SETTLE_S = 20.0
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine import __main__, assembly
-from services.engine.kernels import moe
-from services.engine.kernels.router import router
-from services.engine.sampler import Drawn, Sampler
-from services.engine.sampling import SamplingPlan
+from services.engine import __main__
+from services.engine.kernels.reference import moe
+from services.engine.kernels.reference.router import router
+from services.engine.run import assembly
+from services.engine.run.sampler import Drawn, Sampler
+from services.engine.run.sampling_plan import SamplingPlan
 
 NEAR_TIE = "near tie:"
 # Measured between requests alone and the same in company, in float32: logits differ by up to 4e-5, cumulated

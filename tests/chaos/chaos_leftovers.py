@@ -4,8 +4,8 @@ import asyncio
 
 from chaos_system import REQUEST_TIMEOUT_S, RETAIN_S, System
 
-from shared import leases
-from shared.keys import ENCODE, GENERATE
+from shared.bus import leases
+from shared.bus.keys import ENCODE, GENERATE
 
 SETTLE_LOOK_S = 0.5
 GROUPS = {ENCODE: "mm_encoder", GENERATE: "engine"}

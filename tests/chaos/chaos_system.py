@@ -18,8 +18,9 @@ from redis.exceptions import RedisError
 from system import free_ports
 
 from cli.redis_server import RedisServer
-from shared import bus, leases
-from shared.keys import GENERATE, Keys
+from shared.bus import leases
+from shared.bus.client import connect
+from shared.bus.keys import GENERATE, Keys
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
@@ -191,7 +192,7 @@ class System:
         for service in SERVICES:
             for _ in range(replicas[service]):
                 self.add(service)
-        self.redis: Redis = bus.connect(self.server.url)
+        self.redis: Redis = connect(self.server.url)
 
     def add(self, service: str) -> Replica:
         """A place for one more, with nothing in it yet."""

@@ -9,7 +9,7 @@ import torch
 from chaos_judge import Judge, judged_router
 
 from services.engine.kernels.sampling_ops import SamplingOps
-from services.engine.sampling import SamplingPlan
+from services.engine.run.sampling_plan import SamplingPlan
 
 LOW, HIGH = -20.0, 3.0
 SECOND = 0.76  # what two of three tokens have together: up to this top_p they are all that is kept

@@ -24,15 +24,14 @@ from cli.autoscaler.policy import Rules
 from cli.autoscaler.scaler import Scaler
 from cli.autoscaler.settings import load
 from cli.main import main
-from shared import bus
-from shared.bus import command
+from shared.bus.client import command, connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import Lease
+from shared.bus.pipeline_view import PipelineView, read
+from shared.bus.streams import WorkStream
 from shared.errors import ConfigError
-from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import Lease
 from shared.messages import Generate, Output, Request, Sampling, to_entry
 from shared.metrics import value
-from shared.pipeline_view import PipelineView, read
-from shared.streams import WorkStream
 
 HOUR_MS = 3_600_000
 PATIENCE_S = 30.0
@@ -275,7 +274,7 @@ async def test_it_needs_no_more_of_redis_than_the_documents_say(
 ) -> None:
     rights = ["-@all", "+@connection", "+@read", "+info", "+time", "+set", "+eval", "+evalsha", "+script|load", "+del"]
     await command(redis, "ACL", "SETUSER", "scaler", "reset", "on", ">secret", "~test:*", *rights)
-    own = bus.connect(redis_url.replace("unix://", "unix://scaler:secret@"))
+    own = connect(redis_url.replace("unix://", "unix://scaler:secret@"))
     deployment = Deployment(own, keys, cluster)
     for _ in range(5):
         await redis.xadd(keys.stream(GENERATE), {"v": "1"})

@@ -8,14 +8,7 @@ from hypothesis import strategies as st
 
 from cli.autoscaler.observe import observe
 from cli.autoscaler.policy import Decision, Memory, Rules, Seen, decide, wanted
-from shared.pipeline_view import (
-    BlobsView,
-    ConsumerView,
-    PipelineView,
-    QueueView,
-    ReplicaView,
-    StageView,
-)
+from shared.bus.pipeline_view import BlobsView, ConsumerView, PipelineView, QueueView, ReplicaView, StageView
 
 RULES = Rules(deployment="engine", target=32, least=0, most=4, cooldown_s=60)
 TICK = 5.0

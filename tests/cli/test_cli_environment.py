@@ -14,13 +14,13 @@ from services.engine.metrics import EngineMetrics
 from services.engine.settings import EngineSettings
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
-from services.mm_encoder.footprint import device_bytes
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.vision.memory import device_bytes
 from services.postproc.metrics import PostprocMetrics
 from shared import config
 from shared.errors import CheckpointError, ConfigError
-from shared.model_config import load_model_config
+from shared.model.config import load_model_config
 
 URL = "redis://127.0.0.1:1"
 

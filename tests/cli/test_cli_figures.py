@@ -6,7 +6,7 @@ from services.engine.metrics import EngineMetrics
 from services.gateway.metrics import GatewayMetrics
 from services.mm_encoder.metrics import Metrics as MmMetrics
 from services.postproc.metrics import PostprocMetrics
-from shared.recent import Recent
+from shared.rates import Recent
 
 
 class Clock:

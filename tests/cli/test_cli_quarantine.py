@@ -7,11 +7,12 @@ import pytest
 from redis.asyncio import Redis
 
 from cli.main import main
-from services.gateway import form as forms
-from services.gateway.form import Form
-from shared.blobs import EMBEDS, MEDIA, Blobs
-from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import COUNT
+from services.gateway.request import answer_format as forms
+from services.gateway.request.answer_format import Form
+from shared.bus.blobs import EMBEDS, MEDIA, Blobs
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import COUNT
+from shared.bus.records import Records
 from shared.messages import (
     Encode,
     Generate,
@@ -24,7 +25,6 @@ from shared.messages import (
     pack_ids,
     to_entry,
 )
-from shared.records import Records
 
 SECRET = "what the client wrote"
 CREATED = 1_700_000_000.0
@@ -45,7 +45,7 @@ ENCODED = Encode(REQUEST, (pack_ids([1]), pack_ids([2])), (Media("image", "messa
 
 
 async def put(redis: Redis, keys: Keys, stream: str, message: Encode | Generate) -> str:
-    """Quarantine it, as shared/custody.py does; returns the entry's name."""
+    """Quarantine it, as shared/bus/ownership.py does; returns the entry's name."""
     fields = {b"reason": b"delivered 4 times", b"attempts": b"4", **to_entry(message)}
     entry_id = await redis.xadd(keys.quarantine(stream), fields)  # type: ignore[arg-type]
     return f"{stream}/{entry_id.decode()}"

@@ -17,7 +17,7 @@ from system import System, free_ports, running, started
 
 from cli.demo import write_demo
 from cli.main import main
-from shared.keys import Keys
+from shared.bus.keys import Keys
 
 PATIENCE_S = 60.0
 HELLO: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Hello"}]}

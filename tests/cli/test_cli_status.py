@@ -1,4 +1,4 @@
-"""`millrace status`: its words, its JSON and its exit status. What it looks at: tests/shared/test_pipeline_view.py."""
+"""`millrace status`: its words, its JSON and its exit status. The view: tests/shared/bus/test_pipeline_view.py."""
 
 import asyncio
 import json
@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from shared import bus
-from shared.keys import Keys
-from shared.leases import Lease
-from shared.pipeline_view import HELD, SERVICES
+from shared.bus import client as redis_client
+from shared.bus.client import connect
+from shared.bus.keys import Keys
+from shared.bus.leases import Lease
+from shared.bus.pipeline_view import HELD, SERVICES
 
 HOUR_MS = 3_600_000
 
 
 def test_the_command(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def prepare() -> None:
-        client = bus.connect(redis_url)
+        client = connect(redis_url)
         for service in SERVICES:
             await Lease(client, Keys("test"), service, f"{service}-0", HOUR_MS).renew("ready", {HELD[service]: 3})
         await Lease(client, Keys("test"), "engine", "engine-1", HOUR_MS).renew("starting")
@@ -51,7 +52,7 @@ def test_a_reader_that_has_seen_enough(redis_url: str) -> None:
 def test_redis_that_does_not_answer(
     tmp_path: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus, "_RETRIES", 0)
+    monkeypatch.setattr(redis_client, "_RETRIES", 0)
     assert main(["status", "--redis-url", f"unix://{tmp_path}/none.sock"]) == 2
     assert "Redis does not answer" in capsys.readouterr().err
 

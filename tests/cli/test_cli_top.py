@@ -18,8 +18,8 @@ from rich.console import Console
 
 from cli.board import draw, duration, figure, size
 from cli.main import main
-from shared import bus
-from shared.pipeline_view import (
+from shared.bus import client as redis_client
+from shared.bus.pipeline_view import (
     SERVICES,
     BlobsView,
     ConsumerView,
@@ -148,7 +148,7 @@ def test_once(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_once_without_redis(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus, "_RETRIES", 0)
+    monkeypatch.setattr(redis_client, "_RETRIES", 0)
     assert main(["top", "--once", "--redis-url", f"unix://{tmp_path}/none.sock"]) == 2
     assert "Redis does not answer" in capsys.readouterr().err
 

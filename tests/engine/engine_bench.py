@@ -11,16 +11,16 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from services.engine.metrics import EngineMetrics
-from services.engine.runner import Launched, Runner
-from services.engine.scheduler import Plan
-from services.engine.sequence import EngineFacts
+from services.engine.run.runner import Launched, Runner
+from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
-from shared.keys import GENERATE, Keys
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.records import Records
+from shared.bus.streams import LogReader
 from shared.messages import Begin, Finish, Generate, TokenRun, Tokens
-from shared.records import Records
 from shared.service import Life
-from shared.streams import LogReader
 from shared.tracing import OFF, Tracing
 
 PATIENCE_S = 20.0

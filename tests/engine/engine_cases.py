@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from services.engine.sampler import Sampled
-from services.engine.scheduler import Chunk, Plan
-from services.engine.sequence import Embeds, EngineFacts, Sequence, build
+from services.engine.run.sampler import Sampled
+from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
 from shared.messages import Generate, MediaSpan, Output, Request, Sampling, pack_ids
-from shared.model_config import ModelConfig, VisionConfig
+from shared.model.config import ModelConfig, VisionConfig
 
 EOS = 2
 THINK_CLOSE = 3

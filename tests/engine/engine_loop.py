@@ -7,13 +7,13 @@ from typing import Any
 from engine_cases import SumRunner
 from prometheus_client import CollectorRegistry
 
-from services.engine.blocks import BlockPool
-from services.engine.emission import Emission
-from services.engine.engine import Engine
-from services.engine.mailbox import Command, Mailbox
+from services.engine.loop.engine import Engine
+from services.engine.loop.mailbox import Command, Mailbox
+from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
-from services.engine.runner import Launched, Runner
-from services.engine.scheduler import Limits, Plan, Scheduler
+from services.engine.run.runner import Launched, Runner
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from shared.messages import Finish, TokenRun
 
 BLOCK = 4
@@ -74,23 +74,23 @@ class Bench:
         self.runner = Watched(runner or SumRunner(blocks, BLOCK, overlaps))
         self.registry = CollectorRegistry()
         self.runs: dict[str, list[TokenRun]] = defaultdict(list)
-        self.emissions: list[dict[str, int]] = []  # tokens of each that has some
+        self.step_outputs: list[dict[str, int]] = []  # tokens of each that has some
         metrics = EngineMetrics(self.registry)
         scheduler = Scheduler(self.pool, limits)
         Engine(ScriptedMailbox(script), scheduler, self.pool, self.runner, self._hear, metrics).run()
         assert self.pool.used == 0
         assert not scheduler.has_work
 
-    def _hear(self, emission: Emission) -> None:
+    def _hear(self, step_output: StepOutput) -> None:
         self.pool.check()
         said: dict[str, int] = defaultdict(int)
-        for message in emission.messages().values():
+        for message in step_output.messages().values():
             for run in message.runs:
                 said[run.request_id] += len(run.tokens)
                 self._follow(run)
         assert max(said.values(), default=0) <= 1, "steps are said one by one"
         if said:
-            self.emissions.append(dict(said))
+            self.step_outputs.append(dict(said))
 
     def _follow(self, run: TokenRun) -> None:
         before = self.runs[run.request_id + " again" * (run.epoch - 1)]

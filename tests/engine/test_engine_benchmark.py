@@ -8,9 +8,9 @@ from engine_cases import FACTS, SumRunner
 from benchmarks.engine_client import Load
 from benchmarks.engine_service import measure
 from benchmarks.vocabulary import CONTROL, write_tokenizer
-from services.postproc.detokenize import Vocabulary
+from services.postproc.text.detokenize import Vocabulary
 from shared.messages import Sampling
-from shared.tokenizer import Tokenizer
+from shared.model.tokenizer import Tokenizer
 
 
 def test_every_load_is_answered_and_timed() -> None:

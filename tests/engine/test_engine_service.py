@@ -17,15 +17,17 @@ from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
 from services.engine.metrics import EngineMetrics
-from services.engine.sampler import Sampled
-from services.engine.scheduler import Plan
+from services.engine.run.sampler import Sampled
+from services.engine.schedule.scheduler import Plan
 from services.engine.service import EngineService
-from shared import bus
-from shared.blobs import Blobs
-from shared.custody import MOST_RETURNS, Custody
+from shared.bus.blobs import Blobs
+from shared.bus.client import connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import Lease
+from shared.bus.ownership import MOST_RETURNS, EntryOwnership
+from shared.bus.records import Records
+from shared.bus.streams import WorkStream, send
 from shared.errors import ConfigError, Failure
-from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import Lease
 from shared.messages import (
     Cancel,
     Encode,
@@ -38,9 +40,7 @@ from shared.messages import (
     Tokens,
     from_entry,
 )
-from shared.records import Records
 from shared.service import MISCONFIGURED, Life
-from shared.streams import WorkStream, send
 
 
 async def backlog(redis: Redis, keys: Keys) -> int:
@@ -342,7 +342,7 @@ async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
     """With what it had, or with nothing; the model computes on meanwhile as far as it may."""
     directory = Path(tempfile.mkdtemp(prefix="millrace-"))
     with RedisServer(directory, persistence=persistence) as server:
-        redis = bus.connect(server.url)
+        redis = connect(server.url)
         runner, reader = gated(), Reader(redis, keys)
         async with engine(redis, server.url, runner, lease_ms=300) as running:
             await submit(redis, keys, generate("r", [20, 30], 60))
@@ -431,8 +431,8 @@ async def handed_on(redis: Redis, keys: Keys) -> None:
     [delivery] = await stream.take(1, 5000)
     assert isinstance(delivery.message, Encode)
     message = generate(delivery.message.request.id, [PATCH + 1, *[PATCH] * 6, PATCH + 2], 3, spans=(SPAN,))
-    custody = Custody(redis, keys, ENCODE, "mm_encoder", "mm-1")
-    assert await custody.hand_on(delivery.entry_id, delivery.message, message) == "done"
+    ownership = EntryOwnership(redis, keys, ENCODE, "mm_encoder", "mm-1")
+    assert await ownership.hand_on(delivery.entry_id, delivery.message, message) == "done"
 
 
 async def test_embeddings_that_were_evicted_are_made_again(redis: Redis, redis_url: str, keys: Keys) -> None:

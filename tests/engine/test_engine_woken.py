@@ -14,9 +14,9 @@ from engine_cases import generate
 from redis.asyncio import Redis
 
 from cli.demo import write_demo
-from shared.keys import GENERATE, Keys
-from shared.leases import live
-from shared.records import Records
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.leases import live
+from shared.bus.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0  # two processes load torch on what may be two slow cores

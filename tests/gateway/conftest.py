@@ -9,13 +9,13 @@ from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
 from cli.demo import write_demo
-from services.gateway.chat import ChatFormat
-from services.gateway.media import MediaRules
-from services.gateway.order import OrderTaker
-from services.gateway.template import Template
-from shared.keys import Keys
-from shared.model_config import GenerationDefaults
-from shared.tokenizer import Tokenizer
+from services.gateway.request.chat import ChatFormat
+from services.gateway.request.media import MediaRules
+from services.gateway.request.parsed import RequestParser
+from services.gateway.request.template import Template
+from shared.bus.keys import Keys
+from shared.model.config import GenerationDefaults
+from shared.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +32,8 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
-    return OrderTaker(
+def taker(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
+    return RequestParser(
         chat=ChatFormat(Template.load(checkpoint, 100_000), tokenizer),
         tokenizer=tokenizer,
         defaults=GenerationDefaults(

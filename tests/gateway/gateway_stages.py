@@ -12,12 +12,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from redis.asyncio import Redis
 
 from services.gateway.__main__ import compose
-from services.gateway.server import bind
+from services.gateway.http.server import bind
 from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
-from shared import bus
-from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import Fence
+from shared.bus.client import connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import Fence
+from shared.bus.records import Records
+from shared.bus.streams import LogReader, send
 from shared.messages import (
     Accepted,
     Attach,
@@ -31,8 +33,6 @@ from shared.messages import (
     Request,
     Usage,
 )
-from shared.records import Records
-from shared.streams import LogReader, send
 from shared.tracing import OFF, Tracing
 
 WAIT_S = 20.0
@@ -74,7 +74,7 @@ async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **se
         "max_model_len": 2048,
     }
     told = GatewaySettings(**{**fields, "host": "127.0.0.1", "shards": SHARDS, **settings})
-    redis = bus.connect(redis_url)
+    redis = connect(redis_url)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     registry = CollectorRegistry()

@@ -12,10 +12,10 @@ from helm_chart import Object, Values, find, objects
 from kubernetes_api import KubernetesApi, serving
 from redis.asyncio import Redis
 
-from shared import bus
-from shared.keys import GENERATE, Keys
+from shared.bus.client import connect
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.streams import WorkStream
 from shared.messages import Generate, Output, Request, Sampling, to_entry
-from shared.streams import WorkStream
 
 KEYS = Keys("models.millrace")
 ONE_EACH: Values = {**VALUES, "engine": {**VALUES["engine"], "target": 1}}  # a replica for every request
@@ -91,7 +91,7 @@ async def wake_and_sleep(directory: Path, kind: type[Pod]) -> None:
         pod = kind(items, AUTOSCALER, secret, directory, directory / "autoscaler.log")
         stack.callback(pod.kill)
         pod.wait_until_started()
-        redis = bus.connect(secret["engine"])
+        redis = connect(secret["engine"])
         try:
             await _wake_and_sleep(items, api, redis, pod)
         finally:

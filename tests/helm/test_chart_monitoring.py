@@ -9,7 +9,7 @@ import yaml
 from helm_chart import CHART, ROOT, SERVICES, Object, case, find, pods
 from prometheus_client import CollectorRegistry
 
-from shared.keys import ENCODE, GENERATE, Keys
+from shared.bus.keys import ENCODE, GENERATE, Keys
 
 MONITORED = "fetched model, keda, monitoring, tls"
 CLASSES = {

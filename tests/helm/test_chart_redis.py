@@ -9,13 +9,14 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
 from cli.autoscaler.leader import Leadership
-from shared import bus, pipeline_view
-from shared.blobs import Blobs
-from shared.keys import ENCODE, GENERATE, Keys
-from shared.leases import Lease, Shards, live
+from shared.bus import pipeline_view
+from shared.bus.blobs import Blobs
+from shared.bus.client import command, connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import Lease, Shards, live
+from shared.bus.records import Records
+from shared.bus.streams import LogReader, WorkStream, send
 from shared.messages import Cancel
-from shared.records import Records
-from shared.streams import LogReader, WorkStream, send
 
 SERVICE_KEYS = ("gateway", "mm-encoder", "engine", "postproc")
 NAMESPACE = "models.millrace"
@@ -34,14 +35,14 @@ def secret(rendered: list[Object], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 async def client(secret: dict[str, str]) -> AsyncIterator[Redis]:
-    client = bus.connect(secret["engine"])
+    client = connect(secret["engine"])
     yield client
     await client.aclose()
 
 
 @pytest.mark.parametrize("user", SERVICE_KEYS)
 async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, str], user: str) -> None:
-    client, keys = bus.connect(secret[user]), Keys(f"{NAMESPACE}:{user}")
+    client, keys = connect(secret[user]), Keys(f"{NAMESPACE}:{user}")
     try:
         await Lease(client, keys, "engine", "me", 60_000).renew("ready")
         assert [replica.name for replica in await live(client, keys, "engine")] == ["me"]
@@ -77,33 +78,33 @@ async def test_a_service_may_not_administer_nor_leave_its_release(client: Redis)
         ("GET", "other:x"),
     ):
         with pytest.raises(NoPermissionError):
-            await bus.command(client, *words)
+            await command(client, *words)
 
 
 async def test_nobody_comes_in_without_a_password(secret: dict[str, str]) -> None:
-    stranger = bus.connect(f"redis://{secret['engine'].split('@')[1]}")
+    stranger = connect(f"redis://{secret['engine'].split('@')[1]}")
     try:
-        assert await bus.command(stranger, "PING")
+        assert await command(stranger, "PING")
         with pytest.raises(NoPermissionError):
-            await bus.command(stranger, "XLEN", f"{NAMESPACE}:generate")
+            await command(stranger, "XLEN", f"{NAMESPACE}:generate")
     finally:
         await stranger.aclose()
     assert say(port(secret), "AUTH engine guess").startswith(b"-WRONGPASS")
 
 
 async def test_the_scaler_and_the_monitor_see_only_what_they_count(secret: dict[str, str], client: Redis) -> None:
-    await bus.command(client, "XADD", f"{NAMESPACE}:generate", "1-1", "a", "b")
-    await bus.command(client, "SADD", f"{NAMESPACE}:replicas:engine", "one")
+    await command(client, "XADD", f"{NAMESPACE}:generate", "1-1", "a", "b")
+    await command(client, "SADD", f"{NAMESPACE}:replicas:engine", "one")
     address = secret["engine"].split("@")[1]
-    scaler = bus.connect(f"redis://scaler:{secret['scaler-password']}@{address}")
-    monitor = bus.connect(f"redis://monitor:{secret['monitor-password']}@{address}")
+    scaler = connect(f"redis://scaler:{secret['scaler-password']}@{address}")
+    monitor = connect(f"redis://monitor:{secret['monitor-password']}@{address}")
     try:
-        assert await bus.command(scaler, "XLEN", f"{NAMESPACE}:generate") == 1
-        assert await bus.command(monitor, "XINFO", "STREAM", f"{NAMESPACE}:generate")
-        assert await bus.command(monitor, "SCARD", f"{NAMESPACE}:replicas:engine") == 1
+        assert await command(scaler, "XLEN", f"{NAMESPACE}:generate") == 1
+        assert await command(monitor, "XINFO", "STREAM", f"{NAMESPACE}:generate")
+        assert await command(monitor, "SCARD", f"{NAMESPACE}:replicas:engine") == 1
         for each in (scaler, monitor):
             with pytest.raises(NoPermissionError):
-                await bus.command(each, "XRANGE", f"{NAMESPACE}:generate", "-", "+")
+                await command(each, "XRANGE", f"{NAMESPACE}:generate", "-", "+")
     finally:
         await scaler.aclose()
         await monitor.aclose()
@@ -111,8 +112,8 @@ async def test_the_scaler_and_the_monitor_see_only_what_they_count(secret: dict[
 
 async def test_the_viewer_sees_the_pipeline_and_the_autoscaler_may_lead(secret: dict[str, str]) -> None:
     address = secret["engine"].split("@")[1]
-    viewer = bus.connect(f"redis://viewer:{secret['viewer-password']}@{address}")
-    autoscaler = bus.connect(f"redis://autoscaler:{secret['autoscaler-password']}@{address}")
+    viewer = connect(f"redis://viewer:{secret['viewer-password']}@{address}")
+    autoscaler = connect(f"redis://autoscaler:{secret['autoscaler-password']}@{address}")
     try:
         assert (await pipeline_view.read(viewer, Keys(NAMESPACE))).redis is not None
         assert await Leadership(autoscaler, Keys(NAMESPACE), "me", 1000).hold()
@@ -121,7 +122,7 @@ async def test_the_viewer_sees_the_pipeline_and_the_autoscaler_may_lead(secret: 
             (autoscaler, ("XADD", f"{NAMESPACE}:x", "*", "a", "b")),
         ):
             with pytest.raises(NoPermissionError):
-                await bus.command(client, *words)
+                await command(client, *words)
     finally:
         await viewer.aclose()
         await autoscaler.aclose()
@@ -134,11 +135,11 @@ def test_the_probe_needs_no_password(secret: dict[str, str]) -> None:
 async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, str], client: Redis) -> None:
     """Asked of the server itself, by the user that may read its configuration."""
     address = secret["engine"].split("@")[1]
-    monitor = bus.connect(f"redis://monitor:{secret['monitor-password']}@{address}")
+    monitor = connect(f"redis://monitor:{secret['monitor-password']}@{address}")
     try:
         told = {}
         for name in ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync"):
-            reply = await bus.command(monitor, "CONFIG", "GET", name)
+            reply = await command(monitor, "CONFIG", "GET", name)
             pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
             told |= {_text(key): _text(value) for key, value in pairs}
     finally:
@@ -160,9 +161,9 @@ def _text(value: bytes | str) -> str:
 
 
 async def test_the_autoscalers_url_is_its_users(secret: dict[str, str]) -> None:
-    own = bus.connect(secret["autoscaler"])
+    own = connect(secret["autoscaler"])
     try:
-        assert "user=autoscaler " in _text(await bus.command(own, "CLIENT", "INFO"))
+        assert "user=autoscaler " in _text(await command(own, "CLIENT", "INFO"))
     finally:
         await own.aclose()
 
@@ -201,7 +202,7 @@ def test_tls_is_asked_for_and_its_authority_known_everywhere() -> None:
     for component in (*SERVICE_KEYS, "autoscaler"):
         assert data[component].startswith("rediss://")
         path = data[component].partition("?ssl_ca_certs=")[2]
-        bus.connect(data[component])
+        connect(data[component])
         _, spec = pods(made if component in SERVICE_KEYS else case("autoscaler of its own"))[component]
         (mount,) = [each for each in container(spec)["volumeMounts"] if each["name"] == "redis-tls"]
         assert path == f"{mount['mountPath']}/ca.crt"

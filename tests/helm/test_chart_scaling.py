@@ -5,7 +5,7 @@ from helm_chart import CLAIM, MATRIX, SERVICES, Object, case, environment, find,
 
 from cli.autoscaler.policy import Rules
 from cli.autoscaler.settings import AutoscalerSettings, load
-from shared.keys import ENCODE, GENERATE, Keys
+from shared.bus.keys import ENCODE, GENERATE, Keys
 
 KEDA = "fetched model, keda, monitoring, tls"
 HPA = "external redis with users, hpa, placement"

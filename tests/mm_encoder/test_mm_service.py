@@ -23,16 +23,18 @@ from torch import Tensor
 
 from cli.redis_server import RedisServer
 from services.mm_encoder.__main__ import build
-from services.mm_encoder.image import open_image, resized, rgb_pixels
-from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise, patch_rows
-from services.mm_encoder.resize import smart_resize
+from services.mm_encoder.media.image import open_image, resized, rgb_pixels
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, normalise, patch_rows
+from services.mm_encoder.media.resize import smart_resize
 from services.mm_encoder.service import SERVICE, MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings, ProcessorSettings
-from shared import bus
-from shared.blobs import Blobs
-from shared.custody import Custody
+from shared.bus.blobs import Blobs
+from shared.bus.client import connect
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.ownership import EntryOwnership
+from shared.bus.records import Records
+from shared.bus.streams import LogReader, WorkStream, send
 from shared.errors import ConfigError, Failure
-from shared.keys import ENCODE, GENERATE, Keys
 from shared.messages import (
     Accepted,
     Encode,
@@ -51,10 +53,8 @@ from shared.messages import (
     pack_ids,
     unpack_ids,
 )
-from shared.model_config import load_model_config
-from shared.records import Records
+from shared.model.config import load_model_config
 from shared.service import Life
-from shared.streams import LogReader, WorkStream, send
 
 torch.set_num_threads(1)
 
@@ -495,7 +495,7 @@ async def test_a_replica_that_has_lost_its_entry_refuses_nothing(bench: Bench) -
     assert bench.count("millrace_mm_requests_total", outcome="refused") == 1
     assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
     assert await bench.left() == {"request:a"}
-    other = Custody(bench.redis, bench.keys, ENCODE, SERVICE, "other")
+    other = EntryOwnership(bench.redis, bench.keys, ENCODE, SERVICE, "other")
     assert await other.hand_on(entry_id.decode(), message, Generate(message.request, b"", 1)) == "done"
 
 
@@ -546,7 +546,7 @@ async def test_who_dies_while_refusing_is_followed_by_the_same_refusal(bench: Be
     await bench.submit("a", [b"hello"])
     await taken_by_a_dead_replica(bench)
     [(entry_id, _)] = await bench.redis.xrange(bench.keys.stream(ENCODE))
-    dead = Custody(bench.redis, bench.keys, ENCODE, SERVICE, "dead-0")
+    dead = EntryOwnership(bench.redis, bench.keys, ENCODE, SERVICE, "dead-0")
     assert await dead.condemn(entry_id.decode(), "a", Failure(400, "not an image"))
     await bench.blobs.delete("media", ["a-0"])
     async with bench.running():
@@ -561,14 +561,14 @@ class Engine:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.work = WorkStream(bench.redis, bench.keys, GENERATE, "engine", "e", 9)
-        self.custody = Custody(bench.redis, bench.keys, GENERATE, "engine", "e")
+        self.ownership = EntryOwnership(bench.redis, bench.keys, GENERATE, "engine", "e")
 
     async def take(self) -> tuple[str, Generate]:
         await self.work.join()
         [delivery] = await self.work.take(1, 10_000)
         assert isinstance(delivery.message, Generate)
         request_id = delivery.message.request.id
-        assert await self.custody.claim([(delivery.entry_id, request_id)])
+        assert await self.ownership.claim([(delivery.entry_id, request_id)])
         return delivery.entry_id, delivery.message
 
     async def last_words(self) -> list[TokenRun]:
@@ -583,7 +583,7 @@ async def test_a_request_that_was_sent_back_is_encoded_again(bench: Bench) -> No
         await bench.submit("a", [picture(100, 150)])
         entry_id, first = await engine.take()
         await bench.blobs.delete("embeds", [first.spans[0].key])
-        assert await engine.custody.send_back(entry_id, "a") == "done"
+        assert await engine.ownership.send_back(entry_id, "a") == "done"
         _, second = await engine.take()
     assert second == first
     assert (await bench.embeddings(first.spans[0].key))[0].shape == (20, 128)
@@ -600,7 +600,7 @@ async def test_a_request_that_an_engine_had_ends_in_the_tokens_stream(bench: Ben
         entry_id, first = await engine.take()
     assert await bench.told() == Accepted("a", 26)
     await bench.blobs.delete("embeds", [first.spans[0].key])
-    assert await engine.custody.send_back(entry_id, "a") == "done"
+    assert await engine.ownership.send_back(entry_id, "a") == "done"
     if why == "upload gone":
         await bench.blobs.delete("media", ["a-0"])
     elif why == "cancelled":
@@ -626,7 +626,7 @@ async def test_a_request_that_an_engine_had_ends_in_the_tokens_stream(bench: Ben
 async def test_what_redis_forgot_does_not_stop_the_service(directory: Path, judge: Model, tmp_path: Path) -> None:
     """Redis dies in the middle, and comes back with nothing."""
     with RedisServer(Path(tempfile.mkdtemp(prefix="millrace-"))) as server:
-        redis = bus.connect(server.url)
+        redis = connect(server.url)
         bench = Bench(redis, Keys("test"), directory)
         async with bench.running():
             await bench.submit("a", [picture(60, 60)])
@@ -659,7 +659,7 @@ async def test_a_bug_costs_one_request(bench: Bench, monkeypatch: pytest.MonkeyP
             raise ZeroDivisionError("secret detail")
         return resized(image, height, width)
 
-    monkeypatch.setattr("services.mm_encoder.processor.resized", planted)
+    monkeypatch.setattr("services.mm_encoder.media.processor.resized", planted)
     async with bench.running():
         await bench.submit("bad", [good, bad])
         failure = await bench.refused()

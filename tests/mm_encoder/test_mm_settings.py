@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from services.mm_encoder.normalisation import Normalisation, load_normalisation
-from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD
+from services.mm_encoder.media.normalisation import Normalisation, load_normalisation
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
+from services.mm_encoder.media.timestamps import FONT, font_file
 from services.mm_encoder.settings import MmEncoderSettings, ProcessorSettings
-from services.mm_encoder.timestamps import FONT, font_file
 from shared.config import load
 from shared.errors import CheckpointError, ConfigError
-from shared.model_config import VisionConfig
+from shared.model.config import VisionConfig
 
 REQUIRED = {"MILLRACE_REDIS_URL": "redis://x", "MILLRACE_MODEL": "/m", "MILLRACE_NAME": "a"}
 KWARGS = "MILLRACE_MM_PROCESSOR_KWARGS"

@@ -9,7 +9,7 @@ from PIL import Image
 from system import data_url, encoded
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 
-from shared.tokenizer import Tokenizer
+from shared.model.tokenizer import Tokenizer
 
 SYSTEM = "You are a multimodal AI assistant called ERNIE developed by Baidu based on the PaddlePaddle framework."
 LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 6177 * 28 * 28}

@@ -12,7 +12,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from system import System, data_url, encoded, picture, running
 
-from shared.keys import ENCODE, GENERATE
+from shared.bus.keys import ENCODE, GENERATE
 
 # What dashboards made for vLLM ask for, after the `vllm:`. It has no speculative decoding to tell of, and does not
 # estimate the device's FLOPs, which vLLM does on request.

@@ -9,16 +9,16 @@ from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from services.postproc.detokenize import Vocabulary
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.settings import PostprocSettings
+from services.postproc.text.detokenize import Vocabulary
 from services.postproc.worker import SERVICE, Worker
-from shared.bus import command
-from shared.keys import GENERATE, Keys
-from shared.leases import Lease
+from shared.bus.client import command
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.leases import Lease
+from shared.bus.records import Records
+from shared.bus.streams import LogReader, send
 from shared.messages import Attach, Begin, Deltas, Finish, Generate, Request, TokenLogprob, TokenRun, Tokens, pack_ids
-from shared.records import Records
-from shared.streams import LogReader, send
 
 TEXT = "Hm, “two” 😀.\n</think>\n\nA cat. " + "And on; 你好。\n" * 3
 PIECES = cut(TEXT, every_byte(TEXT)[::2])

@@ -7,8 +7,8 @@ from itertools import pairwise
 import msgspec
 from hypothesis import strategies as st
 
-from services.postproc.answer import Answer, Parsers
-from services.postproc.detokenize import Vocabulary
+from services.postproc.text.answer import Answer, Parsers
+from services.postproc.text.detokenize import Vocabulary
 from shared.messages import Begin, Delta, Finish, Output, Request, Sampling, Usage
 
 SPECIAL = "</s>"

@@ -10,10 +10,10 @@ from postproc_owners import LOGPROBS, TOKENS, WORDS, WRITES, Client, World
 from postproc_stand_in import EOS, Shown
 
 from cli.redis_server import RedisServer
-from services.postproc.answer import Answer, Parsers
-from services.postproc.detokenize import Vocabulary
-from shared import bus
-from shared.keys import Keys
+from services.postproc.text.answer import Answer, Parsers
+from services.postproc.text.detokenize import Vocabulary
+from shared.bus.client import connect
+from shared.bus.keys import Keys
 from shared.messages import Begin, Finish, Request
 
 points = st.builds("{}.{}".format, st.sampled_from(WRITES), st.sampled_from(["before", "after"]))
@@ -67,7 +67,7 @@ async def do(world: World, action: tuple[Any, ...]) -> None:
 
 
 async def play(url: str, script: list[tuple[Any, ...]], retain_s: float) -> None:
-    redis, keys = bus.connect(url), Keys("test")
+    redis, keys = connect(url), Keys("test")
     try:
         await redis.flushall()
         world = World(redis, keys, retain_s)

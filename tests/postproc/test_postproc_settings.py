@@ -8,8 +8,8 @@ from redis.asyncio import Redis
 
 from cli.demo_tokenizer import write_tokenizer
 from services.postproc.__main__ import build
-from services.postproc.answer import Parsers
 from services.postproc.settings import PostprocSettings
+from services.postproc.text.answer import Parsers
 from shared import config
 from shared.errors import CheckpointError, ConfigError
 

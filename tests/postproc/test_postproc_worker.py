@@ -13,15 +13,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.demo_tokenizer import write_tokenizer
-from services.postproc.answer import Answer, Parsers
-from services.postproc.detokenize import TokenBytes, Vocabulary
 from services.postproc.metrics import PostprocMetrics
 from services.postproc.settings import PostprocSettings
+from services.postproc.text.answer import Answer, Parsers
+from services.postproc.text.detokenize import TokenBytes, Vocabulary
 from services.postproc.worker import SERVICE, Worker
-from shared import patience
-from shared.bus import command
-from shared.keys import GENERATE, Keys
-from shared.leases import Fence, Lease
+from shared.bus import retry as patience
+from shared.bus.client import command
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.leases import Fence, Lease
+from shared.bus.records import Records
+from shared.bus.streams import LogReader, send
 from shared.messages import (
     Attach,
     Begin,
@@ -37,9 +39,7 @@ from shared.messages import (
     Usage,
     pack_ids,
 )
-from shared.records import Records
-from shared.streams import LogReader, send
-from shared.tokenizer import Tokenizer
+from shared.model.tokenizer import Tokenizer
 
 TEXT = "The café, “two” 😀.\n\nHm.\n</think>\n\nA cat. " + "And so on, and on; 你好。\n" * 12
 PIECES = cut(TEXT, every_byte(TEXT)[::2])

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from shared.bus.keys import Keys
+from shared.bus.leases import Lease, Replica
 from shared.config import CommonSettings
 from shared.errors import ConfigError
 from shared.health import Probe, judge, look, probe_settings
-from shared.keys import Keys
-from shared.leases import Lease, Replica
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENT_S = 0.2

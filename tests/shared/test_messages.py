@@ -16,10 +16,10 @@ from shared.messages import (
     Deltas,
     Drain,
     Encode,
+    Encoded,
     Failed,
     Finish,
     Generate,
-    Landed,
     Media,
     MediaSpan,
     Message,
@@ -91,7 +91,7 @@ MESSAGES: list[Message] = [
     ),
     Cancel(("ab12", "cd")),
     Drain("engine", "engine-0"),
-    Landed("hash"),
+    Encoded("hash"),
 ]
 
 

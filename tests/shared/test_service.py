@@ -11,13 +11,13 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
-from shared import leases
+from shared.bus import leases
+from shared.bus.keys import Keys
+from shared.bus.streams import send
 from shared.config import CommonSettings
 from shared.errors import ConfigError
-from shared.keys import Keys
 from shared.messages import Cancel, Drain
 from shared.service import FAILED, MISCONFIGURED, Life
-from shared.streams import send
 
 
 async def forever() -> None:
@@ -191,7 +191,7 @@ async def test_lease_is_renewed_and_outlives_failures(
 
 PROGRAM = """
     import asyncio, os, sys
-    from shared import crash
+    from shared import crash_points
     from shared.config import CommonSettings
     from shared.service import launch
 
@@ -200,7 +200,7 @@ PROGRAM = """
         async def serve(self):
             print("serve", flush=True)
             if sys.argv[1] == "fail": raise OSError("broken")
-            crash.reach("tiny.serve.after")
+            crash_points.crash_point("tiny.serve.after")
             await asyncio.sleep(3600)
         async def drain(self):
             print("drain", flush=True)

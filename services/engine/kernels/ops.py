@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.engine.kernels.embed import embed
-from services.engine.kernels.linear_add_norm import linear_add_norm
-from services.engine.kernels.logits import logits
-from services.engine.kernels.mlp import SwiGLU, mlp_add_norm
-from services.engine.kernels.moe import MoE, linear_moe_add_norm
-from services.engine.kernels.paged_attention import Lengths, paged_attention
-from services.engine.kernels.qkv import qkv
 from services.engine.kernels.quantize import Weight
-from services.engine.kernels.rms_norm import rms_norm
-from services.engine.kernels.rotary import rotary_tables
+from services.engine.kernels.reference.embed import embed
+from services.engine.kernels.reference.linear_add_norm import linear_add_norm
+from services.engine.kernels.reference.logits import logits
+from services.engine.kernels.reference.mlp import SwiGLU, mlp_add_norm
+from services.engine.kernels.reference.moe import MoE, linear_moe_add_norm
+from services.engine.kernels.reference.paged_attention import Lengths, paged_attention
+from services.engine.kernels.reference.qkv import qkv
+from services.engine.kernels.reference.rms_norm import rms_norm
+from services.engine.kernels.reference.rotary import rotary_tables
 
 
 @dataclass(frozen=True, slots=True)

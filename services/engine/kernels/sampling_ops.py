@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.engine.kernels.argmax import argmax
-from services.engine.kernels.pick import pick
-from services.engine.kernels.threshold import threshold
+from services.engine.kernels.reference.argmax import argmax
+from services.engine.kernels.reference.pick import pick
+from services.engine.kernels.reference.threshold import threshold
 
 
 @dataclass(frozen=True, slots=True)

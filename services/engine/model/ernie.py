@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.kernels.mlp import SwiGLU
-from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Weight
+from services.engine.kernels.reference.mlp import SwiGLU
+from services.engine.kernels.reference.moe import MoE
 from services.engine.model.inputs import KVCache, StepInput
-from shared.model_config import ModelConfig
+from shared.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

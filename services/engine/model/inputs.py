@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.kernels.paged_attention import Lengths
+from services.engine.kernels.reference.paged_attention import Lengths
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from services.engine.kernels.experts import ExpertPool
-from services.engine.kernels.mlp import SwiGLU
-from services.engine.kernels.moe import MoE
+from services.engine.kernels.memory_budget import roomy
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize, with_plain
-from services.engine.kernels.room import roomy
+from services.engine.kernels.reference.experts import ExpertPool
+from services.engine.kernels.reference.mlp import SwiGLU
+from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer, Weights
-from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
-from shared.model_config import ModelConfig
+from shared.model.checkpoint import Checkpoint
+from shared.model.config import ModelConfig
 
 Quantization = Literal["wint8", "wint4"]
 

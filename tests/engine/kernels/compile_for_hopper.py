@@ -12,29 +12,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from services.engine.kernels.experts import ExpertPool
-from services.engine.kernels.gpu import (
+from services.engine.kernels.quantize import Bits, Quantized, quantize
+from services.engine.kernels.reference.experts import ExpertPool
+from services.engine.kernels.reference.mlp import SwiGLU
+from services.engine.kernels.reference.moe import MoE
+from services.engine.kernels.triton.attention import paged_attention, qkv, rotary_tables
+from services.engine.kernels.triton.dense import dequantize, linear, rms_norm, silu_mul
+from services.engine.kernels.triton.moe import (
     add_norm_scores,
-    dequantize,
     experts,
     grouped,
     grouped_plain,
     grouped_quantized,
-    linear,
     moe,
-    paged_attention,
-    pick,
-    qkv,
-    rms_norm,
-    rotary_tables,
     router,
-    silu_mul,
     sort,
-    threshold,
 )
-from services.engine.kernels.mlp import SwiGLU
-from services.engine.kernels.moe import MoE
-from services.engine.kernels.quantize import Bits, Quantized, quantize
+from services.engine.kernels.triton.sampling import pick, threshold
 
 SETTLED = "wgmma.wait_group.sync.aligned 0; mov"
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
@@ -68,7 +62,7 @@ def main() -> None:
     attention, sampled = (paged_attention, qkv, rms_norm, rotary_tables), (pick, threshold)
     products = (experts, grouped, grouped_plain, grouped_quantized, linear)
     for module in (*attention, *products, add_norm_scores, router, silu_mul, sort, *sampled):
-        module.overlapped = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
+        module.pdl_options = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
     sampling()
     decode(1)
     decode(4)
@@ -78,7 +72,7 @@ def main() -> None:
 
 def overwrites_operands(asm: dict[str, Any]) -> bool:
     """Whether large matrix instructions that take an operand from registers may still run when a loop comes to write
-    these again: see services.engine.kernels.gpu.matmul.settled."""
+    these again: see services.engine.kernels.triton.dense.matmul.settled."""
     from_registers = re.search(r"warp_group_dot %.*: tensor<", asm["ttgir"])
     runs_on = re.search(r"warp_group_dot_wait .*pendings = [1-9]", asm["ttgir"])
     return bool(from_registers and runs_on) and SETTLED not in asm["ptx"]

@@ -12,25 +12,26 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from services.engine.kernels.experts import ExpertPool, experts
-from services.engine.kernels.gpu import dequantize as gpu_dequantize
-from services.engine.kernels.gpu import experts as gpu_experts
-from services.engine.kernels.gpu import grouped, grouped_plain, grouped_quantized, whole_prompt
-from services.engine.kernels.gpu import linear as gpu_linear
-from services.engine.kernels.gpu import paged_attention as gpu_attention
-from services.engine.kernels.gpu import qkv as gpu_qkv
-from services.engine.kernels.gpu import router as gpu_router
-from services.engine.kernels.gpu.add_norm_scores import add_norm_scores
-from services.engine.kernels.gpu.ops import gpu_ops
-from services.engine.kernels.gpu.rms_norm import add_norm
-from services.engine.kernels.gpu.sort import sort_pairs
-from services.engine.kernels.linear import linear
-from services.engine.kernels.mlp import SwiGLU
-from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, Weight, dequantize, quantize, with_plain
-from services.engine.kernels.rotary import rotary_tables
-from services.engine.kernels.router import router
+from services.engine.kernels.reference.experts import ExpertPool, experts
+from services.engine.kernels.reference.linear import linear
+from services.engine.kernels.reference.mlp import SwiGLU
+from services.engine.kernels.reference.moe import MoE
+from services.engine.kernels.reference.rotary import rotary_tables
+from services.engine.kernels.reference.router import router
+from services.engine.kernels.triton.attention import paged_attention as gpu_attention
+from services.engine.kernels.triton.attention import qkv as gpu_qkv
+from services.engine.kernels.triton.attention import whole_prompt
+from services.engine.kernels.triton.dense import dequantize as gpu_dequantize
+from services.engine.kernels.triton.dense import linear as gpu_linear
+from services.engine.kernels.triton.dense.rms_norm import add_norm
+from services.engine.kernels.triton.moe import experts as gpu_experts
+from services.engine.kernels.triton.moe import grouped, grouped_plain, grouped_quantized
+from services.engine.kernels.triton.moe import router as gpu_router
+from services.engine.kernels.triton.moe.add_norm_scores import add_norm_scores
+from services.engine.kernels.triton.moe.sort import sort_pairs
+from services.engine.kernels.triton.ops import gpu_ops
 
 OPS, REFERENCE = gpu_ops(), Ops()
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.experts import ExpertPool, experts
 from services.engine.kernels.quantize import dequantize, quantize
-from services.engine.kernels.router import router
+from services.engine.kernels.reference.experts import ExpertPool, experts
+from services.engine.kernels.reference.router import router
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.kv_write import kv_write
-from services.engine.kernels.paged_attention import paged_attention
+from services.engine.kernels.reference.kv_write import kv_write
+from services.engine.kernels.reference.paged_attention import paged_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.embed import embed
-from services.engine.kernels.linear import linear
-from services.engine.kernels.logits import logits
 from services.engine.kernels.quantize import dequantize, quantize
-from services.engine.kernels.rms_norm import add_rms_norm, rms_norm
-from services.engine.kernels.rotary import rotary, rotary_tables
-from services.engine.kernels.silu_mul import silu_mul
+from services.engine.kernels.reference.embed import embed
+from services.engine.kernels.reference.linear import linear
+from services.engine.kernels.reference.logits import logits
+from services.engine.kernels.reference.rms_norm import add_rms_norm, rms_norm
+from services.engine.kernels.reference.rotary import rotary, rotary_tables
+from services.engine.kernels.reference.silu_mul import silu_mul
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.engine.kernels.argmax import argmax
-from services.engine.kernels.gpu import argmax as gpu_argmax
-from services.engine.kernels.gpu import pick as gpu_pick
-from services.engine.kernels.gpu import threshold as gpu_threshold
-from services.engine.kernels.pick import WHOLE, pick
-from services.engine.kernels.threshold import threshold, threshold_by_search
+from services.engine.kernels.reference.argmax import argmax
+from services.engine.kernels.reference.pick import WHOLE, pick
+from services.engine.kernels.reference.threshold import threshold, threshold_by_search
+from services.engine.kernels.triton.sampling import argmax as gpu_argmax
+from services.engine.kernels.triton.sampling import pick as gpu_pick
+from services.engine.kernels.triton.sampling import threshold as gpu_threshold
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 

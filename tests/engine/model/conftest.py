@@ -10,7 +10,7 @@ from oracle import Model, save_with_transformers
 from services.engine.kernels.ops import Ops
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_model
-from shared.model_config import load_model_config
+from shared.model.config import load_model_config
 
 torch.set_num_threads(1)
 

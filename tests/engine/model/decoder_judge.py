@@ -5,7 +5,7 @@ from oracle import Model, hf_logits
 from paged_driver import Paged
 from torch import Tensor
 
-from services.engine.positions import positions
+from services.engine.schedule.positions import positions
 from shared.messages import MediaKind, MediaSpan
 
 Piece = list[int] | tuple[MediaKind, tuple[int, int, int]]  # token ids, or media with its grid in patches

@@ -13,14 +13,14 @@ from paged_driver import Driver
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.engine.kernels.mlp import SwiGLU
-from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dense
+from services.engine.kernels.reference.mlp import SwiGLU
+from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Weights
 from services.engine.model.weights import Quantization, load_model, load_weights
 from shared.errors import CheckpointError
-from shared.model_config import load_model_config
+from shared.model.config import load_model_config
 
 Tensors = dict[str, Tensor]
 

@@ -1,0 +1,54 @@
+"""A block of experts: routed ones of two pools and a shared one, added to the residual stream, normed for the next."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.engine.kernels.quantize import Weight
+from services.engine.kernels.reference.experts import ExpertPool, experts
+from services.engine.kernels.reference.linear_add_norm import linear_add_norm
+from services.engine.kernels.reference.mlp import SwiGLU, swiglu
+from services.engine.kernels.reference.rms_norm import add_rms_norm
+from services.engine.kernels.reference.router import router
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Two pools of routed experts, and a shared one that every token visits."""
+
+    gate: Tensor  # [2 E, H] float32: text, then vision
+    bias: Tensor  # [2 E] float32
+    text: ExpertPool
+    vision: ExpertPool
+    shared: SwiGLU
+
+
+def linear_moe_add_norm(
+    x: Tensor,
+    out: Weight,
+    residual: Tensor,
+    moe_norm: Tensor,
+    moe: MoE,
+    vision: Tensor | None,
+    top_k: int,
+    norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`linear_add_norm`, then a block: `add_rms_norm` of what `experts` make of its x as `router` says, plus `swiglu`
+    by the shared one. An implementation may leave out the roundings to x's dtype in between.
+
+    Args:
+        x: [N, in].
+        out: [H, in].
+        residual: [N, H].
+        moe_norm, norm: [H]: before the experts and after them.
+        vision: [N] bool: rows of the vision pool; None: no row is, as the host knows.
+        top_k: routed experts of a row.
+
+    Returns:
+        the norm and the new residual, each [N, H].
+    """
+    x, residual = linear_add_norm(x, out, residual, moe_norm, eps)
+    ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
+    routed = experts(x, ids, weights, moe.text, moe.vision)
+    return add_rms_norm(routed + swiglu(x, moe.shared), residual, norm, eps)

@@ -1,0 +1,53 @@
+"""A quantised weight back in the dtype of the activations, for products that are bound by arithmetic."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kernels.quantize import GROUP, PLANES, Quantized, Weight
+from services.engine.kernels.triton.common.sizes import ceil_div
+from services.engine.kernels.triton.dense.matmul import scales, unpack, widen
+
+ROWS, WARPS = 32, 4  # of a program's tile, which is as wide as a group
+
+
+@triton.jit
+def _dequantize_kernel(
+    data_ptr, scale_ptr, out_ptr, OUT, IN, data_stride,
+    BITS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * GROUP
+    inside = (row < OUT)[:, None]
+    dtype = out_ptr.dtype.element_ty
+    scale = scales(scale_ptr + row, row < OUT)[:, None]
+    data_ptrs = data_ptr + row.to(tl.int64)[:, None] * data_stride
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * IN
+    if BITS == 4:
+        lane = tl.arange(0, GROUP // PLANES)[None, :]
+        planes = unpack(tl.load(data_ptrs + first // PLANES + lane, inside, 0), dtype)
+        for j in tl.static_range(PLANES):
+            column = first + j * (GROUP // PLANES) + lane
+            tl.store(out_ptrs + column, (planes[j].to(tl.float32) * scale).to(dtype), inside & (column < IN))
+    else:
+        column = first + tl.arange(0, GROUP)[None, :]
+        values = widen(tl.load(data_ptrs + column, inside & (column < IN), 0), dtype)
+        tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """See the reference: services.engine.kernels.quantize.dequantize."""
+    inputs, outputs = weight.in_features, weight.scale.numel()
+    out = torch.empty(*weight.scale.shape, inputs, dtype=weight.scale.dtype, device=weight.data.device)
+    _dequantize_kernel[(ceil_div(outputs, ROWS), ceil_div(inputs, GROUP))](
+        weight.data, weight.scale, out, outputs, inputs, weight.data.stride(-2),
+        BITS=weight.bits, ROWS=ROWS, GROUP=GROUP, PLANES=PLANES, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def plain(weight: Weight) -> Tensor:
+    """The weight itself or what its quantised form stands for, dequantised unless that was done before."""
+    if not isinstance(weight, Quantized):
+        return weight
+    return dequantize(weight) if weight.plain is None else weight.plain

@@ -1,0 +1,215 @@
+"""Matrix products with a weight that may be quantised.
+
+Plain weights are the vendor library's business, but for very few rows. Quantised ones are dequantised in registers
+while the product waits for memory; with so many rows that it waits for arithmetic, they are dequantised once and handed
+to the library, which may have been done when they were loaded.
+
+With very few rows a program has all inputs of some outputs, a part of them a warp, and puts them on their way before
+the kernel before it has ended. With few, a weight is split along its inputs over programs; the parts are summed, in
+order, by whoever reads the product: a sum in float32 that does not depend on which program was first.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kernels.quantize import GROUP, Quantized, Weight
+from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
+from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
+from services.engine.kernels.triton.dense.dequantize import plain
+from services.engine.kernels.triton.dense.matmul import dot_tile, gate_or_up, gated, parts, scales, widen
+from services.engine.kernels.triton.dense.silu_mul import silu_mul
+
+LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
+PLAIN_ROWS = 96  # from here on the library is faster, where it need not wait for a weight to be dequantised
+EARLY_ROWS = 32  # up to here a weight is read ahead
+WHOLE_ROWS, WHOLE_PLAIN_ROWS = 16, 32  # up to here a program has all inputs, of quantised and of plain weights
+WHOLE_BITS = (8, 16)
+PARTS, PART = 2, 128  # warps of such a program, and the inputs that one of them takes at once
+
+
+@triton.jit
+def whole_product(
+    x_ptr, w_ptr, scale_ptr, m, n, columns, M, IN, x_stride, w_stride,
+    BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """weight[n] times x[m]^T: [BN, BM] float32, of the weight's rows n [BN] where `columns`, and x's rows m < M.
+
+    PARTS warps, each with a part of every block of PARTS PART inputs. Waits for the predecessor.
+    """
+    k = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    rows, columns = (m < M)[None, None, :], columns[None, :, None]
+    w_ptrs = w_ptr + n.to(tl.int64)[None, :, None] * w_stride + k[:, None, :]
+    x_ptrs = x_ptr + m.to(tl.int64)[None, None, :] * x_stride + k[:, :, None]
+    # The weight waits for nobody.
+    w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, columns & (k < IN)[:, None, :], 0)
+    wait_for_previous_kernel(PDL)
+    x = tl.load(x_ptrs, rows if EVEN else rows & (k < IN)[:, :, None], 0.0)
+    acc = tl.zeros((PARTS, n.shape[0], m.shape[0]), tl.float32)
+    acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
+    for first in range(PARTS * PART, IN, PARTS * PART):
+        inside = first + k < IN
+        w = tl.load(w_ptrs + first) if EVEN else tl.load(w_ptrs + first, columns & inside[:, None, :], 0)
+        x = tl.load(x_ptrs + first, rows if EVEN else rows & inside[:, :, None], 0.0)
+        acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
+    total = tl.sum(acc, 0)
+    if BITS != 16:
+        total *= scales(scale_ptr + n, tl.reshape(columns, (n.shape[0],)))[:, None]
+    return total
+
+
+@triton.jit
+def _whole_kernel(
+    x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, x_stride, w_stride,
+    GATED: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """N: outputs; of a gated product, a half of the weight's rows."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    OUTPUTS: tl.constexpr = BN // 2 if GATED else BN
+    first = tl.program_id(0) * OUTPUTS
+    if GATED:
+        output, is_up = gate_or_up(first, BN)
+        w_row = output + is_up * N
+    else:
+        output = first + tl.arange(0, BN)
+        w_row = output
+    acc = whole_product(
+        x_ptr, w_ptr, scale_ptr, m, w_row, output < N, M, IN, x_stride, w_stride, BITS, PARTS, PART, EVEN, PDL
+    )  # fmt: skip
+    if GATED:
+        acc = gated(acc, BN, BM)
+    n = first + tl.arange(0, OUTPUTS)
+    out_ptrs = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """weight times x^T over part program_id(2) of the inputs, which are `share` blocks of BK."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    block = tl.program_id(2) * share
+    last = tl.minimum(block + share, tl.cdiv(IN, BK))
+    rows, columns = (m < M)[None, :], (n < N)[:, None]
+    x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
+    acc = tl.zeros((BN, BM), tl.float32)
+    # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
+    scale = scales(scale_ptr + n, n < N)[:, None]
+    if EARLY:
+        column = block * BK + tl.arange(0, BK)
+        inside = column < IN
+        w = tl.load(w_ptrs + column[None, :], columns & inside[None, :], 0)
+        wait_for_previous_kernel(PDL)
+        x = tl.load(x_ptrs + column[:, None], rows & inside[:, None], 0.0)
+        acc = tl.dot(widen(w, x.dtype), x, acc, input_precision="ieee")
+        block += 1
+    else:
+        wait_for_previous_kernel(PDL)
+    for nth in range(block, last):
+        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, EVEN)
+    out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
+    tl.store(out_ptrs, (acc * scale).to(out_ptr.dtype.element_ty), rows & columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """How a product of very few rows is launched."""
+
+    grid: tuple[int, int]  # tiles of outputs, tiles of rows
+    arguments: tuple[Tensor, Tensor, Tensor]  # x, weight, scales
+    sizes: tuple[int, ...]  # M to w_stride
+    options: dict[str, Any]
+
+
+def whole(x: Tensor, weight: Weight, gated: bool = False) -> Whole | None:
+    """None where there are too many rows for it."""
+    data, scale, bits = parts(weight)
+    if bits not in WHOLE_BITS or len(x) > (WHOLE_PLAIN_ROWS if bits == 16 else WHOLE_ROWS):
+        return None
+    (rows, inputs), weight_rows = x.shape, len(data)
+    bm, bn = min(32, max(8, ceil_pow2(rows))), 16
+    outputs, tile = (weight_rows // 2, bn // 2) if gated else (weight_rows, bn)
+    options = {
+        "BITS": bits, "PARTS": PARTS, "PART": PART, "BM": bm, "BN": bn,
+        "EVEN": inputs % (PARTS * PART) == 0 and outputs % tile == 0,
+        "num_warps": PARTS, "num_stages": 4 if x.element_size() == 2 else 1, **pdl_options(x),
+    }  # fmt: skip
+    sizes = (rows, outputs, inputs, x.stride(0), data.stride(0))
+    return Whole((ceil_div(outputs, tile), ceil_div(rows, bm)), (x, data, scale), sizes, options)
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """See the reference. The rows of `x` may be strided."""
+    partial = partial_linear(x, weight)
+    return partial[0] if len(partial) == 1 else partial.sum(0).to(x.dtype)
+
+
+def partial_linear(x: Tensor, weight: Weight) -> Tensor:
+    """`linear` in parts that are still to be summed.
+
+    Returns:
+        [parts, N, out]: one part in the dtype of x, or several in float32.
+    """
+    way = whole(x, weight)
+    if way is not None:
+        return _whole_linear(x, way, gated=False).unsqueeze(0)
+    if not isinstance(weight, Quantized) or len(x) >= (LIBRARY_ROWS if weight.plain is None else PLAIN_ROWS):
+        return F.linear(x, plain(weight)).unsqueeze(0)
+    return _split_linear(x, weight)
+
+
+def gated_linear(x: Tensor, weight: Weight) -> Tensor:
+    """silu(gate) up.
+
+    Args:
+        weight: [2 I, in]: gate rows, then up rows.
+
+    Returns:
+        [N, I] in the dtype of x.
+    """
+    way = whole(x, weight, gated=True)
+    return silu_mul(partial_linear(x, weight), x.dtype) if way is None else _whole_linear(x, way, gated=True)
+
+
+def _whole_linear(x: Tensor, way: Whole, gated: bool) -> Tensor:
+    out = torch.empty(len(x), way.sizes[1], dtype=x.dtype, device=x.device)
+    _whole_kernel[way.grid](*way.arguments, out, *way.sizes, GATED=gated, **way.options)
+    return out
+
+
+def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
+    (rows, inputs), outputs = x.shape, weight.scale.shape[0]
+    bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
+    share = ceil_div(inputs, bk * splits)
+    splits = ceil_div(inputs, share * bk)
+    out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    _linear_kernel[(ceil_div(outputs, bn), ceil_div(rows, bm), splits)](
+        x, weight.data, weight.scale, out, rows, outputs, inputs, share, x.stride(0), weight.data.stride(0),
+        BITS=weight.bits, BM=bm, BN=bn, BK=bk,
+        EARLY=weight.bits == 8 and rows <= EARLY_ROWS, EVEN=inputs % bk == 0 and outputs % bn == 0,
+        num_warps=warps, num_stages=stages if x.element_size() == 2 else 1, **pdl_options(x),
+    )  # fmt: skip
+    return out
+
+
+def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
+    """BM, BN, BK, warps, stages, splits. Few rows: the weight is the traffic, and many programs put it on its way."""
+    splits = max(1, min(4, 32768 // outputs))
+    if bits == 4:
+        return min(64, max(16, ceil_pow2(rows))), 32, GROUP, 4, 2, splits
+    if rows <= 32:
+        return 32, 32, 128, 2, 4, min(2, splits)
+    if rows <= 64:
+        return 64, 64, 128, 4, 3, splits
+    return 128, 64, 128, 4, 3, min(2, splits)

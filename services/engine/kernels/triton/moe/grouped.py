@@ -1,0 +1,108 @@
+"""Both pools of experts for many rows: products bound by arithmetic.
+
+Rows are sorted by expert and copied in that order, a tile of rows has one expert, and a launch takes the tiles of one
+pool: as many programs as the device runs at once, each with its share of the tiles, which only the device can count.
+Programs that run at the same time have all the outputs of some neighbouring tiles of rows: what they read is in the
+second-level cache.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kernels.memory_budget import roomy
+from services.engine.kernels.quantize import Quantized, Weight, in_features
+from services.engine.kernels.reference.experts import ExpertPool
+from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
+from services.engine.kernels.triton.dense.interleave import interleaved
+from services.engine.kernels.triton.moe import grouped_plain, grouped_quantized
+from services.engine.kernels.triton.moe.sort import Sorted, sort_pairs
+
+# Rows of an expert, on average over both pools, from which on tiles of rows are full enough; of quantised weights, from
+# which on the products gain more than the launches before them take.
+EACH, QUANTIZED_EACH = 32, 64
+
+
+@triton.jit
+def _gather_kernel(
+    x_ptr, place_ptr, bounds_ptr, out_ptr, H, width, x_stride,
+    INTERLEAVED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[row] = x of the row's token, and 0 behind it up to `width`. Rows without a pair are 0: nobody reads what they
+    become, but to multiply by 0 takes less power, which is what bounds long prompts."""
+    wait_for_previous_kernel(PDL)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if first >= tl.load(bounds_ptr + 2) * BM:
+        return
+    row = first + tl.arange(0, ROWS)
+    pair = tl.load(place_ptr + row)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        source = interleaved(column) if INTERLEAVED else column
+        x_ptrs = x_ptr + (pair // K).to(tl.int64)[:, None] * x_stride + source[None, :]
+        values = tl.load(x_ptrs, (pair >= 0)[:, None] & (source < H)[None, :], 0.0)
+        tl.store(out_ptr + row[:, None] * width + column[None, :], values, (column < width)[None, :])
+
+
+def takes(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
+    """Whether there are rows enough, memory for copies of them, and the copy engine can read where rows begin."""
+    experts = len(text) + len(vision)
+    least = QUANTIZED_EACH if isinstance(text.gate_up, Quantized) else EACH
+    enough = len(x) * top_k >= least * experts and experts & (experts - 1) == 0
+    widths = (x.shape[1], x.stride(0), in_features(text.down), in_features(vision.down))
+    return enough and ample(x.device) and all(width * x.element_size() % 16 == 0 for width in widths)
+
+
+def ample(device: torch.device) -> bool:
+    """Whether a device has memory for rows in order. The interpreter has: it is there to try."""
+    return device.type != "cuda" or roomy(device)
+
+
+def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, media: bool = True) -> Tensor:
+    """Every chosen expert applied to its row.
+
+    Args:
+        x: [N, H], the last dimension contiguous.
+        ids: [N, K] int32.
+        text, vision: quantised alike.
+        media: whether there may be choices of the vision pool.
+
+    Returns:
+        [N K, H] in the dtype of x.
+    """
+    pools = (text, vision) if media else (text,)
+    products: Any = grouped_plain
+    experts, tile = len(text) + len(vision), grouped_plain.ROWS
+    if isinstance(text.gate_up, Quantized):
+        products, tile = grouped_quantized, grouped_quantized.tile_rows(text.gate_up.bits, ids.numel() / experts)
+    order = sort_pairs(ids.flatten(), experts, tile)
+    rows = _in_order(x, order, ids.shape[1], text.gate_up)
+    width = max(_inputs(text.down), _inputs(vision.down))
+    inner = torch.empty(len(order.place), width, dtype=x.dtype, device=x.device)
+    inners = [inner[:, : _inputs(pool.down)] for pool in pools]
+    for nth, pool in enumerate(pools):
+        products.gate_up(rows, order, nth, pool.gate_up, inners[nth])
+    del rows
+    results = torch.empty(ids.numel(), x.shape[1], dtype=x.dtype, device=x.device)
+    for nth, pool in enumerate(pools):
+        products.down(inners[nth], order, nth, pool.down, results)
+    return results
+
+
+def _inputs(weight: Weight) -> int:
+    return weight.stored_inputs if isinstance(weight, Quantized) else weight.shape[-1]
+
+
+def _in_order(x: Tensor, order: Sorted, top_k: int, weight: Weight) -> Tensor:
+    """[rows, inputs of the weight]: x of each row's token, columns as the weight's inputs are taken."""
+    out = torch.empty(len(order.place), _inputs(weight), dtype=x.dtype, device=x.device)
+    _gather_kernel[(len(out) // 8,)](
+        x, order.place, order.bounds, out, x.shape[1], out.shape[1], x.stride(0),
+        INTERLEAVED=isinstance(weight, Quantized) and weight.bits == 4,
+        K=top_k, BM=order.tile, ROWS=8, BLOCK=256, num_warps=4, **pdl_options(x),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,189 @@
+"""The engine's loop: receive, schedule, launch, read the step before. Runs in a thread of its own; torch releases the
+interpreter lock.
+
+A device computes the next step while the host takes in the last: the loop launches a step before it reads the one
+before, wherever that one's tokens cannot change what is launched. See `Scheduler.schedule_ahead`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.engine.loop.mailbox import Abort, Add, Answer, Command, Forget, Mailbox
+from services.engine.loop.step_output import StepOutput, error
+from services.engine.metrics import EngineMetrics
+from services.engine.run.runner import Launched, Runner
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.scheduler import Plan, Scheduler
+from services.engine.schedule.sequence import Sequence
+from shared.messages import TokenRun
+
+Emit = Callable[[StepOutput], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that was launched and has not been read."""
+
+    plan: Plan
+    launched: Launched
+    started: float  # perf_counter
+
+
+class Engine:
+    """Composed of what it drives. Nothing here outlives a request but the prefix cache."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        runner: Runner,
+        emit: Emit,
+        metrics: EngineMetrics,
+    ) -> None:
+        self._mailbox = mailbox
+        self._scheduler = scheduler
+        self._pool = pool
+        self._runner = runner
+        self._emit = emit
+        self._metrics = metrics
+        self._unsent = StepOutput()
+        self._launched: LaunchedStep | None = None  # launched, not read
+        self._ended = 0.0  # when the last step was read
+        self._prefilling: set[Sequence] = set()  # begun, and without a token yet
+        self._spoke: float | None = None  # when the last step was read, if it gave tokens
+
+    def run(self) -> None:
+        """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
+        process, and whoever takes over resumes every request from its journal.
+
+        At most two steps are launched and not read, and the second only while the first is waited for. What has to
+        know the tokens of the first waits for it: then a turn launches nothing, and the next one sees what came in
+        meanwhile.
+        """
+        while (commands := self._receive()) is not None:
+            for command in commands:
+                self._obey(command)
+            launched = self._launch(self._next_plan())
+            if self._launched is not None:
+                self._read(self._launched)
+            self._launched = launched
+            self._show()
+        self._send(self._take_unsent())
+
+    def _receive(self) -> list[Command] | None:
+        """Commands there are; with nothing to compute, some there will be. None: the mailbox was closed."""
+        if self._scheduler.has_work or self._launched is not None:
+            return self._mailbox.receive(wait=False)
+        self._send(self._take_unsent())
+        return self._mailbox.receive(wait=True)
+
+    def _next_plan(self) -> Plan | None:
+        """The next step; None if the one in flight has to be read first."""
+        if self._launched is None:
+            return self._scheduler.schedule()
+        return self._scheduler.schedule_ahead() if self._runner.overlaps else None
+
+    def _launch(self, plan: Plan | None) -> LaunchedStep | None:
+        """Start a step, if there is one, and send what was said before it while a device computes."""
+        said = self._take_unsent()
+        if plan is None or not plan.chunks:
+            self._send(said)
+            return None
+        self._count(plan)
+        for sequence in plan.begun:
+            self._begin(sequence)
+        started = time.perf_counter()
+        return LaunchedStep(plan, self._runner.launch(plan, lambda: self._send(said)), started)
+
+    def _read(self, launched: LaunchedStep) -> None:
+        """Wait for a step, and note what it says."""
+        sampled = launched.launched.read()
+        now = time.perf_counter()
+        progress = self._scheduler.commit(launched.plan, [s.token for s in sampled])
+        for row, sequence, finish in progress:
+            self._unsent.last_token(sequence, sampled[row].logprob, finish)
+        if self._prefilling:
+            self._note_first_tokens()
+        # Launched while another ran, it began when that had ended.
+        self._metrics.step_seconds.observe(now - max(launched.started, self._ended))
+        self._ended = now
+        self._note_tokens([sequence for _, sequence, _ in progress], now)
+
+    def _take_unsent(self) -> StepOutput:
+        step_output, self._unsent = self._unsent, StepOutput()
+        return step_output
+
+    def _send(self, step_output: StepOutput) -> None:
+        for end in step_output.ended:
+            self._metrics.finished.labels(end.reason).inc()
+        if step_output:
+            self._emit(step_output)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Add(sequence):
+                self._add(sequence)
+            case Abort(request_id, finish):
+                removed = self._remove(request_id)
+                if removed is not None:
+                    self._unsent.end(removed, finish)
+            case Forget(request_id):
+                self._remove(request_id)
+            case Answer(shard, begin, finish):
+                self._unsent.begin(shard, begin)
+                self._unsent.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
+
+    def _add(self, sequence: Sequence) -> None:
+        finish = sequence.finish()
+        if finish is not None:
+            # The journal has all of the answer, but whoever wrote it did not live to say so.
+            self._unsent.begin(sequence.shard, sequence.begin())
+            self._unsent.last_token(sequence, None, finish)
+            return
+        refusal = self._scheduler.add(sequence)
+        if refusal is not None:
+            self._unsent.end(sequence, error(refusal))
+
+    def _remove(self, request_id: str) -> Sequence | None:
+        removed = self._scheduler.remove(request_id)
+        if removed is not None:
+            self._prefilling.discard(removed)
+        return removed
+
+    def _begin(self, sequence: Sequence) -> None:
+        self._unsent.begin(sequence.shard, sequence.begin())
+        times = sequence.timeline
+        times.scheduled = time.time()
+        times.cached_tokens, times.resumed_tokens = sequence.cached_tokens, sequence.num_generated
+        self._prefilling.add(sequence)
+
+    def _note_first_tokens(self) -> None:
+        now = time.time()
+        for sequence in [s for s in self._prefilling if s.num_generated > s.timeline.resumed_tokens]:
+            sequence.timeline.first_token = now
+            self._prefilling.remove(sequence)
+
+    def _note_tokens(self, progress: list[Sequence], now: float) -> None:
+        """Time the step against the last, from which those who go on had their tokens."""
+        if self._spoke is not None and any(sequence.num_generated > 1 for sequence in progress):
+            self._metrics.inter_token.observe(now - self._spoke)
+        self._spoke = now if progress else None
+        self._metrics.generation_tokens.inc(len(progress))
+
+    def _count(self, plan: Plan) -> None:
+        metrics = self._metrics
+        metrics.prompt_tokens.inc(sum(s.prompt_len for s in plan.begun))
+        metrics.cached_tokens.inc(sum(s.cached_tokens for s in plan.begun))
+        metrics.prefix_queries.inc(plan.asked_tokens)
+        metrics.prefix_hits.inc(plan.hit_tokens)
+        metrics.preemptions.inc(len(plan.preempted))
+        metrics.step_tokens.observe(plan.num_tokens)
+        for sequence in plan.preempted:
+            sequence.timeline.preemptions += 1
+
+    def _show(self) -> None:
+        self._metrics.running.set(self._scheduler.num_running)
+        self._metrics.waiting.set(self._scheduler.num_waiting)
+        self._metrics.kv_usage.set(self._pool.used / self._pool.num_blocks)

@@ -1,0 +1,69 @@
+"""What one step has to say, gathered by shard."""
+
+import time
+from dataclasses import dataclass
+
+from services.engine.schedule.sequence import Sequence
+from shared.errors import Failure
+from shared.messages import Begin, Finish, FinishReason, TokenLogprob, TokenRun, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A request has ended under this epoch; under a later one it may go on."""
+
+    request_id: str
+    epoch: int
+    reason: FinishReason
+    generated: int  # tokens of the answer, here and before
+    error: str | None  # its code
+    at: float  # unix seconds
+
+
+class StepOutput:
+    """Begins and runs of one step; one message a shard."""
+
+    def __init__(self) -> None:
+        self._begins: dict[int, list[Begin]] = {}
+        self._runs: dict[int, list[TokenRun]] = {}
+        self.ended: list[End] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._begins or self._runs)
+
+    def begin(self, shard: int, begin: Begin) -> None:
+        self._begins.setdefault(shard, []).append(begin)
+
+    def run(self, shard: int, run: TokenRun) -> None:
+        self._runs.setdefault(shard, []).append(run)
+        if run.finish is not None:
+            self.ended.append(_end(run, run.finish))
+
+    def last_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
+        """A sequence has grown by one token."""
+        index = sequence.num_generated - 1
+        token = int(sequence.tokens[sequence.num_tokens - 1])
+        logprobs = None if logprob is None else (logprob,)
+        self.run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
+
+    def end(self, sequence: Sequence, finish: Finish) -> None:
+        """A sequence ends without another token."""
+        if not sequence.begun:
+            self.begin(sequence.shard, sequence.begin())
+        self.run(
+            sequence.shard, TokenRun(sequence.request_id, sequence.epoch, sequence.num_generated, (), None, finish)
+        )
+
+    def messages(self) -> dict[int, Tokens]:
+        """By shard; empty if nothing was said."""
+        shards = self._begins.keys() | self._runs.keys()
+        return {s: Tokens(tuple(self._begins.get(s, ())), tuple(self._runs.get(s, ()))) for s in shards}
+
+
+def _end(run: TokenRun, finish: Finish) -> End:
+    code = None if finish.failure is None else finish.failure.kind
+    return End(run.request_id, run.epoch, finish.reason, run.index + len(run.tokens), code, time.time())
+
+
+def error(failure: Failure) -> Finish:
+    return Finish("error", failure=failure)

@@ -1,0 +1,211 @@
+"""A plan as arrays: everything a step needs, built on the host and moved to the device once each."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.engine.model.inputs import KVCache, StepInput
+from services.engine.run.upload import upload
+from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.sequence import Embeds
+
+EMBED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Ints = NDArray[np.int64]
+
+
+class Model(Protocol):
+    """What runs a step: see `services.engine.model.ernie.ErnieModel`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def forward(self, step: StepInput, cache: KVCache) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """The fields of a StepInput that have its names, as arrays; and its sequences' blocks."""
+
+    token_ids: Ints  # [N]; 0 for those in flight
+    sources: Ints  # [S] which of the tokens that the last step samples is the row's id; -1: token_ids has it
+    positions: Ints  # [3, N]
+    vision: NDArray[np.bool_]  # [N]
+    embed_rows: Ints  # [M]
+    embeds: Tensor  # [M, hidden] model dtype, on the host, from where a device can copy them by itself
+    slots: Ints  # [N]
+    blocks: list[bytes]  # [S] block numbers of each sequence, as int32
+    query_start: NDArray[np.int32]  # [S + 1]
+    context_lens: NDArray[np.int32]  # [S]
+    logit_rows: Ints  # [R]
+    max_query_len: int
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.blocks)
+
+    @property
+    def samples_all(self) -> bool:
+        return len(self.logit_rows) == len(self.blocks)
+
+    def to(self, device: torch.device, block_size: int) -> StepInput:
+        """The step on a device."""
+        assert (self.sources < 0).all(), "the id of a row is still in flight"
+        longest = int(self.context_lens.max())
+        arrays: dict[str, NDArray[Any]] = {
+            "token_ids": self.token_ids,
+            "positions": self.positions,
+            "embed_rows": self.embed_rows,
+            "slots": self.slots,
+            "block_tables": block_tables(self.blocks, -(-longest // block_size)),
+            "query_start": self.query_start,
+            "context_lens": self.context_lens,
+            "logit_rows": self.logit_rows,
+        }
+        if self.vision.any():
+            arrays["vision"] = self.vision
+        moved: dict[str, Any] = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
+        lengths = zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)
+        return StepInput(
+            **{"vision": None} | moved,
+            embeds=self.embeds.to(device, non_blocking=True),
+            max_query_len=self.max_query_len,
+            max_context_len=longest,
+            lengths=tuple(lengths),
+        )
+
+    @staticmethod
+    def nothing() -> "HostStep":
+        """A step without sequences."""
+        no_ids, no_numbers = np.empty(0, np.int64), np.empty(0, np.int32)
+        return HostStep(
+            token_ids=no_ids,
+            sources=no_ids,
+            positions=np.empty((3, 0), np.int64),
+            vision=np.empty(0, np.bool_),
+            embed_rows=no_ids,
+            embeds=torch.empty(0, 0),
+            slots=no_ids,
+            blocks=[],
+            query_start=np.zeros(1, np.int32),
+            context_lens=no_numbers,
+            logit_rows=no_ids,
+            max_query_len=0,
+        )
+
+
+class StepBuilder:
+    """Builds the steps of one model and cache."""
+
+    def __init__(self, model: Model, block_size: int, image_patch_id: int) -> None:
+        self._hidden_size, self._dtype, self._device = model.hidden_size, model.dtype, model.device
+        self._block_size = block_size
+        self._image_patch_id = image_patch_id
+
+    def build(self, plan: Plan) -> HostStep:
+        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in plan.chunks):
+            return self._decode(plan.chunks)
+        return self._mixed(plan.chunks)
+
+    def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
+        """A token each of sequences that are past their prompts: most steps, so in as few passes as can be."""
+        size = self._block_size
+        sources = np.array([-1 if c.source is None else c.source for c in chunks], np.int64)
+        ids = [c.sequence.tokens[c.start] if c.source is None else 0 for c in chunks]
+        token_ids = np.array(ids, np.int64)
+        # All three axes of a generated token's position are the same.
+        positions = np.array([c.sequence.next_position + c.start - c.sequence.prompt_len for c in chunks], np.int64)
+        starts = np.arange(len(chunks) + 1)
+        return HostStep(
+            token_ids=token_ids,
+            sources=sources,
+            positions=np.broadcast_to(positions, (3, len(chunks))).copy(),
+            vision=token_ids >= self._image_patch_id,
+            embed_rows=np.empty(0, np.int64),
+            embeds=torch.empty(0, self._hidden_size, dtype=self._dtype),
+            slots=np.array([c.sequence.blocks[c.start // size] * size + c.start % size for c in chunks], np.int64),
+            blocks=[c.sequence.blocks.tobytes() for c in chunks],
+            query_start=starts.astype(np.int32),
+            context_lens=np.array([c.start + 1 for c in chunks], np.int32),
+            logit_rows=np.array([row for row, c in enumerate(chunks) if c.samples], np.int64),
+            max_query_len=1,
+        )
+
+    def _mixed(self, chunks: tuple[Chunk, ...]) -> HostStep:
+        lengths = [chunk.length for chunk in chunks]
+        starts = np.cumsum([0, *lengths])
+        token_ids = np.concatenate([c.sequence.tokens[c.start : c.start + c.length] for c in chunks])
+        rows, embeds = self._embeds(chunks, starts)
+        return HostStep(
+            token_ids=token_ids,
+            sources=np.full(len(chunks), -1, np.int64),
+            positions=np.concatenate([c.sequence.positions(c.start, c.start + c.length) for c in chunks], axis=1),
+            vision=token_ids >= self._image_patch_id,
+            embed_rows=rows,
+            embeds=embeds,
+            slots=np.concatenate([slots(chunk, self._block_size) for chunk in chunks]),
+            blocks=[chunk.sequence.blocks.tobytes() for chunk in chunks],
+            query_start=starts.astype(np.int32),
+            context_lens=np.array([chunk.start + chunk.length for chunk in chunks], np.int32),
+            logit_rows=np.array([stop - 1 for c, stop in zip(chunks, starts[1:], strict=True) if c.samples], np.int64),
+            max_query_len=max(lengths),
+        )
+
+    def _embeds(self, chunks: tuple[Chunk, ...], starts: Ints) -> tuple[Ints, Tensor]:
+        """Which rows of the step are media, and their embeddings, [M, hidden]."""
+        rows: list[Ints] = [np.empty(0, np.int64)]
+        parts: list[tuple[Embeds, int]] = []  # with the first row of each that is this step's
+        for chunk, first_row in zip(chunks, starts, strict=False):
+            stop = chunk.start + chunk.length
+            for span, stored in zip(chunk.sequence.spans, chunk.sequence.embeds, strict=True):
+                begin, end = max(chunk.start, span.offset), min(stop, span.offset + span.length)
+                if begin < end:
+                    rows.append(np.arange(begin, end) - chunk.start + first_row)
+                    parts.append((stored, begin - span.offset))
+        ends = np.cumsum([len(part) for part in rows]).tolist()
+        embeds = self._room(ends[-1])
+        for (stored, start), begin, end in zip(parts, ends, ends[1:], strict=False):
+            copy_rows(stored, start, embeds[begin:end])
+        return np.concatenate(rows), embeds
+
+    def _room(self, rows: int) -> Tensor:
+        """[rows, hidden]. Of a prompt of images this is most of a step: it is written once, and nobody waits for it."""
+        pinned = rows > 0 and self._device.type == "cuda"
+        return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
+
+
+def slots(chunk: Chunk, block_size: int) -> Ints:
+    """[length] where the keys and values of a chunk's tokens go."""
+    at = np.arange(chunk.start, chunk.start + chunk.length)
+    blocks = np.frombuffer(chunk.sequence.blocks, np.int32)
+    return blocks[at // block_size].astype(np.int64) * block_size + at % block_size
+
+
+def block_tables(blocks: list[bytes], width: int) -> NDArray[np.int32]:
+    """[S, width] padded with 0."""
+    tables = np.zeros((len(blocks), width), np.int32)
+    for table, content in zip(tables, blocks, strict=True):
+        used = np.frombuffer(content, np.int32)[:width]
+        table[: len(used)] = used
+    return tables
+
+
+def copy_rows(stored: Embeds, start: int, target: Tensor) -> None:
+    """Fill target [rows, hidden] with rows of stored embeddings from `start` on."""
+    dtype, (rows, width) = EMBED_DTYPES[stored.dtype], target.shape
+    row_bytes = width * dtype.itemsize
+    data = np.frombuffer(stored.data, np.uint8, rows * row_bytes, start * row_bytes)
+    if dtype == target.dtype:
+        target.view(torch.uint8).numpy().reshape(-1)[:] = data
+    else:
+        target.copy_(torch.from_numpy(data.copy()).view(dtype).view(rows, width))

@@ -1,0 +1,302 @@
+"""Decides what each step computes. Values in, a Plan out; no tensors, no clocks, no IO.
+
+One quantity drives it: every sequence has `num_computed` tokens in the cache and knows `num_tokens`, and each step
+lets the first chase the second. Decoding is being one token behind; a new prompt, a prefix found in the cache, a
+preempted sequence and one resumed from its journal differ only in how far behind they start.
+
+Both count a step when it is planned. Its tokens are known when it is read, and the next step may be planned before
+that: see `schedule_ahead`.
+
+Order of service is order of arrival, in three rounds a step: sequences that decode, sequences still in their prefill,
+and then those waiting. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
+out of blocks; then the latest arrival gives all of its blocks back and waits to be computed again. The earliest
+arrival is never the one to give way while another runs, so it always gets on, and so in turn does everyone.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.sequence import Sequence
+from shared.errors import Failure
+from shared.messages import Finish
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """One sequence's share of a step: tokens [start, start + length)."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool  # its last token is the sequence's last
+    source: int | None = None  # which of the tokens in flight is the one it computes; None: its tokens are known
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @property
+    def generated(self) -> int:
+        """How many tokens of the answer come before the one it samples."""
+        return self.start + self.length - self.sequence.prompt_len
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. Chunks are in the order of their rows."""
+
+    chunks: tuple[Chunk, ...]
+    begun: tuple[Sequence, ...] = ()  # scheduled for the first time
+    preempted: tuple[Sequence, ...] = ()  # lost their blocks and wait again
+    asked_tokens: int = 0  # looked for in the prefix cache by the sequences admitted
+    hit_tokens: int = 0  # and found
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def sampling(self) -> list[Chunk]:
+        """Those that give their sequence a token, in the order of the tokens."""
+        return [chunk for chunk in self.chunks if chunk.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+    block_size: int
+
+
+class Scheduler:
+    """Waiting and running sequences, by arrival. Owns their blocks."""
+
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> Failure | None:
+        """Let a sequence wait for its turn, or say why its turn can never come."""
+        needed = self._blocks_for(sequence.max_cached)
+        if needed > self._pool.num_blocks:
+            return _never_fits(f"{sequence.max_cached} tokens", f"{self._pool.num_blocks * self._limits.block_size}")
+        if not self._limits.chunked_prefill and sequence.max_cached > self._limits.max_num_batched_tokens:
+            return _never_fits(f"a step of {sequence.max_cached} tokens", f"{self._limits.max_num_batched_tokens}")
+        assert sequence.request_id not in self._sequences, "a request is scheduled once"
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        self._sequences[sequence.request_id] = sequence
+        self._waiting.append(sequence)
+        return None
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Forget a sequence, whatever it was doing, and free what it held. None: there is no such sequence."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return None
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._free(sequence)
+        else:
+            self._waiting.remove(sequence)
+        return sequence
+
+    def schedule(self) -> Plan:
+        """The next step, when all steps before have been committed. Without chunks only if there is nothing to do."""
+        assert not any(s.in_flight for s in self._running)
+        budget = self._limits.max_num_batched_tokens
+        decoding = [s for s in self._running if s.num_tokens - s.num_computed == 1]
+        prefilling = [s for s in self._running if s.num_tokens - s.num_computed > 1]
+        preempted: list[Sequence] = []
+        admitted: list[Sequence] = []
+        chunks = [
+            _chunk(sequence, 1)
+            for sequence in decoding[:budget]
+            if sequence not in preempted and self._grow(sequence, preempted)
+        ]
+        budget -= len(chunks)
+        for sequence in prefilling:
+            if budget > 0 and sequence not in preempted:
+                chunks.append(_chunk(sequence, budget))
+                budget -= chunks[-1].length
+        # After a preemption the first to wait is the victim. It comes back at once only if others hold its prefix.
+        while waiting := self._admit(budget):
+            admitted.append(waiting)
+            chunks.append(_chunk(waiting, budget))
+            budget -= chunks[-1].length
+        begun = tuple(s for s in admitted if not s.begun)
+        asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
+        hit_tokens = sum(s.num_computed for s in admitted)
+        for sequence in begun:
+            sequence.begun = True
+            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
+        return _planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens))
+
+    def schedule_ahead(self) -> Plan | None:
+        """The next step while the one before is not committed; None where that has to come first.
+
+        Which tokens are in flight must not matter: so it is one token for each of those that go on whatever they are,
+        on blocks that nobody has to give up for it, and nobody is waiting for the rest. Who turns out to have ended has
+        a row in it all the same, which `commit` drops.
+        """
+        going = [s for s in self._running if s.goes_on]
+        budget = self._limits.max_num_batched_tokens - len(going)
+        if not going or budget < 0 or not all(s.in_flight for s in self._running):
+            return None
+        if any(s.looks_back for s in going) or self._match_first(budget) is not None:
+            return None
+        growing = [s for s in going if s.num_computed == len(s.blocks) * self._limits.block_size]
+        if len(growing) > self._pool.available:
+            return None
+        for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
+            sequence.blocks.append(block)
+        return _planned(Plan(tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in going)))
+
+    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
+        """Account for a step that has run.
+
+        Args:
+            plan: the first that was not committed yet.
+            tokens: what `plan.sampling` got, in its order.
+
+        Returns:
+            which of the tokens were taken, by whom, and why it has ended if it has; then it is forgotten. A sequence
+            that was forgotten after the step was planned takes nothing.
+        """
+        for chunk in plan.chunks:
+            if self._holds(chunk.sequence):
+                self._remember(chunk)
+        progress: list[tuple[int, Sequence, Finish | None]] = []
+        for row, (chunk, token) in enumerate(zip(plan.sampling, tokens, strict=True)):
+            sequence = chunk.sequence
+            sequence.in_flight -= 1
+            if not self._holds(sequence):
+                continue
+            sequence.append(token)
+            finish = sequence.finish()
+            progress.append((row, sequence, finish))
+            if finish is not None:
+                self.remove(sequence.request_id)
+        return progress
+
+    def _admit(self, budget: int) -> Sequence | None:
+        """Move the first waiting sequence to the running ones, if there is room for it."""
+        matched = self._match_first(budget)
+        if matched is None:
+            return None
+        sequence = self._waiting.popleft()
+        self._pool.share(matched)
+        sequence.blocks.extend(matched)
+        sequence.blocks.extend(self._pool.allocate(self._blocks_for(sequence.num_tokens) - len(matched)))
+        sequence.num_computed = len(matched) * self._limits.block_size
+        assert not self._running or self._running[-1].arrival < sequence.arrival
+        self._running.append(sequence)
+        return sequence
+
+    def _match_first(self, budget: int) -> list[int] | None:
+        """The cached blocks that the first waiting sequence begins with. None: there is none, or no room for it.
+
+        A block for each running sequence stays free, so that the newcomer is not the next one to give way.
+        """
+        if budget <= 0 or not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+            return None
+        sequence = self._waiting[0]
+        matched = self._match(sequence)
+        fresh = self._blocks_for(sequence.num_tokens) - len(matched)
+        if fresh + self._pool.cost(matched) + len(self._running) > self._pool.available:
+            return None
+        backlog = sequence.num_tokens - len(matched) * self._limits.block_size
+        return matched if self._limits.chunked_prefill or backlog <= budget else None
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Cached blocks of a prefix. At least one token is left to compute: its logits are what is wanted."""
+        if not self._pool.caching:
+            return []
+        full = (sequence.num_tokens - 1) // self._limits.block_size
+        return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
+
+    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """Give a running sequence blocks for all its known tokens, at the cost of later arrivals.
+
+        Returns False, and preempts the sequence itself, if it is the latest.
+        """
+        missing = self._blocks_for(sequence.num_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        while missing > self._pool.available:
+            victim = self._running.pop()
+            self._free(victim)
+            self._waiting.appendleft(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks.extend(self._pool.allocate(missing))
+        return True
+
+    def _remember(self, chunk: Chunk) -> None:
+        """Publish the blocks that a chunk has filled, once their content is in the cache and not before."""
+        first, full = chunk.start // self._limits.block_size, chunk.stop // self._limits.block_size
+        if not self._pool.caching or full == first:
+            return
+        hashes = chunk.sequence.block_hashes(self._limits.block_size, full)
+        for i in range(first, full):
+            self._pool.remember(chunk.sequence.blocks[i], hashes[i])
+
+    def _holds(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request_id) is sequence
+
+    def _free(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.blocks)
+        del sequence.blocks[:]
+        sequence.num_computed = 0
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._limits.block_size)
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    """As much of a sequence's backlog as the budget allows."""
+    length = min(sequence.num_tokens - sequence.num_computed, budget)
+    reached = sequence.num_computed + length
+    return Chunk(sequence, sequence.num_computed, length, samples=reached == sequence.num_tokens)
+
+
+def _planned(plan: Plan) -> Plan:
+    """The plan, now that its sequences count it."""
+    for chunk in plan.chunks:
+        chunk.sequence.num_computed = chunk.stop
+    for row, chunk in enumerate(plan.sampling):
+        chunk.sequence.row = row
+        chunk.sequence.in_flight += 1
+    return plan
+
+
+def _never_fits(what: str, room: str) -> Failure:
+    return Failure(
+        400,
+        f"The request needs room for {what}; this engine has room for {room}. Shorten the prompt or max_tokens.",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )

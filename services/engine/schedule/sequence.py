@@ -1,0 +1,262 @@
+"""One request inside the engine: its tokens, where they sit, and what follows from them.
+
+Everything that steers sampling is a function of the prompt and the generated tokens, so a sequence built from a
+journal of n tokens is in the state of one that has generated them here.
+"""
+
+from array import array
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from services.engine.schedule.blocks import ROOT, block_hash
+from services.engine.schedule.positions import positions
+from services.engine.schedule.thinking import ThinkingBudget, is_thinking
+from services.engine.schedule.timeline import Timeline
+from shared.errors import context_length, internal, invalid
+from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack_ids
+from shared.model.config import ModelConfig
+
+Ids = NDArray[np.int64]
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What every sequence is judged by."""
+
+    model: ModelConfig
+    max_model_len: int  # prompt and answer together
+    think_close_id: int  # </think>
+
+
+class Embeds(msgspec.Struct, frozen=True):
+    """Embeddings of one image or video as the encoder stored them: [rows, hidden] of `dtype`, row-major.
+
+    Kept on the host until the request ends: a preempted sequence is prefilled again, and must not then depend on
+    a blob that may have been evicted.
+    """
+
+    data: bytes
+    dtype: str
+
+
+class SeenTokens:
+    """The distinct tokens of prompt and answer, and how often each was generated: what penalties look at."""
+
+    def __init__(self, prompt: Ids, capacity: int) -> None:
+        distinct = np.unique(prompt)
+        self._ids = np.empty(len(distinct) + capacity, np.int64)
+        self._counts = np.zeros(len(distinct) + capacity, np.int64)
+        self._ids[: len(distinct)] = distinct
+        self._slots = {token: slot for slot, token in enumerate(distinct.tolist())}
+
+    def add(self, token: int) -> None:
+        """Count one generated token."""
+        slot = self._slots.setdefault(token, len(self._slots))
+        self._ids[slot] = token
+        self._counts[slot] += 1
+
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: len(self._slots)]
+
+    @property
+    def counts(self) -> Ids:
+        """[len(ids)] times generated; 0 for those of the prompt alone."""
+        return self._counts[: len(self._slots)]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's state. Made by `build`; changed by the scheduler alone."""
+
+    request_id: str
+    shard: int
+    epoch: int
+    sampling: Sampling
+    prompt_len: int
+    max_tokens: int  # resolved: prompt_len + max_tokens never exceeds the context
+    tokens: Ids  # prompt, answer so far, room for the rest
+    num_tokens: int  # how many of `tokens` are known
+    prompt_positions: NDArray[np.int32]  # [3, prompt_len]
+    next_position: int  # of the first generated token
+    spans: tuple[MediaSpan, ...]
+    embeds: tuple[Embeds, ...]  # one a span
+    eos_ids: tuple[int, ...]
+    stop_ids: frozenset[int]  # tokens that end it
+    thinking: bool  # inside an open <think> that the budget will close
+    budget: ThinkingBudget | None
+    seen: SeenTokens | None  # only where a penalty asks
+    arrival: int = -1  # order of service, given by the scheduler
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when what was planned has run
+    in_flight: int = 0  # tokens that steps were planned to sample and that are not known yet
+    row: int = 0  # which of the tokens of the last step planned is its own
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
+    begun: bool = False  # Begin has been emitted
+    timeline: Timeline = field(default_factory=Timeline)
+    _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.prompt_len
+
+    @property
+    def generated(self) -> Ids:
+        """The answer so far."""
+        return self.tokens[self.prompt_len : self.num_tokens]
+
+    @property
+    def max_cached(self) -> int:
+        """The most tokens the cache will ever hold of it: the last one generated is never fed back."""
+        return self.prompt_len + max(self.max_tokens, self.num_generated) - 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the tokens in flight leave room for another. A token that ends it may still be among them."""
+        return self.num_generated + self.in_flight < self.max_tokens
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is sampled depends on which tokens came before, and not on their number alone."""
+        return self.thinking or self.seen is not None or bool(self.sampling.bad_words)
+
+    def append(self, token: int) -> None:
+        """The answer grows by one token."""
+        self.tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        if self.budget is not None and token == self.budget.close_id:
+            self.thinking = False
+        if self.seen is not None:
+            self.seen.add(token)
+
+    def finish(self) -> Finish | None:
+        """Why it has ended, if its last token ended it."""
+        if self.num_generated == 0:
+            return None
+        last = int(self.tokens[self.num_tokens - 1])
+        if last in self.stop_ids:
+            return Finish("stop", stop_token=last)
+        return Finish("length") if self.num_generated >= self.max_tokens else None
+
+    def positions(self, start: int, stop: int) -> NDArray[np.int64]:
+        """[3, stop - start] positions of tokens [start, stop)."""
+        out = np.empty((3, stop - start), np.int64)
+        inside = max(0, min(stop, self.prompt_len) - start)
+        out[:, :inside] = self.prompt_positions[:, start : start + inside]
+        first = self.next_position + start + inside - self.prompt_len
+        out[:, inside:] = np.arange(first, first + stop - start - inside)
+        return out
+
+    def block_hashes(self, block_size: int, blocks: int) -> list[bytes]:
+        """The content hashes of the first `blocks` blocks, all of whose tokens are known."""
+        assert blocks * block_size <= self.num_tokens
+        while len(self._hashes) < blocks:
+            start = len(self._hashes) * block_size
+            parent = self._hashes[-1] if self._hashes else ROOT
+            content = self.tokens[start : start + block_size].tobytes()
+            self._hashes.append(block_hash(parent, content, media_in(self.spans, start, start + block_size)))
+        return self._hashes[:blocks]
+
+    def begin(self) -> Begin:
+        """What postproc is told when the engine has taken the request."""
+        image, video = media_tokens(self.spans)
+        return Begin(self.request_id, self.epoch, self.num_generated, self.prompt_len, self.cached_tokens, image, video)
+
+
+def media_tokens(spans: Ordered[MediaSpan]) -> tuple[int, int]:
+    """Tokens of images, and of videos."""
+    image, video = (sum(span.length for span in spans if span.kind == kind) for kind in ("image", "video"))
+    return image, video
+
+
+def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int, int, str]]:
+    """(index from start, index within the media, key) of each span's first token in [start, stop)."""
+    found = []
+    for span in spans:
+        first = max(start, span.offset)
+        if first < min(stop, span.offset + span.length):
+            found.append((first - start, first - span.offset, span.key))
+    return found
+
+
+def build(
+    message: Generate, epoch: int, generated: Ordered[int], embeds: tuple[Embeds, ...], facts: EngineFacts
+) -> Sequence:
+    """The sequence of a request of which `generated` tokens are known already.
+
+    Raises:
+        RequestError: the prompt is empty or too long (400), or the message names tokens or media that cannot be (4xx
+            where the client chose them, 500 where a stage of ours did).
+    """
+    prompt = np.array(unpack_ids(message.prompt), np.int64)
+    sampling, model = message.request.sampling, facts.model
+    _check_tokens(prompt, sampling, facts)
+    try:
+        prompt_positions, next_position = positions(
+            len(prompt), message.spans, model.vision.spatial_merge_size, model.vision.temporal_merge_size
+        )
+    except ValueError as error:
+        raise internal(f"The prompt's media do not fit it: {error}.") from error
+    max_tokens = min(message.max_tokens, facts.max_model_len - len(prompt))
+    answer = np.array(generated, np.int64)
+    tokens = np.empty(len(prompt) + max(max_tokens, len(answer)), np.int64)
+    tokens[: len(prompt)] = prompt
+    budget = _budget(message, facts)
+    sequence = Sequence(
+        request_id=message.request.id,
+        shard=message.request.shard,
+        epoch=epoch,
+        sampling=sampling,
+        prompt_len=len(prompt),
+        max_tokens=max_tokens,
+        tokens=tokens,
+        num_tokens=len(prompt),
+        prompt_positions=prompt_positions,
+        next_position=next_position,
+        spans=message.spans,
+        embeds=embeds,
+        eos_ids=model.eos_ids,
+        stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else model.eos_ids),
+        thinking=budget is not None and is_thinking(message.request.output.thinking, generated, budget.close_id),
+        budget=budget,
+        seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
+    )
+    for token in generated:
+        sequence.append(token)
+    return sequence
+
+
+def _penalised(sampling: Sampling) -> bool:
+    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
+    """A negative limit means unlimited, as it does in the reference server."""
+    limit = message.request.sampling.reasoning_max_tokens
+    if not message.request.output.thinking or limit is None or limit < 0:
+        return None
+    return ThinkingBudget(limit, facts.think_close_id)
+
+
+def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:
+    """An id outside the vocabulary would end the process in the middle of everyone's step."""
+    vocabulary = range(facts.model.vocab_size)
+    if len(prompt) == 0:
+        raise invalid("The prompt has no tokens.", "messages")
+    if len(prompt) >= facts.max_model_len:
+        raise context_length(len(prompt), facts.max_model_len)
+    if int(prompt.max()) not in vocabulary:
+        raise internal(f"The prompt has token {int(prompt.max())}; the vocabulary ends before it.")
+    chosen = {
+        "stop_token_ids": sampling.stop_token_ids,
+        "logit_bias": tuple(sampling.logit_bias),
+        "bad_words": tuple(token for word in sampling.bad_words for token in word),
+    }
+    for field_name, ids in chosen.items():
+        if any(token not in vocabulary for token in ids):
+            raise invalid(f"{field_name} has a token id outside 0 .. {len(vocabulary) - 1}.", field_name)
+    if any(len(word) == 0 for word in sampling.bad_words):
+        raise invalid("bad_words has an empty sequence.", "bad_words")

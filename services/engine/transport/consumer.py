@@ -1,0 +1,385 @@
+"""Brings work to the engine: takes entries while there is room, claims what dead engines left, makes sequences of
+requests, and lets go of an entry when its request has ended.
+
+A request's state on this side is its entry in one dict, from delivery until its Finish is in the stream, or until
+nothing need be said of it here: it was dropped, sent back for new embeddings, or is another engine's.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from redis.asyncio import Redis
+
+from services.engine.loop.mailbox import Abort, Add, Answer, Forget, Mailbox
+from services.engine.loop.step_output import End
+from services.engine.metrics import EngineMetrics
+from services.engine.schedule.sequence import Embeds, EngineFacts, build
+from services.engine.transport import spans
+from services.engine.transport.media import EmbedsGoneError, check_embeds
+from services.engine.transport.pending import PendingRequest, pending_request
+from services.engine.transport.resume import History, announcement, recover
+from shared.bus.blobs import EMBEDS, MEDIA, Blobs
+from shared.bus.keys import Keys
+from shared.bus.ownership import EntryOwnership, Poison
+from shared.bus.records import Record, Records
+from shared.bus.retry import retry_until_available
+from shared.bus.streams import Delivery, LogReader, WorkStream
+from shared.crash_points import crash_point
+from shared.errors import Failure, ProtocolError, RequestError, internal
+from shared.log import logger
+from shared.messages import Cancel, Finish, MediaSpan, Message
+from shared.tracing import OFF, Tracing
+
+BLOCK_MS = 1000
+CONTROL_PAGE = 100
+DEADLINES_EVERY_S = 0.5
+LATE = internal("The request's deadline passed before its answer was complete.", "timeout", status=504).failure
+
+_log = logger(__name__)
+
+
+def waiting_allowance(max_num_seqs: int) -> int:
+    """Requests to hold beyond those that can run: their embeddings load and their prompts are checked while they
+    wait for a place. More would keep work from replicas that have room now."""
+    return max(2, max_num_seqs // 8)
+
+
+class Inbox:
+    """Everything between the `generate` stream and the mailbox of the model's thread."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        work: WorkStream,
+        ownership: EntryOwnership,
+        blobs: Blobs,
+        mailbox: Mailbox,
+        facts: EngineFacts,
+        capacity: int,
+        look_every_s: float,
+        metrics: EngineMetrics,
+        tracing: Tracing = OFF,
+    ) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._work = work
+        self._ownership = ownership
+        self._records = Records(redis, keys)
+        self._blobs = blobs
+        self._mailbox = mailbox
+        self._facts = facts
+        self._capacity = capacity
+        self._look_every_s = look_every_s
+        self._metrics = metrics
+        self._tracing = tracing
+        self._control = LogReader(redis, {keys.control(): "$"})
+        self._requests: dict[str, PendingRequest] = {}
+        self._batches: asyncio.Queue[list[PendingRequest]] = asyncio.Queue()
+        self._changed = asyncio.Condition()
+        self._open = False
+        self._owed = 0  # entries of dead engines for which nobody had room when we last looked
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._requests)
+
+    async def start(self) -> None:
+        """Join the stream, and fix where control begins: what is cancelled before is seen in the records."""
+        await retry_until_available("join", self._work.join)
+        await retry_until_available("control", lambda: self._control.read(1, 0))
+
+    def open(self) -> None:
+        """From now on work may come, until `close`."""
+        self._open = True
+
+    def close(self) -> None:
+        self._open = False
+
+    async def empty(self) -> None:
+        """Return when no request is held."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._requests)
+
+    # ------------------------------------------------------------------------------- loops, each until cancelled
+
+    async def take(self) -> None:
+        """Take new entries as there is room for them that no dead engine's request needs: its client has waited, and
+        may have seen half of an answer."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._room > 0 and not self._owed)
+            deliveries = await retry_until_available("take", lambda: self._work.take(self._room, BLOCK_MS))
+            crash_point("engine.take.after")
+            self._hold(deliveries)
+
+    async def look(self) -> None:
+        """Take over the entries of dead engines, and notice which of ours are no longer ours."""
+        while True:
+            ours, poisoned, lost, owed = await retry_until_available(
+                "look", lambda: self._work.claim_abandoned(self._room)
+            )
+            crash_point("engine.look.after")
+            async with self._changed:
+                for pending in [pending for pending in self._requests.values() if pending.entry_id in lost]:
+                    self._let_go(pending)
+                self._owed = owed
+                self._changed.notify_all()
+            self._hold(ours)
+            self._hold(poisoned, poison=True)
+            await self._until_next_look()
+
+    async def listen(self) -> None:
+        """Honour cancellations."""
+        while True:
+            for _, _, message in await retry_until_available("control", self._read_control):
+                if isinstance(message, Cancel):
+                    for request_id in message.request_ids:
+                        self._cancel(request_id)
+
+    async def expire(self) -> None:
+        """End what is past its deadline. The gateway does so too, by cancelling; this is for when it is gone."""
+        while True:
+            for request_id, pending in self._requests.items():
+                if pending.admitted and pending.late(time.time()):
+                    self._mailbox.put(Abort(request_id, Finish("error", failure=LATE)))
+            await asyncio.sleep(DEADLINES_EVERY_S)
+
+    async def admit(self) -> None:
+        """Turn deliveries into sequences. A loop of its own, so that what was taken is admitted when taking stops."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                tasks.create_task(self._admit(await self._batches.get()))
+
+    async def _until_next_look(self) -> None:
+        """At once when there is room for what had none."""
+        if not self._owed:
+            await asyncio.sleep(self._look_every_s)
+            return
+        try:
+            async with asyncio.timeout(self._look_every_s), self._changed:
+                await self._changed.wait_for(lambda: self._room > 0)
+        except TimeoutError:
+            pass
+
+    # -------------------------------------------------------------------------------------- ways in and out
+
+    @property
+    def _room(self) -> int:
+        return max(0, self._capacity - len(self._requests)) if self._open else 0
+
+    def _hold(self, deliveries: Sequence[Delivery], poison: bool = False) -> None:
+        """What is delivered counts, whatever we have of the request: we may have lost that without knowing it."""
+        fresh = [pending_request(delivery, poison) for delivery in deliveries]
+        for pending in fresh:
+            before = self._requests.pop(pending.request_id, None)
+            if before is not None:
+                pending.replaces = before.entry_id
+                self._mailbox.put(Forget(pending.request_id))
+            self._requests[pending.request_id] = pending
+        if fresh:
+            self._batches.put_nowait(fresh)
+
+    async def finished(self, ends: Sequence[End]) -> None:
+        """These requests' Finish is in the stream: let go of their entries."""
+        ended = []
+        for end in ends:
+            pending = self._requests.get(end.request_id)
+            if pending is not None and pending.epoch == end.epoch:
+                pending.end = end
+                ended.append(pending)
+        await self._finish(ended)
+
+    async def _finish(self, ended: Sequence[PendingRequest]) -> None:
+        """Uploads first: of an entry that is gone, nobody would look for them."""
+        uploads = await self._uploads(ended)
+        if uploads:
+            await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
+        crash_point("engine.finish.before")
+        plain = [pending.entry_id for pending in ended if pending.poison is None]
+        await retry_until_available("finish", lambda: self._work.finish(plain))
+        for pending in ended:
+            if pending.poison is not None:
+                await retry_until_available(
+                    "quarantine", partial(self._ownership.quarantine, pending.entry_id, pending.poison)
+                )
+        crash_point("engine.finish.after")
+        await self._release(ended)
+
+    async def _uploads(self, ended: Sequence[PendingRequest]) -> list[str]:
+        """The uploads of requests that are still ours; another engine may yet need those of the others."""
+        shown = [pending for pending in ended if pending.uploads]
+        if not shown:
+            return []
+        ours = await retry_until_available(
+            "owned", lambda: self._ownership.owned([pending.entry_id for pending in shown])
+        )
+        return [key for pending in shown if pending.entry_id in ours for key in pending.uploads]
+
+    async def _release(self, gone: Sequence[PendingRequest]) -> None:
+        async with self._changed:
+            for pending in gone:
+                if self._requests.get(pending.request_id) is pending:
+                    del self._requests[pending.request_id]
+                    self._note(pending, time.time())
+            self._changed.notify_all()
+
+    def _note(self, pending: PendingRequest, now: float) -> None:
+        spans.record(self._tracing, pending, now)
+        if pending.end is not None:
+            fresh = pending.end.generated - pending.timeline.resumed_tokens
+            self._metrics.ended(spans.durations(pending, now), fresh)
+
+    def _let_go(self, pending: PendingRequest) -> None:
+        """Forget what is no longer ours, and stop computing it."""
+        _log.warning("no longer ours", extra={"request_id": pending.request_id, "entry": pending.entry_id})
+        del self._requests[pending.request_id]
+        self._mailbox.put(Forget(pending.request_id))
+        spans.record(self._tracing, pending, time.time(), spans.LOST)
+
+    async def _drop(self, pending: PendingRequest) -> None:
+        """End a request that nobody waits for and of which nothing was ever said."""
+        uploads = await self._uploads([pending])
+        if uploads:
+            await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
+        crash_point("engine.drop.before")
+        await retry_until_available("drop", lambda: self._ownership.drop(pending.entry_id, pending.request_id))
+        crash_point("engine.drop.after")
+        await self._release([pending])
+
+    def _cancel(self, request_id: str) -> None:
+        pending = self._requests.get(request_id)
+        if pending is None:
+            return
+        pending.cancelled = True
+        if pending.admitted:
+            self._mailbox.put(Abort(request_id, Finish("cancelled")))
+
+    # --------------------------------------------------------------------------------------------- admission
+
+    async def _admit(self, batch: list[PendingRequest]) -> None:
+        replaced = [pending.replaces for pending in batch if pending.replaces not in (None, pending.entry_id)]
+        await retry_until_available(
+            "finish", lambda: self._work.finish([entry_id for entry_id in replaced if entry_id])
+        )
+        records = await self._claim(batch)
+        again = {pending.request_id: (pending.message, pending.epoch) for pending in batch if pending.epoch > 1}
+        histories = await retry_until_available(
+            "resume", lambda: recover(self._redis, self._keys, self._records, again)
+        )
+        await asyncio.gather(
+            *(
+                self._admit_one(pending, records.get(pending.request_id), histories.get(pending.request_id, History()))
+                for pending in batch
+            )
+        )
+
+    async def _claim(self, batch: Sequence[PendingRequest]) -> dict[str, Record]:
+        """Become the owner of these requests, as far as their entries are ours; their records, where there are any."""
+        entries = [(pending.entry_id, pending.request_id) for pending in batch]
+        crash_point("engine.claim.before")
+        epochs = await retry_until_available("claim", lambda: self._ownership.claim(entries))
+        crash_point("engine.claim.after")
+        for pending in batch:
+            pending.epoch = epochs.get(pending.request_id) or 0
+            pending.lost = pending.request_id not in epochs
+        return await retry_until_available(
+            "claim", lambda: self._records.get([pending.request_id for pending in batch if pending.epoch])
+        )
+
+    async def _admit_one(self, pending: PendingRequest, record: Record | None, history: History) -> None:
+        if self._requests.get(pending.request_id) is not pending:
+            return
+        over = history.ended or (record is not None and record.finish is not None)
+        if pending.lost:
+            self._let_go(pending)
+        elif over or (record is None and pending.poison is not None):
+            await self._finish([pending])
+        elif record is None or ((record.cancelled or pending.cancelled) and pending.epoch == 1):
+            await self._drop(pending)
+        else:
+            pending.cancelled |= record.cancelled
+            if pending.attempts > 1 and history.tokens:
+                count = len(history.tokens)
+                await retry_until_available(
+                    "progress", lambda: self._ownership.progressed(pending.entry_id, pending.request_id, count)
+                )
+            await self._give(pending, history)
+
+    async def _give(self, pending: PendingRequest, history: History) -> None:
+        """Give the request to the model, or the reason why not to whoever waits for it."""
+        command: Add | Answer | None
+        if pending.cancelled:
+            command = _answer(pending, history, Finish("cancelled"))
+        elif pending.poison is not None:
+            command = _answer(pending, history, Finish("error", failure=_deadly(pending.poison)))
+        else:
+            command = await self._command(pending, history)
+        # Much may have happened while embeddings were loaded.
+        if command is None or self._requests.get(pending.request_id) is not pending:
+            return
+        if pending.cancelled:
+            command = _answer(pending, history, Finish("cancelled"))
+        self._mailbox.put(command)
+        pending.admitted = True
+
+    async def _command(self, pending: PendingRequest, history: History) -> Add | Answer | None:
+        """None: the request has been sent back to have its embeddings made again."""
+        try:
+            if pending.late(time.time()):
+                raise RequestError(LATE)
+            embeds = await self._embeds(pending.message.spans)
+            sequence = build(pending.message, pending.epoch, history.tokens, embeds, self._facts)
+            sequence.timeline = pending.timeline
+            return Add(sequence)
+        except EmbedsGoneError as gone:
+            if await self._send_back(pending):
+                return None
+            refused: RequestError = gone
+        except RequestError as error:
+            refused = error
+        _log.warning("request refused", extra={"request_id": pending.request_id, "why": refused.failure.message})
+        return _answer(pending, history, Finish("error", failure=refused.failure))
+
+    async def _send_back(self, pending: PendingRequest) -> bool:
+        """Whether the request is someone else's affair now."""
+        crash_point("engine.send_back.before")
+        outcome = await retry_until_available(
+            "send back", lambda: self._ownership.send_back(pending.entry_id, pending.request_id)
+        )
+        crash_point("engine.send_back.after")
+        if outcome == "never":
+            return False
+        _log.info("sent back for its embeddings", extra={"request_id": pending.request_id, "outcome": outcome})
+        await self._release([pending])
+        return True
+
+    async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
+        """
+        Raises:
+            RequestError: a blob is gone, or is not what the span says (5xx).
+        """
+        keys = list(dict.fromkeys(span.key for span in spans))
+        found = await asyncio.gather(
+            *(retry_until_available("blobs", partial(self._blobs.get, EMBEDS, key)) for key in keys)
+        )
+        stored = dict(zip(keys, found, strict=True))
+        return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
+
+    async def _read_control(self) -> list[tuple[str, str, Message]]:
+        try:
+            return await self._control.read(CONTROL_PAGE, BLOCK_MS)
+        except ProtocolError as unreadable:
+            _log.warning("unreadable entry in control", extra={"error": str(unreadable)})
+            return []
+
+
+def _deadly(poison: Poison) -> Failure:
+    return internal(f"The request ended {poison.attempts - 1} engines before it ended itself.").failure
+
+
+def _answer(pending: PendingRequest, history: History, finish: Finish) -> Answer:
+    begin = announcement(pending.message, pending.epoch, len(history.tokens))
+    return Answer(pending.message.request.shard, begin, finish)

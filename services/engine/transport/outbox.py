@@ -1,0 +1,61 @@
+"""Carries emissions from the model's thread to the tokens streams: in order, and none lost while this process lives."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+
+from redis.asyncio import Redis
+
+from services.engine.loop.step_output import End, StepOutput
+from shared.bus.keys import Keys
+from shared.bus.retry import retry_until_available
+from shared.bus.streams import LogWriter
+from shared.crash_points import crash_point
+from shared.messages import Tokens
+
+LEAD = 64  # steps the model may be ahead of Redis before it waits
+
+OnEnded = Callable[[Sequence[End]], Awaitable[None]]
+
+
+class Outbox:
+    """Run on the event loop; `put` belongs to the model's thread, which is started after `open`."""
+
+    def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded) -> None:
+        self._log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
+        self._on_ended = on_ended
+        self._queue: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._room = threading.Semaphore(LEAD)
+        self._closed = False
+
+    def open(self) -> None:
+        """Belong to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, step_output: StepOutput) -> None:
+        """Queue an emission; waits while Redis is LEAD steps behind. After `close` it goes nowhere."""
+        self._room.acquire()
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, step_output)
+
+    def close(self) -> None:
+        """Let a thread that waits in `put` go on."""
+        self._closed = True
+        self._room.release(LEAD)
+
+    async def run(self) -> None:
+        """Send until cancelled. A request has ended for `on_ended` only when its Finish is in the stream."""
+        while True:
+            step_output = await self._queue.get()
+            messages = step_output.messages()
+            # One XADD a shard; shards have different readers, so only the order within each matters.
+            await asyncio.gather(*(self._send(shard, message) for shard, message in messages.items()))
+            if step_output.ended:
+                await self._on_ended(step_output.ended)
+            self._room.release()
+
+    async def _send(self, shard: int, message: Tokens) -> None:
+        crash_point("engine.tokens.before")
+        await retry_until_available("tokens", lambda: self._log(shard).send(message))
+        crash_point("engine.tokens.after")

@@ -1,0 +1,81 @@
+"""From the bytes of a request to everything the pipeline needs to serve it. Pure; nothing has been sent yet."""
+
+import msgspec
+
+from services.gateway.request import validate
+from services.gateway.request.answer_format import Form
+from services.gateway.request.chat import ChatFormat
+from services.gateway.request.media import Item, MediaRules
+from services.gateway.request.sampling import output, sampling
+from services.gateway.request.schemas import parse
+from shared.limits import resolve_max_tokens
+from shared.messages import Output, Sampling, pack_ids
+from shared.model.config import GenerationDefaults
+from shared.model.tokenizer import Tokenizer
+
+
+class ParsedRequest(msgspec.Struct, frozen=True):
+    """One HTTP request, checked and tokenised."""
+
+    segments: tuple[list[int], ...]
+    media: tuple[Item, ...]
+    sampling: Sampling
+    output: Output
+    max_tokens: int  # for text alone; with media the mm_encoder works it out, knowing how many tokens they are
+    n: int
+    stream: bool
+    include_usage: bool
+
+    def form(self, owner: str, key: str) -> Form:
+        """How its answer is written. With media only the mm_encoder knows the prompt's tokens."""
+        token_ids = self.output.return_token_ids
+        return Form(
+            n=self.n,
+            include_usage=self.include_usage,
+            token_ids=token_ids,
+            logprobs=self.output.logprobs,
+            prompt=pack_ids(self.segments[0]) if token_ids and not self.media else None,
+            owner=owner,
+            key=key,
+        )
+
+
+class RequestParser(msgspec.Struct, frozen=True):
+    """What turns bodies into orders. Safe to use from several threads."""
+
+    chat: ChatFormat
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    rules: MediaRules
+    model: str
+    max_n: int
+    max_model_len: int
+    force_include_usage: bool
+
+    def take(self, body: bytes) -> ParsedRequest:
+        """
+        Raises:
+            RequestError: 4xx naming the field and the limit.
+        """
+        request, fields = parse(body)
+        validate.check_supported(fields)
+        validate.check_model(request, self.model)
+        validate.check_choices(request, self.max_n)
+        validate.check_messages(request.messages)
+        validate.check_tools(request)
+        validate.check_template_kwargs(request)
+        media = self.rules.items(request)
+        prompt = self.chat.prompt(request, media)
+        drawn = sampling(request, self.defaults, self.tokenizer, prompt.thinking)
+        options = request.stream_options
+        return ParsedRequest(
+            segments=prompt.segments,
+            media=tuple(media),
+            sampling=drawn,
+            output=output(request, prompt.thinking),
+            # With media this is a lower bound of the prompt, and already too long where it is.
+            max_tokens=resolve_max_tokens(prompt.text_tokens(), drawn.max_tokens, self.max_model_len),
+            n=request.n or 1,
+            stream=bool(request.stream),
+            include_usage=self.force_include_usage or bool(options and options.include_usage),
+        )

@@ -1,0 +1,117 @@
+"""A request's sampling and output fields, with limits checked and defaults filled in.
+
+Defaults are the checkpoint's (generation_config.json), else the reference server's: `GenerationDefaults`.
+"""
+
+import secrets
+from typing import TypeVar
+
+from services.gateway.request.schemas import MAX_SEED, ChatRequest
+from shared.errors import invalid
+from shared.messages import Output, Sampling
+from shared.model.config import GenerationDefaults
+from shared.model.tokenizer import Tokenizer
+
+GREEDY_BELOW = 1e-5
+SMALLEST_TOP_P = 1e-5  # a nucleus must hold one token; 0 asks for exactly that
+
+T = TypeVar("T", int, float)
+
+
+def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Tokenizer, thinking: bool) -> Sampling:
+    """How the engine draws tokens for the first choice; choice i adds i to the seed.
+
+    Raises:
+        RequestError: 400 naming the field and its limit.
+    """
+    temperature = _or(request.temperature, defaults.temperature)
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    min_tokens = request.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise invalid(f"`min_tokens` is {min_tokens}, more than the {max_tokens} tokens allowed.", "min_tokens")
+    return Sampling(
+        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p=max(_or(request.top_p, defaults.top_p), SMALLEST_TOP_P),
+        top_k=max(_or(request.top_k, defaults.top_k), 0),
+        min_p=_or(request.min_p, 0.0),
+        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=_or(request.presence_penalty, defaults.presence_penalty),
+        frequency_penalty=_or(request.frequency_penalty, defaults.frequency_penalty),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=_in_vocabulary(request.stop_token_ids or [], tokenizer, "stop_token_ids"),
+        ignore_eos=request.ignore_eos,
+        bad_words=_bad_words(request, tokenizer),
+        logit_bias=_logit_bias(request, tokenizer),
+        logprobs=_logprobs(request),
+        reasoning_max_tokens=_reasoning_budget(request) if thinking else None,
+    )
+
+
+def output(request: ChatRequest, thinking: bool) -> Output:
+    """How postproc turns tokens into the answer."""
+    stop = request.stop or ()
+    return Output(
+        thinking=thinking,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        include_stop=request.include_stop_str_in_output,
+        tools=bool(request.tools) and request.tool_choice != "none",
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        logprobs=bool(request.logprobs),
+        return_token_ids=bool(request.return_token_ids),
+    )
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of choice `index`: distinct, and still in range."""
+    return (seed + index) % (MAX_SEED + 1)
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _logprobs(request: ChatRequest) -> int | None:
+    if not request.logprobs:
+        if request.top_logprobs:
+            raise invalid("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
+        return None
+    return request.top_logprobs or 0
+
+
+def _reasoning_budget(request: ChatRequest) -> int | None:
+    budget = request.reasoning_max_tokens
+    if budget == 0:
+        raise invalid("`reasoning_max_tokens` must be at least 1, or -1 for no limit.", "reasoning_max_tokens")
+    return None if budget == -1 else budget
+
+
+def _bad_words(request: ChatRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as it stands at the start of a text and after a space, and the sequences given as ids."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in request.bad_words or ():
+        bare = word.lstrip() or word
+        for text in (bare, f" {bare}"):
+            found[tuple(tokenizer.encode_text(text))] = None
+    for given in request.bad_words_token_ids or ():
+        ids = [given] if isinstance(given, int) else given
+        found[_in_vocabulary(ids, tokenizer, "bad_words_token_ids")] = None
+    found.pop((), None)
+    return tuple(found)
+
+
+def _logit_bias(request: ChatRequest, tokenizer: Tokenizer) -> dict[int, float]:
+    given = request.logit_bias or {}
+    for key in given:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise invalid(f"`logit_bias`: {key!r:.50} is not a token id.", "logit_bias")
+    ids = _in_vocabulary([int(key) for key in given], tokenizer, "logit_bias")
+    return dict(zip(ids, given.values(), strict=True))
+
+
+def _in_vocabulary(ids: list[int], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
+    for token in ids:
+        if token >= tokenizer.vocab_size:
+            raise invalid(f"`{field}`: {token} is no token id; the vocabulary has {tokenizer.vocab_size}.", field)
+    return tuple(ids)

@@ -1,0 +1,228 @@
+"""What a chat request may not be, beyond its types: unsupported fields, roles, tools, template arguments."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from services.gateway.request.schemas import (
+    ChatRequest,
+    FilePart,
+    ImagePart,
+    Message,
+    TextPart,
+    Tool,
+    VideoPart,
+    VideoURL,
+)
+from shared.errors import Failure, RequestError, invalid
+
+MAX_SCHEMA_BYTES = 64 << 10  # of one tool
+MAX_TOOLS_BYTES = 512 << 10  # of all of them
+MAX_KWARGS_BYTES = 16 << 10
+MAX_DEPTH = 32
+
+# Fields some API defines and we do not serve, with the values that ask for nothing. Any other value is refused by
+# name, since ignoring it would answer another question than the client's.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "structural_tag": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "audio": (),
+    "modalities": (["text"],),
+    "web_search_options": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "prompt": (),
+    "prompt_logprobs": (0, False),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "documents": ([],),
+    "chat_template": (),
+    "disable_chat_template": (False,),
+    "prompt_token_ids": (),
+    "completion_token_ids": ([],),
+    "prompt_embeds": (),
+    "logits_processors": ([],),
+    "logits_processors_args": ({},),
+    "include_draft_logprobs": (False,),
+    "temp_scaled_logprobs": (False,),
+    "top_p_normalized_logprobs": (False,),
+    "max_streaming_response_tokens": (1,),
+    "mm_hashes": ([],),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "request_id": (),
+    "disaggregate_info": (),
+    "kv_transfer_params": (),
+    "cache_salt": (),
+    "thinking_token_budget": (),
+}
+
+_RESERVED_KWARGS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+    | {"return_dict", "raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"}
+)
+
+
+def check_supported(fields: Mapping[str, msgspec.Raw]) -> None:
+    """
+    Raises:
+        RequestError: 400 naming the first field that is known but not supported.
+    """
+    for name in fields.keys() & _UNSUPPORTED.keys():
+        value = msgspec.json.decode(fields[name])
+        if value is not None and value not in _UNSUPPORTED[name]:
+            raise invalid(f"`{name}` is not supported by this server.", name, "unsupported_parameter")
+
+
+def check_model(request: ChatRequest, served: str) -> None:
+    """
+    Raises:
+        RequestError: 404 model_not_found.
+    """
+    if request.model not in (served, "default"):
+        raise unknown_model(request.model)
+
+
+def unknown_model(name: str) -> RequestError:
+    """A 404 for a model this server does not have."""
+    return RequestError(
+        Failure(
+            404, f"The model {name[:256]!r} does not exist; see GET /v1/models.", param="model", code="model_not_found"
+        )
+    )
+
+
+def check_choices(request: ChatRequest, max_n: int) -> None:
+    """How many answers, and in what form.
+
+    Raises:
+        RequestError: 400.
+    """
+    if request.n is not None and request.n > max_n:
+        raise invalid(f"`n` must be at most {max_n}, not {request.n}.", "n")
+    options = request.stream_options
+    if options is None:
+        return
+    if not request.stream:
+        raise invalid("`stream_options` can only be given with `stream` true.", "stream_options")
+    if options.continuous_usage_stats:
+        field = "stream_options.continuous_usage_stats"
+        raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")
+
+
+def check_messages(messages: list[Message]) -> None:
+    """What each role may carry.
+
+    Raises:
+        RequestError: 400 naming the message's field.
+    """
+    for i, message in enumerate(messages):
+        _check_content(message, f"messages[{i}].content")
+        if message.tool_calls and message.role != "assistant":
+            raise invalid("Only an assistant's message has `tool_calls`.", f"messages[{i}].tool_calls")
+
+
+def _check_content(message: Message, path: str) -> None:
+    content = message.content
+    if content is None and message.role != "assistant":
+        raise invalid(f"`{path}` must be given for the role {message.role}.", path, "missing_required_parameter")
+    if isinstance(content, dict):
+        if message.role != "tool":
+            raise invalid(f"`{path}` must be a string or a list of parts, not an object.", path)
+        check_depth(content, path)
+    elif isinstance(content, list):
+        for i, part in enumerate(content):
+            if not isinstance(part, TextPart) and message.role not in ("user", "tool"):
+                field = f"{path}[{i}].type"
+                raise invalid(f"`{field}`: a message of the role {message.role} has text only.", field)
+            _check_part(part, f"{path}[{i}]")
+
+
+def _check_part(part: TextPart | ImagePart | VideoPart | FilePart, path: str) -> None:
+    if isinstance(part, VideoPart) and isinstance(part.video_url, VideoURL) and part.video_url.subtitles:
+        field = f"{path}.video_url.subtitles"
+        raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")
+
+
+def check_tools(request: ChatRequest) -> None:
+    """Bounds of tool schemas, and the choices of tool we can honour.
+
+    Raises:
+        RequestError: 400.
+    """
+    choice = request.tool_choice
+    if choice not in (None, "auto", "none"):
+        if choice == "required" or isinstance(choice, dict):
+            raise invalid(
+                "`tool_choice` may be auto or none; required and named tools are not supported by this server.",
+                "tool_choice",
+                "unsupported_parameter",
+            )
+        raise invalid(f"`tool_choice` must be auto or none, not {choice!r:.50}.", "tool_choice")
+    total = 0
+    for i, tool in enumerate(request.tools or ()):
+        total += _check_tool(tool, f"tools[{i}].function.parameters")
+    if total > MAX_TOOLS_BYTES:
+        raise invalid(f"`tools` has {total} bytes of JSON; the limit is {MAX_TOOLS_BYTES}.", "tools")
+
+
+def _check_tool(tool: Tool, path: str) -> int:
+    check_depth(tool.function.parameters, path)
+    size = len(msgspec.json.encode(tool))
+    if size > MAX_SCHEMA_BYTES:
+        raise invalid(f"`{path}`: the tool has {size} bytes of JSON; the limit is {MAX_SCHEMA_BYTES}.", path)
+    return size
+
+
+def check_template_kwargs(request: ChatRequest) -> None:
+    """Arguments go to the template by name, so they may not replace what the server passes.
+
+    Raises:
+        RequestError: 400.
+    """
+    kwargs = request.chat_template_kwargs or {}
+    path = "chat_template_kwargs"
+    for name in kwargs:
+        if name in _RESERVED_KWARGS or not name.isidentifier():
+            raise invalid(f"`{path}` may not set {name!r:.50}.", f"{path}.{name:.50}")
+    check_depth(kwargs, path)
+    if len(msgspec.json.encode(kwargs)) > MAX_KWARGS_BYTES:
+        raise invalid(f"`{path}` has more than {MAX_KWARGS_BYTES} bytes of JSON.", path)
+
+
+def check_depth(value: Any, path: str) -> None:
+    """Iterative, so that the check itself cannot run out of stack.
+
+    Raises:
+        RequestError: 400, `value` (JSON) is nested too deeply to be written into a prompt.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return
+    raise invalid(f"`{path}` is nested more than {MAX_DEPTH} levels deep.", path)
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []

@@ -1,0 +1,206 @@
+"""Fetches media from the web without becoming anybody's proxy into the networks this process can reach.
+
+Per hop, redirects included: the name is resolved once, every address it resolves to must be global or in a network the
+operator named, and the connection goes to exactly such an address (TLS and Host keep the name). Bytes are counted while
+they stream, and one clock runs over all hops. Whatever goes wrong before a response, refusals included, is told in the
+same words, so that nobody learns from us what is listening where.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import httpcore
+import httpx
+
+from services.mm_encoder.media.refusal import over_limit, refuse
+from services.mm_encoder.settings import Network
+from shared.errors import RequestError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_V4_COMPATIBLE = ipaddress.IPv6Network("::/96")
+_UNREACHABLE = "The media's URL cannot be reached, or its address is not allowed."
+_MAX_URL = 8192
+_HEADERS = (("User-Agent", "millrace"), ("Accept", "*/*"), ("Accept-Encoding", "identity"))
+
+
+class AddressRefusedError(Exception):
+    """A name resolved to an address that media may not come from. Never shown to a client."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name by the system's resolver, in its order."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def allowed(text: str, networks: Sequence[Network]) -> bool:
+    """Whether media may be fetched from this address: it is global, with every address embedded in it, or named."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    plain = (address.ipv4_mapped or address) if isinstance(address, ipaddress.IPv6Address) else address
+    return any(plain in network for network in networks) or all(_is_global(each) for each in _with_embedded(address))
+
+
+def _is_global(address: Address) -> bool:
+    # is_global alone lets multicast and some reserved ranges pass.
+    odd = address.is_multicast or address.is_reserved or address.is_unspecified
+    site_local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
+    return address.is_global and not odd and not site_local
+
+
+def _with_embedded(address: Address) -> list[Address]:
+    """The addresses a packet to this one may end up at: through a mapping, a translator or a tunnel."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    if address.ipv4_mapped is not None:
+        return [address.ipv4_mapped]
+    if address in _NAT64:
+        return [ipaddress.IPv4Address(address.packed[-4:])]
+    found: list[Address] = [address]
+    if address in _V4_COMPATIBLE:
+        found.append(ipaddress.IPv4Address(address.packed[-4:]))
+    if address.sixtofour is not None:
+        found.append(address.sixtofour)
+    if address.teredo is not None:
+        found.extend(address.teredo)
+    return found
+
+
+class _PinnedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to addresses it has resolved and checked itself."""
+
+    def __init__(self, resolver: Resolver, networks: Sequence[Network]) -> None:
+        self._resolver = resolver
+        self._networks = networks
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._resolver(host, port)
+        if not addresses or not all(allowed(address, self._networks) for address in addresses):
+            raise AddressRefusedError(host)
+        for address in addresses[:-1]:
+            try:
+                return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await self._inner.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
+
+
+class Fetcher:
+    """GETs media. One per process; close it at the end."""
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        max_redirects: int,
+        timeout_s: float,
+        networks: Sequence[Network] = (),
+        resolver: Resolver = resolve,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._max_redirects = max_redirects
+        self._timeout_s = timeout_s
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=httpx.create_ssl_context(trust_env=False),
+            max_connections=64,
+            keepalive_expiry=5.0,
+            network_backend=_PinnedBackend(resolver, networks),
+        )
+
+    async def fetch(self, url: str) -> bytes:
+        """The body at `url`.
+
+        Raises:
+            RequestError: not allowed, not reachable, not 200, too large, too slow, too many redirects.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._follow(_parse(url))
+        except TimeoutError as error:
+            raise over_limit("The time to fetch the media", "media_timeout_s", self._timeout_s) from error
+
+    async def close(self) -> None:
+        await self._pool.aclose()
+
+    async def _follow(self, url: httpx.URL) -> bytes:
+        for _ in range(self._max_redirects + 1):
+            body = await self._get(url)
+            if isinstance(body, bytes):
+                return body
+            url = body
+        what = "The number of redirects of the media's URL"
+        raise over_limit(what, "media_max_redirects", self._max_redirects)
+
+    async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
+        """The body, or where to look next."""
+        wait = {"connect": self._timeout_s, "read": self._timeout_s, "write": self._timeout_s, "pool": self._timeout_s}
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
+        try:
+            async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
+                return await self._read(response, url)
+        except (AddressRefusedError, httpcore.ConnectError, OSError, UnicodeError) as error:
+            raise refuse(_UNREACHABLE) from error  # Unicode: a name that cannot be one
+        except httpcore.TimeoutException as error:
+            raise TimeoutError from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise refuse("The media's server broke off or did not answer in HTTP.") from error
+
+    async def _read(self, response: httpcore.Response, url: httpx.URL) -> bytes | httpx.URL:
+        headers = httpx.Headers(response.headers)
+        if response.status in _REDIRECTS and "location" in headers:
+            return _parse(headers["location"], base=url)
+        if response.status != 200:
+            raise refuse(f"The media's server answered with status {response.status}.")
+        if headers.get("content-encoding", "identity") != "identity":
+            raise refuse("The media's server compressed the media, which it was asked not to.")
+        length = headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length) > self._max_bytes:
+            raise self._too_large()
+        body = bytearray()
+        async for chunk in response.aiter_stream():
+            body += chunk
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> RequestError:
+        return over_limit("The media's size in bytes", "media_max_bytes", self._max_bytes)
+
+
+def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
+    """The only reading of a URL: what is checked here is what is connected to.
+
+    Raises:
+        RequestError: not an http(s) URL with a host, or one with credentials.
+    """
+    if len(text) > _MAX_URL or "\\" in text or not text.isprintable():
+        raise refuse("The media's URL is malformed.")
+    try:
+        url = httpx.URL(text) if base is None else base.join(text)
+    except httpx.InvalidURL as error:
+        raise refuse("The media's URL is malformed.") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise refuse("The media's URL must start with http:// or https:// and name a host.")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise refuse("The media's URL is malformed.")
+    if url.userinfo:
+        raise refuse("The media's URL must not hold credentials.")
+    return url

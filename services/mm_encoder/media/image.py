@@ -1,0 +1,69 @@
+"""Bytes of an image to RGB pixels.
+
+What FastDeploy does decides: transparency is laid on white (transformers drops it), EXIF orientation is applied,
+everything else is Pillow's conversion to RGB (16-bit grey clips at 255 there, as in both references). An animation
+is its first frame. Where FastDeploy trips over a transparent palette and drops the transparency, we lay it on white.
+"""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from services.mm_encoder.media.refusal import over_limit, refuse
+
+# Formats people send. Pillow reads more, some through external programs or rarely used parsers.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The image with only its header read.
+
+    Raises:
+        RequestError: not an image, or more pixels than `max_pixels`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise over_limit("The image's number of pixels", "media_max_pixels", max_pixels) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's parsers raise anything on hostile bytes
+        raise refuse(f"This is not an image in one of the formats {', '.join(FORMATS)}.") from error
+    if image.width * image.height > max_pixels:
+        what = f"The image's {image.width} x {image.height} pixels"
+        raise over_limit(what, "media_max_pixels", max_pixels)
+    return image
+
+
+def rgb_pixels(image: Image.Image) -> Image.Image:
+    """Decode an opened image: RGB, upright.
+
+    Raises:
+        RequestError: the data is truncated or broken.
+    """
+    try:
+        image.load()
+        return _on_white(ImageOps.exif_transpose(image)).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise refuse("The image's data is truncated or broken.") from error
+
+
+def resized(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """[height, width, 3] uint8 by Pillow's bicubic filter."""
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode not in ("RGBA", "LA"):
+        return image
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, (0, 0), image)
+    return white

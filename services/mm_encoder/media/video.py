@@ -1,0 +1,212 @@
+"""Bytes of a video to frames: what the container says, then one sequential decode that keeps only wanted frames.
+
+The number of frames and their order come from the packets, not from the header. A wanted frame that cannot be decoded
+is replaced by the nearest one that can, at most `TOLERANCE` frames away, earlier ones first.
+"""
+
+import io
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import av
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from services.mm_encoder.media.refusal import over_limit, refuse
+
+TOLERANCE = 10
+
+# FFmpeg guesses the format from the bytes, and some formats make it open other files or addresses.
+_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg",
+    "protocol_whitelist": "none",
+}
+# Codecs people send; FFmpeg has hundreds more that nobody tests against hostile input.
+CODECS = frozenset(
+    ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv1", "theora", "mjpeg", "gif")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoLimits:
+    """See `MmEncoderSettings`."""
+
+    max_pixels: int
+    max_seconds: float
+    max_frames: int
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFacts:
+    """What one pass over the packets tells."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float  # average
+    order: dict[int, int] | None  # presentation timestamp -> frame index; None: frames come in order, uncounted gaps
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
+    """Read the container without decoding.
+
+    Raises:
+        RequestError: not a video, no frames, no duration, truncated, or over a limit.
+    """
+    if _cut_matroska(data):
+        raise refuse("The video is truncated.")
+    try:
+        with _open(data) as container:
+            return _facts(container, _stream(container), limits)
+    except av.FFmpegError as error:
+        raise refuse("This is not a video that can be read.") from error
+
+
+def decode(
+    data: bytes, facts: VideoFacts, wanted: Collection[int], limits: VideoLimits
+) -> Iterator[tuple[int, int, VideoFrame]]:
+    """Yields, in no particular order, (wanted index, index it was taken from, frame), each wanted index once.
+
+    Raises:
+        RequestError: neither a wanted frame nor a neighbour decodes, or a limit is passed.
+    """
+    deadline = time.monotonic() + limits.decode_s
+    decoded: set[int] = set()
+    found: set[int] = set()
+    last = max(wanted)
+    for index, frame in _frames(data, facts, limits, deadline):
+        decoded.add(index)
+        if index in wanted and index not in found:
+            found.add(index)
+            yield index, index, frame
+        if index >= last and len(found) == len(wanted):
+            return
+    sources = {index: _neighbour(index, decoded) for index in set(wanted) - found}
+    yield from _replaced(data, facts, sources, limits, deadline)
+
+
+def _replaced(
+    data: bytes, facts: VideoFacts, sources: dict[int, int], limits: VideoLimits, deadline: float
+) -> Iterator[tuple[int, int, VideoFrame]]:
+    """A second pass for the neighbours of undecodable frames; only damaged videos pay for it."""
+    if not sources:
+        return
+    for index, frame in _frames(data, facts, limits, deadline):
+        for missing in [wanted for wanted, source in sources.items() if source == index]:
+            del sources[missing]
+            yield missing, index, frame
+    if sources:
+        raise refuse("The video's frames cannot be decoded.")
+
+
+def _neighbour(index: int, decoded: set[int]) -> int:
+    for distance in range(1, TOLERANCE + 1):
+        for candidate in (index - distance, index + distance):
+            if candidate in decoded:
+                return candidate
+    raise refuse(f"The video's frame {index} and its {TOLERANCE} neighbours on either side cannot be decoded.")
+
+
+def _cut_matroska(data: bytes) -> bool:
+    """Whether a Matroska or WebM file is shorter than it says; FFmpeg shows what is left without a word."""
+    position = 0
+    for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the EBML header, the segment
+        if not data.startswith(identifier, position) or len(data) < position + 12:
+            return False
+        first = data[position + 4]
+        width = 9 - first.bit_length()
+        size = int.from_bytes(data[position + 4 : position + 4 + width], "big") & ((1 << 7 * width) - 1)
+        if size == (1 << 7 * width) - 1:  # unknown, as in a live recording
+            return False
+        position += 4 + width + size if identifier[0] == 0x1A else 0
+    return position + 4 + width + size > len(data)
+
+
+def _open(data: bytes) -> InputContainer:
+    return av.open(io.BytesIO(data), mode="r", options=dict(_OPTIONS))
+
+
+def _stream(container: InputContainer) -> VideoStream:
+    if not container.streams.video:
+        raise refuse("The video has no video track.")
+    stream = container.streams.video[0]
+    if stream.codec_context.codec.canonical_name not in CODECS:
+        raise refuse(f"Videos of the codec {stream.codec_context.codec.canonical_name} are not supported.")
+    return stream
+
+
+def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) -> VideoFacts:
+    _check_pixels(stream.width, stream.height, limits)
+    times: list[int | None] = []
+    packets = 0
+    for packet in container.demux(stream):
+        if not packet.size:  # the flush at the end
+            continue
+        if packet.is_corrupt:
+            raise refuse("The video is truncated.")
+        packets += 1
+        if packets > limits.max_frames:
+            raise over_limit("The video's number of frames", "video_max_frames", limits.max_frames)
+        if not packet.is_discard:
+            times.append(packet.pts)
+    if not times or not stream.width or not stream.height:
+        raise refuse("The video has no frames.")
+    if "mov" in container.format.name and packets < stream.frames:
+        raise refuse(f"The video is truncated: {packets} of {stream.frames} frames are there.")
+    facts = VideoFacts(stream.width, stream.height, len(times), _rate(stream, times), _order(times))
+    if facts.seconds > limits.max_seconds:
+        raise over_limit("The video's duration in seconds", "video_max_seconds", limits.max_seconds)
+    return facts
+
+
+def _rate(stream: VideoStream, times: list[int | None]) -> float:
+    """Average frames a second: the container's, else from the timestamps."""
+    if stream.average_rate:
+        return float(stream.average_rate)
+    known = [time for time in times if time is not None]
+    span = (max(known) - min(known)) * float(stream.time_base or 0) if known else 0.0
+    if span <= 0:
+        raise refuse("The video has no duration.")
+    return (len(known) - 1) / span
+
+
+def _order(times: list[int | None]) -> dict[int, int] | None:
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or len(set(known)) < len(known):
+        return None
+    return {time: index for index, time in enumerate(sorted(known))}
+
+
+def _frames(data: bytes, facts: VideoFacts, limits: VideoLimits, deadline: float) -> Iterator[tuple[int, VideoFrame]]:
+    """(index, frame) of every frame that decodes."""
+    try:
+        with _open(data) as container:
+            for position, frame in enumerate(_decoded(container, _stream(container))):
+                if time.monotonic() > deadline:
+                    raise over_limit("The time to decode the video", "video_decode_s", limits.decode_s)
+                _check_pixels(frame.width, frame.height, limits)
+                index = position if facts.order is None else facts.order.get(frame.pts or 0)
+                if index is not None:
+                    yield index, frame
+    except av.FFmpegError as error:
+        raise refuse("The video's data is broken.") from error
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            continue  # this packet's frame is one of the gaps
+
+
+def _check_pixels(width: int, height: int, limits: VideoLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise over_limit(f"A video frame's {width} x {height} pixels", "media_max_pixels", limits.max_pixels)

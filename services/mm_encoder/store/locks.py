@@ -1,0 +1,104 @@
+"""Of all replicas, one at a time makes the embeddings of a key; the others wait for what it stores.
+
+Whose turn it is stands in Redis and is void once that replica's lease has expired, so a death frees it. Who is done
+says so on the control stream; a wait ends after `look_s` anyway, since that word may be lost, or its speaker.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from redis.asyncio import Redis
+
+from shared.bus.keys import Keys
+from shared.bus.records import CONTROL_LENGTH
+from shared.crash_points import crash_point
+from shared.messages import Encoded, to_entry
+
+# KEYS flights; ARGV key, me, prefix of lease keys.
+_TAKE_OFF = """
+local owner = redis.call('HGET', KEYS[1], ARGV[1])
+if owner and owner ~= ARGV[2] and redis.call('EXISTS', ARGV[3] .. owner) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
+"""
+
+# KEYS flights, control; ARGV key, me, length of control, v, m.
+_LAND = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return end
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'v', ARGV[4], 'm', ARGV[5])
+"""
+
+# KEYS flights; ARGV prefix of lease keys, one that is alive and has no turns. Nobody may ever ask again for what a dead
+# replica was making.
+_SWEEP = """
+local flat = redis.call('HGETALL', KEYS[1])
+for i = 1, #flat, 2 do
+  local owner = flat[i + 1]
+  if owner == ARGV[2] or redis.call('EXISTS', ARGV[1] .. owner) == 0 then redis.call('HDEL', KEYS[1], flat[i]) end
+end
+"""
+
+
+class EncodeLocks:
+    """This replica's part. Within the process a key is asked for once at a time."""
+
+    def __init__(self, redis: Redis, keys: Keys, service: str, name: str, look_s: float) -> None:
+        self._key = keys.flights()
+        self._control = keys.control()
+        self._leases = keys.replica_prefix(service)
+        self._name = name
+        self._look_s = look_s
+        self._take_off = redis.register_script(_TAKE_OFF)
+        self._land = redis.register_script(_LAND)
+        self._sweep = redis.register_script(_SWEEP)
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    async def begin(self) -> None:
+        """Void the turns that a process of our name has left, before this one has any: for others it is alive."""
+        await self._sweep(keys=[self._key], args=[self._leases, self._name])
+
+    async def make(self, key: str, stored: Callable[[], Awaitable[bool]], make: Callable[[], Awaitable[None]]) -> None:
+        """Return when the embeddings of `key` are stored: by `make`, if it is our turn and they are not there yet."""
+        while not await self._ours(key):
+            await self._until_landed(key)
+        try:
+            if not await stored():
+                await make()
+        finally:
+            await self._end(key)
+
+    def landed(self, message: Encoded) -> None:
+        """Wake whoever waits here for this key."""
+        if (event := self._waiting.get(message.key)) is not None:
+            event.set()
+
+    async def sweep(self) -> None:
+        """Void the turns of dead replicas."""
+        await self._sweep(keys=[self._key], args=[self._leases, ""])
+
+    async def _ours(self, key: str) -> bool:
+        # Before we ask: else the word that it is free might come in between.
+        self._waiting.setdefault(key, asyncio.Event()).clear()
+        if not await self._take_off(keys=[self._key], args=[key, self._name, self._leases]):
+            return False
+        self._waiting.pop(key, None)
+        crash_point("mm_encoder.take_off.after")
+        return True
+
+    async def _until_landed(self, key: str) -> None:
+        event = self._waiting[key]
+        try:
+            async with asyncio.timeout(self._look_s):
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.pop(key, None)
+
+    async def _end(self, key: str) -> None:
+        crash_point("mm_encoder.land.before")
+        entry = to_entry(Encoded(key))
+        args: list[str | bytes | int] = [key, self._name, CONTROL_LENGTH, entry[b"v"], entry[b"m"]]
+        await self._land(keys=[self._key, self._control], args=args)
+        crash_point("mm_encoder.land.after")

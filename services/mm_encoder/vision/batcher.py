@@ -1,0 +1,82 @@
+"""The queue before the vision tower: whatever waits is encoded together, in a thread of its own."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from torch import Tensor
+
+from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.metrics import Metrics
+
+
+class Encodes(Protocol):
+    """`encoder.Encoder`, or what stands for it."""
+
+    def encode(self, items: Sequence[Patches]) -> list[Tensor]: ...
+
+
+class Batcher:
+    """Runs an encoder for many callers. `max_patches` bounds a batch, except that one item is always taken."""
+
+    def __init__(self, encoder: Encodes, max_patches: int, metrics: Metrics) -> None:
+        self._encoder = encoder
+        self._max_patches = max_patches
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, "tower")
+        self._waiting: deque[tuple[Patches, asyncio.Future[Tensor]]] = deque()
+        self._arrived = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def encode(self, patches: Patches) -> Tensor:
+        """[rows, text hidden] on the CPU. Whatever the encoder raises is raised to all of its batch."""
+        done: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        self._waiting.append((patches, done))
+        self._arrived.set()
+        return await done
+
+    def start(self) -> None:
+        """Begin to serve; `close` ends it."""
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await self._arrived.wait()
+            batch = self._next()
+            if not batch:
+                self._arrived.clear()
+                continue
+            await self._encode([patches for patches, _ in batch], [done for _, done in batch])
+
+    async def close(self) -> None:
+        """End; waits for the pass that is running."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.shutdown()
+
+    def _next(self) -> list[tuple[Patches, asyncio.Future[Tensor]]]:
+        batch: list[tuple[Patches, asyncio.Future[Tensor]]] = []
+        room = self._max_patches
+        while self._waiting and (not batch or len(self._waiting[0][0].rows) <= room):
+            patches, done = self._waiting.popleft()
+            if not done.cancelled():
+                batch.append((patches, done))
+                room -= len(patches.rows)
+        return batch
+
+    async def _encode(self, items: list[Patches], futures: list[asyncio.Future[Tensor]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            with self._metrics.stage("tower"):
+                results = await loop.run_in_executor(self._thread, self._encoder.encode, items)
+        except Exception as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for future, result in zip(futures, results, strict=True):
+            if not future.done():
+                future.set_result(result)

@@ -1,0 +1,49 @@
+"""The resampler: the tower's output to rows of the language model's width, one per 2 x 2 patches of two frames."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.mm_encoder.vision.rows import by_rows
+from services.mm_encoder.vision.weights import Merger, Resampler
+from shared.model.config import VisionConfig
+
+
+def run_resampler(
+    x: Tensor, grids: Sequence[tuple[int, int, int]], weights: Resampler, config: VisionConfig, rms_eps: float
+) -> Tensor:
+    """[N, hidden] in merge-block order to [rows, text hidden]; a single frame is paired with itself."""
+    eps, block = config.norm_eps, config.spatial_merge_size**2
+    x = by_rows(lambda rows: _merge(rows, weights.spatial, eps), x.reshape(-1, block * x.shape[1]))
+
+    def finish(places: Tensor) -> Tensor:
+        joined = _merge(x[places].flatten(1), weights.temporal, eps)
+        return _rms_norm(F.linear(joined, weights.out.weight, weights.out.bias), weights.norm, rms_eps)
+
+    return by_rows(finish, _pairs(grids, block, config.temporal_merge_size).to(x.device))
+
+
+def _pairs(grids: Sequence[tuple[int, int, int]], block: int, temporal: int) -> Tensor:
+    """[rows, temporal]: which vectors, at one place of consecutive frames, each row joins."""
+    found, start = [], 0
+    for t, h, w in grids:
+        each = h * w // block
+        frames = torch.arange(start, start + t * each).view(t, each)
+        if t == 1:
+            frames = frames.expand(temporal, each)
+        found.append(frames.reshape(-1, temporal, each).transpose(1, 2).flatten(0, 1))
+        start += t * each
+    return torch.cat(found)
+
+
+def _merge(x: Tensor, merger: Merger, eps: float) -> Tensor:
+    x = F.gelu(F.linear(x, merger.first.weight, merger.first.bias))
+    x = F.linear(x, merger.second.weight, merger.second.bias)
+    return F.layer_norm(x, merger.norm.weight.shape, merger.norm.weight, merger.norm.bias, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

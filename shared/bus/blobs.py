@@ -1,0 +1,170 @@
+"""Large values in Redis: chunks of 1 MiB, so that no other client waits behind one; TTL; a byte budget.
+
+The index (a zset by last use, and a hash of sizes with their sum) is what the budget is kept by. It is entered before
+the first chunk is written, so that writers at the same time stay within the budget together; a writer that dies leaves
+an index entry and chunks that age out like any other. The blob itself appears with its hash, after the last chunk.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from redis.asyncio import Redis
+
+from shared.bus.client import command
+from shared.bus.keys import Keys
+from shared.errors import internal
+
+MEDIA = "media"  # the kind of uploaded bytes: they live until their request has ended
+EMBEDS = "embeds"  # the kind of the encoder's output: kept for whoever shows the same media, and evicted
+
+CHUNK = 1 << 20
+_BATCH = 4  # chunks in one pipeline: what a client that writes or reads holds Redis up with, about 2 ms
+
+# KEYS index, sizes; ARGV prefix of blob keys, bytes of a chunk. A member is "kind:key", so `sum` is none.
+_INDEX = """
+local function forget(member)
+  local size = tonumber(redis.call('HGET', KEYS[2], member) or 0)
+  for n = 0, math.ceil(size / ARGV[2]) - 1 do
+    redis.call('UNLINK', ARGV[1] .. member .. ':' .. n)
+  end
+  redis.call('UNLINK', ARGV[1] .. member)
+  redis.call('ZREM', KEYS[1], member)
+  if redis.call('HDEL', KEYS[2], member) == 1 then redis.call('HINCRBY', KEYS[2], 'sum', -size) end
+end
+
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+"""
+
+# ARGV ..., member, size, ttl in seconds, budget, and to make it visible: chunks, meta. Every use renews a TTL and the
+# place in the index together, so what is older there than the TTL has expired.
+_ENTER = (
+    _INDEX
+    + """
+local member, size, ttl, budget = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local time = now()
+for _, old in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time - ttl * 1000000)) do
+  forget(old)
+end
+local before = tonumber(redis.call('HGET', KEYS[2], member) or 0)
+redis.call('ZADD', KEYS[1], time, member)
+redis.call('HSET', KEYS[2], member, size)
+local sum = redis.call('HINCRBY', KEYS[2], 'sum', size - before)
+while sum > budget do
+  local oldest = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
+  if not oldest or oldest == member then break end
+  forget(oldest)
+  sum = tonumber(redis.call('HGET', KEYS[2], 'sum'))
+end
+if ARGV[7] then
+  redis.call('HSET', ARGV[1] .. member, 'size', size, 'chunks', ARGV[7], 'meta', ARGV[8])
+  redis.call('EXPIRE', ARGV[1] .. member, ttl)
+end
+"""
+)
+
+# ARGV ..., member, ttl. A blob that lost a chunk (to Redis's own eviction) is no blob.
+_TOUCH = (
+    _INDEX
+    + """
+local key, ttl = ARGV[1] .. ARGV[3], ARGV[4]
+local chunks, meta = unpack(redis.call('HMGET', key, 'chunks', 'meta'))
+if not chunks then return false end
+for n = 0, chunks - 1 do
+  if redis.call('EXPIRE', key .. ':' .. n, ttl) == 0 then
+    forget(ARGV[3])
+    return false
+  end
+end
+redis.call('EXPIRE', key, ttl)
+redis.call('ZADD', KEYS[1], now(), ARGV[3])
+return {tonumber(chunks), meta}
+"""
+)
+
+# ARGV ..., member...
+_FORGET = _INDEX + "for i = 3, #ARGV do forget(ARGV[i]) end"
+
+T = TypeVar("T")
+
+
+def upload_keys(request_id: str, media: int) -> list[str]:
+    """Where the uploads of a request with so many images and videos are; those given by URL have none."""
+    return [f"{request_id}-{index}" for index in range(media)]
+
+
+class Blobs:
+    """A store of immutable values by (kind, key). Kinds: MEDIA and EMBEDS."""
+
+    def __init__(self, redis: Redis, keys: Keys, ttl_s: int, budget_bytes: int) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._ttl_s = ttl_s
+        self._budget = budget_bytes
+        self._index = [keys.blobs(), keys.blob_sizes()]
+        self._common: list[str | int | bytes] = [keys.blob_prefix(), CHUNK]
+        self._enter = redis.register_script(_ENTER)
+        self._touch = redis.register_script(_TOUCH)
+        self._forget = redis.register_script(_FORGET)
+
+    async def put(self, kind: str, key: str, data: bytes | memoryview, meta: bytes = b"") -> None:
+        """Store, overwriting; the blob becomes visible only when its last chunk is in. Evicts the least recently used
+        blobs while the budget is exceeded.
+
+        Raises:
+            RequestError: `data` alone exceeds the budget (413-like 400 is the caller's to phrase; here a 503).
+        """
+        view = memoryview(data).cast("B")
+        if len(view) > self._budget:
+            raise internal(
+                f"{len(view)} bytes of {kind} exceed the server's budget of {self._budget}", "blob_budget_exceeded", 503
+            )
+        entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget]
+        await self._enter(keys=self._index, args=entry)
+        chunks = range((len(view) + CHUNK - 1) // CHUNK)
+        for batch in _batches(chunks):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for n in batch:
+                    pipe.set(
+                        self._keys.blob_chunk(kind, key, n), bytes(view[n * CHUNK : (n + 1) * CHUNK]), ex=self._ttl_s
+                    )
+                await pipe.execute()
+        await self._enter(keys=self._index, args=[*entry, len(chunks), meta])
+
+    async def get(self, kind: str, key: str) -> tuple[bytes, bytes] | None:
+        """(data, meta), renewing TTL and recency; None if it is absent or any chunk is."""
+        found = await self._found(kind, key)
+        if found is None:
+            return None
+        chunks, meta = found
+        parts: list[bytes | None] = []
+        for batch in _batches(range(chunks)):
+            parts += await command(self._redis, "MGET", *(self._keys.blob_chunk(kind, key, n) for n in batch))
+        present = [part for part in parts if part is not None]
+        return (b"".join(present), meta) if len(present) == chunks else None
+
+    async def meta(self, kind: str, key: str) -> bytes | None:
+        """Only the meta, renewing TTL and recency; None if it is absent or any chunk is."""
+        found = await self._found(kind, key)
+        return None if found is None else found[1]
+
+    async def delete(self, kind: str, keys: Sequence[str]) -> None:
+        """Remove those that exist."""
+        members = [self._keys.blob_member(kind, key) for key in keys]
+        if members:
+            await self._forget(keys=self._index, args=[*self._common, *members])
+
+    async def _found(self, kind: str, key: str) -> tuple[int, bytes] | None:
+        """Chunks and meta, touched."""
+        args = [*self._common, self._keys.blob_member(kind, key), self._ttl_s]
+        found = await self._touch(keys=self._index, args=args)
+        return (int(found[0]), bytes(found[1])) if found else None
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, _BATCH)):
+        yield batch

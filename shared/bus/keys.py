@@ -1,0 +1,120 @@
+"""Every Redis key, stream and consumer group. This header is the schema; no other module spells a key.
+
+    key                              type    written by           read by            life
+    {ns}:encode                      stream  gateway              mm_encoder (group) entry deleted with its ack
+    {ns}:generate                    stream  gateway, mm_encoder  engine (group)     entry deleted with its ack, at the request's end
+    {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
+    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       made and deleted by that gateway, which cuts what it has read
+    {ns}:control                     stream  any                  every replica      trimmed by length
+    {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the answer's end; at once if
+                                             it was cancelled or failed
+                                             fields: request (msgpack Request), epoch (int), cancelled ("1"),
+                                             begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
+                                             gateways (names, spaces between: where deltas go) by gateway,
+                                             encode (the Encode it came from), made (digest of what became of it),
+                                             failed (how it is about to end), returned (how often it had to be
+                                             encoded again), reached (tokens when it was last delivered again), all
+                                             by shared/bus/ownership.py
+    {ns}:journal:{id}                string  postproc             engine, postproc   the same
+                                             little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i;
+                                             a token that stopped the answer is in `finish` alone
+    {ns}:logprobs:{id}               list    postproc             postproc           the same; only where the request asked for them
+                                             msgpack TokenLogprob or nil; element i belongs to generated token i
+    {ns}:idempotency:{digest}        string  gateway              gateway            until `retain_s` after the request's deadline;
+                                             void once one of its requests has no record
+                                             JSON {"body_hash": ..., "request_ids": [...]}
+    {ns}:blob:{kind}:{key}           hash    gateway, mm_encoder  mm_encoder, engine TTL; evicted oldest first over the byte budget
+                                             fields: size, chunks, meta
+    {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
+    {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
+    {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, and their sum
+    {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
+                                             content key -> replica that makes them; void once its lease has expired
+    {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
+    {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
+    {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner"; "count" -> number of shards
+    {ns}:leader:{role}               string  autoscaler           autoscaler         name of the one that acts; expires unless renewed
+    {ns}:quarantine:{stream}         stream  whoever claims       people             poison entries, kept for inspection
+
+Consumer groups are named after the service and start at id 0. Consumers are named after their replica.
+"""
+
+import msgspec
+
+ENCODE = "encode"
+GENERATE = "generate"
+
+
+class Keys(msgspec.Struct, frozen=True):
+    """Key names under one namespace, so that several deployments can share a Redis."""
+
+    ns: str
+
+    def stream(self, name: str) -> str:
+        """A work stream: `encode` or `generate`."""
+        return f"{self.ns}:{name}"
+
+    def tokens(self, shard: int) -> str:
+        return f"{self.ns}:tokens:{shard}"
+
+    def deltas(self, gateway: str) -> str:
+        return f"{self.ns}:deltas:{gateway}"
+
+    def control(self) -> str:
+        return f"{self.ns}:control"
+
+    def request(self, request_id: str) -> str:
+        return f"{self.ns}:request:{request_id}"
+
+    def idempotency(self, digest: str) -> str:
+        """`digest` covers the tenant and the client's Idempotency-Key."""
+        return f"{self.ns}:idempotency:{digest}"
+
+    def journal(self, request_id: str) -> str:
+        return f"{self.ns}:journal:{request_id}"
+
+    def logprobs(self, request_id: str) -> str:
+        return f"{self.ns}:logprobs:{request_id}"
+
+    def blob(self, kind: str, key: str) -> str:
+        return self.blob_prefix() + self.blob_member(kind, key)
+
+    def blob_prefix(self) -> str:
+        """What `blob` adds the member to; for scripts, which go through the index."""
+        return f"{self.ns}:blob:"
+
+    def blob_member(self, kind: str, key: str) -> str:
+        """How the index names a blob."""
+        return f"{kind}:{key}"
+
+    def blob_chunk(self, kind: str, key: str, n: int) -> str:
+        return f"{self.blob(kind, key)}:{n}"
+
+    def blobs(self) -> str:
+        return f"{self.ns}:blobs"
+
+    def blob_sizes(self) -> str:
+        return f"{self.ns}:blobs:sizes"
+
+    def flights(self) -> str:
+        return f"{self.ns}:flights"
+
+    def replicas(self, service: str) -> str:
+        return f"{self.ns}:replicas:{service}"
+
+    def replica(self, service: str, name: str) -> str:
+        return f"{self.ns}:replica:{service}:{name}"
+
+    def replica_prefix(self, service: str) -> str:
+        """What `replica` adds the name to; for scripts, which go through the names."""
+        return self.replica(service, "")
+
+    def shards(self) -> str:
+        return f"{self.ns}:shards"
+
+    def leader(self, role: str) -> str:
+        """Where several replicas of something stand by for one that acts."""
+        return f"{self.ns}:leader:{role}"
+
+    def quarantine(self, stream: str) -> str:
+        return f"{self.ns}:quarantine:{stream}"

@@ -1,0 +1,162 @@
+"""Decode steps at fixed addresses, with tokens in flight: on a GPU as graphs, elsewhere computed from the same buffers.
+
+A small model of random weights, whose tokens are the vision experts' as often as not.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from engine_cases import CONFIG, FACTS, sequence
+from engine_loop import BLOCK, Bench, Script, prompt
+from torch import Tensor
+
+from services.engine.kernels.ops import Ops
+from services.engine.kernels.triton.ops import gpu_ops
+from services.engine.loop.mailbox import Add
+from services.engine.model.ernie import ErnieModel
+from services.engine.model.inputs import KVCache
+from services.engine.model.weights import load_weights
+from services.engine.run.assembly import sampling_ops
+from services.engine.run.decode_rows import DecodeRows
+from services.engine.run.graphs import DecodeGraphs
+from services.engine.run.runner import Launched, ModelRunner
+from services.engine.run.sampler import Sampler
+from services.engine.run.step import StepBuilder
+from services.engine.schedule.scheduler import Plan
+
+torch.set_num_threads(1)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BLOCKS, SEQS = 64, 5
+PAGE = 16 if ON_GPU else BLOCK  # a matrix instruction wants so many keys
+SMALL = msgspec.structs.replace(
+    CONFIG,
+    hidden_size=64,
+    intermediate_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    text_expert_size=32,
+    vision_expert_size=32,
+    shared_expert_size=32,
+    time_freqs=2,
+)
+
+
+class Drawn:
+    """Stands in for a checkpoint: every tensor that is asked for exists."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(4)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        values = torch.randn(shape, generator=self._generator)
+        return (1 + 0.1 * values if "norm" in name else 0.3 * values).to(DEVICE)
+
+    def has(self, name: str) -> bool:
+        return not name.startswith("lm_head")
+
+    def check_all_used(self, prefixes: tuple[str, ...]) -> None:
+        pass
+
+
+class Computed(DecodeGraphs):
+    """Where nothing can be captured."""
+
+    def _capture(self, size: int) -> Callable[[], Tensor]:
+        return lambda: self._forward(size)
+
+
+class StepByStep(ModelRunner):
+    """Knows every token before it is told what is next."""
+
+    overlaps = False
+
+
+class Quiet(ModelRunner):
+    """Notes whenever the launch of a step that runs ahead waits for the device."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.waited: list[str] = []
+
+    def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                launched = super().launch(plan, meanwhile)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        if any(chunk.source is not None for chunk in plan.chunks):
+            self.waited += [str(w.message) for w in warned if "called a synchronizing" in str(w.message)]
+        return launched
+
+
+@pytest.fixture(scope="module")
+def model() -> ErnieModel:
+    weights = load_weights(Drawn(), SMALL, torch.float32, DEVICE, None)  # type: ignore[arg-type]
+    return ErnieModel(SMALL, weights, gpu_ops() if ON_GPU else Ops())
+
+
+def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) -> ModelRunner:
+    shape = SMALL.num_layers, BLOCKS + 1, PAGE, SMALL.num_kv_heads, SMALL.head_dim
+    cache = KVCache.allocate(*shape, model.dtype, str(DEVICE))
+    rows = DecodeRows(model, SEQS, 16, PAGE, BLOCKS, SMALL.image_patch_id)
+    graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
+    sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
+    return kind(model, cache, sampler, StepBuilder(model, PAGE, SMALL.image_patch_id), graphs)
+
+
+def script(**options: Any) -> Script:
+    """Answers of several lengths; the last two begin when the others are under way."""
+    facts = msgspec.structs.replace(FACTS, model=SMALL)
+    made = [
+        sequence(prompt(i, 3 + 2 * i), request_id=str(i), max_tokens=12 + 3 * i, facts=facts, seed=i, **options)
+        for i in range(6)
+    ]
+    return {0: [Add(one) for one in made[:4]], 7: [Add(one) for one in made[4:]]}
+
+
+OPTIONS: list[dict[str, Any]] = [{"ignore_eos": True}, {"temperature": 1.0, "top_p": 0.9, "logprobs": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])
+def test_tokens_in_flight_are_those_that_were_sampled(model: ErnieModel, options: dict[str, Any]) -> None:
+    ahead = Bench(script(**options), runner=runner(model, ModelRunner), max_num_seqs=SEQS, block_size=PAGE)
+    known = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS, block_size=PAGE)
+    assert ahead.ahead > 50
+    assert known.ahead == 0
+    for i in range(6):
+        assert ahead.answer(str(i)) == known.answer(str(i))
+        assert ahead.finish(str(i)) == known.finish(str(i))
+    tokens = [token for i in range(6) for token in ahead.answer(str(i))]
+    assert 10 < sum(token >= SMALL.image_patch_id for token in tokens) < len(tokens) - 10
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])
+def test_steps_at_fixed_addresses_are_steps(model: ErnieModel, options: dict[str, Any]) -> None:
+    """Padded, and with block tables of which only what changed is brought in."""
+    fixed = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS, block_size=PAGE)
+    plain = Bench(
+        script(**options), runner=runner(model, ModelRunner, captured=False), max_num_seqs=SEQS, block_size=PAGE
+    )
+    for i in range(6):
+        assert fixed.answer(str(i)) == plain.answer(str(i))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a GPU says when it is waited for")
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])
+def test_no_launch_waits_for_the_device(model: ErnieModel, options: dict[str, Any]) -> None:
+    quiet = runner(model, Quiet)
+    Bench(script(**options), runner=quiet, max_num_seqs=SEQS, block_size=PAGE)  # compiles what was not captured
+    assert isinstance(quiet, Quiet)
+    quiet.waited.clear()
+    bench = Bench(script(**options), runner=quiet, max_num_seqs=SEQS, block_size=PAGE)
+    assert bench.ahead > 50
+    assert quiet.waited == []

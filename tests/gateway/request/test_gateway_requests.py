@@ -1,0 +1,354 @@
+"""Requests as clients send them: what each field becomes, and what is refused, with which field blamed."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.validate import MAX_SCHEMA_BYTES
+from shared.errors import Failure, RequestError
+from shared.messages import VideoOptions
+from shared.model.tokenizer import Tokenizer
+
+HI = [{"role": "user", "content": "Hi"}]
+PNG = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
+MP4 = "data:video/mp4;base64," + base64.b64encode(b"frames").decode()
+
+
+def image(url: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": url}
+
+
+def video(url: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": url}
+
+
+def saying(*parts: Any, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": list(parts)}]}
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f", **function}}]}
+
+
+def deep(levels: int) -> Any:
+    return {"a": deep(levels - 1)} if levels else 1
+
+
+def order(taker: RequestParser, **fields: Any) -> ParsedRequest:
+    return taker.take(json.dumps({"messages": HI, **fields}).encode())
+
+
+def refusal(taker: RequestParser, body: bytes) -> Failure:
+    with pytest.raises(RequestError) as refused:
+        taker.take(body)
+    return refused.value.failure
+
+
+BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"messages": None}, 400, "messages", "array"),
+    ({"messages": []}, 400, "messages", ">= 1"),
+    ({"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages[0].role", "robot"),
+    ({"messages": [{"content": "Hi"}]}, 400, "messages[0].role", "Missing"),
+    ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content", "int"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content", "user"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "user"),
+    ({"messages": [{"role": "user", "content": {"a": 1}}]}, 400, "messages[0].content", "object"),
+    ({"messages": [{"role": "tool", "content": deep(40)}]}, 400, "messages[0].content", "32"),
+    (
+        {"messages": [{"role": "user", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]},
+        400,
+        "messages[0].tool_calls",
+        "assistant",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        400,
+        "messages[0].tool_calls[0].function.arguments",
+        "JSON",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep(40)}}]}]},
+        400,
+        "messages[0].tool_calls[0].function.arguments",
+        "32",
+    ),
+    (saying({"type": "audio_url", "audio_url": "x"}), 400, "messages[0].content[0].type", "audio_url"),
+    (saying({"text": "x"}), 400, "messages[0].content[0].type", "Missing"),
+    (saying({"type": "image_url"}), 400, "messages[0].content[0].image_url", "Missing"),
+    (saying(image(PNG), role="system"), 400, "messages[0].content[0].type", "system"),
+    (saying(image("file:///etc/passwd")), 400, "messages[0].content[0].image_url", "http"),
+    (saying(image("ftp://example.org/a.png")), 400, "messages[0].content[0].image_url", "http"),
+    (saying(image("http://a\\@b/")), 400, "messages[0].content[0].image_url", "http"),
+    (saying(image("https://example.org/" + "a" * 9000)), 400, "messages[0].content[0].image_url", "8192"),
+    (saying(image("data:image/png;base64,!!!!")), 400, "messages[0].content[0].image_url", "base64"),
+    (saying(image("data:image/png;base64,AAA")), 400, "messages[0].content[0].image_url", "base64"),
+    (saying(image("data:image/png;base64,AA AA")), 400, "messages[0].content[0].image_url", "base64"),
+    (saying(image("data:image/png;base64,")), 400, "messages[0].content[0].image_url", "empty"),
+    (saying(image("data:image/png,AAAA")), 400, "messages[0].content[0].image_url", "data URL"),
+    (saying(image("data:text/html;base64,AAAA")), 400, "messages[0].content[0].image_url", "text/html"),
+    (saying(image(MP4)), 400, "messages[0].content[0].image_url", "video/mp4"),
+    (saying(video(PNG)), 400, "messages[0].content[0].video_url", "image/png"),
+    (saying(image("data:image/png;base64," + "AAAA" * 400)), 400, "messages[0].content[0].image_url", "1000"),
+    (saying(*[image(PNG)] * 3), 400, "messages[0].content[2].image_url", "got 3 but limit is 2"),
+    (saying(*[video(MP4)] * 2), 400, "messages[0].content[1].video_url", "got 2 but limit is 1"),
+    (saying({"type": "file", "file": {"file_id": "file-1"}}), 400, "messages[0].content[0].file", "image or a video"),
+    (saying(video({"url": MP4, "frames_sample": "last"})), 400, "messages[0].content[0].video_url.frames_sample", ""),
+    (saying(video({"url": MP4, "subtitles": [{}]})), 400, "messages[0].content[0].video_url.subtitles", "supported"),
+    ({"model": "gpt-4"}, 404, "model", "gpt-4"),
+    ({"max_tokens": 0}, 400, "max_tokens", ">= 1"),
+    ({"max_tokens": -5}, 400, "max_tokens", ">= 1"),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens", ">= 1"),
+    ({"max_tokens": 5, "min_tokens": 6}, 400, "min_tokens", "5"),
+    ({"temperature": -1}, 400, "temperature", ">= 0"),
+    ({"temperature": "hot"}, 400, "temperature", "str"),
+    ({"top_p": 1.5}, 400, "top_p", "<= 1"),
+    ({"top_k": -2}, 400, "top_k", ">= -1"),
+    ({"min_p": 2}, 400, "min_p", "<= 1"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty", "> 0"),
+    ({"presence_penalty": 3}, 400, "presence_penalty", "<= 2"),
+    ({"frequency_penalty": -3}, 400, "frequency_penalty", ">= -2"),
+    ({"seed": -1}, 400, "seed", ">= 0"),
+    ({"stop": ["a"] * 17}, 400, "stop", "<= 16"),
+    ({"stop": [""]}, 400, "stop[0]", ">= 1"),
+    ({"stop_token_ids": [10**6]}, 400, "stop_token_ids", "1000000"),
+    ({"bad_words_token_ids": [[10**6]]}, 400, "bad_words_token_ids", "1000000"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias", "'x'"),
+    ({"logit_bias": {"1": 101}}, 400, "logit_bias[...]", "<= 100"),
+    ({"logit_bias": {"999999": 1}}, 400, "logit_bias", "999999"),
+    ({"top_logprobs": 3}, 400, "top_logprobs", "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "<= 20"),
+    ({"reasoning_max_tokens": 0}, 400, "reasoning_max_tokens", "at least 1"),
+    ({"reasoning_max_tokens": -2}, 400, "reasoning_max_tokens", ">= -1"),
+    ({"n": 0}, 400, "n", ">= 1"),
+    ({"n": 5}, 400, "n", "at most 4"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        400,
+        "stream_options.continuous_usage_stats",
+        "not supported",
+    ),
+    ({"tool_choice": "required"}, 400, "tool_choice", "not supported"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice", "not supported"),
+    ({"tool_choice": "some"}, 400, "tool_choice", "some"),
+    (tool(name="a b"), 400, "tools[0].function.name", "a-zA-Z0-9"),
+    (tool(parameters=deep(40)), 400, "tools[0].function.parameters", "32"),
+    (tool(description="x" * (MAX_SCHEMA_BYTES + 1)), 400, "tools[0].function.parameters", "limit"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, 400, "tools[0].type", "custom"),
+    ({"reasoning_effort": "huge"}, 400, "reasoning_effort", "huge"),
+    ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs.messages", "messages"),
+    ({"chat_template_kwargs": {"a b": 1}}, 400, "chat_template_kwargs.a b", "a b"),
+    ({"chat_template_kwargs": {"a": deep(40)}}, 400, "chat_template_kwargs", "32"),
+    ({"chat_template_kwargs": {"a": "x" * 20_000}}, 400, "chat_template_kwargs", "16384"),
+    ({"chat_template_kwargs": {"options": 3}}, 400, "chat_template_kwargs.options", "object"),
+    (
+        {"chat_template_kwargs": {"options": {"thinking_mode": "maybe"}}},
+        400,
+        "chat_template_kwargs.options.thinking_mode",
+        "maybe",
+    ),
+    ({"chat_template": "{{ 1 }}"}, 400, "chat_template", "not supported"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    ({"guided_json": {"type": "object"}}, 400, "guided_json", "not supported"),
+    ({"prompt_token_ids": [1]}, 400, "prompt_token_ids", "not supported"),
+    ({"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
+    ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "messages", "2048"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "param", "message"), BAD)
+def test_what_is_refused(
+    taker: RequestParser, fields: dict[str, Any], status: int, param: str | None, message: str
+) -> None:
+    failure = refusal(taker, json.dumps({"messages": HI, **fields}).encode())
+    assert (failure.status, failure.param) == (status, param)
+    assert message in failure.message
+    assert failure.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        (b"", None, "invalid_json"),
+        (b'{"messages": [', None, "invalid_json"),
+        (b"[]", None, "invalid_value"),
+        (b"{}", "messages", "missing_required_parameter"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', None, "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, "invalid_json"),
+        (b'{"messages": [{"role": "tool", "content": ' + b'{"a":' * 100_000, None, "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}', None, "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": 1e999}', "temperature", "invalid_value"),
+    ],
+)
+def test_bodies_that_are_no_request(taker: RequestParser, body: bytes, param: str | None, code: str) -> None:
+    failure = refusal(taker, body)
+    assert (failure.status, failure.param, failure.code) == (400, param, code)
+
+
+def test_defaults_are_the_checkpoints(taker: RequestParser) -> None:
+    sampling = order(taker).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.7, 5)
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.2, 0.3)
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (None, 0, None)
+
+
+def test_a_seed_is_drawn_where_none_is_given(taker: RequestParser) -> None:
+    assert order(taker).sampling.seed != order(taker).sampling.seed
+    assert order(taker, seed=7).sampling.seed == 7
+
+
+def test_every_sampling_field_arrives(taker: RequestParser, tokenizer: Tokenizer) -> None:
+    given = order(
+        taker,
+        model="demo-model",
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        seed=9,
+        min_tokens=2,
+        max_tokens=5,
+        max_completion_tokens=4,
+        stop_token_ids=[5, 6],
+        ignore_eos=True,
+        bad_words=["river"],
+        bad_words_token_ids=[8, [9, 10]],
+        logit_bias={"12": -100, "13": 1.5},
+        logprobs=True,
+        top_logprobs=2,
+        reasoning_max_tokens=3,
+    ).sampling
+    assert (given.temperature, given.top_p, given.top_k, given.min_p) == (0.5, 0.25, 3, 0.125)
+    assert (given.repetition_penalty, given.presence_penalty, given.frequency_penalty) == (1.5, -1, 2)
+    assert (given.seed, given.min_tokens, given.max_tokens) == (9, 2, 4)
+    assert (given.stop_token_ids, given.ignore_eos) == ((5, 6), True)
+    words = {tuple(tokenizer.encode_text("river")), tuple(tokenizer.encode_text(" river"))}
+    assert set(given.bad_words) == words | {(8,), (9, 10)}
+    assert given.logit_bias == {12: -100, 13: 1.5}
+    assert (given.logprobs, given.reasoning_max_tokens) == (2, 3)
+
+
+def test_every_output_field_arrives(taker: RequestParser) -> None:
+    given = order(
+        taker,
+        stop=["a", "b"],
+        include_stop_str_in_output=True,
+        parallel_tool_calls=False,
+        logprobs=True,
+        return_token_ids=True,
+        **tool(),
+    ).output
+    assert (given.stop, given.include_stop) == (("a", "b"), True)
+    assert (given.tools, given.parallel_tool_calls) == (True, False)
+    assert (given.logprobs, given.return_token_ids, given.thinking) == (True, True, True)
+    assert order(taker, stop="x").output.stop == ("x",)
+    assert not order(taker, tool_choice="none", **tool()).output.tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"temperature": 0}, {"temperature": 0.0}),
+        ({"temperature": 1e-6}, {"temperature": 0.0}),
+        ({"top_p": 0}, {"top_p": 1e-5}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"reasoning_max_tokens": -1}, {"reasoning_max_tokens": None}),
+        ({"reasoning_max_tokens": 5, "enable_thinking": False}, {"reasoning_max_tokens": None}),
+        ({"logprobs": True}, {"logprobs": 0}),
+    ],
+)
+def test_values_with_a_meaning_of_their_own(
+    taker: RequestParser, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    sampling = order(taker, **fields).sampling
+    assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+def test_max_tokens_is_what_the_context_leaves(taker: RequestParser) -> None:
+    free = order(taker)
+    assert free.max_tokens == taker.max_model_len - len(free.segments[0])
+    assert order(taker, max_tokens=10).max_tokens == 10
+    assert order(taker, max_tokens=10**6).max_tokens == free.max_tokens
+
+
+def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(taker: RequestParser) -> None:
+    order(
+        taker,
+        store=True,
+        metadata={"user": "x"},
+        service_tier="auto",
+        user="u",
+        prediction={"type": "content", "content": "x"},
+        safety_identifier="s",
+        prompt_cache_key="k",
+        verbosity="low",
+        no_api_defines_this=1,
+        response_format={"type": "text"},
+        modalities=["text"],
+        tool_choice="auto",
+        tools=[],
+        function_call=None,
+        guided_json=None,
+        n=1,
+        stop=None,
+        stream=False,
+        stream_options=None,
+    )
+
+
+def test_streaming_and_usage(taker: RequestParser) -> None:
+    assert not order(taker).stream
+    assert not order(taker, stream=True).include_usage
+    assert order(taker, stream=True, stream_options={"include_usage": True}).include_usage
+
+
+def test_media_as_clients_write_them(taker: RequestParser) -> None:
+    options = {"fps": -1, "target_frames": 8, "min_frames": 2, "max_frames": 9, "frames_sample": "middle"}
+    taken = order(
+        taker,
+        **saying(
+            image("https://example.org/ä.png?x=1"),
+            {"type": "text", "text": "and"},
+            image({"url": PNG, "detail": "high"}),
+            video({"url": MP4, **options}),
+        ),
+    ).media
+    assert [item.kind for item in taken] == ["image", "image", "video"]
+    assert [item.param for item in taken] == [
+        "messages[0].content[0].image_url",
+        "messages[0].content[2].image_url",
+        "messages[0].content[3].video_url",
+    ]
+    assert [item.url for item in taken] == ["https://example.org/ä.png?x=1", None, None]
+    assert [item.data for item in taken] == [None, b"pixels", b"frames"]
+    assert taken[2].video == VideoOptions(-1, 2, 9, 8, "middle")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "url"),
+    [
+        ({"file_data": MP4}, "video", None),
+        ({"file_data": PNG, "filename": "a.png"}, "image", None),
+        ({"file_id": "https://example.org/a", "format": "video/mp4"}, "video", "https://example.org/a"),
+    ],
+)
+def test_files_are_what_their_type_says(taker: RequestParser, file: dict[str, str], kind: str, url: str | None) -> None:
+    (item,) = order(taker, **saying({"type": "file", "file": file})).media
+    assert (item.kind, item.url) == (kind, url)
+
+
+def test_media_in_a_tool_result(taker: RequestParser) -> None:
+    assert len(order(taker, **saying(image(PNG), role="tool")).media) == 1
+
+
+def test_text_parts_are_one_text_for_every_role(taker: RequestParser) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for role in ("system", "developer", "user", "assistant", "tool"):
+        split = order(taker, messages=[{"role": role, "content": parts}])
+        assert split.segments == order(taker, messages=[{"role": role, "content": "ab"}]).segments

@@ -1,0 +1,159 @@
+"""Patch rows and pixels, bit by bit, against transformers' image processor."""
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from media_files import image_bytes, noise
+from oracle import Model  # noqa: F401 - makes transformers importable
+from PIL import Image
+from transformers.image_utils import load_image
+from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
+
+from services.mm_encoder.media.image import open_image
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, normalise
+from services.mm_encoder.media.processor import Processor
+from services.mm_encoder.media.timestamps import font_file
+from services.mm_encoder.media.video import VideoLimits
+from services.mm_encoder.settings import ProcessorSettings
+from shared.errors import RequestError
+from shared.messages import Media
+from shared.model.config import VisionConfig
+
+VISION = VisionConfig(2, 32, 2, 128, 14, 3, 2, 2, 1e-6, 1e4)
+LIMITS = VideoLimits(64_000_000, 3600, 216_000, 100)
+MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+
+
+def processor(tmp_path: Path, **settings: int) -> Processor:
+    return Processor(ProcessorSettings(**settings), LIMITS, VISION, font_file(tmp_path)[0])
+
+
+def process(tmp_path: Path, data: bytes, **settings: int) -> Patches:
+    ours = processor(tmp_path, **settings)
+    plan = ours.plan(Media("image", "p"), data)
+    patches = ours.patches(plan)
+    assert len(patches.rows) == 4 * plan.tokens
+    return patches
+
+
+def judged(image: Image.Image, max_pixels: int = 6177 * 784) -> tuple[np.ndarray, tuple[int, ...]]:
+    """transformers' normalised rows and grid."""
+    judge = Ernie4_5_VLMoeImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": max_pixels})
+    out = judge(images=[image], return_tensors="np")
+    return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+
+
+def as_uint8(rows: np.ndarray) -> np.ndarray:
+    """The pixels that were normalised, exactly."""
+    flat = rows.reshape(len(rows), 3, -1) * np.array(CLIP_STD)[:, None] + np.array(CLIP_MEAN)[:, None]
+    return np.rint(flat * 255).astype(np.uint8).reshape(len(rows), -1)
+
+
+@pytest.mark.parametrize(
+    "size", [(100, 150), (224, 224), (480, 640), (61, 333), (15, 29), (700, 90), (28, 56), (1000, 1400)]
+)
+def test_rows_equal_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*size))
+    patches = process(tmp_path, image_bytes(image))
+    rows, grid = judged(image)
+    assert patches.grid == grid
+    assert np.array_equal(patches.rows, as_uint8(rows))
+    ours = normalise(torch.from_numpy(patches.rows), MEAN, STD, torch.float32)
+    assert torch.allclose(ours, torch.from_numpy(rows), atol=1e-6, rtol=0)
+
+
+def test_max_pixels_is_honoured(tmp_path: Path) -> None:
+    image = Image.fromarray(noise(300, 500))
+    patches = process(tmp_path, image_bytes(image), image_max_pixels=784 * 20)
+    rows, grid = judged(image, 784 * 20)
+    assert patches.grid == grid
+    assert np.array_equal(patches.rows, as_uint8(rows))
+
+
+def test_normalisation_rounds_once_to_the_model_dtype() -> None:
+    rows = torch.arange(588, dtype=torch.int64).remainder(256).to(torch.uint8)[None]
+    exact = normalise(rows, MEAN, STD, torch.float32)
+    assert torch.equal(normalise(rows, MEAN, STD, torch.bfloat16), exact.to(torch.bfloat16))
+
+
+def modes() -> dict[str, Image.Image]:
+    rgb = Image.fromarray(noise(70, 90))
+    deep = Image.fromarray(noise(70, 90, 1).astype(np.uint16) * 3)
+    return {
+        "grey": rgb.convert("L"),
+        "palette": rgb.convert("P", palette=Image.Palette.ADAPTIVE),
+        "cmyk": rgb.convert("CMYK"),
+        "bilevel": rgb.convert("1"),
+        "16 bit": deep,
+        "opaque alpha": rgb.convert("RGBA"),
+    }
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_every_mode_becomes_rgb_as_transformers_has_it(tmp_path: Path, mode: str) -> None:
+    data = image_bytes(modes()[mode], "TIFF" if mode == "cmyk" else "PNG")
+    rows, grid = judged(load_image(Image.open(io.BytesIO(data))))
+    patches = process(tmp_path, data)
+    assert patches.grid == grid
+    assert np.array_equal(patches.rows, as_uint8(rows))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = image_bytes(Image.fromarray(noise(60, 150)), "JPEG", exif=exif)
+    rows, grid = judged(load_image(Image.open(io.BytesIO(data))))
+    patches = process(tmp_path, data)
+    assert patches.grid == grid
+    assert np.array_equal(patches.rows, as_uint8(rows))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(tmp_path: Path, mode: str) -> None:
+    """FastDeploy's choice; transformers drops the alpha channel, and what was under it shows."""
+    image = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 28, 56))
+    data = image_bytes(image.convert(mode) if mode != "P" else image.quantize(4))
+    rows = process(tmp_path, data).rows
+    assert rows.shape == (16, 588)
+    assert set(rows[[0, 1, 2, 3]].flatten().tolist()) <= set(range(40))  # the left block, but for the filter's ringing
+    assert min(rows[4:8, -20:].flatten().tolist()) > 215
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_formats(tmp_path: Path, kind: str) -> None:
+    data = image_bytes(Image.fromarray(noise(56, 84)), kind)
+    rows, _ = judged(load_image(Image.open(io.BytesIO(data))))
+    assert np.array_equal(process(tmp_path, data).rows, as_uint8(rows))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("part", [0.9, 0.5, 0.02])
+def test_truncated_images_are_refused(tmp_path: Path, kind: str, part: float) -> None:
+    data = image_bytes(Image.fromarray(noise(200, 200)), kind)
+    with pytest.raises(RequestError, match=r"truncated|not an image") as caught:
+        process(tmp_path, data[: int(len(data) * part)])
+    assert caught.value.failure.status == 400
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n" + b"\0" * 64])
+def test_what_is_no_image_is_refused(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(RequestError, match="not an image"):
+        process(tmp_path, data)
+
+
+@pytest.mark.parametrize("side", [30_000, 12_000, 9_000])
+def test_a_huge_image_is_refused_by_its_header(side: int) -> None:
+    """900 M pixels make Pillow raise, 144 M make it warn, 81 M are its business no more."""
+    header = image_bytes(Image.new("1", (1, 1)))
+    huge = bytearray(header)
+    huge[16:24] = side.to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
+    with pytest.raises(RequestError, match=r"media_max_pixels = 6\.4e") as caught:
+        open_image(bytes(huge), 64_000_000)
+    assert caught.value.failure.code == "media_limit_exceeded"

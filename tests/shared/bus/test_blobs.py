@@ -1,0 +1,151 @@
+import array
+import asyncio
+import os
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.bus.blobs import CHUNK, Blobs
+from shared.bus.keys import Keys
+from shared.errors import RequestError
+
+TTL_S = 3600
+
+
+@pytest.fixture
+def blobs(redis: Redis, keys: Keys) -> Blobs:
+    return Blobs(redis, keys, TTL_S, 10 * CHUNK)
+
+
+async def budget_used(redis: Redis, keys: Keys) -> int:
+    """The recorded sum, checked against the sizes it is the sum of."""
+    sizes = {name: int(size) for name, size in (await redis.hgetall(keys.blob_sizes())).items()}
+    total = sizes.pop(b"sum", 0)
+    assert total == sum(sizes.values())
+    assert {member for member in await redis.zrange(keys.blobs(), 0, -1)} == set(sizes)
+    return total
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 9 * CHUNK + 5])
+async def test_round_trip(redis: Redis, keys: Keys, blobs: Blobs, size: int) -> None:
+    data = os.urandom(size)
+    await blobs.put("media", "k", data, b"\xffmeta")
+    assert await blobs.get("media", "k") == (data, b"\xffmeta")
+    assert await blobs.meta("media", "k") == b"\xffmeta"
+    assert await budget_used(redis, keys) == size
+    for name in await redis.keys("test:blob:*"):
+        assert 0 < await redis.ttl(name) <= TTL_S
+        assert name == b"test:blob:media:k" or await redis.strlen(name) <= CHUNK
+
+
+async def test_memoryview_of_any_format(blobs: Blobs) -> None:
+    floats = array.array("d", [1.5, 2.5])
+    await blobs.put("embeds", "k", memoryview(floats))
+    assert await blobs.get("embeds", "k") == (floats.tobytes(), b"")
+
+
+async def test_absent(blobs: Blobs) -> None:
+    assert await blobs.get("media", "k") is None
+    assert await blobs.meta("media", "k") is None
+
+
+async def test_kinds_are_apart(blobs: Blobs) -> None:
+    await blobs.put("media", "k", b"m")
+    await blobs.put("embeds", "k", b"e")
+    await blobs.delete("media", ["k", "absent"])
+    await blobs.delete("media", [])
+    assert await blobs.get("media", "k") is None
+    assert await blobs.get("embeds", "k") == (b"e", b"")
+
+
+async def test_delete_leaves_nothing(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await blobs.put("media", "k", bytes(3 * CHUNK))
+    await blobs.delete("media", ["k"])
+    assert await budget_used(redis, keys) == 0
+    assert await redis.keys() == [keys.blob_sizes().encode()]
+
+
+async def test_invisible_until_the_last_chunk_is_in(
+    redis: Redis, keys: Keys, blobs: Blobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*, keys: list[str], args: list[object]) -> None:
+        raise asyncio.CancelledError
+
+    enter = blobs._enter
+    calls = iter([enter, fail])
+    monkeypatch.setattr(blobs, "_enter", lambda **words: next(calls)(**words))
+    with pytest.raises(asyncio.CancelledError):
+        await blobs.put("media", "k", bytes(2 * CHUNK))
+    assert await redis.exists(keys.blob_chunk("media", "k", 1))
+    assert await blobs.get("media", "k") is None
+    monkeypatch.undo()
+    await blobs.put("media", "k", bytes(2 * CHUNK))  # a second writer, after the first one died
+    assert await blobs.get("media", "k") == (bytes(2 * CHUNK), b"")
+    assert await budget_used(redis, keys) == 2 * CHUNK
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+async def test_lost_chunk_is_a_lost_blob(redis: Redis, keys: Keys, blobs: Blobs, lost: int) -> None:
+    await blobs.put("embeds", "k", bytes(3 * CHUNK))
+    await redis.delete(keys.blob_chunk("embeds", "k", lost))
+    assert await blobs.meta("embeds", "k") is None
+    assert await blobs.get("embeds", "k") is None
+    assert await redis.keys() == [keys.blob_sizes().encode()]
+    assert await budget_used(redis, keys) == 0
+
+
+async def test_least_recently_used_goes_first(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    for name in "abc":
+        await blobs.put("embeds", name, bytes(3 * CHUNK))
+    await blobs.meta("embeds", "a")
+    await blobs.get("embeds", "b")
+    await blobs.put("embeds", "d", bytes(4 * CHUNK))
+    assert [await blobs.meta("embeds", name) for name in "abcd"] == [b"", b"", None, b""]
+    assert await budget_used(redis, keys) == 10 * CHUNK
+    await blobs.put("embeds", "e", bytes(10 * CHUNK))
+    assert await budget_used(redis, keys) == 10 * CHUNK
+    assert len(await redis.keys("test:blob:*")) == 11
+
+
+async def test_larger_than_the_budget(redis: Redis, blobs: Blobs) -> None:
+    with pytest.raises(RequestError, match="exceed the server's budget") as raised:
+        await blobs.put("media", "k", bytes(10 * CHUNK + 1))
+    assert raised.value.failure.status == 503
+    assert await redis.keys() == []
+
+
+async def test_overwriting_counts_once(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    for _ in range(3):
+        await blobs.put("embeds", "k", bytes(6 * CHUNK))
+    assert await budget_used(redis, keys) == 6 * CHUNK
+    assert await blobs.meta("embeds", "k") is not None
+
+
+async def test_writers_at_once_stay_within_the_budget(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await asyncio.gather(*(blobs.put("embeds", str(i), bytes(3 * CHUNK)) for i in range(6)))
+    assert await budget_used(redis, keys) <= 10 * CHUNK
+    for i in range(6):
+        found = await blobs.get("embeds", str(i))
+        assert found is None or found[0] == bytes(3 * CHUNK)
+
+
+async def test_expired_blobs_leave_index_and_sum(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await blobs.put("media", "old", bytes(2 * CHUNK))
+    await blobs.put("media", "young", b"y")
+    for name in await redis.keys("test:blob:media:old*"):  # what an hour does to it
+        await redis.delete(name)
+    await redis.zincrby(keys.blobs(), -TTL_S * 1e6, "media:old")
+    await blobs.put("media", "new", b"n")
+    assert await budget_used(redis, keys) == 2
+    assert await blobs.get("media", "young") == (b"y", b"")
+
+
+async def test_use_renews_the_whole_blob(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await blobs.put("media", "k", bytes(CHUNK + 1))
+    names = await redis.keys("test:blob:*")
+    assert len(names) == 3
+    for use in (blobs.meta, blobs.get):
+        for name in names:
+            await redis.expire(name, 5)
+        await use("media", "k")
+        assert all([await redis.ttl(name) > 5 for name in names])

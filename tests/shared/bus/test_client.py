@@ -1,0 +1,137 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
+
+from cli import redis_server as server_module
+from cli.redis_server import RedisServer
+from shared.bus import client as redis_client
+from shared.bus.client import _CONNECTIONS, connect
+from shared.errors import ConfigError
+
+
+async def test_bytes_come_back(redis: Redis) -> None:
+    await redis.set("key", b"\xff\x00")
+    assert await redis.get("key") == b"\xff\x00"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:secret@localhost",
+        "localhost:6379",
+        "redis://:secret@localhost:port",
+        "redis://:secret@localhost?no_such_option=1",
+        "",
+    ],
+)
+def test_malformed_url_is_a_config_error_that_keeps_the_password(url: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        connect(url)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["redis://localhost:6379/1", "rediss://user:pw@localhost", "unix:///tmp/x.sock?db=2"])
+async def test_every_scheme_is_accepted(url: str) -> None:
+    await connect(url).aclose()
+
+
+async def test_cancelled_blocking_read_leaves_no_stale_reply(redis: Redis) -> None:
+    reader = asyncio.ensure_future(redis.execute_command("XREAD", "BLOCK", 5000, "STREAMS", "stream", "$"))
+    while not (await redis.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event for it
+        await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await redis.xadd("stream", {"a": "b"})
+    assert await redis.echo("mine") == b"mine"
+
+
+async def test_more_commands_at_once_than_connections(redis: Redis) -> None:
+    counted = await asyncio.gather(*(redis.incr("n") for _ in range(3 * _CONNECTIONS)))
+    assert sorted(counted) == list(range(1, 3 * _CONNECTIONS + 1))
+
+
+async def test_commands_survive_a_restart_of_the_server(redis_server: RedisServer, tmp_path: Path) -> None:
+    server = RedisServer(
+        tmp_path, unix_socket=redis_server.directory / "b.sock", persistence=True, binary=redis_server.binary
+    )
+    server.start()
+    client = connect(server.url)
+    try:
+        await client.set("key", "kept")
+        server.stop()
+        reading = asyncio.ensure_future(client.execute_command("GET", "key"))
+        await asyncio.to_thread(server.start)
+        assert await reading == b"kept"
+    finally:
+        await client.aclose()
+        server.stop()
+
+
+async def test_a_server_that_never_comes_is_redis_own_connection_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(redis_client, "_RETRIES", 1)
+    client = connect(f"unix://{tmp_path}/nobody.sock")
+    with pytest.raises(ConnectionError):
+        await client.ping()
+    await client.aclose()
+
+
+# --- the server itself
+
+
+def test_server_listens_on_loopback_only(redis_server: RedisServer, tmp_path: Path, unused_port: int) -> None:
+    server = RedisServer(
+        tmp_path, port=unused_port, unix_socket=redis_server.directory / "c.sock", binary=redis_server.binary
+    )
+    with server:
+        assert server.command("CONFIG GET bind").split(b"\r\n")[-2] == b"127.0.0.1"
+        assert server.running
+        taken = RedisServer(
+            tmp_path / "2", port=unused_port, unix_socket=redis_server.directory / "d.sock", binary=redis_server.binary
+        )
+        with pytest.raises(ConfigError, match=r"ended with status 1.*in use"):
+            taken.start()
+    assert not server.running
+
+
+def test_no_server_anywhere_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_candidates", list)
+    with pytest.raises(ConfigError, match=r"no redis-server.*--redis-url"):
+        server_module.find_server()
+
+
+def test_old_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "OLDEST", (99, 0))
+    with pytest.raises(ConfigError, match=r"is of version \d+.*Install Redis 99.0"):
+        server_module.find_server()
+
+
+def test_overlong_socket_path_is_refused(redis_server: RedisServer) -> None:
+    with pytest.raises(ConfigError, match="socket"):
+        RedisServer(Path("/" + "x" * 120), binary=redis_server.binary)
+
+
+async def test_a_cancellation_is_never_lost(redis: Redis) -> None:
+    """At whatever point of a command it comes: a loop over commands would go on for ever without it."""
+    lost = 0
+
+    async def loop() -> None:
+        nonlocal lost
+        me = asyncio.current_task()
+        assert me is not None
+        while not me.cancelling():
+            await redis.set("key", b"value")
+        lost += 1
+
+    for steps in range(300):
+        task = asyncio.create_task(loop())
+        for _ in range(steps % 60):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+    assert lost == 0

@@ -1,0 +1,240 @@
+"""Each step with an entry is done by whoever has it, at once or not at all."""
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.ownership import MOST_RETURNS, EntryOwnership, Poison
+from shared.bus.records import Records
+from shared.bus.streams import WorkStream, send
+from shared.errors import Failure
+from shared.messages import (
+    Encode,
+    Failed,
+    Finish,
+    Generate,
+    MediaSpan,
+    Output,
+    Request,
+    Sampling,
+    TokenRun,
+    Tokens,
+    from_entry,
+    pack_ids,
+)
+
+REQUEST = Request("r", "gw", 1, 0.0, Sampling(seed=1), Output(thinking=False))
+SOURCE = Encode(REQUEST, (pack_ids([1]),), ())
+SPAN = MediaSpan("image", "cat", 1, 4, (1, 4, 4))
+READY = Generate(REQUEST, pack_ids([1, 9, 9, 9, 9]), 5, (SPAN,))
+NO = Failed("r", Failure(400, "no"))
+LAST = Tokens((), (TokenRun("r", 1, 0, (), None, Finish("cancelled")),))
+POISON = Poison(4, "delivered 4 times")
+
+
+class Case:
+    """A request whose entry is ours, until the test gives it to another."""
+
+    def __init__(self, redis: Redis, keys: Keys, stream: str) -> None:
+        self.redis = redis
+        self.keys = keys
+        self.stream = keys.stream(stream)
+        self.service = {ENCODE: "mm_encoder", GENERATE: "engine"}[stream]
+        self.records = Records(redis, keys)
+        self.ours = EntryOwnership(redis, keys, stream, self.service, "me")
+        self.entry = ""
+
+    async def begin(self, stream: str, message: Encode | Generate) -> "Case":
+        work = WorkStream(self.redis, self.keys, stream, self.service, "me", 3)
+        await work.join()
+        await self.records.submit(stream, message)
+        [delivery] = await work.take(1, 0)
+        self.entry = delivery.entry_id
+        return self
+
+    async def lose(self) -> None:
+        await self.redis.xclaim(self.stream, self.service, "other", 0, [self.entry])
+
+    async def messages(self, key: str) -> list[object]:
+        return [from_entry(fields) for _, fields in await self.redis.xrange(key)]
+
+    async def ended(self) -> bool:
+        pending = (await self.redis.xpending(self.stream, self.service))["pending"]
+        assert pending == await self.redis.xlen(self.stream), "acked and deleted together"
+        return pending == 0
+
+    async def state(self) -> dict[bytes, object]:
+        """All there is in Redis."""
+        return {key: await self.redis.dump(key) for key in await self.redis.keys()}
+
+
+@pytest.fixture
+async def encoding(redis: Redis, keys: Keys) -> Case:
+    await send(redis, keys.deltas("gw"), NO)
+    await redis.xtrim(keys.deltas("gw"), maxlen=0)
+    return await Case(redis, keys, ENCODE).begin(ENCODE, SOURCE)
+
+
+@pytest.fixture
+async def generating(redis: Redis, keys: Keys) -> Case:
+    return await Case(redis, keys, GENERATE).begin(GENERATE, READY)
+
+
+async def test_nothing_is_done_with_what_another_has(encoding: Case) -> None:
+    await encoding.lose()
+    before = await encoding.state()
+    ours, entry = encoding.ours, encoding.entry
+    assert await ours.owned([entry]) == set()
+    await ours.finish([entry])
+    assert await ours.claim([(entry, "r")]) == {}
+    await ours.progressed(entry, "r", 5)
+    assert await ours.hand_on(entry, SOURCE, READY) == "lost"
+    assert await ours.send_back(entry, "r") == "lost"
+    assert not await ours.condemn(entry, "r", NO.failure)
+    assert not await ours.drop(entry, "r")
+    assert not await ours.refuse(entry, REQUEST, NO)
+    assert not await ours.end(entry, REQUEST, LAST)
+    assert not await ours.quarantine(entry, POISON)
+    assert await encoding.state() == before
+
+
+async def test_a_redis_that_forgot_all_is_no_error(encoding: Case) -> None:
+    await encoding.redis.flushall()
+    await encoding.ours.finish([encoding.entry])
+    assert await encoding.ours.claim([(encoding.entry, "r")]) == {}
+    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "lost"
+    assert await encoding.redis.keys() == []
+
+
+async def test_owned_and_finish(generating: Case) -> None:
+    assert await generating.ours.owned([generating.entry, "0-1"]) == {generating.entry}
+    await generating.ours.finish([])
+    await generating.ours.finish([generating.entry, "0-1"])
+    assert await generating.ended()
+
+
+async def test_each_claim_raises_the_epoch(generating: Case) -> None:
+    entry = (generating.entry, "r")
+    assert await generating.ours.claim([entry]) == {"r": 1}
+    assert await generating.ours.claim([entry]) == {"r": 2}
+    assert (await generating.records.get(["r"]))["r"].epoch == 2
+    await generating.records.delete(["r"])
+    assert await generating.ours.claim([entry]) == {"r": None}
+    assert await generating.ours.claim([]) == {}
+    assert await generating.records.get(["r"]) == {}, "a claim brings nothing back to life"
+
+
+async def test_progress_counts_deliveries_anew(generating: Case) -> None:
+    async def attempts() -> int:
+        [pending] = await generating.redis.xpending_range(generating.stream, "engine", "-", "+", 1)
+        return int(pending["times_delivered"])
+
+    async def delivered(times: int) -> None:
+        entry = [generating.entry]
+        await generating.redis.xclaim(generating.stream, "engine", "me", 0, entry, retrycount=times, justid=True)
+
+    for tokens, expected in ((4, 1), (4, 3), (3, 3), (9, 1)):
+        await delivered(3)
+        await generating.ours.progressed(generating.entry, "r", tokens)
+        assert await attempts() == expected
+    assert not await generating.ended()
+
+
+async def test_hand_on_and_back_and_on_again(encoding: Case, keys: Keys) -> None:
+    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "done"
+    assert await encoding.ended()
+    assert await encoding.messages(keys.stream(GENERATE)) == [READY]
+    engine = WorkStream(encoding.redis, keys, GENERATE, "engine", "e", 3)
+    encoder = WorkStream(encoding.redis, keys, ENCODE, "mm_encoder", "me", 3)
+    back = EntryOwnership(encoding.redis, keys, GENERATE, "engine", "e")
+    await engine.join()
+    for _ in range(MOST_RETURNS):
+        [delivery] = await engine.take(1, 0)
+        assert await back.send_back(delivery.entry_id, "r") == "done"
+        assert await back.send_back(delivery.entry_id, "r") == "lost", "a lost reply is asked for again"
+        assert await engine.backlog() == 0
+        [again] = await encoder.take(1, 0)
+        assert again.message == SOURCE
+        assert await encoding.ours.hand_on(again.entry_id, SOURCE, READY) == "done"
+    [delivery] = await engine.take(1, 0)
+    assert await back.send_back(delivery.entry_id, "r") == "never"
+    assert await engine.backlog() == 1
+
+
+async def test_what_came_without_media_is_not_sent_back(generating: Case, keys: Keys) -> None:
+    assert await generating.ours.send_back(generating.entry, "r") == "never"
+    assert not await generating.ended()
+    assert not await generating.redis.exists(keys.stream(ENCODE))
+
+
+@pytest.mark.parametrize("change", ["prompt", "media"])
+async def test_a_prompt_that_changed_is_not_handed_on_again(encoding: Case, keys: Keys, change: str) -> None:
+    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "done"
+    await encoding.begin(ENCODE, SOURCE)  # as if it had been sent back
+    await encoding.redis.hset(keys.request("r"), "epoch", 1)
+    other = MediaSpan("image", "dog", 1, 4, (1, 4, 4))
+    changed = {
+        "prompt": Generate(REQUEST, pack_ids([2, 9, 9, 9, 9]), 5, (SPAN,)),
+        "media": Generate(REQUEST, READY.prompt, 5, (other,)),
+    }[change]
+    assert await encoding.ours.hand_on(encoding.entry, SOURCE, changed) == "changed"
+    assert not await encoding.ended()
+    assert await encoding.messages(keys.stream(GENERATE)) == [READY]
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+async def test_what_nobody_waits_for_is_not_handed_on(encoding: Case, keys: Keys, end: str) -> None:
+    await getattr(encoding.records, end)(["r"])
+    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "unwanted"
+    assert not await encoding.ended()
+    assert await encoding.ours.drop(encoding.entry, "r")
+    assert await encoding.ended()
+    assert await encoding.records.get(["r"]) == {}
+    assert not await encoding.redis.exists(keys.stream(GENERATE))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+async def test_refuse(encoding: Case, keys: Keys, joined: bool) -> None:
+    if joined:
+        await encoding.records.attach(["r"], "gw-2")
+        await send(encoding.redis, keys.deltas("gw-2"), NO)
+    assert await encoding.ours.refuse(encoding.entry, REQUEST, NO)
+    assert not await encoding.ours.refuse(encoding.entry, REQUEST, NO)
+    assert await encoding.ended()
+    assert await encoding.messages(keys.deltas("gw")) == [NO]
+    assert await encoding.messages(keys.deltas("gw-2")) == ([NO, NO] if joined else [])
+    assert await encoding.records.get(["r"]) == {}
+
+
+async def test_refusing_tells_no_gateway_that_is_gone(encoding: Case, keys: Keys) -> None:
+    await encoding.redis.delete(keys.deltas("gw"))
+    assert await encoding.ours.refuse(encoding.entry, REQUEST, NO)
+    assert not await encoding.redis.exists(keys.deltas("gw"))
+
+
+async def test_a_way_to_end_is_remembered(encoding: Case, keys: Keys) -> None:
+    assert await encoding.ours.condemned("r") is None
+    assert await encoding.ours.condemn(encoding.entry, "r", None)
+    assert await encoding.ours.condemned("r") is None
+    assert await encoding.ours.condemn(encoding.entry, "r", NO.failure)
+    assert await encoding.ours.condemned("r") == NO.failure
+    await encoding.records.delete(["r"])
+    assert await encoding.ours.condemn(encoding.entry, "r", NO.failure)
+    assert not await encoding.redis.exists(keys.request("r"))
+
+
+@pytest.mark.parametrize("step", ["refuse", "end", "quarantine"])
+async def test_poison_is_kept_for_people_in_the_same_step(encoding: Case, keys: Keys, step: str) -> None:
+    if step == "refuse":
+        assert await encoding.ours.refuse(encoding.entry, REQUEST, NO, POISON)
+        assert await encoding.messages(keys.deltas("gw")) == [NO]
+    elif step == "end":
+        assert await encoding.ours.end(encoding.entry, REQUEST, LAST, POISON)
+        assert await encoding.messages(keys.tokens(1)) == [LAST]
+        assert "r" in await encoding.records.get(["r"]), "postproc ends it"
+    else:
+        assert await encoding.ours.quarantine(encoding.entry, POISON)
+    assert await encoding.ended()
+    [(_, kept)] = await encoding.redis.xrange(keys.quarantine(ENCODE))
+    assert (kept[b"reason"], kept[b"attempts"]) == (b"delivered 4 times", b"4")
+    assert from_entry(kept) == SOURCE

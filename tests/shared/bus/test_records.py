@@ -1,0 +1,248 @@
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.leases import Fence
+from shared.bus.records import Record, Records, Submission
+from shared.bus.streams import send
+from shared.errors import FencedError
+from shared.messages import (
+    Begin,
+    Cancel,
+    Deltas,
+    Encode,
+    Finish,
+    Generate,
+    Output,
+    Request,
+    Sampling,
+    TokenLogprob,
+    from_entry,
+    pack_ids,
+)
+
+
+def request(request_id: str = "r1") -> Request:
+    return Request(
+        id=request_id,
+        gateway="gateway-1",
+        shard=0,
+        created=1.0,
+        sampling=Sampling(seed=7),
+        output=Output(thinking=True),
+    )
+
+
+def encode(request_id: str = "r1") -> Encode:
+    return Encode(request(request_id), segments=(pack_ids([1]),), media=())
+
+
+def generate(request_id: str = "r1") -> Generate:
+    return Generate(request(request_id), prompt=pack_ids([1, 2]), max_tokens=5)
+
+
+@pytest.fixture
+def records(redis: Redis, keys: Keys) -> Records:
+    return Records(redis, keys)
+
+
+async def generates(redis: Redis, keys: Keys) -> list[object]:
+    return [from_entry(fields) for _, fields in await redis.xrange(keys.stream(GENERATE))]
+
+
+async def test_submit_makes_record_and_entry(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    assert await generates(redis, keys) == [generate()]
+    assert await records.get(["r1", "absent"]) == {"r1": Record(request(), 0, False, (request().gateway,))}
+
+
+async def test_a_key_submits_all_choices_once(redis: Redis, keys: Keys, records: Records) -> None:
+    choices = [generate("r1"), generate("r1-1")]
+    assert await records.submit_once(GENERATE, choices, "digest", "body", 60) is None
+    assert await generates(redis, keys) == choices
+    assert (await records.get(["r1", "r1-1"])).keys() == {"r1", "r1-1"}
+    assert 0 < await redis.ttl(keys.idempotency("digest")) <= 60
+
+    earlier = Submission("body", ("r1", "r1-1"))
+    assert await records.submit_once(GENERATE, [generate("r2")], "digest", "another", 60) == earlier
+    assert await records.submit_once(GENERATE, choices, "digest", "body", 60) is None  # sent again: its reply was lost
+    assert await generates(redis, keys) == choices
+    assert await records.get(["r2"]) == {}
+    assert await records.submit_once(GENERATE, [generate("r2")], "digest 2", "body", 60) is None
+
+
+async def test_a_key_is_free_again_when_one_of_its_requests_is_gone(records: Records) -> None:
+    choices = [generate("r1"), generate("r1-1")]
+    assert await records.submit_once(GENERATE, choices, "digest", "body", 60) is None
+    await records.delete(["r1-1"])
+    assert await records.submit_once(GENERATE, [generate("r2")], "digest", "body", 60) is None
+    assert await records.submit_once(GENERATE, [generate("r3")], "digest", "x", 60) == Submission("body", ("r2",))
+
+
+async def test_of_two_who_use_a_key_at_once_one_submits(redis: Redis, keys: Keys, records: Records) -> None:
+    both = [records.submit_once(ENCODE, [encode(name)], "digest", "body", 60) for name in ("r1", "r2")]
+    first, second = await asyncio.gather(*both)
+    assert [first, second].count(None) == 1
+    assert await redis.xlen(keys.stream(ENCODE)) == 1
+
+
+async def test_exists(records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    assert await records.exists(["r1", "absent"]) == {"r1"}
+    assert await records.exists([]) == set()
+
+
+async def test_cancel_marks_existing_records_and_tells_everyone_once(
+    redis: Redis, keys: Keys, records: Records
+) -> None:
+    await records.submit(GENERATE, generate())
+    for _ in range(2):
+        await records.cancel(["absent", "r1"])
+    assert (await records.get(["r1"]))["r1"].cancelled
+    assert not await redis.exists(keys.request("absent"))
+    told = [from_entry(fields) for _, fields in await redis.xrange(keys.control())]
+    assert told == [Cancel(("absent", "r1"))]
+
+
+async def test_cancel_of_ended_requests_is_silent(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.cancel(["absent"])
+    await records.cancel([])
+    assert not await redis.exists(keys.control())
+
+
+async def test_journal_is_written_in_place(records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    await records.submit(GENERATE, generate("r2"))
+    assert await records.read_journal("r1") == []
+    assert await records.write_journal([("r1", 0, [10, 11, 12]), ("r2", 0, [103423])]) == []
+    assert await records.write_journal([("r1", 2, [12, 13]), ("r1", 0, [10])]) == []  # a replay, overlapping
+    assert await records.read_journal("r1") == [10, 11, 12, 13]
+    assert await records.read_journal("r2") == [103423]
+
+
+async def test_journal_never_has_a_hole(records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    await records.submit(GENERATE, generate("r2"))
+    assert await records.write_journal([("r1", 1, [5]), ("r2", 0, [6])]) == ["r1"]
+    assert await records.read_journal("r1") == []
+    assert await records.read_journal("r2") == [6]
+
+
+async def test_journal_without_record_is_not_written(redis: Redis, keys: Keys, records: Records) -> None:
+    assert await records.write_journal([("gone", 0, [5])]) == []
+    assert await records.write_journal([]) == []
+    assert not await redis.exists(keys.journal("gone"))
+
+
+async def test_what_goes_into_the_record_with_the_journal(records: Records) -> None:
+    begin, later = Begin("r1", 1, 0, 7, 3, 2, 1), Begin("r1", 2, 5, 7, 3, 2, 1)
+    await records.submit(GENERATE, generate("r1"))
+    assert await records.write_journal([("r1", 0, [10]), ("gone", 0, [1])], [begin]) == []
+    assert (await records.get(["r1"]))["r1"].begin == begin
+    assert await records.write_journal([("r1", 9, [10])], [later]) == ["r1"]
+    assert (await records.get(["r1"]))["r1"].begin == begin  # promises no tokens that are not there
+    assert await records.write_journal([("r1", 1, [])], [later]) == []
+    assert (await records.get(["r1"]))["r1"].begin == later
+    assert await records.read_journal("r1") == [10]
+
+
+async def test_log_probabilities_stand_beside_the_tokens(redis: Redis, keys: Keys, records: Records) -> None:
+    values = [TokenLogprob(-n / 2, ((n, -0.5),)) for n in range(5)]
+    for name in ("r1", "r2", "r3"):
+        await records.submit(GENERATE, generate(name))
+    writes = [("r1", 0, [10, 11]), ("r2", 0, [20]), ("r3", 0, [30])]
+    assert await records.write_journal(writes, logprobs=[("r1", values[:2]), ("r3", [None])]) == []
+    assert await records.write_journal([("r1", 1, [11, 12, 13])], logprobs=[("r1", values[1:4])]) == []
+    assert await records.write_journal([("r1", 1, [11])], logprobs=[("r1", values[1:2])]) == []
+    assert await records.read_logprobs("r1") == values[:4]
+    assert await records.read_logprobs("r2") == []
+    assert await records.read_logprobs("r3") == [None]
+    await redis.ltrim(keys.logprobs("r1"), 0, 1)  # what a loss of the newest writes does
+    assert await records.write_journal([("r1", 4, [14])], logprobs=[("r1", values[4:])]) == ["r1"]
+    assert await records.write_journal([("r1", 0, [10, 11, 12, 13, 14])], logprobs=[("r1", values)]) == []
+    assert await records.read_logprobs("r1") == values
+    await records.delete(["r1", "r2", "r3"])
+    assert await redis.keys() == [keys.stream(GENERATE).encode()]
+
+
+async def test_an_answer_that_is_kept_expires_as_a_whole(redis: Redis, keys: Keys, records: Records) -> None:
+    nobody = Fence(keys, "", {})
+    await records.submit(GENERATE, generate())
+    await records.write_journal([("r1", 0, [1])], logprobs=[("r1", [None])])
+    await records.retain([("r1", Finish("stop", 2), 60.0), ("gone", Finish("stop"), 60.0)], nobody)
+    record = (await records.get(["r1"]))["r1"]
+    assert record.finish == Finish("stop", 2)
+    for key in (keys.request("r1"), keys.journal("r1"), keys.logprobs("r1")):
+        assert 0 < await redis.pttl(key) <= 60_000
+    assert not await redis.exists(keys.request("gone"))
+
+    await records.cancel(["r1"])  # too late
+    assert (await records.get(["r1"]))["r1"] == record
+    assert not await redis.exists(keys.control())
+
+
+async def test_where_deltas_go_is_kept(redis: Redis, keys: Keys, records: Records) -> None:
+    async def gateways() -> tuple[str, ...]:
+        return (await records.get(["r1", "gone"]))["r1"].gateways
+
+    first = request().gateway
+    await records.submit(GENERATE, generate())
+    assert await gateways() == (first,)
+    for _ in range(2):
+        await records.attach(["r1", "gone"], "g2")
+        assert await gateways() == (first, "g2")
+    await records.attach(["r1"], first)
+    assert await gateways() == ("g2", first)
+    assert not await redis.exists(keys.request("gone"))
+
+
+async def test_who_reads_last_is_told_so(redis: Redis, keys: Keys, records: Records) -> None:
+    first = request().gateway
+    await records.submit(GENERATE, generate())
+    for gateway in ("g2", "dead"):
+        await records.attach(["r1"], gateway)
+    for gateway in (first, "g2"):
+        await send(redis, keys.deltas(gateway), Deltas(()))
+    assert await records.detach(["gone", "r1"], "g2") == []
+    assert (await records.get(["r1"]))["r1"].gateways == (first, "dead")
+    assert await records.detach(["gone", "r1"], first) == ["r1"]
+    assert await records.detach(["r1"], "g2") == ["r1"]  # again: it has none
+    assert not await redis.exists(keys.request("gone"))
+
+
+async def test_who_lost_its_shards_writes_nothing(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    await records.write_journal([("r1", 0, [1])])
+    await redis.hset(keys.shards(), mapping={"0": "4 someone", "1": "1 me"})
+    before = await contents(redis)
+    lost = Fence(keys, "me", {1: 1, 0: 3})
+    writes = [
+        records.cancel(["r1"], lost),
+        records.write_journal([("r1", 0, [9])], fence=lost),
+        records.retain([("r1", Finish("stop"), 1.0)], lost),
+        records.delete(["r1"], lost),
+    ]
+    assert all(isinstance(result, FencedError) for result in await asyncio.gather(*writes, return_exceptions=True))
+    assert await contents(redis) == before
+
+
+async def contents(redis: Redis) -> dict[object, object]:
+    return {key: await redis.dump(key) for key in await redis.keys()}
+
+
+async def test_delete_leaves_nothing(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    await records.write_journal([("r1", 0, [1])])
+    await records.delete(["r1", "absent"])
+    await records.delete([])
+    assert await redis.keys() == [keys.stream(GENERATE).encode()]
+
+
+async def test_scripts_survive_a_script_flush(redis: Redis, records: Records) -> None:
+    await records.submit(GENERATE, generate())
+    await records.delete(["absent"])
+    await redis.script_flush()
+    await records.delete(["r1"])
+    assert await records.get(["r1"]) == {}

@@ -1,0 +1,203 @@
+"""The token path's connections, against a real Redis."""
+
+import asyncio
+import errno
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ResponseError,
+    TimeoutError,
+)
+
+from cli.redis_server import RedisServer
+from shared.bus import client as redis_client
+from shared.bus import wire as wire_module
+from shared.bus.client import connect
+from shared.bus.wire import Wire, WireScript
+
+
+@pytest.fixture
+def wire(redis: Redis) -> Wire:
+    return Wire(redis)
+
+
+@pytest.fixture
+def own_server(unused_port: int) -> Iterator[RedisServer]:
+    """One that a test may halt and kill."""
+    with tempfile.TemporaryDirectory(prefix="millrace-") as directory:
+        server = RedisServer(Path(directory), port=unused_port, persistence=True)
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+async def own_redis(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Redis]:
+    """Over TCP, giving up soon."""
+    monkeypatch.setattr(redis_client, "_RETRIES", 1)
+    client = connect(f"redis://127.0.0.1:{own_server.port}")
+    yield client
+    await client.aclose()
+
+
+async def until_blocked(redis: Redis, clients: int = 1) -> None:
+    while (await redis.info("clients"))["blocked_clients"] != clients:  # noqa: ASYNC110 - Redis has no event for it
+        await asyncio.sleep(0)
+
+
+async def test_replies_come_as_redis_sends_them(wire: Wire) -> None:
+    assert await wire.call("SET", b"k\r\n", b"\x00\xff") == b"OK"
+    assert await wire.call("GET", b"k\r\n") == b"\x00\xff"
+    assert await wire.call("INCRBY", "n", 5) == 5
+    assert await wire.call("GET", "absent") is None
+    entry = await wire.call("XADD", "s", "*", "f", b"x" * 1_000_000)
+    assert await wire.call("XREAD", "STREAMS", "s", "0") == [[b"s", [[entry, [b"f", b"x" * 1_000_000]]]]]
+
+
+async def test_one_connection_through_errors_and_back_into_the_pool(wire: Wire, redis: Redis) -> None:
+    number = await wire.call("CLIENT", "ID")
+    with pytest.raises(ResponseError, match="unknown command"):
+        await wire.call("NONSENSE")
+    with pytest.raises(NoScriptError):
+        await wire.call("EVALSHA", "0" * 40, 0)
+    assert await wire.call("CLIENT", "ID") == number != await redis.client_id()
+    await wire.close()
+    assert await redis.client_id() == number
+    assert await wire.call("PING") == b"PONG"
+
+
+async def test_a_cancelled_call_s_reply_is_nobody_else_s(wire: Wire, redis: Redis) -> None:
+    number = await wire.call("CLIENT", "ID")
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", 5, wait_s=5))
+    await until_blocked(redis)
+    blocked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await blocked
+    await redis.rpush("list", "theirs")
+    assert await wire.call("ECHO", "mine") == b"mine"
+    assert await wire.call("CLIENT", "ID") != number
+
+
+async def test_at_whatever_point_a_call_is_cancelled(wire: Wire) -> None:
+    """The cancellation is not lost, and the next call gets its own reply."""
+    lost = 0
+
+    async def loop() -> None:
+        nonlocal lost
+        me = asyncio.current_task()
+        assert me is not None
+        while not me.cancelling():
+            await wire.call("ECHO", "theirs")
+        lost += 1
+
+    for steps in range(200):
+        task = asyncio.create_task(loop())
+        for _ in range(steps % 40):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert await wire.call("ECHO", f"{steps}") == f"{steps}".encode()
+    assert lost == 0
+
+
+async def test_a_command_whose_connection_breaks_is_sent_again(wire: Wire, redis: Redis) -> None:
+    number = await wire.call("CLIENT", "ID")
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", 5, wait_s=5))
+    await until_blocked(redis)
+    assert await redis.execute_command("CLIENT", "KILL", "ID", number) == 1  # type: ignore[no-untyped-call]
+    await redis.rpush("list", "late")
+    assert await blocked == [b"list", b"late"]
+
+
+async def test_a_peer_that_the_kernel_gives_up_breaks_the_connection(wire: Wire, redis: Redis) -> None:
+    """What TCP's keepalive says then is the builtin TimeoutError, and no reply."""
+    assert await wire.call("PING")
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", 5, wait_s=5))
+    await until_blocked(redis)
+    assert wire._connection is not None
+    assert wire._connection._reader is not None
+    wire._connection._reader.set_exception(OSError(errno.ETIMEDOUT, "Connection timed out"))
+    await redis.rpush("list", "late", "later")
+    assert await blocked in ([b"list", b"late"], [b"list", b"later"])
+    assert await wire.call("PING") == b"PONG"
+
+
+async def test_a_server_that_was_killed_and_comes_back(own_server: RedisServer, own_redis: Redis) -> None:
+    wire = Wire(own_redis)
+    await wire.call("SET", "key", "kept")
+    own_server.kill()
+    with pytest.raises(ConnectionError):
+        await wire.call("GET", "key")
+    await asyncio.to_thread(own_server.start)
+    assert await wire.call("GET", "key") == b"kept"
+
+
+async def test_a_server_that_is_halted_is_noticed(
+    own_server: RedisServer, own_redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel still takes connections, and what is sent over them."""
+    monkeypatch.setattr(wire_module, "LIMIT_S", 0.1)
+    wire = Wire(own_redis)
+    await wire.call("PING")
+    assert own_server.pid is not None
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError, match="no reply to 'ECHO'"):
+            await wire.call("ECHO", "theirs")
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+    monkeypatch.setattr(wire_module, "LIMIT_S", 10.0)
+    assert await wire.call("ECHO", "mine") == b"mine"
+
+
+async def test_the_time_a_command_may_wait_is_its_own(own_redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_module, "LIMIT_S", 0.0)
+    wire = Wire(own_redis)
+    with pytest.raises(TimeoutError):
+        await wire.call("PING")
+    assert await wire.call("BLPOP", "list", 0.01, wait_s=20) is None
+
+
+async def test_what_redis_refuses_for_now_is_told_apart(own_redis: Redis) -> None:
+    wire = Wire(own_redis)
+    await own_redis.config_set("maxmemory", 1)
+    with pytest.raises(OutOfMemoryError):
+        await wire.call("SET", "key", "value")
+
+
+async def test_password_user_and_database(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_client, "_RETRIES", 0)
+    own_server.command("ACL SETUSER reader on >s3cret ~* &* +@all -get")
+    client = connect(f"redis://reader:s3cret@127.0.0.1:{own_server.port}/2")
+    wire = Wire(client)
+    assert await wire.call("ACL", "WHOAMI") == b"reader"
+    assert b" db=2 " in await wire.call("CLIENT", "INFO")
+    with pytest.raises(NoPermissionError):
+        await wire.call("GET", "key")
+    await client.aclose()
+    client = connect(f"redis://reader:wrong@127.0.0.1:{own_server.port}")
+    with pytest.raises(AuthenticationError):
+        await Wire(client).call("PING")
+    await client.aclose()
+
+
+async def test_a_script_is_loaded_where_it_is_missing(wire: Wire, redis: Redis) -> None:
+    script = WireScript(wire, "return {KEYS[1], ARGV[1], ARGV[2]}")
+    await redis.config_resetstat()
+    for _ in range(2):
+        assert await script(keys=["k"], args=[1, b"\xff"]) == [b"k", b"1", b"\xff"]
+        assert await script(keys=["k"], args=[2, "b"]) == [b"k", b"2", b"b"]
+        await redis.script_flush()
+    commands = await redis.info("commandstats")
+    assert (commands["cmdstat_evalsha"]["calls"], commands["cmdstat_eval"]["calls"]) == (4, 2)
