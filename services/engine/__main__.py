@@ -16,6 +16,7 @@ from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings, check
+from shared.cpu_share import usable_cores
 from shared.errors import CheckpointError, ConfigError
 from shared.model.config import ModelConfig, load_model_config
 from shared.model.tokenizer import Tokenizer
@@ -26,10 +27,10 @@ THINK_CLOSE = "</think>"
 
 
 def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> EngineService:
-    """Put the service together; it loads the weights when it starts.
+    """Put the service together; the weights are loaded when it starts.
 
     Raises:
-        ConfigError: a setting is out of range, contradicts the model, or asks for what this machine has not.
+        ConfigError: a setting is out of range, contradicts the model, or asks for a device that is not there.
         CheckpointError: the model directory is not what it should be.
     """
     check(settings)
@@ -48,26 +49,37 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
 
 
 def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:
-    """The model on its device, its cache and its sampler; and the cache's number of blocks.
+    """Return a runner around the model, its cache and its sampler, and the number of cache blocks.
 
     Raises:
         ConfigError: the cache could not hold max_model_len.
         CheckpointError: the weights are not what the configuration says.
     """
+    limit_threads(settings)
     quantization = None if settings.quantization == "none" else settings.quantization
     on_gpu = where == "cuda"
     model = load_model(Path(settings.model), config, where, quantization, gpu_ops() if on_gpu else Ops())
     return runner_for(model, config, settings)
 
 
-def device(settings: EngineSettings) -> str:
+def limit_threads(settings: EngineSettings) -> None:
+    """Set the number of threads with which torch computes on the CPU.
+
+    By default one for each core this process may use, and never more than torch would start by itself: it counts
+    physical cores, and OMP_NUM_THREADS.
     """
+    torch.set_num_threads(settings.torch_threads or min(torch.get_num_threads(), usable_cores()))
+
+
+def device(settings: EngineSettings) -> str:
+    """Return the torch device of the settings: "cuda" or "cpu".
+
     Raises:
         ConfigError: cuda was asked for and is not there.
     """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
-        raise ConfigError("device is cuda, and torch sees no CUDA device")
+        raise ConfigError("device is cuda, but torch sees no CUDA device; set it to auto or cpu")
     if settings.device == "auto":
         return "cuda" if available else "cpu"
     return settings.device

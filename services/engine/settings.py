@@ -1,6 +1,8 @@
-"""What the engine is told."""
+"""Settings of the engine."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from shared.config import CommonSettings
 from shared.errors import ConfigError
@@ -23,11 +25,12 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9  # of the device, for us and for all others on it
     foreign_bytes: int = 0  # of it, what others hold or will: an mm_encoder on the same card may start after us
     num_gpu_blocks_override: int | None = None
+    torch_threads: Annotated[int, Meta(ge=0)] = 0  # that compute on the CPU; 0: as many as there are cores to use
     kv_cache_bytes: int = 1 << 30  # on the CPU: at most this, and never more than max_num_seqs full contexts
 
 
 def check(settings: EngineSettings) -> None:
-    """What the types of the settings cannot say.
+    """Check ranges and contradictions, which the types of the settings cannot express.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other; the message names them.
