@@ -40,7 +40,7 @@ SEQUENCES, CONTEXT, SHARE = 32, 32_768, 0.9
 
 
 def tower(pipe: Connection) -> None:
-    """The encoder's process: loads, says so, and encodes an image whenever it is told to; False ends it."""
+    """Run the encoder's process: load, report that, and encode an image at each message; False ends it."""
     weights = load_weights(Drawn(torch.device("cpu"), seed=1), CONFIG, "cuda")  # type: ignore[arg-type]
     encoder = Encoder(weights, CONFIG, "cuda", PASS, CLIP_MEAN, CLIP_STD)
     pixels = CONFIG.vision.in_channels * CONFIG.vision.patch_size**2
@@ -53,7 +53,7 @@ def tower(pipe: Connection) -> None:
 
 
 class Tower:
-    """Its process, seen from the engine's."""
+    """The encoder's process, as the engine's process sees it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -64,7 +64,7 @@ class Tower:
         self._pipe.recv()
 
     def encode(self) -> float:
-        """Seconds; raises EOFError if it ended, out of memory most likely."""
+        """Return the seconds of one image; raises EOFError if the process ended, most likely out of memory."""
         self._pipe.send(True)
         return float(self._pipe.recv())
 
@@ -78,13 +78,14 @@ class Tower:
 
 
 def used() -> int:
-    """Bytes of the device that anybody holds."""
+    """Return the bytes of the device that any process holds."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
 def measure(card: int, encoder_first: bool) -> dict[str, Any]:
-    """
+    """Measure the launch on a card of `card` bytes.
+
     Raises:
         ConfigError: the cache could not hold one context.
     """

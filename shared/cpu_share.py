@@ -1,8 +1,9 @@
 """Number of CPU threads a process should compute with, from the cores it may use.
 
 The threads of one operation meet at its end and spin while they wait for the last of them, so a thread that finds no
-free core holds up all others. On two cores that others kept busy, the demo engine made 1.9 tokens/s with two threads and
-27 with one. torch's default is a thread for each core of the machine in every process, and it knows no CPU quota.
+free core holds up all others. On two cores that other processes kept busy, the demo engine made 1.9 tokens/s with two
+threads and 27 with one. torch's default is a thread for each core of the machine in every process, and it knows no CPU
+quota.
 """
 
 import os
