@@ -305,7 +305,7 @@ def parse() -> argparse.Namespace:
 
 def measure(bench: Bench, name: str, args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Measure everything of one quantisation, into `result` and, line by line, to standard output."""
-    bench.run(1, PROMPT, 4)  # what was not captured is compiled here
+    bench.run(1, PROMPT, 4)  # compiles kernels that no captured step uses
     for batch in args.batches:
         result["decode_ms"][name][str(batch)] = ms = round(bench.decode_ms(batch), 3)
         print(f"{name} decode {batch:4d} {ms:8.3f} ms/step {1000 * batch / ms:9.0f} tok/s", flush=True)

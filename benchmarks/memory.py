@@ -1,11 +1,11 @@
-"""The launch on one card of 24 GB, played on a larger one: what engine and vision tower take of it, and what is left.
+"""The launch on one card of 24 GB, emulated on a larger one: memory of engine and vision tower, and what is left.
 
     python -m benchmarks.memory [--gib 23.65] [--encoder-first] [--output FILE.json]
 
 As on one RTX 4090: wint4, a context of 32,768, 32 sequences, steps of 16,384 tokens, a share of 0.9, and the tower as
 a process of its own on the same card. The engine's process is limited to `--gib` of the device and takes that for all
 of it; weights are drawn. Then 32 sequences run at once, as long as the cache has room for, and one of nearly 32,768
-tokens, while the tower encodes the largest image over and over. Needs a minute of a CUDA device that nobody else uses.
+tokens, while the tower encodes the largest image over and over. Needs a minute of a CUDA device of its own.
 
 Printed, in GiB: weights, what the cache was given, the most that the engine's process and the device held, with
 contexts, and `left`, which is the card less that: where it is above 0, the launch fits. Asserts nothing.

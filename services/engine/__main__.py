@@ -31,7 +31,7 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
 
     Raises:
         ConfigError: a setting is out of range, contradicts the model, or asks for a device that is not there.
-        CheckpointError: the model directory is not what it should be.
+        CheckpointError: the model directory is incomplete or malformed.
     """
     check(settings)
     directory = Path(settings.model)
@@ -53,7 +53,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
 
     Raises:
         ConfigError: the cache could not hold max_model_len.
-        CheckpointError: the weights are not what the configuration says.
+        CheckpointError: the weights do not match the configuration.
     """
     limit_threads(settings)
     quantization = None if settings.quantization == "none" else settings.quantization
@@ -93,6 +93,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: the model's thread may still be loading, or letting go of the model, and an interpreter that is torn
-    # down under a thread inside C++ aborts.
+    # Not sys.exit: the model's thread may still be loading or releasing the model, and an interpreter that is torn down
+    # under a thread inside C++ aborts.
     os._exit(status)

@@ -71,20 +71,20 @@ class EngineMetrics:
         )
         self._recent = Recent()
 
-    def ended(self, seconds: Mapping[str, float], generated: int) -> None:
+    def observe_request(self, seconds: Mapping[str, float], generated: int) -> None:
         """Record a request answered to its end: `seconds` by phase, and the tokens generated here."""
         for phase, took in seconds.items():
             self._phases[phase].observe(max(0.0, took))
         if "decode" in seconds and generated > 1:
             self._per_token.observe(seconds["decode"] / (generated - 1))
 
-    def holds(self, number: int) -> None:
+    def update_waiting(self, held: int) -> None:
         """Set the gauges of waiting requests from the number of all that this engine has taken."""
         waiting = value(self.waiting)
         self.waiting_by_reason.labels("capacity").set(waiting)
-        self.waiting_by_reason.labels("deferred").set(max(0.0, number - value(self.running) - waiting))
+        self.waiting_by_reason.labels("deferred").set(max(0.0, held - value(self.running) - waiting))
 
-    def figures(self) -> dict[str, float]:
+    def load(self) -> dict[str, float]:
         """Return the load that the lease publishes."""
         step_seconds, steps = observed(self.step_seconds)
         totals = {

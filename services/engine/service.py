@@ -115,8 +115,8 @@ class EngineService:
 
     def load(self) -> dict[str, float]:
         held = {"held": float(self._inbox.num_pending), "capacity": float(self._settings.max_num_seqs)}
-        self._metrics.holds(self._inbox.num_pending)
-        return held | self._metrics.figures()
+        self._metrics.update_waiting(self._inbox.num_pending)
+        return held | self._metrics.load()
 
     async def _watch(self) -> None:
         """Raise what was raised in the background."""

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.engine.loop.mailbox import Abort, Add, Answer, Command, Forget, Mailbox
-from services.engine.loop.step_output import StepOutput, error
+from services.engine.loop.mailbox import Abort, Add, Command, FinishUnstarted, Forget, Mailbox
+from services.engine.loop.step_output import StepOutput, error_finish
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
@@ -103,7 +103,7 @@ class Engine:
         now = time.perf_counter()
         progress = self._scheduler.commit(launched.plan, [s.token for s in sampled])
         for row, sequence, finish in progress:
-            self._unsent.last_token(sequence, sampled[row].logprob, finish)
+            self._unsent.add_token(sequence, sampled[row].logprob, finish)
         if self._prefilling:
             self._note_first_tokens()
         # A step launched while another ran began when that one ended.
@@ -128,23 +128,23 @@ class Engine:
             case Abort(request_id, finish):
                 removed = self._remove(request_id)
                 if removed is not None:
-                    self._unsent.end(removed, finish)
+                    self._unsent.add_end(removed, finish)
             case Forget(request_id):
                 self._remove(request_id)
-            case Answer(shard, begin, finish):
-                self._unsent.begin(shard, begin)
-                self._unsent.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
+            case FinishUnstarted(shard, begin, finish):
+                self._unsent.add_begin(shard, begin)
+                self._unsent.add_run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
 
     def _add(self, sequence: Sequence) -> None:
         finish = sequence.finish()
         if finish is not None:
             # The journal has the whole answer, but its engine died before it sent the finish.
-            self._unsent.begin(sequence.shard, sequence.begin())
-            self._unsent.last_token(sequence, None, finish)
+            self._unsent.add_begin(sequence.shard, sequence.begin())
+            self._unsent.add_token(sequence, None, finish)
             return
         refusal = self._scheduler.add(sequence)
         if refusal is not None:
-            self._unsent.end(sequence, error(refusal))
+            self._unsent.add_end(sequence, error_finish(refusal))
 
     def _remove(self, request_id: str) -> Sequence | None:
         removed = self._scheduler.remove(request_id)
@@ -153,7 +153,7 @@ class Engine:
         return removed
 
     def _begin(self, sequence: Sequence) -> None:
-        self._unsent.begin(sequence.shard, sequence.begin())
+        self._unsent.add_begin(sequence.shard, sequence.begin())
         times = sequence.timeline
         times.scheduled = time.time()
         times.cached_tokens, times.resumed_tokens = sequence.cached_tokens, sequence.num_generated

@@ -30,7 +30,7 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class FinishUnstarted:
     """Send the finish of a request that never became a sequence. It takes the same path as all output, so order is
     kept."""
 
@@ -39,7 +39,7 @@ class Answer:
     finish: Finish
 
 
-Command = Add | Abort | Forget | Answer
+Command = Add | Abort | Forget | FinishUnstarted
 
 
 class Mailbox:

@@ -31,26 +31,26 @@ class StepOutput:
     def __bool__(self) -> bool:
         return bool(self._begins or self._runs)
 
-    def begin(self, shard: int, begin: Begin) -> None:
+    def add_begin(self, shard: int, begin: Begin) -> None:
         self._begins.setdefault(shard, []).append(begin)
 
-    def run(self, shard: int, run: TokenRun) -> None:
+    def add_run(self, shard: int, run: TokenRun) -> None:
         self._runs.setdefault(shard, []).append(run)
         if run.finish is not None:
             self.ended.append(_end(run, run.finish))
 
-    def last_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
+    def add_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
         """Add the last token of a sequence."""
         index = sequence.num_generated - 1
         token = int(sequence.tokens[sequence.num_tokens - 1])
         logprobs = None if logprob is None else (logprob,)
-        self.run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
+        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
 
-    def end(self, sequence: Sequence, finish: Finish) -> None:
+    def add_end(self, sequence: Sequence, finish: Finish) -> None:
         """End a sequence without another token."""
         if not sequence.begun:
-            self.begin(sequence.shard, sequence.begin())
-        self.run(
+            self.add_begin(sequence.shard, sequence.begin())
+        self.add_run(
             sequence.shard, TokenRun(sequence.request_id, sequence.epoch, sequence.num_generated, (), None, finish)
         )
 
@@ -65,5 +65,5 @@ def _end(run: TokenRun, finish: Finish) -> End:
     return End(run.request_id, run.epoch, finish.reason, run.index + len(run.tokens), code, time.time())
 
 
-def error(failure: Failure) -> Finish:
+def error_finish(failure: Failure) -> Finish:
     return Finish("error", failure=failure)

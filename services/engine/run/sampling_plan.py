@@ -40,7 +40,7 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Doubles = _NO_DOUBLES
     min_p: Floats = _NO_FLOATS
     numbers: Doubles = _NO_DOUBLES  # in [0, 1)
-    # Single logits by place, and what is added to them.
+    # Single logits by row and token, and the bias added to them.
     biased_rows: Ids = _NO_IDS
     biased_tokens: Ids = _NO_IDS
     bias: Floats = _NO_FLOATS

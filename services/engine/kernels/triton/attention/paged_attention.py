@@ -36,8 +36,8 @@ class DecodePlan:
     last_merges: bool  # the last program of a context to finish merges its splits; else a second launch does
 
 
-# So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be. Those
-# have a program each, which has much on its plan.
+# With few sequences contexts are split to fill the device. From MANY_SEQUENCES on, a context of 1,024 tokens is not:
+# its one program has more loads in flight.
 FEW_SEQUENCES_PLAN, MANY_SEQUENCES_PLAN, MANY_SEQUENCES = (
     DecodePlan(3, 256, 0, False),
     DecodePlan(4, 2048, 16, True),
@@ -99,7 +99,7 @@ def _decode_kernel(
     factor = scale * 1.4426950408889634  # exp2 is the hardware's exponential
     for tile in range(first, last):
         base = ((page.to(tl.int64) * PAGE + tile * TILE % PAGE) * KV_HEADS + head) * D
-        # The next page's number is on its plan while this one is read.
+        # Prefetch the next page's number while this page is read.
         page = tl.load(tables_ptr + (tile + 1) * TILE // PAGE, tile + 1 < last, 0)
         seen = tile * TILE + token < context
         k = tl.load(k_ptr + base + inside, d[None, :] < D, 0.0)

@@ -104,7 +104,7 @@ def _linear_kernel(
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
-    # The weight waits for nobody: with few rows it is on its launch before the kernel that makes x has ended.
+    # The weight does not depend on the previous kernel: with few rows its load starts before x is there.
     scale = scales(scale_ptr + n, n < N)[:, None]
     if EARLY:
         column = block * BK + tl.arange(0, BK)

@@ -16,13 +16,13 @@ from triton import knobs
 
 from services.engine.kernels.quantize import Quantized, Weight
 
-# Values come as multiples of 2^-6, which `scales` takes back. A bit pattern below 256 is, as a
-# bfloat16, that number times 2^-133: it is linear from the subnormals into the first normal ones. One fused
-# multiplication by 2^127 (0x7F00) and an addition then make any small number without a conversion.
+# Values come as multiples of 2^-6, which `scales` takes back. A bit pattern below 256 is, as a bfloat16, that number
+# times 2^-133: it is linear from the subnormals into the first normal ones. One fused multiplication by 2^127 (0x7F00)
+# and an addition then make any small number without a conversion.
 PER_UNIT = tl.constexpr(64)
 
-# Two words in, four pairs of bfloat16 out. With their sign turned, nibbles are 8 more than their values; in the upper
-# half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
+# Two words in, four pairs of bfloat16 out. With their sign bit flipped, nibbles are 8 more than their values; in the
+# upper half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
 _UNPACK = tl.constexpr(
     "{ .reg .b32 s, one, high, less;"
     "mov.b32 one, 0x7F007F00; mov.b32 high, 0x7D007D00; mov.b32 less, 0xBE00BE00; shr.u32 s, $4, 8;"
@@ -31,7 +31,7 @@ _UNPACK = tl.constexpr(
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, high, less;"
     "fma.rn.bf16x2 $2, $2, one, less; fma.rn.bf16x2 $3, $3, high, less; }"
 )
-# Four bytes in, two pairs of bfloat16 out. With its sign turned, a byte is 128 more than its value: less 128 / 64.
+# Four bytes in, two pairs of bfloat16 out. With its sign bit flipped, a byte is 128 more than its value: less 128 / 64.
 _WIDEN = tl.constexpr(
     "{ .reg .b32 u, one, less; mov.b32 one, 0x7F007F00; mov.b32 less, 0xC000C000; xor.b32 u, $2, 0x80808080;"
     "prmt.b32 $0, u, 0, 0x4140; prmt.b32 $1, u, 0, 0x4342;"

@@ -21,7 +21,7 @@ class ProductShape:
     inputs: int  # of a stage
     warps: int
     stages: int
-    flatten: bool = False  # the next tile is read while this one is load_stored
+    flatten: bool = False  # overlap the epilogue: the next tile is loaded while this one is stored
 
 
 ROWS = 128  # of a tile

@@ -43,7 +43,7 @@ def _product(
 
     IN: stored inputs; with 4 bits, x has them interleaved.
     """
-    PER: tl.constexpr = PLANES if BITS == 4 else 1  # inputs of what is load_stored together
+    PER: tl.constexpr = PLANES if BITS == 4 else 1  # inputs of a stored element
     column = tl.arange(0, BK // PER)
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * w_stride + column[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
