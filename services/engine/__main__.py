@@ -14,8 +14,9 @@ from services.engine.model.weights import load_model
 from services.engine.run.assembly import runner_for
 from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
-from services.engine.service import SERVICE, EngineService
+from services.engine.service import EngineService
 from services.engine.settings import EngineSettings, check
+from services.engine.transport.handler import SERVICE
 from shared.errors import CheckpointError, ConfigError
 from shared.model.config import ModelConfig, load_model_config
 from shared.model.tokenizer import Tokenizer

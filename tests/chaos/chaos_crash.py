@@ -29,6 +29,9 @@ Expected = dict[str, tuple[Ask, Transcript]]  # by kind: a request and its answe
 def points() -> list[str]:
     """Every named moment in the services, as their sources have them."""
     found = set()
+    # The consumer's are both services' that take work.
+    for name in REACH.findall((ROOT / "shared/bus/consumer.py").read_text()):
+        found |= {name.replace("{self._service}", service) for service in ("engine", "mm_encoder")}
     for path in (ROOT / "services").rglob("*.py"):
         source = path.read_text()
         for name in REACH.findall(source):

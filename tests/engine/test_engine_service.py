@@ -158,7 +158,7 @@ async def test_cancelling_while_embeddings_load(
         await submit(redis, keys, generate("r", [PATCH + 1, *[PATCH] * 6, PATCH + 2], 200, spans=(SPAN,)))
         await asyncio.wait_for(loading.wait(), 20)
         await Records(redis, keys).cancel(["r"])
-        await eventually(lambda: asyncio.sleep(0, running.service._inbox._requests["r"].cancelled))
+        await eventually(lambda: asyncio.sleep(0, running.service._consumer._requests["r"].cancelled))
         go_on.set()
         [seen] = await reader.finished("r")
         assert seen.finish == Finish("cancelled")
@@ -381,7 +381,7 @@ async def test_a_dead_engines_requests_come_before_new_ones(redis: Redis, redis_
         await lease.release()
 
         async def owed() -> bool:
-            return running.service._inbox._owed == 1
+            return running.service._consumer._unclaimed == 1
 
         await eventually(owed)
         runner.allow(1000)
@@ -572,7 +572,7 @@ async def test_a_request_that_runs_past_its_deadline_is_ended(redis: Redis, redi
         runner.allow(3)
         await reader.reached("slow", 3)
         await stuck(runner)
-        held = running.service._inbox._requests["slow"]
+        held = running.service._consumer._requests["slow"]
         held.message = msgspec.structs.replace(message, request=msgspec.structs.replace(request, deadline=1.0))
         await eventually(lambda: asyncio.sleep(0, not running.service._mailbox._queue.empty()))
         runner.allow(2)

@@ -47,7 +47,7 @@ class EncodeLocks:
         finally:
             await self._end(key)
 
-    def landed(self, message: Encoded) -> None:
+    def encoded(self, message: Encoded) -> None:
         """Wake whoever waits here for this key."""
         if (event := self._waiting.get(message.key)) is not None:
             event.set()

@@ -58,7 +58,7 @@ class Replicas:
                 for _, _, message in await control.read(10, 1000):
                     assert isinstance(message, Encoded)
                     for each in encode_locks:
-                        each.landed(message)
+                        each.encoded(message)
 
         task = asyncio.create_task(listen())
         yield
