@@ -49,6 +49,7 @@ class Checkpoint:
         self._files = _Files(directory)
         self._sources = _sources(self._files)
         self._asked: set[str] = set()
+        self.warnings: tuple[str, ...] = ()  # what is stored and ignored
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """One tensor by its original name, on the CPU, in its stored dtype.

@@ -13,6 +13,8 @@ import msgspec
 
 from shared.errors import CheckpointError
 
+Quantization = Literal["wint8", "wint4"]
+
 HUB_TYPE, NATIVE_TYPE = "ernie4_5_moe_vl", "ernie4_5_vl_moe"
 
 # Fields that say what the forward pass computes. It computes this and nothing else.
@@ -33,6 +35,7 @@ _FIXED: dict[str, Any] = {
 # The published vocabulary. A hub file may leave out the marker ids; with any other vocabulary they must be given.
 _PUBLISHED_PATCH_ID = 100295
 _PUBLISHED_MARKERS = {"image_start": 101304, "image_end": 101305, "video_start": 101306, "video_end": 101307}
+_PUBLISHED_DTYPE = "bfloat16"
 # transformers' sections of a 128-wide head, where a nested file names none.
 _PUBLISHED_HEAD_DIM, _PUBLISHED_SECTIONS = 128, (22, 22, 20)
 
@@ -84,6 +87,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     eos_ids: tuple[int, ...]  # generation stops on any of these: config's and generation_config's, de-duplicated
     dtype: str  # "bfloat16", "float32", "float16"
     vision: VisionConfig
+    quantization: Quantization | None = None  # asked for by config.json: quantise the stored weights while loading
+    warnings: tuple[str, ...] = ()  # what was ignored or taken by default; each names the file and the field
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
@@ -95,6 +100,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
+    warnings: tuple[str, ...] = ()  # what was ignored; each names the file and the field
 
 
 def load_model_config(directory: Path) -> ModelConfig:
@@ -107,10 +113,12 @@ def load_model_config(directory: Path) -> ModelConfig:
     raw = _read_object(path)
     if raw is None:
         raise CheckpointError(f"{path} does not exist")
+    warnings: list[str] = []
     try:
-        return _model_config(raw, _read_object(directory / "generation_config.json") or {})
+        config = _model_config(raw, _read_object(directory / "generation_config.json") or {}, warnings)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return msgspec.structs.replace(config, warnings=tuple(f"{path}: {text}" for text in warnings))
 
 
 def load_generation_defaults(directory: Path) -> GenerationDefaults:
@@ -263,12 +271,19 @@ def _one(given: dict[str, T | None], default: T | None = None) -> T:
     return value
 
 
+def _one_or_warn(given: dict[str, T | None], default: T, warnings: list[str]) -> T:
+    """The value of a fact as `_one` finds it; a default that is taken is worth a warning."""
+    if all(value is None for value in given.values()):
+        warnings.append(f"{' or '.join(given)} is not given; {default!r} is taken")
+    return _one(given, default)
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise CheckpointError(message)
 
 
-def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
+def _model_config(raw: dict[str, Any], generation: dict[str, Any], warnings: list[str]) -> ModelConfig:
     model_type = raw.get("model_type")
     _require(model_type in (HUB_TYPE, NATIVE_TYPE), f"model_type is {model_type!r}, not {HUB_TYPE} or {NATIVE_TYPE}")
     nested = model_type == NATIVE_TYPE
@@ -309,9 +324,13 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfi
         pad_id=_one({f"{at}pad_token_id": s.pad_token_id for at, s in shared.items()}, defaults.pad_token_id),
         bos_id=_one({f"{at}bos_token_id": s.bos_token_id for at, s in shared.items()}, defaults.bos_token_id),
         eos_ids=_eos_ids([*shared.values(), defaults]),
-        dtype=_dtype(shared),
+        dtype=_dtype(shared, warnings),
         vision=_vision(_convert(_sub_object(raw, "vision_config"), _Vision, "vision_config"), root),
-        **ids,
+        image_patch_id=ids["image_patch"],
+        image_start_id=ids["image_start"],
+        image_end_id=ids["image_end"],
+        video_start_id=ids["video_start"],
+        video_end_id=ids["video_end"],
     )
     for name, last in ("pad", config.pad_id), ("bos", config.bos_id), ("eos", max(config.eos_ids)):
         _require(last < config.vocab_size, f"{name}_token_id {last} is not in the vocabulary of {config.vocab_size}")
@@ -423,7 +442,7 @@ def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
         "video_start": root.video_start_token_id,
         "video_end": root.video_end_token_id,
     }
-    ids = {"image_patch_id": patch}
+    ids = {"image_patch": patch}
     for name, value in given.items():
         field = f"{name}_token_id"
         marker = _one({field: value}, _PUBLISHED_MARKERS[name] if patch == _PUBLISHED_PATCH_ID else None)
@@ -431,7 +450,7 @@ def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
             patch < marker < vocab_size,
             f"{field} {marker} is not between im_patch_id {patch} and vocab_size {vocab_size}",
         )
-        ids[f"{name}_id"] = marker
+        ids[name] = marker
     _require(len(set(ids.values())) == len(ids), f"two of the media token ids are the same: {ids}")
     return ids
 
@@ -447,10 +466,10 @@ def _eos_ids(places: list[_Shared]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _dtype(shared: dict[str, _Shared]) -> str:
+def _dtype(shared: dict[str, _Shared], warnings: list[str]) -> str:
     places = {f"{at}torch_dtype": s.torch_dtype for at, s in shared.items()}
     places |= {f"{at}dtype": s.dtype for at, s in shared.items()}
-    dtype = _one(places)
+    dtype = _one_or_warn(places, _PUBLISHED_DTYPE, warnings)
     known = ("bfloat16", "float16", "float32")
     _require(dtype in known, f"torch_dtype is {dtype!r}, not one of {', '.join(known)}")
     return dtype

@@ -46,6 +46,7 @@ class Tokenizer:
     """One vocabulary. Safe to share between tasks of a process."""
 
     def __init__(self, vocabulary: "_Vocabulary") -> None:
+        self.warnings = vocabulary.warnings
         self._encode = vocabulary.encode
         self._bytes = vocabulary.token_bytes
         self._control = vocabulary.control
@@ -169,6 +170,7 @@ class _Vocabulary:
     token_bytes: list[bytes]  # by id; b"" for specials and for ids nothing owns
     control: dict[str, int]
     literals: dict[str, int]  # ordinary added tokens `encode` does not know
+    warnings: tuple[str, ...] = ()  # what the files say and is ignored; each names the file and the field
 
 
 class _Piece(NamedTuple):

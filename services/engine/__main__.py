@@ -17,6 +17,7 @@ from services.engine.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings, check
 from shared.errors import CheckpointError, ConfigError
+from shared.log import logger, warn_each
 from shared.model_config import ModelConfig, load_model_config
 from shared.service import launch
 from shared.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     check(settings)
     directory = Path(settings.model)
     model = load_model_config(directory)
+    warn_each(logger(__name__), model.warnings)
     if settings.max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len is {settings.max_model_len}; the model's positions end at {model.max_position_embeddings}"

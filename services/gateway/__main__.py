@@ -38,6 +38,7 @@ from shared import bus, service
 from shared.blobs import Blobs
 from shared.errors import CheckpointError
 from shared.keys import Keys
+from shared.log import logger, warn_each
 from shared.model_config import load_generation_defaults
 from shared.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
@@ -111,10 +112,12 @@ def compose(
 def _taker(settings: GatewaySettings) -> OrderTaker:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
+    defaults = load_generation_defaults(directory)
+    warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return OrderTaker(
         chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
         tokenizer=tokenizer,
-        defaults=load_generation_defaults(directory),
+        defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
         model=settings.model_name(),
         max_n=settings.max_n,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import oracle
 import pytest
 
@@ -133,6 +134,12 @@ def test_the_published_model(tmp_path: Path) -> None:
     assert load_model_config(write(tmp_path, PUBLISHED)) == MODEL
 
 
+def test_a_dtype_taken_by_default_is_worth_a_warning(tmp_path: Path) -> None:
+    loaded = load_model_config(write(tmp_path, changed(PUBLISHED, "torch_dtype", ABSENT)))
+    assert loaded.dtype == "bfloat16"
+    assert loaded.warnings == (f"{tmp_path}/config.json: torch_dtype or dtype is not given; 'bfloat16' is taken",)
+
+
 def test_transformers_form_says_the_same(tmp_path: Path) -> None:
     assert load_model_config(write(tmp_path, nested())) == MODEL
 
@@ -160,13 +167,19 @@ def test_every_required_field_is_missed(tmp_path: Path, form: dict[str, Any]) ->
         *("hidden_act", "use_bias", "rope_3d", "rope_scaling", "moe_norm_min", "tie_word_embeddings"),
         *("pixel_hidden_size", "embed_dim", "spatial_conv_size", *MARKERS),
     }
+    defaulted = {"torch_dtype", "dtype"}  # with a warning
     paths = [path for path, value in flat(form)]
     for path in paths:
         leaf = path.rpartition(".")[2]
         of_vision = path.startswith("vision_config.") and leaf in ("rms_norm_eps", "model_type", "rope_parameters")
         repeated = path.endswith(("rope_type", "mrope_section")) or path == "text_config.model_type"
         write(tmp_path, changed(form, path, ABSENT))
-        if leaf in optional or of_vision or repeated:
+        if leaf in defaulted:
+            loaded = load_model_config(tmp_path)
+            assert msgspec.structs.replace(loaded, warnings=()) == MODEL, path
+            assert len(loaded.warnings) == 1, path
+            assert leaf in loaded.warnings[0]
+        elif leaf in optional or of_vision or repeated:
             assert load_model_config(tmp_path) == MODEL, path
         else:
             with pytest.raises(CheckpointError, match=leaf):

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from services.engine.kernels.room import roomy
 from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
-from shared.model_config import ModelConfig
-
-Quantization = Literal["wint8", "wint4"]
+from shared.log import logger, warn_each
+from shared.model_config import ModelConfig, Quantization
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
@@ -38,6 +36,7 @@ def load_model(
     if config.dtype not in _DTYPES:
         raise CheckpointError(f"torch_dtype {config.dtype!r} is not one of {', '.join(_DTYPES)}")
     checkpoint = Checkpoint(directory)
+    warn_each(logger(__name__), checkpoint.warnings)
     weights = load_weights(checkpoint, config, _DTYPES[config.dtype], torch.device(device), quantization)
     return ErnieModel(config, weights, ops)
 

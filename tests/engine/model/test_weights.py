@@ -18,9 +18,9 @@ from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dense
 from services.engine.model.ernie import ErnieModel, Weights
-from services.engine.model.weights import Quantization, load_model, load_weights
+from services.engine.model.weights import load_model, load_weights
 from shared.errors import CheckpointError
-from shared.model_config import load_model_config
+from shared.model_config import Quantization, load_model_config
 
 Tensors = dict[str, Tensor]
 
