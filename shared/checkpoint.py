@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import CheckpointError
+from shared.foreign_checkpoints import refuse_foreign
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16", "F16", "F32", "F64"}
+INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +40,55 @@ class _Source:
 class Checkpoint:
     """An opened model directory. Tensors are read one at a time, memory-mapped; nothing is unpickled."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, headers_only: bool = False) -> None:
         """
+        Args:
+            headers_only: tensors are checked, and given without their values, on torch's meta device.
+
         Raises:
-            CheckpointError: no safetensors, an index that names absent files, the same tensor twice, or weights that
-                are already quantised.
+            CheckpointError: no safetensors, an index that names absent files, the same tensor twice, or another
+                format.
         """
+        refuse_foreign(directory)
         self._directory = directory
-        _refuse_quantized(directory / "config.json")
+        self._headers_only = headers_only
         self._files = _Files(directory)
         self._sources = _sources(self._files)
         self._asked: set[str] = set()
         self.warnings: tuple[str, ...] = ()  # what is stored and ignored
+        if self._files.without_index:
+            count = len(self._files.without_index)
+            self.warnings += (f"{directory / INDEX} does not exist; the {count} shards beside it are read without it",)
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """One tensor by its original name, on the CPU, in its stored dtype.
 
         Raises:
-            CheckpointError: it is missing or has another shape.
+            CheckpointError: it is missing, has another shape, or is not of floating point.
         """
         source = self._sources.get(name)
         if source is None:
             raise CheckpointError(f"{self._directory}: tensor {name} is missing")
         self._asked.add(name)
+        self._check(name, source, tuple(shape))
+        if self._headers_only:
+            return torch.empty(tuple(shape), device="meta")
         parts = [self._files.read(part) for part in source.parts]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if source.transposed:
-            tensor = tensor.T
-        if tensor.shape != tuple(shape):
-            stored = ", ".join(part.stored for part in source.parts)
-            is_not = f"has shape {list(tensor.shape)}, not {list(shape)}"
-            raise CheckpointError(f"{self._directory}: tensor {name} (stored as {stored}) {is_not}")
-        return tensor
+        return tensor.T if source.transposed else tensor
+
+    def _check(self, name: str, source: _Source, shape: tuple[int, ...]) -> None:
+        """What the headers say of a tensor is what was asked for."""
+        found = _joined([self._files.part_shape(part) for part in source.parts])
+        found = found[::-1] if source.transposed else found
+        dtypes = {self._files.dtype(part.stored) for part in source.parts} - DTYPES
+        if found == shape and not dtypes:
+            return
+        stored = ", ".join(part.stored for part in source.parts)
+        wrong = f"has shape {list(found)}, not {list(shape)}"
+        if dtypes:
+            wrong = f"is stored as {', '.join(sorted(dtypes))}; only {', '.join(sorted(DTYPES))} are read"
+        raise CheckpointError(f"{self._directory}: tensor {name} (stored as {stored}) {wrong}")
 
     def has(self, name: str) -> bool:
         return name in self._sources
@@ -100,8 +119,11 @@ class _Files:
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         listed = _weight_map(directory / INDEX)
-        names = sorted(set(listed.values())) if listed else [SINGLE]
-        for name in names:
+        # Without an index the shards' own headers say what is where; a shard that is not there leaves tensors missing.
+        self.without_index = (
+            [] if listed or (directory / SINGLE).exists() else sorted(path.name for path in directory.glob(SHARDS))
+        )
+        for name in sorted(set(listed.values())) or self.without_index or [SINGLE]:
             self._open(name)
         if listed:
             self._check_index(listed)
@@ -111,6 +133,14 @@ class _Files:
 
     def shape(self, stored: str) -> tuple[int, ...]:
         return tuple(self._handles[self._file_of[stored]].get_slice(stored).get_shape())
+
+    def dtype(self, stored: str) -> str:
+        return str(self._handles[self._file_of[stored]].get_slice(stored).get_dtype())
+
+    def part_shape(self, part: _Part) -> tuple[int, ...]:
+        shape = self.shape(part.stored)
+        sliced = [len(range(n)[i]) for n, i in zip(shape, part.index, strict=False) if isinstance(i, slice)]
+        return (*sliced, *shape[len(part.index) :])
 
     def read(self, part: _Part) -> torch.Tensor:
         handle = self._handles[self._file_of[part.stored]]
@@ -155,17 +185,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _refuse_quantized(path: Path) -> None:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if isinstance(config, dict) and config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path}: quantization_config: reading weights that are already quantised is not supported"
-        )
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of tensors one after another by their rows."""
+    first, *rest = shapes
+    return (first[0] + sum(shape[0] for shape in rest), *first[1:]) if rest else first
 
 
 # ------------------------------------------------------------------------------------------------------ names on disk
