@@ -6,6 +6,7 @@ own (fused experts, transposed gates). Asked for: the original names of docs/che
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import CheckpointError
+from shared.model_config import online_quantization
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -49,7 +51,7 @@ class Checkpoint:
         self._files = _Files(directory)
         self._sources = _sources(self._files)
         self._asked: set[str] = set()
-        self.warnings: tuple[str, ...] = ()  # what is stored and ignored
+        self.warnings = tuple(f"{directory}: {text}" for text in _ignored(self._files))
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """One tensor by its original name, on the CPU, in its stored dtype.
@@ -156,13 +158,15 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _refuse_quantized(path: Path) -> None:
+    """FastDeploy's online form asks for a quantisation of plain weights, and an empty one for nothing."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if isinstance(config, dict) and config.get("quantization_config") is not None:
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantization not in (None, {}) and online_quantization(quantization) is None:
         raise CheckpointError(
             f"{path}: quantization_config: reading weights that are already quantised is not supported"
         )
@@ -176,6 +180,12 @@ _NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
 _NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
 _NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
+# Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
+_IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
+_WHY_IGNORED = {
+    "rotary": "tensors named inv_freq are ignored: rotary frequencies are computed",
+    "mtp": "tensors of multi-token prediction (mtp) are ignored: one token is predicted at a time",
+}
 _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 
 
@@ -184,6 +194,8 @@ def _sources(files: _Files) -> dict[str, _Source]:
     sources: dict[str, _Source] = {}
     halves: dict[str, dict[int, _Part]] = {}
     for stored in files.names():
+        if _IGNORED.fullmatch(stored):
+            continue
         name = _original_prefix(stored)
         if match := _NATIVE_BIAS.fullmatch(name):
             bias = f"{match['mlp']}moe_statics.e_score_correction_bias"
@@ -203,6 +215,14 @@ def _sources(files: _Files) -> dict[str, _Source]:
             raise CheckpointError(f"tensor {bias} is stored twice: as {bias} and as {parts[0].stored}")
         sources[bias] = _Source((parts[0], parts[1]))
     return sources
+
+
+def _ignored(files: _Files) -> Iterator[str]:
+    """A line for each kind of tensor that is stored and has no part in the model."""
+    found = Counter(match.lastgroup for match in map(_IGNORED.fullmatch, files.names()) if match)
+    for kind, why in _WHY_IGNORED.items():
+        if found[kind]:
+            yield f"{found[kind]} {why}"
 
 
 def _original_prefix(stored: str) -> str:
