@@ -6,6 +6,7 @@ own (fused experts, transposed gates). Asked for: the original names of docs/che
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,7 @@ class Checkpoint:
         self._files = _Files(directory)
         self._sources = _sources(self._files)
         self._asked: set[str] = set()
-        self.warnings: tuple[str, ...] = ()  # what is stored and ignored
-        if self._files.without_index:
-            count = len(self._files.without_index)
-            self.warnings += (f"{directory / INDEX} does not exist; the {count} shards beside it are read without it",)
+        self.warnings = tuple(f"{directory}: {text}" for text in _remarks(self._files))
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """One tensor by its original name, on the CPU, in its stored dtype.
@@ -199,6 +197,12 @@ _NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
 _NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
 _NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
+# Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
+_IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
+_WHY_IGNORED = {
+    "rotary": "tensors named inv_freq are ignored: rotary frequencies are computed",
+    "mtp": "tensors of multi-token prediction (mtp) are ignored: one token is predicted at a time",
+}
 _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 
 
@@ -207,6 +211,8 @@ def _sources(files: _Files) -> dict[str, _Source]:
     sources: dict[str, _Source] = {}
     halves: dict[str, dict[int, _Part]] = {}
     for stored in files.names():
+        if _IGNORED.fullmatch(stored):
+            continue
         name = _original_prefix(stored)
         if match := _NATIVE_BIAS.fullmatch(name):
             bias = f"{match['mlp']}moe_statics.e_score_correction_bias"
@@ -226,6 +232,16 @@ def _sources(files: _Files) -> dict[str, _Source]:
             raise CheckpointError(f"tensor {bias} is stored twice: as {bias} and as {parts[0].stored}")
         sources[bias] = _Source((parts[0], parts[1]))
     return sources
+
+
+def _remarks(files: _Files) -> Iterator[str]:
+    """A line for an index that is missing, and for each kind of tensor that is stored and has no part in the model."""
+    if files.without_index:
+        yield f"there is no {INDEX}; the {len(files.without_index)} shards are read without it"
+    found = Counter(match.lastgroup for match in map(_IGNORED.fullmatch, files.names()) if match)
+    for kind, why in _WHY_IGNORED.items():
+        if found[kind]:
+            yield f"{found[kind]} {why}"
 
 
 def _original_prefix(stored: str) -> str:

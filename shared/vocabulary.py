@@ -2,19 +2,32 @@
 
 from shared.errors import CheckpointError
 from shared.model_config import ModelConfig
-from shared.tokenizer import Tokenizer
+from shared.tokenizer import REQUIRED, Tokenizer
 
 
-def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Warnings of control tokens without a row in the embedding; only a template that writes them would miss it.
+
     Raises:
-        CheckpointError: the tokenizer has ids that the embedding has no row for, or gives another id to a media token.
+        CheckpointError: text or a prompt's own tokens can have ids without a row, or the tokenizer gives another id to
+            a media token.
     """
-    if tokenizer.vocab_size > config.vocab_size:
+    _check_media(config, tokenizer)
+    rows, control = config.vocab_size, tokenizer.control
+    texts = {token: text for text, token in control.items()}
+    beyond = [token for token in range(rows, tokenizer.vocab_size) if token in texts or tokenizer.token_bytes(token)]
+    needed = [token for token in beyond if texts.get(token) in REQUIRED or token not in texts]
+    if needed:
         raise CheckpointError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and config.json's vocab_size is "
-            f"{config.vocab_size}: they belong to different models"
+            f"the tokenizer has the id {needed[0]}, for which the embedding has no row: config.json's vocab_size is "
+            f"{rows}. They belong to different models"
         )
+    if not beyond:
+        return ()
+    return (f"the tokenizer's {', '.join(texts[token] for token in beyond)}: no row in the embedding of {rows}",)
+
+
+def _check_media(config: ModelConfig, tokenizer: Tokenizer) -> None:
     for field, ours, text in (
         ("im_patch_id", config.image_patch_id, "<|IMAGE_PLACEHOLDER|>"),
         ("image_start_token_id", config.image_start_id, "<|IMAGE_START|>"),

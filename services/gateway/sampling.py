@@ -34,7 +34,7 @@ def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Toke
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=max(_or(request.top_p, defaults.top_p), SMALLEST_TOP_P),
         top_k=max(_or(request.top_k, defaults.top_k), 0),
-        min_p=_or(request.min_p, 0.0),
+        min_p=_or(request.min_p, defaults.min_p),
         repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=_or(request.presence_penalty, defaults.presence_penalty),
         frequency_penalty=_or(request.frequency_penalty, defaults.frequency_penalty),
