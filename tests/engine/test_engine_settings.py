@@ -3,7 +3,10 @@
 from typing import Any
 
 import pytest
+from engine_cases import CONFIG
+from msgspec.structs import replace
 
+from services.engine.__main__ import contradictions, quantization
 from services.engine.settings import EngineSettings, check
 from shared.config import load
 from shared.errors import ConfigError
@@ -35,6 +38,36 @@ def test_the_defaults_are_allowed() -> None:
 def test_a_value_out_of_range_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "served", "said"),
+    [
+        (None, None, None, 0),
+        (None, "wint4", "wint4", 0),
+        ("wint4", "wint4", "wint4", 0),
+        ("wint8", "wint4", "wint8", 1),
+        ("none", "wint4", None, 1),
+        ("none", None, None, 0),
+        ("wint8", None, "wint8", 0),
+    ],
+)
+def test_the_setting_of_quantization_goes_before_what_the_checkpoint_asks_for(
+    setting: Any, asked: Any, served: str | None, said: int
+) -> None:
+    config = replace(CONFIG, quantization=asked)
+    assert quantization(settings(quantization=setting), config) == served
+    lines = [*contradictions(settings(quantization=setting), config)]
+    assert len(lines) == said
+    assert all("wint4" in line and str(setting) in line for line in lines)
+
+
+def test_quantization_is_read_from_the_environment() -> None:
+    told = {"MILLRACE_REDIS_URL": "unix:///x", "MILLRACE_MODEL": "m"}
+    assert load(EngineSettings, told).quantization is None
+    assert load(EngineSettings, told | {"MILLRACE_QUANTIZATION": "none"}).quantization == "none"
+    with pytest.raises(ConfigError, match="MILLRACE_QUANTIZATION"):
+        load(EngineSettings, told | {"MILLRACE_QUANTIZATION": "wint2"})
 
 
 def test_whole_prompts_are_allowed_where_a_step_holds_a_context() -> None:

@@ -275,6 +275,36 @@ def test_weights_that_are_already_quantised_are_refused(demo: Path) -> None:
     assert Checkpoint(demo).has("model.norm.weight")
 
 
+@pytest.mark.parametrize("form", [{}, {"quantization": "wint4", "is_quantized": False}])
+def test_weights_that_are_to_be_quantised_while_loading_are_plain(demo: Path, form: dict[str, object]) -> None:
+    config = json.loads((demo / "config.json").read_bytes())
+    (demo / "config.json").write_text(json.dumps(config | {"quantization_config": form}))
+    assert_same(Checkpoint(demo), stored(demo))
+
+
+def test_what_has_no_part_in_the_model_is_ignored_with_a_line_for_each_kind(demo: Path, tmp_path: Path) -> None:
+    tensors = stored(demo)
+    rotary = ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_model.rotary_pos_emb.inv_freq", "inv_freq"]
+    several = ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_emb_norm.0.weight", "mtp_linear_proj.0.weight"]
+    several += ["model.mtp_hidden_norm.0.weight", "model.mtp.layers.0.norm.weight"]
+    directory = tmp_path / "more"
+    checkpoint = single(directory, tensors | {name: torch.ones(3) for name in [*rotary, *several]})
+    assert checkpoint.warnings == (
+        f"{directory}: 3 tensors named inv_freq are ignored: rotary frequencies are computed",
+        f"{directory}: 5 tensors of multi-token prediction (mtp) are ignored: one token is predicted at a time",
+    )
+    assert_same(checkpoint, tensors)
+    checkpoint.check_all_used(["model.", "vision_model.", "lm_head."])
+    assert Checkpoint(demo).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.inv_freq.weight", "model.mtpx.weight", "model.empty_block.0.weight"])
+def test_what_is_named_a_little_like_it_is_not_ignored(tmp_path: Path, name: str) -> None:
+    checkpoint = single(tmp_path / "like", {name: torch.ones(3)})
+    assert checkpoint.warnings == ()
+    assert checkpoint.has(name)
+
+
 def test_a_config_that_is_no_json(demo: Path) -> None:
     (demo / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
