@@ -109,7 +109,7 @@ def inspect(directory: Path) -> Report:
         report.memory = _attempt(report, lambda: _memory(checkpoint, config))
         _attempt(report, lambda: _vision(checkpoint, config))
     if config and tokenizer:
-        report.warnings += _attempt(report, lambda: check_vocabulary(config, tokenizer)) or ()
+        report.warnings += _attempt(report, lambda: check_vocabulary(directory, config, tokenizer)) or ()
         report.tokens = _tokens(config, tokenizer)
     if tokenizer:
         report.chat = _attempt(report, lambda: _chat(directory, tokenizer))

@@ -41,13 +41,13 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     refuse_foreign(directory)
     model = load_model_config(directory)
     warn_each(logger(__name__), model.warnings)
-    warn_each(logger(__name__), _contradictions(settings, model))
+    warn_each(logger(__name__), contradictions(settings, model))
     if settings.max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len is {settings.max_model_len}; the model's positions end at {model.max_position_embeddings}"
         )
     tokenizer = Tokenizer.load(directory)
-    warn_each(logger(__name__), check_vocabulary(model, tokenizer))
+    warn_each(logger(__name__), check_vocabulary(directory, model, tokenizer))
     think_close_id = tokenizer.token_id(THINK_CLOSE)
     if think_close_id is None:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
@@ -75,7 +75,8 @@ def quantization(settings: EngineSettings, config: ModelConfig) -> Quantization 
     return None if settings.quantization == "none" else settings.quantization
 
 
-def _contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[str]:
+def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[str]:
+    """What config.json asks for and a setting overrules."""
     asked, chosen = config.quantization, settings.quantization
     if asked is not None and chosen not in (None, asked):
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"

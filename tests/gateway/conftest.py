@@ -43,6 +43,7 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
             repetition_penalty=1.1,
             presence_penalty=0.2,
             frequency_penalty=0.3,
+            min_p=0.05,
         ),
         rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
         model="demo-model",

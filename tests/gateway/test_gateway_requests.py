@@ -192,6 +192,7 @@ def test_defaults_are_the_checkpoints(taker: OrderTaker) -> None:
     sampling = order(taker).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.7, 5)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.2, 0.3)
+    assert sampling.min_p == 0.05
     assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (None, 0, None)
 
 

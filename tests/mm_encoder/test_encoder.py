@@ -7,6 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace as changed
 from oracle import Model, save_with_transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import services.mm_encoder.rows
@@ -152,6 +153,16 @@ def test_identity_tells_weights_and_dtype_apart(
     ours = load_weights(Checkpoint(directory), config, "cpu").identity
     assert ours == load_weights(Checkpoint(directory), config, "cpu").identity
     assert ours != load_weights(Checkpoint(tmp_path / "other"), config, "cpu").identity
+
+
+def test_buffers_of_rotary_frequencies_change_nothing(
+    directory: Path, judge: Model, config: ModelConfig, tmp_path: Path
+) -> None:
+    tensors = {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+    more = tensors | {"vision_model.rotary_pos_emb.inv_freq": torch.ones(4)}
+    save_file(more, tmp_path / "model.safetensors")
+    expected = load_weights(Checkpoint(directory), config, "cpu").identity
+    assert load_weights(Checkpoint(tmp_path), config, "cpu").identity == expected
 
 
 class Renaming:
