@@ -158,7 +158,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _refuse_quantized(path: Path) -> None:
-    """FastDeploy's online form asks for a quantisation of plain weights, and an empty one for nothing."""
+    """Accept an empty form, and FastDeploy's online form, which asks for plain weights to be quantised."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -183,8 +183,8 @@ _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<
 # Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
 _IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
 _WHY_IGNORED = {
-    "rotary": "tensors named inv_freq are ignored: rotary frequencies are computed",
-    "mtp": "tensors of multi-token prediction (mtp) are ignored: one token is predicted at a time",
+    "rotary": "named inv_freq; rotary frequencies are computed",
+    "mtp": "of multi-token prediction (mtp); one token is predicted at a time",
 }
 _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 
@@ -218,11 +218,11 @@ def _sources(files: _Files) -> dict[str, _Source]:
 
 
 def _ignored(files: _Files) -> Iterator[str]:
-    """A line for each kind of tensor that is stored and has no part in the model."""
+    """Describe in a line each kind of tensor that is stored and has no part in the model."""
     found = Counter(match.lastgroup for match in map(_IGNORED.fullmatch, files.names()) if match)
     for kind, why in _WHY_IGNORED.items():
         if found[kind]:
-            yield f"{found[kind]} {why}"
+            yield f"tensors ignored: {found[kind]} {why}"
 
 
 def _original_prefix(stored: str) -> str:
