@@ -49,7 +49,7 @@ def _directory(text: str) -> Path:
 
 
 def _show(shown: list[Row]) -> None:
-    """Aligned and coloured on a terminal; elsewhere one line a fact, so that grep finds it whole."""
+    """Print aligned and coloured on a terminal; elsewhere one line a fact, so that grep finds it whole."""
     if not sys.stdout.isatty():
         print("\n".join(f"{label:{LABEL}}{text}" for label, text in shown))
         return
@@ -61,7 +61,7 @@ def _show(shown: list[Row]) -> None:
 
 
 def rows(report: Report) -> Iterator[Row]:
-    """The report for people, a fact a row."""
+    """Yield the report for people, a fact a row."""
     yield "directory", report.directory
     if report.model:
         yield from _model(report.model)

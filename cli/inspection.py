@@ -88,7 +88,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def inspect(directory: Path) -> Report:
-    """Everything the four services would find wrong with a model directory, and what they would serve."""
+    """Find what the four services would serve of a model directory, and what is wrong with it."""
     report = Report(directory=str(directory))
     try:
         refuse_foreign(directory)
@@ -149,7 +149,7 @@ def _memory(checkpoint: Checkpoint, config: ModelConfig) -> Memory:
 
 
 def _vision(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Checks names and shapes as loading does."""
+    """Check names and shapes as loading does."""
     load_vision(checkpoint, config, "meta")
 
 
@@ -163,7 +163,8 @@ def _tokens(config: ModelConfig, tokenizer: Tokenizer) -> Tokens:
 
 
 def _chat(directory: Path, tokenizer: Tokenizer) -> Chat:
-    """
+    """Render the sample conversation.
+
     Raises:
         CheckpointError: the template cannot be read or does not take the sample conversation.
     """

@@ -76,7 +76,7 @@ class Checkpoint:
         return tensor.T if source.transposed else tensor
 
     def _check(self, name: str, source: _Source, shape: tuple[int, ...]) -> None:
-        """What the headers say of a tensor is what was asked for."""
+        """Compare what the headers say of a tensor with what was asked for."""
         found = _joined([self._files.part_shape(part) for part in source.parts])
         found = found[::-1] if source.transposed else found
         dtypes = {self._files.dtype(part.stored) for part in source.parts} - DTYPES
@@ -184,7 +184,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of tensors one after another by their rows."""
+    """Return the shape of tensors one after another by their rows."""
     first, *rest = shapes
     return (first[0] + sum(shape[0] for shape in rest), *first[1:]) if rest else first
 
@@ -200,8 +200,8 @@ _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<
 # Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
 _IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
 _WHY_IGNORED = {
-    "rotary": "tensors named inv_freq are ignored: rotary frequencies are computed",
-    "mtp": "tensors of multi-token prediction (mtp) are ignored: one token is predicted at a time",
+    "rotary": "named inv_freq; rotary frequencies are computed",
+    "mtp": "of multi-token prediction (mtp); one token is predicted at a time",
 }
 _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 
@@ -235,13 +235,13 @@ def _sources(files: _Files) -> dict[str, _Source]:
 
 
 def _remarks(files: _Files) -> Iterator[str]:
-    """A line for an index that is missing, and for each kind of tensor that is stored and has no part in the model."""
+    """Describe in a line a missing index, and each kind of tensor that is stored and has no part in the model."""
     if files.without_index:
         yield f"there is no {INDEX}; the {len(files.without_index)} shards are read without it"
     found = Counter(match.lastgroup for match in map(_IGNORED.fullmatch, files.names()) if match)
     for kind, why in _WHY_IGNORED.items():
         if found[kind]:
-            yield f"{found[kind]} {why}"
+            yield f"tensors ignored: {found[kind]} {why}"
 
 
 def _original_prefix(stored: str) -> str:

@@ -28,7 +28,7 @@ _PADDLE = (
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Does nothing for a directory that may be read.
+    """Refuse a directory of a format that is not read.
 
     Raises:
         CheckpointError: the directory holds another format; the message says which, by what sign, and what to do.
@@ -51,7 +51,7 @@ class _Signs:
 
     @staticmethod
     def read(directory: Path) -> "_Signs":
-        """An absent or unreadable file shows nothing: whoever needs it says what is wrong with it."""
+        """Look at a directory. An absent or unreadable file shows nothing; its own reader says what is wrong."""
         entries = sorted(directory.iterdir()) if directory.is_dir() else []
         files = [entry for entry in entries if entry.is_file()]
         index = _json(directory / INDEX).get("weight_map")
@@ -68,11 +68,11 @@ class _Signs:
         )
 
     def file(self, *endings: str) -> str | None:
-        """The first file with one of these endings."""
+        """Return the first file with one of these endings."""
         return next((name for name in self.files if name.endswith(endings)), None)
 
     def tensor(self, *, end: tuple[str, ...] = (), start: tuple[str, ...] = (), within: str = "") -> str | None:
-        """The first tensor whose name ends, starts or goes like this."""
+        """Return the first tensor whose name ends, starts or goes like this."""
         for name in self.shapes:
             if name.endswith(end) or name.startswith(start) or (within and within in name):
                 return name
@@ -80,7 +80,7 @@ class _Signs:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """config.json's quantization_config; empty where there is none that tells of stored weights."""
+        """config.json's quantization_config, or nothing where it is online and so tells of no stored weights."""
         value = self.config.get("quantization_config")
         return value if isinstance(value, dict) and online_quantization(value) is None else {}
 
@@ -102,7 +102,7 @@ def _starts_with(path: Path, prefix: bytes) -> bool:
 
 
 def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Eight bytes of length, then JSON: name to dtype, shape and place."""
+    """Read a safetensors header: eight bytes of length, then JSON from names to dtypes, shapes and places."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -135,7 +135,7 @@ def _adapter(found: _Signs) -> str | None:
 
 
 def _without_safetensors(found: _Signs) -> str | None:
-    """Formats that live in files of their own. Beside safetensors they are leftovers."""
+    """Recognise formats that live in files of their own. Beside safetensors they are leftovers."""
     if found.shapes or found.file(".safetensors"):
         return None
     if name := found.file(".gguf"):

@@ -149,9 +149,9 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
 
 
 def online_quantization(quantization_config: object) -> Quantization | None:
-    """What FastDeploy's online form of quantization_config asks for: to quantise the stored weights while loading.
+    """Return the quantisation while loading that FastDeploy's online form of quantization_config asks for.
 
-    None for every other form, whose weights are quantised already or of a kind that is not served.
+    None for every other form: its weights are quantised already, or the quantisation is one that is not served.
     """
     if not isinstance(quantization_config, dict):
         return None
@@ -325,7 +325,7 @@ def _one(given: dict[str, T | None], default: T | None = None) -> T:
 
 
 def _one_or_warn(given: dict[str, T | None], default: T, warnings: list[str]) -> T:
-    """The value of a fact as `_one` finds it; a default that is taken is worth a warning."""
+    """Return what `_one` does, with a warning where the default is taken."""
     if all(value is None for value in given.values()):
         warnings.append(f"{' or '.join(given)} is not given; {default!r} is taken")
     return _one(given, default)
@@ -340,10 +340,10 @@ def _generation_defaults(given: _Generation, raw: dict[str, Any], warnings: list
     if given.top_k == -1:
         warnings.append("top_k is -1; 0 is taken, which is the same: off")
     if lengths := [f"{name} {raw[name]}" for name in _LENGTHS if name in raw]:
-        warnings.append(f"{', '.join(lengths)} is not applied; a request limits its answer by max_tokens")
+        warnings.append(f"not applied: {', '.join(lengths)}; a request limits its answer by max_tokens")
     known = {*_Generation.__struct_fields__, *_NOT_SAMPLING, *_LENGTHS}
     if unknown := sorted(raw.keys() - known):
-        warnings.append(f"{', '.join(unknown)}: not applied")
+        warnings.append(f"not applied: {', '.join(unknown)}")
     return GenerationDefaults(
         temperature=given.temperature if _does_sample(given, raw, warnings) else 0.0,
         top_p=given.top_p,
@@ -362,10 +362,10 @@ def _generation_defaults(given: _Generation, raw: dict[str, Any], warnings: list
 
 
 def _does_sample(given: _Generation, raw: dict[str, Any], warnings: list[str]) -> bool:
-    """Whether tokens are drawn, as the reference server does where a file says nothing; else the likeliest is taken."""
+    """Decide between drawing tokens, which the reference server does where a file says nothing, and the likeliest."""
     strategies = {None: None, "sampling": True, "greedy_search": False}
     if given.decode_strategy not in strategies:
-        warnings.append(f"decode_strategy {given.decode_strategy!r} is not applied")
+        warnings.append(f"not applied: decode_strategy {given.decode_strategy!r}")
     by_strategy = strategies.get(given.decode_strategy)
     sampled = _one({"do_sample": given.do_sample, "do_sample by decode_strategy": by_strategy}, True)
     if not sampled and raw.get("temperature"):
@@ -450,14 +450,14 @@ def _head_dim(text: _Text) -> int:
 
 
 def _ropes(text: _Text) -> dict[str, _Rope]:
-    """What describes the rotary embedding, by the name of the field."""
+    """Collect what describes the rotary embedding, by the name of the field."""
     given = {"rope_parameters": text.rope_parameters, "rope_scaling": text.rope_scaling}
     ropes = {name: rope for name, rope in given.items() if rope is not None}
     for name, rope in ropes.items():
         for field, kind in ("rope_type", rope.rope_type), ("type", rope.type):
             _require(
                 kind is None or kind in _ROPE_TYPES,
-                f"{name}.{field} is {kind!r}; only {', '.join(_ROPE_TYPES)} are supported, which are one",
+                f"{name}.{field} is {kind!r}; only {', '.join(_ROPE_TYPES)} are supported",
             )
         for field, factor in ("factor", rope.factor), ("partial_rotary_factor", rope.partial_rotary_factor):
             _require(factor in (None, 1.0), f"{name}.{field} is {factor}; only 1 is supported")
@@ -532,7 +532,7 @@ def _dense_layers_of_range(text: _Text, warnings: list[str]) -> tuple[int, ...]:
 
 
 def _moe_ends(text: _Text, warnings: list[str]) -> tuple[int, int]:
-    """The last MoE layer of either pool. It may lie behind the last layer, and -1 is that."""
+    """Return the last MoE layer of each pool. A file may name one behind the last layer, and -1 for the last."""
     name, last = "moe_layer_end_index", text.num_hidden_layers - 1
     if text.moe_layer_end_index is None:
         warnings.append(f"{name} is not given; the last layer, {last}, is taken")
@@ -598,7 +598,7 @@ def _dtype(shared: dict[str, _Shared], warnings: list[str]) -> str:
 
 
 def _quantization(value: Any, warnings: list[str]) -> Quantization | None:
-    """What is asked of the loader. A form that is not online is for the reader of the weights to refuse."""
+    """Read the online form. `shared.checkpoint`, which reads the weights, refuses the other forms."""
     if value == {}:
         warnings.append("quantization_config is empty; the weights are served as they are stored")
     quantization = online_quantization(value)

@@ -1,4 +1,4 @@
-"""Whether a model and a tokenizer belong to each other."""
+"""Checks that a model and a tokenizer belong to each other."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from shared.tokenizer import REQUIRED, Tokenizer
 
 
 def check_vocabulary(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Warnings of control tokens without a row in the embedding; only a template that writes them would miss it.
+    """Check the tokenizer's ids against the model's.
+
+    Returns:
+        Warnings of control tokens without a row in the embedding, which only a template that writes them would miss.
 
     Raises:
         CheckpointError: text or a prompt's own tokens can have ids without a row, or the tokenizer gives another id to

@@ -69,14 +69,14 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
 
 
 def quantization(settings: EngineSettings, config: ModelConfig) -> Quantization | None:
-    """The quantisation that was set, else the one that config.json asks for."""
+    """Choose the quantisation that was set, else the one that config.json asks for."""
     if settings.quantization is None:
         return config.quantization
     return None if settings.quantization == "none" else settings.quantization
 
 
 def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[str]:
-    """What config.json asks for and a setting overrules."""
+    """Describe what config.json asks for and a setting overrules."""
     asked, chosen = config.quantization, settings.quantization
     if asked is not None and chosen not in (None, asked):
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"

@@ -16,7 +16,7 @@ from shared.model_config import ModelConfig, Quantization
 
 
 def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
-    """The decoder as stored, without values.
+    """Load the decoder as stored, without values.
 
     Args:
         checkpoint: opened with headers_only.
@@ -28,7 +28,7 @@ def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
 
 
 def weight_bytes(stored: Weights, quantization: Quantization | None, *, both: bool = False) -> int:
-    """What `stored` takes once it is loaded.
+    """Count what `stored` takes once it is loaded.
 
     Args:
         both: dense projections are kept in both forms, as on a device with much memory.
@@ -42,12 +42,12 @@ def weight_bytes(stored: Weights, quantization: Quantization | None, *, both: bo
 
 
 def cache_bytes(config: ModelConfig) -> int:
-    """Keys and values of one token."""
+    """Count the keys and values of one token."""
     return block_bytes(config, 1, dtype_of(config))
 
 
 def _kept(stored: Weights) -> Iterator[Tensor]:
-    """What is never quantised."""
+    """Yield what is never quantised."""
     yield from (stored.embedding, stored.norm)
     if stored.head is not stored.embedding:
         yield stored.head
@@ -75,7 +75,7 @@ def _bytes(weight: Weight, bits: Bits | None, both: bool) -> int:
 
 @cache
 def _format_bytes(shape: tuple[int, ...], dtype: torch.dtype, bits: Bits | None, both: bool) -> int:
-    """Asked of the formats themselves; a model has few shapes and many tensors."""
+    """Ask the formats themselves. A model has few shapes and many tensors, hence the cache."""
     weight = torch.empty(shape, dtype=dtype, device="meta")
     if bits is None:
         return weight.nbytes

@@ -184,8 +184,14 @@ def test_a_directory_as_the_hub_may_have_it_is_served_with_a_line_for_each_remar
         first, second = (chat(system, max_tokens=30).json()["choices"][0]["message"] for _ in range(2))
         assert first == second
     lines = [line for line in system.log.read_text().splitlines() if " level=warning " in line]
-    engine = ["moe_layer_end_index is -1", "moe_layer_interval is", "torch_dtype or dtype is", "2 tensors", "1 tensors"]
-    gateway = ["additional_special_tokens", "top_k is -1", "max_new_tokens 5", "num_beams: not", "do_sample is false"]
+    engine = [
+        "moe_layer_end_index is -1",
+        "moe_layer_interval is",
+        "torch_dtype or dtype is",
+        "2 named inv_freq",
+        "1 of mul",
+    ]
+    gateway = ["additional_special_tokens", "top_k is -1", "max_new_tokens 5", "num_beams", "do_sample is false"]
     for service, texts in (("engine", engine), ("gateway", gateway)):
         for text in texts:
             found = [line for line in lines if text in line]

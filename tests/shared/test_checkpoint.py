@@ -290,8 +290,8 @@ def test_what_has_no_part_in_the_model_is_ignored_with_a_line_for_each_kind(demo
     directory = tmp_path / "more"
     checkpoint = single(directory, tensors | {name: torch.ones(3) for name in [*rotary, *several]})
     assert checkpoint.warnings == (
-        f"{directory}: 3 tensors named inv_freq are ignored: rotary frequencies are computed",
-        f"{directory}: 5 tensors of multi-token prediction (mtp) are ignored: one token is predicted at a time",
+        f"{directory}: tensors ignored: 3 named inv_freq; rotary frequencies are computed",
+        f"{directory}: tensors ignored: 5 of multi-token prediction (mtp); one token is predicted at a time",
     )
     assert_same(checkpoint, tensors)
     checkpoint.check_all_used(["model.", "vision_model.", "lm_head."])

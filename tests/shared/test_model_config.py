@@ -429,13 +429,13 @@ def test_generation_defaults(tmp_path: Path, generation: dict[str, Any] | None, 
     ("generation", "line"),
     [
         ({"top_k": -1}, "top_k is -1; 0 is taken, which is the same: off"),
-        ({"max_new_tokens": 512}, "max_new_tokens 512 is not applied; a request limits its answer by max_tokens"),
+        ({"max_new_tokens": 512}, "not applied: max_new_tokens 512; a request limits its answer by max_tokens"),
         (
             {"max_new_tokens": 512, "max_length": 9},
-            "max_new_tokens 512, max_length 9 is not applied; a request limits its answer by max_tokens",
+            "not applied: max_new_tokens 512, max_length 9; a request limits its answer by max_tokens",
         ),
-        ({"num_beams": 4, "colour": "red", "nothing": None}, "colour, num_beams: not applied"),
-        ({"decode_strategy": "beam_search"}, "decode_strategy 'beam_search' is not applied"),
+        ({"num_beams": 4, "colour": "red", "nothing": None}, "not applied: colour, num_beams"),
+        ({"decode_strategy": "beam_search"}, "not applied: decode_strategy 'beam_search'"),
     ],
 )
 def test_what_of_a_generation_config_is_not_applied_has_one_line(
