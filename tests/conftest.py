@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
@@ -20,6 +21,15 @@ if shutil.which("nvidia-smi") is None:
 
 # Where this is set, each of the many processes that tests start would compile our sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Property tests, the same examples in every run of `make test`; `make test-random` draws others, prints what fails in a
+# form to be added as an @example, and how to draw it again. No clock, which would make them fail on a busy machine, and
+# no file of examples, by which one machine would know more than another.
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("random", settings.get_profile("fixed"), derandomize=False, print_blob=True)
+settings.load_profile("fixed")
 
 # Taken out of the environment: a service under test would refuse a MILLRACE_ variable it does not know.
 SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
