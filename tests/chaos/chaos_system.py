@@ -168,7 +168,7 @@ class System:
         judged: bool = False,
         **settings: Mapping[str, object],
     ) -> None:
-        """`replicas`: how many of each service. `judged`: engines tell of near ties (chaos_judge.py). `settings`: by
+        """`replicas`: how many of each service. `judged`: engines tell of near ties (near_ties.py). `settings`: by
         service or "all", over SETTINGS."""
         self.directory = directory
         self._judged = judged
@@ -180,7 +180,7 @@ class System:
         )
         plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
         plain |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-        plain |= {"PYTHONPATH": str(Path(__file__).parent)} if judged else {}
+        plain |= {"PYTHONPATH": str(ROOT / "tests")} if judged else {}
         common = {"redis_url": self.server.url, "model": str(model), "namespace": self.keys.ns}
         self._environs = {}
         for service in SERVICES:
@@ -197,7 +197,7 @@ class System:
         """A place for one more, with nothing in it yet."""
         number = 1 + max((replica.number for replica in self.of(service)), default=-1)
         log = self.directory / f"{service}-{number}.log"
-        module = "chaos_judge" if self._judged and service == "engine" else f"services.{service}"
+        module = "near_ties" if self._judged and service == "engine" else f"services.{service}"
         self.replicas.append(Replica(service, module, number, self._environs[service], log))
         return self.replicas[-1]
 

@@ -120,7 +120,7 @@ class Pod:
 def running(directory: Path, kinds: dict[str, type[Pod]]) -> Iterator[dict[str, Pod]]:
     """All four, started, against the chart's Valkey; `kinds` says of each service what runs it."""
     items = objects(VALUES)
-    write_demo(directory / "model")
+    write_demo(directory / "model", dtype="float32")  # what CPUs compute exactly enough for tests/cluster to compare
     with contextlib.ExitStack() as stack:
         secret = stack.enter_context(valkey(items, directory, free_port())) | {"keys": '["sk-one"]'}
         made = {}

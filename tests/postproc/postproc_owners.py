@@ -244,8 +244,8 @@ class World:
     async def catch_up(self) -> None:
         """Give every worker the turns in which an owner reads all that is in the stream, clients reading meanwhile.
 
-        Whoever takes a shard over begins at the beginning of its stream and reads READ_COUNT entries a turn, so one turn
-        promises nothing about the last entry.
+        A worker that takes a shard over begins at the beginning of its stream and reads READ_COUNT entries a turn, so
+        one turn promises nothing about the last entry.
         """
         unread = await self.redis.xlen(self.keys.tokens(0))
         for _ in range(unread // READ_COUNT + 1):
