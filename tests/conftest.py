@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from machine import free_port
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
@@ -72,7 +72,4 @@ def keys() -> Keys:
 
 @pytest.fixture
 def unused_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()

@@ -7,6 +7,7 @@ import httpx
 from chaos_client import Broken, Client, Manner, Transcript
 from chaos_requests import Ask
 from chaos_system import REQUEST_TIMEOUT_S, System, running
+from machine import PATIENCE_S
 from near_ties import NEAR_TIE
 
 ONE_OF_EACH = {"gateway": 1, "mm_encoder": 1, "engine": 1, "postproc": 1}
@@ -31,7 +32,7 @@ async def quiet_answers(directory: Path, model: Path, asks: list[Ask]) -> Answer
 
 async def _steady(system: System, ask: Ask) -> tuple[Ask, Transcript]:
     (engine,) = system.of("engine")
-    async with httpx.AsyncClient(timeout=30) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
         client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))
         for wording in range(WORDINGS):
             worded = ask.reworded(wording)

@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
+from machine import PATIENCE_S, free_ports
 from redis.asyncio import Redis
 from safetensors.torch import load_file, save_file
-from system import System, free_ports, running, started
+from system import System, running, started
 
 from cli.demo import write_demo
 from cli.main import main
 from shared.keys import Keys
 
-PATIENCE_S = 60.0
 HELLO: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -36,7 +36,8 @@ def model(demo: System) -> list[str]:
 
 
 def chat(system: System, **options: Any) -> httpx.Response:
-    return httpx.post(f"{system.base_url}/v1/chat/completions", json={**HELLO, "max_tokens": 4, **options}, timeout=60)
+    body = {**HELLO, "max_tokens": 4, **options}
+    return httpx.post(f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
 
 
 def test_the_demo_writes_its_checkpoint_and_answers(demo: System) -> None:

@@ -13,7 +13,6 @@ import yaml
 from chart_autoscaler import kubeconfig as kubeconfig_text
 from chart_pods import Pod
 from chart_pods import running as system_running
-from chart_valkey import free_port
 from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest, take_model
 from cluster_questions import questions
@@ -24,13 +23,13 @@ from helm_chart import CHART, SERVICES, find, objects, pods
 from helm_chart import complaints as lint_complaints
 from helm_python import Config
 from kubernetes import client
+from machine import PATIENCE_S, free_port
 from system import file_server
 from test_chart_render import validator
 
 OURS = {"app.kubernetes.io/name": "millrace", "app.kubernetes.io/instance": "millrace"}
 CORE = f"/api/v1/namespaces/{NAMESPACE}"
 APPS = f"/apis/apps/v1/namespaces/{NAMESPACE}"
-PATIENCE_S = 120.0
 
 
 def told(**environ: str) -> ClusterSettings:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from engine_cases import FACTS, SumRunner
+from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
@@ -22,8 +23,6 @@ from shared.records import Records
 from shared.service import Life
 from shared.streams import LogReader
 from shared.tracing import OFF, Tracing
-
-PATIENCE_S = 20.0
 
 
 class GatedRunner:
@@ -146,7 +145,7 @@ def settings_for(redis_url: str, **changes: Any) -> EngineSettings:
         "max_num_batched_tokens": 64,
         "block_size": 4,
         "max_model_len": 512,
-        "drain_s": 5.0,
+        "drain_s": PATIENCE_S,
     }
     return EngineSettings(**{**told, **changes})
 

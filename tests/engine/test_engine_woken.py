@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 from engine_bench import Reader, eventually
 from engine_cases import generate
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from cli.demo import write_demo
 from shared.keys import GENERATE, Keys
-from shared.leases import live
+from shared.leases import Lease, live
 from shared.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 120.0  # two processes load torch on what may be two slow cores
 SETTINGS = {
     "namespace": "test",
     "device": "cpu",
-    "lease_ms": 600,
+    "lease_ms": 3000,  # one that is awake does not lose it, however busy the machine
     "max_model_len": 256,
     "block_size": 4,
     "num_gpu_blocks_override": 128,
@@ -96,11 +96,12 @@ def engines(redis_url: str, model: Path, tmp_path: Path) -> Iterator[Engines]:
 async def test_nobody_hears_an_engine_that_slept_too_long(
     engines: Engines, redis: Redis, keys: Keys, halt_at: str, epochs: list[int]
 ) -> None:
-    reader, records = Reader(redis, keys, patience_s=PATIENCE_S), Records(redis, keys)
+    reader, records = Reader(redis, keys), Records(redis, keys)
     question = [30, 31, 32, 33]
     engines.start("sleeper", halt_at)
     await records.submit(GENERATE, generate("r", question, 200, ignore_eos=True))
-    await eventually(lambda: asyncio.sleep(0, engines.halted("sleeper")), PATIENCE_S)
+    await eventually(lambda: asyncio.sleep(0, engines.halted("sleeper")))
+    await Lease(redis, keys, "engine", "sleeper", 1).release()  # sooner than it ends by itself
     engines.start("other")
     [seen] = await reader.finished("r")
     assert list(dict.fromkeys(begin.epoch for begin in seen.begins)) == epochs
@@ -108,7 +109,7 @@ async def test_nobody_hears_an_engine_that_slept_too_long(
     async def taken_over() -> bool:
         return int(await redis.xlen(keys.stream(GENERATE))) == 0
 
-    await eventually(taken_over, PATIENCE_S)
+    await eventually(taken_over)
     before = len(reader.messages)
     engines.wake("sleeper")
 
@@ -116,7 +117,7 @@ async def test_nobody_hears_an_engine_that_slept_too_long(
         loads = {replica.name: replica.load for replica in await live(redis, keys, "engine")}
         return loads.get("sleeper", {}).get("held") == 0
 
-    await eventually(let_go, PATIENCE_S)
+    await eventually(let_go)
     # Both are awake: what one of them says of a new request comes after all that the sleeper had to say of the old one.
     await records.submit(GENERATE, generate("again", question, 200, ignore_eos=True))
     [again] = await reader.finished("again")

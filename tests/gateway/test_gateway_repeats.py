@@ -142,9 +142,10 @@ async def test_a_closing_gateway_leaves_it_to_others(
 
 
 async def test_its_time_is_up_all_the_same(checkpoint: Path, redis_url: str, stages: Stages, keys: Keys) -> None:
-    async with running(checkpoint, redis_url, request_timeout_s=0.2) as server:
+    async with running(checkpoint, redis_url, request_timeout_s=50) as server:
         asked = ask(server)
         request = await stages.request()
+        server.ahead_s = 51
         with pytest.raises(openai.APIStatusError) as failed:
             await asked
         assert failed.value.status_code == 504
