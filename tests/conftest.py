@@ -19,6 +19,9 @@ from shared.keys import Keys
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Torch's threads, here and in the processes that tests start: sums are then cut in the same way on any number of cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Where this is set, each of the many processes that tests start would compile our sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

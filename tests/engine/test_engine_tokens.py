@@ -24,8 +24,6 @@ from shared.messages import Generate, MediaSpan
 from shared.model_config import ModelConfig, load_model_config
 from shared.records import Records
 
-torch.set_num_threads(1)
-
 LENGTH = 12
 GRID = (1, 8, 10)  # patches of the image: 20 tokens
 

@@ -57,8 +57,6 @@ from shared.records import Records
 from shared.service import Life
 from shared.streams import LogReader, WorkStream, send
 
-torch.set_num_threads(1)
-
 GATEWAY = "gw"
 LIMITS = ProcessorSettings(image_max_pixels=784 * 30, video_min_pixels=3136, video_max_pixels=784 * 9)
 
