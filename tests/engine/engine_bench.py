@@ -130,6 +130,15 @@ class Running:
         assert value is not None
         return value
 
+    async def heard_of_cancelling(self, *request_ids: str) -> None:
+        """Return when the engine knows that nobody waits for these requests any more, or has let them go."""
+        requests = self.service._inbox._requests
+
+        async def heard() -> bool:
+            return all(held.cancelled for held in map(requests.get, request_ids) if held is not None)
+
+        await eventually(heard)
+
     async def stop(self) -> int:
         self.life.stop.set()
         return await self.task
