@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
 from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
@@ -20,7 +19,6 @@ from shared.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("gateway") / "demo-model"
     write_demo(directory)
     return directory

@@ -19,8 +19,6 @@ from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
 from shared.model_config import ModelConfig, load_model_config
 
-torch.set_num_threads(1)
-
 IMAGES: list[Grid] = [(1, 4, 4), (1, 8, 10), (1, 2, 20), (1, 8, 10), (1, 6, 4)]
 VIDEOS: list[Grid] = [(6, 6, 8), (2, 4, 4), (10, 4, 6)]
 

@@ -13,8 +13,6 @@ from cli.demo import write_demo
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
 
-torch.set_num_threads(1)
-
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00003.safetensors"
 
