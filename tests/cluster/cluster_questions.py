@@ -2,7 +2,7 @@
 
 Sums of one row and of several round differently, on CPUs too, so that an answer depends on its company wherever a token
 hangs on less than that. Of which there is no such token, a system on this machine says that judges itself
-(tests/near_ties.py), and by ten times what another order of sums was seen to change.
+(tests/near_ties.py), and by several times what another order of sums was seen to change.
 """
 
 import asyncio
