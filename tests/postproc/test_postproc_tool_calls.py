@@ -301,8 +301,9 @@ def test_what_is_no_call_is_text_as_written(text: str, spelled: tuple[str, ...])
     thinking=st.booleans(),
     parallel=st.booleans(),
     stop=st.sampled_from([(), ("x",), ("}\n", "\n\n"), ("<tool", "e</t")]),
+    functions=st.sampled_from([(), ("f", "g")]),
 )  # fmt: skip
-@example(OPEN + '{"name": "f", "arguments": "' + "\\ud83d" * 3, [1, 2, 3, 50], [], "stop", SPELLED, False, True, ())
+@example(OPEN + '{"name": "f", "arguments": "' + "\\ud83d" * 3, [1, 2, 3, 50], [], "stop", SPELLED, False, True, (), ())
 def test_any_cut_streams_what_the_whole_is(
     text: str,
     places: list[int],
@@ -312,8 +313,10 @@ def test_any_cut_streams_what_the_whole_is(
     thinking: bool,
     parallel: bool,
     stop: tuple[str, ...],
+    functions: tuple[str, ...],
 ) -> None:
-    options: dict[str, Any] = {"tools": True, "parallel_tool_calls": parallel, "stop": stop, "thinking": thinking}
+    options: dict[str, Any] = {"tools": True, "functions": functions, "thinking": thinking}
+    options |= {"parallel_tool_calls": parallel, "stop": stop}
     whole = run(text, finish=finish, spelled=spelled, takes=[], **options)
     pieces = run(text, places, finish=finish, spelled=spelled, takes=takes, **options)
     fine = run(text, every_byte(text), finish=finish, spelled=spelled, **options)
