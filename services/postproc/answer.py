@@ -88,7 +88,7 @@ class Answer:
             self._calls = ToolCalls(request.id, output.parallel_tool_calls, vocabulary.spelled_markers)
         self._thought_calls: ThoughtCalls | None = None
         if self._calls and self._split.open and output.functions and parsers.tool_calls_in_reasoning:
-            self._thought_calls = ThoughtCalls(output.functions, vocabulary.spelled_markers)
+            self._thought_calls = ThoughtCalls(frozenset(output.functions), vocabulary.spelled_markers)
         self._stop_reasoning = Stop(output.stop, output.include_stop)
         self._stop_content = Stop(output.stop, output.include_stop)
         self._reasoning: list[str] = []
@@ -287,7 +287,7 @@ class Answer:
     def _flush_thought_calls(self, thought_calls: ThoughtCalls, cut_off: bool) -> None:
         text, held = (thought_calls.release(), []) if cut_off else thought_calls.finish()
         self._think(text)
-        if held and self._calls and not self.ended:
+        if held and self._calls:
             self._end_reasoning()
             for piece in held:
                 self._show(self._calls.marker(piece.text) if piece.is_marker else self._calls.push(piece.text))

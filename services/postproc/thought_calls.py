@@ -9,7 +9,6 @@ So text from <tool_call> on is held back while it may still turn out to be such 
 of tool_calls.
 """
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 from services.postproc.detokenize import CALL_OPEN
@@ -30,7 +29,7 @@ class ThoughtCalls:
 
     __slots__ = ("_body", "_declared", "_finder", "_held")
 
-    def __init__(self, declared: Collection[str], spelled: tuple[str, ...]) -> None:
+    def __init__(self, declared: frozenset[str], spelled: tuple[str, ...]) -> None:
         """`spelled`: the markers that the vocabulary lacks, to be looked for in the text."""
         self._declared = declared
         self._finder = Finder(compile_patterns(spelled)) if spelled else None
@@ -80,8 +79,8 @@ class ThoughtCalls:
         if self._body is None:
             may_be_calls = not text.strip(SPACE)
         else:
-            self._body.push(text)
-            may_be_calls = not self._body.lost and all(name in self._declared for name in self._body.names)
+            names = [delta.name for delta in self._body.push(text) if delta.name is not None]
+            may_be_calls = not self._body.lost and self._declared.issuperset(names)
         return "" if may_be_calls else self._release_held()
 
     def _marker(self, marker: str) -> str:

@@ -41,6 +41,7 @@ REPAIRS = {
     "leading and doubled commas": ('{, "a": [,1,, 2],,"b": 3}', '{ "a": [1, 2],"b": 3}'),
     "missing commas": ('{"a": 1 "b": ["x" "y" 2 {} []]}', '{"a": 1, "b": ["x", "y", 2, {}, []]}'),
     "missing brackets inside": ('{"a": [1, {"b": 2]}', '{"a": [1, {"b": 2}]}'),
+    "a missing bracket, and more": ('{"a": [{"b": [2}, 3], "c": 4}', '{"a": [{"b": [2]}, 3], "c": 4}'),
     "missing bracket at the end of all": ('{"a": [1, 2}', '{"a": [1, 2]}'),
     "a bracket that closes nothing": ('{"a": 1]}', '{"a": 1}'),
     "raw control characters": (
@@ -73,7 +74,7 @@ REPAIRS = {
     "half a last scalar": ('{"a": 1, "b": tru', '{"a": 1}'),
     "an integer that json.loads refuses": ('{"a": 1, "b": ' + "9" * (MAX_SCALAR + 1) + "}", '{"a": 1}'),
     "an integer that it does not": ('{"a": ' + "9" * MAX_SCALAR + "}", '{"a": ' + "9" * MAX_SCALAR + "}"),
-    "too deep": ('{"a": 1, "b":' + "[" * 5000, '{"a": 1}'),
+    "too deep": ('{"a": 1, "b":' + "[" * 5000 + "1", '{"a": 1}'),
     "a space that JSON does not know": ('{"a": 1,\u00a0"b": 2}', '{"a": 1}'),
 }  # fmt: skip
 
