@@ -195,6 +195,11 @@ def _parser() -> _Parser:
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
     for name in ("--reasoning-parser", "--tool-call-parser"):
         engine.add_argument(name, choices=(PARSER, ""), metavar="NAME", help=f'{PARSER} (the default), or "" for none')
+    engine.add_argument(
+        "--tool-calls-in-reasoning",
+        action=argparse.BooleanOptionalAction,
+        help="a complete call at the end of reasoning, with no </think> after it, is a call (on)",
+    )
     return parser
 
 

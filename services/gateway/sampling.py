@@ -52,11 +52,13 @@ def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Toke
 def output(request: ChatRequest, thinking: bool) -> Output:
     """How postproc turns tokens into the answer."""
     stop = request.stop or ()
+    tools = request.tools if request.tools and request.tool_choice != "none" else ()
     return Output(
         thinking=thinking,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         include_stop=request.include_stop_str_in_output,
-        tools=bool(request.tools) and request.tool_choice != "none",
+        tools=bool(tools),
+        functions=tuple(tool.function.name for tool in tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
         return_token_ids=bool(request.return_token_ids),

@@ -246,10 +246,11 @@ def test_every_output_field_arrives(taker: OrderTaker) -> None:
         **tool(),
     ).output
     assert (given.stop, given.include_stop) == (("a", "b"), True)
-    assert (given.tools, given.parallel_tool_calls) == (True, False)
+    assert (given.tools, given.functions, given.parallel_tool_calls) == (True, ("f",), False)
     assert (given.logprobs, given.return_token_ids, given.thinking) == (True, True, True)
     assert order(taker, stop="x").output.stop == ("x",)
-    assert not order(taker, tool_choice="none", **tool()).output.tools
+    not_to_call = order(taker, tool_choice="none", **tool()).output
+    assert (not_to_call.tools, not_to_call.functions) == (False, ())
 
 
 @pytest.mark.parametrize(
