@@ -32,6 +32,7 @@ from shared.bus.streams import WorkStream
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
+from shared.model.foreign_checkpoints import refuse_foreign
 from shared.tracing import OFF, Tracing
 
 LOOKS = 10  # in the time of a lease: how much later than its end a dead replica's requests go on
@@ -47,6 +48,7 @@ def build(
         CheckpointError: the model directory is not what it should be.
     """
     directory = Path(settings.model)
+    refuse_foreign(directory)
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)
