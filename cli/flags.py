@@ -180,7 +180,11 @@ def _parser() -> _Parser:
 
     engine = parser.add_argument_group("the engine and the answer")
     engine.add_argument("--tensor-parallel-size", type=_count(1), metavar="N", help="only 1 as yet")
-    engine.add_argument("--quantization", choices=("wint4", "wint8"), help="weights, as they load; unset: as stored")
+    engine.add_argument(
+        "--quantization",
+        choices=("wint4", "wint8"),
+        help="weights, as they load; unset: as config.json asks, else as stored",
+    )
     engine.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="reuse what prompts share (on)"
     )
@@ -191,6 +195,11 @@ def _parser() -> _Parser:
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
     for name in ("--reasoning-parser", "--tool-call-parser"):
         engine.add_argument(name, choices=(PARSER, ""), metavar="NAME", help=f'{PARSER} (the default), or "" for none')
+    engine.add_argument(
+        "--tool-calls-in-reasoning",
+        action=argparse.BooleanOptionalAction,
+        help="a complete call at the end of reasoning, with no </think> after it, is a call (on)",
+    )
     return parser
 
 

@@ -80,6 +80,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the matched stop string in the text
     tools: bool = False  # tools were offered, so <tool_call> is a call and not text
+    functions: tuple[str, ...] = ()  # the names of those tools
     parallel_tool_calls: bool = True
     logprobs: bool = False
     return_token_ids: bool = False

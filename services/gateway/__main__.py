@@ -39,6 +39,7 @@ from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.errors import CheckpointError
+from shared.log import logger, warn_each
 from shared.model.config import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
@@ -112,10 +113,12 @@ def compose(
 def _taker(settings: GatewaySettings) -> RequestParser:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
+    defaults = load_generation_defaults(directory)
+    warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return RequestParser(
         chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
         tokenizer=tokenizer,
-        defaults=load_generation_defaults(directory),
+        defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
         model=settings.model_name(),
         max_n=settings.max_n,

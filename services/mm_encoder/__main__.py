@@ -33,6 +33,7 @@ from shared.bus.streams import WorkStream
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
+from shared.model.foreign_checkpoints import refuse_foreign
 from shared.tracing import OFF, Tracing
 
 CLAIMS = 10  # looks for abandoned entries in the time of a lease
@@ -48,6 +49,7 @@ def build(
         CheckpointError: the model directory is not what it should be.
     """
     directory = Path(settings.model)
+    refuse_foreign(directory)
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)

@@ -14,7 +14,6 @@ from chaos_requests import Ask
 LATER = (429, 503)  # not now, not here: try again
 ELSEWHERE = "The server is shutting down."  # inside a stream: it goes on at another gateway
 RETRY_S = (0.05, 0.4)
-SILENCE_S = 30.0  # a stream says something every second, if only that it is there
 TOLERANCE = 1e-3  # of log-probabilities: the same sums in another order
 
 

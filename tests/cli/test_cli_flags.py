@@ -42,12 +42,14 @@ def test_what_is_not_given_sets_nothing() -> None:
 
 def test_flags_that_repeat_or_negate() -> None:
     arguments = ["--demo", "--api-key", "a", "--api-key=b", "--no-enable-prefix-caching", "--redis-url=redis://h:1/0"]
+    arguments.append("--no-tool-calls-in-reasoning")
     networks = ["--media-allow-network", "127.0.0.1/32", "--media-allow-network=::1/128"]
     launch = parse([*arguments, *networks], {"FD_API_KEY": "c"})
     assert launch.redis_url == "redis://h:1/0"
     assert launch.settings == {
         "api_keys": ["a", "b"],
         "enable_prefix_caching": False,
+        "tool_calls_in_reasoning": False,
         "media_allow_networks": ["127.0.0.1/32", "::1/128"],
     }
 

@@ -9,6 +9,7 @@ import av
 import httpx
 import pytest
 from answers import ask, collected, image, text, user, video
+from machine import PATIENCE_S
 from openai import APIStatusError, OpenAI
 from system import System, data_url, encoded, file_server, mp4, picture
 
@@ -143,7 +144,7 @@ def test_a_link_that_leads_nowhere_or_to_something_else(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"messages": ' + b"[" * 100_000, b"\xff\xfe"])
 def test_a_body_that_is_no_request(system: System, body: bytes) -> None:
-    reply = httpx.post(f"{system.base_url}/v1/chat/completions", content=body)
+    reply = httpx.post(f"{system.base_url}/v1/chat/completions", content=body, timeout=PATIENCE_S)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
 

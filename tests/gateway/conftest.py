@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
 from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
@@ -20,7 +19,6 @@ from shared.model.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("gateway") / "demo-model"
     write_demo(directory)
     return directory
@@ -43,6 +41,7 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
             repetition_penalty=1.1,
             presence_penalty=0.2,
             frequency_penalty=0.3,
+            min_p=0.05,
         ),
         rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
         model="demo-model",

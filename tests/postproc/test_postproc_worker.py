@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -1031,7 +1032,7 @@ async def test_serve_works_until_cancelled(system: System) -> None:
     await system.finish("r1", len(TOKENS))
     reader = LogReader(system.redis, {system.keys.deltas("g1"): "0"})
     shown = Shown()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not shown.finish_reason:
             for _, _, message in await reader.read(100, 1000):
                 assert isinstance(message, Deltas)

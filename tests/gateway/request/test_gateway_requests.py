@@ -192,6 +192,7 @@ def test_defaults_are_the_checkpoints(taker: RequestParser) -> None:
     sampling = order(taker).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.7, 5)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.2, 0.3)
+    assert sampling.min_p == 0.05
     assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (None, 0, None)
 
 
@@ -245,10 +246,11 @@ def test_every_output_field_arrives(taker: RequestParser) -> None:
         **tool(),
     ).output
     assert (given.stop, given.include_stop) == (("a", "b"), True)
-    assert (given.tools, given.parallel_tool_calls) == (True, False)
+    assert (given.tools, given.functions, given.parallel_tool_calls) == (True, ("f",), False)
     assert (given.logprobs, given.return_token_ids, given.thinking) == (True, True, True)
     assert order(taker, stop="x").output.stop == ("x",)
-    assert not order(taker, tool_choice="none", **tool()).output.tools
+    not_to_call = order(taker, tool_choice="none", **tool()).output
+    assert (not_to_call.tools, not_to_call.functions) == (False, ())
 
 
 @pytest.mark.parametrize(
