@@ -9,6 +9,7 @@ from shared.messages import unpack_ids
 class Form(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a gateway must know of a request that it did not take itself. The other stages carry it unread."""
 
+    model: str = ""  # the name that the client called the model by
     n: int = 1
     include_usage: bool = False
     token_ids: bool = False

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from cli.demo import write_demo
 from services.gateway.chat import ChatFormat
 from services.gateway.media import MediaRules
+from services.gateway.model_names import ModelNames
 from services.gateway.order import OrderTaker
 from services.gateway.template import Template
 from shared.keys import Keys
@@ -45,7 +46,7 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
             frequency_penalty=0.3,
         ),
         rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
-        model="demo-model",
+        names=ModelNames("demo-model"),
         max_n=4,
         max_model_len=2048,
         force_include_usage=False,

@@ -10,11 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gateway_stages import USAGE, Running, Stages, running, until
+from gateway_stages import USAGE, WAIT_S, Running, Stages, running, until
 from redis.asyncio import Redis
 
-from services.gateway.app import ModelCard, routes
+from services.gateway.app import Models, routes
 from services.gateway.errors import SHUTTING_DOWN
+from services.gateway.model_names import ModelNames
 from shared.errors import Failure
 from shared.keys import ENCODE, Keys
 from shared.leases import Lease
@@ -59,7 +60,8 @@ async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
 
 def ask(server: Running, messages: list[Any] = HI, **fields: Any) -> "asyncio.Task[Any]":
     """A request under way."""
-    return asyncio.create_task(server.client.chat.completions.create(model="demo-model", messages=messages, **fields))
+    fields = {"model": "demo-model", "messages": messages, **fields}
+    return asyncio.create_task(server.client.chat.completions.create(**fields))
 
 
 async def contents(stream: Any) -> list[Any]:
@@ -564,7 +566,7 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = routes(None, None, ModelCard(id="m", created=0, max_model_len=1), broken)  # type: ignore[arg-type]
+    app = routes(None, None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         reply = await client.get("/health")
@@ -582,8 +584,6 @@ async def test_errors_are_openais_everywhere(server: Running) -> None:
             (await client.get("/v1/chat/completions"), 405, "method_not_allowed"),
             (await client.post("/v1/chat/completions", content=b"{"), 400, "invalid_json"),
             (await client.post("/v1/chat/completions", json={}), 400, "missing_required_parameter"),
-            (await client.post("/v1/chat/completions", json={"model": "x", "messages": HI}), 404, "model_not_found"),
-            (await client.get("/v1/models/other"), 404, "model_not_found"),
         ]
     for reply, status, code in replies:
         error = reply.json()["error"]
@@ -604,7 +604,50 @@ async def test_the_request_id_is_the_clients_if_it_may_be(server: Running) -> No
 async def test_models(server: Running) -> None:
     (card,) = (await server.client.models.list()).data
     assert (card.id, card.max_model_len) == ("demo-model", 2048)
-    assert (await server.client.models.retrieve("demo-model")).id == "demo-model"
+    for name in ("demo-model", "null"):
+        assert (await server.client.models.retrieve(name)).id == name
+
+
+async def test_served_names(checkpoint: Path, redis_url: str, stages: Stages) -> None:
+    async with running(checkpoint, redis_url, served_model_names=("a", "org/b")) as server:
+        assert [card.id for card in (await server.client.models.list()).data] == ["a", "org/b"]
+        assert (await server.client.models.retrieve("org/b")).id == "org/b"
+        with pytest.raises(openai.NotFoundError, match="'demo-model' does not exist"):
+            await server.client.models.retrieve("demo-model")
+        with pytest.raises(openai.NotFoundError, match="'demo-model' does not exist"):
+            await ask(server)
+        asked = ask(server, model="org/b")
+        await stages.answer(await stages.request(), "x")
+        assert (await asked).model == "org/b"
+
+
+@pytest.mark.parametrize("model", ["null", 'a "name"\u2028'])
+async def test_an_answer_repeats_the_models_name_wherever_it_is_written(
+    server: Running, other: Running, stages: Stages, model: str
+) -> None:
+    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+        body = {"model": model, "messages": HI, "stream": True}
+        async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
+            request = await stages.request()
+            await stages.answer(request, "x")
+            await stages.keep(request)
+            told = [said(event) for event in (await reply.aread()).decode().split("\n\n") if "data: {" in event]
+        again = asyncio.create_task(client.get(f"{other.url}/v1/chat/completions/chatcmpl-{request.id}"))
+        gateway = (await stages.attached()).gateway
+        await stages.send(gateway, Delta(request.id, 2, content="x", finish_reason="stop", usage=USAGE))
+        whole = (await again).json()
+    assert {chunk["model"] for chunk in told} == {model}
+    assert (len(told), whole["model"]) == (3, model)
+
+
+async def test_where_no_answer_is_yet_its_model_is_repeated_too(server: Running, stages: Stages) -> None:
+    asked = ask(server, model="null", extra_headers={"Idempotency-Key": "k"})
+    request = await stages.request()
+    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+        status = (await client.get(f"{server.url}/v1/chat/completions/chatcmpl-{request.id}")).json()
+    assert (status["status"], status["model"]) == ("in_progress", "null")
+    await stages.answer(request, "x")
+    assert (await asked).model == "null"
 
 
 async def test_every_path_but_health_needs_a_key(checkpoint: Path, redis_url: str, stages: Stages) -> None:
