@@ -97,17 +97,19 @@ class Answerer(msgspec.Struct, frozen=True):
         if exchange.failure is not None:
             raise RequestError(exchange.failure)
         form = exchange.form
-        chunks = Chunks(self._head(exchange), form.n, form.include_usage)
+        chunks = Chunks(self._head(exchange), form.n, form.include_usage, form.token_ids)
         marks = Marks(exchange.since)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        exchange.announced = True
-        if not exchange.resumed:
-            await _write(send, chunks.openings(marks.line(), form.prompt_ids))
+        exchange.announced = exchange.resumed
+        if not exchange.resumed and (openings := chunks.openings(marks.line())):
+            await _write(send, openings)
+            exchange.announced = True
         while not exchange.done:
             news = merge(await exchange.take())
             if news:
                 events = (chunks.delta(index, delta, marks, exchange.shown(index)) for index, delta in news)
                 await _write(send, b"".join(events))
+                exchange.announced = True
             elif not exchange.done:
                 await _write(send, KEEP_ALIVE)
         await _write(send, _ending(exchange, chunks), more=False)
@@ -120,10 +122,7 @@ class Answerer(msgspec.Struct, frozen=True):
                 collected[index].add(delta)
         if exchange.failure is not None:
             raise RequestError(exchange.failure)
-        choices = [
-            choice.choice(index, form.logprobs, form.prompt_ids, form.token_ids)
-            for index, choice in enumerate(collected)
-        ]
+        choices = [choice.choice(index, form.logprobs, form.token_ids) for index, choice in enumerate(collected)]
         body = completion(self._head(exchange), choices, total_usage(_usages(exchange)))
         await _write_json(send, body, 200, [])
 

@@ -3,7 +3,6 @@
 import msgspec
 
 from shared.errors import ProtocolError
-from shared.messages import unpack_ids
 
 
 class Form(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -14,15 +13,10 @@ class Form(msgspec.Struct, frozen=True, omit_defaults=True):
     include_usage: bool = False
     token_ids: bool = False
     logprobs: bool = False
-    prompt: bytes | None = None  # packed ids, for who asked for token ids
     owner: str = ""  # digest of the API key; empty: everybody's
     key: str = (
         ""  # digest of the Idempotency-Key; empty: the client gave none, so it wants the answer on this connection
     )
-
-    @property
-    def prompt_ids(self) -> list[int] | None:
-        return None if self.prompt is None else unpack_ids(self.prompt)
 
 
 _encoder = msgspec.msgpack.Encoder()

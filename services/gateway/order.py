@@ -10,7 +10,7 @@ from services.gateway.model_names import ModelNames
 from services.gateway.sampling import output, sampling
 from services.gateway.schemas import parse
 from shared.limits import resolve_max_tokens
-from shared.messages import Output, Sampling, pack_ids
+from shared.messages import Output, Sampling
 from shared.model_config import GenerationDefaults
 from shared.tokenizer import Tokenizer
 
@@ -29,15 +29,13 @@ class Order(msgspec.Struct, frozen=True):
     include_usage: bool
 
     def form(self, owner: str, key: str) -> Form:
-        """How its answer is written. With media only the mm_encoder knows the prompt's tokens."""
-        token_ids = self.output.return_token_ids
+        """How its answer is written."""
         return Form(
             model=self.model,
             n=self.n,
             include_usage=self.include_usage,
-            token_ids=token_ids,
+            token_ids=self.output.return_token_ids,
             logprobs=self.output.logprobs,
-            prompt=pack_ids(self.segments[0]) if token_ids and not self.media else None,
             owner=owner,
             key=key,
         )

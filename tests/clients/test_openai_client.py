@@ -54,7 +54,7 @@ def test_streamed_and_whole_answers_are_the_same(client: OpenAI, conversation: d
 def test_an_answer_has_the_shape_of_openais(client: OpenAI) -> None:
     reply = ask(client, QUESTION, max_tokens=5, extra_body={"ignore_eos": True})
     assert reply.id.startswith("chatcmpl-")
-    assert (reply.object, reply.model) == ("chat.completion", "demo")
+    assert (reply.object, reply.model) == ("chat.completion", "default")
     assert [choice.finish_reason for choice in reply.choices] == ["length"]
     assert reply.usage.completion_tokens == 5
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 5

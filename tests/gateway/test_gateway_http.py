@@ -29,6 +29,7 @@ from shared.messages import (
     ShownLogprob,
     ToolDelta,
     Usage,
+    pack_ids,
     unpack_ids,
 )
 from shared.records import Records
@@ -197,7 +198,8 @@ async def test_logprobs_and_token_ids(server: Running, stages: Stages, stream: b
     assert request.sampling.logprobs == 1
     assert request.output.return_token_ids
     shown = ShownLogprob("a", b"a", -0.25, (("b", b"b", -2.0),))
-    await stages.say(request, Delta(request.id, 1, content="a", logprobs=(shown,), token_ids=(42,)))
+    prompt = pack_ids([5, 9, 9, 6])
+    await stages.say(request, Delta(request.id, 1, content="a", logprobs=(shown,), token_ids=(42,), prompt=prompt))
     await stages.say(request, Delta(request.id, 2, finish_reason="stop", usage=USAGE))
     reply = await asked
     if stream:
@@ -214,7 +216,7 @@ async def test_logprobs_and_token_ids(server: Running, stages: Stages, stream: b
     assert (entry.token, entry.logprob, entry.bytes) == ("a", -0.25, [97])
     assert [(top.token, top.logprob) for top in entry.top_logprobs] == [("b", -2.0)]
     assert (message.content, message.completion_token_ids) == ("a", [42])
-    assert len(prompt_ids) > 10
+    assert prompt_ids == [5, 9, 9, 6]
 
 
 @pytest.mark.parametrize("stream", [False, True])
