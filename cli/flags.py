@@ -95,7 +95,14 @@ def _parser() -> _Parser:
     what.add_argument(
         "--demo", action="store_true", default=False, help=f"a small random checkpoint, written to ./{DEMO} if absent"
     )
-    parser.add_argument("--served-model-name", metavar="NAME", help="what clients may call the model")
+    parser.add_argument(
+        "--served-model-name",
+        dest="served_model_names",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="what clients may call the model, and nothing else (unset: anything)",
+    )
 
     listen = parser.add_argument_group("where it listens")
     listen.add_argument("--host", default="0.0.0.0", help="address of the API (%(default)s)")

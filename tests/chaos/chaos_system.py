@@ -40,7 +40,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
     },
     "gateway": {
         "host": "127.0.0.1",
-        "served_model_name": "chaos",
+        "served_model_names": ("chaos",),
         "limit_mm_per_prompt": {"image": 2},
         "keep_alive_s": 1,
         "hold_headers_s": 2,

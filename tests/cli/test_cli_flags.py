@@ -54,6 +54,15 @@ def test_flags_that_repeat_or_negate() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--served-model-name", "a", "b"], ["--served-model-name=a", "--demo", "--served-model-name", "b"]]
+)
+def test_several_names_of_the_model(arguments: list[str]) -> None:
+    assert parse([*arguments, *["--demo"] * ("--demo" not in arguments)], {}).settings == {
+        "served_model_names": ["a", "b"]
+    }
+
+
 def test_what_bounds_requests() -> None:
     launch = parse(["--demo", "--max-queue", "9", "--request-timeout", "2.5", "--retain-seconds", "0"], {})
     assert launch.settings == {"max_queue": 9, "request_timeout_s": 2.5, "retain_s": 0.0}
@@ -75,6 +84,7 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --model .", "--model"),
         ("--model /nowhere/at/all", "/nowhere/at/all is not a directory"),
         ("--demo --port 0", "--port"),
+        ("--demo --served-model-name", "--served-model-name"),
         ("--demo --port 65536", "--port"),
         ("--demo --port x", "--port"),
         ("--demo --tensor-parallel-size 2", "--tensor-parallel-size: 2"),

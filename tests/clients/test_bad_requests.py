@@ -64,7 +64,7 @@ def tool(**function: Any) -> dict[str, Any]:
 
 # name: (the request, status, the field it is about)
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
-    "unknown model": ({**GOOD, "model": "gpt-17"}, 404, "model"),
+    "a model of another type": ({**GOOD, "model": 17}, 400, "model"),
     "no messages": ({"messages": []}, 400, "messages"),
     "a role nobody knows": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
     "a message without a role": ({"messages": [{"content": "x"}]}, 400, "messages[0].role"),

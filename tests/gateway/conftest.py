@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from cli.demo import write_demo
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
+from services.gateway.request.model_names import ModelNames
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.template import Template
 from shared.bus.keys import Keys
@@ -44,7 +45,7 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
             min_p=0.05,
         ),
         rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
-        model="demo-model",
+        names=ModelNames("demo-model"),
         max_n=4,
         max_model_len=2048,
         force_include_usage=False,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 from redis.asyncio import Redis
 
-from services.engine.schedule.sequence import media_tokens
+from services.engine.schedule.sequence import asked_prompt, media_tokens
 from shared.bus.keys import Keys
 from shared.bus.records import TOKEN_BYTES, Records
 from shared.bus.streams import LogReader, send
@@ -60,7 +60,8 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 
 def announcement(message: Generate, epoch: int, index: int = 0) -> Begin:
     """A Begin of a request that is no sequence yet."""
     image, video = media_tokens(message.spans)
-    return Begin(message.request.id, epoch, index, len(message.prompt) // TOKEN_BYTES, 0, image, video)
+    counts = index, len(message.prompt) // TOKEN_BYTES, 0, image, video
+    return Begin(message.request.id, epoch, *counts, asked_prompt(message))
 
 
 async def recover(

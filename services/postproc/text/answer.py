@@ -172,6 +172,7 @@ class Answer:
             tool_calls=_joined(self._tool_deltas),
             logprobs=tuple(self._logprobs),
             token_ids=tuple(self._ids),
+            prompt=self.begin.prompt if self.begin is not None and start == 0 else b"",
         )
         for taken in (self._reasoning, self._content, self._tool_deltas, self._logprobs, self._ids):
             taken.clear()

@@ -15,7 +15,8 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from services.gateway.errors import SHUTTING_DOWN
-from services.gateway.http.app import ModelCard, routes
+from services.gateway.http.app import Models, routes
+from services.gateway.request.model_names import ModelNames
 from shared.bus.keys import ENCODE, Keys
 from shared.bus.leases import Lease
 from shared.bus.records import Records
@@ -31,6 +32,7 @@ from shared.messages import (
     ShownLogprob,
     ToolDelta,
     Usage,
+    pack_ids,
     unpack_ids,
 )
 from shared.model.tokenizer import Tokenizer
@@ -60,7 +62,8 @@ async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
 
 def ask(server: Running, messages: list[Any] = HI, **fields: Any) -> "asyncio.Task[Any]":
     """A request under way."""
-    return asyncio.create_task(server.client.chat.completions.create(model="demo-model", messages=messages, **fields))
+    fields = {"model": "demo-model", "messages": messages, **fields}
+    return asyncio.create_task(server.client.chat.completions.create(**fields))
 
 
 async def contents(stream: Any) -> list[Any]:
@@ -196,7 +199,8 @@ async def test_logprobs_and_token_ids(server: Running, stages: Stages, stream: b
     assert request.sampling.logprobs == 1
     assert request.output.return_token_ids
     shown = ShownLogprob("a", b"a", -0.25, (("b", b"b", -2.0),))
-    await stages.say(request, Delta(request.id, 1, content="a", logprobs=(shown,), token_ids=(42,)))
+    prompt = pack_ids([5, 9, 9, 6])
+    await stages.say(request, Delta(request.id, 1, content="a", logprobs=(shown,), token_ids=(42,), prompt=prompt))
     await stages.say(request, Delta(request.id, 2, finish_reason="stop", usage=USAGE))
     reply = await asked
     if stream:
@@ -213,7 +217,7 @@ async def test_logprobs_and_token_ids(server: Running, stages: Stages, stream: b
     assert (entry.token, entry.logprob, entry.bytes) == ("a", -0.25, [97])
     assert [(top.token, top.logprob) for top in entry.top_logprobs] == [("b", -2.0)]
     assert (message.content, message.completion_token_ids) == ("a", [42])
-    assert len(prompt_ids) > 10
+    assert prompt_ids == [5, 9, 9, 6]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -570,7 +574,7 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = routes(None, None, ModelCard(id="m", created=0, max_model_len=1), broken)  # type: ignore[arg-type]
+    app = routes(None, None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
@@ -588,8 +592,6 @@ async def test_errors_are_openais_everywhere(server: Running) -> None:
             (await client.get("/v1/chat/completions"), 405, "method_not_allowed"),
             (await client.post("/v1/chat/completions", content=b"{"), 400, "invalid_json"),
             (await client.post("/v1/chat/completions", json={}), 400, "missing_required_parameter"),
-            (await client.post("/v1/chat/completions", json={"model": "x", "messages": HI}), 404, "model_not_found"),
-            (await client.get("/v1/models/other"), 404, "model_not_found"),
         ]
     for reply, status, code in replies:
         error = reply.json()["error"]
@@ -610,7 +612,50 @@ async def test_the_request_id_is_the_clients_if_it_may_be(server: Running) -> No
 async def test_models(server: Running) -> None:
     (card,) = (await server.client.models.list()).data
     assert (card.id, card.max_model_len) == ("demo-model", 2048)
-    assert (await server.client.models.retrieve("demo-model")).id == "demo-model"
+    for name in ("demo-model", "null"):
+        assert (await server.client.models.retrieve(name)).id == name
+
+
+async def test_served_names(checkpoint: Path, redis_url: str, stages: Stages) -> None:
+    async with running(checkpoint, redis_url, served_model_names=("a", "org/b")) as server:
+        assert [card.id for card in (await server.client.models.list()).data] == ["a", "org/b"]
+        assert (await server.client.models.retrieve("org/b")).id == "org/b"
+        with pytest.raises(openai.NotFoundError, match="'demo-model' does not exist"):
+            await server.client.models.retrieve("demo-model")
+        with pytest.raises(openai.NotFoundError, match="'demo-model' does not exist"):
+            await ask(server)
+        asked = ask(server, model="org/b")
+        await stages.answer(await stages.request(), "x")
+        assert (await asked).model == "org/b"
+
+
+@pytest.mark.parametrize("model", ["null", 'a "name"\u2028'])
+async def test_an_answer_repeats_the_models_name_wherever_it_is_written(
+    server: Running, other: Running, stages: Stages, model: str
+) -> None:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        body = {"model": model, "messages": HI, "stream": True}
+        async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
+            request = await stages.request()
+            await stages.answer(request, "x")
+            await stages.keep(request)
+            told = [said(event) for event in (await reply.aread()).decode().split("\n\n") if "data: {" in event]
+        again = asyncio.create_task(client.get(f"{other.url}/v1/chat/completions/chatcmpl-{request.id}"))
+        gateway = (await stages.attached()).gateway
+        await stages.send(gateway, Delta(request.id, 2, content="x", finish_reason="stop", usage=USAGE))
+        whole = (await again).json()
+    assert {chunk["model"] for chunk in told} == {model}
+    assert (len(told), whole["model"]) == (3, model)
+
+
+async def test_where_no_answer_is_yet_its_model_is_repeated_too(server: Running, stages: Stages) -> None:
+    asked = ask(server, model="null", extra_headers={"Idempotency-Key": "k"})
+    request = await stages.request()
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        status = (await client.get(f"{server.url}/v1/chat/completions/chatcmpl-{request.id}")).json()
+    assert (status["status"], status["model"]) == ("in_progress", "null")
+    await stages.answer(request, "x")
+    assert (await asked).model == "null"
 
 
 async def test_every_path_but_health_needs_a_key(checkpoint: Path, redis_url: str, stages: Stages) -> None:
