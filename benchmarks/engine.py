@@ -46,7 +46,7 @@ from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
-from services.engine.model.weights import Quantization, load_weights
+from services.engine.model.weights import load_weights
 from services.engine.run.assembly import runner_for
 from services.engine.run.runner import Runner
 from services.engine.schedule.blocks import BlockPool
@@ -55,7 +55,7 @@ from services.engine.schedule.sequence import EngineFacts, build
 from services.engine.schedule.sequence import Sequence as Asked
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
-from shared.model.config import ModelConfig, VisionConfig
+from shared.model.config import ModelConfig, Quantization, VisionConfig
 
 PROFILED_STEPS = 8
 

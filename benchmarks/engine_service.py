@@ -25,8 +25,9 @@ from cli.redis_server import RedisServer
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
-from services.engine.service import SERVICE, EngineService
+from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
+from services.engine.transport.handler import SERVICE
 from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys

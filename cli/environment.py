@@ -18,6 +18,7 @@ from shared.config import CommonSettings
 from shared.cpu_share import compute_threads, usable_cores
 from shared.errors import ConfigError
 from shared.model.config import load_model_config
+from shared.model.foreign_checkpoints import refuse_foreign
 
 PREFIX = "MILLRACE_"
 # In the order in which they are stopped: first who lets requests in, last who gives answers out.
@@ -60,8 +61,9 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
 
     Raises:
         ConfigError: no service has a setting, or one refuses its value.
-        CheckpointError: the model's configuration cannot be read.
+        CheckpointError: the model is of another format, or its configuration cannot be read.
     """
+    refuse_foreign(launch.model)
     ours = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     plain = {name: value for name, value in environ.items() if name not in ours}
     told = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}

@@ -6,22 +6,16 @@ changes carry the version of what was read, so that a late one is refused by Kub
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from redis.asyncio import Redis
 
 from shared.bus.keys import Keys
+from shared.bus.lua import read_script
+
+HERE = Path(__file__).parent  # where the scripts are
 
 ROLE = "autoscaler"
-
-# KEYS leader; ARGV me, expiry in ms.
-_HOLD = """
-local leader = redis.call('GET', KEYS[1])
-if leader and leader ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
-"""
-
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 
 
 class Leadership:
@@ -35,8 +29,8 @@ class Leadership:
         self._ttl_ms = ttl_ms
         self._clock = clock
         self._until = 0.0
-        self._hold = redis.register_script(_HOLD)
-        self._release = redis.register_script(_RELEASE)
+        self._hold = redis.register_script(read_script("hold_leadership", HERE))
+        self._release = redis.register_script(read_script("release_leadership", HERE))
 
     @property
     def valid(self) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
@@ -22,20 +21,16 @@ from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.settings import EngineSettings
-from services.engine.transport.consumer import Inbox, waiting_allowance
+from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
 from services.engine.transport.outbox import Outbox
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.ownership import EntryOwnership
 from shared.bus.streams import WorkStream
-from shared.log import logger
 from shared.tracing import OFF, Tracing
 
-SERVICE = "engine"
-LOOKS = 10  # in the time of a lease: how much later than its end a dead engine's requests go on
-
-_log = logger(__name__)
+CLAIMS = 10  # looks for abandoned entries in the time of a lease
 
 Load = Callable[[], tuple[Runner, int]]  # the runner, and how many cache blocks it has
 
@@ -57,42 +52,43 @@ class EngineService:
         self._load = load
         keys = Keys(settings.namespace)
         self._blob_redis = connect(settings.blob_redis_url or settings.redis_url)
-        self._work = WorkStream(redis, keys, GENERATE, SERVICE, settings.name, settings.max_deliveries)
+        stream = WorkStream(redis, keys, GENERATE, SERVICE, settings.name, settings.max_deliveries)
         self._mailbox = Mailbox()
-        self._inbox = Inbox(
+        self._handler = GenerateHandler(
             redis,
             keys,
-            self._work,
+            stream,
             EntryOwnership(redis, keys, GENERATE, SERVICE, settings.name),
             Blobs(self._blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
             self._mailbox,
             facts,
             settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
-            settings.lease_ms / 1000 / LOOKS,
+            settings.lease_ms / 1000 / CLAIMS,
             metrics,
             tracing,
         )
-        self._outbox = Outbox(redis, keys, self._inbox.finished)
+        self._consumer = self._handler.consumer
+        self._outbox = Outbox(redis, keys, self._handler.finished)
         self._background: asyncio.Task[None] | None = None
 
     async def startup(self) -> None:
         self._outbox.open()
         self._thread = ModelThread(self._load, self._compute)
         await self._thread.start()
-        await self._inbox.start()
+        await self._consumer.join()
         self._background = asyncio.create_task(self._run_background(), name="engine background")
 
     async def serve(self) -> None:
-        self._inbox.open()
+        self._consumer.open()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._inbox.take())
+            tasks.create_task(self._consumer.take())
             tasks.create_task(self._watch())
 
     async def drain(self) -> None:
-        self._inbox.close()
+        self._consumer.close()
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch())
-            await self._inbox.empty()
+            await self._consumer.empty()
             watch.cancel()
 
     async def close(self) -> None:
@@ -104,18 +100,12 @@ class EngineService:
             self._background.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._background
-            await self._leave()
+            await self._consumer.leave()
         await self._blob_redis.aclose()
 
-    async def _leave(self) -> None:
-        try:
-            await self._work.leave()
-        except RedisError as error:
-            _log.warning("consumer not deleted; others do it", extra={"reason": str(error)})
-
     def load(self) -> dict[str, float]:
-        held = {"held": float(self._inbox.num_pending), "capacity": float(self._settings.max_num_seqs)}
-        self._metrics.update_waiting(self._inbox.num_pending)
+        held = {"held": float(len(self._consumer)), "capacity": float(self._settings.max_num_seqs)}
+        self._metrics.update_waiting(len(self._consumer))
         return held | self._metrics.load()
 
     async def _watch(self) -> None:
@@ -124,13 +114,13 @@ class EngineService:
         await asyncio.shield(self._background)
 
     async def _run_background(self) -> None:
-        """What goes on while the service drains."""
+        """Run what goes on while the service drains."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._outbox.run())
-            tasks.create_task(self._inbox.admit())
-            tasks.create_task(self._inbox.look())
-            tasks.create_task(self._inbox.listen())
-            tasks.create_task(self._inbox.expire())
+            tasks.create_task(self._handler.admit())
+            tasks.create_task(self._consumer.claim())
+            tasks.create_task(self._consumer.listen())
+            tasks.create_task(self._handler.expire())
             tasks.create_task(self._thread.watch())
 
     def _compute(self, loaded: tuple[Runner, int]) -> None:

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from services.gateway.console import routes as console
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import Answerer
-from services.gateway.http.app import ModelCard, paths, routes
+from services.gateway.http.app import Models, paths, routes
 from services.gateway.http.completions import ChatCompletions
 from services.gateway.http.edge import Edge
 from services.gateway.http.health import readiness
@@ -39,6 +39,7 @@ from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.errors import CheckpointError
+from shared.log import logger, warn_each
 from shared.model.config import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
@@ -83,7 +84,7 @@ def compose(
     pipeline = Pipeline(route, redis, keys, backlog, blobs)
     rules = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(rules, pipeline, figures, time.time)
-    answerer = Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s)
+    answerer = Answerer(_fingerprint(Path(settings.model)), settings.hold_headers_s)
     completions = ChatCompletions(
         admission=admission,
         taker=taker,
@@ -93,9 +94,9 @@ def compose(
         body_timeout_s=settings.body_timeout_s,
         request_timeout_s=settings.request_timeout_s,
     )
-    card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
+    models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
     returns = Returns(admission, pipeline, open_requests, answerer)
-    app = routes(completions, returns, card, partial(readiness, redis, keys, admission))
+    app = routes(completions, returns, models, partial(readiness, redis, keys, admission))
     app.router.routes += console.routes(console.Console(redis, keys, settings.shards, blob_redis))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
@@ -112,12 +113,14 @@ def compose(
 def _taker(settings: GatewaySettings) -> RequestParser:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
+    defaults = load_generation_defaults(directory)
+    warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return RequestParser(
         chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
         tokenizer=tokenizer,
-        defaults=load_generation_defaults(directory),
+        defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
-        model=settings.model_name(),
+        names=settings.model_names(),
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,

@@ -8,6 +8,7 @@ import torch
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
+from services.mm_encoder.handler import SERVICE, EncodeHandler
 from services.mm_encoder.media import timestamps
 from services.mm_encoder.media.fetch import Fetcher
 from services.mm_encoder.media.normalisation import load_normalisation
@@ -15,7 +16,7 @@ from services.mm_encoder.media.processor import Processor
 from services.mm_encoder.media.video import VideoLimits
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Preparer
-from services.mm_encoder.service import SERVICE, MmEncoder
+from services.mm_encoder.service import MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.store.cache import Embeds
 from services.mm_encoder.store.locks import EncodeLocks
@@ -32,9 +33,10 @@ from shared.bus.streams import WorkStream
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
+from shared.model.foreign_checkpoints import refuse_foreign
 from shared.tracing import OFF, Tracing
 
-LOOKS = 10  # in the time of a lease: how much later than its end a dead replica's requests go on
+CLAIMS = 10  # looks for abandoned entries in the time of a lease
 
 
 def build(
@@ -47,6 +49,7 @@ def build(
         CheckpointError: the model directory is not what it should be.
     """
     directory = Path(settings.model)
+    refuse_foreign(directory)
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)
@@ -86,23 +89,35 @@ def build(
         max_request_bytes=settings.media_request_max_bytes,
         max_model_len=settings.max_model_len,
     )
-    return MmEncoder(
+    encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
+    batcher = Batcher(encoder, settings.tower_max_patches, figures)
+    claim_every_s = settings.lease_ms / 1000 / CLAIMS
+    handler = EncodeHandler(
         redis=redis,
-        own_clients=() if blob_redis is redis else (blob_redis,),
         keys=keys,
         stream=WorkStream(redis, keys, ENCODE, SERVICE, settings.name, settings.max_deliveries),
         ownership=EntryOwnership(redis, keys, ENCODE, SERVICE, settings.name),
-        encode_locks=EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000),
+        encode_locks=encode_locks,
         records=Records(redis, keys),
         blobs=blobs,
         preparer=preparer,
         embeds=embeds,
-        batcher=Batcher(encoder, settings.tower_max_patches, figures),
+        batcher=batcher,
         metrics=figures,
         patch_id=model.image_patch_id,
-        concurrency=settings.concurrency,
-        look_s=settings.lease_ms / 1000 / LOOKS,
+        capacity=settings.concurrency,
+        claim_every_s=claim_every_s,
         tracing=tracing,
+    )
+    return MmEncoder(
+        handler=handler,
+        encode_locks=encode_locks,
+        preparer=preparer,
+        batcher=batcher,
+        metrics=figures,
+        capacity=settings.concurrency,
+        sweep_every_s=claim_every_s,
+        own_clients=() if blob_redis is redis else (blob_redis,),
     )
 
 

@@ -5,20 +5,46 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.bus.ownership import HandedOn
-from shared.errors import Failure
+from shared.bus.keys import ENCODE
+from shared.bus.ownership import HandedOn, Poison
+from shared.bus.streams import Delivery
+from shared.errors import Failure, ProtocolError
+from shared.messages import Encode
 
 Outcome = HandedOn | Literal["over"] | Failure  # over: it has ended, and its answer is kept for a while
 
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """`work` may be cancelled by anyone; without it, the request is only being answered."""
+    """State of one delivered request. Its `work` may be cancelled by anyone; without it, it is only being answered."""
 
     entry_id: str
+    message: Encode
     attempts: int
+    poison: Poison | None  # the entry was delivered so often that its request is only answered
+    replaces: str | None = None  # the entry under which the request was in hand before
     work: asyncio.Task[Outcome] | None = None
     lost: bool = False  # the entry is not ours any more: nothing is left to do
     taken: float = field(default_factory=time.time)  # unix seconds
     prompt_tokens: int | None = None  # once all media have passed their checks; and of these,
-    hits: int = 0  # how many had their embeddings already
+    hits: int = 0  # the number whose embeddings were stored already
+
+    @property
+    def request_id(self) -> str:
+        return self.message.request.id
+
+    @property
+    def uploads(self) -> list[str]:
+        """Keys of the blobs that clients uploaded with the request."""
+        return [media.blob for media in self.message.media if media.blob is not None]
+
+
+def running_request(delivery: Delivery, poison: Poison | None) -> Running:
+    """Return the state of a request that was just delivered.
+
+    Raises:
+        ProtocolError: the entry is another kind of work.
+    """
+    if not isinstance(delivery.message, Encode):
+        raise ProtocolError(f"a {type(delivery.message).__name__} in the stream {ENCODE}")
+    return Running(delivery.entry_id, delivery.message, delivery.attempts, poison)

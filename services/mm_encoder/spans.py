@@ -1,4 +1,4 @@
-"""The time that a request's media took here, as a span: from taking the entry to handing it on or answering it."""
+"""Span of the time that a request's media took here: from taking the entry to handing it on or answering it."""
 
 import time
 
@@ -8,8 +8,9 @@ from shared.messages import Encode, MediaKind
 from shared.tracing import REQUEST_ID, Tracing
 
 
-def record(tracing: Tracing, message: Encode, running: Running, outcome: str | Failure) -> None:
-    """When its part is over."""
+def record(tracing: Tracing, running: Running, outcome: str | Failure) -> None:
+    """Record the span of a request whose part here is over."""
+    message = running.message
     trace = message.request.trace
     if not tracing.follows(trace):
         return

@@ -1,28 +1,17 @@
 """What the owner of shards sends and cuts, under its fence: one script a write, whatever it carries."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from redis.asyncio import Redis
 
 from shared.bus.keys import Keys
-from shared.bus.leases import FENCE, Fence
+from shared.bus.leases import Fence
+from shared.bus.lua import read_script
 from shared.bus.wire import Wire, WireScript
 from shared.messages import VERSION, Delta, Deltas, to_entry
 
-# KEYS shards, deltas...; ARGV fence, length of a stream, v, m... A gateway that is gone has no stream, and gets none.
-_SEND = (
-    FENCE
-    + """
-for i = 2, #KEYS do
-  redis.call(
-    'XADD', KEYS[i], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + i]
-  )
-end
-"""
-)
-
-# KEYS shards, tokens; ARGV fence, ~ or =, entry id.
-_TRIM = FENCE + "redis.call('XTRIM', KEYS[2], 'MINID', ARGV[at], ARGV[at + 1])"
+HERE = Path(__file__).parent  # where the scripts are
 
 
 class Outbox:
@@ -31,8 +20,8 @@ class Outbox:
     def __init__(self, redis: Redis, keys: Keys, deltas_max_len: int) -> None:
         self._keys = keys
         self._deltas_max_len = deltas_max_len
-        self._send = WireScript(Wire(redis), _SEND)
-        self._trim = redis.register_script(_TRIM)
+        self._send = WireScript(Wire(redis), read_script("send_deltas", HERE))
+        self._trim = redis.register_script(read_script("trim_tokens", HERE))
 
     async def send(self, deltas: Mapping[str, Sequence[Delta]], fence: Fence) -> None:
         """One message to every gateway."""

@@ -16,6 +16,7 @@ from shared.bus.records import Record
 from shared.errors import Failure, internal
 from shared.log import logger
 from shared.messages import Attach, Begin, Delta, Finish, Output, TokenLogprob, TokenRun, Tokens
+from shared.token_runs import Verdict, judge_run, known_tokens
 
 IGNORED = 4096  # requests without a record that are remembered, so that each is asked for once
 
@@ -303,34 +304,39 @@ class RequestStates:
     def _fold_carefully(
         self, state: RequestState, run: TokenRun, entry: EntryId, turn: TurnOutput, replay: bool
     ) -> None:
-        if run.epoch < state.epoch:
+        count = len(state.tokens)
+        verdict = judge_run(run, state.epoch, count)
+        if verdict is Verdict.STALE:
             return
-        state.epoch = run.epoch
-        finish, known = run.finish, len(state.tokens) - run.index
-        if known >= 0:
-            last = len(run.tokens) - 1 if finish is not None and finish.stop_token is not None else -1
-            for place in range(known, len(run.tokens)):
-                token = run.tokens[place]
-                turn.tokens += 1
-                if place == last:
-                    state.answer.push_stop_token(token)
-                    break
-                logprob = run.logprobs[place] if run.logprobs is not None else None
-                state.answer.push(token, logprob)
-                if state.logprobs is not None:
-                    state.logprobs.append(logprob)
-                state.tokens.append(token)
-                state.since = state.since or entry
-                if replay:
-                    turn.take(state)
+        state.epoch, finish = run.epoch, run.finish
+        if verdict is Verdict.NEXT:
+            self._append(state, run, known_tokens(run, count), entry, turn, replay)
         elif finish is None or finish.reason in ("stop", "length"):
-            lost = f"Tokens {len(state.tokens)} to {run.index - 1} of the answer were lost."
-            _log.error(
-                "tokens lost", extra={"request_id": state.request_id, "have": len(state.tokens), "got": run.index}
-            )
+            _log.error("tokens lost", extra={"request_id": state.request_id, "have": count, "got": run.index})
+            lost = f"Tokens {count} to {run.index - 1} of the answer were lost."
             turn.fail(state, internal(lost).failure)
         if finish is not None:
             state.answer.finish(finish)
+
+    def _append(
+        self, state: RequestState, run: TokenRun, known: int, entry: EntryId, turn: TurnOutput, replay: bool
+    ) -> None:
+        """Append the tokens of a run from the place `known` on."""
+        stopped = run.finish is not None and run.finish.stop_token is not None
+        for place in range(known, len(run.tokens)):
+            token = run.tokens[place]
+            turn.tokens += 1
+            if stopped and place == len(run.tokens) - 1:
+                state.answer.push_stop_token(token)
+                break
+            logprob = run.logprobs[place] if run.logprobs is not None else None
+            state.answer.push(token, logprob)
+            if state.logprobs is not None:
+                state.logprobs.append(logprob)
+            state.tokens.append(token)
+            state.since = state.since or entry
+            if replay:
+                turn.take(state)
 
     def _close(self, state: RequestState, finish: Finish, turn: TurnOutput) -> None:
         turn.take(state)

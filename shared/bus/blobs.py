@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from shared.bus.client import command
 from shared.bus.keys import Keys
+from shared.bus.lua import read_script
 from shared.errors import internal
 
 MEDIA = "media"  # the kind of uploaded bytes: they live until their request has ended
@@ -21,72 +22,6 @@ EMBEDS = "embeds"  # the kind of the encoder's output: kept for whoever shows th
 CHUNK = 1 << 20
 _BATCH = 4  # chunks in one pipeline: what a client that writes or reads holds Redis up with, about 2 ms
 
-# KEYS index, sizes; ARGV prefix of blob keys, bytes of a chunk. A member is "kind:key", so `sum` is none.
-_INDEX = """
-local function forget(member)
-  local size = tonumber(redis.call('HGET', KEYS[2], member) or 0)
-  for n = 0, math.ceil(size / ARGV[2]) - 1 do
-    redis.call('UNLINK', ARGV[1] .. member .. ':' .. n)
-  end
-  redis.call('UNLINK', ARGV[1] .. member)
-  redis.call('ZREM', KEYS[1], member)
-  if redis.call('HDEL', KEYS[2], member) == 1 then redis.call('HINCRBY', KEYS[2], 'sum', -size) end
-end
-
-local function now()
-  local time = redis.call('TIME')
-  return time[1] * 1000000 + time[2]
-end
-"""
-
-# ARGV ..., member, size, ttl in seconds, budget, and to make it visible: chunks, meta. Every use renews a TTL and the
-# place in the index together, so what is older there than the TTL has expired.
-_ENTER = (
-    _INDEX
-    + """
-local member, size, ttl, budget = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local time = now()
-for _, old in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time - ttl * 1000000)) do
-  forget(old)
-end
-local before = tonumber(redis.call('HGET', KEYS[2], member) or 0)
-redis.call('ZADD', KEYS[1], time, member)
-redis.call('HSET', KEYS[2], member, size)
-local sum = redis.call('HINCRBY', KEYS[2], 'sum', size - before)
-while sum > budget do
-  local oldest = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
-  if not oldest or oldest == member then break end
-  forget(oldest)
-  sum = tonumber(redis.call('HGET', KEYS[2], 'sum'))
-end
-if ARGV[7] then
-  redis.call('HSET', ARGV[1] .. member, 'size', size, 'chunks', ARGV[7], 'meta', ARGV[8])
-  redis.call('EXPIRE', ARGV[1] .. member, ttl)
-end
-"""
-)
-
-# ARGV ..., member, ttl. A blob that lost a chunk (to Redis's own eviction) is no blob.
-_TOUCH = (
-    _INDEX
-    + """
-local key, ttl = ARGV[1] .. ARGV[3], ARGV[4]
-local chunks, meta = unpack(redis.call('HMGET', key, 'chunks', 'meta'))
-if not chunks then return false end
-for n = 0, chunks - 1 do
-  if redis.call('EXPIRE', key .. ':' .. n, ttl) == 0 then
-    forget(ARGV[3])
-    return false
-  end
-end
-redis.call('EXPIRE', key, ttl)
-redis.call('ZADD', KEYS[1], now(), ARGV[3])
-return {tonumber(chunks), meta}
-"""
-)
-
-# ARGV ..., member...
-_FORGET = _INDEX + "for i = 3, #ARGV do forget(ARGV[i]) end"
 
 T = TypeVar("T")
 
@@ -106,9 +41,9 @@ class Blobs:
         self._budget = budget_bytes
         self._index = [keys.blobs(), keys.blob_sizes()]
         self._common: list[str | int | bytes] = [keys.blob_prefix(), CHUNK]
-        self._enter = redis.register_script(_ENTER)
-        self._touch = redis.register_script(_TOUCH)
-        self._forget = redis.register_script(_FORGET)
+        self._enter = redis.register_script(read_script("enter_blob"))
+        self._touch = redis.register_script(read_script("touch_blob"))
+        self._forget = redis.register_script(read_script("forget_blobs"))
 
     async def put(self, kind: str, key: str, data: bytes | memoryview, meta: bytes = b"") -> None:
         """Store, overwriting; the blob becomes visible only when its last chunk is in. Evicts the least recently used

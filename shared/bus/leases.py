@@ -13,102 +13,13 @@ from redis.exceptions import ResponseError
 
 from shared.bus.client import command
 from shared.bus.keys import Keys
+from shared.bus.lua import read_script
 from shared.config import variable
 from shared.errors import ConfigError, FencedError, ProtocolError
 
 COUNT = "count"  # the field of the shards hash that holds their number
 
 _FENCED = "FENCED"
-
-# How every script that a fence guards begins: KEYS[1] is the shards hash, and the script's own ARGV start at `at`.
-FENCE = f"""
-local at = 2 * ARGV[1] + 2
-for i = 2, at - 1, 2 do
-  if redis.call('HGET', KEYS[1], ARGV[i]) ~= ARGV[i + 1] then
-    return redis.error_reply('{_FENCED} shard ' .. ARGV[i])
-  end
-end
-"""
-
-# KEYS index; ARGV prefix of lease keys. Pruned in the same step as looked at: else a replica that renews in between
-# would be alive and in no index.
-_LIVE = """
-local leases = {}
-for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local lease = redis.call('GET', ARGV[1] .. name)
-  if lease then
-    leases[#leases + 1] = lease
-  else
-    redis.call('SREM', KEYS[1], name)
-  end
-end
-return leases
-"""
-
-# KEYS lease, index; ARGV status, expiry in ms, name. In one step, so that no loss of Redis's newest writes leaves a
-# lease that is in no index.
-_RENEW = """
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-redis.call('SADD', KEYS[2], ARGV[3])
-"""
-
-# KEYS shards; ARGV prefix of lease keys, me, number of shards, number of other replicas that are ready, their names,
-# shards we hold. Returns {shard, epoch, ...}. With N shards and R replicas all have N // R and N % R of them one more:
-# whoever has it already, so that no shard moves without need.
-_BALANCE = """
-local count, others, held = tonumber(ARGV[3]), tonumber(ARGV[4]), {}
-local theirs = {}
-for i = 5, 4 + others do theirs[ARGV[i]] = 0 end
-for i = 5 + others, #ARGV do held[tonumber(ARGV[i])] = true end
-redis.call('HSETNX', KEYS[1], 'count', count)
-
-local function own(shard, epoch, owner)
-  redis.call('HSET', KEYS[1], shard, string.format('%d %s', epoch, owner))
-end
-
-local mine, free = {}, {}
-for shard = 0, count - 1 do
-  local epoch, owner = string.match(redis.call('HGET', KEYS[1], shard) or '0 ', '^(%d+) (.*)$')
-  if owner == ARGV[2] then
-    if not held[shard] then
-      epoch = epoch + 1
-      own(shard, epoch, owner)
-    end
-    mine[#mine + 1] = {shard, tonumber(epoch)}
-  elseif owner == '' or redis.call('EXISTS', ARGV[1] .. owner) == 0 then
-    free[#free + 1] = {shard, epoch + 1}
-  elseif theirs[owner] then
-    theirs[owner] = theirs[owner] + 1
-  end
-end
-
-local share, larger = math.floor(count / (others + 1)), 0
-for _, number in pairs(theirs) do
-  if number > share then larger = larger + 1 end
-end
-if larger < count % (others + 1) then share = share + 1 end
-
-while #mine > share do
-  local shard, epoch = unpack(table.remove(mine))
-  own(shard, epoch, '')
-end
-for _, taken in ipairs(free) do
-  if #mine >= share then break end
-  own(taken[1], taken[2], ARGV[2])
-  mine[#mine + 1] = taken
-end
-local flat = {}
-for _, owned in ipairs(mine) do flat[#flat + 1], flat[#flat + 2] = owned[1], owned[2] end
-return flat
-"""
-
-# KEYS shards; ARGV me, shard... The epoch stays, so that the next owner's is higher.
-_RELEASE = """
-for i = 2, #ARGV do
-  local epoch, owner = string.match(redis.call('HGET', KEYS[1], ARGV[i]) or '0 ', '^(%d+) (.*)$')
-  if owner == ARGV[1] then redis.call('HSET', KEYS[1], ARGV[i], epoch .. ' ') end
-end
-"""
 
 
 class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -147,7 +58,7 @@ class Lease:
         self._ttl_ms = ttl_ms
         self._version = version
         self._started = started
-        self._renew = redis.register_script(_RENEW)
+        self._renew = redis.register_script(read_script("renew_lease"))
 
     async def renew(self, state: str, load: dict[str, float] | None = None) -> None:
         """Write status and expiry, and the name into the index, in one command."""
@@ -168,7 +79,9 @@ async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
     Raises:
         ProtocolError: a replica of another version wrote a status that cannot be read.
     """
-    found = await redis.register_script(_LIVE)(keys=[keys.replicas(service)], args=[keys.replica_prefix(service)])
+    found = await redis.register_script(read_script("live_replicas"))(
+        keys=[keys.replicas(service)], args=[keys.replica_prefix(service)]
+    )
     try:
         return sorted((_decoder.decode(status) for status in found), key=lambda replica: replica.name)
     except msgspec.MsgspecError as error:
@@ -215,8 +128,8 @@ class Shards:
         self._leases = keys.replica_prefix(service)
         self._name = name
         self._count = count
-        self._balance = redis.register_script(_BALANCE)
-        self._release = redis.register_script(_RELEASE)
+        self._balance = redis.register_script(read_script("balance_shards"))
+        self._release = redis.register_script(read_script("release_shards"))
 
     async def check_count(self) -> None:
         """Record the number of shards, once per deployment.

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from shared.bus.client import command
 from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.lua import read_script
 from shared.errors import Failure
 from shared.log import logger
 from shared.messages import VERSION, Encode, Failed, Generate, Request, Tokens, to_entry
@@ -24,149 +25,6 @@ MOST_RETURNS = 3  # how often embeddings are made again for one request
 
 _log = logger(__name__)
 
-# KEYS stream, ...; ARGV group, me, ...
-_OURS = """
-local function ours(id)
-  local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])
-  return not pending.err and #pending == 1
-end
-
-local function let_go(id)
-  redis.call('XACK', KEYS[1], ARGV[1], id)
-  redis.call('XDEL', KEYS[1], id)
-end
-
-local function keep(id, quarantine, length, reason, attempts)
-  local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
-  if entry then
-    redis.call('XADD', quarantine, 'MAXLEN', '~', length, '*', 'reason', reason, 'attempts', attempts, unpack(entry[2]))
-  end
-end
-"""
-
-# ARGV ..., entry id...
-_OWNED = (
-    _OURS + "local mine = {} for i = 3, #ARGV do if ours(ARGV[i]) then mine[#mine + 1] = ARGV[i] end end return mine"
-)
-_FINISH = _OURS + "for i = 3, #ARGV do if ours(ARGV[i]) then let_go(ARGV[i]) end end"
-
-# KEYS ..., record...; ARGV ..., entry id... Returns epochs; 0 for a request without a record, -1 for a lost entry.
-_CLAIM = (
-    _OURS
-    + """
-local epochs = {}
-for i = 3, #ARGV do
-  local record = KEYS[i - 1]
-  if not ours(ARGV[i]) then
-    epochs[#epochs + 1] = -1
-  elseif redis.call('EXISTS', record) == 0 then
-    epochs[#epochs + 1] = 0
-  else
-    epochs[#epochs + 1] = redis.call('HINCRBY', record, 'epoch', 1)
-  end
-end
-return epochs
-"""
-)
-
-# KEYS ..., record; ARGV ..., entry id, tokens.
-_PROGRESSED = (
-    _OURS
-    + """
-if ours(ARGV[3]) and tonumber(redis.call('HGET', KEYS[2], 'reached') or 0) < tonumber(ARGV[4]) then
-  if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'reached', ARGV[4]) end
-  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'RETRYCOUNT', 1, 'JUSTID')
-end
-"""
-)
-
-# KEYS ..., record, generate; ARGV ..., entry id, v, m, m of the Encode, fingerprint.
-_HAND_ON = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 'lost' end
-local request, cancelled, made = unpack(redis.call('HMGET', KEYS[2], 'request', 'cancelled', 'made'))
-if not request or cancelled then return 'unwanted' end
-if made and made ~= ARGV[7] then return 'changed' end
-let_go(ARGV[3])
-redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7])
-redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5])
-return 'done'
-"""
-)
-
-# KEYS ..., record, encode; ARGV ..., entry id, v, limit.
-_RETURN = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 'lost' end
-local source = redis.call('HGET', KEYS[2], 'encode')
-if not source or redis.call('HINCRBY', KEYS[2], 'returned', 1) > tonumber(ARGV[5]) then return 'never' end
-let_go(ARGV[3])
-redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', source)
-return 'done'
-"""
-)
-
-# KEYS ..., record; ARGV ..., entry id, failure (or empty).
-_CONDEMN = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 0 end
-if ARGV[4] ~= '' and redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'failed', ARGV[4]) end
-return 1
-"""
-)
-
-# KEYS ..., record; ARGV ..., entry id.
-_DROP = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 0 end
-let_go(ARGV[3])
-redis.call('UNLINK', KEYS[2])
-return 1
-"""
-)
-
-# KEYS ..., record, quarantine; ARGV ..., entry id, v, m, prefix of deltas, first gateway, their length, length of the
-# quarantine, attempts, reason (empty: not poison).
-_REFUSE = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 0 end
-for gateway in string.gmatch(redis.call('HGET', KEYS[2], 'gateways') or ARGV[7], '%S+') do
-  redis.call('XADD', ARGV[6] .. gateway, 'NOMKSTREAM', 'MAXLEN', '~', ARGV[8], '*', 'v', ARGV[4], 'm', ARGV[5])
-end
-if ARGV[11] ~= '' then keep(ARGV[3], KEYS[3], ARGV[9], ARGV[11], ARGV[10]) end
-let_go(ARGV[3])
-redis.call('UNLINK', KEYS[2])
-return 1
-"""
-)
-
-# KEYS ..., tokens, quarantine; ARGV ..., entry id, v, m, length of the quarantine, attempts, reason (or empty).
-_END = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 0 end
-redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[5])
-if ARGV[8] ~= '' then keep(ARGV[3], KEYS[3], ARGV[6], ARGV[8], ARGV[7]) end
-let_go(ARGV[3])
-return 1
-"""
-)
-
-# KEYS ..., quarantine; ARGV ..., entry id, length of the quarantine, attempts, reason.
-_QUARANTINE = (
-    _OURS
-    + """
-if not ours(ARGV[3]) then return 0 end
-keep(ARGV[3], KEYS[2], ARGV[4], ARGV[6], ARGV[5])
-let_go(ARGV[3])
-return 1
-"""
-)
 
 _failures = msgspec.msgpack.Encoder()
 _failure = msgspec.msgpack.Decoder(Failure)
@@ -191,17 +49,17 @@ class EntryOwnership:
         self._key = keys.stream(stream)
         self._quarantine_key = keys.quarantine(stream)
         self._who: list[str | bytes | int] = [service, name]
-        self._owned = redis.register_script(_OWNED)
-        self._finish = redis.register_script(_FINISH)
-        self._claim = redis.register_script(_CLAIM)
-        self._progressed = redis.register_script(_PROGRESSED)
-        self._hand_on = redis.register_script(_HAND_ON)
-        self._return = redis.register_script(_RETURN)
-        self._condemn = redis.register_script(_CONDEMN)
-        self._drop = redis.register_script(_DROP)
-        self._refuse = redis.register_script(_REFUSE)
-        self._end = redis.register_script(_END)
-        self._quarantine = redis.register_script(_QUARANTINE)
+        self._owned = redis.register_script(read_script("owned"))
+        self._finish = redis.register_script(read_script("finish"))
+        self._claim = redis.register_script(read_script("claim"))
+        self._progressed = redis.register_script(read_script("progressed"))
+        self._hand_on = redis.register_script(read_script("hand_on"))
+        self._return = redis.register_script(read_script("send_back"))
+        self._condemn = redis.register_script(read_script("condemn"))
+        self._drop = redis.register_script(read_script("drop"))
+        self._refuse = redis.register_script(read_script("refuse"))
+        self._end = redis.register_script(read_script("end"))
+        self._quarantine = redis.register_script(read_script("quarantine"))
 
     async def owned(self, entry_ids: Sequence[str]) -> set[str]:
         """Which of these are ours."""

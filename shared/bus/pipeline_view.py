@@ -13,6 +13,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT, Replica
+from shared.bus.lua import read_script
 
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 QUEUES = {"mm_encoder": ENCODE, "engine": GENERATE}
@@ -21,31 +22,6 @@ ROOM = {"mm_encoder": "limit", "engine": "capacity"}
 
 LONG_WAIT_S = 300.0
 FULL = 0.85  # of Redis's memory
-
-# For scripts with KEYS stream; ARGV group: what Redis says of the group, by name, or nil where there is none yet.
-GROUP = """
-local function group()
-  local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
-  for _, fields in ipairs(groups.err and {} or groups) do
-    local found = {}
-    for i = 1, #fields, 2 do found[fields[i]] = fields[i + 1] end
-    if found['name'] == ARGV[1] then return found end
-  end
-end
-"""
-
-# {length, oldest entry, pending, oldest entry that nobody has taken}
-_QUEUE = (
-    GROUP
-    + """
-local function first(from)
-  local entry = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 1)[1]
-  return entry and entry[1] or ''
-end
-local found = group() or {pending = 0, ['last-delivered-id'] = '0-0'}
-return {redis.call('XLEN', KEYS[1]), first('-'), found['pending'], first('(' .. found['last-delivered-id'])}
-"""
-)
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
@@ -214,7 +190,7 @@ def _first_questions(keys: Keys, server: bool) -> _Questions:
     for service in SERVICES:
         questions[f"names {service}"] = ("SMEMBERS", keys.replicas(service))
     for service, stream in QUEUES.items():
-        questions[f"queue {stream}"] = ("EVAL", _QUEUE, 1, keys.stream(stream), service)
+        questions[f"queue {stream}"] = ("EVAL", read_script("queue_view"), 1, keys.stream(stream), service)
         questions[f"consumers {stream}"] = ("XINFO CONSUMERS", keys.stream(stream), service)
         questions[f"quarantine {stream}"] = ("XLEN", keys.quarantine(stream))
     questions["shards"] = ("HGETALL", keys.shards())
@@ -228,7 +204,7 @@ def _second_questions(keys: Keys, names: dict[str, list[str]], shards: int) -> _
             questions[f"lease {service} {name}"] = ("GET", keys.replica(service, name))
             questions[f"expiry {service} {name}"] = ("PTTL", keys.replica(service, name))
     for shard in range(shards):
-        questions[f"shard {shard}"] = ("EVAL", _QUEUE, 1, keys.tokens(shard), "")
+        questions[f"shard {shard}"] = ("EVAL", read_script("queue_view"), 1, keys.tokens(shard), "")
     return questions
 
 

@@ -12,7 +12,8 @@ from redis.asyncio import Redis
 
 from shared.bus.client import command
 from shared.bus.keys import Keys
-from shared.bus.leases import FENCE, Fence
+from shared.bus.leases import Fence
+from shared.bus.lua import read_script
 from shared.messages import (
     VERSION,
     Begin,
@@ -38,127 +39,6 @@ from shared.messages import (
 CONTROL_LENGTH = 10_000  # entries the control stream keeps, about; the record says the same to whoever missed one
 TOKEN_BYTES = 4
 
-# KEYS idempotency, stream, record...; ARGV what we submit, expiry in s, prefix of records, v, gateway, then
-# (request, m)...
-# Earlier requests of which one is gone (refused, cancelled, failed, or past their time) do not stand in the way.
-_SUBMIT_ONCE = """
-local known = redis.call('GET', KEYS[1])
-if known then
-  local alive = true
-  for _, id in ipairs(cjson.decode(known).request_ids) do
-    alive = alive and redis.call('EXISTS', ARGV[3] .. id) == 1
-  end
-  if alive then return known end
-end
-for i = 3, #KEYS do
-  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5])
-  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1])
-end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-return false
-"""
-
-# KEYS shards, control, record...; ARGV fence, length of control, v, m.
-_CANCEL = (
-    FENCE
-    + """
-local marked = 0
-for i = 3, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 and redis.call('HEXISTS', KEYS[i], 'finish') == 0 then
-    marked = marked + redis.call('HSET', KEYS[i], 'cancelled', '1')
-  end
-end
-if marked > 0 then
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + 2])
-end
-return marked
-"""
-)
-
-# KEYS shards, (record, journal, logprobs)...; ARGV fence, (index, tokens, begin or '', number of logprobs,
-# logprobs...)... Returns the places, from 1, of the writes that left a hole.
-_WRITE_JOURNAL = (
-    FENCE
-    + f"""
-local refused = {{}}
-for i = 2, #KEYS, 3 do
-  local index, tokens, begin, logprobs = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
-  at = at + 4
-  if redis.call('EXISTS', KEYS[i]) == 1 then
-    local kept = logprobs > 0 and redis.call('LLEN', KEYS[i + 2]) or index
-    if redis.call('STRLEN', KEYS[i + 1]) < {TOKEN_BYTES} * index or kept < index then
-      refused[#refused + 1] = (i + 1) / 3
-    else
-      redis.call('SETRANGE', KEYS[i + 1], {TOKEN_BYTES} * index, tokens)
-      for n = kept - index, logprobs - 1 do redis.call('RPUSH', KEYS[i + 2], ARGV[at + n]) end
-      if begin ~= '' then redis.call('HSET', KEYS[i], 'begin', begin) end
-    end
-  end
-  at = at + logprobs
-end
-return refused
-"""
-)
-
-# KEYS shards, (record, journal, logprobs)...; ARGV fence, (finish, expiry in ms)...
-_RETAIN = (
-    FENCE
-    + """
-for i = 2, #KEYS, 3 do
-  if redis.call('EXISTS', KEYS[i]) == 1 then
-    redis.call('HSET', KEYS[i], 'finish', ARGV[at])
-    for n = i, i + 2 do redis.call('PEXPIRE', KEYS[n], ARGV[at + 1]) end
-  end
-  at = at + 2
-end
-"""
-)
-
-# KEYS shards, keys...; ARGV fence.
-_DELETE = FENCE + "for i = 2, #KEYS do redis.call('UNLINK', KEYS[i]) end"
-
-# The names in a record's `gateways`, but for one.
-_OTHERS = """
-local function others(record, gateway)
-  local names = {}
-  for name in string.gmatch(redis.call('HGET', record, 'gateways') or '', '%S+') do
-    if name ~= gateway then names[#names + 1] = name end
-  end
-  return names
-end
-"""
-
-# KEYS record...; ARGV gateway.
-_ATTACH = (
-    _OTHERS
-    + """
-for _, record in ipairs(KEYS) do
-  if redis.call('EXISTS', record) == 1 then
-    local names = others(record, ARGV[1])
-    names[#names + 1] = ARGV[1]
-    redis.call('HSET', record, 'gateways', table.concat(names, ' '))
-  end
-end
-"""
-)
-
-# KEYS record...; ARGV gateway, prefix of deltas. A gateway is there while its stream is. Returns the places, from 1, of
-# those without a reader now.
-_DETACH = (
-    _OTHERS
-    + """
-local alone = {}
-for i, record in ipairs(KEYS) do
-  if redis.call('EXISTS', record) == 1 then
-    local names, read = others(record, ARGV[1]), false
-    for _, name in ipairs(names) do read = read or redis.call('EXISTS', ARGV[2] .. name) == 1 end
-    redis.call('HSET', record, 'gateways', table.concat(names, ' '))
-    if not read then alone[#alone + 1] = i end
-  end
-end
-return alone
-"""
-)
 
 _FIELDS = ("request", "epoch", "cancelled", "begin", "finish", "gateways")
 
@@ -189,13 +69,13 @@ class Records:
         self._redis = redis
         self._keys = keys
         self._unfenced = Fence(keys, "", {})
-        self._submit_once = redis.register_script(_SUBMIT_ONCE)
-        self._cancel = redis.register_script(_CANCEL)
-        self._write_journal = redis.register_script(_WRITE_JOURNAL)
-        self._retain = redis.register_script(_RETAIN)
-        self._delete = redis.register_script(_DELETE)
-        self._attach = redis.register_script(_ATTACH)
-        self._detach = redis.register_script(_DETACH)
+        self._submit_once = redis.register_script(read_script("submit_once"))
+        self._cancel = redis.register_script(read_script("cancel"))
+        self._write_journal = redis.register_script(read_script("write_journal"))
+        self._retain = redis.register_script(read_script("retain"))
+        self._delete = redis.register_script(read_script("delete"))
+        self._attach = redis.register_script(read_script("attach"))
+        self._detach = redis.register_script(read_script("detach"))
 
     async def submit(self, stream: str, message: Encode | Generate) -> None:
         """Create the record and append the work entry to `stream`, in one transaction (gateway)."""

@@ -10,6 +10,7 @@ from redis.exceptions import ResponseError
 
 from shared.bus.client import MAX_BLOCK_MS, command
 from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.lua import read_script
 from shared.bus.ownership import EntryOwnership, Poison
 from shared.bus.wire import Wire
 from shared.errors import ProtocolError
@@ -24,66 +25,6 @@ _log = logger(__name__)
 _KINDS: Mapping[str, type[Encode | Generate]] = {ENCODE: Encode, GENERATE: Generate}
 
 _Entry = tuple[str, int, Mapping[bytes, bytes]]  # id, attempts, fields
-
-# Takes entries over from `owner`, inside Redis, so that of two replicas that look at once only one gets each: the
-# second finds them in the first one's list. KEYS stream; ARGV group, me.
-_TAKE_OVER = """
-local function take_over(pending, taken)
-  for _, entry in ipairs(pending) do
-    local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1])[1]
-    if claimed then
-      taken[#taken + 1] = {entry[1], entry[4] + 1, claimed[2]}
-    end
-  end
-end
-"""
-
-# ARGV ..., prefix of lease keys, count. A replica that is starting has taken nothing yet: what is pending under its
-# name is what its former self left. A dead consumer that owns nothing is deleted. Returns {taken, how many are left}.
-_CLAIM_DEAD = (
-    _TAKE_OVER
-    + """
-local taken, left, room = {}, 0, tonumber(ARGV[4])
-local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
-if consumers.err then return {taken, left} end
-for _, consumer in ipairs(consumers) do
-  local name, pending = consumer[2], consumer[4]
-  local lease = redis.call('GET', ARGV[3] .. name)
-  if name ~= ARGV[2] and (not lease or cjson.decode(lease).state == 'starting') then
-    local before = #taken
-    if pending > 0 and before < room then
-      take_over(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name), taken)
-    end
-    local rest = pending - (#taken - before)
-    if rest == 0 and not lease then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end
-    left = left + rest
-  end
-end
-return {taken, left}
-"""
-)
-
-# ARGV ..., ids of our own that are pending although nobody here works on them.
-_CLAIM_LOST = (
-    _TAKE_OVER
-    + """
-local taken = {}
-for i = 3, #ARGV do
-  take_over(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]), taken)
-end
-return taken
-"""
-)
-
-# KEYS stream; ARGV group, me, most pending. What is handed over in order has not failed: its delivery does not count.
-_LEAVE = """
-local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[3], ARGV[2])
-if pending.err then return end
-for _, entry in ipairs(pending) do
-  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'RETRYCOUNT', math.max(entry[4] - 1, 0), 'JUSTID')
-end
-if #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
-"""
 
 
 class Delivery(msgspec.Struct, frozen=True):
@@ -125,9 +66,9 @@ class WorkStream:
         self._max_deliveries = max_deliveries
         self._ownership = EntryOwnership(redis, keys, stream, service, name)
         self._hop = Hop(stream)
-        self._claim_dead = redis.register_script(_CLAIM_DEAD)
-        self._claim_lost = redis.register_script(_CLAIM_LOST)
-        self._leave = redis.register_script(_LEAVE)
+        self._claim_dead = redis.register_script(read_script("claim_dead"))
+        self._claim_lost = redis.register_script(read_script("claim_lost"))
+        self._leave = redis.register_script(read_script("leave"))
         self._claiming = asyncio.Lock()
         self._held: set[str] = set()  # delivered to our caller and, as far as we know, not finished
         self._taking = False

@@ -1,4 +1,4 @@
-"""What the engine knows of a request outside the model's thread."""
+"""State of a request outside the model's thread."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from shared.messages import Generate
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """One entry that was delivered to us."""
+    """One delivered entry of `generate`."""
 
     entry_id: str
     message: Generate
@@ -21,7 +21,7 @@ class PendingRequest:
     poison: Poison | None  # it has ended so many engines that it is only answered
     epoch: int = 0  # ours, once claimed; what ends under another is not this
     lost: bool = False  # it was no longer ours when we claimed it
-    replaces: str | None = None  # the entry of the same request that we had before
+    replaces: str | None = None  # the entry under which the request was in hand before
     admitted: bool = False  # the model's thread has it
     cancelled: bool = False  # nobody waits for it
     end: End | None = None  # how it ended, once that is said
@@ -42,12 +42,12 @@ class PendingRequest:
         return deadline is not None and now > deadline
 
 
-def pending_request(delivery: Delivery, poison: bool) -> PendingRequest:
-    """
+def pending_request(delivery: Delivery, poison: Poison | None) -> PendingRequest:
+    """Return the state of a request that was just delivered.
+
     Raises:
-        ProtocolError: someone wrote another kind of work to our stream.
+        ProtocolError: the entry is another kind of work.
     """
     if not isinstance(delivery.message, Generate):
         raise ProtocolError(f"a {type(delivery.message).__name__} for the engine")
-    reason = Poison(delivery.attempts, f"delivered {delivery.attempts} times") if poison else None
-    return PendingRequest(delivery.entry_id, delivery.message, delivery.attempts, reason)
+    return PendingRequest(delivery.entry_id, delivery.message, delivery.attempts, poison)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 from redis.asyncio import Redis
 
-from services.engine.schedule.sequence import media_tokens
+from services.engine.schedule.sequence import asked_prompt, media_tokens
 from shared.bus.keys import Keys
 from shared.bus.records import TOKEN_BYTES, Records
 from shared.bus.streams import LogReader, send
@@ -15,6 +15,7 @@ from shared.crash_points import crash_point
 from shared.errors import ProtocolError
 from shared.log import logger
 from shared.messages import Begin, Generate, Request, TokenRun, Tokens
+from shared.token_runs import Verdict, judge_run, known_tokens
 
 PAGE = 500  # entries read at once
 
@@ -29,8 +30,8 @@ class History(msgspec.Struct, frozen=True):
 
 
 def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 0) -> History:
-    """Put together what a reader of the stream has accepted: postproc's own rules, so that what a client has seen is
-    what the model goes on from.
+    """Return the tokens that a reader of the stream has accepted, by postproc's own rule (shared/token_runs.py): the
+    model goes on from the tokens that the client has seen.
 
     Args:
         journal: tokens from index 0 on.
@@ -41,12 +42,16 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 
     """
     tokens, newest = list(journal), epoch
     for part in said:
-        if part.epoch < newest:
+        if isinstance(part, Begin):
+            newest = max(newest, part.epoch)
+            continue
+        verdict = judge_run(part, newest, len(tokens))
+        if verdict is Verdict.STALE:
             continue
         newest = part.epoch
-        if isinstance(part, Begin) or part.index > len(tokens):
+        if verdict is Verdict.GAP:
             continue
-        tokens.extend(part.tokens[len(tokens) - part.index :])
+        tokens.extend(part.tokens[known_tokens(part, len(tokens)) :])
         if part.finish is not None:
             return History(tuple(tokens), ended=True)
     return History(tuple(tokens))
@@ -55,7 +60,8 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 
 def announcement(message: Generate, epoch: int, index: int = 0) -> Begin:
     """A Begin of a request that is no sequence yet."""
     image, video = media_tokens(message.spans)
-    return Begin(message.request.id, epoch, index, len(message.prompt) // TOKEN_BYTES, 0, image, video)
+    counts = index, len(message.prompt) // TOKEN_BYTES, 0, image, video
+    return Begin(message.request.id, epoch, *counts, asked_prompt(message))
 
 
 async def recover(

@@ -7,17 +7,21 @@ looks may be missed, which leaves a gap in a timeline and no more.
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from redis.asyncio import Redis
 
 from shared.bus.keys import ENCODE, GENERATE, Keys
-from shared.bus.pipeline_view import GROUP, QUEUES
+from shared.bus.lua import read_script
+from shared.bus.pipeline_view import QUEUES
 from shared.bus.records import TOKEN_BYTES, Record, Records
 from shared.bus.streams import LogReader
 from shared.errors import ProtocolError
 from shared.messages import Begin, Cancel, TokenRun, Tokens
+
+HERE = Path(__file__).parent  # where the scripts are
 
 MOST_TAKEN = 256  # entries in work that are looked at, a stream
 MOST_WAITING = 64  # the same, of those that wait
@@ -28,39 +32,6 @@ KEPT_S = 60.0  # how long an ended request is shown
 MOST_KEPT = 400
 
 Where = Literal["encode", "generate", "ended"]
-
-# KEYS stream; ARGV group, most taken, most waiting, entries that are known... Returns {{entry, consumer, deliveries} of
-# what is taken, entries that wait, {entry, message} of all that were not known}.
-_LOOK = (
-    GROUP
-    + """
-local known, new = {}, {}
-for i = 4, #ARGV do known[ARGV[i]] = true end
-
-local function add(entry)
-  for i = 1, #entry[2], 2 do
-    if entry[2][i] == 'm' then new[#new + 1] = {entry[1], entry[2][i + 1]} end
-  end
-end
-
-local found, taken = group(), {}
-if found then
-  for _, entry in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[2])) do
-    taken[#taken + 1] = {entry[1], entry[2], entry[4]}
-    local there = not known[entry[1]] and redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
-    if there then add(there) end
-  end
-end
-
-local waiting, delivered = {}, found and found['last-delivered-id'] or '0-0'
-for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', ARGV[3])) do
-  waiting[#waiting + 1] = entry[1]
-  if not known[entry[1]] then add(entry) end
-end
-
-return {taken, waiting, new}
-"""
-)
 
 
 class _Request(msgspec.Struct, frozen=True):
@@ -108,7 +79,7 @@ class Sightings:
         self._redis = redis
         self._keys = keys
         self._records = Records(redis, keys)
-        self._look = redis.register_script(_LOOK)
+        self._look = redis.register_script(read_script("sightings", HERE))
         self._steps = LogReader(redis, {**{keys.tokens(shard): "0" for shard in range(shards)}, keys.control(): "$"})
         self._seen: dict[str, Sighting] = {}
         self._entries: dict[str, dict[str, _Work]] = {ENCODE: {}, GENERATE: {}}  # by entry id

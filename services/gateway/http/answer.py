@@ -23,6 +23,7 @@ from services.gateway.http.openai import (
     total_usage,
     unfinished,
 )
+from services.gateway.inflight.pipeline import Known
 from services.gateway.inflight.request import OpenRequest
 from shared import log
 from shared.errors import Failure, RequestError, internal
@@ -41,7 +42,6 @@ logger = log.logger(__name__)
 class Answerer(msgspec.Struct, frozen=True):
     """How answers are labelled, and how long a stream's status may wait for its media to be checked."""
 
-    model: str
     system_fingerprint: str
     hold_headers_s: float
 
@@ -87,12 +87,12 @@ class Answerer(msgspec.Struct, frozen=True):
                 task.cancel()
             await asyncio.gather(writing, *leaving, return_exceptions=True)
 
-    async def say_unfinished(self, request_id: str, created: float, send: Send) -> None:
+    async def say_unfinished(self, known: Known, send: Send) -> None:
         """202: there is no whole answer yet."""
-        await _write_json(send, unfinished(self._head(request_id, created)), 202, [_RETRY_AFTER])
+        await _write_json(send, unfinished(self._head(known)), 202, [_RETRY_AFTER])
 
-    def _head(self, request_id: str, created: float) -> Head:
-        return Head(f"chatcmpl-{request_id}", int(created), self.model, self.system_fingerprint)
+    def _head(self, request: OpenRequest | Known) -> Head:
+        return Head(f"chatcmpl-{request.id}", int(request.created), request.form.model, self.system_fingerprint)
 
     async def _stream(self, open_request: OpenRequest, send: Send) -> None:
         """Bad media are a real 4xx as long as they are found in time; then the stream starts and errors are in it."""
@@ -101,17 +101,19 @@ class Answerer(msgspec.Struct, frozen=True):
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
         form = open_request.form
-        chunks = Chunks(self._head(open_request.id, open_request.created), form.n, form.include_usage)
+        chunks = Chunks(self._head(open_request), form.n, form.include_usage, form.token_ids)
         marks = Marks(open_request.since)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        open_request.announced = True
-        if not open_request.resumed:
-            await _write(send, chunks.openings(marks.line(), form.prompt_ids))
+        open_request.announced = open_request.resumed
+        if not open_request.resumed and (openings := chunks.openings(marks.line())):
+            await _write(send, openings)
+            open_request.announced = True
         while not open_request.done:
             news = merge(await open_request.take())
             if news:
                 events = (chunks.delta(index, delta, marks, open_request.shown(index)) for index, delta in news)
                 await _write(send, b"".join(events))
+                open_request.announced = True
             elif not open_request.done:
                 await _write(send, KEEP_ALIVE)
         await _write(send, _ending(open_request, chunks), more=False)
@@ -124,13 +126,8 @@ class Answerer(msgspec.Struct, frozen=True):
                 collected[index].add(delta)
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        choices = [
-            choice.choice(index, form.logprobs, form.prompt_ids, form.token_ids)
-            for index, choice in enumerate(collected)
-        ]
-        body = completion(
-            self._head(open_request.id, open_request.created), choices, total_usage(_usages(open_request))
-        )
+        choices = [choice.choice(index, form.logprobs, form.token_ids) for index, choice in enumerate(collected)]
+        body = completion(self._head(open_request), choices, total_usage(_usages(open_request)))
         await _write_json(send, body, 200, [])
 
 

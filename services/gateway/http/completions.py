@@ -51,14 +51,14 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             order, key = await self._take(body, request.headers, owner)
             del body
             if span is not None:
-                spans.asked(span, self.answerer.model, order)
+                spans.asked(span, order)
             ticket = Ticket(created, created + seconds, owner, key, trace)
             async with self.open_requests.open(order, ticket) as open_request:
                 try:
                     await self.answerer.respond(open_request, request, receive, send)
                 finally:
                     if span is not None:
-                        spans.answered(span, self.answerer.model, open_request, time.time())
+                        spans.answered(span, open_request, time.time())
 
     async def _take(self, body: bytes, headers: Mapping[str, str], owner: str) -> tuple[ParsedRequest, Key | None]:
         def take() -> tuple[ParsedRequest, Key | None]:

@@ -45,7 +45,7 @@ class Returns(msgspec.Struct, frozen=True):
         with self.admission.slot():
             known = await self._find(name, request)
             if not known.ended:
-                await self.answerer.say_unfinished(known.id, known.created, send)
+                await self.answerer.say_unfinished(known, send)
                 return
             async with self.open_requests.rejoin(known, known.form, False) as open_request:
                 await self.answerer.respond(open_request, request, receive, send)

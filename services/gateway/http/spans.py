@@ -17,12 +17,12 @@ FIRST_TOKEN = "first_token"  # an event, and so is
 CLIENT_LEFT = "client_left"
 
 
-def asked(span: Span, model: str, order: ParsedRequest) -> None:
+def asked(span: Span, order: ParsedRequest) -> None:
     """The request is understood."""
     sampling = order.sampling
     span.set(
         {
-            "gen_ai.request.model": model,
+            "gen_ai.request.model": order.model,
             "gen_ai.request.stream": order.stream,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
@@ -35,15 +35,10 @@ def asked(span: Span, model: str, order: ParsedRequest) -> None:
         span.set({"gen_ai.request.choice.count": order.n})
 
 
-def answered(span: Span, model: str, open_request: OpenRequest, now: float) -> None:
+def answered(span: Span, open_request: OpenRequest, now: float) -> None:
     """It has ended, however. `now` in unix seconds."""
-    span.set(
-        {
-            REQUEST_ID: open_request.id,
-            "gen_ai.response.id": f"chatcmpl-{open_request.id}",
-            "gen_ai.response.model": model,
-        }
-    )
+    span.set({REQUEST_ID: open_request.id, "gen_ai.response.id": f"chatcmpl-{open_request.id}"})
+    span.set({"gen_ai.response.model": open_request.form.model})
     if open_request.first_token is not None:
         span.event(FIRST_TOKEN, open_request.first_token)
         span.set({"gen_ai.response.time_to_first_chunk": open_request.first_token - open_request.created})

@@ -1,6 +1,7 @@
 """Reads this gateway's stream of answers and hands each message to the desk."""
 
 import asyncio
+from pathlib import Path
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -8,24 +9,18 @@ from redis.exceptions import RedisError
 from services.gateway.inflight.registry import OpenRequests
 from shared import log
 from shared.bus.keys import Keys
+from shared.bus.lua import read_script
 from shared.bus.streams import LogReader
 from shared.errors import ProtocolError
 from shared.messages import Deltas, to_entry
+
+HERE = Path(__file__).parent  # where the scripts are
 
 BATCH = 256  # entries a read
 BLOCK_MS = 1000
 RETRY_S = 0.2
 TTL_S = 60  # of the stream of a gateway that died without deleting it
 
-# KEYS stream; ARGV ttl, v, m, the id of what was read last. Others write to the stream only while it is there, so that
-# nothing is left of a gateway that is not. What was read is cut. Returns whether the stream was not there.
-_KEEP = """
-local gone = redis.call('EXISTS', KEYS[1]) == 0
-if gone then redis.call('XADD', KEYS[1], '*', 'v', ARGV[2], 'm', ARGV[3]) end
-redis.call('XTRIM', KEYS[1], 'MINID', '~', ARGV[4])
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return gone and 1 or 0
-"""
 _NOTHING = to_entry(Deltas(()))
 
 logger = log.logger(__name__)
@@ -39,7 +34,7 @@ class Inbox:
         self._redis = redis
         self._key = keys.deltas(gateway)
         self._reader = LogReader(redis, {self._key: "0"}, hop="deltas")
-        self._keep = redis.register_script(_KEEP)
+        self._keep = redis.register_script(read_script("keep_stream", HERE))
         self._open_requests = open_requests
 
     async def create(self) -> None:

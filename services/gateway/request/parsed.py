@@ -6,10 +6,11 @@ from services.gateway.request import validate
 from services.gateway.request.answer_format import Form
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import Item, MediaRules
+from services.gateway.request.model_names import ModelNames
 from services.gateway.request.sampling import output, sampling
 from services.gateway.request.schemas import parse
 from shared.limits import resolve_max_tokens
-from shared.messages import Output, Sampling, pack_ids
+from shared.messages import Output, Sampling
 from shared.model.config import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ from shared.model.tokenizer import Tokenizer
 class ParsedRequest(msgspec.Struct, frozen=True):
     """One HTTP request, checked and tokenised."""
 
+    model: str  # the name that the answer repeats
     segments: tuple[list[int], ...]
     media: tuple[Item, ...]
     sampling: Sampling
@@ -27,14 +29,13 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     include_usage: bool
 
     def form(self, owner: str, key: str) -> Form:
-        """How its answer is written. With media only the mm_encoder knows the prompt's tokens."""
-        token_ids = self.output.return_token_ids
+        """How its answer is written."""
         return Form(
+            model=self.model,
             n=self.n,
             include_usage=self.include_usage,
-            token_ids=token_ids,
+            token_ids=self.output.return_token_ids,
             logprobs=self.output.logprobs,
-            prompt=pack_ids(self.segments[0]) if token_ids and not self.media else None,
             owner=owner,
             key=key,
         )
@@ -47,7 +48,7 @@ class RequestParser(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     rules: MediaRules
-    model: str
+    names: ModelNames
     max_n: int
     max_model_len: int
     force_include_usage: bool
@@ -59,7 +60,7 @@ class RequestParser(msgspec.Struct, frozen=True):
         """
         request, fields = parse(body)
         validate.check_supported(fields)
-        validate.check_model(request, self.model)
+        model = self.names.resolve(request.model)
         validate.check_choices(request, self.max_n)
         validate.check_messages(request.messages)
         validate.check_tools(request)
@@ -69,6 +70,7 @@ class RequestParser(msgspec.Struct, frozen=True):
         drawn = sampling(request, self.defaults, self.tokenizer, prompt.thinking)
         options = request.stream_options
         return ParsedRequest(
+            model=model,
             segments=prompt.segments,
             media=tuple(media),
             sampling=drawn,

@@ -6,38 +6,17 @@ says so on the control stream; a wait ends after `look_s` anyway, since that wor
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from redis.asyncio import Redis
 
 from shared.bus.keys import Keys
+from shared.bus.lua import read_script
 from shared.bus.records import CONTROL_LENGTH
 from shared.crash_points import crash_point
 from shared.messages import Encoded, to_entry
 
-# KEYS flights; ARGV key, me, prefix of lease keys.
-_TAKE_OFF = """
-local owner = redis.call('HGET', KEYS[1], ARGV[1])
-if owner and owner ~= ARGV[2] and redis.call('EXISTS', ARGV[3] .. owner) == 1 then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-return 1
-"""
-
-# KEYS flights, control; ARGV key, me, length of control, v, m.
-_LAND = """
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return end
-redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'v', ARGV[4], 'm', ARGV[5])
-"""
-
-# KEYS flights; ARGV prefix of lease keys, one that is alive and has no turns. Nobody may ever ask again for what a dead
-# replica was making.
-_SWEEP = """
-local flat = redis.call('HGETALL', KEYS[1])
-for i = 1, #flat, 2 do
-  local owner = flat[i + 1]
-  if owner == ARGV[2] or redis.call('EXISTS', ARGV[1] .. owner) == 0 then redis.call('HDEL', KEYS[1], flat[i]) end
-end
-"""
+HERE = Path(__file__).parent  # where the scripts are
 
 
 class EncodeLocks:
@@ -49,9 +28,9 @@ class EncodeLocks:
         self._leases = keys.replica_prefix(service)
         self._name = name
         self._look_s = look_s
-        self._take_off = redis.register_script(_TAKE_OFF)
-        self._land = redis.register_script(_LAND)
-        self._sweep = redis.register_script(_SWEEP)
+        self._take_off = redis.register_script(read_script("take_lock", HERE))
+        self._land = redis.register_script(read_script("release_lock", HERE))
+        self._sweep = redis.register_script(read_script("sweep_locks", HERE))
         self._waiting: dict[str, asyncio.Event] = {}
 
     async def begin(self) -> None:
@@ -68,7 +47,7 @@ class EncodeLocks:
         finally:
             await self._end(key)
 
-    def landed(self, message: Encoded) -> None:
+    def encoded(self, message: Encoded) -> None:
         """Wake whoever waits here for this key."""
         if (event := self._waiting.get(message.key)) is not None:
             event.set()

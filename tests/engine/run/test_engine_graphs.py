@@ -28,8 +28,6 @@ from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
 from services.engine.schedule.scheduler import Plan
 
-torch.set_num_threads(1)
-
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BLOCKS, SEQS = 64, 5

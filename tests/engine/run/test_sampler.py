@@ -17,8 +17,6 @@ from services.engine.run.sampling_plan import plan_sampling
 from services.engine.schedule.sequence import Sequence
 from services.engine.settings import SamplingClass
 
-torch.set_num_threads(1)
-
 CLASSES: tuple[SamplingClass, ...] = ("base", "rejection")
 
 

@@ -1,11 +1,13 @@
 import asyncio
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.keys import Keys
-from shared.bus.leases import FENCE, Fence, Lease, Replica, Shards, live
+from shared.bus.leases import Fence, Lease, Replica, Shards, live
+from shared.bus.lua import read_script
 from shared.errors import ConfigError, FencedError, ProtocolError
 
 HOUR_MS = 3_600_000
@@ -40,7 +42,7 @@ async def test_expired_lease_is_dead_and_pruned(redis: Redis, keys: Keys) -> Non
 
 async def test_lease_really_expires(redis: Redis, keys: Keys) -> None:
     await Lease(redis, keys, "postproc", "a", 1).renew("ready")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while await live(redis, keys, "postproc"):
             pass
 
@@ -132,7 +134,7 @@ async def test_racing_replicas_never_share_a_shard(redis: Redis, keys: Keys) -> 
 
 async def test_a_fence_lets_only_the_owner_write(redis: Redis, keys: Keys) -> None:
     a, b = await replica(redis, keys, "a"), await replica(redis, keys, "b")
-    write = redis.register_script(FENCE + "redis.call('SET', KEYS[2], ARGV[at])")
+    write = redis.register_script(read_script("fence") + "redis.call('SET', KEYS[2], ARGV[at])")
     await a.balance(["b"])
     await b.balance(["a"])
     mine = Fence(keys, "a", {0: 1, 1: 1})
@@ -153,7 +155,7 @@ async def test_a_fence_lets_only_the_owner_write(redis: Redis, keys: Keys) -> No
 
 async def test_an_error_that_is_no_fence_stays_what_it_is(redis: Redis, keys: Keys) -> None:
     await redis.set("k", "text")
-    pop = redis.register_script(FENCE + "redis.call('LPOP', KEYS[2])")
+    pop = redis.register_script(read_script("fence") + "redis.call('LPOP', KEYS[2])")
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         await Fence(keys, "", {}).run(pop, ["k"], [])
 

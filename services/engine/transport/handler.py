@@ -1,8 +1,7 @@
-"""Brings work to the engine: takes entries while there is room, claims what dead engines left, makes sequences of
-requests, and lets go of an entry when its request has ended.
+"""Handler of `Generate` requests: makes sequences of them, and ends their entries when they have ended.
 
-A request's state on this side is its entry in one dict, from delivery until its Finish is in the stream, or until
-nothing need be said of it here: it was dropped, sent back for new embeddings, or is another engine's.
+A request is in hand from its delivery until its Finish is in the tokens stream, or until nothing need be said of it
+here: it was dropped, sent back for new embeddings, or is another engine's.
 """
 
 import asyncio
@@ -21,19 +20,19 @@ from services.engine.transport.media import EmbedsGoneError, check_embeds
 from services.engine.transport.pending import PendingRequest, pending_request
 from services.engine.transport.resume import History, announcement, recover
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
+from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
 from shared.bus.ownership import EntryOwnership, Poison
 from shared.bus.records import Record, Records
 from shared.bus.retry import retry_until_available
-from shared.bus.streams import Delivery, LogReader, WorkStream
+from shared.bus.streams import Delivery, WorkStream
 from shared.crash_points import crash_point
-from shared.errors import Failure, ProtocolError, RequestError, internal
+from shared.errors import Failure, RequestError, internal
 from shared.log import logger
-from shared.messages import Cancel, Finish, MediaSpan, Message
+from shared.messages import Finish, MediaSpan, Message
 from shared.tracing import OFF, Tracing
 
-BLOCK_MS = 1000
-CONTROL_PAGE = 100
+SERVICE = "engine"
 DEADLINES_EVERY_S = 0.5
 LATE = internal("The request's deadline passed before its answer was complete.", "timeout", status=504).failure
 
@@ -46,105 +45,64 @@ def waiting_allowance(max_num_seqs: int) -> int:
     return max(2, max_num_seqs // 8)
 
 
-class Inbox:
-    """Everything between the `generate` stream and the mailbox of the model's thread."""
+class GenerateHandler:
+    """`shared.bus.consumer.Handler` of this service: everything between the `generate` stream and the mailbox of the
+    model's thread. `consumer` holds its requests."""
 
     def __init__(
         self,
         redis: Redis,
         keys: Keys,
-        work: WorkStream,
+        stream: WorkStream,
         ownership: EntryOwnership,
         blobs: Blobs,
         mailbox: Mailbox,
         facts: EngineFacts,
         capacity: int,
-        look_every_s: float,
+        claim_every_s: float,
         metrics: EngineMetrics,
         tracing: Tracing = OFF,
     ) -> None:
+        self.consumer: Consumer[PendingRequest] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
         self._redis = redis
         self._keys = keys
-        self._work = work
         self._ownership = ownership
         self._records = Records(redis, keys)
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
-        self._capacity = capacity
-        self._look_every_s = look_every_s
         self._metrics = metrics
         self._tracing = tracing
-        self._control = LogReader(redis, {keys.control(): "$"})
-        self._requests: dict[str, PendingRequest] = {}
-        self._batches: asyncio.Queue[list[PendingRequest]] = asyncio.Queue()
-        self._changed = asyncio.Condition()
-        self._open = False
-        self._owed = 0  # entries of dead engines for which nobody had room when we last looked
+        self._batches: asyncio.Queue[Sequence[PendingRequest]] = asyncio.Queue()
 
-    @property
-    def num_pending(self) -> int:
-        return len(self._requests)
+    # ---------------------------------------------------------------------------------------- called by the consumer
 
-    async def start(self) -> None:
-        """Join the stream, and fix where control begins: what is cancelled before is seen in the records."""
-        await retry_until_available("join", self._work.join)
-        await retry_until_available("control", lambda: self._control.read(1, 0))
+    def receive(self, delivery: Delivery, poison: Poison | None) -> PendingRequest:
+        return pending_request(delivery, poison)
 
-    def open(self) -> None:
-        """From now on work may come, until `close`."""
-        self._open = True
+    def start(self, requests: Sequence[PendingRequest]) -> None:
+        self._batches.put_nowait(requests)
 
-    def close(self) -> None:
-        self._open = False
+    def abandon(self, request: PendingRequest) -> None:
+        self._mailbox.put(Forget(request.request_id))
+        spans.record(self._tracing, request, time.time(), spans.LOST)
 
-    async def empty(self) -> None:
-        """Return when no request is held."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._requests)
+    def cancel(self, request: PendingRequest) -> None:
+        request.cancelled = True
+        if request.admitted:
+            self._mailbox.put(Abort(request.request_id, Finish("cancelled")))
+
+    def hear(self, message: Message) -> None:
+        """Do nothing: the other messages are not for engines."""
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
 
-    async def take(self) -> None:
-        """Take new entries as there is room for them that no dead engine's request needs: its client has waited, and
-        may have seen half of an answer."""
-        while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._room > 0 and not self._owed)
-            deliveries = await retry_until_available("take", lambda: self._work.take(self._room, BLOCK_MS))
-            crash_point("engine.take.after")
-            self._hold(deliveries)
-
-    async def look(self) -> None:
-        """Take over the entries of dead engines, and notice which of ours are no longer ours."""
-        while True:
-            ours, poisoned, lost, owed = await retry_until_available(
-                "look", lambda: self._work.claim_abandoned(self._room)
-            )
-            crash_point("engine.look.after")
-            async with self._changed:
-                for pending in [pending for pending in self._requests.values() if pending.entry_id in lost]:
-                    self._let_go(pending)
-                self._owed = owed
-                self._changed.notify_all()
-            self._hold(ours)
-            self._hold(poisoned, poison=True)
-            await self._until_next_look()
-
-    async def listen(self) -> None:
-        """Honour cancellations."""
-        while True:
-            for _, _, message in await retry_until_available("control", self._read_control):
-                if isinstance(message, Cancel):
-                    for request_id in message.request_ids:
-                        self._cancel(request_id)
-
     async def expire(self) -> None:
-        """End what is past its deadline. The gateway does so too, by cancelling; this is for when it is gone."""
+        """End requests that are past their deadline. The gateway does so too, by cancelling, as long as it lives."""
         while True:
-            for request_id, pending in self._requests.items():
+            for pending in self.consumer.requests:
                 if pending.admitted and pending.late(time.time()):
-                    self._mailbox.put(Abort(request_id, Finish("error", failure=LATE)))
+                    self._mailbox.put(Abort(pending.request_id, Finish("error", failure=LATE)))
             await asyncio.sleep(DEADLINES_EVERY_S)
 
     async def admit(self) -> None:
@@ -153,40 +111,13 @@ class Inbox:
             while True:
                 tasks.create_task(self._admit(await self._batches.get()))
 
-    async def _until_next_look(self) -> None:
-        """At once when there is room for what had none."""
-        if not self._owed:
-            await asyncio.sleep(self._look_every_s)
-            return
-        try:
-            async with asyncio.timeout(self._look_every_s), self._changed:
-                await self._changed.wait_for(lambda: self._room > 0)
-        except TimeoutError:
-            pass
-
-    # -------------------------------------------------------------------------------------- ways in and out
-
-    @property
-    def _room(self) -> int:
-        return max(0, self._capacity - len(self._requests)) if self._open else 0
-
-    def _hold(self, deliveries: Sequence[Delivery], poison: bool = False) -> None:
-        """What is delivered counts, whatever we have of the request: we may have lost that without knowing it."""
-        fresh = [pending_request(delivery, poison) for delivery in deliveries]
-        for pending in fresh:
-            before = self._requests.pop(pending.request_id, None)
-            if before is not None:
-                pending.replaces = before.entry_id
-                self._mailbox.put(Forget(pending.request_id))
-            self._requests[pending.request_id] = pending
-        if fresh:
-            self._batches.put_nowait(fresh)
+    # ----------------------------------------------------------------------------------------------------- the end
 
     async def finished(self, ends: Sequence[End]) -> None:
         """These requests' Finish is in the stream: let go of their entries."""
         ended = []
         for end in ends:
-            pending = self._requests.get(end.request_id)
+            pending = self.consumer.get(end.request_id)
             if pending is not None and pending.epoch == end.epoch:
                 pending.end = end
                 ended.append(pending)
@@ -199,7 +130,7 @@ class Inbox:
             await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
         crash_point("engine.finish.before")
         plain = [pending.entry_id for pending in ended if pending.poison is None]
-        await retry_until_available("finish", lambda: self._work.finish(plain))
+        await self.consumer.finish(plain)
         for pending in ended:
             if pending.poison is not None:
                 await retry_until_available(
@@ -219,25 +150,14 @@ class Inbox:
         return [key for pending in shown if pending.entry_id in ours for key in pending.uploads]
 
     async def _release(self, gone: Sequence[PendingRequest]) -> None:
-        async with self._changed:
-            for pending in gone:
-                if self._requests.get(pending.request_id) is pending:
-                    del self._requests[pending.request_id]
-                    self._note(pending, time.time())
-            self._changed.notify_all()
+        for pending in await self.consumer.release(gone):
+            self._note(pending, time.time())
 
     def _note(self, pending: PendingRequest, now: float) -> None:
         spans.record(self._tracing, pending, now)
         if pending.end is not None:
             fresh = pending.end.generated - pending.timeline.resumed_tokens
             self._metrics.observe_request(spans.durations(pending, now), fresh)
-
-    def _let_go(self, pending: PendingRequest) -> None:
-        """Forget what is no longer ours, and stop computing it."""
-        _log.warning("no longer ours", extra={"request_id": pending.request_id, "entry": pending.entry_id})
-        del self._requests[pending.request_id]
-        self._mailbox.put(Forget(pending.request_id))
-        spans.record(self._tracing, pending, time.time(), spans.LOST)
 
     async def _drop(self, pending: PendingRequest) -> None:
         """End a request that nobody waits for and of which nothing was ever said."""
@@ -249,21 +169,10 @@ class Inbox:
         crash_point("engine.drop.after")
         await self._release([pending])
 
-    def _cancel(self, request_id: str) -> None:
-        pending = self._requests.get(request_id)
-        if pending is None:
-            return
-        pending.cancelled = True
-        if pending.admitted:
-            self._mailbox.put(Abort(request_id, Finish("cancelled")))
-
     # --------------------------------------------------------------------------------------------- admission
 
-    async def _admit(self, batch: list[PendingRequest]) -> None:
-        replaced = [pending.replaces for pending in batch if pending.replaces not in (None, pending.entry_id)]
-        await retry_until_available(
-            "finish", lambda: self._work.finish([entry_id for entry_id in replaced if entry_id])
-        )
+    async def _admit(self, batch: Sequence[PendingRequest]) -> None:
+        await self.consumer.finish_replaced(batch)
         records = await self._claim(batch)
         again = {pending.request_id: (pending.message, pending.epoch) for pending in batch if pending.epoch > 1}
         histories = await retry_until_available(
@@ -290,11 +199,11 @@ class Inbox:
         )
 
     async def _admit_one(self, pending: PendingRequest, record: Record | None, history: History) -> None:
-        if self._requests.get(pending.request_id) is not pending:
+        if not self.consumer.holds(pending):
             return
         over = history.ended or (record is not None and record.finish is not None)
         if pending.lost:
-            self._let_go(pending)
+            await self.consumer.lose(pending)
         elif over or (record is None and pending.poison is not None):
             await self._finish([pending])
         elif record is None or ((record.cancelled or pending.cancelled) and pending.epoch == 1):
@@ -318,7 +227,7 @@ class Inbox:
         else:
             command = await self._command(pending, history)
         # Much may have happened while embeddings were loaded.
-        if command is None or self._requests.get(pending.request_id) is not pending:
+        if command is None or not self.consumer.holds(pending):
             return
         if pending.cancelled:
             command = _answer(pending, history, Finish("cancelled"))
@@ -367,13 +276,6 @@ class Inbox:
         )
         stored = dict(zip(keys, found, strict=True))
         return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
-
-    async def _read_control(self) -> list[tuple[str, str, Message]]:
-        try:
-            return await self._control.read(CONTROL_PAGE, BLOCK_MS)
-        except ProtocolError as unreadable:
-            _log.warning("unreadable entry in control", extra={"error": str(unreadable)})
-            return []
 
 
 def _deadly(poison: Poison) -> Failure:

@@ -1,0 +1,284 @@
+"""Handler of `Encode` requests: checks and encodes a request's media, and hands its prompt on to the engine.
+
+Every request ends here in one of four ways: handed on, refused (4xx), failed (5xx) or dropped (cancelled, or its record
+is gone), and leaves nothing behind. If this process dies first, another replica takes the entry and does it all again,
+to the same effect. If another replica has the entry, because this process was paused or Redis lost it, Redis refuses
+every write made here for it.
+
+Uploads stay until the request ends, since embeddings may be evicted before the engine reads them: the engine sends the
+request back then. A request that an engine has had ends as all such requests do, in the tokens stream.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.mm_encoder import spans
+from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.metrics import Metrics
+from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
+from services.mm_encoder.prompt import Embedded, expand
+from services.mm_encoder.running import Outcome, Running, running_request
+from services.mm_encoder.store.cache import Embeds, SingleFlight
+from services.mm_encoder.store.locks import EncodeLocks
+from services.mm_encoder.vision.batcher import Batcher
+from shared.bus.blobs import MEDIA, Blobs
+from shared.bus.consumer import Consumer
+from shared.bus.keys import Keys
+from shared.bus.ownership import DELTAS_LENGTH, EntryOwnership, Poison
+from shared.bus.records import Record, Records
+from shared.bus.retry import retry_until_available
+from shared.bus.streams import Delivery, WorkStream, reply
+from shared.crash_points import crash_point
+from shared.errors import Failure, RequestError, internal
+from shared.log import logger
+from shared.messages import (
+    Accepted,
+    Begin,
+    Encoded,
+    Failed,
+    Finish,
+    Generate,
+    Message,
+    Request,
+    TokenRun,
+    Tokens,
+)
+from shared.tracing import OFF, Tracing
+
+SERVICE = "mm_encoder"
+POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
+INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
+CHANGED = internal("The media at a URL changed while the request was in work.", "media_changed", 503).failure
+
+_log = logger(__name__)
+
+
+class EncodeHandler:
+    """`shared.bus.consumer.Handler` of this service; `consumer` holds its requests.
+
+    `patch_id` is the token id of a placeholder; `capacity` the most requests at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        redis: Redis,
+        keys: Keys,
+        stream: WorkStream,
+        ownership: EntryOwnership,
+        encode_locks: EncodeLocks,
+        records: Records,
+        blobs: Blobs,
+        preparer: Preparer,
+        embeds: Embeds,
+        batcher: Batcher,
+        metrics: Metrics,
+        patch_id: int,
+        capacity: int,
+        claim_every_s: float,
+        tracing: Tracing = OFF,
+    ) -> None:
+        self.consumer: Consumer[Running] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
+        self._redis = redis
+        self._keys = keys
+        self._ownership = ownership
+        self._encode_locks = encode_locks
+        self._records = records
+        self._blobs = blobs
+        self._preparer = preparer
+        self._embeds = embeds
+        self._batcher = batcher
+        self._metrics = metrics
+        self._patch_id = patch_id
+        self._tracing = tracing
+        self._encoding: SingleFlight[None] = SingleFlight()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures: asyncio.Queue[BaseException] = asyncio.Queue()
+
+    async def watch(self) -> None:
+        """Raise the exception of the first request whose handling failed beyond its own failure."""
+        raise await self._failures.get()
+
+    async def close(self) -> None:
+        """Cancel the work on all requests."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._encoding.close()
+
+    # ---------------------------------------------------------------------------------------- called by the consumer
+
+    def receive(self, delivery: Delivery, poison: Poison | None) -> Running:
+        return running_request(delivery, poison)
+
+    def start(self, requests: Sequence[Running]) -> None:
+        for running in requests:
+            self._metrics.running.inc()
+            self._spawn(self._carry(running))
+
+    def abandon(self, request: Running) -> None:
+        request.lost = True
+        self.cancel(request)
+
+    def cancel(self, request: Running) -> None:
+        if request.work is not None:
+            request.work.cancel()
+
+    def hear(self, message: Message) -> None:
+        if isinstance(message, Encoded):
+            self._encode_locks.encoded(message)
+
+    def _spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._failures.put_nowait(error)
+
+    # ------------------------------------------------------------------------------------------------- one request
+
+    async def _carry(self, running: Running) -> None:
+        """Carry one request to one of the four ends."""
+        try:
+            await self.consumer.finish_replaced([running])
+            if running.poison is None:
+                await self._handle(running)
+            else:
+                self._metrics.left("failed")
+                await self._end(running, POISONED)
+        finally:
+            self._metrics.running.dec()
+            await self.consumer.release([running])
+
+    async def _handle(self, running: Running) -> None:
+        work = running.work = asyncio.create_task(retry_until_available("encode", lambda: self._work(running)))
+        if running.lost:  # before its work began
+            work.cancel()
+        try:
+            await asyncio.wait([work])
+        finally:
+            work.cancel()  # does nothing unless the handler is being closed
+        outcome = self._outcome(running.request_id, work)
+        if isinstance(outcome, Failure):
+            self._metrics.left("refused" if outcome.status < 500 else "failed")
+            await self._end(running, outcome)
+        elif outcome == "done":
+            self._metrics.left("handed_on")
+        elif outcome == "over":
+            await self.consumer.finish([running.entry_id])
+        elif outcome == "unwanted" and not running.lost:
+            self._metrics.left("dropped")
+            await self._end(running, None)
+        spans.record(self._tracing, running, outcome)
+
+    def _outcome(self, request_id: str, work: asyncio.Task[Outcome]) -> Outcome:
+        if work.cancelled():
+            return "unwanted"
+        error = work.exception()
+        if error is None:
+            return CHANGED if work.result() == "changed" else work.result()
+        if isinstance(error, RedisError):
+            raise error  # nobody could be told; the entry stays and is taken again
+        if isinstance(error, RequestError):
+            return error.failure
+        _log.error("request failed", extra={"request_id": request_id}, exc_info=error)
+        return INTERNAL
+
+    async def _work(self, running: Running) -> Outcome:
+        message, request = running.message, running.message.request
+        record = (await self._records.get([request.id])).get(request.id)
+        if record is None or record.cancelled:
+            return "unwanted"
+        if record.finish is not None:
+            return "over"
+        if running.attempts > 1 and (condemned := await self._ownership.condemned(request.id)) is not None:
+            return condemned
+        _check_deadline(request)
+        media, max_tokens = await self._preparer.prepare(message)
+        prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
+        running.prompt_tokens, running.hits = len(prompt) // 4, sum(item.patches is None for item in media)
+        await self._accept(record, Accepted(request.id, running.prompt_tokens))
+        await gather_in_order([self._ensure_encoded(item) for item in media])
+        crash_point("mm_encoder.hand_on.before")
+        generate = Generate(request, prompt, max_tokens, placed)
+        outcome = await self._ownership.hand_on(running.entry_id, message, generate)
+        crash_point("mm_encoder.hand_on.after")
+        return outcome
+
+    async def _accept(self, record: Record, accepted: Accepted) -> None:
+        crash_point("mm_encoder.accepted.before")
+        for gateway in record.gateways:
+            await reply(self._redis, self._keys.deltas(gateway), accepted, DELTAS_LENGTH)
+        crash_point("mm_encoder.accepted.after")
+
+    async def _ensure_encoded(self, item: Prepared) -> None:
+        self._metrics.accepted(item.embedded.kind, hit=item.patches is None)
+        if item.patches is not None:
+            await self._encoding.join(item.embedded.key, partial(self._encode, item.embedded, item.patches))
+
+    async def _encode(self, embedded: Embedded, patches: Patches) -> None:
+        async def stored() -> bool:
+            return await self._embeds.find(embedded.kind, embedded.key) is not None
+
+        async def make() -> None:
+            rows = await self._batcher.encode(patches)
+            with self._metrics.stage("store"):
+                await self._embeds.store(embedded.key, embedded.grid, rows)
+            crash_point("mm_encoder.store.after")
+
+        await self._encode_locks.make(embedded.key, stored, make)
+
+    # -------------------------------------------------------------------------------------------------- the ways out
+
+    async def _end(self, running: Running, failure: Failure | None) -> None:
+        """End a request here: send its failure, if there is one, and forget it. Does nothing if another replica has the
+        entry."""
+        request, entry_id = running.message.request, running.entry_id
+        if running.uploads:
+            condemn = partial(self._ownership.condemn, entry_id, request.id, failure)
+            if not await retry_until_available("condemn", condemn):
+                return
+            crash_point("mm_encoder.condemn.after")
+            await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, running.uploads))
+        records = await retry_until_available("record", lambda: self._records.get([request.id]))
+        record = records.get(request.id)
+        crash_point("mm_encoder.end.before")
+        await retry_until_available("end", lambda: self._send_end(running, record, failure))
+        crash_point("mm_encoder.end.after")
+
+    async def _send_end(self, running: Running, record: Record | None, failure: Failure | None) -> None:
+        request, entry_id, poison = running.message.request, running.entry_id, running.poison
+        if record is not None and record.epoch > 0:
+            finish = Finish("cancelled") if failure is None else Finish("error", failure=failure)
+            await self._ownership.end(entry_id, request, _last_tokens(request.id, record.epoch, finish), poison)
+        elif failure is None:
+            await self._ownership.drop(entry_id, request.id)
+        else:
+            await self._ownership.refuse(entry_id, request, Failed(request.id, failure), poison)
+
+
+def _last_tokens(request_id: str, epoch: int, finish: Finish) -> Tokens:
+    """Return the message by which postproc ends a request. Its counts are those of the engine that began it."""
+    run = TokenRun(request_id, epoch, 0, (), None, finish)
+    return Tokens((Begin(request_id, epoch, 0, 0, 0, 0, 0),), (run,))
+
+
+def _check_deadline(request: Request) -> None:
+    """Check that the request may still be worked on.
+
+    Raises:
+        RequestError: the request waited for too long (504).
+    """
+    if request.deadline is not None and time.time() > request.deadline:
+        raise internal("The request's deadline passed before its media were looked at.", "timeout", status=504)

@@ -1,0 +1,9 @@
+-- Release the locks of dead replicas, and of one that is alive and starts anew: nobody may ever ask again for what they
+-- were making.
+-- KEYS: locks
+-- ARGV: prefix of lease keys, the replica that starts anew (or empty)
+local flat = redis.call('HGETALL', KEYS[1])
+for i = 1, #flat, 2 do
+  local owner = flat[i + 1]
+  if owner == ARGV[2] or redis.call('EXISTS', ARGV[1] .. owner) == 0 then redis.call('HDEL', KEYS[1], flat[i]) end
+end

@@ -1,0 +1,17 @@
+-- Raise the epochs of the requests whose entries are the consumer's: it becomes their owner.
+-- KEYS: stream, record...
+-- ARGV: consumer group, consumer, entry id...
+-- Returns {epoch...}: 0 for a request without a record, -1 for an entry that is not the consumer's.
+-- requires: ours
+local epochs = {}
+for i = 3, #ARGV do
+  local record = KEYS[i - 1]
+  if not ours(ARGV[i]) then
+    epochs[#epochs + 1] = -1
+  elseif redis.call('EXISTS', record) == 0 then
+    epochs[#epochs + 1] = 0
+  else
+    epochs[#epochs + 1] = redis.call('HINCRBY', record, 'epoch', 1)
+  end
+end
+return epochs

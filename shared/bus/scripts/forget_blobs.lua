@@ -1,0 +1,5 @@
+-- Delete blobs and their entries in the index.
+-- KEYS: index, sizes
+-- ARGV: prefix of blob keys, bytes of a chunk, member...
+-- requires: blob_index
+for i = 3, #ARGV do forget(ARGV[i]) end

@@ -1,0 +1,15 @@
+-- List the leases of a service, and prune the names without one from the index. One step: a replica that renewed in
+-- between would be alive and in no index.
+-- KEYS: index of the service's replicas
+-- ARGV: prefix of lease keys
+-- Returns {status...}.
+local leases = {}
+for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local lease = redis.call('GET', ARGV[1] .. name)
+  if lease then
+    leases[#leases + 1] = lease
+  else
+    redis.call('SREM', KEYS[1], name)
+  end
+end
+return leases

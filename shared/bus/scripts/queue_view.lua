@@ -1,0 +1,11 @@
+-- Look at a work stream.
+-- KEYS: stream
+-- ARGV: consumer group
+-- Returns {length, oldest entry, pending, oldest entry that nobody has taken}.
+-- requires: group
+local function first(from)
+  local entry = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 1)[1]
+  return entry and entry[1] or ''
+end
+local found = group() or {pending = 0, ['last-delivered-id'] = '0-0'}
+return {redis.call('XLEN', KEYS[1]), first('-'), found['pending'], first('(' .. found['last-delivered-id'])}

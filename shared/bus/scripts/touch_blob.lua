@@ -1,0 +1,17 @@
+-- Renew a blob's TTL and its place in the index. A blob that lost a chunk to Redis's own eviction is no blob.
+-- KEYS: index, sizes
+-- ARGV: prefix of blob keys, bytes of a chunk, member, TTL in s
+-- Returns {chunks, meta}, or false.
+-- requires: blob_index
+local key, ttl = ARGV[1] .. ARGV[3], ARGV[4]
+local chunks, meta = unpack(redis.call('HMGET', key, 'chunks', 'meta'))
+if not chunks then return false end
+for n = 0, chunks - 1 do
+  if redis.call('EXPIRE', key .. ':' .. n, ttl) == 0 then
+    forget(ARGV[3])
+    return false
+  end
+end
+redis.call('EXPIRE', key, ttl)
+redis.call('ZADD', KEYS[1], now(), ARGV[3])
+return {tonumber(chunks), meta}

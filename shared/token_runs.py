@@ -1,0 +1,30 @@
+"""The one rule of which tokens of a stream count: at-least-once delivery made exactly-once, by epoch and index.
+
+Every run of tokens carries the epoch (fencing token) of the engine that wrote it and the index of its first token. Who
+keeps a request's tokens, postproc for the client and an engine that resumes it for the model, asks this rule of each
+run; so both keep the same tokens, whatever is delivered twice, late, or by an engine that was thought dead.
+"""
+
+from enum import Enum
+
+from shared.messages import TokenRun
+
+
+class Verdict(Enum):
+    """Relation of a run to the tokens that a reader has."""
+
+    STALE = "stale"  # a former owner wrote it: none of it counts, nor does its finish
+    GAP = "gap"  # tokens before it are missing, which only a Redis that lost writes can cause: its tokens do not count
+    NEXT = "next"  # its tokens from `known_tokens` on are the next ones, none if all are known
+
+
+def judge_run(run: TokenRun, epoch: int, count: int) -> Verdict:
+    """Judge a run, given the newest epoch seen and the number of tokens that the reader has."""
+    if run.epoch < epoch:
+        return Verdict.STALE
+    return Verdict.GAP if run.index > count else Verdict.NEXT
+
+
+def known_tokens(run: TokenRun, count: int) -> int:
+    """Return how many of a run's tokens, from its first on, a reader with `count` tokens has already."""
+    return count - run.index
