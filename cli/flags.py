@@ -31,6 +31,8 @@ _NOT_YET = """
     disable-custom-all-reduce splitwise-role ips use-warmup router enable-eplb cache-queue-port config
 """
 NOT_YET = frozenset(f"--{name}" for name in _NOT_YET.split())
+# FastDeploy's environment variables that mean something here, and the settings that they are.
+VARIABLES = {"FD_SAMPLING_CLASS": "sampling_class", "FD_API_KEY": "api_keys"}
 # What FD_SAMPLING_CLASS may say here: both draw the same tokens, one without sorting. FastDeploy's others are its own.
 SAMPLING_CLASSES = ("base", "rejection")
 
@@ -71,9 +73,12 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Launch:
 
 def unread_variables(environ: Mapping[str, str]) -> list[str]:
     """FastDeploy's environment variables that are set and that nothing here reads."""
-    return sorted(
-        name for name in environ if name.startswith("FD_") and name not in ("FD_SAMPLING_CLASS", "FD_API_KEY")
-    )
+    return sorted(name for name in environ if name.startswith("FD_") and name not in VARIABLES)
+
+
+def flags() -> list[argparse.Action]:
+    """Every flag there is but --help."""
+    return [action for action in _parser()._actions if action.dest != "help"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""The `millrace` command."""
+"""The `millrace` command, which is `python -m cli.main` too."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from shared.errors import CheckpointError, ConfigError
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace top | status | autoscale [flags]
        millrace quarantine list | show | retry | drop [entries]
+       millrace --version
 
   serve      run Redis and the four services on this machine
   top        watch a running pipeline: stages, replicas, streams, Redis
@@ -57,6 +58,15 @@ def _serve(words: Sequence[str]) -> int:
     return serve(launch, os.environ)
 
 
+def _version(words: Sequence[str]) -> int:
+    from shared.version import millrace_version
+
+    if words:
+        raise ConfigError(f"{words[0]}: --version takes no arguments")
+    print(f"millrace {millrace_version()}")
+    return 0
+
+
 def _status(words: Sequence[str]) -> int:
     from cli.status import main
 
@@ -89,4 +99,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": _status,
     "quarantine": _quarantine,
     "autoscale": _autoscale,
+    "--version": _version,
 }
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,10 @@ from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD
+from shared.version import millrace_version
 
+# A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.
+PYTHON = (sys.executable, "-P", "-m")
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then
 STATUS_S = 10.0
@@ -42,6 +45,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError, CheckpointError: this launch cannot work; no service was started.
     """
+    millrace_version()
     check_ports(launch)
     for name in unread_variables(environ):
         report(f"{name} is set, but nothing here reads it")
@@ -86,7 +90,7 @@ class System:
         self._keys = Keys(common.namespace)
         self._grace_s = common.drain_s + CLOSE_S
         self._children = [
-            Child(service, [sys.executable, "-m", f"services.{service}"], environ, report, self._forget_gauges)
+            Child(service, [*PYTHON, f"services.{service}"], environ, report, self._forget_gauges)
             for service, environ in environs.items()
         ]
         self._first_signal: float | None = None

@@ -1,10 +1,15 @@
-"""What many tests need: a real Redis of their own, empty at the start of each."""
+"""Fixtures of many tests: a real Redis of their own, empty at the start of each; and the marks that `make check` reads.
+
+`system` marks every test that starts a process. The fixtures and folders below bring the mark with them, a test that
+starts one by itself carries it in its file, and one that starts a process without the mark fails.
+"""
 
 import os
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +30,43 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
 
 
+TESTS = Path(__file__).resolve().parent
+SYSTEM_FIXTURES = ("redis_server",)
+SYSTEM_FOLDERS = ("browser", "chaos", "clients", "cluster", "images", "pipeline")  # of running systems
+STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")  # audit events
+processes_started: list[str] = []
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "redis_server" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "redis_server" in fixtures:
             item.add_marker(pytest.mark.redis)
+        of_a_system = item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).parts[0] in SYSTEM_FOLDERS
+        if of_a_system or any(name in fixtures for name in SYSTEM_FIXTURES):
+            item.add_marker(pytest.mark.system)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    processes_started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    result = yield
+    if processes_started and item.get_closest_marker("system") is None:
+        pytest.fail(f"mark this test with pytest.mark.system: it starts a process, {processes_started[0]}")
+    return result
+
+
+def _note_process(event: str, details: tuple[object, ...]) -> None:
+    if event in STARTS_A_PROCESS:
+        processes_started.append(f"{event}{details[:2]}")
+
+
+sys.addaudithook(_note_process)
 
 
 @pytest.fixture(scope="session")

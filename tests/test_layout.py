@@ -20,7 +20,8 @@ SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
 TOP_LEVEL = {
     *CODE,
     *("tests", "docs", "helm"),
-    *("README.md", "Makefile", "pyproject.toml", "constraints.txt"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt"),
 }
 BRINGS_TORCH = ("torch", "torchvision", "transformers", "safetensors.torch", "triton")
 UNPICKLERS = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")

@@ -17,11 +17,11 @@ Step = Literal["stay", "out", "mark", "in"]
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one stage is told. With `least` 0 it sleeps while there is no work."""
 
-    deployment: str
-    target: Annotated[int, Meta(ge=1)]  # work that one replica should have
-    least: Annotated[int, Meta(ge=0)] = 1
-    most: Annotated[int, Meta(ge=1)]
-    cooldown_s: Annotated[float, Meta(ge=0)] = 300.0
+    deployment: str  # the Deployment to scale
+    target: Annotated[int, Meta(ge=1)]  # requests, waiting and running, that one replica should have
+    least: Annotated[int, Meta(ge=0)] = 1  # replicas at least; 0: the stage sleeps while it has no work
+    most: Annotated[int, Meta(ge=1)]  # replicas at most
+    cooldown_s: Annotated[float, Meta(ge=0)] = 300.0  # how long the work must ask for fewer before there are fewer
 
 
 class Seen(msgspec.Struct, frozen=True):

@@ -14,14 +14,14 @@ from shared.errors import ConfigError
 
 
 class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    redis_url: str
-    stages: dict[str, Rules]  # by service; a stage that is not named is left alone
-    kube_namespace: str  # of Kubernetes, where the Deployments are
-    namespace: str = "millrace"  # of the keys in Redis
-    name: str = ""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    metrics_port: Port = 0
-    interval_s: Annotated[float, Meta(gt=0)] = 5.0  # between two looks
+    redis_url: str  # Redis, as redis://, rediss:// or unix://
+    stages: dict[str, Rules]  # rules by service, see below; a service that is not named is left alone
+    kube_namespace: str  # the namespace of Kubernetes that has the Deployments
+    namespace: str = "millrace"  # prefix of the deployment's keys in Redis
+    name: str = ""  # this replica's; empty: hostname and process id
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe that is logged
+    metrics_port: Port = 0  # port of GET /metrics; 0: none
+    interval_s: Annotated[float, Meta(gt=0)] = 5.0  # between two looks at the pipeline
     leader_ms: Positive = 15_000  # a leader that has not been heard of for so long is replaced
 
 

@@ -8,7 +8,6 @@ import torch
 from redis.asyncio import Redis
 
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
 from services.engine.run.assembly import runner_for
@@ -55,9 +54,17 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights are not what the configuration says.
     """
     quantization = None if settings.quantization == "none" else settings.quantization
-    on_gpu = where == "cuda"
-    model = load_model(Path(settings.model), config, where, quantization, gpu_ops() if on_gpu else Ops())
+    model = load_model(Path(settings.model), config, where, quantization, operations(where))
     return runner_for(model, config, settings)
+
+
+def operations(where: str) -> Ops:
+    """The model's operations on a device."""
+    if where != "cuda":
+        return Ops()
+    from services.engine.kernels.triton.ops import gpu_ops  # Triton exists for Linux only, and the CPU needs none
+
+    return gpu_ops()
 
 
 def device(settings: EngineSettings) -> str:
