@@ -1,7 +1,7 @@
 """Fixtures of many tests: a real Redis of their own, empty at the start of each; and the marks that `make check` reads.
 
-`system` marks every test that starts a process. The fixtures and folders below bring the mark with them, a test that
-starts one by itself carries it in its file, and one that starts a process without the mark fails.
+`system` marks every test that starts a process. Fixtures and places below bring the mark with them, any other such test
+carries it itself, and a test that starts a process without the mark fails. `slow` marks what computes for long.
 """
 
 import os
@@ -32,7 +32,14 @@ SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
 
 TESTS = Path(__file__).resolve().parent
 SYSTEM_FIXTURES = ("redis_server",)
-SYSTEM_FOLDERS = ("browser", "chaos", "clients", "cluster", "images", "pipeline")  # of running systems
+SYSTEM_PLACES = (  # folders and files of which most tests start processes
+    *("browser", "chaos", "clients", "cluster", "images", "pipeline"),
+    *("cli/test_cli_serve.py", "cli/test_cli_supervisor.py", "cli/test_redis_server.py"),
+    *("helm/test_chart_autoscaler.py", "helm/test_chart_runs.py", "helm/test_chart_scripts.py"),
+    *("engine/test_engine_benchmark.py", "engine/kernels/test_kernel_compiles.py"),
+    "shared/test_shared_crash_points.py",
+)
+SLOW_PLACES = ("engine/kernels", "mm_encoder/vision/test_vision_memory.py")  # interpreted kernels; passes at full size
 STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")  # audit events
 processes_started: list[str] = []
 
@@ -42,9 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if "redis_server" in fixtures:
             item.add_marker(pytest.mark.redis)
-        of_a_system = item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).parts[0] in SYSTEM_FOLDERS
-        if of_a_system or any(name in fixtures for name in SYSTEM_FIXTURES):
+        if _within(item.path, SYSTEM_PLACES) or any(name in fixtures for name in SYSTEM_FIXTURES):
             item.add_marker(pytest.mark.system)
+        if _within(item.path, SLOW_PLACES):
+            item.add_marker(pytest.mark.slow)
+
+
+def _within(path: Path, places: tuple[str, ...]) -> bool:
+    return any(path.is_relative_to(TESTS / place) for place in places)
 
 
 @pytest.hookimpl(wrapper=True)

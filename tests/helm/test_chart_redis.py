@@ -40,6 +40,7 @@ async def client(secret: dict[str, str]) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("user", SERVICE_KEYS)
 async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, str], user: str) -> None:
     client, keys = connect(secret[user]), Keys(f"{NAMESPACE}:{user}")
