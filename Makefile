@@ -18,22 +18,28 @@ SHOW = test -t 1 && line='\r\e[K  %s %s' || line='  %s %s\n'; while read -r verb
 		Installing) printf "$$line\n" unpacking "all of them" ;; \
 	esac; done
 
-.PHONY: serve check check-code check-tests check-pythons test chaos test-chart test-images test-cluster test-browser
+.PHONY: serve check check-code check-tensors check-rest check-pythons test chaos test-chart test-images test-cluster test-browser
 
 serve: $(VENV)/.installed-cli
 	$(VENV)/bin/millrace serve --demo --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
 
-# What a change must pass before it is looked at: within a minute on two idle cores.
+# What a change must pass before it is looked at: within a minute on two idle cores, which the parts share.
 check: $(VENV)/.installed-test
-	@$(MAKE) --no-print-directory --jobs=2 check-code check-tests
+	@$(MAKE) --no-print-directory --jobs=2 check-tensors check-rest check-code
 
 check-code: $(VENV)/.installed-test
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet . || { echo "ruff format: $(VENV)/bin/ruff format . mends this" >&2; exit 1; }
 	@$(VENV)/bin/mypy
 
-check-tests: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not system and not slow"
+QUICK_TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not system and not slow"
+TENSORS := tests/engine tests/mm_encoder
+
+check-tensors: $(VENV)/.installed-test
+	@$(QUICK_TESTS) $(TENSORS)
+
+check-rest: $(VENV)/.installed-test
+	@$(QUICK_TESTS) $(TENSORS:%=--ignore=%) tests
 
 # `check` on every supported Python that is on PATH, each in an environment of its own.
 check-pythons:

@@ -39,7 +39,12 @@ SYSTEM_PLACES = (  # folders and files of which most tests start processes
     *("engine/test_engine_benchmark.py", "engine/kernels/test_kernel_compiles.py"),
     "shared/test_shared_crash_points.py",
 )
-SLOW_PLACES = ("engine/kernels", "mm_encoder/vision/test_vision_memory.py")  # interpreted kernels; passes at full size
+SLOW_PLACES = (
+    "engine/kernels",  # interpreted
+    "mm_encoder/vision/test_vision_memory.py",  # passes of full size
+    "engine/run/test_sampler.py",  # many draws
+    "helm/test_chart_network.py",  # many renderings
+)
 STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")  # audit events
 processes_started: list[str] = []
 

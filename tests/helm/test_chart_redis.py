@@ -69,6 +69,7 @@ async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, 
         await client.aclose()
 
 
+@pytest.mark.system
 async def test_a_service_may_not_administer_nor_leave_its_release(client: Redis) -> None:
     for words in (
         ("FLUSHALL",),
