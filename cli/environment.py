@@ -1,4 +1,4 @@
-"""What each service's process is told, worked out and checked before anything is started."""
+"""Environments of the services' processes, computed and checked before anything is started."""
 
 import socket
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from shared.errors import ConfigError
 from shared.model.config import load_model_config
 
 PREFIX = "MILLRACE_"
-# In the order in which they are stopped: first who lets requests in, last who gives answers out.
+# In the order in which they are stopped: the one that lets requests in first, the one that gives answers out last.
 SETTINGS: dict[str, type[CommonSettings]] = {
     "gateway": GatewaySettings,
     "mm_encoder": MmEncoderSettings,
@@ -29,7 +29,8 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 
 
 def check_ports(launch: Launch) -> None:
-    """
+    """Check that every port is free.
+
     Raises:
         ConfigError: two of our ports are the same, or one is taken; the message names the flag.
     """
@@ -39,7 +40,7 @@ def check_ports(launch: Launch) -> None:
     seen: dict[int, str] = {}
     for flag, (host, port) in wanted.items():
         if port in seen:
-            raise ConfigError(f"{flag}: {port} is also {seen[port]}")
+            raise ConfigError(f"{flag}: port {port} is also that of {seen[port]}; give each its own")
         seen[port] = flag
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,7 +51,7 @@ def check_ports(launch: Launch) -> None:
 
 
 def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Each service's environment, in the order of SETTINGS: ours, with the settings that the service has and no others.
+    """Return each service's environment, in the order of SETTINGS: ours, with the settings of this service alone.
 
     A MILLRACE_ variable of ours fills a setting where no flag does.
 
@@ -82,7 +83,7 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
 
 
 def settings_of(environ: Mapping[str, str]) -> CommonSettings:
-    """What all services share, out of one service's environment."""
+    """Read the settings that all services share from one service's environment."""
     known = {_variable(name) for name in CommonSettings.__struct_fields__}
     return config.load(CommonSettings, {name: value for name, value in environ.items() if name in known})
 
@@ -96,7 +97,7 @@ def _value(value: object) -> str:
 
 
 def _encoder_bytes(model: Path, told: Mapping[str, str]) -> int:
-    """What the mm_encoder will take of the card that it shares with the engine, which may look before it is there."""
+    """Return the memory that mm_encoder will take of the GPU it shares with the engine, which may start before it."""
     known = {_variable(name) for name in MmEncoderSettings.__struct_fields__}
     settings = config.load(MmEncoderSettings, {name: value for name, value in told.items() if name in known})
     if settings.device == "cpu":
@@ -106,7 +107,7 @@ def _encoder_bytes(model: Path, told: Mapping[str, str]) -> int:
 
 
 def _context_length(model: Path, told: Mapping[str, str]) -> dict[str, str]:
-    """The context length for all services where none was asked for: the default, as far as the model reaches."""
+    """Return the context length for all services where none is set: the default, or the model's if that is less."""
     name, longest = _variable("max_model_len"), load_model_config(model).max_position_embeddings
     if name not in told:
         default = next(f.default for f in msgspec.structs.fields(CommonSettings) if f.name == "max_model_len")

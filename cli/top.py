@@ -1,4 +1,4 @@
-"""`millrace top`: the pipeline, live. One look a second; q or Ctrl-C ends it."""
+"""Command `millrace top`: the pipeline, live, drawn once a second; q or Ctrl-C ends it."""
 
 import asyncio
 import contextlib
@@ -27,18 +27,19 @@ WIDE = 160  # columns where there is no terminal to ask
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """
+    """Run the command and return the exit status.
+
     Raises:
         ConfigError: a flag is wrong, or there is no terminal.
     """
     flags = parser("millrace top", "Watch the pipeline. q ends it.", environ)
-    flags.add_argument("--once", action="store_true", help="draw one look and end")
+    flags.add_argument("--once", action="store_true", help="draw the board once and end")
     given = flags.parse_args(words)
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in environ else WIDE)
     if given.once:
         return _once(console, given.redis_url, given.blob_redis_url, given.namespace)
     if not (console.is_terminal and sys.stdin.isatty()):
-        raise ConfigError("this is no terminal; --once draws one look")
+        raise ConfigError("standard input and output are not a terminal; use --once to draw the board once")
     asyncio.run(_watch(console, given.redis_url, given.blob_redis_url, Keys(given.namespace)))
     return 0
 
@@ -84,7 +85,7 @@ async def _picture(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableT
 
 @contextlib.contextmanager
 def _pressed(key: str) -> Iterator[asyncio.Future[None]]:
-    """A future that is done when the key is; the terminal gives keys one by one meanwhile, and shows none."""
+    """Yield a future that is done once the key is pressed; meanwhile the terminal passes keys on singly, unechoed."""
     loop, descriptor = asyncio.get_running_loop(), sys.stdin.fileno()
     told: asyncio.Future[None] = loop.create_future()
 

@@ -1,4 +1,4 @@
-"""Runs the autoscaler: `python -m cli.autoscaler` or `millrace autoscale`."""
+"""Entry point of the autoscaler: `python -m cli.autoscaler` or `millrace autoscale`."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 async def serve(settings: AutoscalerSettings, dry_run: bool) -> None:
-    """Until SIGTERM or SIGINT.
+    """Scale until SIGTERM or SIGINT.
 
     Raises:
         ConfigError: there is no cluster, or the URL of Redis is malformed.
@@ -66,7 +66,7 @@ async def _leave(leadership: Leadership) -> None:
     try:
         await leadership.release()
     except RedisError as error:
-        log.logger(__name__).warning("leadership not released; it will expire", extra={"reason": str(error)})
+        log.logger(__name__).warning("leadership not released; it expires by itself", extra={"reason": str(error)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the autoscaler is told, by MILLRACE_ variables as the services are."""
+"""Settings of the autoscaler, from MILLRACE_ variables as those of the services."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -26,9 +26,10 @@ class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
 
 def load(environ: Mapping[str, str]) -> AutoscalerSettings:
-    """
+    """Read the settings from the environment.
+
     Raises:
-        ConfigError: a variable is unknown, missing or malformed, or stages cannot be scaled as it says.
+        ConfigError: a variable is unknown, missing or malformed, or `stages` asks for what cannot be.
     """
     told = config.load(AutoscalerSettings, environ)
     for service, rules in told.stages.items():

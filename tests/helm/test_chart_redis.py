@@ -40,7 +40,6 @@ async def client(secret: dict[str, str]) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("user", SERVICE_KEYS)
 async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, str], user: str) -> None:
     client, keys = connect(secret[user]), Keys(f"{NAMESPACE}:{user}")
@@ -69,7 +68,6 @@ async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, 
         await client.aclose()
 
 
-@pytest.mark.system
 async def test_a_service_may_not_administer_nor_leave_its_release(client: Redis) -> None:
     for words in (
         ("FLUSHALL",),
