@@ -61,19 +61,19 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     """
     ours = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     plain = {name: value for name, value in environ.items() if name not in ours}
-    told = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}
-    told = ours | {_variable(name): _value(value) for name, value in told.items()}
-    told |= _context_length(launch.model, told)
-    told.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, told)))
+    given = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}
+    given = ours | {_variable(name): _value(value) for name, value in given.items()}
+    given |= _context_length(launch.model, given)
+    given.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, given)))
     only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port", "metrics_port")}
     known = {
         service: {_variable(name) for name in settings.__struct_fields__} for service, settings in SETTINGS.items()
     }
-    for name in sorted(told.keys() - set().union(*known.values())):
+    for name in sorted(given.keys() - set().union(*known.values())):
         raise ConfigError(f"{name}: no service has this setting")
     result = {}
     for service, settings in SETTINGS.items():
-        own = {name: value for name, value in told.items() if name in known[service]}
+        own = {name: value for name, value in given.items() if name in known[service]}
         own |= only_gateway if service == "gateway" else {}
         loaded = config.load(settings, own)
         if isinstance(loaded, EngineSettings):
@@ -96,22 +96,22 @@ def _value(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _encoder_bytes(model: Path, told: Mapping[str, str]) -> int:
+def _encoder_bytes(model: Path, given: Mapping[str, str]) -> int:
     """Return the memory that mm_encoder will take of the GPU it shares with the engine, which may start before it."""
     known = {_variable(name) for name in MmEncoderSettings.__struct_fields__}
-    settings = config.load(MmEncoderSettings, {name: value for name, value in told.items() if name in known})
+    settings = config.load(MmEncoderSettings, {name: value for name, value in given.items() if name in known})
     if settings.device == "cpu":
         return 0
     facts = load_model_config(model)
     return device_bytes(facts, settings.largest_pass(facts.vision))
 
 
-def _context_length(model: Path, told: Mapping[str, str]) -> dict[str, str]:
+def _context_length(model: Path, given: Mapping[str, str]) -> dict[str, str]:
     """Return the context length for all services where none is set: the default, or the model's if that is less."""
     name, longest = _variable("max_model_len"), load_model_config(model).max_position_embeddings
-    if name not in told:
+    if name not in given:
         default = next(f.default for f in msgspec.structs.fields(CommonSettings) if f.name == "max_model_len")
         return {name: str(min(default, longest))}
-    if told[name].isdigit() and int(told[name]) > longest:
-        raise ConfigError(f"--max-model-len: {told[name]} is more than the {longest} positions this model has")
+    if given[name].isdigit() and int(given[name]) > longest:
+        raise ConfigError(f"--max-model-len: {given[name]} is more than the {longest} positions this model has")
     return {}

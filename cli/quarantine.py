@@ -91,29 +91,29 @@ async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int
     redis = connect(where.redis_url)
     blob_redis = connect(where.blob_redis_url) if where.blob_redis_url else redis
     try:
-        ward = Quarantine(redis, Keys(where.namespace), blob_redis)
+        quarantine = Quarantine(redis, Keys(where.namespace), blob_redis)
         if action == "list":
-            print("\n".join([line(entry) for entry in await ward.entries()] or ["the quarantine is empty"]))
+            print("\n".join([line(entry) for entry in await quarantine.entries()] or ["the quarantine is empty"]))
             return DONE
-        acts: dict[str, Callable[[Entry], Awaitable[str]]] = {"retry": ward.retry, "drop": ward.drop}
+        acts: dict[str, Callable[[Entry], Awaitable[str]]] = {"retry": quarantine.retry, "drop": quarantine.drop}
         if action == "show":
 
             async def show(entry: Entry) -> str:
                 return describe(entry, body)
 
             acts["show"] = show
-        return await _each(ward, names, acts[action])
+        return await _each(quarantine, names, acts[action])
     finally:
         for client in {redis, blob_redis}:
             await client.aclose()
 
 
-async def _each(ward: "Quarantine", names: Sequence[str], act: Callable[[Entry], Awaitable[str]]) -> int:
+async def _each(quarantine: "Quarantine", names: Sequence[str], act: Callable[[Entry], Awaitable[str]]) -> int:
     """Apply `act` to each named entry, or to all; a failure does not stop the others."""
     status = DONE
-    for name in names or [entry.name for entry in await ward.entries()]:
+    for name in names or [entry.name for entry in await quarantine.entries()]:
         try:
-            print(await act(await ward.entry(name)))
+            print(await act(await quarantine.entry(name)))
         except Refused as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = NOT_DONE

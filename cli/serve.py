@@ -28,7 +28,7 @@ from shared.version import millrace_version
 # A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.
 PYTHON = (sys.executable, "-P", "-m")
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
-LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then
+POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
 CLOSE_S = 10.0  # what a service may take to close, once drained
 SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-C
@@ -95,7 +95,7 @@ class System:
         ]
         self._first_signal: float | None = None
         self._killed = False
-        self._told_to_stop = asyncio.Event()
+        self._stop_requested = asyncio.Event()
 
     async def run(self) -> int:
         """Run until a signal comes or a process cannot be kept running, and return the exit status."""
@@ -104,9 +104,9 @@ class System:
         self._handle_signals(lambda *_: loop.call_soon_threadsafe(self._on_signal))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
         redis = asyncio.create_task(self._keep_redis())
-        watchers = [asyncio.create_task(each) for each in (self._watch(), self._told_to_stop.wait())]
+        watchers = [asyncio.create_task(each) for each in (self._watch(), self._stop_requested.wait())]
         done, _ = await asyncio.wait([*tasks, *watchers, redis], return_when=asyncio.FIRST_COMPLETED)
-        failed = not self._told_to_stop.is_set()
+        failed = not self._stop_requested.is_set()
         if failed:
             self._explain(done)
         for watcher in watchers:
@@ -132,7 +132,7 @@ class System:
         quick, started = 0, time.monotonic()
         while True:
             while self._redis.running:  # noqa: ASYNC110  # its process has no event to wait for
-                await asyncio.sleep(LOOK_S[0])
+                await asyncio.sleep(POLL_S[0])
             quick = 1 if time.monotonic() - started >= STEADY_S else quick + 1
             if quick > RESTARTS:
                 raise GaveUp(f"redis ended by itself, for the {quick}th time in a row")
@@ -146,20 +146,20 @@ class System:
     async def _watch(self) -> None:
         """Report when a stage becomes ready, and the load of each whenever it has changed."""
         client = connect(self._redis_url)
-        said, said_at = "", time.monotonic()
+        reported, reported_at = "", time.monotonic()
         try:
             while True:
                 # The services ride out an outage of an external Redis; it is no reason to end them.
                 with contextlib.suppress(RedisError):
-                    status = await self._look(client)
-                    if status != said and time.monotonic() - said_at >= STATUS_S:
+                    status = await self._observe(client)
+                    if status != reported and time.monotonic() - reported_at >= STATUS_S:
                         report(status)
-                        said, said_at = status, time.monotonic()
-                await asyncio.sleep(LOOK_S[self._all_ready])
+                        reported, reported_at = status, time.monotonic()
+                await asyncio.sleep(POLL_S[self._all_ready])
         finally:
             await client.aclose()
 
-    async def _look(self, client: Redis) -> str:
+    async def _observe(self, client: Redis) -> str:
         """Note which stages are ready; return the load of all in one line, or "" until all are ready."""
         doing = []
         for child in self._children:
@@ -191,7 +191,7 @@ class System:
         now = time.monotonic()
         if self._first_signal is None:
             self._first_signal = now
-            self._told_to_stop.set()
+            self._stop_requested.set()
             report("stopping, once running requests have been answered; a second Ctrl-C stops at once")
         elif now - self._first_signal >= SAME_SIGNAL_S:
             self._killed = True

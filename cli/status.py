@@ -36,7 +36,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     flags.add_argument("--json", action="store_true", help="everything, as one JSON object")
     given = flags.parse_args(words)
     try:
-        view = asyncio.run(look(given.redis_url, given.blob_redis_url, given.namespace))
+        view = asyncio.run(read_once(given.redis_url, given.blob_redis_url, given.namespace))
     except RedisError as error:
         print(f"millrace status: Redis does not answer: {error}", file=sys.stderr)
         return UNKNOWN
@@ -48,7 +48,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     return UNWELL if found else WELL
 
 
-async def look(redis_url: str, blob_redis_url: str | None, namespace: str) -> PipelineView:
+async def read_once(redis_url: str, blob_redis_url: str | None, namespace: str) -> PipelineView:
     """Connect to Redis, read the pipeline's state, and disconnect.
 
     Raises:

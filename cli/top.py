@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cli.board import draw
 from cli.connection import parser
-from cli.status import UNKNOWN, look
+from cli.status import UNKNOWN, read_once
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import read
@@ -46,7 +46,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _once(console: Console, redis_url: str, blob_redis_url: str | None, namespace: str) -> int:
     try:
-        console.print(draw(asyncio.run(look(redis_url, blob_redis_url, namespace))))
+        console.print(draw(asyncio.run(read_once(redis_url, blob_redis_url, namespace))))
     except RedisError as error:
         print(f"millrace top: Redis does not answer: {error}", file=sys.stderr)
         return UNKNOWN
@@ -58,9 +58,9 @@ async def _watch(console: Console, redis_url: str, blob_redis_url: str | None, k
     redis = connect(redis_url)
     blobs = connect(blob_redis_url) if blob_redis_url else None
     try:
-        with _pressed("q") as told, Live(console=console, screen=True, auto_refresh=False) as live:
+        with _pressed("q") as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             drawing = asyncio.create_task(_draw(live, redis, blobs, keys))
-            await asyncio.wait([drawing, told], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([drawing, pressed], return_when=asyncio.FIRST_COMPLETED)
             drawing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await drawing
@@ -72,11 +72,11 @@ async def _watch(console: Console, redis_url: str, blob_redis_url: str | None, k
 
 async def _draw(live: Live, redis: Redis, blobs: Redis | None, keys: Keys) -> None:
     while True:
-        live.update(await _picture(redis, blobs, keys), refresh=True)
+        live.update(await _board(redis, blobs, keys), refresh=True)
         await asyncio.sleep(EVERY_S)
 
 
-async def _picture(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
+async def _board(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
     try:
         return draw(await read(redis, keys, blobs))
     except RedisError as error:
@@ -87,18 +87,18 @@ async def _picture(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableT
 def _pressed(key: str) -> Iterator[asyncio.Future[None]]:
     """Yield a future that is done once the key is pressed; meanwhile the terminal passes keys on singly, unechoed."""
     loop, descriptor = asyncio.get_running_loop(), sys.stdin.fileno()
-    told: asyncio.Future[None] = loop.create_future()
+    pressed: asyncio.Future[None] = loop.create_future()
 
-    def look_at_keys() -> None:
+    def read_keys() -> None:
         typed = os.read(descriptor, 64)
-        if (key.encode() in typed or not typed) and not told.done():
-            told.set_result(None)
+        if (key.encode() in typed or not typed) and not pressed.done():
+            pressed.set_result(None)
 
     before = termios.tcgetattr(descriptor)
     tty.setcbreak(descriptor)
-    loop.add_reader(descriptor, look_at_keys)
+    loop.add_reader(descriptor, read_keys)
     try:
-        yield told
+        yield pressed
     finally:
         loop.remove_reader(descriptor)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

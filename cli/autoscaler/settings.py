@@ -31,8 +31,8 @@ def load(environ: Mapping[str, str]) -> AutoscalerSettings:
     Raises:
         ConfigError: a variable is unknown, missing or malformed, or `stages` asks for what cannot be.
     """
-    told = config.load(AutoscalerSettings, environ)
-    for service, rules in told.stages.items():
+    settings = config.load(AutoscalerSettings, environ)
+    for service, rules in settings.stages.items():
         where = f"{variable('stages')}: {service}"
         if service not in SERVICES:
             raise ConfigError(f"{where} is not one of {', '.join(SERVICES)}")
@@ -40,6 +40,6 @@ def load(environ: Mapping[str, str]) -> AutoscalerSettings:
             raise ConfigError(f"{where}: least is more than most")
         if rules.least == 0 and service not in QUEUES:
             raise ConfigError(f"{where}: least must be 1 or more, since no stream would wake it")
-    if told.leader_ms <= 2000 * told.interval_s:
+    if settings.leader_ms <= 2000 * settings.interval_s:
         raise ConfigError(f"{variable('leader_ms')} must be more than two intervals, or leadership flaps")
-    return told
+    return settings
