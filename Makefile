@@ -11,12 +11,13 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(firstword $(foreach name,$(VERSIONS:%=python%) python3,$(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
-# pip's output as one line that changes, or as one line a package where nobody looks on.
-SHOW = test -t 1 && line='\r\e[K  %s %s' || line='  %s %s\n'; while read -r verb package _; do \
-	case $$verb in \
-		Collecting|Downloading) printf "$$line" fetching "$${package\#\#*/}" ;; \
-		Installing) printf "$$line\n" unpacking "all of them" ;; \
-	esac; done
+# pip's output as one line that changes, or as lines where it goes to no terminal: packages, and what is large.
+SHOW = test -t 1 && line='\r\e[K  %s' || line='  %s\n'; while read -r verb what rest; do \
+	case "$$verb $$what $$rest" in \
+		Collecting*) printf "$$line" "collecting $$what" ;; \
+		Downloading*MB\)) printf "$$line" "fetching $${what\#\#*/} $$rest" ;; \
+		"Installing collected"*) printf "$$line" "installing all of them" ;; \
+	esac; done; test ! -t 1 || echo
 
 .PHONY: serve check check-code check-tensors check-rest check-pythons test chaos test-chart test-images test-cluster test-browser
 
@@ -104,8 +105,9 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/bin/python:
-	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "make: $(or $(PYTHON),no Python on PATH) is not one of $(VERSIONS):\
-	 install one (apt install python3.11-venv, brew install python@3.13), or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "make: $(if $(PYTHON),$(PYTHON) is not,there is no)" \
+		"Python of $(VERSIONS): install one (apt install python3.11-venv, brew install python@3.13)," \
+		"or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "make: making $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 

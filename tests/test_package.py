@@ -109,7 +109,9 @@ def test_make_says_which_python_is_missing_and_what_to_do(tree: Path, named: str
     )
     said = done.stderr.splitlines()
     assert done.returncode == 2
-    assert said[0].startswith(f"make: {named or 'no Python on PATH'} is not one of 3.11 3.12 3.13: install one")
+    assert said[0].startswith(
+        f"make: {f'{named} is not' if named else 'there is no'} Python of 3.11 3.12 3.13: install one"
+    )
     assert "make PYTHON=/path/to/python3" in said[0]
     assert not (tree / ".venv").exists()
 
@@ -119,12 +121,11 @@ def test_make_says_what_it_is_doing_while_pip_works(tree: Path) -> None:
     """With a pip that says what pip says, and ends as we wish."""
     python = tree / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    said = ("Collecting redis", "  Downloading a/redis-8.whl (1 kB)", "Installing collected packages: redis")
+    said = ("Collecting redis", "  Downloading a/redis-8.whl (1.0 MB)", "Installing collected packages: redis")
     python.write_text("\n".join(["#!/bin/bash", *(f"echo '{line}'" for line in said), "exit 3\n"]))
     python.chmod(0o755)
     done = subprocess.run(["make", "serve"], cwd=tree, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "installing what `cli` needs into .venv" in done.stdout
-    assert "  fetching redis\n" in done.stdout
-    assert "  unpacking all of them\n" in done.stdout
+    assert done.stdout.endswith("  collecting redis\n  fetching redis-8.whl (1.0 MB)\n  installing all of them\n")
     assert not (tree / ".venv" / ".installed-cli").exists()
