@@ -6,7 +6,6 @@ import secrets
 import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from socket import socket
 
@@ -43,6 +42,7 @@ from shared.log import logger, warn_each
 from shared.model.config import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
+from shared.version import millrace_version
 
 TICK_S = 1.0
 
@@ -133,7 +133,7 @@ def _fingerprint(directory: Path) -> str:
         content = (directory / "config.json").read_bytes()
     except OSError as error:
         raise CheckpointError(f"config.json: {error.strerror or error}") from error
-    return f"fp_{hashlib.sha256(content + version('millrace').encode()).hexdigest()[:12]}"
+    return f"fp_{hashlib.sha256(content + millrace_version().encode()).hexdigest()[:12]}"
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ class PostprocSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown
         ConfigError: a parser is unknown; the message names the setting and the parsers there are.
     """
 
-    reasoning_parser: str = ERNIE_VL_THINKING
-    tool_call_parser: str = ERNIE_VL_THINKING
+    reasoning_parser: str = ERNIE_VL_THINKING  # what tells reasoning from the answer; empty: nothing does
+    tool_call_parser: str = ERNIE_VL_THINKING  # what finds tool calls in the answer; empty: nothing does
     tool_calls_in_reasoning: bool = True  # a complete call at the end of reasoning that nothing ends is a call
     journal_every: Positive = 64  # tokens of a request between two writes of its journal
     read_count: Positive = 128  # steps read at once, when behind
