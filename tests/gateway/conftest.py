@@ -31,7 +31,7 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def taker(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
+def parser(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
     return RequestParser(
         chat=ChatFormat(Template.load(checkpoint, 100_000), tokenizer),
         tokenizer=tokenizer,
