@@ -1,4 +1,4 @@
-"""What the gateway's tests share: the demo checkpoint and what reads it."""
+"""Fixtures of the gateway's tests: the demo checkpoint, its parser, and running gateways."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
