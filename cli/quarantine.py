@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli.connection import parser
-from services.gateway.request import answer_format as forms
+from services.gateway.request import answer_format
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -200,7 +200,7 @@ class Quarantine:
             created=now,
             deadline=now + seconds,
             retain_s=max(RETAIN_S, request.retain_s),
-            form=forms.encode(msgspec.structs.replace(forms.decode(request.form), n=1, key="")),
+            form=answer_format.encode(msgspec.structs.replace(answer_format.decode(request.form), n=1, key="")),
         )
 
 

@@ -1,4 +1,4 @@
-"""What the gateway is told."""
+"""Settings of the gateway."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 from msgspec import Meta, field
 
 from services.gateway.request.model_names import MAX_CHARS, ModelNames
-from shared.config import CommonSettings, Port, Positive
+from shared.config import CommonSettings, Port, Positive, variable
+from shared.errors import ConfigError
 from shared.messages import MediaKind
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -39,13 +40,23 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     # How long the status of a streamed answer waits until the request's media are known to be good.
     hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0
     keep_alive_s: Seconds = 10.0  # silence after which a comment is sent on a stream
-    max_pending_bytes: Positive = 1 << 20  # text a stream may owe to a client that does not read
+    max_pending_bytes: Positive = 1 << 20  # bytes queued for a client that does not read; above, it is cut off
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
 
     def model_names(self) -> ModelNames:
-        """What clients may call the model."""
+        """Return the names that clients may call the model by."""
         return ModelNames(Path(self.model).resolve().name, self.served_model_names)
 
     def media_limits(self) -> dict[MediaKind, int]:
-        """How many of each kind one prompt may have; a kind that is not named keeps the limit of one."""
+        """Return the limit of each kind of media in one prompt; a kind that is not set has a limit of 1."""
         return {"image": 1, "video": 1, **self.limit_mm_per_prompt}
+
+
+def check(settings: GatewaySettings) -> None:
+    """Check the rules that the types of the settings do not express.
+
+    Raises:
+        ConfigError: an API key is empty; the message names the setting, and no key.
+    """
+    if not all(settings.api_keys):
+        raise ConfigError(f"{variable('api_keys')}: a key is empty, which would let everybody in; remove it")

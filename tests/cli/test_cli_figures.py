@@ -70,14 +70,14 @@ def test_answers_searched_for_tool_calls() -> None:
 def test_gateway() -> None:
     metrics, clock = GatewayMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    metrics.figures()
+    metrics.recent_rates()
     clock.now = 4
     metrics.first_token.observe(0.5)
     metrics.first_token.observe(1.5)
     metrics.latency.observe(6)
     metrics.generation_tokens.inc(100)
     metrics.cancelled.inc(2)
-    assert rounded(metrics.figures()) == {
+    assert rounded(metrics.recent_rates()) == {
         "answered_per_s": 0.25,
         "answered_tokens_per_s": 25,
         "cancelled_per_s": 0.5,

@@ -1,4 +1,4 @@
-"""What bounds requests: their time, the length of the queue, and a Redis that does not answer."""
+"""Limits of requests: their time, the length of the queue, and a Redis that does not answer."""
 
 import asyncio
 import os
