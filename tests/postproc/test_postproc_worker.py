@@ -158,11 +158,11 @@ def whole(finish: str = "stop", count: int = len(TOKENS)) -> Shown:
     answer = Answer(request(), Vocabulary(WORDS), Parsers())
     answer.begin = Begin("r1", 1, 0, 7, 3, 2, 1)
     for token in TOKENS[:count]:
-        answer.push(token)
+        answer.push_token(token)
     if finish == "stop":
         answer.push_stop_token(EOS)
-    answer.finish(Finish(finish))  # type: ignore[arg-type]
-    shown, delta = Shown(), answer.take()
+    answer.apply_finish(Finish(finish))  # type: ignore[arg-type]
+    shown, delta = Shown(), answer.take_delta()
     assert delta is not None
     shown.add(delta)
     return shown
