@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from services.postproc.request_state import EntryId, Journal, RequestPhase, RequestState, TurnOutput
-from services.postproc.text.answer import Answer, Parsers
+from services.postproc.text.answer import Answer, AnswerState, Parsers
 from services.postproc.text.catch_up import missed_deltas
 from services.postproc.text.detokenize import Vocabulary
 from shared.bus.records import Record
@@ -22,6 +22,9 @@ IGNORED = 4096  # requests without a record that are remembered, so that each re
 
 NOT_FOUND = Failure(404, "There is no such request, or its answer is no longer kept.", code="request_not_found")
 LOST = internal("The server has lost this request.", "request_lost", status=503).failure
+
+# Bound once, since members of an Enum are slow to look up and every turn compares every request with them.
+_OPEN, _ENDED = AnswerState.OPEN, RequestPhase.ENDED
 
 _log = logger(__name__)
 
@@ -128,7 +131,22 @@ class RequestStates:
             if not state.updated:
                 output.mark_updated(state)
             try:
-                _fold_run(state, run, entry, output, replay)
+                if (
+                    run.epoch == state.epoch
+                    and run.index == len(state.tokens)
+                    and run.finish is None
+                    and state.logprobs is None
+                    and not replay
+                ):
+                    # The usual case, inline for speed: the next tokens of the newest epoch, which a turn collects.
+                    for token in run.tokens:
+                        state.answer.push_token(token)
+                    state.tokens += run.tokens
+                    output.tokens_folded += len(run.tokens)
+                    if state.unsaved_since is None:
+                        state.unsaved_since = entry
+                else:
+                    _fold_run(state, run, entry, output, replay)
             except Exception:
                 _log.exception("request cannot be processed", extra={"request_id": state.request_id})
                 output.fail(state, internal("The answer could not be processed.").failure)
@@ -139,10 +157,10 @@ class RequestStates:
         """Add to `output` the deltas, cancellations and due journals of the requests that this turn has updated."""
         for state in output.updated:
             state.updated = False
-            if state.phase is RequestPhase.ENDED:
+            if state.phase is _ENDED:
                 continue
             output.take_delta(state)
-            if state.answer.ended and state.phase is RequestPhase.GENERATING:
+            if state.answer.state is not _OPEN and state.phase is RequestPhase.GENERATING:
                 state.phase = RequestPhase.STOPPING
                 output.to_cancel.append(state.request_id)
             if len(state.tokens) - state.journaled >= self._journal_every:
@@ -233,25 +251,6 @@ def _apply_begin(state: RequestState, begin: Begin, entry: EntryId) -> None:
 
 
 def _fold_run(state: RequestState, run: TokenRun, entry: EntryId, output: TurnOutput, replay: bool) -> None:
-    if (
-        run.epoch != state.epoch
-        or run.index != len(state.tokens)
-        or run.finish is not None
-        or state.logprobs is not None
-        or replay
-    ):
-        _fold_judged_run(state, run, entry, output, replay)
-        return
-    # The usual case, short for speed: the next tokens of the newest epoch.
-    for token in run.tokens:
-        state.answer.push_token(token)
-    state.tokens += run.tokens
-    output.tokens_folded += len(run.tokens)
-    if state.unsaved_since is None:
-        state.unsaved_since = entry
-
-
-def _fold_judged_run(state: RequestState, run: TokenRun, entry: EntryId, output: TurnOutput, replay: bool) -> None:
     count = len(state.tokens)
     verdict = judge_run(run, state.epoch, count)
     if verdict is Verdict.STALE:

@@ -1,5 +1,4 @@
-"""Whatever dies, stops, wakes and takes over, and wherever: a gateway that follows the rule shows the answer that would
-have been shown without, once."""
+"""Crashes, pauses, wake-ups and takeovers at any write: a gateway that follows the rule shows the same answer, once."""
 
 import asyncio
 from typing import Any

@@ -77,7 +77,7 @@ class System:
         return worker
 
     async def die(self, name: str) -> None:
-        """What a crash leaves after a while: a lease that expired."""
+        """Leave what a crash leaves after a while: an expired lease."""
         await self.leases[name].release()
 
     def counted(self, name: str, metric: str) -> float:
@@ -114,7 +114,7 @@ class System:
         await self.step(TokenRun(request_id, epoch, index, tokens, finish=finish))
 
     async def deltas(self, gateway: str = "g1") -> list[Delta]:
-        """What came for a gateway since the last call."""
+        """Return the deltas for a gateway since the last call."""
         reader = self._gateways.setdefault(gateway, LogReader(self.redis, {self.keys.deltas(gateway): "0"}))
         found: list[Delta] = []
         while entries := await reader.read(1000, 0):
@@ -124,7 +124,7 @@ class System:
         return found
 
     async def show(self, gateway: str = "g1") -> dict[str, Shown]:
-        """What a gateway has shown. It misses nothing here, so it never has to ask."""
+        """Return what a gateway has shown. It misses nothing here, so it never has to ask."""
         for delta in await self.deltas(gateway):
             shown = self.shown.setdefault(delta.request_id, Shown())
             shown.take(delta)
@@ -144,7 +144,7 @@ class System:
 
 
 def held(worker: Worker) -> dict[str, float]:
-    """How many requests and shards it has."""
+    """Return the numbers of open requests and of shards."""
     return {name: worker.load()[name] for name in ("open", "shards")}
 
 

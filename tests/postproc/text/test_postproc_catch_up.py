@@ -1,4 +1,4 @@
-"""What was missed of an answer, and that a number stands for the same beginning of it however deltas were taken."""
+"""Missed parts of an answer; a sequence number stands for the same beginning of it however deltas were taken."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -15,7 +15,7 @@ from services.postproc.text.json_repair import MAX_DEPTH, MAX_SCALAR, ValueRepai
 
 
 def repaired(text: str, places: Sequence[int] = (), cut_off: bool = False) -> str:
-    """What is given out of `text`, which ends at its end or is cut off there."""
+    """Return the repair of `text`, which ends there or is cut off there."""
     value = ValueRepair()
     shown = ""
     for start, end in pairwise(sorted({0, len(text), *(place % (len(text) + 1) for place in places)})):
