@@ -6,7 +6,7 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionToolUnionParam
 from postproc_stand_in import BEGIN, StandIn, cut, every_byte, request
-from test_postproc_thought_calls import CALLS, THOUGHTS
+from test_postproc_reasoning_calls import CALLS, THOUGHTS
 from test_postproc_tool_calls import NOT_CALLS, WELL
 
 from services.gateway.http.openai import (
@@ -38,10 +38,10 @@ def answer(text: str, places: list[int], finish: str) -> list[Delta]:
     folded.begin = BEGIN
     deltas = []
     for token in tokenizer.tokens(pieces):
-        folded.push(token)
-        deltas.append(folded.take())
-    folded.finish(Finish(finish))  # type: ignore[arg-type]
-    return [delta for delta in [*deltas, folded.take()] if delta]
+        folded.push_token(token)
+        deltas.append(folded.take_delta())
+    folded.apply_finish(Finish(finish))  # type: ignore[arg-type]
+    return [delta for delta in [*deltas, folded.take_delta()] if delta]
 
 
 def streamed(deltas: list[Delta]) -> ChatCompletion:
