@@ -26,7 +26,6 @@ from services.engine.transport.outbox import Outbox
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
-from shared.bus.ownership import EntryOwnership
 from shared.bus.streams import WorkStream
 from shared.tracing import OFF, Tracing
 
@@ -58,7 +57,6 @@ class EngineService:
             redis,
             keys,
             stream,
-            EntryOwnership(redis, keys, GENERATE, SERVICE, settings.name),
             Blobs(self._blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
             self._mailbox,
             facts,
@@ -79,16 +77,16 @@ class EngineService:
         self._background = asyncio.create_task(self._run_background(), name="engine background")
 
     async def serve(self) -> None:
-        self._consumer.open()
+        self._consumer.start_reading()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._consumer.take())
+            tasks.create_task(self._consumer.read_entries())
             tasks.create_task(self._watch())
 
     async def drain(self) -> None:
-        self._consumer.close()
+        self._consumer.stop_reading()
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch())
-            await self._consumer.empty()
+            await self._consumer.wait_until_empty()
             watch.cancel()
 
     async def close(self) -> None:
@@ -118,8 +116,8 @@ class EngineService:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._outbox.run())
             tasks.create_task(self._handler.admit())
-            tasks.create_task(self._consumer.claim())
-            tasks.create_task(self._consumer.listen())
+            tasks.create_task(self._consumer.claim_entries())
+            tasks.create_task(self._consumer.listen_control())
             tasks.create_task(self._handler.expire())
             tasks.create_task(self._thread.watch())
 

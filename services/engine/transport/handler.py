@@ -22,7 +22,7 @@ from services.engine.transport.resume import History, announcement, recover
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
-from shared.bus.ownership import EntryOwnership, Poison
+from shared.bus.ownership import Poison
 from shared.bus.records import Record, Records
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, WorkStream
@@ -54,7 +54,6 @@ class GenerateHandler:
         redis: Redis,
         keys: Keys,
         stream: WorkStream,
-        ownership: EntryOwnership,
         blobs: Blobs,
         mailbox: Mailbox,
         facts: EngineFacts,
@@ -66,7 +65,7 @@ class GenerateHandler:
         self.consumer: Consumer[PendingRequest] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
         self._redis = redis
         self._keys = keys
-        self._ownership = ownership
+        self._ownership = stream.ownership
         self._records = Records(redis, keys)
         self._blobs = blobs
         self._mailbox = mailbox
@@ -77,7 +76,7 @@ class GenerateHandler:
 
     # ---------------------------------------------------------------------------------------- called by the consumer
 
-    def receive(self, delivery: Delivery, poison: Poison | None) -> PendingRequest:
+    def new_request(self, delivery: Delivery, poison: Poison | None) -> PendingRequest:
         return pending_request(delivery, poison)
 
     def start(self, requests: Sequence[PendingRequest]) -> None:
@@ -92,7 +91,7 @@ class GenerateHandler:
         if request.admitted:
             self._mailbox.put(Abort(request.request_id, Finish("cancelled")))
 
-    def hear(self, message: Message) -> None:
+    def on_control(self, message: Message) -> None:
         """Do nothing: the other messages are not for engines."""
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
@@ -130,14 +129,14 @@ class GenerateHandler:
             await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
         crash_point("engine.finish.before")
         plain = [pending.entry_id for pending in ended if pending.poison is None]
-        await self.consumer.finish(plain)
+        await self.consumer.ack(plain)
         for pending in ended:
             if pending.poison is not None:
                 await retry_until_available(
                     "quarantine", partial(self._ownership.quarantine, pending.entry_id, pending.poison)
                 )
         crash_point("engine.finish.after")
-        await self._release(ended)
+        self._release(ended)
 
     async def _uploads(self, ended: Sequence[PendingRequest]) -> list[str]:
         """The uploads of requests that are still ours; another engine may yet need those of the others."""
@@ -145,12 +144,12 @@ class GenerateHandler:
         if not shown:
             return []
         ours = await retry_until_available(
-            "owned", lambda: self._ownership.owned([pending.entry_id for pending in shown])
+            "owned", lambda: self._ownership.owned_entries([pending.entry_id for pending in shown])
         )
         return [key for pending in shown if pending.entry_id in ours for key in pending.uploads]
 
-    async def _release(self, gone: Sequence[PendingRequest]) -> None:
-        for pending in await self.consumer.release(gone):
+    def _release(self, gone: Sequence[PendingRequest]) -> None:
+        for pending in self.consumer.release(gone):
             self._note(pending, time.time())
 
     def _note(self, pending: PendingRequest, now: float) -> None:
@@ -167,12 +166,12 @@ class GenerateHandler:
         crash_point("engine.drop.before")
         await retry_until_available("drop", lambda: self._ownership.drop(pending.entry_id, pending.request_id))
         crash_point("engine.drop.after")
-        await self._release([pending])
+        self._release([pending])
 
     # --------------------------------------------------------------------------------------------- admission
 
     async def _admit(self, batch: Sequence[PendingRequest]) -> None:
-        await self.consumer.finish_replaced(batch)
+        await self.consumer.ack_replaced(batch)
         records = await self._claim(batch)
         again = {pending.request_id: (pending.message, pending.epoch) for pending in batch if pending.epoch > 1}
         histories = await retry_until_available(
@@ -189,7 +188,7 @@ class GenerateHandler:
         """Become the owner of these requests, as far as their entries are ours; their records, where there are any."""
         entries = [(pending.entry_id, pending.request_id) for pending in batch]
         crash_point("engine.claim.before")
-        epochs = await retry_until_available("claim", lambda: self._ownership.claim(entries))
+        epochs = await retry_until_available("claim", lambda: self._ownership.raise_epochs(entries))
         crash_point("engine.claim.after")
         for pending in batch:
             pending.epoch = epochs.get(pending.request_id) or 0
@@ -203,7 +202,7 @@ class GenerateHandler:
             return
         over = history.ended or (record is not None and record.finish is not None)
         if pending.lost:
-            await self.consumer.lose(pending)
+            self.consumer.abandon(pending)
         elif over or (record is None and pending.poison is not None):
             await self._finish([pending])
         elif record is None or ((record.cancelled or pending.cancelled) and pending.epoch == 1):
@@ -213,7 +212,7 @@ class GenerateHandler:
             if pending.attempts > 1 and history.tokens:
                 count = len(history.tokens)
                 await retry_until_available(
-                    "progress", lambda: self._ownership.progressed(pending.entry_id, pending.request_id, count)
+                    "progress", lambda: self._ownership.record_progress(pending.entry_id, pending.request_id, count)
                 )
             await self._give(pending, history)
 
@@ -262,7 +261,7 @@ class GenerateHandler:
         if outcome == "never":
             return False
         _log.info("sent back for its embeddings", extra={"request_id": pending.request_id, "outcome": outcome})
-        await self._release([pending])
+        self._release([pending])
         return True
 
     async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
