@@ -15,6 +15,7 @@ from services.mm_encoder.vision.memory import device_bytes
 from services.postproc.settings import PostprocSettings
 from shared import config
 from shared.config import CommonSettings
+from shared.cpu_share import compute_threads, usable_cores
 from shared.errors import ConfigError
 from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
@@ -27,6 +28,9 @@ SETTINGS: dict[str, type[CommonSettings]] = {
     "engine": EngineSettings,
     "postproc": PostprocSettings,
 }
+
+
+COMPUTE_SERVICES = ("mm_encoder", "engine")  # use torch, and share the cores of this machine
 
 
 def check_ports(launch: Launch) -> None:
@@ -66,6 +70,8 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     told = ours | {_variable(name): _value(value) for name, value in told.items()}
     told |= _context_length(launch.model, told)
     told.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, told)))
+    if "OMP_NUM_THREADS" not in plain:  # which torch reads: a number that somebody chose for both
+        told.setdefault(_variable("torch_threads"), str(compute_threads(usable_cores(), len(COMPUTE_SERVICES))))
     only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port", "metrics_port")}
     known = {
         service: {_variable(name) for name in settings.__struct_fields__} for service, settings in SETTINGS.items()

@@ -200,6 +200,12 @@ def _parser() -> _Parser:
     )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
+    engine.add_argument(
+        "--torch-threads",
+        type=_count(1),
+        metavar="N",
+        help="CPU threads of the engine, and as many of the mm_encoder (unset: the cores shared out between them)",
+    )
     for name in ("--reasoning-parser", "--tool-call-parser"):
         engine.add_argument(name, choices=(PARSER, ""), metavar="NAME", help=f'{PARSER} (the default), or "" for none')
     engine.add_argument(

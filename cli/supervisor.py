@@ -77,7 +77,8 @@ class Child:
         if self._process and self._process.returncode is None:
             self._process.terminate()
         try:
-            await asyncio.wait_for(self._ended.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._ended.wait()
         except TimeoutError:
             self._report(f"{self.service} did not end within {grace_s:.0f} s and was killed")
             self.kill()
@@ -142,7 +143,8 @@ class Child:
 
     async def _pause(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
         except TimeoutError:
             return
 

@@ -28,6 +28,11 @@ UNPICKLERS = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "
 RUNS_TEXT = ("eval", "exec", "compile", "__import__")
 BUILDS_CLIENTS = ("Redis", "StrictRedis", "RedisCluster", "Sentinel", "from_url", "ConnectionPool")
 
+PURE_ROOMS = ("services.gateway.request", "services.engine.schedule", "services.postproc.text")
+QUESTION_WORDS = ("What", "Who", "How", "Whether", "Which", "When", "Where", "Whose", "Why")
+HANDFUL = 5
+DOCSTRINGS = "\n".join(f'def f{n}():\n    """What comes."""' for n in range(HANDFUL + 1))
+
 Modules = dict[str, ast.Module]
 
 
@@ -68,8 +73,8 @@ def direct(modules: Modules, importer: Callable[[str], bool], forbidden: Callabl
     ]
 
 
-def reaches_torch(modules: Modules, *starts: str) -> list[str]:
-    """Chains of imports, through our own modules, from one of `starts` to torch."""
+def reaches(modules: Modules, brings: tuple[str, ...], *starts: str) -> list[str]:
+    """Return chains of imports, through our own modules, from one of `starts` to one of the libraries `brings`."""
     found, seen = [], set()
     paths = [[name] for name in modules if within(name, *starts)]
     while paths:
@@ -78,7 +83,7 @@ def reaches_torch(modules: Modules, *starts: str) -> list[str]:
             continue
         seen.add(path[-1])
         for imported in dict.fromkeys(imports(modules[path[-1]])):
-            if within(imported, *BRINGS_TORCH):
+            if within(imported, *brings):
                 found.append(" -> ".join([*path, imported]))
             else:
                 paths.extend([*path, name] for name in (imported, imported.rpartition(".")[0]) if name in modules)
@@ -137,14 +142,43 @@ def torch_in_shared_is_the_checkpoint_reader(modules: Modules) -> list[str]:
     )
 
 
-def light_parts_never_reach_torch(modules: Modules) -> list[str]:
-    return reaches_torch(
+def light_services_never_reach_torch(modules: Modules) -> list[str]:
+    return reaches(modules, BRINGS_TORCH, "services.gateway", "services.postproc")
+
+
+def pure_rooms_reach_neither_torch_nor_redis(modules: Modules) -> list[str]:
+    """The rooms that decide: they are tested with plain values."""
+    return reaches(modules, (*BRINGS_TORCH, "redis", "valkey"), *PURE_ROOMS)
+
+
+def pure_rooms_never_wait(modules: Modules) -> list[str]:
+    return direct(
         modules,
-        "services.gateway",
-        "services.postproc",
-        "services.engine.schedule.scheduler",
-        "services.engine.schedule.blocks",
+        lambda name: within(name, *PURE_ROOMS),
+        lambda _, imported: within(imported, "asyncio", "threading", "socket", "httpx"),
     )
+
+
+def timeouts_do_not_swallow_cancellations(modules: Modules) -> list[str]:
+    """asyncio.wait_for does, on Python 3.11, when what it awaits is done at that moment; asyncio.timeout does not."""
+    return [
+        f"{name}: {called}(...)"
+        for name, module in modules.items()
+        for called, _ in calls(module)
+        if called in ("asyncio.wait_for", "wait_for")
+    ]
+
+
+def docstrings_open_with_a_verb_or_a_noun(modules: Modules) -> list[str]:
+    """A docstring that opens with a question word has no subject. A handful may read better so."""
+    found = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, module in modules.items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if (text := ast.get_docstring(node)) and text.split()[0] in QUESTION_WORDS
+    ]
+    return found if len(found) > HANDFUL else []
 
 
 def kernels_know_no_engine(modules: Modules) -> list[str]:
@@ -199,7 +233,11 @@ RULES = [
     shared_stands_below,
     services_stand_below_the_cli,
     torch_in_shared_is_the_checkpoint_reader,
-    light_parts_never_reach_torch,
+    light_services_never_reach_torch,
+    pure_rooms_reach_neither_torch_nor_redis,
+    pure_rooms_never_wait,
+    timeouts_do_not_swallow_cancellations,
+    docstrings_open_with_a_verb_or_a_noun,
     kernels_know_no_engine,
     clients_come_from_the_bus,
     nothing_runs_data,
@@ -216,13 +254,18 @@ PLANTED = [
     (services_stand_below_the_cli, "services/engine/loop/engine.py", "from cli.flags import parse"),
     (torch_in_shared_is_the_checkpoint_reader, "shared/bus/keys.py", "import torch.nn as nn"),
     (torch_in_shared_is_the_checkpoint_reader, "shared/bus/keys.py", "from shared.model.checkpoint import Checkpoint"),
-    (light_parts_never_reach_torch, "services/postproc/worker.py", "from torch import Tensor"),
-    (light_parts_never_reach_torch, "services/postproc/worker.py", "from shared import weights"),
+    (light_services_never_reach_torch, "services/postproc/worker.py", "from torch import Tensor"),
+    (light_services_never_reach_torch, "services/postproc/worker.py", "from shared import weights"),
     (
-        light_parts_never_reach_torch,
+        pure_rooms_reach_neither_torch_nor_redis,
         "services/engine/schedule/scheduler.py",
         "from services.engine.schedule.blocks import Pool",
     ),
+    (pure_rooms_reach_neither_torch_nor_redis, "services/gateway/request/parsed.py", "from redis.asyncio import Redis"),
+    (pure_rooms_reach_neither_torch_nor_redis, "services/postproc/text/stop.py", "from shared.bus import client"),
+    (pure_rooms_never_wait, "services/postproc/text/stop.py", "import asyncio"),
+    (timeouts_do_not_swallow_cancellations, "services/gateway/http/app.py", "import asyncio\nasyncio.wait_for(x, 1)"),
+    (docstrings_open_with_a_verb_or_a_noun, "shared/bus/keys.py", DOCSTRINGS),
     (
         kernels_know_no_engine,
         "services/engine/kernels/reference/moe.py",
@@ -263,6 +306,8 @@ def test_a_planted_violation_is_found(
         "services/engine/schedule/blocks.py": "import torch" if "blocks" in text else "",
         "services/engine/kernels/__init__.py": "",
         "services/engine/kernels/reference/moe.py": "import torch\nfrom services.engine.kernels import reference",
+        "services/gateway/request/parsed.py": "from shared.bus.keys import x",
+        "services/postproc/text/stop.py": "",
         "cli/serve.py": "from services.gateway import app",
     }
     for name, source in clean.items():

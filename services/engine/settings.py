@@ -1,6 +1,8 @@
-"""What the engine is told."""
+"""Settings of the engine."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from shared.config import CommonSettings
 from shared.errors import ConfigError
@@ -9,7 +11,7 @@ SamplingClass = Literal["base", "rejection"]
 
 
 class EngineSettings(CommonSettings, frozen=True, kw_only=True):
-    """FastDeploy's names and meanings; where a default is not FastDeploy's the reason stands beside it."""
+    """FastDeploy's names and meanings; a default that is not FastDeploy's has its reason beside it."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel_size: int = 1
@@ -18,16 +20,17 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 8192  # in one step
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
-    sampling_class: SamplingClass = "rejection"  # how top_k and top_p find what they keep: the same, sorting or not
+    sampling_class: SamplingClass = "rejection"  # top_k and top_p without a sort, base: with one; same tokens
     block_size: int = 64
-    gpu_memory_utilization: float = 0.9  # of the device, for us and for all others on it
-    foreign_bytes: int = 0  # of it, what others hold or will: an mm_encoder on the same card may start after us
+    gpu_memory_utilization: float = 0.9  # of the device, for this and all other processes on it
+    foreign_bytes: int = 0  # of it, for other processes: an mm_encoder on the same card may start later
     num_gpu_blocks_override: int | None = None
+    torch_threads: Annotated[int, Meta(ge=0)] = 0  # on the CPU; 0: one for each core this process may use
     kv_cache_bytes: int = 1 << 30  # on the CPU: at most this, and never more than max_num_seqs full contexts
 
 
 def check(settings: EngineSettings) -> None:
-    """What the types of the settings cannot say.
+    """Check ranges and contradictions, which the types of the settings cannot express.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other; the message names them.

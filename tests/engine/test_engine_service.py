@@ -301,7 +301,7 @@ async def test_poison_is_answered_once_though_who_found_it_dies(
 
 
 async def test_a_request_that_got_further_is_counted_anew(redis: Redis, redis_url: str, keys: Keys) -> None:
-    """Who had it died of something else."""
+    """The engine that had it died of another cause."""
     runner, reader, records = gated(), Reader(redis, keys), Records(redis, keys)
     await submit(redis, keys, generate("r", [20, 30], 12))
     await delivered_to_the_dead(redis, keys, 2)
@@ -420,7 +420,7 @@ ROWS = bytes(6 * CONFIG.hidden_size * 4)
 
 
 def shown(request_id: str = "sees") -> Encode:
-    """What its media came from."""
+    """Return the `encode` message that the request's media came from."""
     made = generate(request_id, [20]).request
     return Encode(made, (b"", b""), (Media("image", "p", blob=f"{request_id}-0"),))
 
