@@ -29,6 +29,7 @@ from shared.bus.client import connect
 from shared.bus.keys import ENCODE, Keys
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
+from shared.cpu_share import torch_threads
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
@@ -52,6 +53,7 @@ def build(
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)
+    torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
     weights = load_weights(Checkpoint(directory), model, device)
     normal = load_normalisation(directory)
     font, own = timestamps.font_file(directory)

@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
+from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.scheduler import Plan
-from services.engine.service import EngineService
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -610,7 +610,7 @@ async def test_a_failed_load_ends_the_process(redis: Redis, redis_url: str) -> N
         raise ConfigError("no memory")
 
     settings = settings_for(redis_url)
-    service = EngineService(settings, redis, FACTS, load, EngineMetrics(CollectorRegistry()))
+    service = compose(settings, redis, FACTS, load, EngineMetrics(CollectorRegistry()))
     assert await Life("engine", service, settings, redis).run() == MISCONFIGURED
 
 

@@ -706,3 +706,11 @@ async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> No
 async def test_a_device_that_is_not_there_is_named(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="MILLRACE_DEVICE: 'nonsense'"):
         build(bench.settings(device="nonsense"), bench.redis, bench.registry)
+
+
+async def test_torch_computes_with_the_threads_that_are_set(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    service = build(bench.settings(torch_threads=7), bench.redis, bench.registry)
+    assert set_to == [7]
+    await service.close()
