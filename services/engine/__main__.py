@@ -31,7 +31,8 @@ from shared.bus.streams import WorkStream
 from shared.cpu_share import torch_threads
 from shared.errors import CheckpointError, ConfigError
 from shared.log import logger, warn_each
-from shared.model.config import ModelConfig, Quantization, load_model_config
+from shared.model.config import ModelConfig, load_model_config
+from shared.model.config_file import Quantization
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary

@@ -68,7 +68,7 @@ class Metrics:
         totals = {"media": value(self._media), "hits": value(self._hits), "requests": value(self._requests)}
         for stage in get_args(Stage):
             totals[f"{stage}_seconds"], totals[stage] = observed(self._seconds.labels(stage))
-        recent = self._recent.look(totals)
+        recent = self._recent.growth(totals)
         return {
             "media_per_s": recent.per_second("media"),
             "requests_per_s": recent.per_second("requests"),

@@ -11,7 +11,7 @@ from services.gateway.request.sampling import output, sampling
 from services.gateway.request.schemas import parse
 from shared.limits import resolve_max_tokens
 from shared.messages import Output, Sampling
-from shared.model.config import GenerationDefaults
+from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
 
