@@ -41,7 +41,7 @@ from shared.bus.keys import Keys
 from shared.bus.records import Records
 from shared.errors import CheckpointError
 from shared.log import logger, warn_each
-from shared.model.config import load_generation_defaults
+from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 from shared.version import millrace_version

@@ -83,7 +83,7 @@ class GatewayMetrics:
             "tokens": value(self.generation_tokens),
             "cancelled": value(self.cancelled),
         }
-        recent = self._recent.look(totals)
+        recent = self._recent.growth(totals)
         return {
             "answered_per_s": recent.per_second("answered"),
             "answered_tokens_per_s": recent.per_second("tokens"),

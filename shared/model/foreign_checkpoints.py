@@ -1,7 +1,7 @@
-"""Recognises model directories of formats that are not read, so that their error says what they are and what to do.
+"""Detection of model directories in unsupported formats, so that the error names the format and what to do.
 
-Nothing but file names, the headers of safetensors files and config.json is looked at. A directory that none of these
-betrays goes on to `shared/model/checkpoint.py`, which names what is wrong with it tensor by tensor.
+Only file names, the headers of safetensors files and config.json are read. A directory that passes goes on to
+`shared/model/checkpoint.py`, which checks it tensor by tensor.
 """
 
 import json
@@ -28,7 +28,7 @@ _PADDLE = (
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse a directory of a format that is not read.
+    """Refuse a directory in an unsupported format.
 
     Raises:
         CheckpointError: the directory holds another format; the message says which, by what sign, and what to do.
@@ -41,7 +41,7 @@ def refuse_foreign(directory: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Signs:
-    """What a directory shows without a tensor being read."""
+    """Signs of a directory's format, found without reading a tensor."""
 
     files: Collection[str]
     folders: Collection[str]
@@ -51,7 +51,7 @@ class _Signs:
 
     @staticmethod
     def read(directory: Path) -> "_Signs":
-        """Look at a directory. An absent or unreadable file shows nothing; its own reader says what is wrong."""
+        """Read the signs of a directory. An absent or unreadable file gives none; its own reader reports the error."""
         entries = sorted(directory.iterdir()) if directory.is_dir() else []
         files = [entry for entry in entries if entry.is_file()]
         index = _json(directory / INDEX).get("weight_map")
@@ -72,7 +72,7 @@ class _Signs:
         return next((name for name in self.files if name.endswith(endings)), None)
 
     def tensor(self, *, end: tuple[str, ...] = (), start: tuple[str, ...] = (), within: str = "") -> str | None:
-        """Return the first tensor whose name ends, starts or goes like this."""
+        """Return the first tensor whose name matches."""
         for name in self.shapes:
             if name.endswith(end) or name.startswith(start) or (within and within in name):
                 return name
@@ -80,7 +80,7 @@ class _Signs:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """config.json's quantization_config, or nothing where it is online and so tells of no stored weights."""
+        """Return config.json's quantization_config, or {} for the online form: it does not describe stored weights."""
         value = self.config.get("quantization_config")
         return value if isinstance(value, dict) and online_quantization(value) is None else {}
 
@@ -135,7 +135,7 @@ def _adapter(found: _Signs) -> str | None:
 
 
 def _without_safetensors(found: _Signs) -> str | None:
-    """Recognise formats that live in files of their own. Beside safetensors they are leftovers."""
+    """Recognise formats by their own files. Beside safetensors, such files are leftovers."""
     if found.shapes or found.file(".safetensors"):
         return None
     if name := found.file(".gguf"):

@@ -12,7 +12,8 @@ from services.engine.model.ernie import Layer, Weights
 from services.engine.model.weights import dtype_of, load_weights, widths
 from services.engine.run.memory import block_bytes
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import ModelConfig, Quantization
+from shared.model.config import ModelConfig
+from shared.model.config_file import Quantization
 
 
 def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
