@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
 TOP_LEVEL = {
     *CODE,
     *("tests", "docs", "helm"),
-    *("README.md", "Makefile", "pyproject.toml", "constraints.txt"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt"),
 }
 BRINGS_TORCH = ("torch", "torchvision", "transformers", "safetensors.torch", "triton")
 UNPICKLERS = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -46,6 +48,12 @@ def read_tree(root: Path) -> Modules:
                 parts.pop()
             modules[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"), str(path))
     return modules
+
+
+@cache
+def repository() -> Modules:
+    """Return this repository's modules."""
+    return read_tree(ROOT)
 
 
 def imports(module: ast.Module) -> Iterator[str]:
@@ -284,7 +292,7 @@ PLANTED = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps(rule: Callable[[Modules], list[str]]) -> None:
-    assert rule(read_tree(ROOT)) == []
+    assert rule(repository()) == []
 
 
 @pytest.mark.parametrize(("rule", "path", "text"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
@@ -341,6 +349,7 @@ def test_services_are_the_four() -> None:
     assert {path.name for path in (ROOT / "services").iterdir() if path.name != "__pycache__"} == set(SERVICES)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("service", ["gateway", "postproc"])
 def test_a_running_light_service_has_no_torch(service: str) -> None:
     """The syntax tree sees our own imports; this sees what the libraries pull in."""

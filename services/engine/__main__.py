@@ -9,7 +9,6 @@ import torch
 from redis.asyncio import Redis
 
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
@@ -129,8 +128,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights do not match the configuration.
     """
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
-    ops = gpu_ops() if where == "cuda" else Ops()
-    model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
+    model = load_model(Path(settings.model), config, where, quantization(settings, config), operations(where))
     return runner_for(model, config, settings)
 
 
@@ -146,6 +144,15 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
     asked, chosen = config.quantization, settings.quantization
     if asked is not None and chosen not in (None, asked):
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
+
+
+def operations(where: str) -> Ops:
+    """Return the model's operations for a device."""
+    if where != "cuda":
+        return Ops()
+    from services.engine.kernels.triton.ops import gpu_ops  # Triton exists for Linux only, and the CPU needs none
+
+    return gpu_ops()
 
 
 def device(settings: EngineSettings) -> str:

@@ -110,7 +110,7 @@ def test_taken_and_doubled_ports_are_named(model: Path) -> None:
     first, second, third = map(str, free_ports(3))
     ports = ["--port", first, "--metrics-port", second, "--engine-worker-queue-port", third]
     check_ports(launch(model, *ports))
-    with pytest.raises(ConfigError, match=r"--metrics-port: \d+ is also --port"):
+    with pytest.raises(ConfigError, match=r"--metrics-port: port \d+ is also that of --port"):
         check_ports(launch(model, *ports, "--metrics-port", first))
     for flag, port in (("--port", first), ("--metrics-port", second), ("--engine-worker-queue-port", third)):
         with socket.socket() as taken:

@@ -339,6 +339,7 @@ async def test_what_redis_has_lost_is_let_go(redis: Redis, redis_url: str, keys:
         assert running.metric("kv_cache_usage_perc") == 0
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("persistence", [True, False], ids=["kept", "lost"])
 async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
     """With what it had, or with nothing; the model computes on meanwhile as far as it may."""

@@ -2,7 +2,6 @@
 
 from services.engine.kernels.reference.threshold import threshold_by_search
 from services.engine.kernels.sampling_ops import SamplingOps
-from services.engine.kernels.triton.ops import gpu_sampling_ops
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.inputs import KVCache
 from services.engine.run.decode_rows import DecodeRows
@@ -50,5 +49,7 @@ def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:
     """Return the operations of a sampling class, on a device."""
     if not on_gpu:
         return SamplingOps() if wanted == "base" else SamplingOps(threshold=threshold_by_search)
+    from services.engine.kernels.triton.ops import gpu_sampling_ops  # Triton exists for Linux only
+
     ops = gpu_sampling_ops()
     return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax)
