@@ -48,7 +48,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     blob_budget_bytes: Positive = 4 << 30  # media and embeddings in Redis; the least recently used go first
     otlp_endpoint: HttpUrl = ""  # an OpenTelemetry collector for traces, http://HOST:4318; empty: no traces
     trace_ratio: Share = 1.0  # share of the traces that begin here; a caller decides about the ones it began
-    crash_at: str = ""  # tests only: where to die (shared/crash_points.py)
+    crash_at: str = ""  # tests only: the point at which to die (shared/crash_points.py)
 
 
 S = TypeVar("S", bound=msgspec.Struct)

@@ -83,7 +83,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()  # sizes of images, and frames of videos; see below
     device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
-    concurrency: Positive = 8  # requests in hand at once
+    concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # threads that decode and resize
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     media_max_bytes: Positive = 256 << 20  # the largest image or video
