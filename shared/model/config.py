@@ -6,6 +6,7 @@ leave out, and what it then means, is written where it is resolved; everything e
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -118,9 +119,10 @@ def load_model_config(directory: Path) -> ModelConfig:
     raw = _read_object(path)
     if raw is None:
         raise CheckpointError(f"{path} does not exist")
+    generation = _read_object(directory / "generation_config.json") or {}
     warnings: list[str] = []
     try:
-        config = _model_config(raw, _read_object(directory / "generation_config.json") or {}, warnings)
+        config = _model_config(raw, generation, warnings)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return msgspec.structs.replace(config, warnings=tuple(f"{path}: {text}" for text in warnings))
@@ -170,7 +172,10 @@ def online_quantization(quantization_config: object) -> Quantization | None:
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+# JSON has no infinity, but Python reads and writes it.
+LARGEST = sys.float_info.max
+Finite = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=LARGEST)]
 
 
 class _Rope(msgspec.Struct):
@@ -267,16 +272,16 @@ class _Generation(msgspec.Struct):
 
     do_sample: bool | None = None
     decode_strategy: str | None = None  # Paddle's do_sample
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)] = 1.0
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     top_k: Annotated[int, msgspec.Meta(ge=-1)] = 0
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Positive | None = None
     penalty_score: Positive | None = None
-    presence_penalty: float | None = None
-    presence_score: float | None = None
-    frequency_penalty: float | None = None
-    frequency_score: float | None = None
+    presence_penalty: Finite | None = None
+    presence_score: Finite | None = None
+    frequency_penalty: Finite | None = None
+    frequency_score: Finite | None = None
 
 
 # Fields of generation_config.json that draw no token: read elsewhere, or transformers' bookkeeping.
@@ -299,7 +304,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
