@@ -1,27 +1,70 @@
-# The README's commands. They make the environment they need in .venv first, and again when its pins change.
-PYTHON ?= python3.11
+# The README's commands. They make the environment they need in VENV first, and again when its pins change.
+SHELL := /bin/bash
+VENV ?= .venv
 PORT ?= 8180
 METRICS_PORT ?= 8181
 REDIS_PORT ?= 8182
 
-PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Unless one is named, the first of these that is there and new enough. The middle line is Python, run by each.
+VERSIONS := 3.11 3.12 3.13
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(firstword $(foreach name,$(VERSIONS:%=python%) python3,$(shell $(name) -c '$(SUPPORTED)' 2>/dev/null && echo $(name))))
 
-.PHONY: serve test test-random chaos test-chart test-images test-cluster test-browser
+PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
+# pip's output as one line that changes, or as lines where it goes to no terminal: packages, and what is large.
+SHOW = test -t 1 && line='\r\e[K  %s' || line='  %s\n'; while read -r verb what rest; do \
+	case "$$verb $$what $$rest" in \
+		Collecting*) printf "$$line" "collecting $$what" ;; \
+		Downloading*MB\)) printf "$$line" "fetching $${what\#\#*/} $$rest" ;; \
+		"Installing collected"*) printf "$$line" "installing all of them" ;; \
+	esac; done; test ! -t 1 || echo
 
-serve: .venv/.installed-cli
-	.venv/bin/millrace serve --demo --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+.PHONY: serve check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-browser
 
-test: .venv/.installed-test
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	.venv/bin/pytest
+serve: $(VENV)/.installed-cli
+	$(VENV)/bin/millrace serve --demo --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+
+# What a change must pass before it is looked at: within a minute on two idle cores, which the parts share.
+check: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --jobs=2 check-tensors check-rest check-code
+
+check-code: $(VENV)/.installed-test
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "ruff format: $(VENV)/bin/ruff format . mends this" >&2; exit 1; }
+	@$(VENV)/bin/mypy
+
+QUICK_TESTS = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not system and not slow"
+TENSORS := tests/engine tests/mm_encoder
+
+check-tensors: $(VENV)/.installed-test
+	@$(QUICK_TESTS) $(TENSORS)
+
+check-rest: $(VENV)/.installed-test
+	@$(QUICK_TESTS) $(TENSORS:%=--ignore=%) tests
+
+# `check` on every supported Python that is on PATH, each in an environment of its own.
+check-pythons:
+	@checked=; skipped=; failed=; \
+	for version in $(VERSIONS); do \
+		if python$$version -c '$(SUPPORTED)' 2>/dev/null; then \
+			echo "make: check on Python $$version"; checked="$$checked $$version"; \
+			$(MAKE) --no-print-directory check VENV=.venv-$$version PYTHON=python$$version || failed="$$failed $$version"; \
+		else skipped="$$skipped $$version"; fi; \
+	done; \
+	echo "make: checked Python$${checked:- none}; failed:$${failed:- none}; skipped, as not on PATH:$${skipped:- none}"; \
+	test -n "$$checked" -a -z "$$failed"
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
 
 # The property tests with examples that no run has had, ROUNDS times. What fails is printed: add it as an @example.
 ROUNDS ?= 4
 
-test-random: .venv/.installed-test
-	for round in $$(seq $(ROUNDS)); do .venv/bin/pytest -m hypothesis --hypothesis-profile=random || exit 1; done
+test-random: $(VENV)/.installed-test
+	for round in $$(seq $(ROUNDS)); do $(VENV)/bin/pytest -m hypothesis --hypothesis-profile=random || exit 1; done
 
 # Every crash point (POINTS=none: leave that out), then seeds of chaos; the last line is their totals.
 SEEDS ?= 4
@@ -30,17 +73,17 @@ SECONDS ?= 60
 CLIENTS ?= 16
 POINTS ?= all
 
-chaos: .venv/.installed-test
+chaos: $(VENV)/.installed-test
 	failed=0; \
-	test $(POINTS) = none || CHAOS_ALL=1 .venv/bin/pytest tests/chaos/test_crash_points.py || failed=1; \
-	PYTHONPATH=.:tests:tests/chaos .venv/bin/python -m chaos_storm --seeds $(SEEDS) --first-seed $(FIRST_SEED) \
+	test $(POINTS) = none || CHAOS_ALL=1 $(VENV)/bin/pytest tests/chaos/test_crash_points.py || failed=1; \
+	PYTHONPATH=.:tests:tests/chaos $(VENV)/bin/python -m chaos_storm --seeds $(SEEDS) --first-seed $(FIRST_SEED) \
 		--seconds $(SECONDS) --clients $(CLIENTS) && exit $$failed
 
 # The chart against Helm 3.6, the schemas of CustomResourceDefinitions, hadolint and checkov, kept in CHART_TOOLS.
-CHART_TOOLS ?= .venv/chart-tools
+CHART_TOOLS ?= $(VENV)/chart-tools
 
-test-chart: .venv/.installed-test $(CHART_TOOLS)/.installed
-	CHART_TOOLS=$(CHART_TOOLS) .venv/bin/pytest tests/helm tests/images/test_containerfiles.py
+test-chart: $(VENV)/.installed-test $(CHART_TOOLS)/.installed
+	CHART_TOOLS=$(CHART_TOOLS) $(VENV)/bin/pytest tests/helm tests/images/test_containerfiles.py
 
 $(CHART_TOOLS)/.installed: Makefile
 	$(PYTHON) -m venv $(CHART_TOOLS)/python
@@ -52,21 +95,26 @@ $(CHART_TOOLS)/.installed: Makefile
 # The images, built and run: tests/images/test_images.py says what that needs.
 IMAGES ?= gateway mm_encoder engine postproc autoscaler
 
-test-images: .venv/.installed-test
-	IMAGES="$(IMAGES)" .venv/bin/pytest -s tests/images
+test-images: $(VENV)/.installed-test
+	IMAGES="$(IMAGES)" $(VENV)/bin/pytest -s tests/images
 
 # The chart on the cluster that KUBECONFIG names: tests/cluster/cluster_settings.py says what else can be told.
-test-cluster: .venv/.installed-test
-	.venv/bin/pytest tests/cluster
+test-cluster: $(VENV)/.installed-test
+	$(VENV)/bin/pytest tests/cluster
 
-test-browser: .venv/.installed-test .venv/.installed-browser-test
-	.venv/bin/pytest tests/browser
+test-browser: $(VENV)/.installed-test $(VENV)/.installed-browser-test
+	$(VENV)/bin/pytest tests/browser
 
-.venv/.installed-%: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP_INSTALL) --editable '.[$*]'
-	touch $@
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "make: installing what \`$*\` needs into $(VENV), once: one to five minutes, most of it for torch"
+	@set -o pipefail; $(PIP_INSTALL) --editable '.[$*]' | { $(SHOW); }
+	@touch $@
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(VENV)/bin/python:
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "make: $(if $(PYTHON),$(PYTHON) is not,there is no)" \
+		"Python of $(VERSIONS): install one (apt install python3.11-venv, brew install python@3.13)," \
+		"or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "make: making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-.PRECIOUS: .venv/.installed-%
+.PRECIOUS: $(VENV)/.installed-% $(VENV)/bin/python

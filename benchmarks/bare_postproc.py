@@ -1,7 +1,7 @@
 """A postproc that guarantees nothing, to measure what the guarantees cost: `python -m benchmarks.bare_postproc`.
 
-No journal, no fence, nothing kept after the end; the rest is the service as it ships. Let it die and every answer under
-way is lost.
+It has no journal and no fence, and keeps nothing after the end; the rest is the service as it ships. If it dies, every
+answer under way is lost.
 """
 
 import os
@@ -12,16 +12,17 @@ from pathlib import Path
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from services.postproc.metrics import PostprocMetrics
+from services.postproc.__main__ import compose
 from services.postproc.outbox import Outbox
-from services.postproc.request_states import RequestState, TurnOutput
+from services.postproc.owned_shards import SERVICE, OwnedShards
+from services.postproc.request_state import EntryId, RequestState
 from services.postproc.settings import PostprocSettings
 from services.postproc.text.detokenize import Vocabulary
-from services.postproc.worker import SERVICE, Worker
+from services.postproc.worker import Worker
 from shared import service
 from shared.bus.client import command
 from shared.bus.keys import Keys
-from shared.bus.leases import Fence
+from shared.bus.records import Records
 from shared.bus.wire import Wire
 from shared.messages import Delta, Deltas, to_entry
 from shared.model.tokenizer import Tokenizer
@@ -29,46 +30,35 @@ from shared.tracing import Tracing
 
 
 class BareOutbox(Outbox):
-    """Plain commands where the real one asks in a script whose the shard is."""
+    """Plain commands in place of scripts that check the fence. Everything counts as journaled, nothing is retained."""
 
-    def __init__(self, redis: Redis, keys: Keys, deltas_max_len: int) -> None:
-        super().__init__(redis, keys, deltas_max_len)
+    def __init__(self, redis: Redis, keys: Keys, records: Records, shards: OwnedShards, deltas_max_len: int) -> None:
+        super().__init__(redis, keys, records, shards, deltas_max_len)
         self._redis = redis
         self._wire = Wire(redis)
         self._max_len = deltas_max_len
 
-    async def send(self, deltas: Mapping[str, Sequence[Delta]], fence: Fence) -> None:
+    async def send(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         for gateway, items in deltas.items():
             fields = [word for pair in to_entry(Deltas(tuple(items))).items() for word in pair]
             await self._wire.call("XADD", self._keys.deltas(gateway), "MAXLEN", "~", self._max_len, "*", *fields)
 
-    async def trim(self, shard: int, before: tuple[int, int], exactly: bool, fence: Fence) -> None:
+    async def journal(self, states: list[RequestState]) -> int:
+        for state in states:
+            state.mark_journaled()
+        return 0
+
+    async def retain(self, states: Sequence[RequestState]) -> None:
+        await self.delete([state.request_id for state in states])
+
+    async def trim(self, shard: int, before: EntryId, exactly: bool) -> None:
         await command(self._redis, "XTRIM", self._keys.tokens(shard), "MINID", "~", f"{before[0]}-{before[1]}")
 
 
-class BareWorker(Worker):
-    """Takes everything for saved, and deletes what has ended."""
-
-    def __init__(
-        self, redis: Redis, keys: Keys, settings: PostprocSettings, vocabulary: Vocabulary, metrics: PostprocMetrics
-    ) -> None:
-        super().__init__(redis, keys, settings, vocabulary, metrics)
-        self._outbox = BareOutbox(redis, keys, settings.deltas_max_len)
-
-    async def _save(self, states: list[RequestState]) -> None:
-        for state in states:
-            state.saved()
-
-    async def _end(self, turn: TurnOutput) -> None:
-        turn.gone += [state.request_id for state in turn.kept]
-        turn.kept.clear()
-        await super()._end(turn)
-
-
 def build(settings: PostprocSettings, redis: Redis, *, tracing: Tracing) -> Worker:
-    """As the real one is put together, without traces."""
+    """Build the service as the real one is built, without traces."""
     vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
-    return BareWorker(redis, Keys(settings.namespace), settings, vocabulary, PostprocMetrics(REGISTRY))
+    return compose(settings, redis, vocabulary, REGISTRY, outbox=BareOutbox)
 
 
 if __name__ == "__main__":

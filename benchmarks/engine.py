@@ -104,7 +104,8 @@ CONFIG = ModelConfig(
 
 
 class Drawn:
-    """Stands in for a checkpoint: every tensor that is asked for exists, and is drawn where it is needed."""
+    """Stand-in for a checkpoint: every tensor that is asked for exists, and is drawn on the device where it is
+    needed."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._device = device
@@ -125,7 +126,8 @@ class Drawn:
 
 
 class Watch:
-    """Where emissions go: when each came, and with how many tokens; ends the run when every request has ended."""
+    """Sink of step outputs: records when each came, and with how many tokens; ends the run when every request has
+    ended."""
 
     def __init__(self, mailbox: Mailbox, requests: int, profiler: "profile | None" = None) -> None:
         self._mailbox, self._left, self._requests = mailbox, requests, requests
@@ -196,7 +198,7 @@ class Bench:
         self.memory["reserved_gib"] = torch.cuda.memory_reserved() / 2**30
 
     def run(self, count: int, length: int, generated: int, profiler: "profile | None" = None) -> tuple[float, Watch]:
-        """Seconds from the first step to the last emission, and all emissions."""
+        """Return the seconds from the first step to the last emission, and all emissions."""
         settings, mailbox = self._settings, Mailbox()
         watch = Watch(mailbox, count, profiler)
         pool = BlockPool(self._blocks, caching=False)
@@ -233,13 +235,13 @@ class Bench:
         return {"prompt": length, "prefill_tok_s": round(length / prefill_s), "decode_ms": round(watch.step_ms(), 3)}
 
     def kernels(self, count: int) -> list[dict[str, Any]]:
-        """What the device does in a decode step of `count` sequences, longest first."""
+        """Return the kernels of a decode step of `count` sequences, longest first."""
         profiler = profile(activities=[ProfilerActivity.CUDA])
         self.run(count, PROMPT, GENERATED, profiler)
         return table(profiler, PROFILED_STEPS)
 
     def prefill_kernels(self, count: int, length: int) -> list[dict[str, Any]]:
-        """The same for a prefill."""
+        """Return the kernels of a prefill, longest first."""
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.run(count, length, 1)
             torch.cuda.synchronize()
@@ -256,7 +258,7 @@ def table(profiler: profile, steps: int) -> list[dict[str, Any]]:
 
 
 def ceilings() -> dict[str, float]:
-    """What the card can do: a copy's bytes, read and written, and a large product's operations."""
+    """Measure the card's limits: a copy's bytes, read and written, and a large product's operations."""
     source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy_ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
@@ -302,8 +304,8 @@ def parse() -> argparse.Namespace:
 
 
 def measure(bench: Bench, name: str, args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Everything of one quantisation, into `result` and, in lines, to whoever watches."""
-    bench.run(1, PROMPT, 4)  # what was not captured is compiled here
+    """Measure everything of one quantisation, into `result` and, line by line, to standard output."""
+    bench.run(1, PROMPT, 4)  # compiles kernels that no captured step uses
     for batch in args.batches:
         result["decode_ms"][name][str(batch)] = ms = round(bench.decode_ms(batch), 3)
         print(f"{name} decode {batch:4d} {ms:8.3f} ms/step {1000 * batch / ms:9.0f} tok/s", flush=True)

@@ -24,11 +24,11 @@ from shared.messages import Delta, Deltas, Generate, Message, Output, Request, S
 
 BLOCK_MS = 1000
 PAGE = 100
-KEPT_S = 60  # the key under which the requests were submitted
+KEPT_S = 60  # of the idempotency key of the submission
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is to be asked, all at once."""
+    """Requests to submit, all at once."""
 
     redis_url: str
     namespace: str
@@ -40,14 +40,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Passage(msgspec.Struct, frozen=True):
-    """What came of it."""
+    """Times of the requests' tokens through the pipeline."""
 
     step_ms: float
     delta_ms: dict[str, float]  # p50 and p99, from a token's message in the tokens stream to its delta
 
 
 class Watch:
-    """When tokens and deltas were read."""
+    """Times at which tokens and deltas were read."""
 
     def __init__(self, load: Load) -> None:
         self._left = load.requests
@@ -59,7 +59,7 @@ class Watch:
     def over(self) -> bool:
         return self._left == 0
 
-    def take(self, message: Message, now: float) -> None:
+    def record(self, message: Message, now: float) -> None:
         if isinstance(message, Tokens):
             for run in message.runs:
                 self._read.setdefault(run.request_id, []).extend([now] * len(run.tokens))
@@ -83,9 +83,9 @@ async def run(load: Load) -> Passage:
     redis, keys = connect(load.redis_url), Keys(load.namespace)
     records, watch = Records(redis, keys), Watch(load)
     gateway = uuid.uuid4().hex
-    await send(redis, keys.deltas(gateway), Deltas(()))  # nobody writes to a gateway that has no stream
+    await send(redis, keys.deltas(gateway), Deltas(()))  # postproc writes only to gateways whose stream exists
     reader = LogReader(redis, {keys.tokens(0): "$", keys.deltas(gateway): "0"})
-    await reader.read(1, 0)  # which fixes where the tokens stream begins
+    await reader.read(1, 0)  # resolves `$`: later tokens are read from here
     # In one command, as the gateway does it for choices of one request: so all begin at once, as in the bare engine.
     asked = [ask(load, gateway, i) for i in range(load.requests)]
     await records.submit_once(GENERATE, asked, gateway, gateway, KEPT_S)
@@ -93,7 +93,7 @@ async def run(load: Load) -> Passage:
         messages = await reader.read(PAGE, BLOCK_MS)
         now = time.perf_counter()
         for _, _, message in messages:
-            watch.take(message, now)
+            watch.record(message, now)
     await redis.delete(keys.deltas(gateway))
     await redis.aclose()
     delays = {f"p{q}": round(1000 * float(np.percentile(watch.delays, q)), 3) for q in (50, 99)}

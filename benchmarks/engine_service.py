@@ -42,7 +42,7 @@ STOP_S = 30.0
 def measure(
     loaded: tuple[Runner, int], settings: EngineSettings, facts: EngineFacts, loads: Sequence[Load]
 ) -> list[Passage]:
-    """One load after the other, of one running system. Addresses of `settings` and `loads` are filled in.
+    """Measure one load after the other, on one running system. Addresses of `settings` and `loads` are filled in.
 
     Args:
         loaded: what `services.engine.run.assembly.runner_for` returns.
@@ -57,7 +57,7 @@ def measure(
 
 
 def load_of(requests: int, sampling: Sampling) -> Load:
-    """`requests` at once, of the usual length."""
+    """Return a load of `requests` at once, of the usual length."""
     return Load(redis_url="", namespace="", requests=requests, sampling=sampling)
 
 
@@ -86,13 +86,13 @@ async def _serve(
     life.stop.set()
     if await living or not asking.done():
         asking.cancel()
-        raise SystemExit("the engine ended before it had answered")
+        raise SystemExit("the engine ended before it had answered; see its log above")
     await redis.aclose()
     return asking.result()
 
 
 async def _ask(redis: Redis, loads: Sequence[Load]) -> list[Passage]:
-    """After a short load that warms connections and scripts."""
+    """Run the loads, after a short one that warms connections and scripts."""
     while not await leases.live(redis, Keys(NAMESPACE), "postproc"):  # noqa: ASYNC110  # what is waited for is in Redis
         await asyncio.sleep(LOOK_S)
     await _client(replace(loads[0], requests=1))
@@ -100,9 +100,10 @@ async def _ask(redis: Redis, loads: Sequence[Load]) -> list[Passage]:
 
 
 async def _client(load: Load) -> Passage:
-    """
+    """Run one load in a client process.
+
     Raises:
-        SystemExit: the client failed, and has said why.
+        SystemExit: the client failed, and has printed the reason.
     """
     words = (sys.executable, "-m", "benchmarks.engine_client", msgspec.json.encode(load).decode())
     process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)

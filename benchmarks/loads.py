@@ -36,7 +36,7 @@ class Arrival(NamedTuple):
 
 
 def poisson(rate: Callable[[float], float], most: float, seconds: float, rng: random.Random) -> Iterator[float]:
-    """Times of a Poisson process whose rate a second is `rate(t)`, never above `most`."""
+    """Yield times of a Poisson process whose rate a second is `rate(t)`, never above `most`."""
     now = 0.0
     while (now := now + rng.expovariate(most)) < seconds:
         if rng.random() * most < rate(now):
@@ -44,7 +44,8 @@ def poisson(rate: Callable[[float], float], most: float, seconds: float, rng: ra
 
 
 def _requests(times: Iterator[float], rng: random.Random) -> list[Arrival]:
-    """Prompts of some hundred tokens with a long tail (pictures, documents); answers of a model that thinks first."""
+    """Draw prompts of some hundred tokens with a long tail (pictures, documents), and answers of a model that thinks
+    first."""
     return [
         Arrival(at, min(16_384, int(rng.lognormvariate(6.4, 1.1))), min(8192, int(rng.lognormvariate(6.5, 0.9)) + 1))
         for at in sorted(times)
@@ -52,13 +53,14 @@ def _requests(times: Iterator[float], rng: random.Random) -> list[Arrival]:
 
 
 def day(rng: random.Random) -> list[Arrival]:
-    """A working day squeezed into three hours: from next to nothing to 8 requests a second and back."""
+    """Return a working day squeezed into three hours: from next to nothing to 8 requests a second and back."""
     seconds = 10_800.0
     return _requests(poisson(lambda t: 8 * math.sin(math.pi * t / seconds) ** 2 + 0.02, 8.02, seconds, rng), rng)
 
 
 def bursts(rng: random.Random) -> list[Arrival]:
-    """Two hours of 0.3 requests a second, and on top of it a burst of 10 a second for a minute or two every quarter."""
+    """Return two hours of 0.3 requests a second, with a burst of 10 a second for a minute or two every quarter of an
+    hour."""
     seconds = 7200.0
     begins = [900 * i + rng.uniform(0, 600) for i in range(8)]
     spans = [(begin, begin + rng.uniform(45, 120)) for begin in begins]
@@ -66,13 +68,13 @@ def bursts(rng: random.Random) -> list[Arrival]:
 
 
 def sparse(rng: random.Random) -> list[Arrival]:
-    """Four hours in which somebody asks three questions in a row, about every half hour."""
+    """Return four hours in which a user asks three questions in a row, about every half hour."""
     times = (begin + gap for begin in poisson(lambda _: 1 / 1800, 1 / 1800, 14_400, rng) for gap in (0, 40, 95))
     return _requests(times, rng)
 
 
 def read(path: Path) -> list[Arrival]:
-    """A recorded load."""
+    """Read a recorded load."""
     with path.open(newline="") as file:
         rows = sorted(
             (
@@ -92,7 +94,8 @@ SYNTHETIC: dict[str, Callable[[random.Random], list[Arrival]]] = {"day": day, "b
 
 
 async def record(redis_url: str, namespace: str, seconds: float) -> list[tuple[str, int, int]]:
-    """Follow a deployment for a while, as one reader more of its streams; the rows of requests that ended in it."""
+    """Follow a deployment for a while, as one more reader of its streams; return the rows of requests that ended in
+    it."""
     redis, keys = connect(redis_url), Keys(namespace)
     shards = int(await command(redis, "HGET", keys.shards(), COUNT) or 0)
     reader = LogReader(redis, {name: "$" for name in (keys.stream(GENERATE), *map(keys.tokens, range(shards)))})

@@ -1,11 +1,11 @@
-"""The launch on one card of 24 GB, played on a larger one: what engine and vision tower take of it, and what is left.
+"""The launch on one card of 24 GB, emulated on a larger one: memory of engine and vision tower, and what is left.
 
     python -m benchmarks.memory [--gib 23.65] [--encoder-first] [--output FILE.json]
 
 As on one RTX 4090: wint4, a context of 32,768, 32 sequences, steps of 16,384 tokens, a share of 0.9, and the tower as
 a process of its own on the same card. The engine's process is limited to `--gib` of the device and takes that for all
 of it; weights are drawn. Then 32 sequences run at once, as long as the cache has room for, and one of nearly 32,768
-tokens, while the tower encodes the largest image over and over. Needs a minute of a CUDA device that nobody else uses.
+tokens, while the tower encodes the largest image over and over. Needs a minute of a CUDA device of its own.
 
 Printed, in GiB: weights, what the cache was given, the most that the engine's process and the device held, with
 contexts, and `left`, which is the card less that: where it is above 0, the launch fits. Asserts nothing.
@@ -40,7 +40,7 @@ SEQUENCES, CONTEXT, SHARE = 32, 32_768, 0.9
 
 
 def tower(pipe: Connection) -> None:
-    """The encoder's process: loads, says so, and encodes an image whenever it is told to; False ends it."""
+    """Run the encoder's process: load, report that, and encode an image at each message; False ends it."""
     weights = load_weights(Drawn(torch.device("cpu"), seed=1), CONFIG, "cuda")  # type: ignore[arg-type]
     encoder = Encoder(weights, CONFIG, "cuda", PASS, CLIP_MEAN, CLIP_STD)
     pixels = CONFIG.vision.in_channels * CONFIG.vision.patch_size**2
@@ -53,7 +53,7 @@ def tower(pipe: Connection) -> None:
 
 
 class Tower:
-    """Its process, seen from the engine's."""
+    """The encoder's process, as the engine's process sees it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -64,7 +64,7 @@ class Tower:
         self._pipe.recv()
 
     def encode(self) -> float:
-        """Seconds; raises EOFError if it ended, out of memory most likely."""
+        """Return the seconds of one image; raises EOFError if the process ended, most likely out of memory."""
         self._pipe.send(True)
         return float(self._pipe.recv())
 
@@ -78,13 +78,14 @@ class Tower:
 
 
 def used() -> int:
-    """Bytes of the device that anybody holds."""
+    """Return the bytes of the device that any process holds."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
 def measure(card: int, encoder_first: bool) -> dict[str, Any]:
-    """
+    """Measure the launch on a card of `card` bytes.
+
     Raises:
         ConfigError: the cache could not hold one context.
     """

@@ -1,7 +1,7 @@
-"""Drawing tokens on a GPU, apart from the model: microseconds a step, by rows and by how flat their distributions are.
+"""Sampling on a GPU, apart from the model: microseconds a step, by rows and by how flat their distributions are.
 
-`sampled` is all that the sampler launches for rows with these limits, the host's share and the read of the tokens
-included; the operations are timed alone. Needs a CUDA device; asserts nothing.
+`sampled` is all that the sampler launches for rows with these limits, with the host's share and the read of the tokens;
+the operations are timed alone. Needs a CUDA device; asserts nothing.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def measure(kind: SamplingClass, logits: Tensor, top_k: int, top_p: float) -> di
         "threshold": us(lambda: ops.threshold(probs, floor, ks, ps)),
         "pick": us(lambda: ops.pick(probs, least, numbers)),
         "copy": us(lambda: logits.clone()),
-        # A copy of the logits is in this, as they are overwritten.
+        # Includes a copy of the logits, as they are overwritten.
         "sampled": us(lambda: sampler.draw(logits.clone(), plan).read()),
     }
 

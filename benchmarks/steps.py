@@ -1,4 +1,4 @@
-"""What the engine's decode runs have in common, wherever their steps are watched."""
+"""Lengths and the step time of the engine's decode benchmarks, in process and through Redis."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ WARM_STEPS = 8
 
 
 def step_ms(stamps: Sequence[tuple[float, int]], requests: int) -> float:
-    """Mean milliseconds of the steps in which all requests decode, but for the first few.
+    """Return the mean milliseconds of the steps in which all requests decode, but for the first few.
 
     Args:
         stamps: when each step's tokens came, in seconds, and how many.

@@ -1,4 +1,4 @@
-"""How a look at the pipeline is drawn: a value in, something rich can print out."""
+"""Drawing of the pipeline's state as tables that rich can print."""
 
 import time
 
@@ -15,12 +15,12 @@ NOTHING = "-"
 
 
 def draw(view: PipelineView) -> RenderableType:
-    """The whole board."""
+    """Draw the whole board."""
     return Group(_head(view), _stages(view), _replicas(view), _streams(view), _redis(view))
 
 
 def duration(seconds: float | None) -> str:
-    """In two figures or three: 12 ms, 1.5 s, 59 s, 12 m, 3.4 h."""
+    """Write a duration in two or three digits: 12 ms, 1.5 s, 59 s, 12 m, 3.4 h."""
     if seconds is None:
         return NOTHING
     if seconds < 0.9995:
@@ -32,7 +32,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes: 812 B, 1.5 MB."""
+    """Write a number of bytes: 812 B, 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} B" if unit == "B" else f"{_short(number)} {unit}"
@@ -41,7 +41,7 @@ def size(number: float) -> str:
 
 
 def figure(name: str, value: float) -> str:
-    """One figure of a lease, by what its name ends in."""
+    """Write one figure of a lease, in the unit that its name ends in."""
     if name in SHARES:
         return f"{value:.0%}"
     if name.endswith("_per_s"):
@@ -62,7 +62,7 @@ def _head(view: PipelineView) -> RenderableType:
 
 
 def _table(*columns: str, gap: int = 2) -> Table:
-    """The first column is a name, the others are figures unless they begin with "<"."""
+    """Make a table. The first column is a name, the others are figures unless they begin with "<"."""
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold dim")
     for place, column in enumerate(columns):
         left = place == 0 or column.startswith("<")
@@ -110,7 +110,7 @@ def _replicas(view: PipelineView) -> RenderableType:
         names = {replica.name for replica in stage.replicas}
         for replica in stage.replicas:
             table.add_row(*_replica(stage.service, replica))
-        # Those whose lease is not even in the index any more, and whose work nobody has taken over yet.
+        # Replicas whose lease has left the index, and whose work no other has taken over yet.
         for name, number in pending.items():
             if number and name not in names:
                 table.add_row(name, Text("dead", "red"), NOTHING, NOTHING, str(number), "to be taken over")

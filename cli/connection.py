@@ -1,4 +1,4 @@
-"""Which deployment a command looks at: the flags they share."""
+"""Flags that say which deployment a command is about."""
 
 import argparse
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ LOCAL = "redis://127.0.0.1:8182/0"  # where `millrace serve` has its Redis unles
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags as every other mistake is said."""
+    """Argument parser whose errors are ConfigErrors, as every other mistake's."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def parser(prog: str, description: str, environ: Mapping[str, str]) -> Parser:
-    """One with --redis-url, --blob-redis-url and --namespace, which the services' own variables fill."""
+    """Make a parser with --redis-url, --blob-redis-url and --namespace, with the services' variables as defaults."""
     made = Parser(prog=prog, description=description, allow_abbrev=False)
     made.add_argument(
         "--redis-url",

@@ -1,4 +1,4 @@
-"""What each service's process is told, worked out and checked before anything is started."""
+"""Environments of the services' processes, computed and checked before anything is started."""
 
 import socket
 from collections.abc import Mapping
@@ -15,12 +15,13 @@ from services.mm_encoder.vision.memory import device_bytes
 from services.postproc.settings import PostprocSettings
 from shared import config
 from shared.config import CommonSettings
+from shared.cpu_share import compute_threads, usable_cores
 from shared.errors import ConfigError
 from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
 
 PREFIX = "MILLRACE_"
-# In the order in which they are stopped: first who lets requests in, last who gives answers out.
+# In the order in which they are stopped: the one that lets requests in first, the one that gives answers out last.
 SETTINGS: dict[str, type[CommonSettings]] = {
     "gateway": GatewaySettings,
     "mm_encoder": MmEncoderSettings,
@@ -29,8 +30,12 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 }
 
 
+COMPUTE_SERVICES = ("mm_encoder", "engine")  # use torch, and share the cores of this machine
+
+
 def check_ports(launch: Launch) -> None:
-    """
+    """Check that every port is free.
+
     Raises:
         ConfigError: two of our ports are the same, or one is taken; the message names the flag.
     """
@@ -40,7 +45,7 @@ def check_ports(launch: Launch) -> None:
     seen: dict[int, str] = {}
     for flag, (host, port) in wanted.items():
         if port in seen:
-            raise ConfigError(f"{flag}: {port} is also {seen[port]}")
+            raise ConfigError(f"{flag}: port {port} is also that of {seen[port]}; give each its own")
         seen[port] = flag
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -51,7 +56,7 @@ def check_ports(launch: Launch) -> None:
 
 
 def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Each service's environment, in the order of SETTINGS: ours, with the settings that the service has and no others.
+    """Return each service's environment, in the order of SETTINGS: ours, with the settings of this service alone.
 
     A MILLRACE_ variable of ours fills a setting where no flag does.
 
@@ -62,19 +67,21 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     refuse_foreign(launch.model)
     ours = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     plain = {name: value for name, value in environ.items() if name not in ours}
-    told = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}
-    told = ours | {_variable(name): _value(value) for name, value in told.items()}
-    told |= _context_length(launch.model, told)
-    told.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, told)))
+    given = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}
+    given = ours | {_variable(name): _value(value) for name, value in given.items()}
+    given |= _context_length(launch.model, given)
+    given.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, given)))
+    if "OMP_NUM_THREADS" not in plain:  # which torch reads: a number that somebody chose for both
+        given.setdefault(_variable("torch_threads"), str(compute_threads(usable_cores(), len(COMPUTE_SERVICES))))
     only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port", "metrics_port")}
     known = {
         service: {_variable(name) for name in settings.__struct_fields__} for service, settings in SETTINGS.items()
     }
-    for name in sorted(told.keys() - set().union(*known.values())):
+    for name in sorted(given.keys() - set().union(*known.values())):
         raise ConfigError(f"{name}: no service has this setting")
     result = {}
     for service, settings in SETTINGS.items():
-        own = {name: value for name, value in told.items() if name in known[service]}
+        own = {name: value for name, value in given.items() if name in known[service]}
         own |= only_gateway if service == "gateway" else {}
         loaded = config.load(settings, own)
         if isinstance(loaded, EngineSettings):
@@ -84,7 +91,7 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
 
 
 def settings_of(environ: Mapping[str, str]) -> CommonSettings:
-    """What all services share, out of one service's environment."""
+    """Read the settings that all services share from one service's environment."""
     known = {_variable(name) for name in CommonSettings.__struct_fields__}
     return config.load(CommonSettings, {name: value for name, value in environ.items() if name in known})
 
@@ -97,22 +104,22 @@ def _value(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _encoder_bytes(model: Path, told: Mapping[str, str]) -> int:
-    """What the mm_encoder will take of the card that it shares with the engine, which may look before it is there."""
+def _encoder_bytes(model: Path, given: Mapping[str, str]) -> int:
+    """Return the memory that mm_encoder will take of the GPU it shares with the engine, which may start before it."""
     known = {_variable(name) for name in MmEncoderSettings.__struct_fields__}
-    settings = config.load(MmEncoderSettings, {name: value for name, value in told.items() if name in known})
+    settings = config.load(MmEncoderSettings, {name: value for name, value in given.items() if name in known})
     if settings.device == "cpu":
         return 0
     facts = load_model_config(model)
     return device_bytes(facts, settings.largest_pass(facts.vision))
 
 
-def _context_length(model: Path, told: Mapping[str, str]) -> dict[str, str]:
-    """The context length for all services where none was asked for: the default, as far as the model reaches."""
+def _context_length(model: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the context length for all services where none is set: the default, or the model's if that is less."""
     name, longest = _variable("max_model_len"), load_model_config(model).max_position_embeddings
-    if name not in told:
+    if name not in given:
         default = next(f.default for f in msgspec.structs.fields(CommonSettings) if f.name == "max_model_len")
         return {name: str(min(default, longest))}
-    if told[name].isdigit() and int(told[name]) > longest:
-        raise ConfigError(f"--max-model-len: {told[name]} is more than the {longest} positions this model has")
+    if given[name].isdigit() and int(given[name]) > longest:
+        raise ConfigError(f"--max-model-len: {given[name]} is more than the {longest} positions this model has")
     return {}

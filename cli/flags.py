@@ -1,4 +1,4 @@
-"""The flags of `millrace serve`: FastDeploy's names with FastDeploy's meanings, read into one frozen value.
+"""Flags of `millrace serve`: FastDeploy's names with FastDeploy's meanings, read into one frozen value.
 
 A flag that is a service's setting is stored under the setting's own name (shared/config.py, services/*/settings.py)
 and goes, untranslated, to every service that has the setting. One that was not given sets nothing, so that defaults
@@ -19,7 +19,7 @@ from shared.errors import ConfigError
 PARSER = "ernie-45-vl-thinking"
 DEMO = Path("demo")
 
-# FastDeploy's other flags: known and not honoured yet, which deserves another message than "no such flag".
+# FastDeploy's other flags: known and not supported yet, which deserves another message than "no such flag".
 _NOT_YET = """
     revision tokenizer tokenizer-base-url workers controller-port max-waiting-time timeout timeout-graceful-shutdown
     enable-mm-output data-parallel-size enable-expert-parallel kv-cache-ratio
@@ -31,12 +31,14 @@ _NOT_YET = """
     disable-custom-all-reduce splitwise-role ips use-warmup router enable-eplb cache-queue-port config
 """
 NOT_YET = frozenset(f"--{name}" for name in _NOT_YET.split())
-# What FD_SAMPLING_CLASS may say here: both draw the same tokens, one without sorting. FastDeploy's others are its own.
+# FastDeploy's environment variables that mean something here, and the settings that they are.
+VARIABLES = {"FD_SAMPLING_CLASS": "sampling_class", "FD_API_KEY": "api_keys"}
+# Values of FD_SAMPLING_CLASS: both draw the same tokens, "rejection" without sorting. FastDeploy has others.
 SAMPLING_CLASSES = ("base", "rejection")
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What one `millrace serve` was asked to run."""
+    """Request to run one `millrace serve`."""
 
     model: Path
     demo: bool
@@ -50,10 +52,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Launch:
-    """The launch that the arguments after `serve` and FastDeploy's environment variables ask for.
+    """Parse the arguments after `serve` and FastDeploy's environment variables.
 
     Raises:
-        ConfigError: a flag or variable is unknown, malformed or cannot be honoured; the message names it.
+        ConfigError: a flag or variable is unknown, malformed or not supported; the message names it.
     """
     given, unknown = _parser().parse_known_args(arguments)
     if unknown:
@@ -70,10 +72,13 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Launch:
 
 
 def unread_variables(environ: Mapping[str, str]) -> list[str]:
-    """FastDeploy's environment variables that are set and that nothing here reads."""
-    return sorted(
-        name for name in environ if name.startswith("FD_") and name not in ("FD_SAMPLING_CLASS", "FD_API_KEY")
-    )
+    """Return the environment variables of FastDeploy that are set and that nothing here reads."""
+    return sorted(name for name in environ if name.startswith("FD_") and name not in VARIABLES)
+
+
+def flags() -> list[argparse.Action]:
+    """Return every flag but --help."""
+    return [action for action in _parser()._actions if action.dest != "help"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -200,6 +205,12 @@ def _parser() -> _Parser:
     )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
+    engine.add_argument(
+        "--torch-threads",
+        type=_count(1),
+        metavar="N",
+        help="CPU threads of the engine, and as many of the mm_encoder (unset: the cores shared out between them)",
+    )
     for name in ("--reasoning-parser", "--tool-call-parser"):
         engine.add_argument(name, choices=(PARSER, ""), metavar="NAME", help=f'{PARSER} (the default), or "" for none')
     engine.add_argument(

@@ -7,8 +7,8 @@ from typing import TypeVar
 import msgspec
 
 from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
-from services.gateway.request.chat import ChatFormat, variables
-from services.gateway.request.media import Item
+from services.gateway.request.chat import ChatFormat, template_variables
+from services.gateway.request.media import MediaItem
 from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.template import BUILT_IN, Template
 from services.mm_encoder.media.normalisation import load_normalisation
@@ -38,7 +38,7 @@ SAMPLE = msgspec.convert(
     },
     ChatRequest,
 )
-SAMPLE_MEDIA = [Item("image", "messages[1].content[0]", "image_url", url="https://example.com/street.jpg")]
+SAMPLE_MEDIA = [MediaItem("image", "messages[1].content[0]", "image_url", url="https://example.com/street.jpg")]
 TOOL_TOKENS = ("<tool_call>", "</tool_call>")
 
 T = TypeVar("T")
@@ -174,8 +174,8 @@ def _chat(directory: Path, tokenizer: Tokenizer) -> Chat:
     """
     template = Template.load(directory, MAX_SAMPLE_CHARS)
     try:
-        rendered = template.render(variables(SAMPLE, SAMPLE_MEDIA))
-        prompt = ChatFormat(template, tokenizer).prompt(SAMPLE, SAMPLE_MEDIA)
+        rendered = template.render(template_variables(SAMPLE, SAMPLE_MEDIA))
+        prompt = ChatFormat(template, tokenizer).build_prompt(SAMPLE, SAMPLE_MEDIA)
     except RequestError as error:
         raise CheckpointError(f"{directory}: a question about a picture cannot be asked: {error}") from error
     return Chat(template.name, rendered, prompt.text_tokens(), prompt.thinking)

@@ -1,4 +1,4 @@
-"""The `millrace` command."""
+"""Entry point of the `millrace` command, and of `python -m cli.main`."""
 
 import os
 import signal
@@ -11,12 +11,13 @@ USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace check DIR [--json]
        millrace top | status | autoscale [flags]
        millrace quarantine list | show | retry | drop [entries]
+       millrace --version
 
   serve      run Redis and the four services on this machine
   check      say what a model directory would be served as, from headers only; the exit status says whether it will be
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
-  quarantine look at requests that ended replica after replica, run them again or drop them
+  quarantine look at requests that crashed replica after replica, run them again or drop them
   autoscale  scale a deployment on Kubernetes by the work that waits in it
 
 `millrace COMMAND --help` lists the flags.
@@ -24,7 +25,7 @@ USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 2 when it was asked for something that cannot work."""
+    """Run one command and return the exit status: 2 if it cannot work as asked."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -42,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read us has seen enough
+    except BrokenPipeError:  # the reader of our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
-# Each imports what it needs when it is called: a mistyped flag is told at once, and no command needs another's extra.
+# Each imports what it needs when called: a mistyped flag is reported at once, and no command needs another's extra.
 
 
 def _serve(words: Sequence[str]) -> int:
@@ -63,6 +64,15 @@ def _check(words: Sequence[str]) -> int:
     from cli.check import main
 
     return main(words)
+
+
+def _version(words: Sequence[str]) -> int:
+    from shared.version import millrace_version
+
+    if words:
+        raise ConfigError(f"{words[0]}: --version takes no arguments")
+    print(f"millrace {millrace_version()}")
+    return 0
 
 
 def _status(words: Sequence[str]) -> int:
@@ -98,4 +108,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": _status,
     "quarantine": _quarantine,
     "autoscale": _autoscale,
+    "--version": _version,
 }
+
+if __name__ == "__main__":
+    sys.exit(main())

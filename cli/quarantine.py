@@ -1,7 +1,7 @@
-"""`millrace quarantine`: requests that ended replica after replica, kept for people to look at.
+"""Command `millrace quarantine`: the dead-letter streams, with requests that crashed replica after replica.
 
 An entry is named after the stream it was in and its id in the quarantine: generate/1700000000000-0. Its client was
-answered with an error when it came here. What clients wrote is shown only when asked for.
+answered with an error when it was quarantined. Text of clients is shown only with --body.
 
 Exit status: 0 done; 1 an entry is not there, or cannot be run again; 2 the command could not be carried out.
 """
@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli.connection import parser
-from services.gateway.request import answer_format as forms
+from services.gateway.request import answer_format
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -38,7 +38,7 @@ NOBODY = "quarantine"  # no gateway: its stream does not exist, so nothing is wr
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One quarantined entry."""
+    """Entry of a quarantine stream."""
 
     stream: str
     entry_id: str
@@ -52,20 +52,21 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def since(self) -> str:
-        """When it came here, as its id says."""
+        """Return the time at which it was quarantined, as its id has it."""
         return _time(int(self.entry_id.partition("-")[0]) / 1000)
 
 
 class Refused(Exception):
-    """An entry cannot be dealt with as asked; says why."""
+    """Error of an action that an entry does not allow; the message says why."""
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """
+    """Run the command and return the exit status.
+
     Raises:
         ConfigError: a flag is wrong.
     """
-    flags = parser("millrace quarantine", "Requests that ended replica after replica.", environ)
+    flags = parser("millrace quarantine", "Requests that crashed replica after replica.", environ)
     flags.add_argument("action", choices=("list", "show", "retry", "drop"))
     flags.add_argument("entries", nargs="*", metavar="ENTRY", help="as `list` names it")
     flags.add_argument("--all", action="store_true", help="retry or drop every entry")
@@ -90,29 +91,29 @@ async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int
     redis = connect(where.redis_url)
     blob_redis = connect(where.blob_redis_url) if where.blob_redis_url else redis
     try:
-        ward = Quarantine(redis, Keys(where.namespace), blob_redis)
+        quarantine = Quarantine(redis, Keys(where.namespace), blob_redis)
         if action == "list":
-            print("\n".join([line(entry) for entry in await ward.entries()] or ["the quarantine is empty"]))
+            print("\n".join([line(entry) for entry in await quarantine.entries()] or ["the quarantine is empty"]))
             return DONE
-        acts: dict[str, Callable[[Entry], Awaitable[str]]] = {"retry": ward.retry, "drop": ward.drop}
+        acts: dict[str, Callable[[Entry], Awaitable[str]]] = {"retry": quarantine.retry, "drop": quarantine.drop}
         if action == "show":
 
             async def show(entry: Entry) -> str:
                 return describe(entry, body)
 
             acts["show"] = show
-        return await _each(ward, names, acts[action])
+        return await _each(quarantine, names, acts[action])
     finally:
         for client in {redis, blob_redis}:
             await client.aclose()
 
 
-async def _each(ward: "Quarantine", names: Sequence[str], act: Callable[[Entry], Awaitable[str]]) -> int:
-    """Do it to every entry that is named, or to all; one that fails does not keep the others from it."""
+async def _each(quarantine: "Quarantine", names: Sequence[str], act: Callable[[Entry], Awaitable[str]]) -> int:
+    """Apply `act` to each named entry, or to all; a failure does not stop the others."""
     status = DONE
-    for name in names or [entry.name for entry in await ward.entries()]:
+    for name in names or [entry.name for entry in await quarantine.entries()]:
         try:
-            print(await act(await ward.entry(name)))
+            print(await act(await quarantine.entry(name)))
         except Refused as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = NOT_DONE
@@ -120,7 +121,7 @@ async def _each(ward: "Quarantine", names: Sequence[str], act: Callable[[Entry],
 
 
 class Quarantine:
-    """The quarantine streams of one deployment."""
+    """Quarantine streams of one deployment."""
 
     def __init__(self, redis: Redis, keys: Keys, blob_redis: Redis) -> None:
         self._redis = redis
@@ -129,7 +130,7 @@ class Quarantine:
         self._blobs = Blobs(blob_redis, keys, int(RETAIN_S), 0)
 
     async def entries(self) -> list[Entry]:
-        """All, the oldest first in each stream."""
+        """Return all entries, the oldest first in each stream."""
         return [
             _entry(stream, *found)
             for stream in STREAMS
@@ -137,9 +138,10 @@ class Quarantine:
         ]
 
     async def entry(self, name: str) -> Entry:
-        """
+        """Return the entry of a name.
+
         Raises:
-            Refused: there is none of this name.
+            Refused: there is none.
         """
         stream, _, entry_id = name.partition("/")
         left, _, right = entry_id.partition("-")
@@ -151,12 +153,12 @@ class Quarantine:
         return _entry(stream, *found[0])
 
     async def drop(self, entry: Entry) -> str:
-        """Remove it; returns what was done."""
+        """Remove an entry and return what was done, in words."""
         await command(self._redis, "XDEL", self._keys.quarantine(entry.stream), entry.entry_id)
         return f"{entry.name}: dropped"
 
     async def retry(self, entry: Entry) -> str:
-        """Send it again, as a request of its own; returns where its answer will be.
+        """Send an entry again as a new request, and return where its answer will be, in words.
 
         Raises:
             Refused: it cannot run again.
@@ -172,7 +174,7 @@ class Quarantine:
         return f"{entry.name}: runs again as {name}; GET /v1/chat/completions/{name} has its answer for an hour"
 
     async def _missing(self, message: Encode | Generate) -> str | None:
-        """What it needs and Redis has no more."""
+        """Return what the message needs and Redis no longer has, in words, or None."""
         if isinstance(message, Encode):
             for media in message.media:
                 if media.blob is not None and await self._blobs.meta(MEDIA, media.blob) is None:
@@ -184,7 +186,7 @@ class Quarantine:
         return None
 
     async def _anew(self, request: Request) -> Request:
-        """The same, under a new id: nothing that was said of the old one may count for it."""
+        """Return the request under a new id, so that no token or record of the old one counts for it."""
         shards = await command(self._redis, "HGET", self._keys.shards(), COUNT)
         if shards is None:
             raise Refused("it cannot run again: no postproc has ever run here")
@@ -198,18 +200,18 @@ class Quarantine:
             created=now,
             deadline=now + seconds,
             retain_s=max(RETAIN_S, request.retain_s),
-            form=forms.encode(msgspec.structs.replace(forms.decode(request.form), n=1, key="")),
+            form=answer_format.encode(msgspec.structs.replace(answer_format.decode(request.form), n=1, key="")),
         )
 
 
 def line(entry: Entry) -> str:
-    """One entry of `list`."""
+    """Write an entry as a line of `list`."""
     what = "unreadable" if entry.message is None else _client_name(entry.message.request)
     return f"{entry.name}  {entry.since}  {what}  {entry.reason}"
 
 
 def describe(entry: Entry, body: bool) -> str:
-    """What `show` prints: nothing that the client wrote, unless `body`."""
+    """Write an entry as `show` prints it: without text of the client, unless `body`."""
     fields: dict[str, object] = {"since": entry.since, "reason": entry.reason, "deliveries": entry.attempts}
     if (message := entry.message) is not None:
         fields |= _of_request(message.request) | _of_work(message)
@@ -243,7 +245,7 @@ def _of_work(message: Encode | Generate) -> dict[str, object]:
 
 
 def _body(message: Encode | Generate) -> str:
-    """The message as JSON, with token ids in place of their packed form."""
+    """Write the message as JSON, with token ids in place of their packed form."""
     fields = msgspec.to_builtins(message)
     if isinstance(message, Encode):
         fields["segments"] = [unpack_ids(segment) for segment in message.segments]

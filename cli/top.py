@@ -1,4 +1,4 @@
-"""`millrace top`: the pipeline, live. One look a second; q or Ctrl-C ends it."""
+"""Command `millrace top`: the pipeline, live, drawn once a second; q or Ctrl-C ends it."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cli.board import draw
 from cli.connection import parser
-from cli.status import UNKNOWN, look
+from cli.status import UNKNOWN, read_once
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import read
@@ -27,25 +27,26 @@ WIDE = 160  # columns where there is no terminal to ask
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """
+    """Run the command and return the exit status.
+
     Raises:
         ConfigError: a flag is wrong, or there is no terminal.
     """
     flags = parser("millrace top", "Watch the pipeline. q ends it.", environ)
-    flags.add_argument("--once", action="store_true", help="draw one look and end")
+    flags.add_argument("--once", action="store_true", help="draw the board once and end")
     given = flags.parse_args(words)
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in environ else WIDE)
     if given.once:
         return _once(console, given.redis_url, given.blob_redis_url, given.namespace)
     if not (console.is_terminal and sys.stdin.isatty()):
-        raise ConfigError("this is no terminal; --once draws one look")
+        raise ConfigError("standard input and output are not a terminal; use --once to draw the board once")
     asyncio.run(_watch(console, given.redis_url, given.blob_redis_url, Keys(given.namespace)))
     return 0
 
 
 def _once(console: Console, redis_url: str, blob_redis_url: str | None, namespace: str) -> int:
     try:
-        console.print(draw(asyncio.run(look(redis_url, blob_redis_url, namespace))))
+        console.print(draw(asyncio.run(read_once(redis_url, blob_redis_url, namespace))))
     except RedisError as error:
         print(f"millrace top: Redis does not answer: {error}", file=sys.stderr)
         return UNKNOWN
@@ -57,9 +58,9 @@ async def _watch(console: Console, redis_url: str, blob_redis_url: str | None, k
     redis = connect(redis_url)
     blobs = connect(blob_redis_url) if blob_redis_url else None
     try:
-        with _pressed("q") as told, Live(console=console, screen=True, auto_refresh=False) as live:
+        with _pressed("q") as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             drawing = asyncio.create_task(_draw(live, redis, blobs, keys))
-            await asyncio.wait([drawing, told], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([drawing, pressed], return_when=asyncio.FIRST_COMPLETED)
             drawing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await drawing
@@ -71,11 +72,11 @@ async def _watch(console: Console, redis_url: str, blob_redis_url: str | None, k
 
 async def _draw(live: Live, redis: Redis, blobs: Redis | None, keys: Keys) -> None:
     while True:
-        live.update(await _picture(redis, blobs, keys), refresh=True)
+        live.update(await _board(redis, blobs, keys), refresh=True)
         await asyncio.sleep(EVERY_S)
 
 
-async def _picture(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
+async def _board(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
     try:
         return draw(await read(redis, keys, blobs))
     except RedisError as error:
@@ -84,20 +85,20 @@ async def _picture(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableT
 
 @contextlib.contextmanager
 def _pressed(key: str) -> Iterator[asyncio.Future[None]]:
-    """A future that is done when the key is; the terminal gives keys one by one meanwhile, and shows none."""
+    """Yield a future that is done once the key is pressed; meanwhile the terminal passes keys on singly, unechoed."""
     loop, descriptor = asyncio.get_running_loop(), sys.stdin.fileno()
-    told: asyncio.Future[None] = loop.create_future()
+    pressed: asyncio.Future[None] = loop.create_future()
 
-    def look_at_keys() -> None:
+    def read_keys() -> None:
         typed = os.read(descriptor, 64)
-        if (key.encode() in typed or not typed) and not told.done():
-            told.set_result(None)
+        if (key.encode() in typed or not typed) and not pressed.done():
+            pressed.set_result(None)
 
     before = termios.tcgetattr(descriptor)
     tty.setcbreak(descriptor)
-    loop.add_reader(descriptor, look_at_keys)
+    loop.add_reader(descriptor, read_keys)
     try:
-        yield told
+        yield pressed
     finally:
         loop.remove_reader(descriptor)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

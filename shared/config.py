@@ -28,22 +28,22 @@ HttpUrl = Annotated[str, Meta(pattern=r"^(https?://[^/@\s]+[^@\s]*)?$")]  # or e
 class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every service is told."""
 
-    redis_url: str  # redis://, rediss:// or unix://
-    model: str  # directory of the checkpoint
-    blob_redis_url: str | None = None  # None: the same Redis
-    namespace: str = "millrace"
+    redis_url: str  # Redis, as redis://, rediss:// or unix://
+    model: str  # directory of the checkpoint, as the hub lays it out
+    blob_redis_url: str | None = None  # the Redis for media and embeddings; unset: the same one
+    namespace: str = "millrace"  # prefix of every key in Redis; deployments that share one need their own
     name: str = ""  # replica name; empty: hostname and process id
-    metrics_port: Port = 0  # 0: no metrics listener
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: Port = 0  # port of GET /metrics; 0: none
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe that is logged
     lease_ms: Positive = 3000  # a replica that has not renewed for this long is dead
-    drain_s: Annotated[float, Meta(ge=0)] = 30.0  # the pod's grace period minus its preStop
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0  # from SIGTERM to the end of work; a pod's grace period less preStop
     max_deliveries: Positive = 3  # an entry taken more often is quarantined
-    shards: Positive = 1  # token streams; the same for all services
+    shards: Positive = 1  # token streams, at most one postproc each; the same for all services
     max_model_len: Positive = 32768  # prompt and answer together
-    blob_ttl_s: Positive = 3600
-    blob_budget_bytes: Positive = 4 << 30
-    otlp_endpoint: HttpUrl = ""  # of a collector of traces, http://HOST:4318; empty: no traces (shared/tracing.py)
-    trace_ratio: Share = 1.0  # of the traces that begin here; one that a caller began is recorded if the caller says so
+    blob_ttl_s: Positive = 3600  # how long media and embeddings are kept after their last use
+    blob_budget_bytes: Positive = 4 << 30  # media and embeddings in Redis; the least recently used go first
+    otlp_endpoint: HttpUrl = ""  # an OpenTelemetry collector for traces, http://HOST:4318; empty: no traces
+    trace_ratio: Share = 1.0  # share of the traces that begin here; a caller decides about the ones it began
     crash_at: str = ""  # tests only: where to die (shared/crash_points.py)
 
 

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from importlib.metadata import version
 from typing import Protocol, TypeVar
 
 from redis.asyncio import Redis
@@ -27,6 +26,7 @@ from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError, ProtocolError
 from shared.messages import Drain
 from shared.tracing import Tracing
+from shared.version import millrace_version
 
 FAILED = 1
 MISCONFIGURED = 2  # starting it again would not help
@@ -121,7 +121,7 @@ class Life:
         self._me = Drain(name, settings.name)
         self._redis = redis
         self._control = keys.control()
-        about = (version("millrace"), time.time())
+        about = (millrace_version(), time.time())
         self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
         self._renew_s = settings.lease_ms / 3000
         self._drain_s = settings.drain_s

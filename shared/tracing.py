@@ -10,10 +10,10 @@ never what a client wrote or was answered.
 
 import threading
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeGuard
 
 from shared.config import CommonSettings
+from shared.version import millrace_version
 
 if TYPE_CHECKING:
     from opentelemetry import trace as otel
@@ -62,7 +62,7 @@ class Tracing:
 
     def __init__(self, provider: "TracerProvider | None") -> None:
         self._provider = provider
-        self._tracer = provider.get_tracer("millrace", version("millrace")) if provider else None
+        self._tracer = provider.get_tracer("millrace", millrace_version()) if provider else None
 
     def serve(self, name: str, caller: str | None, attributes: Attributes) -> Span | None:
         """Begin the span of a request from outside, in the trace of `caller` (a traceparent) or in a new one."""
@@ -117,7 +117,7 @@ def start(service: str, settings: CommonSettings) -> Tracing:
     who = {
         "service.name": f"millrace-{service}",
         "service.instance.id": settings.name,
-        "service.version": version("millrace"),
+        "service.version": millrace_version(),
     }
     provider = TracerProvider(
         sampler=ParentBased(TraceIdRatioBased(settings.trace_ratio)),

@@ -1,9 +1,14 @@
-"""What many tests need: a real Redis of their own, empty at the start of each."""
+"""Fixtures of many tests: a real Redis of their own, empty at the start of each; and the marks that `make check` reads.
+
+`system` marks every test that starts a process. Fixtures and places below bring the mark with them, any other such test
+carries it itself, and a test that starts a process without the mark fails. `slow` marks what computes for long.
+"""
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,10 +43,61 @@ settings.load_profile("fixed")
 SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
 
 
+TESTS = Path(__file__).resolve().parent
+SYSTEM_FIXTURES = ("redis_server",)
+SYSTEM_PLACES = (  # folders and files of which most tests start processes
+    *("browser", "chaos", "clients", "cluster", "images", "pipeline"),
+    *("cli/test_cli_serve.py", "cli/test_cli_supervisor.py", "cli/test_redis_server.py"),
+    *("helm/test_chart_autoscaler.py", "helm/test_chart_redis.py"),
+    *("helm/test_chart_runs.py", "helm/test_chart_scripts.py"),
+    *("engine/test_engine_benchmark.py", "engine/kernels/test_kernel_compiles.py"),
+    "shared/test_shared_crash_points.py",
+)
+SLOW_PLACES = (
+    "engine/kernels",  # interpreted
+    "mm_encoder/vision/test_vision_memory.py",  # passes of full size
+    "engine/run/test_sampler.py",  # many draws
+    "helm/test_chart_network.py",  # many renderings
+)
+STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")  # audit events
+processes_started: list[str] = []
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "redis_server" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "redis_server" in fixtures:
             item.add_marker(pytest.mark.redis)
+        if _within(item.path, SYSTEM_PLACES) or any(name in fixtures for name in SYSTEM_FIXTURES):
+            item.add_marker(pytest.mark.system)
+        if _within(item.path, SLOW_PLACES):
+            item.add_marker(pytest.mark.slow)
+
+
+def _within(path: Path, places: tuple[str, ...]) -> bool:
+    return any(path.is_relative_to(TESTS / place) for place in places)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    processes_started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    result = yield
+    if processes_started and item.get_closest_marker("system") is None:
+        pytest.fail(f"mark this test with pytest.mark.system: it starts a process, {processes_started[0]}")
+    return result
+
+
+def _note_process(event: str, details: tuple[object, ...]) -> None:
+    if event in STARTS_A_PROCESS:
+        processes_started.append(f"{event}{details[:2]}")
+
+
+sys.addaudithook(_note_process)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,18 @@ SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
 TOP_LEVEL = {
     *CODE,
     *("tests", "docs", "helm"),
-    *("README.md", "Makefile", "pyproject.toml", "constraints.txt"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt"),
 }
 BRINGS_TORCH = ("torch", "torchvision", "transformers", "safetensors.torch", "triton")
 UNPICKLERS = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 RUNS_TEXT = ("eval", "exec", "compile", "__import__")
 BUILDS_CLIENTS = ("Redis", "StrictRedis", "RedisCluster", "Sentinel", "from_url", "ConnectionPool")
+
+PURE_ROOMS = ("services.gateway.request", "services.engine.schedule", "services.postproc.text")
+QUESTION_WORDS = ("What", "Who", "How", "Whether", "Which", "When", "Where", "Whose", "Why")
+HANDFUL = 5
+DOCSTRINGS = "\n".join(f'def f{n}():\n    """What comes."""' for n in range(HANDFUL + 1))
 
 Modules = dict[str, ast.Module]
 
@@ -41,6 +48,12 @@ def read_tree(root: Path) -> Modules:
                 parts.pop()
             modules[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"), str(path))
     return modules
+
+
+@cache
+def repository() -> Modules:
+    """Return this repository's modules."""
+    return read_tree(ROOT)
 
 
 def imports(module: ast.Module) -> Iterator[str]:
@@ -68,8 +81,8 @@ def direct(modules: Modules, importer: Callable[[str], bool], forbidden: Callabl
     ]
 
 
-def reaches_torch(modules: Modules, *starts: str) -> list[str]:
-    """Chains of imports, through our own modules, from one of `starts` to torch."""
+def reaches(modules: Modules, brings: tuple[str, ...], *starts: str) -> list[str]:
+    """Return chains of imports, through our own modules, from one of `starts` to one of the libraries `brings`."""
     found, seen = [], set()
     paths = [[name] for name in modules if within(name, *starts)]
     while paths:
@@ -78,7 +91,7 @@ def reaches_torch(modules: Modules, *starts: str) -> list[str]:
             continue
         seen.add(path[-1])
         for imported in dict.fromkeys(imports(modules[path[-1]])):
-            if within(imported, *BRINGS_TORCH):
+            if within(imported, *brings):
                 found.append(" -> ".join([*path, imported]))
             else:
                 paths.extend([*path, name] for name in (imported, imported.rpartition(".")[0]) if name in modules)
@@ -137,14 +150,43 @@ def torch_in_shared_is_the_checkpoint_reader(modules: Modules) -> list[str]:
     )
 
 
-def light_parts_never_reach_torch(modules: Modules) -> list[str]:
-    return reaches_torch(
+def light_services_never_reach_torch(modules: Modules) -> list[str]:
+    return reaches(modules, BRINGS_TORCH, "services.gateway", "services.postproc")
+
+
+def pure_rooms_reach_neither_torch_nor_redis(modules: Modules) -> list[str]:
+    """The rooms that decide: they are tested with plain values."""
+    return reaches(modules, (*BRINGS_TORCH, "redis", "valkey"), *PURE_ROOMS)
+
+
+def pure_rooms_never_wait(modules: Modules) -> list[str]:
+    return direct(
         modules,
-        "services.gateway",
-        "services.postproc",
-        "services.engine.schedule.scheduler",
-        "services.engine.schedule.blocks",
+        lambda name: within(name, *PURE_ROOMS),
+        lambda _, imported: within(imported, "asyncio", "threading", "socket", "httpx"),
     )
+
+
+def timeouts_do_not_swallow_cancellations(modules: Modules) -> list[str]:
+    """asyncio.wait_for does, on Python 3.11, when what it awaits is done at that moment; asyncio.timeout does not."""
+    return [
+        f"{name}: {called}(...)"
+        for name, module in modules.items()
+        for called, _ in calls(module)
+        if called in ("asyncio.wait_for", "wait_for")
+    ]
+
+
+def docstrings_open_with_a_verb_or_a_noun(modules: Modules) -> list[str]:
+    """A docstring that opens with a question word has no subject. A handful may read better so."""
+    found = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, module in modules.items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if (text := ast.get_docstring(node)) and text.split()[0] in QUESTION_WORDS
+    ]
+    return found if len(found) > HANDFUL else []
 
 
 def kernels_know_no_engine(modules: Modules) -> list[str]:
@@ -199,7 +241,11 @@ RULES = [
     shared_stands_below,
     services_stand_below_the_cli,
     torch_in_shared_is_the_checkpoint_reader,
-    light_parts_never_reach_torch,
+    light_services_never_reach_torch,
+    pure_rooms_reach_neither_torch_nor_redis,
+    pure_rooms_never_wait,
+    timeouts_do_not_swallow_cancellations,
+    docstrings_open_with_a_verb_or_a_noun,
     kernels_know_no_engine,
     clients_come_from_the_bus,
     nothing_runs_data,
@@ -216,13 +262,18 @@ PLANTED = [
     (services_stand_below_the_cli, "services/engine/loop/engine.py", "from cli.flags import parse"),
     (torch_in_shared_is_the_checkpoint_reader, "shared/bus/keys.py", "import torch.nn as nn"),
     (torch_in_shared_is_the_checkpoint_reader, "shared/bus/keys.py", "from shared.model.checkpoint import Checkpoint"),
-    (light_parts_never_reach_torch, "services/postproc/worker.py", "from torch import Tensor"),
-    (light_parts_never_reach_torch, "services/postproc/worker.py", "from shared import weights"),
+    (light_services_never_reach_torch, "services/postproc/worker.py", "from torch import Tensor"),
+    (light_services_never_reach_torch, "services/postproc/worker.py", "from shared import weights"),
     (
-        light_parts_never_reach_torch,
+        pure_rooms_reach_neither_torch_nor_redis,
         "services/engine/schedule/scheduler.py",
         "from services.engine.schedule.blocks import Pool",
     ),
+    (pure_rooms_reach_neither_torch_nor_redis, "services/gateway/request/parsed.py", "from redis.asyncio import Redis"),
+    (pure_rooms_reach_neither_torch_nor_redis, "services/postproc/text/stop.py", "from shared.bus import client"),
+    (pure_rooms_never_wait, "services/postproc/text/stop.py", "import asyncio"),
+    (timeouts_do_not_swallow_cancellations, "services/gateway/http/app.py", "import asyncio\nasyncio.wait_for(x, 1)"),
+    (docstrings_open_with_a_verb_or_a_noun, "shared/bus/keys.py", DOCSTRINGS),
     (
         kernels_know_no_engine,
         "services/engine/kernels/reference/moe.py",
@@ -241,7 +292,7 @@ PLANTED = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps(rule: Callable[[Modules], list[str]]) -> None:
-    assert rule(read_tree(ROOT)) == []
+    assert rule(repository()) == []
 
 
 @pytest.mark.parametrize(("rule", "path", "text"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
@@ -263,6 +314,8 @@ def test_a_planted_violation_is_found(
         "services/engine/schedule/blocks.py": "import torch" if "blocks" in text else "",
         "services/engine/kernels/__init__.py": "",
         "services/engine/kernels/reference/moe.py": "import torch\nfrom services.engine.kernels import reference",
+        "services/gateway/request/parsed.py": "from shared.bus.keys import x",
+        "services/postproc/text/stop.py": "",
         "cli/serve.py": "from services.gateway import app",
     }
     for name, source in clean.items():
@@ -296,6 +349,7 @@ def test_services_are_the_four() -> None:
     assert {path.name for path in (ROOT / "services").iterdir() if path.name != "__pycache__"} == set(SERVICES)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("service", ["gateway", "postproc"])
 def test_a_running_light_service_has_no_torch(service: str) -> None:
     """The syntax tree sees our own imports; this sees what the libraries pull in."""

@@ -1,4 +1,4 @@
-"""Scales the stages of a deployment on Kubernetes by the work that Redis knows of.
+"""Autoscaler: scales the stages of a deployment on Kubernetes by the work that Redis knows of.
 
 policy      what should be, out of what is seen: no IO
 observe     what is seen, out of the pipeline's state

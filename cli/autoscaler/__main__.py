@@ -1,4 +1,4 @@
-"""Runs the autoscaler: `python -m cli.autoscaler` or `millrace autoscale`."""
+"""Entry point of the autoscaler: `python -m cli.autoscaler` or `millrace autoscale`."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ from shared.errors import ConfigError
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Scale until told to stop.
+    """Scale until stopping to stop.
 
     Raises:
         ConfigError: a setting is wrong, or there is no cluster.
@@ -37,25 +37,25 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 async def serve(settings: AutoscalerSettings, dry_run: bool) -> None:
-    """Until SIGTERM or SIGINT.
+    """Scale until SIGTERM or SIGINT.
 
     Raises:
         ConfigError: there is no cluster, or the URL of Redis is malformed.
     """
-    told = asyncio.Event()
+    stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     redis, keys = connect_redis(settings.redis_url), Keys(settings.namespace)
     cluster = await connect(settings.kube_namespace)
     leadership = Leadership(redis, keys, settings.name, settings.leader_ms)
     scaler = Scaler(redis, keys, cluster, leadership, settings.stages, AutoscalerMetrics(), dry_run)
     try:
         work = asyncio.create_task(scaler.run(settings.interval_s))
-        stop = asyncio.create_task(told.wait())
+        stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         work.cancel()
-        await asyncio.gather(work, return_exceptions=told.is_set())
+        await asyncio.gather(work, return_exceptions=stopping.is_set())
     finally:
         await _leave(leadership)
         await cluster.close()
@@ -66,7 +66,7 @@ async def _leave(leadership: Leadership) -> None:
     try:
         await leadership.release()
     except RedisError as error:
-        log.logger(__name__).warning("leadership not released; it will expire", extra={"reason": str(error)})
+        log.logger(__name__).warning("leadership not released; it expires by itself", extra={"reason": str(error)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kubernetes, as far as scaling needs it: the scale of a Deployment, and what deleting each of its pods costs.
+"""Client of Kubernetes for scaling: the scale of a Deployment, and the deletion cost of each of its pods.
 
 Needs `get` and `update` on deployments/scale, and `list` and `patch` on pods.
 """
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class ClusterError(MillraceError):
-    """The API server refused or did not answer."""
+    """Error of a call that the API server refused or did not answer."""
 
 
 class Scale:
-    """How many replicas a Deployment was asked for, as read at one moment."""
+    """Number of replicas that a Deployment was asked for, as read at one moment."""
 
     def __init__(self, read: client.V1Scale) -> None:
         assert read.spec is not None
@@ -33,13 +33,13 @@ class Scale:
 
     @property
     def selector(self) -> str:
-        """Of its pods."""
+        """Return the label selector of its pods."""
         assert self.read.status is not None
         return self.read.status.selector or ""
 
 
 class Cluster:
-    """One namespace. Close it with `close`."""
+    """Client of one namespace. Close it with `close`."""
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
         self._api = api
@@ -48,7 +48,8 @@ class Cluster:
         self._namespace = namespace
 
     async def scale(self, deployment: str) -> Scale:
-        """
+        """Read a Deployment's scale.
+
         Raises:
             ClusterError: it could not be read.
         """
@@ -67,7 +68,7 @@ class Cluster:
         await self._ask(self._apps.replace_namespaced_deployment_scale, name=deployment, body=body)
 
     async def set_costs(self, scale: Scale, held: Mapping[str, int]) -> None:
-        """Have Kubernetes delete first the pods that hold least. A pod that nobody knows of holds nothing.
+        """Let Kubernetes delete the pods with the least work first. A pod missing in `held` has none.
 
         Raises:
             ClusterError: some could not be written.
@@ -94,7 +95,7 @@ class Cluster:
 
 
 async def connect(namespace: str) -> Cluster:
-    """As the pod's service account or, outside a cluster, as kubectl would.
+    """Connect as the pod's service account or, outside a cluster, with the kubeconfig that kubectl would use.
 
     Raises:
         ConfigError: there is neither.
@@ -106,5 +107,7 @@ async def connect(namespace: str) -> Cluster:
         try:
             await config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
         except (config.ConfigException, OSError) as error:
-            raise ConfigError(f"neither in a cluster nor told of one by a kubeconfig: {error}") from error
+            raise ConfigError(
+                f"no cluster: this is no pod with a service account, and there is no kubeconfig: {error}"
+            ) from error
     return Cluster(client.ApiClient(settings), namespace)

@@ -1,7 +1,7 @@
-"""Of several autoscalers one acts: the one whose name is in a key of Redis that it renews before it expires.
+"""Leader election: of several autoscalers one acts, whose name is in a key of Redis that it renews before it expires.
 
-A leader that stalls may wake up after another has begun. It looks at its own clock before each change it makes, and
-changes carry the version of what was read, so that a late one is refused by Kubernetes.
+A leader that stalls may wake up after another has begun. It checks its own clock before each change, and each change
+carries the version of the object that was read, so that Kubernetes refuses a late one.
 """
 
 import time
@@ -19,7 +19,7 @@ ROLE = "autoscaler"
 
 
 class Leadership:
-    """This replica's claim."""
+    """Claim of this replica to leadership."""
 
     def __init__(
         self, redis: Redis, keys: Keys, name: str, ttl_ms: int, clock: Callable[[], float] = time.monotonic
@@ -34,7 +34,7 @@ class Leadership:
 
     @property
     def valid(self) -> bool:
-        """Whether nobody else can be leader yet."""
+        """True while no other replica can be leader."""
         return self._clock() < self._until
 
     async def hold(self) -> bool:
@@ -45,6 +45,6 @@ class Leadership:
         return leads
 
     async def release(self) -> None:
-        """Let another be it at once."""
+        """Give leadership up, so that another replica can take it at once."""
         self._until = 0.0
         await self._release(keys=[self._key], args=[self._name])

@@ -1,10 +1,10 @@
-"""What the autoscaler counts."""
+"""Metrics of the autoscaler."""
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 
 class AutoscalerMetrics:
-    """One of these a process and registry. A replica that is not the leader leaves the gauges as they are."""
+    """Metrics of one process, registered once. A replica that is not the leader leaves the gauges as they are."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:

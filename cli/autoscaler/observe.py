@@ -1,4 +1,4 @@
-"""What the pipeline's state means for its scaling."""
+"""Reading of the pipeline's state for scaling."""
 
 import msgspec
 
@@ -9,7 +9,7 @@ FEEDS = {"engine": "mm_encoder"}  # whose work becomes whose
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """`work` and `coming` as the policy has them; `held`: what each replica has in hand, by its name."""
+    """Load of a stage: `work` and `coming` as the policy has them; `held`: requests of each replica, by its name."""
 
     work: int
     coming: int
@@ -20,8 +20,8 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 def observe(view: PipelineView, service: str) -> Stage:
-    """A stage's work is the length of its stream, as entries are deleted when their work has ended; where it has no
-    stream, what its replicas say they hold. What a leaving replica holds needs no other."""
+    """Return a stage's load. Its work is the length of its stream, whose entries are deleted when they are done; for a
+    stage without a stream, what its replicas say they hold. The work of a draining replica is not counted."""
     stage = view.stage(service)
     held = _held(stage)
     leaving = sum(held.get(replica.name, 0) for replica in stage.within("draining"))

@@ -1,7 +1,7 @@
-"""How many replicas a stage should have: a function of what is seen, of what was seen of late, and of the time.
+"""Scaling policy: the number of replicas as a function of a stage's load, its recent loads, and the time.
 
-Work is waiting and running together, so the answer does not depend on how many replicas there are now, and does not
-run away while they start. More are asked for at once; fewer only when nothing within the cool-down asked for more.
+Work is waiting and running requests together, so the number does not depend on how many replicas there are now, and
+does not run away while they start. More are asked for at once, fewer when no load within the cool-down needed more.
 """
 
 import math
@@ -15,19 +15,19 @@ Step = Literal["stay", "out", "mark", "in"]
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one stage is told. With `least` 0 it sleeps while there is no work."""
+    """Scaling rules of one stage. With `least` 0 it sleeps while there is no work."""
 
-    deployment: str
-    target: Annotated[int, Meta(ge=1)]  # work that one replica should have
-    least: Annotated[int, Meta(ge=0)] = 1
-    most: Annotated[int, Meta(ge=1)]
-    cooldown_s: Annotated[float, Meta(ge=0)] = 300.0
+    deployment: str  # the Deployment to scale
+    target: Annotated[int, Meta(ge=1)]  # requests, waiting and running, that one replica should have
+    least: Annotated[int, Meta(ge=0)] = 1  # replicas at least; 0: the stage sleeps while it has no work
+    most: Annotated[int, Meta(ge=1)]  # replicas at most
+    cooldown_s: Annotated[float, Meta(ge=0)] = 300.0  # how long the work must ask for fewer before there are fewer
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A stage at one moment. `work`: requests that are its own, waiting and running, but not those of replicas that are
-    leaving, which take their work with them to its end. `coming`: requests that an earlier stage will hand to it.
-    `replicas`: how many Kubernetes was asked for."""
+    """State of a stage at one moment. `work`: its requests, waiting and running, without those of draining replicas,
+    which finish their own. `coming`: requests that an earlier stage will hand to it. `replicas`: how many Kubernetes
+    was asked for."""
 
     work: int
     replicas: int
@@ -35,7 +35,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """What a decision needs of the past: since when we look, and what the work asked for within the cool-down."""
+    """Past that a decision needs: since when the stage is watched, and what its work asked for within the cool-down."""
 
     since: float
     wanted: tuple[tuple[float, int], ...] = ()  # (when, replicas)
@@ -49,7 +49,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 def wanted(rules: Rules, seen: Seen) -> int:
-    """What the work of this moment asks for."""
+    """Return the number of replicas that the work of this moment asks for."""
     enough = math.ceil(seen.work / rules.target)
     # Starting a replica takes longer than the stage before takes with a request.
     awake = 1 if seen.coming else 0
@@ -57,7 +57,7 @@ def wanted(rules: Rules, seen: Seen) -> int:
 
 
 def decide(rules: Rules, seen: Seen, memory: Memory, now: float) -> tuple[Memory, Decision]:
-    """One look. Time is in seconds, on a clock that does not jump.
+    """Decide for one observation. Time is in seconds, on a clock that does not jump.
 
     Fewer replicas take two looks in a row: those that are to go are named with the first, since Kubernetes may act on
     a new number before it has read a name that was written just before.

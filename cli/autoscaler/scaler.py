@@ -1,10 +1,9 @@
-"""The loop: become leader, look, decide, act.
+"""Control loop of the autoscaler: become leader, observe, decide, act.
 
-A replica is taken away by a smaller number and nothing else: Kubernetes picks the pod whose deletion costs least,
-which is the one with the least work in hand, and its SIGTERM is the drain that every service knows, with the pod's
-whole grace period to end in. (A Drain message would come first to nothing: a drained process ends, and as long as the
-number stands Kubernetes starts it again, with all the time that takes.) What is still unfinished then goes on in
-another replica from the token it had reached.
+A replica is removed by lowering the Deployment's number and nothing else. Kubernetes then picks the pod whose deletion
+costs least, which is the one with the least work, and sends it SIGTERM; the service drains, for as long as the pod's
+grace period. (A Drain message would not help: the drained process ends, and Kubernetes starts it again as long as the
+number stands.) Requests that are unfinished after that go on in another replica from the token they had reached.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ _log = logger(__name__)
 
 
 class Cluster(Protocol):
-    """What the loop needs of Kubernetes: `cli.autoscaler.cluster.Cluster`."""
+    """Part of Kubernetes that the loop needs: `cli.autoscaler.cluster.Cluster`."""
 
     async def scale(self, deployment: str) -> Scale: ...
 
@@ -38,7 +37,7 @@ class Cluster(Protocol):
 
 
 class Scaler:
-    """Scales `stages`, by service. With `dry_run` it says what it would do, and does not."""
+    """Scaler of `stages`, by service. With `dry_run` it logs what it would do, and does not do it."""
 
     def __init__(
         self,
@@ -62,15 +61,15 @@ class Scaler:
         self._memories: dict[str, Memory] = {}
 
     async def run(self, interval_s: float) -> None:
-        """Until cancelled."""
+        """Observe and act every `interval_s`, until cancelled."""
         while True:
             await self.turn()
             await asyncio.sleep(interval_s)
 
     async def turn(self) -> None:
-        """One look at everything, if we lead. What fails is said, and tried again with the next.
+        """Observe and scale every stage once, if this replica leads. A failure is logged and tried again next time.
 
-        Memories are of looks without a gap: after an outage work may seem to be gone that is only late.
+        Memories cover observations without a gap: after an outage, work that is only late may seem to be gone.
         """
         try:
             leads = await self._leadership.hold()
@@ -104,7 +103,7 @@ class Scaler:
         if self._dry_run:
             return
         if not self._leadership.valid:
-            _log.warning("too late to act; another may lead by now", extra={"stage": service})
+            _log.warning("not scaled: leadership has expired, and another replica may lead", extra={"stage": service})
         elif decision.step == "mark":
             await self._cluster.set_costs(scale, stage.held)
         else:

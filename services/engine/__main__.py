@@ -9,7 +9,6 @@ import torch
 from redis.asyncio import Redis
 
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
 from services.engine.run.assembly import runner_for
@@ -18,6 +17,7 @@ from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings, check
 from services.engine.transport.handler import SERVICE
+from shared.cpu_share import usable_cores
 from shared.errors import CheckpointError, ConfigError
 from shared.log import logger, warn_each
 from shared.model.config import ModelConfig, Quantization, load_model_config
@@ -31,11 +31,11 @@ THINK_CLOSE = "</think>"
 
 
 def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> EngineService:
-    """Put the service together; it loads the weights when it starts.
+    """Put the service together; the weights are loaded when it starts.
 
     Raises:
-        ConfigError: a setting is out of range, contradicts the model, or asks for what this machine has not.
-        CheckpointError: the model directory is not what it should be.
+        ConfigError: a setting is out of range, contradicts the model, or asks for a device that is not there.
+        CheckpointError: the model directory is incomplete or malformed.
     """
     check(settings)
     directory = Path(settings.model)
@@ -58,14 +58,14 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
 
 
 def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:
-    """The model on its device, its cache and its sampler; and the cache's number of blocks.
+    """Return a runner around the model, its cache and its sampler, and the number of cache blocks.
 
     Raises:
         ConfigError: the cache could not hold max_model_len.
-        CheckpointError: the weights are not what the configuration says.
+        CheckpointError: the weights do not match the configuration.
     """
-    ops = gpu_ops() if where == "cuda" else Ops()
-    model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
+    limit_threads(settings)
+    model = load_model(Path(settings.model), config, where, quantization(settings, config), operations(where))
     return runner_for(model, config, settings)
 
 
@@ -83,14 +83,33 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
 
 
-def device(settings: EngineSettings) -> str:
+def operations(where: str) -> Ops:
+    """Return the model's operations for a device."""
+    if where != "cuda":
+        return Ops()
+    from services.engine.kernels.triton.ops import gpu_ops  # Triton exists for Linux only, and the CPU needs none
+
+    return gpu_ops()
+
+
+def limit_threads(settings: EngineSettings) -> None:
+    """Set the number of threads with which torch computes on the CPU.
+
+    By default one for each core this process may use, and never more than torch would start by itself: it counts
+    physical cores, and OMP_NUM_THREADS.
     """
+    torch.set_num_threads(settings.torch_threads or min(torch.get_num_threads(), usable_cores()))
+
+
+def device(settings: EngineSettings) -> str:
+    """Return the torch device of the settings: "cuda" or "cpu".
+
     Raises:
         ConfigError: cuda was asked for and is not there.
     """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
-        raise ConfigError("device is cuda, and torch sees no CUDA device")
+        raise ConfigError("device is cuda, but torch sees no CUDA device; set it to auto or cpu")
     if settings.device == "auto":
         return "cuda" if available else "cpu"
     return settings.device
@@ -104,6 +123,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: the model's thread may still be loading, or letting go of the model, and an interpreter that is torn
-    # down under a thread inside C++ aborts.
+    # Not sys.exit: the model's thread may still be loading or releasing the model, and an interpreter that is torn down
+    # under a thread inside C++ aborts.
     os._exit(status)

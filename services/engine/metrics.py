@@ -1,4 +1,4 @@
-"""What the engine counts. Names after the `millrace_` are vLLM's where it has the figure."""
+"""Metrics of the engine. Names after the `millrace_` are vLLM's where it has the metric."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class EngineMetrics:
-    """One of these a process and registry. Updated once a step."""
+    """Counters, gauges and histograms of one process and registry, updated once a step."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def gauge(name: str, text: str) -> Gauge:
@@ -71,21 +71,21 @@ class EngineMetrics:
         )
         self._recent = Recent()
 
-    def ended(self, seconds: Mapping[str, float], generated: int) -> None:
-        """A request was answered to its end: `seconds` by phase, and how many tokens were generated here."""
+    def observe_request(self, seconds: Mapping[str, float], generated: int) -> None:
+        """Record a request answered to its end: `seconds` by phase, and the tokens generated here."""
         for phase, took in seconds.items():
             self._phases[phase].observe(max(0.0, took))
         if "decode" in seconds and generated > 1:
             self._per_token.observe(seconds["decode"] / (generated - 1))
 
-    def holds(self, number: int) -> None:
-        """How many requests this engine has taken, wherever they are in it."""
+    def update_waiting(self, held: int) -> None:
+        """Set the gauges of waiting requests from the number of all that this engine has taken."""
         waiting = value(self.waiting)
         self.waiting_by_reason.labels("capacity").set(waiting)
-        self.waiting_by_reason.labels("deferred").set(max(0.0, number - value(self.running) - waiting))
+        self.waiting_by_reason.labels("deferred").set(max(0.0, held - value(self.running) - waiting))
 
-    def figures(self) -> dict[str, float]:
-        """For the lease."""
+    def load(self) -> dict[str, float]:
+        """Return the load that the lease publishes."""
         step_seconds, steps = observed(self.step_seconds)
         totals = {
             "prompt": value(self.prompt_tokens),

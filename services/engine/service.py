@@ -105,8 +105,8 @@ class EngineService:
 
     def load(self) -> dict[str, float]:
         held = {"held": float(len(self._consumer)), "capacity": float(self._settings.max_num_seqs)}
-        self._metrics.holds(len(self._consumer))
-        return held | self._metrics.figures()
+        self._metrics.update_waiting(len(self._consumer))
+        return held | self._metrics.load()
 
     async def _watch(self) -> None:
         """Raise what was raised in the background."""

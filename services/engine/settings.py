@@ -1,6 +1,8 @@
-"""What the engine is told."""
+"""Settings of the engine."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from shared.config import CommonSettings
 from shared.errors import ConfigError
@@ -9,25 +11,30 @@ SamplingClass = Literal["base", "rejection"]
 
 
 class EngineSettings(CommonSettings, frozen=True, kw_only=True):
-    """FastDeploy's names and meanings; where a default is not FastDeploy's the reason stands beside it."""
+    """FastDeploy's names and meanings; a default that is not FastDeploy's has its reason beside it."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensor_parallel_size: int = 1
-    quantization: Literal["none", "wint8", "wint4"] | None = None  # None: as config.json asks, else as stored
-    max_num_seqs: int = 32  # in one step, 1 to 256. FastDeploy's own launches of this model pass 32, its default is 8
-    max_num_batched_tokens: int = 8192  # in one step
-    enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = True
-    sampling_class: SamplingClass = "rejection"  # how top_k and top_p find what they keep: the same, sorting or not
-    block_size: int = 64
-    gpu_memory_utilization: float = 0.9  # of the device, for us and for all others on it
-    foreign_bytes: int = 0  # of it, what others hold or will: an mm_encoder on the same card may start after us
-    num_gpu_blocks_override: int | None = None
-    kv_cache_bytes: int = 1 << 30  # on the CPU: at most this, and never more than max_num_seqs full contexts
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # the device; auto: the GPU where there is one
+    tensor_parallel_size: int = 1  # devices for one model; only 1 as yet
+    # How weights are quantised as they load; unset: as config.json asks, else as they are stored.
+    quantization: Literal["none", "wint8", "wint4"] | None = None
+    # FastDeploy's own launches of this model pass 32, its default is 8.
+    max_num_seqs: int = 32  # sequences in one step, 1 to 256
+    max_num_batched_tokens: int = 8192  # tokens in one step
+    enable_chunked_prefill: bool = True  # split long prompts over several steps
+    enable_prefix_caching: bool = True  # reuse cached keys and values of what prompts have in common
+    sampling_class: SamplingClass = (
+        "rejection"  # how top_k and top_p find what they keep: base sorts, rejection searches
+    )
+    block_size: int = 64  # tokens in a block of the KV cache; on a GPU a power of two, at least 16
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory, above 0 to 1, for us and all others on it
+    foreign_bytes: int = 0  # GPU memory that an mm_encoder on the same GPU holds or will hold
+    num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
+    torch_threads: Annotated[int, Meta(ge=0)] = 0  # threads of torch on a CPU; 0: one for each core we may use
+    kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 
 
 def check(settings: EngineSettings) -> None:
-    """What the types of the settings cannot say.
+    """Check ranges and contradictions, which the types of the settings cannot express.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other; the message names them.

@@ -1,4 +1,4 @@
-"""Runs one gateway: the composition root."""
+"""Composition root of the gateway: `python -m services.gateway`, configured by MILLRACE_* variables."""
 
 import hashlib
 import os
@@ -6,7 +6,6 @@ import secrets
 import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from socket import socket
 
@@ -15,17 +14,18 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
 from services.gateway.console import routes as console
+from services.gateway.console.observer import RequestObserver
 from services.gateway.http.admission import Admission
-from services.gateway.http.answer import Answerer
-from services.gateway.http.app import Models, paths, routes
+from services.gateway.http.answer import AnswerWriter
+from services.gateway.http.app import Models, build_app, paths
 from services.gateway.http.completions import ChatCompletions
 from services.gateway.http.edge import Edge
 from services.gateway.http.health import readiness
-from services.gateway.http.resume import Returns
+from services.gateway.http.resume import Resumption
 from services.gateway.http.server import Server, bind
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.inbox import Inbox
-from services.gateway.inflight.pipeline import Pipeline, Route
+from services.gateway.inflight.pipeline import Pipeline, PipelineOptions
 from services.gateway.inflight.registry import OpenRequestLimits, OpenRequests
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.chat import ChatFormat
@@ -33,27 +33,30 @@ from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
-from services.gateway.settings import GatewaySettings
+from services.gateway.settings import GatewaySettings, check
 from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import Keys
+from shared.bus.records import Records
 from shared.errors import CheckpointError
 from shared.log import logger, warn_each
 from shared.model.config import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
+from shared.version import millrace_version
 
 TICK_S = 1.0
 
 
 def build(settings: GatewaySettings, redis: Redis, *, tracing: Tracing = OFF) -> Gateway:
-    """The gateway as the process runs it.
+    """Build the gateway as the process runs it.
 
     Raises:
-        CheckpointError: the model directory lacks what the gateway reads.
-        ConfigError: the URL of the blobs' Redis is malformed, or the port is taken.
+        CheckpointError: the model directory lacks a file that the gateway reads.
+        ConfigError: a setting is invalid, or the port is in use.
     """
+    check(settings)
     return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S, tracing)
 
 
@@ -65,52 +68,50 @@ def compose(
     tick_s: float,
     tracing: Tracing = OFF,
 ) -> Gateway:
-    """A gateway on `listener`, with its metrics in `registry`.
+    """Build a gateway that listens on `listener` and has its metrics in `registry`.
 
     Raises:
-        CheckpointError: the model directory lacks what the gateway reads.
+        CheckpointError: the model directory lacks a file that the gateway reads.
         ConfigError: the URL of the blobs' Redis is malformed.
     """
     keys = Keys(settings.namespace)
-    figures = GatewayMetrics(registry)
-    admission = Admission(settings.max_concurrency, figures.rejections)
-    taker = _taker(settings)
+    metrics = GatewayMetrics(registry)
+    admission = Admission(settings.max_concurrency, metrics.rejections)
+    parser = _parser(settings)
     blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
-    route = Route(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
-    blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    backlog = Backlog(redis, keys, settings.max_queue, figures.rejections)
-    pipeline = Pipeline(route, redis, keys, backlog, blobs)
-    rules = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
-    open_requests = OpenRequests(rules, pipeline, figures, time.time)
-    answerer = Answerer(_fingerprint(Path(settings.model)), settings.hold_headers_s)
+    pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
+    limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
+    open_requests = OpenRequests(limits, pipeline, metrics, time.time)
+    writer = AnswerWriter(_fingerprint(Path(settings.model)), settings.hold_headers_s)
     completions = ChatCompletions(
         admission=admission,
-        taker=taker,
+        parser=parser,
         open_requests=open_requests,
-        answerer=answerer,
+        writer=writer,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         request_timeout_s=settings.request_timeout_s,
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
-    returns = Returns(admission, pipeline, open_requests, answerer)
-    app = routes(completions, returns, models, partial(readiness, redis, keys, admission))
-    app.router.routes += console.routes(console.Console(redis, keys, settings.shards, blob_redis))
+    resumption = Resumption(admission, pipeline, open_requests, writer)
+    app = build_app(completions, resumption, models, partial(readiness, redis, keys, admission))
+    observer = RequestObserver(redis, keys, settings.shards)
+    app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
-        server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], figures, tracing), listener),
-        metrics=figures,
+        server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing), listener),
+        metrics=metrics,
         tick_s=tick_s,
         watch_s=tick_s,
     )
 
 
-def _taker(settings: GatewaySettings) -> RequestParser:
+def _parser(settings: GatewaySettings) -> RequestParser:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
     defaults = load_generation_defaults(directory)
@@ -127,17 +128,26 @@ def _taker(settings: GatewaySettings) -> RequestParser:
     )
 
 
+def _pipeline(
+    settings: GatewaySettings, redis: Redis, blob_redis: Redis, keys: Keys, address: str, metrics: GatewayMetrics
+) -> Pipeline:
+    options = PipelineOptions(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
+    backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
+    blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
+    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys))
+
+
 def _fingerprint(directory: Path) -> str:
-    """Changes with the checkpoint's configuration and with our version: what an answer to the same seed depends on."""
+    """Return a fingerprint of the checkpoint's configuration and our version, which the answer to a seed depends on."""
     try:
         content = (directory / "config.json").read_bytes()
     except OSError as error:
         raise CheckpointError(f"config.json: {error.strerror or error}") from error
-    return f"fp_{hashlib.sha256(content + version('millrace').encode()).hexdigest()[:12]}"
+    return f"fp_{hashlib.sha256(content + millrace_version().encode()).hexdigest()[:12]}"
 
 
 def main() -> int:
-    """Returns the process's exit status."""
+    """Run the process; return its exit status."""
     return service.launch(SERVICE, GatewaySettings, build, os.environ, uvloop.new_event_loop)
 
 

@@ -1,4 +1,4 @@
-"""The one place where an error becomes an HTTP answer: OpenAI's body, and the headers clients decide retries by."""
+"""HTTP responses of errors: OpenAI's body, and the headers by which clients decide whether to retry."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from shared.errors import Failure, RequestError
 
-RETRY_AFTER_S = 1  # for what passes soon: too many at once, draining, a restarting dependency
+RETRY_AFTER_S = 1  # for conditions that pass soon: too many requests, draining, a restarting dependency
 
 TIMED_OUT = Failure(504, "The request took too long and was cancelled.", type="timeout_error", code="timeout")
 SHUTTING_DOWN = Failure(503, "The server is shutting down.", type="server_error", code="shutting_down")
@@ -26,10 +26,10 @@ UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KE
 
 
 def error_response(failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-    """`failure` as a response of its own."""
+    """Return the response of `failure`."""
     own = {"retry-after": str(RETRY_AFTER_S)} if failure.status in (429, 503) else {}
     if failure.status == 409:
-        own["x-should-retry"] = "false"  # OpenAI's client takes every conflict for one that passes
+        own["x-should-retry"] = "false"  # OpenAI's client retries every 409 otherwise
     return Response(
         msgspec.json.encode(failure.openai_body()),
         failure.status,
@@ -39,17 +39,17 @@ def error_response(failure: Failure, headers: Mapping[str, str] | None = None) -
 
 
 def unknown_request(name: str) -> RequestError:
-    """A 404: no such request runs or is kept, or it is somebody else's."""
+    """Return a 404: no such request runs or is kept, or it belongs to another API key."""
     return RequestError(Failure(404, f"No request {name[:64]!r} is running or kept.", code="request_not_found"))
 
 
 def too_many(text: str) -> RequestError:
-    """A 429: it would be taken a little later."""
+    """Return a 429: the request would be accepted a little later."""
     return RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
 
 
 def http_failure(status: int, detail: str) -> Failure:
-    """A routing error (404, 405) in OpenAI's terms."""
+    """Return a routing error (404, 405) in OpenAI's terms."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)
     kind = "invalid_request_error" if status < 500 else "server_error"
     return Failure(status, detail, type=kind, code=code)

@@ -1,4 +1,4 @@
-"""What the gateway counts. Names follow the Prometheus conventions with the prefix `millrace_`."""
+"""Prometheus metrics of the gateway, with the prefix `millrace_`."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -11,7 +11,7 @@ _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
 
 
 class GatewayMetrics:
-    """One process's metrics, in the registry it is given."""
+    """Metrics of one process, registered in `registry`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
@@ -71,8 +71,8 @@ class GatewayMetrics:
         )
         self._recent = Recent()
 
-    def figures(self) -> dict[str, float]:
-        """For the lease."""
+    def recent_rates(self) -> dict[str, float]:
+        """Return the recent rates for the lease's status."""
         first_seconds, firsts = observed(self.first_token)
         latencies, answered = observed(self.latency)
         totals = {

@@ -1,4 +1,4 @@
-"""The gateway's life: its tasks run from startup to close, since answers still come in while it drains."""
+"""Life cycle of the gateway: its tasks run from startup to close, since answers still arrive while it drains."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -20,7 +20,7 @@ logger = log.logger(__name__)
 
 
 class Gateway:
-    """The service that `shared.service` runs."""
+    """Gateway service, run by `shared.service`."""
 
     name = SERVICE
 
@@ -36,8 +36,11 @@ class Gateway:
         tick_s: float,
         watch_s: float,
     ) -> None:
-        """`own_clients` are closed with us; `tick_s`: how often deadlines and silent streams are looked after;
-        `watch_s`: how often Redis is asked whether it still has what we wait for."""
+        """Assemble the service.
+
+        `own_clients` are closed with it. `tick_s` is the interval between checks of deadlines and silent streams,
+        `watch_s` that between checks that Redis still has the open requests.
+        """
         self._own_clients = own_clients
         self._admission = admission
         self._open_requests = open_requests
@@ -50,24 +53,25 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self) -> None:
-        """Listen to answers, then to clients."""
+        """Read answers, then accept clients."""
         await self._inbox.create()
         work = {"inbox": self._inbox.run(), "watch": self._inbox.watch(self._watch_s), "clock": self._tick()}
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
         self._serving = asyncio.create_task(self._server.run_until_stopped(), name="server")
         self._tasks.append(self._serving)
-        await self._while_well(self._server.listening.wait())
+        await self._unless_failed(self._server.listening.wait())
 
     async def serve(self) -> None:
-        await self._while_well(asyncio.Event().wait())
+        """Serve until cancelled."""
+        await self._unless_failed(asyncio.Event().wait())
 
     async def drain(self) -> None:
-        """Refuse new work; return when every open answer has been written."""
+        """Refuse new requests; return once every open answer has been written."""
         self._admission.draining = True
-        await self._while_well(self._admission.empty())
+        await self._unless_failed(self._admission.wait_until_idle())
 
     async def close(self) -> None:
-        """End what is still open with an error that its client can read, and leave nothing in Redis."""
+        """End open requests with an error that their clients can read, and delete the stream of deltas."""
         self._admission.draining = True
         self._open_requests.fail_all(SHUTTING_DOWN)
         self._server.should_exit = True
@@ -79,25 +83,30 @@ class Gateway:
         try:
             await self._inbox.delete()
         except RedisError as error:
-            logger.warning("the stream of answers is left to expire", extra={"error": str(error)})
+            logger.warning("could not delete the stream of deltas; it will expire", extra={"error": str(error)})
         for client in self._own_clients:
             await client.aclose()
 
     def load(self) -> dict[str, float]:
-        return {"requests": self._admission.inside, "choices": len(self._open_requests), **self._metrics.figures()}
+        """Return the open requests and recent rates for the lease's status."""
+        return {"requests": len(self._admission), "choices": len(self._open_requests), **self._metrics.recent_rates()}
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._tick_s)
             self._open_requests.tick()
 
-    async def _while_well(self, waiting: Coroutine[object, object, object]) -> None:
-        """Wait for `waiting`, or fail with whichever task of ours fails before."""
+    async def _unless_failed(self, waiting: Coroutine[object, object, object]) -> None:
+        """Wait for `waiting`, unless one of our tasks fails or ends first.
+
+        Raises:
+            RuntimeError: a task ended; or the exception that it failed with.
+        """
         waiter = asyncio.create_task(waiting)
         try:
             done, _ = await asyncio.wait([waiter, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {waiter}:
                 task.result()
-                raise RuntimeError(f"{task.get_name()} of the gateway ended by itself")
+                raise RuntimeError(f"the gateway's task {task.get_name()} ended unexpectedly")
         finally:
             waiter.cancel()

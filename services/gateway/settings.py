@@ -1,4 +1,4 @@
-"""What the gateway is told."""
+"""Settings of the gateway."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 from msgspec import Meta, field
 
 from services.gateway.request.model_names import MAX_CHARS, ModelNames
-from shared.config import CommonSettings, Port, Positive
+from shared.config import CommonSettings, Port, Positive, variable
+from shared.errors import ConfigError
 from shared.messages import MediaKind
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -16,33 +17,46 @@ ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `python -m services.gateway`, besides the common ones."""
 
-    host: str = "0.0.0.0"
-    port: Port = 8180
-    served_model_names: tuple[ModelName, ...] = ()  # empty: any name, and the checkpoint directory's in /v1/models
-    api_keys: tuple[str, ...] = ()  # empty: everybody may call
+    host: str = "0.0.0.0"  # the address the API listens on
+    port: Port = 8180  # port of the API
+    # The model's names for clients, and no others; none: any name, and the checkpoint directory's in /v1/models.
+    served_model_names: tuple[ModelName, ...] = ()
+    api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
+    # How many images and videos a prompt may have; a kind that is not named keeps the limit of one.
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429
-    max_n: Positive = 8
-    max_body_bytes: Positive = 128 << 20
-    max_media_bytes: Positive = 64 << 20  # of one uploaded image or video, decoded from base64
-    max_prompt_chars: Positive = 4 << 20  # of the rendered prompt: 32 for each of 131072 tokens
-    body_timeout_s: Seconds = 60.0  # for the client to send its request
-    request_timeout_s: Seconds = 600.0  # from arrival to the last token; the openai client's own default
+    max_n: Positive = 8  # choices that one request may ask for
+    max_body_bytes: Positive = 128 << 20  # the longest request body; longer ones are answered 413
+    max_media_bytes: Positive = 64 << 20  # the largest uploaded image or video, decoded from base64
+    max_prompt_chars: Positive = 4 << 20  # the longest rendered prompt: 32 for each of 131072 tokens
+    body_timeout_s: Seconds = 60.0  # how long a client may take to send its request
+    request_timeout_s: Seconds = (
+        600.0  # the longest time from arrival to the last token; the openai client's own default
+    )
     max_queue: Positive = 4096  # requests in the pipeline, waiting and running; more are answered 429
-    submit_timeout_s: Seconds = 10.0  # for Redis to take a request in; a restart of it takes a second or two
+    submit_timeout_s: Seconds = 10.0  # how long Redis may take to accept a request; a restart takes one or two
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
     watch_s: Seconds = 3.0  # silence after which a request is looked up, for Redis may have lost it
-    hold_headers_s: Annotated[float, Meta(ge=0)] = (
-        15.0  # how long a stream's status waits to know that its media are good
-    )
+    # How long the status of a streamed answer waits until the request's media are known to be good.
+    hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0
     keep_alive_s: Seconds = 10.0  # silence after which a comment is sent on a stream
-    max_pending_bytes: Positive = 1 << 20  # text a stream may owe to a client that does not read
+    max_pending_bytes: Positive = 1 << 20  # bytes queued for a client that does not read; above, it is cut off
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
 
     def model_names(self) -> ModelNames:
-        """What clients may call the model."""
+        """Return the names that clients may call the model by."""
         return ModelNames(Path(self.model).resolve().name, self.served_model_names)
 
     def media_limits(self) -> dict[MediaKind, int]:
-        """How many of each kind one prompt may have; a kind that is not named keeps the limit of one."""
+        """Return the limit of each kind of media in one prompt; a kind that is not set has a limit of 1."""
         return {"image": 1, "video": 1, **self.limit_mm_per_prompt}
+
+
+def check(settings: GatewaySettings) -> None:
+    """Check the rules that the types of the settings do not express.
+
+    Raises:
+        ConfigError: an API key is empty; the message names the setting, and no key.
+    """
+    if not all(settings.api_keys):
+        raise ConfigError(f"{variable('api_keys')}: a key is empty, which would let everybody in; remove it")

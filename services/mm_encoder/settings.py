@@ -22,17 +22,19 @@ class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     type, is an error here; FastDeploy ignores the lot then.
     """
 
-    spatial_conv_size: int = 2
-    temporal_conv_size: int = 2
-    image_min_pixels: int = 4 * 28 * 28
-    image_max_pixels: int = 6177 * 28 * 28
-    video_min_pixels: int = 299 * 28 * 28
-    video_max_pixels: int = 1196 * 28 * 28
-    video_target_frames: int = -1
-    video_max_frames: int = 180
-    video_min_frames: int = 16
-    video_fps: int | msgspec.UnsetType = msgspec.UNSET  # 2, or none where video_target_frames is given
-    video_frames_sample: FramesSample = "leading"
+    spatial_conv_size: int = 2  # patches merged into one, each way; the model fixes it
+    temporal_conv_size: int = 2  # frames merged into one; the model fixes it
+    image_min_pixels: int = 4 * 28 * 28  # an image with fewer is enlarged
+    image_max_pixels: int = 6177 * 28 * 28  # an image with more is reduced
+    video_min_pixels: int = 299 * 28 * 28  # a frame with fewer is enlarged
+    video_max_pixels: int = 1196 * 28 * 28  # a frame with more is reduced
+    video_target_frames: int = -1  # frames of every video; -1: by video_fps
+    video_max_frames: int = 180  # the most that video_fps may give
+    video_min_frames: int = 16  # the fewest that video_fps may give
+    video_fps: int | msgspec.UnsetType = (
+        msgspec.UNSET
+    )  # frames taken from a second; unset: 2, or none with video_target_frames
+    video_frames_sample: FramesSample = "leading"  # which frame of each stretch: its first, middle or a random one
 
     def __post_init__(self) -> None:
         for kind, low, high in (
@@ -71,20 +73,20 @@ class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of this service. Limits are named in the error a client gets for passing them."""
 
-    mm_processor_kwargs: ProcessorSettings = ProcessorSettings()
-    device: str = "auto"  # torch's name of one, or auto: the first GPU, or the CPU where there is none
-    tower_max_patches: Positive = 32768  # in one pass of the vision tower; a larger image is a pass of its own
+    mm_processor_kwargs: ProcessorSettings = ProcessorSettings()  # sizes of images, and frames of videos; see below
+    device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
+    tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
     concurrency: Positive = 8  # requests in hand at once
-    preprocess_threads: Positive = 2  # decoding and resizing
-    media_max_bytes: Positive = 256 << 20  # of one image or video
-    media_request_max_bytes: Positive = 512 << 20  # of all media of one request
-    media_max_pixels: Positive = 64_000_000  # of one image or video frame, by its header
-    media_timeout_s: Seconds = 30.0  # for one fetch with all its redirects
-    media_max_redirects: Annotated[int, Meta(ge=0)] = 5
-    media_allow_networks: tuple[str, ...] = ()  # CIDRs that may be fetched from though they are not global
-    video_max_seconds: Seconds = 3600.0
-    video_max_frames: Positive = 216_000  # in the file; how many are shown is mm_processor_kwargs' affair
-    video_decode_s: Seconds = 120.0  # for decoding one video
+    preprocess_threads: Positive = 2  # threads that decode and resize
+    media_max_bytes: Positive = 256 << 20  # the largest image or video
+    media_request_max_bytes: Positive = 512 << 20  # all media of one request together
+    media_max_pixels: Positive = 64_000_000  # the largest image or video frame, by its header
+    media_timeout_s: Seconds = 30.0  # the longest fetch, with all its redirects
+    media_max_redirects: Annotated[int, Meta(ge=0)] = 5  # the most that one fetch follows
+    media_allow_networks: tuple[str, ...] = ()  # CIDRs that media may be fetched from although they are not global
+    video_max_seconds: Seconds = 3600.0  # the longest video, by its playing time
+    video_max_frames: Positive = 216_000  # the most in a file; mm_processor_kwargs says how many the model sees
+    video_decode_s: Seconds = 120.0  # the longest that decoding one video may take
 
     def largest_pass(self, vision: VisionConfig) -> int:
         """Patches."""

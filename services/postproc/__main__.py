@@ -1,18 +1,26 @@
-"""Runs a postproc: `python -m services.postproc`, configured by MILLRACE_ variables."""
+"""Run one postproc, `python -m services.postproc`, configured by MILLRACE_ variables: the composition root."""
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
 from services.postproc.metrics import PostprocMetrics
+from services.postproc.outbox import Outbox
+from services.postproc.owned_shards import SERVICE, OwnedShards
+from services.postproc.request_states import RequestStates
 from services.postproc.settings import PostprocSettings
 from services.postproc.text.detokenize import Vocabulary
-from services.postproc.worker import SERVICE, Worker
+from services.postproc.worker import Worker
 from shared import service
 from shared.bus.keys import Keys
+from shared.bus.leases import Shards
+from shared.bus.records import Records
+from shared.bus.streams import LogReader
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 
@@ -20,17 +28,56 @@ from shared.tracing import OFF, Tracing
 def build(
     settings: PostprocSettings, redis: Redis, registry: CollectorRegistry = REGISTRY, *, tracing: Tracing = OFF
 ) -> Worker:
-    """
+    """Build the service as the process runs it.
+
     Raises:
         CheckpointError: the tokenizer cannot be read.
     """
     vocabulary = Vocabulary(Tokenizer.load(Path(settings.model)))
-    keys, metrics = Keys(settings.namespace), PostprocMetrics(registry)
-    return Worker(redis, keys, settings, vocabulary, metrics, tracing=tracing)
+    return compose(settings, redis, vocabulary, registry, tracing=tracing)
+
+
+def compose(
+    settings: PostprocSettings,
+    redis: Redis,
+    vocabulary: Vocabulary,
+    registry: CollectorRegistry,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    tracing: Tracing = OFF,
+    outbox: type[Outbox] = Outbox,
+) -> Worker:
+    """Build the service from its vocabulary, with its metrics in `registry` and its writes made by `outbox`."""
+    keys = Keys(settings.namespace)
+    records = Records(redis, keys)
+    reader = LogReader(redis, {}, hop="tokens")
+    states = RequestStates(vocabulary, settings.parsers(), settings.journal_every)
+    shards = OwnedShards(
+        redis=redis,
+        keys=keys,
+        name=settings.name,
+        shards=Shards(redis, keys, SERVICE, settings.name, settings.shards),
+        reader=reader,
+        on_lost=states.drop_shard,
+        lease_ms=settings.lease_ms,
+        clock=clock,
+    )
+    return Worker(
+        keys=keys,
+        settings=settings,
+        reader=reader,
+        records=records,
+        states=states,
+        shards=shards,
+        outbox=outbox(redis, keys, records, shards, settings.deltas_max_len),
+        metrics=PostprocMetrics(registry),
+        clock=clock,
+        tracing=tracing,
+    )
 
 
 def main() -> int:
-    """Serve until told to stop; returns the exit status."""
+    """Serve until told to stop; return the exit status."""
     return service.launch(SERVICE, PostprocSettings, build, os.environ)
 
 

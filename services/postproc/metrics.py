@@ -1,4 +1,4 @@
-"""What a postproc counts."""
+"""Prometheus metrics of postproc, and its load for the lease."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from shared.rates import Recent
 
 
 class PostprocMetrics:
-    """One of these a process and registry. Updated once a turn."""
+    """Metrics of one process and registry, updated once a turn of its loop."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str) -> Counter:
@@ -35,13 +35,13 @@ class PostprocMetrics:
         at_zero(self._tool_parsers, "tool_call", "no_tool_call")
         self._recent = Recent()
 
-    def parsed(self, called: Iterable[bool]) -> None:
-        """Answers that could hold tool calls have ended; whether they did."""
-        for one in called:
-            self._tool_parsers.labels("tool_call" if one else "no_tool_call").inc()
+    def count_tool_parsing(self, called: Iterable[bool]) -> None:
+        """Count answers that were searched for tool calls, by whether they had one."""
+        for has_call in called:
+            self._tool_parsers.labels("tool_call" if has_call else "no_tool_call").inc()
 
-    def figures(self) -> dict[str, float]:
-        """For the lease."""
+    def load(self) -> dict[str, float]:
+        """Return the current rates, for the lease."""
         totals = {"tokens": value(self.tokens), "deltas": value(self.deltas), "replayed": value(self.replayed)}
         recent = self._recent.look(totals)
         return {f"{name}_per_s": recent.per_second(name) for name in totals}

@@ -1,169 +1,36 @@
-"""Every open request of the shards this replica owns: runs of tokens go in, deltas come out. It knows no Redis.
+"""Registry of all open requests of the shards that this replica owns: runs of tokens go in, deltas come out. No Redis.
 
-A run counts only once: what a former owner of the request writes is dropped by its epoch, what was seen before by its
-index. A run that leaves a gap ends the request in an error, since its answer can no longer be right.
+A run counts once: tokens of a former owner of the request are dropped by their epoch, tokens seen before by their
+index. A run behind a gap ends the request in an error, since its answer can no longer be right.
 """
 
-import time
 from collections.abc import Iterable
 
 import msgspec
 
-from services.postproc.text.answer import Answer, Parsers
-from services.postproc.text.catch_up import missed
+from services.postproc.request_state import EntryId, Journal, RequestPhase, RequestState, TurnOutput
+from services.postproc.text.answer import Answer, AnswerState, Parsers
+from services.postproc.text.catch_up import missed_deltas
 from services.postproc.text.detokenize import Vocabulary
 from shared.bus.records import Record
 from shared.errors import Failure, internal
 from shared.log import logger
-from shared.messages import Attach, Begin, Delta, Finish, Output, TokenLogprob, TokenRun, Tokens
+from shared.messages import Attach, Begin, Delta, Finish, Output, TokenRun, Tokens
 from shared.token_runs import Verdict, judge_run, known_tokens
 
-IGNORED = 4096  # requests without a record that are remembered, so that each is asked for once
-
-EntryId = tuple[int, int]  # milliseconds and sequence number of a stream entry
+IGNORED = 4096  # requests without a record that are remembered, so that each record is asked for once
 
 NOT_FOUND = Failure(404, "There is no such request, or its answer is no longer kept.", code="request_not_found")
 LOST = internal("The server has lost this request.", "request_lost", status=503).failure
 
+# Bound once, since members of an Enum are slow to look up and every turn compares every request with them.
+_OPEN, _ENDED = AnswerState.OPEN, RequestPhase.ENDED
+
 _log = logger(__name__)
 
 
-class Journal(msgspec.Struct, frozen=True):
-    """What is journaled of a request."""
-
-    tokens: list[int] = []
-    logprobs: list[TokenLogprob | None] = []  # beside the tokens, where the request asked for them
-
-
-class RequestState:
-    """One request: its answer, and how much of it is in the journal."""
-
-    __slots__ = (
-        "answer",
-        "begin_due",
-        "cut",
-        "epoch",
-        "finish",
-        "gateways",
-        "idle",
-        "logprobs",
-        "opened",
-        "request",
-        "request_id",
-        "shard",
-        "since",
-        "tokens",
-        "told",
-        "touched",
-        "written",
-    )
-
-    def __init__(self, record: Record, answer: Answer, journal: Journal) -> None:
-        request, begin = record.request, record.begin
-        self.request = request
-        self.opened = time.time()
-        self.request_id = request.id
-        self.shard = request.shard
-        self.gateways = record.gateways  # where its deltas go
-        self.answer = answer
-        self.epoch = begin.epoch if begin else 0  # the newest seen
-        self.tokens = journal.tokens  # all that the engine generated, even after a stop string, but for a stop token
-        self.logprobs: list[TokenLogprob | None] | None = None  # of the tokens, for a request that asked
-        if request.output.logprobs:
-            self.logprobs = journal.logprobs + [None] * (len(journal.tokens) - len(journal.logprobs))
-        self.written = len(journal.tokens)  # of which in the journal
-        self.begin_due = False  # the record does not have the newest Begin
-        self.since: EntryId | None = None  # the first entry of which something is not in Redis but here and there
-        self.finish = record.finish  # what has ended the answer, if not itself
-        self.cut: int | None = None  # tokens that counted when we ended it in an error
-        self.told = False  # the engine knows that the answer has ended
-        self.touched = False  # in this turn
-        self.idle = False  # not touched since somebody last looked
-
-    def begin(self) -> Begin | None:
-        """For the record: the counts of the first Begin, the epoch of the newest."""
-        begin = self.answer.begin
-        return None if begin is None else msgspec.structs.replace(begin, epoch=self.epoch)
-
-    def last_word(self) -> Finish:
-        """How an answer that ended well ended, for who rebuilds it from its tokens."""
-        finish = self.finish
-        return finish if finish is not None and finish.reason in ("stop", "length") else Finish("stop")
-
-    def saved(self) -> None:
-        """Journal and record hold everything."""
-        self.written = len(self.tokens)
-        self.begin_due = False
-        self.since = None
-
-    def unsaved(self) -> None:
-        """Redis has lost what was written: it all has to be written again."""
-        self.written = 0
-        self.begin_due = True
-
-
-class TurnOutput:
-    """What the entries of one turn mean for others."""
-
-    __slots__ = (
-        "closed",
-        "deltas",
-        "due",
-        "ended",
-        "failures",
-        "gone",
-        "kept",
-        "queued",
-        "sent",
-        "tokens",
-        "touched",
-        "unasked",
-    )
-
-    def __init__(self) -> None:
-        self.deltas: dict[str, list[Delta]] = {}  # by gateway
-        self.unasked: list[str] = []  # ended here, so that the engine has to be told
-        self.kept: list[RequestState] = []  # ended well, and somebody may come back for them
-        self.gone: list[str] = []  # ended, and nobody will
-        self.due: list[RequestState] = []  # have enough new tokens for a write of their journal
-        self.queued: set[str] = set()  # attached to before any engine began
-        self.ended: list[RequestState] = []  # ended in this turn
-        self.closed: dict[str, RequestState] = {}  # ended in this turn or before it
-        self.touched: list[RequestState] = []
-        self.tokens = 0
-        self.sent = 0
-        self.failures = 0
-
-    def take(self, state: RequestState) -> None:
-        """Collect what is new in an answer."""
-        delta = state.answer.take()
-        if delta is not None:
-            for gateway in state.gateways:
-                self.say(gateway, delta)
-
-    def say(self, gateway: str, delta: Delta) -> None:
-        self.sent += 1
-        self.deltas.setdefault(gateway, []).append(delta)
-
-    def touch(self, state: RequestState) -> None:
-        if not state.touched:
-            state.touched = True
-            state.idle = False
-            self.touched.append(state)
-
-    def fail(self, state: RequestState, failure: Failure) -> None:
-        """End an answer on our account."""
-        if not state.answer.ended:
-            state.answer.fail(failure)
-            state.answer.unasked = True
-            state.finish = Finish("error", failure=failure)
-            state.cut = state.answer.count
-            self.failures += 1
-
-
 class RequestStates:
-    """The one place of per-request state. A flow opens with its record and closes with the engine's finish, when Redis
-    has forgotten the request, or when its shard goes to another replica."""
+    """The one place of per-request state. RequestState describes the life of an entry."""
 
     def __init__(self, vocabulary: Vocabulary, parsers: Parsers, journal_every: int) -> None:
         self._vocabulary = vocabulary
@@ -175,88 +42,94 @@ class RequestStates:
     def __len__(self) -> int:
         return len(self._states)
 
-    # ------------------------------------------------------------------------------------------------ coming, going
+    # ------------------------------------------------------------------------------------------------ opening, dropping
 
-    def strangers(self, messages: Iterable[Tokens | Attach]) -> tuple[set[str], set[str]]:
-        """The requests in `messages` of which nothing is known: those with tokens, and those attached to."""
-        seen: set[str] = set()
-        asked: set[str] = set()
+    def find_unknown(self, messages: Iterable[Tokens | Attach]) -> tuple[set[str], set[str]]:
+        """Return the requests in `messages` without a state: (those with tokens, those attached to)."""
+        generating: set[str] = set()
+        attached: set[str] = set()
         for message in messages:
             if isinstance(message, Attach):
-                asked.add(message.request_id)
+                attached.add(message.request_id)
             else:
-                seen.update(run.request_id for run in message.runs)
-                seen.update(begin.request_id for begin in message.begins)
-        return seen - self._states.keys() - self._ignored.keys(), asked - self._states.keys()
+                generating.update(run.request_id for run in message.runs)
+                generating.update(begin.request_id for begin in message.begins)
+        return generating - self._states.keys() - self._ignored.keys(), attached - self._states.keys()
 
-    def open(self, record: Record, journal: Journal, turn: TurnOutput) -> None:
-        """Start from a record and what is in its journal, whose deltas were sent before it was written there."""
+    def open_request(self, record: Record, journal: Journal, output: TurnOutput) -> None:
+        """Make a state from a record and a journal, whose tokens were sent as deltas before they were journaled."""
         try:
-            state = RequestState(record, self._answer(record), journal)
-            missed(state.answer, state.tokens, state.logprobs, None, len(state.tokens))
+            state = RequestState(record, self._new_answer(record), journal)
+            missed_deltas(state.answer, state.tokens, state.logprobs, None, len(state.tokens))
         except Exception:
-            _log.exception("request cannot be started", extra={"request_id": record.request.id})
-            state = RequestState(record, self._nothing(record), journal)
+            _log.exception("request cannot be opened", extra={"request_id": record.request.id})
+            state = RequestState(record, self._placeholder_answer(record), journal)
             state.answer.count = state.answer.taken = len(state.tokens)
-            turn.fail(state, internal("This request could not be processed.").failure)
+            output.fail(state, internal("This request could not be processed.").failure)
         self._states[state.request_id] = state
 
-    def recall(self, record: Record, journal: Journal, turn: TurnOutput) -> None:
-        """Bring back an answer that has ended, for who attaches to it in this turn."""
-        turn.closed[record.request.id] = RequestState(record, self._nothing(record), journal)
+    def restore_finished(self, record: Record, journal: Journal, output: TurnOutput) -> None:
+        """Bring back an answer that has ended, for the gateways that attach to it in this turn."""
+        state = RequestState(record, self._placeholder_answer(record), journal)
+        state.phase = RequestPhase.ENDED
+        output.finished[state.request_id] = state
 
     def ignore(self, request_ids: Iterable[str]) -> None:
-        """These have no record, or one of an answer that has ended: nothing more is to be said of them."""
+        """Ignore later tokens of these requests, which have no record, or one of an answer that has ended."""
         self._ignored.update(dict.fromkeys(request_ids))
         while len(self._ignored) > IGNORED:
             del self._ignored[next(iter(self._ignored))]
 
-    def drop(self, shard: int) -> None:
-        """Another replica goes on with this shard."""
+    def drop_shard(self, shard: int) -> None:
+        """Drop the requests of a shard that goes to another replica."""
         self._states = {request_id: state for request_id, state in self._states.items() if state.shard != shard}
 
-    def idle(self) -> list[str]:
-        """The requests of which nothing came since the last call."""
+    def sweep_idle(self) -> list[str]:
+        """Return the requests without an entry since the last sweep, and start the next one."""
         idle = [state.request_id for state in self._states.values() if state.idle]
         for state in self._states.values():
             state.idle = True
         return idle
 
-    def forget(self, request_ids: Iterable[str], turn: TurnOutput) -> None:
-        """Redis has lost these requests: no engine will ever say how they ended."""
+    def fail_lost(self, request_ids: Iterable[str], output: TurnOutput) -> None:
+        """End requests that Redis has lost: no engine will ever finish them."""
         for request_id in request_ids:
             state = self._states.pop(request_id)
-            turn.fail(state, LOST)
-            turn.ended.append(state)
-            turn.take(state)
+            state.phase = RequestPhase.ENDED
+            output.fail(state, LOST)
+            output.ended.append(state)
+            output.take_delta(state)
 
-    def _answer(self, record: Record) -> Answer:
+    def _new_answer(self, record: Record) -> Answer:
         answer = Answer(record.request, self._vocabulary, self._parsers)
         answer.begin = record.begin
         return answer
 
-    def _nothing(self, record: Record) -> Answer:
-        """In place of an answer that is never read, or cannot be."""
+    def _placeholder_answer(self, record: Record) -> Answer:
+        """Make an answer in place of one that is never read, or that cannot be made."""
         request = msgspec.structs.replace(record.request, output=Output(thinking=False))
-        return self._answer(msgspec.structs.replace(record, request=request))
+        return self._new_answer(msgspec.structs.replace(record, request=request))
 
     # ------------------------------------------------------------------------------------------------ folding
 
-    def fold(self, entry: EntryId, message: Tokens, turn: TurnOutput, replay: bool) -> None:
-        """Fold one engine step. With `replay` every token makes a delta of its own: whatever part of these tokens a
-        former owner of the shard has sent, a reader can then tell what is new by the sequence number alone."""
+    def fold_step(self, entry: EntryId, message: Tokens, output: TurnOutput, replay: bool) -> None:
+        """Fold one engine step.
+
+        With `replay` every token makes a delta of its own: whatever part of these tokens a former owner of the shard
+        has sent, a gateway can then tell the new part by the sequence number alone.
+        """
         for begin in message.begins:
             if known := self._states.get(begin.request_id):
-                self._begin(known, begin, entry)
-                turn.touch(known)
+                _apply_begin(known, begin, entry)
+                output.mark_updated(known)
         for run in message.runs:
             state = self._states.get(run.request_id)
             if state is None:
                 if run.finish is not None:
                     self._ignored.pop(run.request_id, None)
                 continue
-            if not state.touched:
-                turn.touch(state)
+            if not state.updated:
+                output.mark_updated(state)
             try:
                 if (
                     run.epoch == state.epoch
@@ -265,148 +138,156 @@ class RequestStates:
                     and state.logprobs is None
                     and not replay
                 ):
+                    # The usual case, inline for speed: the next tokens of the newest epoch, which a turn collects.
                     for token in run.tokens:
-                        state.answer.push(token)
+                        state.answer.push_token(token)
                     state.tokens += run.tokens
-                    turn.tokens += len(run.tokens)
-                    if state.since is None:
-                        state.since = entry
+                    output.tokens_folded += len(run.tokens)
+                    if state.unsaved_since is None:
+                        state.unsaved_since = entry
                 else:
-                    self._fold_carefully(state, run, entry, turn, replay)
+                    _fold_run(state, run, entry, output, replay)
             except Exception:
                 _log.exception("request cannot be processed", extra={"request_id": state.request_id})
-                turn.fail(state, internal("The answer could not be processed.").failure)
+                output.fail(state, internal("The answer could not be processed.").failure)
             if run.finish is not None and run.epoch >= state.epoch:
-                self._close(state, run.finish, turn)
+                self._end(state, run.finish, output)
 
-    def end_turn(self, turn: TurnOutput) -> None:
-        """Collect what the touched flows have for others."""
-        for state in turn.touched:
-            state.touched = False
-            if state.request_id in turn.closed:
+    def collect(self, output: TurnOutput) -> None:
+        """Add to `output` the deltas, cancellations and due journals of the requests that this turn has updated."""
+        for state in output.updated:
+            state.updated = False
+            if state.phase is _ENDED:
                 continue
-            turn.take(state)
-            if state.answer.unasked and not state.told:
-                state.told = True
-                turn.unasked.append(state.request_id)
-            if len(state.tokens) - state.written >= self._journal_every:
-                turn.due.append(state)
+            output.take_delta(state)
+            if state.answer.state is not _OPEN and state.phase is RequestPhase.GENERATING:
+                state.phase = RequestPhase.STOPPING
+                output.to_cancel.append(state.request_id)
+            if len(state.tokens) - state.journaled >= self._journal_every:
+                output.to_journal.append(state)
 
-    def _begin(self, state: RequestState, begin: Begin, entry: EntryId) -> None:
-        if state.answer.begin is None:
-            state.answer.begin = begin
-        elif begin.epoch <= state.epoch:
-            return
-        state.epoch = max(state.epoch, begin.epoch)
-        state.begin_due = True
-        state.since = state.since or entry
-
-    def _fold_carefully(
-        self, state: RequestState, run: TokenRun, entry: EntryId, turn: TurnOutput, replay: bool
-    ) -> None:
-        count = len(state.tokens)
-        verdict = judge_run(run, state.epoch, count)
-        if verdict is Verdict.STALE:
-            return
-        state.epoch, finish = run.epoch, run.finish
-        if verdict is Verdict.NEXT:
-            self._append(state, run, known_tokens(run, count), entry, turn, replay)
-        elif finish is None or finish.reason in ("stop", "length"):
-            _log.error("tokens lost", extra={"request_id": state.request_id, "have": count, "got": run.index})
-            lost = f"Tokens {count} to {run.index - 1} of the answer were lost."
-            turn.fail(state, internal(lost).failure)
-        if finish is not None:
-            state.answer.finish(finish)
-
-    def _append(
-        self, state: RequestState, run: TokenRun, known: int, entry: EntryId, turn: TurnOutput, replay: bool
-    ) -> None:
-        """Append the tokens of a run from the place `known` on."""
-        stopped = run.finish is not None and run.finish.stop_token is not None
-        for place in range(known, len(run.tokens)):
-            token = run.tokens[place]
-            turn.tokens += 1
-            if stopped and place == len(run.tokens) - 1:
-                state.answer.push_stop_token(token)
-                break
-            logprob = run.logprobs[place] if run.logprobs is not None else None
-            state.answer.push(token, logprob)
-            if state.logprobs is not None:
-                state.logprobs.append(logprob)
-            state.tokens.append(token)
-            state.since = state.since or entry
-            if replay:
-                turn.take(state)
-
-    def _close(self, state: RequestState, finish: Finish, turn: TurnOutput) -> None:
-        turn.take(state)
+    def _end(self, state: RequestState, finish: Finish, output: TurnOutput) -> None:
+        """End a request that the engine has finished."""
+        output.take_delta(state)
         del self._states[state.request_id]
-        turn.closed[state.request_id] = state
-        turn.ended.append(state)
+        state.phase = RequestPhase.ENDED
+        output.finished[state.request_id] = state
+        output.ended.append(state)
         state.finish = state.finish or finish
-        if state.answer.answered and state.request.retain_s > 0:
-            turn.kept.append(state)
+        if state.answer.succeeded and state.request.retain_s > 0:
+            output.to_retain.append(state)
             return
-        turn.gone.append(state.request_id)
-        if state.finish.reason == "cancelled" and not state.answer.answered:
+        output.to_delete.append(state.request_id)
+        if state.cancelled:
             for gateway in state.gateways:
-                if gateway != state.request.gateway:  # somebody came back there, and cannot have cancelled it
-                    turn.say(gateway, _not_found(state.request_id, state.answer.taken))
+                if gateway != state.request.gateway:  # a reader came back there, and cannot have cancelled it
+                    output.add_delta(gateway, _not_found(state.request_id, state.answer.taken))
 
-    # ------------------------------------------------------------------------------------------------ coming back
+    # ------------------------------------------------------------------------------------------------ reconnecting
 
-    def attach(self, message: Attach, turn: TurnOutput) -> None:
-        """Send what a gateway has missed of an answer, and from now on the rest. What it had before is dropped there by
-        its number, as when a new owner of the shard reads this again."""
+    def attach(self, message: Attach, output: TurnOutput) -> None:
+        """Send a gateway the part of an answer that it has missed, and from now on the rest.
+
+        The gateway drops by its sequence number what it has already, as when a new owner of the shard reads this
+        message again.
+        """
         request_id, gateway = message.request_id, message.gateway
         state = self._states.get(request_id)
         if state is not None:
-            turn.take(state)
+            output.take_delta(state)
             if gateway not in state.gateways:
                 state.gateways += (gateway,)
-        elif request_id in turn.queued:
-            return  # its record says who reads it
+        elif request_id in output.queued:
+            return  # its record names its gateways
         else:
-            state = turn.closed.get(request_id)
-        if state is None or (
-            state.finish is not None and state.finish.reason == "cancelled" and not state.answer.answered
-        ):
-            turn.say(gateway, _not_found(request_id, message.after))
+            state = output.finished.get(request_id)
+        if state is None or state.cancelled:
+            output.add_delta(gateway, _not_found(request_id, message.after))
             return
-        for delta in self._missed(state, message):
-            turn.say(gateway, delta)
+        for delta in self._missed_deltas(state, message):
+            output.add_delta(gateway, delta)
 
-    def _missed(self, state: RequestState, message: Attach) -> list[Delta]:
+    def _missed_deltas(self, state: RequestState, message: Attach) -> list[Delta]:
         try:
             answer = Answer(state.request, self._vocabulary, self._parsers)
             answer.begin = state.answer.begin
-            tokens = state.tokens[: state.cut]
-            return missed(answer, tokens, state.logprobs, state.finish, message.after, message.until)
+            tokens = state.tokens[: state.failed_at]
+            return missed_deltas(answer, tokens, state.logprobs, state.finish, message.after, message.until)
         except Exception:
             _log.exception("answer cannot be rebuilt", extra={"request_id": state.request_id})
             failure = internal("This request could not be processed.").failure
-            return [_last(state.request_id, message.after, failure)]
+            return [_failure_delta(state.request_id, message.after, failure)]
 
     # ------------------------------------------------------------------------------------------------ the journal
 
-    def waiting(self, shard: int, before: EntryId) -> list[RequestState]:
-        """The flows that have kept something to themselves since an entry older than `before`."""
+    def unsaved_before(self, shard: int, entry: EntryId) -> list[RequestState]:
+        """Return the requests with tokens or a Begin older than `entry` that are in no journal or record yet."""
         return [
             state
             for state in self._states.values()
-            if state.shard == shard and state.since is not None and state.since < before
+            if state.shard == shard and state.unsaved_since is not None and state.unsaved_since < entry
         ]
 
-    def oldest(self, shard: int) -> EntryId | None:
-        """The first entry that a new owner of the shard would need; None if journals and records hold everything."""
+    def oldest_unsaved(self, shard: int) -> EntryId | None:
+        """Return the first entry that a new owner of the shard would need; None if journals and records hold all."""
         return min(
-            (state.since for state in self._states.values() if state.shard == shard and state.since), default=None
+            (
+                state.unsaved_since
+                for state in self._states.values()
+                if state.shard == shard and state.unsaved_since is not None
+            ),
+            default=None,
         )
 
 
+def _apply_begin(state: RequestState, begin: Begin, entry: EntryId) -> None:
+    if state.answer.begin is None:
+        state.answer.begin = begin
+    elif begin.epoch <= state.epoch:
+        return
+    state.epoch = max(state.epoch, begin.epoch)
+    state.begin_unsaved = True
+    state.unsaved_since = state.unsaved_since or entry
+
+
+def _fold_run(state: RequestState, run: TokenRun, entry: EntryId, output: TurnOutput, replay: bool) -> None:
+    count = len(state.tokens)
+    verdict = judge_run(run, state.epoch, count)
+    if verdict is Verdict.STALE:
+        return
+    state.epoch, finish = run.epoch, run.finish
+    if verdict is Verdict.NEXT:
+        _append(state, run, known_tokens(run, count), entry, output, replay)
+    elif finish is None or finish.reason in ("stop", "length"):
+        _log.error("tokens lost", extra={"request_id": state.request_id, "have": count, "got": run.index})
+        lost = f"Tokens {count} to {run.index - 1} of the answer were lost."
+        output.fail(state, internal(lost).failure)
+    if finish is not None:
+        state.answer.apply_finish(finish)
+
+
+def _append(state: RequestState, run: TokenRun, known: int, entry: EntryId, output: TurnOutput, replay: bool) -> None:
+    """Append the tokens of a run from index `known` of the run on."""
+    ends_in_stop_token = run.finish is not None and run.finish.stop_token is not None
+    for place in range(known, len(run.tokens)):
+        token = run.tokens[place]
+        output.tokens_folded += 1
+        if ends_in_stop_token and place == len(run.tokens) - 1:
+            state.answer.push_stop_token(token)
+            break
+        logprob = run.logprobs[place] if run.logprobs is not None else None
+        state.answer.push_token(token, logprob)
+        if state.logprobs is not None:
+            state.logprobs.append(logprob)
+        state.tokens.append(token)
+        state.unsaved_since = state.unsaved_since or entry
+        if replay:
+            output.take_delta(state)
+
+
 def _not_found(request_id: str, after: int) -> Delta:
-    return _last(request_id, after, NOT_FOUND)
+    return _failure_delta(request_id, after, NOT_FOUND)
 
 
-def _last(request_id: str, after: int, failure: Failure) -> Delta:
+def _failure_delta(request_id: str, after: int, failure: Failure) -> Delta:
     return Delta(request_id, after + 1, failure=failure, start=after)

@@ -1,14 +1,14 @@
-"""The time that a request's answer took here, as a span: from its opening to its end being sent."""
+"""Spans of requests in postproc: from a request's opening to the sending of its last delta."""
 
 import time
 from collections.abc import Iterable
 
-from services.postproc.request_states import RequestState
+from services.postproc.request_state import RequestState
 from shared.tracing import REQUEST_ID, Attributes, Tracing
 
 
 def record(tracing: Tracing, ended: Iterable[RequestState]) -> None:
-    """When their last words have been sent."""
+    """Record the spans of requests whose last delta was sent."""
     for state in ended:
         trace = state.request.trace
         if tracing.follows(trace):
@@ -16,7 +16,7 @@ def record(tracing: Tracing, ended: Iterable[RequestState]) -> None:
 
 
 def _record(tracing: Tracing, state: RequestState, trace: str) -> None:
-    finish = state.last_word() if state.answer.answered or state.finish is None else state.finish
+    finish = state.finish_to_record() if state.answer.succeeded or state.finish is None else state.finish
     failure = finish.failure
     attributes: Attributes = {
         REQUEST_ID: state.request_id,
@@ -26,4 +26,4 @@ def _record(tracing: Tracing, state: RequestState, trace: str) -> None:
         "gen_ai.response.finish_reasons": [finish.reason],
     }
     error = None if failure is None else failure.kind
-    tracing.record("postprocess", trace, state.opened, time.time(), attributes, error)
+    tracing.record("postprocess", trace, state.opened_at, time.time(), attributes, error)

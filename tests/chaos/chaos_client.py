@@ -23,7 +23,7 @@ class Broken(Exception):
 
 @dataclass
 class Choice:
-    """What one choice of an answer says, however it was cut."""
+    """One choice of an answer, put together from deltas or read as a whole."""
 
     reasoning: str = ""
     content: str = ""
@@ -62,7 +62,7 @@ class Transcript:
     usage: dict[str, int] | None = None
 
     def differs(self, expected: "Transcript", *, usage_asked: bool = True) -> str:
-        """Where this is not what was expected; "" if it is. Without `usage_asked`, usage may be missing."""
+        """Return the first difference from `expected`, or "". Without `usage_asked`, usage may be missing."""
         if len(self.choices) != len(expected.choices):
             return f"{len(self.choices)} choices, expected {len(expected.choices)}"
         for index, (ours, theirs) in enumerate(zip(self.choices, expected.choices, strict=True)):
@@ -89,7 +89,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Manner:
-    """How a client goes about it."""
+    """Manners of a client: streaming, breaking off, coming back."""
 
     stream: bool = True
     key: str | None = None  # its Idempotency-Key
@@ -133,7 +133,7 @@ class Client:
 
 
 class _Talk:
-    """What `Client.ask` knows of the one request."""
+    """State of the one request of a `Client.ask`."""
 
     def __init__(self, client: Client, ask: Ask, manner: Manner) -> None:
         self._client = client
@@ -253,7 +253,7 @@ class _Talk:
 
 
 def _counts(usage: dict[str, Any]) -> dict[str, int]:
-    """What of the usage depends on the request alone. (What was found cached does not.)"""
+    """Return the part of the usage that depends on the request alone. (Cached tokens do not.)"""
     return {
         "prompt": usage["prompt_tokens"],
         "completion": usage["completion_tokens"],

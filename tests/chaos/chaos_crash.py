@@ -27,7 +27,7 @@ Expected = dict[str, tuple[Ask, Transcript]]  # by kind: a request and its answe
 
 
 def points() -> list[str]:
-    """Every named moment in the services, as their sources have them."""
+    """Return every named moment in the services, as their sources have them."""
     found = set()
     # The consumer's are both services' that take work.
     for name in REACH.findall((ROOT / "shared/bus/consumer.py").read_text()):
@@ -41,7 +41,7 @@ def points() -> list[str]:
 
 
 class Stage:
-    """What a scenario is played on: a running system of one replica of each service, one of which is to fail."""
+    """Stage of a scenario: a running system of one replica of each service, one of which is to fail."""
 
     def __init__(self, system: System, expected: Expected, http: httpx.AsyncClient, crash_at: str) -> None:
         """`crash_at`: as the setting of that name."""
@@ -112,7 +112,7 @@ class Stage:
         await self.system.redis.xclaim(key, group, "nobody", 0, [entry_id], retrycount=1000, justid=True)
 
     async def end(self) -> None:
-        """What was to fail has failed and was mended, and nothing is left behind."""
+        """Check that the replica has failed and was mended, and that nothing is left behind."""
         assert self._mending is not None
         done, _ = await asyncio.wait([self._mending], timeout=PATIENCE_S)
         if not done:

@@ -1,4 +1,4 @@
-"""What goes wrong: a seeded sequence of faults, each injected and mended."""
+"""A seeded sequence of faults, each injected and mended."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""What must not be there when no request is under way any more."""
+"""Find keys, entries and open requests that remain when no request is under way any more."""
 
 import asyncio
 
@@ -28,7 +28,7 @@ MAX_TOKENS_STREAM = 400  # entries: XTRIM takes whole nodes of a hundred
 
 
 async def wait_until_clean(system: System, seconds: float, *, uploads: bool = True) -> list[str]:
-    """What is still there after at most `seconds`; empty as soon as nothing is.
+    """Return what is still there after at most `seconds`; empty as soon as nothing is.
 
     `uploads` count as left behind, unless a gateway was killed: what it had stored for a request that it did not live
     to submit has an expiry, and nobody else knows of it.

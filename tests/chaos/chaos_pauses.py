@@ -1,4 +1,4 @@
-"""How long clients wait because of one fault: the figures of docs/guarantees.md.
+"""Measure the longest silence of clients because of one fault: the figures of docs/guarantees.md.
 
     python -m chaos_pauses [--rounds 5] [--clients 8] [--only gateway]
 

@@ -1,4 +1,4 @@
-"""What clients ask for: a pool of requests whose answers are functions of the request alone, greedy or with a seed."""
+"""A pool of requests for clients whose answers are functions of the request alone, greedy or with a seed."""
 
 import copy
 import random
@@ -56,7 +56,7 @@ def pool(size: int, tool_call_id: int, files: str) -> list[Ask]:
 
 
 def files_to_serve() -> dict[str, tuple[str, bytes]]:
-    """What the requests of kind "link" link to."""
+    """Return the files that requests of kind "link" link to."""
     return {f"/{n}.png": ("image/png", _png(n)) for n in range(len(PICTURES))}
 
 

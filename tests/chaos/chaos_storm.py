@@ -37,7 +37,7 @@ HTTP = httpx.Timeout(30.0, connect=2.0)
 
 @dataclass
 class Totals:
-    """What a run came to."""
+    """Outcome of a run."""
 
     seeds: int = 0
     requests: int = 0
@@ -125,7 +125,7 @@ class Storm:
             self._fail(wrong)
 
     async def _check(self, http: httpx.AsyncClient, ask: Ask, manner: Manner, rng: random.Random) -> str:
-        """What was wrong, if anything was."""
+        """Return what was wrong, "" if nothing was."""
         client = Client(http, self._gateways, rng)
         expected = self._world.expected[ask.number]
         try:
@@ -150,7 +150,7 @@ class Storm:
 
 
 def _manners(rng: random.Random, key: str) -> list[Manner]:
-    """How one request is made: by one client, or by two with one key."""
+    """Choose how a request is made: by one client, or by two with one key."""
     match rng.choices(["plain", "keyed", "leaves", "breaks", "twice"], weights=[4, 3, 1, 2, 1])[0]:
         case "plain":
             return [Manner(stream=rng.random() < 0.7)]
@@ -190,7 +190,7 @@ async def storms(first_seed: int, seeds: int, seconds: float, clients: int, keep
 
 
 def replay(seed: int, seconds: float, clients: int) -> str:
-    """How to run one seed again."""
+    """Return the command that runs one seed again."""
     return f"make chaos POINTS=none SEEDS=1 FIRST_SEED={seed} SECONDS={seconds:g} CLIENTS={clients}"
 
 

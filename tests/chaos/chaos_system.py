@@ -89,7 +89,7 @@ class Replica:
 
     @property
     def halted(self) -> bool:
-        """Whether it stands still, by whoever's signal."""
+        """True if it is stopped, by whichever signal."""
         if not self.running or self._process is None:
             return False
         stat = Path(f"/proc/{self._process.pid}/stat").read_text()
@@ -97,7 +97,7 @@ class Replica:
 
     @property
     def status(self) -> int | None:
-        """How the last process ended; None while it runs."""
+        """Exit status of the last process; None while it runs."""
         return None if self._process is None else self._process.poll()
 
     def start(self, *, crash_at: str = "", same_name: bool = False, **settings: object) -> None:
@@ -240,7 +240,7 @@ class System:
                 await asyncio.sleep(LOOK_S)
 
     async def state(self, replica: Replica) -> str:
-        """What its lease says; "" if it has none or Redis cannot be asked."""
+        """Return the state in its lease; "" if it has none or Redis cannot be asked."""
         with suppress(RedisError):
             for one in await leases.live(self.redis, self.keys, replica.service):
                 # A predecessor of the same name may have left a lease behind.

@@ -1,4 +1,4 @@
-"""What the tests of chaos share: requests, and how a system answers them in which nothing goes wrong."""
+"""Fixtures of the tests of chaos: requests, and the answers of a system in which nothing goes wrong."""
 
 from collections.abc import AsyncIterator
 

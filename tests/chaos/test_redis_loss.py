@@ -17,7 +17,7 @@ ASKED = ("long", "long", "long", "choices", "image", "tools")
 
 
 async def ask(system: System, kind: str, expected: Expected, stream: bool) -> str:
-    """What went wrong with an answer, if anything did."""
+    """Return what went wrong with an answer, if anything did."""
     request, answer = expected[kind]
     async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
         client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))

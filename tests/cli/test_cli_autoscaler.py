@@ -323,7 +323,7 @@ def test_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("cli.autoscaler.__main__.log.setup", lambda *_: None)
     assert main(["autoscale"]) == 2
-    assert "neither in a cluster nor told of one" in capsys.readouterr().err
+    assert "no cluster: this is no pod with a service account" in capsys.readouterr().err
 
 
 def test_without_the_kubernetes_client(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

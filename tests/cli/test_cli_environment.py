@@ -7,6 +7,7 @@ import pytest
 from machine import free_ports
 from prometheus_client import CollectorRegistry
 
+from cli import environment
 from cli.demo import write_demo
 from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, parse
@@ -109,7 +110,7 @@ def test_taken_and_doubled_ports_are_named(model: Path) -> None:
     first, second, third = map(str, free_ports(3))
     ports = ["--port", first, "--metrics-port", second, "--engine-worker-queue-port", third]
     check_ports(launch(model, *ports))
-    with pytest.raises(ConfigError, match=r"--metrics-port: \d+ is also --port"):
+    with pytest.raises(ConfigError, match=r"--metrics-port: port \d+ is also that of --port"):
         check_ports(launch(model, *ports, "--metrics-port", first))
     for flag, port in (("--port", first), ("--metrics-port", second), ("--engine-worker-queue-port", third)):
         with socket.socket() as taken:
@@ -142,3 +143,19 @@ def test_the_engine_leaves_room_for_the_vision_model_on_its_card(model: Path) ->
     assert larger == device_bytes(load_model_config(model), 65536) > usual
     assert foreign_bytes(model, MILLRACE_DEVICE="cpu") == 0
     assert foreign_bytes(model, MILLRACE_FOREIGN_BYTES="7") == 7
+
+
+def torch_threads(model: Path, *arguments: str, **environ: str) -> int:
+    told = environments(launch(model, *arguments), URL, environ)
+    return config.load(EngineSettings, own(told["engine"])).torch_threads
+
+
+def test_services_that_compute_share_the_cores(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "usable_cores", lambda: 8)
+    assert torch_threads(model) == 4
+    assert torch_threads(model, "--torch-threads", "7") == 7
+    assert torch_threads(model, MILLRACE_TORCH_THREADS="3") == 3
+    assert torch_threads(model, OMP_NUM_THREADS="5") == 0, "torch reads that variable itself"
+    having = {name for name, each in environments(launch(model), URL, {}).items() if "MILLRACE_TORCH_THREADS" in each}
+    assert "engine" in having
+    assert having <= set(environment.COMPUTE_SERVICES)

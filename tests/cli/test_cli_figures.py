@@ -61,7 +61,7 @@ def test_why_an_engines_requests_wait() -> None:
 
 def test_answers_searched_for_tool_calls() -> None:
     registry = CollectorRegistry()
-    PostprocMetrics(registry).parsed([True, False, True])
+    PostprocMetrics(registry).count_tool_parsing([True, False, True])
     for outcome, number in (("tool_call", 2), ("no_tool_call", 1)):
         found = registry.get_sample_value("millrace_tool_call_parser_invocations_total", {"outcome": outcome})
         assert found == number
@@ -70,14 +70,14 @@ def test_answers_searched_for_tool_calls() -> None:
 def test_gateway() -> None:
     metrics, clock = GatewayMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    metrics.figures()
+    metrics.recent_rates()
     clock.now = 4
     metrics.first_token.observe(0.5)
     metrics.first_token.observe(1.5)
     metrics.latency.observe(6)
     metrics.generation_tokens.inc(100)
     metrics.cancelled.inc(2)
-    assert rounded(metrics.figures()) == {
+    assert rounded(metrics.recent_rates()) == {
         "answered_per_s": 0.25,
         "answered_tokens_per_s": 25,
         "cancelled_per_s": 0.5,
@@ -102,9 +102,9 @@ def test_mm_encoder() -> None:
 def test_postproc() -> None:
     metrics, clock = PostprocMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    metrics.figures()
+    metrics.load()
     clock.now = 5
     metrics.tokens.inc(50)
     metrics.deltas.inc(10)
     metrics.replayed.inc(5)
-    assert rounded(metrics.figures()) == {"tokens_per_s": 10, "deltas_per_s": 2, "replayed_per_s": 1}
+    assert rounded(metrics.load()) == {"tokens_per_s": 10, "deltas_per_s": 2, "replayed_per_s": 1}

@@ -105,6 +105,7 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --retain-seconds nan", "--retain-seconds"),
         ("--demo --retain-seconds soon", "--retain-seconds"),
         ("--demo --quantization wint2", "--quantization"),
+        ("--demo --torch-threads 0", "--torch-threads"),
         ("--demo --reasoning-parser qwen3", "--reasoning-parser"),
         ("--demo --tool-call-parser hermes", "--tool-call-parser"),
         ("--demo --limit-mm-per-prompt {image:1}", "--limit-mm-per-prompt"),

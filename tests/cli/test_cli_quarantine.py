@@ -8,8 +8,8 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from cli.main import main
-from services.gateway.request import answer_format as forms
-from services.gateway.request.answer_format import Form
+from services.gateway.request import answer_format
+from services.gateway.request.answer_format import AnswerFormat
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT
@@ -37,7 +37,7 @@ REQUEST = Request(
     sampling=Sampling(seed=7, temperature=0.5),
     output=Output(thinking=True, stop=(SECRET,)),
     deadline=CREATED + 120,
-    form=forms.encode(Form(n=2, owner="o", key="k")),
+    form=answer_format.encode(AnswerFormat(n=2, owner="o", key="k")),
 )
 GENERATED = Generate(REQUEST, pack_ids([5, 6, 7]), 40)
 SPAN = MediaSpan("image", "hash", 0, 1, (1, 2, 2))
@@ -127,7 +127,7 @@ async def test_an_entry_runs_again_as_a_request_of_its_own(quarantine: Command, 
     assert again.request.created == pytest.approx(time.time(), abs=PATIENCE_S)
     assert again.request.deadline == pytest.approx(again.request.created + 120)
     assert again.request.retain_s == 3600
-    assert forms.decode(again.request.form) == Form(owner="o")
+    assert answer_format.decode(again.request.form) == AnswerFormat(owner="o")
     record = (await Records(redis, keys).get([again.request.id]))[again.request.id]
     assert (record.request, record.epoch) == (again.request, 0)
     assert await redis.xlen(keys.quarantine(GENERATE)) == 0

@@ -22,12 +22,18 @@ from cli.demo import hub_config, write_demo
 from cli.main import main
 from shared.bus.keys import Keys
 
+STRANGERS = ("shared/__init__.py", "services/__init__.py", "cli/__init__.py", "torch.py", "redis.py")
 HELLO: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    with running(["--demo"], tmp_path_factory.mktemp("demo")) as system:
+    """Started in a directory where other people's code has the names of ours."""
+    directory = tmp_path_factory.mktemp("demo")
+    for name in STRANGERS:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("raise ImportError(f'{__file__} was found through the working directory')\n")
+    with running(["--demo"], directory) as system:
         yield system
 
 
@@ -50,6 +56,12 @@ def test_the_demo_writes_its_checkpoint_and_answers(demo: System) -> None:
     for stage in ("redis", "gateway", "mm_encoder", "engine", "postproc"):
         assert any(line.startswith(f"millrace: {stage:10} ready") for line in said), said
     assert f"millrace: serving demo at {demo.base_url}/v1" in said
+
+
+def test_nothing_is_found_through_the_working_directory(demo: System) -> None:
+    assert all((demo.directory / name).exists() for name in STRANGERS)
+    assert len([line for line in demo.children() if "-P -m services." in line]) == 4
+    assert chat(demo).status_code == 200
 
 
 @pytest.mark.parametrize("service", ["postproc", "engine", "mm_encoder", "gateway"])

@@ -47,7 +47,7 @@ def listen(client: OpenAI, messages: list[Message], **options: Any) -> list[Chat
 
 
 def collected(reply: ChatCompletion) -> dict[str, Any]:
-    """What the answer is, whatever it is called and when it was made."""
+    """Return the content of an answer, without its id and time."""
     return {"usage": reply.usage.model_dump(), "choices": [_choice(choice) for choice in reply.choices]}
 
 

@@ -1,4 +1,4 @@
-"""What cannot be served is a 4xx that names the field, costs nobody else anything, and leaves nothing behind."""
+"""Bad requests: each is a 4xx that names the field, disturbs no other request, and leaves nothing behind."""
 
 import io
 import struct

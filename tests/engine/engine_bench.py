@@ -50,7 +50,7 @@ class GatedRunner:
 
 
 class Seen:
-    """What a reader of the stream has of one request, by postproc's rules."""
+    """A reader's view of one request in the stream, by postproc's rules."""
 
     def __init__(self, journal: Sequence[int] = ()) -> None:
         self.epoch = 0

@@ -1,4 +1,6 @@
-"""What several tests of the engine build: a small model's numbers, requests, sequences, and a model that is one sum."""
+"""Shared cases of the engine's tests: a small model's configuration, requests, sequences, and a model that is one
+sum.
+"""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
@@ -94,7 +96,8 @@ def sequence(
 
 
 def next_token(tokens: Ordered[int]) -> int:
-    """What the sum model says after these tokens: depends on every one of them and on their order, is never an end."""
+    """Return the sum model's next token: it depends on every token before and on their order, and never ends the
+    answer."""
     digest = 7
     for token in tokens:
         digest = (digest * 31 + token) % 100_003
@@ -102,7 +105,7 @@ def next_token(tokens: Ordered[int]) -> int:
 
 
 def continuation(prompt: Ordered[int], length: int) -> list[int]:
-    """What the sum model makes of a prompt."""
+    """Return the sum model's answer to a prompt."""
     tokens = list(prompt)
     for _ in range(length):
         tokens.append(next_token(tokens))
@@ -110,12 +113,12 @@ def continuation(prompt: Ordered[int], length: int) -> list[int]:
 
 
 def last(sequences: Ordered[Sequence]) -> list[Chunk]:
-    """As of a step in which each computes its last token."""
+    """Return the chunks of a step in which each sequence computes its last token."""
     return [Chunk(made, made.num_tokens - 1, 1, samples=True) for made in sequences]
 
 
 class Computed:
-    """A step that is launched, of which all is known."""
+    """A launched step whose tokens are all known."""
 
     def __init__(self, sampled: list[Sampled]) -> None:
         self._sampled = sampled

@@ -1,4 +1,4 @@
-"""The engine's loop alone, in the test's own thread: a script of what comes before which turn, and what it says."""
+"""The engine's loop alone, in the test's own thread: a script of commands by turn, and the output it gives."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class ScriptedMailbox(Mailbox):
 
 
 class Watched:
-    """A runner, and what it was told."""
+    """A runner that records its plans."""
 
     def __init__(self, inner: Runner) -> None:
         self._inner = inner
@@ -56,7 +56,7 @@ class Watched:
 
 
 class Bench:
-    """An engine that has run, on the sum model unless told otherwise, and what it said."""
+    """An engine that has run, on the sum model by default, and its output."""
 
     def __init__(
         self,

@@ -301,7 +301,7 @@ async def test_poison_is_answered_once_though_who_found_it_dies(
 
 
 async def test_a_request_that_got_further_is_counted_anew(redis: Redis, redis_url: str, keys: Keys) -> None:
-    """Who had it died of something else."""
+    """The engine that had it died of another cause."""
     runner, reader, records = gated(), Reader(redis, keys), Records(redis, keys)
     await submit(redis, keys, generate("r", [20, 30], 12))
     await delivered_to_the_dead(redis, keys, 2)
@@ -339,6 +339,7 @@ async def test_what_redis_has_lost_is_let_go(redis: Redis, redis_url: str, keys:
         assert running.metric("kv_cache_usage_perc") == 0
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("persistence", [True, False], ids=["kept", "lost"])
 async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
     """With what it had, or with nothing; the model computes on meanwhile as far as it may."""
@@ -420,7 +421,7 @@ ROWS = bytes(6 * CONFIG.hidden_size * 4)
 
 
 def shown(request_id: str = "sees") -> Encode:
-    """What its media came from."""
+    """Return the `encode` message that the request's media came from."""
     made = generate(request_id, [20]).request
     return Encode(made, (b"", b""), (Media("image", "p", blob=f"{request_id}-0"),))
 

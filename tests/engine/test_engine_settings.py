@@ -1,13 +1,16 @@
-"""Settings that cannot be honoured are errors that name them."""
+"""Settings that cannot be honoured are errors that name them; the number of torch's threads."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_cases import CONFIG
 from msgspec.structs import replace
 
 from cli.demo import write_demo
+from services.engine import __main__ as root
 from services.engine.__main__ import contradictions, quantization
 from services.engine.__main__ import load as load_runner
 from services.engine.kernels.quantize import Quantized
@@ -96,9 +99,34 @@ def test_whole_prompts_are_allowed_where_a_step_holds_a_context() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("SAMPLING_CLASS", "air"), ("QUANTIZATION", "wint2"), ("DEVICE", "tpu"), ("MAX_NUM_SEQS", "x")]
+    ("name", "value"),
+    [
+        ("SAMPLING_CLASS", "air"),
+        ("QUANTIZATION", "wint2"),
+        ("DEVICE", "tpu"),
+        ("MAX_NUM_SEQS", "x"),
+        ("TORCH_THREADS", "-1"),
+    ],
 )
 def test_another_choice_is_refused_at_the_door(name: str, value: str) -> None:
     environment = {"MILLRACE_REDIS_URL": "unix:///x", "MILLRACE_MODEL": "m", f"MILLRACE_{name}": value}
     with pytest.raises(ConfigError, match=name):
         load(EngineSettings, environment)
+
+
+@pytest.fixture
+def six_threads() -> Iterator[None]:
+    """The number torch would start by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("wanted", "cores", "threads"), [(0, 3, 3), (0, 64, 6), (5, 3, 5), (64, 3, 64)])
+def test_torch_computes_on_the_cores_there_are(
+    six_threads: None, monkeypatch: pytest.MonkeyPatch, wanted: int, cores: int, threads: int
+) -> None:
+    monkeypatch.setattr(root, "usable_cores", lambda: cores)
+    root.limit_threads(settings(torch_threads=wanted))
+    assert torch.get_num_threads() == threads

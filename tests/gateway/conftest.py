@@ -1,4 +1,4 @@
-"""What the gateway's tests share: the demo checkpoint and what reads it."""
+"""Fixtures of the gateway's tests: the demo checkpoint, its parser, and running gateways."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def taker(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
+def parser(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
     return RequestParser(
         chat=ChatFormat(Template.load(checkpoint, 100_000), tokenizer),
         tokenizer=tokenizer,

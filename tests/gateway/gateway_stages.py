@@ -1,4 +1,4 @@
-"""A running gateway for tests, and the test's own hand in place of the stages behind it."""
+"""A running gateway, and a stand-in for the stages behind it that tests control."""
 
 import asyncio
 import time
@@ -53,7 +53,7 @@ class Running(msgspec.Struct):
     ahead_s: float = 0.0  # how far the clock by which it looks at deadlines runs ahead
 
     def idle(self) -> bool:
-        """Nobody is being answered."""
+        """Return True if no request is open."""
         load = self.gateway.load()
         return not load["requests"] and not load["choices"]
 
@@ -94,14 +94,14 @@ async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **se
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Let the event loop run until something is so."""
+    """Let the event loop run until a condition is true."""
     async with asyncio.timeout(PATIENCE_S):
-        while not true():  # noqa: ASYNC110  (what is waited for is the gateway's, and sets no event of ours)
+        while not true():  # noqa: ASYNC110  (the gateway sets no event for it)
             await asyncio.sleep(0.001)
 
 
 class Stages:
-    """Reads what the gateway sends and writes what the stages would answer."""
+    """Stand-in for the stages: reads the gateway's messages and writes their answers."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self.redis = redis
@@ -163,7 +163,7 @@ class Stages:
         return msgspec.structs.replace(delta, start=before if delta.seq > before else delta.seq - 1)
 
     async def tell(self, request: Request, message: Accepted | Failed) -> None:
-        """Send what the mm_encoder does."""
+        """Send a message of the mm_encoder."""
         await send(self.redis, self.keys.deltas(request.gateway), message)
 
     async def answer(self, request: Request, *texts: str, usage: Usage = USAGE) -> None:

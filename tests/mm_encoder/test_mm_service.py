@@ -623,6 +623,7 @@ async def test_a_request_that_an_engine_had_ends_in_the_tokens_stream(bench: Ben
     assert await bench.left() == {"request:a"}, "postproc ends it"
 
 
+@pytest.mark.system
 async def test_what_redis_forgot_does_not_stop_the_service(directory: Path, judge: Model, tmp_path: Path) -> None:
     """Redis dies in the middle, and comes back with nothing."""
     with RedisServer(Path(tempfile.mkdtemp(prefix="millrace-"))) as server:

@@ -9,10 +9,12 @@ from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from services.postproc.metrics import PostprocMetrics
+from services.postproc.__main__ import compose
+from services.postproc.outbox import Outbox
+from services.postproc.owned_shards import SERVICE
 from services.postproc.settings import PostprocSettings
 from services.postproc.text.detokenize import Vocabulary
-from services.postproc.worker import SERVICE, Worker
+from services.postproc.worker import Worker
 from shared.bus.client import command
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease
@@ -32,11 +34,11 @@ T = TypeVar("T")
 
 
 class Killed(Exception):
-    """What a crash is in one process."""
+    """A crash of a worker, in one process."""
 
 
-class Haunted(Worker):
-    """A worker that can be made to die, or to stop until it is woken, before or after its next write of a kind."""
+class HauntedOutbox(Outbox):
+    """An outbox that can make its worker die, or stop until it is woken, before or after its next write of a kind."""
 
     kill_at = ""
     halt_at = ""
@@ -62,7 +64,7 @@ class Haunted(Worker):
 
 
 class Client:
-    """Who waits for one answer, over one gateway after another."""
+    """A reader of one answer, over one gateway after another."""
 
     def __init__(self, redis: Redis, keys: Keys, one: Request, names: str = "g") -> None:
         self.redis, self.keys, self.request = redis, keys, one
@@ -118,7 +120,8 @@ class World:
             request("r3", "r3-g1", retain_s=retain_s, logprobs=True, return_token_ids=True),
         ]
         self.clients = [Client(redis, keys, one) for one in self.requests]
-        self.workers: dict[str, Haunted] = {}
+        self.workers: dict[str, Worker] = {}
+        self.outboxes: dict[str, HauntedOutbox] = {}
         self.halted: dict[str, asyncio.Task[None]] = {}
         self.sent = 0  # tokens of every request
         self.epoch = 1
@@ -187,15 +190,25 @@ class World:
 
     # ------------------------------------------------------------------------------------------------ workers
 
-    async def start(self) -> Haunted:
+    async def start(self) -> Worker:
         name = next(self._names)
         settings = PostprocSettings(
-            redis_url="", model="", name=name, journal_every=8, trim_every=4, read_count=READ_COUNT, lease_ms=24
+            redis_url="",
+            model="",
+            namespace="test",
+            name=name,
+            journal_every=8,
+            trim_every=4,
+            read_count=READ_COUNT,
+            lease_ms=24,
         )
         await Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000).renew("ready")
-        metrics = PostprocMetrics(CollectorRegistry())
-        self.workers[name] = Haunted(self.redis, self.keys, settings, Vocabulary(WORDS), metrics, clock=self._clock)
-        return self.workers[name]
+        worker = compose(
+            settings, self.redis, Vocabulary(WORDS), CollectorRegistry(), clock=self._clock, outbox=HauntedOutbox
+        )
+        assert isinstance(worker._outbox, HauntedOutbox)
+        self.workers[name], self.outboxes[name] = worker, worker._outbox
+        return worker
 
     def _clock(self) -> float:
         """Every look at it is a second later, so that every turn looks who is there."""
@@ -210,9 +223,10 @@ class World:
         free = [name for name in self.workers if name not in self.halted]
         worker = self.workers[free[which % len(free)]] if free else await self.start()
         name = next(name for name, each in self.workers.items() if each is worker)
-        worker.kill_at, worker.halt_at = kill_at, halt_at
-        task = asyncio.create_task(worker.turn())
-        halting = asyncio.create_task(worker.halted.wait())
+        outbox = self.outboxes[name]
+        outbox.kill_at, outbox.halt_at = kill_at, halt_at
+        task = asyncio.create_task(worker.run_turn())
+        halting = asyncio.create_task(outbox.halted.wait())
         await asyncio.wait({task, halting}, return_when=asyncio.FIRST_COMPLETED)
         halting.cancel()
         if task.done():
@@ -229,13 +243,13 @@ class World:
         if not self.halted:
             return
         name = list(self.halted)[which % len(self.halted)]
-        task, worker = self.halted.pop(name), self.workers[name]
+        task, outbox = self.halted.pop(name), self.outboxes[name]
         if renew:
             await Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000).renew("ready")
-        worker.halted.clear()
-        worker.woken.set()
+        outbox.halted.clear()
+        outbox.woken.set()
         await task
-        worker.woken.clear()
+        outbox.woken.clear()
         if not renew:
             del self.workers[name]
 

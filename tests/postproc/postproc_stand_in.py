@@ -184,13 +184,13 @@ def run_pieces(
     taken = None if takes is None else {place % (len(tokens) + 1) for place in takes}
     deltas = []
     for place, token in enumerate(tokens):
-        answer.push(token)
+        answer.push_token(token)
         if taken is None or place in taken:
-            deltas.append(answer.take())
+            deltas.append(answer.take_delta())
     if finish == "stop":
         answer.push_stop_token(EOS)
-    answer.finish(Finish(finish))  # type: ignore[arg-type]
-    deltas.append(answer.take())
+    answer.apply_finish(Finish(finish))  # type: ignore[arg-type]
+    deltas.append(answer.take_delta())
     assert answer.ended
-    assert answer.take() is None
+    assert answer.take_delta() is None
     return collect(deltas)

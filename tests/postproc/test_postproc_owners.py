@@ -1,5 +1,4 @@
-"""Whatever dies, stops, wakes and takes over, and wherever: a gateway that follows the rule shows the answer that would
-have been shown without, once."""
+"""Crashes, pauses, wake-ups and takeovers at any write: a gateway that follows the rule shows the same answer, once."""
 
 import asyncio
 from typing import Any
@@ -38,10 +37,10 @@ def whole(one: Request) -> Shown:
     answer = Answer(one, Vocabulary(WORDS), Parsers())
     answer.begin = Begin(one.id, 1, 0, 7, 3, 2, 1)
     for token, logprob in zip(TOKENS, LOGPROBS, strict=False):
-        answer.push(token, logprob)
+        answer.push_token(token, logprob)
     answer.push_stop_token(EOS)
-    answer.finish(Finish("stop", EOS))
-    shown, delta = Shown(), answer.take()
+    answer.apply_finish(Finish("stop", EOS))
+    shown, delta = Shown(), answer.take_delta()
     assert delta is not None
     shown.add(delta)
     return shown

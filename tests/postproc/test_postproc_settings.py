@@ -1,4 +1,4 @@
-"""What a postproc can be told, and how it is put together from that."""
+"""Settings of postproc, and the service built from them."""
 
 from pathlib import Path
 

@@ -14,11 +14,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.demo_tokenizer import write_tokenizer
-from services.postproc.metrics import PostprocMetrics
+from services.postproc.__main__ import compose
+from services.postproc.owned_shards import SERVICE
 from services.postproc.settings import PostprocSettings
 from services.postproc.text.answer import Answer, Parsers
 from services.postproc.text.detokenize import TokenBytes, Vocabulary
-from services.postproc.worker import SERVICE, Worker
+from services.postproc.worker import Worker
 from shared.bus import retry as patience
 from shared.bus.client import command
 from shared.bus.keys import GENERATE, Keys
@@ -66,18 +67,17 @@ class System:
     ) -> Worker:
         """A worker with a lease; it owns its shards after its first turn."""
         defaults: dict[str, Any] = {"journal_every": 8, "trim_every": 16, "lease_ms": 60, "read_count": 1000}
-        settings = PostprocSettings(redis_url="", model="", name=name, **(defaults | options))
+        settings = PostprocSettings(redis_url="", model="", namespace="test", name=name, **(defaults | options))
         self.metrics[name] = CollectorRegistry()
         self.leases[name] = Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000)
         await self.leases[name].renew("ready")
         more = {"clock": clock} if clock else {}
-        metrics = PostprocMetrics(self.metrics[name])
-        worker = Worker(self.redis, self.keys, settings, Vocabulary(vocabulary), metrics, **more)
+        worker = compose(settings, self.redis, Vocabulary(vocabulary), self.metrics[name], **more)
         await worker.startup()
         return worker
 
     async def die(self, name: str) -> None:
-        """What a crash leaves after a while: a lease that expired."""
+        """Leave what a crash leaves after a while: an expired lease."""
         await self.leases[name].release()
 
     def counted(self, name: str, metric: str) -> float:
@@ -114,7 +114,7 @@ class System:
         await self.step(TokenRun(request_id, epoch, index, tokens, finish=finish))
 
     async def deltas(self, gateway: str = "g1") -> list[Delta]:
-        """What came for a gateway since the last call."""
+        """Return the deltas for a gateway since the last call."""
         reader = self._gateways.setdefault(gateway, LogReader(self.redis, {self.keys.deltas(gateway): "0"}))
         found: list[Delta] = []
         while entries := await reader.read(1000, 0):
@@ -124,7 +124,7 @@ class System:
         return found
 
     async def show(self, gateway: str = "g1") -> dict[str, Shown]:
-        """What a gateway has shown. It misses nothing here, so it never has to ask."""
+        """Return what a gateway has shown. It misses nothing here, so it never has to ask."""
         for delta in await self.deltas(gateway):
             shown = self.shown.setdefault(delta.request_id, Shown())
             shown.take(delta)
@@ -144,7 +144,7 @@ class System:
 
 
 def held(worker: Worker) -> dict[str, float]:
-    """How many requests and shards it has."""
+    """Return the numbers of open requests and of shards."""
     return {name: worker.load()[name] for name in ("open", "shards")}
 
 
@@ -158,11 +158,11 @@ def whole(finish: str = "stop", count: int = len(TOKENS)) -> Shown:
     answer = Answer(request(), Vocabulary(WORDS), Parsers())
     answer.begin = Begin("r1", 1, 0, 7, 3, 2, 1)
     for token in TOKENS[:count]:
-        answer.push(token)
+        answer.push_token(token)
     if finish == "stop":
         answer.push_stop_token(EOS)
-    answer.finish(Finish(finish))  # type: ignore[arg-type]
-    shown, delta = Shown(), answer.take()
+    answer.apply_finish(Finish(finish))  # type: ignore[arg-type]
+    shown, delta = Shown(), answer.take_delta()
     assert delta is not None
     shown.add(delta)
     return shown
@@ -172,16 +172,16 @@ async def test_many_requests_share_steps(system: System) -> None:
     requests = [request(f"r{n}", gateway=f"g{n % 2}") for n in range(5)]
     await system.submit(*requests)
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin(*(one.id for one in requests))
     for index, token in enumerate(TOKENS):
         await system.step(*(TokenRun(one.id, 1, index, (token,)) for one in requests[index % 2 :]))
         await system.step(*(TokenRun(one.id, 1, index, (token,)) for one in requests[: index % 2]))
         if index % 50 == 0:
-            await worker.turn()
+            await worker.run_turn()
     await system.step(*(TokenRun(one.id, 1, len(TOKENS), (EOS,), finish=STOP) for one in requests))
     while worker.load()["open"]:
-        await worker.turn()
+        await worker.run_turn()
     await system.show("g0")
     await system.show("g1")
     assert system.shown == {one.id: whole() for one in requests}
@@ -194,11 +194,11 @@ async def test_many_requests_share_steps(system: System) -> None:
 async def test_one_message_a_gateway_and_turn(system: System) -> None:
     await system.submit(request("a", "g1"), request("b", "g1"), request("c", "g2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("a", "b", "c")
     for index in range(20):
         await system.step(*(TokenRun(one, 1, index, (TOKENS[index],)) for one in "abc"))
-    await worker.turn()
+    await worker.run_turn()
     assert await system.redis.xlen(system.keys.deltas("g1")) == 1
     assert [(d.request_id, d.seq) for d in await system.deltas("g1")] == [("a", 20), ("b", 20)]
     assert [(d.request_id, d.seq) for d in await system.deltas("g2")] == [("c", 20)]
@@ -207,20 +207,20 @@ async def test_one_message_a_gateway_and_turn(system: System) -> None:
 async def test_several_tokens_a_run_and_overlapping_runs(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     for first in range(0, len(TOKENS), 5):
         await system.step(TokenRun("r1", 1, max(0, first - 3), tuple(TOKENS[max(0, first - 3) : first + 5])))
-        await worker.turn()
+        await worker.run_turn()
     await system.finish("r1", len(TOKENS))
-    await worker.turn()
+    await worker.run_turn()
     assert (await system.show())["r1"] == whole()
 
 
 async def test_what_comes_twice_or_from_a_former_owner_is_dropped(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 10)
     await system.generate("r1", 5, 10)
@@ -232,7 +232,7 @@ async def test_what_comes_twice_or_from_a_former_owner_is_dropped(system: System
     await system.finish("r1", len(TOKENS), epoch=2)
     await system.finish("r1", len(TOKENS), epoch=2)
     while worker.load()["open"] == 1 or not await system.show():
-        await worker.turn()
+        await worker.run_turn()
     assert (await system.show())["r1"] == whole()
     assert await system.left() == set()
 
@@ -244,13 +244,13 @@ async def test_what_comes_twice_or_from_a_former_owner_is_dropped(system: System
 async def test_after_a_finish_no_key_is_left(system: System, finish: Finish, reason: str | None) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 50)
-    await worker.turn()
+    await worker.run_turn()
     assert await system.left() == {"test:request:r1", "test:journal:r1"}
     await system.finish("r1", 50, finish)
-    await worker.turn()
+    await worker.run_turn()
     shown = (await system.show())["r1"]
     assert shown.finish_reason == reason
     assert (shown.failure is None) == (reason is not None)
@@ -261,14 +261,14 @@ async def test_after_a_finish_no_key_is_left(system: System, finish: Finish, rea
 async def test_a_cancelled_request_ends_without_a_word(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 20)
-    await worker.turn()
+    await worker.run_turn()
     await system.deltas()
     await system.records.cancel(["r1"])
     await system.finish("r1", 20, Finish("cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     assert await system.deltas() == []
     assert await system.left() == set()
     assert worker.load()["open"] == 0
@@ -277,11 +277,11 @@ async def test_a_cancelled_request_ends_without_a_word(system: System) -> None:
 async def test_a_stop_string_cancels_and_waits_for_the_engine(system: System) -> None:
     await system.submit(request(stop=("cat",)), request("r2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     control = LogReader(system.redis, {system.keys.control(): "0"})
     await system.generate("r1", 0, len(TOKENS) - 5)
-    await worker.turn()
+    await worker.run_turn()
     shown = (await system.show())["r1"]
     assert (shown.content, shown.finish_reason) == ("A ", "stop")
     assert shown.usage is not None
@@ -291,9 +291,9 @@ async def test_a_stop_string_cancels_and_waits_for_the_engine(system: System) ->
     assert worker.load()["open"] == 2
 
     await system.generate("r1", len(TOKENS) - 5, len(TOKENS))
-    await worker.turn()
+    await worker.run_turn()
     await system.finish("r1", len(TOKENS), Finish("cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     assert await system.deltas() == []
     assert await control.read(10, 0) == []
     assert await system.left() == {"test:request:r2"}
@@ -302,12 +302,12 @@ async def test_a_stop_string_cancels_and_waits_for_the_engine(system: System) ->
 async def test_log_probabilities_go_through(system: System) -> None:
     await system.submit(request(logprobs=True, thinking=False))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     logprobs = tuple(TokenLogprob(-index / 2, ((EOS, -1.0),)) for index in range(4))
     await system.step(TokenRun("r1", 1, 0, tuple(TOKENS[:4]), logprobs))
     await system.step(TokenRun("r1", 1, 2, (*TOKENS[2:4], EOS), (*logprobs[2:], TokenLogprob(-9.0)), STOP))
-    await worker.turn()
+    await worker.run_turn()
     deltas = await system.deltas()
     assert [shown.logprob for delta in deltas for shown in delta.logprobs] == [0, -0.5, -1, -1.5]
     assert deltas[-1].finish_reason == "stop"
@@ -319,15 +319,15 @@ async def test_log_probabilities_go_through(system: System) -> None:
 async def test_the_journal_holds_what_was_sent_and_the_stream_is_trimmed(system: System) -> None:
     await system.submit(request(), request("r2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     for repeat in range(len(TOKENS)):
         await system.step(TokenRun("r1", 1, repeat, (TOKENS[repeat],)))
         if repeat < 3:  # then it stands still, and must not hold the stream
             await system.step(TokenRun("r2", 1, repeat, (TOKENS[repeat],)))
         if repeat % 10 == 0:
-            await worker.turn()
-    await worker.turn()
+            await worker.run_turn()
+    await worker.run_turn()
     journal = await system.records.read_journal("r1")
     assert journal == TOKENS[: len(journal)]
     assert len(TOKENS) - len(journal) < 8
@@ -337,18 +337,18 @@ async def test_the_journal_holds_what_was_sent_and_the_stream_is_trimmed(system:
 
     successor = await system.worker("p2")
     await system.die("p1")
-    await successor.turn()
+    await successor.run_turn()
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", 3)
     while successor.load()["open"]:
-        await successor.turn()
+        await successor.run_turn()
     shown = await system.show()
     assert shown["r1"] == whole()
     assert shown["r2"] == whole(count=3)
     assert await system.left() == set()
 
 
-@pytest.mark.parametrize("crash_at", ["_send", "_end", "_save", "_trim", None])
+@pytest.mark.parametrize("crash_at", ["_send", "_end", "_journal", "_trim", None])
 @pytest.mark.parametrize("after", [1, 40, 170, 300])
 async def test_a_restart_shows_nothing_twice_and_loses_nothing(
     system: System, monkeypatch: pytest.MonkeyPatch, after: int, crash_at: str | None
@@ -356,12 +356,12 @@ async def test_a_restart_shows_nothing_twice_and_loses_nothing(
     """The first worker dies in the turn that has token `after`, before the given part of it or after all of it."""
     await system.submit(request(), request("r2", stop=("on; 你",)), request("gone"))
     first = await system.worker("p1", read_count=10)
-    await first.turn()
+    await first.run_turn()
     await system.begin("r1", "r2", "gone")
     for index, token in enumerate(TOKENS[:after]):
         await system.step(*(TokenRun(one, 1, index, (token,)) for one in ("r1", "r2")))
         if index % 7 == 0 and index != after - 1:
-            await first.turn()
+            await first.run_turn()
     await system.finish("gone", 0, Finish("length"))
     if crash_at:
 
@@ -370,9 +370,9 @@ async def test_a_restart_shows_nothing_twice_and_loses_nothing(
 
         monkeypatch.setattr(first, crash_at, crash)
         with pytest.raises(RuntimeError, match="killed"):
-            await first.turn()
+            await first.run_turn()
     else:
-        await first.turn()
+        await first.run_turn()
     await system.show()
     await system.die("p1")
 
@@ -380,12 +380,12 @@ async def test_a_restart_shows_nothing_twice_and_loses_nothing(
     for index, token in enumerate(TOKENS[after:], start=after):
         await system.step(*(TokenRun(one, 1, index, (token,)) for one in ("r1", "r2")))
         if index % 20 == 0:
-            await second.turn()
+            await second.run_turn()
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", len(TOKENS), Finish("cancelled"))
-    await second.turn()
+    await second.run_turn()
     while second.load()["open"]:
-        await second.turn()
+        await second.run_turn()
     shown = await system.show()
     assert shown["r1"] == whole()
     assert shown["r2"].content == whole().content.partition("on; 你")[0]
@@ -399,12 +399,12 @@ async def test_a_restart_after_the_engine_was_replaced(system: System, trimmed: 
     """The record knows of the newer engine, whether the stream still has the older one's steps or not even its own."""
     await system.submit(request())
     first = await system.worker("p1", trim_every=1000)
-    await first.turn()
+    await first.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 50)
     await system.begin("r1", epoch=2, index=50)
     await system.generate("r1", 50, 100, epoch=2)
-    await first.turn()
+    await first.run_turn()
     record = (await system.records.get(["r1"]))["r1"]
     assert record.begin == Begin("r1", 2, 0, 7, 3, 2, 1)
     assert await system.redis.xlen(system.keys.tokens(0)) == 102
@@ -415,22 +415,22 @@ async def test_a_restart_after_the_engine_was_replaced(system: System, trimmed: 
     await system.step(TokenRun("r1", 1, 100, (EOS,), finish=Finish("error")))  # the old one wakes up
     await system.generate("r1", 100, len(TOKENS), epoch=2)
     await system.finish("r1", len(TOKENS), epoch=2)
-    await second.turn()
+    await second.run_turn()
     while second.load()["open"]:
-        await second.turn()
+        await second.run_turn()
     assert (await system.show())["r1"] == whole()
 
 
 async def test_a_journal_that_redis_lost_is_written_again(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 16)
-    await worker.turn()
+    await worker.run_turn()
     await system.redis.set(system.keys.journal("r1"), pack_ids(TOKENS[:5]))
     await system.generate("r1", 16, 24)
-    await worker.turn()
+    await worker.run_turn()
     assert await system.records.read_journal("r1") == TOKENS[:24]
 
 
@@ -440,18 +440,18 @@ async def test_a_journal_that_redis_lost_is_written_again(system: System) -> Non
 async def test_who_comes_back_gets_what_it_missed_and_then_the_rest(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 20)
-    await worker.turn()
+    await worker.run_turn()
     seen = (await system.show())["r1"]
     await system.generate("r1", 20, 30)
-    await worker.turn()
+    await worker.run_turn()
     await system.deltas()  # sent to a gateway that has died
     await system.attach("r1", "g2", seen.seq)
     await system.generate("r1", 30, len(TOKENS))
     await system.finish("r1", len(TOKENS))
-    await worker.turn()
+    await worker.run_turn()
     assert (await system.show("g2"))["r1"] == whole()
     assert await system.left() == set()
 
@@ -459,21 +459,21 @@ async def test_who_comes_back_gets_what_it_missed_and_then_the_rest(system: Syst
 async def test_an_answer_is_read_at_several_gateways_at_once(system: System) -> None:
     await system.submit(request())
     first = await system.worker("p1")
-    await first.turn()
+    await first.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 20)
-    await first.turn()
+    await first.run_turn()
     await system.attach("r1", "g2", 0)
     await system.generate("r1", 20, 40)
-    await first.turn()
-    await first.turn()  # nothing comes, so all is journaled and the stream is empty
+    await first.run_turn()
+    await first.run_turn()  # nothing comes, so all is journaled and the stream is empty
     await system.die("p1")
     second = await system.worker("p2")
-    await second.turn()
+    await second.run_turn()
     await system.attach("r1", "g3", 0)
     await system.generate("r1", 40, len(TOKENS))
     await system.finish("r1", len(TOKENS))
-    await second.turn()
+    await second.run_turn()
     for gateway in ("g1", "g2", "g3"):
         system.shown.clear()
         assert (await system.show(gateway))["r1"] == whole()
@@ -482,23 +482,23 @@ async def test_an_answer_is_read_at_several_gateways_at_once(system: System) -> 
 async def test_a_gateway_that_has_a_gap_gets_all_behind_it_at_once(system: System) -> None:
     await system.submit(request(), request("r2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     for first in (0, 10, 20):
         await system.generate("r1", first, first + 10)
         await system.generate("r2", first, first + 10)
-        await worker.turn()
+        await worker.run_turn()
     first, _, third = [delta for delta in await system.deltas() if delta.request_id == "r1"]
     assert (first.start, third.start > first.seq) == (0, True)
     await system.attach("r1", "g1", first.seq)
     await system.attach("r1", "g1", first.seq)  # asked twice
-    await worker.turn()
+    await worker.run_turn()
     shown = Shown()
     for delta in (first, third, *await system.deltas()):
         shown.take(delta)
     await system.generate("r1", 30, len(TOKENS))
     await system.finish("r1", len(TOKENS))
-    await worker.turn()
+    await worker.run_turn()
     for delta in await system.deltas():
         assert delta.failure is None
         shown.take(delta)
@@ -508,36 +508,36 @@ async def test_a_gateway_that_has_a_gap_gets_all_behind_it_at_once(system: Syste
 async def test_where_deltas_go_outlives_the_worker(system: System) -> None:
     await system.submit(request())
     first = await system.worker("p1")
-    await first.turn()
+    await first.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 40)
-    await first.turn()
+    await first.run_turn()
     await system.attach("r1", "g2", 0)
-    await first.turn()
-    await first.turn()  # nothing comes, so all is journaled and the stream is empty
+    await first.run_turn()
+    await first.run_turn()  # nothing comes, so all is journaled and the stream is empty
     assert await system.redis.xlen(system.keys.tokens(0)) == 0
     assert await system.records.read_journal("r1") == TOKENS[:40]
     await system.die("p1")
     second = await system.worker("p2")
-    await second.turn()
+    await second.run_turn()
     await system.generate("r1", 40, len(TOKENS))
     await system.finish("r1", len(TOKENS))
     while not (await system.show("g2")).get("r1", Shown()).done:
-        await second.turn()
+        await second.run_turn()
     assert system.shown["r1"] == whole()
 
 
 async def test_who_comes_back_to_a_request_that_waits_gets_it_from_the_beginning(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.attach("r1", "g2", 0)
-    await worker.turn()
+    await worker.run_turn()
     assert worker.load()["open"] == 0
     await system.begin("r1")
     await system.generate("r1", 0, len(TOKENS))
     await system.finish("r1", len(TOKENS))
-    await worker.turn()
+    await worker.run_turn()
     for gateway in ("g1", "g2"):
         system.shown.clear()
         assert (await system.show(gateway))["r1"] == whole()
@@ -546,14 +546,14 @@ async def test_who_comes_back_to_a_request_that_waits_gets_it_from_the_beginning
 async def test_a_finished_answer_is_kept_and_told_again_to_whoever_asks(system: System) -> None:
     await system.submit(request(retain_s=60.0), request("r2", stop=("on; 你",), retain_s=60.0))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     for one in ("r1", "r2"):
         await system.generate(one, 0, len(TOKENS))
-    await worker.turn()
+    await worker.run_turn()
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", len(TOKENS), Finish("cancelled"))  # for us: it had a stop string
-    await worker.turn()
+    await worker.run_turn()
     first = dict(await system.show())
     assert worker.load()["open"] == 0
     assert await system.records.read_journal("r1") == TOKENS
@@ -569,7 +569,7 @@ async def test_a_finished_answer_is_kept_and_told_again_to_whoever_asks(system: 
         await system.attach(one, "g2", 0)
         await system.attach(one, "g3", first[one].seq - 1)
         await system.attach(one, "g4", first[one].seq)
-    await worker.turn()
+    await worker.run_turn()
     for gateway, start in (("g2", 0), ("g3", None), ("g4", None)):
         deltas = {delta.request_id: delta for delta in await system.deltas(gateway)}
         for one in ("r1", "r2"):
@@ -584,22 +584,22 @@ async def test_log_probabilities_and_token_ids_are_kept_for_who_asked_for_them(s
     asked = {"logprobs": True, "return_token_ids": True, "thinking": False}
     await system.submit(request(retain_s=60.0, **asked))  # type: ignore[arg-type]
     first = await system.worker("p1")
-    await first.turn()
+    await first.run_turn()
     await system.begin("r1")
     logprobs = tuple(TokenLogprob(-index / 2, ((EOS, -1.0),)) for index in range(41))
     await system.step(TokenRun("r1", 1, 0, tuple(TOKENS[:20]), logprobs[:20]))
-    await first.turn()
-    await first.turn()
+    await first.run_turn()
+    await first.run_turn()
     await system.die("p1")
     second = await system.worker("p2")
-    await second.turn()
+    await second.run_turn()
     await system.step(TokenRun("r1", 1, 20, (*TOKENS[20:40], EOS), logprobs[20:], STOP))
-    await second.turn()
+    await second.run_turn()
     shown = (await system.show())["r1"]
     assert [one.logprob for one in shown.logprobs] == [-index / 2 for index in range(40)]  # type: ignore[attr-defined]
     assert shown.token_ids == [*TOKENS[:40], EOS]
     await system.attach("r1", "g2", 0)
-    await second.turn()
+    await second.run_turn()
     [delta] = await system.deltas("g2")
     assert (list(delta.logprobs), list(delta.token_ids)) == (shown.logprobs, shown.token_ids)
 
@@ -609,22 +609,22 @@ async def test_the_prompt_comes_with_what_starts_an_answer_whoever_reads_it(syst
     prompt = pack_ids([5, 9, 9, 9, 6])
     await system.submit(request(retain_s=60.0, thinking=False, return_token_ids=True))
     first = await system.worker("p1")
-    await first.turn()
+    await first.run_turn()
     await system.step(begins=[Begin("r1", 1, 0, 5, 0, 3, 0, prompt)])
     await system.step(TokenRun("r1", 1, 0, tuple(TOKENS[:20])))
-    await first.turn()
-    await first.turn()  # nothing comes, so all is journaled, and the stream is empty
+    await first.run_turn()
+    await first.run_turn()  # nothing comes, so all is journaled, and the stream is empty
     await system.die("p1")
     second = await system.worker("p2")
-    await second.turn()
+    await second.run_turn()
     await system.step(begins=[Begin("r1", 2, 20, 5, 5, 3, 0, prompt)])
     await system.step(TokenRun("r1", 2, 20, tuple(TOKENS[20:40]), None, Finish("stop")))
-    await second.turn()
+    await second.run_turn()
     shown = await system.deltas("g1")
     assert [(delta.start, delta.prompt) for delta in shown] == [(0, prompt), (20, b"")]
     for after, expected in ((0, prompt), (20, b"")):
         await system.attach("r1", "g2", after)
-        await second.turn()
+        await second.run_turn()
         [delta] = await system.deltas("g2")
         assert (delta.start, delta.prompt, delta.token_ids) == (after, expected, tuple(TOKENS[after:40]))
 
@@ -633,14 +633,14 @@ async def test_the_prompt_comes_with_what_starts_an_answer_whoever_reads_it(syst
 async def test_what_was_cancelled_or_failed_is_not_kept(system: System, failed: bool) -> None:
     await system.submit(request(retain_s=60.0))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 20)
     await system.finish("r1", 20, Finish("error" if failed else "cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     assert await system.left() == set()
     await system.attach("r1", "g2", 0)
-    await worker.turn()
+    await worker.run_turn()
     [delta] = await system.deltas("g2")
     assert delta.failure is not None
     assert (delta.failure.status, delta.failure.code, delta.seq) == (404, "request_not_found", 1)
@@ -649,14 +649,14 @@ async def test_what_was_cancelled_or_failed_is_not_kept(system: System, failed: 
 async def test_who_came_back_learns_that_the_request_was_cancelled(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 20)
     await system.attach("r1", "g2", 0)
-    await worker.turn()
+    await worker.run_turn()
     await system.deltas("g2")
     await system.finish("r1", 20, Finish("cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     [delta] = await system.deltas("g2")
     assert delta.failure is not None
     assert delta.failure.code == "request_not_found"
@@ -665,7 +665,7 @@ async def test_who_came_back_learns_that_the_request_was_cancelled(system: Syste
 async def test_what_ends_in_the_same_turn_is_told_to_who_comes_back_in_it(system: System) -> None:
     await system.submit(*(request(one) for one in ("good", "failed", "cancelled", "gap")))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("good", "failed", "cancelled", "gap")
     for one in ("good", "failed", "cancelled", "gap"):
         await system.generate(one, 0, 30)
@@ -674,7 +674,7 @@ async def test_what_ends_in_the_same_turn_is_told_to_who_comes_back_in_it(system
     for one, finish in (("good", Finish("length")), ("failed", Finish("error")), ("cancelled", Finish("cancelled"))):
         await system.finish(one, 30, finish)
         await system.attach(one, "g2", 0)
-    await worker.turn()
+    await worker.run_turn()
     told = {delta.request_id: delta for delta in await system.deltas("g2")}
     assert told["good"].finish_reason == "length"
     assert {one: delta.failure.status for one, delta in told.items() if delta.failure} == {
@@ -688,12 +688,12 @@ async def test_what_ends_in_the_same_turn_is_told_to_who_comes_back_in_it(system
 async def test_a_gateway_that_is_gone_leaves_nothing_behind(system: System) -> None:
     await system.submit(request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.redis.delete(system.keys.deltas("g1"))
     await system.begin("r1")
     await system.generate("r1", 0, 20)
     await system.finish("r1", 20)
-    await worker.turn()
+    await worker.run_turn()
     assert not await system.redis.exists(system.keys.deltas("g1"))
     assert await system.left() == set()
 
@@ -704,12 +704,12 @@ async def test_a_gateway_that_is_gone_leaves_nothing_behind(system: System) -> N
 async def test_a_gap_ends_the_request_in_an_error(system: System) -> None:
     await system.submit(request(), request("r2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     await system.generate("r1", 0, 5)
     await system.generate("r1", 6, 9)
     await system.generate("r2", 0, 9)
-    await worker.turn()
+    await worker.run_turn()
     deltas = {delta.request_id: delta for delta in await system.deltas()}
     failure = deltas["r1"].failure
     assert failure is not None
@@ -717,7 +717,7 @@ async def test_a_gap_ends_the_request_in_an_error(system: System) -> None:
     assert deltas["r2"].failure is None
     assert (await system.records.get(["r1"]))["r1"].cancelled
     await system.finish("r1", 9, Finish("cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     assert await system.deltas() == []
     assert await system.left() == {"test:request:r2", "test:journal:r2"}
 
@@ -725,11 +725,11 @@ async def test_a_gap_ends_the_request_in_an_error(system: System) -> None:
 async def test_a_finish_with_a_gap_is_an_error_and_an_error_is_one_anyway(system: System) -> None:
     await system.submit(request(), request("r2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.finish("r1", 5)
     await system.step(TokenRun("r2", 0, 0, (), finish=Finish("error")))  # given up before any engine began
-    await worker.turn()
+    await worker.run_turn()
     assert [delta.failure is not None and delta.failure.status for delta in await system.deltas()] == [500, 500]
     assert await system.left() == set()
 
@@ -744,15 +744,15 @@ async def test_a_request_without_a_record_is_ignored(system: System, monkeypatch
 
     monkeypatch.setattr(Records, "get", counting)
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 5)
-    await worker.turn()
+    await worker.run_turn()
     await system.generate("r1", 5, 20)
-    await worker.turn()
+    await worker.run_turn()
     assert asked == [["r1"]]
     await system.finish("r1", 20)
-    await worker.turn()
+    await worker.run_turn()
     assert worker.load()["open"] == 0
     assert await system.left() == set()
     assert await system.deltas() == []
@@ -763,7 +763,7 @@ async def test_a_request_that_cannot_be_processed_hurts_nobody_else(
 ) -> None:
     await system.submit(request("bad", stop=("",)), request())
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("bad", "r1")
     for index in range(10):
         await system.step(*(TokenRun(one, 1, index, (TOKENS[index],)) for one in ("bad", "r1")))
@@ -771,7 +771,7 @@ async def test_a_request_that_cannot_be_processed_hurts_nobody_else(
     await system.submit(request("odd", logprobs=True))
     await system.begin("odd")
     await system.step(TokenRun("odd", 1, 0, tuple(TOKENS[:2]), (TokenLogprob(-1.0),)))
-    await worker.turn()
+    await worker.run_turn()
     deltas = {delta.request_id: delta for delta in await system.deltas()}
     assert [deltas[one].failure is not None for one in ("bad", "odd", "r1")] == [True, True, False]
     assert deltas["r1"].seq == 10
@@ -779,7 +779,7 @@ async def test_a_request_that_cannot_be_processed_hurts_nobody_else(
     assert {record.request_id for record in caplog.records if "cannot be" in record.message} == {"bad", "odd"}  # type: ignore[attr-defined]
     for one in ("bad", "odd", "r1"):
         await system.finish(one, 10 if one != "odd" else 2, Finish("cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     assert await system.left() == set()
 
 
@@ -788,16 +788,16 @@ async def test_an_unreadable_entry_ends_only_the_requests_in_it(
 ) -> None:
     await system.submit(request(), request("r2"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     await system.generate("r1", 0, 3)
-    await worker.turn()
+    await worker.run_turn()
     await system.redis.xadd(system.keys.tokens(0), {"v": "9", "m": "r1's token 3"})
-    await worker.turn()
+    await worker.run_turn()
     assert "skipped" in caplog.text
     await system.generate("r1", 4, 6)
     await system.generate("r2", 0, 6)
-    await worker.turn()
+    await worker.run_turn()
     failed = {delta.request_id: delta.failure is not None for delta in await system.deltas()}
     assert failed == {"r1": True, "r2": False}
 
@@ -805,10 +805,10 @@ async def test_an_unreadable_entry_ends_only_the_requests_in_it(
 async def test_a_redis_that_forgot_everything_is_served_anew(system: System) -> None:
     await system.submit(request("lost"))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("lost")
     await system.generate("lost", 0, 10)
-    await worker.turn()
+    await worker.run_turn()
     await system.show()
     await system.redis.flushall()
     await system.leases["p1"].renew("ready")
@@ -819,11 +819,11 @@ async def test_a_redis_that_forgot_everything_is_served_anew(system: System) -> 
     await system.generate("r1", 0, len(TOKENS))
     await system.finish("r1", len(TOKENS))
     while not (await system.show()).get("r1", Shown()).done:
-        await worker.turn()
+        await worker.run_turn()
     assert system.shown["r1"] == whole()
     assert await system.left() == set()
     while worker.load()["open"]:
-        await worker.turn()
+        await worker.run_turn()
     [delta] = await system.deltas()
     assert (delta.request_id, delta.failure is not None) == ("lost", True)
     assert worker.load()["shards"] == 1
@@ -833,17 +833,17 @@ async def test_a_request_that_redis_forgot_ends_in_an_error(system: System) -> N
     now = 0.0
     await system.submit(request(), request("r2"))
     worker = await system.worker(clock=lambda: now)
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     await system.generate("r1", 0, 10)
     await system.generate("r2", 0, 10)
-    await worker.turn()
+    await worker.run_turn()
     shown = (await system.show())["r1"].seq
     await system.redis.delete(system.keys.request("r1"))
     for _ in range(2):
         assert worker.load()["open"] == 2
         now += 60
-        await worker.turn()
+        await worker.run_turn()
     assert worker.load()["open"] == 1
     [delta] = await system.deltas()
     assert delta.failure is not None
@@ -870,15 +870,15 @@ async def test_while_redis_does_not_answer_the_worker_waits_and_loses_nothing(
     monkeypatch.setattr(patience, "FIRST_DELAY_S", 0.0)
     await system.submit(request(), request("r2", stop=("on; 你",), retain_s=60.0))
     worker = await system.worker()
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1", "r2")
     for first in range(0, len(TOKENS), 40):
         for one in ("r1", "r2"):
             await system.generate(one, first, min(first + 40, len(TOKENS)))
-        await worker.turn()
+        await worker.run_turn()
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", len(TOKENS), Finish("cancelled"))
-    await worker.turn()
+    await worker.run_turn()
     shown = await system.show()
     assert shown["r1"] == whole()
     assert shown["r2"].finish_reason == "stop"
@@ -899,14 +899,14 @@ async def test_a_paused_owner_that_wakes_writes_nothing(
     """It stops right before a write, another takes over and ends everything, and then it goes on."""
     await system.submit(request(retain_s=60.0), request("r2"), request("r3", "g3", stop=("cat",)))
     paused = await system.worker("p1", trim_every=1)
-    await paused.turn()
+    await paused.run_turn()
     await system.begin("r1", "r2", "r3")
     for one in ("r1", "r2", "r3"):
         await system.generate(one, 0, len(TOKENS))
     await system.attach("r3", "g2", 0)
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", len(TOKENS))
-    write = paused._write
+    write = paused._outbox._write
     stopped, go_on = asyncio.Event(), asyncio.Event()
 
     async def stopping(point: str, attempt: Any) -> Any:
@@ -915,13 +915,13 @@ async def test_a_paused_owner_that_wakes_writes_nothing(
             await go_on.wait()
         return await write(point, attempt)
 
-    monkeypatch.setattr(paused, "_write", stopping)
-    task = asyncio.create_task(paused.turn())
+    monkeypatch.setattr(paused._outbox, "_write", stopping)
+    task = asyncio.create_task(paused.run_turn())
     await stopped.wait()
     await system.die("p1")
     other = await system.worker("p2")
-    await other.turn()
-    await other.turn()
+    await other.run_turn()
+    await other.run_turn()
     before = {key: await system.redis.dump(key) for key in await system.redis.keys("*")}
     go_on.set()
     await task
@@ -935,32 +935,32 @@ async def test_replicas_share_shards_and_hand_them_over(system: System) -> None:
     now = 0.0
     await system.submit(request("r0", shard=0), request("r1", shard=1))
     first = await system.worker("p1", clock=lambda: now, shards=2)
-    await first.turn()
+    await first.run_turn()
     assert first.load()["shards"] == 2
     for shard in (0, 1):
         await system.step(begins=[Begin(f"r{shard}", 1, 0, 7, 3, 2, 1)], shard=shard)
         await system.step(TokenRun(f"r{shard}", 1, 0, tuple(TOKENS[:5])), shard=shard)
-    await first.turn()
+    await first.run_turn()
     assert held(first) == {"open": 2.0, "shards": 2.0}
 
     second = await system.worker("p2", clock=lambda: now, shards=2)
-    await second.turn()
+    await second.run_turn()
     assert second.load()["shards"] == 0
     now += 1
-    await first.turn()
-    await second.turn()
+    await first.run_turn()
+    await second.run_turn()
     assert (held(first), held(second)) == ({"open": 1.0, "shards": 1.0}, {"open": 1.0, "shards": 1.0})
 
     await first.drain()
     assert held(first) == {"open": 0.0, "shards": 0.0}
     await system.leases["p1"].renew("draining")
     now += 1
-    await second.turn()
+    await second.run_turn()
     for shard in (0, 1):
         await system.step(TokenRun(f"r{shard}", 1, 5, (*TOKENS[5:], EOS), finish=STOP), shard=shard)
-    await second.turn()
+    await second.run_turn()
     while second.load()["open"]:
-        await second.turn()
+        await second.run_turn()
     await system.show()
     assert system.shown == {"r0": whole(), "r1": whole()}
     assert await system.left() == set()
@@ -970,21 +970,21 @@ async def test_a_worker_that_was_paused_sends_nothing_for_a_shard_it_lost(system
     now = 0.0
     await system.submit(request())
     paused = await system.worker("p1", clock=lambda: now)
-    await paused.turn()
+    await paused.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 10)
-    await paused.turn()
+    await paused.run_turn()
     await system.die("p1")
     other = await system.worker("p2")
-    await other.turn()
+    await other.run_turn()
     before = await system.redis.xlen(system.keys.deltas("g1"))
     await system.generate("r1", 10, 20)
     now += 60
     await system.leases["p1"].renew("ready")
-    await paused.turn()
+    await paused.run_turn()
     assert held(paused) == {"open": 0.0, "shards": 0.0}
     assert await system.redis.xlen(system.keys.deltas("g1")) == before
-    await other.turn()
+    await other.run_turn()
     assert (await system.show())["r1"].seq == 20
 
 
@@ -992,7 +992,7 @@ async def test_a_pause_while_reading_is_noticed_before_sending(system: System, m
     now = 0.0
     await system.submit(request())
     paused = await system.worker("p1", clock=lambda: now)
-    await paused.turn()
+    await paused.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 10)
     read = LogReader.read
@@ -1003,13 +1003,13 @@ async def test_a_pause_while_reading_is_noticed_before_sending(system: System, m
         await system.die("p1")
         monkeypatch.undo()
         other = await system.worker("p2")
-        await other.turn()
+        await other.run_turn()
         now += 60
         return found
 
     monkeypatch.setattr(LogReader, "read", slow)
-    await paused.turn()
-    await paused.turn()
+    await paused.run_turn()
+    await paused.run_turn()
     assert held(paused) == {"open": 0.0, "shards": 0.0}
     numbers = [delta.seq for delta in await system.deltas()]
     assert numbers == sorted(set(numbers))
@@ -1022,10 +1022,10 @@ async def test_a_shard_lost_and_regained_while_reading_starts_over(
     now = 0.0
     await system.submit(request())
     paused = await system.worker("p1", clock=lambda: now, journal_every=100)
-    await paused.turn()
+    await paused.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, 7)
-    await paused.turn()
+    await paused.run_turn()
     await system.generate("r1", 7, 20)
     read = LogReader.read
 
@@ -1035,16 +1035,16 @@ async def test_a_shard_lost_and_regained_while_reading_starts_over(
         monkeypatch.undo()
         await system.die("p1")
         other = await system.worker("p2", journal_every=100)
-        await other.turn()
+        await other.run_turn()
         await other.drain()
         await system.die("p2")
         now += 60
         return found
 
     monkeypatch.setattr(LogReader, "read", slow)
-    await paused.turn()
+    await paused.run_turn()
     await system.finish("r1", 20, Finish("length"))
-    await paused.turn()
+    await paused.run_turn()
     assert (await system.show())["r1"] == whole("length", 20)
 
 
@@ -1083,11 +1083,11 @@ async def test_with_a_tokenizer_as_checkpoints_have_it(system: System, tmp_path:
     assert eos is not None
     await system.submit(request(tools=True))
     worker = await system.worker(vocabulary=tokenizer)
-    await worker.turn()
+    await worker.run_turn()
     await system.begin("r1")
     await system.generate("r1", 0, len(tokens), tokens)
     await system.step(TokenRun("r1", 1, len(tokens), (eos,), finish=Finish("stop", stop_token=eos)))
-    await worker.turn()
+    await worker.run_turn()
     shown = (await system.show())["r1"]
     assert (shown.reasoning, shown.content) == ("Où est la gare ? 你好 😀", "Let me look.")
     assert shown.functions == [("f", '{"a": "é"}')]

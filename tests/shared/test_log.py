@@ -48,6 +48,7 @@ def test_exception_in_one_line() -> None:
     assert "Traceback" in text
 
 
+@pytest.mark.system
 def test_setup_installs_once_and_filters() -> None:
     program = (
         "from shared import log; log.setup('s', 'n', 'info'); log.setup('s', 'n', 'info');"

@@ -32,6 +32,7 @@ def test_no_port_no_listener() -> None:
     metrics.serve(0)()
 
 
+@pytest.mark.system
 def test_one_listener_for_several_processes(unused_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     count = "from prometheus_client import Counter; Counter('millrace_shared', 'Shared.').inc()"

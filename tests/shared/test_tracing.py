@@ -151,6 +151,7 @@ def test_an_endpoint_that_cannot_be_is_refused(url: str) -> None:
         load(CommonSettings, variables)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("service", ["gateway", "postproc"])
 def test_a_service_without_traces_loads_no_exporter(service: str) -> None:
     """The SDK is loaded by redis-py wherever it is installed, and the API by FastAPI; neither does anything then."""

@@ -1,18 +1,18 @@
-"""Whether a device has memory for what is only faster: weights in two forms, copies in an order that suits a kernel."""
+"""Memory for speed alone: weights kept in two forms, rows copied into an order that suits a kernel."""
 
 from functools import cache
 
 import torch
 
-ENOUGH = 64 << 30  # bytes, of which such things take some 4 GiB
+SPARE_MEMORY_BYTES = 64 << 30  # of a device, from which on the some 4 GiB of such copies are affordable
 
 
-def roomy(device: torch.device) -> bool:
-    """By what this process may use of the device. A CPU is not: nothing is faster there."""
+def has_spare_memory(device: torch.device) -> bool:
+    """Return True if this process may use enough of the device. Of a CPU, False: nothing is faster there."""
     if device.type != "cuda":
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _memory(index) * torch.cuda.get_per_process_memory_fraction(index) >= ENOUGH
+    return _memory(index) * torch.cuda.get_per_process_memory_fraction(index) >= SPARE_MEMORY_BYTES
 
 
 @cache

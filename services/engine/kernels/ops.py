@@ -1,4 +1,4 @@
-"""Every operation the model calls, as one value: a model is built with the implementations it is to use."""
+"""The model's operations as one value: a model is built with the implementations it is to use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from services.engine.kernels.reference.rotary import rotary_tables
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Arguments and results are those of the torch function of the same name. `dataclasses.replace` swaps one.
+    """Implementations of the operations, with the arguments and results of the torch function of the same name.
+    `dataclasses.replace` swaps one.
 
-    The seam is as coarse as a launch is dear: what one launch can do together is one operation.
+    Operations are coarse so that a backend can fuse each into as few launches as it can.
     """
 
     embed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = embed

@@ -28,7 +28,7 @@ class Quantized:
     scale: Tensor  # [.., out], in the dtype of the activations
     bits: Bits
     in_features: int
-    plain: Tensor | None = None  # what it stands for, [.., out, in], where memory is had for it
+    plain: Tensor | None = None  # dequantised, [.., out, in], where memory allows
 
     @property
     def nbytes(self) -> int:
@@ -36,14 +36,14 @@ class Quantized:
 
     @property
     def stored_inputs(self) -> int:
-        """Inputs of a row with those that fill the last group of four bits, which are 0."""
+        """Inputs of a stored row, with those that pad the last group of four bits, which are 0."""
         return self.data.shape[-1] * (PLANES if self.bits == 4 else 1)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> "Quantized":
-        """The weight at `index` of the first dimension, without a copy."""
+        """Return the weight at `index` of the first dimension, without a copy."""
         return Quantized(self.data[index], self.scale[index], self.bits, self.in_features)
 
 
@@ -51,14 +51,15 @@ Weight = Tensor | Quantized
 
 
 def quantize(weight: Tensor, bits: Bits) -> Quantized:
-    """
+    """Quantise a weight.
+
     Args:
         weight: [.., out, in], floating point. Its dtype becomes that of the scales.
     """
     limit = 127 if bits == 8 else 7
     exact = weight.float()
     amax = exact.abs().amax(-1, keepdim=True)
-    # A row of zeros has amax 0: its values are 0 whatever they are divided by.
+    # A row of zeros has amax 0: its values are 0 whatever the divisor.
     scaled = exact / torch.where(amax > 0, amax, 1) * limit
     values = (scaled.abs() + 0.5).floor().clamp_(max=limit).copysign(scaled).to(torch.int8)
     scale = (amax / limit).squeeze(-1).to(weight.dtype)
@@ -66,13 +67,13 @@ def quantize(weight: Tensor, bits: Bits) -> Quantized:
 
 
 def dequantize(weight: Quantized) -> Tensor:
-    """[.., out, in] in the dtype of the scales."""
+    """Return [.., out, in] in the dtype of the scales."""
     values = weight.data if weight.bits == 8 else _unpack(weight.data, weight.in_features)
     return values.to(weight.scale.dtype) * weight.scale.unsqueeze(-1)
 
 
 def with_plain(weight: Quantized) -> Quantized:
-    """The weight beside what it stands for: products of many rows are faster with that."""
+    """Return the weight with its dequantised form beside it, with which products of many rows are faster."""
     return replace(weight, plain=dequantize(weight))
 
 
@@ -81,12 +82,12 @@ def in_features(weight: Weight) -> int:
 
 
 def dense(weight: Weight) -> Tensor:
-    """The weight itself, or what its quantised form stands for."""
+    """Return the weight, dequantised if it is quantised."""
     return dequantize(weight) if isinstance(weight, Quantized) else weight
 
 
 def _pack(values: Tensor) -> Tensor:
-    """int8 [.., in] to int16 words."""
+    """Pack int8 [.., in] to int16 words."""
     padded = F.pad(values, (0, -values.shape[-1] % GROUP))
     planes = padded.view(*padded.shape[:-1], -1, PLANES, GROUP // PLANES).to(torch.int16) & 0xF
     words = torch.zeros_like(planes[..., 0, :])
@@ -96,7 +97,7 @@ def _pack(values: Tensor) -> Tensor:
 
 
 def _unpack(words: Tensor, inputs: int) -> Tensor:
-    """The inverse: int16 words to int8 [.., inputs]."""
+    """Unpack int16 words to int8 [.., inputs]."""
     grouped = words.view(*words.shape[:-1], -1, GROUP // PLANES)
     planes = torch.stack([(grouped >> (4 * plane)) & 0xF for plane in range(PLANES)], -2)
     return ((planes ^ 8) - 8).to(torch.int8).flatten(-3)[..., :inputs]

@@ -1,4 +1,4 @@
-"""The operations that draw tokens, as one value, as `ops.Ops` is for the model."""
+"""The sampler's operations as one value, as `ops.Ops` is for the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from services.engine.kernels.reference.threshold import threshold
 
 @dataclass(frozen=True, slots=True)
 class SamplingOps:
-    """Arguments and results are those of the torch function of the same name. Any choice of them draws the same tokens
-    from the same probabilities."""
+    """Implementations of the operations, with the arguments and results of the torch function of the same name. All
+    draw the same tokens from the same probabilities."""
 
     argmax: Callable[[Tensor], Tensor] = argmax
     threshold: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = threshold

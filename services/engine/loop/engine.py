@@ -1,16 +1,16 @@
 """The engine's loop: receive, schedule, launch, read the step before. Runs in a thread of its own; torch releases the
 interpreter lock.
 
-A device computes the next step while the host takes in the last: the loop launches a step before it reads the one
-before, wherever that one's tokens cannot change what is launched. See `Scheduler.schedule_ahead`.
+A device computes the next step while the host processes the last: the loop launches a step before it reads the previous
+one, wherever that one's tokens cannot change what is launched. See `Scheduler.schedule_ahead`.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.engine.loop.mailbox import Abort, Add, Answer, Command, Forget, Mailbox
-from services.engine.loop.step_output import StepOutput, error
+from services.engine.loop.mailbox import Abort, Add, Command, FinishUnstarted, Forget, Mailbox
+from services.engine.loop.step_output import StepOutput, error_finish
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
@@ -31,7 +31,7 @@ class LaunchedStep:
 
 
 class Engine:
-    """Composed of what it drives. Nothing here outlives a request but the prefix cache."""
+    """The loop over a mailbox, a scheduler and a runner. Keeps nothing beyond a request but the prefix cache."""
 
     def __init__(
         self,
@@ -51,65 +51,65 @@ class Engine:
         self._unsent = StepOutput()
         self._launched: LaunchedStep | None = None  # launched, not read
         self._ended = 0.0  # when the last step was read
-        self._prefilling: set[Sequence] = set()  # begun, and without a token yet
-        self._spoke: float | None = None  # when the last step was read, if it gave tokens
+        self._prefilling: set[Sequence] = set()  # started, and without a token yet
+        self._last_tokens_at: float | None = None  # when the last step was read, if it gave tokens
 
     def run(self) -> None:
         """Work until the mailbox is closed. An exception out of a step is not the fault of one request: it ends the
-        process, and whoever takes over resumes every request from its journal.
+        process, and the engine that takes over resumes every request from its journal.
 
-        At most two steps are launched and not read, and the second only while the first is waited for. What has to
-        know the tokens of the first waits for it: then a turn launches nothing, and the next one sees what came in
-        meanwhile.
+        At most two steps are launched and not read, and the second only while the loop waits for the first. A step that
+        depends on the tokens of the first waits for it: then one iteration launches nothing, and the next one sees the
+        commands that have come meanwhile.
         """
         while (commands := self._receive()) is not None:
             for command in commands:
-                self._obey(command)
+                self._execute(command)
             launched = self._launch(self._next_plan())
             if self._launched is not None:
                 self._read(self._launched)
             self._launched = launched
-            self._show()
+            self._update_gauges()
         self._send(self._take_unsent())
 
     def _receive(self) -> list[Command] | None:
-        """Commands there are; with nothing to compute, some there will be. None: the mailbox was closed."""
+        """Return the commands received; with nothing to compute, wait for some. None: the mailbox was closed."""
         if self._scheduler.has_work or self._launched is not None:
             return self._mailbox.receive(wait=False)
         self._send(self._take_unsent())
         return self._mailbox.receive(wait=True)
 
     def _next_plan(self) -> Plan | None:
-        """The next step; None if the one in flight has to be read first."""
+        """Return the next step; None if the one in flight has to be read first."""
         if self._launched is None:
             return self._scheduler.schedule()
         return self._scheduler.schedule_ahead() if self._runner.overlaps else None
 
     def _launch(self, plan: Plan | None) -> LaunchedStep | None:
-        """Start a step, if there is one, and send what was said before it while a device computes."""
-        said = self._take_unsent()
+        """Start a step, if there is one, and send the previous output while the device computes."""
+        unsent = self._take_unsent()
         if plan is None or not plan.chunks:
-            self._send(said)
+            self._send(unsent)
             return None
-        self._count(plan)
+        self._count_plan(plan)
         for sequence in plan.begun:
             self._begin(sequence)
         started = time.perf_counter()
-        return LaunchedStep(plan, self._runner.launch(plan, lambda: self._send(said)), started)
+        return LaunchedStep(plan, self._runner.launch(plan, lambda: self._send(unsent)), started)
 
     def _read(self, launched: LaunchedStep) -> None:
-        """Wait for a step, and note what it says."""
+        """Wait for a step, and record its tokens."""
         sampled = launched.launched.read()
         now = time.perf_counter()
         progress = self._scheduler.commit(launched.plan, [s.token for s in sampled])
         for row, sequence, finish in progress:
-            self._unsent.last_token(sequence, sampled[row].logprob, finish)
+            self._unsent.add_token(sequence, sampled[row].logprob, finish)
         if self._prefilling:
             self._note_first_tokens()
-        # Launched while another ran, it began when that had ended.
+        # A step launched while another ran began when that one ended.
         self._metrics.step_seconds.observe(now - max(launched.started, self._ended))
         self._ended = now
-        self._note_tokens([sequence for _, sequence, _ in progress], now)
+        self._count_tokens([sequence for _, sequence, _ in progress], now)
 
     def _take_unsent(self) -> StepOutput:
         step_output, self._unsent = self._unsent, StepOutput()
@@ -121,30 +121,30 @@ class Engine:
         if step_output:
             self._emit(step_output)
 
-    def _obey(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         match command:
             case Add(sequence):
                 self._add(sequence)
             case Abort(request_id, finish):
                 removed = self._remove(request_id)
                 if removed is not None:
-                    self._unsent.end(removed, finish)
+                    self._unsent.add_end(removed, finish)
             case Forget(request_id):
                 self._remove(request_id)
-            case Answer(shard, begin, finish):
-                self._unsent.begin(shard, begin)
-                self._unsent.run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
+            case FinishUnstarted(shard, begin, finish):
+                self._unsent.add_begin(shard, begin)
+                self._unsent.add_run(shard, TokenRun(begin.request_id, begin.epoch, begin.index, (), None, finish))
 
     def _add(self, sequence: Sequence) -> None:
         finish = sequence.finish()
         if finish is not None:
-            # The journal has all of the answer, but whoever wrote it did not live to say so.
-            self._unsent.begin(sequence.shard, sequence.begin())
-            self._unsent.last_token(sequence, None, finish)
+            # The journal has the whole answer, but its engine died before it sent the finish.
+            self._unsent.add_begin(sequence.shard, sequence.begin())
+            self._unsent.add_token(sequence, None, finish)
             return
         refusal = self._scheduler.add(sequence)
         if refusal is not None:
-            self._unsent.end(sequence, error(refusal))
+            self._unsent.add_end(sequence, error_finish(refusal))
 
     def _remove(self, request_id: str) -> Sequence | None:
         removed = self._scheduler.remove(request_id)
@@ -153,7 +153,7 @@ class Engine:
         return removed
 
     def _begin(self, sequence: Sequence) -> None:
-        self._unsent.begin(sequence.shard, sequence.begin())
+        self._unsent.add_begin(sequence.shard, sequence.begin())
         times = sequence.timeline
         times.scheduled = time.time()
         times.cached_tokens, times.resumed_tokens = sequence.cached_tokens, sequence.num_generated
@@ -165,14 +165,14 @@ class Engine:
             sequence.timeline.first_token = now
             self._prefilling.remove(sequence)
 
-    def _note_tokens(self, progress: list[Sequence], now: float) -> None:
-        """Time the step against the last, from which those who go on had their tokens."""
-        if self._spoke is not None and any(sequence.num_generated > 1 for sequence in progress):
-            self._metrics.inter_token.observe(now - self._spoke)
-        self._spoke = now if progress else None
+    def _count_tokens(self, progress: list[Sequence], now: float) -> None:
+        """Count the tokens; observe the time since the last step with some, if a sequence continues from it."""
+        if self._last_tokens_at is not None and any(sequence.num_generated > 1 for sequence in progress):
+            self._metrics.inter_token.observe(now - self._last_tokens_at)
+        self._last_tokens_at = now if progress else None
         self._metrics.generation_tokens.inc(len(progress))
 
-    def _count(self, plan: Plan) -> None:
+    def _count_plan(self, plan: Plan) -> None:
         metrics = self._metrics
         metrics.prompt_tokens.inc(sum(s.prompt_len for s in plan.begun))
         metrics.cached_tokens.inc(sum(s.cached_tokens for s in plan.begun))
@@ -183,7 +183,7 @@ class Engine:
         for sequence in plan.preempted:
             sequence.timeline.preemptions += 1
 
-    def _show(self) -> None:
+    def _update_gauges(self) -> None:
         self._metrics.running.set(self._scheduler.num_running)
         self._metrics.waiting.set(self._scheduler.num_waiting)
         self._metrics.kv_usage.set(self._pool.used / self._pool.num_blocks)

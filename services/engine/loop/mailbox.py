@@ -1,4 +1,4 @@
-"""What the asyncio side tells the model's thread."""
+"""Mailbox: commands of the asyncio side to the model's thread."""
 
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -16,7 +16,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End this request, and say so, if it is there: nobody waits for it any more, or its time is over."""
+    """End this request with `finish`, if it is there: it was cancelled, or its deadline has passed."""
 
     request_id: str
     finish: Finish
@@ -24,25 +24,26 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Free what this request holds, and say nothing of it: it is another's now, or comes again under a new epoch."""
+    """Free what this request holds, without a message: it is another engine's now, or comes again under a new epoch."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Say of a request that never became a sequence how it ended. Takes the way of all answers, so order is kept."""
+class FinishUnstarted:
+    """Send the finish of a request that never became a sequence. It takes the same path as all output, so order is
+    kept."""
 
     shard: int
     begin: Begin
     finish: Finish
 
 
-Command = Add | Abort | Forget | Answer
+Command = Add | Abort | Forget | FinishUnstarted
 
 
 class Mailbox:
-    """From many to one thread."""
+    """Queue of commands from many threads to one."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Command | None] = SimpleQueue()
@@ -51,11 +52,11 @@ class Mailbox:
         self._queue.put(command)
 
     def close(self) -> None:
-        """Let the reader end after what it has."""
+        """Let the reader end after the commands already sent."""
         self._queue.put(None)
 
     def receive(self, wait: bool) -> list[Command] | None:
-        """All commands there are, in order; with `wait`, at least one. None: the mailbox was closed."""
+        """Return all commands there are, in order; with `wait`, at least one. None: the mailbox was closed."""
         commands: list[Command] = []
         try:
             while True:

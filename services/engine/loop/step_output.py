@@ -1,4 +1,4 @@
-"""What one step has to say, gathered by shard."""
+"""Output of one step, gathered by shard."""
 
 import time
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from shared.messages import Begin, Finish, FinishReason, TokenLogprob, TokenRun,
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A request has ended under this epoch; under a later one it may go on."""
+    """End of a request under this epoch; under a later one it may go on."""
 
     request_id: str
     epoch: int
@@ -21,7 +21,7 @@ class End:
 
 
 class StepOutput:
-    """Begins and runs of one step; one message a shard."""
+    """Begins and token runs of one step; one message a shard."""
 
     def __init__(self) -> None:
         self._begins: dict[int, list[Begin]] = {}
@@ -31,31 +31,31 @@ class StepOutput:
     def __bool__(self) -> bool:
         return bool(self._begins or self._runs)
 
-    def begin(self, shard: int, begin: Begin) -> None:
+    def add_begin(self, shard: int, begin: Begin) -> None:
         self._begins.setdefault(shard, []).append(begin)
 
-    def run(self, shard: int, run: TokenRun) -> None:
+    def add_run(self, shard: int, run: TokenRun) -> None:
         self._runs.setdefault(shard, []).append(run)
         if run.finish is not None:
             self.ended.append(_end(run, run.finish))
 
-    def last_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
-        """A sequence has grown by one token."""
+    def add_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
+        """Add the last token of a sequence."""
         index = sequence.num_generated - 1
         token = int(sequence.tokens[sequence.num_tokens - 1])
         logprobs = None if logprob is None else (logprob,)
-        self.run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
+        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
 
-    def end(self, sequence: Sequence, finish: Finish) -> None:
-        """A sequence ends without another token."""
+    def add_end(self, sequence: Sequence, finish: Finish) -> None:
+        """End a sequence without another token."""
         if not sequence.begun:
-            self.begin(sequence.shard, sequence.begin())
-        self.run(
+            self.add_begin(sequence.shard, sequence.begin())
+        self.add_run(
             sequence.shard, TokenRun(sequence.request_id, sequence.epoch, sequence.num_generated, (), None, finish)
         )
 
     def messages(self) -> dict[int, Tokens]:
-        """By shard; empty if nothing was said."""
+        """Return the message of each shard; empty if there is nothing to send."""
         shards = self._begins.keys() | self._runs.keys()
         return {s: Tokens(tuple(self._begins.get(s, ())), tuple(self._runs.get(s, ()))) for s in shards}
 
@@ -65,5 +65,5 @@ def _end(run: TokenRun, finish: Finish) -> End:
     return End(run.request_id, run.epoch, finish.reason, run.index + len(run.tokens), code, time.time())
 
 
-def error(failure: Failure) -> Finish:
+def error_finish(failure: Failure) -> Finish:
     return Finish("error", failure=failure)

@@ -1,4 +1,4 @@
-"""The model's thread, seen from the event loop: it loads, says so, and works until it is told to stop or fails."""
+"""The model's thread, as the event loop sees it: it loads, reports that, and works until it is stopped or fails."""
 
 import asyncio
 import threading
@@ -13,8 +13,8 @@ _log = logger(__name__)
 
 
 class ModelThread(Generic[T]):
-    """Loading and running share a thread, so that a device's context has one owner. A daemon: a process that is told
-    to stop while it loads does not wait for the rest."""
+    """Thread that loads and runs the model, so that a device's context has one owner. A daemon: a process that is
+    stopped during loading does not wait for the rest."""
 
     def __init__(self, load: Callable[[], T], run: Callable[[T], None]) -> None:
         self._load = load
@@ -25,27 +25,27 @@ class ModelThread(Generic[T]):
         self._thread = threading.Thread(target=self._main, name="model", daemon=True)
 
     async def start(self) -> None:
-        """Return when it has loaded; raises what loading raised."""
+        """Wait until the model is loaded; raise any exception of loading."""
         self._thread.start()
         await self._loaded
 
     async def watch(self) -> None:
-        """Return when it has stopped; raises what running raised."""
+        """Wait until the thread has stopped; raise any exception of running."""
         await asyncio.shield(self._ended)
 
     def _main(self) -> None:
         reached = self._loaded
         try:
             loaded = self._load()
-            self._tell(reached, None)
+            self._settle(reached, None)
             reached = self._ended
             self._run(loaded)
-            self._tell(reached, None)
+            self._settle(reached, None)
         except BaseException as failure:
-            _log.exception("the model's thread failed")
-            self._tell(reached, failure)
+            _log.exception("the model's thread failed; the engine stops")
+            self._settle(reached, failure)
 
-    def _tell(self, future: "asyncio.Future[None]", failure: BaseException | None) -> None:
+    def _settle(self, future: "asyncio.Future[None]", failure: BaseException | None) -> None:
         def settle() -> None:
             if future.done():
                 return
@@ -54,6 +54,6 @@ class ModelThread(Generic[T]):
             else:
                 future.set_exception(failure)
 
-        # Told to stop while it loaded, it may find the loop gone.
+        # If the process was stopped during loading, the loop may be closed.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(settle)

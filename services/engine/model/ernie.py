@@ -24,7 +24,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All of the decoder, on one device, in one dtype but for the routers and what is quantised."""
+    """Weights of the decoder, on one device, in one dtype but for the routers and quantised projections."""
 
     embedding: Tensor  # [vocabulary, hidden]
     layers: tuple[Layer, ...]
@@ -33,7 +33,7 @@ class Weights:
 
 
 class ErnieModel:
-    """Computes logits and fills the cache. Holds nothing of any request."""
+    """The decoder's forward pass: computes logits and fills the cache. Keeps no state of any request."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
@@ -44,7 +44,7 @@ class ErnieModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, of the cache and of the embeddings in a StepInput."""
+        """Dtype of activations, of the cache and of the embeddings in a StepInput."""
         return self.weights.norm.dtype
 
     @property
@@ -57,7 +57,7 @@ class ErnieModel:
 
     @torch.no_grad()
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
-        """Run one step: the cache gains its rows' keys and values.
+        """Run one step, writing its rows' keys and values to the cache.
 
         Returns:
             [R, vocabulary] float32, one row for each of step.logit_rows.
@@ -70,7 +70,7 @@ class ErnieModel:
         for layer, keys, values, norm in zip(weights.layers, cache.keys, cache.values, norms, strict=True):
             query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
             attended = self._attention(query, step, keys, values)
-            x, residual = self._rest(layer, attended, residual, step.vision, norm)
+            x, residual = self._after_attention(layer, attended, residual, step.vision, norm)
         return ops.logits(x if step.logit_rows is None else x[step.logit_rows], weights.head)
 
     def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
@@ -88,10 +88,10 @@ class ErnieModel:
         )
         return attended.flatten(1)
 
-    def _rest(
+    def _after_attention(
         self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor | None, norm: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What comes after a layer's attention, and the norm before the next one's."""
+        """Compute the part of a layer after attention, and the norm before the next layer's."""
         ops, eps, mlp = self._ops, self.config.norm_eps, layer.mlp
         if isinstance(mlp, SwiGLU):
             x, residual = ops.linear_add_norm(attended, layer.out, residual, layer.mlp_norm, eps)
@@ -101,8 +101,8 @@ class ErnieModel:
 
 
 def rotary_plan(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frequencies theta^(-2i / head_dim) and the axis each one follows: the lowest `time_freqs` follow t (0), the
-    others h (1) and w (2) by turns.
+    """Return the frequencies theta^(-2i / head_dim) and the axis each one follows: the lowest `time_freqs` follow t
+    (0), the others h (1) and w (2) by turns.
 
     Returns:
         [head_dim / 2] float32 and [head_dim / 2] int64.

@@ -1,4 +1,4 @@
-"""What one forward step is given: tensors planned once on the host. Layers know nothing of scheduling."""
+"""Inputs of one forward step: tensors planned once on the host. Layers know nothing of scheduling."""
 
 from dataclasses import dataclass
 
@@ -19,16 +19,16 @@ class StepInput:
     token_ids: Tensor  # [N] int64
     positions: Tensor  # [3, N] int64: t, h, w
     vision: Tensor | None  # [N] bool: routed to the vision experts; None: no row is
-    embed_rows: Tensor  # [M] int64: rows of this step whose embedding is replaced
-    embeds: Tensor  # [M, hidden] model dtype: by what
-    slots: Tensor  # [N] int64: where each row's key and value go
+    embed_rows: Tensor  # [M] int64: rows of this step that are media
+    embeds: Tensor  # [M, hidden] model dtype: their embeddings
+    slots: Tensor  # [N] int64: slots of each row's key and value
     block_tables: Tensor  # [S, B] int32, padded with 0
     query_start: Tensor  # [S + 1] int32
     context_lens: Tensor  # [S] int32
     logit_rows: Tensor | None  # [R] int64: rows whose logits are wanted; None: of all
     max_query_len: int
     max_context_len: int
-    lengths: Lengths = ()  # of each sequence as the host knows them; () where a step is captured
+    lengths: Lengths = ()  # of each sequence, as known to the host; () in a captured step
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,6 @@ class KVCache:
     def allocate(
         layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
     ) -> "KVCache":
-        """Zeroed, so that masked-out rows can never be NaN."""
+        """Allocate the cache, zeroed, so that masked-out rows can never be NaN."""
         shape = (layers, blocks, block_size, kv_heads, head_dim)
         return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.engine.kernels.memory_budget import roomy
+from services.engine.kernels.memory_budget import has_spare_memory
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize, with_plain
 from services.engine.kernels.reference.experts import ExpertPool
@@ -65,7 +65,7 @@ def load_weights(
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), both=roomy(device))
+    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), both=has_spare_memory(device))
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)

@@ -1,8 +1,7 @@
-"""Puts a runner together around a loaded model."""
+"""Assembly of a runner around a loaded model."""
 
 from services.engine.kernels.reference.threshold import threshold_by_search
 from services.engine.kernels.sampling_ops import SamplingOps
-from services.engine.kernels.triton.ops import gpu_sampling_ops
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.inputs import KVCache
 from services.engine.run.decode_rows import DecodeRows
@@ -15,40 +14,42 @@ from services.engine.settings import EngineSettings, SamplingClass
 from shared.errors import ConfigError
 from shared.model.config import ModelConfig
 
-SMALLEST_BLOCK = 16  # keys of a matrix instruction
+MIN_BLOCK_SIZE = 16  # keys of a matrix instruction
 
 
 def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
-    """A loaded model's runner, and its cache's number of blocks.
+    """Return a loaded model's runner, and its cache's number of blocks.
 
     Raises:
         ConfigError: the cache could not hold max_model_len, or its blocks are of a size that no kernel reads.
     """
     on_gpu = model.device.type == "cuda"
-    if on_gpu and (settings.block_size < SMALLEST_BLOCK or settings.block_size & (settings.block_size - 1)):
+    if on_gpu and (settings.block_size < MIN_BLOCK_SIZE or settings.block_size & (settings.block_size - 1)):
         raise ConfigError(
-            f"block_size is {settings.block_size}; on a GPU it must be a power of two, at least {SMALLEST_BLOCK}"
+            f"block_size is {settings.block_size}; on a GPU it must be a power of two, at least {MIN_BLOCK_SIZE}"
         )
     sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
     cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
     blocks = cache.num_blocks - int(on_gpu)
-    graphs = captured(model, cache, config, settings, spare_block=blocks) if on_gpu else None
+    graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     return ModelRunner(model, cache, sampler, builder, graphs), blocks
 
 
-def captured(
+def capture_decode(
     model: ErnieModel, cache: KVCache, config: ModelConfig, settings: EngineSettings, spare_block: int
 ) -> DecodeGraphs:
-    """The decode steps of every size, with one block of the cache to themselves."""
+    """Capture the decode steps of every size, with one block of the cache to themselves."""
     longest = blocks_for(settings.max_model_len, cache.block_size)
     rows = DecodeRows(model, settings.max_num_seqs, longest, cache.block_size, spare_block, config.image_patch_id)
     return DecodeGraphs(model, cache, rows, settings.max_num_seqs)
 
 
 def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:
-    """The operations of a setting, on a device."""
+    """Return the operations of a sampling class, on a device."""
     if not on_gpu:
         return SamplingOps() if wanted == "base" else SamplingOps(threshold=threshold_by_search)
+    from services.engine.kernels.triton.ops import gpu_sampling_ops  # Triton exists for Linux only
+
     ops = gpu_sampling_ops()
     return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax)

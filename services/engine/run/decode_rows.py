@@ -1,7 +1,7 @@
-"""The inputs of a decode step at addresses that never change, which a captured graph reads.
+"""Inputs of a decode step at addresses that never change, which a captured graph reads.
 
-A token that was sampled in the step before never comes to the host and back: `keep` puts a step's tokens in front of
-the ids that the host sends, and each row of the next step names the place of its own among both.
+A token that was sampled in the step before never comes to the host and back: `keep_tokens` puts a step's tokens in
+front of the ids that the host uploads, and each row of the next step has the index of its own among both.
 """
 
 import numpy as np
@@ -18,35 +18,37 @@ _BYTES = _LONGS * 8 + 4  # and context, of one row
 
 
 class DecodeRows:
-    """Rows of one token each. What is brought in, and in which order, is the device's: nothing here waits for it."""
+    """Rows of one token each. Uploads are ordered by the device's stream: nothing here waits for it."""
 
-    def __init__(self, model: Model, most: int, blocks: int, block_size: int, spare_block: int, image_patch_id: int):
+    def __init__(
+        self, model: Model, max_rows: int, blocks: int, block_size: int, spare_block: int, image_patch_id: int
+    ):
         """
         Args:
-            most: rows of the largest step.
+            max_rows: rows of the largest step.
             blocks: of the longest context.
             spare_block: a block of the cache that no sequence is ever given.
         """
         device = model.device
-        # A multiple of 8, so that every part of the buffer begins at a multiple of its element's size, and of 16.
-        self._rows = rows = -(-most // 8) * 8
+        # A multiple of 8, so that every part of the buffer is aligned to its element's size, and to 16.
+        self._rows = rows = -(-max_rows // 8) * 8
         self._image_patch_id = image_patch_id
         self._spare_slots = np.arange(rows) % block_size + spare_block * block_size
         self._max_context_len = blocks * block_size
         self._buffer = torch.zeros(8 * rows + _BYTES * rows, dtype=torch.uint8, device=device)
-        self._ids = self._buffer[: 2 * 8 * rows].view(torch.int64)  # the last tokens sampled, and those brought in
-        self._brought = self._buffer[8 * rows :]
-        self._longs = self._brought[: _LONGS * 8 * rows].view(torch.int64).view(_LONGS, rows)
-        self._contexts = self._brought[_LONGS * 8 * rows :].view(torch.int32)
+        self._ids = self._buffer[: 2 * 8 * rows].view(torch.int64)  # the last tokens sampled, and the uploaded ids
+        self._uploaded = self._buffer[8 * rows :]
+        self._longs = self._uploaded[: _LONGS * 8 * rows].view(torch.int64).view(_LONGS, rows)
+        self._contexts = self._uploaded[_LONGS * 8 * rows :].view(torch.int32)
         self._tables = BlockTables(rows, blocks, device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._no_rows = torch.empty(0, dtype=torch.int64, device=device)
         self._no_embeds = torch.empty(0, model.hidden_size, dtype=model.dtype, device=device)
 
-    def bring(self, step: HostStep) -> None:
-        """Bring in a step; rows after its own become rows that write to the spare block."""
-        # Pinned memory of its own, as the copy out of the last step's may still have to be made.
-        host = torch.empty(len(self._brought), dtype=torch.uint8, pin_memory=self._brought.is_cuda)
+    def upload_step(self, step: HostStep) -> None:
+        """Upload a step; rows after its own become rows that write to the spare block."""
+        # New pinned memory: the copy out of the last step's may still be pending.
+        host = torch.empty(len(self._uploaded), dtype=torch.uint8, pin_memory=self._uploaded.is_cuda)
         count, rows, room = len(step), self._rows, host.numpy()
         longs = room[: _LONGS * 8 * rows].view(np.int64).reshape(_LONGS, rows)
         contexts = room[_LONGS * 8 * rows :].view(np.int32)
@@ -59,18 +61,19 @@ class DecodeRows:
         longs[5, :count] = step.slots
         contexts[:] = 1
         contexts[:count] = step.context_lens
-        self._brought.copy_(host, non_blocking=True)
+        self._uploaded.copy_(host, non_blocking=True)
         self._tables.update(step.blocks)
 
-    def keep(self, tokens: Tensor) -> None:
-        """
+    def keep_tokens(self, tokens: Tensor) -> None:
+        """Keep the tokens of a step for the next one.
+
         Args:
-            tokens: [R] int64 sampled by a step, for the next one.
+            tokens: [R] int64 sampled by a step.
         """
         self._ids[: len(tokens)].copy_(tokens)
 
     def step(self, size: int) -> StepInput:
-        """The first `size` rows. Their ids are looked up by operations that belong to the step."""
+        """Return the first `size` rows. Lookups of their ids are operations of the step itself."""
         token_ids = self._ids.index_select(0, self._longs[1, :size])
         return StepInput(
             token_ids=token_ids,
@@ -89,14 +92,15 @@ class DecodeRows:
 
 
 class BlockTables:
-    """The block tables on the device, of which a step uploads only rows that have changed."""
+    """Block tables on the device; a step uploads only the rows that have changed."""
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self.device = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._known = [b""] * rows
 
     def update(self, blocks: list[bytes]) -> None:
-        """
+        """Upload the rows that have changed.
+
         Args:
             blocks: row r's block numbers, as int32.
         """

@@ -1,4 +1,4 @@
-"""Tensors to the host in copies that are queued behind the device's work, and are waited for where they are read."""
+"""Copies of tensors to the host, queued behind the device's work and waited for when they are read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Download:
-    """Tensors on their way to the host. On the host already, they are not copied."""
+    """Tensors on their way to the host; those on the host already are not copied."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # torch puts such a copy into pinned memory; else it would be waited for here.
+        # torch puts the result of such a copy into pinned memory; into other memory it would wait here.
         self._host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
         self._copied: torch.cuda.Event | None = None
         if tensors and tensors[0].is_cuda:
@@ -20,7 +20,7 @@ class Download:
             self._copied.record()
 
     def read(self) -> list[NDArray[Any]]:
-        """The tensors' values; waits for them, and for nothing that was launched later."""
+        """Return the tensors' values; waits for them, and for nothing that was launched later."""
         if self._copied is not None:
             self._copied.synchronize()
         return [tensor.numpy() for tensor in self._host]

@@ -1,4 +1,4 @@
-"""How many blocks the paged cache gets: what memory is left, and whether that is enough."""
+"""Memory of the paged cache: the number of blocks it gets, and a check that they are enough."""
 
 import gc
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from services.engine.settings import EngineSettings
 from shared.errors import ConfigError
 from shared.model.config import ModelConfig
 
-CONTEXT_BYTES = 512 << 20  # what CUDA and its libraries hold of a device for this process, about
+CONTEXT_BYTES = 512 << 20  # of a device, that CUDA and its libraries hold for this process, about
 
-Rehearse = Callable[[Tensor], None]  # holds what sampling from these logits would
+Rehearse = Callable[[Tensor], None]  # allocates as much as sampling from these logits does
 
 
 def allocate_cache(
     model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse, spare: int = 0
 ) -> KVCache:
-    """The cache for a loaded model.
+    """Allocate the cache for a loaded model.
 
     Args:
         spare: blocks besides those that sequences are given.
@@ -38,7 +38,8 @@ def allocate_cache(
 
 
 def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse) -> int:
-    """Blocks by num_gpu_blocks_override; else by gpu_memory_utilization on a GPU and by kv_cache_bytes on a CPU.
+    """Return the blocks by num_gpu_blocks_override; else by gpu_memory_utilization on a GPU and by kv_cache_bytes on a
+    CPU.
 
     Raises:
         ConfigError: as `allocate_cache`.
@@ -47,8 +48,8 @@ def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings, rehe
     if settings.num_gpu_blocks_override is not None:
         blocks, source = settings.num_gpu_blocks_override, "num_gpu_blocks_override"
     elif model.device.type == "cuda":
-        room = _cuda_room(model, config, settings, rehearse)
-        blocks = max(room, 0) // size
+        cache_bytes = _cuda_cache_bytes(model, config, settings, rehearse)
+        blocks = max(cache_bytes, 0) // size
         source = f"gpu_memory_utilization {settings.gpu_memory_utilization}"
     else:
         contexts = settings.max_num_seqs * blocks_for(settings.max_model_len, settings.block_size)
@@ -58,7 +59,8 @@ def num_blocks(model: Model, config: ModelConfig, settings: EngineSettings, rehe
 
 
 def check_holds(blocks: int, size: int, block_size: int, max_model_len: int, source: str) -> None:
-    """
+    """Check that the cache can hold one sequence of max_model_len.
+
     Raises:
         ConfigError: `blocks` blocks cannot hold one sequence of max_model_len.
     """
@@ -76,54 +78,54 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of one block in all layers."""
+    """Return the bytes of keys and values of one block in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """A device's memory as this process finds it after its largest step, in bytes."""
+class DeviceMemory:
+    """Memory of a device as this process finds it after its largest step, in bytes."""
 
     total: int  # of the device, or of the part that this process is limited to
-    others: int  # what is gone and is not torch's: other processes, and the contexts of CUDA
-    peak: int  # torch's, with the weights
-    loose: int  # held by torch beside live tensors, in blocks that it cannot give back
+    others: int  # in use and not torch's: other processes, and CUDA contexts
+    peak: int  # of torch's live tensors, weights included
+    unreleasable: int  # cached by torch beside live tensors, in segments that it cannot release
 
-    def room(self, share: float, foreign: int, graphs: int) -> int:
-        """What is left for the cache, below 0 if nothing.
+    def cache_bytes(self, share: float, foreign: int, graphs: int) -> int:
+        """Return the bytes left for the cache, below 0 if none are.
 
         Args:
-            share: of the card that may be used at all.
+            share: of the memory that may be used at all.
             foreign: what other processes will hold when all have started, or hold already.
             graphs: what the captured steps will keep.
         """
         others = max(self.others, foreign + CONTEXT_BYTES)
-        return int(self.total * share) - others - self.peak - self.loose - graphs
+        return int(self.total * share) - others - self.peak - self.unreleasable - graphs
 
 
-def _cuda_room(model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse) -> int:
-    """Bytes that are left for the cache of what this process may use, after the largest step's peak."""
+def _cuda_cache_bytes(model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse) -> int:
+    """Measure the bytes left for the cache of those this process may use, after the largest step's peak."""
     device = model.device
     gc.collect()
     torch.cuda.empty_cache()
-    loose = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    unreleasable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     rehearse(_largest_step(model, config, settings))
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
-    card = Card(
+    memory = DeviceMemory(
         total=int(total * torch.cuda.get_per_process_memory_fraction(device)),
         others=total - free - torch.cuda.memory_reserved(device),
         peak=torch.cuda.max_memory_allocated(device),
-        loose=loose,
+        unreleasable=unreleasable,
     )
     torch.cuda.empty_cache()
     graphs = captured_bytes(settings.max_num_seqs, config.vocab_size)
-    return card.room(settings.gpu_memory_utilization, settings.foreign_bytes, graphs)
+    return memory.cache_bytes(settings.gpu_memory_utilization, settings.foreign_bytes, graphs)
 
 
 def _largest_step(model: Model, config: ModelConfig, settings: EngineSettings) -> Tensor:
-    """[R, vocabulary] logits of max_num_batched_tokens of max_num_seqs sequences, half of them vision."""
+    """Run max_num_batched_tokens of max_num_seqs sequences, half of them vision; return [R, vocabulary] logits."""
     tokens, device = settings.max_num_batched_tokens, model.device
     sequences = min(settings.max_num_seqs, tokens)
     length = blocks_for(tokens, sequences)

@@ -1,7 +1,7 @@
 """Philox4x32-10: random numbers that are a pure function of (seed, counter), in vectorised integer arithmetic.
 
-Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11). A resumed request draws what it
-would have drawn, whoever its neighbours in the batch are, because there is no state to lose.
+Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11). There is no state to lose: a
+resumed request draws the same numbers again, whatever else is in the batch.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _BUMPS = np.arange(10, dtype=np.uint64)[:, None] * np.array([0x9E3779B9, 0xBB67A
 
 
 def philox4x32(counter: UInt64, key: UInt64) -> UInt64:
-    """The bijection of a 128-bit counter under a 64-bit key.
+    """Apply the bijection of a 128-bit counter under a 64-bit key.
 
     Args:
         counter: [4, ...] 32-bit words in 64-bit integers.
@@ -36,11 +36,11 @@ def philox4x32(counter: UInt64, key: UInt64) -> UInt64:
 
 
 def uniform(seeds: UInt64, indices: UInt64) -> NDArray[np.float64]:
-    """One number in [0, 1) a row, with all 53 bits of a double.
+    """Return one number in [0, 1) a row, with all 53 bits of a double.
 
     Args:
         seeds: [R] the requests' seeds.
-        indices: [R] which of its generated tokens each row is drawing.
+        indices: [R] index of the generated token that each row draws.
     """
     zero = np.zeros_like(indices)
     counter = np.stack([indices & _LOW, indices >> _32, zero, zero])

@@ -1,6 +1,7 @@
-"""Carries out a plan: builds the step's tensors, runs the model, samples.
+"""Runner: carries out a plan. Builds the step's tensors, runs the model, samples.
 
-`Runner` is the engine's one seam to the machine it runs on: whatever has this shape can stand in for the model.
+`Runner` is the engine's one interface to the machine it runs on: tests stand in for the model with anything of this
+shape.
 """
 
 from collections.abc import Callable
@@ -20,27 +21,28 @@ class Launched(Protocol):
     """A step under way."""
 
     def read(self) -> list[Sampled]:
-        """One token for each of `plan.sampling`, in its order. Waits for this step alone."""
+        """Return one token for each of `plan.sampling`, in its order. Waits for this step alone."""
 
 
 class Runner(Protocol):
-    """Executes plans, in the order they were made; the sequences themselves are left alone."""
+    """Executes plans, in the order they were made; does not change the sequences."""
 
     @property
     def overlaps(self) -> bool:
-        """Whether a step of `Scheduler.schedule_ahead` may be launched before the one before it is read, and gains."""
+        """True if a step of `Scheduler.schedule_ahead` may be launched before the previous one is read, and gains by
+        it."""
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         """Start a step.
 
         Args:
-            meanwhile: called once, at a moment at which the caller's work costs the step least.
+            meanwhile: called once, when the caller's work delays the step least.
         """
 
 
 class ModelRunner:
-    """The runner that computes. Decode steps that were captured are replayed; every other step is launched. Where there
-    is a device, nothing in `launch` waits for it."""
+    """Runner of the real model. Replays decode steps that were captured and launches all others. On a GPU nothing in
+    `launch` waits for the device."""
 
     def __init__(
         self, model: Model, cache: KVCache, sampler: Sampler, builder: StepBuilder, graphs: DecodeGraphs | None
@@ -53,16 +55,16 @@ class ModelRunner:
 
     @property
     def overlaps(self) -> bool:
-        """Only a captured step takes tokens that are in flight."""
+        """True with captured steps: only they can read tokens that are in flight."""
         return self._graphs is not None
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         step = self._builder.build(plan)
-        if self._graphs is not None and self._graphs.fits(step):
+        if self._graphs is not None and self._graphs.captures(step):
             launched = self._sample(plan, self._graphs.run(step))
             meanwhile()
             return launched
-        # Launching a step, or computing it here, takes longer than whatever waits to be done.
+        # The caller's work comes first: launching a step, or computing it here, takes longer.
         meanwhile()
         logits = self._model.forward(step.to(self._model.device, self._cache.block_size), self._cache)
         return self._sample(plan, logits)
@@ -73,12 +75,12 @@ class ModelRunner:
             return NoTokens()
         drawn = self._sampler.draw(logits, plan_sampling(sampling))
         if self._graphs is not None:
-            self._graphs.keep(drawn.tokens)
+            self._graphs.keep_tokens(drawn.tokens)
         return drawn
 
 
 class NoTokens:
-    """A step in which no sequence came to its end."""
+    """A step in which no sequence samples."""
 
     def read(self) -> list[Sampled]:
         return []

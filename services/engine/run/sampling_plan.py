@@ -1,6 +1,6 @@
-"""What the sampler is to do in one step, as flat arrays: built on the host, moved to the device once each.
+"""Sampling of one step as flat arrays, built on the host and moved to the device once each.
 
-Requests ask for different things, so everything is a list of the rows that want it, and is empty where no row does.
+Requests ask for different things, so every array lists the rows that want one thing, and is empty where no row does.
 """
 
 from collections.abc import Sequence as Ordered
@@ -31,7 +31,7 @@ _NO_FLAGS: Flags = np.empty(0, np.bool_)
 
 
 class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """For R rows, one for each sequence that gets a token."""
+    """Arrays for R rows, one for each sequence that samples a token."""
 
     # D rows that draw at random; the others take their most likely token.
     drawing: Ids = _NO_IDS
@@ -40,7 +40,7 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Doubles = _NO_DOUBLES
     min_p: Floats = _NO_FLOATS
     numbers: Doubles = _NO_DOUBLES  # in [0, 1)
-    # Single logits by place, and what is added to them.
+    # Single logits by row and token, and the bias added to them.
     biased_rows: Ids = _NO_IDS
     biased_tokens: Ids = _NO_IDS
     bias: Floats = _NO_FLOATS
@@ -52,10 +52,10 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     penalised_tokens: Ids = _NO_IDS
     repetition: Floats = _NO_FLOATS
     subtracted: Floats = _NO_FLOATS
-    # What would complete a bad word.
+    # Tokens that would complete a bad word.
     bad_rows: Ids = _NO_IDS
     bad_tokens: Ids = _NO_IDS
-    # Rows with an open thinking part, what an end token becomes in it, and whether every token does.
+    # Rows with an open thinking part, the token that closes it, and whether the next token must.
     thinking: Ids = _NO_IDS
     close_ids: Ids = _NO_IDS
     must_close: Flags = _NO_FLAGS
@@ -64,19 +64,19 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: Ids = _NO_IDS
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Those that are not empty, by name."""
+        """Return the arrays that are not empty, by name."""
         named = ((name, getattr(self, name)) for name in self.__struct_fields__)
         return {name: array for name, array in named if len(array)}
 
 
 def plan_sampling(chunks: Ordered[Chunk]) -> SamplingPlan:
-    """The plan of the step in which these chunks sample."""
+    """Return the plan of the step in which these chunks sample."""
     parts = (_draws, _biased, _early, _penalised, _bad, _thinking, _reports)
     return SamplingPlan(**{name: array for part in parts for name, array in part(chunks).items()})
 
 
 def heaviest(rows: int) -> SamplingPlan:
-    """The plan of a step that asks for everything that takes memory with the vocabulary."""
+    """Return the plan of a step that asks for everything whose memory grows with the vocabulary."""
     return SamplingPlan(
         drawing=np.arange(rows),
         temperature=np.full(rows, 0.8, np.float32),
@@ -95,7 +95,7 @@ def _draws(chunks: Ordered[Chunk]) -> Arrays:
         return {}
     asked = [chunks[row].sequence.sampling for row in drawing]
     seeds = np.array([a.seed % 2**64 for a in asked], np.uint64)
-    # The number drawn depends on the place of its token alone, not on when it is drawn or in whose company.
+    # The random number depends on seed and index alone, not on when it is drawn or on the rest of the batch.
     indices = np.array([chunks[row].generated for row in drawing], np.uint64)
     return {
         "drawing": np.array(drawing, np.int64),
@@ -116,7 +116,7 @@ def _biased(chunks: Ordered[Chunk]) -> Arrays:
 
 
 def _early(chunks: Ordered[Chunk]) -> Arrays:
-    """Every token that could end a sequence which must go on."""
+    """List every token that could end a sequence before its min_tokens."""
     early = [(row, c.sequence) for row, c in enumerate(chunks) if c.generated < c.sequence.sampling.min_tokens]
     return _places("early", [(row, [*s.eos_ids, *s.sampling.stop_token_ids]) for row, s in early])
 
@@ -138,7 +138,7 @@ def _subtracted(sequence: Sequence, counts: Ids) -> Doubles:
 
 
 def _bad(chunks: Ordered[Chunk]) -> Arrays:
-    """Last tokens of the bad words whose other tokens are the end of the answer so far."""
+    """List the last tokens of bad words whose other tokens end the answer so far."""
     asked = [(row, c.sequence) for row, c in enumerate(chunks) if c.sequence.sampling.bad_words]
     return _places(
         "bad",
@@ -170,7 +170,7 @@ def _reports(chunks: Ordered[Chunk]) -> Arrays:
 
 
 def _places(name: str, asked: list[tuple[int, list[int]]] | list[tuple[int, Ids]]) -> Arrays:
-    """Rows and tokens, one of each for every token that a row names."""
+    """Return rows and tokens, one of each for every token that a row names."""
     if not asked:
         return {}
     tokens = [np.asarray(ids, np.int64) for _, ids in asked]

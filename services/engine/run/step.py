@@ -1,4 +1,4 @@
-"""A plan as arrays: everything a step needs, built on the host and moved to the device once each."""
+"""A plan as arrays: the step's inputs, built on the host and moved to the device once each."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 
 
 class Model(Protocol):
-    """What runs a step: see `services.engine.model.ernie.ErnieModel`."""
+    """Interface of the model that runs a step: see `services.engine.model.ernie.ErnieModel`."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -35,14 +35,15 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    """The fields of a StepInput that have its names, as arrays; and its sequences' blocks."""
+    """Inputs of a step on the host: the fields of a StepInput of the same names, as arrays, and its sequences'
+    blocks."""
 
     token_ids: Ints  # [N]; 0 for those in flight
-    sources: Ints  # [S] which of the tokens that the last step samples is the row's id; -1: token_ids has it
+    sources: Ints  # [S] index of the row's id among the tokens that the last step samples; -1: token_ids has it
     positions: Ints  # [3, N]
     vision: NDArray[np.bool_]  # [N]
     embed_rows: Ints  # [M]
-    embeds: Tensor  # [M, hidden] model dtype, on the host, from where a device can copy them by itself
+    embeds: Tensor  # [M, hidden] model dtype, on the host, pinned if a GPU is to copy them
     slots: Ints  # [N]
     blocks: list[bytes]  # [S] block numbers of each sequence, as int32
     query_start: NDArray[np.int32]  # [S + 1]
@@ -51,7 +52,7 @@ class HostStep:
     max_query_len: int
 
     def __len__(self) -> int:
-        """Sequences."""
+        """Return the number of sequences."""
         return len(self.blocks)
 
     @property
@@ -59,7 +60,7 @@ class HostStep:
         return len(self.logit_rows) == len(self.blocks)
 
     def to(self, device: torch.device, block_size: int) -> StepInput:
-        """The step on a device."""
+        """Move the step to a device."""
         assert (self.sources < 0).all(), "the id of a row is still in flight"
         longest = int(self.context_lens.max())
         arrays: dict[str, NDArray[Any]] = {
@@ -85,8 +86,8 @@ class HostStep:
         )
 
     @staticmethod
-    def nothing() -> "HostStep":
-        """A step without sequences."""
+    def empty() -> "HostStep":
+        """Return a step without sequences."""
         no_ids, no_numbers = np.empty(0, np.int64), np.empty(0, np.int32)
         return HostStep(
             token_ids=no_ids,
@@ -105,7 +106,7 @@ class HostStep:
 
 
 class StepBuilder:
-    """Builds the steps of one model and cache."""
+    """Builder of the steps of one model and cache."""
 
     def __init__(self, model: Model, block_size: int, image_patch_id: int) -> None:
         self._hidden_size, self._dtype, self._device = model.hidden_size, model.dtype, model.device
@@ -118,7 +119,7 @@ class StepBuilder:
         return self._mixed(plan.chunks)
 
     def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
-        """A token each of sequences that are past their prompts: most steps, so in as few passes as can be."""
+        """Build a step with one token each of sequences past their prompts: most steps, so in few passes."""
         size = self._block_size
         sources = np.array([-1 if c.source is None else c.source for c in chunks], np.int64)
         ids = [c.sequence.tokens[c.start] if c.source is None else 0 for c in chunks]
@@ -162,7 +163,7 @@ class StepBuilder:
         )
 
     def _embeds(self, chunks: tuple[Chunk, ...], starts: Ints) -> tuple[Ints, Tensor]:
-        """Which rows of the step are media, and their embeddings, [M, hidden]."""
+        """Return the rows of the step that are media, and their embeddings, [M, hidden]."""
         rows: list[Ints] = [np.empty(0, np.int64)]
         parts: list[tuple[Embeds, int]] = []  # with the first row of each that is this step's
         for chunk, first_row in zip(chunks, starts, strict=False):
@@ -173,26 +174,27 @@ class StepBuilder:
                     rows.append(np.arange(begin, end) - chunk.start + first_row)
                     parts.append((stored, begin - span.offset))
         ends = np.cumsum([len(part) for part in rows]).tolist()
-        embeds = self._room(ends[-1])
+        embeds = self._allocate_embeds(ends[-1])
         for (stored, start), begin, end in zip(parts, ends, ends[1:], strict=False):
             copy_rows(stored, start, embeds[begin:end])
         return np.concatenate(rows), embeds
 
-    def _room(self, rows: int) -> Tensor:
-        """[rows, hidden]. Of a prompt of images this is most of a step: it is written once, and nobody waits for it."""
+    def _allocate_embeds(self, rows: int) -> Tensor:
+        """Allocate [rows, hidden], pinned for a GPU. For a prompt of images this is most of a step: written once,
+        copied without a wait."""
         pinned = rows > 0 and self._device.type == "cuda"
         return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
 
 
 def slots(chunk: Chunk, block_size: int) -> Ints:
-    """[length] where the keys and values of a chunk's tokens go."""
+    """Return [length] slots of the keys and values of a chunk's tokens."""
     at = np.arange(chunk.start, chunk.start + chunk.length)
     blocks = np.frombuffer(chunk.sequence.blocks, np.int32)
     return blocks[at // block_size].astype(np.int64) * block_size + at % block_size
 
 
 def block_tables(blocks: list[bytes], width: int) -> NDArray[np.int32]:
-    """[S, width] padded with 0."""
+    """Return [S, width] padded with 0."""
     tables = np.zeros((len(blocks), width), np.int32)
     for table, content in zip(tables, blocks, strict=True):
         used = np.frombuffer(content, np.int32)[:width]

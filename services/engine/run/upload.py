@@ -1,4 +1,4 @@
-"""Many small arrays to the device in one copy, for which nobody waits."""
+"""Upload of many small arrays to the device in one copy that nothing waits for."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,10 +12,10 @@ _ALIGNMENT = 16  # kernels are compiled once more for addresses that are not mul
 
 
 def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors over one allocation.
+    """Return the arrays as tensors over one allocation.
 
-    From pinned memory, so that the host goes on while the device is still busy with what it was given before; torch
-    keeps that memory from being used again until the copy has been made.
+    The copy is from pinned memory, so that the host continues while the device still computes; torch does not reuse
+    that memory before the copy has been made.
     """
     if not arrays:
         return []

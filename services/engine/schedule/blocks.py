@@ -1,8 +1,8 @@
-"""The block pool: which blocks of the paged cache are free, shared or remembered. Knows nothing of tensors.
+"""Block pool: which blocks of the paged cache are free, shared or cached. Knows nothing of tensors.
 
 A block is in exactly one of three states:
     used      referenced by one or more sequences
-    cached    referenced by none, but its content is known by hash and can be taken up again
+    cached    referenced by none, but its content is known by hash and can be shared again
     empty     neither
 Allocation takes empty blocks first and then evicts the cached block that was released longest ago.
 """
@@ -16,7 +16,7 @@ ROOT = b""  # the parent of a sequence's first block
 
 
 def block_hash(parent: bytes, token_ids: bytes, media: Iterable[tuple[int, int, str]]) -> bytes:
-    """The identity of a full block's content and of everything before it.
+    """Return the identity of a full block's content and of everything before it.
 
     Args:
         parent: the hash of the block before, or ROOT.
@@ -48,7 +48,7 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can hand out."""
+        """Number of blocks that `allocate` can give."""
         return len(self._empty) + len(self._cached)
 
     @property
@@ -59,7 +59,7 @@ class BlockPool:
         return self._references[block]
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest prefix of `hashes`. They are not referenced yet: see `share`."""
+        """Return the blocks that hold the longest prefix of `hashes`, not referenced yet: see `share`."""
         found = []
         for wanted in hashes:
             block = self._block_of.get(wanted)
@@ -69,7 +69,7 @@ class BlockPool:
         return found
 
     def cost(self, matched: Iterable[int]) -> int:
-        """How many of `matched` are unreferenced, and so stop being available once shared."""
+        """Return how many of `matched` are unreferenced, and so stop being available once shared."""
         return sum(self._references[block] == 0 for block in matched)
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -81,9 +81,9 @@ class BlockPool:
             self._references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks of unknown content with one reference each. The caller has looked at `available`."""
+        """Return `count` blocks of unknown content with one reference each. The caller has checked `available`."""
         assert count <= self.available, "more blocks asked for than available"
-        return [self._take() for _ in range(count)]
+        return [self._allocate_one() for _ in range(count)]
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference to each of a sequence's blocks, given in order.
@@ -101,7 +101,7 @@ class BlockPool:
                 self._empty.append(block)
 
     def remember(self, block: int, content: bytes) -> None:
-        """Note that a used block is full, and of what. If another block is known to hold the same, this one is not."""
+        """Register a used block as full, by its content hash, unless another block already has that hash."""
         assert self._references[block] > 0, "only a used block can have been filled"
         if not self.caching or content in self._block_of or block in self._hash_of:
             return
@@ -118,7 +118,7 @@ class BlockPool:
         assert all(self._hash_of[block] == content for block, content in self._cached.items())
         assert not set(self._empty) & set(self._hash_of)
 
-    def _take(self) -> int:
+    def _allocate_one(self) -> int:
         if self._empty:
             block = self._empty.pop()
         else:

@@ -11,7 +11,7 @@ from shared.messages import MediaSpan
 def positions(
     prompt_len: int, spans: Sequence[MediaSpan], spatial_merge: int, temporal_merge: int
 ) -> tuple[NDArray[np.int32], int]:
-    """The triple (t, h, w) of every prompt token, and the position of the first generated one.
+    """Return the triple (t, h, w) of every prompt token, and the position of the first generated one.
 
     Text advances all three by one. Media with a grid of (te, gh, gw) tokens that begin at p take (p + a, p + b, p + c)
     in row-major order, and what follows them begins at p + max(te, gh, gw): the rule the model was trained with. Start
@@ -49,7 +49,7 @@ def positions(
 
 
 def token_grid(span: MediaSpan, spatial_merge: int, temporal_merge: int) -> tuple[int, int, int]:
-    """The span's grid counted in tokens instead of patches. An image's one frame is not merged."""
+    """Return the span's grid in tokens instead of patches. An image's one frame is not merged."""
     frames, rows, columns = span.grid
     merged = frames if span.kind == "image" else frames // temporal_merge
     return merged, rows // spatial_merge, columns // spatial_merge

@@ -1,4 +1,4 @@
-"""Decides what each step computes. Values in, a Plan out; no tensors, no clocks, no IO.
+"""Scheduler: decides what each step computes. Values in, a Plan out; no tensors, no clocks, no IO.
 
 One quantity drives it: every sequence has `num_computed` tokens in the cache and knows `num_tokens`, and each step
 lets the first chase the second. Decoding is being one token behind; a new prompt, a prefix found in the cache, a
@@ -8,9 +8,9 @@ Both count a step when it is planned. Its tokens are known when it is read, and 
 that: see `schedule_ahead`.
 
 Order of service is order of arrival, in three rounds a step: sequences that decode, sequences still in their prefill,
-and then those waiting. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
-out of blocks; then the latest arrival gives all of its blocks back and waits to be computed again. The earliest
-arrival is never the one to give way while another runs, so it always gets on, and so in turn does everyone.
+and then waiting ones. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
+out of blocks; then the latest arrival is preempted: it gives all of its blocks back and waits to be computed again. The
+earliest arrival is never preempted while another runs, so it always progresses, and in turn so does every sequence.
 """
 
 from collections import deque
@@ -32,7 +32,7 @@ class Chunk(msgspec.Struct, frozen=True):
     start: int
     length: int
     samples: bool  # its last token is the sequence's last
-    source: int | None = None  # which of the tokens in flight is the one it computes; None: its tokens are known
+    source: int | None = None  # index among the tokens in flight of the one it computes; None: its tokens are known
 
     @property
     def stop(self) -> int:
@@ -40,7 +40,7 @@ class Chunk(msgspec.Struct, frozen=True):
 
     @property
     def generated(self) -> int:
-        """How many tokens of the answer come before the one it samples."""
+        """Number of tokens of the answer before the one it samples."""
         return self.start + self.length - self.sequence.prompt_len
 
 
@@ -51,8 +51,8 @@ class Plan:
     chunks: tuple[Chunk, ...]
     begun: tuple[Sequence, ...] = ()  # scheduled for the first time
     preempted: tuple[Sequence, ...] = ()  # lost their blocks and wait again
-    asked_tokens: int = 0  # looked for in the prefix cache by the sequences admitted
-    hit_tokens: int = 0  # and found
+    asked_tokens: int = 0  # looked up in the prefix cache for the admitted sequences
+    hit_tokens: int = 0  # of these, found
 
     @property
     def num_tokens(self) -> int:
@@ -60,13 +60,13 @@ class Plan:
 
     @property
     def sampling(self) -> list[Chunk]:
-        """Those that give their sequence a token, in the order of the tokens."""
+        """Chunks that sample a token, in the order of the tokens."""
         return [chunk for chunk in self.chunks if chunk.samples]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds a step."""
+    """Limits of a step."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -98,7 +98,7 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> Failure | None:
-        """Let a sequence wait for its turn, or say why its turn can never come."""
+        """Queue a sequence; return a failure if it can never run."""
         needed = self._blocks_for(sequence.max_cached)
         if needed > self._pool.num_blocks:
             return _never_fits(f"{sequence.max_cached} tokens", f"{self._pool.num_blocks * self._limits.block_size}")
@@ -112,7 +112,7 @@ class Scheduler:
         return None
 
     def remove(self, request_id: str) -> Sequence | None:
-        """Forget a sequence, whatever it was doing, and free what it held. None: there is no such sequence."""
+        """Forget a sequence in any state, and free its blocks. None: there is no such sequence."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return None
@@ -124,7 +124,7 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Plan:
-        """The next step, when all steps before have been committed. Without chunks only if there is nothing to do."""
+        """Plan the next step, when all steps before have been committed. No chunks only if there is nothing to do."""
         assert not any(s.in_flight for s in self._running)
         budget = self._limits.max_num_batched_tokens
         decoding = [s for s in self._running if s.num_tokens - s.num_computed == 1]
@@ -141,7 +141,7 @@ class Scheduler:
             if budget > 0 and sequence not in preempted:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].length
-        # After a preemption the first to wait is the victim. It comes back at once only if others hold its prefix.
+        # After a preemption the victim is first in the queue. It is admitted at once only if others hold its prefix.
         while waiting := self._admit(budget):
             admitted.append(waiting)
             chunks.append(_chunk(waiting, budget))
@@ -152,47 +152,47 @@ class Scheduler:
         for sequence in begun:
             sequence.begun = True
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
-        return _planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens))
+        return _count_planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens))
 
     def schedule_ahead(self) -> Plan | None:
-        """The next step while the one before is not committed; None where that has to come first.
+        """Plan the next step while the one before is not committed; return None where the commit has to come first.
 
-        Which tokens are in flight must not matter: so it is one token for each of those that go on whatever they are,
-        on blocks that nobody has to give up for it, and nobody is waiting for the rest. Who turns out to have ended has
-        a row in it all the same, which `commit` drops.
+        The plan must not depend on which tokens are in flight. So it is one token for each sequence that certainly
+        continues, no block has to be taken from another sequence for it, and no prefill is waiting. A sequence that
+        turns out to have ended has a row in it all the same, which `commit` drops.
         """
-        going = [s for s in self._running if s.goes_on]
-        budget = self._limits.max_num_batched_tokens - len(going)
-        if not going or budget < 0 or not all(s.in_flight for s in self._running):
+        continuing = [s for s in self._running if s.can_continue]
+        budget = self._limits.max_num_batched_tokens - len(continuing)
+        if not continuing or budget < 0 or not all(s.in_flight for s in self._running):
             return None
-        if any(s.looks_back for s in going) or self._match_first(budget) is not None:
+        if any(s.depends_on_tokens for s in continuing) or self._match_first(budget) is not None:
             return None
-        growing = [s for s in going if s.num_computed == len(s.blocks) * self._limits.block_size]
+        growing = [s for s in continuing if s.num_computed == len(s.blocks) * self._limits.block_size]
         if len(growing) > self._pool.available:
             return None
         for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
             sequence.blocks.append(block)
-        return _planned(Plan(tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in going)))
+        return _count_planned(Plan(tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)))
 
     def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
         """Account for a step that has run.
 
         Args:
             plan: the first that was not committed yet.
-            tokens: what `plan.sampling` got, in its order.
+            tokens: one for each of `plan.sampling`, in its order.
 
         Returns:
-            which of the tokens were taken, by whom, and why it has ended if it has; then it is forgotten. A sequence
-            that was forgotten after the step was planned takes nothing.
+            (index of the token, its sequence, why that has ended or None) for each token appended. Ended sequences are
+            removed; one removed after the step was planned gets no token.
         """
         for chunk in plan.chunks:
-            if self._holds(chunk.sequence):
+            if self._has(chunk.sequence):
                 self._remember(chunk)
         progress: list[tuple[int, Sequence, Finish | None]] = []
         for row, (chunk, token) in enumerate(zip(plan.sampling, tokens, strict=True)):
             sequence = chunk.sequence
             sequence.in_flight -= 1
-            if not self._holds(sequence):
+            if not self._has(sequence):
                 continue
             sequence.append(token)
             finish = sequence.finish()
@@ -216,9 +216,10 @@ class Scheduler:
         return sequence
 
     def _match_first(self, budget: int) -> list[int] | None:
-        """The cached blocks that the first waiting sequence begins with. None: there is none, or no room for it.
+        """Return the cached blocks that the first waiting sequence begins with. None: nothing waits, or there is no
+        room.
 
-        A block for each running sequence stays free, so that the newcomer is not the next one to give way.
+        A block for each running sequence stays free, so that the newcomer is not the next one to be preempted.
         """
         if budget <= 0 or not self._waiting or len(self._running) >= self._limits.max_num_seqs:
             return None
@@ -231,14 +232,14 @@ class Scheduler:
         return matched if self._limits.chunked_prefill or backlog <= budget else None
 
     def _match(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of a prefix. At least one token is left to compute: its logits are what is wanted."""
+        """Return the cached blocks of a prefix, leaving at least one token to compute, whose logits are needed."""
         if not self._pool.caching:
             return []
         full = (sequence.num_tokens - 1) // self._limits.block_size
         return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """Give a running sequence blocks for all its known tokens, at the cost of later arrivals.
+        """Give a running sequence blocks for all its known tokens, by preempting later arrivals if need be.
 
         Returns False, and preempts the sequence itself, if it is the latest.
         """
@@ -256,7 +257,7 @@ class Scheduler:
         return True
 
     def _remember(self, chunk: Chunk) -> None:
-        """Publish the blocks that a chunk has filled, once their content is in the cache and not before."""
+        """Register the blocks that a chunk has filled, once their content is in the cache and not before."""
         first, full = chunk.start // self._limits.block_size, chunk.stop // self._limits.block_size
         if not self._pool.caching or full == first:
             return
@@ -264,7 +265,7 @@ class Scheduler:
         for i in range(first, full):
             self._pool.remember(chunk.sequence.blocks[i], hashes[i])
 
-    def _holds(self, sequence: Sequence) -> bool:
+    def _has(self, sequence: Sequence) -> bool:
         return self._sequences.get(sequence.request_id) is sequence
 
     def _free(self, sequence: Sequence) -> None:
@@ -277,14 +278,14 @@ class Scheduler:
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    """As much of a sequence's backlog as the budget allows."""
+    """Return as much of a sequence's backlog as the budget allows."""
     length = min(sequence.num_tokens - sequence.num_computed, budget)
     reached = sequence.num_computed + length
     return Chunk(sequence, sequence.num_computed, length, samples=reached == sequence.num_tokens)
 
 
-def _planned(plan: Plan) -> Plan:
-    """The plan, now that its sequences count it."""
+def _count_planned(plan: Plan) -> Plan:
+    """Count the plan in its sequences, and return it."""
     for chunk in plan.chunks:
         chunk.sequence.num_computed = chunk.stop
     for row, chunk in enumerate(plan.sampling):

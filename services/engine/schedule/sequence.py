@@ -1,7 +1,7 @@
-"""One request inside the engine: its tokens, where they sit, and what follows from them.
+"""One request inside the engine: its tokens, their positions and blocks, and the sampling state that follows from them.
 
-Everything that steers sampling is a function of the prompt and the generated tokens, so a sequence built from a
-journal of n tokens is in the state of one that has generated them here.
+All sampling state is a function of the prompt and the generated tokens, so a sequence built from a journal of n tokens
+is in the state of one that has generated them here.
 """
 
 from array import array
@@ -24,7 +24,7 @@ Ids = NDArray[np.int64]
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What every sequence is judged by."""
+    """Limits and ids that every sequence is checked against."""
 
     model: ModelConfig
     max_model_len: int  # prompt and answer together
@@ -43,7 +43,7 @@ class Embeds(msgspec.Struct, frozen=True):
 
 
 class SeenTokens:
-    """The distinct tokens of prompt and answer, and how often each was generated: what penalties look at."""
+    """Distinct tokens of prompt and answer, and how often each was generated: the input of penalties."""
 
     def __init__(self, prompt: Ids, capacity: int) -> None:
         distinct = np.unique(prompt)
@@ -70,7 +70,7 @@ class SeenTokens:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request's state. Made by `build`; changed by the scheduler alone."""
+    """State of one request. Made by `build`; changed by the scheduler alone."""
 
     request_id: str
     shard: int
@@ -90,9 +90,9 @@ class Sequence:
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
     arrival: int = -1  # order of service, given by the scheduler
-    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when what was planned has run
-    in_flight: int = 0  # tokens that steps were planned to sample and that are not known yet
-    row: int = 0  # which of the tokens of the last step planned is its own
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when the planned steps have run
+    in_flight: int = 0  # tokens that planned steps sample and that are not known yet
+    row: int = 0  # index of its token among those of the last planned step
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
@@ -115,17 +115,17 @@ class Sequence:
         return self.prompt_len + max(self.max_tokens, self.num_generated) - 1
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the tokens in flight leave room for another. A token that ends it may still be among them."""
+    def can_continue(self) -> bool:
+        """True if the tokens in flight leave room for another. A token that ends the sequence may be among them."""
         return self.num_generated + self.in_flight < self.max_tokens
 
     @property
-    def looks_back(self) -> bool:
-        """Whether what is sampled depends on which tokens came before, and not on their number alone."""
+    def depends_on_tokens(self) -> bool:
+        """True if sampling depends on which tokens came before, not on their number alone."""
         return self.thinking or self.seen is not None or bool(self.sampling.bad_words)
 
     def append(self, token: int) -> None:
-        """The answer grows by one token."""
+        """Append a token to the answer."""
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
         if self.budget is not None and token == self.budget.close_id:
@@ -134,7 +134,7 @@ class Sequence:
             self.seen.add(token)
 
     def finish(self) -> Finish | None:
-        """Why it has ended, if its last token ended it."""
+        """Return why it has ended, if its last token ended it."""
         if self.num_generated == 0:
             return None
         last = int(self.tokens[self.num_tokens - 1])
@@ -143,7 +143,7 @@ class Sequence:
         return Finish("length") if self.num_generated >= self.max_tokens else None
 
     def positions(self, start: int, stop: int) -> NDArray[np.int64]:
-        """[3, stop - start] positions of tokens [start, stop)."""
+        """Return [3, stop - start] positions of tokens [start, stop)."""
         out = np.empty((3, stop - start), np.int64)
         inside = max(0, min(stop, self.prompt_len) - start)
         out[:, :inside] = self.prompt_positions[:, start : start + inside]
@@ -152,7 +152,7 @@ class Sequence:
         return out
 
     def block_hashes(self, block_size: int, blocks: int) -> list[bytes]:
-        """The content hashes of the first `blocks` blocks, all of whose tokens are known."""
+        """Return the content hashes of the first `blocks` blocks, all of whose tokens are known."""
         assert blocks * block_size <= self.num_tokens
         while len(self._hashes) < blocks:
             start = len(self._hashes) * block_size
@@ -162,14 +162,14 @@ class Sequence:
         return self._hashes[:blocks]
 
     def begin(self) -> Begin:
-        """What postproc is told when the engine has taken the request."""
+        """Return the message that tells postproc that the engine has taken the request."""
         image, video = media_tokens(self.spans)
         counts = self.num_generated, self.prompt_len, self.cached_tokens, image, video
         return Begin(self.request_id, self.epoch, *counts, self.prompt)
 
 
 def media_tokens(spans: Ordered[MediaSpan]) -> tuple[int, int]:
-    """Tokens of images, and of videos."""
+    """Return the number of tokens of images, and of videos."""
     image, video = (sum(span.length for span in spans if span.kind == kind) for kind in ("image", "video"))
     return image, video
 
@@ -180,7 +180,7 @@ def asked_prompt(message: Generate) -> bytes:
 
 
 def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int, int, str]]:
-    """(index from start, index within the media, key) of each span's first token in [start, stop)."""
+    """Return (index from start, index within the media, key) of each span's first token in [start, stop)."""
     found = []
     for span in spans:
         first = max(start, span.offset)
@@ -192,11 +192,11 @@ def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int
 def build(
     message: Generate, epoch: int, generated: Ordered[int], embeds: tuple[Embeds, ...], facts: EngineFacts
 ) -> Sequence:
-    """The sequence of a request of which `generated` tokens are known already.
+    """Build the sequence of a request of which `generated` tokens are known already.
 
     Raises:
-        RequestError: the prompt is empty or too long (400), or the message names tokens or media that cannot be (4xx
-            where the client chose them, 500 where a stage of ours did).
+        RequestError: the prompt is empty or too long (400), or the message has impossible tokens or media (4xx where
+            the client chose them, 500 where another stage did).
     """
     prompt = np.array(unpack_ids(message.prompt), np.int64)
     sampling, model = message.request.sampling, facts.model
@@ -238,11 +238,12 @@ def build(
 
 
 def _penalised(sampling: Sampling) -> bool:
+    """Return True if the request asks for a penalty."""
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
-    """A negative limit means unlimited, as it does in the reference server."""
+    """Return the request's thinking budget. A negative limit means unlimited, as in the reference server."""
     limit = message.request.sampling.reasoning_max_tokens
     if not message.request.output.thinking or limit is None or limit < 0:
         return None
@@ -250,14 +251,14 @@ def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:
-    """An id outside the vocabulary would end the process in the middle of everyone's step."""
+    """Refuse ids outside the vocabulary, which would end the process in the middle of a step that all share."""
     vocabulary = range(facts.model.vocab_size)
     if len(prompt) == 0:
         raise invalid("The prompt has no tokens.", "messages")
     if len(prompt) >= facts.max_model_len:
         raise context_length(len(prompt), facts.max_model_len)
     if int(prompt.max()) not in vocabulary:
-        raise internal(f"The prompt has token {int(prompt.max())}; the vocabulary ends before it.")
+        raise internal(f"The prompt has token id {int(prompt.max())}; the vocabulary ends at {len(vocabulary) - 1}.")
     chosen = {
         "stop_token_ids": sampling.stop_token_ids,
         "logit_bias": tuple(sampling.logit_bias),

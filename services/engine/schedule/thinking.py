@@ -1,4 +1,4 @@
-"""The thinking budget: when `</think>` is put in place of what was sampled. Pure functions of the generated tokens."""
+"""Thinking budget: when `</think>` replaces the sampled token. Pure functions of the generated tokens."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class ThinkingBudget(msgspec.Struct, frozen=True):
-    """At most `limit` tokens of thinking; the next one, or an end token before that, becomes `close_id`.
+    """Limit of `limit` tokens of thinking: the next one, or an end token before that, becomes `close_id`.
 
     The rule is the reference server's limit_thinking_content_length: forcing happens only while thinking is open, and
     never again once `close_id` has been generated, forced or not.
@@ -16,10 +16,10 @@ class ThinkingBudget(msgspec.Struct, frozen=True):
     close_id: int  # </think>
 
     def exhausted(self, num_generated: int) -> bool:
-        """Whether the token after `num_generated` others must close an open thinking part."""
+        """Return True if the token after `num_generated` others must close an open thinking part."""
         return num_generated >= self.limit
 
 
 def is_thinking(starts_open: bool, generated: Iterable[int], close_id: int) -> bool:
-    """Whether thinking is still open after these tokens."""
+    """Return True if thinking is still open after these tokens."""
     return starts_open and close_id not in generated

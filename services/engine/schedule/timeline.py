@@ -1,4 +1,4 @@
-"""When what happened to a request in this engine."""
+"""Times of a request's steps through this engine."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Timeline:
-    """Unix seconds; None: it has not happened. The model's thread writes all but `taken` and `ended`."""
+    """Unix seconds; None: not yet. The model's thread writes all but `taken` and `ended`."""
 
     taken: float = field(default_factory=time.time)  # the entry was delivered
     scheduled: float | None = None  # its first step began

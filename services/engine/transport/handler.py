@@ -11,7 +11,7 @@ from functools import partial
 
 from redis.asyncio import Redis
 
-from services.engine.loop.mailbox import Abort, Add, Answer, Forget, Mailbox
+from services.engine.loop.mailbox import Abort, Add, FinishUnstarted, Forget, Mailbox
 from services.engine.loop.step_output import End
 from services.engine.metrics import EngineMetrics
 from services.engine.schedule.sequence import Embeds, EngineFacts, build
@@ -157,7 +157,7 @@ class GenerateHandler:
         spans.record(self._tracing, pending, now)
         if pending.end is not None:
             fresh = pending.end.generated - pending.timeline.resumed_tokens
-            self._metrics.ended(spans.durations(pending, now), fresh)
+            self._metrics.observe_request(spans.durations(pending, now), fresh)
 
     async def _drop(self, pending: PendingRequest) -> None:
         """End a request that nobody waits for and of which nothing was ever said."""
@@ -219,7 +219,7 @@ class GenerateHandler:
 
     async def _give(self, pending: PendingRequest, history: History) -> None:
         """Give the request to the model, or the reason why not to whoever waits for it."""
-        command: Add | Answer | None
+        command: Add | FinishUnstarted | None
         if pending.cancelled:
             command = _answer(pending, history, Finish("cancelled"))
         elif pending.poison is not None:
@@ -234,7 +234,7 @@ class GenerateHandler:
         self._mailbox.put(command)
         pending.admitted = True
 
-    async def _command(self, pending: PendingRequest, history: History) -> Add | Answer | None:
+    async def _command(self, pending: PendingRequest, history: History) -> Add | FinishUnstarted | None:
         """None: the request has been sent back to have its embeddings made again."""
         try:
             if pending.late(time.time()):
@@ -282,6 +282,6 @@ def _deadly(poison: Poison) -> Failure:
     return internal(f"The request ended {poison.attempts - 1} engines before it ended itself.").failure
 
 
-def _answer(pending: PendingRequest, history: History, finish: Finish) -> Answer:
+def _answer(pending: PendingRequest, history: History, finish: Finish) -> FinishUnstarted:
     begin = announcement(pending.message, pending.epoch, len(history.tokens))
-    return Answer(pending.message.request.shard, begin, finish)
+    return FinishUnstarted(pending.message.request.shard, begin, finish)

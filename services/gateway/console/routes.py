@@ -1,7 +1,7 @@
-"""The console: a chat page and a picture of the pipeline, for a browser.
+"""Routes of the console: a chat page and a view of the pipeline, for a browser.
 
-The page and what it is made of are public, as a login form is; what it asks for, answers and the picture, needs a key
-where the API does. The files are read once, at the start, and served by name, so that no path leads anywhere else.
+The page and its assets are public, as a login form is; the answers and the state that it requests need a key if the API
+does. The files are read once, at startup, and served by name, so that no path leads to any other file.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from services.gateway.console.sightings import Sighting, Sightings
+from services.gateway.console.observer import ObservedRequest, RequestObserver
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import PipelineView, problems, read
 
@@ -30,9 +30,9 @@ ASSETS = {
 STATE_PATH = "/console/state"
 PATHS = (*ASSETS, STATE_PATH)
 
-FRESH_S = 0.4  # a picture that is younger is given to the next who asks, so that many pages cost no more than one
+FRESH_S = 0.4  # age up to which a state is served again, so that many pages cost no more than one
 
-# Nothing from elsewhere, nothing inline, and no text that becomes markup: what a model writes cannot run.
+# No other origins, nothing inline, and no text that becomes markup: the output of a model cannot run.
 _POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -51,57 +51,57 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-cache",  # kept, but asked for again: an upgrade shows at once
+    "cache-control": "no-cache",  # cached, but revalidated: an upgrade shows at once
 }
 
 
 class State(msgspec.Struct, frozen=True):
-    """What GET /console/state answers. Times are unix seconds of Redis's clock."""
+    """Body of GET /console/state. Times are unix seconds of Redis's clock."""
 
     problems: list[str]
     pipeline: PipelineView
-    requests: list[Sighting]
+    requests: list[ObservedRequest]
 
 
 class Console:
-    """The picture, made when somebody asks for it and at no other time."""
+    """State of the pipeline, read when a page requests it and at no other time."""
 
     def __init__(
         self,
         redis: Redis,
         keys: Keys,
-        shards: int,
+        observer: RequestObserver,
         blob_redis: Redis | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis = redis
         self._blob_redis = blob_redis
         self._keys = keys
-        self._sightings = Sightings(redis, keys, shards)
+        self._observer = observer
         self._clock = clock
-        self._looking = asyncio.Lock()
-        self._made = float("-inf")
-        self._picture = b""
+        self._reading = asyncio.Lock()
+        self._read_at = float("-inf")
+        self._state = b""
 
     async def state(self) -> bytes:
-        """A `State` as JSON.
+        """Return a `State` as JSON.
 
         Raises:
-            RedisError: nothing can be seen.
+            RedisError: Redis cannot be read.
         """
-        async with self._looking:
-            if self._clock() - self._made >= FRESH_S:
-                self._picture = await self._look()
-                self._made = self._clock()
-            return self._picture
+        async with self._reading:
+            if self._clock() - self._read_at >= FRESH_S:
+                self._state = await self._read()
+                self._read_at = self._clock()
+            return self._state
 
-    async def _look(self) -> bytes:
+    async def _read(self) -> bytes:
         view = await read(self._redis, self._keys, self._blob_redis, server=False)
-        return msgspec.json.encode(State(problems(view), view, await self._sightings.look(view.at)))
+        return msgspec.json.encode(State(problems(view), view, await self._observer.observe(view.at)))
 
 
 def routes(console: Console) -> list[BaseRoute]:
-    """The pages and their state.
+    """Build the routes of the pages and of their state.
 
     Raises:
         OSError: a file of the console is missing in this installation.

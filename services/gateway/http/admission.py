@@ -1,4 +1,4 @@
-"""Who may come in: a limit on requests at a time, and nobody once the server drains."""
+"""Admission of chat requests: a limit on how many are handled at a time, and none once the gateway drains."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,41 +11,42 @@ from shared.errors import RequestError
 
 
 class Admission:
-    """Counts the chat requests being read, prepared or answered."""
+    """Counter of the chat requests that are being read, prepared or answered."""
 
     def __init__(self, limit: int, rejections: Counter) -> None:
         self._limit = limit
         self._rejections = rejections
-        self._inside = 0
-        self._none = asyncio.Event()
-        self._none.set()
+        self._admitted = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.draining = False
 
-    @property
-    def inside(self) -> int:
-        return self._inside
+    def __len__(self) -> int:
+        """Count the requests that hold a slot."""
+        return self._admitted
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """
+        """Hold a slot while a request is handled.
+
         Raises:
             RequestError: 503 while draining, 429 when full.
         """
         if self.draining:
             self._rejections.labels("draining").inc()
             raise RequestError(SHUTTING_DOWN)
-        if self._inside >= self._limit:
+        if self._admitted >= self._limit:
             self._rejections.labels("max_concurrency").inc()
             raise too_many(f"Too many requests, current max concurrency is {self._limit}.")
-        self._inside += 1
-        self._none.clear()
+        self._admitted += 1
+        self._idle.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
-                self._none.set()
+            self._admitted -= 1
+            if not self._admitted:
+                self._idle.set()
 
-    async def empty(self) -> None:
-        """Return when nobody is inside."""
-        await self._none.wait()
+    async def wait_until_idle(self) -> None:
+        """Return once no request holds a slot."""
+        await self._idle.wait()

@@ -1,4 +1,4 @@
-"""Answers one open request: a stream of events, or one JSON body; and notices when the client has gone."""
+"""Writer of the answer to one open request: a stream of events, or one JSON body. Stops when the client leaves."""
 
 import asyncio
 import contextlib
@@ -6,24 +6,24 @@ import time
 from collections.abc import Mapping
 
 import msgspec
-from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from services.gateway.errors import RETRY_AFTER_S, error_response
+from services.gateway.http.context import RequestContext
 from services.gateway.http.openai import (
     DONE,
     KEEP_ALIVE,
-    Chunks,
-    Collected,
-    Head,
-    Marks,
-    completion,
+    AnswerHead,
+    ChunkWriter,
+    CollectedChoice,
+    EventIds,
+    completion_body,
     error_event,
-    merge,
+    merge_text,
+    status_body,
     total_usage,
-    unfinished,
 )
-from services.gateway.inflight.pipeline import Known
+from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
 from shared import log
 from shared.errors import Failure, RequestError, internal
@@ -39,43 +39,43 @@ _RETRY_AFTER = (b"retry-after", str(RETRY_AFTER_S).encode())
 logger = log.logger(__name__)
 
 
-class Answerer(msgspec.Struct, frozen=True):
-    """How answers are labelled, and how long a stream's status may wait for its media to be checked."""
+class AnswerWriter(msgspec.Struct, frozen=True):
+    """Writer of answers."""
 
     system_fingerprint: str
-    hold_headers_s: float
+    hold_headers_s: float  # how long a stream's status may wait for its media to be accepted
 
-    async def respond(self, open_request: OpenRequest, request: Request, receive: Receive, send: Send) -> None:
-        """Answer, and log how it ended."""
+    async def respond(self, open_request: OpenRequest, context: RequestContext, receive: Receive, send: Send) -> None:
+        """Write the answer or its failure, and log the outcome."""
         outcome = "answered"
         try:
-            if not await self.answer(open_request, receive, send):
+            if not await self.write(open_request, receive, send):
                 outcome = "client left"
         except RequestError as error:
             outcome = f"failed {error.failure.status}"
-            # Unlike a refusal, this has run; unless it says "later", running it again would end the same way.
+            # Unlike a request that was refused, this one has run; it would fail again, unless the status says "later".
             headers = {"x-should-retry": "false"} if error.failure.status != 503 else {}
-            await refuse(error.failure, send, headers)
+            await write_failure(error.failure, send, headers)
         finally:
             duration = round(time.time() - open_request.created, 3)
             fields = {
                 "request_id": open_request.id,
-                "http_request_id": request.scope["request_id"],
+                "http_request_id": context.request_id,
                 "seconds": duration,
             }
-            if (span := request.scope["span"]) is not None:
-                fields["trace_id"] = span.trace_id
+            if context.span is not None:
+                fields["trace_id"] = context.span.trace_id
             logger.info(outcome, extra=fields)
 
-    async def answer(self, open_request: OpenRequest, receive: Receive, send: Send) -> bool:
-        """Write the answer; False if the client left or would not read, and it was not written to the end.
+    async def write(self, open_request: OpenRequest, receive: Receive, send: Send) -> bool:
+        """Write the answer; return False if the client left or read too slowly, and it was not written to the end.
 
         Raises:
             RequestError: the request failed before anything was written.
         """
-        write = self._stream if open_request.stream else self._collect
+        write = self._write_stream if open_request.stream else self._write_whole
         writing = asyncio.create_task(write(open_request, send))
-        leaving = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(open_request.cut_off.wait())]
+        leaving = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(open_request.overflowed.wait())]
         try:
             await asyncio.wait([writing, *leaving], return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
@@ -87,54 +87,61 @@ class Answerer(msgspec.Struct, frozen=True):
                 task.cancel()
             await asyncio.gather(writing, *leaving, return_exceptions=True)
 
-    async def say_unfinished(self, known: Known, send: Send) -> None:
-        """202: there is no whole answer yet."""
-        await _write_json(send, unfinished(self._head(known)), 202, [_RETRY_AFTER])
+    async def write_unfinished(self, stored: StoredRequest, send: Send) -> None:
+        """Write 202: the answer is not complete yet."""
+        await _write_json(send, status_body(self._head(stored)), 202, [_RETRY_AFTER])
 
-    def _head(self, request: OpenRequest | Known) -> Head:
-        return Head(f"chatcmpl-{request.id}", int(request.created), request.form.model, self.system_fingerprint)
+    def _head(self, request: OpenRequest | StoredRequest) -> AnswerHead:
+        model = request.answer_format.model
+        return AnswerHead(f"chatcmpl-{request.id}", int(request.created), model, self.system_fingerprint)
 
-    async def _stream(self, open_request: OpenRequest, send: Send) -> None:
-        """Bad media are a real 4xx as long as they are found in time; then the stream starts and errors are in it."""
+    async def _write_stream(self, open_request: OpenRequest, send: Send) -> None:
+        """Write the answer as events. Media refused within `hold_headers_s` are a real 4xx, later an error event."""
+        # Not asyncio.wait_for: on Python 3.11 it swallows the cancellation of a client that left if the event is set.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(open_request.accepted.wait(), self.hold_headers_s)
+            async with asyncio.timeout(self.hold_headers_s):
+                await open_request.accepted.wait()
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        form = open_request.form
-        chunks = Chunks(self._head(open_request), form.n, form.include_usage, form.token_ids)
-        marks = Marks(open_request.since)
+        answer = open_request.answer_format
+        chunks = ChunkWriter(self._head(open_request), answer.n, answer.include_usage, answer.token_ids)
+        ids = EventIds(open_request.positions)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        open_request.announced = open_request.resumed
-        if not open_request.resumed and (openings := chunks.openings(marks.line())):
-            await _write(send, openings)
-            open_request.announced = True
+        if open_request.resumed:
+            open_request.mark_client_has_id()
+        elif first := chunks.first_chunks(ids.line()):
+            await _write(send, first)
+            open_request.mark_client_has_id()
+        await self._write_deltas(open_request, chunks, ids, send)
+        await _write(send, _last_events(open_request, chunks), more=False)
+
+    async def _write_deltas(self, open_request: OpenRequest, chunks: ChunkWriter, ids: EventIds, send: Send) -> None:
         while not open_request.done:
-            news = merge(await open_request.take())
-            if news:
-                events = (chunks.delta(index, delta, marks, open_request.shown(index)) for index, delta in news)
+            deltas = merge_text(await open_request.next_deltas())
+            if deltas:
+                events = (chunks.delta(index, one, ids, open_request.events_to_skip(index)) for index, one in deltas)
                 await _write(send, b"".join(events))
-                open_request.announced = True
+                open_request.mark_client_has_id()
             elif not open_request.done:
                 await _write(send, KEEP_ALIVE)
-        await _write(send, _ending(open_request, chunks), more=False)
 
-    async def _collect(self, open_request: OpenRequest, send: Send) -> None:
-        form = open_request.form
-        collected = [Collected() for _ in range(form.n)]
+    async def _write_whole(self, open_request: OpenRequest, send: Send) -> None:
+        answer = open_request.answer_format
+        collected = [CollectedChoice() for _ in range(answer.n)]
         while not open_request.done:
-            for index, delta in await open_request.take():
+            for index, delta in await open_request.next_deltas():
                 collected[index].add(delta)
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        choices = [choice.choice(index, form.logprobs, form.token_ids) for index, choice in enumerate(collected)]
-        body = completion(self._head(open_request), choices, total_usage(_usages(open_request)))
+        choices = [each.as_json(index, answer.logprobs, answer.token_ids) for index, each in enumerate(collected)]
+        body = completion_body(self._head(open_request), choices, total_usage(_usages(open_request)))
         await _write_json(send, body, 200, [])
 
 
-def _ending(open_request: OpenRequest, chunks: Chunks) -> bytes:
+def _last_events(open_request: OpenRequest, chunks: ChunkWriter) -> bytes:
     if open_request.failure is not None:
         return error_event(open_request.failure) + DONE
-    if not open_request.form.include_usage:
+    if not open_request.answer_format.include_usage:
         return DONE
     try:
         return chunks.usage(total_usage(_usages(open_request))) + DONE
@@ -164,8 +171,8 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def refuse(failure: Failure, send: Send, headers: Mapping[str, str]) -> None:
-    """Write a failure as the whole answer."""
+async def write_failure(failure: Failure, send: Send, headers: Mapping[str, str]) -> None:
+    """Write a failure as the whole response."""
     response = error_response(failure, headers)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await _write(send, bytes(response.body), more=False)

@@ -1,4 +1,4 @@
-"""The routes, and how every error leaves them."""
+"""FastAPI application: the routes, and the responses to their errors."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -14,13 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.errors import QUEUE_DOWN, UNEXPECTED, error_response, http_failure
 from services.gateway.http.completions import ChatCompletions
-from services.gateway.http.resume import Returns
+from services.gateway.http.resume import Resumption
 from services.gateway.request.model_names import ModelNames
 from services.gateway.request.schemas import ChatRequest
 from shared.errors import RequestError
 
-OWNER = "Baidu"
-# FastAPI's own would wrap every chunk of a stream, and its logs hold what failed validation. Ours is in edge.py.
+OWNED_BY = "Baidu"
+# FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
@@ -31,12 +31,12 @@ class ModelCard(msgspec.Struct, frozen=True):
     created: int
     max_model_len: int
     object: str = "model"
-    owned_by: str = OWNER
+    owned_by: str = OWNED_BY
     root: str = ""
 
 
 class Models(msgspec.Struct, frozen=True):
-    """The one model under all its names."""
+    """The served model under all its names."""
 
     names: ModelNames
     created: int
@@ -46,16 +46,17 @@ class Models(msgspec.Struct, frozen=True):
         """Describe the model under a name.
 
         Raises:
-            RequestError: 404, nobody may call it that.
+            RequestError: 404, it is not a name of the model.
         """
         return ModelCard(id=self.names.resolve(name), created=self.created, max_model_len=self.max_model_len)
 
     def cards(self) -> list[ModelCard]:
+        """Describe the model under each of its names."""
         return [self.card(name) for name in self.names.listed]
 
 
-class Written(Response):
-    """A response that writes itself: FastAPI hands it the connection, and nothing stands between it and the client."""
+class DirectResponse(Response):
+    """Response whose handler writes to the connection itself, with nothing between it and the client."""
 
     def __init__(self, write: Callable[[Receive, Send], Awaitable[None]]) -> None:
         super().__init__()
@@ -65,10 +66,10 @@ class Written(Response):
         await self._write(receive, send)
 
 
-def routes(
-    completions: ChatCompletions, returns: Returns, served: Models, ready: Callable[[], Awaitable[dict[str, Any]]]
+def build_app(
+    completions: ChatCompletions, resumption: Resumption, served: Models, ready: Callable[[], Awaitable[dict[str, Any]]]
 ) -> FastAPI:
-    """The application; `ready` is asked what the health routes report."""
+    """Build the application; `ready` returns the report of the health routes."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     _add_errors(app)
     _add_health(app, ready)
@@ -76,15 +77,15 @@ def routes(
 
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
     async def chat_completions(request: Request) -> Response:
-        return Written(partial(completions.handle, request))
+        return DirectResponse(partial(completions.handle, request))
 
     @app.get("/v1/chat/completions/{name}/events")
     async def events(name: str, request: Request) -> Response:
-        return Written(partial(returns.events, name, request))
+        return DirectResponse(partial(resumption.stream, name, request))
 
     @app.get("/v1/chat/completions/{name}")
     async def answer(name: str, request: Request) -> Response:
-        return Written(partial(returns.answer, name, request))
+        return DirectResponse(partial(resumption.fetch, name, request))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -99,7 +100,7 @@ def routes(
 
 
 def paths(app: FastAPI) -> list[str]:
-    """The paths of the routes."""
+    """Return the paths of the routes."""
     return list(app.openapi()["paths"])
 
 
@@ -136,7 +137,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """FastAPI's description of the routes, with the schema of a chat request, which is not pydantic's."""
+    """Add the schema of a chat request, which is a msgspec type, to FastAPI's description of the routes."""
     described = app.openapi()
     _, components = msgspec.json.schema_components([ChatRequest], ref_template="#/components/schemas/{name}")
     described.setdefault("components", {}).setdefault("schemas", {}).update(components)

@@ -1,4 +1,4 @@
-"""Reads a request's body, no larger and no longer than allowed."""
+"""Reading of a request's body, within limits on its size and time."""
 
 import asyncio
 
@@ -8,7 +8,8 @@ from shared.errors import Failure, RequestError
 
 
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """
+    """Read the whole body.
+
     Raises:
         RequestError: 413, larger than `limit` bytes; 408, slower than `timeout_s`.
         ClientDisconnect: the client left in the middle.

@@ -10,58 +10,74 @@ from starlette.types import Receive, Send
 
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
-from services.gateway.http.answer import Answerer
+from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import read_body
-from services.gateway.inflight import headers as terms
-from services.gateway.inflight.headers import Key
-from services.gateway.inflight.pipeline import Ticket
+from services.gateway.http.context import RequestContext, context_of
+from services.gateway.inflight.headers import (
+    IdempotencyKey,
+    read_idempotency_key,
+    read_timeout,
+    read_traceparent,
+)
+from services.gateway.inflight.pipeline import RequestMetadata
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.request.parsed import ParsedRequest, RequestParser
-from shared.tracing import Span
 
-INLINE_BYTES = 16 << 10  # a larger body is prepared in a thread, so that other streams do not wait for it
+INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
 
 
 class ChatCompletions(msgspec.Struct, frozen=True):
-    """What the route needs."""
+    """Handler of the route."""
 
     admission: Admission
-    taker: RequestParser
+    parser: RequestParser
     open_requests: OpenRequests
-    answerer: Answerer
+    writer: AnswerWriter
     max_body_bytes: int
     body_timeout_s: float
     request_timeout_s: float
 
     async def handle(self, request: Request, receive: Receive, send: Send) -> None:
-        """
+        """Answer one request.
+
         Raises:
             RequestError: the request is refused; nothing was written.
         """
         created = time.time()
-        seconds = terms.timeout(request.headers, self.request_timeout_s)
-        owner = request.scope["owner"]
-        span: Span | None = request.scope["span"]
-        trace = terms.trace(request.headers) if span is None else span.traceparent
+        deadline = created + read_timeout(request.headers, self.request_timeout_s)
+        context = context_of(request)
         with self.admission.slot():
             try:
                 body = await read_body(request, self.max_body_bytes, self.body_timeout_s)
             except ClientDisconnect:
                 return
-            order, key = await self._take(body, request.headers, owner)
+            parsed, key = await self._parse(body, request.headers, context.owner)
             del body
-            if span is not None:
-                spans.asked(span, order)
-            ticket = Ticket(created, created + seconds, owner, key, trace)
-            async with self.open_requests.open(order, ticket) as open_request:
-                try:
-                    await self.answerer.respond(open_request, request, receive, send)
-                finally:
-                    if span is not None:
-                        spans.answered(span, open_request, time.time())
+            metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
+            await self._answer(parsed, metadata, context, receive, send)
 
-    async def _take(self, body: bytes, headers: Mapping[str, str], owner: str) -> tuple[ParsedRequest, Key | None]:
-        def take() -> tuple[ParsedRequest, Key | None]:
-            return self.taker.take(body), terms.key(headers, owner, body)
+    async def _answer(
+        self, parsed: ParsedRequest, metadata: RequestMetadata, context: RequestContext, receive: Receive, send: Send
+    ) -> None:
+        span = context.span
+        if span is not None:
+            spans.set_request(span, parsed)
+        async with self.open_requests.open(parsed, metadata) as open_request:
+            try:
+                await self.writer.respond(open_request, context, receive, send)
+            finally:
+                if span is not None:
+                    spans.set_answer(span, open_request, time.time())
 
-        return take() if len(body) <= INLINE_BYTES else await asyncio.to_thread(take)
+    async def _parse(
+        self, body: bytes, headers: Mapping[str, str], owner: str
+    ) -> tuple[ParsedRequest, IdempotencyKey | None]:
+        def parse() -> tuple[ParsedRequest, IdempotencyKey | None]:
+            return self.parser.parse(body), read_idempotency_key(headers, owner, body)
+
+        return parse() if len(body) <= INLINE_BYTES else await asyncio.to_thread(parse)
+
+
+def _trace(request: Request, context: RequestContext) -> str | None:
+    """Return the traceparent for the other stages: our span's, else the client's own."""
+    return read_traceparent(request.headers) if context.span is None else context.span.traceparent

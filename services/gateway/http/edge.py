@@ -1,4 +1,4 @@
-"""The outermost layer of every HTTP request: its id, its key, its place in the metrics. Plain ASGI, no buffering."""
+"""Outermost ASGI layer: request ids, API keys, metrics and spans. No buffering."""
 
 import hashlib
 import hmac
@@ -13,10 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.console.routes import ASSETS
 from services.gateway.errors import UNAUTHORIZED, error_response
 from services.gateway.http import spans
+from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.metrics import GatewayMetrics
 from shared.tracing import OFF, Span, Tracing
 
-# Everything else needs a key, routes that do not exist included.
+# All other paths need a key, including those that do not exist.
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", *ASSETS})
 MODEL_PATH = "/v1/models/"
 CHAT_PATH = "/v1/chat/completions/"
@@ -36,7 +37,7 @@ class Edge:
         metrics: GatewayMetrics,
         tracing: Tracing = OFF,
     ) -> None:
-        """`keys` are the API keys, none for an open server; `paths` the routes that metrics name."""
+        """Wrap `app`. `keys` are the API keys, none for an open server; `paths` are the routes that metrics name."""
         self._app = app
         self._keys = [_digest(key) for key in keys]
         self._paths = frozenset(paths)
@@ -47,8 +48,7 @@ class Edge:
         started = time.perf_counter()
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        scope["request_id"] = request_id
-        scope["span"] = span = self._span(scope, headers)
+        span = self._start_span(scope, headers)
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:
@@ -59,37 +59,37 @@ class Edge:
             await send(message)
 
         try:
-            owner = self._owner(scope["path"], headers)
+            owner = self._authenticate(scope["path"], headers)
             if owner is not None:
-                scope["owner"] = owner
+                attach_context(scope, RequestContext(request_id, owner, span))
                 await self._app(scope, receive, send_named)
             else:
                 await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"})(scope, receive, send_named)
         finally:
-            method, path = _method(scope["method"]), self._label(scope["path"])
+            method, path = _method(scope["method"]), self._metric_path(scope["path"])
             self._metrics.requests.labels(method, path, status).inc()
             self._metrics.duration.labels(method, path).observe(time.perf_counter() - started)
             if span is not None:
                 spans.end(span, None if status == _CLIENT_LEFT else status)
 
-    def _span(self, scope: Scope, headers: Headers) -> Span | None:
-        """Of a chat request; all else is too short to ask where its time went."""
+    def _start_span(self, scope: Scope, headers: Headers) -> Span | None:
+        """Start the span of a chat request; other requests are too short to be traced."""
         if scope["path"] != spans.PATH or scope["method"] != "POST":
             return None
-        return self._tracing.serve(spans.NAME, headers.get("traceparent"), spans.ARRIVED)
+        return self._tracing.serve(spans.NAME, headers.get("traceparent"), spans.INITIAL)
 
-    def _owner(self, path: str, headers: Headers) -> str | None:
-        """Whose the request is: a digest of the key, empty where none is needed; None if it may not come in."""
+    def _authenticate(self, path: str, headers: Headers) -> str | None:
+        """Return a digest of the request's API key, empty if the path needs none; None if the key is not valid."""
         if not self._keys or path in OPEN_PATHS:
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         digest = _digest(given.strip())
-        # All keys are compared, and digests rather than keys, so that time tells neither which one nor how much.
+        # All keys are compared, and by their digests, so that timing reveals neither which one matched nor how far.
         matches = [hmac.compare_digest(digest, key) for key in self._keys]
         return digest.hex() if scheme.lower() == "bearer" and any(matches) else None
 
-    def _label(self, path: str) -> str:
-        """A bounded set of names, whatever clients ask for."""
+    def _metric_path(self, path: str) -> str:
+        """Return the path's name in the metrics: one of a bounded set, whatever clients request."""
         if path in self._paths:
             return path
         if path.startswith(CHAT_PATH):
@@ -102,7 +102,7 @@ def _digest(key: str) -> bytes:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's, if it may stand in a header and a log line."""
+    """Return the client's id if it is safe in a header and a log line, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 

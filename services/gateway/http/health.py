@@ -1,4 +1,4 @@
-"""Whether the pipeline can take work: every stage has a replica that says it is ready."""
+"""Readiness of the pipeline: every stage has a replica that is ready."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ STAGES = ("mm_encoder", "engine", "postproc")
 
 
 async def readiness(redis: Redis, keys: Keys, admission: Admission) -> dict[str, Any]:
-    """`status` is "ready" or "unavailable"; `missing` says what is not there, `stages` how many replicas are ready."""
+    """Report `status` ("ready" or "unavailable"), `missing` parts, and `stages` with the number of ready replicas."""
     missing = ["gateway"] if admission.draining else []
     stages: dict[str, int] = {}
     try:
         for stage in STAGES:
-            stages[stage] = await _ready(redis, keys, stage)
+            stages[stage] = await _count_ready(redis, keys, stage)
             if not stages[stage]:
                 missing.append(stage)
     except RedisError:
@@ -27,8 +27,8 @@ async def readiness(redis: Redis, keys: Keys, admission: Admission) -> dict[str,
     return {"status": "unavailable" if missing else "ready", "missing": missing, "stages": stages}
 
 
-async def _ready(redis: Redis, keys: Keys, stage: str) -> int:
-    """Replicas that say they are ready; ones that speak another version's language do not work for us."""
+async def _count_ready(redis: Redis, keys: Keys, stage: str) -> int:
+    """Count the ready replicas; those of an incompatible version do not work for this gateway and are not counted."""
     try:
         return sum(replica.state == "ready" for replica in await live(redis, keys, stage))
     except ProtocolError:

@@ -1,6 +1,6 @@
-"""Deltas as the bytes OpenAI clients read: chunks of a stream, or one answer.
+"""OpenAI's format of answers: deltas as the chunks of a stream, or as one JSON body.
 
-A chunk is a prefix made once per request, the escaped text, and a fixed end; nothing else is formatted per token.
+A chunk is a prefix made once per request, the escaped text, and a fixed suffix; nothing else is formatted per token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.inflight.request import Place
+from services.gateway.inflight.request import StreamPosition
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, unpack_ids
 
 DONE = b"data: [DONE]\n\n"
-# A comment without a blank line, which the openai client, once it has seen an id, takes for the end of an empty event.
+# A comment without a blank line: the openai client, once it has seen an id, takes one for the end of an empty event.
 KEEP_ALIVE = b": keep-alive\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 _json = msgspec.json.Encoder()
-# Line ends for some clients' readers, which would cut the event in two.
+# Some clients take these characters for line ends and would cut the event in two.
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 
 def quote(text: str) -> bytes:
-    """`text` as a JSON string on one line, whatever the reader takes for a line end."""
+    """Return `text` as a JSON string without any character that a reader may take for a line end."""
     quoted = _json.encode(text)
     if not text.isascii():
         for raw, escaped in _LINE_ENDS:
@@ -33,14 +33,14 @@ def quote(text: str) -> bytes:
 
 
 def error_event(failure: Failure) -> bytes:
-    """A failure inside a stream. `code` is a number here: LiteLLM reads the status from it."""
+    """Return the event of a failure. Its `code` is a number: LiteLLM reads the status from it."""
     body = failure.openai_body()
     body["error"]["code"] = failure.status
     return b"data: " + _one_line(body) + b"\n\n"
 
 
-def merge(deltas: Iterable[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
-    """Neighbouring pieces of plain text of the same choice as one, so that who is behind has less to write."""
+def merge_text(deltas: Iterable[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+    """Merge neighbouring deltas of plain text of the same choice, so that a stream that lags has less to write."""
     merged: list[tuple[int, Delta]] = []
     run: list[Delta] = []
     for index, delta in deltas:
@@ -60,7 +60,7 @@ def _joins(first: Delta, second: Delta) -> bool:
 
 
 def _is_text(delta: Delta) -> bool:
-    """Only reasoning or only content, and nothing that belongs to a single token."""
+    """Return True for only reasoning or only content, and nothing that belongs to a single token."""
     return bool(delta.reasoning) != bool(delta.content) and not (
         delta.tool_calls or delta.logprobs or delta.token_ids or delta.prompt or delta.finish_reason or delta.failure
     )
@@ -74,8 +74,8 @@ def _join(run: list[Delta]) -> Delta:
     )
 
 
-class Head(msgspec.Struct, frozen=True):
-    """What every piece of one answer repeats."""
+class AnswerHead(msgspec.Struct, frozen=True):
+    """Fields that every chunk of an answer repeats."""
 
     id: str  # chatcmpl-...
     created: int
@@ -83,23 +83,23 @@ class Head(msgspec.Struct, frozen=True):
     system_fingerprint: str
 
 
-class Marks:
-    """The ids of a stream's events: how much of each choice a reader has that has read so far.
+class EventIds:
+    """Ids of a stream's events: the position, in each choice, of a reader that has read up to the event.
 
-    A number where that is a whole number of deltas. One delta may take several events; after some of them it is the
-    number before the delta, the delta's, and how many of its events.
+    A position is `seq`, the number of the last delta. One delta may take several events; between them the position is
+    `start-seq-events`: the delta's start, its number, and how many of its events were read.
     """
 
-    def __init__(self, places: Iterable[Place]) -> None:
-        """`places`: where the stream starts."""
-        self._ids = [b"%d" % place.seq for place in places]
+    def __init__(self, positions: Iterable[StreamPosition]) -> None:
+        """Begin where the stream begins for its reader."""
+        self._ids = [b"%d" % position.seq for position in positions]
 
     def line(self) -> bytes:
-        """The field of an event."""
+        """Return the `id` field of an event at the current position."""
         return b"id: %b\n" % b".".join(self._ids)
 
-    def through(self, index: int, delta: Delta, events: int) -> Iterator[bytes]:
-        """The field of each event of a delta of choice `index`."""
+    def advance(self, index: int, delta: Delta, events: int) -> Iterator[bytes]:
+        """Yield the `id` field of each event of a delta of choice `index`."""
         for event in range(1, events):
             self._ids[index] = b"%d-%d-%d" % (delta.start, delta.seq, event)
             yield self.line()
@@ -107,50 +107,52 @@ class Marks:
         yield self.line()
 
 
-class Chunks:
-    """Writes the chunks of one stream.
+class ChunkWriter:
+    """Formatter of the chunks of one stream.
 
-    The chunk that names the role is written before anything has come. If the client asked for token ids it has the
-    prompt's, which come with the first delta, and is then the first event of that delta.
+    A choice's first chunk has the role and is written before any delta has arrived. If the client asked for token ids,
+    it has the prompt's too, which arrive with the first delta, and is the first event of that delta.
     """
 
-    def __init__(self, head: Head, n: int, include_usage: bool, token_ids: bool = False) -> None:
+    def __init__(self, head: AnswerHead, n: int, include_usage: bool, token_ids: bool = False) -> None:
+        """Prepare the fixed parts of the chunks of `n` choices."""
         fields = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
         fields["system_fingerprint"] = head.system_fingerprint
-        self._head = b"data: " + _one_line(fields)[:-1]
-        self._starts = [self._head + b',"choices":[{"index":%d,"delta":{' % i for i in range(n)]
-        self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._plain = b'},"logprobs":null,"finish_reason":null}]' + self._end
+        self._prefix = b"data: " + _one_line(fields)[:-1]
+        self._choice_prefixes = [self._prefix + b',"choices":[{"index":%d,"delta":{' % i for i in range(n)]
+        self._suffix = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        self._plain = b'},"logprobs":null,"finish_reason":null}]' + self._suffix
         self._token_ids = token_ids
 
-    def openings(self, mark: bytes) -> bytes:
-        """The first chunks, one a choice; nothing where they wait for the prompt's ids."""
+    def first_chunks(self, id_line: bytes) -> bytes:
+        """Return the first chunk of each choice, the last one with an id; nothing if they wait for the prompt's ids."""
         if self._token_ids:
             return b""
-        *others, last = map(self._opening, self._starts)
-        return b"".join([*others, mark, last])
+        *others, last = map(self._first_chunk, self._choice_prefixes)
+        return b"".join([*others, id_line, last])
 
-    def delta(self, index: int, delta: Delta, marks: Marks, shown: int = 0) -> bytes:
-        """A delta's chunks but for the first `shown`: reasoning, content, tool calls one fragment each, finish."""
-        start = self._starts[index]
+    def delta(self, index: int, delta: Delta, ids: EventIds, skip: int = 0) -> bytes:
+        """Return a delta's chunks except the first `skip`: reasoning, content, a fragment of each tool call, finish."""
+        start = self._choice_prefixes[index]
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
         chunks = [start + piece + self._plain for piece in pieces]
         if delta.logprobs or delta.token_ids:
-            # They belong to all of the delta, and ride on its first chunk.
+            # They belong to the whole delta, and are sent with its first chunk.
             chunks[:1] = [self._detailed(start, pieces[0] if pieces else b"", delta)]
         if self._token_ids and delta.start == 0:
-            chunks.insert(0, self._opening(start, b',"prompt_token_ids":' + _json.encode(prompt_ids(delta))))
+            chunks.insert(0, self._first_chunk(start, b',"prompt_token_ids":' + _json.encode(prompt_ids(delta))))
         if delta.finish_reason:
             chunks.append(
-                start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + self._end
+                start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + self._suffix
             )
-        return b"".join(chain(*list(zip(marks.through(index, delta, len(chunks)), chunks, strict=False))[shown:]))
+        lines = ids.advance(index, delta, len(chunks))
+        return b"".join(chain(*list(zip(lines, chunks, strict=False))[skip:]))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
-        """The chunk without choices that ends the stream of a client who asked for it."""
-        return self._head + b',"choices":[],"usage":' + _json.encode(usage) + b"}\n\n"
+        """Return the chunk without choices that ends the stream if the client asked for usage."""
+        return self._prefix + b',"choices":[],"usage":' + _json.encode(usage) + b"}\n\n"
 
-    def _opening(self, start: bytes, ids: bytes = b"") -> bytes:
+    def _first_chunk(self, start: bytes, ids: bytes = b"") -> bytes:
         return start + b'"role":"assistant","content":""' + ids + self._plain
 
     def _detailed(self, start: bytes, piece: bytes, delta: Delta) -> bytes:
@@ -158,7 +160,7 @@ class Chunks:
             piece += b"," if piece else b""
             piece += b'"completion_token_ids":' + _json.encode(delta.token_ids)
         shown = _one_line(logprobs(delta.logprobs)) if delta.logprobs else b"null"
-        return start + piece + b'},"logprobs":' + shown + b',"finish_reason":null}]' + self._end
+        return start + piece + b'},"logprobs":' + shown + b',"finish_reason":null}]' + self._suffix
 
 
 def prompt_ids(delta: Delta) -> list[int] | None:
@@ -177,7 +179,7 @@ def _texts(delta: Delta) -> list[bytes]:
 
 
 def _split_calls(calls: Sequence[ToolDelta]) -> list[ToolDelta]:
-    """Clients want the name first and with no arguments."""
+    """Split calls in two: clients expect the name first, without arguments."""
     split: list[ToolDelta] = []
     for call in calls:
         if call.name is not None:
@@ -202,7 +204,7 @@ def _fragment(call: ToolDelta) -> bytes:
 
 
 def logprobs(shown: Iterable[ShownLogprob]) -> dict[str, Any]:
-    """OpenAI's `logprobs` of a choice."""
+    """Return OpenAI's `logprobs` of a choice."""
     return {
         "content": [
             {**_logprob(one.token, one.data, one.logprob), "top_logprobs": [_logprob(*other) for other in one.top]}
@@ -217,7 +219,7 @@ def _logprob(token: str, data: bytes, value: float) -> dict[str, Any]:
 
 
 def total_usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The usage of all choices together: the prompt was read once, each answer written."""
+    """Add up the usage of all choices; the prompt counts once."""
     first = usages[0]
     completion = sum(usage.completion_tokens for usage in usages)
     return {
@@ -236,8 +238,8 @@ def total_usage(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-class Collected:
-    """One choice of an answer that is not streamed, put together from its deltas."""
+class CollectedChoice:
+    """One choice of an answer that is not streamed, assembled from its deltas."""
 
     def __init__(self) -> None:
         self._reasoning: list[str] = []
@@ -249,6 +251,7 @@ class Collected:
         self._finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
+        """Append the next delta."""
         self._reasoning.append(delta.reasoning)
         self._content.append(delta.content)
         self._logprobs += delta.logprobs
@@ -259,8 +262,8 @@ class Collected:
             call = self._calls.setdefault(piece.index, {"id": piece.id, "name": piece.name, "arguments": []})
             call["arguments"].append(piece.arguments)
 
-    def choice(self, index: int, with_logprobs: bool, with_ids: bool) -> dict[str, Any]:
-        """An element of `choices`."""
+    def as_json(self, index: int, with_logprobs: bool, with_ids: bool) -> dict[str, Any]:
+        """Return the element of `choices`."""
         content, reasoning = "".join(self._content), "".join(self._reasoning)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if self._calls else "")}
         if reasoning:
@@ -282,14 +285,14 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def completion(head: Head, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
-    """The body of an answer that is not streamed."""
+def completion_body(head: AnswerHead, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
+    """Return the body of an answer that is not streamed."""
     fields = {"id": head.id, "object": "chat.completion", "created": head.created, "model": head.model}
     return _json.encode({**fields, "system_fingerprint": head.system_fingerprint, "choices": choices, "usage": usage})
 
 
-def unfinished(head: Head) -> bytes:
-    """The body that says that an answer is being written."""
+def status_body(head: AnswerHead) -> bytes:
+    """Return the body that says that an answer is not complete yet."""
     fields = {"id": head.id, "object": "chat.completion.status", "created": head.created, "model": head.model}
     return _json.encode({**fields, "status": "in_progress"})
 

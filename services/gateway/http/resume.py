@@ -1,4 +1,4 @@
-"""Clients that come back for an answer: its events from where they were, or all of it at once."""
+"""Routes for clients that return for an answer: its events from a position on, or all of it at once."""
 
 import re
 
@@ -8,50 +8,51 @@ from starlette.types import Receive, Send
 
 from services.gateway.errors import unknown_request
 from services.gateway.http.admission import Admission
-from services.gateway.http.answer import Answerer
-from services.gateway.inflight import headers as terms
-from services.gateway.inflight.pipeline import Known, Pipeline
+from services.gateway.http.answer import AnswerWriter
+from services.gateway.http.context import context_of
+from services.gateway.inflight.headers import read_last_event_id
+from services.gateway.inflight.pipeline import Pipeline, StoredRequest
 from services.gateway.inflight.registry import OpenRequests
 
 _NAME = re.compile(r"chatcmpl-([0-9a-f]{16})")
 
 
-class Returns(msgspec.Struct, frozen=True):
-    """What the routes need."""
+class Resumption(msgspec.Struct, frozen=True):
+    """Handlers of the routes."""
 
     admission: Admission
     pipeline: Pipeline
     open_requests: OpenRequests
-    answerer: Answerer
+    writer: AnswerWriter
 
-    async def events(self, name: str, request: Request, receive: Receive, send: Send) -> None:
-        """The stream of an answer, after the event that the client saw last.
+    async def stream(self, name: str, request: Request, receive: Receive, send: Send) -> None:
+        """Stream an answer, after the event that Last-Event-ID names.
 
         Raises:
             RequestError: 404, there is no such request; 400, it has no such event.
         """
         with self.admission.slot():
-            known = await self._find(name, request)
-            shown = terms.last_event(request.headers, known.form.n)
-            async with self.open_requests.rejoin(known, known.form, True, shown) as open_request:
-                await self.answerer.respond(open_request, request, receive, send)
+            stored = await self._find(name, request)
+            positions = read_last_event_id(request.headers, stored.answer_format.n)
+            async with self.open_requests.rejoin(stored, stored.answer_format, True, positions) as open_request:
+                await self.writer.respond(open_request, context_of(request), receive, send)
 
-    async def answer(self, name: str, request: Request, receive: Receive, send: Send) -> None:
-        """The whole answer if it is complete, and otherwise that it is not.
+    async def fetch(self, name: str, request: Request, receive: Receive, send: Send) -> None:
+        """Write the whole answer if it is complete, else 202.
 
         Raises:
             RequestError: 404, there is no such request.
         """
         with self.admission.slot():
-            known = await self._find(name, request)
-            if not known.ended:
-                await self.answerer.say_unfinished(known, send)
+            stored = await self._find(name, request)
+            if not stored.ended:
+                await self.writer.write_unfinished(stored, send)
                 return
-            async with self.open_requests.rejoin(known, known.form, False) as open_request:
-                await self.answerer.respond(open_request, request, receive, send)
+            async with self.open_requests.rejoin(stored, stored.answer_format, False) as open_request:
+                await self.writer.respond(open_request, context_of(request), receive, send)
 
-    async def _find(self, name: str, request: Request) -> Known:
+    async def _find(self, name: str, request: Request) -> StoredRequest:
         match = _NAME.fullmatch(name)
         if match is None:
             raise unknown_request(name)
-        return await self.pipeline.find(match[1], request.scope["owner"])
+        return await self.pipeline.find(match[1], context_of(request).owner)

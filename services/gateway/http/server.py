@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn inside our own life cycle, listening on a socket that was bound before anything started."""
+"""HTTP server: uvicorn in our own life cycle, listening on a socket that was bound before anything started."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from shared.config import variable
 from shared.errors import ConfigError
 
-MAX_HEAD_BYTES = 512 << 10  # more than two reads of the socket, so that a body in the same read does not count
-KEEP_ALIVE_S = 75  # longer than the load balancers in front of us keep an idle connection
-CLOSE_S = 5  # for the last bytes of answers that were ended
+MAX_HEAD_BYTES = 512 << 10  # above two reads of the socket: a body may arrive in the same read as the head
+KEEP_ALIVE_S = 75  # longer than load balancers in front of us keep an idle connection
+CLOSE_S = 5  # limit on writing the last bytes of answers that were ended
 BACKLOG = 2048
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself keeps headers without end for whoever sends them."""
+    """uvicorn's protocol with a limit on the size of a request's head, which uvicorn itself does not bound."""
 
     _head_bytes = 0
     _in_head = True
@@ -41,7 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """`listening` is set once it listens. Signals are the process's, not the server's."""
+    """uvicorn's server. `listening` is set once it listens; signals are left to the process."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         super().__init__(
@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """Return a listening socket; port 0 takes a free one.
 
     Raises:
         ConfigError: the address cannot be listened on.

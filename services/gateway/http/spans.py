@@ -1,4 +1,4 @@
-"""What the span of a chat request says, by the names of OpenTelemetry's conventions for HTTP and for generative AI."""
+"""Attributes of a chat request's span, named by OpenTelemetry's conventions for HTTP and for generative AI."""
 
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.parsed import ParsedRequest
@@ -6,24 +6,23 @@ from shared.tracing import REQUEST_ID, Span
 
 PATH = "/v1/chat/completions"
 NAME = f"POST {PATH}"
-ARRIVED = {
+INITIAL = {
     "http.request.method": "POST",
     "http.route": PATH,
     "url.path": PATH,
     "gen_ai.operation.name": "chat",
     "gen_ai.provider.name": "millrace",
 }
-FIRST_TOKEN = "first_token"  # an event, and so is
-CLIENT_LEFT = "client_left"
+FIRST_TOKEN, CLIENT_LEFT = "first_token", "client_left"  # events
 
 
-def asked(span: Span, order: ParsedRequest) -> None:
-    """The request is understood."""
-    sampling = order.sampling
+def set_request(span: Span, parsed: ParsedRequest) -> None:
+    """Set the attributes of a parsed request."""
+    sampling = parsed.sampling
     span.set(
         {
-            "gen_ai.request.model": order.model,
-            "gen_ai.request.stream": order.stream,
+            "gen_ai.request.model": parsed.model,
+            "gen_ai.request.stream": parsed.stream,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
             "gen_ai.request.seed": sampling.seed,
@@ -31,17 +30,17 @@ def asked(span: Span, order: ParsedRequest) -> None:
     )
     if sampling.max_tokens is not None:
         span.set({"gen_ai.request.max_tokens": sampling.max_tokens})
-    if order.n != 1:
-        span.set({"gen_ai.request.choice.count": order.n})
+    if parsed.n != 1:
+        span.set({"gen_ai.request.choice.count": parsed.n})
 
 
-def answered(span: Span, open_request: OpenRequest, now: float) -> None:
-    """It has ended, however. `now` in unix seconds."""
+def set_answer(span: Span, open_request: OpenRequest, now: float) -> None:
+    """Set the attributes of an answer that has ended, in whatever way. `now` in unix seconds."""
     span.set({REQUEST_ID: open_request.id, "gen_ai.response.id": f"chatcmpl-{open_request.id}"})
-    span.set({"gen_ai.response.model": open_request.form.model})
-    if open_request.first_token is not None:
-        span.event(FIRST_TOKEN, open_request.first_token)
-        span.set({"gen_ai.response.time_to_first_chunk": open_request.first_token - open_request.created})
+    span.set({"gen_ai.response.model": open_request.answer_format.model})
+    if open_request.first_token_at is not None:
+        span.event(FIRST_TOKEN, open_request.first_token_at)
+        span.set({"gen_ai.response.time_to_first_chunk": open_request.first_token_at - open_request.created})
     reasons = [choice.finish_reason for choice in open_request.choices if choice.finish_reason is not None]
     if reasons:
         span.set({"gen_ai.response.finish_reasons": reasons})
@@ -64,7 +63,7 @@ def answered(span: Span, open_request: OpenRequest, now: float) -> None:
 
 
 def end(span: Span, status: str | None) -> None:
-    """The connection's part is over; `status` is the answer's, None where none was begun."""
+    """End the span; `status` is the response's, None if none was begun."""
     if status is not None:
         span.set({"http.response.status_code": int(status)})
         if int(status) >= 500:

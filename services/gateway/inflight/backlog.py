@@ -1,4 +1,4 @@
-"""How much work the pipeline holds, so that no more is put into it than Redis should keep."""
+"""Back-pressure: a limit on the work in the pipeline, so that Redis holds no more than it should."""
 
 import asyncio
 import time
@@ -10,11 +10,11 @@ from redis.asyncio import Redis
 from services.gateway.errors import too_many
 from shared.bus.keys import ENCODE, GENERATE, Keys
 
-FRESH_S = 0.25  # what came in meanwhile over other gateways goes uncounted
+FRESH_S = 0.25  # age up to which a count is used; until then, requests that other gateways accept are not counted
 
 
 class Backlog:
-    """The entries of `encode` and `generate`, waiting and running, counted now and then."""
+    """Number of entries of `encode` and `generate`, waiting and running, counted at most once every FRESH_S."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class Backlog:
         self._counting = asyncio.Lock()
 
     async def admit(self, count: int) -> None:
-        """Make sure that there is room for `count` more.
+        """Add `count` to the backlog.
 
         Raises:
-            RequestError: 429, there is not.
-            RedisError: it cannot be known.
+            RequestError: 429, there is no room for them.
+            RedisError: the backlog cannot be counted.
         """
         async with self._counting:
             if self._clock() - self._counted_at >= FRESH_S:

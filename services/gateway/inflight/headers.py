@@ -1,4 +1,4 @@
-"""What a request says in its headers: how long it may take, under which key it may be repeated, where it goes on."""
+"""Request headers that concern the answer: X-Request-Timeout, Idempotency-Key, Last-Event-ID and traceparent."""
 
 import hashlib
 import math
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from services.gateway.inflight.request import Place
+from services.gateway.inflight.request import StreamPosition
+from services.gateway.request.schemas import digest_body
 from shared.errors import invalid
 
 TIMEOUT = "x-request-timeout"
@@ -16,43 +17,41 @@ LAST_EVENT = "last-event-id"
 MAX_KEY_CHARS = 255
 
 _KEY = re.compile(rf"[\x20-\x7e]{{1,{MAX_KEY_CHARS}}}")
-_PLACE = r"\d{1,15}(-\d{1,15}-\d{1,9})?"
-_PLACES = re.compile(rf"{_PLACE}(\.{_PLACE})*")
+_POSITION = r"\d{1,15}(-\d{1,15}-\d{1,9})?"
+_POSITIONS = re.compile(rf"{_POSITION}(\.{_POSITION})*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-# They say how the answer is sent, and not what it is.
-_OF_THE_SENDING = frozenset({"stream", "stream_options"})
 
 
-class Key(msgspec.Struct, frozen=True):
-    """An Idempotency-Key, and what it was given for."""
+class IdempotencyKey(msgspec.Struct, frozen=True):
+    """Digests of an Idempotency-Key and of the body that it was given with."""
 
-    digest: str  # of the key and of whose it is
-    body: str  # digest of what is asked for
+    digest: str  # of the key and the owner: equal keys of different owners are different keys
+    body_digest: str
 
 
-def timeout(headers: Mapping[str, str], longest: float) -> float:
-    """Seconds from now in which the answer must be complete: the client's, and at most the server's.
+def read_timeout(headers: Mapping[str, str], max_s: float) -> float:
+    """Return the seconds that the answer may take: the client's number, at most `max_s`.
 
     Raises:
         RequestError: 400, not a number of seconds.
     """
     given = headers.get(TIMEOUT)
     if given is None:
-        return longest
+        return max_s
     try:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise invalid("The header X-Request-Timeout must be a number of seconds above 0.", "X-Request-Timeout")
-    return min(seconds, longest)
+    return min(seconds, max_s)
 
 
-def key(headers: Mapping[str, str], owner: str, body: bytes) -> Key | None:
-    """The client's Idempotency-Key, if it gave one; `body` is JSON and an object.
+def read_idempotency_key(headers: Mapping[str, str], owner: str, body: bytes) -> IdempotencyKey | None:
+    """Return the client's Idempotency-Key, if it gave one; `body` must be JSON and an object.
 
     Raises:
-        RequestError: 400, empty, too long, or not plain text.
+        RequestError: 400, empty, too long, or not printable ASCII.
     """
     given = headers.get(KEY)
     if given is None:
@@ -60,40 +59,29 @@ def key(headers: Mapping[str, str], owner: str, body: bytes) -> Key | None:
     if not _KEY.fullmatch(given):
         text = f"The header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable ASCII characters."
         raise invalid(text, "Idempotency-Key")
-    return Key(hashlib.sha256(f"{owner}\n{given}".encode()).hexdigest(), _digest(body))
+    return IdempotencyKey(hashlib.sha256(f"{owner}\n{given}".encode()).hexdigest(), digest_body(body))
 
 
-def last_event(headers: Mapping[str, str], n: int) -> list[Place] | None:
-    """How much of each choice the client has; None if it wants all.
+def read_last_event_id(headers: Mapping[str, str], n: int) -> list[StreamPosition] | None:
+    """Return the client's position in each choice; None if it wants the stream from the beginning.
 
     Raises:
-        RequestError: 400, no id of an event of a stream of `n` choices.
+        RequestError: 400, not the id of an event of a stream of `n` choices.
     """
     given = headers.get(LAST_EVENT)
-    if not given:  # a browser that has seen none says so by an empty one
+    if not given:  # a browser that has seen no event sends an empty one
         return None
-    places = [_place(one) for one in given.split(".")] if _PLACES.fullmatch(given) else []
-    if len(places) != n:
+    positions = [_parse_position(one) for one in given.split(".")] if _POSITIONS.fullmatch(given) else []
+    if len(positions) != n:
         raise invalid("The header Last-Event-ID is not the id of an event of this stream.", "Last-Event-ID")
-    return places
+    return positions
 
 
-def _place(given: str) -> Place:
-    return Place(*map(int, given.split("-")))
-
-
-def trace(headers: Mapping[str, str]) -> str | None:
-    """The W3C traceparent, if it is one."""
+def read_traceparent(headers: Mapping[str, str]) -> str | None:
+    """Return the W3C traceparent, if there is a well-formed one."""
     given = headers.get("traceparent", "")
     return given if _TRACEPARENT.fullmatch(given) else None
 
 
-def _digest(body: bytes) -> str:
-    """Of what a body asks for, in whatever order its fields come and however the answer is to be sent."""
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    digest = hashlib.sha256()
-    for name in sorted(fields.keys() - _OF_THE_SENDING):
-        value = bytes(fields[name])
-        digest.update(b"%d %d " % (len(name.encode()), len(value)))
-        digest.update(name.encode() + value)
-    return digest.hexdigest()
+def _parse_position(given: str) -> StreamPosition:
+    return StreamPosition(*map(int, given.split("-")))

@@ -1,4 +1,4 @@
-"""Reads this gateway's stream of answers and hands each message to the desk."""
+"""Reader of this gateway's stream of deltas; it dispatches each message to the open requests."""
 
 import asyncio
 from pathlib import Path
@@ -16,34 +16,36 @@ from shared.messages import Deltas, to_entry
 
 HERE = Path(__file__).parent  # where the scripts are
 
-BATCH = 256  # entries a read
+BATCH = 256  # entries of one read
 BLOCK_MS = 1000
 RETRY_S = 0.2
-TTL_S = 60  # of the stream of a gateway that died without deleting it
+TTL_S = 60  # of the stream, so that one whose gateway died without deleting it expires
 
-_NOTHING = to_entry(Deltas(()))
+_EMPTY = to_entry(Deltas(()))
 
 logger = log.logger(__name__)
 
 
 class Inbox:
-    """The stream `deltas:{gateway}`. A gateway's name is new with every process, so its stream starts empty, and
-    reading from the beginning misses nothing."""
+    """The stream `deltas:{gateway}`.
+
+    A gateway's name is new with every process, so its stream starts empty and is read from the beginning.
+    """
 
     def __init__(self, redis: Redis, keys: Keys, gateway: str, open_requests: OpenRequests) -> None:
         self._redis = redis
         self._key = keys.deltas(gateway)
         self._reader = LogReader(redis, {self._key: "0"}, hop="deltas")
-        self._keep = redis.register_script(read_script("keep_stream", HERE))
+        self._keep_stream = redis.register_script(read_script("keep_stream", HERE))
         self._open_requests = open_requests
 
     async def create(self) -> None:
-        """Make the stream, however long it takes Redis to be there."""
+        """Create the stream, waiting for Redis however long it takes."""
         while True:
             try:
-                await self._keep_it()
+                await self._keep()
             except RedisError as error:
-                logger.warning("cannot make the stream of answers", extra={"error": str(error)})
+                logger.warning("could not create the stream of deltas; retrying", extra={"error": str(error)})
                 await asyncio.sleep(RETRY_S)
             else:
                 return
@@ -51,43 +53,44 @@ class Inbox:
     async def run(self) -> None:
         """Read until cancelled. While Redis cannot be reached the position is kept.
 
-        Whose answer an unreadable entry held cannot be known; that request has a gap, and asks for what it missed.
+        An unreadable entry does not tell whose it was; that request has a gap, and requests the missing deltas again.
         """
         while True:
             try:
                 entries = await self._reader.read(BATCH, BLOCK_MS)
             except RedisError as error:
-                logger.warning("cannot read answers", extra={"error": str(error)})
+                logger.warning("could not read deltas; retrying", extra={"error": str(error)})
                 await asyncio.sleep(RETRY_S)
                 continue
             except ProtocolError as error:
-                logger.error("unreadable answer", extra={"error": str(error)})
+                text = "skipped an unreadable entry of deltas; its request will ask for them again"
+                logger.error(text, extra={"error": str(error)})
                 continue
             for _key, _entry_id, message in entries:
-                self._open_requests.route(message)
-            await self._open_requests.catch_up()
+                self._open_requests.dispatch(message)
+            await self._open_requests.request_missing()
 
     async def watch(self, every_s: float) -> None:
-        """Until cancelled, keep the stream from expiring and the desk from waiting in vain.
+        """Until cancelled, keep the stream from expiring and open requests from waiting in vain.
 
-        A Redis that came back without the stream has lost more than that: then everything open is looked up.
+        A Redis that came back without the stream has lost more than that: then the record of every open request is
+        checked.
         """
         while True:
             await asyncio.sleep(every_s)
             try:
-                await self._open_requests.look(everything=await self._keep_it())
+                await self._open_requests.check_records(everything=await self._keep())
             except RedisError as error:
-                logger.warning("cannot look after requests", extra={"error": str(error)})
+                logger.warning("could not check the open requests; retrying", extra={"error": str(error)})
 
     async def delete(self) -> None:
-        """Remove the stream: nobody will read it again."""
+        """Delete the stream: no process will read it again."""
         await self._redis.delete(self._key)
 
-    async def _keep_it(self) -> bool:
-        """Renew the stream's expiry, so that it outlives a crash of ours by no more, and cut what was read; True if it
-        had to be made anew."""
-        args: list[str | bytes | int] = [TTL_S, _NOTHING[b"v"], _NOTHING[b"m"], self._reader.positions[self._key]]
-        made = bool(await self._keep(keys=[self._key], args=args))
-        if made:
+    async def _keep(self) -> bool:
+        """Renew the stream's expiry, trim what was read, and create it if it is gone; True if it was."""
+        args: list[str | bytes | int] = [TTL_S, _EMPTY[b"v"], _EMPTY[b"m"], self._reader.positions[self._key]]
+        created = bool(await self._keep_stream(keys=[self._key], args=args))
+        if created:
             self._reader.positions[self._key] = "0"  # the ids of a new stream may be below the old one's
-        return made
+        return created

@@ -1,8 +1,8 @@
--- Keep a gateway's stream of answers alive, trimmed below what was read. Others write to the stream only while it is there,
--- so nothing is left of a gateway that is not.
+-- Keep a gateway's stream of deltas alive and trim it below the entry last read; create it if it is gone. Postproc and
+-- mm_encoder write to the stream only while it exists, so a gateway that is gone leaves nothing behind.
 -- KEYS: stream
 -- ARGV: expiry in s, v, m, id of the last entry read
--- Returns 1 if the stream was not there.
+-- Returns 1 if the stream was created.
 local gone = redis.call('EXISTS', KEYS[1]) == 0
 if gone then redis.call('XADD', KEYS[1], '*', 'v', ARGV[2], 'm', ARGV[3]) end
 redis.call('XTRIM', KEYS[1], 'MINID', '~', ARGV[4])

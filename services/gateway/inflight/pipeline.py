@@ -1,4 +1,4 @@
-"""What the gateway sends to the other stages and reads of requests that are under way."""
+"""The gateway's side of the pipeline: submits, attaches and cancels requests, and reads their records."""
 
 import asyncio
 import math
@@ -12,11 +12,11 @@ from redis.exceptions import RedisError
 
 from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, unknown_request
 from services.gateway.inflight.backlog import Backlog
-from services.gateway.inflight.headers import Key
+from services.gateway.inflight.headers import IdempotencyKey
 from services.gateway.inflight.request import Choice, OpenRequest, choice_id
-from services.gateway.request import answer_format as forms
-from services.gateway.request.answer_format import Form
-from services.gateway.request.media import Item
+from services.gateway.request import answer_format
+from services.gateway.request.answer_format import AnswerFormat
+from services.gateway.request.media import MediaItem
 from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.sampling import choice_seed
 from shared import log
@@ -29,35 +29,35 @@ from shared.crash_points import crash_point
 from shared.errors import RequestError
 from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
 
-CLEAN_UP_S = 2.0  # after that, what is left behind is left to expire
+CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
 
 logger = log.logger(__name__)
 
 
-class Route(msgspec.Struct, frozen=True):
-    """How requests are sent."""
+class PipelineOptions(msgspec.Struct, frozen=True):
+    """Addressing and time limits of requests."""
 
-    gateway: str  # this process's name: where deltas come to
+    gateway: str  # this process's name, to whose stream the deltas are sent
     shards: int
-    retain_s: float  # how long an answer can be read again after its end
-    submit_s: float  # for Redis to take a request in, or to say what it knows of one
+    retain_s: float  # time for which an answer can be read again after its end
+    submit_s: float  # limit for Redis to accept a request, or to say whether it knows one
 
 
-class Ticket(msgspec.Struct, frozen=True):
-    """What a request came with besides its body."""
+class RequestMetadata(msgspec.Struct, frozen=True):
+    """Everything about a request that is not in its body."""
 
     created: float  # unix seconds
     deadline: float
     owner: str
-    key: Key | None
+    key: IdempotencyKey | None
     trace: str | None
 
 
-class Known(msgspec.Struct, frozen=True):
-    """A request that runs or is kept."""
+class StoredRequest(msgspec.Struct, frozen=True):
+    """A request that runs, or whose answer is kept, as its records have it."""
 
     id: str
-    form: Form
+    answer_format: AnswerFormat
     records: tuple[Record, ...]  # by choice
 
     @property
@@ -74,89 +74,93 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Pipeline:
-    """The stages behind Redis, as the desk sees them."""
+    """The stages behind Redis, as the registry of open requests sees them."""
 
-    def __init__(self, route: Route, redis: Redis, keys: Keys, backlog: Backlog, blobs: Blobs) -> None:
-        self._route = route
+    def __init__(
+        self, options: PipelineOptions, redis: Redis, keys: Keys, backlog: Backlog, blobs: Blobs, records: Records
+    ) -> None:
+        self._options = options
         self._redis = redis
         self._keys = keys
         self._backlog = backlog
         self._blobs = blobs
-        self._records = Records(redis, keys)
+        self._records = records
 
-    async def submit(self, open_request: OpenRequest, order: ParsedRequest, ticket: Ticket) -> str | None:
-        """Send every choice of `exchange`, or none: then, under the same key, a request was sent before, whose id is
-        returned.
+    async def submit(self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata) -> str | None:
+        """Send every choice of `open_request`, or none if a request was sent before under the same Idempotency-Key.
+
+        Returns the id of that earlier request, None if this one was sent.
 
         Raises:
-            RequestError: 409, the key was used for something else; 429, the queue is full; 503, Redis does not answer.
+            RequestError: 409, the key was used for another body; 429, the queue is full; 503, Redis does not answer.
             RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
         """
-        async with self._in_time():
-            await self._backlog.admit(order.n)
-            earlier = await self._send(self._works(open_request, order, ticket), _uploads(open_request, order), ticket)
+        async with self._submit_timeout():
+            await self._backlog.admit(parsed.n)
+            works = self._work_messages(open_request, parsed, metadata)
+            earlier = await self._send(works, _uploads(open_request, parsed), metadata)
         if earlier is not None:
-            assert ticket.key is not None
-            if earlier.body_hash != ticket.key.body:
+            assert metadata.key is not None
+            if earlier.body_hash != metadata.key.body_digest:
                 raise RequestError(REUSED_KEY)
             return earlier.request_ids[0]
-        for choice in open_request.choices:
-            choice.submitted = True
+        open_request.mark_submitted()
         return None
 
-    async def find(self, request_id: str, owner: str) -> Known:
-        """
+    async def find(self, request_id: str, owner: str) -> StoredRequest:
+        """Read the records of a request.
+
         Raises:
-            RequestError: 404, unknown or no longer known, or another's; 503, Redis does not answer.
-            RedisError: it cannot be known.
+            RequestError: 404, unknown, expired, or another owner's; 503, Redis does not answer.
+            RedisError: the records cannot be read.
         """
-        async with self._in_time():
+        async with self._submit_timeout():
             first = (await self._records.get([request_id])).get(request_id)
             if first is None:
                 raise unknown_request(request_id)
-            form = forms.decode(first.request.form)
-            ids = [choice_id(request_id, index) for index in range(form.n)]
+            found = answer_format.decode(first.request.form)
+            ids = [choice_id(request_id, index) for index in range(found.n)]
             records = {request_id: first, **(await self._records.get(ids[1:]))}
-        if form.owner != owner or len(records) < form.n:
+        if found.owner != owner or len(records) < found.n:
             raise unknown_request(request_id)
-        return Known(request_id, form, tuple(records[each] for each in ids))
+        return StoredRequest(request_id, found, tuple(records[each] for each in ids))
 
-    async def records(self, request_ids: Iterable[str]) -> dict[str, Record]:
-        """Those that exist."""
+    async def read_records(self, request_ids: Iterable[str]) -> dict[str, Record]:
+        """Return the records that exist, by request id."""
         return await self._records.get(list(request_ids))
 
-    def is_ours(self, record: Record) -> bool:
-        """Whether its answer comes to this gateway."""
-        return self._route.gateway in record.gateways
+    def is_attached(self, record: Record) -> bool:
+        """Return True if the deltas of this record's request are sent to this gateway."""
+        return self._options.gateway in record.gateways
 
     async def attach(self, choices: Sequence[Choice]) -> None:
-        """Have the answers come here too from now on, and first what comes after what each choice has.
+        """Have deltas sent to this gateway from now on, beginning with those that each choice has not received.
 
-        The record says so at once, so that no other gateway that has had the request cancels it.
+        The record names this gateway at once, so that no other gateway that has had the request cancels it.
         """
         if not choices:
             return
-        await self._records.attach([choice.request_id for choice in choices], self._route.gateway)
+        await self._records.attach([choice.request_id for choice in choices], self._options.gateway)
         for choice in choices:
-            attach = Attach(choice.request_id, self._route.gateway, choice.seq, choice.until)
-            choice.asked = True
+            attach = Attach(choice.request_id, self._options.gateway, choice.seq, choice.until)
+            choice.mark_catch_up()
             crash_point("gateway.attach.before")
             await send(self._redis, self._keys.tokens(self._shard(choice.request_id)), attach)
             crash_point("gateway.attach.after")
 
-    async def join(self, choices: Sequence[Choice]) -> None:
-        """`attach` for a client that waits for it.
+    async def attach_in_time(self, choices: Sequence[Choice]) -> None:
+        """Attach for a client that waits for it.
 
         Raises:
             RequestError: 503, Redis does not answer.
-            RedisError: they cannot be asked for.
+            RedisError: the deltas cannot be requested.
         """
-        async with self._in_time():
+        async with self._submit_timeout():
             await self.attach(choices)
 
     async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Stop work on these, except on what another gateway has readers of."""
-        alone = await self._records.detach(request_ids, self._route.gateway)
+        """Cancel these requests, except those that have readers at another gateway."""
+        alone = await self._records.detach(request_ids, self._options.gateway)
         if alone:
             crash_point("gateway.cancel.before")
             await self._records.cancel(alone)
@@ -165,31 +169,32 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------ sending
 
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
-        """A Redis that is silent is as good as none."""
+    async def _submit_timeout(self) -> AsyncIterator[None]:
+        """Treat a Redis that does not answer in time as one that cannot be reached."""
         try:
-            async with asyncio.timeout(self._route.submit_s):
+            async with asyncio.timeout(self._options.submit_s):
                 yield
         except TimeoutError:
             raise RequestError(QUEUE_DOWN) from None
 
     async def _send(
-        self, works: list[Encode] | list[Generate], uploads: dict[str, bytes], ticket: Ticket
+        self, works: list[Encode] | list[Generate], uploads: dict[str, bytes], metadata: RequestMetadata
     ) -> Submission | None:
-        """Media first: an entry whose blobs are missing would fail."""
+        """Send uploads, then work entries: an entry whose blobs are missing would fail."""
         stream = keys.ENCODE if isinstance(works[0], Encode) else keys.GENERATE
         earlier = None
         try:
             for key, data in uploads.items():
                 await self._blobs.put(MEDIA, key, data)
             crash_point("gateway.submit.before")
-            if ticket.key is None:
+            if metadata.key is None:
                 for work in works:
                     await self._records.submit(stream, work)
             else:
                 request = works[0].request
-                ttl_s = math.ceil(max(0.0, ticket.deadline - ticket.created) + request.retain_s) + 1
-                earlier = await self._records.submit_once(stream, works, ticket.key.digest, ticket.key.body, ttl_s)
+                ttl_s = math.ceil(max(0.0, metadata.deadline - metadata.created) + request.retain_s) + 1
+                digest, body_digest = metadata.key.digest, metadata.key.body_digest
+                earlier = await self._records.submit_once(stream, works, digest, body_digest, ttl_s)
             crash_point("gateway.submit.after")
         except BaseException:
             await self._discard([work.request.id for work in works], uploads)
@@ -198,61 +203,69 @@ class Pipeline:
             await self._discard([], uploads)
         return earlier
 
-    def _works(self, open_request: OpenRequest, order: ParsedRequest, ticket: Ticket) -> list[Encode] | list[Generate]:
-        segments = tuple(map(pack_ids, order.segments))
-        requests = [self._request(choice, order, ticket) for choice in open_request.choices]
-        if not order.media:
-            return [Generate(request, segments[0], order.max_tokens) for request in requests]
+    def _work_messages(
+        self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata
+    ) -> list[Encode] | list[Generate]:
+        segments = tuple(map(pack_ids, parsed.segments))
+        requests = [self._request_message(choice, parsed, metadata) for choice in open_request.choices]
+        if not parsed.media:
+            return [Generate(request, segments[0], parsed.max_tokens) for request in requests]
         return [
-            Encode(request, segments, tuple(_media(item, key) for key, item in _keyed(request.id, order)))
+            Encode(
+                request, segments, tuple(_media_message(item, key) for key, item in _with_blob_keys(request.id, parsed))
+            )
             for request in requests
         ]
 
-    def _request(self, choice: Choice, order: ParsedRequest, ticket: Ticket) -> Request:
-        retain_s = self._route.retain_s
-        if retain_s and order.n > 1:
-            retain_s += ticket.deadline - ticket.created  # a choice that ends early is kept for the others' sake
+    def _request_message(self, choice: Choice, parsed: ParsedRequest, metadata: RequestMetadata) -> Request:
+        retain_s = self._options.retain_s
+        if retain_s and parsed.n > 1:
+            retain_s += metadata.deadline - metadata.created  # an early choice is kept until the last one has ended
         return Request(
             id=choice.request_id,
-            gateway=self._route.gateway,
+            gateway=self._options.gateway,
             shard=self._shard(choice.request_id),
-            created=ticket.created,
-            sampling=msgspec.structs.replace(order.sampling, seed=choice_seed(order.sampling.seed, choice.index)),
-            output=order.output,
-            deadline=ticket.deadline,
+            created=metadata.created,
+            sampling=msgspec.structs.replace(parsed.sampling, seed=choice_seed(parsed.sampling.seed, choice.index)),
+            output=parsed.output,
+            deadline=metadata.deadline,
             retain_s=retain_s,
-            trace=ticket.trace,
-            form=forms.encode(choice.open_request.form),
+            trace=metadata.trace,
+            form=answer_format.encode(choice.open_request.answer_format),
         )
 
     def _shard(self, request_id: str) -> int:
-        return zlib.crc32(request_id.encode()) % self._route.shards
+        return zlib.crc32(request_id.encode()) % self._options.shards
 
     async def _discard(self, request_ids: list[str], uploads: Iterable[str]) -> None:
-        """Remove what a request that could not be sent may have left: its entry, if there is one after all, is dropped
-        by whoever takes it and finds no record. Where Redis does not answer, blobs expire."""
+        """Remove the records and blobs that a failed submission may have left.
+
+        If its entry was written after all, the stage that takes it finds no record and drops it. If Redis does not
+        answer, records and blobs expire.
+        """
         try:
             async with asyncio.timeout(CLEAN_UP_S):
                 await self._records.delete(request_ids)
                 if uploads:
                     await self._blobs.delete(MEDIA, list(uploads))
         except (RedisError, TimeoutError) as error:
-            logger.warning("could not clean up", extra={"request_ids": request_ids, "error": str(error)})
+            fields = {"request_ids": request_ids, "error": str(error)}
+            logger.warning("could not remove what a failed submission left in Redis; it will expire", extra=fields)
 
 
-def _uploads(open_request: OpenRequest, order: ParsedRequest) -> dict[str, bytes]:
+def _uploads(open_request: OpenRequest, parsed: ParsedRequest) -> dict[str, bytes]:
     return {
         key: item.data
         for choice in open_request.choices
-        for key, item in _keyed(choice.request_id, order)
+        for key, item in _with_blob_keys(choice.request_id, parsed)
         if item.data is not None
     }
 
 
-def _keyed(request_id: str, order: ParsedRequest) -> Iterable[tuple[str, Item]]:
-    return zip(upload_keys(request_id, len(order.media)), order.media, strict=True)
+def _with_blob_keys(request_id: str, parsed: ParsedRequest) -> Iterable[tuple[str, MediaItem]]:
+    return zip(upload_keys(request_id, len(parsed.media)), parsed.media, strict=True)
 
 
-def _media(item: Item, key: str) -> Media:
+def _media_message(item: MediaItem, key: str) -> Media:
     blob = None if item.data is None else key
     return Media(kind=item.kind, param=item.param, url=item.url, blob=blob, video=item.video)

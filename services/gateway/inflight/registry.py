@@ -1,7 +1,6 @@
-"""The open requests, in one dict: entered when submitted or returned to, removed by one method whatever ends them."""
+"""Registry of the open requests: submitted or rejoined here, and removed by one method whatever ends them."""
 
 import asyncio
-import math
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,19 +10,19 @@ import msgspec
 from redis.exceptions import RedisError
 
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT
-from services.gateway.inflight.pipeline import Known, Pipeline, Ticket
-from services.gateway.inflight.request import Choice, OpenRequest, Place
+from services.gateway.inflight.pipeline import Pipeline, RequestMetadata, StoredRequest
+from services.gateway.inflight.request import Choice, OpenRequest, StreamPosition
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.request.answer_format import Form
+from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.parsed import ParsedRequest
 from shared import log
 from shared.errors import Failure, RequestError
 from shared.messages import Accepted, Delta, Deltas, Failed, Message
 
-MISSES = 2  # looks in a row without a record: the last words of a request that has ended may still be under way
-NOT_FOUND = "request_not_found"  # the code of the answer to an Attach where there is no record
+MISSING_CHECKS = 2  # checks in a row without a record before a request is lost: its last deltas may be on their way
+NOT_FOUND = "request_not_found"  # code of the answer to an Attach for which there is no record
 
-READ_S = 60.0  # to read an answer that is kept
+READ_S = 60.0  # limit on reading an answer that is kept
 
 logger = log.logger(__name__)
 
@@ -35,91 +34,103 @@ class Clock(Protocol):
 
 
 class OpenRequestLimits(msgspec.Struct, frozen=True):
-    """How open requests are looked after."""
+    """Limits of one open request."""
 
-    keep_alive_s: float
-    watch_s: float  # silence after which a request is looked up
-    max_pending: int  # bytes
+    keep_alive_s: float  # silence after which the client is sent a sign of life
+    watch_s: float  # silence after which the record is checked
+    max_pending: int  # bytes queued for a client that does not read
 
 
 class OpenRequests:
-    """Sends orders into the pipeline and gives what comes back to whoever waits for it."""
+    """Submitter of requests, and dispatcher of the messages that answer them."""
 
-    def __init__(self, rules: OpenRequestLimits, pipeline: Pipeline, metrics: GatewayMetrics, clock: Clock) -> None:
-        self._rules = rules
+    def __init__(self, limits: OpenRequestLimits, pipeline: Pipeline, metrics: GatewayMetrics, clock: Clock) -> None:
+        self._limits = limits
         self._pipeline = pipeline
         self._metrics = metrics
         self._clock = clock
-        self._open: dict[str, list[Choice]] = {}  # by request: several clients may read one answer
-        self._behind: list[Choice] = []  # something was lost on the way to them
+        self._readers: dict[str, list[Choice]] = {}  # by request id: several clients may read one answer
+        self._incomplete: list[Choice] = []  # deltas are missing and have not been requested again yet
 
     def __len__(self) -> int:
-        """Choices that are open."""
-        return sum(map(len, self._open.values()))
+        """Count the open choices."""
+        return sum(map(len, self._readers.values()))
 
-    # ------------------------------------------------------------------------------------------------ coming, going
+    # ------------------------------------------------------------------------------------------------ open and close
 
     @asynccontextmanager
-    async def open(self, order: ParsedRequest, ticket: Ticket) -> AsyncIterator[OpenRequest]:
-        """Send `order`, or return to what was sent under its key before. What has not ended when the block is left is
-        cancelled, unless it may be returned to.
+    async def open(self, parsed: ParsedRequest, metadata: RequestMetadata) -> AsyncIterator[OpenRequest]:
+        """Submit a request, or rejoin the one that was submitted under its Idempotency-Key before.
+
+        A choice that has not ended when the block is left is cancelled, unless a client may return to it.
 
         Raises:
             RequestError: it is refused; nothing of it is left behind.
-            RedisError: the same, as far as Redis can be told.
+            RedisError: it could not be submitted; what is left of it in Redis expires.
         """
-        form = order.form(ticket.owner, ticket.key.digest if ticket.key else "")
+        answer_format = parsed.answer_format(metadata.owner, metadata.key.digest if metadata.key else "")
         open_request = OpenRequest(
             secrets.token_hex(8),
-            form,
-            order.stream,
-            ticket.created,
-            ticket.deadline,
-            self._rules.max_pending,
+            answer_format,
+            parsed.stream,
+            metadata.created,
+            metadata.deadline,
+            self._limits.max_pending,
             self._clock(),
-            unchecked=bool(order.media),
+            unchecked=bool(parsed.media),
         )
-        async with self._entered(open_request):
-            earlier = await self._pipeline.submit(open_request, order, ticket)
+        async with self._registered(open_request):
+            earlier = await self._pipeline.submit(open_request, parsed, metadata)
             if earlier is None:
                 yield open_request
                 return
-        async with self.rejoin(await self._known(earlier, ticket.owner), form, order.stream) as open_request:
+        stored = await self._find_earlier(earlier, metadata.owner)
+        async with self.rejoin(stored, answer_format, parsed.stream) as open_request:
             yield open_request
 
     @asynccontextmanager
     async def rejoin(
-        self, known: Known, form: Form, stream: bool, shown: Sequence[Place] | None = None
+        self,
+        stored: StoredRequest,
+        answer_format: AnswerFormat,
+        stream: bool,
+        positions: Sequence[StreamPosition] | None = None,
     ) -> AsyncIterator[OpenRequest]:
-        """Go on with a request that another connection began, from the beginning or after `shown`.
+        """Open a request that another connection submitted, from the beginning or from `positions`.
 
         Raises:
             RequestError: 503, Redis does not answer.
-            RedisError: it cannot be asked for.
+            RedisError: its deltas cannot be requested.
         """
         now = self._clock()
-        # The deadline is the answer's; once there is one, all that is left is to read it.
-        deadline = max(known.deadline, now + READ_S) if known.ended else known.deadline
+        # The deadline is that of the answer; once there is one, it only has to be read.
+        deadline = max(stored.deadline, now + READ_S) if stored.ended else stored.deadline
         open_request = OpenRequest(
-            known.id, form, stream, known.created, deadline, self._rules.max_pending, now, shown=shown
+            stored.id,
+            answer_format,
+            stream,
+            stored.created,
+            deadline,
+            self._limits.max_pending,
+            now,
+            positions=positions,
+            rejoined=True,
         )
-        open_request.rejoined = True
-        for choice in open_request.choices:
-            choice.submitted = True
-        async with self._entered(open_request):
-            await self._pipeline.join(open_request.choices)
+        open_request.mark_submitted()
+        async with self._registered(open_request):
+            await self._pipeline.attach_in_time(open_request.choices)
             yield open_request
 
-    async def _known(self, request_id: str, owner: str) -> Known:
+    async def _find_earlier(self, request_id: str, owner: str) -> StoredRequest:
         try:
             return await self._pipeline.find(request_id, owner)
         except RequestError as error:
-            raise RequestError(LOST) from error  # it was there a moment ago
+            raise RequestError(LOST) from error  # it existed a moment ago
 
     @asynccontextmanager
-    async def _entered(self, open_request: OpenRequest) -> AsyncIterator[None]:
+    async def _registered(self, open_request: OpenRequest) -> AsyncIterator[None]:
         for choice in open_request.choices:
-            self._open.setdefault(choice.request_id, []).append(choice)
+            self._readers.setdefault(choice.request_id, []).append(choice)
         gauge = self._metrics.open.labels("true" if open_request.stream else "false")
         gauge.inc()
         try:
@@ -129,27 +140,29 @@ class OpenRequests:
             await self._close(open_request)
 
     async def _close(self, open_request: OpenRequest) -> None:
-        """The one way out of the dict: after the finish, a failure, a disconnect, a deadline."""
+        """Remove a request: after its finish, a failure, a disconnect, a deadline. The only way out of the registry."""
         for choice in open_request.choices:
-            readers = self._open[choice.request_id]
+            readers = self._readers[choice.request_id]
             readers.remove(choice)
             if not readers:
-                del self._open[choice.request_id]
-        self._account(open_request)
-        left = [choice.request_id for choice in open_request.choices if self._is_left(choice)]
-        if not left or _goes_on(open_request):
+                del self._readers[choice.request_id]
+        self._count(open_request)
+        abandoned = [choice.request_id for choice in open_request.choices if self._is_abandoned(choice)]
+        if not abandoned or _is_resumable(open_request):
             return
-        self._metrics.cancelled.inc(len(left))
+        self._metrics.cancelled.inc(len(abandoned))
         try:
-            # Shielded: whoever cancels the connection's task must not keep the engine working for nobody.
-            await asyncio.shield(self._pipeline.cancel(left))
+            # Shielded: a cancelled connection task must not leave the engine working for nobody.
+            await asyncio.shield(self._pipeline.cancel(abandoned))
         except RedisError as error:
-            logger.warning("could not cancel", extra={"request_id": open_request.id, "error": str(error)})
+            fields = {"request_id": open_request.id, "error": str(error)}
+            logger.warning("could not cancel a request; it runs to its end or its deadline", extra=fields)
 
-    def _is_left(self, choice: Choice) -> bool:
-        return choice.submitted and not choice.ended and choice.request_id not in self._open
+    def _is_abandoned(self, choice: Choice) -> bool:
+        return choice.runs and choice.request_id not in self._readers
 
-    def _account(self, open_request: OpenRequest) -> None:
+    def _count(self, open_request: OpenRequest) -> None:
+        """Add a completely answered request to the metrics, unless another connection submitted it."""
         usages = [choice.usage for choice in open_request.choices if choice.usage is not None]
         if len(usages) == len(open_request.choices) and not open_request.rejoined:
             self._metrics.latency.observe(self._clock() - open_request.created)
@@ -160,24 +173,24 @@ class OpenRequests:
                 self._metrics.answer_lengths.observe(usage.completion_tokens)
                 self._metrics.success.labels(choice.finish_reason).inc()
 
-    # ------------------------------------------------------------------------------------------------ what comes
+    # ------------------------------------------------------------------------------------------------ messages
 
-    def route(self, message: Message) -> None:
-        """Give a message of our stream to the request it is for. One that nobody waits for any more is dropped."""
+    def dispatch(self, message: Message) -> None:
+        """Give a message of our stream to the requests that it is for; drop it if there are none any more."""
         match message:
             case Deltas(items):
                 now = self._clock()
                 for delta in items:
-                    for choice in self._open.get(delta.request_id, ()):
+                    for choice in self._readers.get(delta.request_id, ()):
                         self._deliver(choice, delta, now)
             case Accepted(request_id):
-                for choice in self._open.get(request_id, ()):
+                for choice in self._readers.get(request_id, ()):
                     choice.open_request.accept(choice)
             case Failed(request_id, failure):
-                for choice in self._open.get(request_id, ()):
+                for choice in self._readers.get(request_id, ()):
                     choice.open_request.fail(choice, failure)
             case _:
-                logger.warning("unexpected message", extra={"type": type(message).__name__})
+                logger.warning("dropped a message of an unexpected type", extra={"type": type(message).__name__})
 
     def _deliver(self, choice: Choice, delta: Delta, now: float) -> None:
         if choice.ended:
@@ -186,62 +199,57 @@ class OpenRequests:
         if delta.failure is not None and delta.failure.code == NOT_FOUND:
             open_request.fail(choice, LOST)
             return
-        if open_request.first_token is None and delta.failure is None:
-            open_request.first_token = now
-            if not open_request.rejoined:
-                self._metrics.first_token.observe(now - open_request.created)
-        if open_request.feed(choice, delta, now) and not choice.asked:
-            choice.asked = True
-            self._behind.append(choice)
+        if delta.failure is None and open_request.mark_first_token(now) and not open_request.rejoined:
+            self._metrics.first_token.observe(now - open_request.created)
+        if open_request.add(choice, delta, now) and not choice.awaits_catch_up:
+            choice.mark_catch_up()
+            self._incomplete.append(choice)
 
-    async def catch_up(self) -> None:
-        """Ask for what was lost on its way to us."""
-        if self._behind:
-            behind, self._behind = self._behind, []
-            await self._attach(behind)
+    async def request_missing(self) -> None:
+        """Request again the deltas that were lost on their way."""
+        if self._incomplete:
+            incomplete, self._incomplete = self._incomplete, []
+            await self._attach(incomplete)
 
-    # ------------------------------------------------------------------------------------------------ looking after
+    # ------------------------------------------------------------------------------------------------ supervision
 
     def tick(self) -> None:
-        """Once in a while: end what is past its deadline, wake what has been silent for long."""
+        """Fail requests past their deadline, and send a sign of life to clients that have heard nothing for long."""
         now = self._clock()
         for open_request in {choice.open_request for choice in self._choices()}:
             if now >= open_request.deadline:
                 open_request.fail(None, TIMED_OUT)
-            elif now - open_request.idle_since >= self._rules.keep_alive_s:
-                open_request.idle_since = now
-                open_request.poke()
+            elif now - open_request.idle_since >= self._limits.keep_alive_s:
+                open_request.keep_alive(now)
 
-    async def look(self, everything: bool = False) -> None:
-        """Look up what has been silent for long (or everything, after Redis may have lost it): no record, no answer."""
+    async def check_records(self, everything: bool = False) -> None:
+        """Check the records of silent requests, or of all after Redis may have lost them; without one, a request fails.
+
+        A request whose deltas are sent elsewhere, or that has ended without our knowledge, is attached again.
+        """
         now = self._clock()
         silent = [
             choice
             for choice in self._choices()
-            if choice.submitted and not choice.ended and (everything or now - choice.looked_at >= self._rules.watch_s)
+            if choice.runs and (everything or now - choice.checked_at >= self._limits.watch_s)
         ]
         if not silent:
             return
-        records = await self._pipeline.records({choice.request_id for choice in silent})
-        astray = []
+        records = await self._pipeline.read_records({choice.request_id for choice in silent})
+        detached = []
         for choice in silent:
             record = records.get(choice.request_id)
             if record is None:
-                self._miss(choice)
+                if choice.mark_missing() >= MISSING_CHECKS and not choice.ended:
+                    choice.open_request.fail(None, LOST)
                 continue
-            choice.looked_at, choice.misses = now, 0
-            if choice.asked or record.finish is not None or not self._pipeline.is_ours(record):
-                astray.append(choice)
-        await self._attach(astray)
-
-    def _miss(self, choice: Choice) -> None:
-        choice.looked_at = -math.inf  # again with the next look
-        choice.misses += 1
-        if choice.misses >= MISSES and not choice.ended:
-            choice.open_request.fail(None, LOST)
+            choice.mark_present(now)
+            if choice.awaits_catch_up or record.finish is not None or not self._pipeline.is_attached(record):
+                detached.append(choice)
+        await self._attach(detached)
 
     def fail_all(self, failure: Failure) -> None:
-        """End every open request with the same answer."""
+        """End every open request with the same failure."""
         for choice in self._choices():
             choice.open_request.fail(None, failure)
 
@@ -249,14 +257,15 @@ class OpenRequests:
         try:
             await self._pipeline.attach([choice for choice in choices if not choice.ended])
         except RedisError as error:
-            logger.warning("could not ask for answers again", extra={"error": str(error)})  # the next look will
+            logger.warning("could not request missing deltas; the next check will", extra={"error": str(error)})
 
     def _choices(self) -> Iterator[Choice]:
-        return (choice for readers in self._open.values() for choice in readers)
+        return (choice for readers in self._readers.values() for choice in readers)
 
 
-def _goes_on(open_request: OpenRequest) -> bool:
-    """Whether the client may come back for what it has not been given."""
+def _is_resumable(open_request: OpenRequest) -> bool:
+    """Return True if the client may return for the rest of its answer."""
+    has_key = bool(open_request.answer_format.key)
     if open_request.failure is SHUTTING_DOWN:
-        return open_request.announced or bool(open_request.form.key)
-    return open_request.failure is None and bool(open_request.form.key)
+        return open_request.client_has_id or has_key
+    return open_request.failure is None and has_key

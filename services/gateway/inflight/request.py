@@ -1,63 +1,116 @@
-"""One HTTP request that is being answered: what has come back for it, and what the client has not been given yet."""
+"""State of one HTTP request that is being answered: what has arrived for it, and what its client has not been sent.
+
+Only the methods of this module write it. The registry calls them as messages arrive and time passes, the pipeline as it
+sends, and the task that writes to the client as it writes.
+"""
 
 import asyncio
 from collections.abc import Sequence
+from enum import Enum
 
 import msgspec
 
-from services.gateway.request.answer_format import Form
+from services.gateway.request.answer_format import AnswerFormat
 from shared.errors import Failure
 from shared.messages import Delta, Usage
 
 
-class Place(msgspec.Struct, frozen=True):
-    """How much of a choice a client has: all up to delta `seq`, and some events of the next, which ends at `until`."""
+class StreamPosition(msgspec.Struct, frozen=True):
+    """Part of a choice that a client has: all up to delta `seq`, and `events` of the next, which ends at `until`."""
 
     seq: int
     until: int = 0
     events: int = 0
 
 
+class ChoiceState(Enum):
+    """Progress of a choice; it only ever moves down this list."""
+
+    NEW = 0  # only this gateway knows it
+    SUBMITTED = 1  # the other stages know it: it waits, runs, or its answer is kept
+    ENDED = 2  # its finish or its failure has arrived
+
+
 class Choice:
-    """One of the answers asked for: a request of its own to every other stage."""
+    """One of the answers that were asked for; the other stages treat it as a request of its own."""
 
     __slots__ = (
-        "asked",
-        "ended",
+        "awaits_catch_up",
+        "checked_at",
         "finish_reason",
         "index",
-        "looked_at",
-        "misses",
+        "missing_checks",
         "open_request",
         "request_id",
         "seq",
-        "submitted",
+        "state",
         "until",
         "usage",
     )
 
-    def __init__(self, open_request: "OpenRequest", index: int, place: Place, now: float) -> None:
+    def __init__(self, open_request: "OpenRequest", index: int, position: StreamPosition, now: float) -> None:
         self.open_request = open_request
         self.index = index
         self.request_id = choice_id(open_request.id, index)
-        self.seq = place.seq  # of the last delta taken in; what is not above it has been shown
-        self.until = place.until  # where the next has to end, if not 0, for some of it has been shown
-        self.submitted = False  # other stages know of it
-        self.ended = False  # they have finished with it
-        self.asked = False  # for what comes after `seq`, and not answered yet
-        self.looked_at = now  # when it last went on, or its record was last looked for
-        self.misses = 0  # times in a row that its record was not there
-        self.finish_reason: str | None = None  # both with the finish
+        self.state = ChoiceState.NEW
+        self.seq = position.seq  # of the last delta accepted; the client has everything up to it, or will
+        self.until = position.until  # if not 0, the next delta must end here, because the client has part of it
+        self.awaits_catch_up = False  # what follows `seq` has been requested again and has not arrived
+        self.checked_at = now  # time of its last delta, or of the last check that its record exists
+        self.missing_checks = 0  # consecutive checks that found no record
+        self.finish_reason: str | None = None  # set with the finish, as is
         self.usage: Usage | None = None
+
+    @property
+    def runs(self) -> bool:
+        """True while the other stages work on it or keep its answer."""
+        return self.state is ChoiceState.SUBMITTED
+
+    @property
+    def ended(self) -> bool:
+        """True once its finish or its failure has arrived."""
+        return self.state is ChoiceState.ENDED
+
+    def mark_submitted(self) -> None:
+        """Note that the other stages know it. Its end may have arrived before."""
+        if self.state is ChoiceState.NEW:
+            self.state = ChoiceState.SUBMITTED
+
+    def mark_catch_up(self) -> None:
+        """Note that what follows `seq` is requested again."""
+        self.awaits_catch_up = True
+
+    def mark_present(self, now: float) -> None:
+        """Note that its record exists."""
+        self.checked_at, self.missing_checks = now, 0
+
+    def mark_missing(self) -> int:
+        """Note that its record does not exist, and have the next check look again; return how often in a row."""
+        self.checked_at = float("-inf")
+        self.missing_checks += 1
+        return self.missing_checks
+
+    def advance(self, seq: int, now: float) -> None:
+        """Note that a delta up to `seq` was accepted."""
+        self.seq = seq
+        self.until = 0
+        self.awaits_catch_up = False
+        self.mark_present(now)
+
+    def end(self, finish_reason: str | None = None, usage: Usage | None = None) -> None:
+        """Note its finish, or without a reason its failure."""
+        self.state = ChoiceState.ENDED
+        self.finish_reason = finish_reason
+        self.usage = usage
 
 
 class OpenRequest:
-    """The request's state. It is filled by the inbox and emptied by the one task that writes to the client."""
+    """An HTTP request with its choices, and a queue of deltas: the inbox fills it, the client's task empties it."""
 
     def __init__(
         self,
         request_id: str,
-        form: Form,
+        answer_format: AnswerFormat,
         stream: bool,
         created: float,
         deadline: float,
@@ -65,50 +118,61 @@ class OpenRequest:
         now: float,
         *,
         unchecked: bool = False,
-        shown: Sequence[Place] | None = None,
+        positions: Sequence[StreamPosition] | None = None,
+        rejoined: bool = False,
     ) -> None:
-        """`created`, `deadline` and `now` are unix seconds; `max_pending` bounds what a client that does not read may
-        owe. `unchecked`: nothing may be said before the media of every choice are known to be good. `shown` is where a
-        stream goes on that the client has the beginning of: a place for each choice."""
+        """Begin with nothing received.
+
+        `created`, `deadline` and `now` are unix seconds. `max_pending` bounds the bytes queued for a client that does
+        not read. `unchecked`: no status may be sent before the media of every choice are accepted. `positions`: where
+        the client resumes the stream, one for each choice. `rejoined`: another connection submitted the request.
+        """
         self.id = request_id
-        self.form = form
+        self.answer_format = answer_format
         self.stream = stream
         self.created = created
         self.deadline = deadline
-        self.resumed = shown is not None
-        self.since = [Place(0)] * form.n if shown is None else list(shown)  # what the client had at first
-        self.choices = [Choice(self, index, place, now) for index, place in enumerate(self.since)]
+        self.resumed = positions is not None
+        self.rejoined = rejoined
+        self.positions = [StreamPosition(0)] * answer_format.n if positions is None else list(positions)
+        self.choices = [Choice(self, index, position, now) for index, position in enumerate(self.positions)]
         self.failure: Failure | None = None
-        self.idle_since = now  # when a choice last went on, or the client was last told that we live
-        self.first_token: float | None = None  # when it came, in unix seconds
-        self.announced = False  # the client knows the request's id
-        self.rejoined = False  # another connection began it
-        self.accepted = asyncio.Event()  # the request is known to be good, or to have failed
-        self.cut_off = asyncio.Event()  # the client reads too slowly
-        self._waiting = set(range(form.n)) if unchecked else set()
+        self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
+        self.first_token_at: float | None = None  # unix seconds
+        self.client_has_id = False  # so that the client could resume
+        self.accepted = asyncio.Event()  # set once every choice's media are good, or the request has failed
+        self.overflowed = asyncio.Event()  # set once more than `max_pending` bytes wait for the client
+        self._unaccepted = set(range(answer_format.n)) if unchecked else set()
         self._pending: list[tuple[int, Delta]] = []
         self._pending_size = 0
         self._max_pending = max_pending
+        self._events_sent = [position.events for position in self.positions]
         self._wake = asyncio.Event()
-        if not self._waiting:
+        if not self._unaccepted:
             self.accepted.set()
 
     @property
     def done(self) -> bool:
-        """Nothing more will come, and all that came has been taken."""
+        """True once nothing more will arrive and everything that arrived was taken."""
         return not self._pending and (self.failure is not None or all(choice.ended for choice in self.choices))
 
+    # --------------------------------------------------------------------------------------------- for the registry
+
+    def mark_submitted(self) -> None:
+        """Note that the other stages know every choice."""
+        for choice in self.choices:
+            choice.mark_submitted()
+
     def accept(self, choice: Choice) -> None:
-        """A choice's media are good."""
-        self._waiting.discard(choice.index)
-        if not self._waiting:
+        """Note that a choice's media are good."""
+        self._unaccepted.discard(choice.index)
+        if not self._unaccepted:
             self.accepted.set()
 
-    def feed(self, choice: Choice, delta: Delta, now: float) -> bool:
-        """Take in what postproc sent for a choice that has not ended, if it is what comes next. What was shown before
-        is not shown again.
+    def add(self, choice: Choice, delta: Delta, now: float) -> bool:
+        """Queue a delta for a choice that has not ended, if it is the next one; a delta seen before is dropped.
 
-        Returns True if something before it is missing, so that it has to be asked for.
+        Returns True if deltas before it are missing, so that they have to be requested again.
         """
         if delta.failure is not None:
             self.fail(choice, delta.failure)
@@ -116,67 +180,78 @@ class OpenRequest:
         last = delta.finish_reason is not None
         if delta.seq > choice.seq:
             if delta.start != choice.seq or choice.until not in (0, delta.seq):
-                # One that overlaps was made for another reader of the same answer. Ours may still be on its way, and
-                # if not, the next one leaves a gap; but after the last there is none.
+                # A delta that overlaps was made for another reader of the same answer. Ours may still be on its way;
+                # if it is not, the next delta reveals the gap. After the last delta there is no next.
                 return delta.start > choice.seq or last
-            self._take_in(choice, delta, now)
+            self._queue(choice, delta, now)
         elif not last:
             return False
         if last:
-            choice.ended = True
-            choice.finish_reason = delta.finish_reason
-            choice.usage = delta.usage
+            choice.end(delta.finish_reason, delta.usage)
             self._wake.set()
         return False
 
     def fail(self, choice: Choice | None, failure: Failure) -> None:
-        """End the whole request: one choice failed, or (None) the gateway gives up on all of them."""
-        if choice is not None:
-            choice.ended = True
+        """End the whole request: `choice` failed, or (None) the gateway gives up on all of them."""
+        if choice is not None and not choice.ended:
+            choice.end()
         if self.failure is None:
             self.failure = failure
         self.accepted.set()
         self._wake.set()
 
-    def shown(self, index: int) -> int:
-        """How many events of the next delta of a choice the client has."""
-        place, self.since[index] = self.since[index], Place(0)
-        return place.events
+    def mark_first_token(self, now: float) -> bool:
+        """Note that a token has arrived; return True if it is the first."""
+        if self.first_token_at is not None:
+            return False
+        self.first_token_at = now
+        return True
 
-    def poke(self) -> None:
-        """Let the writer say that it is still there."""
+    def keep_alive(self, now: float) -> None:
+        """Wake the client's task, so that it sends a sign of life."""
+        self.idle_since = now
         self._wake.set()
 
-    async def take(self) -> list[tuple[int, Delta]]:
-        """(choice, delta) of all that came since the last call, waiting for it; empty after `fail` or `poke`."""
+    # ----------------------------------------------------------------------------------------- for the client's task
+
+    async def next_deltas(self) -> list[tuple[int, Delta]]:
+        """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`."""
         if not self._pending and self.failure is None:
             await self._wake.wait()
         self._wake.clear()
-        taken, self._pending, self._pending_size = self._pending, [], 0
-        return taken
+        deltas, self._pending, self._pending_size = self._pending, [], 0
+        return deltas
 
-    def _take_in(self, choice: Choice, delta: Delta, now: float) -> None:
-        choice.seq = delta.seq
-        choice.until = 0
-        choice.asked = False
-        choice.misses = 0
-        self.idle_since = choice.looked_at = now
+    def events_to_skip(self, index: int) -> int:
+        """Return how many events of the next delta of a choice the client has already, once; then 0."""
+        events, self._events_sent[index] = self._events_sent[index], 0
+        return events
+
+    def mark_client_has_id(self) -> None:
+        """Note that the client has been sent the request's id, or resumed by it."""
+        self.client_has_id = True
+
+    def _queue(self, choice: Choice, delta: Delta, now: float) -> None:
+        choice.advance(delta.seq, now)
+        self.idle_since = now
         self.accept(choice)
         if self._pending_size > self._max_pending:
-            self.cut_off.set()
+            self.overflowed.set()
         self._pending.append((choice.index, delta))
         self._pending_size += _size(delta)
         self._wake.set()
 
 
 def choice_id(request_id: str, index: int) -> str:
-    """The id that other stages know a choice by."""
+    """Return the id of a choice for the other stages."""
     return request_id if index == 0 else f"{request_id}-{index}"
 
 
 def _size(delta: Delta) -> int:
-    """Roughly the bytes a delta will be in a stream beyond its frame; what matters is that nothing large is free.
-    The prompt's ids are not counted: they come once a choice, and may come for all choices at the same moment."""
+    """Estimate the bytes of a delta in a stream, beyond its frame: enough that nothing large counts as nothing.
+
+    The prompt's ids are not counted: they come once a choice, and may come for all choices at the same moment.
+    """
     detail = 64 * len(delta.logprobs) * (1 + max((len(one.top) for one in delta.logprobs), default=0))
     calls = sum(len(call.arguments) for call in delta.tool_calls)
     return 64 + len(delta.content) + len(delta.reasoning) + calls + 8 * len(delta.token_ids) + detail

@@ -1,40 +1,41 @@
-"""How an answer is written, kept with the request, so that any gateway can go on writing it."""
+"""Format of an answer, stored with the request so that any gateway can write the answer or resume it."""
 
 import msgspec
 
 from shared.errors import ProtocolError
 
 
-class Form(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a gateway must know of a request that it did not take itself. The other stages carry it unread."""
+class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Everything a gateway needs to write the answer of a request that another gateway accepted.
+
+    The other stages carry it unread (`Request.form`).
+    """
 
     model: str = ""  # the name that the client called the model by
     n: int = 1
     include_usage: bool = False
     token_ids: bool = False
     logprobs: bool = False
-    owner: str = ""  # digest of the API key; empty: everybody's
-    key: str = (
-        ""  # digest of the Idempotency-Key; empty: the client gave none, so it wants the answer on this connection
-    )
+    owner: str = ""  # digest of the API key; empty: the server has no keys, and everybody may read the answer
+    key: str = ""  # digest of the Idempotency-Key; empty: none was given, so a disconnect cancels the request
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Form)
+_decoder = msgspec.msgpack.Decoder(AnswerFormat)
 
 
-def encode(form: Form) -> bytes:
-    """`Request.form`."""
-    return _encoder.encode(form)
+def encode(answer_format: AnswerFormat) -> bytes:
+    """Encode for `Request.form`."""
+    return _encoder.encode(answer_format)
 
 
-def decode(data: bytes) -> Form:
-    """The inverse of `encode`.
+def decode(data: bytes) -> AnswerFormat:
+    """Decode `Request.form`.
 
     Raises:
-        ProtocolError: a gateway of another version wrote it.
+        ProtocolError: a gateway of an incompatible version wrote it.
     """
     try:
         return _decoder.decode(data)
     except msgspec.MsgspecError as error:
-        raise ProtocolError(f"unreadable form of an answer: {error}") from error
+        raise ProtocolError(f"cannot decode the answer format of a request: {error}") from error

@@ -1,4 +1,4 @@
-"""Images and videos of a request: what they are, where they stand, and the bytes of those that were uploaded."""
+"""Images and videos of a request: kind, position in the conversation, and link or uploaded bytes."""
 
 import base64
 import binascii
@@ -14,15 +14,15 @@ from shared.messages import MediaKind, VideoOptions
 MAX_URL_CHARS = 8192
 
 _DATA = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?P<params>(?:;[\w.+-]+=[\w.+-]*)*);base64,", re.IGNORECASE)
-# Without what URL parsers disagree on: backslashes, spaces, control characters.
+# Excludes everything that URL parsers disagree on: backslashes, spaces, control characters.
 _LINK = re.compile(r"https?://[^\s\\\x00-\x20\x7f]+", re.IGNORECASE)
 
 
-class Item(msgspec.Struct, frozen=True):
+class MediaItem(msgspec.Struct, frozen=True):
     """One image or video. Exactly one of `url` and `data` is set."""
 
     kind: MediaKind
-    part: str  # path of the part it came from: messages[0].content[1]
+    part: str  # path of the content part: messages[0].content[1]
     field: str  # the part's field that holds it
     url: str | None = None
     data: bytes | None = None
@@ -30,18 +30,18 @@ class Item(msgspec.Struct, frozen=True):
 
     @property
     def param(self) -> str:
-        """The request field to blame."""
+        """The path of the request field that errors name."""
         return f"{self.part}.{self.field}"
 
 
 class MediaRules(msgspec.Struct, frozen=True):
-    """What one request may bring."""
+    """Limits on the media of one request."""
 
     limits: Mapping[MediaKind, int]
-    max_bytes: int  # of one upload
+    max_bytes: int  # of one upload, decoded
 
-    def items(self, request: ChatRequest) -> list[Item]:
-        """All media of the conversation, in order.
+    def extract(self, request: ChatRequest) -> list[MediaItem]:
+        """Return all media of the conversation, in order.
 
         Raises:
             RequestError: 400 naming the part: too many, not a data URL, wrong media type, too large, another scheme.
@@ -53,7 +53,7 @@ class MediaRules(msgspec.Struct, frozen=True):
             for j, part in enumerate(message.content)
             if not isinstance(part, TextPart)
         ]
-        items = [self._item(part, path) for part, path in parts]
+        items = [self._read_part(part, path) for part, path in parts]
         for kind, limit in self.limits.items():
             found = [item for item in items if item.kind == kind]
             if len(found) > limit:
@@ -62,48 +62,48 @@ class MediaRules(msgspec.Struct, frozen=True):
                 raise invalid(text, where)
         return items
 
-    def _item(self, part: ImagePart | VideoPart | FilePart, path: str) -> Item:
+    def _read_part(self, part: ImagePart | VideoPart | FilePart, path: str) -> MediaItem:
         if isinstance(part, FilePart):
-            return self._file(part, path)
+            return self._read_file(part, path)
         if isinstance(part, ImagePart):
             url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-            return self._source(Item("image", path, "image_url"), url)
+            return self._with_source(MediaItem("image", path, "image_url"), url)
         video = part.video_url
         if isinstance(video, str):
-            return self._source(Item("video", path, "video_url"), video)
-        return self._source(Item("video", path, "video_url", video=_options(video)), video.url)
+            return self._with_source(MediaItem("video", path, "video_url"), video)
+        return self._with_source(MediaItem("video", path, "video_url", video=_video_options(video)), video.url)
 
-    def _file(self, part: FilePart, path: str) -> Item:
-        """A file is what its media type says; a link has none of its own, so `format` must say it."""
+    def _read_file(self, part: FilePart, path: str) -> MediaItem:
+        """Read a file part. Its media type decides the kind; a link has none of its own, so `format` must give it."""
         source = part.file.file_data or part.file.file_id or ""
         data = _DATA.match(source)
         major = (data["type"] if data else part.file.format or "").lower().partition("/")[0]
         if major == "image":
-            return self._source(Item("image", path, "file"), source)
+            return self._with_source(MediaItem("image", path, "file"), source)
         if major == "video":
-            return self._source(Item("video", path, "file"), source)
+            return self._with_source(MediaItem("video", path, "file"), source)
         raise invalid(
             f"`{path}.file` must be an image or a video: a data URL, or a link with `format`.", f"{path}.file"
         )
 
-    def _source(self, item: Item, url: str) -> Item:
-        """`item` with its URL or its bytes."""
+    def _with_source(self, item: MediaItem, url: str) -> MediaItem:
+        """Return `item` with its URL or its bytes."""
         where = item.param
         if url[:5].lower() == "data:":
-            return msgspec.structs.replace(item, data=self._upload(item.kind, url, where))
+            return msgspec.structs.replace(item, data=self._decode_upload(item.kind, url, where))
         if len(url) > MAX_URL_CHARS:
             raise invalid(f"`{where}` has {len(url)} characters; a link may have {MAX_URL_CHARS}.", where)
         if not _LINK.fullmatch(url):
             raise invalid(f"`{where}` must be an http or https link, or a base64 data URL.", where)
         return msgspec.structs.replace(item, url=url)
 
-    def _upload(self, kind: MediaKind, url: str, where: str) -> bytes:
+    def _decode_upload(self, kind: MediaKind, url: str, where: str) -> bytes:
         head = _DATA.match(url)
         if head is None:
             raise invalid(f"`{where}` is not a data URL of the form data:{kind}/...;base64,...", where)
         if not head["type"].lower().startswith(f"{kind}/"):
             raise invalid(f"`{where}` has the media type {head['type']:.100}; it must be {kind}/*.", where)
-        # Checked before decoding; base64 has four characters for three bytes.
+        # Checked before decoding: four characters of base64 are three bytes.
         size = (len(url) - head.end()) // 4 * 3
         if size > self.max_bytes + 2:
             raise invalid(f"`{where}` has about {size} bytes; the limit is {self.max_bytes}.", where)
@@ -118,7 +118,7 @@ class MediaRules(msgspec.Struct, frozen=True):
         return data
 
 
-def _options(video: VideoURL) -> VideoOptions:
+def _video_options(video: VideoURL) -> VideoOptions:
     return VideoOptions(
         fps=video.fps,
         min_frames=video.min_frames,

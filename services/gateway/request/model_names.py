@@ -1,4 +1,4 @@
-"""What clients may call the model."""
+"""Names that clients may call the model by."""
 
 import msgspec
 
@@ -8,10 +8,10 @@ MAX_CHARS = 256  # every chunk of a stream repeats the name
 
 
 class ModelNames(msgspec.Struct, frozen=True):
-    """The names of the one model that is served."""
+    """Names of the one model that is served."""
 
-    directory: str  # the checkpoint's, which names the model where nothing else does
-    served: tuple[str, ...] = ()  # the only ones accepted; empty: any
+    directory: str  # the checkpoint directory's name, which applies if no names are served
+    served: tuple[str, ...] = ()  # the only names accepted; empty: any name is
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ class ModelNames(msgspec.Struct, frozen=True):
         return self.served or (self.directory,)
 
     def resolve(self, asked: str | None) -> str:
-        """Return the name that the answer repeats: the one asked for, or the first of ours where none was given.
+        """Return the name that the answer repeats: the one asked for, or the first listed if none was given.
 
         Raises:
             RequestError: 404, served names are set and this is none of them.

@@ -1,14 +1,14 @@
-"""From the bytes of a request to everything the pipeline needs to serve it. Pure; nothing has been sent yet."""
+"""Parsing of a request: from its bytes to everything the pipeline needs. Pure; nothing has been sent yet."""
 
 import msgspec
 
 from services.gateway.request import validate
-from services.gateway.request.answer_format import Form
+from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.chat import ChatFormat
-from services.gateway.request.media import Item, MediaRules
+from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.sampling import output, sampling
-from services.gateway.request.schemas import parse
+from services.gateway.request.sampling import resolve_output, resolve_sampling
+from services.gateway.request.schemas import decode_body
 from shared.limits import resolve_max_tokens
 from shared.messages import Output, Sampling
 from shared.model.config import GenerationDefaults
@@ -16,21 +16,21 @@ from shared.model.tokenizer import Tokenizer
 
 
 class ParsedRequest(msgspec.Struct, frozen=True):
-    """One HTTP request, checked and tokenised."""
+    """One HTTP request, validated and tokenised."""
 
     model: str  # the name that the answer repeats
-    segments: tuple[list[int], ...]
-    media: tuple[Item, ...]
+    segments: tuple[list[int], ...]  # token ids; segments[i] comes before media i
+    media: tuple[MediaItem, ...]
     sampling: Sampling
     output: Output
-    max_tokens: int  # for text alone; with media the mm_encoder works it out, knowing how many tokens they are
+    max_tokens: int  # for text alone; with media mm_encoder computes it, once it knows how many tokens they take
     n: int
     stream: bool
     include_usage: bool
 
-    def form(self, owner: str, key: str) -> Form:
-        """How its answer is written."""
-        return Form(
+    def answer_format(self, owner: str, key: str) -> AnswerFormat:
+        """Return the format of its answer; `owner` and `key` are digests of the API key and the Idempotency-Key."""
+        return AnswerFormat(
             model=self.model,
             n=self.n,
             include_usage=self.include_usage,
@@ -42,7 +42,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
 
 
 class RequestParser(msgspec.Struct, frozen=True):
-    """What turns bodies into orders. Safe to use from several threads."""
+    """Parser of request bodies. Safe to use from several threads."""
 
     chat: ChatFormat
     tokenizer: Tokenizer
@@ -53,30 +53,31 @@ class RequestParser(msgspec.Struct, frozen=True):
     max_model_len: int
     force_include_usage: bool
 
-    def take(self, body: bytes) -> ParsedRequest:
-        """
+    def parse(self, body: bytes) -> ParsedRequest:
+        """Validate and tokenise a request.
+
         Raises:
             RequestError: 4xx naming the field and the limit.
         """
-        request, fields = parse(body)
-        validate.check_supported(fields)
+        request = decode_body(body)
+        validate.check_supported(request)
         model = self.names.resolve(request.model)
         validate.check_choices(request, self.max_n)
         validate.check_messages(request.messages)
         validate.check_tools(request)
         validate.check_template_kwargs(request)
-        media = self.rules.items(request)
-        prompt = self.chat.prompt(request, media)
-        drawn = sampling(request, self.defaults, self.tokenizer, prompt.thinking)
+        media = self.rules.extract(request)
+        prompt = self.chat.build_prompt(request, media)
+        sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking)
         options = request.stream_options
         return ParsedRequest(
             model=model,
             segments=prompt.segments,
             media=tuple(media),
-            sampling=drawn,
-            output=output(request, prompt.thinking),
-            # With media this is a lower bound of the prompt, and already too long where it is.
-            max_tokens=resolve_max_tokens(prompt.text_tokens(), drawn.max_tokens, self.max_model_len),
+            sampling=sampling,
+            output=resolve_output(request, prompt.thinking),
+            # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
+            max_tokens=resolve_max_tokens(prompt.text_tokens(), sampling.max_tokens, self.max_model_len),
             n=request.n or 1,
             stream=bool(request.stream),
             include_usage=self.force_include_usage or bool(options and options.include_usage),

@@ -1,4 +1,4 @@
-"""A request's sampling and output fields, with limits checked and defaults filled in.
+"""Sampling and output parameters of a request: limits checked, defaults filled in.
 
 Defaults are the checkpoint's (generation_config.json), else the reference server's: `GenerationDefaults`.
 """
@@ -13,18 +13,20 @@ from shared.model.config import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5
-SMALLEST_TOP_P = 1e-5  # a nucleus must hold one token; 0 asks for exactly that
+MIN_TOP_P = 1e-5  # top_p = 0 asks for the smallest nucleus, which is one token
 
 T = TypeVar("T", int, float)
 
 
-def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Tokenizer, thinking: bool) -> Sampling:
-    """How the engine draws tokens for the first choice; choice i adds i to the seed.
+def resolve_sampling(
+    request: ChatRequest, defaults: GenerationDefaults, tokenizer: Tokenizer, thinking: bool
+) -> Sampling:
+    """Return the sampling parameters of the first choice; choice i adds i to the seed.
 
     Raises:
         RequestError: 400 naming the field and its limit.
     """
-    temperature = _or(request.temperature, defaults.temperature)
+    temperature = _or_default(request.temperature, defaults.temperature)
     max_tokens = request.max_completion_tokens or request.max_tokens
     min_tokens = request.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
@@ -32,15 +34,15 @@ def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Toke
     return Sampling(
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_p=max(_or(request.top_p, defaults.top_p), SMALLEST_TOP_P),
-        top_k=max(_or(request.top_k, defaults.top_k), 0),
-        min_p=_or(request.min_p, defaults.min_p),
-        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
-        presence_penalty=_or(request.presence_penalty, defaults.presence_penalty),
-        frequency_penalty=_or(request.frequency_penalty, defaults.frequency_penalty),
+        top_p=max(_or_default(request.top_p, defaults.top_p), MIN_TOP_P),
+        top_k=max(_or_default(request.top_k, defaults.top_k), 0),
+        min_p=_or_default(request.min_p, defaults.min_p),
+        repetition_penalty=_or_default(request.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=_or_default(request.presence_penalty, defaults.presence_penalty),
+        frequency_penalty=_or_default(request.frequency_penalty, defaults.frequency_penalty),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        stop_token_ids=_in_vocabulary(request.stop_token_ids or [], tokenizer, "stop_token_ids"),
+        stop_token_ids=_check_vocabulary(request.stop_token_ids or [], tokenizer, "stop_token_ids"),
         ignore_eos=request.ignore_eos,
         bad_words=_bad_words(request, tokenizer),
         logit_bias=_logit_bias(request, tokenizer),
@@ -49,8 +51,8 @@ def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Toke
     )
 
 
-def output(request: ChatRequest, thinking: bool) -> Output:
-    """How postproc turns tokens into the answer."""
+def resolve_output(request: ChatRequest, thinking: bool) -> Output:
+    """Return the parameters by which postproc turns tokens into the answer."""
     stop = request.stop or ()
     tools = request.tools if request.tools and request.tool_choice != "none" else ()
     return Output(
@@ -66,11 +68,11 @@ def output(request: ChatRequest, thinking: bool) -> Output:
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """The seed of choice `index`: distinct, and still in range."""
+    """Return the seed of choice `index`: distinct for each choice, and within the range of seeds."""
     return (seed + index) % (MAX_SEED + 1)
 
 
-def _or(value: T | None, default: T) -> T:
+def _or_default(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
@@ -90,7 +92,7 @@ def _reasoning_budget(request: ChatRequest) -> int | None:
 
 
 def _bad_words(request: ChatRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word as it stands at the start of a text and after a space, and the sequences given as ids."""
+    """Return each word as token ids, at the start of a text and after a space, and the sequences given as ids."""
     found: dict[tuple[int, ...], None] = {}
     for word in request.bad_words or ():
         bare = word.lstrip() or word
@@ -98,7 +100,7 @@ def _bad_words(request: ChatRequest, tokenizer: Tokenizer) -> tuple[tuple[int, .
             found[tuple(tokenizer.encode_text(text))] = None
     for given in request.bad_words_token_ids or ():
         ids = [given] if isinstance(given, int) else given
-        found[_in_vocabulary(ids, tokenizer, "bad_words_token_ids")] = None
+        found[_check_vocabulary(ids, tokenizer, "bad_words_token_ids")] = None
     found.pop((), None)
     return tuple(found)
 
@@ -108,12 +110,12 @@ def _logit_bias(request: ChatRequest, tokenizer: Tokenizer) -> dict[int, float]:
     for key in given:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise invalid(f"`logit_bias`: {key!r:.50} is not a token id.", "logit_bias")
-    ids = _in_vocabulary([int(key) for key in given], tokenizer, "logit_bias")
+    ids = _check_vocabulary([int(key) for key in given], tokenizer, "logit_bias")
     return dict(zip(ids, given.values(), strict=True))
 
 
-def _in_vocabulary(ids: list[int], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
+def _check_vocabulary(ids: list[int], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
     for token in ids:
         if token >= tokenizer.vocab_size:
-            raise invalid(f"`{field}`: {token} is no token id; the vocabulary has {tokenizer.vocab_size}.", field)
+            raise invalid(f"`{field}`: {token} is not a token id; the vocabulary has {tokenizer.vocab_size}.", field)
     return tuple(ids)

@@ -1,12 +1,14 @@
-"""The shape of a chat request as JSON: types and plain ranges. What needs more than one field is validate.py's."""
+"""JSON schema of a chat request: types and plain ranges. Rules that span several fields are in validate.py."""
 
+import hashlib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
 
 from services.gateway.request.model_names import MAX_CHARS
+from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import RequestError, invalid
 
 MAX_MESSAGES = 4096
@@ -41,7 +43,7 @@ class ImagePart(msgspec.Struct, frozen=True, tag_field="type", tag="image_url"):
 
 
 class VideoURL(msgspec.Struct, frozen=True):
-    """A video and how its frames are sampled; a value left out is the server's."""
+    """A video and the sampling of its frames; a value left out is the server's."""
 
     url: str
     fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
@@ -57,7 +59,7 @@ class VideoPart(msgspec.Struct, frozen=True, tag_field="type", tag="video_url"):
 
 
 class FileData(msgspec.Struct, frozen=True):
-    """An image or a video as LiteLLM and OpenAI's file inputs send it: a data URL, or a link and its media type."""
+    """An image or a video as a file input of LiteLLM or OpenAI: a data URL, or a link and its media type."""
 
     file_data: str | None = None
     file_id: str | None = None
@@ -83,7 +85,7 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One turn. Which fields a role may have is validate.py's."""
+    """One turn of the conversation. validate.py checks which fields its role may have."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | dict[str, Any] | None = None
@@ -170,33 +172,54 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
 
 
-_body = msgspec.json.Decoder(ChatRequest)
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_PLACE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
+# Known but unsupported fields are decoded too, for validate.py to refuse; fields that no API defines are skipped.
+_Body = msgspec.defstruct(
+    "_Body", [(name, Any, None) for name in NEUTRAL_VALUES], bases=(ChatRequest,), frozen=True, kw_only=True
+)
+_body = msgspec.json.Decoder(cast(type[ChatRequest], _Body))
+_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
+# Fields that say how the answer is sent, not what it is.
+_TRANSPORT_FIELDS = frozenset({"stream", "stream_options"})
 
 
-def parse(body: bytes) -> tuple[ChatRequest, dict[str, msgspec.Raw]]:
-    """The request, and its top-level fields undecoded (to find those that are known but not supported).
+def decode_body(body: bytes) -> ChatRequest:
+    """Decode a request, its known but unsupported fields included (as attributes beyond those of `ChatRequest`).
 
     Raises:
         RequestError: 400; `param` is the path of the offending value.
     """
     try:
-        return _body.decode(body), _fields.decode(body)
+        return _body.decode(body)
     except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from None
+        raise _explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The request body is not valid JSON: {error}", None, "invalid_json") from None
     except RecursionError:
         raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
 
 
-def _misfit(text: str) -> RequestError:
-    """msgspec's "what - at `$.path`" in OpenAI's terms."""
-    place = _PLACE.match(text)
-    assert place is not None
-    what, path = place["what"], (place["path"] or "").removeprefix(".")
+def digest_body(body: bytes) -> str:
+    """Return a digest of what a body (JSON, an object) asks for, whatever the order of its fields and `stream`.
+
+    It is computed from the fields' bytes, of which no value is decoded, so it is the same in gateways of all versions,
+    whichever fields they know.
+    """
+    fields = _raw_fields.decode(body)
+    digest = hashlib.sha256()
+    for name in sorted(fields.keys() - _TRANSPORT_FIELDS):
+        key, value = name.encode(), memoryview(fields[name])
+        digest.update(b"%d %d %b" % (len(key), len(value), key))
+        digest.update(value)
+    return digest.hexdigest()
+
+
+def _explain(text: str) -> RequestError:
+    """Translate msgspec's "what - at `$.path`" into OpenAI's terms."""
+    parts = _ERROR.match(text)
+    assert parts is not None
+    what, path = parts["what"], (parts["path"] or "").removeprefix(".")
     missing = _MISSING.match(what)
     if missing:
         path = f"{path}.{missing['field']}".removeprefix(".")

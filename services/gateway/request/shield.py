@@ -1,8 +1,8 @@
-"""Keeps the client's text apart from the template's while both are in one string.
+"""Separation of the client's text from the template's while both are in one rendered string.
 
-A control token in the rendered prompt must have been written by the template. So before rendering, a random mark is put
-into every string of the client's after each character with which a control token can begin; whatever control token
-still stands in the rendered prompt is the template's, and the marks are taken out again afterwards.
+Only the template may write control tokens. So before rendering, a random mark is inserted into every string of the
+client's, after each character with which a control token can begin. A control token that is then found in the rendered
+prompt was written by the template. The marks are removed afterwards.
 """
 
 import re
@@ -17,37 +17,41 @@ MARK_LENGTH = 16
 
 
 class ControlTexts:
-    """The texts that mean a token, or a place for media, where the template writes them."""
+    """Set of the texts that stand for a control token, or a placeholder of media, where the template writes them."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        """
+        """Prepare the search for `texts`.
+
         Raises:
-            CheckpointError: a text has one character, or leaves no letter to mark with; no mark could keep it apart.
+            CheckpointError: no mark could tell them from text: one has a single character, or together they begin with
+                every letter and digit.
         """
         self._texts = frozenset(texts)
         for text in self._texts:
             if len(text) < 2:
-                raise CheckpointError(f"the control token {text!r} is too short to be told from text")
+                raise CheckpointError(
+                    f"the control token {text!r} is too short to be told from text: it needs 2 characters"
+                )
         self._lengths = sorted({len(text) for text in self._texts}, reverse=True)
         firsts = {text[0] for text in self._texts}
         seconds = {text[1] for text in self._texts}
-        self._first = re.compile(f"[{_class(firsts)}]")
-        self._start = re.compile(f"[{_class(firsts)}][{_class(seconds)}]")
+        self._first = re.compile(f"[{_character_class(firsts)}]")
+        self._start = re.compile(f"[{_character_class(firsts)}][{_character_class(seconds)}]")
         alphabet = [c for c in string.ascii_letters + string.digits if c not in firsts]
         # No control token has this as its second character, so none can begin before a mark.
         leads = [c for c in alphabet if c not in seconds]
         if not leads:
             raise CheckpointError(
-                "the control tokens begin with every letter and digit; none is left to mark text with"
+                "the control tokens begin with every letter and digit, so none is left to mark text with"
             )
         self._alphabet, self._lead = alphabet, leads[0]
 
     def mark(self) -> str:
-        """A fresh mark."""
+        """Draw a random mark."""
         return self._lead + "".join(secrets.choice(self._alphabet) for _ in range(MARK_LENGTH))
 
     def hide(self, value: Any, mark: str) -> Any:
-        """`value` (JSON) with every string in it marked, keys included."""
+        """Return `value` (JSON) with every string in it marked, keys included."""
         if isinstance(value, str):
             return self._first.sub(lambda found: found.group() + mark, value)
         if isinstance(value, dict):
@@ -57,9 +61,9 @@ class ControlTexts:
         return value
 
     def split(self, rendered: str, mark: str) -> Iterator[tuple[str, bool]]:
-        """(text, False) without marks and (control text, True), in order; the longest control text wins."""
+        """Yield (text without marks, False) and (control text, True), in order; the longest control text wins."""
         done = 0
-        while (found := self._next(rendered, done)) is not None:
+        while (found := self._find_control(rendered, done)) is not None:
             start, text = found
             if start > done:
                 yield rendered[done:start].replace(mark, ""), False
@@ -68,7 +72,7 @@ class ControlTexts:
         if done < len(rendered):
             yield rendered[done:].replace(mark, ""), False
 
-    def _next(self, rendered: str, position: int) -> tuple[int, str] | None:
+    def _find_control(self, rendered: str, position: int) -> tuple[int, str] | None:
         while (found := self._start.search(rendered, position)) is not None:
             start = found.start()
             for length in self._lengths:
@@ -78,5 +82,5 @@ class ControlTexts:
         return None
 
 
-def _class(characters: set[str]) -> str:
+def _character_class(characters: set[str]) -> str:
     return "".join(re.escape(c) for c in sorted(characters))

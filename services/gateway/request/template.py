@@ -1,7 +1,6 @@
-"""The chat template: the checkpoint's own, else the built-in one, run in Jinja's immutable sandbox.
+"""Chat template: the checkpoint's own, else the built-in one, rendered in Jinja's immutable sandbox.
 
-Where a checkpoint's template may be, the first found wins: chat_template.jinja, chat_template.json,
-tokenizer_config.json.
+A checkpoint's template is the first found of chat_template.jinja, chat_template.json and tokenizer_config.json.
 """
 
 import json
@@ -21,17 +20,17 @@ _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
 
 
 class Refusal(TemplateError):
-    """The template called raise_exception: it does not take such a conversation."""
+    """Call of raise_exception by the template: it does not support such a conversation."""
 
 
 class Template:
-    """A compiled template. `name` says where it came from."""
+    """Compiled template. `name` is the file that it came from."""
 
     def __init__(self, name: str, source: str, tokens: dict[str, str], max_chars: int) -> None:
-        """`tokens` are variables such as bos_token; `max_chars` bounds what one rendering may produce.
+        """Compile `source`. `tokens` are variables such as bos_token; `max_chars` bounds one rendered prompt.
 
         Raises:
-            CheckpointError: the source is not a template.
+            CheckpointError: the source does not compile.
         """
         self.name = name
         self._tokens = tokens
@@ -43,10 +42,10 @@ class Template:
 
     @classmethod
     def load(cls, directory: Path, max_chars: int) -> "Template":
-        """The checkpoint's template, or the built-in one.
+        """Load the checkpoint's template, or the built-in one.
 
         Raises:
-            CheckpointError: the file is unreadable, or its template is not one.
+            CheckpointError: the file cannot be read, or its template does not compile.
         """
         config = _read_json(directory / "tokenizer_config.json")
         tokens = {name: text for name in _TOKEN_NAMES if (text := _token_text(config.get(name))) is not None}
@@ -54,9 +53,10 @@ class Template:
         return cls(name, source, tokens, max_chars)
 
     def render(self, variables: dict[str, Any]) -> str:
-        """
+        """Render a prompt.
+
         Raises:
-            RequestError: 400, the template refuses the conversation or its output passes the limit; 500, it fails.
+            RequestError: 400, the template refuses the conversation or the prompt exceeds the limit; 500, it fails.
         """
         pieces: list[str] = []
         size = 0
@@ -70,7 +70,7 @@ class Template:
         except Refusal as error:
             raise invalid(f"The chat template refuses this conversation: {error}", "messages") from error
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            # The conversation was checked, so this is a fault of the template's. Its text may quote the client's.
+            # The conversation was validated, so the template is at fault. The error's text may quote the client's.
             raise internal(f"The chat template {self.name} failed ({type(error).__name__}).") from error
         return "".join(pieces)
 
@@ -90,7 +90,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes <, > and & for HTML, which a prompt is not."""
+    """Write JSON without escaping <, > and &, as Jinja's own filter does for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -103,7 +103,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _own_source(directory: Path, config: dict[str, Any]) -> tuple[str, str] | None:
-    """(file name, template) of the first place that has one."""
+    """Return (file name, template) of the first file that has one."""
     alone = directory / "chat_template.jinja"
     if alone.is_file():
         try:
@@ -115,12 +115,12 @@ def _own_source(directory: Path, config: dict[str, Any]) -> tuple[str, str] | No
         ("tokenizer_config.json", config),
     ):
         if (given := holder.get("chat_template")) is not None:
-            return name, _default_of(given, name)
+            return name, _select_default(given, name)
     return None
 
 
-def _default_of(given: Any, name: str) -> str:
-    """A template, or the one named "default" of several."""
+def _select_default(given: Any, name: str) -> str:
+    """Return a template, or of several the one named "default"."""
     if isinstance(given, list):
         try:
             given = {entry["name"]: entry["template"] for entry in given}.get("default")
@@ -132,13 +132,13 @@ def _default_of(given: Any, name: str) -> str:
 
 
 def _token_text(given: Any) -> str | None:
-    """The text of a token that is written as it stands or as {"content": text}."""
+    """Return the text of a token, which is written as a string or as {"content": text}."""
     text = given.get("content") if isinstance(given, dict) else given
     return text if isinstance(text, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no such file."""
+    """Return the object in the file `path`; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -1,6 +1,5 @@
-"""What a chat request may not be, beyond its types: unsupported fields, roles, tools, template arguments."""
+"""Validation of a chat request beyond its types: unsupported fields, roles, tools, template arguments."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +14,7 @@ from services.gateway.request.schemas import (
     VideoPart,
     VideoURL,
 )
+from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import invalid
 
 MAX_SCHEMA_BYTES = 64 << 10  # of one tool
@@ -22,78 +22,26 @@ MAX_TOOLS_BYTES = 512 << 10  # of all of them
 MAX_KWARGS_BYTES = 16 << 10
 MAX_DEPTH = 32
 
-# Fields some API defines and we do not serve, with the values that ask for nothing. Any other value is refused by
-# name, since ignoring it would answer another question than the client's.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "functions": ([],),
-    "function_call": ("none",),
-    "audio": (),
-    "modalities": (["text"],),
-    "web_search_options": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "prompt": (),
-    "prompt_logprobs": (0, False),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "allowed_token_ids": (),
-    "truncate_prompt_tokens": (),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "documents": ([],),
-    "chat_template": (),
-    "disable_chat_template": (False,),
-    "prompt_token_ids": (),
-    "completion_token_ids": ([],),
-    "prompt_embeds": (),
-    "logits_processors": ([],),
-    "logits_processors_args": ({},),
-    "include_draft_logprobs": (False,),
-    "temp_scaled_logprobs": (False,),
-    "top_p_normalized_logprobs": (False,),
-    "max_streaming_response_tokens": (1,),
-    "mm_hashes": ([],),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "request_id": (),
-    "disaggregate_info": (),
-    "kv_transfer_params": (),
-    "cache_salt": (),
-    "thinking_token_budget": (),
-}
-
 _RESERVED_KWARGS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
     | {"return_dict", "raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"}
 )
 
 
-def check_supported(fields: Mapping[str, msgspec.Raw]) -> None:
-    """
+def check_supported(request: ChatRequest) -> None:
+    """Check that no known but unsupported field of a decoded body asks for anything.
+
     Raises:
-        RequestError: 400 naming the first field that is known but not supported.
+        RequestError: 400 naming the first field that does.
     """
-    for name in fields.keys() & _UNSUPPORTED.keys():
-        value = msgspec.json.decode(fields[name])
-        if value is not None and value not in _UNSUPPORTED[name]:
+    for name, neutral in NEUTRAL_VALUES.items():
+        value = getattr(request, name)
+        if value is not None and value not in neutral:
             raise invalid(f"`{name}` is not supported by this server.", name, "unsupported_parameter")
 
 
 def check_choices(request: ChatRequest, max_n: int) -> None:
-    """How many answers, and in what form.
+    """Check how many answers are asked for, and the stream options.
 
     Raises:
         RequestError: 400.
@@ -111,7 +59,7 @@ def check_choices(request: ChatRequest, max_n: int) -> None:
 
 
 def check_messages(messages: list[Message]) -> None:
-    """What each role may carry.
+    """Check that each message has only what its role may carry.
 
     Raises:
         RequestError: 400 naming the message's field.
@@ -134,7 +82,7 @@ def _check_content(message: Message, path: str) -> None:
         for i, part in enumerate(content):
             if not isinstance(part, TextPart) and message.role not in ("user", "tool"):
                 field = f"{path}[{i}].type"
-                raise invalid(f"`{field}`: a message of the role {message.role} has text only.", field)
+                raise invalid(f"`{field}`: a message of the role {message.role} may have only text.", field)
             _check_part(part, f"{path}[{i}]")
 
 
@@ -145,7 +93,7 @@ def _check_part(part: TextPart | ImagePart | VideoPart | FilePart, path: str) ->
 
 
 def check_tools(request: ChatRequest) -> None:
-    """Bounds of tool schemas, and the choices of tool we can honour.
+    """Check the sizes of tool schemas, and that the choice of tool is one that is supported.
 
     Raises:
         RequestError: 400.
@@ -175,7 +123,7 @@ def _check_tool(tool: Tool, path: str) -> int:
 
 
 def check_template_kwargs(request: ChatRequest) -> None:
-    """Arguments go to the template by name, so they may not replace what the server passes.
+    """Check the template arguments: they go to the template by name and must not replace what the server passes.
 
     Raises:
         RequestError: 400.
@@ -191,10 +139,12 @@ def check_template_kwargs(request: ChatRequest) -> None:
 
 
 def check_depth(value: Any, path: str) -> None:
-    """Iterative, so that the check itself cannot run out of stack.
+    """Check that `value` (JSON) is not nested too deeply to be written into a prompt.
+
+    Iterative, so that the check itself cannot run out of stack.
 
     Raises:
-        RequestError: 400, `value` (JSON) is nested too deeply to be written into a prompt.
+        RequestError: 400, it is.
     """
     level = [value]
     for _ in range(MAX_DEPTH):

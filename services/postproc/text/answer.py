@@ -1,4 +1,4 @@
-"""One request's way from tokens to an answer: detokenise, split off reasoning and tool calls, find stop strings.
+"""Fold one request's tokens into an answer: detokenise, split off reasoning and tool calls, find stop strings.
 
 The state is a function of the tokens folded so far, so replaying them rebuilds it, and a delta is a function of the
 tokens between it and the one before. Its number is that of the last token that added something, not of the last that
@@ -9,15 +9,16 @@ boundary between them or a tool call, and never inside a call. A match ends the 
 certain; what that token adds after the match is cut.
 """
 
+from enum import Enum
 from itertools import groupby
 from typing import Literal, TypeVar
 
 import msgspec
 
 from services.postproc.text.detokenize import Detokenizer, Vocabulary
-from services.postproc.text.reasoning import Reasoning
-from services.postproc.text.stop import Stop
-from services.postproc.text.thought_calls import ThoughtCalls
+from services.postproc.text.reasoning import ReasoningSplit
+from services.postproc.text.reasoning_calls import ReasoningCalls
+from services.postproc.text.stop import StopStrings
 from services.postproc.text.tool_calls import Piece, ToolCalls
 from services.postproc.text.usage import usage_of
 from shared.errors import Failure, internal
@@ -27,15 +28,30 @@ T = TypeVar("T")
 
 
 class Parsers(msgspec.Struct, frozen=True):
-    """Which of the model's conventions the server was told to read."""
+    """The model's conventions that are parsed; what is not parsed is content."""
 
     reasoning: bool = True
     tool_calls: bool = True
     tool_calls_in_reasoning: bool = True  # those at its end, if the model forgets </think>
 
 
+class AnswerState(Enum):
+    """State of an answer. Only `Answer` writes it, and it leaves OPEN once: by a token that completes a stop string
+    (`push_token`), by the engine's finish (`apply_finish`), or by an error of postproc's own (`fail`).
+    """
+
+    OPEN = "open"
+    FINISHED = "finished"  # the engine finished it: a stop token or a limit
+    STOPPED = "stopped"  # a stop string ended it, of which the engine has to be told
+    CANCELLED = "cancelled"  # its readers have left: there is no last delta
+    FAILED = "failed"  # the last delta carries a failure
+
+
+_OPEN = AnswerState.OPEN  # looked up for every token
+
+
 class Answer:
-    """The answer to one request, and what of it has not been taken yet."""
+    """The answer to one request, and the part of it that no delta has carried yet."""
 
     __slots__ = (
         "_calls",
@@ -49,67 +65,71 @@ class Answer:
         "_reached",
         "_reasoned",
         "_reasoning",
+        "_reasoning_calls",
         "_request_id",
         "_simple",
         "_sink",
         "_split",
         "_stop_content",
         "_stop_reasoning",
-        "_thought_calls",
         "_tool_deltas",
         "_vocabulary",
-        "answered",
         "begin",
         "called",
         "count",
-        "ended",
+        "state",
         "taken",
-        "unasked",
     )
 
     def __init__(self, request: Request, vocabulary: Vocabulary, parsers: Parsers) -> None:
         output = request.output
-        self.begin: Begin | None = None  # what usage needs; the caller's to set before the finish
+        self.begin: Begin | None = None  # its counts go into the usage; set by the caller, before the finish
         self.count = 0  # tokens folded
-        self.taken = 0  # the number of the delta taken last
-        self.ended = False
-        self.answered = False  # it ended well
-        self.unasked = False  # it ended without the engine's doing, so the engine has to be told
+        self.taken = 0  # sequence number of the delta that was taken last
+        self.state = AnswerState.OPEN
         self._reached = 0  # tokens up to the last that added something
         self._request_id = request.id
         self._output = output
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer()
-        self._split = Reasoning(output.thinking and parsers.reasoning)
+        self._split = ReasoningSplit(output.thinking and parsers.reasoning)
         self._reasoned = 0  # tokens up to and including </think>, or before the first call
-        self.called = False  # a call was shown
+        self.called = False  # a tool call was shown
         self._calls: ToolCalls | None = None
         if output.tools and parsers.tool_calls:
             self._calls = ToolCalls(request.id, output.parallel_tool_calls, vocabulary.spelled_markers)
-        self._thought_calls: ThoughtCalls | None = None
+        self._reasoning_calls: ReasoningCalls | None = None
         if self._calls and self._split.open and output.functions and parsers.tool_calls_in_reasoning:
-            self._thought_calls = ThoughtCalls(frozenset(output.functions), vocabulary.spelled_markers)
-        self._stop_reasoning = Stop(output.stop, output.include_stop)
-        self._stop_content = Stop(output.stop, output.include_stop)
+            self._reasoning_calls = ReasoningCalls(frozenset(output.functions), vocabulary.spelled_markers)
+        self._stop_reasoning = StopStrings(output.stop, output.include_stop)
+        self._stop_content = StopStrings(output.stop, output.include_stop)
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self._tool_deltas: list[ToolDelta] = []
         self._logprobs: list[ShownLogprob] = []
         self._ids: list[int] = []
-        self._ending: Literal["stop", "length", "tool_calls"] | Failure | None = (
-            None  # a finish reason or a failure that was not taken yet
-        )
+        # A finish reason or a failure that no delta has carried yet.
+        self._ending: Literal["stop", "length", "tool_calls"] | Failure | None = None
         self._sink = self._reasoning if self._split.open else self._content
-        # A plain token's text goes straight to the sink while nothing is held back and nobody looks at it.
+        # The text of a plain token is appended to the sink directly while no parser holds text back or waits for some.
         self._simple = not (output.stop or output.logprobs or output.return_token_ids)
         self._plain = False
-        self._settle()
+        self._update_plain()
+
+    @property
+    def ended(self) -> bool:
+        return self.state is not _OPEN
+
+    @property
+    def succeeded(self) -> bool:
+        """True if the answer ended with a finish reason."""
+        return self.state in (AnswerState.FINISHED, AnswerState.STOPPED)
 
     # ------------------------------------------------------------------------------------------------ tokens in
 
-    def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
+    def push_token(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Fold the next token. After the end it does not count."""
-        if self.ended:
+        if self.state is not _OPEN:
             return
         if self._plain and (text := self._vocabulary.plain.get(token)) is not None:
             self.count = self._reached = self.count + 1
@@ -117,38 +137,38 @@ class Answer:
             return
         self.count += 1
         self._fold(token, logprob)
-        self._settle()
+        self._update_plain()
 
     def push_stop_token(self, token: int) -> None:
-        """Fold the token that ended the answer: counted, listed among the ids, not shown."""
+        """Fold the token that ended the answer: it is counted and listed among the ids, not shown."""
         if self.ended:
             return
         self.count += 1
         if self._output.return_token_ids:
             self._add(self._ids, token)
 
-    def finish(self, finish: Finish) -> None:
-        """The engine's end of the request."""
+    def apply_finish(self, finish: Finish) -> None:
+        """End the answer as the engine says, unless it has ended before."""
         if self.ended:
             return
         if finish.reason == "cancelled":
-            self.ended = True
+            self.state = AnswerState.CANCELLED
         elif finish.reason == "error":
             self.fail(finish.failure or internal("The engine failed to answer this request.").failure)
         else:
             self._flush(cut_off=finish.reason == "length")
             if not self.ended:
-                self._end(finish.reason)
+                self._succeed(AnswerState.FINISHED, finish.reason)
 
     def fail(self, failure: Failure) -> None:
-        """The answer ends here, in an error."""
-        self.ended = True
+        """End the answer in an error."""
+        self.state = AnswerState.FAILED
         self._ending = failure
 
     # ------------------------------------------------------------------------------------------------ deltas out
 
-    def take(self) -> Delta | None:
-        """What came since the last call; None if there is nothing to show."""
+    def take_delta(self) -> Delta | None:
+        """Return what was added since the last call; None if there is nothing to show."""
         if self._ending is not None or self._tool_deltas or self._logprobs or self._ids:
             return self._take_all()
         reasoning, content = self._reasoning, self._content
@@ -186,8 +206,8 @@ class Answer:
 
     # ------------------------------------------------------------------------------------------------ in between
 
-    def _settle(self) -> None:
-        split, calls = self._split, self._thought_calls if self._split.open else self._calls
+    def _update_plain(self) -> None:
+        split, calls = self._split, self._reasoning_calls if self._split.open else self._calls
         shown_as_is = calls is None or calls.idle
         self._plain = self._simple and shown_as_is and split.idle and self._detokenizer.idle
 
@@ -196,25 +216,27 @@ class Answer:
             self._add(self._logprobs, self._shown(token, logprob))
         if self._output.return_token_ids:
             self._add(self._ids, token)
-        vocabulary, split, calls, thought_calls = self._vocabulary, self._split, self._calls, self._thought_calls
-        if split.open and thought_calls and not thought_calls.holding:
+        vocabulary, split, calls, reasoning_calls = self._vocabulary, self._split, self._calls, self._reasoning_calls
+        if split.open and reasoning_calls and not reasoning_calls.holding:
             self._reasoned = self.count - 1
         if split.open and token == vocabulary.think_end:
             self._route(self._detokenizer.flush())
-            self._think(thought_calls.release() if thought_calls else "")
+            self._add_reasoning(reasoning_calls.release() if reasoning_calls else "")
             self._end_reasoning()
             self._reasoned = self.count
-        elif split.open and thought_calls and token in vocabulary.call_markers:
+        elif split.open and reasoning_calls and token in vocabulary.call_markers:
             self._route(self._detokenizer.flush())
-            self._think(thought_calls.marker(vocabulary.call_markers[token]))
+            self._add_reasoning(reasoning_calls.read_marker(vocabulary.call_markers[token]))
         elif calls and not split.open and token in vocabulary.call_markers:
             self._route(self._detokenizer.flush())
-            split.said()
-            self._show(calls.marker(vocabulary.call_markers[token]))
+            split.begin_content()
+            self._show_pieces(calls.read_marker(vocabulary.call_markers[token]))
         else:
-            self._route(self._detokenizer.push(vocabulary.bytes_of(token)))
+            self._route(self._detokenizer.decode(vocabulary.bytes_of(token)))
 
     def _shown(self, token: int, logprob: TokenLogprob) -> ShownLogprob:
+        """Return a token's log-probability with the texts and bytes of the tokens in it."""
+
         def text_and_bytes(token: int) -> tuple[str, bytes]:
             data = self._vocabulary.bytes_of(token)
             return data.decode("utf-8", "replace"), data
@@ -223,41 +245,42 @@ class Answer:
         return ShownLogprob(*text_and_bytes(token), logprob.logprob, top)
 
     def _route(self, text: str) -> None:
+        """Append text to the part of the answer that is open: reasoning, or content and calls."""
         if self._split.open:
-            self._think(self._thought_calls.push(text) if self._thought_calls else text)
+            self._add_reasoning(self._reasoning_calls.read_text(text) if self._reasoning_calls else text)
             return
-        text = self._split.say(text)
+        text = self._split.add_content(text)
         if self._calls:
-            self._show(self._calls.push(text))
+            self._show_pieces(self._calls.read_text(text))
         else:
-            self._say(text)
+            self._show_content(text)
 
     def _end_reasoning(self) -> None:
         if self.ended:
             return
-        self._split.end()
+        self._split.end_reasoning()
         self._write(self._reasoning, self._stop_reasoning.flush())
         self._sink = self._content
 
-    def _think(self, text: str) -> None:
-        self._show_thought(self._split.think(text))
+    def _add_reasoning(self, text: str) -> None:
+        self._show_reasoning(self._split.add_reasoning(text))
 
-    def _show_thought(self, text: str) -> None:
-        self._write(self._reasoning, self._stop_reasoning.push(text))
+    def _show_reasoning(self, text: str) -> None:
+        self._write(self._reasoning, self._stop_reasoning.filter(text))
         if self._stop_reasoning.matched:
             self._end_by_stop_string()
 
-    def _say(self, text: str) -> None:
-        self._write(self._content, self._stop_content.push(text))
+    def _show_content(self, text: str) -> None:
+        self._write(self._content, self._stop_content.filter(text))
         if self._stop_content.matched:
             self._end_by_stop_string()
 
-    def _show(self, pieces: list[Piece]) -> None:
+    def _show_pieces(self, pieces: list[Piece]) -> None:
         for piece in pieces:
             if self.ended:
                 return
             if isinstance(piece, str):
-                self._say(piece)
+                self._show_content(piece)
             else:
                 if piece.name is not None:
                     self._write(self._content, self._stop_content.flush())
@@ -273,42 +296,42 @@ class Answer:
         self._reached = self.count
 
     def _flush(self, cut_off: bool) -> None:
-        """Show what was held back; nothing can follow. It may still complete a stop string."""
+        """Show the text that was held back, since none can follow. It may still complete a stop string."""
         self._route(self._detokenizer.flush())
-        if self._split.open and self._thought_calls:
-            self._flush_thought_calls(self._thought_calls, cut_off)
+        if self._split.open and self._reasoning_calls:
+            self._flush_reasoning_calls(self._reasoning_calls, cut_off)
         if self._split.open:
-            self._show_thought(self._split.finish())
+            self._show_reasoning(self._split.release_reasoning())
             self._write(self._reasoning, self._stop_reasoning.flush())
             return
         if self._calls:
-            self._show(self._calls.finish(cut_off))
+            self._show_pieces(self._calls.end_answer(cut_off))
         self._write(self._content, self._stop_content.flush())
 
-    def _flush_thought_calls(self, thought_calls: ThoughtCalls, cut_off: bool) -> None:
-        text, held = (thought_calls.release(), []) if cut_off else thought_calls.finish()
-        self._think(text)
+    def _flush_reasoning_calls(self, reasoning_calls: ReasoningCalls, cut_off: bool) -> None:
+        text, held = (reasoning_calls.release(), []) if cut_off else reasoning_calls.end_answer()
+        self._add_reasoning(text)
         if held and self._calls:
             self._end_reasoning()
             for piece in held:
-                self._show(self._calls.marker(piece.text) if piece.is_marker else self._calls.push(piece.text))
+                self._show_pieces(
+                    self._calls.read_marker(piece.text) if piece.is_marker else self._calls.read_text(piece.text)
+                )
 
     def _end_by_stop_string(self) -> None:
         if not self.ended:
-            self.unasked = True
-            self._end("stop")
+            self._succeed(AnswerState.STOPPED, "stop")
 
-    def _end(self, reason: Literal["stop", "length"]) -> None:
-        self.ended = True
+    def _succeed(self, state: AnswerState, reason: Literal["stop", "length"]) -> None:
         if self.begin is None:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
             return
-        self.answered = True
+        self.state = state
         self._ending = "tool_calls" if reason == "stop" and self.called else reason
 
 
 def _joined(deltas: list[ToolDelta]) -> tuple[ToolDelta, ...]:
-    """Fragments of one call that follow each other become one; the name stays a piece of its own."""
+    """Join fragments of one call that follow each other; a call's name stays a piece of its own."""
     joined: list[ToolDelta] = []
     for (index, named), group in groupby(deltas, lambda delta: (delta.index, delta.name is not None)):
         same = list(group)

@@ -1,4 +1,4 @@
-"""What somebody who has seen an answer up to some number has missed of it, from its tokens alone."""
+"""Rebuild the part of an answer that a reader has missed, from its tokens alone."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from services.postproc.text.answer import Answer
 from shared.messages import Delta, Finish, TokenLogprob
 
 
-def missed(
+def missed_deltas(
     answer: Answer,
     tokens: Sequence[int],
     logprobs: Sequence[TokenLogprob | None] | None,
@@ -16,46 +16,47 @@ def missed(
     after: int,
     until: int = 0,
 ) -> list[Delta]:
-    """All that follows number `after`, as one delta, or as two if a delta ends at `until`; none if there is nothing.
+    """Return all that follows sequence number `after`: one delta, two if a delta ends at `until`, or none.
 
-    The end of an answer is said again to who has seen it, so that nobody waits for more.
+    A reader that has seen the end of an answer gets the end once more, so that it does not wait for more.
 
     Args:
         answer: fresh, with its Begin.
-        tokens: all so far, without a stop token.
-        logprobs: of the tokens, for a request that asked.
-        finish: how the answer ended, if not by itself.
+        tokens: all that the engine has generated so far, without a stop token.
+        logprobs: of the tokens, for a request that asked for them.
+        finish: how the engine or postproc ended the answer; None while it goes on or where a stop string ends it.
     """
 
-    def push(first: int, end: int) -> None:
+    def fold(first: int, end: int) -> None:
         for place in range(first, min(end, len(tokens))):
-            answer.push(tokens[place], logprobs[place] if logprobs is not None else None)
+            answer.push_token(tokens[place], logprobs[place] if logprobs is not None else None)
 
-    def end() -> None:
+    def finish_answer() -> None:
         if finish is not None and finish.stop_token is not None:
             answer.push_stop_token(finish.stop_token)
         if finish is not None:
-            answer.finish(finish)
+            answer.apply_finish(finish)
 
-    push(0, after)
+    fold(0, after)
     if after > len(tokens):
-        end()
-    seen = answer.take()
+        finish_answer()
+    seen = answer.take_delta()
     if answer.ended:
         return [_only_the_end(seen, after)] if seen else []
     deltas: list[Delta] = []
     first = after
     for last in [until] * (until > after) + [max(after, len(tokens)) + 1]:
-        push(first, last)
+        fold(first, last)
         if first <= len(tokens) < last:
-            end()
-        if delta := answer.take():
+            finish_answer()
+        if delta := answer.take_delta():
             deltas.append(delta if deltas else replace(delta, start=after))
         first = last
     return deltas
 
 
 def _only_the_end(delta: Delta, after: int) -> Delta:
+    """Return the finish, usage and failure of the last delta, without its text."""
     return Delta(
         delta.request_id,
         delta.seq,

@@ -13,7 +13,7 @@ CALL_CLOSE = "</tool_call>"
 
 
 class TokenBytes(Protocol):
-    """What is needed of a tokenizer (shared.model.tokenizer.Tokenizer)."""
+    """The part of a tokenizer (shared.model.tokenizer.Tokenizer) that postproc needs."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -27,8 +27,8 @@ class Vocabulary:
     """The bytes of every token, and which tokens are markers.
 
     `call_markers` are the tool-call markers that are tokens, by id; `spelled_markers` those the vocabulary lacks.
-    `plain` maps the tokens that need no thought to their text: whole characters, no newline at either end (a parser
-    may have to hold a newline back), no marker. Most tokens of an answer are plain.
+    `plain` maps the tokens that no parser has to look at to their text: whole characters, no newline at either end (a
+    parser may have to hold a newline back), no marker. Most tokens of an answer are plain.
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:
@@ -45,32 +45,34 @@ class Vocabulary:
                 self.plain[token] = text
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes a token adds to an answer; none for specials and for ids the tokenizer does not know, which a
-        model whose embedding is padded can produce."""
+        """Return the bytes that a token adds to an answer.
+
+        None for special tokens and for ids beyond the vocabulary, which a model whose embedding is padded can produce.
+        """
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
 class Detokenizer:
     """The text of one answer so far, up to the last whole character."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("_incomplete",)
 
     def __init__(self) -> None:
-        self._rest = b""  # at most three bytes: the beginning of a character
+        self._incomplete = b""  # at most three bytes: the beginning of a character
 
     @property
     def idle(self) -> bool:
-        """No character has begun."""
-        return not self._rest
+        """True if no character is incomplete."""
+        return not self._incomplete
 
-    def push(self, data: bytes) -> str:
-        """The text that these bytes complete."""
-        data = self._rest + data
+    def decode(self, data: bytes) -> str:
+        """Append bytes and return the text that they complete."""
+        data = self._incomplete + data
         text, used = utf_8_decode(data, "replace", False)
-        self._rest = data[used:]
+        self._incomplete = data[used:]
         return text
 
     def flush(self) -> str:
-        """U+FFFD for a character that was begun, when no byte can follow."""
-        text, self._rest = self._rest.decode("utf-8", "replace"), b""
+        """Return U+FFFD for an incomplete character, when no byte can follow, else nothing."""
+        text, self._incomplete = self._incomplete.decode("utf-8", "replace"), b""
         return text

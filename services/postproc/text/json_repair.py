@@ -1,7 +1,7 @@
-"""Rewrites JSON as a model writes it into valid JSON, piece by piece.
+"""Repair JSON as models write it, piece by piece, into valid JSON.
 
-All text given out is, at any time, the beginning of a valid JSON value, and stays so whatever follows. A valid value is
-given out as it was written. These repairs have one reading, and are made:
+All text returned so far is, at any time, the beginning of a valid JSON value, and stays so whatever follows. A valid
+value is returned as it was written. Repairs are made where there is one reading:
 
 - Commas that are missing, doubled or trailing. A closing bracket that skips an open one, as in {"a": [1}.
 - In strings: raw control characters, escapes that JSON does not know (the backslash stands for itself), and half a
@@ -16,6 +16,7 @@ bracket that they lead to, and scalars for their end; so a member without a read
 import json
 import re
 from collections.abc import Callable
+from math import isfinite
 
 SPACE = " \t\r\n"
 MAX_DEPTH = 100  # json.loads and others fail at some depth between 128 and a few thousand
@@ -35,9 +36,18 @@ def unquote(inside: str) -> str:
     return str(json.loads(f'"{inside}"'))
 
 
+def _is_number(text: str) -> bool:
+    """Return whether every parser reads `text` as a finite number.
+
+    A fraction or an exponent beyond the range of a double, as in 1e999, is infinity to some, and an error to others.
+    """
+    number = _NUMBER.fullmatch(text) if len(text) <= MAX_SCALAR else None
+    return number is not None and (text.lstrip("-").isdigit() or isfinite(float(text)))
+
+
 class StringRepair:
-    """The inside of one JSON string, after its opening quote. Each piece given out is valid by itself; an escape that
-    the text ends in is lost."""
+    """The inside of one JSON string, behind its opening quote. Each piece returned is valid by itself; an incomplete
+    escape at the end of the text is dropped."""
 
     __slots__ = ("_escape", "_high", "closed")
 
@@ -46,8 +56,8 @@ class StringRepair:
         self._high = ""  # the escape of the first half of a surrogate pair, waiting for the second
         self.closed = False  # the closing quote was read
 
-    def push(self, text: str, at: int) -> tuple[str, int]:
-        """Return what text[at:] adds, and where reading ended: after the closing quote, or at the end of `text`."""
+    def read_string(self, text: str, at: int) -> tuple[str, int]:
+        """Read text[at:] and return (repaired piece, index behind the closing quote or the end of `text`)."""
         out: list[str] = []
         while at < len(text) and not self.closed:
             at = self._read_escape(text, at, out) if self._escape else self._read_plain(text, at, out)
@@ -57,14 +67,14 @@ class StringRepair:
         stop = _STRING_STOP.search(text, at)
         end = stop.start() if stop else len(text)
         if end > at:
-            out.append(self._orphan() + text[at:end])
+            out.append(self._drop_high() + text[at:end])
         if stop is None:
             return end
         if text[end] == "\\":
             self._escape = "\\"
             return end + 1
         self.closed = text[end] == '"'
-        out.append(self._orphan() + ("" if self.closed else json.dumps(text[end])[1:-1]))
+        out.append(self._drop_high() + ("" if self.closed else json.dumps(text[end])[1:-1]))
         return end + 1
 
     def _read_escape(self, text: str, at: int, out: list[str]) -> int:
@@ -75,32 +85,32 @@ class StringRepair:
             return at + 1
         self._escape = ""
         if unicode and digit:
-            out.append(self._unit(before + char))
+            out.append(self._add_code_unit(before + char))
         elif not unicode and char in '"\\/bfnrt':
-            out.append(self._orphan() + before + char)
+            out.append(self._drop_high() + before + char)
         elif not unicode and char == "'":
-            out.append(self._orphan() + char)
+            out.append(self._drop_high() + char)
         else:
-            out.append(self._orphan() + "\\" + before)
+            out.append(self._drop_high() + "\\" + before)
             return at  # `char` stands for itself, and may be the closing quote
         return at + 1
 
-    def _unit(self, escape: str) -> str:
-        """The escape of a UTF-16 code unit."""
+    def _add_code_unit(self, escape: str) -> str:
+        """Return what the escape of a UTF-16 code unit adds."""
         unit = int(escape[2:], 16)
         if self._high and 0xDC00 <= unit < 0xE000:
             high, self._high = self._high, ""
             return high + escape
-        orphan = self._orphan()
+        lone = self._drop_high()
         if 0xD800 <= unit < 0xDC00:
             self._high = escape
-            return orphan
-        return orphan + (_LONE if 0xDC00 <= unit < 0xE000 else escape)
+            return lone
+        return lone + (_LONE if 0xDC00 <= unit < 0xE000 else escape)
 
-    def _orphan(self) -> str:
-        """U+FFFD in place of a first half whose second did not come."""
-        orphan, self._high = _LONE if self._high else "", ""
-        return orphan
+    def _drop_high(self) -> str:
+        """Return U+FFFD in place of a first half of a surrogate pair whose second did not come, if there is one."""
+        lone, self._high = _LONE if self._high else "", ""
+        return lone
 
 
 class ValueRepair:
@@ -114,7 +124,7 @@ class ValueRepair:
         "_out",
         "_pending",
         "_scalar",
-        "_shown",
+        "_shown_depth",
         "_stack",
         "_state",
         "_string",
@@ -127,13 +137,13 @@ class ValueRepair:
         self.closed = False  # it was read to its end
         self.broken = False  # it cannot be read further
         self.unread = ""  # the scalar that broke it
-        self._out: list[str] = []  # to be given out
+        self._out: list[str] = []  # to be returned
         self._pending: list[str] = []  # waits for the value that it leads to
         self._gap: list[str] = []  # spaces, and at most one comma, since the last member or opening bracket
         self._comma = False  # in the gap
         self._has_member = False  # the innermost container has one
         self._stack: list[str] = []  # the brackets that would close the value
-        self._shown = 0  # the number of those whose opening bracket was given out
+        self._shown_depth = 0  # the number of those whose opening bracket was returned
         self._string = StringRepair()
         self._in_key = False
         self._scalar: list[str] = []
@@ -141,36 +151,36 @@ class ValueRepair:
 
     @property
     def begun(self) -> bool:
-        """Something was given out."""
-        return self.closed or self._shown > 0
+        """True if some of it was returned."""
+        return self.closed or self._shown_depth > 0
 
-    def push(self, text: str, at: int) -> int:
-        """Read text[at:] and return where reading stopped: at the end, after the value, or where it is broken."""
+    def read_value(self, text: str, at: int) -> int:
+        """Read text[at:] and return the index of the end, of the place behind the value, or where it broke."""
         while at < len(text) and not self.closed and not self.broken:
             at = self._state(text, at)
         return at
 
-    def take(self) -> str:
-        """Give out what can be given out."""
+    def take_valid(self) -> str:
+        """Return the valid text that has become known since the last call."""
         out = "".join(self._out)
         self._out.clear()
         return out
 
-    def end(self, cut_off: bool) -> None:
-        """Close the value if anything of it was given out. A scalar that a limit may have cut off is left out."""
+    def end_value(self, cut_off: bool) -> None:
+        """Close the value if some of it was returned. A scalar that a limit may have cut off is left out."""
         if self._state == self._read_scalar and not self.broken and not cut_off:
             self._end_scalar()
         if self.closed:
             return
         if self._state == self._read_string and not self._in_key:
             self._out.append('"')
-        self._out += reversed(self._stack[: self._shown])
+        self._out += reversed(self._stack[: self._shown_depth])
         self.broken = True
 
-    # A state reads text[at:] as far as it is the state's own and returns where it stopped.
+    # Each method below is a state: it reads its part of text[at:] and returns the index at which it stopped.
 
     def _member(self, text: str, at: int) -> int:
-        """The place in a container before a member, a comma or the closing bracket."""
+        """Read in a container, before a member, a comma or the closing bracket."""
         char = text[at]
         if spaces := _SPACES.match(text, at):
             self._gap.append(spaces.group())
@@ -225,7 +235,7 @@ class ValueRepair:
         return at + 1
 
     def _read_string(self, text: str, at: int) -> int:
-        fragment, at = self._string.push(text, at)
+        fragment, at = self._string.read_string(text, at)
         sink = self._pending if self._in_key else self._out
         sink.append(fragment + '"' * self._string.closed)
         if self._string.closed and self._in_key:
@@ -244,7 +254,7 @@ class ValueRepair:
 
     def _end_scalar(self) -> None:
         written = "".join(self._scalar)
-        if written in _LITERALS or (len(written) <= MAX_SCALAR and _NUMBER.fullmatch(written)):
+        if written in _LITERALS or _is_number(written):
             self._flush(_LITERALS.get(written, written))
             self._end_value()
         else:
@@ -252,7 +262,7 @@ class ValueRepair:
             self.broken = True
 
     def _close(self, bracket: str, at: int) -> int:
-        """A closing bracket also closes what is still open inside."""
+        """Close a container, and with it all that are still open inside."""
         if bracket not in self._stack:
             return self._break(at)
         self._end_gap([space for space in self._gap if space != ","])
@@ -274,10 +284,10 @@ class ValueRepair:
         self._comma = False
 
     def _flush(self, text: str) -> None:
-        """Give out `text`, and before it what led to it."""
+        """Return `text` next, behind the keys, commas and brackets that lead to it."""
         self._out += [*self._pending, text]
         self._pending.clear()
-        self._shown = len(self._stack)
+        self._shown_depth = len(self._stack)
 
     def _break(self, at: int) -> int:
         self.broken = True

@@ -1,4 +1,4 @@
-"""The reasoning parser `ernie-45-vl-thinking`: what is thought and what is said.
+"""The reasoning parser `ernie-45-vl-thinking`: splits an answer into reasoning and content.
 
 The prompt ends inside an open <think>, so the model writes `reasoning "\\n</think>\\n\\n" answer`:
 
@@ -11,16 +11,16 @@ The prompt ends inside an open <think>, so the model writes `reasoning "\\n</thi
 """
 
 
-class Newlines:
-    """Holds back newlines at the end of a growing text until it is known whether anything follows."""
+class TrailingNewlines:
+    """The newlines at the end of a growing text, held back until it is known whether text follows."""
 
     __slots__ = ("held",)
 
     def __init__(self) -> None:
         self.held = 0
 
-    def push(self, text: str) -> str:
-        """The text so far without the newlines at its end."""
+    def hold_back(self, text: str) -> str:
+        """Append `text` and return what can be shown: all but the newlines at its end."""
         body = text.rstrip("\n")
         if not body:
             self.held += len(text)
@@ -30,46 +30,46 @@ class Newlines:
         return shown
 
     def release(self) -> str:
-        """The newlines: they are part of the text."""
+        """Return the newlines that were held back: they are part of the text."""
         held, self.held = "\n" * self.held, 0
         return held
 
 
-class Reasoning:
-    """One answer's split into reasoning and content."""
+class ReasoningSplit:
+    """Split of one answer into reasoning and content. `open` while the model reasons."""
 
-    __slots__ = ("_after", "_newlines", "open")
+    __slots__ = ("_newlines", "_skips_newlines", "open")
 
     def __init__(self, thinking: bool) -> None:
         self.open = thinking
-        self._newlines = Newlines()
-        self._after = False  # between </think> and the first character of the content
+        self._newlines = TrailingNewlines()
+        self._skips_newlines = False  # between </think> and the first character of the content
 
     @property
     def idle(self) -> bool:
-        """No newline is held back or left out just now."""
-        return not self._newlines.held and not self._after
+        """True if text without a newline at its end would be shown as it is."""
+        return not self._newlines.held and not self._skips_newlines
 
-    def think(self, text: str) -> str:
-        """The reasoning to show when `text` comes while thinking."""
-        return self._newlines.push(text)
+    def add_reasoning(self, text: str) -> str:
+        """Append to the reasoning and return what of it can be shown."""
+        return self._newlines.hold_back(text)
 
-    def end(self) -> None:
-        """</think>."""
-        self.open, self._after = False, True
+    def end_reasoning(self) -> None:
+        """Switch to the content, at </think>. The newlines before it are dropped."""
+        self.open, self._skips_newlines = False, True
         self._newlines.held = 0
 
-    def say(self, text: str) -> str:
-        """The content in `text`, which comes after thinking."""
-        if self._after:
+    def add_content(self, text: str) -> str:
+        """Append to the content and return it without the newlines that separate it from the reasoning."""
+        if self._skips_newlines:
             text = text.lstrip("\n")
-            self._after = not text
+            self._skips_newlines = not text
         return text
 
-    def said(self) -> None:
-        """The content has begun with something other than text."""
-        self._after = False
+    def begin_content(self) -> None:
+        """Note that the content has begun with something other than text."""
+        self._skips_newlines = False
 
-    def finish(self) -> str:
-        """The rest of the reasoning, when the answer ends while thinking."""
+    def release_reasoning(self) -> str:
+        """Return the rest of the reasoning, when the answer ends inside it."""
         return self._newlines.release()

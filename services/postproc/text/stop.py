@@ -1,8 +1,8 @@
-"""Finds the first of several strings in text that arrives in pieces: stop strings, and markers spelled as text.
+"""Search for the first of several strings in text that arrives in pieces: stop strings, and markers spelled as text.
 
 The match that ends first wins; of two that end at the same character, the longer. This does not depend on how the
-text was cut, and it needs one pass: an Aho-Corasick automaton whose depth says how many of the last characters might
-still become a match, and so must be held back.
+text was cut, and the search needs one pass: the depth in an Aho-Corasick automaton is the number of last characters
+that might still become a match, and so must be held back.
 """
 
 import re
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 
-class Patterns:
-    """The automaton of some non-empty strings; immutable, shared by everybody who looks for the same ones.
+class Automaton:
+    """Aho-Corasick automaton of some non-empty strings; immutable, shared by all requests with the same strings.
 
     Node 0 is the start. `depth` is the length of the longest pattern prefix that ends here, `match` the longest whole
     pattern that ends here ("" if none).
@@ -25,7 +25,7 @@ class Patterns:
 
     def __init__(self, strings: Sequence[str]) -> None:
         if not strings or not all(strings):
-            raise ValueError("cannot look for an empty string")
+            raise ValueError("an empty string cannot be searched for: it would match everywhere")
         self.edges: list[dict[str, int]] = [{}]
         self.depth = [0]
         self.match = [""]
@@ -61,7 +61,7 @@ class Patterns:
                 queue.append(child)
 
     def step(self, node: int, char: str) -> int:
-        """The node after `char`."""
+        """Return the node after `char`."""
         while char not in self.edges[node]:
             if node == 0:
                 return 0
@@ -70,79 +70,76 @@ class Patterns:
 
 
 @lru_cache(maxsize=256)
-def compile_patterns(strings: tuple[str, ...]) -> Patterns:
-    """`Patterns`, built once for requests that ask for the same strings."""
-    return Patterns(strings)
+def compile_automaton(strings: tuple[str, ...]) -> Automaton:
+    """Build an `Automaton`, once for all requests with the same strings."""
+    return Automaton(strings)
 
 
-class Finder:
-    """Looks for patterns in a growing text, giving out what can no longer be part of a match."""
+class PatternFinder:
+    """Search in a growing text, which returns text as soon as it can no longer be part of a match."""
 
-    __slots__ = ("_held", "_node", "_patterns")
+    __slots__ = ("_automaton", "_held", "_node")
 
-    def __init__(self, patterns: Patterns) -> None:
-        self._patterns = patterns
+    def __init__(self, automaton: Automaton) -> None:
+        self._automaton = automaton
         self._node = 0
-        self._held = ""  # seen, not given out: the last `depth` characters
+        self._held = ""  # seen, not returned: the last `depth` characters
 
-    def push(self, text: str, start: int = 0) -> tuple[str, str, int]:
-        """Look through text[start:].
+    def search(self, text: str, start: int = 0) -> tuple[str, str, int]:
+        """Search text[start:] up to the first match.
 
-        Returns (text that comes before any match, the match or "", where in `text` the search ended). After a match
-        the finder is as new, so that a caller may go on from there.
+        Returns (text before any match, the match or "", the index in `text` at which the search ended). After a match
+        the finder is in its first state, so that a caller may go on from that index.
         """
-        patterns, node, at = self._patterns, self._node, start
+        automaton, node, at = self._automaton, self._node, start
         while at < len(text):
             if node == 0:
-                possible = patterns.first.search(text, at)
+                possible = automaton.first.search(text, at)
                 if possible is None:
                     break
                 at = possible.start()
-            node = patterns.step(node, text[at])
+            node = automaton.step(node, text[at])
             at += 1
-            if match := patterns.match[node]:
+            if match := automaton.match[node]:
                 seen = self._held + text[start:at]
                 self._node, self._held = 0, ""
                 return seen[: -len(match)], match, at
         seen = self._held + text[start:]
-        safe = len(seen) - patterns.depth[node]
+        safe = len(seen) - automaton.depth[node]
         self._node, self._held = node, seen[safe:]
         return seen[:safe], "", len(text)
 
     def split(self, text: str) -> Iterator[tuple[str, str]]:
-        """Look through all of `text`: each match, "" the last time, with the text before it."""
+        """Search all of `text` and yield (text before a match, match); the last match may be ""."""
         at = 0
         while at < len(text):
-            plain, match, at = self.push(text, at)
+            plain, match, at = self.search(text, at)
             yield plain, match
 
     def flush(self) -> str:
-        """What is held back, when nothing can follow it directly."""
+        """Return the text that was held back, when no text can follow it directly."""
         held, self._node, self._held = self._held, 0, ""
         return held
 
 
-class Stop:
-    """The stop strings of one text of an answer. After a match the text is over and nothing more comes out.
-
-    The match itself is shown only with `include`.
-    """
+class StopStrings:
+    """The stop strings of one text of an answer. A match ends the text, and is shown only with `include`."""
 
     __slots__ = ("_finder", "_include", "matched")
 
     def __init__(self, strings: tuple[str, ...], include: bool) -> None:
-        self._finder = Finder(compile_patterns(strings)) if strings else None
+        self._finder = PatternFinder(compile_automaton(strings)) if strings else None
         self._include = include
         self.matched = False
 
-    def push(self, text: str) -> str:
-        """The part of the text so far that may be shown now."""
+    def filter(self, text: str) -> str:
+        """Return the part of the text so far that may be shown now; none after a match."""
         if self._finder is None or self.matched:
             return "" if self.matched else text
-        shown, match, _ = self._finder.push(text)
+        shown, match, _ = self._finder.search(text)
         self.matched = bool(match)
         return shown + match if self._include else shown
 
     def flush(self) -> str:
-        """What was held back, when nothing can follow it directly."""
+        """Return the text that was held back, when no text can follow it directly."""
         return self._finder.flush() if self._finder else ""

@@ -1,4 +1,4 @@
-"""The tool-call parser `ernie-45-vl-thinking`: which of the content is text and which is calls.
+"""The tool-call parser `ernie-45-vl-thinking`: splits the content into text and calls.
 
 After thinking the model writes `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of times:
 
@@ -13,107 +13,108 @@ After thinking the model writes `<tool_call>\\n{"name": ..., "arguments": {...}}
 - The arguments of every call that was reported are a JSON object, also where a limit cut the answer off.
 - With parallel calls off, the first call is the only one; later ones are read and left out.
 
-Calls in reasoning are thought_calls'.
+Calls in reasoning are the subject of reasoning_calls.
 """
 
 from hashlib import blake2b
 
 from services.postproc.text.detokenize import CALL_CLOSE, CALL_OPEN
-from services.postproc.text.reasoning import Newlines
-from services.postproc.text.stop import Finder, compile_patterns
-from services.postproc.text.tool_json import Body
+from services.postproc.text.reasoning import TrailingNewlines
+from services.postproc.text.stop import PatternFinder, compile_automaton
+from services.postproc.text.tool_json import CallBody
 from shared.messages import ToolDelta
 
 Piece = str | ToolDelta  # content, or a part of a call
 
 
 def call_id(request_id: str, index: int) -> str:
-    """Make the id clients answer a call by; the same whenever the request is replayed."""
+    """Return the id by which clients answer a call. It is the same whenever the request is replayed."""
     return "call_" + blake2b(f"{request_id}:{index}".encode(), digest_size=12).hexdigest()
 
 
 class ToolCalls:
-    """The calls of one answer. Every method returns what is new, in the order in which it was written."""
+    """The calls of one answer. Methods return the pieces that they add, in the order in which they were written."""
 
     def __init__(self, request_id: str, parallel: bool, spelled: tuple[str, ...]) -> None:
         """`spelled`: the markers that the vocabulary lacks, to be looked for in the text."""
         self._count = 0  # calls so far, those that are left out included
         self._request_id = request_id
         self._parallel = parallel
-        self._finder = Finder(compile_patterns(spelled)) if spelled else None
-        self._newlines = Newlines()
-        self._body: Body | None = None
-        self._after = False  # since the last call there was only whitespace
-        self._content = False  # some content was shown
+        self._finder = PatternFinder(compile_automaton(spelled)) if spelled else None
+        self._newlines = TrailingNewlines()
+        self._body: CallBody | None = None
+        self._after_call = False  # since the last call there was only whitespace
+        self._has_content = False  # some content was shown
 
     @property
     def idle(self) -> bool:
-        """Text without a newline at its end would be shown as it is, and nothing need be remembered of it."""
-        settled = self._content and not self._after and not self._newlines.held
+        """True if text without a newline at its end would be shown as it is and changes no state."""
+        settled = self._has_content and not self._after_call and not self._newlines.held
         return settled and self._body is None and self._finder is None
 
-    def push(self, text: str) -> list[Piece]:
+    def read_text(self, text: str) -> list[Piece]:
         """Read text that comes after thinking."""
         if self._finder is None:
-            return self._text(text)
+            return self._add_text(text)
         pieces: list[Piece] = []
         for plain, marker in self._finder.split(text):
-            pieces += self._text(plain)
-            pieces += self._marker(marker) if marker else []
+            pieces += self._add_text(plain)
+            pieces += self._add_marker(marker) if marker else []
         return pieces
 
-    def marker(self, marker: str) -> list[Piece]:
+    def read_marker(self, marker: str) -> list[Piece]:
         """Read a marker that came as a token."""
-        return self._flush_finder() + self._marker(marker)
+        return self._flush_finder() + self._add_marker(marker)
 
-    def finish(self, cut_off: bool) -> list[Piece]:
-        """End the answer; `cut_off` by a limit."""
+    def end_answer(self, cut_off: bool) -> list[Piece]:
+        """End the answer; `cut_off` if a limit ended it."""
         pieces = self._flush_finder() + self._end_body("", cut_off)
-        newlines = "" if self._after else self._newlines.release()
+        newlines = "" if self._after_call else self._newlines.release()
         return [*pieces, newlines] if newlines else pieces
 
     def _flush_finder(self) -> list[Piece]:
-        return self._text(self._finder.flush()) if self._finder else []
+        return self._add_text(self._finder.flush()) if self._finder else []
 
-    def _marker(self, marker: str) -> list[Piece]:
+    def _add_marker(self, marker: str) -> list[Piece]:
         if marker == CALL_CLOSE:
-            return self._end_body(CALL_CLOSE) if self._body else self._say(CALL_CLOSE)
+            return self._end_body(CALL_CLOSE) if self._body else self._add_content(CALL_CLOSE)
         pieces = self._end_body("")
-        self._body = Body(self._count, lambda index: call_id(self._request_id, index))
+        self._body = CallBody(self._count, lambda index: call_id(self._request_id, index))
         return pieces
 
-    def _text(self, text: str) -> list[Piece]:
+    def _add_text(self, text: str) -> list[Piece]:
         if self._body is None:
-            return self._say(text)
-        pieces = self._show(self._body.push(text))
+            return self._add_content(text)
+        pieces = self._select(self._body.read_body(text))
         if self._body.malformed:
             pieces += self._end_body("")
         return pieces
 
     def _end_body(self, marker: str, cut_off: bool = False) -> list[Piece]:
-        """End what was open, at `marker` if there is one."""
+        """End the body that was open, if one was, at `marker` or without one ("")."""
         body, self._body = self._body, None
         if body is None:
             return []
-        pieces = self._show(body.end(cut_off))
+        pieces = self._select(body.end_body(cut_off))
         if not body.names:
-            return self._say(CALL_OPEN + body.rest + marker)
+            return self._add_content(CALL_OPEN + body.rest + marker)
         self._count += len(body.names)
-        self._after = True
-        return pieces if marker else pieces + self._say(body.rest)
+        self._after_call = True
+        return pieces if marker else pieces + self._add_content(body.rest)
 
-    def _show(self, deltas: list[ToolDelta]) -> list[Piece]:
+    def _select(self, deltas: list[ToolDelta]) -> list[Piece]:
+        """Return the deltas that may be shown: without parallel calls, those of the first call."""
         return [delta for delta in deltas if self._parallel or not delta.index]
 
-    def _say(self, text: str) -> list[Piece]:
-        if self._after:
+    def _add_content(self, text: str) -> list[Piece]:
+        if self._after_call:
             body = text.lstrip(" \t\r\n")
             self._newlines.held += text.count("\n", 0, len(text) - len(body))
             if not body:
                 return []
-            self._newlines.held *= self._content
-            self._after = False
+            self._newlines.held *= self._has_content
+            self._after_call = False
             text = body
-        shown = self._newlines.push(text)
-        self._content |= bool(shown)
+        shown = self._newlines.hold_back(text)
+        self._has_content |= bool(shown)
         return [shown] if shown else []

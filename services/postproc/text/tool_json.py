@@ -1,6 +1,6 @@
-"""Reads what stands between <tool_call> and </tool_call>, as it is written: one call or several.
+"""Parse the text between <tool_call> and </tool_call>, as it is written: one call or several.
 
-A call is the JSON object {"name": ..., "arguments": {...}}, and what models make of it is read too:
+A call is the JSON object {"name": ..., "arguments": {...}}. Variants that models write are read too:
 
 - The keys come in any order. `parameters` means `arguments`. Other keys are skipped, and of a repeated key the first
   counts. Commas may be missing or too many.
@@ -24,12 +24,12 @@ from shared.messages import ToolDelta
 _ARGUMENTS = ("arguments", "parameters")
 
 
-class Call:
-    """One object, from behind its opening brace to its closing one."""
+class CallParser:
+    """One call: an object, from behind its opening brace to its closing one."""
 
     __slots__ = (
-        "_arguments",
         "_fragments",
+        "_has_arguments",
         "_key",
         "_read",
         "_state",
@@ -46,53 +46,54 @@ class Call:
         self.closed = False  # its closing brace was read
         self.broken = False  # it cannot be read further
         self.unread = ""  # the scalar that broke it
-        self._arguments = False  # the key was read
-        self._fragments: list[str] = []  # of the arguments, not yet given out
+        self._has_arguments = False  # their key was read
+        self._fragments: list[str] = []  # of the arguments, not yet taken
         self._key = ""
         self._read: list[str] = []  # of a key or the name
         self._string = StringRepair()
         self._value = ValueRepair()
         self._state: Callable[[str, int], int] = self._members
 
-    def push(self, text: str, at: int) -> int:
-        """Read text[at:] and return where reading stopped: at the end, after the object, or where it is broken."""
+    def read_call(self, text: str, at: int) -> int:
+        """Read text[at:] and return the index of the end, of the place behind the object, or where it broke."""
         while at < len(text) and not self.closed and not self.broken:
             at = self._state(text, at)
         return at
 
-    def take(self) -> str:
-        """Give out the arguments that have become known since the last time; the name is known with the first."""
+    def take_arguments(self) -> str:
+        """Return the arguments that have become known since the last call, none before the name is known."""
         if self.name is None:
             return ""
         out = "".join(self._fragments)
         self._fragments.clear()
         return out
 
-    def end(self, cut_off: bool) -> None:
-        """Close the call, at the end of its text, or where a limit cut it off."""
+    def end_call(self, cut_off: bool) -> None:
+        """Close the call at the end of its text; `cut_off` if a limit ended the text."""
         if self._state in (self._read_arguments, self._read_quoted):
             self._end_arguments(cut_off)
         elif self._state == self._skip:
-            self._value.end(cut_off)
+            self._value.end_value(cut_off)
             self._end_skip()
         if self._state == self._members and not cut_off:
-            self._complete()
+            self._default_arguments()
 
-    def _complete(self) -> None:
-        if not self._arguments:
-            self._arguments = True
+    def _default_arguments(self) -> None:
+        """Give a call without arguments the empty object."""
+        if not self._has_arguments:
+            self._has_arguments = True
             self._fragments.append("{}")
 
     def _end_arguments(self, cut_off: bool = False) -> None:
-        self._value.end(cut_off)
-        self._fragments.append(self._value.take())
+        self._value.end_value(cut_off)
+        self._fragments.append(self._value.take_valid())
 
     def _break(self, at: int, unread: str = "") -> int:
         self.broken = True
         self.unread = unread
         return at
 
-    # A state reads text[at:] as far as it is the state's own and returns where it stopped.
+    # Each method below is a state: it reads its part of text[at:] and returns the index at which it stopped.
 
     def _members(self, text: str, at: int) -> int:
         char = text[at]
@@ -101,7 +102,7 @@ class Call:
         elif char == "}":
             if self.name is None:
                 return self._break(at)
-            self._complete()
+            self._default_arguments()
             self.closed = True
         elif char != "," and char not in SPACE:
             return self._break(at)
@@ -113,14 +114,14 @@ class Call:
         self._state = state
 
     def _read_key(self, text: str, at: int) -> int:
-        at = self._push_string(text, at)
+        at = self._read_fragment(text, at)
         if self._string.closed:
             self._key = unquote("".join(self._read))
             self._state = self._colon
         return at
 
     def _read_name(self, text: str, at: int) -> int:
-        at = self._push_string(text, at)
+        at = self._read_fragment(text, at)
         if self._string.closed:
             name = unquote("".join(self._read))
             if not name.strip():
@@ -129,8 +130,8 @@ class Call:
             self._state = self._members
         return at
 
-    def _push_string(self, text: str, at: int) -> int:
-        fragment, at = self._string.push(text, at)
+    def _read_fragment(self, text: str, at: int) -> int:
+        fragment, at = self._string.read_string(text, at)
         self._read.append(fragment)
         return at
 
@@ -152,8 +153,8 @@ class Call:
             return at + 1
         self._value = ValueRepair()
         self._state = self._skip
-        if self._key in _ARGUMENTS and not self._arguments:
-            self._arguments = char in '{"'
+        if self._key in _ARGUMENTS and not self._has_arguments:
+            self._has_arguments = char in '{"'
             if char == "{":
                 self._state = self._read_arguments
             elif char == '"':
@@ -162,8 +163,8 @@ class Call:
         return at
 
     def _read_arguments(self, text: str, at: int) -> int:
-        at = self._value.push(text, at)
-        self._fragments.append(self._value.take())
+        at = self._value.read_value(text, at)
+        self._fragments.append(self._value.take_valid())
         if self._value.broken:
             self._end_arguments()
             return self._break(at, self._value.unread)
@@ -172,15 +173,15 @@ class Call:
         return at
 
     def _read_quoted(self, text: str, at: int) -> int:
-        """Arguments given as a JSON string. It is read to its closing quote even if what it says is broken."""
-        fragment, at = self._string.push(text, at)
+        """Read arguments given as a JSON string, to its closing quote even if the object in it is broken."""
+        fragment, at = self._string.read_string(text, at)
         said = unquote(fragment)
         if not self._read:
             said = said.lstrip(SPACE)
             self._read += [said] * bool(said)
             self._value.broken = bool(said) and said[0] != "{"
-        self._value.push(said, 0)
-        self._fragments.append(self._value.take())
+        self._value.read_value(said, 0)
+        self._fragments.append(self._value.take_valid())
         if self._string.closed:
             return self._end_quoted(at)
         return at
@@ -196,8 +197,8 @@ class Call:
         return at
 
     def _skip(self, text: str, at: int) -> int:
-        """A value that nobody wants, or arguments that are no object: null is as good as none."""
-        at = self._value.push(text, at)
+        """Read the value of another key, or arguments that are no object: null stands for none."""
+        at = self._value.read_value(text, at)
         if self._value.broken:
             return self._break(at, self._value.unread)
         if self._value.closed:
@@ -207,98 +208,99 @@ class Call:
     def _end_skip(self) -> None:
         if not self._value.closed:
             return
-        if self._key in _ARGUMENTS and not self._arguments:
-            if self._value.take() != "null":
+        if self._key in _ARGUMENTS and not self._has_arguments:
+            if self._value.take_valid() != "null":
                 self.broken = True
                 return
-            self._complete()
+            self._default_arguments()
         self._state = self._members
 
 
-class Body:
-    """All that stands between the markers. Time and memory are linear in its length."""
+class CallBody:
+    """All text between two markers. Time and memory are linear in its length."""
 
-    __slots__ = ("_announced", "_call", "_call_id", "_index", "_listed", "_rest", "lost", "names")
+    __slots__ = ("_call", "_call_id", "_index", "_listed", "_reported", "_rest", "names", "unreadable")
 
     def __init__(self, index: int, call_id: Callable[[int], str]) -> None:
         """`index`: the first call's. `call_id` makes a call's id from its index."""
         self.names: list[str] = []  # of the calls that were reported
-        self.lost = False  # it cannot be read further
+        self.unreadable = False  # it cannot be read further
         self._index = index
         self._call_id = call_id
-        self._call: Call | None = None
-        self._announced = False  # the call was reported
+        self._call: CallParser | None = None
+        self._reported = False  # the call was reported
         self._listed = False  # an opening bracket was read
         self._rest: list[str] = []  # text that is no part of a call that was reported
 
     @property
     def malformed(self) -> bool:
-        """There is no call in it, whatever follows."""
-        return self.lost and not self.names
+        """True if there is no call in it, whatever follows."""
+        return self.unreadable and not self.names
 
     @property
     def complete(self) -> bool:
-        """There are calls in it so far, each read to its end, and nothing else."""
-        return bool(self.names) and self._call is None and not self.lost
+        """True if it consists of calls so far, each read to its end."""
+        return bool(self.names) and self._call is None and not self.unreadable
 
     @property
     def rest(self) -> str:
-        """Everything if no call was reported, else what follows the last one."""
+        """Return the text that is in no call: everything if no call was reported, else the text behind the last one."""
         return "".join(self._rest)
 
-    def push(self, text: str) -> list[ToolDelta]:
-        """Read on, and return what `text` adds to the calls."""
+    def read_body(self, text: str) -> list[ToolDelta]:
+        """Read on and return what `text` adds to the calls."""
         deltas: list[ToolDelta] = []
         at = 0
-        while at < len(text) and not self.lost:
+        while at < len(text) and not self.unreadable:
             call = self._call
             at = self._read_call(call, text, at, deltas) if call else self._between(text, at)
         self._rest += [text[at:]] * (at < len(text))
         return deltas
 
-    def end(self, cut_off: bool) -> list[ToolDelta]:
-        """End the body, at its closing marker or without, or where a limit cut it off."""
-        if self._call is None or self.lost:
+    def end_body(self, cut_off: bool) -> list[ToolDelta]:
+        """End the body, at its closing marker or without one; `cut_off` if a limit ended the answer."""
+        if self._call is None or self.unreadable:
             return []
-        self._call.end(cut_off)
-        return self._take(self._call)
+        self._call.end_call(cut_off)
+        return self._take_deltas(self._call)
 
     def _between(self, text: str, at: int) -> int:
-        """Before the first object, or after one."""
+        """Read one character before the first object or behind one."""
         char, first = text[at], not self.names
         if char == "{" or (char == '"' and first and not self._listed):
-            self._call = Call()
-            self._announced = False
+            self._call = CallParser()
+            self._reported = False
             if char == '"':
                 return at
         elif char == "[" and first and not self._listed:
             self._listed = True
         elif char not in SPACE and (first or char not in ",}]"):
-            self.lost = True
+            self.unreadable = True
             return at
         self._rest.append(char)
         return at + 1
 
-    def _read_call(self, call: Call, text: str, start: int, deltas: list[ToolDelta]) -> int:
-        at = call.push(text, start)
+    def _read_call(self, call: CallParser, text: str, start: int, deltas: list[ToolDelta]) -> int:
+        at = call.read_call(text, start)
         self._rest.append(text[start:at])
-        deltas += self._take(call)
+        deltas += self._take_deltas(call)
         if call.broken:
-            self.lost = True
-            self._rest += [call.unread] * self._announced
+            self.unreadable = True
+            self._rest += [call.unread] * self._reported
         elif call.closed:
             self._call = None
         return at
 
-    def _take(self, call: Call) -> list[ToolDelta]:
+    def _take_deltas(self, call: CallParser) -> list[ToolDelta]:
+        """Return the parts of a call that have become known; with the first, the call is reported."""
         deltas = []
-        arguments = call.take()
-        if arguments and not self._announced and call.name is not None:
+        arguments = call.take_arguments()
+        if arguments and not self._reported and call.name is not None:
             index = self._index + len(self.names)
             self.names.append(call.name)
-            self._announced = True
+            self._reported = True
             deltas.append(ToolDelta(index, self._call_id(index), call.name, ""))
-        if self._announced:
+        if self._reported:
             self._rest.clear()
         if arguments:
             deltas.append(ToolDelta(self._index + len(self.names) - 1, None, None, arguments))

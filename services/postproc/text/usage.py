@@ -4,8 +4,11 @@ from shared.messages import Begin, Usage
 
 
 def usage_of(begin: Begin, completion_tokens: int, reasoning_tokens: int) -> Usage:
-    """`completion_tokens` counts every generated token, the one that stopped it included; `reasoning_tokens` those
-    up to and including </think>. The rest is what the engine saw when it took the request for the first time."""
+    """Return the usage that a client is told.
+
+    `completion_tokens` counts every generated token, the stop token included; `reasoning_tokens` those up to and
+    including </think>. The other counts are the engine's, from when it took the request for the first time.
+    """
     return Usage(
         prompt_tokens=begin.prompt_tokens,
         completion_tokens=completion_tokens,

@@ -30,12 +30,12 @@ from services.engine.kernels.triton.moe import (
 )
 from services.engine.kernels.triton.sampling import pick, threshold
 
-SETTLED = "wgmma.wait_group.sync.aligned 0; mov"
+AFTER_WGMMA = "wgmma.wait_group.sync.aligned 0; mov"
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
 
 
 class NoDriver:
-    """What compiling asks of a driver."""
+    """Driver with the answers that compiling needs."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -71,11 +71,11 @@ def main() -> None:
 
 
 def overwrites_operands(asm: dict[str, Any]) -> bool:
-    """Whether large matrix instructions that take an operand from registers may still run when a loop comes to write
-    these again: see services.engine.kernels.triton.dense.matmul.settled."""
+    """Return True if large matrix instructions that take an operand from registers may still run when a loop writes
+    these registers again: see services.engine.kernels.triton.dense.matmul.after_wgmma."""
     from_registers = re.search(r"warp_group_dot %.*: tensor<", asm["ttgir"])
     runs_on = re.search(r"warp_group_dot_wait .*pendings = [1-9]", asm["ttgir"])
-    return bool(from_registers and runs_on) and SETTLED not in asm["ptx"]
+    return bool(from_registers and runs_on) and AFTER_WGMMA not in asm["ptx"]
 
 
 def sampling() -> None:

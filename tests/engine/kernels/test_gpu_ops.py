@@ -30,7 +30,7 @@ from services.engine.kernels.triton.moe import experts as gpu_experts
 from services.engine.kernels.triton.moe import grouped, grouped_plain, grouped_quantized
 from services.engine.kernels.triton.moe import router as gpu_router
 from services.engine.kernels.triton.moe.add_norm_scores import add_norm_scores
-from services.engine.kernels.triton.moe.sort import sort_pairs
+from services.engine.kernels.triton.moe.sort import group_pairs, sort_pairs
 from services.engine.kernels.triton.ops import gpu_ops
 
 OPS, REFERENCE = gpu_ops(), Ops()
@@ -141,7 +141,7 @@ def test_qkv_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [3, 5])
 def test_a_weight_in_both_forms(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_linear, "PLAIN_ROWS", 4)
-    monkeypatch.setattr(gpu_linear, "WHOLE_ROWS", 0)
+    monkeypatch.setattr(gpu_linear, "UNSPLIT_ROWS", 0)
     x, w = draw(rows, 300, dtype=dtype), quantize(draw(50, 300, dtype=dtype, seed=1), 8)
     wrong = dataclasses.replace(w, plain=torch.zeros(50, 300, dtype=dtype, device=DEVICE))
     assert (gpu_linear.linear(x, wrong) == 0).all() == (rows >= 4), "the one that is asked for is used"
@@ -316,13 +316,13 @@ def test_experts_of_two_widths(rows: int, bits: int, dtype: torch.dtype) -> None
 def group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows are many. Tiles are small, and do not divide the widths, which the copy engine can read."""
     monkeypatch.setattr(grouped_plain, "ROWS", 16)
-    monkeypatch.setattr(grouped, "EACH", 1)
-    monkeypatch.setattr(grouped, "QUANTIZED_EACH", 1)
-    monkeypatch.setattr(grouped, "ample", lambda device: True)
+    monkeypatch.setattr(grouped, "ROWS_PER_EXPERT", 1)
+    monkeypatch.setattr(grouped, "QUANTIZED_ROWS_PER_EXPERT", 1)
+    monkeypatch.setattr(grouped, "has_memory_for_copies", lambda device: True)
     for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
-        monkeypatch.setattr(grouped_plain, name, grouped_plain.Cut(outputs, 32, 4, 2))
-    monkeypatch.setattr(grouped_quantized, "FEW_ROWS", 16)
-    monkeypatch.setattr(grouped_quantized, "MANY_ROWS", 32)
+        monkeypatch.setattr(grouped_plain, name, grouped_plain.ProductShape(outputs, 32, 4, 2))
+    monkeypatch.setattr(grouped_quantized, "SMALL_TILE", 16)
+    monkeypatch.setattr(grouped_quantized, "LARGE_TILE", 32)
     monkeypatch.setattr(grouped_quantized, "WEIGHT_ROWS", 64)
 
 
@@ -336,7 +336,7 @@ def test_experts_of_many_rows(
     # Some experts get no row.
     rows, count, hidden, top_k = 90, 4, 72, 3
     group(monkeypatch)
-    monkeypatch.setattr(grouped_quantized, "MANY", many)
+    monkeypatch.setattr(grouped_quantized, "LARGE_TILE_ROWS_PER_EXPERT", many)
 
     text, vision = (draw_pool(count, hidden, width, bits, dtype) for width in (40, 24))
     generator = torch.Generator().manual_seed(rows)
@@ -346,17 +346,17 @@ def test_experts_of_many_rows(
     ids = choice.to(torch.int32).to(DEVICE)
     weights = torch.rand(rows, top_k, generator=generator).to(DEVICE)
     x = draw(rows, hidden, dtype=dtype)
-    assert grouped.takes(x, top_k, text, vision)
+    assert grouped.uses_grouped_gemm(x, top_k, text, vision)
     results = gpu_experts.expert_results(x, ids, text, vision, media > 0).float().view(rows, top_k, hidden)
     combined = (results * weights.unsqueeze(-1)).sum(1).to(dtype)
     close(combined, experts(x, ids, weights, text, vision))
 
 
 def test_the_copy_engine_reads_rows_of_whole_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "EACH", 1)
-    for hidden, taken in ((72, True), (71, False)):
+    monkeypatch.setattr(grouped, "ROWS_PER_EXPERT", 1)
+    for hidden, aligned in ((72, True), (71, False)):
         pool = ExpertPool(draw(4, 80, hidden), draw(4, hidden, 40))
-        assert grouped.takes(draw(90, hidden), 3, pool, pool) == taken
+        assert grouped.uses_grouped_gemm(draw(90, hidden), 3, pool, pool) == aligned
 
 
 @pytest.mark.parametrize(("pairs", "experts"), [(1, 4), (37, 16), (3000, 16)])
@@ -365,14 +365,15 @@ def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None
     ids = torch.randint(0, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
     ids[ids == 1] = 0
     order = sort_pairs(ids.to(DEVICE), experts, tile)
-    place, owner, bounds = order.place.tolist(), order.owner.tolist(), order.bounds.tolist()
-    assert sorted(pair for pair in place if pair >= 0) == list(range(pairs))
-    for row, pair in enumerate(place):
+    fields = (order.sorted_pair_ids, order.expert_ids, order.tile_bounds)
+    pair_ids, expert_ids, bounds = (field.tolist() for field in fields)
+    assert sorted(pair for pair in pair_ids if pair >= 0) == list(range(pairs))
+    for row, pair in enumerate(pair_ids):
         if pair >= 0:
-            assert owner[row // tile] == ids[pair]
+            assert expert_ids[row // tile] == ids[pair]
     tiles = [-(-count // tile) for count in torch.bincount(ids, minlength=experts).tolist()]
     assert bounds == [0, sum(tiles[: experts // 2]), sum(tiles)]
-    assert all(expert == experts for expert in owner[bounds[2] :])
+    assert all(expert == experts for expert in expert_ids[bounds[2] :])
 
 
 @pytest.mark.parametrize("pairs", [1, 37, 3000])
@@ -380,12 +381,12 @@ def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None
 def test_rows_are_grouped_by_expert(pairs: int, tile: int) -> None:
     count = 16
     ids = torch.randint(0, count, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
-    place, tile_expert = (t.cpu() for t in gpu_experts.group_rows(ids.to(DEVICE), count, tile))
-    assert sorted(place[place >= 0].tolist()) == list(range(pairs))
-    for row, pair in enumerate(place.tolist()):
+    pair_ids, expert_ids = (t.cpu() for t in group_pairs(ids.to(DEVICE), count, tile))
+    assert sorted(pair_ids[pair_ids >= 0].tolist()) == list(range(pairs))
+    for row, pair in enumerate(pair_ids.tolist()):
         if pair >= 0:
-            assert tile_expert[row // tile] == ids[pair]
-    assert all(e >= count for e, t in zip(tile_expert, place.view(-1, tile), strict=True) if (t < 0).all())
+            assert expert_ids[row // tile] == ids[pair]
+    assert all(e >= count for e, t in zip(expert_ids, pair_ids.view(-1, tile), strict=True) if (t < 0).all())
 
 
 def attention_arguments(
@@ -429,8 +430,9 @@ def test_attention_over_shuffled_pages(lengths: list[int], dtype: torch.dtype) -
 def test_however_a_context_is_split(
     programs: int, share: int, last_merges: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    way = dataclasses.replace(gpu_attention.MANY, programs=programs, share=share, last_merges=last_merges)
-    monkeypatch.setattr(gpu_attention, "FEW", way)
+    few, many = "FEW_SEQUENCES_PLAN", gpu_attention.MANY_SEQUENCES_PLAN
+    plan = dataclasses.replace(many, programs=programs, share=share, last_merges=last_merges)
+    monkeypatch.setattr(gpu_attention, few, plan)
     arguments = attention_arguments([1, 1], [14, 300], 16, 10, 2, 24, dtype)
     first = OPS.paged_attention(*arguments)
     close(first, REFERENCE.paged_attention(*arguments))
@@ -453,7 +455,7 @@ def test_what_lies_behind_a_context_is_not_read(dtype: torch.dtype) -> None:
 def test_attention_to_pages_by_the_copy_engine(
     cached: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_attention, "LONG", gpu_attention.Cut(32, 16, 4, 2, pagewise=True))
+    monkeypatch.setattr(gpu_attention, "LONG_CHUNKS", gpu_attention.PrefillShape(32, 16, 4, 2, pagewise=True))
     arguments = attention_arguments([130, 1, 33], cached, 16, 4, 2, 32, dtype)
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
 
@@ -478,8 +480,8 @@ def test_the_library_attends_to_whole_prompts(
         seen.append(len(query))
         return whole_prompt.whole_prompt(query, *rest)
 
-    monkeypatch.setattr(whole_prompt, "LEAST", 40)
-    monkeypatch.setattr(gpu_attention, "suits", lambda query: True)
+    monkeypatch.setattr(whole_prompt, "MIN_PROMPT", 40)
+    monkeypatch.setattr(gpu_attention, "library_supports", lambda query: True)
     monkeypatch.setattr(gpu_attention, "whole_prompt", spy)
     arguments = attention_arguments(lengths, cached, 16, 4, 2, 32, dtype)
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))

@@ -33,7 +33,7 @@ PICKS = [(pick, "cpu"), (gpu_pick.pick, GPU)]
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated holds what no result may: NaN, or a large negative number."""
+    """Fill allocations with values that no result may have: NaN, or a large negative number."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def fill(tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ LIMITS: list[tuple[float, int, float]] = [
 
 
 def kept_by_definition(row: Tensor, floor: float, top_k: int, top_p: float) -> set[int]:
-    """What stays, sorted and summed in exact arithmetic."""
+    """Return the tokens that stay, sorted and summed in exact arithmetic."""
     probs = {token: p for token, p in enumerate(row.tolist()) if p >= floor and p > 0}
     if top_k > 0:
         smallest = sorted(probs.values(), reverse=True)[:top_k][-1]

@@ -137,7 +137,7 @@ def test_what_only_counts_does(options: dict[str, Any]) -> None:
 
 
 def test_a_newcomer_is_taken_in_as_soon_as_it_has_room() -> None:
-    """Where there is none, the others run ahead."""
+    """Without room, the others run ahead."""
 
     def script() -> Script:
         return adds(12) | {4: [Add(sequence(prompt(7, 5), request_id="new", max_tokens=2))]}
@@ -152,7 +152,7 @@ def test_a_newcomer_is_taken_in_as_soon_as_it_has_room() -> None:
 
 
 def test_blocks_run_short() -> None:
-    """Who gives way has no token in flight: nothing is lost, and it is computed again."""
+    """A preempted sequence has no token in flight: nothing is lost, and it is computed again."""
     bench = Bench(adds(12, 12, 12), blocks=8, caching=False)
     assert any(plan.preempted for plan in bench.runner.plans)
     assert bench.ahead > 12

@@ -1,4 +1,4 @@
-"""What transformers says about prompts of text, images and videos, and the same prompts as our engine takes them."""
+"""Logits of transformers for prompts of text, images and videos, and the same prompts as our engine takes them."""
 
 import torch
 from oracle import Model, hf_logits

@@ -45,7 +45,7 @@ def test_what_loading_takes(
     demo: Path, monkeypatch: pytest.MonkeyPatch, quantization: Quantization | None, both: bool
 ) -> None:
     config = load_model_config(demo)
-    monkeypatch.setattr(loader, "roomy", lambda device: both)
+    monkeypatch.setattr(loader, "has_spare_memory", lambda device: both)
     loaded = load_weights(Checkpoint(demo), config, torch.bfloat16, CPU, quantization)
     monkeypatch.undo()
     stored = decoder_shapes(Checkpoint(demo, headers_only=True), config)

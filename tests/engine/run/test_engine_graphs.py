@@ -64,7 +64,7 @@ class Drawn:
 
 
 class Computed(DecodeGraphs):
-    """Where nothing can be captured."""
+    """Graphs on a device that cannot capture."""
 
     def _capture(self, size: int) -> Callable[[], Tensor]:
         return lambda: self._forward(size)

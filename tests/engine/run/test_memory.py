@@ -8,7 +8,7 @@ from engine_cases import CONFIG
 from torch import Tensor
 
 from services.engine.model.inputs import KVCache, StepInput
-from services.engine.run.memory import CONTEXT_BYTES, Card, allocate_cache, block_bytes, num_blocks
+from services.engine.run.memory import CONTEXT_BYTES, DeviceMemory, allocate_cache, block_bytes, num_blocks
 from services.engine.settings import EngineSettings
 from shared.errors import ConfigError
 
@@ -65,14 +65,14 @@ GIB = 2**30
 
 
 def test_the_share_is_for_all_that_is_on_the_card() -> None:
-    card = Card(total=20 * GIB, others=GIB, peak=10 * GIB, loose=0)
-    assert card.room(0.9, 0, graphs=GIB) == 6 * GIB
-    assert Card(20 * GIB, GIB, 10 * GIB, loose=GIB // 2).room(0.9, 0, graphs=GIB) == 5.5 * GIB
+    memory = DeviceMemory(total=20 * GIB, others=GIB, peak=10 * GIB, unreleasable=0)
+    assert memory.cache_bytes(0.9, 0, graphs=GIB) == 6 * GIB
+    assert DeviceMemory(20 * GIB, GIB, 10 * GIB, unreleasable=GIB // 2).cache_bytes(0.9, 0, graphs=GIB) == 5.5 * GIB
 
 
 def test_who_comes_later_finds_room_and_is_not_counted_twice() -> None:
     """An encoder that takes 3 GiB, before and after it has taken them."""
     foreign, ours = 3 * GIB, CONTEXT_BYTES
-    before = Card(total=20 * GIB, others=ours, peak=10 * GIB, loose=0)
-    after = Card(total=20 * GIB, others=ours + foreign, peak=10 * GIB, loose=0)
-    assert before.room(0.9, foreign, 0) == after.room(0.9, foreign, 0) == 5 * GIB - ours
+    before = DeviceMemory(total=20 * GIB, others=ours, peak=10 * GIB, unreleasable=0)
+    after = DeviceMemory(total=20 * GIB, others=ours + foreign, peak=10 * GIB, unreleasable=0)
+    assert before.cache_bytes(0.9, foreign, 0) == after.cache_bytes(0.9, foreign, 0) == 5 * GIB - ours

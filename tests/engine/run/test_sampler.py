@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.engine.run.assembly import sampling_ops
-from services.engine.run.sampler import LEAST_LOGPROB, Sampled, Sampler
+from services.engine.run.sampler import MIN_LOGPROB, Sampled, Sampler
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.schedule.sequence import Sequence
 from services.engine.settings import SamplingClass
@@ -186,7 +186,7 @@ def test_minus_infinity_is_never_drawn_nor_sent() -> None:
     [drawn] = sample(logits, [sequence([5], temperature=1.0, logprobs=5)])
     assert drawn.token in (30, 31)
     assert drawn.logprob is not None
-    assert [value for _, value in drawn.logprob.top][2:] == [LEAST_LOGPROB] * 3
+    assert [value for _, value in drawn.logprob.top][2:] == [MIN_LOGPROB] * 3
     assert all(math.isfinite(value) for _, value in drawn.logprob.top)
 
 
@@ -271,7 +271,7 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_no_decision_waits_for_the_device(kind: SamplingClass) -> None:
-    """What to launch is decided by the plan, which is on the host; only the result is read."""
+    """Launches are decided by the plan, which is on the host; only the result is read."""
     logits, sequences = mixed(16)
     with Asked() as asked:
         sample(logits, sequences, kind)

@@ -25,7 +25,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def step_output(index: int, finish: Finish | None = None) -> StepOutput:
     made = StepOutput()
-    made.run(0, TokenRun("r", 1, index, (index,), None, finish))
+    made.add_run(0, TokenRun("r", 1, index, (index,), None, finish))
     return made
 
 

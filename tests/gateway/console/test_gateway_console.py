@@ -3,7 +3,8 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
+from services.gateway.console.observer import KEPT_S, MAX_WAITING, RequestObserver
 from services.gateway.console.routes import ASSETS, STATIC, Console
-from services.gateway.console.sightings import KEPT_S, MOST_WAITING
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Fence, Lease
 from shared.bus.ownership import EntryOwnership
@@ -67,8 +68,12 @@ def encode(request_id: str) -> Encode:
     return Encode(request(request_id), segments, (Media("image", "messages[0]", blob="secret-blob"),))
 
 
+def console_of(redis: Redis, keys: Keys, clock: Callable[[], float] = time.monotonic) -> Console:
+    return Console(redis, keys, RequestObserver(redis, keys, shards=2), clock=clock)
+
+
 async def look(redis: Redis, keys: Keys, console: Console | None = None) -> dict[str, Any]:
-    return dict(json.loads(await (console or Console(redis, keys, shards=2)).state()))
+    return dict(json.loads(await (console or console_of(redis, keys)).state()))
 
 
 def shape(view: PipelineView) -> str:
@@ -188,7 +193,7 @@ async def test_the_state_is_the_look_that_the_commands_share_and_the_requests(re
 
 
 async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: Keys) -> None:
-    records, console = Records(redis, keys), Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    records, console = Records(redis, keys), console_of(redis, keys, iter(range(99)).__next__)
     encoder = WorkStream(redis, keys, ENCODE, "mm_encoder", "m1", 3)
     engine = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
     await encoder.join()
@@ -234,7 +239,7 @@ async def test_media_that_were_encoded_before_anybody_looked_are_known(redis: Re
 
 
 async def test_what_the_trimmed_streams_no_longer_say_is_in_the_record(redis: Redis, keys: Keys) -> None:
-    records, console = Records(redis, keys), Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    records, console = Records(redis, keys), console_of(redis, keys, iter(range(99)).__next__)
     work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
     await work.join()
     told = Generate(msgspec.structs.replace(request("r"), retain_s=60.0), pack_ids([SECRET]), 10)
@@ -251,7 +256,7 @@ async def test_what_the_trimmed_streams_no_longer_say_is_in_the_record(redis: Re
 
 
 async def test_a_cancelled_request_is_told_from_a_lost_one(redis: Redis, keys: Keys) -> None:
-    records, console = Records(redis, keys), Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    records, console = Records(redis, keys), console_of(redis, keys, iter(range(99)).__next__)
     work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
     await work.join()
     await records.submit(GENERATE, generate("r"))
@@ -264,7 +269,7 @@ async def test_a_cancelled_request_is_told_from_a_lost_one(redis: Redis, keys: K
 
 
 async def test_a_request_that_was_refused_is_shown_as_ended(redis: Redis, keys: Keys) -> None:
-    console = Console(redis, keys, shards=2, clock=iter(range(99)).__next__)
+    console = console_of(redis, keys, iter(range(99)).__next__)
     work = WorkStream(redis, keys, ENCODE, "mm_encoder", "m1", 3)
     await work.join()
     await Records(redis, keys).submit(ENCODE, encode("r"))
@@ -275,7 +280,7 @@ async def test_a_request_that_was_refused_is_shown_as_ended(redis: Redis, keys: 
 
 
 async def test_nothing_of_what_people_sent_is_in_it(redis: Redis, keys: Keys) -> None:
-    records, console = Records(redis, keys), Console(redis, keys, shards=2)
+    records, console = Records(redis, keys), console_of(redis, keys)
     await records.submit(ENCODE, encode("r1"))
     await records.submit(GENERATE, generate("r2"))
     picture = await console.state()
@@ -287,11 +292,11 @@ async def test_nothing_of_what_people_sent_is_in_it(redis: Redis, keys: Keys) ->
 
 async def test_a_long_queue_is_counted_and_not_listed(redis: Redis, keys: Keys) -> None:
     records = Records(redis, keys)
-    for i in range(MOST_WAITING + 10):
+    for i in range(MAX_WAITING + 10):
         await records.submit(GENERATE, generate(f"r{i}"))
     state = await look(redis, keys)
-    assert state["pipeline"]["stages"][2]["queue"]["length"] == MOST_WAITING + 10
-    assert len(state["requests"]) == MOST_WAITING
+    assert state["pipeline"]["stages"][2]["queue"]["length"] == MAX_WAITING + 10
+    assert len(state["requests"]) == MAX_WAITING
 
 
 async def test_entries_that_cannot_be_read_do_not_hide_the_others(redis: Redis, keys: Keys) -> None:
@@ -319,7 +324,7 @@ async def test_what_ended_is_forgotten_after_a_while(redis: Redis, keys: Keys) -
 
 async def test_many_who_look_at_once_cost_one_look(redis: Redis, keys: Keys) -> None:
     now = [0.0]
-    console = Console(redis, keys, shards=2, clock=lambda: now[0])
+    console = console_of(redis, keys, lambda: now[0])
     first, second = await asyncio.gather(console.state(), console.state())
     assert first is second
     now[0] += 1

@@ -1,4 +1,4 @@
-"""What bounds requests: their time, the length of the queue, and a Redis that does not answer."""
+"""Limits of requests: their time, the length of the queue, and a Redis that does not answer."""
 
 import asyncio
 import os
@@ -101,6 +101,7 @@ async def test_the_queue_is_counted_now_and_then(redis: Redis, keys: Keys) -> No
     assert value(rejections) == 2
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("how", ["silent", "gone"])
 async def test_a_redis_that_does_not_answer(checkpoint: Path, own_redis: RedisServer, how: str) -> None:
     async with running(checkpoint, own_redis.url, submit_timeout_s=0.3) as server:
@@ -125,6 +126,7 @@ async def test_a_redis_that_does_not_answer(checkpoint: Path, own_redis: RedisSe
         await until(server.idle)
 
 
+@pytest.mark.system
 async def test_a_redis_that_comes_back_empty(checkpoint: Path, own_redis: RedisServer, keys: Keys) -> None:
     client = connect(own_redis.url)
     stages = Stages(client, keys)
@@ -143,6 +145,7 @@ async def test_a_redis_that_comes_back_empty(checkpoint: Path, own_redis: RedisS
     await client.aclose()
 
 
+@pytest.mark.system
 async def test_a_gateway_waits_for_redis_to_start(checkpoint: Path, own_redis: RedisServer) -> None:
     own_redis.kill()
 

@@ -9,27 +9,27 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from services.gateway.http.openai import (
-    Chunks,
-    Collected,
-    Head,
-    Marks,
-    completion,
+    AnswerHead,
+    ChunkWriter,
+    CollectedChoice,
+    EventIds,
+    completion_body,
     error_event,
-    merge,
+    merge_text,
     quote,
     total_usage,
 )
-from services.gateway.inflight.request import Place
+from services.gateway.inflight.request import StreamPosition
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, pack_ids
 
-HEAD = Head("chatcmpl-1", 123, 'a "model"', "fp_1")
+HEAD = AnswerHead("chatcmpl-1", 123, 'a "model"', "fp_1")
 USAGE = Usage(10, 20, 5, 3, 2, 1)
 MARK = b"id: 1\n"
 
 
-def marks(n: int = 2) -> Marks:
-    return Marks([Place(0)] * n)
+def ids(n: int = 2) -> EventIds:
+    return EventIds([StreamPosition(0)] * n)
 
 
 def chunks_of(data: bytes) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def deltas_of(data: bytes) -> list[dict[str, Any]]:
 
 
 def test_the_frame_of_every_chunk() -> None:
-    (chunk,) = chunks_of(Chunks(HEAD, 2, include_usage=False).delta(1, Delta("r", 1, content="Hi"), marks()))
+    (chunk,) = chunks_of(ChunkWriter(HEAD, 2, include_usage=False).delta(1, Delta("r", 1, content="Hi"), ids()))
     assert chunk == {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",
@@ -65,12 +65,12 @@ def test_the_frame_of_every_chunk() -> None:
 
 
 def test_the_first_chunk_names_the_role() -> None:
-    assert deltas_of(Chunks(HEAD, 1, False).openings(MARK)) == [{"role": "assistant", "content": ""}]
+    assert deltas_of(ChunkWriter(HEAD, 1, False).first_chunks(MARK)) == [{"role": "assistant", "content": ""}]
 
 
 def test_where_token_ids_are_asked_for_the_role_comes_with_the_prompts() -> None:
-    chunks, places = Chunks(HEAD, 1, False, token_ids=True), marks(1)
-    assert chunks.openings(places.line()) == b""
+    chunks, places = ChunkWriter(HEAD, 1, False, token_ids=True), ids(1)
+    assert chunks.first_chunks(places.line()) == b""
     first = Delta("r", 3, content="a", token_ids=(4,), prompt=pack_ids([1, 2]))
     data = chunks.delta(0, first, places)
     assert deltas_of(data) == [
@@ -78,24 +78,24 @@ def test_where_token_ids_are_asked_for_the_role_comes_with_the_prompts() -> None
         {"content": "a", "completion_token_ids": [4]},
     ]
     assert ids_of(data) == [b"0-3-1", b"3"]
-    assert chunks.delta(0, first, marks(1), shown=1) == data.partition(b"\n\n")[2]
+    assert chunks.delta(0, first, ids(1), skip=1) == data.partition(b"\n\n")[2]
     assert deltas_of(chunks.delta(0, Delta("r", 5, content="b", token_ids=(5,), start=3), places)) == [
         {"content": "b", "completion_token_ids": [5]}
     ]
 
 
 def test_an_engine_that_does_not_say_the_prompt_leaves_its_ids_null() -> None:
-    chunks = Chunks(HEAD, 1, False, token_ids=True)
-    (opening, _) = deltas_of(chunks.delta(0, Delta("r", 3, content="a", token_ids=(4,)), marks(1)))
+    chunks = ChunkWriter(HEAD, 1, False, token_ids=True)
+    (opening, _) = deltas_of(chunks.delta(0, Delta("r", 3, content="a", token_ids=(4,)), ids(1)))
     assert opening["prompt_token_ids"] is None
     assert answer(Delta("r", 1, finish_reason="stop"), with_ids=True)["message"]["prompt_token_ids"] is None
 
 
 def test_every_event_says_how_much_its_reader_has() -> None:
-    chunks, places = Chunks(HEAD, 2, False), marks()
+    chunks, places = ChunkWriter(HEAD, 2, False), ids()
     calls = (ToolDelta(0, "c0", "f", "{}"),)
     step = Delta("r", 7, reasoning="a", content="b", tool_calls=calls, finish_reason="tool_calls", usage=USAGE, start=2)
-    data = chunks.openings(places.line())
+    data = chunks.first_chunks(places.line())
     data += chunks.delta(1, Delta("r", 3, content="x"), places)
     data += chunks.delta(0, step, places)
     data += chunks.delta(1, Delta("r", 9, content="y", token_ids=(1,)), places)
@@ -107,16 +107,16 @@ def test_every_event_says_how_much_its_reader_has() -> None:
 def test_who_has_some_events_of_a_delta_gets_the_others(shown: int) -> None:
     calls = (ToolDelta(0, "c0", "f", "{}"),)
     delta = Delta("r", 7, reasoning="a", content="b", tool_calls=calls, finish_reason="stop", usage=USAGE, start=2)
-    events = Chunks(HEAD, 1, False).delta(0, delta, marks()).split(b"\n\n")
-    assert Chunks(HEAD, 1, False).delta(0, delta, marks(), shown).split(b"\n\n") == events[shown:]
+    events = ChunkWriter(HEAD, 1, False).delta(0, delta, ids()).split(b"\n\n")
+    assert ChunkWriter(HEAD, 1, False).delta(0, delta, ids(), shown).split(b"\n\n") == events[shown:]
 
 
 def test_an_id_of_one_choice_is_its_number() -> None:
-    assert Marks([Place(5)]).line() == b"id: 5\n"
+    assert EventIds([StreamPosition(5)]).line() == b"id: 5\n"
 
 
 def test_reasoning_has_both_names_or_none() -> None:
-    assert deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"), marks())) == [
+    assert deltas_of(ChunkWriter(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"), ids())) == [
         {"reasoning_content": "a", "reasoning": "a"},
         {"content": "b"},
     ]
@@ -126,7 +126,7 @@ def test_one_tool_fragment_a_chunk_and_its_name_once_without_arguments() -> None
     calls = (ToolDelta(0, "c0", "f", '{"a":'), ToolDelta(0, None, None, "1}"), ToolDelta(1, "c1", "g", ""))
     assert [
         delta["tool_calls"]
-        for delta in deltas_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, tool_calls=calls), marks()))
+        for delta in deltas_of(ChunkWriter(HEAD, 1, False).delta(0, Delta("r", 1, tool_calls=calls), ids()))
     ] == [
         [{"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": ""}}],
         [{"index": 0, "function": {"arguments": '{"a":'}}],
@@ -136,25 +136,27 @@ def test_one_tool_fragment_a_chunk_and_its_name_once_without_arguments() -> None
 
 
 def test_the_finish_is_a_chunk_of_its_own() -> None:
-    data = Chunks(HEAD, 1, False).delta(0, Delta("r", 2, content="end", finish_reason="length", usage=USAGE), marks())
+    data = ChunkWriter(HEAD, 1, False).delta(
+        0, Delta("r", 2, content="end", finish_reason="length", usage=USAGE), ids()
+    )
     text, finish = (chunk["choices"][0] for chunk in chunks_of(data))
     assert (text["delta"], text["finish_reason"]) == ({"content": "end"}, None)
     assert (finish["delta"], finish["finish_reason"]) == ({}, "length")
 
 
 def test_usage_is_null_until_it_comes_and_absent_unless_asked_for() -> None:
-    asked = Chunks(HEAD, 1, include_usage=True)
-    assert chunks_of(asked.openings(MARK))[0]["usage"] is None
+    asked = ChunkWriter(HEAD, 1, include_usage=True)
+    assert chunks_of(asked.first_chunks(MARK))[0]["usage"] is None
     (last,) = chunks_of(asked.usage(total_usage([USAGE])))
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == 30
-    assert "usage" not in chunks_of(Chunks(HEAD, 1, False).openings(MARK))[0]
+    assert "usage" not in chunks_of(ChunkWriter(HEAD, 1, False).first_chunks(MARK))[0]
 
 
 def test_details_ride_on_the_first_chunk_of_a_delta() -> None:
     shown = ShownLogprob("é", "é".encode(), -0.5, (("x", b"x", float("-inf")),))
     delta = Delta("r", 2, reasoning="é", content="b", logprobs=(shown,), token_ids=(7, 8))
-    first, second = (chunk["choices"][0] for chunk in chunks_of(Chunks(HEAD, 1, False).delta(0, delta, marks())))
+    first, second = (chunk["choices"][0] for chunk in chunks_of(ChunkWriter(HEAD, 1, False).delta(0, delta, ids())))
     assert first["delta"]["completion_token_ids"] == [7, 8]
     assert first["logprobs"] == {
         "content": [
@@ -168,7 +170,7 @@ def test_details_ride_on_the_first_chunk_of_a_delta() -> None:
         "refusal": None,
     }
     assert second["logprobs"] is None
-    silent = chunks_of(Chunks(HEAD, 1, False).delta(0, Delta("r", 1, token_ids=(9,)), marks()))
+    silent = chunks_of(ChunkWriter(HEAD, 1, False).delta(0, Delta("r", 1, token_ids=(9,)), ids()))
     assert silent[0]["choices"][0]["delta"] == {"completion_token_ids": [9]}
 
 
@@ -198,16 +200,16 @@ PIECES = st.one_of(
 
 @given(st.lists(st.tuples(st.integers(0, 1), PIECES), max_size=12))
 def test_merging_changes_the_cut_and_not_the_text(deltas: list[tuple[int, Delta]]) -> None:
-    merged = merge(deltas)
+    merged = merge_text(deltas)
     assert len(merged) <= len(deltas)
-    writer = Chunks(HEAD, 2, False)
+    writer = ChunkWriter(HEAD, 2, False)
     assert _flow(writer, merged) == _flow(writer, deltas)
 
 
-def _flow(writer: Chunks, deltas: list[tuple[int, Delta]]) -> list[tuple[int, str, Any]]:
+def _flow(writer: ChunkWriter, deltas: list[tuple[int, Delta]]) -> list[tuple[int, str, Any]]:
     """(choice, field, value) in order, with neighbouring text of a field joined."""
     flow: list[tuple[int, str, Any]] = []
-    for chunk in chunks_of(b"".join(writer.delta(index, delta, marks()) for index, delta in deltas)):
+    for chunk in chunks_of(b"".join(writer.delta(index, delta, ids()) for index, delta in deltas)):
         (choice,) = chunk["choices"]
         for field, value in choice["delta"].items():
             last = [i for i, (index, _, _) in enumerate(flow) if index == choice["index"]][-1:]
@@ -221,15 +223,15 @@ def _flow(writer: Chunks, deltas: list[tuple[int, Delta]]) -> list[tuple[int, st
 
 def test_plain_text_that_waited_is_one_chunk() -> None:
     deltas = [(0, Delta("r", i, content=str(i))) for i in range(5)]
-    assert [delta.content for _, delta in merge(deltas)] == ["01234"]
+    assert [delta.content for _, delta in merge_text(deltas)] == ["01234"]
 
 
 def answer(*deltas: Delta, **options: Any) -> dict[str, Any]:
-    collected = Collected()
+    collected = CollectedChoice()
     for delta in deltas:
         collected.add(delta)
     settings = {"with_logprobs": False, "with_ids": False, **options}
-    body = json.loads(completion(HEAD, [collected.choice(0, **settings)], total_usage([USAGE])))
+    body = json.loads(completion_body(HEAD, [collected.as_json(0, **settings)], total_usage([USAGE])))
     ChatCompletion.model_validate(body)
     return dict(body["choices"][0])
 
@@ -286,8 +288,8 @@ def test_usage_of_several_choices_counts_the_prompt_once() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_choices_are_told_apart(n: int) -> None:
-    writer = Chunks(HEAD, n, False)
-    data = b"".join(writer.delta(i, Delta("r", 1, content=str(i)), marks(n)) for i in range(n))
+    writer = ChunkWriter(HEAD, n, False)
+    data = b"".join(writer.delta(i, Delta("r", 1, content=str(i)), ids(n)) for i in range(n))
     assert [(c["choices"][0]["index"], c["choices"][0]["delta"]["content"]) for c in chunks_of(data)] == [
         (i, str(i)) for i in range(n)
     ]

@@ -40,7 +40,7 @@ TRICKS = [
 
 def prompt_of(chat: ChatFormat, **fields: Any) -> Prompt:
     request = msgspec.convert(fields, ChatRequest)
-    return chat.prompt(request, RULES.items(request))
+    return chat.build_prompt(request, RULES.extract(request))
 
 
 def control_ids(chat: Prompt, tokenizer: Tokenizer) -> list[int]:
@@ -180,9 +180,9 @@ def test_marks_differ_and_control_tokens_too_short_to_mark_are_refused() -> None
         ControlTexts(["<x>", "<"])
 
 
-def test_an_over_long_prompt_is_refused(taker: RequestParser) -> None:
+def test_an_over_long_prompt_is_refused(parser: RequestParser) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "word " * 5000}]}).encode()
     with pytest.raises(RequestError) as refused:
-        taker.take(body)
+        parser.parse(body)
     assert refused.value.failure.code == "context_length_exceeded"
     assert "2048" in refused.value.failure.message

@@ -9,6 +9,8 @@ import pytest
 
 from services.gateway.request.model_names import ModelNames
 from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.schemas import ChatRequest
+from services.gateway.request.unsupported import NEUTRAL_VALUES
 from services.gateway.request.validate import MAX_SCHEMA_BYTES
 from shared.errors import Failure, RequestError
 from shared.messages import VideoOptions
@@ -39,13 +41,13 @@ def deep(levels: int) -> Any:
     return {"a": deep(levels - 1)} if levels else 1
 
 
-def order(taker: RequestParser, **fields: Any) -> ParsedRequest:
-    return taker.take(json.dumps({"messages": HI, **fields}).encode())
+def parse(parser: RequestParser, **fields: Any) -> ParsedRequest:
+    return parser.parse(json.dumps({"messages": HI, **fields}).encode())
 
 
-def refusal(taker: RequestParser, body: bytes) -> Failure:
+def refusal(parser: RequestParser, body: bytes) -> Failure:
     with pytest.raises(RequestError) as refused:
-        taker.take(body)
+        parser.parse(body)
     return refused.value.failure
 
 
@@ -164,9 +166,9 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
 
 @pytest.mark.parametrize(("fields", "status", "param", "message"), BAD)
 def test_what_is_refused(
-    taker: RequestParser, fields: dict[str, Any], status: int, param: str | None, message: str
+    parser: RequestParser, fields: dict[str, Any], status: int, param: str | None, message: str
 ) -> None:
-    failure = refusal(taker, json.dumps({"messages": HI, **fields}).encode())
+    failure = refusal(parser, json.dumps({"messages": HI, **fields}).encode())
     assert (failure.status, failure.param) == (status, param)
     assert message in failure.message
     assert failure.type == "invalid_request_error"
@@ -182,31 +184,37 @@ def test_what_is_refused(
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', None, "invalid_json"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, "invalid_json"),
         (b'{"messages": [{"role": "tool", "content": ' + b'{"a":' * 100_000, None, "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "Hi"}], "guided_json": "\xed\xa0\xbd"}', None, "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "Hi"}], "prompt": ' + b"[" * 100_000, None, "invalid_json"),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}', None, "invalid_json"),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": 1e999}', "temperature", "invalid_value"),
     ],
 )
-def test_bodies_that_are_no_request(taker: RequestParser, body: bytes, param: str | None, code: str) -> None:
-    failure = refusal(taker, body)
+def test_bodies_that_are_no_request(parser: RequestParser, body: bytes, param: str | None, code: str) -> None:
+    failure = refusal(parser, body)
     assert (failure.status, failure.param, failure.code) == (400, param, code)
 
 
-def test_defaults_are_the_checkpoints(taker: RequestParser) -> None:
-    sampling = order(taker).sampling
+def test_no_unsupported_field_hides_one_that_is_supported() -> None:
+    assert not set(NEUTRAL_VALUES) & set(ChatRequest.__struct_fields__)
+
+
+def test_defaults_are_the_checkpoints(parser: RequestParser) -> None:
+    sampling = parse(parser).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.7, 5)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.2, 0.3)
     assert sampling.min_p == 0.05
     assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (None, 0, None)
 
 
-def test_a_seed_is_drawn_where_none_is_given(taker: RequestParser) -> None:
-    assert order(taker).sampling.seed != order(taker).sampling.seed
-    assert order(taker, seed=7).sampling.seed == 7
+def test_a_seed_is_drawn_where_none_is_given(parser: RequestParser) -> None:
+    assert parse(parser).sampling.seed != parse(parser).sampling.seed
+    assert parse(parser, seed=7).sampling.seed == 7
 
 
-def test_every_sampling_field_arrives(taker: RequestParser, tokenizer: Tokenizer) -> None:
-    given = order(
-        taker,
+def test_every_sampling_field_arrives(parser: RequestParser, tokenizer: Tokenizer) -> None:
+    given = parse(
+        parser,
         model="demo-model",
         temperature=0.5,
         top_p=0.25,
@@ -249,34 +257,34 @@ def test_every_sampling_field_arrives(taker: RequestParser, tokenizer: Tokenizer
     ],
 )
 def test_any_model_is_accepted_and_repeated_where_no_name_is_set(
-    taker: RequestParser, given: dict[str, Any], repeated: str
+    parser: RequestParser, given: dict[str, Any], repeated: str
 ) -> None:
-    made = order(taker, **given)
-    assert (made.model, made.form("", "").model) == (repeated, repeated)
+    made = parse(parser, **given)
+    assert (made.model, made.answer_format("", "").model) == (repeated, repeated)
 
 
 @pytest.mark.parametrize(
     ("given", "repeated"), [({"model": "a"}, "a"), ({"model": "b"}, "b"), ({"model": None}, "a"), ({}, "a")]
 )
-def test_served_names_are_repeated(taker: RequestParser, given: dict[str, Any], repeated: str) -> None:
-    assert order(_named(taker), **given).model == repeated
+def test_served_names_are_repeated(parser: RequestParser, given: dict[str, Any], repeated: str) -> None:
+    assert parse(_named(parser), **given).model == repeated
 
 
 @pytest.mark.parametrize("model", ["c", "null", "default", "demo-model", "A"])
-def test_nothing_but_served_names_is_accepted(taker: RequestParser, model: str) -> None:
+def test_nothing_but_served_names_is_accepted(parser: RequestParser, model: str) -> None:
     with pytest.raises(RequestError, match=f"'{model}' does not exist") as caught:
-        order(_named(taker), model=model)
+        parse(_named(parser), model=model)
     failure = caught.value.failure
     assert (failure.status, failure.param, failure.code) == (404, "model", "model_not_found")
 
 
-def _named(taker: RequestParser) -> RequestParser:
-    return msgspec.structs.replace(taker, names=ModelNames("demo-model", ("a", "b")))
+def _named(parser: RequestParser) -> RequestParser:
+    return msgspec.structs.replace(parser, names=ModelNames("demo-model", ("a", "b")))
 
 
-def test_every_output_field_arrives(taker: RequestParser) -> None:
-    given = order(
-        taker,
+def test_every_output_field_arrives(parser: RequestParser) -> None:
+    given = parse(
+        parser,
         stop=["a", "b"],
         include_stop_str_in_output=True,
         parallel_tool_calls=False,
@@ -287,8 +295,8 @@ def test_every_output_field_arrives(taker: RequestParser) -> None:
     assert (given.stop, given.include_stop) == (("a", "b"), True)
     assert (given.tools, given.functions, given.parallel_tool_calls) == (True, ("f",), False)
     assert (given.logprobs, given.return_token_ids, given.thinking) == (True, True, True)
-    assert order(taker, stop="x").output.stop == ("x",)
-    not_to_call = order(taker, tool_choice="none", **tool()).output
+    assert parse(parser, stop="x").output.stop == ("x",)
+    not_to_call = parse(parser, tool_choice="none", **tool()).output
     assert (not_to_call.tools, not_to_call.functions) == (False, ())
 
 
@@ -305,22 +313,22 @@ def test_every_output_field_arrives(taker: RequestParser) -> None:
     ],
 )
 def test_values_with_a_meaning_of_their_own(
-    taker: RequestParser, fields: dict[str, Any], expected: dict[str, Any]
+    parser: RequestParser, fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    sampling = order(taker, **fields).sampling
+    sampling = parse(parser, **fields).sampling
     assert {name: getattr(sampling, name) for name in expected} == expected
 
 
-def test_max_tokens_is_what_the_context_leaves(taker: RequestParser) -> None:
-    free = order(taker)
-    assert free.max_tokens == taker.max_model_len - len(free.segments[0])
-    assert order(taker, max_tokens=10).max_tokens == 10
-    assert order(taker, max_tokens=10**6).max_tokens == free.max_tokens
+def test_max_tokens_is_what_the_context_leaves(parser: RequestParser) -> None:
+    free = parse(parser)
+    assert free.max_tokens == parser.max_model_len - len(free.segments[0])
+    assert parse(parser, max_tokens=10).max_tokens == 10
+    assert parse(parser, max_tokens=10**6).max_tokens == free.max_tokens
 
 
-def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(taker: RequestParser) -> None:
-    order(
-        taker,
+def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(parser: RequestParser) -> None:
+    parse(
+        parser,
         store=True,
         metadata={"user": "x"},
         service_tier="auto",
@@ -343,16 +351,16 @@ def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(taker: Req
     )
 
 
-def test_streaming_and_usage(taker: RequestParser) -> None:
-    assert not order(taker).stream
-    assert not order(taker, stream=True).include_usage
-    assert order(taker, stream=True, stream_options={"include_usage": True}).include_usage
+def test_streaming_and_usage(parser: RequestParser) -> None:
+    assert not parse(parser).stream
+    assert not parse(parser, stream=True).include_usage
+    assert parse(parser, stream=True, stream_options={"include_usage": True}).include_usage
 
 
-def test_media_as_clients_write_them(taker: RequestParser) -> None:
+def test_media_as_clients_write_them(parser: RequestParser) -> None:
     options = {"fps": -1, "target_frames": 8, "min_frames": 2, "max_frames": 9, "frames_sample": "middle"}
-    taken = order(
-        taker,
+    taken = parse(
+        parser,
         **saying(
             image("https://example.org/ä.png?x=1"),
             {"type": "text", "text": "and"},
@@ -379,17 +387,19 @@ def test_media_as_clients_write_them(taker: RequestParser) -> None:
         ({"file_id": "https://example.org/a", "format": "video/mp4"}, "video", "https://example.org/a"),
     ],
 )
-def test_files_are_what_their_type_says(taker: RequestParser, file: dict[str, str], kind: str, url: str | None) -> None:
-    (item,) = order(taker, **saying({"type": "file", "file": file})).media
+def test_files_are_what_their_type_says(
+    parser: RequestParser, file: dict[str, str], kind: str, url: str | None
+) -> None:
+    (item,) = parse(parser, **saying({"type": "file", "file": file})).media
     assert (item.kind, item.url) == (kind, url)
 
 
-def test_media_in_a_tool_result(taker: RequestParser) -> None:
-    assert len(order(taker, **saying(image(PNG), role="tool")).media) == 1
+def test_media_in_a_tool_result(parser: RequestParser) -> None:
+    assert len(parse(parser, **saying(image(PNG), role="tool")).media) == 1
 
 
-def test_text_parts_are_one_text_for_every_role(taker: RequestParser) -> None:
+def test_text_parts_are_one_text_for_every_role(parser: RequestParser) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     for role in ("system", "developer", "user", "assistant", "tool"):
-        split = order(taker, messages=[{"role": role, "content": parts}])
-        assert split.segments == order(taker, messages=[{"role": role, "content": "ab"}]).segments
+        split = parse(parser, messages=[{"role": role, "content": parts}])
+        assert split.segments == parse(parser, messages=[{"role": role, "content": "ab"}]).segments

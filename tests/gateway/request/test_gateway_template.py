@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.gateway.request.chat import variables
+from services.gateway.request.chat import template_variables
 from services.gateway.request.media import MediaRules
 from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.template import Template
@@ -39,7 +39,7 @@ def text(value: str) -> dict[str, str]:
 
 def render(template: Template, **fields: Any) -> str:
     request = msgspec.convert(fields, ChatRequest)
-    return template.render(variables(request, RULES.items(request)))
+    return template.render(template_variables(request, RULES.extract(request)))
 
 
 @pytest.fixture

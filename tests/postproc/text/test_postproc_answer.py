@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from postproc_stand_in import BEGIN, EOS, StandIn, collect, cut, cuts, every_byte, request, run, run_pieces
 
-from services.postproc.text.answer import Answer, Parsers
+from services.postproc.text.answer import Answer, AnswerState, Parsers
 from services.postproc.text.detokenize import Vocabulary
 from shared.errors import Failure
 from shared.messages import Delta, Finish, ShownLogprob, TokenLogprob, Usage
@@ -38,11 +38,11 @@ def answer_of(pieces: list[bytes | str], **output: object) -> tuple[Answer, list
 def stream(answer: Answer, tokens: list[int], finish: Finish | None = None) -> list[Delta]:
     deltas = []
     for token in tokens:
-        answer.push(token)
-        deltas.append(answer.take())
+        answer.push_token(token)
+        deltas.append(answer.take_delta())
     if finish:
-        answer.finish(finish)
-        deltas.append(answer.take())
+        answer.apply_finish(finish)
+        deltas.append(answer.take_delta())
     return [delta for delta in deltas if delta]
 
 
@@ -77,8 +77,8 @@ def test_a_replay_token_by_token_fits_whatever_was_sent_before(
     before, _ = answer_of(pieces, **output)
     sent: list[Delta] = []
     for place, token in enumerate(tokens[: crash % (len(tokens) + 1)]):
-        before.push(token)
-        if place in takes and (delta := before.take()):
+        before.push_token(token)
+        if place in takes and (delta := before.take_delta()):
             sent.append(delta)
     after, _ = answer_of(pieces, **output)
     seen = sent[-1].seq if sent else 0
@@ -114,10 +114,10 @@ def test_usage_of_a_finished_request() -> None:
 
 def test_a_stop_token_counts_and_is_not_shown() -> None:
     answer, tokens = answer_of([b"a", b"b"], thinking=False, return_token_ids=True)
-    answer.push(tokens[0])
+    answer.push_token(tokens[0])
     answer.push_stop_token(tokens[1])
-    answer.finish(Finish("stop", stop_token=tokens[1]))
-    shown = collect([answer.take()])
+    answer.apply_finish(Finish("stop", stop_token=tokens[1]))
+    shown = collect([answer.take_delta()])
     assert (shown.content, shown.token_ids, shown.finish_reason) == ("a", tokens, "stop")
     assert shown.usage is not None
     assert shown.usage.completion_tokens == 2
@@ -133,8 +133,7 @@ def test_the_end_shows_what_was_held_back() -> None:
 def test_cancelled_says_nothing() -> None:
     answer, tokens = answer_of([b"a", b"\n"])
     assert stream(answer, tokens, Finish("cancelled")) == [Delta("r1", 1, "a")]
-    assert answer.ended
-    assert not answer.unasked
+    assert answer.state is AnswerState.CANCELLED
 
 
 @pytest.mark.parametrize("failure", [Failure(503, "no room", type="server_error"), None])
@@ -158,13 +157,13 @@ def test_without_a_begin_there_is_no_usage_and_so_an_error() -> None:
 
 def test_after_the_end_nothing_counts() -> None:
     answer, tokens = answer_of([b"a"])
-    answer.finish(Finish("length"))
-    last = answer.take()
-    answer.push(tokens[0])
+    answer.apply_finish(Finish("length"))
+    last = answer.take_delta()
+    answer.push_token(tokens[0])
     answer.push_stop_token(EOS)
-    answer.finish(Finish("error"))
+    answer.apply_finish(Finish("error"))
     assert last is not None
-    assert (last.seq, answer.count, answer.take()) == (1, 0, None)
+    assert (last.seq, answer.count, answer.take_delta()) == (1, 0, None)
 
 
 # ------------------------------------------------------------------------------------------------ stop strings
@@ -198,7 +197,7 @@ def test_the_token_that_completes_a_stop_string_is_the_last_that_counts() -> Non
     assert [(delta.seq, delta.content) for delta in deltas] == [(2, "a "), (5, "")]
     assert deltas[-1].finish_reason == "stop"
     assert deltas[-1].usage == Usage(7, 4, 1, 3, 2, 1)
-    assert answer.unasked
+    assert answer.state is AnswerState.STOPPED
     assert answer.count == 4
 
 
@@ -239,8 +238,8 @@ def test_log_probabilities_come_with_their_token_even_if_its_text_is_held_back()
     answer, tokens = answer_of(["</think>", b"a\xe2\x82", b"\xac", b"st", b"op"], stop=("stop",), logprobs=True)
     deltas = []
     for token in tokens:
-        answer.push(token, TokenLogprob(-0.5, ((token, -0.5), (EOS, -2.0))))
-        deltas.append(answer.take())
+        answer.push_token(token, TokenLogprob(-0.5, ((token, -0.5), (EOS, -2.0))))
+        deltas.append(answer.take_delta())
     assert all(deltas)
     shown = collect(deltas)
     assert shown.content == "a€"
@@ -253,8 +252,8 @@ def test_log_probabilities_come_with_their_token_even_if_its_text_is_held_back()
 
 def test_log_probabilities_nobody_asked_for_are_not_shown() -> None:
     answer, tokens = answer_of([b"a"])
-    answer.push(tokens[0], TokenLogprob(-0.5))
-    assert answer.take() == Delta("r1", 1, "a")
+    answer.push_token(tokens[0], TokenLogprob(-0.5))
+    assert answer.take_delta() == Delta("r1", 1, "a")
 
 
 def test_token_ids_come_when_asked_for() -> None:

@@ -1,11 +1,11 @@
-"""What was missed of an answer, and that a number stands for the same beginning of it however deltas were taken."""
+"""Missed parts of an answer; a sequence number stands for the same beginning of it however deltas were taken."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 from postproc_stand_in import BEGIN, EOS, Shown, StandIn, collect, cut, cuts, every_byte, request
 
 from services.postproc.text.answer import Answer, Parsers
-from services.postproc.text.catch_up import missed
+from services.postproc.text.catch_up import missed_deltas
 from services.postproc.text.detokenize import Vocabulary
 from shared.errors import Failure
 from shared.messages import Delta, Finish, TokenLogprob
@@ -54,18 +54,18 @@ class Case:
         """Taken after every token, or only after those with one of these indexes."""
         answer, deltas = self.answer(), list[Delta | None]()
         for place, token in enumerate(self.tokens):
-            answer.push(token, self.logprobs[place] if self.logprobs else None)
+            answer.push_token(token, self.logprobs[place] if self.logprobs else None)
             if takes is None or place in takes:
-                deltas.append(answer.take())
+                deltas.append(answer.take_delta())
         if self.finish is not None and self.finish.stop_token is not None:
             answer.push_stop_token(self.finish.stop_token)
         if self.finish is not None:
-            answer.finish(self.finish)
-        deltas.append(answer.take())
+            answer.apply_finish(self.finish)
+        deltas.append(answer.take_delta())
         return [delta for delta in deltas if delta is not None]
 
     def missed(self, after: int, until: int = 0) -> list[Delta]:
-        return missed(self.answer(), self.tokens, self.logprobs, self.finish, after, until)
+        return missed_deltas(self.answer(), self.tokens, self.logprobs, self.finish, after, until)
 
 
 cases = st.builds(Case, cuts, finishes, outputs, st.sampled_from([TEXT, THOUGHT]))

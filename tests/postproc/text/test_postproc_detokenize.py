@@ -24,7 +24,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
 @example(b"\xed\xa0\x80\xc0\xaf\xf8", [1, 2, 3, 4, 5])
 def test_any_cut_decodes_to_what_the_whole_does(data: bytes, cuts: list[int]) -> None:
     detokenizer = Detokenizer()
-    text = "".join(map(detokenizer.push, pieces(data, cuts))) + detokenizer.flush()
+    text = "".join(map(detokenizer.decode, pieces(data, cuts))) + detokenizer.flush()
     assert text == data.decode("utf-8", "replace")
     assert detokenizer.idle
 
@@ -34,14 +34,14 @@ def test_a_character_comes_with_its_last_byte(text: str) -> None:
     detokenizer = Detokenizer()
     for char in text:
         data = char.encode()
-        assert "".join(detokenizer.push(data[i : i + 1]) for i in range(len(data) - 1)) == ""
-        assert detokenizer.push(data[-1:]) == char
+        assert "".join(detokenizer.decode(data[i : i + 1]) for i in range(len(data) - 1)) == ""
+        assert detokenizer.decode(data[-1:]) == char
 
 
 def test_an_impossible_byte_is_shown_when_it_is_certain() -> None:
     detokenizer = Detokenizer()
-    assert detokenizer.push(b"\xe2\x82") == ""
-    assert detokenizer.push(b"x") == "\ufffdx"
+    assert detokenizer.decode(b"\xe2\x82") == ""
+    assert detokenizer.decode(b"x") == "\ufffdx"
 
 
 def test_plain_tokens_need_no_thought() -> None:

@@ -15,14 +15,14 @@ from services.postproc.text.json_repair import MAX_DEPTH, MAX_SCALAR, ValueRepai
 
 
 def repaired(text: str, places: Sequence[int] = (), cut_off: bool = False) -> str:
-    """What is given out of `text`, which ends at its end or is cut off there."""
+    """Return the repair of `text`, which ends there or is cut off there."""
     value = ValueRepair()
     shown = ""
     for start, end in pairwise(sorted({0, len(text), *(place % (len(text) + 1) for place in places)})):
-        value.push(text[start:end], 0)
-        shown += value.take()
-    value.end(cut_off)
-    return shown + value.take()
+        value.read_value(text[start:end], 0)
+        shown += value.take_valid()
+    value.end_value(cut_off)
+    return shown + value.take_valid()
 
 
 def loads(text: str) -> Any:
@@ -73,6 +73,8 @@ REPAIRS = {
     "a last scalar": ('{"a": 1, "b": 12', '{"a": 1, "b": 12}'),
     "half a last scalar": ('{"a": 1, "b": tru', '{"a": 1}'),
     "an integer that json.loads refuses": ('{"a": 1, "b": ' + "9" * (MAX_SCALAR + 1) + "}", '{"a": 1}'),
+    "a number that no double holds": ('{"a": [1, 1e308, -1e309, 2]}', '{"a": [1, 1e308]}'),
+    "a fraction that no double holds": ('{"a": ' + "9" * 309 + ".5}", ""),
     "an integer that it does not": ('{"a": ' + "9" * MAX_SCALAR + "}", '{"a": ' + "9" * MAX_SCALAR + "}"),
     "too deep": ('{"a": 1, "b":' + "[" * 5000 + "1", '{"a": 1}'),
     "a space that JSON does not know": ('{"a": 1,\u00a0"b": 2}', '{"a": 1}'),
@@ -136,7 +138,7 @@ def test_whatever_comes_it_is_the_beginning_of_an_object(text: str, places: list
         assert isinstance(loads(whole), dict)
     value, shown = ValueRepair(), ""
     for end, char in enumerate(text, start=1):
-        value.push(char, 0)
-        shown += value.take()
+        value.read_value(char, 0)
+        shown += value.take_valid()
         assert repaired(text[:end], cut_off=True).startswith(shown)
     assert whole.startswith(shown)

@@ -6,16 +6,23 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionToolUnionParam
 from postproc_stand_in import BEGIN, StandIn, cut, every_byte, request
-from test_postproc_thought_calls import CALLS, THOUGHTS
+from test_postproc_reasoning_calls import CALLS, THOUGHTS
 from test_postproc_tool_calls import NOT_CALLS, WELL
 
-from services.gateway.http.openai import Chunks, Collected, Head, Marks, completion, total_usage
-from services.gateway.inflight.request import Place
+from services.gateway.http.openai import (
+    AnswerHead,
+    ChunkWriter,
+    CollectedChoice,
+    EventIds,
+    completion_body,
+    total_usage,
+)
+from services.gateway.inflight.request import StreamPosition
 from services.postproc.text.answer import Answer, Parsers
 from services.postproc.text.detokenize import Vocabulary
 from shared.messages import Delta, Finish, Usage
 
-HEAD = Head("chatcmpl-1", 1, "m", "fp")
+HEAD = AnswerHead("chatcmpl-1", 1, "m", "fp")
 TEXTS = {
     **{f"call, {name}": "Hm.\n</think>\n\n" + text for name, (text, _, _) in WELL.items()},
     **{f"text, {name}": "Hm.\n</think>\n\n" + text for name, text in NOT_CALLS.items()},
@@ -31,10 +38,10 @@ def answer(text: str, places: list[int], finish: str) -> list[Delta]:
     folded.begin = BEGIN
     deltas = []
     for token in tokenizer.tokens(pieces):
-        folded.push(token)
-        deltas.append(folded.take())
-    folded.finish(Finish(finish))  # type: ignore[arg-type]
-    return [delta for delta in [*deltas, folded.take()] if delta]
+        folded.push_token(token)
+        deltas.append(folded.take_delta())
+    folded.apply_finish(Finish(finish))  # type: ignore[arg-type]
+    return [delta for delta in [*deltas, folded.take_delta()] if delta]
 
 
 def streamed(deltas: list[Delta]) -> ChatCompletion:
@@ -45,20 +52,20 @@ def streamed(deltas: list[Delta]) -> ChatCompletion:
         {"type": "function", "function": {"name": name, "strict": True, "parameters": {}}} for name in ("f", "g")
     ]
     state = ChatCompletionStreamState(input_tools=[] if cut_off else tools)
-    chunks, marks = Chunks(HEAD, 1, include_usage=False), Marks([Place(0)])
-    events = chunks.openings(marks.line()) + b"".join(chunks.delta(0, delta, marks) for delta in deltas)
+    chunks, ids = ChunkWriter(HEAD, 1, include_usage=False), EventIds([StreamPosition(0)])
+    events = chunks.first_chunks(ids.line()) + b"".join(chunks.delta(0, delta, ids) for delta in deltas)
     for event in events.split(b"\n\n")[:-1]:
         state.handle_chunk(ChatCompletionChunk.model_validate_json(event.rpartition(b"data: ")[2]))
     return state.current_completion_snapshot if cut_off else state.get_final_completion()
 
 
 def whole(deltas: list[Delta]) -> ChatCompletion:
-    collected = Collected()
+    collected = CollectedChoice()
     for delta in deltas:
         collected.add(delta)
     usage = total_usage([Usage(1, 1, 0, 0, 0, 0)])
-    choice = collected.choice(0, with_logprobs=False, prompt_ids=None, with_ids=False)
-    return ChatCompletion.model_validate_json(completion(HEAD, [choice], usage))
+    choice = collected.as_json(0, with_logprobs=False, with_ids=False)
+    return ChatCompletion.model_validate_json(completion_body(HEAD, [choice], usage))
 
 
 def parts(completion: ChatCompletion) -> dict[str, object]:

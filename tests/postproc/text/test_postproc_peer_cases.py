@@ -87,6 +87,6 @@ def test_answering(text: str, content: str, functions: list[tuple[str, str]]) ->
 
 
 def test_the_table_has_these_cases() -> None:
-    table = (Path(__file__).resolve().parents[2] / "docs" / "parsing.md").read_text().partition("\n## Cases")[2]
+    table = (Path(__file__).resolve().parents[3] / "docs" / "parsing.md").read_text().partition("\n## Cases")[2]
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert rows[1:] == [*THINKING, *ANSWERING]

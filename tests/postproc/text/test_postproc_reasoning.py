@@ -1,4 +1,4 @@
-"""What is thought and what is said."""
+"""The split of an answer into reasoning and content."""
 
 import pytest
 from hypothesis import given

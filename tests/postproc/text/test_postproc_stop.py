@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.postproc.text.stop import Finder, Patterns, Stop, compile_patterns
+from services.postproc.text.stop import Automaton, PatternFinder, StopStrings, compile_automaton
 
 texts = st.text(alphabet="ab]^€", max_size=40)
 strings = st.lists(st.text(alphabet="ab]^€", min_size=1, max_size=5), min_size=1, max_size=4).map(tuple)
@@ -30,10 +30,10 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
 @example("aabb", ("aabb", "ab"), [], False)
 @example("abab^", ("abac", "bab^"), list(range(5)), False)
 def test_stops_where_brute_force_does(text: str, wanted: tuple[str, ...], cuts: list[int], include: bool) -> None:
-    stop = Stop(wanted, include)
+    stop = StopStrings(wanted, include)
     shown = ""
     for piece in pieces(text, cuts):
-        shown += stop.push(piece)
+        shown += stop.filter(piece)
     expected = first_match(text, wanted)
     if expected is None:
         assert not stop.matched
@@ -42,15 +42,15 @@ def test_stops_where_brute_force_does(text: str, wanted: tuple[str, ...], cuts: 
         end, match = expected
         assert stop.matched
         assert shown == text[: end if include else end - len(match)]
-        assert stop.push("more") == stop.flush() == ""
+        assert stop.filter("more") == stop.flush() == ""
 
 
 @given(texts, strings)
 def test_holds_back_no_more_than_may_become_a_match(text: str, wanted: tuple[str, ...]) -> None:
-    finder = Finder(Patterns(wanted))
+    finder = PatternFinder(Automaton(wanted))
     shown = ""
     for end, char in enumerate(text, start=1):
-        plain, match, _ = finder.push(char)
+        plain, match, _ = finder.search(char)
         shown += plain
         if match:
             return
@@ -62,11 +62,11 @@ def test_holds_back_no_more_than_may_become_a_match(text: str, wanted: tuple[str
 @given(texts, strings, st.lists(st.integers(0, 40)))
 def test_goes_on_behind_a_match(text: str, wanted: tuple[str, ...], cuts: list[int]) -> None:
     def split(parts: list[str]) -> list[str]:
-        finder, out = Finder(compile_patterns(wanted)), [""]
+        finder, out = PatternFinder(compile_automaton(wanted)), [""]
         for part in parts:
             at = 0
             while at < len(part):
-                plain, match, at = finder.push(part, at)
+                plain, match, at = finder.search(part, at)
                 out[-1] += plain
                 out += [match, ""] if match else []
         out[-1] += finder.flush()
@@ -83,29 +83,29 @@ def test_goes_on_behind_a_match(text: str, wanted: tuple[str, ...], cuts: list[i
 
 
 def test_without_strings_everything_is_shown_at_once() -> None:
-    stop = Stop((), include=True)
-    assert stop.push("anything") == "anything"
+    stop = StopStrings((), include=True)
+    assert stop.filter("anything") == "anything"
     assert stop.flush() == ""
     assert not stop.matched
 
 
 def test_flush_forgets_the_beginning_of_a_match() -> None:
-    stop = Stop(("ab",), include=False)
-    assert stop.push("xa") == "x"
+    stop = StopStrings(("ab",), include=False)
+    assert stop.filter("xa") == "x"
     assert stop.flush() == "a"
-    assert stop.push("b") == "b"
+    assert stop.filter("b") == "b"
     assert not stop.matched
 
 
 @pytest.mark.parametrize("wanted", [(), ("",), ("a", "")])
 def test_an_empty_string_is_refused(wanted: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="empty"):
-        Patterns(wanted)
+        Automaton(wanted)
 
 
 def test_a_long_run_of_near_misses() -> None:
-    stop = Stop(("a" * 500 + "b",), include=False)
-    shown = "".join(stop.push("a") for _ in range(20_000))
+    stop = StopStrings(("a" * 500 + "b",), include=False)
+    shown = "".join(stop.filter("a") for _ in range(20_000))
     assert len(shown) == 20_000 - 500
-    assert stop.push("b") == ""
+    assert stop.filter("b") == ""
     assert stop.matched

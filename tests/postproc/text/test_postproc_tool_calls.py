@@ -407,8 +407,8 @@ def test_arguments_stream_as_they_are_written() -> None:
     answer = Answer(request(tools=True), Vocabulary(tokenizer), Parsers())
     streamed = []
     for token in tokenizer.tokens(pieces):
-        answer.push(token)
-        delta = answer.take()
+        answer.push_token(token)
+        delta = answer.take_delta()
         streamed.append("".join(piece.arguments for piece in delta.tool_calls) if delta else None)
     expected = [None] * 5 + ['{"a": "', "x", 'y"', None, None, ', "b": [12', "]", " }", None, None]
     assert streamed == expected

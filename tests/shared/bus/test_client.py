@@ -107,6 +107,7 @@ def test_no_server_anywhere_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
         server_module.find_server()
 
 
+@pytest.mark.system
 def test_old_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "OLDEST", (99, 0))
     with pytest.raises(ConfigError, match=r"is of version \d+.*Install Redis 99.0"):

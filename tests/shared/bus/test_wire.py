@@ -134,6 +134,7 @@ async def test_a_peer_that_the_kernel_gives_up_breaks_the_connection(wire: Wire,
     assert await wire.call("PING") == b"PONG"
 
 
+@pytest.mark.system
 async def test_a_server_that_was_killed_and_comes_back(own_server: RedisServer, own_redis: Redis) -> None:
     wire = Wire(own_redis)
     await wire.call("SET", "key", "kept")
@@ -144,6 +145,7 @@ async def test_a_server_that_was_killed_and_comes_back(own_server: RedisServer, 
     assert await wire.call("GET", "key") == b"kept"
 
 
+@pytest.mark.system
 async def test_a_server_that_is_halted_is_noticed(
     own_server: RedisServer, own_redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,7 @@ async def test_a_server_that_is_halted_is_noticed(
     assert await wire.call("ECHO", "mine") == b"mine"
 
 
+@pytest.mark.system
 async def test_the_time_a_command_may_wait_is_its_own(own_redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire_module, "LIMIT_S", 0.0)
     wire = Wire(own_redis)
@@ -170,6 +173,7 @@ async def test_the_time_a_command_may_wait_is_its_own(own_redis: Redis, monkeypa
     assert await wire.call("BLPOP", "list", 0.01, wait_s=PATIENCE_S) is None
 
 
+@pytest.mark.system
 async def test_what_redis_refuses_for_now_is_told_apart(own_redis: Redis) -> None:
     wire = Wire(own_redis)
     await own_redis.config_set("maxmemory", 1)
@@ -177,6 +181,7 @@ async def test_what_redis_refuses_for_now_is_told_apart(own_redis: Redis) -> Non
         await wire.call("SET", "key", "value")
 
 
+@pytest.mark.system
 async def test_password_user_and_database(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_client, "_RETRIES", 0)
     own_server.command("ACL SETUSER reader on >s3cret ~* &* +@all -get")

@@ -1,15 +1,15 @@
-"""The most likely token."""
+"""Greedy sampling."""
 
 from torch import Tensor
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The place of each row's largest value, the first of equals.
+    """Return the index of each row's largest value, the first of equals.
 
     Args:
         logits: [R, vocabulary] float32, contiguous.
 
     Returns:
-        [R] int64. Of a row with values that are no numbers, any place.
+        [R] int64; for a row with NaN, any index.
     """
     return logits.argmax(dim=-1)

@@ -1,15 +1,16 @@
-"""Token embeddings, with the rows of media put in their places."""
+"""Token embeddings, with the embeddings of media in their rows."""
 
 from torch import Tensor
 
 
 def embed(table: Tensor, token_ids: Tensor, rows: Tensor, embeds: Tensor) -> Tensor:
-    """
+    """Look up token embeddings, and replace the rows of media.
+
     Args:
         table: [vocabulary, H].
         token_ids: [N] int64.
-        rows: [M] int64, distinct: rows of the result that are not looked up.
-        embeds: [M, H], dtype of the table: what they are instead.
+        rows: [M] int64, distinct: rows of the result that are media.
+        embeds: [M, H], dtype of the table: their embeddings.
 
     Returns:
         [N, H], a new tensor.

@@ -1,4 +1,4 @@
-"""Both pools of routed experts as one grouped problem."""
+"""Routed experts of both pools as one grouped product."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class ExpertPool:
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, text: ExpertPool, vision: ExpertPool) -> Tensor:
-    """sum over k of weights[n, k] * expert ids[n, k] applied to x[n], summed in float32 in the order of k.
+    """Return the sum over k of weights[n, k] * expert ids[n, k] applied to x[n], summed in float32 in the order of k.
 
     Args:
         x: [N, H].

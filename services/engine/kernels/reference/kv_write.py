@@ -1,10 +1,10 @@
-"""Store the step's keys and values in the paged cache."""
+"""Write of a step's keys and values to the paged cache."""
 
 from torch import Tensor
 
 
 def kv_write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Row n goes to offset slots[n] % block_size of block slots[n] // block_size.
+    """Write row n to offset slots[n] % block_size of block slots[n] // block_size.
 
     Args:
         key, value: [N, kv_heads, D]. Rows may be strided.

@@ -7,7 +7,7 @@ from services.engine.kernels.quantize import Weight, dense
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x @ weight^T, accumulated in float32.
+    """Return x @ weight^T, accumulated in float32.
 
     Args:
         x: [N, in].

@@ -1,4 +1,4 @@
-"""The way out of attention: project, add to the residual stream, norm for the next block."""
+"""Output projection of attention, addition to the residual stream, norm for the next block."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from services.engine.kernels.reference.rms_norm import add_rms_norm
 
 
 def linear_add_norm(x: Tensor, weight: Weight, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` of `linear`. An implementation may leave out the rounding to x's dtype in between.
+    """Apply `add_rms_norm` to `linear`. An implementation may leave out the rounding to x's dtype in between.
 
     Args:
         x: [N, in].

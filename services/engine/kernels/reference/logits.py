@@ -1,11 +1,11 @@
-"""The projection onto the vocabulary."""
+"""Projection onto the vocabulary."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T as float32. An implementation may leave out the rounding to x's dtype in between.
+    """Return x @ weight^T as float32. An implementation may leave out the rounding to x's dtype in between.
 
     Args:
         x: [R, H].

@@ -1,4 +1,4 @@
-"""A dense block: a SwiGLU, added to the residual stream, normed for the next block."""
+"""Dense block: a SwiGLU, added to the residual stream, normed for the next block."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,19 @@ from services.engine.kernels.reference.silu_mul import silu_mul
 
 @dataclass(frozen=True, slots=True)
 class SwiGLU:
-    """down(silu(gate x) * up x)."""
+    """Weights of down(silu(gate x) * up x)."""
 
     gate_up: Weight  # [2 I, H]: gate rows, then up rows
     down: Weight  # [H, I]
 
 
 def swiglu(x: Tensor, mlp: SwiGLU) -> Tensor:
-    """[N, H] to [N, H]."""
+    """Apply the SwiGLU: [N, H] to [N, H]."""
     return linear(silu_mul(linear(x, mlp.gate_up)), mlp.down)
 
 
 def mlp_add_norm(x: Tensor, mlp: SwiGLU, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` of `swiglu`. An implementation may leave out the rounding to x's dtype in between.
+    """Apply `add_rms_norm` to `swiglu`. An implementation may leave out the rounding to x's dtype in between.
 
     Args:
         x, residual: [N, H].

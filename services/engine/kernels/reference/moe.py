@@ -1,4 +1,4 @@
-"""A block of experts: routed ones of two pools and a shared one, added to the residual stream, normed for the next."""
+"""Block of experts: routed ones of two pools and a shared one, added to the residual, normed for the next block."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from services.engine.kernels.reference.router import router
 
 @dataclass(frozen=True, slots=True)
 class MoE:
-    """Two pools of routed experts, and a shared one that every token visits."""
+    """Two pools of routed experts, their router, and a shared expert that every token visits."""
 
     gate: Tensor  # [2 E, H] float32: text, then vision
     bias: Tensor  # [2 E] float32
@@ -34,15 +34,15 @@ def linear_moe_add_norm(
     norm: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_add_norm`, then a block: `add_rms_norm` of what `experts` make of its x as `router` says, plus `swiglu`
-    by the shared one. An implementation may leave out the roundings to x's dtype in between.
+    """Apply `linear_add_norm`, then a block of experts: `add_rms_norm` of the `experts` that `router` chooses plus
+    `swiglu` of the shared one. An implementation may leave out the roundings to x's dtype in between.
 
     Args:
         x: [N, in].
         out: [H, in].
         residual: [N, H].
         moe_norm, norm: [H]: before the experts and after them.
-        vision: [N] bool: rows of the vision pool; None: no row is, as the host knows.
+        vision: [N] bool: rows of the vision pool; None if the host knows that there is none.
         top_k: routed experts of a row.
 
     Returns:

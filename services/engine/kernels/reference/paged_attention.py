@@ -19,7 +19,7 @@ def paged_attention(
     scale: float,
     lengths: Lengths = (),
 ) -> Tensor:
-    """Softmax in float32 over the keys at or before each query's place in its sequence.
+    """Attend each query to the keys at or before its position in its sequence; softmax in float32.
 
     Sequence s owns query rows [query_start[s], query_start[s + 1]), the last of its context_lens[s] tokens, all of
     which are in the cache already. Key head j serves query heads [j G, (j + 1) G), G = heads / kv_heads.
@@ -33,7 +33,7 @@ def paged_attention(
         context_lens: [S] int32.
         max_query_len, max_context_len: bounds for planning a launch without reading the tensors.
         scale: factor on the scores.
-        lengths: what query_start and context_lens say, for planning launches, or () where nobody knows.
+        lengths: the values behind query_start and context_lens, for planning launches, or () where they are unknown.
 
     Returns:
         [N, heads, D], contiguous, dtype of query.
@@ -55,13 +55,13 @@ def paged_attention(
 
 
 def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first `length` tokens of a sequence: [length, kv_heads, D]."""
+    """Return the first `length` tokens of a sequence: [length, kv_heads, D]."""
     blocks = -(-length // cache.shape[1])
     return cache[table[:blocks]].flatten(0, 1)[:length]
 
 
 def _chunk(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One sequence: query [Q, heads, D], key and value [C, kv_heads, D]."""
+    """Attend one sequence's chunk: query [Q, heads, D], key and value [C, kv_heads, D]."""
     length, heads, dim = query.shape
     context, kv_heads = key.shape[:2]
     visible = torch.ones(length, context, dtype=torch.bool, device=query.device).tril(context - length)
@@ -78,7 +78,7 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, scale: float) -> Tensor:
-    """One query each of S sequences, padded to the longest context. query [S, heads, D], tables [S, B]."""
+    """Attend one query each of S sequences, padded to the longest context. query [S, heads, D], tables [S, B]."""
     count, heads, dim = query.shape
     block_size, kv_heads = keys.shape[1:3]
     blocks = -(-int(contexts.max()) // block_size)

@@ -1,4 +1,4 @@
-"""The way into attention: project, rotate, store what later tokens will attend to."""
+"""Projection to queries, keys and values, rotary embedding, and the write to the paged cache."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from services.engine.kernels.reference.rotary import rotary
 
 
 def qkv(x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-    """`linear`, `rotary` on its queries and keys, and `kv_write` of its keys and values.
+    """Apply `linear`, `rotary` to its queries and keys, and `kv_write` to its keys and values.
 
     Args:
         x: [N, H].

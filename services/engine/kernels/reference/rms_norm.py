@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32, cast to x's dtype, times weight.
+    """Return x / sqrt(mean(x^2) + eps) in float32, cast to x's dtype, times weight.
 
     Args:
         x: [N, H].
@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream after a block, and its norm for the next.
+    """Add a block's result to the residual stream, and norm the sum for the next block.
 
     Args:
         x, residual: [N, H], the same dtype. Neither is written.

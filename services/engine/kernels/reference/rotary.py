@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every row's angles, once per step for all layers.
+    """Compute cosine and sine of every row's angles, once per step for all layers.
 
     Args:
         positions: [3, N] int64: t, h, w.

@@ -1,4 +1,4 @@
-"""Which experts see a token, and how much each counts."""
+"""Routing: the experts of each token, and their weights."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ SUM_MIN = 1e-12  # the model's moe_norm_min
 
 
 def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose top_k experts of the row's own pool.
+    """Choose top_k experts of each row's own pool.
 
-    p is the softmax over the pool's E experts. The bias takes part in the choice only; weights are p of the chosen
-    ones, divided by their sum (at least 1e-12). All in float32.
+    p is the softmax over the pool's E experts. The bias affects the choice only; weights are p of the chosen ones,
+    divided by their sum (at least 1e-12). All in float32.
 
     Args:
         x: [N, H], activations.
@@ -23,7 +23,7 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor | None, top_k: 
         [N, top_k] float32.
     """
     experts = gate.shape[0] // 2
-    # Both pools for every row: twice a small product costs less than parting the rows by pool.
+    # Both pools for every row: twice a small product costs less than separating the rows by pool.
     scores = (x.float() @ gate.T).view(-1, 2, experts)
     pool = torch.zeros(len(x), dtype=torch.long, device=x.device) if vision is None else vision.long()
     p = _of_pool(scores, pool).softmax(-1)
@@ -34,5 +34,6 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor | None, top_k: 
 
 
 def _of_pool(scores: Tensor, pool: Tensor) -> Tensor:
+    """Select the scores of each row's pool."""
     index = pool.view(-1, 1, 1).expand(-1, 1, scores.shape[-1])
     return scores.gather(1, index).squeeze(1)

@@ -1,11 +1,11 @@
-"""The gate of a SwiGLU."""
+"""Gate of a SwiGLU."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up in float32, cast to the input's dtype.
+    """Return silu(gate) * up in float32, cast to the input's dtype.
 
     Args:
         gate_up: [N, 2 I]: gate, then up.

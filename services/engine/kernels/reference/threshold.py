@@ -1,6 +1,6 @@
-"""Which tokens top_k and top_p keep: those at least as likely as a threshold, so that equals stay or go together.
+"""Threshold of top_k and top_p: tokens at least as likely are kept, so equally likely tokens stay or go together.
 
-Two exact ways to the same set: `threshold` sorts, and is the definition; `threshold_by_search` halves an interval.
+Two exact ways to the same set: `threshold` sorts, and is the definition; `threshold_by_search` bisects.
 """
 
 import torch
@@ -13,10 +13,10 @@ _NO_LIMIT = torch.iinfo(torch.int64).max
 
 
 def threshold(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """A value such that row r keeps the tokens with probs >= it:
+    """Return a value such that row r keeps the tokens with probs >= it, which are the following.
 
-    of those that are not below floor[r], the ones that fewer than top_k[r] are above; of those, whose mass is S (1
-    without top_k), the ones over which lies a mass below top_p[r] * S.
+    Of the tokens that are not below floor[r], top_k keeps those with fewer than top_k[r] tokens above them. Of these,
+    whose mass is S (1 without top_k), top_p keeps those with a mass below top_p[r] * S above them.
 
     Args:
         probs: [R, vocabulary] float32, rows of sum 1.
@@ -25,11 +25,11 @@ def threshold(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Ten
         top_p: [R] float64, above 0; from 1 on: off.
 
     Returns:
-        [R] float32. Which one of the values that part the same two sets is left open.
+        [R] float32: any of the values that separate the same two sets.
     """
     ordered = probs.sort(dim=-1, descending=True).values
     mass = masses(ordered)
-    # How many are above each; equals have the same number, that of the first of them.
+    # The number of tokens above each; equals share the number of the first of them.
     above = torch.searchsorted(-ordered, -ordered)
     k = top_k.unsqueeze(1)
     kept = (ordered >= floor.unsqueeze(1)) & ((k <= 0) | (above < k))
@@ -39,7 +39,7 @@ def threshold(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Ten
 
 
 def threshold_by_search(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """See `threshold`. No sort: as many passes over the row as a float has bits."""
+    """Compute `threshold` without a sort: as many passes over the row as a float has bits."""
     bits, mass = probs.view(torch.int32), masses(probs)
     least = torch.maximum(
         floor.view(torch.int32), _search(bits, torch.ones_like(mass), top_k.masked_fill(top_k <= 0, _NO_LIMIT))
@@ -49,17 +49,17 @@ def threshold_by_search(probs: Tensor, floor: Tensor, top_k: Tensor, top_p: Tens
 
 
 def mass_limit(top_k: Tensor, top_p: Tensor, kept: Tensor) -> Tensor:
-    """[R] int64: top_p keeps a token if the mass above it is below this.
+    """Return [R] int64: top_p keeps a token if the mass above it is below this.
 
     Args:
-        kept: [R] int64 what top_k keeps. Without top_k the share is one of the whole, min_p or not.
+        kept: [R] int64, the mass that top_k keeps. Without top_k the share is one of the whole, with min_p or without.
     """
     limit = (top_p * kept.masked_fill(top_k <= 0, WHOLE).double()).ceil().long()
     return limit.masked_fill(top_p >= 1, _NO_LIMIT)
 
 
 def _search(bits: Tensor, measure: Tensor, limit: Tensor) -> Tensor:
-    """[R] int32: the smallest bits above which less than `limit` of `measure` lies."""
+    """Return [R] int32: the smallest bits above which less than `limit` of `measure` lies."""
     low = torch.zeros(len(bits), dtype=torch.int32, device=bits.device)
     high = torch.full_like(low, _ONE)
     for _ in range(_ONE.bit_length()):

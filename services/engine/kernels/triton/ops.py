@@ -1,4 +1,4 @@
-"""The CUDA choice of operations."""
+"""Operations for CUDA devices."""
 
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.sampling_ops import SamplingOps
@@ -15,7 +15,7 @@ from services.engine.kernels.triton.sampling.threshold import threshold
 
 
 def gpu_ops() -> Ops:
-    """Triton where it pays; lookups and plain products stay torch's."""
+    """Return Triton's operations where they pay; lookups and plain products stay torch's."""
     return Ops(
         rotary_tables=rotary_tables,
         rms_norm=rms_norm,
@@ -29,4 +29,5 @@ def gpu_ops() -> Ops:
 
 
 def gpu_sampling_ops() -> SamplingOps:
+    """Return Triton's sampling operations."""
     return SamplingOps(argmax=argmax, threshold=threshold, pick=pick)

@@ -1,10 +1,10 @@
-"""Causal attention over the paged cache: one kernel for prefill chunks, and one split over the context for decode.
-Long prompts of which nothing is cached are the library's business: whole_prompt.py.
+"""Causal attention over the paged cache: one kernel for prefill chunks, and a split-context one for decode. Long
+prompts without cached tokens go to the vendor library: whole_prompt.py.
 
-Decode reads each key and value once for the group of query heads that shares them. The context is cut into a number of
-splits that the device decides, up to a limit that depends on the number of sequences only, so that a captured graph
-stays valid as contexts grow. The last program of a group to finish merges the splits' partial softmaxes, or where there
-may be many, another launch does.
+Decode reads each key and value once for the group of query heads that shares them. The device decides into how many
+splits a context is cut, up to a limit that depends on the number of sequences only, so that a captured graph stays
+valid as contexts grow. The last program of a group to finish merges the splits' partial softmaxes (last-block
+reduction); with many splits a second launch does.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.reference.paged_attention import Lengths
-from services.engine.kernels.triton.attention.whole_prompt import suits, whole, whole_prompt
-from services.engine.kernels.triton.common.last_block import counters, last_of
+from services.engine.kernels.triton.attention.whole_prompt import is_whole_prompt, library_supports, whole_prompt
+from services.engine.kernels.triton.common.last_block import counters, is_last_block
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
@@ -27,42 +27,45 @@ GROUP_PAD = 16  # rows of the smallest matrix instruction; a group of query head
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """How the contexts of a decode step are cut."""
+class DecodePlan:
+    """Split of the contexts of a decode step."""
 
     stages: int
-    programs: int  # at most, where a context has more than one
+    programs: int  # at most, where a context is split
     share: int  # tokens of a program, at least, for each sequence of the step
-    last_merges: bool  # the last program of a context to finish merges its splits; else another launch does
+    last_merges: bool  # the last program of a context to finish merges its splits; else a second launch does
 
 
-# So few sequences that contexts are split to fill the device, and so many that one of 1,024 tokens need not be. Those
-# have a program each, which has much on its way.
-FEW, MANY, MANY_SEQUENCES = Decode(3, 256, 0, False), Decode(4, 2048, 16, True), 48
+# With few sequences contexts are split to fill the device. From MANY_SEQUENCES on, a context of 1,024 tokens is not:
+# its one program has more loads in flight.
+FEW_SEQUENCES_PLAN, MANY_SEQUENCES_PLAN, MANY_SEQUENCES = (
+    DecodePlan(3, 256, 0, False),
+    DecodePlan(4, 2048, 16, True),
+    48,
+)
 TILE, WARPS = 64, 4  # tokens, at most a page
-MERGED = 8  # partial softmaxes that are read together, at most
+MERGED = 8  # partial softmaxes read together, at most
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """How a prefill is cut."""
+class PrefillShape:
+    """Tile shape of a prefill."""
 
     queries: int  # of a tile
     keys: int
     warps: int
     stages: int
-    pagewise: bool = False  # keys come a page at a time, by the copy engine, where a page is as long as the tile
+    pagewise: bool = False  # TMA loads keys a page at a time, where a page is as long as the tile
     registers: int | None = None  # of a thread, at most
 
 
-# For long chunks, of which two programs of a multiprocessor hide each other's exponentials, and for short ones.
-LONG, SHORT = Cut(128, 64, 8, 2, pagewise=True, registers=128), Cut(16, 64, 4, 3)
+# For long chunks, two programs of a multiprocessor hide each other's exponentials; the other is for short ones.
+LONG_CHUNKS, SHORT_CHUNKS = PrefillShape(128, 64, 8, 2, pagewise=True, registers=128), PrefillShape(16, 64, 4, 3)
 
 
 @triton.jit
 def _share(tiles, splits, least):
-    """Tiles of each split but the last, if a context is cut into as many as have `least` tiles, and into at most
-    `splits`."""
+    """Return the tiles of each split but the last: as many splits as have `least` tiles, and at most `splits`."""
     return tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), splits))
 
 
@@ -74,7 +77,7 @@ def _decode_kernel(
     PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, MERGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Where to read waits for nobody: a step's tables are uploaded before its first launch.
+    # Tables need no wait: they are uploaded before the step's first launch.
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     context = tl.load(contexts_ptr + sequence)
     tiles = tl.cdiv(context, TILE)
@@ -96,11 +99,11 @@ def _decode_kernel(
     factor = scale * 1.4426950408889634  # exp2 is the hardware's exponential
     for tile in range(first, last):
         base = ((page.to(tl.int64) * PAGE + tile * TILE % PAGE) * KV_HEADS + head) * D
-        # The next page's number is on its way while this one is read.
+        # Prefetch the next page's number while this page is read.
         page = tl.load(tables_ptr + (tile + 1) * TILE // PAGE, tile + 1 < last, 0)
         seen = tile * TILE + token < context
         k = tl.load(k_ptr + base + inside, d[None, :] < D, 0.0)
-        # What an earlier owner of the page left behind the context may be anything, and 0 times anything is not 0.
+        # Slots past the context hold an earlier owner's values, maybe NaN, and 0 times NaN is not 0.
         v = tl.load(v_ptr + base + inside, seen[:, None] & (d[None, :] < D), 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -122,7 +125,7 @@ def _decode_kernel(
         tl.store(acc_ptr + at[:, None] * D + d[None, :], acc, q_mask)
         tl.store(high_ptr + at, high, group < G)
         tl.store(sum_ptr + at, total, group < G)
-        if MERGES and last_of(count_ptr + pair, used):
+        if MERGES and is_last_block(count_ptr + pair, used):
             _merge(acc_ptr + place * D, high_ptr + place, sum_ptr + place, out_ptr, used, G, D, DPAD, MERGED)
 
 
@@ -131,7 +134,7 @@ def _merge(
     acc_ptr, high_ptr, sum_ptr, out_ptr, used,
     G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over all of a context from the partial ones, MERGED of them at a time.
+    """Merge a context's partial softmaxes, MERGED of them at a time.
 
     acc_ptr: [used, G, D]; high_ptr, sum_ptr: [used, G]; out_ptr: [G, D].
     """
@@ -166,7 +169,7 @@ def _merge_kernel(
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
     SPAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over all of a context from partial ones, for a head of a sequence."""
+    """Merge a context's partial softmaxes, for a head of a sequence."""
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(starts_ptr + sequence).to(tl.int64)
     tiles = tl.cdiv(tl.load(contexts_ptr + sequence), TILE)
@@ -191,12 +194,13 @@ def _prefill_kernel(
     G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PAGEWISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """k and v: the caches' pointers, or with PAGEWISE descriptors of [blocks PAGE, kv_heads D] by pages of a head."""
+    """Attend a tile of queries. k and v: the caches' pointers, or with PAGEWISE descriptors of [blocks PAGE, kv_heads
+    D] by pages of a head."""
     wait_for_previous_kernel(PDL)
     sequence, head = tl.program_id(2), tl.program_id(1)
     start = tl.load(starts_ptr + sequence)
     length = tl.load(starts_ptr + sequence + 1) - start
-    # The last tiles see the longest context: they go first.
+    # The last tiles see the longest context, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     if tile * BM >= length:
         return
@@ -207,19 +211,19 @@ def _prefill_kernel(
     q = tl.load(q_ptr + rows[:, None] * q_stride + head * q_head_stride + d[None, :], q_mask, 0.0)
     position = context - length + query
     visible = tl.minimum(context - length + (tile + 1) * BM, context)
-    whole = ((context - length + tile * BM + 1) // BN) * BN  # keys before this are seen by every row of the tile
+    all_visible = ((context - length + tile * BM + 1) // BN) * BN  # every row of the tile sees the keys before this
     high = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DPAD), tl.float32)
     factor = scale * 1.4426950408889634  # exp2 is the hardware's exponential
     table_ptr = tables_ptr + sequence * table_stride
-    # Two loops, so that the long one neither masks nor branches.
+    # Two loops, so that the long one has neither mask nor branch.
     acc, high, total = _attend(
-        acc, high, total, q, k, v, table_ptr, 0, whole, context, position, head // G, kv_heads, factor,
+        acc, high, total, q, k, v, table_ptr, 0, all_visible, context, position, head // G, kv_heads, factor,
         D, DPAD, PAGE, BN, PAGEWISE, False,
     )  # fmt: skip
     acc, high, total = _attend(
-        acc, high, total, q, k, v, table_ptr, whole, visible, context, position, head // G, kv_heads, factor,
+        acc, high, total, q, k, v, table_ptr, all_visible, visible, context, position, head // G, kv_heads, factor,
         D, DPAD, PAGE, BN, PAGEWISE, True,
     )  # fmt: skip
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -232,7 +236,7 @@ def _attend(
     D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, PAGEWISE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys first..last - 1: acc [BM, DPAD], highest score and total of each row."""
+    """Run the online softmax over keys first..last - 1: acc [BM, DPAD], highest score and sum of each row."""
     token, d = tl.arange(0, BN), tl.arange(0, DPAD)[None, :]
     for begin in range(first, last, BN):
         at = begin + token
@@ -257,9 +261,9 @@ def _attend(
     return acc, high, total
 
 
-def decode_splits(way: Decode, sequences: int, kv_heads: int) -> int:
-    """How many parts a context is cut into, at most: a function of the batch alone, never of the contexts."""
-    return max(1, min(MAX_SPLITS, way.programs // (sequences * kv_heads)))
+def decode_splits(plan: DecodePlan, sequences: int, kv_heads: int) -> int:
+    """Return the most splits of a context: a function of the batch alone, never of the contexts."""
+    return max(1, min(MAX_SPLITS, plan.programs // (sequences * kv_heads)))
 
 
 def paged_attention(
@@ -275,7 +279,7 @@ def paged_attention(
     lengths: Lengths = (),
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
-    if max_query_len > 1 and suits(query) and any(map(whole, lengths)):
+    if max_query_len > 1 and library_supports(query) and any(map(is_whole_prompt, lengths)):
         return _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     launch = _decode if max_query_len == 1 else _prefill
@@ -284,12 +288,12 @@ def paged_attention(
 
 
 def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths: Lengths) -> Tensor:
-    """Whole prompts one by one, and what is between them a launch each."""
+    """Attend whole prompts one by one, and the sequences between them with a launch each run."""
     if len(lengths) == 1:
         return whole_prompt(query, keys, values, block_tables[0], scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     sequence = row = 0
-    for alone, group in groupby(lengths, whole):
+    for alone, group in groupby(lengths, is_whole_prompt):
         for run in ([length] for length in group) if alone else [list(group)]:
             end, rows = sequence + len(run), sum(new for new, _ in run)
             if alone:
@@ -305,25 +309,25 @@ def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, 
 
 def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    way, group = FEW if sequences < MANY_SEQUENCES else MANY, heads // kv_heads
-    splits, tile = decode_splits(way, sequences, kv_heads), min(TILE, page)
-    least = max(1, way.share * sequences // tile)
+    plan, group = FEW_SEQUENCES_PLAN if sequences < MANY_SEQUENCES else MANY_SEQUENCES_PLAN, heads // kv_heads
+    splits, tile = decode_splits(plan, sequences, kv_heads), min(TILE, page)
+    least = max(1, plan.share * sequences // tile)
     partials = sequences * heads * splits if splits > 1 else 0
     acc, high, total = (torch.empty(partials * each, dtype=torch.float32, device=out.device) for each in (dim, 1, 1))
     sizes = {
         "KV_HEADS": kv_heads, "G": group, "D": dim, "DPAD": max(16, ceil_pow2(dim)), "TILE": tile,
         **pdl_options(query),
     }  # fmt: skip
-    # Splits last: those that a context is too short for end at once, but not before all others have begun.
+    # Splits are the slowest dimension: those beyond a short context end at once, after all others have begun.
     _decode_kernel[(kv_heads, sequences, splits)](
         query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
         counters(out.device, "decode", sequences * kv_heads),
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
         GPAD=max(GROUP_PAD, ceil_pow2(group)), PAGE=page,
-        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=way.last_merges,
-        num_warps=WARPS, num_stages=way.stages, **sizes,
+        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges,
+        num_warps=WARPS, num_stages=plan.stages, **sizes,
     )  # fmt: skip
-    if splits > 1 and not way.last_merges:
+    if splits > 1 and not plan.last_merges:
         _merge_kernel[(sequences, heads)](
             acc, high, total, query_start, context_lens, out, splits, least,
             SPAD=ceil_pow2(splits), num_warps=4, **sizes,
@@ -332,14 +336,14 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    cut, padded = LONG if max_query_len > 64 else SHORT, max(16, ceil_pow2(dim))
-    pagewise = cut.pagewise and page == cut.keys and dim == padded
+    shape, padded = LONG_CHUNKS if max_query_len > 64 else SHORT_CHUNKS, max(16, ceil_pow2(dim))
+    pagewise = shape.pagewise and page == shape.keys and dim == padded
     if pagewise:
         keys, values = (TensorDescriptor.from_tensor(c.view(-1, kv_heads * dim), [page, dim]) for c in (keys, values))
-    grid = (ceil_div(max_query_len, cut.queries), heads, sequences)
+    grid = (ceil_div(max_query_len, shape.queries), heads, sequences)
     _prefill_kernel[grid](
         query, keys, values, block_tables, query_start, context_lens, out,
         query.stride(0), query.stride(1), block_tables.stride(0), heads, kv_heads, scale,
-        G=heads // kv_heads, D=dim, DPAD=padded, PAGE=page, BM=cut.queries, BN=cut.keys, PAGEWISE=pagewise,
-        num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers, **pdl_options(query),
+        G=heads // kv_heads, D=dim, DPAD=padded, PAGE=page, BM=shape.queries, BN=shape.keys, PAGEWISE=pagewise,
+        num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers, **pdl_options(query),
     )  # fmt: skip

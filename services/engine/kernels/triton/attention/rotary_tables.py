@@ -1,4 +1,4 @@
-"""Cosines and sines of a step's angles, in one launch."""
+"""Cosines and sines of a step's rotary angles, in one launch."""
 
 import torch
 import triton
@@ -32,10 +32,10 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, axes: Tensor) -> tuple
     """See the reference: services.engine.kernels.reference.rotary. The last dimension of `positions` is contiguous."""
     (_, rows), half = positions.shape, len(frequencies)
     block = ceil_pow2(half)
-    each = max(1, ANGLES // block)
+    program_rows = max(1, ANGLES // block)
     cos, sin = torch.empty(2, rows, half, dtype=torch.float32, device=positions.device)
-    _rotary_tables_kernel[(ceil_div(rows, each),)](
+    _rotary_tables_kernel[(ceil_div(rows, program_rows),)](
         positions, frequencies, axes, cos, sin, rows, half, positions.stride(0),
-        ROWS=each, BLOCK=block, num_warps=4, **pdl_options(positions),
+        ROWS=program_rows, BLOCK=block, num_warps=4, **pdl_options(positions),
     )  # fmt: skip
     return cos, sin

@@ -1,7 +1,7 @@
-"""Attention of a long prompt to itself, by the vendor library, which knows no pages: keys and values are copied out.
+"""Attention of a long prompt to itself by the vendor library, which cannot read pages: keys and values are copied out.
 
-The library plans a kernel for every length it meets, which takes it longer than a step. So prompts are padded to a few
-lengths: what is behind a query is not seen by it, and what becomes of the padding is dropped.
+The library plans a kernel for every length it meets, which takes it longer than a step, so prompts are padded to a few
+lengths. The mask is causal, so no query sees the padding behind it, and the padding's own results are dropped.
 """
 
 from functools import cache
@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
-LEAST = 2048  # tokens of a prompt; the launches for a shorter one cost more than its attention gains
-STEPS = 8  # lengths from one power of two to the next
+MIN_PROMPT = 2048  # tokens; the launches for a shorter prompt cost more than its attention gains
+STEPS = 8  # padded lengths from one power of two to the next
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -23,32 +23,33 @@ BACKENDS = [
 ]
 
 
-def whole(length: tuple[int, int]) -> bool:
-    """Whether a sequence of so many new tokens, and tokens in all, is for `whole_prompt`."""
+def is_whole_prompt(length: tuple[int, int]) -> bool:
+    """Return True for a sequence of (new tokens, all tokens) that `whole_prompt` handles: long, and nothing cached."""
     new, context = length
-    return new == context >= LEAST
+    return new == context >= MIN_PROMPT
 
 
-def suits(query: Tensor) -> bool:
-    """Whether the library is fast with such queries: [N, heads, D]."""
+def library_supports(query: Tensor) -> bool:
+    """Return True if the library is fast with such queries: [N, heads, D]."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return half and query.shape[-1] % 8 == 0 and query.is_cuda and _able(query.device)
+    return half and query.shape[-1] % 8 == 0 and query.is_cuda and _has_hopper_kernel(query.device)
 
 
 @cache
-def _able(device: torch.device) -> bool:
-    """Whether it has a kernel made for this device: before Hopper ours is as fast."""
+def _has_hopper_kernel(device: torch.device) -> bool:
+    """Return True if the library has a kernel made for this device: before Hopper ours is as fast."""
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def planned_length(length: int) -> int:
-    """The next of the lengths to which prompts are padded."""
+    """Return the padded length of a prompt."""
     step: int = max(1, ceil_pow2(length) // (2 * STEPS))
     return ceil_div(length, step) * step
 
 
 def whole_prompt(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, scale: float) -> Tensor:
-    """
+    """Attend all tokens of one sequence to each other.
+
     Args:
         query: [L, heads, D]: all tokens of a sequence.
         keys, values: [blocks, block_size, kv_heads, D].
@@ -60,7 +61,7 @@ def whole_prompt(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, sca
     length = len(query)
     planned = planned_length(length)
     missing = ceil_div(planned, keys.shape[1]) - len(table)
-    # Block 0 stands in for those that the sequence has not: any block does.
+    # Block 0 fills in for blocks past the sequence's last: their content does not matter.
     blocks = F.pad(table, (0, missing)) if missing > 0 else table[: len(table) + missing]
     key, value = (cache.index_select(0, blocks).flatten(0, 1)[:planned] for cache in (keys, values))
     if planned > length:

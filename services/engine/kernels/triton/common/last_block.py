@@ -1,7 +1,8 @@
-"""What several programs of a launch prepare and the last of them to come completes: a launch less.
+"""Last-block reduction: each program stores a partial result, and the last one to finish, by an atomic counter,
+combines them all, which saves a launch.
 
-Who is last is not known beforehand, so whatever depends on an order must not depend on it: parts are left in memory and
-summed in their own order, by whichever program finds all of them there.
+Which program is last varies, so nothing that depends on an order may depend on it: parts are left in memory, and
+whichever program finds all of them there sums them in their own order.
 """
 
 from functools import cache
@@ -15,10 +16,10 @@ from services.engine.kernels.triton.common.sizes import ceil_pow2
 
 
 @triton.jit
-def last_of(count_ptr, programs):
-    """Whether this program is the last of so many to come here; if so, it may read what the others stored before they
-    came, past the first level of the cache. The count is 0 before the first and after the last."""
-    # One thread counts, for all: their stores come before, and those who read come after.
+def is_last_block(count_ptr, programs):
+    """Return True in the last of `programs` to call this; it may then read the others' earlier stores, past the first
+    level of the cache. The count is 0 before the first call and after the last."""
+    # One thread counts for the program: the barrier orders all its stores before, and its reads after.
     tl.debug_barrier()
     last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == programs - 1
     if last:
@@ -27,8 +28,8 @@ def last_of(count_ptr, programs):
 
 
 def counters(device: torch.device, owner: str, count: int) -> Tensor:
-    """At least `count` int32 zeros that belong to the launches of one kernel, which leave them so. These follow each
-    other on one stream; graphs keep the address."""
+    """Return at least `count` int32 zeros that belong to the launches of one kernel, which leave them zero. These
+    launches follow each other on one stream; graphs keep the address."""
     return _zeros(device, owner, max(1024, ceil_pow2(count)))
 
 

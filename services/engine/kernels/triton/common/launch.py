@@ -1,8 +1,8 @@
-"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch).
+"""Programmatic dependent launch (PDL): a kernel is set up while the one before it still runs.
 
-A kernel launched so must not read what others wrote before `predecessor` returns. It returns when the kernel before has
-ended; as every kernel of a stream waits in this way, all earlier ones have ended too. Not for a kernel that joins two
-streams.
+Such a kernel must not read other kernels' results before `wait_for_previous_kernel` returns, which it does when the
+previous kernel has ended; as every kernel of a stream waits in this way, all earlier ones have ended too. A kernel that
+joins two streams must not use it.
 """
 
 from functools import cache
@@ -18,13 +18,14 @@ HOPPER = (9, 0)
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Wait until the previous kernel has ended, and let the next one be set up."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 def pdl_options(tensor: Tensor) -> dict[str, Any]:
-    """Launch options for the device that holds `tensor`."""
+    """Return the launch options for the device that holds `tensor`."""
     return _options(tensor.device)
 
 
@@ -36,7 +37,7 @@ def _options(device: torch.device) -> dict[str, Any]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """An interpreter has some, too: more than one, so that tiles are shared out."""
+    """Return the device's multiprocessors; for the interpreter more than one, so that programs share tiles."""
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,4 +1,4 @@
-"""A quantised weight back in the dtype of the activations, for products that are bound by arithmetic."""
+"""Dequantisation of a whole weight, for products that are bound by arithmetic."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from services.engine.kernels.quantize import GROUP, PLANES, Quantized, Weight
 from services.engine.kernels.triton.common.sizes import ceil_div
 from services.engine.kernels.triton.dense.matmul import scales, unpack, widen
 
-ROWS, WARPS = 32, 4  # of a program's tile, which is as wide as a group
+ROWS, WARPS = 32, 4  # of a program's tile, which is as wide as a quantisation group
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def dequantize(weight: Quantized) -> Tensor:
 
 
 def plain(weight: Weight) -> Tensor:
-    """The weight itself or what its quantised form stands for, dequantised unless that was done before."""
+    """Return the weight in the dtype of the activations, dequantised unless that was done before."""
     if not isinstance(weight, Quantized):
         return weight
     return dequantize(weight) if weight.plain is None else weight.plain

@@ -1,12 +1,12 @@
 """Matrix products with a weight that may be quantised.
 
-Plain weights are the vendor library's business, but for very few rows. Quantised ones are dequantised in registers
-while the product waits for memory; with so many rows that it waits for arithmetic, they are dequantised once and handed
-to the library, which may have been done when they were loaded.
+With plain weights the vendor library multiplies, but for very few rows. Quantised weights are dequantised in registers
+while the product waits for memory; from so many rows on that it is bound by arithmetic, they are dequantised once, at
+loading if memory allows, and the library multiplies.
 
-With very few rows a program has all inputs of some outputs, a part of them a warp, and puts them on their way before
-the kernel before it has ended. With few, a weight is split along its inputs over programs; the parts are summed, in
-order, by whoever reads the product: a sum in float32 that does not depend on which program was first.
+With very few rows a program has all inputs of some outputs, a part of them a warp, and loads them before the previous
+kernel has ended. With few rows the product is split-K: programs share a weight's inputs, and the reader of the product
+sums the parts, in order, so that the float32 sum does not depend on which program finished first.
 """
 
 from dataclasses import dataclass
@@ -22,31 +22,31 @@ from services.engine.kernels.quantize import GROUP, Quantized, Weight
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.triton.dense.dequantize import plain
-from services.engine.kernels.triton.dense.matmul import dot_tile, gate_or_up, gated, parts, scales, widen
+from services.engine.kernels.triton.dense.matmul import dot_tile, gate_or_up, gated, scales, storage, widen
 from services.engine.kernels.triton.dense.silu_mul import silu_mul
 
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
-PLAIN_ROWS = 96  # from here on the library is faster, where it need not wait for a weight to be dequantised
-EARLY_ROWS = 32  # up to here a weight is read ahead
-WHOLE_ROWS, WHOLE_PLAIN_ROWS = 16, 32  # up to here a program has all inputs, of quantised and of plain weights
-WHOLE_BITS = (8, 16)
-PARTS, PART = 2, 128  # warps of such a program, and the inputs that one of them takes at once
+PLAIN_ROWS = 96  # from here on the library is faster, if the weight is kept dequantised
+EARLY_ROWS = 32  # up to here a weight is loaded before the previous kernel has ended
+UNSPLIT_ROWS, UNSPLIT_PLAIN_ROWS = 16, 32  # up to here a program has all inputs: quantised, plain
+UNSPLIT_BITS = (8, 16)
+PARTS, PART = 2, 128  # warps of such a program, and inputs of a warp at a time
 
 
 @triton.jit
-def whole_product(
+def unsplit_product(
     x_ptr, w_ptr, scale_ptr, m, n, columns, M, IN, x_stride, w_stride,
     BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """weight[n] times x[m]^T: [BN, BM] float32, of the weight's rows n [BN] where `columns`, and x's rows m < M.
+    """Return weight[n] times x[m]^T: [BN, BM] float32, of the weight's rows n [BN] where `columns`, and x's rows m < M.
 
-    PARTS warps, each with a part of every block of PARTS PART inputs. Waits for the predecessor.
+    PARTS warps, each with a part of every block of PARTS PART inputs. Waits for the previous kernel.
     """
     k = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
     rows, columns = (m < M)[None, None, :], columns[None, :, None]
     w_ptrs = w_ptr + n.to(tl.int64)[None, :, None] * w_stride + k[:, None, :]
     x_ptrs = x_ptr + m.to(tl.int64)[None, None, :] * x_stride + k[:, :, None]
-    # The weight waits for nobody.
+    # The weight does not depend on the previous kernel.
     w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, columns & (k < IN)[:, None, :], 0)
     wait_for_previous_kernel(PDL)
     x = tl.load(x_ptrs, rows if EVEN else rows & (k < IN)[:, :, None], 0.0)
@@ -64,12 +64,12 @@ def whole_product(
 
 
 @triton.jit
-def _whole_kernel(
+def _unsplit_kernel(
     x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, x_stride, w_stride,
     GATED: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """N: outputs; of a gated product, a half of the weight's rows."""
+    """Store the product, or silu(gate) up of it. N: outputs; of a gated product, a half of the weight's rows."""
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     OUTPUTS: tl.constexpr = BN // 2 if GATED else BN
     first = tl.program_id(0) * OUTPUTS
@@ -79,7 +79,7 @@ def _whole_kernel(
     else:
         output = first + tl.arange(0, BN)
         w_row = output
-    acc = whole_product(
+    acc = unsplit_product(
         x_ptr, w_ptr, scale_ptr, m, w_row, output < N, M, IN, x_stride, w_stride, BITS, PARTS, PART, EVEN, PDL
     )  # fmt: skip
     if GATED:
@@ -95,7 +95,7 @@ def _linear_kernel(
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """weight times x^T over part program_id(2) of the inputs, which are `share` blocks of BK."""
+    """Store weight times x^T over part program_id(2) of the inputs, which are `share` blocks of BK."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     block = tl.program_id(2) * share
@@ -104,7 +104,7 @@ def _linear_kernel(
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
-    # The weight waits for nobody: with few rows it is on its way before the kernel that makes x has ended.
+    # The weight does not depend on the previous kernel: with few rows its load starts before x is there.
     scale = scales(scale_ptr + n, n < N)[:, None]
     if EARLY:
         column = block * BK + tl.arange(0, BK)
@@ -123,8 +123,8 @@ def _linear_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """How a product of very few rows is launched."""
+class UnsplitLaunch:
+    """Launch of a product of very few rows: every program has all inputs."""
 
     grid: tuple[int, int]  # tiles of outputs, tiles of rows
     arguments: tuple[Tensor, Tensor, Tensor]  # x, weight, scales
@@ -132,10 +132,10 @@ class Whole:
     options: dict[str, Any]
 
 
-def whole(x: Tensor, weight: Weight, gated: bool = False) -> Whole | None:
-    """None where there are too many rows for it."""
-    data, scale, bits = parts(weight)
-    if bits not in WHOLE_BITS or len(x) > (WHOLE_PLAIN_ROWS if bits == 16 else WHOLE_ROWS):
+def unsplit_launch(x: Tensor, weight: Weight, gated: bool = False) -> UnsplitLaunch | None:
+    """Return the launch, or None where there are too many rows for it."""
+    data, scale, bits = storage(weight)
+    if bits not in UNSPLIT_BITS or len(x) > (UNSPLIT_PLAIN_ROWS if bits == 16 else UNSPLIT_ROWS):
         return None
     (rows, inputs), weight_rows = x.shape, len(data)
     bm, bn = min(32, max(8, ceil_pow2(rows))), 16
@@ -146,7 +146,7 @@ def whole(x: Tensor, weight: Weight, gated: bool = False) -> Whole | None:
         "num_warps": PARTS, "num_stages": 4 if x.element_size() == 2 else 1, **pdl_options(x),
     }  # fmt: skip
     sizes = (rows, outputs, inputs, x.stride(0), data.stride(0))
-    return Whole((ceil_div(outputs, tile), ceil_div(rows, bm)), (x, data, scale), sizes, options)
+    return UnsplitLaunch((ceil_div(outputs, tile), ceil_div(rows, bm)), (x, data, scale), sizes, options)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -156,21 +156,21 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def partial_linear(x: Tensor, weight: Weight) -> Tensor:
-    """`linear` in parts that are still to be summed.
+    """Multiply as `linear`, but leave split-K parts to be summed by the reader.
 
     Returns:
         [parts, N, out]: one part in the dtype of x, or several in float32.
     """
-    way = whole(x, weight)
-    if way is not None:
-        return _whole_linear(x, way, gated=False).unsqueeze(0)
+    launch = unsplit_launch(x, weight)
+    if launch is not None:
+        return _unsplit_linear(x, launch, gated=False).unsqueeze(0)
     if not isinstance(weight, Quantized) or len(x) >= (LIBRARY_ROWS if weight.plain is None else PLAIN_ROWS):
         return F.linear(x, plain(weight)).unsqueeze(0)
     return _split_linear(x, weight)
 
 
 def gated_linear(x: Tensor, weight: Weight) -> Tensor:
-    """silu(gate) up.
+    """Return silu(gate) up of the product.
 
     Args:
         weight: [2 I, in]: gate rows, then up rows.
@@ -178,13 +178,13 @@ def gated_linear(x: Tensor, weight: Weight) -> Tensor:
     Returns:
         [N, I] in the dtype of x.
     """
-    way = whole(x, weight, gated=True)
-    return silu_mul(partial_linear(x, weight), x.dtype) if way is None else _whole_linear(x, way, gated=True)
+    launch = unsplit_launch(x, weight, gated=True)
+    return silu_mul(partial_linear(x, weight), x.dtype) if launch is None else _unsplit_linear(x, launch, gated=True)
 
 
-def _whole_linear(x: Tensor, way: Whole, gated: bool) -> Tensor:
-    out = torch.empty(len(x), way.sizes[1], dtype=x.dtype, device=x.device)
-    _whole_kernel[way.grid](*way.arguments, out, *way.sizes, GATED=gated, **way.options)
+def _unsplit_linear(x: Tensor, launch: UnsplitLaunch, gated: bool) -> Tensor:
+    out = torch.empty(len(x), launch.sizes[1], dtype=x.dtype, device=x.device)
+    _unsplit_kernel[launch.grid](*launch.arguments, out, *launch.sizes, GATED=gated, **launch.options)
     return out
 
 
@@ -204,7 +204,7 @@ def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
 
 
 def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
-    """BM, BN, BK, warps, stages, splits. Few rows: the weight is the traffic, and many programs put it on its way."""
+    """Return BM, BN, BK, warps, stages and splits. Few rows: traffic is the weight's, so many programs load it."""
     splits = max(1, min(4, 32768 // outputs))
     if bits == 4:
         return min(64, max(16, ceil_pow2(rows))), 32, GROUP, 4, 2, splits

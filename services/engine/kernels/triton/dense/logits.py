@@ -7,7 +7,7 @@ from services.engine.kernels.reference import logits as reference
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """See the reference. The product is written as it was summed, in float32: no pass over it that widens it."""
+    """See the reference. The product is stored in float32 as it was summed: no second pass to widen it."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return reference.logits(x, weight)
     return torch.mm(x, weight.T, out_dtype=torch.float32)

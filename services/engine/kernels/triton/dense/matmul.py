@@ -1,6 +1,6 @@
 """Pieces of the kernels that multiply by a weight.
 
-The weight is the left operand: a tile [BN, BK] of it is read, turned into the activations' dtype in registers and
+The weight is the left operand: a tile [BN, BK] of it is loaded, converted to the activations' dtype in registers and
 multiplied with [BK, BM] of the activations' transpose. On Hopper the left operand of a matrix instruction may come from
 registers, the right one may not, and few rows of activations cost no more than the instruction's smallest width.
 
@@ -16,13 +16,13 @@ from triton import knobs
 
 from services.engine.kernels.quantize import Quantized, Weight
 
-# Values come as multiples of 2^-6, which whoever applies the scales takes back. A bit pattern below 256 is, as a
-# bfloat16, that number times 2^-133: it is linear from the subnormals into the first normal ones. One fused
-# multiplication by 2^127 (0x7F00) and an addition then make any small number without a conversion.
+# Values come as multiples of 2^-6, which `scales` takes back. A bit pattern below 256 is, as a bfloat16, that number
+# times 2^-133: it is linear from the subnormals into the first normal ones. One fused multiplication by 2^127 (0x7F00)
+# and an addition then make any small number without a conversion.
 PER_UNIT = tl.constexpr(64)
 
-# Two words in, four pairs of bfloat16 out. With their sign turned, nibbles are 8 more than their values; in the upper
-# half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
+# Two words in, four pairs of bfloat16 out. With their sign bit flipped, nibbles are 8 more than their values; in the
+# upper half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
 _UNPACK = tl.constexpr(
     "{ .reg .b32 s, one, high, less;"
     "mov.b32 one, 0x7F007F00; mov.b32 high, 0x7D007D00; mov.b32 less, 0xBE00BE00; shr.u32 s, $4, 8;"
@@ -31,13 +31,13 @@ _UNPACK = tl.constexpr(
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, high, less;"
     "fma.rn.bf16x2 $2, $2, one, less; fma.rn.bf16x2 $3, $3, high, less; }"
 )
-# Four bytes in, two pairs of bfloat16 out. With its sign turned, a byte is 128 more than its value: less 128 / 64.
+# Four bytes in, two pairs of bfloat16 out. With its sign bit flipped, a byte is 128 more than its value: less 128 / 64.
 _WIDEN = tl.constexpr(
     "{ .reg .b32 u, one, less; mov.b32 one, 0x7F007F00; mov.b32 less, 0xC000C000; xor.b32 u, $2, 0x80808080;"
     "prmt.b32 $0, u, 0, 0x4140; prmt.b32 $1, u, 0, 0x4342;"
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, one, less; }"
 )
-_SETTLED = tl.constexpr(
+_AFTER_WGMMA = tl.constexpr(
     "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
 )
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -45,7 +45,7 @@ _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def unpack(words, dtype: tl.constexpr):
-    """Four planes of signed four-bit values in units, each of the shape of `words`."""
+    """Unpack words to four planes of signed four-bit values in units, each of the shape of `words`."""
     if dtype == tl.bfloat16 and not _INTERPRETED:
         return tl.inline_asm_elementwise(
             _UNPACK, "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
@@ -60,7 +60,7 @@ def _plane(words, J: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def widen(values, dtype: tl.constexpr):
-    """`values` in `dtype`: integers in units, others as they are."""
+    """Convert `values` to `dtype`: integers to units, others unchanged."""
     if values.dtype != tl.int8:
         return values
     if dtype == tl.bfloat16 and not _INTERPRETED:
@@ -74,56 +74,60 @@ def _hopper() -> bool:
 
 
 @triton.jit
-def settled(data):
-    """Stored values or words, once no matrix instruction reads its operands any more.
+def after_wgmma(data):
+    """Return stored values or words, after all matrix instructions have read their operands.
 
     Hopper's large ones read registers while the program goes on. Triton (3.6 and 3.7) starts those of a block of inputs
-    and lets all but the first run, while what is unpacked for the next block is written to the same registers
-    (triton-lang/triton#9433). What is unpacked here waits.
+    and lets all but the first run, while values unpacked for the next block are written to the same registers
+    (triton-lang/triton#9433). Unpacking after this waits for them.
     """
     if not _INTERPRETED and _hopper():
         PACK: tl.constexpr = 4 * 32 // data.dtype.primitive_bitwidth
         return tl.inline_asm_elementwise(
-            _SETTLED, "=&r,=&r,=&r,=&r,r,r,r,r", [data], dtype=data.dtype, is_pure=True, pack=PACK
+            _AFTER_WGMMA, "=&r,=&r,=&r,=&r,r,r,r,r", [data], dtype=data.dtype, is_pure=True, pack=PACK
         )
     return data
 
 
 @triton.jit
 def at_least_one(count):
-    """`count`, as a compiler sees that a loop over so many is gone through. If there were a way around it, sums would
-    be set to 0 in two places, and ptxas would make matrix instructions wait for each other (its message C7515)."""
+    """Return `count` in a form from which the compiler sees that a loop over it runs at least once. Were there a way
+    around the loop, sums would be set to 0 in two places, and ptxas would make matrix instructions wait for each
+    other (its message C7515)."""
     return tl.maximum(count, 1)
 
 
 @triton.jit
-def stored(ptrs, mask, EVEN: tl.constexpr):
+def load_stored(ptrs, mask, EVEN: tl.constexpr):
+    """Load stored values; EVEN: without a mask."""
     return tl.load(ptrs) if EVEN else tl.load(ptrs, mask, 0)
 
 
 @triton.jit
 def _activations(x_ptrs, x_mask, column, IN, EVEN: tl.constexpr):
-    """[len(column), BM] of x^T."""
+    """Load [len(column), BM] of x^T."""
     return tl.load(x_ptrs + column[:, None], x_mask if EVEN else x_mask & (column < IN)[:, None], 0.0)
 
 
 @triton.jit
 def scales(scale_ptrs, mask):
-    """What sums of products with stored values are multiplied by, float32."""
+    """Load the float32 factors of sums of products with stored values."""
     return tl.load(scale_ptrs, mask, 0.0).to(tl.float32) * PER_UNIT
 
 
 @triton.jit
 def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """acc [BN, BM] plus weight[:, block] times x[:, block]^T, of the block of BK inputs with that number.
+    """Return acc [BN, BM] plus weight[:, block] times x[:, block]^T, of the `block`th BK inputs.
 
-    w_ptrs [BN, 1] point at rows of stored words or values, x_ptrs [1, BM] at rows of x. `IN` is the length of x's rows.
-    With 4 bits BK is the group of the packing. EVEN: BK divides IN, and w_mask is true everywhere.
+    w_ptrs [BN, 1] point at rows of stored words or values, x_ptrs [1, BM] at rows of x. `IN` is the length of x's
+    rows. With 4 bits BK is the group of the packing. EVEN: BK divides IN, and w_mask is true everywhere.
     """
     if BITS == 4:
         lane = tl.arange(0, BK // 4)
-        planes = unpack(stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty)
-        # A sum of its own, or the compiler makes the large matrix instructions wait for each other.
+        planes = unpack(
+            load_stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty
+        )
+        # A separate sum, or the compiler makes the large matrix instructions wait for each other.
         part = tl.zeros(acc.shape, tl.float32)
         for j in tl.static_range(4):
             x = _activations(x_ptrs, x_mask, block * BK + j * (BK // 4) + lane, IN, EVEN)
@@ -131,29 +135,29 @@ def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, B
         acc += part
     else:
         column = block * BK + tl.arange(0, BK)
-        w = stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
+        w = load_stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
         x = _activations(x_ptrs, x_mask, column, IN, EVEN)
-        acc = tl.dot(widen(settled(w) if BITS == 8 else w, x.dtype), x, acc, input_precision="ieee")
+        acc = tl.dot(widen(after_wgmma(w) if BITS == 8 else w, x.dtype), x, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def gate_or_up(first, BN: tl.constexpr):
-    """Of each of BN rows of a tile that has as many of the gate as of the up projection: the output it is part of, and
-    whether it is up. Eight of either by turns, so that a thread that has an element of the gate has its partner."""
+    """Return, for each of BN rows of a tile with as many rows of the gate as of the up projection, its output and
+    whether it is up. Eight of either by turns, so that the thread with an element of the gate has its partner too."""
     n = tl.arange(0, BN)
     return first + n // 16 * 8 + n % 8, n // 8 % 2
 
 
 @triton.jit
 def gated(acc, BN: tl.constexpr, BM: tl.constexpr):
-    """silu(gate) up of a tile [BN, BM] whose rows `gate_or_up` has named: [BN / 2, BM], in order."""
+    """Return silu(gate) up of a tile [BN, BM] with the rows of `gate_or_up`: [BN / 2, BM], in order."""
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
     return tl.reshape(gate * tl.sigmoid(gate) * up, (BN // 2, BM))
 
 
-def parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
-    """Stored values, scales and bits. A weight that is not quantised stands in for its own scales, which go unread."""
+def storage(weight: Weight) -> tuple[Tensor, Tensor, int]:
+    """Return stored values, scales and bits. A plain weight stands in for its own scales, which are not read."""
     if isinstance(weight, Quantized):
         return weight.data, weight.scale, weight.bits
     return weight, weight, 16

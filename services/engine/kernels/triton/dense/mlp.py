@@ -1,4 +1,4 @@
-"""A dense block."""
+"""Dense blocks, and the output projection of attention."""
 
 from torch import Tensor
 

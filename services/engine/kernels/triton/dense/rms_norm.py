@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation in one pass over each row, with the sums that come before it."""
+"""Root-mean-square normalisation in one pass over each row, with the sums before it fused in."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from services.engine.kernels.triton.common.sizes import ceil_pow2
 
 @triton.jit
 def rounded_norm(x, weight_ptr, column, inside, H, eps):
-    """The norm of one row: x [BLOCK], 0 past H."""
+    """Return the norm of one row: x [BLOCK], 0 past H."""
     exact = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(exact * exact, 0) / H + eps)
     weight = tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
@@ -20,7 +20,7 @@ def rounded_norm(x, weight_ptr, column, inside, H, eps):
 
 @triton.jit
 def residual_sum(parts_ptr, residual_ptr, at, inside, part_stride, PARTS: tl.constexpr):
-    """A row of the residual stream plus a product in parts, in the dtype of the stream: [BLOCK], 0 where outside."""
+    """Return a row of the residual stream plus a product in parts, in the stream's dtype: [BLOCK], 0 where outside."""
     exact = tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
     summed = tl.zeros(at.shape, tl.float32)
     for part in tl.static_range(PARTS):
@@ -53,7 +53,7 @@ def _add_norm_kernel(
 
 
 def row_warps(block: int) -> int:
-    """Warps for a program that holds a row."""
+    """Return the warps of a program that holds a row."""
     return 8 if block >= 4096 else 4
 
 
@@ -68,7 +68,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` of a product that is still in parts.
+    """Return `add_rms_norm` of a product that is still in parts.
 
     Args:
         partial: [parts, N, H], contiguous.

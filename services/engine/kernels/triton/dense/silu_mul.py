@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU, one pass."""
+"""Gate of a SwiGLU, in one pass."""
 
 import torch
 import triton
@@ -27,7 +27,7 @@ def _silu_mul_kernel(
 
 
 def silu_mul(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gate of a product that is still in parts.
+    """Apply the gate to a product that is still in parts.
 
     Args:
         partial: [parts, N, 2 I], contiguous: gate, then up.
@@ -37,7 +37,7 @@ def silu_mul(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """
     parts, rows, double = partial.shape
     out = torch.empty(rows, double // 2, dtype=dtype, device=partial.device)
-    # Few rows are spread out; of many, a thread takes 16 bytes.
+    # Few rows are spread over programs; of many, a thread reads 16 bytes.
     block = min(512 if rows < 512 else 1024, ceil_pow2(double // 2))
     _silu_mul_kernel[(rows, ceil_div(double // 2, block))](
         partial, out, double // 2, partial.stride(0), PARTS=parts, BLOCK=block, num_warps=4, **pdl_options(partial)

@@ -1,6 +1,6 @@
-"""The residual sum, the norm and the routers' scores of few rows, in one launch.
+"""Residual sum, norm and router scores of few rows, in one launch.
 
-Every program sums and norms its row again, which costs it less than a launch that waits for another's.
+Every program of a row repeats the sum and the norm, which costs less than a second launch that waits for the first.
 """
 
 import torch
@@ -12,7 +12,7 @@ from services.engine.kernels.triton.common.launch import pdl_options, wait_for_p
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.triton.dense.rms_norm import residual_sum, rounded_norm
 
-ROWS = 16  # up to here the plain units are as fast as the matrix units
+MAX_ROWS = 16  # up to here the plain units are as fast as the matrix units
 EXPERTS = 4  # scores of a program
 
 
@@ -25,7 +25,7 @@ def _add_norm_scores_kernel(
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     column = tl.arange(0, BLOCK)
     inside = column < H
-    # The gates wait for nobody.
+    # The gates do not depend on the previous kernel.
     gate_ptrs = gate_ptr + expert[:, None] * H + column[None, :]
     gate = tl.load(gate_ptrs, (expert < N)[:, None] & inside[None, :], 0.0)
     wait_for_previous_kernel(PDL)
@@ -41,7 +41,7 @@ def _add_norm_scores_kernel(
 def add_norm_scores(
     partial: Tensor, residual: Tensor, norm: Tensor, eps: float, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_norm` of a product that is still in parts, and what the routers make of it.
+    """Return `add_norm` of a product still in parts, and the routers' scores of it.
 
     Args:
         partial: [parts, N, H], contiguous.

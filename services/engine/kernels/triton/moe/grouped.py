@@ -1,9 +1,9 @@
-"""Both pools of experts for many rows: products bound by arithmetic.
+"""Grouped GEMM of both pools of experts for many rows, bound by arithmetic.
 
-Rows are sorted by expert and copied in that order, a tile of rows has one expert, and a launch takes the tiles of one
-pool: as many programs as the device runs at once, each with its share of the tiles, which only the device can count.
-Programs that run at the same time have all the outputs of some neighbouring tiles of rows: what they read is in the
-second-level cache.
+Rows are sorted by expert and copied in that order, so that TMA reads them as tiles, each with one expert. A launch
+computes the tiles of one pool with persistent kernels: as many programs as the device runs at once, each with its share
+of the tiles, which only the device can count. Programs that run at the same time have all the outputs of some
+neighbouring tiles of rows, so that their operands stay in the second-level cache.
 """
 
 from typing import Any
@@ -13,33 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.memory_budget import roomy
+from services.engine.kernels.memory_budget import has_spare_memory
 from services.engine.kernels.quantize import Quantized, Weight, in_features
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.dense.interleave import interleaved
 from services.engine.kernels.triton.moe import grouped_plain, grouped_quantized
-from services.engine.kernels.triton.moe.sort import Sorted, sort_pairs
+from services.engine.kernels.triton.moe.sort import SortedPairs, sort_pairs
 
-# Rows of an expert, on average over both pools, from which on tiles of rows are full enough; of quantised weights, from
-# which on the products gain more than the launches before them take.
-EACH, QUANTIZED_EACH = 32, 64
+# Rows of an expert, on average over both pools, from which on the path pays: tiles of rows are full enough, and with
+# quantised weights the products gain more than the launches before them take.
+ROWS_PER_EXPERT, QUANTIZED_ROWS_PER_EXPERT = 32, 64
 
 
 @triton.jit
 def _gather_kernel(
-    x_ptr, place_ptr, bounds_ptr, out_ptr, H, width, x_stride,
+    x_ptr, pair_ids_ptr, tile_bounds_ptr, out_ptr, H, width, x_stride,
     INTERLEAVED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x of the row's token, and 0 behind it up to `width`. Rows without a pair are 0: nobody reads what they
-    become, but to multiply by 0 takes less power, which is what bounds long prompts."""
+    """Store out[row] = x of the row's token, and 0 behind it up to `width`.
+
+    Rows without a pair are 0: nobody reads their results, but multiplying by 0 takes less power, which is what bounds
+    long prompts.
+    """
     wait_for_previous_kernel(PDL)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= tl.load(bounds_ptr + 2) * BM:
+    if first >= tl.load(tile_bounds_ptr + 2) * BM:
         return
     row = first + tl.arange(0, ROWS)
-    pair = tl.load(place_ptr + row)
+    pair = tl.load(pair_ids_ptr + row)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         source = interleaved(column) if INTERLEAVED else column
@@ -48,22 +51,23 @@ def _gather_kernel(
         tl.store(out_ptr + row[:, None] * width + column[None, :], values, (column < width)[None, :])
 
 
-def takes(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
-    """Whether there are rows enough, memory for copies of them, and the copy engine can read where rows begin."""
+def uses_grouped_gemm(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
+    """Return True if the grouped GEMM applies: rows enough, spare memory, and rows aligned to 16 bytes for TMA."""
     experts = len(text) + len(vision)
-    least = QUANTIZED_EACH if isinstance(text.gate_up, Quantized) else EACH
-    enough = len(x) * top_k >= least * experts and experts & (experts - 1) == 0
+    least = QUANTIZED_ROWS_PER_EXPERT if isinstance(text.gate_up, Quantized) else ROWS_PER_EXPERT
+    enough_rows = len(x) * top_k >= least * experts and experts & (experts - 1) == 0
     widths = (x.shape[1], x.stride(0), in_features(text.down), in_features(vision.down))
-    return enough and ample(x.device) and all(width * x.element_size() % 16 == 0 for width in widths)
+    aligned = all(width * x.element_size() % 16 == 0 for width in widths)
+    return enough_rows and aligned and has_memory_for_copies(x.device)
 
 
-def ample(device: torch.device) -> bool:
-    """Whether a device has memory for rows in order. The interpreter has: it is there to try."""
-    return device.type != "cuda" or roomy(device)
+def has_memory_for_copies(device: torch.device) -> bool:
+    """Return True if the device has memory for copies of rows. The interpreter counts, so that tests get here."""
+    return device.type != "cuda" or has_spare_memory(device)
 
 
 def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, media: bool = True) -> Tensor:
-    """Every chosen expert applied to its row.
+    """Apply every chosen expert to its row.
 
     Args:
         x: [N, H], the last dimension contiguous.
@@ -80,9 +84,9 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     if isinstance(text.gate_up, Quantized):
         products, tile = grouped_quantized, grouped_quantized.tile_rows(text.gate_up.bits, ids.numel() / experts)
     order = sort_pairs(ids.flatten(), experts, tile)
-    rows = _in_order(x, order, ids.shape[1], text.gate_up)
+    rows = _gathered(x, order, ids.shape[1], text.gate_up)
     width = max(_inputs(text.down), _inputs(vision.down))
-    inner = torch.empty(len(order.place), width, dtype=x.dtype, device=x.device)
+    inner = torch.empty(len(order.sorted_pair_ids), width, dtype=x.dtype, device=x.device)
     inners = [inner[:, : _inputs(pool.down)] for pool in pools]
     for nth, pool in enumerate(pools):
         products.gate_up(rows, order, nth, pool.gate_up, inners[nth])
@@ -94,14 +98,16 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
 
 
 def _inputs(weight: Weight) -> int:
+    """Return the inputs that a weight stores, padding included."""
     return weight.stored_inputs if isinstance(weight, Quantized) else weight.shape[-1]
 
 
-def _in_order(x: Tensor, order: Sorted, top_k: int, weight: Weight) -> Tensor:
-    """[rows, inputs of the weight]: x of each row's token, columns as the weight's inputs are taken."""
-    out = torch.empty(len(order.place), _inputs(weight), dtype=x.dtype, device=x.device)
+def _gathered(x: Tensor, order: SortedPairs, top_k: int, weight: Weight) -> Tensor:
+    """Return [rows, inputs of the weight]: x of each row's token, columns in the order in which the weight stores
+    inputs."""
+    out = torch.empty(len(order.sorted_pair_ids), _inputs(weight), dtype=x.dtype, device=x.device)
     _gather_kernel[(len(out) // 8,)](
-        x, order.place, order.bounds, out, x.shape[1], out.shape[1], x.stride(0),
+        x, order.sorted_pair_ids, order.tile_bounds, out, x.shape[1], out.shape[1], x.stride(0),
         INTERLEAVED=isinstance(weight, Quantized) and weight.bits == 4,
         K=top_k, BM=order.tile, ROWS=8, BLOCK=256, num_warps=4, **pdl_options(x),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Both products of experts for many rows, of plain weights: all operands are brought by the copy engine."""
+"""Both products of the grouped GEMM with plain weights: TMA loads all operands."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,38 +10,38 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.triton.common.launch import multiprocessors, pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div
-from services.engine.kernels.triton.moe.sort import Sorted
+from services.engine.kernels.triton.moe.sort import SortedPairs
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """How a product is cut."""
+class ProductShape:
+    """Tile shape of one product."""
 
     outputs: int  # of a tile: of the gate, and as many of the up projection, in the first product
     inputs: int  # of a stage
     warps: int
     stages: int
-    flatten: bool = False  # the next tile is read while this one is stored
+    flatten: bool = False  # overlap the epilogue: the next tile is loaded while this one is stored
 
 
 ROWS = 128  # of a tile
-GATE_UP = Cut(128, 64, 8, 3)
-DOWN = Cut(256, 64, 8, 3, flatten=True)
+GATE_UP = ProductShape(128, 64, 8, 3)
+DOWN = ProductShape(256, 64, 8, 3, flatten=True)
 
 
 @triton.jit(do_not_specialize=["pool"])
 def _gate_up_kernel(
-    x_desc, w_desc, owner_ptr, bounds_ptr, out_ptr, H, WIDTH, out_stride, pool,
+    x_desc, w_desc, expert_ids_ptr, tile_bounds_ptr, out_ptr, H, WIDTH, out_stride, pool,
     E: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = silu(gate) up, rows in order."""
+    """Store out[row] = silu(gate) up, rows in order."""
     wait_for_previous_kernel(PDL)
-    first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
+    first, last = tl.load(tile_bounds_ptr + pool), tl.load(tile_bounds_ptr + pool + 1)
     columns = tl.cdiv(WIDTH, BN)
     for job in tl.range(tl.program_id(0), (last - first) * columns, tl.num_programs(0), flatten=FLATTEN):
         tile, n = first + job // columns, job % columns * BN
-        index = tl.load(owner_ptr + tile) - pool * E
+        index = tl.load(expert_ids_ptr + tile) - pool * E
         row = tile * BM + tl.arange(0, BM)
         acc = tl.zeros((BM, 2 * BN), tl.float32)
         for k in range(0, H, BK):
@@ -55,75 +55,75 @@ def _gate_up_kernel(
 
 @triton.jit(do_not_specialize=["pool"])
 def _down_kernel(
-    x_desc, w_desc, place_ptr, owner_ptr, bounds_ptr, out_ptr, WIDTH, H, pool,
+    x_desc, w_desc, pair_ids_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, WIDTH, H, pool,
     E: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = x[row of the pair] times the expert's weight."""
+    """Store out[pair] = x[row of the pair] times the expert's weight."""
     wait_for_previous_kernel(PDL)
-    first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
+    first, last = tl.load(tile_bounds_ptr + pool), tl.load(tile_bounds_ptr + pool + 1)
     columns = tl.cdiv(H, BN)
     for job in tl.range(tl.program_id(0), (last - first) * columns, tl.num_programs(0), flatten=FLATTEN):
         tile, n = first + job // columns, job % columns * BN
-        index = tl.load(owner_ptr + tile) - pool * E
+        index = tl.load(expert_ids_ptr + tile) - pool * E
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, WIDTH, BK):
             w = w_desc.load([index, n, k]).reshape(BN, BK)
             acc = tl.dot(x_desc.load([tile * BM, k]), w.T, acc, input_precision="ieee")
-        pair = tl.load(place_ptr + tile * BM + tl.arange(0, BM))
+        pair = tl.load(pair_ids_ptr + tile * BM + tl.arange(0, BM))
         n += tl.arange(0, BN)
         mask = (pair >= 0)[:, None] & (n < H)[None, :]
         tl.store(out_ptr + pair.to(tl.int64)[:, None] * H + n[None, :], acc.to(out_ptr.dtype.element_ty), mask)
 
 
-def gate_up(x: Tensor, order: Sorted, nth: int, weight: Tensor, inner: Tensor) -> None:
-    """The first product of pool `nth`.
+def gate_up(x: Tensor, order: SortedPairs, nth: int, weight: Tensor, inner: Tensor) -> None:
+    """Compute the first product of pool `nth`.
 
     Args:
         x: [rows, H], in order.
         weight: [E, 2 I, H].
         inner: [rows, I], of strided rows; the pool's are written.
     """
-    cut, (experts, double, hidden) = GATE_UP, weight.shape
+    shape, (experts, double, hidden) = GATE_UP, weight.shape
     width = double // 2
     # Gate and up of an expert are two planes, so that one tile has the same outputs of both.
     planes = weight.view(experts * 2, width, hidden)
-    _gate_up_kernel[(_programs(cut, order, width, x),)](
-        TensorDescriptor.from_tensor(x, [order.tile, cut.inputs]),
-        TensorDescriptor.from_tensor(planes, [2, cut.outputs, cut.inputs]),
-        order.owner, order.bounds, inner, hidden, width, inner.stride(0), nth,
-        E=experts, **_options(cut, order, x),
+    _gate_up_kernel[(_programs(shape, order, width, x),)](
+        TensorDescriptor.from_tensor(x, [order.tile, shape.inputs]),
+        TensorDescriptor.from_tensor(planes, [2, shape.outputs, shape.inputs]),
+        order.expert_ids, order.tile_bounds, inner, hidden, width, inner.stride(0), nth,
+        E=experts, **_options(shape, order, x),
     )  # fmt: skip
 
 
-def down(inner: Tensor, order: Sorted, nth: int, weight: Tensor, results: Tensor) -> None:
-    """The second product of pool `nth`.
+def down(inner: Tensor, order: SortedPairs, nth: int, weight: Tensor, results: Tensor) -> None:
+    """Compute the second product of pool `nth`.
 
     Args:
         weight: [E, H, I].
         results: [P, H]; the rows of the pool's pairs are written.
     """
-    cut, (experts, hidden, width) = DOWN, weight.shape
-    _down_kernel[(_programs(cut, order, hidden, inner),)](
-        TensorDescriptor.from_tensor(inner, [order.tile, cut.inputs]),
-        TensorDescriptor.from_tensor(weight, [1, cut.outputs, cut.inputs]),
-        order.place, order.owner, order.bounds, results, width, hidden, nth,
-        E=experts, **_options(cut, order, inner),
+    shape, (experts, hidden, width) = DOWN, weight.shape
+    _down_kernel[(_programs(shape, order, hidden, inner),)](
+        TensorDescriptor.from_tensor(inner, [order.tile, shape.inputs]),
+        TensorDescriptor.from_tensor(weight, [1, shape.outputs, shape.inputs]),
+        order.sorted_pair_ids, order.expert_ids, order.tile_bounds, results, width, hidden, nth,
+        E=experts, **_options(shape, order, inner),
     )  # fmt: skip
 
 
-def _programs(cut: Cut, order: Sorted, outputs: int, x: Tensor) -> int:
-    most: int = len(order.owner) * ceil_div(outputs, cut.outputs)
+def _programs(shape: ProductShape, order: SortedPairs, outputs: int, x: Tensor) -> int:
+    most: int = len(order.expert_ids) * ceil_div(outputs, shape.outputs)
     return min(most, multiprocessors(x.device))
 
 
-def _options(cut: Cut, order: Sorted, x: Tensor) -> dict[str, Any]:
+def _options(shape: ProductShape, order: SortedPairs, x: Tensor) -> dict[str, Any]:
     return {
-        "FLATTEN": cut.flatten,
+        "FLATTEN": shape.flatten,
         "BM": order.tile,
-        "BN": cut.outputs,
-        "BK": cut.inputs,
-        "num_warps": cut.warps,
-        "num_stages": cut.stages if x.element_size() == 2 else 1,
+        "BN": shape.outputs,
+        "BK": shape.inputs,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages if x.element_size() == 2 else 1,
         **pdl_options(x),
     }

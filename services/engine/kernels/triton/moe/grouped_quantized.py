@@ -1,7 +1,7 @@
-"""Both products of experts for many rows, of weights that are unpacked on their way to the matrix units.
+"""Both products of the grouped GEMM with weights that are dequantised on their way to the matrix units.
 
-As grouped_plain.py, but for who is left operand: here it is the weight, as only that one may
-come from registers. Four warps unpack while four others multiply: of the same program, or of a second one beside it.
+Unlike in grouped_plain.py, the weight is the left operand, as only that one may come from registers. Four warps
+dequantise while four others multiply: warps of the same program, or of a second one on the same multiprocessor.
 """
 
 from typing import Any
@@ -14,23 +14,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from services.engine.kernels.quantize import PLANES, Quantized
 from services.engine.kernels.triton.common.launch import multiprocessors, pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div
-from services.engine.kernels.triton.dense.interleave import TAKEN, in_turn, interleaved
+from services.engine.kernels.triton.dense.interleave import INSTRUCTION_INPUTS, interleaved, side_by_side
 from services.engine.kernels.triton.dense.matmul import (
+    after_wgmma,
     at_least_one,
     gate_or_up,
     gated,
+    load_stored,
     scales,
-    settled,
-    stored,
     unpack,
     widen,
 )
-from services.engine.kernels.triton.moe.sort import Sorted
+from services.engine.kernels.triton.moe.sort import SortedPairs
 
-WEIGHT_ROWS, INPUTS = 128, TAKEN * PLANES  # of a program's tile of a weight
-# Rows of one of activations: the larger reads a weight half as often, and is padded with more rows.
-FEW_ROWS, MANY_ROWS = 128, 256
-MANY = 256  # rows of an expert, on average over both pools, from which on a tile is large
+WEIGHT_ROWS, INPUTS = 128, INSTRUCTION_INPUTS * PLANES  # of a program's tile of a weight
+# Rows of a tile of activations: the larger one reads a weight half as often, and has more rows of padding.
+SMALL_TILE, LARGE_TILE = 128, 256
+LARGE_TILE_ROWS_PER_EXPERT = 256  # on average over both pools: from here on tiles are large
 
 
 @triton.jit
@@ -39,37 +39,37 @@ def _product(
     BITS: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """weight[w_row] times x[first_row ..]^T: [BN, BM] float32, of the rows of the weight that are `inside`.
+    """Return weight[w_row] times x[first_row ..]^T: [BN, BM] float32, of the rows of the weight that are `inside`.
 
-    IN: inputs that are stored; with 4 bits, x has them interleaved.
+    IN: stored inputs; with 4 bits, x has them interleaved.
     """
-    PER: tl.constexpr = PLANES if BITS == 4 else 1  # inputs of what is stored together
+    PER: tl.constexpr = PLANES if BITS == 4 else 1  # inputs of a stored element
     column = tl.arange(0, BK // PER)
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * w_stride + column[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, at_least_one(IN), BK):
         at = k // PER
-        w = settled(stored(w_ptrs + at, inside[:, None] & (at + column < IN // PER)[None, :], EVEN))
+        w = after_wgmma(load_stored(w_ptrs + at, inside[:, None] & (at + column < IN // PER)[None, :], EVEN))
         x = x_desc.load([first_row, k])
-        w = in_turn(unpack(w, x.dtype)) if BITS == 4 else widen(w, x.dtype)
+        w = side_by_side(unpack(w, x.dtype)) if BITS == 4 else widen(w, x.dtype)
         acc = tl.dot(w, x.T, acc, input_precision="ieee")
     return acc * scales(scale_ptr + w_row, inside)[:, None]
 
 
 @triton.jit(do_not_specialize=["pool"])
 def _quantized_gate_up_kernel(
-    x_desc, w_ptr, scale_ptr, owner_ptr, bounds_ptr, out_ptr, IN, WIDTH, width, w_stride, out_stride, pool,
+    x_desc, w_ptr, scale_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, IN, WIDTH, width, w_stride, out_stride, pool,
     E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = silu(gate) up, rows in order, and 0 behind WIDTH outputs up to `width`; with 4 bits interleaved."""
+    """Store out[row] = silu(gate) up, rows in order, and 0 from output WIDTH up to `width`; with 4 bits interleaved."""
     wait_for_previous_kernel(PDL)
     OUTPUTS: tl.constexpr = BN // 2
-    first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
+    first, last = tl.load(tile_bounds_ptr + pool), tl.load(tile_bounds_ptr + pool + 1)
     columns = tl.cdiv(width, OUTPUTS)
     for job in range(tl.program_id(0), (last - first) * columns, tl.num_programs(0)):
         tile, n = first + job // columns, job % columns * OUTPUTS
-        index = tl.load(owner_ptr + tile) - pool * E
+        index = tl.load(expert_ids_ptr + tile) - pool * E
         output, is_up = gate_or_up(n, BN)
         w_row = index * 2 * WIDTH + output + is_up * WIDTH
         acc = _product(
@@ -84,64 +84,64 @@ def _quantized_gate_up_kernel(
 
 @triton.jit(do_not_specialize=["pool"])
 def _quantized_down_kernel(
-    x_desc, w_ptr, scale_ptr, place_ptr, owner_ptr, bounds_ptr, out_ptr, IN, H, w_stride, pool,
+    x_desc, w_ptr, scale_ptr, pair_ids_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, IN, H, w_stride, pool,
     E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = x[row of the pair] times the expert's weight."""
+    """Store out[pair] = x[row of the pair] times the expert's weight."""
     wait_for_previous_kernel(PDL)
-    first, last = tl.load(bounds_ptr + pool), tl.load(bounds_ptr + pool + 1)
+    first, last = tl.load(tile_bounds_ptr + pool), tl.load(tile_bounds_ptr + pool + 1)
     columns = tl.cdiv(H, BN)
     for job in range(tl.program_id(0), (last - first) * columns, tl.num_programs(0)):
         tile, n = first + job // columns, job % columns * BN + tl.arange(0, BN)
-        w_row = (tl.load(owner_ptr + tile) - pool * E) * H + n
+        w_row = (tl.load(expert_ids_ptr + tile) - pool * E) * H + n
         acc = _product(
             x_desc, tile * BM, w_ptr, scale_ptr, w_row, n < H, IN, w_stride, BITS, PLANES, EVEN, BM, BN, BK
         )  # fmt: skip
-        pair = tl.load(place_ptr + tile * BM + tl.arange(0, BM))
+        pair = tl.load(pair_ids_ptr + tile * BM + tl.arange(0, BM))
         out_ptrs = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (pair >= 0)[None, :] & (n < H)[:, None])
 
 
-def tile_rows(bits: int, each: float) -> int:
-    """Rows of a tile of activations.
+def tile_rows(bits: int, rows_per_expert: float) -> int:
+    """Return the rows of a tile of activations.
 
     Args:
-        each: rows of an expert, on average over both pools.
+        rows_per_expert: on average over both pools.
     """
-    return FEW_ROWS if bits == 4 and each < MANY else MANY_ROWS
+    return SMALL_TILE if bits == 4 and rows_per_expert < LARGE_TILE_ROWS_PER_EXPERT else LARGE_TILE
 
 
-def gate_up(x: Tensor, order: Sorted, nth: int, weight: Quantized, inner: Tensor) -> None:
-    """See grouped_plain.py. The second product may store more inputs than this one has
-    outputs: they are 0."""
+def gate_up(x: Tensor, order: SortedPairs, nth: int, weight: Quantized, inner: Tensor) -> None:
+    """Compute the first product of pool `nth`; see grouped_plain.py. The second product may store more inputs than this
+    one has outputs: they are 0."""
     (experts, double), inputs, outputs = weight.scale.shape, weight.stored_inputs, WEIGHT_ROWS // 2
     width, written = double // 2, inner.shape[1]
     _quantized_gate_up_kernel[(_programs(order, written, outputs, x),)](
         TensorDescriptor.from_tensor(x, [order.tile, INPUTS]), weight.data, weight.scale,
-        order.owner, order.bounds, inner, inputs, width, written, weight.data.stride(1), inner.stride(0), nth,
+        order.expert_ids, order.tile_bounds, inner, inputs, width, written, weight.data.stride(1), inner.stride(0), nth,
         E=experts, EVEN=inputs % INPUTS == 0 and written == width and width % outputs == 0,
         **_options(weight, order, x),
     )  # fmt: skip
 
 
-def down(inner: Tensor, order: Sorted, nth: int, weight: Quantized, results: Tensor) -> None:
-    """See grouped_plain.py."""
+def down(inner: Tensor, order: SortedPairs, nth: int, weight: Quantized, results: Tensor) -> None:
+    """Compute the second product of pool `nth`; see grouped_plain.py."""
     (experts, hidden), inputs = weight.scale.shape, weight.stored_inputs
     _quantized_down_kernel[(_programs(order, hidden, WEIGHT_ROWS, inner),)](
         TensorDescriptor.from_tensor(inner, [order.tile, INPUTS]), weight.data, weight.scale,
-        order.place, order.owner, order.bounds, results, inputs, hidden, weight.data.stride(1), nth,
+        order.sorted_pair_ids, order.expert_ids, order.tile_bounds, results, inputs, hidden, weight.data.stride(1), nth,
         E=experts, EVEN=inputs % INPUTS == 0 and hidden % WEIGHT_ROWS == 0, **_options(weight, order, inner),
     )  # fmt: skip
 
 
-def _programs(order: Sorted, outputs: int, each: int, x: Tensor) -> int:
-    most: int = len(order.owner) * ceil_div(outputs, each)
-    return min(most, max(1, MANY_ROWS // order.tile) * multiprocessors(x.device))
+def _programs(order: SortedPairs, outputs: int, each: int, x: Tensor) -> int:
+    most: int = len(order.expert_ids) * ceil_div(outputs, each)
+    return min(most, max(1, LARGE_TILE // order.tile) * multiprocessors(x.device))
 
 
-def _options(weight: Quantized, order: Sorted, x: Tensor) -> dict[str, Any]:
-    stages = 3 if weight.bits == 4 and order.tile == MANY_ROWS else 4
+def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]:
+    stages = 3 if weight.bits == 4 and order.tile == LARGE_TILE else 4
     return {
         "BITS": weight.bits,
         "PLANES": PLANES,

@@ -1,7 +1,7 @@
-"""A block of experts: the shared one beside the routed ones, on a stream of its own where that hides it.
+"""A block of experts: the shared expert beside the routed ones, on a stream of its own where that hides it.
 
-With few rows every product waits for memory or for its launch, so two streams do what one would do twice as slowly; one
-kernel then weighs the routed results and adds the shared one, the residual stream and the next block's norm.
+With few rows every product waits for memory or for its launch, so two streams hide one behind the other. One kernel
+then weighs the routed results and adds the shared expert, the residual stream and the next block's norm.
 """
 
 from functools import cache
@@ -17,11 +17,12 @@ from services.engine.kernels.reference.moe import MoE
 from services.engine.kernels.triton.common.sizes import ceil_pow2
 from services.engine.kernels.triton.dense.linear import gated_linear, partial_linear
 from services.engine.kernels.triton.dense.rms_norm import add_norm, rounded_norm, row_warps
-from services.engine.kernels.triton.moe.add_norm_scores import ROWS, add_norm_scores
-from services.engine.kernels.triton.moe.experts import FEW, expert_results, routed_results
+from services.engine.kernels.triton.moe.add_norm_scores import MAX_ROWS, add_norm_scores
+from services.engine.kernels.triton.moe.experts import expert_results, routed_results
 from services.engine.kernels.triton.moe.router import router
+from services.engine.kernels.triton.moe.tiles import UNSORTED_PAIRS
 
-SIDE_ROWS = 512  # with more rows each product fills the device by itself
+SIDE_STREAM_ROWS = 512  # with more rows each product fills the device alone
 
 
 @triton.jit
@@ -55,15 +56,15 @@ def linear_moe_add_norm(
     norm: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """See the reference: kernels/reference/moe.py. Everything contiguous but x, whose rows may be strided."""
+    """See the reference: services.engine.kernels.reference.moe. All contiguous but x, whose rows may be strided."""
     partial, scores = partial_linear(x, out), None
-    if len(x) <= ROWS:
+    if len(x) <= MAX_ROWS:
         x, residual, scores = add_norm_scores(partial, residual, moe_norm, eps, moe.gate)
     else:
         x, residual = add_norm(partial, residual, moe_norm, eps)
-    if x.is_cuda and len(x) <= SIDE_ROWS:
+    if x.is_cuda and len(x) <= SIDE_STREAM_ROWS:
         main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-        # What either stream frees is written again only after the next of these waits.
+        # Memory that either stream frees is reused only after the next of these waits.
         side.wait_stream(main)
         with torch.cuda.stream(side):
             shared = _shared(x, moe.shared)
@@ -81,12 +82,14 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
+    """Apply the shared expert; its second product is still in parts."""
     return partial_linear(gated_linear(x, mlp.gate_up), mlp.down)
 
 
 def _routed(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the routed experts' results of every pair, and their weights."""
     rows = _text_only(x.device, ceil_pow2(len(x)))[: len(x)] if vision is None else vision
-    if scores is not None and len(x) * top_k <= FEW:
+    if scores is not None and len(x) * top_k <= UNSORTED_PAIRS:
         return routed_results(x, scores, moe.bias, rows, top_k, moe.text, moe.vision)
     ids, weights = router(x, moe.gate, moe.bias, rows, top_k, scores)
     return expert_results(x, ids, moe.text, moe.vision, media=vision is not None), weights
@@ -94,13 +97,15 @@ def _routed(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int, scores: Tens
 
 @cache
 def _text_only(device: torch.device, rows: int) -> Tensor:
+    """Return the flags of rows that are all of the text pool."""
     return torch.zeros(rows, dtype=torch.bool, device=device)
 
 
 def _combine(
     routed: Tensor, weights: Tensor, shared: Tensor, residual: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """
+    """Weigh and sum the routed results, add the shared expert and the residual, and norm.
+
     Args:
         routed: [N K, H].
         weights: [N, K] float32.
@@ -108,7 +113,7 @@ def _combine(
     """
     (rows, width), out, total = residual.shape, torch.empty_like(residual), torch.empty_like(residual)
     block = ceil_pow2(width)
-    # It joins two streams, so it is launched when both have ended.
+    # No programmatic dependent launch: this kernel joins two streams, and both must have ended.
     _combine_kernel[(rows,)](
         routed, weights, shared, residual, norm, out, total, width, eps, shared.stride(0),
         K=weights.shape[1], SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),

@@ -1,9 +1,9 @@
-"""Routing: the float32 product with both pools' gates, and each row's choice.
+"""Routing: the float32 product of rows with both pools' gates, and each row's choice of experts.
 
-One launch on the matrix units. A float32 is the sum of three bfloat16s, so that with the activations in bfloat16 three
-products are exact, and sums are float32's; the inputs are cut into parts, and the last program of a tile of rows to
-finish sums them, in order, and chooses. Of many rows the library makes the three products, and of few the plain units
-do: add_norm_scores.py. There the choice is a launch of its own, or belongs to the next one.
+One launch on the matrix units. A float32 is the sum of three bfloat16s, so with bfloat16 activations three products are
+exact, and their sums are float32's. Inputs are split over programs (split-K), and the last program of a tile of rows to
+finish sums the parts, in order, and chooses. For many rows the vendor library makes the three products; for few the
+plain units do: add_norm_scores.py. In these two cases the choice is a launch of its own, or part of the next one.
 """
 
 import torch
@@ -12,25 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.reference.router import SUM_MIN
-from services.engine.kernels.triton.common.last_block import counters, last_of
+from services.engine.kernels.triton.common.last_block import counters, is_last_block
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
-TILED_ROWS = 1024  # above, the library is faster
+TILED_ROWS = 1024  # above, the vendor library is faster
 ROWS, EXPERTS, INPUTS = 16, 32, 256  # of a program's tile on the matrix units
 
 
 @triton.jit
 def _comparable(ranked, inside):
-    """What is no number ranks last, but before what is no expert: ids are experts, each once, whatever x was."""
+    """Rank NaN last, but before padding, so that ids are distinct experts whatever x was."""
     return tl.where(inside, tl.where(ranked > -3e38, ranked, -3e38), float("-inf"))
 
 
 @triton.jit
-def choice(scores_ptr, bias_ptr, pool, E, sum_min, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The choice of a row of pool `pool`: [BLOCK] the rank of each of its experts, and the weight of those below K.
+def rank_experts(scores_ptr, bias_ptr, pool, E, sum_min, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rank the experts of a row of pool `pool`: [BLOCK] ranks, and the weights of those ranked below K.
 
-    scores_ptr: [PARTS, 2 E] of the row, which are still to be summed.
+    scores_ptr: [PARTS, 2 E] of the row, still to be summed.
     """
     expert = tl.arange(0, BLOCK)
     inside = expert < E
@@ -41,7 +41,7 @@ def choice(scores_ptr, bias_ptr, pool, E, sum_min, K: tl.constexpr, PARTS: tl.co
     p = tl.exp(scores - tl.max(scores, 0))
     p = p / tl.sum(p, 0)
     ranked = _comparable(p + tl.load(bias_ptr + pool * E + expert, inside, 0.0), inside)
-    # All with all at once: finding the greatest K times over would be K times as many steps that wait for each other.
+    # All pairs are compared at once: finding the greatest K times would be K times as many dependent steps.
     before = (ranked[None, :] > ranked[:, None]) | (
         (ranked[None, :] == ranked[:, None]) & (expert[None, :] < expert[:, None])
     )
@@ -58,21 +58,21 @@ def _choose_kernel(
     wait_for_previous_kernel(PDL)
     row = tl.program_id(0).to(tl.int64)
     pool = tl.load(vision_ptr + row).to(tl.int32)
-    rank, weight = choice(scores_ptr + row * PARTS * 2 * E, bias_ptr, pool, E, sum_min, K, PARTS, BLOCK)
+    rank, weight = rank_experts(scores_ptr + row * PARTS * 2 * E, bias_ptr, pool, E, sum_min, K, PARTS, BLOCK)
     tl.store(ids_ptr + row * K + rank, tl.arange(0, BLOCK) + pool * E, rank < K)
     tl.store(weights_ptr + row * K + rank, weight, rank < K)
 
 
 @triton.jit
 def _dot_exact(x, gate):
-    """x [ROWS, INPUTS] times gate [INPUTS, EXPERTS] float32."""
+    """Return x [ROWS, INPUTS] times gate [INPUTS, EXPERTS] float32, exact products summed in float32."""
     if x.dtype == tl.float32:
         return tl.dot(x, gate, input_precision="ieee")
     high = gate.to(x.dtype)
     rest = gate - high.to(tl.float32)
     middle = rest.to(x.dtype)
     low = (rest - middle.to(tl.float32)).to(x.dtype)
-    # Sums of their own: instructions that do not wait for each other.
+    # Separate sums: instructions that do not wait for each other.
     return tl.dot(x, high) + (tl.dot(x, middle) + tl.dot(x, low))
 
 
@@ -86,13 +86,13 @@ def _router_kernel(
     column = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     experts, columns, rows = (expert < 2 * E)[None, :], column < H, (row < M)[:, None]
-    # The gates wait for nobody.
+    # The gates do not depend on the previous kernel.
     gate = tl.load(gate_ptr + expert[None, :] * H + column[:, None], experts & columns[:, None], 0.0)
     wait_for_previous_kernel(PDL)
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], rows & columns[None, :], 0.0)
     part = parts_ptr + (tl.program_id(1) * M + row[:, None]) * 2 * E + expert[None, :]
     tl.store(part, _dot_exact(x, gate), rows & experts)
-    if last_of(count_ptr + tl.program_id(2), tl.num_programs(0) * PARTS):
+    if is_last_block(count_ptr + tl.program_id(2), tl.num_programs(0) * PARTS):
         _choose(parts_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, M, E, row, sum_min, K, PARTS, ROWS, POOL)
 
 
@@ -101,7 +101,7 @@ def _choose(
     parts_ptr, bias_ptr, vision_ptr, ids_ptr, weights_ptr, M, E, row, sum_min,
     K: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """The choice of these rows: parts_ptr [PARTS, M, 2 E]."""
+    """Choose the experts of these rows: parts_ptr [PARTS, M, 2 E]."""
     pool = tl.load(vision_ptr + row, row < M, 0).to(tl.int32)[:, None]
     expert = tl.arange(0, POOL)[None, :]
     mask = (row < M)[:, None] & (expert < E)
@@ -141,7 +141,7 @@ def router(
     """See the reference. `gate` contiguous; the rows of `x` may be strided.
 
     Args:
-        scores: [N, 2 E] float32, x @ gate^T, where it was made before.
+        scores: [N, 2 E] float32, x @ gate^T, if already computed.
     """
     rows = len(x)
     ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
@@ -172,9 +172,9 @@ def _route_tiles(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, ids: Ten
 
 
 def _library_scores(x: Tensor, gate: Tensor) -> Tensor:
-    """x @ gate^T, in parts that are still to be summed: [N, parts 2 E] float32.
+    """Return x @ gate^T, in parts still to be summed: [N, parts 2 E] float32.
 
-    The library's product of float32 is slow. But three bfloat16 hold what a float32 does, a bfloat16 is the first of
+    The library's float32 product is slow, but three bfloat16 hold what a float32 does, a bfloat16 is the first of
     its three parts, and their products are exact in the float32 that sums them.
     """
     if x.dtype != torch.bfloat16:
@@ -184,7 +184,7 @@ def _library_scores(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def split(gate: Tensor) -> Tensor:
-    """[3 R, H] bfloat16 from [R, H] float32: three summands of each value, the largest first."""
+    """Split [R, H] float32 into [3 R, H] bfloat16: three summands of each value, the largest first."""
     parts = torch.empty(3 * len(gate), gate.shape[1], dtype=torch.bfloat16, device=gate.device)
     _split_kernel[(ceil_div(gate.numel(), 2048),)](
         gate, parts, gate.numel(), BLOCK=2048, num_warps=4, **pdl_options(gate)

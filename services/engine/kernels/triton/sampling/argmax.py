@@ -1,11 +1,11 @@
-"""The most likely token in one launch: each program looks at a slice of a row, the last of a row to finish at all."""
+"""Greedy sampling in one launch: each program reduces a slice of a row, the last of a row to finish the slices."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.triton.common.last_block import counters, last_of
+from services.engine.kernels.triton.common.last_block import counters, is_last_block
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
@@ -24,12 +24,12 @@ def _argmax_kernel(
     value, place = tl.max(values, 0, return_indices=True)
     tl.store(values_ptr + row * PARTS + part, value)
     tl.store(places_ptr + row * PARTS + part, part * SLICE + place)
-    if last_of(count_ptr + row, PARTS):
+    if is_last_block(count_ptr + row, PARTS):
         parts = tl.arange(0, PADDED)
         of_parts = tl.load(values_ptr + row * PARTS + parts, parts < PARTS, float("-inf"), cache_modifier=".cg")
         best = tl.argmax(of_parts, 0)
         found = tl.load(places_ptr + row * PARTS + tl.minimum(best, PARTS - 1), cache_modifier=".cg")
-        # Comparing what is no number may find a place behind the end.
+        # Comparisons with NaN may yield an index past the end.
         tl.store(out_ptr + row, tl.minimum(found, V - 1).to(tl.int64))
 
 

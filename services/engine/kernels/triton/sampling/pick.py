@@ -1,4 +1,4 @@
-"""Drawing a token: the mass of each slice of a row, then one program a row finds the slice and the place in it."""
+"""Sampling of a token: the mass of each slice of a row, then one program a row finds the slice and the token in it."""
 
 import torch
 import triton
@@ -13,13 +13,13 @@ SLICE = 2048  # probabilities of a program, where a row is split
 
 @triton.jit
 def masses(probs):
-    """See the reference: whole multiples of 2^-60."""
+    """Return whole multiples of 2^-60; see the reference."""
     return (probs * 1152921504606846976.0).to(tl.int64)
 
 
 @triton.jit
 def _kept_masses(probs_ptr, least_ptr, row, V, SLICE: tl.constexpr, part):
-    """[SLICE] int64: of the slice's tokens, 0 for those that are not kept."""
+    """Return [SLICE] int64: masses of the slice's tokens, 0 for those that are not kept."""
     column = part * SLICE + tl.arange(0, SLICE)
     probs = tl.load(probs_ptr + row * V + column, column < V, 0.0)
     return tl.where(probs >= tl.load(least_ptr + row), masses(probs), 0)
@@ -43,7 +43,7 @@ def _find_kernel(
     parts = tl.arange(0, BLOCK)
     sums = tl.load(sums_ptr + row * PARTS + parts, parts < PARTS, 0)
     point = (tl.load(numbers_ptr + row) * tl.sum(sums, 0).to(tl.float64)).to(tl.int64)
-    # What ends at or before the point does not hold it.
+    # Slices that end at or before the point do not contain it.
     passed = tl.cumsum(sums, 0) <= point
     part = tl.minimum(tl.sum(passed.to(tl.int32), 0), PARTS - 1)
     point -= tl.sum(tl.where(parts < part, sums, 0), 0)

@@ -1,8 +1,8 @@
-"""The threshold of top_k and top_p without a sort: a tally over a few powers of two brackets it, then one program a row
-collects what lies in the bracket and halves it down to one value.
+"""Threshold of top_k and top_p without a sort: a tally over a few powers of two brackets it, then one program a row
+collects the values in the bracket and bisects.
 
-Few tokens can be likely: at most 2^e have a probability of 2^-e. So the powers begin at 2^-10, and what is collected of
-a distribution that is worth cutting is short. Counts and masses are integers, so the result is exact (see the
+At most 2^e tokens have a probability of 2^-e or more, so likely tokens are few: the powers begin at 2^-10, and the list
+of a distribution that is worth cutting is short. Counts and masses are integers, so the result is exact (see the
 reference), however a row is split.
 """
 
@@ -16,18 +16,18 @@ from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.triton.sampling.pick import SLICE, masses
 
 PIVOTS = 9  # 2^-10 to 2^-18
-SEARCHED = 4096  # probabilities that a searching program looks at together
+SEARCHED = 4096  # probabilities that a searching program reads at a time
 
 
 @triton.jit
 def _pivot(nth):
-    """The bits of 2^-(10 + nth). Of floats that are not negative, the larger has the larger bits."""
+    """Return the bits of 2^-(10 + nth). Of floats that are not negative, the larger has the larger bits."""
     return (117 - nth) << 23
 
 
 @triton.jit
 def _measure(bits, MASS: tl.constexpr):
-    """What each probability counts: 2^60 times itself, or one."""
+    """Return the measure of each probability: 2^60 times itself, or one."""
     return masses(bits.to(tl.float32, bitcast=True)) if MASS else tl.full(bits.shape, 1, tl.int64)
 
 
@@ -51,8 +51,8 @@ def _tally_kernel(
 
 @triton.jit
 def _part(bits_ptr, count, value, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of `count` probabilities as bits: how many, or what mass, are above a value, the least of these, and the largest
-    of the others (0: none)."""
+    """Partition `count` probabilities, as bits, at a value: return the number or mass above it, the least of those
+    above, and the largest of the others (0: none)."""
     total = tl.zeros((BLOCK,), tl.int64)
     least = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
     largest = tl.zeros((BLOCK,), tl.int32)
@@ -71,7 +71,7 @@ def _search(
     bits_ptr, list_ptr, tally_ptr, limit, V,
     MASS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The smallest bits above which less than `limit` lies, by number or by mass."""
+    """Return the smallest bits above which less than `limit` lies, by number or by mass."""
     part = tl.arange(0, PADDED)
     low, high, beyond = 0, 0x3F800000, limit * 0
     tally_ptr += (PIVOTS if MASS else 0) * PARTS
@@ -89,13 +89,13 @@ def _search(
         inside = ((bits > low) & (bits <= high)).to(tl.int32)
         tl.store(list_ptr + count + tl.cumsum(inside, 0) - 1, bits, inside != 0)
         count += tl.sum(inside, 0)
-    # The list is read by other threads than wrote it.
+    # Other threads read the list than wrote it.
     tl.debug_barrier()
     while low < high:
         middle = (low + high) // 2
         listed, above, below = _part(list_ptr, count, middle, MASS, BLOCK)
         fewer = beyond + listed < limit
-        # On to the next value that there is: equals, however many, are passed in one halving.
+        # Move to the next value that occurs: equals, however many, take one halving.
         low = tl.where(fewer, low, tl.minimum(above, high))
         high = tl.where(fewer, tl.maximum(below, low), high)
     return low

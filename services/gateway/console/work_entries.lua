@@ -1,6 +1,6 @@
--- List the entries of a work stream, and read those that the caller does not know.
+-- List the entries of a work stream, and return the messages of those that the caller does not know.
 -- KEYS: stream
--- ARGV: consumer group, most taken, most waiting, known entry...
+-- ARGV: consumer group, max taken entries, max waiting entries, known entry...
 -- Returns {{entry, consumer, deliveries} of taken entries, waiting entries, {entry, message} of unknown ones}.
 -- requires: group
 local known, new = {}, {}
