@@ -35,7 +35,7 @@ NO_FILE = "where there is no file"
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (link_to_itself, "is a symbolic link to"),
     (link_to_nothing, f"is a symbolic link to ../../elsewhere/file, {NO_FILE}; copy the file itself"),
-    (link_of_a_hub_cache, f"is a symbolic link to ../../blobs/5d0f, {NO_FILE}; of a hub cache, mount or copy the whole"),
+    (link_of_a_hub_cache, f"is a symbolic link to ../../blobs/5d0f, {NO_FILE}; of a hub cache, mount or copy"),
     (named_pipe, "is not a regular file"),
     (Path.mkdir, "is a directory and not a file"),
 ]
