@@ -1,4 +1,4 @@
-"""What a model directory would be served as, found as the services find it: by their own readers, from headers only."""
+"""Inspection of a model directory by the services' own readers, from headers only."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ class Chat(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What `millrace check` found. A part that could not be read is None, and an error says why."""
+    """Findings of `millrace check`. A part that could not be read is None, and an error says why."""
 
     directory: str
     served: bool = False
