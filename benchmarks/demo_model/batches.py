@@ -1,7 +1,9 @@
 """Samples as batches of tensors: one optimizer step is a few padded batches of samples of like length."""
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from benchmarks.demo_model.prompt import MERGE, Encoded, Encoder
 
 Batch = dict[str, Any]  # names and tensors, as `_collate` makes them
 PAD_TO = 16
+LENGTHS = (128, 224)  # few batches a step keep the device busy, and lengths that are alike waste little of it
 
 
 class Steps(Dataset[list[Batch]]):
@@ -41,14 +44,15 @@ class Steps(Dataset[list[Batch]]):
 
 
 def _groups(made: list[Encoded], tokens: int) -> Iterator[list[Encoded]]:
-    """Neighbours by length, as many as fit."""
-    group: list[Encoded] = []
-    for each in made:
-        if group and (len(group) + 1) * _padded(len(each.ids)) > tokens:
-            yield group
-            group = []
-        group.append(each)
-    yield group
+    """Neighbours by length, as many as fit, of one class of lengths."""
+    for _, class_ in groupby(made, key=lambda each: bisect_left(LENGTHS, len(each.ids))):
+        group: list[Encoded] = []
+        for each in class_:
+            if group and (len(group) + 1) * _padded(len(each.ids)) > tokens:
+                yield group
+                group = []
+            group.append(each)
+        yield group
 
 
 def _padded(length: int) -> int:

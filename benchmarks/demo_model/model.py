@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock
+from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock, Ernie4_5_VLMoeRMSNorm
 
 from benchmarks.demo_model.batches import Batch
 from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise
@@ -37,8 +37,15 @@ def build(hub: dict[str, Any], seed: int) -> Model:
             module.forward = _moe.__get__(module)
             for moe in (module.text_moe, module.vision_moe):
                 moe.register_buffer("load", torch.zeros(moe.num_experts), persistent=False)
+        if isinstance(module, nn.LayerNorm | Ernie4_5_VLMoeRMSNorm):
+            module.register_forward_hook(_narrow)
     model.model.resampler_model._temporal_slicing = _pairs_of_frames
     return model
+
+
+def _narrow(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Under autocast, one conversion after each norm instead of one in each product that follows."""
+    return output.to(torch.bfloat16) if torch.is_autocast_enabled(output.device.type) else output
 
 
 def config_of(hub: dict[str, Any]) -> Ernie4_5_VLMoeConfig:
@@ -82,6 +89,8 @@ def answer_logits(model: Model, batch: Batch) -> Tensor:
     if "pixels" in batch:
         flat = embeds.flatten(0, 1).index_copy(0, batch["places"], _features(model, batch).to(embeds.dtype))
         embeds = flat.view_as(embeds)
+    if torch.is_autocast_enabled(embeds.device.type):
+        embeds = embeds.to(torch.bfloat16)
     out = inner.language_model(
         inputs_embeds=embeds,
         position_ids=batch["positions"],

@@ -73,5 +73,5 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
     """AdamW as small models like it."""
-    options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0, "fused": True}
     return torch.optim.AdamW(parameters, lr=lr, **options)

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> None:
     options = _options(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and every batch has its own
     trainer = Trainer(options, device)
     trainer.run()
 
@@ -40,20 +41,18 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
     parser.add_argument("--steps", type=int, default=8000, help="of the whole training")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this run")
     parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--decay", type=float, default=0.5, help="the last share of steps, in which rates fall to 0")
-    parser.add_argument("--samples", type=int, default=512, help="in a step")
-    parser.add_argument("--tokens", type=int, default=32768, help="in one batch, padding included")
+    parser.add_argument("--decay-steps", type=int, default=3000, help="the last steps, in which rates fall to 0")
+    parser.add_argument("--samples", type=int, default=1024, help="in a step")
+    parser.add_argument("--tokens", type=int, default=131072, help="in one batch, padding included")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
-    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--eval-every", type=int, default=1000)
     parser.add_argument("--eval-steps", type=int, default=6)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--profile", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -69,9 +68,6 @@ class Trainer:
         self._step = 0
         if options.resume:
             self._load(options.resume)
-        if options.compile:
-            for layer in self._model.model.language_model.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=True)
         options.out.mkdir(parents=True, exist_ok=True)
         self._log = (options.out / "train.jsonl").open("a")
 
@@ -94,6 +90,7 @@ class Trainer:
                 self._report(window)
             if self._step % options.eval_every == 0:
                 self.evaluate(held_out)
+                self._save(options.out)
             begun = time.monotonic()
             if begun - started > options.minutes * 60:
                 break
@@ -168,7 +165,7 @@ class Trainer:
     def _scale(self) -> float:
         """Warm-up, a plateau, then down to zero in a line."""
         options = self._options
-        left = (options.steps - self._step) / (options.steps * options.decay)
+        left = (options.steps - self._step) / options.decay_steps
         return min(1.0, (self._step + 1) / options.warmup, left)
 
     @torch.no_grad()
