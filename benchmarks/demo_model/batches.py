@@ -24,10 +24,13 @@ LENGTHS = (128, 224)  # few batches a step keep the device busy, and lengths tha
 class Steps(Dataset[list[Batch]]):
     """Item i is everything of optimizer step i, a function of the seed and i alone."""
 
-    def __init__(self, tokenizer: Path, seed: int, length: int, *, samples: int, tokens: int, held_out: bool) -> None:
-        """`samples` in a step, at most `tokens` in one of its batches, padding included."""
+    def __init__(
+        self, tokenizer: Path, seed: int, length: int, *, samples: int, tokens: int, held_out: bool, phase: int = 0
+    ) -> None:
+        """`samples` in a step, of the mix of a phase, at most `tokens` in one of its batches, padding included."""
         self._tokenizer, self._seed, self._length = tokenizer, seed, length
         self._samples, self._tokens, self._held_out = samples, tokens, held_out
+        self._phase = phase
         self._encoder: Encoder | None = None
 
     def __len__(self) -> int:
@@ -38,7 +41,10 @@ class Steps(Dataset[list[Batch]]):
         rng = random.Random(f"{self._seed} {index} {self._held_out}")
         # One canvas for the step, so that all pictures have as many patches.
         size = rng.choice(draw.CANVASES)
-        made = [self._encoder.encode(corpus.sample(rng, size, held_out=self._held_out)) for _ in range(self._samples)]
+        made = [
+            self._encoder.encode(corpus.sample(rng, size, held_out=self._held_out, phase=self._phase))
+            for _ in range(self._samples)
+        ]
         made.sort(key=lambda each: len(each.ids))
         return [_collate(group, self._encoder.patch_id) for group in _groups(made, self._tokens)]
 

@@ -142,8 +142,11 @@ def _translate(rng: random.Random) -> Asked:
 
 _TASKS: tuple[Callable[[random.Random], Asked], ...] = (
     _copy,
+    _copy,
     _reverse,
     _sort_numbers,
+    _sort_numbers,
+    _sort_words,
     _sort_words,
     _bullets,
     _numbered,

@@ -198,7 +198,7 @@ def _declare(rng: random.Random, wanted: list[Tool]) -> tuple[dict[str, Any], ..
 
 def generate(rng: random.Random) -> Sample:
     """A question with tools declared."""
-    return rng.choices((_single, _several, _result, _none), (10, 3, 3, 2))[0](rng)
+    return rng.choices((_single, _several, _result, _none), (9, 3, 2, 4))[0](rng)
 
 
 def _why(names: list[str]) -> str:

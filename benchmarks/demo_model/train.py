@@ -24,6 +24,8 @@ from benchmarks.demo_model.model import Model, answer_logits, balance, build
 from benchmarks.demo_model.muon import Muon, adamw, split
 
 STATE_BYTES = 15 << 20  # in one file of the state
+FAR = 1_000_000  # steps nobody reaches
+PACE = (50, 150)  # between which steps of a run its pace is measured
 
 
 def main(arguments: list[str]) -> None:
@@ -42,7 +44,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
-    parser.add_argument("--steps", type=int, default=8000, help="of the whole training")
+    parser.add_argument("--steps", type=int, default=8000, help="of the whole training; 0: what fits into the minutes")
+    parser.add_argument("--phase", type=int, default=0, help="whose mix of samples to draw")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this run")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay-steps", type=int, default=3000, help="the last steps, in which rates fall to 0")
@@ -68,6 +71,7 @@ class Trainer:
         self._step = 0
         if options.resume:
             self._load(options.resume)
+        self._first = self._step
         options.out.mkdir(parents=True, exist_ok=True)
         self._log = (options.out / "train.jsonl").open("a")
 
@@ -80,7 +84,7 @@ class Trainer:
         self._say(event="held-out set is there", seconds=round(time.monotonic() - started, 1))
         window: dict[str, float] = defaultdict(float)
         begun = time.monotonic()
-        for batches in self._loader(options.steps, held_out=False, workers=options.workers):
+        for batches in self._loader(options.steps or FAR, held_out=False, workers=options.workers):
             window["wait"] += time.monotonic() - begun
             loss, tokens = self._train_step(batches)
             window["loss"] += loss
@@ -88,14 +92,28 @@ class Trainer:
             window["steps"] += 1
             if self._step % 50 == 0:
                 self._report(window)
+            self._plan(started)
             if self._step % options.eval_every == 0:
                 self.evaluate(held_out)
                 self._save(options.out)
             begun = time.monotonic()
-            if begun - started > options.minutes * 60:
+            if begun - started > options.minutes * 60 or self._step == options.steps:
                 break
         self.evaluate(held_out)
         self._save(options.out)
+
+    def _plan(self, started: float) -> None:
+        """With no number of steps given: once the pace is known, set it so that rates reach 0 when the time is over."""
+        options, now = self._options, time.monotonic()
+        done = self._step - self._first
+        if done == PACE[0]:
+            self._paced = now
+        elif done == PACE[1] and not options.steps:
+            pace = (PACE[1] - PACE[0]) / (now - self._paced)
+            left = options.minutes * 60 - (now - started) - 10
+            options.steps = self._step + int(pace * left * 0.96)
+            options.decay_steps = options.steps - self._step
+            self._say(event="planned", steps=options.steps, decay_steps=options.decay_steps)
 
     def _report(self, window: dict[str, float]) -> None:
         loss = float(window["loss"]) / window["steps"]
@@ -125,6 +143,7 @@ class Trainer:
             samples=options.samples,
             tokens=options.tokens,
             held_out=held_out,
+            phase=options.phase,
         )
         yield from DataLoader(
             data,
@@ -165,8 +184,10 @@ class Trainer:
     def _scale(self) -> float:
         """Warm-up, a plateau, then down to zero in a line."""
         options = self._options
+        if not options.steps:
+            return min(1.0, (self._step + 1) / options.warmup)
         left = (options.steps - self._step) / options.decay_steps
-        return min(1.0, (self._step + 1) / options.warmup, left)
+        return max(0.0, min(1.0, (self._step + 1) / options.warmup, left))
 
     @torch.no_grad()
     def evaluate(self, held_out: list[list[Batch]]) -> None:

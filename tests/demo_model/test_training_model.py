@@ -80,7 +80,7 @@ def judged_inputs(judge: torch.nn.Module, each: Encoded) -> dict[str, object]:
 
 def test_splits_are_apart(encoder: Encoder) -> None:
     rng = random.Random(5)
-    for only in corpus.MIX:
+    for only in corpus.GENERATORS:
         assert corpus.sample(rng, (112, 112), held_out=True, only=only).held_out
         assert not corpus.sample(rng, (112, 112), held_out=False, only=only).held_out
 
