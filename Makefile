@@ -6,10 +6,18 @@ REDIS_PORT ?= 8182
 
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test chaos test-chart test-images test-cluster test-browser
+# The trained demo, with pictures no larger than those it was trained on (docs/demo-model.md).
+DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-prompt '{"image": 4}' \
+  --mm-processor-kwargs '{"image_max_pixels": 12544, "video_min_pixels": 3136, "video_max_pixels": 12544}'
+
+.PHONY: serve eval test chaos test-chart test-images test-cluster test-browser
 
 serve: .venv/.installed-cli
-	.venv/bin/millrace serve --demo --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+	.venv/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+
+# Held-out questions of each kind to the trained demo in each format; writes the counts its card is made of.
+eval: .venv/.installed-test
+	.venv/bin/python -m benchmarks.demo_model.evaluate --model cli/demo_checkpoint --card cli/demo_checkpoint/accuracy.json
 
 test: .venv/.installed-test
 	.venv/bin/ruff check .

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-thinking", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON lines of every answer")
+    parser.add_argument("--card", type=Path, help="the right answers and questions of each kind, as JSON")
     options = parser.parse_args(arguments)
     asked = list(questions(options.questions, options.seed, thinking=not options.no_thinking, only=options.only))
     results: dict[str, dict[str, list[bool]]] = {}
@@ -51,8 +52,11 @@ def main(arguments: list[str]) -> int:
     for name in () if options.url else options.formats:
         with served(options.model, name, options.port) as url:
             results[name] = asyncio.run(ask_all(url, asked, options.out, name))
-        print(table(results), flush=True)
+            print(f"{name} is done", flush=True)
     print(table(results))
+    if options.card:
+        counts = {form: {name: [sum(hits), len(hits)] for name, hits in sets.items()} for form, sets in results.items()}
+        write_json(options.card, counts)
     return 0
 
 
@@ -61,8 +65,8 @@ def served(model: Path, form: str, port: int) -> Iterator[str]:
     """Serve the checkpoint in a format; yields the URL."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = widened(model, Path(scratch, "float32")) if form == "float32" else model
-        program = "import sys; from cli.main import main; sys.exit(main())"
-        command = [sys.executable, "-c", program, "serve", "--model", str(directory), "--port", str(port)]
+        millrace = Path(sys.executable).with_name("millrace")
+        command = [str(millrace), "serve", "--model", str(directory), "--port", str(port)]
         command += ["--metrics-port", str(port + 1), "--engine-worker-queue-port", str(port + 2)]
         command += ["--mm-processor-kwargs", json.dumps(PROCESSOR)]
         command += ["--limit-mm-per-prompt", '{"image": 4}']

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable
 
+import numpy as np
+
 from benchmarks.demo_model import arithmetic, chat, draw, facts, scenes
 from benchmarks.demo_model.sample import Message, Part, Sample
 from benchmarks.demo_model.text_tasks import LANGUAGES, TRANSLATIONS
@@ -20,7 +22,7 @@ COLOUR_WORDS = ("red", "green", "blue", "yellow", "black")
 def generate(rng: random.Random, size: draw.Size) -> Sample:
     """A question under a system prompt."""
     system, question, reasoning, answer = rng.choice(_KINDS)(rng, size)
-    key = f"{system}|{'|'.join(part if isinstance(part, str) else str(part.sum()) for part in question)}"
+    key = f"{system}|{'|'.join(part if isinstance(part, str) else str(np.sum(part)) for part in question)}"
     messages = (Message("system", (system,)), Message("user", question))
     return Sample("instructions", key, messages, answer, reasoning)
 

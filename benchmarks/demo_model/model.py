@@ -31,10 +31,10 @@ class Routing(NamedTuple):
 def build(hub: dict[str, Any], seed: int) -> Model:
     """A fresh model for a hub config.json, with random weights."""
     torch.manual_seed(seed)
-    model = Model._from_config(config_of(hub)).float()
+    model: Model = Model._from_config(config_of(hub)).float()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, Ernie4_5_VLMoeMoeBlock):
-            module.forward = _moe.__get__(module)
+            module.forward = _moe.__get__(module)  # type: ignore[method-assign]
             for moe in (module.text_moe, module.vision_moe):
                 moe.register_buffer("load", torch.zeros(moe.num_experts), persistent=False)
         if isinstance(module, nn.LayerNorm | Ernie4_5_VLMoeRMSNorm):
@@ -52,7 +52,13 @@ def config_of(hub: dict[str, Any]) -> Ernie4_5_VLMoeConfig:
     """transformers' configuration for a hub config.json, computing as this module does."""
     vision, frequencies = hub["vision_config"], hub["hidden_size"] // hub["num_attention_heads"] // 2
     spatial = (frequencies - hub["freq_allocation"]) // 2
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     same += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "moe_intermediate_size", "moe_k")
     same += ("moe_num_shared_experts", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
     rope = {"rope_theta": hub["rope_theta"], "mrope_section": [spatial, spatial, hub["freq_allocation"]]}
@@ -75,10 +81,12 @@ def config_of(hub: dict[str, Any]) -> Ernie4_5_VLMoeConfig:
         video_token_id=hub["vocab_size"] - 1,
         tie_word_embeddings=hub["tie_word_embeddings"],
     )
-    for part in (config, config.text_config):
+    parts: tuple[Any, ...] = (config, config.text_config)
+    for part in parts:
         part._attn_implementation = "sdpa"
         part._experts_implementation = "one_product"
-    config.vision_config._attn_implementation = "side_by_side"
+    vision_config: Any = config.vision_config
+    vision_config._attn_implementation = "side_by_side"
     return config
 
 
@@ -97,7 +105,8 @@ def answer_logits(model: Model, batch: Batch) -> Tensor:
         moe_mm_token_type_ids=Routing(batch["text"], batch["vision"]),
         use_cache=False,
     )
-    return model.lm_head(out.last_hidden_state.flatten(0, 1).index_select(0, batch["predict"]))
+    logits: Tensor = model.lm_head(out.last_hidden_state.flatten(0, 1).index_select(0, batch["predict"]))
+    return logits
 
 
 def _features(model: Model, batch: Batch) -> Tensor:
@@ -113,7 +122,8 @@ def _features(model: Model, batch: Batch) -> Tensor:
         max_seqlen=len(rows),
         frame=int(batch["frame"]),
     )
-    return model.model.resampler_model(tower.last_hidden_state, (batch["first"], batch["second"]))
+    features: Tensor = model.model.resampler_model(tower.last_hidden_state, (batch["first"], batch["second"]))
+    return features
 
 
 def _pairs_of_frames(tokens: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -124,15 +134,20 @@ def _side_by_side(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, frame: int, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention inside each frame of `frame` patches: [1, heads, patches, width] in, [1, patches, heads, width] out."""
-    q, k, v = (each[0].unflatten(1, (-1, frame)).transpose(0, 1) for each in (query, key, value))
+    q, k, v = (_frames(each[0], frame) for each in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(0, 1)[None], None
+
+
+def _frames(heads: Tensor, frame: int) -> Tensor:
+    """[heads, patches, width] as [frames, heads, patches of one, width]."""
+    return heads.view(heads.shape[0], -1, frame, heads.shape[2]).transpose(0, 1)
 
 
 def _one_product(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """All experts as one gated MLP; what a token's router did not choose is multiplied by zero."""
     count, width = experts.num_experts, experts.intermediate_dim
-    gate, up = F.linear(hidden, experts.gate_up_proj.flatten(0, 1)).unflatten(1, (count, 2, width)).unbind(2)
+    gate, up = F.linear(hidden, experts.gate_up_proj.flatten(0, 1)).view(-1, count, 2, width).unbind(2)
     share = torch.zeros(len(hidden), count, dtype=weights.dtype, device=hidden.device).scatter(1, chosen, weights)
     inside = F.silu(gate) * up * share.to(gate.dtype)[:, :, None]
     return F.linear(inside.flatten(1), experts.down_proj.transpose(0, 1).flatten(1))
@@ -158,7 +173,8 @@ def balance(model: Model, rate: float) -> None:
     """Raise the bias of experts with less than their share of tokens and lower the others': no auxiliary loss."""
     for module in model.modules():
         if isinstance(module, Ernie4_5_VLMoeMoeBlock):
-            for moe in (module.text_moe, module.vision_moe):
+            pools: tuple[Any, ...] = (module.text_moe, module.vision_moe)
+            for moe in pools:
                 bias = moe.gate.moe_statics.e_score_correction_bias.data
                 bias += rate * torch.sign(moe.load.mean() - moe.load)
                 moe.load.zero_()

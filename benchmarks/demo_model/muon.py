@@ -32,8 +32,9 @@ class Muon:
             rows, columns = buffer.shape[-2:]
             lr = self._peak * scale
             update = update * (-lr * max(1.0, rows / columns) ** 0.5)
-            torch._foreach_mul_(group, 1 - lr * self._decay)
-            torch._foreach_add_(group, list(update.to(buffer.dtype).unbind(0)))
+            matrices: list[Tensor] = list(group)
+            torch._foreach_mul_(matrices, 1 - lr * self._decay)
+            torch._foreach_add_(matrices, list(update.to(buffer.dtype).unbind(0)))
 
     def state(self) -> list[Tensor]:
         """The momenta, in bfloat16."""
@@ -56,13 +57,14 @@ def _orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x.view(shape)
-    return x.mT if tall else x
+    found: Tensor = x.view(shape)
+    return found.mT if tall else found
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices for Muon, all other parameters that are trained)."""
-    inner, outer = [], []
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -156,13 +156,10 @@ def _generic(rng: random.Random) -> Asked:
     """A tool nobody has seen before, likely: a verb, a noun and one or two parameters."""
     verb, noun = rng.choice(VERBS), rng.choice(NOUNS)
     number = rng.randint(1, 9999) if rng.random() < 0.6 else None
-    if number is not None:
-        key, value, said = f"{noun}_id", number, f"{noun} {number}"
-    else:
-        key, value, said = "name", _word(rng), ""
-        said = f"the {noun} {value}"
-    parameters = {key: "integer" if number is not None else "string"}
-    arguments: dict[str, Any] = {key: value}
+    key = "name" if number is None else f"{noun}_id"
+    arguments: dict[str, Any] = {key: _word(rng) if number is None else number}
+    said = f"the {noun} {arguments[key]}" if number is None else f"{noun} {number}"
+    parameters = {key: "string" if number is None else "integer"}
     asked = rng.choice((f"{verb.capitalize()} {said}", f"Please {verb} {said}", f"I want to {verb} {said}"))
     extra = rng.randrange(4)
     if extra == 1:

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--resume", type=Path, help="a state to go on from")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose weights to begin with")
     parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
     parser.add_argument("--steps", type=int, default=8000, help="of the whole training; 0: what fits into the minutes")
+    parser.add_argument("--until", type=int, help="the step after which this run stops")
     parser.add_argument("--phase", type=int, default=0, help="whose mix of samples to draw")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this run")
     parser.add_argument("--warmup", type=int, default=100)
@@ -64,13 +67,16 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self._options, self._device = options, device
-        self._model = build(hub_config(), options.seed).to(device).train()
+        self._model = build(hub_config(), options.seed).train()
+        self._model.to(device)
         inner, outer = split(self._model)
         self._muon = Muon(inner, options.muon_lr, 0.95, 0.01)
         self._adam = adamw(outer, options.adam_lr)
         self._step = 0
         if options.resume:
             self._load(options.resume)
+        elif options.start:
+            self._model.load_state_dict(Model.from_pretrained(options.start, config=self._model.config).state_dict())
         self._first = self._step
         options.out.mkdir(parents=True, exist_ok=True)
         self._log = (options.out / "train.jsonl").open("a")
@@ -82,7 +88,7 @@ class Trainer:
         self._say(parameters=count, **{k: str(v) for k, v in vars(options).items()})
         held_out = list(self._loader(options.eval_steps, held_out=True, workers=min(options.workers, 6)))
         self._say(event="held-out set is there", seconds=round(time.monotonic() - started, 1))
-        window: dict[str, float] = defaultdict(float)
+        window: dict[str, Any] = defaultdict(float)
         begun = time.monotonic()
         for batches in self._loader(options.steps or FAR, held_out=False, workers=options.workers):
             window["wait"] += time.monotonic() - begun
@@ -97,7 +103,7 @@ class Trainer:
                 self.evaluate(held_out)
                 self._save(options.out)
             begun = time.monotonic()
-            if begun - started > options.minutes * 60 or self._step == options.steps:
+            if begun - started > options.minutes * 60 or self._step in (options.steps, options.until):
                 break
         self.evaluate(held_out)
         self._save(options.out)
@@ -115,7 +121,7 @@ class Trainer:
             options.decay_steps = options.steps - self._step
             self._say(event="planned", steps=options.steps, decay_steps=options.decay_steps)
 
-    def _report(self, window: dict[str, float]) -> None:
+    def _report(self, window: dict[str, Any]) -> None:
         loss = float(window["loss"]) / window["steps"]
         now = time.monotonic()
         elapsed = now - window.get("since", now)
@@ -162,7 +168,7 @@ class Trainer:
             with self._autocast():
                 logits = answer_logits(self._model, batch)
             loss = F.cross_entropy(logits.float(), batch["labels"], reduction="sum") / count
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self._update()
         return total, sum(len(batch["text"]) + len(batch["vision"]) for batch in batches)
@@ -185,9 +191,9 @@ class Trainer:
         """Warm-up, a plateau, then down to zero in a line."""
         options = self._options
         if not options.steps:
-            return min(1.0, (self._step + 1) / options.warmup)
+            return float(min(1.0, (self._step + 1) / options.warmup))
         left = (options.steps - self._step) / options.decay_steps
-        return max(0.0, min(1.0, (self._step + 1) / options.warmup, left))
+        return float(max(0.0, min(1.0, (self._step + 1) / options.warmup, left)))
 
     @torch.no_grad()
     def evaluate(self, held_out: list[list[Batch]]) -> None:

@@ -41,7 +41,7 @@ def _stamp(frame: int, width: int, height: int) -> tuple[NDArray[np.float32], ND
     for image in (on_black, on_white):
         paint(image, frame / VIDEO_FPS, draw.font("Regular", font_size(width, height)))
     ink, white = np.asarray(on_black, np.float32), np.asarray(on_white, np.float32)
-    return ink, 1 - (white - ink) / 255
+    return ink, (1 - (white - ink) / 255).astype(np.float32)
 
 
 def _moves(rng: random.Random, size: draw.Size) -> Made:

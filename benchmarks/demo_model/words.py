@@ -5,7 +5,7 @@ import random
 from PIL import ImageDraw
 
 from benchmarks.demo_model import draw
-from benchmarks.demo_model.sample import Sample, user
+from benchmarks.demo_model.sample import Pixels, Sample, user
 
 # Letters in words as English has them, so that a reader cannot guess the rest from a list.
 _CONSONANTS, _VOWELS = "BCDFGHJKLMNPQRSTVWXYZ" + "BCDFGLMNPRSTTRNS", "AEIOU" + "AEIO"
@@ -66,7 +66,7 @@ def generate(rng: random.Random, size: draw.Size) -> Sample:
     return Sample("number" if number else "word", text, user(paint(rng, size, text), asked), answer, spelled)
 
 
-def paint(rng: random.Random, size: draw.Size, text: str) -> draw.Pixels:
+def paint(rng: random.Random, size: draw.Size, text: str) -> Pixels:
     """The text in dark ink on light paper, or the other way round."""
     dark = rng.random() < 0.25
     image = draw.canvas(size, draw.background(rng, dark=float(dark)))
