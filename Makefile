@@ -8,7 +8,7 @@ PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-chec
 
 # The trained demo, with pictures no larger than those it was trained on (docs/demo-model.md).
 DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-prompt '{"image": 4}' \
-  --mm-processor-kwargs '{"image_max_pixels": 12544, "video_min_pixels": 3136, "video_max_pixels": 12544}'
+  --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
 
 .PHONY: serve eval test chaos test-chart test-images test-cluster test-browser
 

@@ -12,7 +12,7 @@ from benchmarks.demo_model.sample import Pixels
 
 Size = tuple[int, int]  # width, height
 
-# All are multiples of 28 with at most 16 blocks, so that the encoder shows the pixels as they were drawn.
+# All are multiples of 28 with at most 18 blocks, so that the encoder shows the pixels as they were drawn.
 CANVASES: tuple[Size, ...] = ((112, 112), (112, 112), (112, 112), (140, 84), (84, 140), (112, 84), (84, 112), (168, 84))
 
 COLOURS = {

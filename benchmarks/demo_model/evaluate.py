@@ -25,8 +25,8 @@ from benchmarks.demo_model.questions import SETS, Question, questions
 from cli.demo_tokenizer import write_json
 
 FORMATS = ("float32", "bf16", "wint8", "wint4")
-# Pictures as large as those of training: 16 blocks of 28 x 28 pixels.
-PROCESSOR = {"image_max_pixels": 12544, "video_min_pixels": 3136, "video_max_pixels": 12544}
+# Pictures as large as those of training: 18 blocks of 28 x 28 pixels.
+PROCESSOR = {"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}
 CONCURRENT = 32
 
 

@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     arguments = ["--model", str(checkpoint), "--mm-processor-kwargs", json.dumps(PROCESSOR)]
-    arguments += ["--limit-mm-per-prompt", '{"image": 4}']
+    arguments += ["--limit-mm-per-prompt", '{"image": 4}', "--max-model-len", "4096"]
     with running(arguments, tmp_path_factory.mktemp("server")) as system:
         yield system
 
