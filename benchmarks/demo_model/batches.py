@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from benchmarks.demo_model import corpus, draw
 from benchmarks.demo_model.prompt import MERGE, Encoded, Encoder
 
-Batch = dict[str, Any]  # names and tensors, as `_collate` makes them
+Batch = dict[str, Any]  # names and tensors, as `collate` makes them
 PAD_TO = 16
 LENGTHS = (128, 224)  # few batches a step keep the device busy, and lengths that are alike waste little of it
 
@@ -46,7 +46,7 @@ class Steps(Dataset[list[Batch]]):
             for _ in range(self._samples)
         ]
         made.sort(key=lambda each: len(each.ids))
-        return [_collate(group, self._encoder.patch_id) for group in _groups(made, self._tokens)]
+        return [collate(group, self._encoder.patch_id) for group in _groups(made, self._tokens)]
 
 
 def _groups(made: list[Encoded], tokens: int) -> Iterator[list[Encoded]]:
@@ -65,7 +65,7 @@ def _padded(length: int) -> int:
     return -(-length // PAD_TO) * PAD_TO
 
 
-def _collate(group: list[Encoded], patch_id: int) -> Batch:
+def collate(group: list[Encoded], patch_id: int) -> Batch:
     """One padded batch. Indexes are into its flattened tokens."""
     width = _padded(max(len(each.ids) for each in group))
     ids = np.zeros((len(group), width), np.int64)

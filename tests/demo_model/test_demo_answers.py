@@ -81,6 +81,17 @@ def _wrong(answered: list[Answered]) -> str:
     return "\n".join(lines)
 
 
+def test_prompts_are_those_it_was_trained_on(answered: list[Answered]) -> None:
+    encoder = Encoder.load(CHECKPOINT)
+    compared = 0
+    for question, message in answered:
+        if message.get("prompt_token_ids") is not None:  # not given with media
+            encoded = encoder.encode(question.sample)
+            assert message["prompt_token_ids"] == encoded.ids[: encoded.answer_at].tolist()
+            compared += 1
+    assert compared > len(answered) // 3
+
+
 def test_its_tokens_are_those_transformers_generates(checkpoint: Path, answered: list[Answered]) -> None:
     model, encoder = load_transformers(checkpoint), Encoder.load(checkpoint)
     # H.264 changes what a video shows, so the frames that the server saw are not at hand.

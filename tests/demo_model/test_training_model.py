@@ -8,8 +8,8 @@ import pytest
 import torch
 from oracle import Model, hf_config, hf_inputs
 
-from benchmarks.demo_model import corpus, tokenizer
-from benchmarks.demo_model.batches import _collate
+from benchmarks.demo_model import corpus
+from benchmarks.demo_model.batches import collate
 from benchmarks.demo_model.config import hub_config
 from benchmarks.demo_model.model import answer_logits, build
 from benchmarks.demo_model.prompt import Encoded, Encoder
@@ -17,10 +17,8 @@ from services.mm_encoder.patches import CLIP_MEAN, CLIP_STD, normalise
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.write(directory, samples=2000)
-    return Encoder.load(directory)
+def encoder() -> Encoder:
+    return Encoder.load(Path(__file__).parents[2] / "cli" / "demo_checkpoint")
 
 
 def small_config() -> dict[str, object]:
@@ -43,7 +41,7 @@ def test_batched_logits_are_transformers(encoder: Encoder) -> None:
     scatter(trained)
     judge = Model._from_config(hf_config(small_config())).float().eval()
     judge.load_state_dict(trained.state_dict())
-    batch = _collate(group, encoder.patch_id)
+    batch = collate(group, encoder.patch_id)
     with torch.no_grad():
         logits = answer_logits(trained, batch)
     for i, each in enumerate(group):
