@@ -19,10 +19,19 @@ SHOW = test -t 1 && line='\r\e[K  %s' || line='  %s\n'; while read -r verb what 
 		"Installing collected"*) printf "$$line" "installing all of them" ;; \
 	esac; done; test ! -t 1 || echo
 
-.PHONY: serve check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-browser
+# The trained demo, with pictures no larger than those it was trained on (docs/demo-model.md).
+DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-prompt '{"image": 4}' \
+  --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
+
+
+.PHONY: serve eval check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-browser
 
 serve: $(VENV)/.installed-cli
-	$(VENV)/bin/millrace serve --demo --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+
+# Held-out questions of each kind to the trained demo in each format; writes the counts its card is made of.
+eval: $(VENV)/.installed-test
+	$(VENV)/bin/python -m benchmarks.demo_model.evaluate --model cli/demo_checkpoint --card cli/demo_checkpoint/accuracy.json
 
 # What a change must pass before it is looked at: within a minute on two idle cores, which the parts share.
 check: $(VENV)/.installed-test

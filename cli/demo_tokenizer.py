@@ -185,10 +185,13 @@ def train_sentencepiece() -> bytes:
     return model.getvalue()
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Write tokenizer.model, tokenizer_config.json, special_tokens_map.json and added_tokens.json."""
-    (directory / "tokenizer.model").write_bytes(train_sentencepiece())
-    added = {text: NUM_PIECES + i for i, text in enumerate(ADDED_TOKENS)}
+def write_tokenizer(directory: Path, model: bytes | None = None, num_pieces: int = NUM_PIECES) -> None:
+    """Write tokenizer.model, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
+    `model` is a SentencePiece model of `num_pieces` pieces; without one, it is trained on `CORPUS`.
+    """
+    (directory / "tokenizer.model").write_bytes(train_sentencepiece() if model is None else model)
+    added = {text: num_pieces + i for i, text in enumerate(ADDED_TOKENS)}
     special = {**SPECIAL_TOKENS, "additional_special_tokens": list(ADDED_TOKENS)}
     write_json(directory / "added_tokens.json", added)
     write_json(directory / "special_tokens_map.json", special)

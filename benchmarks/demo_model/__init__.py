@@ -1,0 +1,1 @@
+"""The trained demo checkpoint: the generated corpus, the training recipe and the measure."""

@@ -1,0 +1,57 @@
+"""Bar charts with a few coloured bars."""
+
+import random
+
+from PIL import ImageDraw
+
+from benchmarks.demo_model import draw
+from benchmarks.demo_model.sample import Pixels, Sample, user
+from benchmarks.demo_model.scenes import NUMBERS
+
+Bar = tuple[str, int]  # colour, height
+
+
+def generate(rng: random.Random, size: draw.Size) -> Sample:
+    """A chart and a question about its bars."""
+    count = rng.randint(2, 5)
+    heights = rng.sample(range(1, 9), count)
+    bars = list(zip(rng.sample(sorted(draw.COLOURS), count), heights, strict=True))
+    asked, detail, answer = _question(rng, bars)
+    listing = ", ".join(f"{colour} {height}" for colour, height in bars)
+    reasoning = f"The bars from left to right: {listing}.{detail}"
+    return Sample("chart", f"{bars}", user(_paint(rng, size, bars), asked), answer, reasoning)
+
+
+def _question(rng: random.Random, bars: list[Bar]) -> tuple[str, str, str]:
+    ranked = sorted(bars, key=lambda bar: bar[1])
+    which = rng.randrange(5)
+    if which == 0:
+        asked = rng.choice(("Which bar is the tallest?", "What colour is the tallest bar?", "Which bar is highest?"))
+        return asked, "", f"The {ranked[-1][0]} bar is the tallest."
+    if which == 1:
+        asked = rng.choice(("Which bar is the shortest?", "What colour is the shortest bar?", "Which bar is lowest?"))
+        return asked, "", f"The {ranked[0][0]} bar is the shortest."
+    if which == 2:
+        return "How many bars are there?", "", f"There are {NUMBERS[len(bars)]} bars."
+    if which == 3:
+        order = ", ".join(colour for colour, _ in reversed(ranked))
+        return "List the colours of the bars from tallest to shortest.", "", f"From tallest to shortest: {order}."
+    first, second = rng.sample(bars, 2)
+    taller = first[1] > second[1]
+    sign = ">" if taller else "<"
+    answer = f"{'Yes' if taller else 'No'}, the {first[0]} bar is {'taller' if taller else 'shorter'}."
+    return f"Is the {first[0]} bar taller than the {second[0]} bar?", f" {first[1]} {sign} {second[1]}.", answer
+
+
+def _paint(rng: random.Random, size: draw.Size, bars: list[Bar]) -> Pixels:
+    image = draw.canvas(size, draw.background(rng))
+    pen = ImageDraw.Draw(image)
+    width, height = image.size
+    floor, slot = height - 14, (width - 16) / len(bars)
+    unit = (floor - 10) / 8
+    half = slot * rng.uniform(0.25, 0.42)
+    for i, (colour, tall) in enumerate(bars):
+        x = 8 + (i + 0.5) * slot
+        pen.rectangle((x - half, floor - tall * unit, x + half, floor), fill=draw.shade(rng, colour))
+    pen.line((4, floor + 2, width - 4, floor + 2), fill=(60, 60, 60), width=3)
+    return draw.pixels(image)
