@@ -51,7 +51,7 @@ SYSTEM_PLACES = (  # folders and files of which most tests start processes
     *("helm/test_chart_autoscaler.py", "helm/test_chart_redis.py"),
     *("helm/test_chart_runs.py", "helm/test_chart_scripts.py"),
     *("engine/test_engine_benchmark.py", "engine/kernels/test_kernel_compiles.py"),
-    "shared/test_shared_crash_points.py",
+    *("shared/test_shared_crash_points.py", "demo_model/test_demo_answers.py"),
 )
 SLOW_PLACES = (
     "engine/kernels",  # interpreted
