@@ -328,6 +328,7 @@ def test_a_directory_whose_name_is_no_utf8(original: Path, tmp_path: Path, capfd
     assert (report["directory"], len(report["errors"])) == (str(directory), 1)
 
 
+@pytest.mark.system
 def test_serving_says_the_same(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf(demo)
     assert main(["serve", "--model", str(demo)]) == 2

@@ -58,7 +58,7 @@ class VideoFacts:
 
 @dataclass(frozen=True, slots=True)
 class DecodedFrame:
-    """A frame as it is stored, and the transposition that turns it upright."""
+    """Frame as it is stored, and the transposition that turns it upright."""
 
     index: int
     frame: VideoFrame
