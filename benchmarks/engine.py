@@ -55,7 +55,8 @@ from services.engine.schedule.sequence import EngineFacts, build
 from services.engine.schedule.sequence import Sequence as Asked
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
-from shared.model.config import ModelConfig, Quantization, VisionConfig
+from shared.model.config import ModelConfig, VisionConfig
+from shared.model.config_file import Quantization
 
 PROFILED_STEPS = 8
 

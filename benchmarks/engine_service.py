@@ -22,10 +22,10 @@ from redis.asyncio import Redis
 from benchmarks.engine_client import Load, Passage
 from benchmarks.vocabulary import write_tokenizer
 from cli.redis_server import RedisServer
+from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
-from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
 from services.engine.transport.handler import SERVICE
 from shared.bus import leases
@@ -79,7 +79,7 @@ async def _serve(
 ) -> list[Passage]:
     redis = connect(settings.redis_url)
     metrics = EngineMetrics(CollectorRegistry())
-    life = Life(SERVICE, EngineService(settings, redis, facts, lambda: loaded, metrics), settings, redis)
+    life = Life(SERVICE, compose(settings, redis, facts, lambda: loaded, metrics), settings, redis)
     living = asyncio.create_task(life.run())
     asking = asyncio.create_task(_ask(redis, loads))
     await asyncio.wait((living, asking), return_when=asyncio.FIRST_COMPLETED)

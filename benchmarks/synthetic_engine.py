@@ -58,7 +58,7 @@ async def collect(work: WorkStream, streams: int) -> list[tuple[str, Generate]]:
     """Wait until `streams` requests have arrived."""
     taken: list[tuple[str, Generate]] = []
     while len(taken) < streams:
-        for delivery in await work.take(streams - len(taken), 1000):
+        for delivery in await work.read_new(streams - len(taken), 1000):
             assert isinstance(delivery.message, Generate)
             taken.append((delivery.entry_id, delivery.message))
     return taken
@@ -80,7 +80,7 @@ async def run(args: argparse.Namespace) -> None:
 async def one_round(args, log, board, ownership, work) -> None:  # type: ignore[no-untyped-def]
     """Serve one batch of `--streams` requests from start to end."""
     taken = await collect(work, args.streams)
-    epochs = await ownership.claim([(entry_id, message.request.id) for entry_id, message in taken])
+    epochs = await ownership.raise_epochs([(entry_id, message.request.id) for entry_id, message in taken])
     shards = sorted({message.request.shard for _, message in taken})
     by_shard = {s: [m.request.id for _, m in taken if m.request.shard == s] for s in shards}
     now = time.monotonic()
@@ -111,7 +111,7 @@ async def one_round(args, log, board, ownership, work) -> None:  # type: ignore[
             runs = tuple(TokenRun(i, epochs[i], step, token, None, finish) for i in ids)
             await log(shard).send(Tokens((), runs))
     board.cpu_s = time.process_time() - cpu
-    await work.finish([entry_id for entry_id, _ in taken])
+    await work.ack([entry_id for entry_id, _ in taken])
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from rich.text import Text
 
 from cli.connection import Parser
 from cli.inspection import Chat, Memory, Report, Tokens, inspect
-from shared.model.config import GenerationDefaults, ModelConfig
+from shared.model.config import ModelConfig
+from shared.model.generation import GenerationDefaults
 
 SERVED, NOT_SERVED = 0, 1
 LABEL = 16  # columns

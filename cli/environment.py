@@ -8,7 +8,6 @@ import msgspec
 
 from cli.flags import Launch
 from services.engine.settings import EngineSettings
-from services.engine.settings import check as check_engine
 from services.gateway.settings import GatewaySettings
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.vision.memory import device_bytes
@@ -83,9 +82,7 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     for service, settings in SETTINGS.items():
         own = {name: value for name, value in given.items() if name in known[service]}
         own |= only_gateway if service == "gateway" else {}
-        loaded = config.load(settings, own)
-        if isinstance(loaded, EngineSettings):
-            check_engine(loaded)
+        config.load(settings, own)
         result[service] = plain | own
     return result
 

@@ -17,8 +17,9 @@ from services.mm_encoder.vision.memory import weight_bytes as vision_bytes
 from services.mm_encoder.vision.weights import load_weights as load_vision
 from shared.errors import CheckpointError, RequestError
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import GenerationDefaults, ModelConfig, load_generation_defaults, load_model_config
+from shared.model.config import ModelConfig, load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
+from shared.model.generation import GenerationDefaults, load_generation_defaults
 from shared.model.tokenizer import REQUIRED, Tokenizer
 from shared.model.vocabulary import check_vocabulary
 

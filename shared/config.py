@@ -1,9 +1,12 @@
 """Settings: small frozen structs, read once from the environment by each service's `__main__`.
 
 A field `max_model_len` is the variable MILLRACE_MAX_MODEL_LEN. Text stands as it is; every other type is JSON
-("4096", "true", '{"image": 100}'). An empty variable is an empty text where text is wanted, and None where `str | None`
-is. A variable that starts with MILLRACE_ and names no field is an error; Kubernetes invents such variables for a
-Service of that name unless the pod says `enableServiceLinks: false`.
+("4096", "true", '{"image": 100}'). An empty variable is an empty text for a field of text, and None for `str | None`. A
+variable that starts with MILLRACE_ and names no field is an error; Kubernetes sets such variables for a Service of that
+name unless the pod has `enableServiceLinks: false`.
+
+The type of a field gives its range. A struct checks what types cannot express in `__post_init__`, so that no invalid
+settings exist: neither in a service nor in `millrace serve`, which loads those of all services before it starts one.
 """
 
 import difflib
@@ -20,13 +23,14 @@ from shared.errors import ConfigError
 PREFIX = "MILLRACE_"
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 HttpUrl = Annotated[str, Meta(pattern=r"^(https?://[^/@\s]+[^@\s]*)?$")]  # or empty; without a password
 
 
 class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every service is told."""
+    """Settings that every service has."""
 
     redis_url: str  # Redis, as redis://, rediss:// or unix://
     model: str  # directory of the checkpoint, as the hub lays it out
@@ -44,17 +48,18 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     blob_budget_bytes: Positive = 4 << 30  # media and embeddings in Redis; the least recently used go first
     otlp_endpoint: HttpUrl = ""  # an OpenTelemetry collector for traces, http://HOST:4318; empty: no traces
     trace_ratio: Share = 1.0  # share of the traces that begin here; a caller decides about the ones it began
-    crash_at: str = ""  # tests only: where to die (shared/crash_points.py)
+    crash_at: str = ""  # tests only: the point at which to die (shared/crash_points.py)
 
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
 def load(settings: type[S], environ: Mapping[str, str]) -> S:
-    """Decode MILLRACE_* variables into `settings`. It has a `name`; an empty one becomes this host's and process id.
+    """Decode MILLRACE_* variables into `settings`. An empty `name` becomes the hostname and process id.
 
     Raises:
-        ConfigError: a variable is unknown, missing or of the wrong type; the message names it, and never its value.
+        ConfigError: a variable is unknown, missing, of the wrong type or out of range. The message names it; its value
+            only where the struct's own check does.
     """
     fields = {variable(field.name): field for field in msgspec.structs.fields(settings)}
     values = {}
@@ -72,7 +77,7 @@ def load(settings: type[S], environ: Mapping[str, str]) -> S:
 
 
 def variable(field: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     return PREFIX + field.upper()
 
 

@@ -19,6 +19,15 @@ def compute_threads(cores: int, processes: int = 1) -> int:
     return max(1, cores // processes)
 
 
+def torch_threads(setting: int, default: int) -> int:
+    """Return the number of threads for torch: `setting`, or if that is 0 one for each usable core.
+
+    Args:
+        default: torch's own number, from physical cores or OMP_NUM_THREADS, which only `setting` may exceed.
+    """
+    return setting or min(default, usable_cores())
+
+
 def usable_cores() -> int:
     """Return the cores this process may keep busy: its CPU affinity, cut to the CPU quota of its cgroup."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

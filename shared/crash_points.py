@@ -1,9 +1,8 @@
-"""Named moments at which a test makes a process die, or stand still.
+"""Crash points: named steps at which a test makes a process die or stop.
 
-`crash_point("<service>.<step>.before")` and `.after` stand around steps that another replica must be able to repeat:
-sends, acks, writes of journals. They do nothing unless `crash_at` was set: "engine.tokens.after" ends the process there
-the first time, "engine.tokens.after:3" the third time, and "engine.tokens.after:3:stop" halts it there until it is told
-to continue.
+`crash_point("<service>.<step>.before")` and `.after` surround steps that another replica must be able to repeat: sends,
+acks, writes of journals. They do nothing unless `crash_at` is set: "engine.tokens.after" ends the process there the
+first time, "engine.tokens.after:3" the third time, and "engine.tokens.after:3:stop" stops it there with SIGSTOP.
 """
 
 import os
@@ -20,10 +19,10 @@ _stops = False
 
 
 def arm(crash_at: str) -> None:
-    """Choose the moment; empty: none, at any time.
+    """Set the crash point; empty: none.
 
     Raises:
-        ConfigError: what follows the point is no count, or what follows that is not "stop".
+        ConfigError: `crash_at` is malformed.
     """
     global _point, _left, _stops
     found = re.fullmatch(r"([^:]*)(?::([1-9][0-9]*)(:stop)?)?", crash_at)
@@ -33,7 +32,7 @@ def arm(crash_at: str) -> None:
 
 
 def crash_point(point: str) -> None:
-    """End this process at once, with nothing closed or flushed, or halt it, if this is the moment."""
+    """End this process at once, with nothing closed or flushed, or stop it, if this is the point set."""
     global _left
     if point != _point:
         return

@@ -1,10 +1,10 @@
-"""The one rule that turns a prompt's length into the number of tokens its answer may have."""
+"""Limit of an answer's tokens, by the length of its prompt; one rule for all services."""
 
 from shared.errors import context_length
 
 
 def resolve_max_tokens(prompt_tokens: int, requested: int | None, max_model_len: int) -> int:
-    """The tokens an answer may have: what was asked for, at most what the context leaves (None asks for all of it).
+    """Return the most tokens of an answer: `requested`, or all that the context leaves if that is less or None.
 
     Raises:
         RequestError: 400 context_length_exceeded, the prompt leaves no room for one token.

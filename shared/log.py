@@ -1,4 +1,4 @@
-"""One-line structured logs (logfmt) to stderr, with the ids of request and trace where there are and never a body."""
+"""Structured logs (logfmt) to stderr, a line each, with the ids of request and trace if known and never a body."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 
 class Logfmt(logging.Formatter):
-    """ts, level, service, replica, logger, msg, then the fields of `extra`: one line, whatever is in them."""
+    """Formatter of ts, level, service, replica, logger, msg and the fields of `extra` into one line."""
 
     def __init__(self, service: str, name: str) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class Logfmt(logging.Formatter):
 
 
 def _quoted(text: str) -> str:
-    """As it is where that is one word; else a JSON string, which has no line break and no control character in it."""
+    """Return one word as it is, other text as a JSON string, without line breaks and control characters."""
     return text if _BARE.fullmatch(text) else json.dumps(text)
 
 
 def setup(service: str, name: str, level: str) -> None:
-    """Install the formatter on the root logger, in place of whatever is there.
+    """Install the formatter on the root logger, replacing all handlers.
 
     Raises:
         ConfigError: unknown level.
@@ -65,5 +65,5 @@ def warn_each(log: logging.Logger, warnings: Iterable[str]) -> None:
 
 
 def logger(name: str) -> logging.Logger:
-    """A logger whose calls take fields by `extra={"request_id": ..., ...}`."""
+    """Return a logger whose calls take fields by `extra={"request_id": ..., ...}`."""
     return logging.getLogger(name)

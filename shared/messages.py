@@ -1,21 +1,27 @@
-"""Every message two services exchange: the type is the wire.
+"""Schema of the messages that services exchange: the type is the wire format.
 
 A stream entry has two fields: `v` (the version) and `m` (one message, msgpack, tagged with its type). Token ids of
-prompts travel packed as little-endian uint32 (`pack_ids`), since they are many and never looked at on the way.
+prompts travel packed as little-endian uint32 (`pack_ids`), since they are many and no stage on the way reads them.
 
 A field added at the end of a message, with a default, leaves VERSION as it is: a process that does not know the field
-passes over it, and one that does reads the default where the field is missing.
+ignores it, and one that does reads the default where the field is missing.
 
-    encode      Encode                      gateway -> mm_encoder
-    generate    Generate                    gateway or mm_encoder -> engine
-    tokens      Tokens, Attach              engine -> postproc; Attach: gateway -> postproc
-    deltas      Accepted, Failed, Deltas    mm_encoder or postproc -> gateway
-    control     Cancel, Drain, Landed       anyone -> everyone
+    stream      message     writer                  reader          delivery
+    encode      Encode      gateway, engine         mm_encoder      consumer group: at least once, to one replica
+    generate    Generate    gateway, mm_encoder     engine          consumer group: at least once, to one replica
+    tokens      Tokens      engine, mm_encoder      postproc        log: the shard's owner reads all, and again after a
+                Attach      gateway                 postproc        crash; epoch and index make tokens exactly once
+    deltas      Accepted    mm_encoder              gateway         log of one gateway: at least once; `start` and `seq`
+                Failed      mm_encoder              gateway         of a delta tell repeats and gaps
+                Deltas      postproc                gateway
+    control     Cancel      gateway, postproc       all replicas    log: at most once, from when a replica starts; the
+                Drain       operators               one replica     record has the same as a Cancel
+                Encoded     mm_encoder              mm_encoder
 
 Sequence numbers. Token `index` counts a request's generated tokens from 0. A delta's `seq` is the number of tokens up
-to and including the last that added something to it; with the finish, the number of all tokens and one more. However
-tokens are grouped, a number stands for the same beginning of the answer, so that replaying the journal one token at a
-time yields deltas that a reader can match against what it has already shown.
+to and including the last one that added something to it; with the finish, the number of all tokens plus one. However
+tokens are grouped, a number stands for the same prefix of the answer, so that replaying the journal one token at a time
+yields deltas that a reader can match against those it has already shown.
 """
 
 import sys
@@ -36,7 +42,7 @@ T = TypeVar("T")
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
-    """Token ids as little-endian uint32."""
+    """Return token ids as little-endian uint32."""
     packed = array("I", ids)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -44,7 +50,7 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> list[int]:
-    """The inverse of `pack_ids`."""
+    """Return the token ids that `pack_ids` has packed."""
     packed = array("I")
     packed.frombytes(data)
     if sys.byteorder == "big":
@@ -56,7 +62,7 @@ def unpack_ids(data: bytes) -> list[int]:
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How tokens are drawn: the engine's part of a request. Already validated and defaulted by the gateway."""
+    """Sampling parameters: the engine's part of a Request. Validated and defaulted by the gateway."""
 
     seed: int
     temperature: float = 1.0  # 0 is greedy
@@ -77,7 +83,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How tokens become an answer: postproc's part of a request."""
+    """Options by which tokens become an answer: postproc's part of a Request, written by the gateway."""
 
     thinking: bool  # the prompt ends inside an open <think>
     stop: tuple[str, ...] = ()
@@ -90,25 +96,28 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What every stage knows of one choice of one HTTP request. With n > 1 each choice is a request of its own."""
+    """Request for one choice of one HTTP request; with n > 1 each choice is a Request of its own.
+
+    Written by the gateway; all stages read it, in work entries and in the request's record.
+    """
 
     id: str
-    gateway: str  # replica name: where deltas go at first; its record says where they go now
-    shard: int  # which tokens stream
+    gateway: str  # the first receiver of its deltas; the record has the present ones
+    shard: int  # number of its tokens stream
     created: float  # unix seconds
     sampling: Sampling
     output: Output
     deadline: float | None = None  # unix seconds
-    retain_s: float = 0.0  # how long record and journal outlive the request, for clients that come back
+    retain_s: float = 0.0  # time for which record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
-    form: bytes = b""  # the gateways' own (request/answer_format.py): how the answer is written, by whichever of them
+    form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
 
 
 # ---------------------------------------------------------------------------------------------------- work streams
 
 
 class VideoOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Per-item overrides of frame sampling; None keeps the server's setting."""
+    """Overrides of frame sampling for one video, part of Media; None keeps the server's setting."""
 
     fps: float | None = None
     min_frames: int | None = None
@@ -118,7 +127,7 @@ class VideoOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Media(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One image or video as the client gave it: either by `url` (http, https) or by `blob` (uploaded bytes)."""
+    """Image or video as the client gave it, part of Encode: by `url` (http, https) or by `blob` (uploaded bytes)."""
 
     kind: MediaKind
     param: str  # the request field it came from, for error messages
@@ -128,7 +137,11 @@ class Media(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Encode(msgspec.Struct, frozen=True, tag=True):
-    """A prompt with media in it: `segments[i]` (packed ids) comes before `media[i]`; one more segment than media."""
+    """Prompt with media: `segments[i]` (packed ids) comes before `media[i]`; there is one more segment than media.
+
+    Written to `encode` by the gateway, and by an engine that sends a request back for its embeddings; read by one
+    mm_encoder, at least once.
+    """
 
     request: Request
     segments: tuple[bytes, ...]
@@ -136,7 +149,7 @@ class Encode(msgspec.Struct, frozen=True, tag=True):
 
 
 class MediaSpan(msgspec.Struct, frozen=True):
-    """Where one image or video sits in the prompt, and where its embeddings are.
+    """Place of one image or video in the prompt, and key of its embeddings; part of Generate.
 
     Tokens [offset, offset + length) are placeholders. `grid` is (frames, patch rows, patch columns) in 14-pixel
     patches, as the processor made it (images have one frame). `key` is the content hash: the blob of kind "embeds"
@@ -151,7 +164,10 @@ class MediaSpan(msgspec.Struct, frozen=True):
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
-    """A complete prompt, ready for the engine."""
+    """Complete prompt, ready for the engine.
+
+    Written to `generate` by the gateway, or by mm_encoder in place of an Encode; read by one engine, at least once.
+    """
 
     request: Request
     prompt: bytes  # packed ids, placeholders expanded
@@ -163,7 +179,10 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True):
-    """The engine has taken a request (again): postproc should load its record. `index` is the first token to come."""
+    """Notice, part of Tokens, that an engine works on a request under a new epoch, after which older epochs are void.
+
+    postproc loads the request's record and keeps the counts for its usage. `index` is that of the first token to come.
+    """
 
     request_id: str
     epoch: int
@@ -176,14 +195,20 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probability of the sampled token, and of the most likely ones as (id, logprob), best first."""
+    """Natural-log probability of a sampled token, and of the most likely ones as (id, logprob), best first.
+
+    Part of TokenRun; journaled by postproc.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """Why a request ended. On "stop" by a token, `stop_token` is the last token of the run and is not shown."""
+    """Reason why a request ended, part of TokenRun. On "stop" by a token, `stop_token` is the run's last and not shown.
+
+    postproc keeps it in the record for as long as the answer is retained.
+    """
 
     reason: FinishReason
     stop_token: int | None = None
@@ -191,7 +216,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenRun(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens [index, index + len(tokens)) of one request, written under `epoch`."""
+    """Tokens [index, index + len(tokens)) of one request, written under `epoch`, the fencing token; part of Tokens."""
 
     request_id: str
     epoch: int
@@ -202,7 +227,11 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """One engine step as one shard sees it."""
+    """Output of one engine step for one shard.
+
+    Written to `tokens` by the engine, and by mm_encoder to end a request that an engine has begun. Read by the postproc
+    that owns the shard, and by an engine that resumes a request. shared/token_runs.py is the rule of which runs count.
+    """
 
     begins: tuple[Begin, ...]
     runs: tuple[TokenRun, ...]
@@ -212,7 +241,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 
 
 class ToolDelta(msgspec.Struct, frozen=True, array_like=True):
-    """A piece of tool call `index`. The first piece alone has `id` and `name`; arguments are appended."""
+    """Piece of tool call `index`, part of Delta. The first piece alone has `id` and `name`; arguments are appended."""
 
     index: int
     id: str | None
@@ -221,7 +250,7 @@ class ToolDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """One entry of OpenAI's logprobs.content: text and bytes of the token, and its alternatives."""
+    """Entry of OpenAI's logprobs.content, part of Delta: text and bytes of the token, and its alternatives."""
 
     token: str
     data: bytes
@@ -230,7 +259,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of one finished request."""
+    """Token counts of a finished request, part of its last Delta."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -241,7 +270,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """What one or more tokens added to an answer; shown in the order reasoning, content, tool calls, finish."""
+    """Addition of some tokens to an answer, part of Deltas; in the order reasoning, content, tool calls, finish."""
 
     request_id: str
     seq: int
@@ -260,21 +289,30 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """A request with media passed every check that can answer 4xx; what follows is an answer or a 5xx."""
+    """Notice that a request with media passed all checks that answer 4xx: an answer or a 5xx follows.
+
+    Written to `deltas` of the request's gateways by mm_encoder, at least once.
+    """
 
     request_id: str
     prompt_tokens: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A request ended before it reached the engine."""
+    """Notice that a request ended before any engine read it.
+
+    Written to `deltas` of the request's gateways by mm_encoder, once, in one step with the end of the entry.
+    """
 
     request_id: str
     failure: Failure
 
 
 class Deltas(msgspec.Struct, frozen=True, tag=True):
-    """Everything one postproc turn has for one gateway."""
+    """Deltas of one postproc turn for one gateway.
+
+    Written to `deltas` of that gateway by postproc, at least once, under the fencing token of the shards.
+    """
 
     items: tuple[Delta, ...]
 
@@ -283,34 +321,42 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Stop working on these requests, wherever they are. The record's `cancelled` field says the same to latecomers."""
+    """Order to stop working on these requests.
+
+    Written to `control` with the record's field `cancelled`, which replicas find that missed the message; read by all.
+    """
 
     request_ids: tuple[str, ...]
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
-    """From now on this request's deltas go to `gateway` too; first those after sequence number `after`, from the
-    journal.
+    """Order to send this request's deltas to `gateway` too, beginning after sequence number `after`, from the journal.
 
-    Sent into the tokens stream of the request's shard, so that whoever owns the shard reads it in order and a new owner
-    reads it again. A gateway sends it for a client that comes back, and when the deltas it gets leave a gap.
+    Written by a gateway to the tokens stream of the request's shard, for a client that comes back, and when the deltas
+    it reads leave a gap. The postproc that owns the shard reads it in order; a new owner reads it again.
     """
 
     request_id: str
     gateway: str
     after: int
-    until: int = 0  # if not 0, a delta is to end there: the one that the client has the first events of
+    until: int = 0  # if not 0, a delta must end there: the client has received part of that one
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """Ask a replica to finish what it has and leave."""
+    """Order to one replica to finish its requests and end.
+
+    Written to `control` by operators or tests; read by that replica, if it runs.
+    """
 
     service: str
     replica: str
 
 
 class Encoded(msgspec.Struct, frozen=True, tag=True):
-    """Whoever waited for these embeddings may look for them: they are stored, or the one that made them gave up."""
+    """Notice that a lock on the embeddings of `key` was released: they are stored, or their encoding was abandoned.
+
+    Written to `control` by the mm_encoder that held the lock, at most once; read by those that wait for it.
+    """
 
     key: str
 
@@ -326,15 +372,15 @@ _logprob_decoder: msgspec.msgpack.Decoder[TokenLogprob | None] = msgspec.msgpack
 
 
 def to_entry(message: Message) -> dict[bytes, bytes]:
-    """The fields of a stream entry that carries `message`."""
+    """Return the fields of a stream entry that carries `message`."""
     return {b"v": VERSION, b"m": _encoder.encode(message)}
 
 
 def from_entry(fields: Mapping[bytes, bytes]) -> Message:
-    """The message of a stream entry.
+    """Return the message of a stream entry.
 
     Raises:
-        ProtocolError: the entry has another version or is not one of our messages.
+        ProtocolError: the entry has another version or is none of these messages.
     """
     if fields.get(b"v") != VERSION:
         raise ProtocolError(f"stream entry of version {fields.get(b'v')!r}; this process reads {VERSION!r}")
@@ -345,12 +391,12 @@ def from_entry(fields: Mapping[bytes, bytes]) -> Message:
 
 
 def encode_request(request: Request) -> bytes:
-    """The `request` field of a request's record."""
+    """Return the field `request` of a record."""
     return _encoder.encode(request)
 
 
 def decode_request(data: bytes) -> Request:
-    """The inverse of `encode_request`.
+    """Decode the bytes of `encode_request`.
 
     Raises:
         ProtocolError: the record was written by another version.
@@ -359,12 +405,12 @@ def decode_request(data: bytes) -> Request:
 
 
 def encode_begin(begin: Begin) -> bytes:
-    """The `begin` field of a request's record."""
+    """Return the field `begin` of a record."""
     return _encoder.encode(begin)
 
 
 def decode_begin(data: bytes) -> Begin:
-    """The inverse of `encode_begin`.
+    """Decode the bytes of `encode_begin`.
 
     Raises:
         ProtocolError: the record was written by another version.
@@ -373,12 +419,12 @@ def decode_begin(data: bytes) -> Begin:
 
 
 def encode_finish(finish: Finish) -> bytes:
-    """The `finish` field of a request's record."""
+    """Return the field `finish` of a record."""
     return _encoder.encode(finish)
 
 
 def decode_finish(data: bytes) -> Finish:
-    """The inverse of `encode_finish`.
+    """Decode the bytes of `encode_finish`.
 
     Raises:
         ProtocolError: the record was written by another version.
@@ -387,12 +433,12 @@ def decode_finish(data: bytes) -> Finish:
 
 
 def encode_logprob(logprob: TokenLogprob | None) -> bytes:
-    """An element of a request's list of log-probabilities; None for a token that came without."""
+    """Return an element of a request's list of log-probabilities; None for a token without."""
     return _encoder.encode(logprob)
 
 
 def decode_logprob(data: bytes) -> TokenLogprob | None:
-    """The inverse of `encode_logprob`.
+    """Decode the bytes of `encode_logprob`.
 
     Raises:
         ProtocolError: the list was written by another version.

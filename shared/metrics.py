@@ -1,6 +1,8 @@
-"""Prometheus metrics: a listener on a port of its own. Several processes of one machine may share one listener
-through prometheus-client's multiprocess directory: set PROMETHEUS_MULTIPROC_DIR before any of them starts, and give
-one of them the port."""
+"""Prometheus metrics, served on a port of their own.
+
+Several processes of one machine may share a listener through prometheus-client's multiprocess directory: set
+PROMETHEUS_MULTIPROC_DIR before any of them starts, and give one of them the port.
+"""
 
 import os
 import time
@@ -15,14 +17,14 @@ HOP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 
 
 _hops = Histogram(
     "millrace_hop_seconds",
-    "From an entry's being written to a stream to its being read by the next stage",
+    "Time from the write of an entry to a stream until the next stage reads it",
     ["stream"],
     buckets=HOP_SECONDS,
 )
 
 
 def serve(port: int) -> Callable[[], None]:
-    """Answer GET /metrics on `port` from a thread; 0 does nothing. Returns what ends it again.
+    """Serve GET /metrics on `port` from a thread; do nothing for 0. Returns a function that stops it.
 
     Raises:
         ConfigError: the port cannot be listened on.
@@ -51,8 +53,11 @@ def _registry() -> CollectorRegistry:
 
 
 class Hop:
-    """The way of entries through one stream, seen by who reads it. An entry's id says when Redis took it, so the clocks
-    of Redis and of this machine must agree; nothing is less than 0."""
+    """Latency of the entries of one stream, observed by their reader.
+
+    An entry's id has the time of its write by Redis's clock, which must agree with this machine's; a negative latency
+    counts as 0.
+    """
 
     def __init__(self, stream: str, clock: Callable[[], float] = time.time) -> None:
         """`stream` is the label: encode, generate, tokens or deltas."""
@@ -60,25 +65,25 @@ class Hop:
         self._clock = clock
 
     def read(self, entry_ids: Iterable[str]) -> None:
-        """These entries have just been read for the first time."""
+        """Observe entries that have just been read for the first time."""
         now = self._clock()
         for entry_id in entry_ids:
             self._seconds.observe(max(0.0, now - int(entry_id.partition("-")[0]) / 1000))
 
 
 def at_zero(metric: Counter, *labels: str) -> None:
-    """Show a series for each value of its label from the start: a rate over what is not there is not 0."""
+    """Create the series of each label value at 0, so that a rate over it is 0 and not absent."""
     for label in labels:
         metric.labels(label)
 
 
 def value(metric: Counter | Gauge) -> float:
-    """What this process has put into a metric, over all labels."""
+    """Return the value of a metric in this process, summed over all labels."""
     return _sum(metric, "_total" if isinstance(metric, Counter) else "")
 
 
 def observed(histogram: Histogram) -> tuple[float, float]:
-    """Sum and number of what this process has observed, over all labels."""
+    """Return sum and count of the observations of this process, over all labels."""
     return _sum(histogram, "_sum"), _sum(histogram, "_count")
 
 

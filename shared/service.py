@@ -1,9 +1,9 @@
-"""The life of every service, in named phases: startup, serve, drain, close.
+"""Life cycle of every service, in named phases: startup, serve, drain, close.
 
 SIGTERM or SIGINT (or a Drain message that names this replica) cancels `serve`, or `startup`; `drain` then has
 `drain_s` seconds to finish what is running; `close` always runs. A second signal ends the process at once. The lease
-is written before startup, so that no entry is ever taken without one, renewed by a task of its own, and released after
-close. A failed task of the service, or a `serve` that returns unasked, ends the process with status 1.
+is written before startup, so that no entry is ever read without one, renewed by a task of its own, and released after
+close. A failed task of the service, or a `serve` that returns by itself, ends the process with status 1.
 """
 
 import asyncio
@@ -38,24 +38,24 @@ S_contra = TypeVar("S_contra", bound=CommonSettings, contravariant=True)
 
 
 class Service(Protocol):
-    """What a service implements; `Life` calls the phases in order. `close` must bear a startup that did not finish."""
+    """Interface of a service; `Life` calls the phases in order. `close` may follow a startup that did not finish."""
 
     async def startup(self) -> None: ...
 
     async def serve(self) -> None:
-        """Work until cancelled. An exception ends the process; tasks of its own are the service's to watch."""
+        """Work until cancelled. An exception ends the process; the service watches its own tasks."""
 
     async def drain(self) -> None:
-        """Take nothing new; return when nothing runs. Cancelled when its time is up."""
+        """Read nothing new; return when nothing runs. Cancelled when `drain_s` is over."""
 
     async def close(self) -> None: ...
 
     def load(self) -> dict[str, float]:
-        """Figures for the lease's status."""
+        """Return the load that the lease publishes, by name."""
 
 
 class Build(Protocol[S_contra]):
-    """Puts a service together."""
+    """Function that builds a service from its settings."""
 
     def __call__(self, settings: S_contra, redis: Redis, *, tracing: Tracing) -> Service: ...
 
@@ -67,24 +67,24 @@ def launch(
     environ: Mapping[str, str],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
-    """All a `__main__` does: settings, logs, metrics, traces, Redis, then `run` what `build` makes of them.
+    """Load settings, set up logs, metrics, traces and Redis, `build` the service and `run` it: all of a `__main__`.
 
     `name` is the service's ("engine"); the replica's is `settings.name`.
-    Returns the process's exit status: MISCONFIGURED, with one line that says why, where whoever starts it can mend it.
+    Returns the process's exit status: MISCONFIGURED, with a line that says why, if the operator can correct it.
     """
     try:
-        told = config.load(settings, environ)
-        log.setup(name, told.name, told.log_level)
-        crash_points.arm(told.crash_at)
-        metrics.serve(told.metrics_port)
-        redis = connect(told.redis_url)
-        traces = tracing.start(name, told)
-        service = build(told, redis, tracing=traces)
+        loaded = config.load(settings, environ)
+        log.setup(name, loaded.name, loaded.log_level)
+        crash_points.arm(loaded.crash_at)
+        metrics.serve(loaded.metrics_port)
+        redis = connect(loaded.redis_url)
+        traces = tracing.start(name, loaded)
+        service = build(loaded, redis, tracing=traces)
     except (ConfigError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return MISCONFIGURED
     try:
-        return run(name, service, told, redis, loop_factory)
+        return run(name, service, loaded, redis, loop_factory)
     finally:
         traces.close()
 
@@ -96,7 +96,7 @@ def run(
     redis: Redis,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
-    """Live to the end, told to stop by signals; closes `redis`. Returns the process's exit status."""
+    """Run a service through all phases, until a signal stops it; close `redis`. Returns the process's exit status."""
 
     async def live() -> int:
         life = Life(name, service, settings, redis)
@@ -112,7 +112,7 @@ def run(
 
 
 class Life:
-    """One service's life in one event loop. Set `stop` to end it."""
+    """Life cycle of one service in one event loop. Set `stop` to end it."""
 
     def __init__(self, name: str, service: Service, settings: CommonSettings, redis: Redis) -> None:
         keys = Keys(settings.namespace)
@@ -128,7 +128,7 @@ class Life:
         self._state = "starting"
 
     async def run(self) -> int:
-        """Through all phases; returns the exit status. Every failure is logged here."""
+        """Run all phases; return the exit status. Every failure is logged here."""
         status = 0
         try:
             async with asyncio.TaskGroup() as group:
@@ -150,19 +150,19 @@ class Life:
             return
         await self._enter("ready")
         if not await self._stopped_during(self._service.serve()):
-            raise RuntimeError("serve returned without having been told to")
+            raise RuntimeError("serve returned although nothing had stopped it")
         await self._enter("draining")
         await self._drain()
 
     async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
-        """Run a phase to its end, or cancel it when we are to stop; whether we are."""
-        work, told = asyncio.create_task(phase), asyncio.create_task(self.stop.wait())
+        """Run a phase to its end, or cancel it when `stop` is set; return whether it is."""
+        work, stopping = asyncio.create_task(phase), asyncio.create_task(self.stop.wait())
         try:
-            await asyncio.wait({work, told}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             work.cancel()
-            told.cancel()
-            await asyncio.wait({work, told})
+            stopping.cancel()
+            await asyncio.wait({work, stopping})
         if not work.cancelled():
             work.result()
         return self.stop.is_set()
@@ -174,10 +174,13 @@ class Life:
         except TimeoutError:
             if not limit.expired():
                 raise
-            _log.warning("not drained in time; others take over what is left", extra=self._service.load())
+            _log.warning(
+                "not drained within drain_s; other replicas claim the requests that are left",
+                extra=self._service.load(),
+            )
 
     async def _close(self) -> int:
-        """Close the service and give the lease back, whatever happens in either."""
+        """Close the service and release the lease, even if either fails."""
         status = 0
         try:
             await self._service.close()
@@ -225,6 +228,6 @@ class Life:
 
 def _on_signal(life: Life, number: int) -> None:
     if life.stop.is_set():
-        _log.warning("told to stop again; ending at once")
+        _log.warning("second signal; ending at once")
         os._exit(128 + number)
     life.stop.set()

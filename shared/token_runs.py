@@ -1,8 +1,8 @@
-"""The one rule of which tokens of a stream count: at-least-once delivery made exactly-once, by epoch and index.
+"""Acceptance rule for runs of tokens: at-least-once delivery made exactly-once, by epoch and index.
 
-Every run of tokens carries the epoch (fencing token) of the engine that wrote it and the index of its first token. Who
-keeps a request's tokens, postproc for the client and an engine that resumes it for the model, asks this rule of each
-run; so both keep the same tokens, whatever is delivered twice, late, or by an engine that was thought dead.
+Each run carries the epoch (fencing token) of the engine that wrote it and the index of its first token. postproc, which
+keeps a request's tokens for the client, and an engine that resumes the request apply this rule to every run; so both
+keep the same tokens, whatever is delivered twice, late, or by an engine that was declared dead.
 """
 
 from enum import Enum
@@ -13,7 +13,7 @@ from shared.messages import TokenRun
 class Verdict(Enum):
     """Relation of a run to the tokens that a reader has."""
 
-    STALE = "stale"  # a former owner wrote it: none of it counts, nor does its finish
+    STALE = "stale"  # written by a former owner: neither its tokens nor its finish count
     GAP = "gap"  # tokens before it are missing, which only a Redis that lost writes can cause: its tokens do not count
     NEXT = "next"  # its tokens from `known_tokens` on are the next ones, none if all are known
 

@@ -1,11 +1,11 @@
-"""Traces: what each stage did for a request, and when, as spans for an OpenTelemetry collector.
+"""Traces: spans of each stage's work on a request, for an OpenTelemetry collector.
 
-Off unless `otlp_endpoint` is set: no exporter is imported then, and a request costs one question.
+Off unless `otlp_endpoint` is set: no exporter is imported then, and a request costs one comparison.
 
 The gateway begins a span, as the child of its caller's if a W3C traceparent came with the request; that span's own
-traceparent travels in `Request.trace`, and the other stages record theirs as its children, each when its part is over.
-Whether a trace is recorded is decided where it begins and said in the traceparent. Spans hold times, counts and names;
-never what a client wrote or was answered.
+traceparent travels in `Request.trace`, and the other stages record their spans as its children, each when its part is
+over. Sampling is decided where the trace begins and travels in the traceparent. Spans hold times, counts and names, and
+never the content of a request or an answer.
 """
 
 import threading
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-FLUSH_S = 2.0  # for what is left at the end; what a collector has not taken by then is lost
+FLUSH_S = 2.0  # for the spans left at the end; those that the collector has not received by then are lost
 REQUEST_ID = "millrace.request_id"  # as in the logs; with n > 1 each choice has its own
 ERROR_TYPE = "error.type"
 
@@ -28,7 +28,7 @@ Attributes = Mapping[str, str | bool | int | float | Sequence[str]]
 
 
 class Span:
-    """One that is under way. Times are unix seconds."""
+    """Span under way. Times are unix seconds."""
 
     __slots__ = ("_failed", "_span", "trace_id", "traceparent")
 
@@ -42,23 +42,26 @@ class Span:
         self.traceparent = f"00-{self.trace_id}-{context.span_id:016x}-{context.trace_flags:02x}"
 
     def set(self, attributes: Attributes) -> None:
+        """Add or replace attributes."""
         self._span.set_attributes(attributes)
 
     def event(self, name: str, at: float) -> None:
+        """Add an event."""
         self._span.add_event(name, timestamp=_nanoseconds(at))
 
     def fail(self, kind: str) -> None:
-        """Say that it ended in an error; the first to say so counts."""
+        """Mark the span as failed; only the first call counts."""
         if not self._failed:
             self._failed = True
             _fail(self._span, kind)
 
     def end(self) -> None:
+        """End the span and queue it for export."""
         self._span.end()
 
 
 class Tracing:
-    """Makes spans, which are sent in the background. `OFF` makes none."""
+    """Factory of spans, which are exported in the background. `OFF` makes none."""
 
     def __init__(self, provider: "TracerProvider | None") -> None:
         self._provider = provider
@@ -74,14 +77,16 @@ class Tracing:
         return Span(span) if span.get_span_context().is_valid else None
 
     def follows(self, trace: str | None) -> TypeGuard[str]:
-        """Whether spans of the trace that a traceparent names are recorded."""
+        """Return True if spans of the trace that a traceparent names are recorded."""
         return self._tracer is not None and trace is not None and bool(int(trace[-2:], 16) & 1)
 
     def record(
         self, name: str, trace: str, start: float, end: float, attributes: Attributes, error: str | None = None
     ) -> None:
-        """A span that is over, as the child of what `trace` names; for a trace that it `follows`. Times are unix
-        seconds; `error` names what went wrong."""
+        """Record a span that is over, as a child of the one in `trace`, a traceparent for which `follows` is true.
+
+        Times are unix seconds; `error` is the kind of failure.
+        """
         assert self._tracer is not None
         span = self._tracer.start_span(
             name, _context(trace), attributes=attributes, start_time=_nanoseconds(min(start, end))
@@ -91,7 +96,7 @@ class Tracing:
         span.end(_nanoseconds(end))
 
     def close(self) -> None:
-        """Send what is left, for FLUSH_S at most."""
+        """Export the spans left, for FLUSH_S at most."""
         if self._provider is not None:
             # The SDK's own limit is half a minute. A daemon: a collector that is silent must not keep the process.
             closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
@@ -103,11 +108,14 @@ OFF = Tracing(None)
 
 
 def start(service: str, settings: CommonSettings) -> Tracing:
-    """What the settings ask for. The SDK's own variables (OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_HEADERS,
-    OTEL_BSP_MAX_QUEUE_SIZE, ...) add to it. A queue that is full drops spans; nothing waits for it."""
+    """Return the Tracing that the settings configure.
+
+    The SDK's own variables (OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_HEADERS, OTEL_BSP_MAX_QUEUE_SIZE, ...) apply,
+    too. A full queue drops spans; nothing waits for it.
+    """
     if not settings.otlp_endpoint:
         return OFF
-    # Here, for a process without traces needs none of it.
+    # Imported here, since a process without traces needs none of it.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -130,7 +138,7 @@ def start(service: str, settings: CommonSettings) -> Tracing:
 
 
 def _context(traceparent: str | None) -> "Context":
-    """Never the ambient one; without a traceparent, or with one of zeros, one without a parent."""
+    """Return the context of a traceparent, never the ambient one; without one, or with zeros, one without a parent."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -145,5 +153,5 @@ def _fail(span: "otel.Span", kind: str) -> None:
 
 
 def _nanoseconds(seconds: float) -> int:
-    """Exact to what a float of that size can tell, which a product with a thousand million is not."""
+    """Convert seconds without the rounding error of a product with 1e9."""
     return int(seconds) * 10**9 + round(seconds % 1 * 1e9)

@@ -2,25 +2,36 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from redis.asyncio import Redis
 
 from services.engine.kernels.ops import Ops
+from services.engine.loop.engine import Engine
+from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
 from services.engine.run.assembly import runner_for
 from services.engine.run.runner import Runner
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
-from services.engine.settings import EngineSettings, check
-from services.engine.transport.handler import SERVICE
-from shared.cpu_share import usable_cores
+from services.engine.settings import EngineSettings
+from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
+from services.engine.transport.outbox import Outbox
+from shared.bus.blobs import Blobs
+from shared.bus.client import connect
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.records import Records
+from shared.bus.streams import WorkStream
+from shared.cpu_share import torch_threads
 from shared.errors import CheckpointError, ConfigError
 from shared.log import logger, warn_each
-from shared.model.config import ModelConfig, Quantization, load_model_config
+from shared.model.config import ModelConfig, load_model_config
+from shared.model.config_file import Quantization
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary
@@ -28,16 +39,18 @@ from shared.service import launch
 from shared.tracing import OFF, Tracing
 
 THINK_CLOSE = "</think>"
+CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
+
+Load = Callable[[], tuple[Runner, int]]
 
 
-def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> EngineService:
-    """Put the service together; the weights are loaded when it starts.
+def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> EngineService[tuple[Runner, int]]:
+    """Build the service from its settings and the model directory; the weights are loaded when it starts.
 
     Raises:
         ConfigError: a setting is out of range, contradicts the model, or asks for a device that is not there.
         CheckpointError: the model directory is incomplete or malformed.
     """
-    check(settings)
     directory = Path(settings.model)
     refuse_foreign(directory)
     model = load_model_config(directory)
@@ -54,7 +67,57 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
     facts = EngineFacts(model, settings.max_model_len, think_close_id)
-    return EngineService(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics(), tracing)
+    return compose(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics(), tracing)
+
+
+def compose(
+    settings: EngineSettings,
+    redis: Redis,
+    facts: EngineFacts,
+    load: Load,
+    metrics: EngineMetrics,
+    tracing: Tracing = OFF,
+) -> EngineService[tuple[Runner, int]]:
+    """Build the service around a `load` that returns the runner and its number of cache blocks."""
+    keys = Keys(settings.namespace)
+    blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
+    mailbox = Mailbox()
+    handler = GenerateHandler(
+        redis=redis,
+        keys=keys,
+        stream=WorkStream(redis, keys, GENERATE, SERVICE, settings.name, settings.max_deliveries),
+        records=Records(redis, keys),
+        blobs=Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
+        mailbox=mailbox,
+        facts=facts,
+        metrics=metrics,
+        capacity=settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
+        claim_every_s=settings.lease_ms / 1000 / CLAIMS_PER_LEASE,
+        tracing=tracing,
+    )
+    outbox = Outbox(redis, keys, handler.finished)
+
+    def run(loaded: tuple[Runner, int]) -> None:
+        runner, num_blocks = loaded
+        pool = BlockPool(num_blocks, settings.enable_prefix_caching)
+        limits = Limits(
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            settings.enable_chunked_prefill,
+            settings.block_size,
+        )
+        Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics).run()
+
+    return EngineService(
+        handler=handler,
+        mailbox=mailbox,
+        outbox=outbox,
+        load=load,
+        run=run,
+        metrics=metrics,
+        capacity=settings.max_num_seqs,
+        own_clients=() if blob_redis is redis else (blob_redis,),
+    )
 
 
 def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:
@@ -64,7 +127,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         ConfigError: the cache could not hold max_model_len.
         CheckpointError: the weights do not match the configuration.
     """
-    limit_threads(settings)
+    torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
     model = load_model(Path(settings.model), config, where, quantization(settings, config), operations(where))
     return runner_for(model, config, settings)
 
@@ -92,15 +155,6 @@ def operations(where: str) -> Ops:
     return gpu_ops()
 
 
-def limit_threads(settings: EngineSettings) -> None:
-    """Set the number of threads with which torch computes on the CPU.
-
-    By default one for each core this process may use, and never more than torch would start by itself: it counts
-    physical cores, and OMP_NUM_THREADS.
-    """
-    torch.set_num_threads(settings.torch_threads or min(torch.get_num_threads(), usable_cores()))
-
-
 def device(settings: EngineSettings) -> str:
     """Return the torch device of the settings: "cuda" or "cpu".
 
@@ -116,6 +170,7 @@ def device(settings: EngineSettings) -> str:
 
 
 def main() -> int:
+    """Run the service until it is stopped; return the exit status."""
     return launch(SERVICE, EngineSettings, build, os.environ)
 
 

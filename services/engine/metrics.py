@@ -95,7 +95,7 @@ class EngineMetrics:
             "steps": steps,
             "step_seconds": step_seconds,
         }
-        recent = self._recent.look(totals)
+        recent = self._recent.growth(totals)
         return {
             "running": value(self.running),
             "waiting": value(self.waiting),

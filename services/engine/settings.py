@@ -1,17 +1,19 @@
 """Settings of the engine."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from shared.config import CommonSettings
+from shared.config import CommonSettings, Count
 from shared.errors import ConfigError
 
 SamplingClass = Literal["base", "rejection"]
 
 
 class EngineSettings(CommonSettings, frozen=True, kw_only=True):
-    """FastDeploy's names and meanings; a default that is not FastDeploy's has its reason beside it."""
+    """FastDeploy's names and meanings; a default that is not FastDeploy's has its reason beside it.
+
+    Raises:
+        ConfigError: a value is out of its range, or two contradict each other; the message names them.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # the device; auto: the GPU where there is one
     tensor_parallel_size: int = 1  # devices for one model; only 1 as yet
@@ -29,31 +31,25 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory, above 0 to 1, for us and all others on it
     foreign_bytes: int = 0  # GPU memory that an mm_encoder on the same GPU holds or will hold
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
-    torch_threads: Annotated[int, Meta(ge=0)] = 0  # threads of torch on a CPU; 0: one for each core we may use
+    torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 
-
-def check(settings: EngineSettings) -> None:
-    """Check ranges and contradictions, which the types of the settings cannot express.
-
-    Raises:
-        ConfigError: a value is out of its range, or two contradict each other; the message names them.
-    """
-    if settings.tensor_parallel_size != 1:
-        raise ConfigError(f"tensor_parallel_size is {settings.tensor_parallel_size}; this engine runs on 1 device")
-    if not 1 <= settings.max_num_seqs <= 256:
-        raise ConfigError(f"max_num_seqs is {settings.max_num_seqs}; it must be 1 to 256")
-    if not 0.0 < settings.gpu_memory_utilization <= 1.0:
-        raise ConfigError(f"gpu_memory_utilization is {settings.gpu_memory_utilization}; it must be above 0, at most 1")
-    for name in ("max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
-        if (value := getattr(settings, name)) < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if settings.foreign_bytes < 0:
-        raise ConfigError(f"foreign_bytes is {settings.foreign_bytes}; it must be at least 0")
-    if settings.num_gpu_blocks_override is not None and settings.num_gpu_blocks_override < 1:
-        raise ConfigError(f"num_gpu_blocks_override is {settings.num_gpu_blocks_override}; it must be at least 1")
-    if not settings.enable_chunked_prefill and settings.max_num_batched_tokens < settings.max_model_len:
-        raise ConfigError(
-            f"enable_chunked_prefill is false, so a prompt must fit into one step: max_num_batched_tokens is "
-            f"{settings.max_num_batched_tokens} and max_model_len {settings.max_model_len}"
-        )
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}; this engine runs on 1 device")
+        if not 1 <= self.max_num_seqs <= 256:
+            raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be 1 to 256")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
+        for name in ("max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.foreign_bytes < 0:
+            raise ConfigError(f"foreign_bytes is {self.foreign_bytes}; it must be at least 0")
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 1:
+            raise ConfigError(f"num_gpu_blocks_override is {self.num_gpu_blocks_override}; it must be at least 1")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"enable_chunked_prefill is false, so a prompt must fit into one step: max_num_batched_tokens is "
+                f"{self.max_num_batched_tokens} and max_model_len {self.max_model_len}"
+            )

@@ -33,7 +33,7 @@ from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
-from services.gateway.settings import GatewaySettings, check
+from services.gateway.settings import GatewaySettings
 from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
@@ -41,7 +41,7 @@ from shared.bus.keys import Keys
 from shared.bus.records import Records
 from shared.errors import CheckpointError
 from shared.log import logger, warn_each
-from shared.model.config import load_generation_defaults
+from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 from shared.version import millrace_version
@@ -56,7 +56,6 @@ def build(settings: GatewaySettings, redis: Redis, *, tracing: Tracing = OFF) ->
         CheckpointError: the model directory lacks a file that the gateway reads.
         ConfigError: a setting is invalid, or the port is in use.
     """
-    check(settings)
     return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S, tracing)
 
 

@@ -71,7 +71,7 @@ class GatewayMetrics:
         )
         self._recent = Recent()
 
-    def recent_rates(self) -> dict[str, float]:
+    def load(self) -> dict[str, float]:
         """Return the recent rates for the lease's status."""
         first_seconds, firsts = observed(self.first_token)
         latencies, answered = observed(self.latency)
@@ -83,7 +83,7 @@ class GatewayMetrics:
             "tokens": value(self.generation_tokens),
             "cancelled": value(self.cancelled),
         }
-        recent = self._recent.look(totals)
+        recent = self._recent.growth(totals)
         return {
             "answered_per_s": recent.per_second("answered"),
             "answered_tokens_per_s": recent.per_second("tokens"),

@@ -1,4 +1,4 @@
-"""Runs one mm_encoder: the composition root."""
+"""Composition root of the mm_encoder: `python -m services.mm_encoder`, configured by MILLRACE_* variables."""
 
 import os
 import sys
@@ -27,22 +27,22 @@ from shared import config, log, service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, Keys
-from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
+from shared.cpu_share import torch_threads
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.tracing import OFF, Tracing
 
-CLAIMS = 10  # looks for abandoned entries in the time of a lease
+CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 
 
 def build(
     settings: MmEncoderSettings, redis: Redis, registry: CollectorRegistry = REGISTRY, *, tracing: Tracing = OFF
 ) -> MmEncoder:
-    """The service, with its weights loaded.
+    """Build the service, with its weights loaded.
 
     Raises:
         ConfigError: a setting contradicts the model or the machine.
@@ -53,15 +53,17 @@ def build(
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)
+    torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
     weights = load_weights(Checkpoint(directory), model, device)
     normal = load_normalisation(directory)
     font, own = timestamps.font_file(directory)
     if not own:
         log.logger(__name__).warning(
-            "no font in the model directory; using font-roboto's", extra={"font": timestamps.FONT}
+            "the model directory has no font for video timestamps; using the one of the package font-roboto",
+            extra={"font": timestamps.FONT},
         )
     keys = Keys(settings.namespace)
-    figures = Metrics(registry)
+    metrics = Metrics(registry)
     blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     embeds = Embeds(blobs)
@@ -83,27 +85,26 @@ def build(
         blobs=blobs,
         embeds=embeds,
         identity=weights.identity + normal.identity,
-        metrics=figures,
+        metrics=metrics,
         threads=settings.preprocess_threads,
         max_bytes=settings.media_max_bytes,
         max_request_bytes=settings.media_request_max_bytes,
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
-    batcher = Batcher(encoder, settings.tower_max_patches, figures)
-    claim_every_s = settings.lease_ms / 1000 / CLAIMS
+    batcher = Batcher(encoder, settings.tower_max_patches, metrics)
+    claim_every_s = settings.lease_ms / 1000 / CLAIMS_PER_LEASE
     handler = EncodeHandler(
         redis=redis,
         keys=keys,
         stream=WorkStream(redis, keys, ENCODE, SERVICE, settings.name, settings.max_deliveries),
-        ownership=EntryOwnership(redis, keys, ENCODE, SERVICE, settings.name),
         encode_locks=encode_locks,
         records=Records(redis, keys),
         blobs=blobs,
         preparer=preparer,
         embeds=embeds,
         batcher=batcher,
-        metrics=figures,
+        metrics=metrics,
         patch_id=model.image_patch_id,
         capacity=settings.concurrency,
         claim_every_s=claim_every_s,
@@ -114,7 +115,7 @@ def build(
         encode_locks=encode_locks,
         preparer=preparer,
         batcher=batcher,
-        metrics=figures,
+        metrics=metrics,
         capacity=settings.concurrency,
         sweep_every_s=claim_every_s,
         own_clients=() if blob_redis is redis else (blob_redis,),
@@ -122,9 +123,10 @@ def build(
 
 
 def _device(wanted: str) -> str:
-    """
+    """Return the torch device that `device` names; "auto" is the first GPU, or the CPU.
+
     Raises:
-        ConfigError: it is not there.
+        ConfigError: torch cannot use the device.
     """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +138,7 @@ def _device(wanted: str) -> str:
 
 
 def main() -> int:
-    """Returns the process's exit status."""
+    """Run the service until it is stopped; return the exit status."""
     return service.launch(SERVICE, MmEncoderSettings, build, os.environ)
 
 

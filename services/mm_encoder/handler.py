@@ -1,12 +1,12 @@
-"""Handler of `Encode` requests: checks and encodes a request's media, and hands its prompt on to the engine.
+"""Handler of `Encode` requests: checks and encodes a request's media, and forwards its prompt to the engine.
 
-Every request ends here in one of four ways: handed on, refused (4xx), failed (5xx) or dropped (cancelled, or its record
-is gone), and leaves nothing behind. If this process dies first, another replica takes the entry and does it all again,
-to the same effect. If another replica has the entry, because this process was paused or Redis lost it, Redis refuses
-every write made here for it.
+Every request leaves this stage in one of four ways, with nothing left behind: forwarded, refused (4xx), failed (5xx) or
+dropped (cancelled, or its record is gone). If this process dies first, another replica claims the entry and repeats all
+of it, to the same effect. If another replica owns the entry, because this process was paused or Redis lost it, Redis
+refuses every write made here for the entry.
 
-Uploads stay until the request ends, since embeddings may be evicted before the engine reads them: the engine sends the
-request back then. A request that an engine has had ends as all such requests do, in the tokens stream.
+Uploads stay until the request ends, since embeddings may be evicted before the engine reads them: the engine then sends
+the request back. A request that an engine has begun ends as all such requests do, in the tokens stream.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
 from services.mm_encoder.prompt import Embedded, expand
-from services.mm_encoder.running import Outcome, Running, running_request
+from services.mm_encoder.running import Outcome, RunningRequest, running_request
 from services.mm_encoder.store.cache import Embeds, SingleFlight
 from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.vision.batcher import Batcher
 from shared.bus.blobs import MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
-from shared.bus.ownership import DELTAS_LENGTH, EntryOwnership, Poison
+from shared.bus.ownership import DELTAS_LENGTH, Poison
 from shared.bus.records import Record, Records
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, WorkStream, reply
@@ -60,9 +60,9 @@ _log = logger(__name__)
 
 
 class EncodeHandler:
-    """`shared.bus.consumer.Handler` of this service; `consumer` holds its requests.
+    """`shared.bus.consumer.Handler` of this service; `consumer` keeps its requests.
 
-    `patch_id` is the token id of a placeholder; `capacity` the most requests at once.
+    `patch_id` is the token id of a placeholder; `capacity` is the most requests in flight.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class EncodeHandler:
         redis: Redis,
         keys: Keys,
         stream: WorkStream,
-        ownership: EntryOwnership,
         encode_locks: EncodeLocks,
         records: Records,
         blobs: Blobs,
@@ -84,10 +83,10 @@ class EncodeHandler:
         claim_every_s: float,
         tracing: Tracing = OFF,
     ) -> None:
-        self.consumer: Consumer[Running] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
+        self.consumer: Consumer[RunningRequest] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
         self._redis = redis
         self._keys = keys
-        self._ownership = ownership
+        self._ownership = stream.ownership
         self._encode_locks = encode_locks
         self._records = records
         self._blobs = blobs
@@ -115,23 +114,23 @@ class EncodeHandler:
 
     # ---------------------------------------------------------------------------------------- called by the consumer
 
-    def receive(self, delivery: Delivery, poison: Poison | None) -> Running:
+    def new_request(self, delivery: Delivery, poison: Poison | None) -> RunningRequest:
         return running_request(delivery, poison)
 
-    def start(self, requests: Sequence[Running]) -> None:
+    def start(self, requests: Sequence[RunningRequest]) -> None:
         for running in requests:
             self._metrics.running.inc()
-            self._spawn(self._carry(running))
+            self._spawn(self._process(running))
 
-    def abandon(self, request: Running) -> None:
+    def abandon(self, request: RunningRequest) -> None:
         request.lost = True
         self.cancel(request)
 
-    def cancel(self, request: Running) -> None:
+    def cancel(self, request: RunningRequest) -> None:
         if request.work is not None:
             request.work.cancel()
 
-    def hear(self, message: Message) -> None:
+    def on_control(self, message: Message) -> None:
         if isinstance(message, Encoded):
             self._encode_locks.encoded(message)
 
@@ -148,20 +147,20 @@ class EncodeHandler:
 
     # ------------------------------------------------------------------------------------------------- one request
 
-    async def _carry(self, running: Running) -> None:
-        """Carry one request to one of the four ends."""
+    async def _process(self, running: RunningRequest) -> None:
+        """Process one request until it has left this stage in one of the four ways."""
         try:
-            await self.consumer.finish_replaced([running])
+            await self.consumer.ack_replaced([running])
             if running.poison is None:
-                await self._handle(running)
+                await self._work_and_answer(running)
             else:
-                self._metrics.left("failed")
+                self._metrics.count_request("failed")
                 await self._end(running, POISONED)
         finally:
             self._metrics.running.dec()
-            await self.consumer.release([running])
+            self.consumer.release([running])
 
-    async def _handle(self, running: Running) -> None:
+    async def _work_and_answer(self, running: RunningRequest) -> None:
         work = running.work = asyncio.create_task(retry_until_available("encode", lambda: self._work(running)))
         if running.lost:  # before its work began
             work.cancel()
@@ -171,14 +170,14 @@ class EncodeHandler:
             work.cancel()  # does nothing unless the handler is being closed
         outcome = self._outcome(running.request_id, work)
         if isinstance(outcome, Failure):
-            self._metrics.left("refused" if outcome.status < 500 else "failed")
+            self._metrics.count_request("refused" if outcome.status < 500 else "failed")
             await self._end(running, outcome)
         elif outcome == "done":
-            self._metrics.left("handed_on")
+            self._metrics.count_request("handed_on")
         elif outcome == "over":
-            await self.consumer.finish([running.entry_id])
+            await self.consumer.ack([running.entry_id])
         elif outcome == "unwanted" and not running.lost:
-            self._metrics.left("dropped")
+            self._metrics.count_request("dropped")
             await self._end(running, None)
         spans.record(self._tracing, running, outcome)
 
@@ -189,41 +188,41 @@ class EncodeHandler:
         if error is None:
             return CHANGED if work.result() == "changed" else work.result()
         if isinstance(error, RedisError):
-            raise error  # nobody could be told; the entry stays and is taken again
+            raise error  # no answer could be sent; the entry stays and is delivered again
         if isinstance(error, RequestError):
             return error.failure
         _log.error("request failed", extra={"request_id": request_id}, exc_info=error)
         return INTERNAL
 
-    async def _work(self, running: Running) -> Outcome:
+    async def _work(self, running: RunningRequest) -> Outcome:
         message, request = running.message, running.message.request
         record = (await self._records.get([request.id])).get(request.id)
         if record is None or record.cancelled:
             return "unwanted"
         if record.finish is not None:
             return "over"
-        if running.attempts > 1 and (condemned := await self._ownership.condemned(request.id)) is not None:
-            return condemned
+        if running.attempts > 1 and (recorded := await self._ownership.recorded_failure(request.id)) is not None:
+            return recorded
         _check_deadline(request)
         media, max_tokens = await self._preparer.prepare(message)
         prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
         running.prompt_tokens, running.hits = len(prompt) // 4, sum(item.patches is None for item in media)
-        await self._accept(record, Accepted(request.id, running.prompt_tokens))
+        await self._send_accepted(record, Accepted(request.id, running.prompt_tokens))
         await gather_in_order([self._ensure_encoded(item) for item in media])
         crash_point("mm_encoder.hand_on.before")
         generate = Generate(request, prompt, max_tokens, placed)
-        outcome = await self._ownership.hand_on(running.entry_id, message, generate)
+        outcome = await self._ownership.forward(running.entry_id, message, generate)
         crash_point("mm_encoder.hand_on.after")
         return outcome
 
-    async def _accept(self, record: Record, accepted: Accepted) -> None:
+    async def _send_accepted(self, record: Record, accepted: Accepted) -> None:
         crash_point("mm_encoder.accepted.before")
         for gateway in record.gateways:
             await reply(self._redis, self._keys.deltas(gateway), accepted, DELTAS_LENGTH)
         crash_point("mm_encoder.accepted.after")
 
     async def _ensure_encoded(self, item: Prepared) -> None:
-        self._metrics.accepted(item.embedded.kind, hit=item.patches is None)
+        self._metrics.count_media(item.embedded.kind, hit=item.patches is None)
         if item.patches is not None:
             await self._encoding.join(item.embedded.key, partial(self._encode, item.embedded, item.patches))
 
@@ -231,23 +230,25 @@ class EncodeHandler:
         async def stored() -> bool:
             return await self._embeds.find(embedded.kind, embedded.key) is not None
 
-        async def make() -> None:
+        async def encode() -> None:
             rows = await self._batcher.encode(patches)
             with self._metrics.stage("store"):
                 await self._embeds.store(embedded.key, embedded.grid, rows)
             crash_point("mm_encoder.store.after")
 
-        await self._encode_locks.make(embedded.key, stored, make)
+        await self._encode_locks.encode_once(embedded.key, stored, encode)
 
-    # -------------------------------------------------------------------------------------------------- the ways out
+    # ------------------------------------------------------------------------------------------------ ending a request
 
-    async def _end(self, running: Running, failure: Failure | None) -> None:
-        """End a request here: send its failure, if there is one, and forget it. Does nothing if another replica has the
-        entry."""
+    async def _end(self, running: RunningRequest, failure: Failure | None) -> None:
+        """End a request here: delete its uploads, send its failure, if there is one, and remove its entry and record.
+
+        Does nothing if another replica owns the entry.
+        """
         request, entry_id = running.message.request, running.entry_id
         if running.uploads:
-            condemn = partial(self._ownership.condemn, entry_id, request.id, failure)
-            if not await retry_until_available("condemn", condemn):
+            record_failure = partial(self._ownership.record_failure, entry_id, request.id, failure)
+            if not await retry_until_available("record failure", record_failure):
                 return
             crash_point("mm_encoder.condemn.after")
             await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, running.uploads))
@@ -257,28 +258,30 @@ class EncodeHandler:
         await retry_until_available("end", lambda: self._send_end(running, record, failure))
         crash_point("mm_encoder.end.after")
 
-    async def _send_end(self, running: Running, record: Record | None, failure: Failure | None) -> None:
+    async def _send_end(self, running: RunningRequest, record: Record | None, failure: Failure | None) -> None:
         request, entry_id, poison = running.message.request, running.entry_id, running.poison
         if record is not None and record.epoch > 0:
             finish = Finish("cancelled") if failure is None else Finish("error", failure=failure)
-            await self._ownership.end(entry_id, request, _last_tokens(request.id, record.epoch, finish), poison)
+            await self._ownership.end_with_tokens(
+                entry_id, request, _last_tokens(request.id, record.epoch, finish), poison
+            )
         elif failure is None:
             await self._ownership.drop(entry_id, request.id)
         else:
-            await self._ownership.refuse(entry_id, request, Failed(request.id, failure), poison)
+            await self._ownership.end_with_failed(entry_id, request, Failed(request.id, failure), poison)
 
 
 def _last_tokens(request_id: str, epoch: int, finish: Finish) -> Tokens:
-    """Return the message by which postproc ends a request. Its counts are those of the engine that began it."""
+    """Return the message that makes postproc end a request. postproc keeps the counts of the engine that began it."""
     run = TokenRun(request_id, epoch, 0, (), None, finish)
     return Tokens((Begin(request_id, epoch, 0, 0, 0, 0, 0),), (run,))
 
 
 def _check_deadline(request: Request) -> None:
-    """Check that the request may still be worked on.
+    """Check that the request's deadline has not passed.
 
     Raises:
-        RequestError: the request waited for too long (504).
+        RequestError: it has (504).
     """
     if request.deadline is not None and time.time() > request.deadline:
         raise internal("The request's deadline passed before its media were looked at.", "timeout", status=504)

@@ -1,4 +1,4 @@
-"""What mm_encoder counts."""
+"""Metrics of the mm_encoder."""
 
 from contextlib import AbstractContextManager
 from typing import Literal, get_args
@@ -15,12 +15,12 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """One set of figures; a process has one, in the default registry."""
+    """Counters, gauges and histograms of one process, in its registry."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._media = Counter(
             "millrace_mm_cache_queries",
-            "Media of requests that passed all checks, each looked for in the cache",
+            "Media of requests that passed all checks, each looked up in the cache",
             ["kind"],
             registry=registry,
         )
@@ -30,7 +30,9 @@ class Metrics:
         for counter in (self._media, self._hits):
             at_zero(counter, *get_args(MediaKind))
         self._bytes = Counter("millrace_mm_fetched_bytes", "Bytes of media fetched by URL", registry=registry)
-        self._requests = Counter("millrace_mm_requests", "Requests by how they left", ["outcome"], registry=registry)
+        self._requests = Counter(
+            "millrace_mm_requests", "Requests that left this stage, by outcome", ["outcome"], registry=registry
+        )
         self._seconds = Histogram(
             "millrace_mm_stage_seconds",
             "Seconds of one step of one image or video",
@@ -38,30 +40,35 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.running = Gauge("millrace_mm_running", "Requests in hand", multiprocess_mode="livesum", registry=registry)
+        self.running = Gauge(
+            "millrace_mm_running", "Requests in flight", multiprocess_mode="livesum", registry=registry
+        )
         self._recent = Recent()
 
     def stage(self, stage: Stage) -> AbstractContextManager[object]:
-        """Times what is inside."""
+        """Return a context manager that observes the time spent inside."""
         return self._seconds.labels(stage).time()
 
-    def fetched(self, size: int) -> None:
+    def count_fetched(self, size: int) -> None:
+        """Count the bytes of one download."""
         self._bytes.inc(size)
 
-    def accepted(self, kind: MediaKind, hit: bool) -> None:
+    def count_media(self, kind: MediaKind, hit: bool) -> None:
+        """Count an image or video of a request that passed all checks."""
         self._media.labels(kind).inc()
         if hit:
             self._hits.labels(kind).inc()
 
-    def left(self, outcome: Literal["handed_on", "refused", "failed", "dropped"]) -> None:
+    def count_request(self, outcome: Literal["handed_on", "refused", "failed", "dropped"]) -> None:
+        """Count a request that leaves this stage."""
         self._requests.labels(outcome).inc()
 
-    def figures(self) -> dict[str, float]:
-        """For the lease."""
+    def load(self) -> dict[str, float]:
+        """Return the load that the lease publishes."""
         totals = {"media": value(self._media), "hits": value(self._hits), "requests": value(self._requests)}
         for stage in get_args(Stage):
             totals[f"{stage}_seconds"], totals[stage] = observed(self._seconds.labels(stage))
-        recent = self._recent.look(totals)
+        recent = self._recent.growth(totals)
         return {
             "media_per_s": recent.per_second("media"),
             "requests_per_s": recent.per_second("requests"),

@@ -1,4 +1,4 @@
-"""A request's media to patches: bytes, then sizes, then pixels; every check that can answer 4xx is in here."""
+"""Preparation of a request's media: bytes, then sizes, then pixels. All checks that can answer 4xx are made here."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,12 +25,12 @@ Args = TypeVarTuple("Args")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One image or video whose bytes are here, or whose embeddings are there already."""
+    """One image or video whose bytes have been read; `plan` is how to process them unless embeddings are stored."""
 
     media: Media
     key: str
     found: Embedded | None
-    plan: Plan | None  # None where found
+    plan: Plan | None  # None if `found`
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Prepared:
     """One image or video of a request that has passed all checks."""
 
     embedded: Embedded
-    patches: Patches | None  # None: its embeddings are there already
+    patches: Patches | None  # None: its embeddings are stored already
 
 
 class Preparer:
-    """Everything before the vision tower."""
+    """Preprocessor: everything before the vision tower."""
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class Preparer:
         self._decoding: SingleFlight[Patches] = SingleFlight()
 
     async def prepare(self, message: Encode) -> tuple[list[Prepared], int]:
-        """(the media in order, how many tokens may be generated). Pixels are decoded only if the prompt fits.
+        """Return the media in order, and the most tokens to generate. Pixels are decoded only if the prompt fits.
 
         Raises:
-            RequestError: 4xx for what the client sent, naming the field; of several, the first.
+            RequestError: 4xx, one of the media is refused; the message names its field. Of several, the first.
         """
         received = _Received(self._max_request_bytes)
         sources = await gather_in_order([self._source(media, received) for media in message.media])
@@ -104,7 +104,7 @@ class Preparer:
         if media.url is not None:
             with self._metrics.stage("fetch"):
                 data = await self._fetcher.fetch(media.url)
-            self._metrics.fetched(len(data))
+            self._metrics.count_fetched(len(data))
             return data
         assert media.blob is not None, "media has a URL or a blob"
         blob = await self._blobs.get(MEDIA, media.blob)
@@ -133,7 +133,7 @@ class Preparer:
 
 
 class _Received:
-    """Bytes of media that one request has brought."""
+    """Counter of the bytes of one request's media, against the limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -153,7 +153,7 @@ def _rows(source: Source) -> int:
 
 
 async def gather_in_order(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All at once, all to their end: the error raised is the first in order, not in time."""
+    """Run all coroutines to their end, concurrently; raise the first error by position, not by time."""
     results = await asyncio.gather(*steps, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,4 +1,4 @@
-"""A prompt's text segments and its media's sizes become the prompt and its spans. Pure."""
+"""Expansion of a prompt's text segments and its media's sizes to the full prompt and its spans. Pure."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from shared.messages import MediaKind, MediaSpan, pack_ids
 
 
 class Embedded(msgspec.Struct, frozen=True):
-    """One image or video of a prompt: where its embeddings are and how many rows they have."""
+    """Embeddings of one image or video of a prompt: their key and their number of rows."""
 
     kind: MediaKind
     key: str
@@ -19,10 +19,10 @@ class Embedded(msgspec.Struct, frozen=True):
 def expand(
     segments: Sequence[bytes], media: Sequence[Embedded], placeholder: int
 ) -> tuple[bytes, tuple[MediaSpan, ...]]:
-    """(packed prompt ids, spans): `media[i]` is as many placeholders as it has rows, between segments i and i + 1.
+    """Return (packed prompt ids, spans). `media[i]` becomes a placeholder per row, between segments i and i + 1.
 
     Raises:
-        ValueError: the numbers of segments and media do not fit together.
+        ValueError: there is not exactly one segment more than media.
     """
     pieces: list[bytes] = []
     spans: list[MediaSpan] = []
@@ -36,5 +36,5 @@ def expand(
 
 
 def text_tokens(segments: Sequence[bytes]) -> int:
-    """Tokens of the segments alone."""
+    """Return the number of tokens in the text segments."""
     return sum(len(segment) for segment in segments) // 4

@@ -1,4 +1,4 @@
-"""One request in hand."""
+"""State of one request in flight."""
 
 import asyncio
 import time
@@ -6,25 +6,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shared.bus.keys import ENCODE
-from shared.bus.ownership import HandedOn, Poison
+from shared.bus.ownership import ForwardOutcome, Poison
 from shared.bus.streams import Delivery
 from shared.errors import Failure, ProtocolError
 from shared.messages import Encode
 
-Outcome = HandedOn | Literal["over"] | Failure  # over: it has ended, and its answer is kept for a while
+Outcome = ForwardOutcome | Literal["over"] | Failure  # over: it has ended, and its answer is kept for some time
 
 
 @dataclass(slots=True, eq=False)
-class Running:
-    """State of one delivered request. Its `work` may be cancelled by anyone; without it, it is only being answered."""
+class RunningRequest:
+    """State of one delivered request. Cancel its `work` to stop it; a request without `work` is only being answered."""
 
     entry_id: str
     message: Encode
     attempts: int
-    poison: Poison | None  # the entry was delivered so often that its request is only answered
-    replaces: str | None = None  # the entry under which the request was in hand before
+    poison: Poison | None  # the entry was delivered so often that its request is failed without work
+    replaces: str | None = None  # the entry under which the request was in flight before
     work: asyncio.Task[Outcome] | None = None
-    lost: bool = False  # the entry is not ours any more: nothing is left to do
+    lost: bool = False  # another replica owns the entry: nothing is left to do
     taken: float = field(default_factory=time.time)  # unix seconds
     prompt_tokens: int | None = None  # once all media have passed their checks; and of these,
     hits: int = 0  # the number whose embeddings were stored already
@@ -39,7 +39,7 @@ class Running:
         return [media.blob for media in self.message.media if media.blob is not None]
 
 
-def running_request(delivery: Delivery, poison: Poison | None) -> Running:
+def running_request(delivery: Delivery, poison: Poison | None) -> RunningRequest:
     """Return the state of a request that was just delivered.
 
     Raises:
@@ -47,4 +47,4 @@ def running_request(delivery: Delivery, poison: Poison | None) -> Running:
     """
     if not isinstance(delivery.message, Encode):
         raise ProtocolError(f"a {type(delivery.message).__name__} in the stream {ENCODE}")
-    return Running(delivery.entry_id, delivery.message, delivery.attempts, poison)
+    return RunningRequest(delivery.entry_id, delivery.message, delivery.attempts, poison)

@@ -1,9 +1,9 @@
-"""The life of the mm_encoder: its consumer's loops run beside the vision tower's thread.
+"""Life cycle of the mm_encoder: its consumer's loops run beside the vision tower's thread.
 
 startup  join the stream
-serve    take work
-drain    take nothing new; requests in hand go on to their end
-close    cancel what is left: its entries are other replicas' as soon as our lease is released
+serve    read work
+drain    read nothing new; requests in flight run to their end
+close    cancel those that are left: other replicas claim their entries as soon as our lease is released
 """
 
 import asyncio
@@ -21,8 +21,10 @@ from shared.bus.retry import retry_until_available
 
 
 class MmEncoder:
-    """See `shared.service.Service`. `own_clients` are closed with it; locks of dead replicas are released every
-    `sweep_every_s`."""
+    """`shared.service.Service` of this service.
+
+    `own_clients` are closed with it; locks of dead replicas are released every `sweep_every_s`.
+    """
 
     def __init__(
         self,
@@ -49,22 +51,22 @@ class MmEncoder:
 
     async def startup(self) -> None:
         self._batcher.start()
-        await retry_until_available("begin", self._encode_locks.begin)
+        await retry_until_available("release locks", self._encode_locks.release_own)
         await self._consumer.join()
         self._background = asyncio.create_task(self._run_background(), name="mm_encoder background")
 
     async def serve(self) -> None:
-        """Take work until cancelled. Requests in hand then go on, for `drain` to wait for."""
-        self._consumer.open()
+        """Read work until cancelled. Requests in flight then go on; `drain` waits for them."""
+        self._consumer.start_reading()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._consumer.take())
+            tasks.create_task(self._consumer.read_entries())
             tasks.create_task(self._watch())
 
     async def drain(self) -> None:
-        self._consumer.close()
+        self._consumer.stop_reading()
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch())
-            await self._consumer.empty()
+            await self._consumer.wait_until_empty()
             watch.cancel()
 
     async def close(self) -> None:
@@ -80,20 +82,22 @@ class MmEncoder:
             await client.aclose()
 
     def load(self) -> dict[str, float]:
-        return {"running": len(self._consumer), "limit": self._capacity, **self._metrics.figures()}
+        return {"running": len(self._consumer), "limit": self._capacity, **self._metrics.load()}
 
     async def _watch(self) -> None:
-        """Raise what was raised in the background."""
+        """Raise the exception that ended the background tasks."""
         assert self._background is not None
         await asyncio.shield(self._background)
 
     async def _run_background(self) -> None:
-        """Run what goes on while the service drains."""
+        """Run the loops that go on while the service drains."""
         async with asyncio.TaskGroup() as tasks:
-            for loop in (self._consumer.claim, self._consumer.listen, self._sweep, self._handler.watch):
-                tasks.create_task(loop())
+            tasks.create_task(self._consumer.claim_entries())
+            tasks.create_task(self._consumer.listen_control())
+            tasks.create_task(self._sweep())
+            tasks.create_task(self._handler.watch())
 
     async def _sweep(self) -> None:
         while True:
-            await retry_until_available("sweep", self._encode_locks.sweep)
+            await retry_until_available("sweep locks", self._encode_locks.release_dead)
             await asyncio.sleep(self._sweep_every_s)

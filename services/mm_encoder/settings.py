@@ -1,4 +1,4 @@
-"""What mm_encoder is told, and the limits on what strangers may make it do."""
+"""Settings of the mm_encoder, among them the limits on untrusted media."""
 
 import ipaddress
 from typing import Annotated
@@ -9,7 +9,7 @@ from PIL import Image
 
 from services.mm_encoder.media import frames as sampling
 from services.mm_encoder.media.frames import FrameSampling, FramesSample
-from shared.config import CommonSettings, Positive, variable
+from shared.config import CommonSettings, Count, Positive, variable
 from shared.errors import ConfigError
 from shared.model.config import VisionConfig
 
@@ -18,8 +18,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`--mm-processor-kwargs`: FastDeploy's keys, types and defaults. A key it does not have, or a value of another
-    type, is an error here; FastDeploy ignores the lot then.
+    """`--mm-processor-kwargs`: FastDeploy's keys, types and defaults.
+
+    A key that FastDeploy does not have, or a value of another type, is an error here; FastDeploy ignores all of them
+    then.
     """
 
     spatial_conv_size: int = 2  # patches merged into one, each way; the model fixes it
@@ -47,7 +49,7 @@ class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     @property
     def frame_sampling(self) -> FrameSampling:
-        """The frame sampling of a video that has no options of its own."""
+        """Frame sampling of a video without options of its own."""
         default_fps = -1 if self.video_target_frames > 0 else 2
         return FrameSampling(
             fps=float(default_fps if self.video_fps is msgspec.UNSET else self.video_fps),
@@ -58,9 +60,10 @@ class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         )
 
     def check_model(self, vision: VisionConfig) -> None:
-        """
+        """Check the sizes that the model's weights fix.
+
         Raises:
-            ConfigError: a size contradicts the model's, whose weights fix it.
+            ConfigError: a size contradicts the model's.
         """
         for key, ours, model in (
             ("spatial_conv_size", self.spatial_conv_size, vision.spatial_merge_size),
@@ -71,25 +74,30 @@ class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of this service. Limits are named in the error a client gets for passing them."""
+    """Settings of this service. The error for a request beyond a limit names the limit.
+
+    Raises:
+        ConfigError: a limit is above Pillow's own, or a network is malformed; the message names the setting.
+    """
 
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()  # sizes of images, and frames of videos; see below
     device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
-    concurrency: Positive = 8  # requests in hand at once
+    concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # threads that decode and resize
+    torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     media_max_bytes: Positive = 256 << 20  # the largest image or video
     media_request_max_bytes: Positive = 512 << 20  # all media of one request together
     media_max_pixels: Positive = 64_000_000  # the largest image or video frame, by its header
     media_timeout_s: Seconds = 30.0  # the longest fetch, with all its redirects
-    media_max_redirects: Annotated[int, Meta(ge=0)] = 5  # the most that one fetch follows
+    media_max_redirects: Count = 5  # the most that one fetch follows
     media_allow_networks: tuple[str, ...] = ()  # CIDRs that media may be fetched from although they are not global
     video_max_seconds: Seconds = 3600.0  # the longest video, by its playing time
     video_max_frames: Positive = 216_000  # the most in a file; mm_processor_kwargs says how many the model sees
     video_decode_s: Seconds = 120.0  # the longest that decoding one video may take
 
     def largest_pass(self, vision: VisionConfig) -> int:
-        """Patches."""
+        """Return the number of patches in the largest pass of the vision tower."""
         image = self.mm_processor_kwargs.image_max_pixels // vision.patch_size**2
         return max(self.tower_max_patches, image)
 
@@ -100,7 +108,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
         self.networks()
 
     def networks(self) -> tuple[Network, ...]:
-        """`media_allow_networks`, parsed."""
+        """Parse `media_allow_networks`."""
         try:
             return tuple(ipaddress.ip_network(text) for text in self.media_allow_networks)
         except ValueError as error:

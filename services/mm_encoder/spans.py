@@ -1,15 +1,15 @@
-"""Span of the time that a request's media took here: from taking the entry to handing it on or answering it."""
+"""Trace span of a request in this stage: from the delivery of its entry until it is forwarded or answered."""
 
 import time
 
-from services.mm_encoder.running import Running
+from services.mm_encoder.running import RunningRequest
 from shared.errors import Failure
 from shared.messages import Encode, MediaKind
 from shared.tracing import REQUEST_ID, Tracing
 
 
-def record(tracing: Tracing, running: Running, outcome: str | Failure) -> None:
-    """Record the span of a request whose part here is over."""
+def record(tracing: Tracing, running: RunningRequest, outcome: str | Failure) -> None:
+    """Record the span of a request that has left this stage."""
     message = running.message
     trace = message.request.trace
     if not tracing.follows(trace):

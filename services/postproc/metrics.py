@@ -43,5 +43,5 @@ class PostprocMetrics:
     def load(self) -> dict[str, float]:
         """Return the current rates, for the lease."""
         totals = {"tokens": value(self.tokens), "deltas": value(self.deltas), "replayed": value(self.replayed)}
-        recent = self._recent.look(totals)
+        recent = self._recent.growth(totals)
         return {f"{name}_per_s": recent.per_second(name) for name in totals}

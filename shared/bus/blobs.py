@@ -1,8 +1,8 @@
-"""Large values in Redis: chunks of 1 MiB, so that no other client waits behind one; TTL; a byte budget.
+"""Store of large values in Redis: chunks of 1 MiB, so that no other client waits behind one; TTL; a byte budget.
 
-The index (a zset by last use, and a hash of sizes with their sum) is what the budget is kept by. It is entered before
-the first chunk is written, so that writers at the same time stay within the budget together; a writer that dies leaves
-an index entry and chunks that age out like any other. The blob itself appears with its hash, after the last chunk.
+The index (a zset by last use, and a hash of sizes with their sum) keeps the budget. A blob is entered in it before its
+first chunk is written, so that concurrent writers stay within the budget together; a writer that dies leaves an index
+entry and chunks that expire like any other. The blob itself becomes visible with its hash, after the last chunk.
 """
 
 import itertools
@@ -16,23 +16,23 @@ from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.errors import internal
 
-MEDIA = "media"  # the kind of uploaded bytes: they live until their request has ended
-EMBEDS = "embeds"  # the kind of the encoder's output: kept for whoever shows the same media, and evicted
+MEDIA = "media"  # kind of uploaded bytes, which live until their request has ended
+EMBEDS = "embeds"  # kind of the encoder's output, kept for later requests with the same media until evicted
 
 CHUNK = 1 << 20
-_BATCH = 4  # chunks in one pipeline: what a client that writes or reads holds Redis up with, about 2 ms
+_BATCH = 4  # chunks in one pipeline: they occupy Redis for about 2 ms
 
 
 T = TypeVar("T")
 
 
 def upload_keys(request_id: str, media: int) -> list[str]:
-    """Where the uploads of a request with so many images and videos are; those given by URL have none."""
+    """Return the keys of the uploads of a request with `media` images and videos; those given by URL have no blob."""
     return [f"{request_id}-{index}" for index in range(media)]
 
 
 class Blobs:
-    """A store of immutable values by (kind, key). Kinds: MEDIA and EMBEDS."""
+    """Store of immutable values by (kind, key). Kinds: MEDIA and EMBEDS."""
 
     def __init__(self, redis: Redis, keys: Keys, ttl_s: int, budget_bytes: int) -> None:
         self._redis = redis
@@ -41,16 +41,17 @@ class Blobs:
         self._budget = budget_bytes
         self._index = [keys.blobs(), keys.blob_sizes()]
         self._common: list[str | int | bytes] = [keys.blob_prefix(), CHUNK]
-        self._enter = redis.register_script(read_script("enter_blob"))
-        self._touch = redis.register_script(read_script("touch_blob"))
-        self._forget = redis.register_script(read_script("forget_blobs"))
+        self._index_blob = redis.register_script(read_script("index_blob"))
+        self._touch_blob = redis.register_script(read_script("touch_blob"))
+        self._delete_blobs = redis.register_script(read_script("delete_blobs"))
 
     async def put(self, kind: str, key: str, data: bytes | memoryview, meta: bytes = b"") -> None:
-        """Store, overwriting; the blob becomes visible only when its last chunk is in. Evicts the least recently used
-        blobs while the budget is exceeded.
+        """Store a blob, overwriting it; it becomes visible when its last chunk is written.
+
+        Evicts the least recently used blobs while the budget is exceeded.
 
         Raises:
-            RequestError: `data` alone exceeds the budget (413-like 400 is the caller's to phrase; here a 503).
+            RequestError: `data` alone exceeds the budget (503; a caller that wants a 4xx checks before).
         """
         view = memoryview(data).cast("B")
         if len(view) > self._budget:
@@ -58,7 +59,7 @@ class Blobs:
                 f"{len(view)} bytes of {kind} exceed the server's budget of {self._budget}", "blob_budget_exceeded", 503
             )
         entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget]
-        await self._enter(keys=self._index, args=entry)
+        await self._index_blob(keys=self._index, args=entry)
         chunks = range((len(view) + CHUNK - 1) // CHUNK)
         for batch in _batches(chunks):
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -67,11 +68,11 @@ class Blobs:
                         self._keys.blob_chunk(kind, key, n), bytes(view[n * CHUNK : (n + 1) * CHUNK]), ex=self._ttl_s
                     )
                 await pipe.execute()
-        await self._enter(keys=self._index, args=[*entry, len(chunks), meta])
+        await self._index_blob(keys=self._index, args=[*entry, len(chunks), meta])
 
     async def get(self, kind: str, key: str) -> tuple[bytes, bytes] | None:
-        """(data, meta), renewing TTL and recency; None if it is absent or any chunk is."""
-        found = await self._found(kind, key)
+        """Return (data, meta) and renew TTL and recency; None if the blob or one of its chunks is absent."""
+        found = await self._find(kind, key)
         if found is None:
             return None
         chunks, meta = found
@@ -82,20 +83,20 @@ class Blobs:
         return (b"".join(present), meta) if len(present) == chunks else None
 
     async def meta(self, kind: str, key: str) -> bytes | None:
-        """Only the meta, renewing TTL and recency; None if it is absent or any chunk is."""
-        found = await self._found(kind, key)
+        """Return the meta alone and renew TTL and recency; None if the blob or one of its chunks is absent."""
+        found = await self._find(kind, key)
         return None if found is None else found[1]
 
     async def delete(self, kind: str, keys: Sequence[str]) -> None:
-        """Remove those that exist."""
+        """Delete those of these blobs that exist."""
         members = [self._keys.blob_member(kind, key) for key in keys]
         if members:
-            await self._forget(keys=self._index, args=[*self._common, *members])
+            await self._delete_blobs(keys=self._index, args=[*self._common, *members])
 
-    async def _found(self, kind: str, key: str) -> tuple[int, bytes] | None:
-        """Chunks and meta, touched."""
+    async def _find(self, kind: str, key: str) -> tuple[int, bytes] | None:
+        """Return the number of chunks and the meta, and renew TTL and recency."""
         args = [*self._common, self._keys.blob_member(kind, key), self._ttl_s]
-        found = await self._touch(keys=self._index, args=args)
+        found = await self._touch_blob(keys=self._index, args=args)
         return (int(found[0]), bytes(found[1])) if found else None
 
 

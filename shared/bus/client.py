@@ -1,4 +1,4 @@
-"""The only place that builds Redis clients."""
+"""Factory of Redis clients; no other module makes one."""
 
 import asyncio
 import socket
@@ -21,10 +21,10 @@ _RETRIES = 12  # about 6 s with the backoff below: a restart of Redis is a stall
 
 
 def connect(url: str) -> Redis:
-    """An asyncio client that returns bytes, with hiredis, reconnecting with backoff.
+    """Return an asyncio client that returns bytes, with hiredis, and reconnects with backoff.
 
-    A command whose connection broke is sent again, so it may be carried out twice: every hop must bear that anyway.
-    When all connections are in use a command waits for one. Close it with `aclose()`.
+    A command whose connection broke is sent again, so Redis may run it twice (at least once): every caller must allow
+    for that. When all connections are in use a command waits for one. Close the client with `aclose()`.
 
     Raises:
         ConfigError: the URL is malformed.
@@ -54,10 +54,10 @@ def connect(url: str) -> Redis:
 
 
 def _cancellable(base: type[AbstractConnection]) -> type[AbstractConnection]:
-    """`base`, sending under `asyncio.timeout`.
+    """Return a subclass of `base` that sends under `asyncio.timeout`.
 
     redis-py sends under `asyncio.wait_for`, which until Python 3.12 loses a cancellation that arrives just when the
-    command is out: a loop over commands then goes on for ever, and whoever cancelled it waits as long.
+    command has been sent: a loop over commands then goes on for ever, and the task that cancelled it waits for ever.
     """
 
     class Cancellable(base):  # type: ignore[misc,valid-type]  # the base depends on the URL
@@ -84,12 +84,12 @@ def _cancellable(base: type[AbstractConnection]) -> type[AbstractConnection]:
 
 
 async def command(redis: Redis, *words: str | bytes | int | float) -> Any:
-    """One command by its words, with redis-py's parsing of the reply. Its methods' own types are too loose to check."""
+    """Run one command, given as words; return the reply as redis-py parses it (whose own methods have loose types)."""
     return await redis.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
 def _keepalive(url: str) -> dict[str, object]:
-    """A peer that vanished without a word is noticed in about 20 s, even by a connection that only listens."""
+    """Return the options by which a connection, even one that only listens, notices a vanished peer in about 20 s."""
     if urlsplit(url).scheme == "unix":
         return {}
     options = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 2}

@@ -1,13 +1,14 @@
-"""Consumer of a work stream: the loops that take entries, take over those of dead replicas, and notice which are lost.
+"""Consumer of a work stream: loops that read new entries, claim those of dead replicas, and notice which were lost.
 
-Both services that take work, mm_encoder and engine, give it a handler that does the work. The state of a request is one
-value of the handler's type in one dict, from the delivery of its entry until the handler releases it or the entry turns
-out to be another replica's. At-least-once delivery: an entry may come again while its request is in hand, because this
-replica lost it to another without knowing. The newest delivery counts; the older one is abandoned.
+mm_encoder and engine each give it a handler that does the work. A request is in flight from the delivery of its entry
+until the handler releases it or the entry turns out to belong to another replica; its state is one value of the
+handler's type in one dict. Delivery is at least once: an entry may be delivered again while its request is in flight,
+after this replica lost it to another without noticing. The newest delivery counts; the older one is abandoned.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from redis.asyncio import Redis
@@ -28,43 +29,43 @@ CONTROL_PAGE = 100  # control messages read at once
 _log = logger(__name__)
 
 
-class InHand(Protocol):
-    """State of one delivered request, as far as the consumer looks at it."""
+class InFlight(Protocol):
+    """State of one delivered request, as far as the consumer needs it."""
 
     entry_id: str
-    replaces: str | None  # the entry under which the same request was in hand before
+    replaces: str | None  # the entry under which the same request was in flight before
 
     @property
     def request_id(self) -> str: ...
 
 
-R = TypeVar("R", bound=InHand)
+R = TypeVar("R", bound=InFlight)
 
 
 class Handler(Protocol[R]):
-    """Work of a service on the requests that its consumer takes. No method waits."""
+    """Work of a service on the requests that its consumer reads. No method waits."""
 
-    def receive(self, delivery: Delivery, poison: Poison | None) -> R:
-        """Return the state of a request that was delivered; with `poison` it is only to be answered."""
+    def new_request(self, delivery: Delivery, poison: Poison | None) -> R:
+        """Return the state of a request that was delivered; with `poison` it is to be failed without any work."""
 
     def start(self, requests: Sequence[R]) -> None:
-        """Begin to work on requests that are in hand now."""
+        """Begin to work on requests that are in flight now."""
 
     def abandon(self, request: R) -> None:
-        """Stop working on a request that is not in hand any more: its entry is another's, or came again."""
+        """Stop working on a request that is no longer in flight: another replica owns its entry, or it came again."""
 
     def cancel(self, request: R) -> None:
-        """Stop working on a request that nobody waits for, and end it."""
+        """Stop working on a request that no client waits for, and end it."""
 
-    def hear(self, message: Message) -> None:
-        """Take note of a control message other than Cancel."""
+    def on_control(self, message: Message) -> None:
+        """Process a control message other than Cancel."""
 
 
 class Consumer(Generic[R]):
-    """One replica's requests in hand, and the loops that bring and remove them.
+    """One replica's requests in flight, and the loops that add and remove them.
 
-    `capacity` is the most requests in hand at once. Entries of dead replicas are looked for every `claim_every_s`, and
-    come before new ones: their clients have waited, and may have seen half of an answer.
+    `capacity` is the most requests in flight at once. Every `claim_every_s` the consumer looks for entries of dead
+    replicas. They come before new ones: their clients have waited, and may have seen half of an answer.
     """
 
     def __init__(
@@ -82,91 +83,99 @@ class Consumer(Generic[R]):
         self._handler = handler
         self._capacity = capacity
         self._claim_every_s = claim_every_s
+        # A read reserves all free slots while it waits, so it must not wait longer than entries of the dead should.
+        self._block_ms = max(1, min(BLOCK_MS, int(claim_every_s * 1000)))
         self._control = LogReader(redis, {keys.control(): "$"})
         self._requests: dict[str, R] = {}
-        self._changed = asyncio.Condition()
-        self._open = False
-        self._unclaimed = 0  # entries of dead replicas for which there was no room at the last look
+        self._changed = asyncio.Event()
+        self._reading = False
+        self._reserved = 0  # slots for the entries that the read under way may bring
+        self._unclaimed = 0  # claimable entries for which the last claim had no slot
 
     def __len__(self) -> int:
-        """Return the number of requests in hand."""
+        """Return the number of requests in flight."""
         return len(self._requests)
 
     @property
     def requests(self) -> Iterable[R]:
-        """The requests in hand; not to be iterated over an await."""
+        """The requests in flight; not to be iterated over an await."""
         return self._requests.values()
 
     @property
-    def room(self) -> int:
-        """The number of requests that may be taken now."""
-        return max(0, self._capacity - len(self._requests)) if self._open else 0
+    def free_slots(self) -> int:
+        """The number of entries that may be read or claimed now."""
+        return max(0, self._capacity - len(self._requests) - self._reserved) if self._reading else 0
 
     def holds(self, request: R) -> bool:
-        """Return whether this very delivery is in hand."""
+        """Return whether this very delivery is in flight."""
         return self._requests.get(request.request_id) is request
 
     def get(self, request_id: str) -> R | None:
-        """Return the request of this id, if it is in hand."""
+        """Return the request of this id, if it is in flight."""
         return self._requests.get(request_id)
 
     # ------------------------------------------------------------------------------------------------- life cycle
 
     async def join(self) -> None:
-        """Join the consumer group, and fix where control begins: an earlier Cancel stands in the records."""
+        """Join the consumer group, and fix the start of the control stream: records keep earlier cancellations."""
         await retry_until_available("join", self._stream.join)
-        await retry_until_available("control", lambda: self._control.read(1, 0))
+        await retry_until_available("control", self._control.pin)
 
-    def open(self) -> None:
-        """Allow work to be taken, until `close`."""
-        self._open = True
+    def start_reading(self) -> None:
+        """Allow entries to be read and claimed, until `stop_reading`."""
+        self._reading = True
+        self._changed.set()
 
-    def close(self) -> None:
-        """Take nothing more."""
-        self._open = False
+    def stop_reading(self) -> None:
+        """Read and claim nothing more."""
+        self._reading = False
 
-    async def empty(self) -> None:
-        """Return when no request is in hand."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._requests)
+    async def wait_until_empty(self) -> None:
+        """Return when no request is in flight."""
+        await self._until(lambda: not self._requests)
 
     async def leave(self) -> None:
-        """Delete this replica's consumer; its entries are others' as soon as its lease is released."""
+        """Delete this replica's consumer; other replicas claim its entries as soon as its lease is released."""
         try:
             await self._stream.leave()
         except RedisError as error:
-            _log.warning("consumer not deleted; other replicas delete it", extra={"reason": str(error)})
+            _log.warning("consumer not deleted; other replicas will delete it", extra={"reason": str(error)})
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
 
-    async def take(self) -> None:
-        """Take new entries while there is room that no entry of a dead replica needs."""
+    async def read_entries(self) -> None:
+        """Read new entries while there are free slots that no entry of a dead replica needs."""
         while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self.room > 0 and not self._unclaimed)
-            deliveries = await retry_until_available("take", lambda: self._stream.take(self.room, BLOCK_MS))
+            await self._until(lambda: self.free_slots > 0 and not self._unclaimed)
+            self._reserved = self.free_slots
+            read = partial(self._stream.read_new, self._reserved, self._block_ms)
+            try:
+                deliveries = await retry_until_available("read", read)
+            finally:
+                self._reserved = 0
+                self._changed.set()
             crash_point(f"{self._service}.take.after")
             self._receive([(delivery, None) for delivery in deliveries])
 
-    async def claim(self) -> None:
-        """Take over the entries of dead replicas, and abandon requests whose entries are no longer ours."""
+    async def claim_entries(self) -> None:
+        """Claim the entries of dead replicas, and abandon requests whose entries this replica no longer owns."""
         while True:
-            look = await retry_until_available("claim", lambda: self._stream.claim_abandoned(self.room))
+            found = await retry_until_available("claim", lambda: self._stream.claim_abandoned(self.free_slots))
             crash_point(f"{self._service}.look.after")
-            self._lose([request for request in self._requests.values() if request.entry_id in look.lost])
-            self._receive([(delivery, None) for delivery in look.ours])
-            self._receive([(delivery, _poison(delivery)) for delivery in look.poisoned])
-            async with self._changed:
-                self._unclaimed = look.left
-                self._changed.notify_all()
+            for request in [each for each in self._requests.values() if each.entry_id in found.lost]:
+                self.abandon(request)
+            self._receive([(delivery, None) for delivery in found.claimed])
+            self._receive([(delivery, _poison(delivery)) for delivery in found.poisoned])
+            self._unclaimed = found.left
+            self._changed.set()
             await self._until_next_claim()
 
-    async def listen(self) -> None:
-        """Pass on what the control stream says."""
+    async def listen_control(self) -> None:
+        """Pass the messages of the control stream to the handler."""
         while True:
             for message in await retry_until_available("control", self._read_control):
                 if not isinstance(message, Cancel):
-                    self._handler.hear(message)
+                    self._handler.on_control(message)
                     continue
                 for request_id in message.request_ids:
                     if (request := self._requests.get(request_id)) is not None:
@@ -174,34 +183,37 @@ class Consumer(Generic[R]):
 
     # ------------------------------------------------------------------------------------------- the handler's side
 
-    async def finish(self, entry_ids: Sequence[str]) -> None:
-        """Ack and delete entries whose work has ended, as far as they are still ours."""
-        await retry_until_available("finish", lambda: self._stream.finish(entry_ids))
+    async def ack(self, entry_ids: Sequence[str]) -> None:
+        """Ack and delete entries whose work has ended, as far as this replica still owns them."""
+        await retry_until_available("ack", lambda: self._stream.ack(entry_ids))
 
-    async def finish_replaced(self, requests: Sequence[R]) -> None:
-        """Ack and delete the entries under which these requests were in hand before."""
-        replaced = [request.replaces for request in requests if request.replaces not in (None, request.entry_id)]
-        await self.finish([entry_id for entry_id in replaced if entry_id])
+    async def ack_replaced(self, requests: Sequence[R]) -> None:
+        """Ack and delete the entries under which these requests were in flight before."""
+        pairs = [(request.replaces, request.entry_id) for request in requests]
+        await self.ack([before for before, now in pairs if before is not None and before != now])
 
-    async def release(self, requests: Sequence[R]) -> list[R]:
-        """Forget requests that have ended here; return those that were still in hand."""
-        async with self._changed:
-            released = [request for request in requests if self.holds(request)]
-            for request in released:
-                del self._requests[request.request_id]
-            self._changed.notify_all()
+    def release(self, requests: Sequence[R]) -> list[R]:
+        """Remove requests that have ended here; return those that were still in flight."""
+        released = [request for request in requests if self.holds(request)]
+        for request in released:
+            del self._requests[request.request_id]
+        self._changed.set()
         return released
 
-    async def lose(self, request: R) -> None:
-        """Forget and abandon a request whose entry turned out to be another replica's."""
-        async with self._changed:
-            self._lose([request])
-            self._changed.notify_all()
+    def abandon(self, request: R) -> None:
+        """Remove and abandon a request whose entry turned out to belong to another replica, if it is in flight."""
+        if not self.release([request]):
+            return
+        _log.warning(
+            "entry now belongs to another replica; its request is abandoned here",
+            extra={"request_id": request.request_id, "entry": request.entry_id},
+        )
+        self._handler.abandon(request)
 
     # ------------------------------------------------------------------------------------------------------ inside
 
     def _receive(self, deliveries: Sequence[tuple[Delivery, Poison | None]]) -> None:
-        requests = [self._handler.receive(delivery, poison) for delivery, poison in deliveries]
+        requests = [self._handler.new_request(delivery, poison) for delivery, poison in deliveries]
         for request in requests:
             if (before := self._requests.pop(request.request_id, None)) is not None:
                 request.replaces = before.entry_id
@@ -210,23 +222,20 @@ class Consumer(Generic[R]):
         if requests:
             self._handler.start(requests)
 
-    def _lose(self, requests: Sequence[R]) -> None:
-        for request in requests:
-            _log.warning(
-                "entry belongs to another replica now; its request is abandoned here",
-                extra={"request_id": request.request_id, "entry": request.entry_id},
-            )
-            del self._requests[request.request_id]
-            self._handler.abandon(request)
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Return when `holds` does. Nothing runs between its last evaluation and the return."""
+        while not holds():
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _until_next_claim(self) -> None:
-        """Wait for the next look, which comes at once when there is room for entries that had none."""
+        """Wait for the time of the next claim, which comes at once when a slot is free for an unclaimed entry."""
         if not self._unclaimed:
             await asyncio.sleep(self._claim_every_s)
             return
         try:
-            async with asyncio.timeout(self._claim_every_s), self._changed:
-                await self._changed.wait_for(lambda: self.room > 0)
+            async with asyncio.timeout(self._claim_every_s):
+                await self._until(lambda: self.free_slots > 0)
         except TimeoutError:
             pass
 

@@ -1,19 +1,19 @@
-"""Every Redis key, stream and consumer group. This header is the schema; no other module spells a key.
+"""Schema of Redis: every key, stream and consumer group. No other module spells a key.
 
     key                              type    written by           read by            life
     {ns}:encode                      stream  gateway              mm_encoder (group) entry deleted with its ack
     {ns}:generate                    stream  gateway, mm_encoder  engine (group)     entry deleted with its ack, at the request's end
     {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
-    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       made and deleted by that gateway, which cuts what it has read
+    {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       created and deleted by that gateway, which trims entries it has read
     {ns}:control                     stream  any                  every replica      trimmed by length
     {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the answer's end; at once if
                                              it was cancelled or failed
                                              fields: request (msgpack Request), epoch (int), cancelled ("1"),
                                              begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
-                                             gateways (names, spaces between: where deltas go) by gateway,
-                                             encode (the Encode it came from), made (digest of what became of it),
-                                             failed (how it is about to end), returned (how often it had to be
-                                             encoded again), reached (tokens when it was last delivered again), all
+                                             gateways (names, separated by spaces: receivers of its deltas) by gateway,
+                                             encode (the Encode it came from), made (digest of the Generate it
+                                             became), failed (the Failure it is about to end with), returned (times it
+                                             was sent back for encoding), reached (tokens at its last redelivery), all
                                              by shared/bus/ownership.py
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i;
@@ -29,12 +29,12 @@
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
     {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, and their sum
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
-                                             content key -> replica that makes them; void once its lease has expired
+                                             encode locks: content key -> replica; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
     {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
-    {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner"; "count" -> number of shards
-    {ns}:leader:{role}               string  autoscaler           autoscaler         name of the one that acts; expires unless renewed
-    {ns}:quarantine:{stream}         stream  whoever claims       people             poison entries, kept for inspection
+    {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner", the fencing token; "count" -> number of shards
+    {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
+    {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
 Consumer groups are named after the service and start at id 0. Consumers are named after their replica.
 """
@@ -46,12 +46,12 @@ GENERATE = "generate"
 
 
 class Keys(msgspec.Struct, frozen=True):
-    """Key names under one namespace, so that several deployments can share a Redis."""
+    """Key names in one namespace, so that several deployments can share a Redis."""
 
     ns: str
 
     def stream(self, name: str) -> str:
-        """A work stream: `encode` or `generate`."""
+        """Return the key of a work stream: `encode` or `generate`."""
         return f"{self.ns}:{name}"
 
     def tokens(self, shard: int) -> str:
@@ -67,7 +67,7 @@ class Keys(msgspec.Struct, frozen=True):
         return f"{self.ns}:request:{request_id}"
 
     def idempotency(self, digest: str) -> str:
-        """`digest` covers the tenant and the client's Idempotency-Key."""
+        """Return the key of a submission; `digest` covers the tenant and the client's Idempotency-Key."""
         return f"{self.ns}:idempotency:{digest}"
 
     def journal(self, request_id: str) -> str:
@@ -80,11 +80,11 @@ class Keys(msgspec.Struct, frozen=True):
         return self.blob_prefix() + self.blob_member(kind, key)
 
     def blob_prefix(self) -> str:
-        """What `blob` adds the member to; for scripts, which go through the index."""
+        """Return the prefix of `blob`, for scripts that take the members from the index."""
         return f"{self.ns}:blob:"
 
     def blob_member(self, kind: str, key: str) -> str:
-        """How the index names a blob."""
+        """Return the name of a blob in the index."""
         return f"{kind}:{key}"
 
     def blob_chunk(self, kind: str, key: str, n: int) -> str:
@@ -96,7 +96,7 @@ class Keys(msgspec.Struct, frozen=True):
     def blob_sizes(self) -> str:
         return f"{self.ns}:blobs:sizes"
 
-    def flights(self) -> str:
+    def encode_locks(self) -> str:
         return f"{self.ns}:flights"
 
     def replicas(self, service: str) -> str:
@@ -106,14 +106,14 @@ class Keys(msgspec.Struct, frozen=True):
         return f"{self.ns}:replica:{service}:{name}"
 
     def replica_prefix(self, service: str) -> str:
-        """What `replica` adds the name to; for scripts, which go through the names."""
+        """Return the prefix of `replica`, for scripts that append names."""
         return self.replica(service, "")
 
     def shards(self) -> str:
         return f"{self.ns}:shards"
 
     def leader(self, role: str) -> str:
-        """Where several replicas of something stand by for one that acts."""
+        """Return the key of a leader election: one replica acts, the others stand by."""
         return f"{self.ns}:leader:{role}"
 
     def quarantine(self, stream: str) -> str:

@@ -1,7 +1,7 @@
-"""Liveness: one lease per replica, renewed by one command; and ownership of shards, decided in Lua.
+"""Leases, by which replicas are known to be alive, and ownership of shards with fencing tokens.
 
-Who owns a shard writes under a fence: the script that writes first asks whether the shard is still ours under our
-epoch, so a replica that was thought dead and wakes up changes nothing, however late its command arrives.
+The owner of a shard writes under a fencing token: the script that writes checks first that the shard still has this
+owner and epoch. A replica that was declared dead and wakes up changes nothing, however late its command arrives.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -23,13 +23,13 @@ _FENCED = "FENCED"
 
 
 class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a replica says of itself in its lease."""
+    """Status of a replica, as its lease publishes it."""
 
     service: str
     name: str
     state: str  # starting, ready, draining
     version: str = ""
-    load: dict[str, float] = {}  # figures of now: docs/operations-monitoring.md has their names
+    load: dict[str, float] = {}  # current load by name: docs/operations-monitoring.md lists the names
     started: float = 0.0  # unix seconds
 
 
@@ -38,7 +38,7 @@ _decoder = msgspec.json.Decoder(Replica)
 
 
 class Lease:
-    """This replica's lease."""
+    """Lease of this replica."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Lease:
         self._renew = redis.register_script(read_script("renew_lease"))
 
     async def renew(self, state: str, load: dict[str, float] | None = None) -> None:
-        """Write status and expiry, and the name into the index, in one command."""
+        """Write status and expiry, and the name into the index, in one script."""
         status = _encoder.encode(Replica(self._service, self._name, state, self._version, load or {}, self._started))
         await self._renew(keys=[self._key, self._index], args=[status, self._ttl_ms, self._name])
 
     async def release(self) -> None:
-        """Gone at once, so that others need not wait for expiry."""
+        """Delete the lease, so that others need not wait for its expiry."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(self._key)
             pipe.srem(self._index, self._name)
@@ -74,7 +74,7 @@ class Lease:
 
 
 async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
-    """The replicas whose lease has not expired, by name; prunes the index of the others' names.
+    """Return the replicas whose lease has not expired, by name; remove the other names from the index.
 
     Raises:
         ProtocolError: a replica of another version wrote a status that cannot be read.
@@ -89,26 +89,29 @@ async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
 
 
 class Fence:
-    """What a write counts under: that all these shards are ours, each under its epoch. Without shards: always."""
+    """Fencing token of a write: it takes effect only while `name` owns all these shards, each under its epoch.
 
-    __slots__ = ("_key", "_words")
+    A write under a fence without shards always takes effect.
+    """
+
+    __slots__ = ("_args", "_key")
 
     def __init__(self, keys: Keys, name: str, epochs: Mapping[int, int]) -> None:
         self._key = keys.shards()
-        self._words: list[str | int] = [len(epochs)]
+        self._args: list[str | int] = [len(epochs)]
         for shard, epoch in epochs.items():
-            self._words += [shard, f"{epoch} {name}"]
+            self._args += [shard, f"{epoch} {name}"]
 
     async def run(
         self, script: Callable[..., Awaitable[Any]], keys: Sequence[str], args: Sequence[str | bytes | int]
     ) -> Any:
-        """Run a script that begins with FENCE: called as redis-py's registered ones are.
+        """Run a script that requires `fence`; it is called as a registered script of redis-py is.
 
         Raises:
-            FencedError: one of the shards is not ours any more; nothing was written.
+            FencedError: another replica owns one of the shards; nothing was written.
         """
         try:
-            return await script(keys=[self._key, *keys], args=[*self._words, *args])
+            return await script(keys=[self._key, *keys], args=[*self._args, *args])
         except ResponseError as error:
             if str(error).startswith(_FENCED):
                 raise FencedError(str(error)) from None
@@ -116,10 +119,10 @@ class Fence:
 
 
 class Shards:
-    """Which tokens streams this postproc owns. A shard whose owner's lease has expired is free.
+    """Shards (tokens streams) of this postproc replica. A shard whose owner's lease has expired is free.
 
-    Renew the lease before the first `balance`. An owner that calls `balance` and does not see a shard, or sees it with
-    another epoch than before, has lost it meanwhile.
+    Renew the lease before the first `balance`. If a later result lacks a shard, or has it under another epoch, this
+    replica has lost the shard in between.
     """
 
     def __init__(self, redis: Redis, keys: Keys, service: str, name: str, count: int) -> None:
@@ -146,11 +149,11 @@ class Shards:
             )
 
     async def balance(self, ready: Collection[str], held: Collection[int] = ()) -> dict[int, int]:
-        """Take or give up shards towards a fair share among us and the replicas named `ready`; returns {shard: epoch}
-        of all we own now.
+        """Take or give up shards towards a fair share among this replica and those named `ready`.
 
-        `held` are those we go on with. One that is ours without our holding it, because we start anew, gets a higher
-        epoch, so that what we wrote before and has not arrived is void.
+        Returns {shard: epoch} of all shards that this replica owns now. `held` are those it works on. A shard that it
+        owns without holding it, after a restart under its name, gets a higher epoch, which fences off late writes of
+        the process before.
         """
         others = [name for name in ready if name != self._name]
         args: list[str | int] = [self._leases, self._name, self._count, len(others), *others, *held]
@@ -158,5 +161,5 @@ class Shards:
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
     async def release(self, shards: list[int]) -> None:
-        """Let others have them at once. What we do not own is left alone."""
+        """Give up those of these shards that this replica owns, so that others take them at once."""
         await self._release(keys=[self._key], args=[self._name, *shards])

@@ -1,4 +1,4 @@
-"""Loader of the Lua scripts that run inside Redis: one file a script, with its KEYS and ARGV in its header.
+"""Loader of the Lua scripts that run inside Redis: one file per script, with KEYS and ARGV in its header.
 
 A header line `-- requires: NAME` puts the script NAME before it: one from the same folder, else one of `SCRIPTS`.
 """

@@ -1,13 +1,13 @@
-"""What a replica may do with a work entry it has taken: only while the entry is pending under its name.
+"""Writes that a replica may make for a work entry, each refused by Redis unless the replica still owns the entry.
 
-A replica that was paused for longer than its lease wakes up and goes on, but another has its entries by then. So each
-step here looks in Redis whose the entry is and does all it has to do in the same script, or nothing. Nothing is done
-either for an entry that is gone: ended by someone, or lost by Redis.
+A replica that was paused for longer than its lease wakes up and goes on, but another replica owns its entries by then.
+So each script checks the owner and does all its work at once, or does nothing. It does nothing either for an entry that
+is gone: ended by another replica, or lost by Redis. Every method is idempotent: safe to retry after a lost reply.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
 
 import msgspec
 from redis.asyncio import Redis
@@ -29,153 +29,180 @@ _log = logger(__name__)
 _failures = msgspec.msgpack.Encoder()
 _failure = msgspec.msgpack.Decoder(Failure)
 
-HandedOn = Literal["done", "unwanted", "changed", "lost"]
-Returned = Literal["done", "never", "lost"]
+ForwardOutcome = Literal["done", "unwanted", "changed", "lost"]
+SendBackOutcome = Literal["done", "never", "lost"]
+
+_Arg = str | bytes | int
+_REMOVED = (1, b"done")  # replies of a script that has removed its entry
 
 
 class Poison(msgspec.Struct, frozen=True):
-    """Why an entry goes to the quarantine."""
+    """Reason why an entry goes to the quarantine."""
 
     attempts: int
     reason: str
 
 
 class EntryOwnership:
-    """One replica's entries of `encode` or `generate`. What a lost reply makes a caller do again does nothing then."""
+    """One replica's entries of `encode` or `generate`.
+
+    `delivered` are the entries that this replica has received and not ended, as far as it knows. Those in `ending` may
+    have been removed by a script of ours whose reply is still on its way.
+    """
 
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str) -> None:
+        self.delivered: set[str] = set()
+        self.ending: set[str] = set()
         self._redis = redis
         self._keys = keys
         self._key = keys.stream(stream)
         self._quarantine_key = keys.quarantine(stream)
-        self._who: list[str | bytes | int] = [service, name]
-        self._owned = redis.register_script(read_script("owned"))
-        self._finish = redis.register_script(read_script("finish"))
-        self._claim = redis.register_script(read_script("claim"))
-        self._progressed = redis.register_script(read_script("progressed"))
-        self._hand_on = redis.register_script(read_script("hand_on"))
-        self._return = redis.register_script(read_script("send_back"))
-        self._condemn = redis.register_script(read_script("condemn"))
+        self._consumer: list[_Arg] = [service, name]
+        self._owned_entries = redis.register_script(read_script("owned_entries"))
+        self._ack = redis.register_script(read_script("ack"))
+        self._raise_epochs = redis.register_script(read_script("raise_epochs"))
+        self._record_progress = redis.register_script(read_script("record_progress"))
+        self._forward = redis.register_script(read_script("forward"))
+        self._send_back = redis.register_script(read_script("send_back"))
+        self._record_failure = redis.register_script(read_script("record_failure"))
         self._drop = redis.register_script(read_script("drop"))
-        self._refuse = redis.register_script(read_script("refuse"))
-        self._end = redis.register_script(read_script("end"))
+        self._end_with_failed = redis.register_script(read_script("end_with_failed"))
+        self._end_with_tokens = redis.register_script(read_script("end_with_tokens"))
         self._quarantine = redis.register_script(read_script("quarantine"))
 
-    async def owned(self, entry_ids: Sequence[str]) -> set[str]:
-        """Which of these are ours."""
-        return {
-            str(entry_id, "ascii") for entry_id in await self._owned(keys=[self._key], args=[*self._who, *entry_ids])
-        }
+    async def owned_entries(self, entry_ids: Sequence[str]) -> set[str]:
+        """Return those of these entries that this replica owns."""
+        args = [*self._consumer, *entry_ids]
+        return {str(entry_id, "ascii") for entry_id in await self._owned_entries(keys=[self._key], args=args)}
 
-    async def finish(self, entry_ids: Sequence[str]) -> None:
-        """Ack and delete."""
-        if entry_ids:
-            await self._finish(keys=[self._key], args=[*self._who, *entry_ids])
+    async def ack(self, entry_ids: Sequence[str]) -> None:
+        """Ack and delete those of these entries that this replica owns."""
+        if not entry_ids:
+            return
+        self.ending.update(entry_ids)
+        try:
+            await self._ack(keys=[self._key], args=[*self._consumer, *entry_ids])
+            self.delivered.difference_update(entry_ids)
+        finally:
+            self.ending.difference_update(entry_ids)
 
-    async def claim(self, entries: Sequence[tuple[str, str]]) -> dict[str, int | None]:
-        """Become the owner of the requests of (entry id, request id) (engine): raise their records' epochs by one.
+    async def raise_epochs(self, entries: Sequence[tuple[str, str]]) -> dict[str, int | None]:
+        """Raise the epochs in the records of the requests of (entry id, request id) by one (engine).
 
-        Returns {request id: epoch}; None where the record is gone, and nothing where the entry is no longer ours.
+        The epoch is a fencing token: tokens written under an older one no longer count. Returns {request id: epoch};
+        None where there is no record, and nothing where another replica owns the entry.
         """
         if not entries:
             return {}
-        epochs = await self._claim(
+        epochs = await self._raise_epochs(
             keys=[self._key, *(self._keys.request(request_id) for _, request_id in entries)],
-            args=[*self._who, *(entry_id for entry_id, _ in entries)],
+            args=[*self._consumer, *(entry_id for entry_id, _ in entries)],
         )
         pairs = zip(entries, epochs, strict=True)
         return {request_id: epoch or None for (_, request_id), epoch in pairs if epoch >= 0}
 
-    async def progressed(self, entry_id: str, request_id: str, tokens: int) -> None:
-        """A request that was delivered again has `tokens` tokens. If it had fewer the last time, whoever had it did not
-        die of it, and its deliveries are counted from one again."""
-        args = [*self._who, entry_id, tokens]
-        await self._progressed(keys=[self._key, self._keys.request(request_id)], args=args)
+    async def record_progress(self, entry_id: str, request_id: str, tokens: int) -> None:
+        """Record that a request that was delivered again has `tokens` tokens.
 
-    async def hand_on(self, entry_id: str, source: Encode, message: Generate) -> HandedOn:
-        """Put `message` in the entry's place (mm_encoder). The record keeps `source`, so that the engine can have the
-        embeddings made again.
+        If it had fewer at the last delivery, the replica that died made progress and the request did not kill it: its
+        deliveries are counted from one again.
+        """
+        keys = [self._key, self._keys.request(request_id)]
+        await self._record_progress(keys=keys, args=[*self._consumer, entry_id, tokens])
 
-        "unwanted": the record is gone or cancelled. "changed": it was handed on before with another prompt or other
-        media, of which tokens may have been generated. The entry is kept in both cases.
+    async def forward(self, entry_id: str, source: Encode, message: Generate) -> ForwardOutcome:
+        """Replace an entry of `encode` by `message` in `generate` (mm_encoder).
+
+        The record keeps `source`, so that the engine can have the embeddings made again. "unwanted": the record is gone
+        or cancelled. "changed": the request was forwarded before with another prompt or other media, from which tokens
+        may have been generated. The entry stays in both cases.
         """
         entry, request_id = to_entry(message), message.request.id
-        outcome: bytes = await self._hand_on(
-            keys=[self._key, self._keys.request(request_id), self._keys.stream(GENERATE)],
-            args=[*self._who, entry_id, entry[b"v"], entry[b"m"], to_entry(source)[b"m"], _fingerprint(message)],
+        outcome: bytes = await self._run_ending(
+            entry_id,
+            self._forward,
+            [self._keys.request(request_id), self._keys.stream(GENERATE)],
+            [entry[b"v"], entry[b"m"], to_entry(source)[b"m"], _fingerprint(message)],
         )
         return outcome.decode()  # type: ignore[return-value]
 
-    async def send_back(self, entry_id: str, request_id: str) -> Returned:
-        """Put what the record keeps in place of the entry: the embeddings are gone (engine).
+    async def send_back(self, entry_id: str, request_id: str) -> SendBackOutcome:
+        """Replace an entry of `generate` by the Encode that its record keeps: the embeddings are gone (engine).
 
-        "never": it came without media, or has been back MOST_RETURNS times. The entry is kept then.
+        "never": the request has no media, or was sent back MOST_RETURNS times. The entry stays.
         """
-        outcome: bytes = await self._return(
-            keys=[self._key, self._keys.request(request_id), self._keys.stream(ENCODE)],
-            args=[*self._who, entry_id, VERSION, MOST_RETURNS],
+        outcome: bytes = await self._run_ending(
+            entry_id,
+            self._send_back,
+            [self._keys.request(request_id), self._keys.stream(ENCODE)],
+            [VERSION, MOST_RETURNS],
         )
         return outcome.decode()  # type: ignore[return-value]
 
-    async def condemn(self, entry_id: str, request_id: str, failure: Failure | None) -> bool:
-        """Write down how the request will end, before what it needs is deleted (mm_encoder): whoever takes the entry
-        over then ends it in the same way. Returns whether the entry is ours."""
-        args = [*self._who, entry_id, b"" if failure is None else _failures.encode(failure)]
-        return bool(await self._condemn(keys=[self._key, self._keys.request(request_id)], args=args))
+    async def record_failure(self, entry_id: str, request_id: str, failure: Failure | None) -> bool:
+        """Record the failure with which a request will end, before its uploads are deleted (mm_encoder).
 
-    async def condemned(self, request_id: str) -> Failure | None:
-        """What has been written down so."""
+        A replica that claims the entry later ends the request in the same way. Returns whether this replica owns the
+        entry.
+        """
+        args = [*self._consumer, entry_id, b"" if failure is None else _failures.encode(failure)]
+        return bool(await self._record_failure(keys=[self._key, self._keys.request(request_id)], args=args))
+
+    async def recorded_failure(self, request_id: str) -> Failure | None:
+        """Return the failure that `record_failure` has recorded."""
         data = await command(self._redis, "HGET", self._keys.request(request_id), "failed")
         return None if data is None else _failure.decode(data)
 
     async def drop(self, entry_id: str, request_id: str) -> bool:
-        """End an entry of which nothing need be said, and the record with it."""
-        return bool(await self._drop(keys=[self._key, self._keys.request(request_id)], args=[*self._who, entry_id]))
+        """End an entry that needs no answer, and delete its record. Returns whether this replica owned the entry."""
+        return bool(await self._run_ending(entry_id, self._drop, [self._keys.request(request_id)], []))
 
-    async def refuse(self, entry_id: str, request: Request, failed: Failed, poison: Poison | None = None) -> bool:
-        """End an entry that no engine has had (mm_encoder): tell its gateways, and delete the record."""
+    async def end_with_failed(
+        self, entry_id: str, request: Request, failed: Failed, poison: Poison | None = None
+    ) -> bool:
+        """End an entry that no engine has read (mm_encoder): send `failed` to its gateways, and delete the record.
+
+        With `poison` the entry goes to the quarantine. Returns whether this replica owned the entry.
+        """
         entry = to_entry(failed)
-        return bool(
-            await self._refuse(
-                keys=[self._key, self._keys.request(request.id), self._quarantine_key],
-                args=[
-                    *self._who,
-                    entry_id,
-                    entry[b"v"],
-                    entry[b"m"],
-                    self._keys.deltas(""),
-                    request.gateway,
-                    DELTAS_LENGTH,
-                    QUARANTINE_LENGTH,
-                    *_told(entry_id, poison),
-                ],
-            )
-        )
+        keys = [self._keys.request(request.id), self._quarantine_key]
+        args: list[_Arg] = [entry[b"v"], entry[b"m"], self._keys.deltas(""), request.gateway]
+        args += [DELTAS_LENGTH, QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
+        return bool(await self._run_ending(entry_id, self._end_with_failed, keys, args))
 
-    async def end(self, entry_id: str, request: Request, last: Tokens, poison: Poison | None = None) -> bool:
-        """End an entry of a request that an engine has had (mm_encoder), by the way of all such requests."""
+    async def end_with_tokens(
+        self, entry_id: str, request: Request, last: Tokens, poison: Poison | None = None
+    ) -> bool:
+        """End an entry of a request that an engine has begun (mm_encoder): send `last` to its tokens stream, as engines
+        do.
+
+        With `poison` the entry goes to the quarantine. Returns whether this replica owned the entry.
+        """
         entry = to_entry(last)
-        return bool(
-            await self._end(
-                keys=[self._key, self._keys.tokens(request.shard), self._quarantine_key],
-                args=[
-                    *self._who,
-                    entry_id,
-                    entry[b"v"],
-                    entry[b"m"],
-                    QUARANTINE_LENGTH,
-                    *_told(entry_id, poison),
-                ],
-            )
-        )
+        keys = [self._keys.tokens(request.shard), self._quarantine_key]
+        args: list[_Arg] = [entry[b"v"], entry[b"m"], QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
+        return bool(await self._run_ending(entry_id, self._end_with_tokens, keys, args))
 
     async def quarantine(self, entry_id: str, poison: Poison) -> bool:
-        """Move an entry whose request has been answered, or cannot be, to where people find it."""
-        args = [*self._who, entry_id, QUARANTINE_LENGTH, *_told(entry_id, poison)]
-        return bool(await self._quarantine(keys=[self._key, self._quarantine_key], args=args))
+        """Move an entry whose request has been answered, or cannot be, to the quarantine, where operators find it."""
+        args: list[_Arg] = [QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
+        return bool(await self._run_ending(entry_id, self._quarantine, [self._quarantine_key], args))
+
+    async def _run_ending(
+        self, entry_id: str, script: Callable[..., Awaitable[Any]], keys: Sequence[str], args: Sequence[_Arg]
+    ) -> Any:
+        """Run a script that removes an entry if this replica owns it; return the reply."""
+        self.ending.add(entry_id)
+        try:
+            reply = await script(keys=[self._key, *keys], args=[*self._consumer, entry_id, *args])
+            if reply in _REMOVED:
+                self.delivered.discard(entry_id)
+            return reply
+        finally:
+            self.ending.discard(entry_id)
 
 
-def _told(entry_id: str, poison: Poison | None) -> tuple[int, str]:
+def _quarantine_fields(entry_id: str, poison: Poison | None) -> tuple[int, str]:
     if poison is None:
         return 0, ""
     _log.error("entry quarantined", extra={"entry": entry_id, "reason": poison.reason})
@@ -183,7 +210,7 @@ def _told(entry_id: str, poison: Poison | None) -> tuple[int, str]:
 
 
 def _fingerprint(message: Generate) -> bytes:
-    """What the tokens of an answer depend on and a second look at the media could change."""
+    """Return a digest of all that the tokens of an answer depend on and that fetching media again could change."""
     digest = hashlib.sha256(message.prompt)
     for span in message.spans:
         digest.update(f"{span.key} {span.offset} ".encode())

@@ -1,7 +1,7 @@
-"""The whole pipeline as Redis knows it at one moment: read in two round trips, without writing, into plain values.
+"""Snapshot of the whole pipeline as Redis knows it: read in two round trips, without writing, into plain values.
 
-Ages are by Redis's clock, which also made the ids of the entries. Nothing here is larger than the number of replicas
-and shards: entries are counted and dated inside Redis, and never fetched.
+Ages are by Redis's clock, which also made the ids of the entries. The size of a snapshot grows with the number of
+replicas and shards only: entries are counted and dated inside Redis, and never fetched.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from shared.bus.lua import read_script
 
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 QUEUES = {"mm_encoder": ENCODE, "engine": GENERATE}
-HELD = {"gateway": "requests", "mm_encoder": "running", "engine": "held", "postproc": "open"}  # figures of a lease
+HELD = {"gateway": "requests", "mm_encoder": "running", "engine": "held", "postproc": "open"}  # names in a lease's load
 ROOM = {"mm_encoder": "limit", "engine": "capacity"}
 
 LONG_WAIT_S = 300.0
@@ -25,7 +25,7 @@ FULL = 0.85  # of Redis's memory
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
-    """A replica by its lease. `gone`: its lease has expired, and it did not say goodbye."""
+    """Replica, by its lease. `gone`: its lease has expired without having been released."""
 
     name: str
     state: str  # starting, ready, draining; gone; unreadable (of another version)
@@ -36,7 +36,7 @@ class ReplicaView(msgspec.Struct, frozen=True):
 
 
 class ConsumerView(msgspec.Struct, frozen=True):
-    """A member of a consumer group and the entries it has in work."""
+    """Member of a consumer group, and the number of entries pending under its name."""
 
     name: str
     pending: int
@@ -44,13 +44,13 @@ class ConsumerView(msgspec.Struct, frozen=True):
 
 
 class QueueView(msgspec.Struct, frozen=True):
-    """A work stream. `length` is all work; what is not pending has been taken by nobody."""
+    """Work stream. `length` counts all entries; those that are not pending have never been delivered."""
 
     stream: str
     length: int
     pending: int
     oldest_s: float | None
-    waiting_s: float | None  # age of the oldest entry that nobody has taken
+    waiting_s: float | None  # age of the oldest entry that was never delivered
     consumers: tuple[ConsumerView, ...]
     quarantined: int
 
@@ -60,9 +60,11 @@ class QueueView(msgspec.Struct, frozen=True):
 
 
 class StageView(msgspec.Struct, frozen=True):
+    """Service with its replicas and its work stream."""
+
     service: str
     replicas: tuple[ReplicaView, ...]
-    queue: QueueView | None  # of those that take work from a stream
+    queue: QueueView | None  # None for a service without a work stream
 
     @property
     def ready(self) -> tuple[ReplicaView, ...]:
@@ -73,7 +75,7 @@ class StageView(msgspec.Struct, frozen=True):
 
 
 class ShardView(msgspec.Struct, frozen=True):
-    """A tokens stream. `owner` is None where nobody alive owns it."""
+    """Tokens stream. `owner` is None if no living replica owns it."""
 
     shard: int
     length: int
@@ -83,13 +85,15 @@ class ShardView(msgspec.Struct, frozen=True):
 
 
 class BlobsView(msgspec.Struct, frozen=True):
-    """Media and embeddings, by their index."""
+    """Number and size of the blobs, by their index."""
 
     count: int
     bytes: int
 
 
 class RedisView(msgspec.Struct, frozen=True):
+    """State of the Redis server, by INFO."""
+
     version: str
     up_s: float
     used_bytes: int
@@ -102,23 +106,25 @@ class RedisView(msgspec.Struct, frozen=True):
 
 
 class PipelineView(msgspec.Struct, frozen=True):
+    """Snapshot of all services, streams and stores."""
+
     namespace: str
     at: float  # unix seconds
     stages: tuple[StageView, ...]
     shards: tuple[ShardView, ...]
     control_length: int
     blobs: BlobsView
-    redis: RedisView | None  # None: it was not asked, or this user may not
+    redis: RedisView | None  # None: INFO was not asked for, or is forbidden to this user
 
     def stage(self, service: str) -> StageView:
         return next(stage for stage in self.stages if stage.service == service)
 
 
 async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None, *, server: bool = True) -> PipelineView:
-    """Look once. Without `server` Redis is asked nothing of itself: a user that may not would fill its log of refusals.
+    """Take a snapshot. `server`: also ask INFO; a user without that permission would fill Redis's ACL log.
 
     Raises:
-        RedisError: Redis does not answer, or refuses what a reader needs.
+        RedisError: Redis does not answer, or refuses a command that a reader needs.
     """
     first = await _ask(redis, _first_questions(keys, server))
     names = {service: sorted(str(name, "utf-8") for name in first[f"names {service}"]) for service in SERVICES}
@@ -151,9 +157,9 @@ async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None, *, ser
 
 
 def problems(view: PipelineView) -> list[str]:
-    """What somebody should look at, in words; nothing where all is well.
+    """Describe what an operator should look at, a line each; nothing if all is well.
 
-    A stage with a stream may sleep while there is no work for it; the ends of the pipeline may not.
+    A service with a work stream may be scaled to zero while the stream is empty; gateway and postproc may not.
     """
     found = [line for stage in view.stages for line in _problems_of(stage)]
     if view.stage("postproc").ready:
@@ -213,7 +219,7 @@ def _blob_questions(keys: Keys) -> _Questions:
 
 
 async def _ask(redis: Redis, questions: _Questions) -> dict[str, Any]:
-    """One round trip. What there is not yet (a stream, a group) answers with nothing."""
+    """Ask all questions in one round trip. A stream or group that does not exist yet answers with nothing."""
     async with redis.pipeline(transaction=False) as pipe:
         for words in questions.values():
             pipe.execute_command(*words)

@@ -1,8 +1,8 @@
-"""What Redis knows of one request: its record (a hash) and its token journal (a string of uint32).
+"""Records of requests in Redis: a hash of state and a token journal (a string of uint32) each.
 
-The record is born with the request's first work entry, in one transaction, and dies with the request, or some time
-after an answer that a client may come back for. A stage that takes an entry and finds no record, or a cancelled one,
-drops the entry. No journal is written without its record, so a late writer leaves nothing behind.
+A record is created with the request's first work entry, in one transaction, and deleted when the request ends, or
+`retain_s` after an answer that a client may come back for. A stage that reads an entry and finds no record, or a
+cancelled one, drops the entry. No journal is written without its record, so a late writer leaves nothing behind.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,9 @@ from shared.messages import (
     unpack_ids,
 )
 
-CONTROL_LENGTH = 10_000  # entries the control stream keeps, about; the record says the same to whoever missed one
+CONTROL_LENGTH = (
+    10_000  # entries the control stream keeps, about; the record has the same for a replica that missed one
+)
 TOKEN_BYTES = 4
 
 
@@ -44,26 +46,29 @@ _FIELDS = ("request", "epoch", "cancelled", "begin", "finish", "gateways")
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A request as its record has it now."""
+    """State of a request, as its record has it now."""
 
     request: Request
     epoch: int
-    cancelled: bool  # nothing more is to be generated: nobody waits for it, or a stop string has ended the answer
-    gateways: tuple[str, ...]  # where deltas go: usually one, more while several clients read the same answer
+    cancelled: bool  # generate nothing more: no client waits, or a stop string has ended the answer
+    gateways: tuple[str, ...]  # receivers of deltas: usually one, more while several clients read the same answer
     begin: Begin | None = None  # of the newest epoch whose tokens the journal may hold; set once there is a journal
     finish: Finish | None = None  # the answer has ended well, the journal holds all of it, and both will expire
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """What was sent under an idempotency key."""
+    """Requests that were submitted under an idempotency key."""
 
     body_hash: str
     request_ids: tuple[str, ...]
 
 
 class Records:
-    """All reading and writing of records and journals. A write that is given a fence raises FencedError, having done
-    nothing, when the fence's shards are not the writer's any more."""
+    """Reader and writer of records and journals.
+
+    A write under a fence (fencing token) raises FencedError, and changes nothing, if another replica owns one of the
+    fence's shards.
+    """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
@@ -91,11 +96,11 @@ class Records:
     async def submit_once(
         self, stream: str, messages: Sequence[Encode | Generate], digest: str, body_hash: str, ttl_s: int
     ) -> Submission | None:
-        """`submit` all of `messages` (the choices of one HTTP request) in one go, unless the idempotency key `digest`
-        was used before: then nothing is done and what was submitted under it is returned (gateway).
+        """Submit all of `messages` (the choices of one HTTP request) at once, unless the idempotency key `digest` is in
+        use: then change nothing, and return the submission under it (gateway).
 
-        The key is forgotten after `ttl_s`, which should reach `retain_s` past the deadline, and counts no longer when
-        a record of its requests is gone.
+        The key expires after `ttl_s`, which should reach `retain_s` past the deadline, and is void when one of its
+        requests has no record any more.
         """
         mine = Submission(body_hash, tuple(message.request.id for message in messages))
         entries = [(encode_request(message.request), to_entry(message)) for message in messages]
@@ -119,7 +124,7 @@ class Records:
         return None if earlier == mine else earlier  # equal: our own, sent again because its reply was lost
 
     async def get(self, request_ids: Sequence[str]) -> dict[str, Record]:
-        """The records that exist, in one round trip."""
+        """Return the records that exist, by request id, in one round trip."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for request_id in request_ids:
                 pipe.hmget(self._keys.request(request_id), _FIELDS)
@@ -127,7 +132,7 @@ class Records:
         return {request_id: _record(fields) for request_id, fields in zip(request_ids, found, strict=True) if fields[0]}
 
     async def exists(self, request_ids: Sequence[str]) -> set[str]:
-        """Those that have a record, in one round trip (gateway, postproc)."""
+        """Return the ids of those requests that have a record, in one round trip (gateway, postproc)."""
         if not request_ids:
             return set()
         async with self._redis.pipeline(transaction=False) as pipe:
@@ -137,7 +142,7 @@ class Records:
         return {request_id for request_id, there in zip(request_ids, found, strict=True) if there}
 
     async def cancel(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
-        """Mark existing records that have no finish cancelled, and broadcast `Cancel` if any was not yet."""
+        """Mark existing records without a finish as cancelled, and broadcast `Cancel` if this marked any."""
         entry = to_entry(Cancel(tuple(request_ids)))
         await self._under(fence).run(
             self._cancel,
@@ -146,16 +151,16 @@ class Records:
         )
 
     async def attach(self, request_ids: Sequence[str], gateway: str) -> None:
-        """Write down that clients of `gateway` read these answers (gateway)."""
+        """Add `gateway` to the receivers of these requests' deltas (gateway)."""
         await self._attach(keys=[*map(self._keys.request, request_ids)], args=[gateway])
 
     async def detach(self, request_ids: Sequence[str], gateway: str) -> list[str]:
-        """Write down that none does any more. Returns the requests that no living gateway has a reader of now."""
+        """Remove `gateway` from the receivers; return the requests that have no living receiver now."""
         args = [gateway, self._keys.deltas("")]
         alone = await self._detach(keys=[*map(self._keys.request, request_ids)], args=args)
         return [request_ids[place - 1] for place in alone]
 
-    # ------------------------------------------------------------------------------------------- postproc's part
+    # ------------------------------------------------------------------------------------------- written by postproc
 
     async def write_journal(
         self,
@@ -164,12 +169,11 @@ class Records:
         logprobs: Sequence[tuple[str, Sequence[TokenLogprob | None]]] = (),
         fence: Fence | None = None,
     ) -> list[str]:
-        """(request id, index, tokens): idempotent writes at their place, in one round trip.
+        """Write tokens, each (request id, index, tokens), at their place in journals: idempotent, in one round trip.
 
-        `begins` and `logprobs` belong to some of these requests: what usage needs and the epoch; and the
-        log-probabilities of the very tokens. A request without a record is passed over. Returns the ids whose write
-        would have left a hole, after a Redis that lost its last second: nothing of it was written, and the writer
-        starts again from token 0.
+        `begins` (counts for usage, and the epoch) and `logprobs` (of the same tokens) belong to some of these requests.
+        A request without a record is skipped. Returns the ids whose write would have left a hole, after Redis lost its
+        last second: nothing of that write was made, and the writer must start again from token 0.
         """
         if not writes:
             return []
@@ -184,22 +188,22 @@ class Records:
         return [writes[place - 1][0] for place in refused]
 
     async def read_journal(self, request_id: str) -> list[int]:
-        """The generated tokens journaled so far. (The tail may still be in the tokens stream only.)"""
+        """Return the generated tokens journaled so far. (The last ones may still be in the tokens stream only.)"""
         data = await self._redis.get(self._keys.journal(request_id))
         return unpack_ids(data) if isinstance(data, bytes) else []
 
     async def read_logprobs(self, request_id: str) -> list[TokenLogprob | None]:
-        """What was journaled beside the tokens, for a request that asked for log-probabilities."""
+        """Return the log-probabilities journaled beside the tokens, for a request that asked for them."""
         found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
         return [decode_logprob(data) for data in found]
 
     async def retain(self, ended: Sequence[tuple[str, Finish, float]], fence: Fence) -> None:
-        """(request id, finish, seconds): keep the answer, whose journal is complete, for that long."""
+        """Keep complete answers, each (request id, finish, seconds), for that many seconds."""
         args = [part for _, finish, s in ended for part in (encode_finish(finish), max(1, int(1000 * s)))]
         await fence.run(self._retain, self._names(request_id for request_id, _, _ in ended), args)
 
     async def delete(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
-        """Remove record and journal, also of a request that no engine ever had (any stage)."""
+        """Delete record and journal, also of a request that no engine ever read (any stage)."""
         if request_ids:
             await self._under(fence).run(self._delete, self._names(request_ids), [])
 

@@ -1,4 +1,4 @@
-"""Waiting for Redis instead of failing: what a replica has in hand is worth more than a quick error."""
+"""Retry for as long as Redis is unavailable: requests in flight are worth more than a quick error."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,9 +8,9 @@ from redis.exceptions import ConnectionError, NoScriptError, OutOfMemoryError, R
 
 from shared.log import logger
 
-# What a restart or an operator mends. A script is missing where the client has loaded it and Redis was restarted before
-# the call.
-PASSING = (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError, NoScriptError)
+# Errors that end when Redis is back or an operator has acted. NoScriptError: Redis was restarted between loading a
+# script and calling it.
+TRANSIENT = (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError, NoScriptError)
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
 
@@ -20,15 +20,15 @@ _log = logger(__name__)
 
 
 async def retry_until_available(what: str, attempt: Callable[[], Awaitable[T]]) -> T:
-    """The result of `attempt`, made again with growing delays for as long as Redis cannot take it.
+    """Return the result of `attempt`, retried with growing delays while Redis is unavailable.
 
-    The attempt may be carried out more than once: its effect must bear that.
+    `attempt` must be idempotent: it may take effect more than once. `what` names it in the log.
     """
     delay = FIRST_DELAY_S
     while True:
         try:
             return await attempt()
-        except PASSING as error:
-            _log.warning("Redis cannot serve us; waiting", extra={"what": what, "error": type(error).__name__})
+        except TRANSIENT as error:
+            _log.warning("Redis is unavailable; retrying", extra={"what": what, "error": type(error).__name__})
         await asyncio.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY_S)

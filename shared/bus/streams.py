@@ -1,7 +1,8 @@
-"""Work streams (consumer groups, at least once) and logs (plain XREAD, replayable)."""
+"""Work streams (consumer groups, delivery at least once) and logs (plain XREAD, replayable)."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -12,6 +13,7 @@ from shared.bus.client import MAX_BLOCK_MS, command
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.lua import read_script
 from shared.bus.ownership import EntryOwnership, Poison
+from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire
 from shared.errors import ProtocolError
 from shared.log import logger
@@ -28,35 +30,36 @@ _Entry = tuple[str, int, Mapping[bytes, bytes]]  # id, attempts, fields
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """One entry of a work stream, ours until acked."""
+    """One entry of a work stream, owned by this replica until acked."""
 
     entry_id: str
     message: Encode | Generate
     attempts: int  # 1 on first delivery
 
 
-class Look(NamedTuple):
-    """What a look at everyone's pending entries found."""
+class ClaimResult(NamedTuple):
+    """Result of comparing everyone's pending entries with leases and with what was delivered to this replica."""
 
-    ours: list[Delivery]  # now
-    poisoned: list[Delivery]  # ours too, but delivered too often: answer their requests, then quarantine them
-    lost: set[str]  # ids that were delivered to us and are no longer ours: another's, or nobody's any more
-    left: int  # entries of dead replicas for which we had no room
+    claimed: list[Delivery]  # owned by this replica now
+    poisoned: list[Delivery]  # owned too, but delivered too often: fail their requests, then quarantine them
+    lost: set[str]  # ids that were delivered to this replica and that it no longer owns
+    left: int  # claimable entries beyond the number asked for
 
 
 class WorkStream:
     """One replica's membership in the consumer group of `encode` or `generate`.
 
     An entry is acked and deleted in one step when its work has ended (shared/bus/ownership.py), so XLEN is the stage's
-    backlog: waiting plus running. Entries of consumers whose lease has expired are claimed by whoever looks next; idle
-    time is never the criterion, since long work is not dead work. Renew the lease before the first `take`.
+    backlog: waiting plus running. Entries of consumers whose lease has expired are claimed by the first replica that
+    looks; idle time is never the criterion, since long work is not dead work. Renew the lease before the first read.
 
-    A reply that was lost on its way, or a process that died and came back under its name, leaves entries in our own
-    list that nobody works on; `claim_abandoned` finds these too. So it must be called now and then by a replica that
-    is alone, and calls of `take` must not overlap.
+    A lost reply, or a process that died and restarted under its name, leaves entries pending under this replica's own
+    name that it does not work on; `claim_abandoned` finds these too. So even a replica that is alone must call it now
+    and then, and calls of `read_new` must not overlap.
     """
 
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
+        self.ownership = EntryOwnership(redis, keys, stream, service, name)
         self._redis = redis
         self._key = keys.stream(stream)
         self._kind = _KINDS[stream]
@@ -64,16 +67,14 @@ class WorkStream:
         self._group = service
         self._name = name
         self._max_deliveries = max_deliveries
-        self._ownership = EntryOwnership(redis, keys, stream, service, name)
         self._hop = Hop(stream)
         self._claim_dead = redis.register_script(read_script("claim_dead"))
-        self._claim_lost = redis.register_script(read_script("claim_lost"))
-        self._leave = redis.register_script(read_script("leave"))
+        self._claim_undelivered = redis.register_script(read_script("claim_undelivered"))
+        self._delete_consumer = redis.register_script(read_script("delete_consumer"))
         self._claiming = asyncio.Lock()
-        self._held: set[str] = set()  # delivered to our caller and, as far as we know, not finished
-        self._taking = False
-        self._takes = 0
-        self._suspects: dict[str, int] = {}  # ours but not held -> value of _takes when first seen so
+        self._reading = False
+        self._reads = 0  # calls of `read_new` that have ended
+        self._undelivered: dict[str, int] = {}  # pending under our name, never delivered -> `_reads` when first seen
 
     async def join(self) -> None:
         """Create stream, group (from id 0) and consumer where absent."""
@@ -84,45 +85,48 @@ class WorkStream:
                 raise
         await command(self._redis, "XGROUP", "CREATECONSUMER", self._key, self._group, self._name)
 
-    async def take(self, count: int, block_ms: int) -> list[Delivery]:
-        """Up to `count` new entries, waiting at most `block_ms` (0: do not wait) for the first.
+    async def read_new(self, count: int, block_ms: int) -> list[Delivery]:
+        """Return up to `count` new entries, waiting at most `block_ms` (0: do not wait) for the first.
 
         An entry that cannot be decoded is quarantined.
         """
-        assert not self._taking, "calls of take must not overlap"
-        self._taking = True
+        assert not self._reading, "calls of read_new must not overlap"
+        assert count > 0, "Redis takes a COUNT of 0 for no limit"
+        self._reading = True
         try:
             entries = await self._read(count, block_ms)
             self._hop.read(entry_id for entry_id, _ in entries)
             return await self._deliver([(entry_id, 1, fields) for entry_id, fields in entries])
         finally:
-            self._taking = False
-            self._takes += 1
+            self._reading = False
+            self._reads += 1
 
-    async def claim_abandoned(self, count: int) -> Look:
-        """Take over up to `count` entries of dead consumers, and delete consumers that have none left.
+    async def claim_abandoned(self, count: int) -> ClaimResult:
+        """Claim up to `count` entries of dead consumers, and delete consumers that have none left.
 
-        What was delivered more than `max_deliveries` times is poison. Such an entry stays pending under our name until
-        the caller has answered its request and quarantined it: if this process dies first, the next one answers.
+        An entry that was delivered more than `max_deliveries` times is poison. It stays pending under our name until
+        the caller has answered its request and quarantined it: if this process dies first, the next replica answers.
         """
         async with self._claiming:
             lost, claimed, left = await self._claim(count)
             deliveries = await self._deliver(claimed)
-        ours = [delivery for delivery in deliveries if delivery.attempts <= self._max_deliveries]
-        return Look(ours, [delivery for delivery in deliveries if delivery.attempts > self._max_deliveries], lost, left)
+        good = [delivery for delivery in deliveries if delivery.attempts <= self._max_deliveries]
+        poisoned = [delivery for delivery in deliveries if delivery.attempts > self._max_deliveries]
+        return ClaimResult(good, poisoned, lost, left)
 
-    async def finish(self, entry_ids: Sequence[str]) -> None:
-        """Ack and delete those that are still ours, in one step."""
-        await self._ownership.finish(entry_ids)
-        self._held.difference_update(entry_ids)
+    async def ack(self, entry_ids: Sequence[str]) -> None:
+        """Ack and delete those of these entries that this replica owns, in one step."""
+        await self.ownership.ack(entry_ids)
 
     async def leave(self) -> None:
-        """Delete our consumer if it owns nothing. What it still owns is claimed by others as soon as our lease is gone,
-        and none of it is the worse for having been here."""
-        await self._leave(keys=[self._key], args=[self._group, self._name, _MOST_PENDING])
+        """Delete our consumer if it owns no entries.
+
+        Other replicas claim its entries as soon as our lease is gone, and this delivery does not count as an attempt.
+        """
+        await self._delete_consumer(keys=[self._key], args=[self._group, self._name, _MOST_PENDING])
 
     async def backlog(self) -> int:
-        """Waiting plus running."""
+        """Return the number of entries, waiting and running."""
         return int(await command(self._redis, "XLEN", self._key))
 
     async def _read(self, count: int, block_ms: int) -> list[tuple[str, Mapping[bytes, bytes]]]:
@@ -141,51 +145,61 @@ class WorkStream:
         return [(str(entry_id, "ascii"), fields) for _, entries in reply for entry_id, fields in entries]
 
     async def _claim(self, count: int) -> tuple[set[str], list[_Entry], int]:
-        """(what we have lost, what we take over, how many entries of the dead are left)"""
-        who: list[str | int] = [self._group, self._name]
-        taken: list[Any] = []
-        lost, forgotten = await self._compare()
-        if forgotten[:count]:
-            taken += await self._claim_lost(keys=[self._key], args=[*who, *forgotten[:count]])
-        found, left = await self._claim_dead(keys=[self._key], args=[*who, self._leases, count - len(taken)])
+        """Return (entries lost, entries claimed, number of claimable entries left)."""
+        consumer: list[str | int] = [self._group, self._name]
+        claimed: list[Any] = []
+        lost, undelivered = await self._compare()
+        if undelivered[:count]:
+            claimed += await self._claim_undelivered(keys=[self._key], args=[*consumer, *undelivered[:count]])
+        found, left = await self._claim_dead(keys=[self._key], args=[*consumer, self._leases, count - len(claimed)])
         entries: list[_Entry] = [
-            (str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in [*taken, *found]
+            (str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in [*claimed, *found]
         ]
-        return lost, entries, int(left)
+        return lost, entries, int(left) + len(undelivered[count:])
 
     async def _deliver(self, entries: Sequence[_Entry]) -> list[Delivery]:
-        """Hold what can be read, before anything is awaited; quarantine the rest."""
+        """Record as delivered what can be decoded, before anything is awaited; quarantine the rest.
+
+        The quarantine waits for Redis rather than fail: its caller would lose the other entries, which count as
+        delivered.
+        """
         deliveries, unreadable = [], []
         for entry_id, attempts, fields in entries:
-            self._held.add(entry_id)
+            self.ownership.delivered.add(entry_id)
             try:
-                deliveries.append(Delivery(entry_id, self._work(fields), attempts))
+                deliveries.append(Delivery(entry_id, self._decode(fields), attempts))
             except ProtocolError as error:
                 unreadable.append((entry_id, Poison(attempts, str(error))))
         for entry_id, poison in unreadable:
-            await self._ownership.quarantine(entry_id, poison)
-            self._held.discard(entry_id)
+            await retry_until_available("quarantine", partial(self.ownership.quarantine, entry_id, poison))
+            self.ownership.delivered.discard(entry_id)
         return deliveries
 
-    def _work(self, fields: Mapping[bytes, bytes]) -> Encode | Generate:
+    def _decode(self, fields: Mapping[bytes, bytes]) -> Encode | Generate:
         message = from_entry(fields)
         if not isinstance(message, self._kind):
             raise ProtocolError(f"a {type(message).__name__} in {self._key}")
         return message
 
     async def _compare(self) -> tuple[set[str], list[str]]:
-        """(entries delivered here that are no longer pending under our name; entries pending under our name that no
-        call has delivered here and none under way can deliver)"""
-        held_before = set(self._held)
+        """Compare the entries delivered here with those pending under our name.
+
+        Returns (delivered and no longer pending: lost; pending and not delivered, by no read under way either).
+        """
+        ownership = self.ownership
+        delivered_before = set(ownership.delivered)
         pending = await self._pending()
-        # Finished meanwhile, or taken from us while we were paused, or lost by Redis.
-        lost = held_before - pending if len(pending) < _MOST_PENDING else set()
-        self._held -= lost
-        unheld = pending - self._held
-        # A reply to the call of `take` that is under way may carry them; once that call has returned, none will.
-        self._suspects = {entry_id: self._suspects.get(entry_id, self._takes) for entry_id in unheld}
-        ripe = [entry_id for entry_id, seen in self._suspects.items() if not self._taking or seen < self._takes]
-        return lost, sorted(ripe)
+        # Taken from us while we were paused, or lost by Redis. Those of a longer list may be behind its end.
+        lost = delivered_before & ownership.delivered if len(pending) < _MOST_PENDING else set()
+        lost -= pending | ownership.ending
+        ownership.delivered -= lost
+        # The reply to a read that is under way may deliver them; once that read has ended, none will.
+        self._undelivered = {
+            entry_id: self._undelivered.get(entry_id, self._reads) for entry_id in pending - ownership.delivered
+        }
+        return lost, sorted(
+            entry_id for entry_id, seen in self._undelivered.items() if not self._reading or seen < self._reads
+        )
 
     async def _pending(self) -> set[str]:
         words = ("XPENDING", self._key, self._group, "-", "+", _MOST_PENDING, self._name)
@@ -207,57 +221,59 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 async def send(redis: Redis, key: str, message: Message, *, max_len: int | None = None) -> str:
-    """XADD one message, trimming approximately to `max_len`; returns the entry id."""
+    """Append one message, trimming the stream approximately to `max_len`; return the entry id."""
     trim = () if max_len is None else ("MAXLEN", "~", max_len)
     return str(await command(redis, "XADD", key, *trim, "*", *_flat(message)), "ascii")
 
 
 async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
-    """The same into a stream that its reader has made: one that is gone leaves nothing behind. Returns whether it was
-    there."""
+    """Append one message to a stream that its reader creates, unless the reader has deleted it.
+
+    Returns whether the stream exists.
+    """
     fields = _flat(message)
     return await command(redis, "XADD", key, "NOMKSTREAM", "MAXLEN", "~", max_len, "*", *fields) is not None
 
 
 class LogWriter:
-    """Sends message after message to one stream, over a connection of its own. Calls must not overlap."""
+    """Writer of message after message to one stream, over a connection of its own. Calls must not overlap."""
 
     def __init__(self, redis: Redis, key: str) -> None:
         self._wire = Wire(redis)
         self._key = key
 
     async def send(self, message: Message) -> None:
-        """XADD one message; twice, when the connection breaks at the wrong moment."""
+        """Append one message; twice, when the connection breaks at the wrong moment."""
         await self._wire.call("XADD", self._key, "*", *_flat(message))
 
 
 class LogReader:
-    """Reads one or more plain streams from a position on: `tokens:{shard}`, `deltas:{gateway}`, `control`.
+    """Reader of one or more plain streams from a position on: `tokens:{shard}`, `deltas:{gateway}`, `control`.
 
-    Reading never consumes: `positions` (stream key -> id of the last entry seen) lives here, may be changed between
-    reads, and may start anywhere: "0" is the first entry, "$" whatever comes after the first read began. It has a
-    connection of its own from its first read on; reads must not overlap.
+    Reading never consumes: `positions` (stream key -> id of the last entry seen) is kept here, may be changed between
+    reads, and may start anywhere: "0" is before the first entry, "$" the end of the stream at the first read. The
+    reader has a connection of its own from its first read on; reads must not overlap.
     """
 
     def __init__(self, redis: Redis, positions: dict[str, str], hop: str | None = None) -> None:
-        """`hop`: what metrics call the streams' way to this reader; None where it is no stage of a request's."""
+        """`hop`: name of the streams in the metric millrace_hop_seconds; None for streams that carry no requests."""
         self._wire = Wire(redis)
         self._hop = None if hop is None else Hop(hop)
         self.positions = dict(positions)
 
     async def read(self, count: int, block_ms: int) -> list[tuple[str, str, Message]]:
-        """(stream key, entry id, message) of at most `count` entries a stream, after the current positions.
+        """Return (stream key, entry id, message) of at most `count` entries a stream, after the current positions.
 
         Waits at most `block_ms` (0: does not wait) while there are none.
 
         Raises:
-            ProtocolError: the next entry is of another version. What came before it has been returned, and the next
-                call goes on behind it.
+            ProtocolError: the next entry is of another version. Earlier entries have been returned, and the next call
+                goes on behind it.
         """
         if not self.positions:
             await asyncio.sleep(block_ms / 1000)
             return []
-        await self._pin()
+        await self.pin()
         block_ms = min(block_ms, MAX_BLOCK_MS)
         wait = ("BLOCK", block_ms) if block_ms > 0 else ()
         words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
@@ -268,8 +284,15 @@ class LogReader:
             self._hop.read(entry_id for _, entry_id, _ in messages)
         return messages
 
+    async def pin(self) -> None:
+        """Replace "$" by the id it means now: Redis would resolve it at every read, and skip entries between two."""
+        for stream, position in self.positions.items():
+            if position == "$":
+                newest = await self._wire.call("XREVRANGE", stream, "+", "-", "COUNT", 1)
+                self.positions[stream] = str(newest[0][0], "ascii") if newest else "0-0"
+
     async def close(self) -> None:
-        """Give the connection back. Who reads as long as the client is open need not."""
+        """Give the connection back. A reader that lives as long as the client need not be closed."""
         await self._wire.close()
 
     def _decode(
@@ -287,10 +310,3 @@ class LogReader:
                 raise
             into.append((stream, entry_id, message))
             self.positions[stream] = entry_id
-
-    async def _pin(self) -> None:
-        """Turn "$" into the id it means now: asked again by every read it would skip what comes between two."""
-        for stream, position in self.positions.items():
-            if position == "$":
-                newest = await self._wire.call("XREVRANGE", stream, "+", "-", "COUNT", 1)
-                self.positions[stream] = str(newest[0][0], "ascii") if newest else "0-0"

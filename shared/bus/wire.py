@@ -1,8 +1,8 @@
-"""A connection kept for one loop that calls command after command: what goes through here goes for every step.
+"""Dedicated connection for a loop that sends command after command, one or more for every step of the engine.
 
-It is redis-py's connection, so address, TLS, names, keepalive, errors and attempts are as everywhere. What is left out
-is what redis-py's client does around each command, which costs more than the command: taking a connection from the pool
-and looking whether it is sound, events for metrics, other types for the reply (docs/pipeline-performance.md).
+It is redis-py's connection, so address, TLS, names, keepalive, errors and retries are as everywhere. It leaves out the
+work of redis-py's client around each command, which costs more than the command: taking a connection from the pool and
+checking it, events for metrics, conversion of replies (docs/pipeline-performance.md).
 """
 
 import asyncio
@@ -16,24 +16,24 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-LIMIT_S = 5.0  # until the reply, beyond what the command itself was told to wait: after that nobody is there
+LIMIT_S = 5.0  # for the reply, beyond the time the command itself may block; then the peer is taken for dead
 
 Word = str | bytes | int | float
 
 
 class Wire:
-    """One connection of a client's pool, taken at the first call. Calls must not overlap."""
+    """Connection from a client's pool, taken at the first call and kept. Calls must not overlap."""
 
     def __init__(self, redis: Redis) -> None:
         self._pool = redis.connection_pool
         self._connection: AbstractConnection | None = None
 
     async def call(self, *words: Word, wait_s: float = 0.0) -> Any:
-        """One command and its reply as Redis sends it: bytes, integers, lists of these, None.
+        """Send one command; return its reply as Redis sends it: bytes, integers, lists of these, None.
 
-        Sent again when the connection breaks, as redis-py does it, so it may be carried out twice. `wait_s` is how long
-        the command itself may wait: MAX_BLOCK_MS at most. A call that is cancelled takes its connection with it, so
-        that no reply is ever taken for another command's.
+        The command is sent again when the connection breaks, as redis-py does, so Redis may run it twice. `wait_s` is
+        how long the command itself may block: MAX_BLOCK_MS at most. A cancelled call closes its connection, so that no
+        reply is ever taken for another command's.
 
         Raises:
             RedisError: redis-py's, of the same kinds.
@@ -46,14 +46,14 @@ class Wire:
         )
 
     async def close(self) -> None:
-        """Give the connection back. It may be left to the client's own `aclose`, too."""
+        """Return the connection to the pool. The client's own `aclose` closes it, too."""
         if self._connection is not None:
             await self._pool.release(self._connection)
             self._connection = None
 
 
 class WireScript:
-    """A Lua script, called over a wire as redis-py's registered ones are over a client."""
+    """Lua script, called over a wire as redis-py's registered scripts are over a client."""
 
     def __init__(self, wire: Wire, text: str) -> None:
         self._wire = wire
@@ -65,11 +65,11 @@ class WireScript:
         try:
             return await self._wire.call("EVALSHA", self._sha, *words)
         except NoScriptError:
-            return await self._wire.call("EVAL", self._text, *words)  # which also loads it
+            return await self._wire.call("EVAL", self._text, *words)  # loads it, too
 
 
 async def _exchange(connection: AbstractConnection, words: tuple[Word, ...], limit_s: float) -> Any:
-    """Connects first where there is no connection. It is closed by whatever ends this other than a reply."""
+    """Send a command and read its reply, connecting first if necessary. Anything but a reply closes the connection."""
     try:
         async with asyncio.timeout(limit_s):
             packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # annotated as a tuple of one

@@ -1,7 +1,7 @@
-"""Whether one replica is well, judged from outside its process by its lease in Redis.
+"""Health of one replica, judged from outside its process by its lease in Redis.
 
-A lease is renewed by the service's event loop, so one that has expired tells of a loop that has not turned for
-`lease_ms`, and the state in it is the service's own word.
+The service's event loop renews the lease, so an expired lease means a loop that has been blocked for `lease_ms`; the
+state in the lease is the service's own.
 """
 
 import asyncio
@@ -23,27 +23,28 @@ ANSWER_S = 3.0  # for Redis to answer; a probe's own timeout must be longer
 
 
 class Probe(StrEnum):
-    """What can be asked. `live`: would a restart help? `ready`: does it take work?"""
+    """Kind of probe. `live`: would a restart help? `ready`: does the replica accept work?"""
 
     LIVE = "live"
     READY = "ready"
 
 
 def probe_settings(environ: Mapping[str, str]) -> CommonSettings:
-    """What all services share, out of the environment of one.
+    """Load the common settings from the environment of one service.
 
     Raises:
-        ConfigError: a setting is missing or malformed, or the replica's name is left to the process, which we are not.
+        ConfigError: a setting is missing or malformed, or the replica's name, which defaults to its process id, is not
+            set.
     """
     known = {config.variable(field) for field in CommonSettings.__struct_fields__}
     name = config.variable("name")
     if not environ.get(name):
-        raise ConfigError(f"{name} must be set, to the name of the replica to look at")
+        raise ConfigError(f"{name} must be set, to the name of the replica to probe")
     return config.load(CommonSettings, {key: value for key, value in environ.items() if key in known})
 
 
 async def look(settings: CommonSettings, service: str, probe: Probe, answer_s: float = ANSWER_S) -> str | None:
-    """What is wrong with the replica, or None.
+    """Return what is wrong with the replica, or None.
 
     Raises:
         ConfigError: the URL of Redis is malformed.
@@ -53,7 +54,7 @@ async def look(settings: CommonSettings, service: str, probe: Probe, answer_s: f
         async with asyncio.timeout(answer_s):
             return judge(await _lease(redis, settings, service), probe)
     except (RedisError, OSError, TimeoutError) as error:
-        # Nothing can be said of the replica, and restarting it would not mend Redis: it waits for Redis as it is.
+        # The state of the replica is unknown, and restarting it would not help Redis, for which it waits already.
         return None if probe is Probe.LIVE else f"Redis does not answer ({type(error).__name__})"
     except ProtocolError as error:
         return str(error)
@@ -62,7 +63,7 @@ async def look(settings: CommonSettings, service: str, probe: Probe, answer_s: f
 
 
 def judge(lease: Replica | None, probe: Probe) -> str | None:
-    """What is wrong with a replica that has this lease, or None."""
+    """Return what is wrong with a replica that has this lease, or None."""
     if lease is None:
         return "there is no lease: the event loop has stopped, or has not begun"
     if probe is Probe.READY and lease.state != "ready":

@@ -1,6 +1,7 @@
 """`python -m shared.health SERVICE live|ready`: the health command of every image, for a container's probes.
 
-It reads the environment of the service it runs beside. Exit status 0: well; 1: not, and one line says why; 2: misused.
+It reads the environment of the service that it runs beside. Exit status 0: healthy; 1: not, with a line that says why;
+2: wrong usage.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ MISUSED = 2
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the process's exit status."""
+    """Probe a replica; return the exit status."""
     if len(arguments) != 2 or arguments[1] not in tuple(Probe):
         print("usage: python -m shared.health SERVICE live|ready", file=sys.stderr)
         return MISUSED

@@ -1,7 +1,7 @@
-"""Reads sharded safetensors by the hub's names, whatever naming the files use. The only part of `shared` with torch.
+"""Reader of sharded safetensors by the hub's names, whichever the files use. The only part of `shared` with torch.
 
-Accepted on disk: the hub's original names with or without the `model.` prefix on the vision tower, and transformers'
-own (fused experts, transposed gates). Asked for: the original names of docs/checkpoint.md.
+Files may have the hub's original names, with or without the `model.` prefix on the vision tower, or transformers' own
+(fused experts, transposed gates). Callers use the original names of docs/checkpoint.md.
 """
 
 import json
@@ -24,7 +24,7 @@ INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "mo
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A stored tensor, or one slice of it."""
+    """Stored tensor, or a slice of one."""
 
     stored: str
     index: tuple[int | slice, ...] = ()
@@ -32,19 +32,20 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """How an original tensor is made of stored ones: their rows one after another, then perhaps transposed."""
+    """Recipe of an original tensor: the rows of stored ones, concatenated, and perhaps transposed."""
 
     parts: tuple[_Part, ...]
     transposed: bool = False
 
 
 class Checkpoint:
-    """An opened model directory. Tensors are read one at a time, memory-mapped; nothing is unpickled."""
+    """Opened model directory. Tensors are read one at a time, memory-mapped; nothing is unpickled."""
 
     def __init__(self, directory: Path, *, headers_only: bool = False) -> None:
-        """
+        """Open the shards and match their tensors to the original names.
+
         Args:
-            headers_only: tensors are checked, and given without their values, on torch's meta device.
+            headers_only: return checked tensors without values, on torch's meta device.
 
         Raises:
             CheckpointError: no safetensors, an index that names absent files, the same tensor twice, or another
@@ -59,7 +60,7 @@ class Checkpoint:
         self.warnings = tuple(f"{directory}: {text}" for text in _remarks(self._files))
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """One tensor by its original name, on the CPU, in its stored dtype.
+        """Return one tensor by its original name, on the CPU, in its stored dtype.
 
         Raises:
             CheckpointError: it is missing, has another shape, or is not of floating point.
@@ -76,7 +77,7 @@ class Checkpoint:
         return tensor.T if source.transposed else tensor
 
     def _check(self, name: str, source: _Source, shape: tuple[int, ...]) -> None:
-        """Compare what the headers say of a tensor with what was asked for."""
+        """Compare shape and dtype in the headers with those that the caller expects."""
         found = _joined([self._files.part_shape(part) for part in source.parts])
         found = found[::-1] if source.transposed else found
         dtypes = {self._files.dtype(part.stored) for part in source.parts} - DTYPES
@@ -89,12 +90,14 @@ class Checkpoint:
         raise CheckpointError(f"{self._directory}: tensor {name} (stored as {stored}) {wrong}")
 
     def has(self, name: str) -> bool:
+        """Return True if a tensor of this original name is stored."""
         return name in self._sources
 
     def check_all_used(self, prefixes: Sequence[str]) -> None:
-        """
+        """Check that all tensors below `prefixes` have been read.
+
         Raises:
-            CheckpointError: a tensor whose original name starts with one of `prefixes` was never asked for.
+            CheckpointError: a tensor whose original name starts with one of `prefixes` was never read.
         """
         unused = sorted(name for name in self._sources if name.startswith(tuple(prefixes)) and name not in self._asked)
         if unused:
@@ -102,7 +105,7 @@ class Checkpoint:
             raise CheckpointError(f"{self._directory}: unexpected tensors {', '.join(unused[:3])}{more}")
 
     def names(self) -> Iterator[str]:
-        """Original names of all tensors."""
+        """Return the original names of all tensors."""
         return iter(self._sources)
 
 
@@ -110,7 +113,7 @@ class Checkpoint:
 
 
 class _Files:
-    """The shards: which tensor is where, and reading it."""
+    """Shards: index of their tensors, and reader."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -173,7 +176,7 @@ class _Files:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name to file name; empty where there is no index."""
+    """Return {tensor name: file name} of the index; empty if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -187,7 +190,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of tensors one after another by their rows."""
+    """Return the shape of tensors concatenated along their rows."""
     first, *rest = shapes
     return (first[0] + sum(shape[0] for shape in rest), *first[1:]) if rest else first
 
@@ -210,7 +213,7 @@ _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 
 
 def _sources(files: _Files) -> dict[str, _Source]:
-    """Every original tensor and how it is stored."""
+    """Return the source of each original tensor, by name."""
     sources: dict[str, _Source] = {}
     halves: dict[str, dict[int, _Part]] = {}
     for stored in files.names():
@@ -238,7 +241,7 @@ def _sources(files: _Files) -> dict[str, _Source]:
 
 
 def _remarks(files: _Files) -> Iterator[str]:
-    """Describe in a line a missing index, and each kind of tensor that is stored and has no part in the model."""
+    """Yield a line for a missing index, and for each kind of stored tensor that the model does not use."""
     if files.without_index:
         yield f"there is no {INDEX}; the {len(files.without_index)} shards are read without it"
     found = Counter(match.lastgroup for match in map(_IGNORED.fullmatch, files.names()) if match)
@@ -248,7 +251,7 @@ def _remarks(files: _Files) -> Iterator[str]:
 
 
 def _original_prefix(stored: str) -> str:
-    """Where the tensor sits in the original naming: the tower at the root, everything else under `model.`."""
+    """Return the original name: that of the tower is at the root, all others are under `model.`."""
     name = stored.removeprefix("model.").removeprefix("language_model.")
     if name.startswith("vision_tower."):
         name = "vision_model." + name.removeprefix("vision_tower.")
@@ -260,7 +263,7 @@ def _pool(match: re.Match[str]) -> int:
 
 
 def _expand(name: str, stored: str, files: _Files) -> Iterator[tuple[str, _Source]]:
-    """The original tensors one stored tensor holds: itself, or in transformers' naming up to two per expert."""
+    """Yield the original tensors in a stored one: itself, or in transformers' naming up to two per expert."""
     if match := _NATIVE_EXPERTS.fullmatch(name):
         yield from _fused_experts(match, stored, files.shape(stored))
     elif match := _NATIVE_GATE.fullmatch(name):
@@ -272,7 +275,10 @@ def _expand(name: str, stored: str, files: _Files) -> Iterator[tuple[str, _Sourc
 
 
 def _fused_experts(match: re.Match[str], stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, _Source]]:
-    """gate_up_proj is [experts, 2 x inner, hidden], gate rows first; down_proj is [experts, hidden, inner]."""
+    """Yield the experts' tensors in a fused one.
+
+    gate_up_proj is [experts, 2 x inner, hidden], gate rows first; down_proj is [experts, hidden, inner].
+    """
     gate_up = match["kind"] == "gate_up"
     if len(shape) != 3 or (gate_up and shape[1] % 2):
         raise CheckpointError(f"tensor {stored} has shape {list(shape)}, not that of fused experts")

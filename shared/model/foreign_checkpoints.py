@@ -1,4 +1,4 @@
-"""Recognises model directories that cannot be read, so that their error says what they are and what to do.
+"""Detection of model directories in unsupported formats, so that the error names the format and what to do.
 
 The signs are file names, the headers of safetensors files and config.json. A directory without a sign goes on to
 `shared/model/checkpoint.py`, which names what is wrong with it tensor by tensor.
@@ -95,7 +95,7 @@ class _Signs:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """config.json's quantization_config, or {} where it is online and so says nothing of stored weights."""
+        """Return config.json's quantization_config, or {} for the online form: it does not describe stored weights."""
         value = self.config.get("quantization_config")
         return value if isinstance(value, dict) and online_quantization(value) is None else {}
 

@@ -1,8 +1,8 @@
-"""Text to ids and ids to bytes. Control tokens never come out of text, and text never out of their names.
+"""Tokenizer: text to ids and ids to bytes. Ordinary text never encodes to control tokens.
 
 The checkpoint's own file decides the back end: `tokenizer.model` (SentencePiece, whose library the model's authors
-use) or, where there is none, `tokenizer.json` (tokenizers). Both are reduced to one `_Vocabulary`; nothing after that
-knows which it was.
+use) or, where there is none, `tokenizer.json` (tokenizers). Both are reduced to one `_Vocabulary`; all later
+code is the same for both.
 
 A back end turns some spellings into control tokens on its own (SentencePiece its user-defined pieces, either one its
 merges). So ordinary text is cut one character into every such spelling before a back end sees it: no fragment then
@@ -44,7 +44,7 @@ REQUIRED = (
 
 
 class Tokenizer:
-    """One vocabulary. Safe to share between tasks of a process."""
+    """Encoder and decoder of one vocabulary. Safe to share between tasks of a process."""
 
     def __init__(self, vocabulary: "_Vocabulary") -> None:
         self.warnings = vocabulary.warnings
@@ -62,7 +62,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        """
+        """Load the tokenizer of a model directory.
+
         Raises:
             CheckpointError: neither file exists, or a token the server needs (</think>, ...) is missing.
         """
@@ -74,7 +75,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id. The model's embedding may have more rows, which no token owns."""
+        """The largest id plus one. The model's embedding may have more rows, without tokens."""
         return len(self._bytes)
 
     @property
@@ -88,12 +89,12 @@ class Tokenizer:
         return self._special_ids
 
     def token_id(self, text: str) -> int | None:
-        """The id of the token whose text is exactly `text`."""
+        """Return the id of the token whose text is exactly `text`."""
         control = self._control.get(text)
         return self._ids_by_text.get(text.encode("utf-8", "replace")) if control is None else control
 
     def encode_text(self, text: str) -> list[int]:
-        """Ordinary text: whatever it contains, no control token comes out.
+        """Encode ordinary text, which never becomes a control token.
 
         The bytes of the ids are the text's UTF-8, but for U+2581, which SentencePiece reads as a space, and lone
         surrogates, which no UTF-8 can hold and which become U+FFFD.
@@ -107,14 +108,14 @@ class Tokenizer:
         return ids
 
     def encode_template(self, text: str) -> list[int]:
-        """Trusted text (a template's own): control tokens are recognised, the text between is `encode_text`'s."""
+        """Encode trusted text (a template's own): recognise control tokens, encode the rest by `encode_text`."""
         ids: list[int] = []
         for i, part in enumerate(self._control_split.split(text)):
             ids += [self._control[part]] if i % 2 else self.encode_text(part)
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes this token adds to an answer (perhaps part of a character); b"" for specials.
+        """Return the UTF-8 bytes that a token adds to an answer (perhaps part of a character); b"" for specials.
 
         Control tokens that are text to a reader or a parser (<think>, </think>, <tool_call>, </tool_call>) give
         their name. Ids from `vocab_size` on, which a model can generate and no token owns, give b"".
@@ -131,7 +132,7 @@ class Tokenizer:
         return ids + self._encode_fragment(text[start:])
 
     def _encode_fragment(self, fragment: str) -> list[int]:
-        """Text that does not spell a control token. What normalises to one is encoded a character at a time."""
+        """Encode text that does not spell a control token; if it normalises to one, a character at a time."""
         ids = self._encode(fragment)
         if self._control_ids.isdisjoint(ids):
             return ids
@@ -142,7 +143,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """A pattern for the longest of `words`, as a trie: an alternation would try each of thousands in turn."""
+    """Return a pattern for the longest of `words`, as a trie: an alternation would try each of thousands in turn."""
     trie: dict[str, Any] = {}
     for word in words:
         node = trie
@@ -165,17 +166,17 @@ def _trie_pattern(node: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """What a tokenizer's files say, whichever files they are."""
+    """Vocabulary of a tokenizer, independent of the kind of its files."""
 
     encode: Callable[[str], list[int]]  # may return control ids where the text spells or normalises to their names
     token_bytes: list[bytes]  # by id; b"" for specials and for ids nothing owns
     control: dict[str, int]
     literals: dict[str, int]  # ordinary added tokens `encode` does not know
-    warnings: tuple[str, ...] = ()  # what the files say and is ignored; each names the file and the field
+    warnings: tuple[str, ...] = ()  # fields that are ignored; each names the file and the field
 
 
 class _Piece(NamedTuple):
-    """One token of a model file."""
+    """Token of a model file."""
 
     text: str
     kind: int
@@ -202,7 +203,7 @@ class _AddedToken(msgspec.Struct):
 
 
 class _TokenizerConfig(msgspec.Struct):
-    """tokenizer_config.json and special_tokens_map.json: both may name special tokens."""
+    """Fields of tokenizer_config.json and special_tokens_map.json, which both may name special tokens."""
 
     added_tokens_decoder: dict[str, _AddedToken] | None = {}
     add_prefix_space: bool | None = None
@@ -253,7 +254,7 @@ def _load_model(directory: Path, config: _TokenizerConfig, names: Mapping[str, N
 
 
 def _special_names(config: _TokenizerConfig) -> dict[str, None]:
-    """Texts of the special tokens, but single characters, in the order in which transformers gives ids to new ones."""
+    """Return the texts of the special tokens, without single characters, in transformers' order of ids for new ones."""
     extra = config.extra_special_tokens or []
     named = [config.bos_token, config.eos_token, config.unk_token, config.pad_token, config.cls_token]
     named += [config.sep_token, config.mask_token, *(config.additional_special_tokens or ())]
@@ -277,7 +278,7 @@ def _from_sentencepiece(path: Path, config: _TokenizerConfig, names: Mapping[str
 
 
 def _sentencepiece_pieces(proto: bytes) -> Iterator[_Piece]:
-    """The pieces of a serialized ModelProto, in id order: field 1, with text in its field 1 and type in its field 3.
+    """Yield the pieces of a serialized ModelProto in id order: its field 1, with text in field 1 and type in field 3.
 
     The library does not tell user-defined pieces, which text always turns into, from merged ones.
     """
@@ -290,7 +291,7 @@ def _sentencepiece_pieces(proto: bytes) -> Iterator[_Piece]:
 
 
 def _protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Field numbers and values of one message: varints as int, everything else as its bytes."""
+    """Yield field numbers and values of one message: varints as int, all others as bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -321,7 +322,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def _added_tokens(
     directory: Path, config: _TokenizerConfig, names: Iterable[str], pieces: Mapping[str, int]
 ) -> list[_AddedToken]:
-    """Tokens beside the SentencePiece model: from either file, or by name alone, numbered on as transformers does."""
+    """Return the tokens beside the SentencePiece model, from either file or by name, numbered as transformers does."""
     found: dict[str, _AddedToken] = {}
     for key, token in (config.added_tokens_decoder or {}).items():
         if not key.isdecimal():
@@ -392,7 +393,7 @@ def _assemble(
     added: list[_AddedToken],
     names: Mapping[str, None],
 ) -> _Vocabulary:
-    """One vocabulary of a model file's pieces and the tokens added beside it.
+    """Combine a model file's pieces and the tokens added beside it to one vocabulary.
 
     Raises:
         CheckpointError: two tokens claim one id, or text does not come back from its ids.
@@ -431,7 +432,7 @@ def _plain_literal(path: Path, token: _AddedToken) -> int:
 
 
 def _is_control_piece(piece: _Piece, names: Mapping[str, None]) -> bool:
-    """Whether a piece of the model file itself is a control token.
+    """Return True if a piece of the model file itself is a control token.
 
     A merged piece like <br> is text; one like <|...|> or one the server parses is not, however it got there.
     """
@@ -454,7 +455,7 @@ def _piece_bytes(piece: _Piece, *, special: bool) -> bytes:
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
-    """A JSON file as `kind`; None where there is no such file."""
+    """Decode a JSON file as `kind`; return None if there is no such file."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:

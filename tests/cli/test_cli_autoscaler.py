@@ -88,7 +88,7 @@ class Deployment:
         await Lease(self._redis, self._keys, "engine", name, HOUR_MS).renew(state, {"held": takes})
         stream = WorkStream(self._redis, self._keys, GENERATE, "engine", name, 3)
         await stream.join()
-        await stream.take(takes, 0)
+        await stream.read_new(takes, 0)
         return stream
 
 
@@ -141,7 +141,7 @@ async def test_the_last_one_goes_when_nothing_is_left(
     stream = await deployment.engine("engine-0", 1)
     await deployment.turns(40)
     assert api.requests == []
-    await stream.finish([entry_id for entry_id in stream._held])
+    await stream.ack([entry_id for entry_id in stream.ownership.delivered])
     await deployment.turns(40)
     assert api.requests == [("scale engine", "0")]
 

@@ -157,5 +157,5 @@ def test_services_that_compute_share_the_cores(model: Path, monkeypatch: pytest.
     assert torch_threads(model, MILLRACE_TORCH_THREADS="3") == 3
     assert torch_threads(model, OMP_NUM_THREADS="5") == 0, "torch reads that variable itself"
     having = {name for name, each in environments(launch(model), URL, {}).items() if "MILLRACE_TORCH_THREADS" in each}
-    assert "engine" in having
+    assert having == {"mm_encoder", "engine"}
     assert having <= set(environment.COMPUTE_SERVICES)

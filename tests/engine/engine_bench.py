@@ -11,6 +11,7 @@ from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
+from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.scheduler import Plan
@@ -115,7 +116,7 @@ async def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_
 class Running:
     """A live engine."""
 
-    def __init__(self, service: EngineService, life: Life, task: "asyncio.Task[int]", registry: CollectorRegistry):
+    def __init__(self, service: EngineService[Any], life: Life, task: "asyncio.Task[int]", registry: CollectorRegistry):
         self.service = service
         self.life = life
         self.task = task
@@ -174,7 +175,7 @@ async def engine(
     settings = settings_for(redis_url, **changes)
     made = runner or SumRunner(blocks, settings.block_size)
     registry = CollectorRegistry()
-    service = EngineService(settings, redis, facts, lambda: (made, blocks), EngineMetrics(registry), tracing)
+    service = compose(settings, redis, facts, lambda: (made, blocks), EngineMetrics(registry), tracing)
     life = Life("engine", service, settings, redis)
     running = Running(service, life, asyncio.create_task(life.run()), registry)
     try:

@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
+from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.scheduler import Plan
-from services.engine.service import EngineService
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -255,7 +255,7 @@ async def delivered_to_the_dead(redis: Redis, keys: Keys, times: int) -> None:
         await lease.renew("ready")
         work = WorkStream(redis, keys, GENERATE, "engine", f"dead-{number}", 100)
         await work.join()
-        taken = await work.take(1, 0) or (await work.claim_abandoned(1)).ours
+        taken = await work.read_new(1, 0) or (await work.claim_abandoned(1)).claimed
         assert len(taken) == 1
         await lease.release()
 
@@ -380,7 +380,7 @@ async def test_a_dead_engines_requests_come_before_new_ones(redis: Redis, redis_
     async with engine(redis, redis_url, runner, lease_ms=100, max_num_seqs=1) as running:
         await submit(redis, keys, *(generate(f"new-{i}", [30 + i], 4) for i in range(8)))
         await eventually(lambda: asyncio.sleep(0, running.held == 3))
-        assert len(await work.take(1, 0)) == 1
+        assert len(await work.read_new(1, 0)) == 1
         await lease.release()
 
         async def owed() -> bool:
@@ -431,11 +431,11 @@ async def handed_on(redis: Redis, keys: Keys) -> None:
     stream = WorkStream(redis, keys, ENCODE, "mm_encoder", "mm-1", 100)
     await Lease(redis, keys, "mm_encoder", "mm-1", 60_000).renew("ready")
     await stream.join()
-    [delivery] = await stream.take(1, 5000)
+    [delivery] = await stream.read_new(1, 5000)
     assert isinstance(delivery.message, Encode)
     message = generate(delivery.message.request.id, [PATCH + 1, *[PATCH] * 6, PATCH + 2], 3, spans=(SPAN,))
     ownership = EntryOwnership(redis, keys, ENCODE, "mm_encoder", "mm-1")
-    assert await ownership.hand_on(delivery.entry_id, delivery.message, message) == "done"
+    assert await ownership.forward(delivery.entry_id, delivery.message, message) == "done"
 
 
 async def test_embeddings_that_were_evicted_are_made_again(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -611,7 +611,7 @@ async def test_a_failed_load_ends_the_process(redis: Redis, redis_url: str) -> N
         raise ConfigError("no memory")
 
     settings = settings_for(redis_url)
-    service = EngineService(settings, redis, FACTS, load, EngineMetrics(CollectorRegistry()))
+    service = compose(settings, redis, FACTS, load, EngineMetrics(CollectorRegistry()))
     assert await Life("engine", service, settings, redis).run() == MISCONFIGURED
 
 

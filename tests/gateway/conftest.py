@@ -14,7 +14,7 @@ from services.gateway.request.model_names import ModelNames
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.template import Template
 from shared.bus.keys import Keys
-from shared.model.config import GenerationDefaults
+from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
 

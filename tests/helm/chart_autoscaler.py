@@ -108,11 +108,11 @@ async def _wake_and_sleep(items: list[Object], api: WatchedApi, redis: Redis, po
     wait_for(api, 2, pod)
     assert pod.probe("readiness")
     assert pod.probe("liveness")
-    one, two = await stream.take(2, 0)
-    await stream.finish([one.entry_id])
+    one, two = await stream.read_new(2, 0)
+    await stream.ack([one.entry_id])
     wait_for(api, 1, pod)
     assert api.costs() == {"millrace-engine-0": "1"}
-    await stream.finish([two.entry_id])
+    await stream.ack([two.entry_id])
     wait_for(api, 0, pod)
     assert api.asked <= granted(items)
     assert {request[:3] for request in api.asked} == {right[:3] for right in granted(items)}

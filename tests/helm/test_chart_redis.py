@@ -50,7 +50,7 @@ async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, 
         for name in (ENCODE, GENERATE):
             stream = WorkStream(client, keys, name, "engine", "me", 3)
             await stream.join()
-            assert await stream.take(1, 0) == []
+            assert await stream.read_new(1, 0) == []
             await stream.claim_abandoned(1)
             await stream.leave()
         shards = Shards(client, keys, "engine", "me", 2)

@@ -449,7 +449,7 @@ async def taken_by_a_dead_replica(bench: Bench, times: int = 1) -> None:
     for number in range(times):
         stream = WorkStream(bench.redis, bench.keys, ENCODE, "mm_encoder", f"dead-{number}", 100)
         await stream.join()
-        taken = await stream.take(10, 0) if number == 0 else (await stream.claim_abandoned(10)).ours
+        taken = await stream.read_new(10, 0) if number == 0 else (await stream.claim_abandoned(10)).claimed
         assert len(taken) == 1
 
 
@@ -496,7 +496,7 @@ async def test_a_replica_that_has_lost_its_entry_refuses_nothing(bench: Bench) -
     assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
     assert await bench.left() == {"request:a"}
     other = EntryOwnership(bench.redis, bench.keys, ENCODE, SERVICE, "other")
-    assert await other.hand_on(entry_id.decode(), message, Generate(message.request, b"", 1)) == "done"
+    assert await other.forward(entry_id.decode(), message, Generate(message.request, b"", 1)) == "done"
 
 
 async def test_an_entry_that_redis_has_lost_is_let_go(bench: Bench) -> None:
@@ -528,7 +528,7 @@ async def test_two_replicas_encode_a_picture_once(bench: Bench, directory: Path)
         await bench.generates(4)
         await bench.settled()
     assert bench.passes() + other.passes() == 1
-    assert not await bench.redis.exists(bench.keys.flights())
+    assert not await bench.redis.exists(bench.keys.encode_locks())
 
 
 async def test_a_request_past_its_deadline_is_answered(bench: Bench) -> None:
@@ -547,7 +547,7 @@ async def test_who_dies_while_refusing_is_followed_by_the_same_refusal(bench: Be
     await taken_by_a_dead_replica(bench)
     [(entry_id, _)] = await bench.redis.xrange(bench.keys.stream(ENCODE))
     dead = EntryOwnership(bench.redis, bench.keys, ENCODE, SERVICE, "dead-0")
-    assert await dead.condemn(entry_id.decode(), "a", Failure(400, "not an image"))
+    assert await dead.record_failure(entry_id.decode(), "a", Failure(400, "not an image"))
     await bench.blobs.delete("media", ["a-0"])
     async with bench.running():
         assert await bench.refused() == Failure(400, "not an image")
@@ -565,10 +565,10 @@ class Engine:
 
     async def take(self) -> tuple[str, Generate]:
         await self.work.join()
-        [delivery] = await self.work.take(1, 10_000)
+        [delivery] = await self.work.read_new(1, 10_000)
         assert isinstance(delivery.message, Generate)
         request_id = delivery.message.request.id
-        assert await self.ownership.claim([(delivery.entry_id, request_id)])
+        assert await self.ownership.raise_epochs([(delivery.entry_id, request_id)])
         return delivery.entry_id, delivery.message
 
     async def last_words(self) -> list[TokenRun]:
@@ -707,3 +707,11 @@ async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> No
 async def test_a_device_that_is_not_there_is_named(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="MILLRACE_DEVICE: 'nonsense'"):
         build(bench.settings(device="nonsense"), bench.redis, bench.registry)
+
+
+async def test_torch_computes_with_the_threads_that_are_set(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    service = build(bench.settings(torch_threads=7), bench.redis, bench.registry)
+    assert set_to == [7]
+    await service.close()

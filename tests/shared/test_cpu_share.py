@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cpu_share import compute_threads, cpu_quota, usable_cores, within_quota
+from shared import cpu_share
+from shared.cpu_share import compute_threads, cpu_quota, torch_threads, usable_cores, within_quota
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,14 @@ def quota(tmp_path: Path, membership: str, **files: str) -> float | None:
 )
 def test_each_process_has_an_even_share_and_at_least_one_thread(cores: int, processes: int, threads: int) -> None:
     assert compute_threads(cores, processes) == threads
+
+
+@pytest.mark.parametrize(("wanted", "cores", "threads"), [(0, 3, 3), (0, 64, 6), (5, 3, 5), (64, 3, 64)])
+def test_torch_computes_on_the_cores_there_are(
+    monkeypatch: pytest.MonkeyPatch, wanted: int, cores: int, threads: int
+) -> None:
+    monkeypatch.setattr(cpu_share, "usable_cores", lambda: cores)
+    assert torch_threads(wanted, default=6) == threads
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.errors import CheckpointError
 from shared.log import logger, warn_each
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import ModelConfig, Quantization
+from shared.model.config import ModelConfig
+from shared.model.config_file import Quantization
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 

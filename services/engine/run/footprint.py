@@ -1,4 +1,4 @@
-"""What the decoder takes of a device in each format, by the shapes that its loader asks for: no tensor is read."""
+"""Memory of the decoder in each format, by the shapes that its loader asks for: no tensor is read."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -12,7 +12,8 @@ from services.engine.model.ernie import Layer, Weights
 from services.engine.model.weights import dtype_of, load_weights, widths
 from services.engine.run.memory import block_bytes
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import ModelConfig, Quantization
+from shared.model.config import ModelConfig
+from shared.model.config_file import Quantization
 
 
 def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig) -> Weights:

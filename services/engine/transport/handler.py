@@ -1,7 +1,7 @@
-"""Handler of `Generate` requests: makes sequences of them, and ends their entries when they have ended.
+"""Handler of `Generate` requests: makes sequences of them, and acks their entries when they have ended.
 
-A request is in hand from its delivery until its Finish is in the tokens stream, or until nothing need be said of it
-here: it was dropped, sent back for new embeddings, or is another engine's.
+A request is in flight from its delivery until its Finish is in the tokens stream, or until this engine has nothing more
+to write for it: it was dropped, sent back for new embeddings, or another engine owns its entry.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from services.engine.transport.resume import History, announcement, recover
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
-from shared.bus.ownership import EntryOwnership, Poison
+from shared.bus.ownership import Poison
 from shared.bus.records import Record, Records
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, WorkStream
@@ -40,34 +40,40 @@ _log = logger(__name__)
 
 
 def waiting_allowance(max_num_seqs: int) -> int:
-    """Requests to hold beyond those that can run: their embeddings load and their prompts are checked while they
-    wait for a place. More would keep work from replicas that have room now."""
+    """Return the number of requests to read beyond those that can run.
+
+    Their embeddings load and their prompts are checked while they wait to be scheduled. More of them would keep work
+    from replicas that could run it now.
+    """
     return max(2, max_num_seqs // 8)
 
 
 class GenerateHandler:
-    """`shared.bus.consumer.Handler` of this service: everything between the `generate` stream and the mailbox of the
-    model's thread. `consumer` holds its requests."""
+    """`shared.bus.consumer.Handler` of this service, from the `generate` stream to the mailbox of the model's thread.
+
+    `consumer` keeps its requests; `capacity` is the most requests in flight.
+    """
 
     def __init__(
         self,
+        *,
         redis: Redis,
         keys: Keys,
         stream: WorkStream,
-        ownership: EntryOwnership,
+        records: Records,
         blobs: Blobs,
         mailbox: Mailbox,
         facts: EngineFacts,
+        metrics: EngineMetrics,
         capacity: int,
         claim_every_s: float,
-        metrics: EngineMetrics,
         tracing: Tracing = OFF,
     ) -> None:
         self.consumer: Consumer[PendingRequest] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
         self._redis = redis
         self._keys = keys
-        self._ownership = ownership
-        self._records = Records(redis, keys)
+        self._ownership = stream.ownership
+        self._records = records
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
@@ -77,7 +83,7 @@ class GenerateHandler:
 
     # ---------------------------------------------------------------------------------------- called by the consumer
 
-    def receive(self, delivery: Delivery, poison: Poison | None) -> PendingRequest:
+    def new_request(self, delivery: Delivery, poison: Poison | None) -> PendingRequest:
         return pending_request(delivery, poison)
 
     def start(self, requests: Sequence[PendingRequest]) -> None:
@@ -92,13 +98,13 @@ class GenerateHandler:
         if request.admitted:
             self._mailbox.put(Abort(request.request_id, Finish("cancelled")))
 
-    def hear(self, message: Message) -> None:
+    def on_control(self, message: Message) -> None:
         """Do nothing: the other messages are not for engines."""
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
 
     async def expire(self) -> None:
-        """End requests that are past their deadline. The gateway does so too, by cancelling, as long as it lives."""
+        """End requests that are past their deadline. Their gateway, while it lives, cancels them, too."""
         while True:
             for pending in self.consumer.requests:
                 if pending.admitted and pending.late(time.time()):
@@ -106,15 +112,15 @@ class GenerateHandler:
             await asyncio.sleep(DEADLINES_EVERY_S)
 
     async def admit(self) -> None:
-        """Turn deliveries into sequences. A loop of its own, so that what was taken is admitted when taking stops."""
+        """Turn deliveries into sequences. A separate loop: entries already read are admitted after reading stops."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 tasks.create_task(self._admit(await self._batches.get()))
 
-    # ----------------------------------------------------------------------------------------------------- the end
+    # --------------------------------------------------------------------------------------------- ending requests
 
     async def finished(self, ends: Sequence[End]) -> None:
-        """These requests' Finish is in the stream: let go of their entries."""
+        """Ack the entries of requests whose Finish is in the tokens stream."""
         ended = []
         for end in ends:
             pending = self.consumer.get(end.request_id)
@@ -124,55 +130,56 @@ class GenerateHandler:
         await self._finish(ended)
 
     async def _finish(self, ended: Sequence[PendingRequest]) -> None:
-        """Uploads first: of an entry that is gone, nobody would look for them."""
+        """Delete uploads, then end the entries: without an entry, no replica would delete them."""
         uploads = await self._uploads(ended)
         if uploads:
             await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
         crash_point("engine.finish.before")
         plain = [pending.entry_id for pending in ended if pending.poison is None]
-        await self.consumer.finish(plain)
+        await self.consumer.ack(plain)
         for pending in ended:
             if pending.poison is not None:
                 await retry_until_available(
                     "quarantine", partial(self._ownership.quarantine, pending.entry_id, pending.poison)
                 )
         crash_point("engine.finish.after")
-        await self._release(ended)
+        self._release(ended)
 
     async def _uploads(self, ended: Sequence[PendingRequest]) -> list[str]:
-        """The uploads of requests that are still ours; another engine may yet need those of the others."""
-        shown = [pending for pending in ended if pending.uploads]
-        if not shown:
+        """Return the uploads of requests whose entries this engine owns; the others' may still be needed."""
+        with_uploads = [pending for pending in ended if pending.uploads]
+        if not with_uploads:
             return []
-        ours = await retry_until_available(
-            "owned", lambda: self._ownership.owned([pending.entry_id for pending in shown])
+        owned = await retry_until_available(
+            "owned", lambda: self._ownership.owned_entries([pending.entry_id for pending in with_uploads])
         )
-        return [key for pending in shown if pending.entry_id in ours for key in pending.uploads]
+        return [key for pending in with_uploads if pending.entry_id in owned for key in pending.uploads]
 
-    async def _release(self, gone: Sequence[PendingRequest]) -> None:
-        for pending in await self.consumer.release(gone):
-            self._note(pending, time.time())
+    def _release(self, ended: Sequence[PendingRequest]) -> None:
+        for pending in self.consumer.release(ended):
+            self._record_end(pending, time.time())
 
-    def _note(self, pending: PendingRequest, now: float) -> None:
+    def _record_end(self, pending: PendingRequest, now: float) -> None:
+        """Record a request's spans, and its metrics if it was answered to its end."""
         spans.record(self._tracing, pending, now)
         if pending.end is not None:
             fresh = pending.end.generated - pending.timeline.resumed_tokens
             self._metrics.observe_request(spans.durations(pending, now), fresh)
 
     async def _drop(self, pending: PendingRequest) -> None:
-        """End a request that nobody waits for and of which nothing was ever said."""
+        """End a request that no client waits for and that no engine has begun."""
         uploads = await self._uploads([pending])
         if uploads:
             await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
         crash_point("engine.drop.before")
         await retry_until_available("drop", lambda: self._ownership.drop(pending.entry_id, pending.request_id))
         crash_point("engine.drop.after")
-        await self._release([pending])
+        self._release([pending])
 
     # --------------------------------------------------------------------------------------------- admission
 
     async def _admit(self, batch: Sequence[PendingRequest]) -> None:
-        await self.consumer.finish_replaced(batch)
+        await self.consumer.ack_replaced(batch)
         records = await self._claim(batch)
         again = {pending.request_id: (pending.message, pending.epoch) for pending in batch if pending.epoch > 1}
         histories = await retry_until_available(
@@ -186,16 +193,16 @@ class GenerateHandler:
         )
 
     async def _claim(self, batch: Sequence[PendingRequest]) -> dict[str, Record]:
-        """Become the owner of these requests, as far as their entries are ours; their records, where there are any."""
+        """Raise the epochs of those requests whose entries this engine owns; return their records, if they have one."""
         entries = [(pending.entry_id, pending.request_id) for pending in batch]
         crash_point("engine.claim.before")
-        epochs = await retry_until_available("claim", lambda: self._ownership.claim(entries))
+        epochs = await retry_until_available("raise epochs", lambda: self._ownership.raise_epochs(entries))
         crash_point("engine.claim.after")
         for pending in batch:
             pending.epoch = epochs.get(pending.request_id) or 0
             pending.lost = pending.request_id not in epochs
         return await retry_until_available(
-            "claim", lambda: self._records.get([pending.request_id for pending in batch if pending.epoch])
+            "records", lambda: self._records.get([pending.request_id for pending in batch if pending.epoch])
         )
 
     async def _admit_one(self, pending: PendingRequest, record: Record | None, history: History) -> None:
@@ -203,7 +210,7 @@ class GenerateHandler:
             return
         over = history.ended or (record is not None and record.finish is not None)
         if pending.lost:
-            await self.consumer.lose(pending)
+            self.consumer.abandon(pending)
         elif over or (record is None and pending.poison is not None):
             await self._finish([pending])
         elif record is None or ((record.cancelled or pending.cancelled) and pending.epoch == 1):
@@ -213,29 +220,29 @@ class GenerateHandler:
             if pending.attempts > 1 and history.tokens:
                 count = len(history.tokens)
                 await retry_until_available(
-                    "progress", lambda: self._ownership.progressed(pending.entry_id, pending.request_id, count)
+                    "progress", lambda: self._ownership.record_progress(pending.entry_id, pending.request_id, count)
                 )
-            await self._give(pending, history)
+            await self._hand_over(pending, history)
 
-    async def _give(self, pending: PendingRequest, history: History) -> None:
-        """Give the request to the model, or the reason why not to whoever waits for it."""
+    async def _hand_over(self, pending: PendingRequest, history: History) -> None:
+        """Put a request into the mailbox: to be run, or to be finished with the reason why it is not."""
         command: Add | FinishUnstarted | None
         if pending.cancelled:
-            command = _answer(pending, history, Finish("cancelled"))
+            command = _finish_unstarted(pending, history, Finish("cancelled"))
         elif pending.poison is not None:
-            command = _answer(pending, history, Finish("error", failure=_deadly(pending.poison)))
+            command = _finish_unstarted(pending, history, Finish("error", failure=_poison_failure(pending.poison)))
         else:
-            command = await self._command(pending, history)
-        # Much may have happened while embeddings were loaded.
+            command = await self._build_command(pending, history)
+        # The request may have been cancelled or abandoned while its embeddings were loaded.
         if command is None or not self.consumer.holds(pending):
             return
         if pending.cancelled:
-            command = _answer(pending, history, Finish("cancelled"))
+            command = _finish_unstarted(pending, history, Finish("cancelled"))
         self._mailbox.put(command)
         pending.admitted = True
 
-    async def _command(self, pending: PendingRequest, history: History) -> Add | FinishUnstarted | None:
-        """None: the request has been sent back to have its embeddings made again."""
+    async def _build_command(self, pending: PendingRequest, history: History) -> Add | FinishUnstarted | None:
+        """Return the command for a request; None if it has been sent back to have its embeddings made again."""
         try:
             if pending.late(time.time()):
                 raise RequestError(LATE)
@@ -250,10 +257,10 @@ class GenerateHandler:
         except RequestError as error:
             refused = error
         _log.warning("request refused", extra={"request_id": pending.request_id, "why": refused.failure.message})
-        return _answer(pending, history, Finish("error", failure=refused.failure))
+        return _finish_unstarted(pending, history, Finish("error", failure=refused.failure))
 
     async def _send_back(self, pending: PendingRequest) -> bool:
-        """Whether the request is someone else's affair now."""
+        """Send a request back for its embeddings. Returns whether this engine has nothing more to do for it."""
         crash_point("engine.send_back.before")
         outcome = await retry_until_available(
             "send back", lambda: self._ownership.send_back(pending.entry_id, pending.request_id)
@@ -261,14 +268,18 @@ class GenerateHandler:
         crash_point("engine.send_back.after")
         if outcome == "never":
             return False
-        _log.info("sent back for its embeddings", extra={"request_id": pending.request_id, "outcome": outcome})
-        await self._release([pending])
+        _log.info(
+            "request sent back to mm_encoder: its embeddings are no longer stored",
+            extra={"request_id": pending.request_id, "outcome": outcome},
+        )
+        self._release([pending])
         return True
 
     async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
-        """
+        """Load the embeddings of all spans.
+
         Raises:
-            RequestError: a blob is gone, or is not what the span says (5xx).
+            RequestError: a blob is gone, or does not match its span (5xx).
         """
         keys = list(dict.fromkeys(span.key for span in spans))
         found = await asyncio.gather(
@@ -278,10 +289,10 @@ class GenerateHandler:
         return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
 
 
-def _deadly(poison: Poison) -> Failure:
-    return internal(f"The request ended {poison.attempts - 1} engines before it ended itself.").failure
+def _poison_failure(poison: Poison) -> Failure:
+    return internal(f"The request crashed {poison.attempts - 1} engine processes and was aborted.").failure
 
 
-def _answer(pending: PendingRequest, history: History, finish: Finish) -> FinishUnstarted:
+def _finish_unstarted(pending: PendingRequest, history: History, finish: Finish) -> FinishUnstarted:
     begin = announcement(pending.message, pending.epoch, len(history.tokens))
     return FinishUnstarted(pending.message.request.shard, begin, finish)

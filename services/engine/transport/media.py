@@ -1,4 +1,4 @@
-"""Embeddings as the encoder stored them, checked against the place they are for."""
+"""Checks of embeddings, as mm_encoder stored them, against the spans of the prompt that they are for."""
 
 import msgspec
 
@@ -9,7 +9,7 @@ from shared.messages import MediaSpan
 
 
 class EmbedsMeta(msgspec.Struct, frozen=True):
-    """What the encoder says of a blob of embeddings."""
+    """Shape and type of a blob of embeddings, as mm_encoder wrote them."""
 
     grid: tuple[int, int, int]
     rows: int
@@ -18,15 +18,15 @@ class EmbedsMeta(msgspec.Struct, frozen=True):
 
 
 class EmbedsGoneError(RequestError):
-    """They were evicted before use. They can be made again."""
+    """Embeddings that were evicted before use, and can be made again."""
 
 
 def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes] | None, hidden_size: int) -> Embeds:
-    """The embeddings of a span.
+    """Return the embeddings of a span.
 
     Raises:
         EmbedsGoneError: nothing is stored (503).
-        RequestError: they are not what the span says (500).
+        RequestError: they do not match the span (500).
     """
     if stored is None:
         what = f"The embeddings of the {span.kind} at token {span.offset} are no longer stored. Send the request again."

@@ -1,4 +1,4 @@
-"""Carries emissions from the model's thread to the tokens streams: in order, and none lost while this process lives."""
+"""Queue of step outputs from the model's thread to the tokens streams: in order, none lost while the process lives."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ OnEnded = Callable[[Sequence[End]], Awaitable[None]]
 
 
 class Outbox:
-    """Run on the event loop; `put` belongs to the model's thread, which is started after `open`."""
+    """Queue whose `put` belongs to the model's thread, started after `open`; all else runs on the event loop."""
 
     def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded) -> None:
         self._log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
@@ -30,22 +30,22 @@ class Outbox:
         self._closed = False
 
     def open(self) -> None:
-        """Belong to the running event loop."""
+        """Bind to the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def put(self, step_output: StepOutput) -> None:
-        """Queue an emission; waits while Redis is LEAD steps behind. After `close` it goes nowhere."""
+        """Queue a step output; block while Redis is LEAD steps behind (back-pressure). Does nothing after `close`."""
         self._room.acquire()
         if not self._closed:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, step_output)
 
     def close(self) -> None:
-        """Let a thread that waits in `put` go on."""
+        """Release a thread that is blocked in `put`."""
         self._closed = True
         self._room.release(LEAD)
 
     async def run(self) -> None:
-        """Send until cancelled. A request has ended for `on_ended` only when its Finish is in the stream."""
+        """Send until cancelled. `on_ended` is called for a request once its Finish is in the stream."""
         while True:
             step_output = await self._queue.get()
             messages = step_output.messages()

@@ -1,4 +1,4 @@
-"""State of a request outside the model's thread."""
+"""State of a request on the event loop, outside the model's thread."""
 
 from dataclasses import dataclass, field
 
@@ -18,13 +18,13 @@ class PendingRequest:
     entry_id: str
     message: Generate
     attempts: int
-    poison: Poison | None  # it has ended so many engines that it is only answered
-    epoch: int = 0  # ours, once claimed; what ends under another is not this
-    lost: bool = False  # it was no longer ours when we claimed it
-    replaces: str | None = None  # the entry under which the request was in hand before
-    admitted: bool = False  # the model's thread has it
-    cancelled: bool = False  # nobody waits for it
-    end: End | None = None  # how it ended, once that is said
+    poison: Poison | None  # it has crashed so many engines that it is only failed
+    epoch: int = 0  # fencing token, once raised by this engine; an End under another epoch is not of this delivery
+    lost: bool = False  # another engine owned the entry when this one raised the epoch
+    replaces: str | None = None  # the entry under which the request was in flight before
+    admitted: bool = False  # handed over to the model's thread
+    cancelled: bool = False  # no client waits for it
+    end: End | None = None  # once its Finish is in the stream
     timeline: Timeline = field(default_factory=Timeline)
 
     @property
@@ -33,11 +33,11 @@ class PendingRequest:
 
     @property
     def uploads(self) -> list[str]:
-        """Blobs that nobody needs when the request has ended."""
+        """Keys of the blobs to delete when the request has ended."""
         return upload_keys(self.request_id, len(self.message.spans))
 
     def late(self, now: float) -> bool:
-        """`now` in unix seconds."""
+        """Return whether the deadline has passed at `now`, in unix seconds."""
         deadline = self.message.request.deadline
         return deadline is not None and now > deadline
 

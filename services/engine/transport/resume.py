@@ -1,4 +1,4 @@
-"""What a request has generated so far, wherever it was generated: its journal and the tail of its tokens stream."""
+"""Recovery of the tokens that earlier engines generated for a request, from its journal and its tokens stream."""
 
 import asyncio
 from collections import defaultdict
@@ -23,25 +23,26 @@ _log = logger(__name__)
 
 
 class History(msgspec.Struct, frozen=True):
-    """A request's generated tokens; `ended` if nothing is left to do for it."""
+    """Generated tokens of a request; `ended` if its answer is complete."""
 
     tokens: tuple[int, ...] = ()
     ended: bool = False
 
 
-def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 0) -> History:
-    """Return the tokens that a reader of the stream has accepted, by postproc's own rule (shared/token_runs.py): the
-    model goes on from the tokens that the client has seen.
+def fold(journal: Sequence[int], parts: Iterable[Begin | TokenRun], epoch: int = 0) -> History:
+    """Return the tokens that postproc has accepted, by its own rule (shared/token_runs.py).
+
+    The model continues from them: they are the tokens that the client has seen.
 
     Args:
         journal: tokens from index 0 on.
-        said: what the stream says of the request, in its order. Tokens the journal has are dropped, and so is
-            everything of an epoch older than the newest seen before it. Tokens behind a gap, which only a Redis that
-            lost writes can leave, do not count: they are drawn again, and come out the same.
-        epoch: the newest whose tokens the journal may hold.
+        parts: the request's parts of the tokens stream, in order. Tokens that the journal has are dropped, and so are
+            all parts of an epoch older than the newest before them. Tokens behind a gap, which only a Redis that lost
+            writes can leave, do not count: they are sampled again, with the same result.
+        epoch: the newest epoch whose tokens the journal may hold.
     """
     tokens, newest = list(journal), epoch
-    for part in said:
+    for part in parts:
         if isinstance(part, Begin):
             newest = max(newest, part.epoch)
             continue
@@ -58,7 +59,7 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 
 
 
 def announcement(message: Generate, epoch: int, index: int = 0) -> Begin:
-    """A Begin of a request that is no sequence yet."""
+    """Return the Begin of a request that is not a sequence yet."""
     image, video = media_tokens(message.spans)
     counts = index, len(message.prompt) // TOKEN_BYTES, 0, image, video
     return Begin(message.request.id, epoch, *counts, asked_prompt(message))
@@ -67,28 +68,28 @@ def announcement(message: Generate, epoch: int, index: int = 0) -> Begin:
 async def recover(
     redis: Redis, keys: Keys, records: Records, claims: Mapping[str, tuple[Generate, int]]
 ) -> dict[str, History]:
-    """The histories of requests that someone has begun before, by id; each shard's tail is read once.
+    """Return the histories, by id, of requests that an engine has begun before; each shard's stream is read once.
 
     Args:
-        claims: request id -> (the request, the epoch we have claimed it under).
+        claims: request id -> (the request, the epoch that this engine raised it to).
 
-    First a Begin of each goes into the stream: what a former owner, who may only have been paused, writes after it
-    counts for nobody. So the tail up to it is all that a client has seen or will see. The tail is read before the
-    journals: postproc trims tokens only after it has journaled them, so what the one no longer has is in the other. A
-    record that is gone by then, or has a finish, means that the request ended meanwhile.
+    A Begin of each is written first. It fences off former owners, which may only have been paused: no reader accepts
+    tokens that they write after it, so the stream up to it has all that a client has seen or will see. The stream is
+    read before the journals: postproc trims tokens only after it has journaled them, so tokens missing from the stream
+    are in the journal. A record that is gone by then, or has a finish, means that the request has ended.
     """
     if not claims:
         return {}
     requests = [message.request for message, _ in claims.values()]
     await _announce(redis, keys, claims)
-    said = await _tails(redis, keys, requests)
+    streamed = await _read_streams(redis, keys, requests)
     journals = await asyncio.gather(*(records.read_journal(request.id) for request in requests))
     alive = await records.get([request.id for request in requests])
     histories = {}
     for request, journal in zip(requests, journals, strict=True):
         record = alive.get(request.id)
         journaled = 0 if record is None or record.begin is None else record.begin.epoch
-        history = fold(journal, said[request.id], journaled)
+        history = fold(journal, streamed[request.id], journaled)
         ended = record is None or record.finish is not None
         histories[request.id] = History(history.tokens, ended=True) if ended else history
     return histories
@@ -103,16 +104,16 @@ async def _announce(redis: Redis, keys: Keys, claims: Mapping[str, tuple[Generat
     crash_point("engine.announce.after")
 
 
-def _sort(message: Tokens, said: dict[str, list[Begin | TokenRun]]) -> None:
-    """Append what a message says of the requests in `said` to what was said before."""
+def _append_parts(message: Tokens, found: dict[str, list[Begin | TokenRun]]) -> None:
+    """Append the parts of a message that belong to the requests in `found`."""
     parts: tuple[Begin | TokenRun, ...] = (*message.begins, *message.runs)
     for part in parts:
-        if part.request_id in said:
-            said[part.request_id].append(part)
+        if part.request_id in found:
+            found[part.request_id].append(part)
 
 
-async def _tails(redis: Redis, keys: Keys, requests: Sequence[Request]) -> dict[str, list[Begin | TokenRun]]:
-    said: dict[str, list[Begin | TokenRun]] = {request.id: [] for request in requests}
+async def _read_streams(redis: Redis, keys: Keys, requests: Sequence[Request]) -> dict[str, list[Begin | TokenRun]]:
+    found: dict[str, list[Begin | TokenRun]] = {request.id: [] for request in requests}
     reader = LogReader(redis, {keys.tokens(request.shard): "0" for request in requests})
     try:
         while True:
@@ -120,13 +121,14 @@ async def _tails(redis: Redis, keys: Keys, requests: Sequence[Request]) -> dict[
                 entries = await reader.read(PAGE, 0)
             except ProtocolError as error:
                 _log.warning(
-                    "unreadable entry in a tokens stream; its tokens are drawn again", extra={"error": str(error)}
+                    "unreadable entry skipped in a tokens stream; its tokens are sampled again",
+                    extra={"error": str(error)},
                 )
                 continue
             if not entries:
-                return said
+                return found
             for _, _, message in entries:
                 if isinstance(message, Tokens):
-                    _sort(message, said)
+                    _append_parts(message, found)
     finally:
         await reader.close()

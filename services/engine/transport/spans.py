@@ -1,14 +1,14 @@
-"""A request's time in this engine as spans: it waits, its prompt is computed, its tokens are generated."""
+"""Trace spans of a request in this engine: queue, prefill, decode."""
 
 from services.engine.transport.pending import PendingRequest
 from shared.bus.records import TOKEN_BYTES
 from shared.tracing import REQUEST_ID, Attributes, Tracing
 
-LOST = "lost"  # another replica has it now
+LOST = "lost"  # another replica owns it
 
 
 def record(tracing: Tracing, pending: PendingRequest, now: float, error: str | None = None) -> None:
-    """When a request leaves, in whatever way. `now` in unix seconds; `error`: why, where it has not ended."""
+    """Record the spans of a request that leaves. `now`: unix seconds; `error`: why, if it leaves without an end."""
     trace, end = pending.message.request.trace, pending.end
     if not tracing.follows(trace):
         return
@@ -25,7 +25,7 @@ def record(tracing: Tracing, pending: PendingRequest, now: float, error: str | N
 
 
 def durations(pending: PendingRequest, now: float) -> dict[str, float]:
-    """Seconds in each phase it came to: queue, prefill, decode."""
+    """Return the seconds in each phase that the request reached: queue, prefill, decode."""
     phases = _phases(pending)
     return {name: stop - start for (name, start, _), stop in zip(phases, _stops(phases, pending, now), strict=True)}
 
@@ -35,7 +35,7 @@ def _stops(phases: list[tuple[str, float, Attributes]], pending: PendingRequest,
 
 
 def _phases(pending: PendingRequest) -> list[tuple[str, float, Attributes]]:
-    """(name, start, attributes) of what it came to; each lasts until the next."""
+    """Return (name, start, attributes) of each phase that the request reached; each lasts until the next."""
     times = pending.timeline
     phases: list[tuple[str, float, Attributes]] = [("queue", _queued_at(pending), {})]
     if times.scheduled is not None:
@@ -58,6 +58,6 @@ def _about(pending: PendingRequest) -> Attributes:
 
 
 def _queued_at(pending: PendingRequest) -> float:
-    """When it came into the stream, by Redis's clock. What another engine has had waits here since we took it."""
+    """Return when its entry was written, by Redis's clock, or for a redelivered request when this engine read it."""
     taken = pending.timeline.taken
     return taken if pending.epoch > 1 else min(taken, int(pending.entry_id.partition("-")[0]) / 1000)

@@ -2,7 +2,7 @@
 -- KEYS: stream
 -- ARGV: consumer group, max taken entries, max waiting entries, known entry...
 -- Returns {{entry, consumer, deliveries} of taken entries, waiting entries, {entry, message} of unknown ones}.
--- requires: group
+-- requires: consumer_group
 local known, new = {}, {}
 for i = 4, #ARGV do known[ARGV[i]] = true end
 
@@ -12,7 +12,7 @@ local function add(entry)
   end
 end
 
-local found, taken = group(), {}
+local found, taken = consumer_group(), {}
 if found then
   for _, entry in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[2])) do
     taken[#taken + 1] = {entry[1], entry[2], entry[4]}

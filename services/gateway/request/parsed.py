@@ -11,7 +11,7 @@ from services.gateway.request.sampling import resolve_output, resolve_sampling
 from services.gateway.request.schemas import decode_body
 from shared.limits import resolve_max_tokens
 from shared.messages import Output, Sampling
-from shared.model.config import GenerationDefaults
+from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
 

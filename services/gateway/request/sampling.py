@@ -9,7 +9,7 @@ from typing import TypeVar
 from services.gateway.request.schemas import MAX_SEED, ChatRequest
 from shared.errors import invalid
 from shared.messages import Output, Sampling
-from shared.model.config import GenerationDefaults
+from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5

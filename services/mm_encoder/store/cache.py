@@ -1,7 +1,7 @@
-"""Embeddings by content: one blob for all requests and replicas that show the same media the same way.
+"""Content-addressed embeddings: one blob for all requests and replicas that show the same media in the same way.
 
-The key covers the source's bytes, everything that decides its patches, and the weights. Within a process the same key
-is computed once at a time; `turns.py` sees to it among replicas.
+The key covers the source's bytes, everything that decides its patches, and the weights. A key is computed once at a
+time: `SingleFlight` ensures it within a process, `locks.py` among replicas.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class EmbedMeta(msgspec.Struct, frozen=True):
-    """What the engine must know of a blob to read it."""
+    """Shape and type of a blob of embeddings, which the engine needs to read it."""
 
     grid: Grid
     rows: int
@@ -31,19 +31,19 @@ class EmbedMeta(msgspec.Struct, frozen=True):
 
 
 def content_key(data: bytes, signature: bytes, identity: bytes) -> str:
-    """`signature` says how the source is processed, `identity` by which weights."""
+    """Return the key of a source, of how it is processed (`signature`) and of the weights (`identity`)."""
     parts = (hashlib.sha256(part).digest() for part in (data, signature, identity))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Embeds:
-    """The blobs of kind "embeds"."""
+    """Store of embeddings: the blobs of kind "embeds"."""
 
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
 
     async def find(self, kind: MediaKind, key: str) -> Embedded | None:
-        """Also renews its life, so that it is there when the engine comes for it."""
+        """Return the embeddings stored under `key`, renewing their TTL so that they outlast the way to the engine."""
         meta = await self._blobs.meta(EMBEDS, key)
         if meta is None:
             return None
@@ -51,10 +51,10 @@ class Embeds:
         return Embedded(kind, key, found.grid, found.rows)
 
     async def store(self, key: str, grid: Grid, rows: Tensor) -> None:
-        """[rows, hidden] on the CPU, stored as its raw bytes.
+        """Store `rows`, [rows, hidden] on the CPU, as their raw bytes.
 
         Raises:
-            RequestError: 503, more than the store may hold.
+            RequestError: 503, the embeddings exceed the budget of the blob store.
         """
         meta = EmbedMeta(grid, rows.shape[0], rows.shape[1], str(rows.dtype).removeprefix("torch."))
         data = rows.contiguous().flatten().view(torch.uint8).numpy().data
@@ -62,26 +62,26 @@ class Embeds:
 
 
 class SingleFlight(Generic[T]):
-    """Computations by key, each once at a time. Whoever waits may give up; the computation goes on for the others."""
+    """Registry of computations by key, each running once at a time; a caller's cancellation does not cancel it."""
 
     def __init__(self) -> None:
         self._running: dict[str, asyncio.Task[T]] = {}
 
     async def join(self, key: str, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of the flight of `key`, started if there is none."""
+        """Return the result of the computation of `key`; start it if it is not running."""
         task = self._running.get(key)
         if task is None:
             task = self._running[key] = asyncio.create_task(start())
-            task.add_done_callback(lambda done: self._landed(key, done))
+            task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(task)
 
-    def _landed(self, key: str, done: asyncio.Task[T]) -> None:
+    def _forget(self, key: str, done: asyncio.Task[T]) -> None:
         del self._running[key]
         if not done.cancelled():
-            done.exception()  # those who waited have it; if nobody did, nobody need hear of it
+            done.exception()  # marks it as retrieved: a computation without waiters must not log it
 
     async def close(self) -> None:
-        """Give up what is running."""
+        """Cancel all computations."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()

@@ -1,7 +1,7 @@
-"""Of all replicas, one at a time makes the embeddings of a key; the others wait for what it stores.
+"""Cross-replica single-flight: one lock per content key in Redis, void when its owner's lease expires.
 
-Whose turn it is stands in Redis and is void once that replica's lease has expired, so a death frees it. Who is done
-says so on the control stream; a wait ends after `look_s` anyway, since that word may be lost, or its speaker.
+The owner encodes and stores the embeddings of the key; the other replicas wait for them. A release is broadcast on the
+control stream. A wait ends after `recheck_s` in any case, since the message may be lost, or its sender may die.
 """
 
 import asyncio
@@ -20,64 +20,69 @@ HERE = Path(__file__).parent  # where the scripts are
 
 
 class EncodeLocks:
-    """This replica's part. Within the process a key is asked for once at a time."""
+    """One replica's encode locks. Within a process, callers ask for a key one at a time (SingleFlight in cache.py)."""
 
-    def __init__(self, redis: Redis, keys: Keys, service: str, name: str, look_s: float) -> None:
-        self._key = keys.flights()
+    def __init__(self, redis: Redis, keys: Keys, service: str, name: str, recheck_s: float) -> None:
+        self._key = keys.encode_locks()
         self._control = keys.control()
         self._leases = keys.replica_prefix(service)
         self._name = name
-        self._look_s = look_s
-        self._take_off = redis.register_script(read_script("take_lock", HERE))
-        self._land = redis.register_script(read_script("release_lock", HERE))
-        self._sweep = redis.register_script(read_script("sweep_locks", HERE))
+        self._recheck_s = recheck_s
+        self._take_lock = redis.register_script(read_script("take_lock", HERE))
+        self._release_lock = redis.register_script(read_script("release_lock", HERE))
+        self._sweep_locks = redis.register_script(read_script("sweep_locks", HERE))
         self._waiting: dict[str, asyncio.Event] = {}
 
-    async def begin(self) -> None:
-        """Void the turns that a process of our name has left, before this one has any: for others it is alive."""
-        await self._sweep(keys=[self._key], args=[self._leases, self._name])
+    async def release_own(self) -> None:
+        """Release the locks that an earlier process of this name left: for other replicas their owner is alive.
 
-    async def make(self, key: str, stored: Callable[[], Awaitable[bool]], make: Callable[[], Awaitable[None]]) -> None:
-        """Return when the embeddings of `key` are stored: by `make`, if it is our turn and they are not there yet."""
-        while not await self._ours(key):
-            await self._until_landed(key)
+        Call it before the first `encode_once`.
+        """
+        await self._sweep_locks(keys=[self._key], args=[self._leases, self._name])
+
+    async def encode_once(
+        self, key: str, stored: Callable[[], Awaitable[bool]], encode: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Return when the embeddings of `key` are stored: by another replica, or by `encode` under our lock."""
+        while not await self._acquire(key):
+            await self._wait_for_release(key)
         try:
             if not await stored():
-                await make()
+                await encode()
         finally:
-            await self._end(key)
+            await self._release(key)
 
     def encoded(self, message: Encoded) -> None:
-        """Wake whoever waits here for this key."""
+        """Wake the task that waits here for this key."""
         if (event := self._waiting.get(message.key)) is not None:
             event.set()
 
-    async def sweep(self) -> None:
-        """Void the turns of dead replicas."""
-        await self._sweep(keys=[self._key], args=[self._leases, ""])
+    async def release_dead(self) -> None:
+        """Release the locks of dead replicas."""
+        await self._sweep_locks(keys=[self._key], args=[self._leases, ""])
 
-    async def _ours(self, key: str) -> bool:
-        # Before we ask: else the word that it is free might come in between.
+    async def _acquire(self, key: str) -> bool:
+        # Registered before asking: otherwise the message of a release might arrive in between and be missed.
         self._waiting.setdefault(key, asyncio.Event()).clear()
-        if not await self._take_off(keys=[self._key], args=[key, self._name, self._leases]):
+        if not await self._take_lock(keys=[self._key], args=[key, self._name, self._leases]):
             return False
         self._waiting.pop(key, None)
         crash_point("mm_encoder.take_off.after")
         return True
 
-    async def _until_landed(self, key: str) -> None:
+    async def _wait_for_release(self, key: str) -> None:
         event = self._waiting[key]
         try:
-            async with asyncio.timeout(self._look_s):
+            async with asyncio.timeout(self._recheck_s):
                 await event.wait()
         except TimeoutError:
             pass
         finally:
             self._waiting.pop(key, None)
 
-    async def _end(self, key: str) -> None:
+    async def _release(self, key: str) -> None:
         crash_point("mm_encoder.land.before")
         entry = to_entry(Encoded(key))
         args: list[str | bytes | int] = [key, self._name, CONTROL_LENGTH, entry[b"v"], entry[b"m"]]
-        await self._land(keys=[self._key, self._control], args=args)
+        await self._release_lock(keys=[self._key, self._control], args=args)
         crash_point("mm_encoder.land.after")

@@ -1,4 +1,4 @@
--- Release the lock of a key, and broadcast it.
+-- Release the lock of a key, and broadcast the release.
 -- KEYS: locks, control
 -- ARGV: key, replica, length of control, v, m
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return end

@@ -1,5 +1,5 @@
--- Release the locks of dead replicas, and of one that is alive and starts anew: nobody may ever ask again for what they
--- were making.
+-- Release the locks of dead replicas, and of one that is starting again under its name: a lock that no request asks for
+-- again would stay for ever.
 -- KEYS: locks
 -- ARGV: prefix of lease keys, the replica that starts anew (or empty)
 local flat = redis.call('HGETALL', KEYS[1])

@@ -1,4 +1,4 @@
-"""The queue before the vision tower: whatever waits is encoded together, in a thread of its own."""
+"""Batching queue of the vision tower: waiting items are encoded together, in a thread of its own."""
 
 import asyncio
 from collections import deque
@@ -12,16 +12,16 @@ from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
 
 
-class Encodes(Protocol):
-    """`encoder.Encoder`, or what stands for it."""
+class BatchEncoder(Protocol):
+    """Interface of `encoder.Encoder`."""
 
     def encode(self, items: Sequence[Patches]) -> list[Tensor]: ...
 
 
 class Batcher:
-    """Runs an encoder for many callers. `max_patches` bounds a batch, except that one item is always taken."""
+    """Runner of an encoder for many callers. `max_patches` bounds a batch; a larger item is a batch of its own."""
 
-    def __init__(self, encoder: Encodes, max_patches: int, metrics: Metrics) -> None:
+    def __init__(self, encoder: BatchEncoder, max_patches: int, metrics: Metrics) -> None:
         self._encoder = encoder
         self._max_patches = max_patches
         self._metrics = metrics
@@ -31,14 +31,14 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     async def encode(self, patches: Patches) -> Tensor:
-        """[rows, text hidden] on the CPU. Whatever the encoder raises is raised to all of its batch."""
+        """Return [rows, text hidden] on the CPU. An exception of the encoder is raised to all callers of the batch."""
         done: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         self._waiting.append((patches, done))
         self._arrived.set()
         return await done
 
     def start(self) -> None:
-        """Begin to serve; `close` ends it."""
+        """Start encoding, until `close`."""
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -51,7 +51,7 @@ class Batcher:
             await self._encode([patches for patches, _ in batch], [done for _, done in batch])
 
     async def close(self) -> None:
-        """End; waits for the pass that is running."""
+        """Stop after the batch that is being encoded."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -59,12 +59,12 @@ class Batcher:
 
     def _next(self) -> list[tuple[Patches, asyncio.Future[Tensor]]]:
         batch: list[tuple[Patches, asyncio.Future[Tensor]]] = []
-        room = self._max_patches
-        while self._waiting and (not batch or len(self._waiting[0][0].rows) <= room):
+        free = self._max_patches
+        while self._waiting and (not batch or len(self._waiting[0][0].rows) <= free):
             patches, done = self._waiting.popleft()
             if not done.cancelled():
                 batch.append((patches, done))
-                room -= len(patches.rows)
+                free -= len(patches.rows)
         return batch
 
     async def _encode(self, items: list[Patches], futures: list[asyncio.Future[Tensor]]) -> None:

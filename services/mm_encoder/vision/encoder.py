@@ -1,7 +1,7 @@
-"""Patches of any number of images and videos to embeddings, in passes of bounded size.
+"""Encoder: patches of any number of images and videos to embeddings, in passes of bounded size.
 
-A video is cut between pairs of frames, which neither the tower nor the resampler looks across, so the size of a
-pass does not grow with the length of a video.
+A video is cut between pairs of frames, which neither the tower nor the resampler combines, so the size of a pass does
+not grow with the length of a video.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Piece:
 
 
 def plan_passes(grids: Sequence[Grid], max_patches: int, temporal: int) -> list[list[Piece]]:
-    """Cut items into pieces and pieces into passes of at most `max_patches`, where one step of frames fits into that.
+    """Cut items into pieces and pieces into passes of at most `max_patches`, if one pair of frames is not larger.
 
     Pieces of an item stay in order, over all passes; inside a pass, pieces with frames of one size are neighbours.
     """
@@ -56,7 +56,7 @@ def _pieces(grids: Sequence[Grid], max_patches: int, temporal: int) -> list[Piec
 
 
 class Encoder:
-    """The vision model on its device. Not thread-safe: one thread runs it."""
+    """Vision model on its device. Not thread-safe: one thread runs it."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Patches]) -> list[Tensor]:
-        """[rows, text hidden] in the model's dtype on the CPU, for each item."""
+        """Return [rows, text hidden] in the model's dtype on the CPU, for each item."""
         done: list[list[Tensor]] = [[] for _ in items]
         temporal = self._config.vision.temporal_merge_size
         for pieces in plan_passes([item.grid for item in items], self._max_patches, temporal):

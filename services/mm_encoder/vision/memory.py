@@ -1,4 +1,4 @@
-"""What the vision model takes of a device, by arithmetic: for whoever shares a card with it and must leave it room.
+"""Device memory of the vision model, by arithmetic: an engine on the same card leaves it free.
 
 weights   774 M parameters of the published model in 16 bits: 1.44 GiB
 a pass    for each patch its pixels, its row, one layer's key and value, two rotary tables; and between two products
@@ -8,17 +8,18 @@ context   of CUDA and its libraries, and what the allocator rounds up
 
 from shared.model.config import ModelConfig
 
-ROWS = 4096  # rows in work at a time (rows.py): enough to fill a device, and tens of megabytes between two products
+ROWS = 4096  # rows computed at a time (rows.py): enough to fill a device, with tens of megabytes between two products
 CONTEXT_BYTES = 512 << 20
 _WIDE, _NARROW = 4, 2  # bytes of a rotary angle's cosine; of everything else
 
 
 def device_bytes(config: ModelConfig, patches: int) -> int:
-    """All of a process whose largest pass, or largest image, has so many patches."""
+    """Return the bytes of a process whose largest pass has `patches` patches."""
     return weight_bytes(config) + pass_bytes(config, patches) + CONTEXT_BYTES
 
 
 def weight_bytes(config: ModelConfig) -> int:
+    """Return the bytes of the weights."""
     vision = config.vision
     width, inner = vision.hidden_size, vision.intermediate_size
     joined = width * vision.spatial_merge_size**2
@@ -33,7 +34,7 @@ def weight_bytes(config: ModelConfig) -> int:
 
 
 def pass_bytes(config: ModelConfig, patches: int) -> int:
-    """The most that is held while so many patches are encoded."""
+    """Return the most bytes in use while `patches` patches are encoded, beside the weights."""
     vision = config.vision
     width, head_dim = vision.hidden_size, vision.hidden_size // vision.num_heads
     pixels = vision.in_channels * vision.patch_size**2

@@ -1,4 +1,4 @@
-"""The resampler: the tower's output to rows of the language model's width, one per 2 x 2 patches of two frames."""
+"""Resampler: the tower's output to rows of the language model's width, one per 2 x 2 patches of two frames."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from shared.model.config import VisionConfig
 def run_resampler(
     x: Tensor, grids: Sequence[tuple[int, int, int]], weights: Resampler, config: VisionConfig, rms_eps: float
 ) -> Tensor:
-    """[N, hidden] in merge-block order to [rows, text hidden]; a single frame is paired with itself."""
+    """Map [N, hidden] in merge-block order to [rows, text hidden]; a single frame is paired with itself."""
     eps, block = config.norm_eps, config.spatial_merge_size**2
     x = by_rows(lambda rows: _merge(rows, weights.spatial, eps), x.reshape(-1, block * x.shape[1]))
 
@@ -26,7 +26,7 @@ def run_resampler(
 
 
 def _pairs(grids: Sequence[tuple[int, int, int]], block: int, temporal: int) -> Tensor:
-    """[rows, temporal]: which vectors, at one place of consecutive frames, each row joins."""
+    """Return [rows, temporal]: the indices of the vectors that each row joins, at one place of consecutive frames."""
     found, start = [], 0
     for t, h, w in grids:
         each = h * w // block

@@ -1,8 +1,8 @@
-"""The vision tower: patches to one vector a patch. Attention never leaves a frame.
+"""Vision tower: patches to one vector each. Attention is within a frame.
 
-Frames are independent of each other here, so a pass may hold any mix of frames; small ones of one size that follow each
-other are one batch of attention. Of a whole pass there are the rows themselves and one layer's keys and values; all
-else is computed for some rows at a time (rows.py), so that the largest image leaves room on a card that is shared.
+Frames are independent, so a pass may hold any mix of frames; consecutive small ones of one size are one batch of
+attention. For a whole pass, only the rows themselves and one layer's keys and values are in memory; all else is
+computed for some rows at a time (rows.py), so that the largest image leaves room on a shared card.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ Frames = Sequence[tuple[int, int, int]]  # grids: (frames, patch rows, patch col
 
 
 class Part(NamedTuple):
-    """Rows that attend together: those of `frames` whole frames of one size, or some of one frame's."""
+    """Rows of one call of attention: those of `frames` whole frames of one size, or some of one frame."""
 
     rows: slice
     keys: slice  # rows of the whole frames
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 def parts(grids: Frames) -> Iterator[Part]:
-    """All rows, in order: of at most ROWS rows each."""
+    """Yield all rows in order, in parts of at most ROWS rows."""
     start = 0
     for length, run in groupby(h * w for t, h, w in grids for _ in range(t)):
         count = sum(1 for _ in run)
@@ -44,7 +44,7 @@ def parts(grids: Frames) -> Iterator[Part]:
 
 
 def run_tower(x: Tensor, grids: Frames, weights: Tower, config: VisionConfig) -> Tensor:
-    """[N, channels * patch * patch] patches to [N, hidden]: N is the sum of t * h * w, in merge-block order."""
+    """Map [N, channels * patch * patch] patches to [N, hidden]; N is the sum of t * h * w, in merge-block order."""
     x = by_rows(lambda rows: F.linear(rows, weights.patch_embed), x)
     cos, sin = rotary(grids, config, x.device)
     cut = list(parts(grids))
@@ -54,7 +54,7 @@ def run_tower(x: Tensor, grids: Frames, weights: Tower, config: VisionConfig) ->
 
 
 def _add_layer(x: Tensor, cut: Sequence[Part], cos: Tensor, sin: Tensor, block: Block, config: VisionConfig) -> None:
-    """In place: no row looks at another's but by its keys and values."""
+    """Apply a layer in place: rows depend on each other through keys and values alone."""
     keys, values = _keys_values(x, cos, sin, block, config)
     for rows, frame, frames in cut:
         own = x[rows]
@@ -64,7 +64,7 @@ def _add_layer(x: Tensor, cut: Sequence[Part], cos: Tensor, sin: Tensor, block: 
 
 
 def rotary(grids: Frames, config: VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [N, 1, head_dim] fp32: a quarter of the dimensions by row, a quarter by column, repeated."""
+    """Return cos and sin, each [N, 1, head_dim] fp32: a quarter of the dimensions by row, one by column, repeated."""
     quarter = config.hidden_size // config.num_heads // 4
     frequencies = config.rope_theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     places = torch.cat([_places(h, w, config.spatial_merge_size, device).repeat(t, 1) for t, h, w in grids])
@@ -73,14 +73,14 @@ def rotary(grids: Frames, config: VisionConfig, device: torch.device) -> tuple[T
 
 
 def _places(h: int, w: int, merge: int, device: torch.device) -> Tensor:
-    """[h * w, 2] float: (row, column) of each patch of a frame, in merge-block order."""
+    """Return [h * w, 2] float: (row, column) of each patch of a frame, in merge-block order."""
     rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     blocks = torch.stack([rows, columns], dim=-1).reshape(h // merge, merge, w // merge, merge, 2)
     return blocks.permute(0, 2, 1, 3, 4).reshape(h * w, 2).float()
 
 
 def _keys_values(x: Tensor, cos: Tensor, sin: Tensor, block: Block, config: VisionConfig) -> tuple[Tensor, Tensor]:
-    """Each [N, heads, head_dim]."""
+    """Return keys and values, each [N, heads, head_dim]."""
     width, shape = x.shape[1], (len(x), config.num_heads, x.shape[1] // config.num_heads)
     keys, values = x.new_empty(shape), x.new_empty(shape)
     for rows in spans(len(x)):
@@ -92,7 +92,7 @@ def _keys_values(x: Tensor, cos: Tensor, sin: Tensor, block: Block, config: Visi
 
 
 def _queries(x: Tensor, cos: Tensor, sin: Tensor, block: Block, config: VisionConfig) -> Tensor:
-    """[n, heads, head_dim]."""
+    """Return queries, [n, heads, head_dim]."""
     width = x.shape[1]
     normed = _norm(x, block.norm1, config.norm_eps)
     query = F.linear(normed, block.qkv.weight[:width], block.qkv.bias[:width])
@@ -100,7 +100,7 @@ def _queries(x: Tensor, cos: Tensor, sin: Tensor, block: Block, config: VisionCo
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, frames: int, block: Block) -> Tensor:
-    """[n, hidden] of the queries of `frames` frames over all keys of these frames."""
+    """Return [n, hidden]: attention of the queries of `frames` frames over all keys of these frames."""
     # [frames, heads, rows of a frame, head_dim]
     q, k, v = (each.view(frames, -1, *each.shape[1:]).transpose(1, 2) for each in (query, keys, values))
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(query), -1)
@@ -108,7 +108,7 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, frames: int, block: 
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotation of [N, heads, head_dim], in fp32."""
+    """Rotate the halves of [N, heads, head_dim], in fp32."""
     left, right = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 

@@ -1,6 +1,6 @@
-"""The weights of the vision tower and the resampler, by the hub's names, as frozen values.
+"""Weights of the vision tower and the resampler, by the hub's names, as frozen values.
 
-`identity` is a hash over what was loaded, so that embeddings made by other weights are never taken for ours.
+`identity` is a hash of all that was loaded, part of the key of embeddings: other weights never share them.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ PREFIXES = ("vision_model.", "model.resampler_model.")
 
 
 class TensorSource(Protocol):
-    """What is asked of a checkpoint; `shared.model.checkpoint.Checkpoint` is one."""
+    """Interface of a checkpoint to the loader; `shared.model.checkpoint.Checkpoint` implements it."""
 
     def get(self, name: str, shape: Sequence[int]) -> Tensor: ...
 
@@ -26,7 +26,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x @ weight.T + bias; also LayerNorm's scale and shift."""
+    """Weights of y = x @ weight.T + bias; also LayerNorm's scale and shift."""
 
     weight: Tensor
     bias: Tensor
@@ -34,7 +34,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One transformer layer of the tower."""
+    """Weights of one transformer layer of the tower."""
 
     norm1: Linear
     qkv: Linear
@@ -46,7 +46,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """patch_embed has no bias: [hidden, channels * patch * patch]."""
+    """Weights of the tower; `patch_embed`, without bias, is [hidden, channels * patch * patch]."""
 
     patch_embed: Tensor
     blocks: tuple[Block, ...]
@@ -55,7 +55,7 @@ class Tower:
 
 @dataclass(frozen=True, slots=True)
 class Merger:
-    """Linear, GELU, Linear, LayerNorm."""
+    """Weights of a Linear, GELU, Linear, LayerNorm."""
 
     first: Linear
     second: Linear
@@ -64,7 +64,7 @@ class Merger:
 
 @dataclass(frozen=True, slots=True)
 class Resampler:
-    """Joins 2 x 2 patches, then two frames, then goes to the language model's width."""
+    """Weights that join 2 x 2 patches, then two frames, then project to the language model's width."""
 
     spatial: Merger
     temporal: Merger
@@ -74,7 +74,7 @@ class Resampler:
 
 @dataclass(frozen=True, slots=True)
 class VisionWeights:
-    """Everything, on one device in one dtype."""
+    """All weights, on one device in one dtype."""
 
     tower: Tower
     resampler: Resampler
@@ -82,6 +82,8 @@ class VisionWeights:
 
 
 class _Reader:
+    """Reader of tensors that converts, hashes and moves them to the device."""
+
     def __init__(self, source: TensorSource, dtype: torch.dtype, device: str) -> None:
         self._source = source
         self._dtype = dtype
@@ -107,7 +109,7 @@ def load_weights(source: TensorSource, config: ModelConfig, device: str) -> Visi
     """Read all vision weights in the model's dtype.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen, or there though the model has no use for it.
+        CheckpointError: a tensor is missing, has another shape, or is not used by the model.
     """
     reader = _Reader(source, getattr(torch, config.dtype), device)
     tower = _tower(reader, config)

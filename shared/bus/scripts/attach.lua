@@ -1,10 +1,10 @@
 -- Add a gateway to the readers of answers.
 -- KEYS: record...
 -- ARGV: gateway
--- requires: others
+-- requires: other_gateways
 for _, record in ipairs(KEYS) do
   if redis.call('EXISTS', record) == 1 then
-    local names = others(record, ARGV[1])
+    local names = other_gateways(record, ARGV[1])
     names[#names + 1] = ARGV[1]
     redis.call('HSET', record, 'gateways', table.concat(names, ' '))
   end

@@ -1,8 +1,8 @@
--- Take or give up shards towards a fair share. With N shards and R replicas all have N // R, and N % R of them one more:
--- those that have it already, so that no shard moves without need.
+-- Take or give up shards towards a fair share. With N shards and R replicas each owns N // R, and N % R of them one
+-- more: the replicas that own it already, so that no shard moves without need.
 -- KEYS: shards
 -- ARGV: prefix of lease keys, replica, number of shards, number of other ready replicas, their names..., shards held...
--- Returns {shard, epoch, ...} of all shards that are the replica's now.
+-- Returns {shard, epoch, ...} of all shards that the replica owns now.
 local count, others, held = tonumber(ARGV[3]), tonumber(ARGV[4]), {}
 local theirs = {}
 for i = 5, 4 + others do theirs[ARGV[i]] = 0 end

@@ -1,7 +1,7 @@
--- Prelude of the scripts that keep the blobs' index. A member is "kind:key", so `sum` is none.
+-- Prelude of the scripts that keep the blobs' index. A member is "kind:key", so the field `sum` is never one.
 -- KEYS: index, sizes
 -- ARGV: prefix of blob keys, bytes of a chunk, ...
-local function forget(member)
+local function delete_blob(member)
   local size = tonumber(redis.call('HGET', KEYS[2], member) or 0)
   for n = 0, math.ceil(size / ARGV[2]) - 1 do
     redis.call('UNLINK', ARGV[1] .. member .. ':' .. n)

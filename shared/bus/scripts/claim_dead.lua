@@ -1,9 +1,9 @@
 -- Claim the pending entries of consumers whose lease has expired, and delete those consumers when they own nothing.
--- A replica that is starting has taken nothing yet: what is pending under its name was left by its former self.
+-- A replica that is starting has read nothing yet: entries pending under its name were left by its former process.
 -- KEYS: stream
 -- ARGV: consumer group, consumer, prefix of lease keys, most entries to claim
 -- Returns {{entry id, attempts, fields}..., number of entries of dead consumers that are left}.
--- requires: take_over
+-- requires: claim_entries
 local taken, left, room = {}, 0, tonumber(ARGV[4])
 local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
 if consumers.err then return {taken, left} end
@@ -13,7 +13,7 @@ for _, consumer in ipairs(consumers) do
   if name ~= ARGV[2] and (not lease or cjson.decode(lease).state == 'starting') then
     local before = #taken
     if pending > 0 and before < room then
-      take_over(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name), taken)
+      claim_entries(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name), taken)
     end
     local rest = pending - (#taken - before)
     if rest == 0 and not lease then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end

@@ -2,11 +2,11 @@
 -- KEYS: record...
 -- ARGV: gateway, prefix of deltas
 -- Returns the places, from 1, of the requests that have no reader now.
--- requires: others
+-- requires: other_gateways
 local alone = {}
 for i, record in ipairs(KEYS) do
   if redis.call('EXISTS', record) == 1 then
-    local names, read = others(record, ARGV[1]), false
+    local names, read = other_gateways(record, ARGV[1]), false
     for _, name in ipairs(names) do read = read or redis.call('EXISTS', ARGV[2] .. name) == 1 end
     redis.call('HSET', record, 'gateways', table.concat(names, ' '))
     if not read then alone[#alone + 1] = i end

@@ -1,5 +1,5 @@
--- List the leases of a service, and prune the names without one from the index. One step: a replica that renewed in
--- between would be alive and in no index.
+-- List the leases of a service, and remove names without a lease from the index. Both in one script: a replica that
+-- renewed in between would be alive and missing from the index.
 -- KEYS: index of the service's replicas
 -- ARGV: prefix of lease keys
 -- Returns {status...}.

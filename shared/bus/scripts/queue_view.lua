@@ -1,11 +1,11 @@
--- Look at a work stream.
+-- Read the figures of a work stream.
 -- KEYS: stream
 -- ARGV: consumer group
--- Returns {length, oldest entry, pending, oldest entry that nobody has taken}.
--- requires: group
+-- Returns {length, oldest entry, pending, oldest entry that was never delivered}.
+-- requires: consumer_group
 local function first(from)
   local entry = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 1)[1]
   return entry and entry[1] or ''
 end
-local found = group() or {pending = 0, ['last-delivered-id'] = '0-0'}
+local found = consumer_group() or {pending = 0, ['last-delivered-id'] = '0-0'}
 return {redis.call('XLEN', KEYS[1]), first('-'), found['pending'], first('(' .. found['last-delivered-id'])}

@@ -2,10 +2,10 @@
 -- KEYS: stream, record, encode
 -- ARGV: consumer group, consumer, entry id, v, most returns of one request
 -- Returns 'done', 'lost' or 'never'.
--- requires: ours
-if not ours(ARGV[3]) then return 'lost' end
+-- requires: entries
+if not owns(ARGV[3]) then return 'lost' end
 local source = redis.call('HGET', KEYS[2], 'encode')
 if not source or redis.call('HINCRBY', KEYS[2], 'returned', 1) > tonumber(ARGV[5]) then return 'never' end
-let_go(ARGV[3])
+ack(ARGV[3])
 redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', source)
 return 'done'

@@ -1,5 +1,5 @@
--- Create records and work entries of one HTTP request, unless its idempotency key is in use. A key does not count when one
--- of its requests is gone (refused, cancelled, failed, or past its time).
+-- Create records and work entries of one HTTP request, unless its idempotency key is in use. A key is void when one
+-- of its requests has no record (refused, cancelled, failed, or expired).
 -- KEYS: idempotency key, stream, record...
 -- ARGV: submission, expiry in s, prefix of records, v, gateway, (request, m)...
 -- Returns the earlier submission, or false.

@@ -1,4 +1,4 @@
--- Renew a blob's TTL and its place in the index. A blob that lost a chunk to Redis's own eviction is no blob.
+-- Renew a blob's TTL and its place in the index. A blob that lost a chunk to Redis's own eviction is deleted.
 -- KEYS: index, sizes
 -- ARGV: prefix of blob keys, bytes of a chunk, member, TTL in s
 -- Returns {chunks, meta}, or false.
@@ -8,7 +8,7 @@ local chunks, meta = unpack(redis.call('HMGET', key, 'chunks', 'meta'))
 if not chunks then return false end
 for n = 0, chunks - 1 do
   if redis.call('EXPIRE', key .. ':' .. n, ttl) == 0 then
-    forget(ARGV[3])
+    delete_blob(ARGV[3])
     return false
   end
 end

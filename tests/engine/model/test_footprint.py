@@ -17,7 +17,8 @@ from services.engine.model.weights import load_weights
 from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
 from services.mm_encoder.vision.memory import weight_bytes as vision_bytes
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import Quantization, load_model_config
+from shared.model.config import load_model_config
+from shared.model.config_file import Quantization
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,8 @@ from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Weights
 from services.engine.model.weights import load_model, load_weights
 from shared.errors import CheckpointError
-from shared.model.config import Quantization, load_model_config
+from shared.model.config import load_model_config
+from shared.model.config_file import Quantization
 
 Tensors = dict[str, Tensor]
 

@@ -178,7 +178,7 @@ async def test_the_state_is_the_look_that_the_commands_share_and_the_requests(re
     await work.join()
     for i in range(3):
         await records.submit(GENERATE, generate(f"r{i}"))
-    [taken] = await work.take(1, 100)
+    [taken] = await work.read_new(1, 100)
     await redis.xadd(keys.quarantine(ENCODE), {"x": "y"})
     state = await look(redis, keys)
     seen = await read(redis, keys, server=False)
@@ -202,22 +202,22 @@ async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: K
     assert (
         by_id(await look(redis, keys, console))["r"].items() >= {"where": "encode", "waiting": True, "media": 1}.items()
     )
-    [entry] = await encoder.take(1, 100)
+    [entry] = await encoder.read_new(1, 100)
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "encode", "waiting": False, "replica": "m1", "encoded": None}.items()
     assert isinstance(entry.message, Encode)
-    await EntryOwnership(redis, keys, ENCODE, "mm_encoder", "m1").hand_on(
+    await EntryOwnership(redis, keys, ENCODE, "mm_encoder", "m1").forward(
         entry.entry_id, entry.message, generate("r", SPAN)
     )
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "generate", "waiting": True}.items()
     assert seen["accepted"] <= seen["encoded"]
-    [entry] = await engine.take(1, 100)
+    [entry] = await engine.read_new(1, 100)
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "generate", "waiting": False, "replica": "e1", "first": None}.items()
     await send(redis, keys.tokens(1), Tokens((Begin("r", 1, 0, 60, 16, 9, 0),), (TokenRun("r", 1, 0, (5,)),)))
     await send(redis, keys.tokens(1), Tokens((), (TokenRun("r", 1, 1, (6, 7), finish=Finish("length")),)))
-    await engine.finish([entry.entry_id])
+    await engine.ack([entry.entry_id])
     seen = by_id(await look(redis, keys, console))["r"]
     told = {
         "where": "ended",
@@ -244,11 +244,11 @@ async def test_what_the_trimmed_streams_no_longer_say_is_in_the_record(redis: Re
     await work.join()
     told = Generate(msgspec.structs.replace(request("r"), retain_s=60.0), pack_ids([SECRET]), 10)
     await records.submit(GENERATE, told)
-    [entry] = await work.take(1, 100)
+    [entry] = await work.read_new(1, 100)
     await records.write_journal([("r", 0, (5, 6))], [Begin("r", 1, 0, 60, 16, 9, 0)])
     seen = by_id(await look(redis, keys, console))["r"]
     assert (seen["tokens"], seen["prompt_tokens"], seen["finished"]) == (2, 60, None)
-    await work.finish([entry.entry_id])
+    await work.ack([entry.entry_id])
     await records.retain([("r", Finish("stop"), 60.0)], Fence(keys, "p", {}))
     state = await look(redis, keys, console)
     assert by_id(state)["r"].items() >= {"where": "ended", "reason": "stop"}.items()
@@ -260,10 +260,10 @@ async def test_a_cancelled_request_is_told_from_a_lost_one(redis: Redis, keys: K
     work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
     await work.join()
     await records.submit(GENERATE, generate("r"))
-    [entry] = await work.take(1, 100)
+    [entry] = await work.read_new(1, 100)
     await look(redis, keys, console)
     await records.cancel(["r"])
-    await work.finish([entry.entry_id])
+    await work.ack([entry.entry_id])
     await records.delete(["r"])
     assert by_id(await look(redis, keys, console))["r"].items() >= {"where": "ended", "reason": "cancelled"}.items()
 
@@ -273,9 +273,9 @@ async def test_a_request_that_was_refused_is_shown_as_ended(redis: Redis, keys: 
     work = WorkStream(redis, keys, ENCODE, "mm_encoder", "m1", 3)
     await work.join()
     await Records(redis, keys).submit(ENCODE, encode("r"))
-    [entry] = await work.take(1, 100)
+    [entry] = await work.read_new(1, 100)
     await look(redis, keys, console)
-    await work.finish([entry.entry_id])
+    await work.ack([entry.entry_id])
     assert by_id(await look(redis, keys, console))["r"].items() >= {"where": "ended", "reason": None}.items()
 
 

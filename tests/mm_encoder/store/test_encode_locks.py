@@ -81,24 +81,24 @@ async def test_the_others_wait_and_are_woken(replicas: Replicas) -> None:
     a, b = await replicas.start("a"), await replicas.start("b")
     store = Store()
     async with replicas.told(a, b), asyncio.timeout(PATIENCE_S):
-        first = asyncio.create_task(a.make("k", store.stored, store.make))
+        first = asyncio.create_task(a.encode_once("k", store.stored, store.make))
         await store.making.wait()
-        second = asyncio.create_task(b.make("k", store.stored, store.make))
+        second = asyncio.create_task(b.encode_once("k", store.stored, store.make))
         await waiting(b)
         store.go_on.set()
         await asyncio.gather(first, second)
     assert store.made == 1
-    assert not await replicas.redis.exists(replicas.keys.flights())
+    assert not await replicas.redis.exists(replicas.keys.encode_locks())
 
 
 async def test_other_keys_do_not_wait(replicas: Replicas) -> None:
     a, b = await replicas.start("a"), await replicas.start("b")
     slow, fast = Store(), Store()
     fast.go_on.set()
-    first = asyncio.create_task(a.make("slow", slow.stored, slow.make))
+    first = asyncio.create_task(a.encode_once("slow", slow.stored, slow.make))
     await slow.making.wait()
-    await b.make("fast", fast.stored, fast.make)
-    assert await replicas.redis.hgetall(replicas.keys.flights()) == {b"slow": b"a"}
+    await b.encode_once("fast", fast.stored, fast.make)
+    assert await replicas.redis.hgetall(replicas.keys.encode_locks()) == {b"slow": b"a"}
     slow.go_on.set()
     await first
 
@@ -106,7 +106,7 @@ async def test_other_keys_do_not_wait(replicas: Replicas) -> None:
 async def test_what_is_stored_is_not_made(replicas: Replicas) -> None:
     a, store = await replicas.start("a"), Store()
     store.there = True
-    await a.make("k", store.stored, store.make)
+    await a.encode_once("k", store.stored, store.make)
     assert store.made == 0
 
 
@@ -114,19 +114,19 @@ async def test_a_death_hands_the_turn_on(replicas: Replicas) -> None:
     a, b = await replicas.start("a"), await replicas.start("b", look_s=0.01)
     dead, store = Store(), Store()
     store.go_on.set()
-    first = asyncio.create_task(a.make("k", dead.stored, dead.make))
+    first = asyncio.create_task(a.encode_once("k", dead.stored, dead.make))
     await dead.making.wait()
-    second = asyncio.create_task(b.make("k", store.stored, store.make))
+    second = asyncio.create_task(b.encode_once("k", store.stored, store.make))
     await waiting(b)
     assert not second.done()
     await replicas.die("a")
     await asyncio.wait_for(second, PATIENCE_S)
     assert (dead.made, store.made) == (1, 1)
     # It was only paused, and wakes: the turn it ends is not the one that another may have by then.
-    await replicas.redis.hset(replicas.keys.flights(), "k", "c")
+    await replicas.redis.hset(replicas.keys.encode_locks(), "k", "c")
     dead.go_on.set()
     await first
-    assert await replicas.redis.hgetall(replicas.keys.flights()) == {b"k": b"c"}
+    assert await replicas.redis.hgetall(replicas.keys.encode_locks()) == {b"k": b"c"}
 
 
 async def test_a_failure_hands_the_turn_on(replicas: Replicas) -> None:
@@ -140,9 +140,9 @@ async def test_a_failure_hands_the_turn_on(replicas: Replicas) -> None:
         raise ZeroDivisionError
 
     async with replicas.told(a, b), asyncio.timeout(PATIENCE_S):
-        first = asyncio.create_task(a.make("k", store.stored, broken))
+        first = asyncio.create_task(a.encode_once("k", store.stored, broken))
         await started.wait()
-        second = asyncio.create_task(b.make("k", store.stored, store.make))
+        second = asyncio.create_task(b.encode_once("k", store.stored, store.make))
         await waiting(b)
         fail.set()
         with pytest.raises(ZeroDivisionError):
@@ -152,18 +152,18 @@ async def test_a_failure_hands_the_turn_on(replicas: Replicas) -> None:
 
 
 async def test_a_replica_started_again_holds_nobody_up(replicas: Replicas) -> None:
-    await replicas.redis.hset(replicas.keys.flights(), mapping={"k": "a", "theirs": "b"})
+    await replicas.redis.hset(replicas.keys.encode_locks(), mapping={"k": "a", "theirs": "b"})
     again, other = await replicas.start("a"), await replicas.start("b")
-    await again.begin()
-    assert await replicas.redis.hgetall(replicas.keys.flights()) == {b"theirs": b"b"}
+    await again.release_own()
+    assert await replicas.redis.hgetall(replicas.keys.encode_locks()) == {b"theirs": b"b"}
     store = Store()
     store.go_on.set()
-    await other.make("k", store.stored, store.make)
+    await other.encode_once("k", store.stored, store.make)
     assert store.made == 1
 
 
 async def test_sweeping_leaves_the_living_alone(replicas: Replicas) -> None:
     a = await replicas.start("a")
-    await replicas.redis.hset(replicas.keys.flights(), mapping={"theirs": "dead", "ours": "a"})
-    await a.sweep()
-    assert await replicas.redis.hgetall(replicas.keys.flights()) == {b"ours": b"a"}
+    await replicas.redis.hset(replicas.keys.encode_locks(), mapping={"theirs": "dead", "ours": "a"})
+    await a.release_dead()
+    assert await replicas.redis.hgetall(replicas.keys.encode_locks()) == {b"ours": b"a"}

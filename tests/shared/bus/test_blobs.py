@@ -71,9 +71,9 @@ async def test_invisible_until_the_last_chunk_is_in(
     async def fail(*, keys: list[str], args: list[object]) -> None:
         raise asyncio.CancelledError
 
-    enter = blobs._enter
+    enter = blobs._index_blob
     calls = iter([enter, fail])
-    monkeypatch.setattr(blobs, "_enter", lambda **words: next(calls)(**words))
+    monkeypatch.setattr(blobs, "_index_blob", lambda **words: next(calls)(**words))
     with pytest.raises(asyncio.CancelledError):
         await blobs.put("media", "k", bytes(2 * CHUNK))
     assert await redis.exists(keys.blob_chunk("media", "k", 1))

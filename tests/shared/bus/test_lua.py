@@ -34,8 +34,8 @@ def test_a_script_is_used(path: Path) -> None:
 
 
 def test_what_a_script_requires_stands_before_it(tmp_path: Path) -> None:
-    (tmp_path / "near.lua").write_text("-- Prelude.\n-- requires: ours\nlocal near = 1\n")
+    (tmp_path / "near.lua").write_text("-- Prelude.\n-- requires: entries\nlocal near = 1\n")
     (tmp_path / "script.lua").write_text("-- requires: near\nreturn near\n")
     source = read_script("script", tmp_path)
-    ours = (SCRIPTS / "ours.lua").read_text()
-    assert source == ours + (tmp_path / "near.lua").read_text() + (tmp_path / "script.lua").read_text()
+    entries = (SCRIPTS / "entries.lua").read_text()
+    assert source == entries + (tmp_path / "near.lua").read_text() + (tmp_path / "script.lua").read_text()

@@ -48,7 +48,7 @@ class Case:
         work = WorkStream(self.redis, self.keys, stream, self.service, "me", 3)
         await work.join()
         await self.records.submit(stream, message)
-        [delivery] = await work.take(1, 0)
+        [delivery] = await work.read_new(1, 0)
         self.entry = delivery.entry_id
         return self
 
@@ -84,43 +84,43 @@ async def test_nothing_is_done_with_what_another_has(encoding: Case) -> None:
     await encoding.lose()
     before = await encoding.state()
     ours, entry = encoding.ours, encoding.entry
-    assert await ours.owned([entry]) == set()
-    await ours.finish([entry])
-    assert await ours.claim([(entry, "r")]) == {}
-    await ours.progressed(entry, "r", 5)
-    assert await ours.hand_on(entry, SOURCE, READY) == "lost"
+    assert await ours.owned_entries([entry]) == set()
+    await ours.ack([entry])
+    assert await ours.raise_epochs([(entry, "r")]) == {}
+    await ours.record_progress(entry, "r", 5)
+    assert await ours.forward(entry, SOURCE, READY) == "lost"
     assert await ours.send_back(entry, "r") == "lost"
-    assert not await ours.condemn(entry, "r", NO.failure)
+    assert not await ours.record_failure(entry, "r", NO.failure)
     assert not await ours.drop(entry, "r")
-    assert not await ours.refuse(entry, REQUEST, NO)
-    assert not await ours.end(entry, REQUEST, LAST)
+    assert not await ours.end_with_failed(entry, REQUEST, NO)
+    assert not await ours.end_with_tokens(entry, REQUEST, LAST)
     assert not await ours.quarantine(entry, POISON)
     assert await encoding.state() == before
 
 
 async def test_a_redis_that_forgot_all_is_no_error(encoding: Case) -> None:
     await encoding.redis.flushall()
-    await encoding.ours.finish([encoding.entry])
-    assert await encoding.ours.claim([(encoding.entry, "r")]) == {}
-    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "lost"
+    await encoding.ours.ack([encoding.entry])
+    assert await encoding.ours.raise_epochs([(encoding.entry, "r")]) == {}
+    assert await encoding.ours.forward(encoding.entry, SOURCE, READY) == "lost"
     assert await encoding.redis.keys() == []
 
 
 async def test_owned_and_finish(generating: Case) -> None:
-    assert await generating.ours.owned([generating.entry, "0-1"]) == {generating.entry}
-    await generating.ours.finish([])
-    await generating.ours.finish([generating.entry, "0-1"])
+    assert await generating.ours.owned_entries([generating.entry, "0-1"]) == {generating.entry}
+    await generating.ours.ack([])
+    await generating.ours.ack([generating.entry, "0-1"])
     assert await generating.ended()
 
 
 async def test_each_claim_raises_the_epoch(generating: Case) -> None:
     entry = (generating.entry, "r")
-    assert await generating.ours.claim([entry]) == {"r": 1}
-    assert await generating.ours.claim([entry]) == {"r": 2}
+    assert await generating.ours.raise_epochs([entry]) == {"r": 1}
+    assert await generating.ours.raise_epochs([entry]) == {"r": 2}
     assert (await generating.records.get(["r"]))["r"].epoch == 2
     await generating.records.delete(["r"])
-    assert await generating.ours.claim([entry]) == {"r": None}
-    assert await generating.ours.claim([]) == {}
+    assert await generating.ours.raise_epochs([entry]) == {"r": None}
+    assert await generating.ours.raise_epochs([]) == {}
     assert await generating.records.get(["r"]) == {}, "a claim brings nothing back to life"
 
 
@@ -135,13 +135,13 @@ async def test_progress_counts_deliveries_anew(generating: Case) -> None:
 
     for tokens, expected in ((4, 1), (4, 3), (3, 3), (9, 1)):
         await delivered(3)
-        await generating.ours.progressed(generating.entry, "r", tokens)
+        await generating.ours.record_progress(generating.entry, "r", tokens)
         assert await attempts() == expected
     assert not await generating.ended()
 
 
 async def test_hand_on_and_back_and_on_again(encoding: Case, keys: Keys) -> None:
-    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "done"
+    assert await encoding.ours.forward(encoding.entry, SOURCE, READY) == "done"
     assert await encoding.ended()
     assert await encoding.messages(keys.stream(GENERATE)) == [READY]
     engine = WorkStream(encoding.redis, keys, GENERATE, "engine", "e", 3)
@@ -149,14 +149,14 @@ async def test_hand_on_and_back_and_on_again(encoding: Case, keys: Keys) -> None
     back = EntryOwnership(encoding.redis, keys, GENERATE, "engine", "e")
     await engine.join()
     for _ in range(MOST_RETURNS):
-        [delivery] = await engine.take(1, 0)
+        [delivery] = await engine.read_new(1, 0)
         assert await back.send_back(delivery.entry_id, "r") == "done"
         assert await back.send_back(delivery.entry_id, "r") == "lost", "a lost reply is asked for again"
         assert await engine.backlog() == 0
-        [again] = await encoder.take(1, 0)
+        [again] = await encoder.read_new(1, 0)
         assert again.message == SOURCE
-        assert await encoding.ours.hand_on(again.entry_id, SOURCE, READY) == "done"
-    [delivery] = await engine.take(1, 0)
+        assert await encoding.ours.forward(again.entry_id, SOURCE, READY) == "done"
+    [delivery] = await engine.read_new(1, 0)
     assert await back.send_back(delivery.entry_id, "r") == "never"
     assert await engine.backlog() == 1
 
@@ -169,7 +169,7 @@ async def test_what_came_without_media_is_not_sent_back(generating: Case, keys: 
 
 @pytest.mark.parametrize("change", ["prompt", "media"])
 async def test_a_prompt_that_changed_is_not_handed_on_again(encoding: Case, keys: Keys, change: str) -> None:
-    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "done"
+    assert await encoding.ours.forward(encoding.entry, SOURCE, READY) == "done"
     await encoding.begin(ENCODE, SOURCE)  # as if it had been sent back
     await encoding.redis.hset(keys.request("r"), "epoch", 1)
     other = MediaSpan("image", "dog", 1, 4, (1, 4, 4))
@@ -177,7 +177,7 @@ async def test_a_prompt_that_changed_is_not_handed_on_again(encoding: Case, keys
         "prompt": Generate(REQUEST, pack_ids([2, 9, 9, 9, 9]), 5, (SPAN,)),
         "media": Generate(REQUEST, READY.prompt, 5, (other,)),
     }[change]
-    assert await encoding.ours.hand_on(encoding.entry, SOURCE, changed) == "changed"
+    assert await encoding.ours.forward(encoding.entry, SOURCE, changed) == "changed"
     assert not await encoding.ended()
     assert await encoding.messages(keys.stream(GENERATE)) == [READY]
 
@@ -185,7 +185,7 @@ async def test_a_prompt_that_changed_is_not_handed_on_again(encoding: Case, keys
 @pytest.mark.parametrize("end", ["cancel", "delete"])
 async def test_what_nobody_waits_for_is_not_handed_on(encoding: Case, keys: Keys, end: str) -> None:
     await getattr(encoding.records, end)(["r"])
-    assert await encoding.ours.hand_on(encoding.entry, SOURCE, READY) == "unwanted"
+    assert await encoding.ours.forward(encoding.entry, SOURCE, READY) == "unwanted"
     assert not await encoding.ended()
     assert await encoding.ours.drop(encoding.entry, "r")
     assert await encoding.ended()
@@ -198,8 +198,8 @@ async def test_refuse(encoding: Case, keys: Keys, joined: bool) -> None:
     if joined:
         await encoding.records.attach(["r"], "gw-2")
         await send(encoding.redis, keys.deltas("gw-2"), NO)
-    assert await encoding.ours.refuse(encoding.entry, REQUEST, NO)
-    assert not await encoding.ours.refuse(encoding.entry, REQUEST, NO)
+    assert await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO)
+    assert not await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO)
     assert await encoding.ended()
     assert await encoding.messages(keys.deltas("gw")) == [NO]
     assert await encoding.messages(keys.deltas("gw-2")) == ([NO, NO] if joined else [])
@@ -208,28 +208,28 @@ async def test_refuse(encoding: Case, keys: Keys, joined: bool) -> None:
 
 async def test_refusing_tells_no_gateway_that_is_gone(encoding: Case, keys: Keys) -> None:
     await encoding.redis.delete(keys.deltas("gw"))
-    assert await encoding.ours.refuse(encoding.entry, REQUEST, NO)
+    assert await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO)
     assert not await encoding.redis.exists(keys.deltas("gw"))
 
 
 async def test_a_way_to_end_is_remembered(encoding: Case, keys: Keys) -> None:
-    assert await encoding.ours.condemned("r") is None
-    assert await encoding.ours.condemn(encoding.entry, "r", None)
-    assert await encoding.ours.condemned("r") is None
-    assert await encoding.ours.condemn(encoding.entry, "r", NO.failure)
-    assert await encoding.ours.condemned("r") == NO.failure
+    assert await encoding.ours.recorded_failure("r") is None
+    assert await encoding.ours.record_failure(encoding.entry, "r", None)
+    assert await encoding.ours.recorded_failure("r") is None
+    assert await encoding.ours.record_failure(encoding.entry, "r", NO.failure)
+    assert await encoding.ours.recorded_failure("r") == NO.failure
     await encoding.records.delete(["r"])
-    assert await encoding.ours.condemn(encoding.entry, "r", NO.failure)
+    assert await encoding.ours.record_failure(encoding.entry, "r", NO.failure)
     assert not await encoding.redis.exists(keys.request("r"))
 
 
 @pytest.mark.parametrize("step", ["refuse", "end", "quarantine"])
 async def test_poison_is_kept_for_people_in_the_same_step(encoding: Case, keys: Keys, step: str) -> None:
     if step == "refuse":
-        assert await encoding.ours.refuse(encoding.entry, REQUEST, NO, POISON)
+        assert await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO, POISON)
         assert await encoding.messages(keys.deltas("gw")) == [NO]
     elif step == "end":
-        assert await encoding.ours.end(encoding.entry, REQUEST, LAST, POISON)
+        assert await encoding.ours.end_with_tokens(encoding.entry, REQUEST, LAST, POISON)
         assert await encoding.messages(keys.tokens(1)) == [LAST]
         assert "r" in await encoding.records.get(["r"]), "postproc ends it"
     else:

@@ -78,7 +78,7 @@ async def test_a_stream_is_counted_and_dated(redis: Redis, keys: Keys) -> None:
     now_ms = seconds * 1000 + microseconds // 1000
     for age_s in (100, 50, 20):
         await add_work(redis, keys, GENERATE, 1, f"{now_ms - 1000 * age_s}-0")
-    assert len(await stream.take(1, 0)) == 1
+    assert len(await stream.read_new(1, 0)) == 1
     queue = (await read(redis, keys)).stage("engine").queue
     assert queue is not None
     assert (queue.length, queue.pending, queue.waiting, queue.quarantined) == (3, 1, 2, 0)

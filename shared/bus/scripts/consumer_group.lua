@@ -1,7 +1,7 @@
--- Prelude: `group` returns the fields of a consumer group by name, or nil where there is none yet.
+-- Prelude: `consumer_group` returns the fields of a consumer group by name, or nil where there is none yet.
 -- KEYS: stream, ...
 -- ARGV: consumer group, ...
-local function group()
+local function consumer_group()
   local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
   for _, fields in ipairs(groups.err and {} or groups) do
     local found = {}

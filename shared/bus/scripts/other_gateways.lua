@@ -1,5 +1,5 @@
--- Prelude: the gateways that a record names, but for one.
-local function others(record, gateway)
+-- Prelude: `other_gateways` returns the gateways that a record names, except one.
+local function other_gateways(record, gateway)
   local names = {}
   for name in string.gmatch(redis.call('HGET', record, 'gateways') or '', '%S+') do
     if name ~= gateway then names[#names + 1] = name end

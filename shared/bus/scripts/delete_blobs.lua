@@ -2,4 +2,4 @@
 -- KEYS: index, sizes
 -- ARGV: prefix of blob keys, bytes of a chunk, member...
 -- requires: blob_index
-for i = 3, #ARGV do forget(ARGV[i]) end
+for i = 3, #ARGV do delete_blob(ARGV[i]) end

@@ -1,8 +1,8 @@
--- Write the failure by which a request will end into its record.
+-- Write the failure with which a request will end into its record.
 -- KEYS: stream, record
 -- ARGV: consumer group, consumer, entry id, failure (empty: none)
--- Returns 1 if the entry is the consumer's.
--- requires: ours
-if not ours(ARGV[3]) then return 0 end
+-- Returns 1 if the consumer owns the entry.
+-- requires: entries
+if not owns(ARGV[3]) then return 0 end
 if ARGV[4] ~= '' and redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'failed', ARGV[4]) end
 return 1

@@ -1,13 +1,14 @@
--- Replace an entry of `encode` by one of `generate`, unless the request is cancelled or was handed on with another prompt.
+-- Replace an entry of `encode` by one of `generate`, unless the request is cancelled or was forwarded with
+-- another prompt.
 -- KEYS: stream, record, generate
 -- ARGV: consumer group, consumer, entry id, v, m of the Generate, m of the Encode, fingerprint of the prompt
 -- Returns 'done', 'lost', 'unwanted' or 'changed'.
--- requires: ours
-if not ours(ARGV[3]) then return 'lost' end
+-- requires: entries
+if not owns(ARGV[3]) then return 'lost' end
 local request, cancelled, made = unpack(redis.call('HMGET', KEYS[2], 'request', 'cancelled', 'made'))
 if not request or cancelled then return 'unwanted' end
 if made and made ~= ARGV[7] then return 'changed' end
-let_go(ARGV[3])
+ack(ARGV[3])
 redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7])
 redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5])
 return 'done'

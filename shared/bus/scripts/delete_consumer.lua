@@ -1,4 +1,4 @@
--- Delete the consumer if it owns nothing. An entry that is handed over in order has not failed: its delivery does not count.
+-- Delete the consumer if it owns no entries. A delivery to a replica that leaves in order does not count as an attempt.
 -- KEYS: stream
 -- ARGV: consumer group, consumer, most pending entries
 local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[3], ARGV[2])

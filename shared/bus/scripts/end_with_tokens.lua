@@ -1,10 +1,10 @@
 -- Send the last message of a request to its tokens stream, and end its entry.
 -- KEYS: stream, tokens, quarantine
 -- ARGV: consumer group, consumer, entry id, v, m, length of the quarantine, attempts, reason (empty: not quarantined)
--- Returns 1 if the entry was the consumer's.
--- requires: ours
-if not ours(ARGV[3]) then return 0 end
+-- Returns 1 if the consumer owned the entry.
+-- requires: entries
+if not owns(ARGV[3]) then return 0 end
 redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[5])
-if ARGV[8] ~= '' then keep(ARGV[3], KEYS[3], ARGV[6], ARGV[8], ARGV[7]) end
-let_go(ARGV[3])
+if ARGV[8] ~= '' then quarantine(ARGV[3], KEYS[3], ARGV[6], ARGV[8], ARGV[7]) end
+ack(ARGV[3])
 return 1
