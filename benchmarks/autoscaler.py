@@ -1,19 +1,19 @@
-"""The autoscaler's decisions over simulated engines: how long requests wait, what that costs, how often it changes.
+"""Simulation of the autoscaler's decisions: how long requests wait, engine-hours, and how often replicas change.
 
     python -m benchmarks.autoscaler [--seed 1] [--trace FILE.csv [--speed 4] [--slower 10]] [--show]
 
 The policy is the real one (cli/autoscaler/policy.py); the engines, Kubernetes and the load are simulated, in steps of
 half a second. An engine runs up to 32 sequences and holds 4 more, as the real one does; a step takes 3.3 ms for one
 sequence and 11.4 ms for 32, and 40,000 tokens of prompts one second (`--slower` divides both, for recorded loads); a
-new one loads weights for 90 s; one that is told to go takes nothing new and ends what it holds. Compared are
+new one loads weights for 90 s; a draining one accepts nothing new and finishes its requests. The policies are
 
   always N       that many engines, all the time
   xlen 300 s     the length of the stream, as KEDA and an HPA follow it with the chart's settings: a look every 15 s, a
-                 tolerance of a tenth, five minutes of less before there are fewer, one fewer a minute
-  no cool-down   this policy with a cool-down of nothing
+                 tolerance of a tenth, five minutes of less work before the first decrease, one fewer a minute
+  no cool-down   this policy with a cool-down of 0 s
   millrace N s   this policy
 
-and printed: requests' wait until an engine runs them (the backlog's age, by request), the longest backlog,
+The table has: requests' wait until an engine runs them (the backlog's age, by request), the longest backlog,
 engine-hours (with those that start and leave), the most engines at a time, how often their number changed, and flaps:
 changes up less than five minutes after one down. Nothing is asserted.
 """
@@ -33,7 +33,7 @@ from benchmarks.loads import SYNTHETIC, Arrival, read
 from cli.autoscaler.policy import Memory, Rules, Seen, decide
 
 TICK_S = 0.5
-LOOK_S = 5.0
+OBSERVE_S = 5.0
 RUNS, HOLDS = 32, 36
 LOAD_S = 90.0
 PREFILL = 40_000.0  # tokens a second
@@ -45,8 +45,8 @@ PICTURE = 72  # columns of --show
 
 
 class Policy(Protocol):
-    def look(self, work: int, leaving: int, replicas: int, now: float) -> int:
-        """Return the number of engines wanted for the stream's length, less the entries of leaving engines."""
+    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
+        """Return the number of replicas for a stream of `work` entries, `leaving` of them held by draining engines."""
         ...
 
 
@@ -54,7 +54,7 @@ class Always:
     def __init__(self, number: int) -> None:
         self._number = number
 
-    def look(self, work: int, leaving: int, replicas: int, now: float) -> int:
+    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
         return self._number
 
 
@@ -63,13 +63,13 @@ class Ours:
         self._rules = Rules(deployment="engine", target=RUNS, least=0, most=MOST, cooldown_s=cooldown_s)
         self._memory = Memory(-math.inf)
 
-    def look(self, work: int, leaving: int, replicas: int, now: float) -> int:
-        self._memory, decision = decide(self._rules, Seen(work - leaving, replicas), self._memory, now)
-        return decision.replicas if decision.step in ("out", "in") else replicas
+    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
+        self._memory, decision = decide(self._rules, Seen(work - leaving, current), self._memory, now)
+        return decision.replicas if decision.step in ("out", "in") else current
 
 
 class Hpa:
-    """ScaledObject and HorizontalPodAutoscaler over the length of the stream, with the chart's settings."""
+    """Policy of KEDA's ScaledObject and an HPA over the length of the stream, with the chart's settings."""
 
     def __init__(self) -> None:
         self._wanted: deque[tuple[float, int]] = deque()
@@ -77,31 +77,31 @@ class Hpa:
         self._worked = -math.inf
         self._fewer = -math.inf
 
-    def look(self, work: int, leaving: int, replicas: int, now: float) -> int:
+    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
         self._worked = now if work else self._worked
-        if replicas == 0:
+        if current == 0:
             return 1 if work else 0
         if not work and now - self._worked >= 300:
             return 0
         if now < self._next:
-            return replicas
+            return current
         self._next = now + 15
-        ratio = work / (RUNS * replicas)
-        asked = replicas if abs(ratio - 1) <= 0.1 else math.ceil(work / RUNS)
+        ratio = work / (RUNS * current)
+        asked = current if abs(ratio - 1) <= 0.1 else math.ceil(work / RUNS)
         self._wanted.append((now, min(MOST, max(1, asked))))
         while self._wanted[0][0] <= now - 300:
             self._wanted.popleft()
         calm = max(number for _, number in self._wanted)
-        if self._wanted[-1][1] > replicas:
+        if self._wanted[-1][1] > current:
             return self._wanted[-1][1]
-        if calm < replicas and now - self._fewer >= 60:
+        if calm < current and now - self._fewer >= 60:
             self._fewer = now
-            return replicas - 1
-        return replicas
+            return current - 1
+        return current
 
 
 class Engine:
-    """One replica. `held` are [prompt left, tokens left] in order of arrival, of which the first RUNS run."""
+    """Replica with `held` requests, [prompt left, tokens left] in order of arrival, of which the first RUNS run."""
 
     __slots__ = ("arrivals", "held", "leaving", "ready_at")
 
@@ -109,14 +109,14 @@ class Engine:
         self.ready_at = ready_at
         self.leaving = False
         self.held: list[list[float]] = []
-        self.arrivals: list[float] = []  # of those that were taken and do not run yet
+        self.arrivals: list[float] = []  # of requests that were accepted and do not run yet
 
-    def take(self, arrival: Arrival) -> None:
+    def accept(self, arrival: Arrival) -> None:
         self.held.append([arrival.prompt, arrival.output])
         self.arrivals.append(arrival.at)
 
-    def begin(self, now: float, waits: list[float]) -> None:
-        """Note how long those waited that run from now on."""
+    def record_waits(self, now: float, waits: list[float]) -> None:
+        """Append the waits of the requests that run from now on."""
         waiting = max(0, len(self.held) - RUNS)
         while len(self.arrivals) > waiting:
             waits.append(now - self.arrivals.pop(0))
@@ -128,7 +128,7 @@ class Engine:
             done = min(each[0], prefill)
             each[0] -= done
             prefill -= done
-        share = prefill / (seconds * PREFILL)  # of the time, what prompts leave to answers
+        share = prefill / (seconds * PREFILL)  # of the time, left by prompts for decoding
         decoding = [each for each in running if each[0] <= 0]
         if decoding:
             tokens = seconds * share / _step_s(len(decoding))
@@ -145,7 +145,7 @@ def _step_s(sequences: int) -> float:
 
 
 class Outcome:
-    """Result of one run."""
+    """Figures of one simulated run."""
 
     def __init__(self) -> None:
         self.waits: list[float] = []
@@ -160,23 +160,23 @@ class Outcome:
 
     @property
     def flaps(self) -> int:
-        turns = list(itertools.pairwise(self.replicas))
-        fell = [(when, new) for (_, old), (when, new) in turns if new < old]
-        rose = [when for (_, old), (when, new) in turns if new > old]
-        return sum(any(0 < when - down < FLAP_S for down, _ in fell) for when in rose)
+        changes = list(itertools.pairwise(self.replicas))
+        fell = [when for (_, old), (when, new) in changes if new < old]
+        rose = [when for (_, old), (when, new) in changes if new > old]
+        return sum(any(0 < up - down < FLAP_S for down in fell) for up in rose)
 
 
 def simulate(load: Sequence[Arrival], policy: Policy, slower: float) -> Outcome:
-    """Until the load is served, and ten minutes after its last request at least."""
+    """Simulate until the load is served, and at least ten minutes after its last request."""
     outcome = Outcome()
     queue: deque[Arrival] = deque()
     engines: list[Engine] = []
     coming = deque(load)
-    asked = policy.look(0, 0, 0, 0.0)
+    asked = policy.replicas(0, 0, 0, 0.0)
     if asked:
         engines = [Engine(0.0) for _ in range(asked)]
         outcome.replicas = [(0.0, asked)]
-    now, next_look, end = 0.0, 0.0, load[-1].at + TAIL_S
+    now, next_observation, end = 0.0, 0.0, load[-1].at + TAIL_S
     while now < end or queue or any(engine.held for engine in engines):
         while coming and coming[0].at <= now:
             queue.append(coming.popleft())
@@ -186,11 +186,11 @@ def simulate(load: Sequence[Arrival], policy: Policy, slower: float) -> Outcome:
         engines = [engine for engine in engines if engine.held or not engine.leaving]
         outcome.engine_s += TICK_S * len(engines)
         outcome.longest = max(outcome.longest, len(queue))
-        if now >= next_look:
-            next_look += LOOK_S
+        if now >= next_observation:
+            next_observation += OBSERVE_S
             leaving = sum(len(engine.held) for engine in engines if engine.leaving)
             work = len(queue) + sum(len(engine.held) for engine in engines)
-            number = policy.look(work, leaving, asked, now)
+            number = policy.replicas(work, leaving, asked, now)
             if number != asked:
                 _change(engines, number - asked, now)
                 outcome.replicas.append((now, number))
@@ -201,19 +201,19 @@ def simulate(load: Sequence[Arrival], policy: Policy, slower: float) -> Outcome:
 
 
 def _hand_out(queue: deque[Arrival], engines: list[Engine], now: float, waits: list[float]) -> None:
-    """Engines that have room take entries in turn, as blocked readers of a stream do."""
-    takers = deque(engine for engine in engines if not engine.leaving and engine.ready_at <= now)
-    while queue and takers:
-        engine = takers.popleft()
+    """Hand entries in turn to the engines that have room, as Redis does to blocked readers of a stream."""
+    ready = deque(engine for engine in engines if not engine.leaving and engine.ready_at <= now)
+    while queue and ready:
+        engine = ready.popleft()
         if len(engine.held) < HOLDS:
-            engine.take(queue.popleft())
-            takers.append(engine)
+            engine.accept(queue.popleft())
+            ready.append(engine)
     for engine in engines:
-        engine.begin(now, waits)
+        engine.record_waits(now, waits)
 
 
 def _change(engines: list[Engine], by: int, now: float) -> None:
-    """Kubernetes: new pods, or away with those that are not ready and then with those that cost least."""
+    """Add pods, or drain as Kubernetes does: first those that are not ready, then those with the lowest cost."""
     engines += [Engine(now + LOAD_S) for _ in range(by)]
     staying = [engine for engine in engines if not engine.leaving]
     for engine in sorted(staying, key=lambda each: (each.ready_at <= now, len(each.held)))[: max(0, -by)]:
@@ -251,7 +251,7 @@ def line(load: str, policy: str, outcome: Outcome) -> str:
 
 
 def picture(load: Sequence[Arrival], outcome: Outcome) -> str:
-    """Arrivals and replicas over time, a digit a column."""
+    """Draw arrivals and replicas over time, a digit a column."""
     width = outcome.seconds / PICTURE
     arrivals = [0] * (PICTURE + 1)
     for arrival in load:
@@ -268,8 +268,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trace", type=Path, action="append", default=[], help="a recorded load; see benchmarks.loads")
-    parser.add_argument("--speed", type=float, default=1.0, help="how many times faster recorded requests come")
-    parser.add_argument("--slower", type=float, default=1.0, help="how many times slower engines are for them")
+    parser.add_argument("--speed", type=float, default=1.0, help="factor by which recorded requests arrive faster")
+    parser.add_argument("--slower", type=float, default=1.0, help="factor by which engines are slower for them")
     parser.add_argument("--show", action="store_true", help="draw replicas over time")
     given = parser.parse_args()
     loads = [(name, make(random.Random(given.seed)), 1.0) for name, make in SYNTHETIC.items()]

@@ -1,11 +1,11 @@
-"""Cost of the token path: gateway, postproc and Redis as they ship, an engine that computes nothing, a raw client.
+"""Cost of the token path: gateway, postproc and Redis as they ship, a synthetic engine and a raw client.
 
     python -m benchmarks.pipeline [--streams 256] [--json out.json] [--guarantees 3]
 
 Three measurements, all on one machine, the client included in its load but not in its figures:
   first token   one request at a time: request sent -> first token read, over every hop
   paced         every stream gets `--steps-per-s` tokens a second: CPU us per token by process, emit -> read p50 / p99
-  flat out      closed loop: the most tokens a second that arrive while a bounded number is on its way
+  flat out      closed loop: the most tokens a second that arrive with a bounded number in flight
 With --guarantees N, instead: the paced measurement N times each with all guarantees and Redis on disk, with all
 guarantees and Redis in memory, and with a postproc that has none (benchmarks/bare_postproc.py) and Redis in memory, in
 turns; and the ratios of the medians of CPU per token.
@@ -42,7 +42,7 @@ NAMESPACE = "bench"
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process."""
+    """Return the user and system time of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 class System:
-    """Redis, gateway and postproc as processes."""
+    """Deployment of Redis, gateway and postproc as processes."""
 
     def __init__(
         self, redis_server: RedisServer, model: Path, port: int, shards: int, postproc: str = "services.postproc"
@@ -91,10 +91,10 @@ class System:
                 break
             time.sleep(0.05)
         self.stop()
-        raise SystemExit("the services did not start")
+        raise SystemExit("gateway or postproc did not start within 30 s; their output is above")
 
     def cpu(self) -> dict[str, float]:
-        """CPU seconds so far, by process."""
+        """Return the CPU seconds so far, by process."""
         seconds = {name: cpu_seconds(p.pid) for name, p in self.processes.items()}
         return seconds | {"redis": cpu_seconds(self.redis_pid)}
 
@@ -107,7 +107,7 @@ class System:
 
 @contextlib.contextmanager
 def engine(system: System, board: Board, token: int, **options: float) -> Iterator[subprocess.Popen[bytes]]:
-    """The synthetic engine as a process."""
+    """Run the synthetic engine as a process."""
     command = [sys.executable, "-m", "benchmarks.synthetic_engine", "--redis-url", system.redis_url]
     command += ["--namespace", NAMESPACE, "--board", str(board.path), "--token", str(token)]
     for name, value in options.items():
@@ -116,7 +116,7 @@ def engine(system: System, board: Board, token: int, **options: float) -> Iterat
     try:
         yield process
         if process.wait(60):
-            raise SystemExit("the synthetic engine failed")
+            raise SystemExit("the synthetic engine failed; its output is above")
     finally:
         if process.poll() is None:
             process.kill()
@@ -124,7 +124,7 @@ def engine(system: System, board: Board, token: int, **options: float) -> Iterat
 
 
 def body(tokens: int) -> bytes:
-    """One streaming chat request, as raw HTTP."""
+    """Return a streaming chat request as raw HTTP."""
     payload = json.dumps(
         {
             "model": "default",
@@ -139,7 +139,7 @@ def body(tokens: int) -> bytes:
 
 
 class Reader:
-    """256 sockets in one thread: what arrived when, by counting marks."""
+    """Client of all streams in one thread: records when each token arrives, by counting marks."""
 
     def __init__(self, port: int, streams: int, tokens: int) -> None:
         self.tokens = tokens
@@ -160,7 +160,7 @@ class Reader:
             connection.sendall(request)
 
     def read_all(self, board: Board) -> None:
-        """Until every stream has all its tokens."""
+        """Read until every stream has all its tokens."""
         want = self.tokens * len(self.sockets)
         mark = MARK.encode()
         while self.total < want:
@@ -184,12 +184,12 @@ class Reader:
 
 
 def percentiles(values: NDArray[np.float64]) -> dict[str, float]:
-    """Milliseconds."""
+    """Return p50 and p99 in milliseconds, of values in seconds."""
     return {f"p{q}": round(float(np.percentile(values, q)) * 1e3, 2) for q in (50, 99)}
 
 
 def throughput(system: System, board: Board, token: int, streams: int, tokens: int, **pace: float) -> dict[str, Any]:
-    """One batch of streams, paced or in closed loop."""
+    """Measure one batch of streams, paced or in closed loop."""
     reader = Reader(system.port, streams, tokens)
     board.cpu_s = 0.0
     with engine(system, board, token, streams=streams, tokens=tokens, **pace):
@@ -212,7 +212,7 @@ def throughput(system: System, board: Board, token: int, streams: int, tokens: i
 
 
 def first_token(system: System, board: Board, token: int, rounds: int) -> dict[str, float]:
-    """One request at a time: sent -> first token read, with an engine that needs no time."""
+    """Measure one request at a time, from sent to first token read, with an engine that takes no time."""
     waits = []
     with engine(system, board, token, streams=1, tokens=1, rounds=rounds):
         for _ in range(rounds):
@@ -226,7 +226,7 @@ def first_token(system: System, board: Board, token: int, rounds: int) -> dict[s
 
 
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """All measurements on one running system."""
+    """Run all measurements on one system."""
     model = root / "model"
     write_demo(model)
     token = Tokenizer.load(model).encode_text(MARK)[-1]
@@ -254,7 +254,7 @@ WAYS = {"guarantees, on disk": (SHIPPED, True), "guarantees": (SHIPPED, False), 
 
 
 def paced_cost(args: argparse.Namespace, root: Path, model: Path, postproc: str, on_disk: bool) -> dict[str, float]:
-    """CPU us per token by process, of one system of its own."""
+    """Return CPU us per token by process, of a system started for it."""
     token = Tokenizer.load(model).encode_text(MARK)[-1]
     board = Board(root / "board")
     with RedisServer(root / "redis", persistence=on_disk) as server:
@@ -269,13 +269,13 @@ def paced_cost(args: argparse.Namespace, root: Path, model: Path, postproc: str,
 
 
 def guarantees(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Measure the cost of the guarantees, in turns so that a busy minute of the machine falls on all of them."""
+    """Measure the cost of the guarantees, in turns, so that a busy minute of the machine affects all of them."""
     model = root / "model"
     write_demo(model)
     costs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for turn in range(args.guarantees):
+    for repetition in range(args.guarantees):
         for way, (postproc, on_disk) in WAYS.items():
-            directory = root / f"{turn} {way}"
+            directory = root / f"{repetition} {way}"
             directory.mkdir()
             costs[way].append(paced_cost(args, directory, model, postproc, on_disk))
     median = {
@@ -290,10 +290,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=1000, help="tokens per stream")
     parser.add_argument("--steps-per-s", type=float, default=100.0)
-    parser.add_argument("--ahead", type=int, default=32, help="flat out: tokens per stream on their way")
+    parser.add_argument("--ahead", type=int, default=32, help="flat out: tokens per stream in flight")
     parser.add_argument("--rounds", type=int, default=200, help="first token: requests")
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--guarantees", type=int, default=0, metavar="N", help="only what the guarantees cost, N times")
+    parser.add_argument(
+        "--guarantees", type=int, default=0, metavar="N", help="only the cost of the guarantees, N times"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:

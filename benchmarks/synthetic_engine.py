@@ -1,8 +1,8 @@
-"""An engine that costs nothing to think: it takes real `generate` entries and emits one token per sequence and step.
+"""Synthetic engine without a model: it reads real `generate` entries and emits one token per sequence and step.
 
-Everything around it is real: the work stream, the record and its epoch, the tokens stream, acks. Two paces: a fixed
-number of steps per second, or closed loop (`--window`): at most that many emitted tokens not yet with the client.
-Emission times go to a shared array, so that the client can tell how long a token was on its way.
+Everything around it is real: the work stream, the record and its epoch, the tokens stream, acks. It paces itself by a
+fixed number of steps per second, or in closed loop (`--window`) by the number of tokens that the client has not read.
+It writes emission times to a shared array, from which the client computes each token's latency.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REPORT_TOKENS = 8192
 
 
 class Board:
-    """Shared between engine and client through a file: emission times, and how many tokens the client has read."""
+    """Memory shared by engine and client through a file: emission times, and how many tokens the client has read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class Board:
 
     @property
     def received(self) -> float:
-        """Tokens that the client has read."""
+        """Number of tokens that the client has read."""
         return float(self.cells[0])
 
     @received.setter
@@ -50,7 +50,7 @@ class Board:
         self.cells[1] = seconds
 
     def emitted_at(self) -> NDArray[np.float64]:
-        """[REPORT_TOKENS] monotonic seconds at which token i of every stream was emitted."""
+        """Return [REPORT_TOKENS] monotonic seconds at which token i of every stream was emitted."""
         return self.cells[2:]
 
 
@@ -78,7 +78,7 @@ async def run(args: argparse.Namespace) -> None:
 
 
 async def one_round(args, log, board, ownership, work) -> None:  # type: ignore[no-untyped-def]
-    """One batch of `--streams` requests, start to end."""
+    """Serve one batch of `--streams` requests from start to end."""
     taken = await collect(work, args.streams)
     epochs = await ownership.raise_epochs([(entry_id, message.request.id) for entry_id, message in taken])
     shards = sorted({message.request.shard for _, message in taken})
@@ -99,7 +99,7 @@ async def one_round(args, log, board, ownership, work) -> None:  # type: ignore[
     for step in range(args.tokens):
         if args.window:
             while step * args.streams - board.received > args.window:  # noqa: ASYNC110
-                await asyncio.sleep(0.0005)  # the client is another process; its counter is all there is to watch
+                await asyncio.sleep(0.0005)  # the client is another process; only its counter can be polled
         else:
             now = time.monotonic()
             due = start + step / args.steps_per_s
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True, help="tokens per stream")
     parser.add_argument("--token", type=int, required=True, help="the token id to emit")
     parser.add_argument("--steps-per-s", type=float, default=100.0)
-    parser.add_argument("--window", type=int, default=0, help="closed loop: most tokens on their way; 0: paced")
+    parser.add_argument("--window", type=int, default=0, help="closed loop: tokens in flight at most; 0: paced")
     parser.add_argument("--rounds", type=int, default=1)
     asyncio.run(run(parser.parse_args()))
 

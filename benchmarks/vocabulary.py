@@ -1,7 +1,7 @@
-"""A tokenizer of any size in which every id but the control tokens is a word, so that no token is free to detokenize.
+"""Tokenizer of any size in which every id but the control tokens is a word, so that each token costs detokenizing.
 
-Random weights speak all of a vocabulary. With a tokenizer smaller than that a postproc would find most tokens to be
-nothing, and have nothing to send.
+Random weights generate every id of the vocabulary. With a tokenizer smaller than that, most tokens would have no text,
+and postproc nothing to send.
 """
 
 import json
@@ -15,7 +15,7 @@ SYLLABLES = tuple(first + second for first in "bdfghjklmnprstvz" for second in "
 
 
 def write_tokenizer(directory: Path, size: int) -> None:
-    """tokenizer.json of `size` ids for `shared.model.tokenizer`: controls, bytes, and words of a few letters."""
+    """Write a tokenizer.json of `size` ids: control tokens, bytes, and words of a few letters."""
     pieces = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))]
     words = (_word(number) for number in range(size - len(pieces)))
     vocab = {text: i for i, text in enumerate([*pieces, *words])}
@@ -29,7 +29,7 @@ _PLAIN = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
 
 
 def _word(number: int) -> str:
-    """Words that begin with a space and differ: the number's digits in syllables, the last first."""
+    """Return a word with a leading space for a number: its digits as syllables, the last first."""
     word = "▁"
     while True:
         number, digit = divmod(number, len(SYLLABLES))

@@ -1,6 +1,7 @@
-"""`millrace check`: what a model directory would be served as, within seconds and without reading a weight.
+"""Command `millrace check`: report on how a model directory would be served, within seconds, without reading weights.
 
-Exit status: 0 it will be served (perhaps with warnings), 1 it will not (and why is said), 2 there is no such directory.
+Exit status: 0 it will be served (perhaps with warnings), 1 it will not (the errors say why), 2 there is no such
+directory.
 """
 
 import argparse
@@ -28,11 +29,14 @@ Row = tuple[str, str]
 
 
 def main(words: Sequence[str]) -> int:
-    """
+    """Run the command and return the exit status.
+
     Raises:
         ConfigError: a flag is wrong, or there is no such directory.
     """
-    flags = Parser(prog="millrace check", description="What a model directory would be served as.", allow_abbrev=False)
+    flags = Parser(
+        prog="millrace check", description="Report how a model directory would be served.", allow_abbrev=False
+    )
     flags.add_argument("directory", type=_directory, metavar="DIR", help="the checkpoint")
     flags.add_argument("--json", action="store_true", help="everything, as one JSON object")
     given = flags.parse_args(words)
@@ -52,7 +56,7 @@ def _directory(text: str) -> Path:
 
 
 def _show(shown: list[Row]) -> None:
-    """Print aligned and coloured on a terminal; elsewhere one line a fact, so that grep finds it whole."""
+    """Print aligned and in colour on a terminal; elsewhere one line a fact, so that grep finds it whole."""
     if not sys.stdout.isatty():
         print("\n".join(f"{label:{LABEL}}{_printable(text)}" for label, text in shown))
         return
@@ -139,7 +143,7 @@ def _chat(chat: Chat) -> Iterator[Row]:
 
 
 def _printable(text: str) -> str:
-    """Return the text with what UTF-8 cannot say escaped."""
+    """Escape the characters that UTF-8 cannot encode."""
     return text.encode(errors="backslashreplace").decode()
 
 

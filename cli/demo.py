@@ -1,8 +1,8 @@
-"""Writes the demo checkpoint: a few megabytes of random weights in the format, names and files of the published model.
+"""Demo checkpoint: a few megabytes of random weights in the format, names and files of the published model.
 
-Everything the serving path derives from a checkpoint has the real model's rules and a small size: two pools of experts
-of two widths, a dense first layer, grouped-query attention, three-dimensional rotary sections, a vision tower with its
-resampler, tied embeddings with the head stored beside them.
+Every part has the real model's structure at a small size: two pools of experts of two widths, a dense first layer,
+grouped-query attention, three-dimensional rotary sections, a vision tower with its resampler, tied embeddings with the
+head stored beside them.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ UNLIKELY_SCALE = 0.2
 
 
 def write_demo(directory: Path, *, seed: int = 0, dtype: Dtype = "bfloat16") -> None:
-    """Write the checkpoint to `directory`, whole or not at all; do nothing where the same one is already there.
+    """Write the checkpoint to `directory`, atomically; do nothing if the same one is already there.
 
     Raises:
-        CheckpointError: `directory` holds something that is not a demo checkpoint; it is left alone.
+        CheckpointError: `directory` holds files that are not a demo checkpoint; they are left alone.
     """
     recipe = _recipe(seed, dtype)
     if _is_demo(directory, recipe):
@@ -64,7 +64,7 @@ def write_demo(directory: Path, *, seed: int = 0, dtype: Dtype = "bfloat16") -> 
 
 
 def _recipe(seed: int, dtype: str) -> str:
-    """Changes with whatever changes the files, so that a demo written by an older version is written again."""
+    """Return a digest of everything that decides the files, so that a demo of an older version is written again."""
     digest = hashlib.sha256(f"{seed} {dtype}".encode())
     for module in (__file__, demo_tokenizer.__file__):
         digest.update(Path(module).read_bytes())
@@ -72,13 +72,15 @@ def _recipe(seed: int, dtype: str) -> str:
 
 
 def _is_demo(directory: Path, recipe: str) -> bool:
-    """Return whether exactly this demo is there."""
+    """Return True if exactly this demo is there."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     try:
         found = json.loads(Path(directory, "config.json").read_bytes())["demo_recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} is there and is not a demo checkpoint; it is left alone") from error
+        raise CheckpointError(
+            f"{directory} is there and is not a demo checkpoint; it is left alone. Move it, or choose another directory"
+        ) from error
     return bool(found == recipe)
 
 
@@ -93,7 +95,7 @@ def _write_files(directory: Path, seed: int, dtype: str, recipe: str) -> None:
 
 
 def hub_config(dtype: str) -> dict[str, Any]:
-    """config.json in the hub's flat form, with all of its keys but auto_map, which names code that is not here."""
+    """Return config.json in the hub's flat form, with all of its keys but auto_map, which names the hub's code."""
     ids = {text: NUM_PIECES + i for i, text in enumerate(ADDED_TOKENS)}
     frequencies = HEAD_DIM // 2
     of_time, of_height = frequencies // 4, frequencies * 3 // 8
@@ -204,7 +206,7 @@ def _preprocessor_config() -> dict[str, Any]:
 
 
 class _Random:
-    """Draws the tensors one after another from one seed."""
+    """Generator of random tensors, drawn one after another from one seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -214,16 +216,16 @@ class _Random:
         return (torch.randn(shape, generator=self._generator) * STD).to(self._dtype)
 
     def gain(self, size: int) -> Tensor:
-        """Near one, as a norm's weight is, but not one: a reader that forgets it is found out."""
+        """Draw a norm's weight: near one, but not one, so that a reader that leaves it out gives other results."""
         return (1 + torch.randn(size, generator=self._generator) * 0.1).to(self._dtype)
 
     def precise(self, *shape: int, std: float = STD) -> Tensor:
-        """Return whether the published checkpoint stores a tensor in float32: the router's."""
+        """Draw a tensor in float32, as the published checkpoint stores the router."""
         return torch.randn(shape, generator=self._generator) * std
 
 
 def _tensors(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its name on the hub."""
+    """Yield every tensor with its name on the hub."""
     random = _Random(seed, dtype)
     embedding = _embedding(random)
     yield "model.embed_tokens.weight", embedding
@@ -306,7 +308,7 @@ def _layer_norm(prefix: str, size: int, random: _Random) -> Iterator[tuple[str, 
 
 
 def _write_shards(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Safetensors shards of about equal size, and the index that says which tensor is where."""
+    """Write safetensors shards of about equal size, and the index from tensors to shards."""
     total = sum(t.nbytes for t in tensors.values())
     shards: list[dict[str, Tensor]] = [{} for _ in range(NUM_SHARDS)]
     written = 0

@@ -1,4 +1,4 @@
-"""The demo checkpoint's tokenizer: a small SentencePiece model, its added tokens and its chat template."""
+"""Tokenizer of the demo checkpoint: a small SentencePiece model, its added tokens and its chat template."""
 
 import io
 import json
@@ -41,8 +41,8 @@ SPECIAL_TOKENS = {
     "mask_token": "<mask:1>",
 }
 
-# What the model was trained to read. Tags trim all white space around them, so that the text is the same whatever
-# trim_blocks and lstrip_blocks say.
+# The prompt format that the model was trained on. Tags trim all white space around them, so that the text does not
+# depend on trim_blocks and lstrip_blocks.
 CHAT_TEMPLATE = r"""
 {%- set default_system = 'You are a multimodal AI assistant called ERNIE developed by Baidu based on the PaddlePaddle framework.' -%}
 {%- set ns = namespace(images=0, videos=0, last_user=-1) -%}
@@ -161,9 +161,9 @@ El agua corre por el canal hasta el molino. ¿Qué hay en esta imagen? Hay dos n
 
 
 def train_sentencepiece() -> bytes:
-    """The model file: byte-pair pieces, every byte a piece, digits apart, no prefix, no normalisation.
+    """Train and return the model file: BPE with byte fallback, single digits, no prefix, no normalisation.
 
-    The same bytes every time.
+    It is deterministic: the same bytes every time.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -212,7 +212,7 @@ def write_tokenizer(directory: Path, model: bytes | None = None, num_pieces: int
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented UTF-8, as the hub's files are."""
+    """Write indented UTF-8, as the hub's files are."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Inspection of a model directory by the services' own readers, from headers only."""
+"""Inspection of a model directory by the services' own readers, from configuration and headers only."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Bytes on a device."""
+    """Bytes on a device, of the weights and the cache."""
 
     decoder: dict[str, int]  # weights, by format: the stored dtype, wint8, wint4
     decoder_large_card: dict[str, int]  # the same on a card of 64 GiB or more, with dense projections in both forms
@@ -57,24 +57,24 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Tokens(msgspec.Struct, frozen=True):
-    """The vocabulary."""
+    """Facts of the vocabulary."""
 
     count: int  # one more than the largest id
     special: dict[str, int | None]  # those that prompts and parsers use
-    end: dict[int, str]  # what ends an answer, with its text where it is a control token's
+    end: dict[int, str]  # ids that end an answer, each with its text if it is a control token
 
 
 class Chat(msgspec.Struct, frozen=True):
-    """The chat template and what it makes of a system message, a picture and a question."""
+    """Chat template, and the prompt that it renders from a system message, a picture and a question."""
 
     template: str  # the file it comes from
     rendered: str
     tokens: int  # without the picture's own
-    thinking: bool  # the answer begins inside <think>
+    thinking: bool  # True: the answer begins inside <think>
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """Findings of `millrace check`. A part that could not be read is None, and an error says why."""
+    """Result of `millrace check`. A part that could not be read is None, and an error says why."""
 
     directory: str
     served: bool = False
@@ -89,12 +89,12 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def inspect(directory: Path) -> Report:
-    """Find what the four services would serve of a model directory, and what is wrong with it."""
+    """Read a model directory as the four services would, and collect all errors and warnings."""
     report = Report(directory=str(directory))
     try:
         refuse_foreign(directory)
     except CheckpointError as error:
-        # Whatever else is missing follows from this.
+        # Other errors would be consequences of this one.
         report.errors.append(str(error))
         return report
     config = _attempt(report, lambda: load_model_config(directory))
@@ -154,7 +154,7 @@ def _memory(checkpoint: Checkpoint, config: ModelConfig) -> Memory:
 
 
 def _vision(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Check names and shapes as loading does."""
+    """Check names and shapes of the vision weights as loading does."""
     load_vision(checkpoint, config, "meta")
 
 
@@ -171,7 +171,7 @@ def _chat(directory: Path, tokenizer: Tokenizer) -> Chat:
     """Render the sample conversation.
 
     Raises:
-        CheckpointError: the template cannot be read or does not take the sample conversation.
+        CheckpointError: the template cannot be read or fails on the sample conversation.
     """
     template = Template.load(directory, MAX_SAMPLE_CHARS)
     try:

@@ -1,5 +1,5 @@
-"""Writes values.schema.json: the chart's own keys as said here, and the keys of every `settings` map out of the
-settings that the services decode, so that a misspelt or malformed one is refused before anything is installed.
+"""Generator of values.schema.json: the chart's own keys are defined here, those of the `settings` maps come from the
+services' settings structs, so that a misspelt or malformed one is refused before anything is installed.
 
 Run it from the repository's root after a setting has changed: python helm/values_schema.py
 """
@@ -27,7 +27,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "engine": EngineSettings,
     "postproc": PostprocSettings,
 }
-# The chart says these itself, out of other values; the last is the tests'.
+# Settings that the chart sets from other values; the last is for tests.
 OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "drain_s"}
 OWNED |= {"host", "port", "served_model_names", "api_keys", "device", "crash_at"}
 COMMON = frozenset(CommonSettings.__struct_fields__)
@@ -51,7 +51,7 @@ NAMESPACE: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9._-]*$"}  # in AC
 
 
 def keys(**properties: Schema) -> Schema:
-    """An object with these keys and no others."""
+    """Return the schema of an object with these keys and no others."""
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -60,7 +60,7 @@ def one_of(*values: str) -> Schema:
 
 
 def fields(settings: type[CommonSettings]) -> dict[str, Schema]:
-    """A settings struct's fields as the chart takes them: without defaults and prose, references resolved."""
+    """Return the schemas of a settings struct's fields, without defaults and prose, with references resolved."""
     (schema,), definitions = msgspec.json.schema_components([settings], ref_template="{name}")
     return {name: _plain(value, definitions) for name, value in definitions[schema["$ref"]]["properties"].items()}
 

@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector for tests: OTLP over HTTP on loopback, decoded by the protocol's own messages."""
+"""OpenTelemetry collector for tests: OTLP over HTTP on loopback, decoded by the protocol's own messages."""
 
 import socket
 import threading
@@ -23,7 +23,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Received:
-    """One span."""
+    """Span that was received."""
 
     service: str
     resource: dict[str, Any]
@@ -40,50 +40,50 @@ class Received:
 
 
 class Collector:
-    """What has come in."""
+    """Store of the spans received so far."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self._spans: list[Received] = []
-        self._came = threading.Condition()
+        self._changed = threading.Condition()
 
-    def take(self, path: str, headers: dict[str, str], body: bytes) -> int:
-        """The status to answer with."""
+    def receive(self, path: str, headers: dict[str, str], body: bytes) -> int:
+        """Store the spans of one export, and return the status to answer with."""
         if path != "/v1/traces" or headers["content-type"] != "application/x-protobuf":
             return 404
-        with self._came:
+        with self._changed:
             self.bodies.append(body)
             self.headers.append(headers)
             self._spans += _spans(body)
-            self._came.notify_all()
+            self._changed.notify_all()
         return 200
 
     def spans(self) -> list[Received]:
-        """What has come so far, in the order of their starts."""
+        """Return the spans received so far, in the order of their starts."""
         return sorted(self._spans, key=lambda s: s.start)
 
     def wait(self, enough: Callable[[list[Received]], bool], trace: str = "") -> list[Received]:
-        """The spans of a trace (or all), in the order of their starts, once they are enough."""
+        """Wait until `enough`, and return the spans of a trace (or all), in the order of their starts."""
 
         def spans() -> list[Received]:
             return [span for span in self.spans() if trace in ("", span.trace)]
 
-        with self._came:
-            came = self._came.wait_for(lambda: enough(spans()), PATIENCE_S)
-            assert came, f"only {[(s.service, s.name) for s in spans()]}"
+        with self._changed:
+            complete = self._changed.wait_for(lambda: enough(spans()), PATIENCE_S)
+            assert complete, f"only {[(s.service, s.name) for s in spans()]}"
             return spans()
 
 
 @contextmanager
 def collector() -> Iterator[Collector]:
-    """One that listens while the block runs."""
+    """Run a collector while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            status = got.take(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+            status = got.receive(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -105,7 +105,7 @@ def collector() -> Iterator[Collector]:
 
 @contextmanager
 def traced(service: str) -> Iterator[tuple[Tracing, Collector]]:
-    """Traces of this process, all of them sent when the block ends."""
+    """Trace this process into a collector; all spans are sent when the block ends."""
     with collector() as got:
         tracing = start(service, CommonSettings(redis_url="", model="", name="test", otlp_endpoint=got.url))
         try:
@@ -116,7 +116,7 @@ def traced(service: str) -> Iterator[tuple[Tracing, Collector]]:
 
 @contextmanager
 def silent_collector() -> Iterator[str]:
-    """The URL of one that takes connections and never answers."""
+    """Yield the URL of a collector that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 

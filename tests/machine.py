@@ -1,9 +1,9 @@
-"""What tests assume of the machine they run on: next to nothing, for it may be slow, busy, and shared."""
+"""Assumptions of tests about the machine they run on: next to none, since it may be slow, busy and shared."""
 
 import random
 import socket
 
-# For what comes at once on a quiet machine: only a test that fails waits this long, and its length says nothing.
+# Timeout of waits that end at once on a quiet machine: only a test that fails waits this long.
 PATIENCE_S = 180.0
 PATIENCE_MS = round(PATIENCE_S * 1000)
 
@@ -11,8 +11,8 @@ _random = random.SystemRandom()
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports where nobody listens, below those (32768 and up) that Linux gives to connections and to listeners
-    that ask for any port: one of these could be taken before it is used."""
+    """Return free loopback ports, below those (32768 and up) that Linux gives to connections and to listeners that ask
+    for any port: one of these could be taken before it is used."""
     probes = []
     try:
         while len(probes) < count:
@@ -30,6 +30,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port() -> int:
-    """One such port."""
+    """Return one such port."""
     [port] = free_ports(1)
     return port

@@ -1,4 +1,4 @@
-"""The outside judge: transformers' own ERNIE-4.5-VL, on small checkpoints.
+"""Reference implementation for tests: transformers' own ERNIE-4.5-VL, on small checkpoints.
 
 Importing this module makes transformers importable where torchvision's compiled operators cannot load (a CUDA wheel
 beside a CPU torch); every test that needs transformers imports it from here.
@@ -59,7 +59,7 @@ NEAR_TIE = 4e-4  # between logits in float32: ten times what the order of sums w
 
 
 def hf_config(hub: dict[str, Any]) -> Ernie4_5_VLMoeConfig:
-    """transformers' configuration for a hub config.json.
+    """Return transformers' configuration for a hub config.json.
 
     transformers wants a video placeholder id of its own, which no prompt of ours contains: the last row of the
     vocabulary, whose embedding is always overwritten.
@@ -94,7 +94,7 @@ def hf_config(hub: dict[str, Any]) -> Ernie4_5_VLMoeConfig:
 def save_with_transformers(
     directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, max_shard_size: str = "2MB"
 ) -> Model:
-    """A small model made and saved by transformers: its config.json, its shards; the demo's tokenizer beside them.
+    """Make a small model and save it with transformers: config.json and shards, with the demo's tokenizer beside them.
 
     Returns the model that was saved, in `dtype` (router in float32).
     """
@@ -138,7 +138,7 @@ def _cast(model: Model, dtype: torch.dtype) -> Model:
 
 
 def load_transformers(directory: Path, dtype: torch.dtype = torch.float32) -> Model:
-    """A checkpoint in either form, in transformers: the very files our engine reads."""
+    """Load a checkpoint of either form into transformers, from the files that our engine reads."""
     raw = json.loads((directory / "config.json").read_bytes())
     config = (
         hf_config(raw) if raw["model_type"] == "ernie4_5_moe_vl" else Ernie4_5_VLMoeConfig.from_pretrained(directory)
@@ -158,7 +158,7 @@ def hf_inputs(
     images: tuple[torch.Tensor, torch.Tensor] | None = None,
     videos: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What transformers' forward wants for one prompt of ours, batch dimension 1.
+    """Return the inputs of transformers' forward for one prompt of ours, batch dimension 1.
 
     `ids` is the prompt as our engine sees it: one placeholder id for images and videos. `images` and `videos` are
     (normalised patch rows [N, 588], grids [n, 3]) of all items of the kind, in prompt order.
@@ -188,14 +188,15 @@ def hf_inputs(
 
 
 def _check_positions_agree(grids: torch.Tensor) -> None:
-    """transformers ignores time in the position after a video; we, as the reference server, do not."""
+    """Refuse a video on which transformers and the reference server, which we follow, disagree about the position
+    after it: transformers ignores time there."""
     for frames, height, width in grids.tolist():
         if frames // 2 > max(height, width) // 2:
             raise AssertionError(f"a video of grid {(frames, height, width)} is one on which transformers disagrees")
 
 
 def hf_logits(model: Model, ids: Sequence[int], **media: Any) -> torch.Tensor:
-    """Logits [len(ids), vocab] in float32; `media` as `hf_inputs`."""
+    """Return logits [len(ids), vocab] in float32; `media` as in `hf_inputs`."""
     with torch.no_grad():
         return model(**hf_inputs(model, ids, **media)).logits[0].float()
 
@@ -203,12 +204,12 @@ def hf_logits(model: Model, ids: Sequence[int], **media: Any) -> torch.Tensor:
 def hf_generate(
     model: Model, ids: Sequence[int], max_new_tokens: int, *, ignore_eos: bool = False, **media: Any
 ) -> list[int]:
-    """transformers' greedy continuation, the end token included if it came; `media` as `hf_inputs`.
+    """Generate greedily with transformers, with the end token if it is reached; `media` as in `hf_inputs`.
 
     Raises:
-        AssertionError: a generated id is one of the vision experts', which transformers routes otherwise than the
-            reference server does, or in float32 hangs on how sums are rounded, which no two processors need do alike;
-            take another prompt.
+        AssertionError: a generated id is one of the vision experts', which transformers routes differently from the
+            reference server; or in float32 two tokens are so close that rounding, which differs between processors,
+            decides. Take another prompt.
     """
     inputs = hf_inputs(model, ids, **media)
     stop = {"eos_token_id": None} if ignore_eos else {}

@@ -1,4 +1,4 @@
-"""The whole product for tests: `millrace serve` as a person would start it, on free ports of this machine."""
+"""Running deployment for tests: `millrace serve` as a person would start it, on free ports of this machine."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ NOTHING: Mapping[str, str] = {}
 
 
 class System:
-    """A running `millrace serve`."""
+    """Process of a running `millrace serve`, and its files and ports."""
 
     def __init__(self, arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> None:
         self.port, self.metrics_port, self.redis_port = free_ports(3)
@@ -72,12 +72,12 @@ class System:
         self._until(lambda: words in self.log.read_text()[after:], PATIENCE_S, f"it did not say {words!r}")
 
     def answers(self, port: int) -> bool:
-        """Whether anything listens on a port of this machine."""
+        """Return True if anything listens on a port of this machine."""
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     def children(self) -> list[str]:
-        """Command lines of the processes it started that are still there."""
+        """Return the command lines of the processes it started that still run."""
         return [command for _, command in self._children()]
 
     def kill_child(self, words: str) -> None:
@@ -89,7 +89,7 @@ class System:
         self._process.send_signal(number)
 
     def wait(self, seconds: float) -> int:
-        """Its exit status, once it has ended."""
+        """Wait until it has ended and return its exit status."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -97,7 +97,7 @@ class System:
             raise AssertionError(f"it did not end within {seconds:.0f} s\n{self.tail()}") from None
 
     def get(self, path: str, port: int | None = None) -> tuple[int, str]:
-        """Status and body of a plain GET; status 0 where nothing answers."""
+        """Return status and body of a plain GET; status 0 if nothing answers."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=PATIENCE_S) as reply:
                 return reply.status, reply.read().decode()
@@ -108,7 +108,7 @@ class System:
             return 0, ""
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Return the sum of a metric over its labels."""
         status, text = self.get("/metrics", self.metrics_port)
         assert status == 200
         lines = [line for line in text.splitlines() if line.partition(" ")[0].partition("{")[0] == name]
@@ -116,7 +116,7 @@ class System:
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     async def running_requests(self) -> int:
-        """How many requests the engine has, waiting or running."""
+        """Return the number of requests that the engine has, waiting or running."""
         client = connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
             return int(await client.xlen(Keys("millrace").stream(GENERATE)))
@@ -124,8 +124,8 @@ class System:
             await client.aclose()
 
     async def left_behind(self) -> dict[str, int]:
-        """What Redis still holds of requests, once it holds nothing or enough time has passed: keys that are none of
-        those that last, and how many entries the work streams have.
+        """Return what Redis still holds of requests, once it holds nothing or PATIENCE_S have passed: keys other than
+        _LASTING, and the lengths of the work streams.
         """
         client = connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
@@ -149,7 +149,7 @@ class System:
         assert "Traceback" not in self.log.read_text(), self.tail()
 
     def kill(self) -> None:
-        """End it and all that it started, at once, if it still runs."""
+        """Kill it and the processes it started, if it still runs."""
         if self._process.poll() is not None:
             return
         children = self._children()
@@ -160,11 +160,11 @@ class System:
                 os.kill(pid, signal.SIGKILL)
 
     def tail(self) -> str:
-        """The end of what it wrote."""
+        """Return the end of its output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
 
     def _children(self) -> list[tuple[int, str]]:
-        """Processes with our mark in their environment, even orphans; and Redis, which overwrites its own."""
+        """List processes with our mark in their environment, even orphans; and Redis, which overwrites its own."""
         found = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):  # not a process, or gone, or somebody else's
@@ -186,7 +186,7 @@ class System:
             time.sleep(LOOK_S)
 
 
-# What may stay when nothing runs: streams, who is there, who owns which shard, and cached embeddings.
+# Keys that may stay when nothing runs: streams, leases of replicas, owners of shards, and cached embeddings.
 _LASTING = (
     "encode",
     "generate",
@@ -211,7 +211,7 @@ async def _of_requests(client: Redis, keys: Keys) -> dict[str, int]:
 
 @contextmanager
 def started(arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> Iterator[System]:
-    """A system whose end is the test's affair; what still runs then is killed."""
+    """Start a system, which the test may stop; kill it at the end if it still runs."""
     directory.mkdir(parents=True, exist_ok=True)
     system = System(arguments, directory, environ)
     try:
@@ -222,7 +222,7 @@ def started(arguments: list[str], directory: Path, environ: Mapping[str, str] = 
 
 @contextmanager
 def running(arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> Iterator[System]:
-    """A system from ready to stopped in order."""
+    """Start a system, wait until it is ready, and stop it in order at the end."""
     with started(arguments, directory, environ) as system:
         system.wait_until_ready()
         yield system
@@ -233,20 +233,20 @@ def running(arguments: list[str], directory: Path, environ: Mapping[str, str] = 
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture that no other seed gives."""
+    """Return a picture of noise that depends on the seed."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
-    """The file of an image, as PNG, JPEG, ..."""
+    """Return the file of an image, as PNG, JPEG, ..."""
     file = io.BytesIO()
     image.save(file, form)
     return file.getvalue()
 
 
 def mp4(frames: int, width: int = 64, height: int = 48, fps: int = 4, seed: int = 0) -> bytes:
-    """A small video of moving noise."""
+    """Return a small video of moving noise."""
     file = io.BytesIO()
     rng = np.random.default_rng(seed)
     with av.open(file, "w", format="mp4") as container:
@@ -265,7 +265,7 @@ def data_url(data: bytes, media_type: str) -> str:
 
 @contextmanager
 def file_server(files: dict[str, tuple[str, bytes]]) -> Iterator[str]:
-    """Serve {path: (media type, bytes)} over http on 127.0.0.1; the URL it is at. Other paths are 404."""
+    """Serve {path: (media type, bytes)} over http on 127.0.0.1 and yield its URL. Other paths are 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -21,7 +21,7 @@ from shared.errors import ConfigError
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Scale until stopping to stop.
+    """Scale until SIGTERM or SIGINT, and return the exit status.
 
     Raises:
         ConfigError: a setting is wrong, or there is no cluster.

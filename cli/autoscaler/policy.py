@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-# stay; ask for more; say which replicas are to go first; ask for fewer
+# stay; ask for more; mark the replicas that are to go first; ask for fewer
 Step = Literal["stay", "out", "mark", "in"]
 
 
@@ -39,7 +39,7 @@ class Memory(msgspec.Struct, frozen=True):
 
     since: float
     wanted: tuple[tuple[float, int], ...] = ()  # (when, replicas)
-    marked: bool = False  # the replicas that are to go have been named
+    marked: bool = False  # the replicas that are to go have been marked
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -59,8 +59,8 @@ def wanted(rules: Rules, seen: Seen) -> int:
 def decide(rules: Rules, seen: Seen, memory: Memory, now: float) -> tuple[Memory, Decision]:
     """Decide for one observation. Time is in seconds, on a clock that does not jump.
 
-    Fewer replicas take two looks in a row: those that are to go are named with the first, since Kubernetes may act on
-    a new number before it has read a name that was written just before.
+    A decrease takes two observations in a row: the first marks the replicas that are to go, since Kubernetes may act on
+    a new number before it has read a mark that was written just before.
     """
     asked = wanted(rules, seen)
     recent = (*((when, number) for when, number in memory.wanted if when > now - rules.cooldown_s), (now, asked))

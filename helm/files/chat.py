@@ -1,6 +1,6 @@
-"""`helm test`: asks the gateway a question, as a stream and at once, and fails unless both are answered.
+"""Test of `helm test`: asks the gateway a question, streamed and not streamed, and fails unless both are answered.
 
-Arguments: URL of the gateway, name of the model. Environment: MILLRACE_API_KEYS, where the gateway wants a key.
+Arguments: URL of the gateway, name of the model. Environment: MILLRACE_API_KEYS, if the gateway needs a key.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import sys
 import urllib.request
 
-PATIENCE_S = 600  # a stage that sleeps is woken by the question, and loads its weights first
+TIMEOUT_S = 600  # a stage with no replica is started by the question, and loads its weights first
 QUESTION = "Say hello in one word."
 
 
@@ -16,7 +16,7 @@ def ask(url: str, model: str, keys: list[str], stream: bool):
     body = {"model": model, "stream": stream, "max_tokens": 16, "messages": [{"role": "user", "content": QUESTION}]}
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {keys[0]}"} if keys else {})}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-    return urllib.request.urlopen(request, timeout=PATIENCE_S)
+    return urllib.request.urlopen(request, timeout=TIMEOUT_S)
 
 
 def text(part: dict) -> str:
@@ -24,7 +24,7 @@ def text(part: dict) -> str:
 
 
 def answer(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
-    """What was said, and whether it was a whole answer."""
+    """Ask without streaming; return the answer's text, and True if it is complete."""
     with ask(url, model, keys, stream=False) as response:
         reply = json.load(response)
     choice = reply["choices"][0]
@@ -32,7 +32,7 @@ def answer(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
 
 
 def streamed(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
-    """The same, in pieces."""
+    """Ask with streaming; return the answer's text, and True if it is complete."""
     parts, finished, ended = [], False, False
     with ask(url, model, keys, stream=True) as response:
         for line in response:
@@ -47,10 +47,10 @@ def streamed(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
 
 def main(url: str, model: str) -> int:
     keys = json.loads(os.environ.get("MILLRACE_API_KEYS", "[]"))
-    for way in (answer, streamed):
-        said, whole = way(url, model, keys)
-        print(f"{way.__name__}: {said!r}{'' if whole else ', and then it broke off'}")
-        if not whole:
+    for ask_one_way in (answer, streamed):
+        said, complete = ask_one_way(url, model, keys)
+        print(f"{ask_one_way.__name__}: {said!r}{'' if complete else ' is incomplete: the answer ended early'}")
+        if not complete:
             return 1
     return 0
 

@@ -1,7 +1,7 @@
-"""Fetches a checkpoint from a hub into a directory, and marks it complete when every file has the right size and hash.
+"""Download of a checkpoint from a hub into a directory, marked complete when every file has the right size and hash.
 
-Arguments: endpoint, repository, revision, directory. Environment: HUB_TOKEN, where the hub wants one. Needs the
-standard library alone. Run again after a failure it goes on where it was; several may run on one directory.
+Arguments: endpoint, repository, revision, directory. Environment: HUB_TOKEN, if the hub needs one. It needs only the
+standard library. After a failure the next run resumes the files; several may run on one directory.
 """
 
 import fnmatch
@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-# What the services read. Code and pickles of a checkpoint are never fetched.
+# Files that the services read. Code and pickles of a checkpoint are never fetched.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.ttf")
 COMPLETE = ".complete"
 PARALLEL = 4
@@ -27,11 +27,11 @@ BLOCK = 1 << 20
 
 
 class Broken(Exception):
-    """A file is not what the hub says it is, or the hub's list is not one."""
+    """Error of a file that differs from the hub's list, or of a list that is malformed."""
 
 
 def request(url: str, start: int = 0):
-    """Open a URL. The token stays with the hub: what it redirects to gets none."""
+    """Open a URL. The token goes to the hub only, not to hosts that it redirects to."""
     asked = urllib.request.Request(url, headers={"User-Agent": "millrace"})
     if token := os.environ.get("HUB_TOKEN"):
         asked.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -41,14 +41,14 @@ def request(url: str, start: int = 0):
 
 
 def listing(endpoint: str, repository: str, revision: str) -> list[dict]:
-    """The wanted files, each with rfilename, size and, of large ones, lfs.sha256."""
+    """List the wanted files, each with rfilename, size and, if it is large, lfs.sha256."""
     url = f"{endpoint}/api/models/{repository}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true"
     with request(url) as response:
         files = json.load(response)["siblings"]
     wanted = [file for file in files if any(fnmatch.fnmatch(file["rfilename"], pattern) for pattern in WANTED)]
     for file in wanted:
         if not isinstance(file.get("size"), int):
-            raise Broken(f"{file['rfilename']}: the hub does not say its size")
+            raise Broken(f"{file['rfilename']}: the hub's list has no size for it")
         path = pathlib.PurePosixPath(file["rfilename"])
         if path.is_absolute() or ".." in path.parts:
             raise Broken(f"{path}: not a path inside the repository")
@@ -58,18 +58,18 @@ def listing(endpoint: str, repository: str, revision: str) -> list[dict]:
 
 
 def append(url: str, part: pathlib.Path) -> None:
-    """Go on with what there is of a file."""
+    """Resume the download of a partial file."""
     start = part.stat().st_size if part.exists() else 0
     with request(url, start) as response, part.open("ab") as file:
         if start and response.status != 206:
-            file.truncate(0)  # a hub that always begins at the beginning
+            file.truncate(0)  # a hub that ignores Range sends the file from its beginning
         while block := response.read(BLOCK):
             file.write(block)
 
 
 def check(part: pathlib.Path, file: dict) -> None:
     if part.stat().st_size != file["size"]:
-        raise Broken(f"{file['rfilename']}: {part.stat().st_size} bytes of {file['size']}")
+        raise Broken(f"{file['rfilename']}: {part.stat().st_size} bytes of {file['size']} arrived")
     if expected := (file.get("lfs") or {}).get("sha256"):
         digest = hashlib.sha256()
         with part.open("rb") as content:
@@ -77,7 +77,7 @@ def check(part: pathlib.Path, file: dict) -> None:
                 digest.update(block)
         if digest.hexdigest() != expected:
             part.unlink()
-            raise Broken(f"{file['rfilename']}: its hash is not the hub's")
+            raise Broken(f"{file['rfilename']}: its SHA-256 is {digest.hexdigest()}, not the hub's {expected}; deleted")
 
 
 def fetch(base: str, file: dict, directory: pathlib.Path) -> None:
@@ -99,7 +99,7 @@ def fetch(base: str, file: dict, directory: pathlib.Path) -> None:
                 raise
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                 part.unlink()
-            print(f"{name}: {error}; again", flush=True)
+            print(f"{name}: {error}; trying again", flush=True)
             time.sleep(min(30, 2**attempt) * float(os.environ.get("HUB_PATIENCE", "1")))
     part.rename(target)
     print(f"{name}: {file['size']} bytes", flush=True)
@@ -108,7 +108,7 @@ def fetch(base: str, file: dict, directory: pathlib.Path) -> None:
 def main(endpoint: str, repository: str, revision: str, directory: str) -> int:
     endpoint, target = endpoint.rstrip("/"), pathlib.Path(directory)
     if (target / COMPLETE).exists():
-        print("complete already")
+        print(f"{target} is complete already")
         return 0
     try:
         files = listing(endpoint, repository, revision)

@@ -57,7 +57,7 @@ def kubeconfig(url: str) -> str:
 
 
 def granted(items: list[Object]) -> set[tuple[str, str, str, str | None]]:
-    """What the autoscaler's Role allows."""
+    """Return the verbs and resources that the autoscaler's Role allows."""
     return {
         (group, resource, verb, name)
         for rule in find(items, "Role")["rules"]

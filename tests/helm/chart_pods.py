@@ -32,7 +32,7 @@ VALUES: Values = {
 
 
 class Pod:
-    """A container of the chart's as a process of this machine. `volume`: the model's directory or, for the autoscaler,
+    """Container of the chart as a process of this machine. `volume`: the model's directory or, for the autoscaler,
     one with a `kubeconfig` in place of the token that a cluster would mount."""
 
     def __init__(self, items: list[Object], service: str, secret: dict[str, str], volume: Path, log: Path) -> None:
@@ -59,7 +59,7 @@ class Pod:
         self.start(volume)
 
     def see(self, volume: Path) -> str:
-        """Where the container sees its volume."""
+        """Return the path at which the container has its volume."""
         return str(volume)
 
     def start(self, volume: Path) -> None:
@@ -74,7 +74,7 @@ class Pod:
             )
 
     def run(self, command: list[str]) -> int:
-        """A command in the container; returns its exit status."""
+        """Run a command in the container and return its exit status."""
         environ = {"PATH": os.environ["PATH"], **self.environ}
         command = [sys.executable, *command[1:]]
         return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, check=False).returncode
@@ -96,7 +96,7 @@ class Pod:
         return f"http://127.0.0.1:{self.environ['MILLRACE_PORT']}"
 
     def probe(self, kind: str) -> bool:
-        """Whether the pod's own probe is content."""
+        """Return True if the pod's own probe succeeds."""
         probe = self.spec[f"{kind}Probe"]
         if "exec" in probe:
             return self.run(probe["exec"]["command"]) == 0
@@ -133,7 +133,7 @@ def running(directory: Path, kinds: dict[str, type[Pod]]) -> Iterator[dict[str, 
 
 
 def helm_test(url: str) -> "subprocess.CompletedProcess[str]":
-    """What `helm test` runs: the rendered pod's command with the rendered script, at this gateway's address."""
+    """Run what `helm test` runs: the rendered pod's command with the rendered script, at this gateway's address."""
     items = objects(VALUES)
     spec = container(pods(items)["test"][1])
     (mount,) = spec["volumeMounts"]

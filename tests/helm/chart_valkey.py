@@ -17,7 +17,7 @@ POLL_S = 0.02
 
 @contextlib.contextmanager
 def valkey(items: list[Object], directory: Path, port: int) -> Iterator[dict[str, str]]:
-    """A running server; yields its Secret, with URLs that lead to it."""
+    """Run a server and yield its Secret, with URLs that lead to it."""
     secret = secret_data(items, "millrace-redis")
     config = find(items, "ConfigMap", "millrace-redis")["data"]["valkey.conf"]
     users = directory / "users.acl"
@@ -41,7 +41,7 @@ def valkey(items: list[Object], directory: Path, port: int) -> Iterator[dict[str
 
 
 def say(port: int, line: str) -> bytes:
-    """The reply to one inline command of a stranger's; nothing where nobody listens."""
+    """Return the reply to an inline command without a password; empty if nothing listens."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
             connection.sendall(f"{line}\r\n".encode())

@@ -125,7 +125,7 @@ def parse(rendered: dict[str, str]) -> list[Object]:
 
 @cache
 def case(name: str) -> tuple[Object, ...]:
-    """The objects of one case of MATRIX."""
+    """Render the objects of one case of MATRIX."""
     return tuple(parse(render(MATRIX[name])))
 
 
@@ -134,13 +134,13 @@ def objects(values: Values) -> list[Object]:
 
 
 def find(items: Iterator[Object] | list[Object] | tuple[Object, ...], kind: str, name: str | None = None) -> Object:
-    """The one object of this kind and name; any name where none is said."""
+    """Return the one object of this kind and, if given, name."""
     (found,) = [item for item in items if item["kind"] == kind and name in (None, item["metadata"]["name"])]
     return found
 
 
 def secret_data(items: list[Object] | tuple[Object, ...], name: str) -> dict[str, str]:
-    """What a Secret holds."""
+    """Return the values of a Secret, decoded."""
     return {key: base64.b64decode(value).decode() for key, value in find(items, "Secret", name)["data"].items()}
 
 
@@ -159,18 +159,18 @@ def pods(items: list[Object] | tuple[Object, ...]) -> dict[str, tuple[Object, Ob
 
 
 def container(spec: Object, name: str | None = None) -> Object:
-    """The pod's container of this name, or its first."""
+    """Return the pod's container of this name, or its first."""
     return next(each for each in spec["containers"] if name in (None, each["name"]))
 
 
 def environment(items: list[Object] | tuple[Object, ...], service: str) -> dict[str, Any]:
-    """A service's environment: text, or where the text comes from."""
+    """Return a service's environment: text, or the reference that it comes from."""
     component = service.replace("_", "-")
     _, spec = pods(items)[component]
     return {each["name"]: each.get("value", each.get("valueFrom")) for each in container(spec, component)["env"]}
 
 
 def complaints(values: Values) -> list[str]:
-    """What `helm lint --strict` has against the chart; hints are not counted."""
+    """Return the complaints of `helm lint --strict` about the chart, without hints."""
     report = lint(CHART, values, strict=True, namespace=NAMESPACE)
     return [message["error"] for message in report["messages"] if message["severity"] > 1] + report["errors"]

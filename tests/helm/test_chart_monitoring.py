@@ -36,7 +36,7 @@ RESERVED = {"max", "sum", "count", "rate", "time", "changes", "absent", "unless"
 
 
 def exposed() -> set[str]:
-    """The names of all series that the four services expose."""
+    """Return the names of all series that the four services expose."""
     names = set()
     for service, cls in CLASSES.items():
         registry = CollectorRegistry()
@@ -48,7 +48,7 @@ def exposed() -> set[str]:
 
 
 def asked(expression: str) -> set[str]:
-    """The metrics a PromQL expression names: words outside braces, brackets, quotes and grouping lists."""
+    """Return the metrics that a PromQL expression names: words outside braces, brackets, quotes and grouping lists."""
     bare = re.sub(r'"[^"]*"', "", expression)
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
     bare = re.sub(r"\b(by|on|without|ignoring)\s*\([^)]*\)", "", bare)

@@ -25,7 +25,7 @@ def selected(policy: Object, labels: dict[str, str]) -> bool:
 
 
 def peers(rule: Object, side: str, components: dict[str, dict[str, str]]) -> list[str]:
-    """Who is on the other side of a rule: components of the release, a namespace, or networks."""
+    """Return the other side of a rule: components of the release, a namespace, or networks."""
     if side not in rule:
         return ["anybody"]
     found = []
@@ -41,7 +41,7 @@ def peers(rule: Object, side: str, components: dict[str, dict[str, str]]) -> lis
 
 
 def arrows(items: list[Object] | tuple[Object, ...]) -> tuple[set[Arrow], set[Arrow]]:
-    """What the policies let out of the pods, and what they let into them, DNS left out."""
+    """Return what the policies let out of the pods and into them, without DNS."""
     components = {name: metadata["labels"] for name, (metadata, _) in pods(items).items()}
     outward, inward = set(), set()
     for policy in policies(items):
@@ -162,7 +162,7 @@ def test_media_can_be_fetched_from_the_internet(address: str) -> None:
 
 
 def internet(address: str) -> bool:
-    """Whether mm-encoder's policy lets packets out to this address."""
+    """Return True if mm-encoder's policy lets packets out to this address."""
     (policy,) = [item for item in policies(objects(CLAIM)) if item["metadata"]["name"] == "millrace-mm-encoder"]
     blocks = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule["to"] if "ipBlock" in peer]
     wanted = ipaddress.ip_address(address)

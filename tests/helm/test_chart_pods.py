@@ -21,7 +21,7 @@ CLOSE_S = 10  # what `millrace serve` allows a service after its drain
 
 
 def settings(name: str, service: str) -> CommonSettings:
-    """The service's own reading of its pod's environment, where a Secret holds what its comment in the values says."""
+    """Read the pod's environment as the service does, with Secrets that hold what the comments in the values say."""
     secrets = {"keys": '["sk-one"]', **dict.fromkeys(("gateway", "mm-encoder", "engine", "postproc"), "redis://u:p@r")}
     secrets |= {f"{component}-blobs": "redis://b" for component in ("gateway", "mm-encoder", "engine")}
     told = {}
@@ -87,7 +87,7 @@ def test_a_service_with_a_gpu_must_find_it(service: str, device: str) -> None:
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("name", MATRIX)
 def test_grace_is_pre_stop_and_drain(name: str, service: str) -> None:
-    """What the service may take to drain and then to close, after the time in which its endpoint goes away."""
+    """The grace period covers preStop, in which the endpoint goes away, the drain, and closing."""
     _, spec = pods(case(name))[service.replace("_", "-")]
     command = container(spec)["lifecycle"]["preStop"]["exec"]["command"]
     assert command[0] == "sleep"
@@ -263,7 +263,7 @@ def test_images_are_one_per_service() -> None:
 
 
 def test_what_the_chart_assumes_of_the_settings_is_so() -> None:
-    """Where a value of the chart follows from a setting that was not given, the setting's own default counts."""
+    """The default of a setting counts where a value of the chart follows from the setting."""
     defaults = {each.name: each.default for each in msgspec.structs.fields(GatewaySettings)}
     made = objects({**CLAIM, "ingress": {"enabled": True}, "route": {"parentRefs": [{"name": "public"}]}})
     annotations = find(made, "Ingress")["metadata"]["annotations"]

@@ -71,7 +71,7 @@ def test_the_hpa_reads_what_the_podmonitor_labels() -> None:
 
 
 def autoscaler(items: list[Object] | tuple[Object, ...], redis_url: str = "redis://r") -> AutoscalerSettings:
-    """The autoscaler's own reading of its pod's environment."""
+    """Read the pod's environment as the autoscaler does."""
     fields = {"metadata.name": "pod-0", "metadata.namespace": "models"}
     told = {}
     for name, value in environment(items, "autoscaler").items():

@@ -96,7 +96,7 @@ def test_an_error_in_an_object_of_another_api_is_found() -> None:
 
 
 def checkov(items: list[Object], directory: Path) -> set[tuple[str, str]]:
-    """The failed checks: their ids, and the objects as KIND.NAMESPACE.NAME."""
+    """Return the failed checks: their ids, and the objects as KIND.NAMESPACE.NAME."""
     (directory / "rendered.yaml").write_text(yaml.safe_dump_all(items))
     options = ["--skip-download", "--framework", "kubernetes", "--output", "json", "--compact", "--quiet"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A small HTTP server on loopback, told what to answer, and a resolver told what names mean."""
+"""Small HTTP server on loopback with answers by path."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -8,7 +8,7 @@ Handler = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Site:
-    """Answers by path; remembers the heads of requests."""
+    """Server's answers by path, and the heads of the requests it received."""
 
     def __init__(self) -> None:
         self.port = 0

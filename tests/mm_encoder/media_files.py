@@ -1,4 +1,4 @@
-"""Real images and videos, made here with real codecs."""
+"""Images and videos for tests, encoded with real codecs."""
 
 import io
 import tempfile
@@ -25,7 +25,7 @@ def picture(height: int, width: int, kind: str = "PNG", seed: int = 0) -> bytes:
 
 
 def video_frames(count: int, height: int = 120, width: int = 160) -> list[NDArray[np.uint8]]:
-    """Frame i is grey of level 6i, so that it can be told from its neighbours after a lossy codec."""
+    """Return grey frames, frame i of level 6i, so that it differs from its neighbours even after a lossy codec."""
     return [np.full((height, width, 3), 6 * i % 256, np.uint8) for i in range(count)]
 
 
@@ -66,7 +66,7 @@ def _encode(
 
 
 def wav_bytes() -> bytes:
-    """A file with sound and no picture."""
+    """Return a file with sound and no picture."""
     out = io.BytesIO()
     with av.open(out, "w", format="wav") as file:
         stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")

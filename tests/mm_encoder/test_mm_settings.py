@@ -99,5 +99,13 @@ def test_the_checkpoints_font_comes_first(tmp_path: Path) -> None:
     packaged, own = font_file(tmp_path)
     assert not own
     assert packaged[:4] == b"\0\1\0\0"
-    (tmp_path / FONT).write_bytes(b"own")
-    assert font_file(tmp_path) == (b"own", True)
+    (tmp_path / FONT).write_bytes(packaged + b"own")
+    assert font_file(tmp_path) == (packaged + b"own", True)
+
+
+@pytest.mark.parametrize("content", [b"", b"own", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_checkpoints_font_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    """Else every video would fail."""
+    (tmp_path / FONT).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{FONT} is no font that can be read"):
+        font_file(tmp_path)

@@ -164,4 +164,4 @@ print([name for name in sys.modules if name.startswith(("opentelemetry.exporter"
 
 
 def test_collector_of_the_tests_refuses_what_is_no_trace() -> None:
-    assert Collector(1).take("/", {"content-type": "application/x-protobuf"}, b"") == 404
+    assert Collector(1).receive("/", {"content-type": "application/x-protobuf"}, b"") == 404

@@ -1,9 +1,9 @@
-"""Fetches media from the web without becoming anybody's proxy into the networks this process can reach.
+"""Fetching of media from the web, guarded against server-side request forgery (SSRF).
 
-Per hop, redirects included: the name is resolved once, every address it resolves to must be global or in a network the
-operator named, and the connection goes to exactly such an address (TLS and Host keep the name). Bytes are counted while
-they stream, and one clock runs over all hops. Whatever goes wrong before a response, refusals included, is told in the
-same words, so that nobody learns from us what is listening where.
+Per hop, redirects included: the name is resolved once, every address it resolves to must be global or in a network that
+the operator named, and the connection goes to exactly such an address (TLS and Host keep the name). Bytes are counted
+while they stream, and one deadline covers all hops. Every failure before a response, a refused address included, has
+the same message, so that a client cannot use this process to scan a network.
 """
 
 import asyncio
@@ -31,17 +31,17 @@ _HEADERS = (("User-Agent", "millrace"), ("Accept", "*/*"), ("Accept-Encoding", "
 
 
 class AddressRefusedError(Exception):
-    """A name resolved to an address that media may not come from. Never shown to a client."""
+    """Error of a name that resolves to an address which media may not come from. Never shown to a client."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name by the system's resolver, in its order."""
+    """Return a name's addresses by the system's resolver, in its order."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def allowed(text: str, networks: Sequence[Network]) -> bool:
-    """Return whether media may be fetched from this address: global, with every address embedded in it, or allowed."""
+    """Return True if media may be fetched from this address: it is in `networks`, or global with all it embeds."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -58,7 +58,7 @@ def _is_global(address: Address) -> bool:
 
 
 def _with_embedded(address: Address) -> list[Address]:
-    """The addresses a packet to this one may end up at: through a mapping, a translator or a tunnel."""
+    """Return the addresses that a packet to this one may reach: through a mapping, a translator or a tunnel."""
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
     if address.ipv4_mapped is not None:
@@ -76,7 +76,7 @@ def _with_embedded(address: Address) -> list[Address]:
 
 
 class _PinnedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to addresses it has resolved and checked itself."""
+    """Network backend that connects only to addresses which it has resolved and checked itself."""
 
     def __init__(self, resolver: Resolver, networks: Sequence[Network]) -> None:
         self._resolver = resolver
@@ -103,7 +103,7 @@ class _PinnedBackend(httpcore.AsyncNetworkBackend):
 
 
 class Fetcher:
-    """GETs media. One per process; close it at the end."""
+    """HTTP client for media. One per process; close it at the end."""
 
     def __init__(
         self,
@@ -125,10 +125,10 @@ class Fetcher:
         )
 
     async def fetch(self, url: str) -> bytes:
-        """The body at `url`.
+        """Return the body at `url`.
 
         Raises:
-            RequestError: not allowed, not reachable, not 200, too large, too slow, too many redirects.
+            RequestError: the URL is not allowed, not reachable, not 200, too large, too slow or redirects too often.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -149,7 +149,7 @@ class Fetcher:
         raise over_limit(what, "media_max_redirects", self._max_redirects)
 
     async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
-        """The body, or where to look next."""
+        """Return the body, or the URL that the response redirects to."""
         wait = {"connect": self._timeout_s, "read": self._timeout_s, "write": self._timeout_s, "pool": self._timeout_s}
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
@@ -157,11 +157,11 @@ class Fetcher:
             async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
                 return await self._read(response, url)
         except (AddressRefusedError, httpcore.ConnectError, OSError, UnicodeError) as error:
-            raise refuse(_UNREACHABLE) from error  # Unicode: a name that cannot be one
+            raise refuse(_UNREACHABLE) from error  # UnicodeError: not a host name
         except httpcore.TimeoutException as error:
             raise TimeoutError from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise refuse("The media's server broke off or did not answer in HTTP.") from error
+            raise refuse("The media's server closed the connection early or did not answer in HTTP.") from error
 
     async def _read(self, response: httpcore.Response, url: httpx.URL) -> bytes | httpx.URL:
         headers = httpx.Headers(response.headers)
@@ -170,7 +170,7 @@ class Fetcher:
         if response.status != 200:
             raise refuse(f"The media's server answered with status {response.status}.")
         if headers.get("content-encoding", "identity") != "identity":
-            raise refuse("The media's server compressed the media, which it was asked not to.")
+            raise refuse("The media's server sent the media compressed, although it was asked for `identity`.")
         length = headers.get("content-length", "")
         if length.isascii() and length.isdigit() and int(length) > self._max_bytes:
             raise self._too_large()
@@ -186,7 +186,7 @@ class Fetcher:
 
 
 def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
-    """The only reading of a URL: what is checked here is what is connected to.
+    """Parse and check a URL. Nothing else parses it, so the URL that is checked is the one that is connected to.
 
     Raises:
         RequestError: not an http(s) URL with a host, or one with credentials.

@@ -1,4 +1,4 @@
-"""Choice of the frames of a video that the model sees: FastDeploy's sampling, as functions of numbers."""
+"""Sampling of a video's frames, as FastDeploy samples: pure functions from numbers to frame indices."""
 
 import math
 from itertools import pairwise
@@ -13,7 +13,7 @@ FramesSample = Literal["leading", "middle", "rand"]
 
 
 class FrameSampling(msgspec.Struct, frozen=True):
-    """Number of frames, and the one taken from each stretch. Exactly one of `fps` and `target_frames` is positive."""
+    """Number of frames, and which one of each segment. Exactly one of `fps` and `target_frames` is positive."""
 
     fps: float
     min_frames: int
@@ -23,7 +23,7 @@ class FrameSampling(msgspec.Struct, frozen=True):
 
 
 def override(server: FrameSampling, item: VideoOptions) -> FrameSampling:
-    """One item's sampling. Whichever of fps and target_frames the item asks for replaces the server's choice of mode.
+    """Return one item's sampling. If the item sets fps or target_frames, it replaces the server's choice of mode.
 
     Raises:
         ValueError: the options contradict each other.
@@ -46,9 +46,10 @@ def override(server: FrameSampling, item: VideoOptions) -> FrameSampling:
 
 
 def check(sampling: FrameSampling) -> None:
-    """
+    """Check that the numbers do not contradict each other.
+
     Raises:
-        ValueError: the numbers contradict each other; the rules and words are FastDeploy's.
+        ValueError: they do; the rules and words are FastDeploy's.
     """
     low, high, target = sampling.min_frames, sampling.max_frames, sampling.target_frames
     if not math.isfinite(sampling.fps):
@@ -66,12 +67,12 @@ def check(sampling: FrameSampling) -> None:
 
 
 def frame_indices(total: int, source_fps: float, sampling: FrameSampling, *, seed: int, most: int) -> list[int]:
-    """Indices, ascending, perhaps repeated, of the frames to show out of `total` at `source_fps`.
+    """Return the indices of the frames to show out of `total` at `source_fps`, ascending, perhaps repeated.
 
     "rand" draws from `seed`, so that a video's frames are a function of its bytes and options.
 
     Raises:
-        ValueError: more than `most` frames, which takes a client's own fps without max_frames.
+        ValueError: more than `most` frames, possible only where a client sets fps without max_frames.
     """
     draw = np.random.default_rng(seed)
     target = _target(total / source_fps, sampling)
@@ -83,7 +84,7 @@ def frame_indices(total: int, source_fps: float, sampling: FrameSampling, *, see
 
 
 def _target(seconds: float, sampling: FrameSampling) -> int:
-    """The number of frames where it is fixed, else -1: asked for, or the bound that the rate alone would break."""
+    """Return the number of frames where it is fixed: target_frames, or the bound that the rate exceeds. Else -1."""
     if sampling.target_frames > 0:
         return sampling.target_frames
     by_rate = int(seconds * sampling.fps)
@@ -96,12 +97,12 @@ def _target(seconds: float, sampling: FrameSampling) -> int:
 
 def _by_count(total: int, count: int, sample: FramesSample, draw: np.random.Generator) -> list[int]:
     edges = np.linspace(0, total, count + 1).astype(int).tolist()
-    stretches = list(pairwise(edges))
+    segments = list(pairwise(edges))
     if sample == "leading":
-        return [left for left, _ in stretches]
+        return [left for left, _ in segments]
     if sample == "middle":
-        return [(left + right - 1) // 2 for left, right in stretches]
-    return [int(draw.integers(left, right)) for left, right in stretches]
+        return [(left + right - 1) // 2 for left, right in segments]
+    return [int(draw.integers(left, right)) for left, right in segments]
 
 
 def _by_time(total: int, source_fps: float, fps: float, sample: FramesSample, draw: np.random.Generator) -> list[int]:

@@ -1,8 +1,8 @@
-"""Grey pictures of more than 8 bits to 8, by their range: Pillow's own conversion clips, and most turn out white.
+"""Conversion of grey images of more than 8 bits to 8, by their range; Pillow's own clips at 255, so most turn white.
 
-Unsigned 16 bits have a full scale. Other integers and floats do not say theirs: it is the first of 1 (floats only), 255
-and 65535 that no value exceeds; where one does, or is negative, the picture's own least value is black and its greatest
-is white.
+Unsigned 16 bits have a full scale. Other integers and floats do not name theirs: it is taken to be the first of 1
+(floats only), 255 and 65535 that no value exceeds. Where a value exceeds all or is negative, the image's own minimum is
+black and its maximum white.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ MODES = frozenset(("I;16", "I;16L", "I;16B", "I;16N", "I", "F"))
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
-_AT_ONCE = 1 << 20
+_CHUNK = 1 << 20
 
 
 def eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Return an image of mode L. `tags` are the file's, if it is a TIFF; a transparent grey becomes white."""
+    """Return the image in mode L, with a transparent grey as white. `tags` are the file's, if it is a TIFF."""
     values = np.asarray(image)
     if image.mode == "F":
         scaled = _stretched(values, (1.0, 255.0, 65535.0))
@@ -37,7 +37,7 @@ def eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
 
 def _full_scale(bits: int) -> NDArray[np.uint8]:
-    """The grey of every 16-bit value, of which only `bits` are used."""
+    """Return the grey of every 16-bit value, of which only `bits` are used."""
     return _rounded(np.arange(1 << 16) * (255 / ((1 << bits) - 1)))
 
 
@@ -47,15 +47,15 @@ def _stretched(values: NDArray[Any], full_scales: tuple[float, ...]) -> NDArray[
         low, high = next(((0.0, scale) for scale in full_scales if high <= scale), (low, high))
     factor = 255 / (high - low) if high > low else 0.0
     flat, grey = values.reshape(-1), np.empty(values.size, np.uint8)
-    for start in range(0, len(flat), _AT_ONCE):  # in 64 bits, of which a whole picture would take half a gigabyte
-        part = flat[start : start + _AT_ONCE].astype(np.float64)
+    for start in range(0, len(flat), _CHUNK):  # a whole image in float64 would take half a gigabyte
+        part = flat[start : start + _CHUNK].astype(np.float64)
         known = np.nan_to_num(part, nan=low, posinf=high, neginf=low)
-        grey[start : start + _AT_ONCE] = _rounded((known - low) * factor)
+        grey[start : start + _CHUNK] = _rounded((known - low) * factor)
     return grey.reshape(values.shape)
 
 
 def _extent(values: NDArray[Any]) -> tuple[float, float]:
-    """The least and the greatest number, but for infinities."""
+    """Return the least and the greatest finite number, (0, 0) if there is none."""
     finite = np.isfinite(values)
     if not finite.any():
         return 0.0, 0.0

@@ -1,9 +1,9 @@
-"""Bytes of an image to RGB pixels.
+"""Image bytes to RGB pixels.
 
-What FastDeploy does decides: transparency is laid on white (transformers drops it), EXIF orientation is applied,
-everything else is Pillow's conversion to RGB, except that deep grey is scaled (grey.py), where both references clip it
-to white. An animation is its first frame. Where FastDeploy trips over a transparent palette and drops the transparency,
-we lay it on white.
+FastDeploy is the reference: transparency is composited on white (transformers drops it), EXIF orientation is applied,
+everything else is Pillow's conversion to RGB. An animation is its first frame. Two differences: grey of more than 8
+bits is scaled (grey.py), where both references clip it to white; a transparent palette is composited on white, where
+FastDeploy drops the transparency.
 """
 
 import io
@@ -20,10 +20,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The image with only its header read.
+    """Open an image by reading its header only.
 
     Raises:
-        RequestError: not an image, or more pixels than `max_pixels`.
+        RequestError: the bytes are not an image, or it has more pixels than `max_pixels`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -40,7 +40,7 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def rgb_pixels(image: Image.Image) -> Image.Image:
-    """Decode an opened image: RGB, upright.
+    """Decode an opened image to upright RGB.
 
     Raises:
         RequestError: the data is truncated or broken.
@@ -58,7 +58,7 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """[height, width, 3] uint8 by Pillow's bicubic filter."""
+    """Resize with Pillow's bicubic filter to [height, width, 3] uint8."""
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 

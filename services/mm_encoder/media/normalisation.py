@@ -1,4 +1,4 @@
-"""The mean and standard deviation that pixels are normalised with: preprocessor_config.json's, else CLIP's."""
+"""Mean and standard deviation that pixels are normalised with: preprocessor_config.json's, else CLIP's."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,21 +16,22 @@ Scales = tuple[Annotated[float, Meta(gt=0)], Annotated[float, Meta(gt=0)], Annot
 
 
 class Normalisation(msgspec.Struct, frozen=True):
-    """Per channel, on a scale of 0 to 1. The file's other fields do not decide here: the server's settings do."""
+    """Mean and deviation per channel, on a scale of 0 to 1. The file's other fields are not read: settings decide."""
 
     image_mean: Channels = CLIP_MEAN
     image_std: Scales = CLIP_STD
 
     @property
     def identity(self) -> bytes:
-        """Embeddings depend on it as on the weights."""
+        """Return the part of the cache key that stands for it: embeddings depend on it as on the weights."""
         return msgspec.json.encode((self.image_mean, self.image_std))
 
 
 def load_normalisation(directory: Path) -> Normalisation:
-    """
+    """Read preprocessor_config.json; without one, return CLIP's.
+
     Raises:
-        CheckpointError: the file is there and not what it should be.
+        CheckpointError: the file cannot be read or a field is malformed.
     """
     path = directory / FILE
     if not path.is_file():

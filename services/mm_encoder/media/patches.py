@@ -1,4 +1,4 @@
-"""Pixels as the vision tower reads them: uint8 rows of one patch each, and their normalisation on the device."""
+"""Patches of pixels for the vision tower: uint8 rows of one patch each, and their normalisation on the device."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """One image or video as the vision tower reads it."""
+    """Patches of one image or video."""
 
     rows: NDArray[np.uint8]  # [t * h * w, channels * patch * patch]
     grid: Grid  # frames, patch rows, patch columns
 
 
 def patch_rows(pixels: NDArray[np.uint8], patch: int, merge: int) -> NDArray[np.uint8]:
-    """The rows of one frame: [H, W, C] to [H/patch * W/patch, C * patch * patch].
+    """Cut one frame into rows: [H, W, C] to [H/patch * W/patch, C * patch * patch].
 
     Rows go block row, block column, row in block, column in block, a block being `merge` x `merge` patches, so that
     the patches of one token are neighbours; inside a row: channel, y, x.
@@ -35,7 +35,7 @@ def patch_rows(pixels: NDArray[np.uint8], patch: int, merge: int) -> NDArray[np.
 
 
 def normalise(rows: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(x / 255 - mean) / std` per channel, computed in fp32 and rounded once to the model's dtype, as FastDeploy does.
+    """Return `(x / 255 - mean) / std` per channel, in fp32 and rounded once to the model's dtype, as in FastDeploy.
 
     `rows` is [N, C * patch * patch] uint8; `mean` and `std` are [C] float32 on the same device.
     """

@@ -30,7 +30,7 @@ REVISION = 3
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """An image whose header has been read."""
+    """Image whose header has been read."""
 
     image: Image.Image
     tokens: int
@@ -38,7 +38,7 @@ class ImagePlan:
 
 @dataclass(frozen=True, slots=True)
 class VideoPlan:
-    """A video whose packets have been counted."""
+    """Video whose packets have been counted."""
 
     data: bytes = field(repr=False)
     facts: VideoFacts

@@ -1,7 +1,7 @@
-"""The size an image or a video's frames are resized to: FastDeploy's smart resize.
+"""Target size of an image or a video's frames: FastDeploy's smart resize.
 
-transformers differs for sides of 14 pixels or less and for aspect ratios over 200, which it refuses; we follow
-FastDeploy there, which clips.
+transformers differs for sides of 14 pixels or less, and refuses aspect ratios over 200, which FastDeploy clips; this is
+FastDeploy's.
 """
 
 import math
@@ -10,12 +10,12 @@ MAX_RATIO = 200
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) near the given one, both multiples of `factor`, with an area within the limits.
+    """Return (height, width) near the given one, both multiples of `factor`, with an area within the limits.
 
     Rounding is Python's, half to even. Swapping height and width swaps the result.
 
     Raises:
-        ValueError: no such size exists, which only limits that are close to each other can cause.
+        ValueError: no such size exists, possible only where the limits are close to each other.
     """
     if max(height, width) / min(height, width) > MAX_RATIO:
         height, width = _clip_ratio(height, width, factor)
@@ -35,7 +35,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 
 def _clip_ratio(height: int, width: int, factor: int) -> tuple[int, int]:
-    """The short side rounded, the long side cut to `MAX_RATIO` times it."""
+    """Round the short side, and cut the long side to `MAX_RATIO` times it."""
     short = max(factor, _round(min(height, width), factor))
     long = short * MAX_RATIO // factor * factor
     return (long, short) if height > width else (short, long)

@@ -1,7 +1,7 @@
-"""Timestamps are painted into a video's frames: the model reads the time from the pixels, not from the text.
+"""Timestamps painted into a video's frames: the model reads the time from the pixels, not from the text.
 
-Painted at the frame's original resolution, before resizing: black Roboto in a white outline at the upper left corner,
-a tenth of the shorter side high.
+They are painted at the frame's original resolution, before resizing: black Roboto in a white outline at the upper left
+corner, a tenth of the shorter side high.
 """
 
 import io
@@ -35,7 +35,7 @@ def font_file(model: Path) -> tuple[bytes, bool]:
 
 
 def time_text(seconds: float) -> str:
-    """`time: HH:MM:SS.ss`. The seconds are rounded alone, so 59.999 is `00:00:60.00`: the model was trained on that."""
+    """Format as `time: HH:MM:SS.ss`, rounding the seconds alone: 59.999 is `00:00:60.00`, as in training."""
     hours, rest = divmod(seconds, 3600)
     minutes, rest = divmod(rest, 60)
     return f"time: {int(hours):02d}:{int(minutes):02d}:{rest:05.02f}"
@@ -46,7 +46,7 @@ def font_size(width: int, height: int) -> int:
 
 
 def paint(frame: Image, seconds: float, font: ImageFont.FreeTypeFont) -> None:
-    """Draw the time onto an RGB frame, in place; `font` has `font_size` of the frame's size."""
+    """Draw the time onto an RGB frame, in place. The size of `font` is `font_size` of the frame."""
     ImageDraw.Draw(frame).text(
         (0, 0),
         time_text(seconds),

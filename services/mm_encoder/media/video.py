@@ -20,7 +20,7 @@ from services.mm_encoder.media.refusal import over_limit, refuse
 
 TOLERANCE = 10
 
-# FFmpeg guesses the format from the bytes, and some formats make it open other files or addresses.
+# FFmpeg guesses the format from the bytes, and with some formats would open other files or addresses.
 _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg",
     "protocol_whitelist": "none",
@@ -33,7 +33,7 @@ CODECS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """See `MmEncoderSettings`."""
+    """Limits of a video; see `MmEncoderSettings`."""
 
     max_pixels: int
     max_seconds: float
@@ -58,7 +58,7 @@ class VideoFacts:
 
 @dataclass(frozen=True, slots=True)
 class DecodedFrame:
-    """A frame as it is stored, and the transposition that turns it upright."""
+    """Frame as it is stored, and the transposition that turns it upright."""
 
     index: int
     frame: VideoFrame
@@ -69,7 +69,7 @@ def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
     """Read the container without decoding.
 
     Raises:
-        RequestError: not a video, no frames, no duration, truncated, or over a limit.
+        RequestError: the bytes are not a video, or it has no frames or duration, is truncated, or is over a limit.
     """
     if _cut_matroska(data):
         raise refuse("The video is truncated.")
@@ -86,7 +86,7 @@ def decode(
     """Yield, in no particular order, each wanted index once, with its frame or a neighbour.
 
     Raises:
-        RequestError: neither a wanted frame nor a neighbour decodes, or a limit is passed.
+        RequestError: neither a wanted frame nor a neighbour decodes, or a limit is exceeded.
     """
     deadline = time.monotonic() + limits.decode_s
     decoded: set[int] = set()
@@ -217,7 +217,7 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFr
         try:
             yield from packet.decode()
         except av.error.InvalidDataError:
-            continue  # this packet's frame is one of the gaps
+            continue  # `decode` shows a neighbour instead
 
 
 def _check_pixels(width: int, height: int, limits: VideoLimits) -> None:

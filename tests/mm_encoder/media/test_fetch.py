@@ -291,7 +291,7 @@ async def test_compressed_bodies_are_refused(site: Site) -> None:
 async def test_what_is_not_http_or_breaks_off_is_refused(site: Site, answer: bytes) -> None:
     site.answers["/"] = answer
     error = await refusal(site.url("/"))
-    assert "broke off" in error.failure.message
+    assert "closed the connection early" in error.failure.message
 
 
 async def test_proxies_of_the_environment_are_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

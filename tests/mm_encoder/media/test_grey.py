@@ -17,7 +17,7 @@ TAGS = {"bits": 258, "photometric": 262, "sample_format": 339}
 
 
 def greys(data: bytes) -> np.ndarray:
-    """What is shown, which must be grey."""
+    """Return the pixels that are shown, which must be grey."""
     pixels = np.asarray(rgb_pixels(open_image(data, 10**6)))
     assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0]
@@ -36,7 +36,7 @@ def ffmpegs_greys(data: bytes) -> np.ndarray:
 
 
 def tiff(values: np.ndarray, **changes: int) -> bytes:
-    """A TIFF of libtiff's own layout, some of whose tags say something else than Pillow wrote."""
+    """Return a TIFF of libtiff's own layout, with some of the tags that Pillow wrote changed."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     for name, value in changes.items():
         tags[TAGS[name]] = value
@@ -44,7 +44,7 @@ def tiff(values: np.ndarray, **changes: int) -> bytes:
 
 
 def handmade_tiff(data: bytes, width: int, height: int, **fields: int) -> bytes:
-    """One strip of uncompressed grey, in little-endian order."""
+    """Return a TIFF with one strip of uncompressed grey, in little-endian order."""
     tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data), 339: 1}
     tags |= {TAGS[name]: value for name, value in fields.items()}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))

@@ -27,7 +27,7 @@ Linear = tuple[float, float, float, float]
 
 
 def with_matrix(data: bytes, linear: Linear) -> bytes:
-    """An MP4 whose track header has this display matrix (ISO 14496-12, 8.3.2)."""
+    """Return the MP4 with this display matrix in its track header (ISO 14496-12, 8.3.2)."""
     place = data.index(b"tkhd") + 4 + 40
     a, b, c, d = (round(value * 65536) for value in linear)
     matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -35,7 +35,7 @@ def with_matrix(data: bytes, linear: Linear) -> bytes:
 
 
 def shown_as(frame: np.ndarray, linear: Linear) -> np.ndarray:
-    """Every pixel (x, y) where the standard puts it: at (ax + cy, bx + dy), moved into the picture."""
+    """Put every pixel (x, y) where the standard puts it: at (ax + cy, bx + dy), moved into the picture."""
     a, b, c, d = (int(value) for value in linear)
     height, width = frame.shape[:2]
     y, x = np.mgrid[:height, :width]

@@ -48,7 +48,7 @@ def judged(image: Image.Image, max_pixels: int = 6177 * 784) -> tuple[np.ndarray
 
 
 def as_uint8(rows: np.ndarray) -> np.ndarray:
-    """The pixels that were normalised, exactly."""
+    """Return the pixels that were normalised, exactly."""
     flat = rows.reshape(len(rows), 3, -1) * np.array(CLIP_STD)[:, None] + np.array(CLIP_MEAN)[:, None]
     return np.rint(flat * 255).astype(np.uint8).reshape(len(rows), -1)
 

@@ -52,7 +52,7 @@ def process(
 
 
 def levels(patches: Patches) -> list[float]:
-    """The grey level of each shown frame, away from the timestamp."""
+    """Return the grey level of each shown frame, away from the timestamp."""
     t, h, w = patches.grid
     return [float(frame[-4:].mean()) for frame in patches.rows.reshape(t, h * w, -1)]
 
@@ -138,7 +138,7 @@ def test_rows_are_those_of_pillow_resized_frames() -> None:
 
 
 def _damaged(frames: int, broken: range) -> bytes:
-    """A video of key frames of which some are overwritten, found by their place in the file."""
+    """Return a video of key frames of which some are overwritten, found by their place in the file."""
     data = bytearray(video_bytes(video_frames(frames), "avi", "mjpeg", pixels="yuvj420p"))
     with av.open(io.BytesIO(bytes(data))) as file:
         places = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
@@ -179,7 +179,7 @@ def _cut(part: float, container: str, codec: str, **options: str) -> bytes:
 
 
 def _without_fragments() -> bytes:
-    """An MP4 that says it is a video and has none of its frames."""
+    """Return an MP4 with a video track and none of its frames."""
     data = video_bytes(video_frames(4), "mp4", "mpeg4", options={"movflags": "frag_keyframe+empty_moov"})
     return data[: data.index(b"moof") - 4]
 
