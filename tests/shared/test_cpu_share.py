@@ -72,6 +72,7 @@ def test_no_cgroups(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+@pytest.mark.system
 def test_a_process_pinned_to_one_core_uses_one() -> None:
     pinned = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
     script = f"{pinned}\nfrom shared.cpu_share import usable_cores\nprint(usable_cores())"
