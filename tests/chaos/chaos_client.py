@@ -93,7 +93,7 @@ class Manner:
 
     stream: bool = True
     key: str | None = None  # its Idempotency-Key
-    leaves_after: int | None = None  # events, and for good
+    leaves_after: int | None = None  # events, and for good; 0: at the headers, as the first event may need a token
     breaks_after: int | None = None  # events, and comes back
     shared: bool = False  # another uses the key too, and may have been the first
 
@@ -186,6 +186,8 @@ class _Talk:
                 if response.status_code not in LATER:
                     raise Broken(f"{response.status_code}: {body[:300]}")
                 self._history.append(str(response.status_code))
+            elif self._manner.leaves_after == 0:
+                self._done = True
             elif self._manner.stream:
                 await self._read(response)
             else:

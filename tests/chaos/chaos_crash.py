@@ -243,13 +243,13 @@ async def evicted(stage: Stage) -> None:
 
 async def left_before_the_engine(stage: Stage) -> None:
     await stage.stop()
-    await stage.ask("long", leaves_after=1)
+    await stage.ask("long", leaves_after=0)
     await stage.arm()
 
 
 async def left_before_the_encoder(stage: Stage) -> None:
     await stage.stop()
-    await stage.ask("image", leaves_after=1)
+    await stage.ask("image", leaves_after=0)
     await stage.arm()
 
 
