@@ -13,6 +13,7 @@ from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
 from services.engine.run.assembly import runner_for
+from services.engine.run.rows import rows_depend_on_others
 from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
@@ -25,6 +26,7 @@ from shared.model.config import ModelConfig, Quantization, load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary
+from shared.reproducible import fix_order_of_sums
 from shared.service import launch
 from shared.tracing import OFF, Tracing
 
@@ -66,8 +68,14 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights do not match the configuration.
     """
     limit_threads(settings)
+    fix_order_of_sums()
     ops = gpu_ops() if where == "cuda" else Ops()
     model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
+    if where == "cpu" and rows_depend_on_others(model.dtype):
+        logger(__name__).warning(
+            "this CPU rounds a row's sums by what is computed beside it, so that a seeded request may get another text "
+            "in other company; see docs/guarantees.md"
+        )
     return runner_for(model, config, settings)
 
 

@@ -34,6 +34,7 @@ from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
+from shared.reproducible import fix_order_of_sums
 from shared.tracing import OFF, Tracing
 
 CLAIMS = 10  # looks for abandoned entries in the time of a lease
@@ -48,6 +49,7 @@ def build(
         ConfigError: a setting contradicts the model or the machine.
         CheckpointError: the model directory is not what it should be.
     """
+    fix_order_of_sums()
     directory = Path(settings.model)
     refuse_foreign(directory)
     model = load_model_config(directory)
