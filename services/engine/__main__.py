@@ -29,8 +29,11 @@ from shared.model.vocabulary import check_vocabulary
 from shared.reproducible import fix_order_of_sums
 from shared.service import launch
 from shared.tracing import OFF, Tracing
+from shared.watchdog import FirstUse, Watchdog
 
 THINK_CLOSE = "</think>"
+# Kernels are compiled at their first use; a CPU may be far too slow for the model, and is not hung then.
+FIRST_USE = {"cuda": FirstUse(300.0, 0.0, compiles=True), "cpu": FirstUse(0.0, 0.1, compiles=False)}
 
 
 def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> EngineService:
@@ -57,7 +60,11 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
     facts = EngineFacts(model, settings.max_model_len, think_close_id)
-    return EngineService(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics(), tracing)
+    metrics = EngineMetrics()
+    watchdog = None
+    if settings.step_timeout_s > 0:
+        watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set)
+    return EngineService(settings, redis, facts, lambda: load(settings, model, where), metrics, tracing, watchdog)
 
 
 def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:

@@ -29,6 +29,7 @@ from shared.bus.keys import GENERATE, Keys
 from shared.bus.ownership import EntryOwnership
 from shared.bus.streams import WorkStream
 from shared.tracing import OFF, Tracing
+from shared.watchdog import Watchdog, unwatched
 
 CLAIMS = 10  # looks for abandoned entries in the time of a lease
 
@@ -46,8 +47,10 @@ class EngineService:
         load: Load,
         metrics: EngineMetrics,
         tracing: Tracing = OFF,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._settings = settings
+        self._watchdog = watchdog
         self._metrics = metrics
         self._load = load
         keys = Keys(settings.namespace)
@@ -75,6 +78,8 @@ class EngineService:
         self._outbox.open()
         self._thread = ModelThread(self._load, self._compute)
         await self._thread.start()
+        if self._watchdog is not None:
+            self._watchdog.start()
         await self._consumer.join()
         self._background = asyncio.create_task(self._run_background(), name="engine background")
 
@@ -101,6 +106,8 @@ class EngineService:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._background
             await self._consumer.leave()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         await self._blob_redis.aclose()
 
     def load(self) -> dict[str, float]:
@@ -134,4 +141,5 @@ class EngineService:
             settings.block_size,
         )
         scheduler = Scheduler(pool, limits)
-        Engine(self._mailbox, scheduler, pool, runner, self._outbox.put, self._metrics).run()
+        watch = unwatched if self._watchdog is None else self._watchdog.watch
+        Engine(self._mailbox, scheduler, pool, runner, self._outbox.put, self._metrics, watch).run()

@@ -26,6 +26,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     foreign_bytes: int = 0  # of it, for other processes: an mm_encoder on the same card may start later
     num_gpu_blocks_override: int | None = None
     torch_threads: Annotated[int, Meta(ge=0)] = 0  # on the CPU; 0: one for each core this process may use
+    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # a longer step hangs (shared/watchdog.py); 0: no bound
     kv_cache_bytes: int = 1 << 30  # on the CPU: at most this, and never more than max_num_seqs full contexts
 
 

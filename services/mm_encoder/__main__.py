@@ -36,7 +36,11 @@ from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.reproducible import fix_order_of_sums
 from shared.tracing import OFF, Tracing
+from shared.watchdog import FirstUse, Watchdog
 
+# Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
+GPU_FIRST_USE = FirstUse(60.0, 0.0, compiles=True)
+CPU_FIRST_USE = FirstUse(0.0, 0.02, compiles=False)
 CLAIMS = 10  # looks for abandoned entries in the time of a lease
 
 
@@ -92,7 +96,11 @@ def build(
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
-    batcher = Batcher(encoder, settings.tower_max_patches, figures)
+    watchdog = None
+    if settings.step_timeout_s > 0:
+        first_use = CPU_FIRST_USE if device == "cpu" else GPU_FIRST_USE
+        watchdog = Watchdog(settings.step_timeout_s, first_use, figures.step_age.set)
+    batcher = Batcher(encoder, settings.tower_max_patches, figures, watchdog)
     claim_every_s = settings.lease_ms / 1000 / CLAIMS
     handler = EncodeHandler(
         redis=redis,

@@ -82,6 +82,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     media_timeout_s: Seconds = 30.0  # for one fetch with all its redirects
     media_max_redirects: Annotated[int, Meta(ge=0)] = 5
     media_allow_networks: tuple[str, ...] = ()  # CIDRs that may be fetched from though they are not global
+    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # a longer batch hangs (shared/watchdog.py); 0: no bound
     video_max_seconds: Seconds = 3600.0
     video_max_frames: Positive = 216_000  # in the file; how many are shown is mm_processor_kwargs' affair
     video_decode_s: Seconds = 120.0  # for decoding one video
