@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from cli.redis_server import RedisServer
 from shared.bus.client import connect
 from shared.bus.keys import Keys
+from shared.reproducible import fix_order_of_sums
 
 # Triton decides when it is imported whether kernels are compiled or interpreted; several tests import it by the way.
 if shutil.which("nvidia-smi") is None:
@@ -26,6 +27,7 @@ if shutil.which("nvidia-smi") is None:
 
 # Torch's threads, here and in the processes that tests start: sums are then cut in the same way on any number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+fix_order_of_sums()
 
 # Where this is set, each of the many processes that tests start would compile our sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -14,6 +14,7 @@ from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.model.weights import load_model
 from services.engine.run.assembly import runner_for
+from services.engine.run.rows import rows_depend_on_others
 from services.engine.run.runner import Runner
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.scheduler import Limits, Scheduler
@@ -35,11 +36,15 @@ from shared.model.config_file import Quantization
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary
+from shared.reproducible import fix_order_of_sums
 from shared.service import launch
 from shared.tracing import OFF, Tracing
+from shared.watchdog import FirstUse, Watchdog, unwatched
 
 THINK_CLOSE = "</think>"
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
+# Kernels are compiled at their first use; a CPU may be far too slow for the model, and is not hung then.
+FIRST_USE = {"cuda": FirstUse(300.0, 0.0, compiles=True), "cpu": FirstUse(0.0, 0.1, compiles=False)}
 
 Load = Callable[[], tuple[Runner, int]]
 
@@ -96,6 +101,10 @@ def compose(
         tracing=tracing,
     )
     outbox = Outbox(redis, keys, handler.finished)
+    watchdog = None
+    if settings.step_timeout_s > 0:
+        watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[device(settings)], metrics.step_age.set)
+    watch = unwatched if watchdog is None else watchdog.watch
 
     def run(loaded: tuple[Runner, int]) -> None:
         runner, num_blocks = loaded
@@ -106,7 +115,7 @@ def compose(
             settings.enable_chunked_prefill,
             settings.block_size,
         )
-        Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics).run()
+        Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
 
     return EngineService(
         handler=handler,
@@ -116,6 +125,7 @@ def compose(
         run=run,
         metrics=metrics,
         capacity=settings.max_num_seqs,
+        watchdog=watchdog,
         own_clients=() if blob_redis is redis else (blob_redis,),
     )
 
@@ -128,7 +138,13 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights do not match the configuration.
     """
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
+    fix_order_of_sums()
     model = load_model(Path(settings.model), config, where, quantization(settings, config), operations(where))
+    if where == "cpu" and rows_depend_on_others(model.dtype):
+        logger(__name__).warning(
+            "this CPU rounds a row's sums by what is computed beside it, so that a seeded request may get another text "
+            "in other company; see docs/guarantees.md"
+        )
     return runner_for(model, config, settings)
 
 

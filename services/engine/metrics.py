@@ -48,6 +48,12 @@ class EngineMetrics:
         self.step_seconds = Histogram(
             "millrace_engine_step_seconds", "Time of one step", buckets=STEP_SECONDS, registry=registry
         )
+        self.step_age = Gauge(
+            "millrace_engine_step_age_seconds",
+            "Age of the step under way, seen from beside; 0: none",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         self.waiting_by_reason = Gauge(
             "millrace_num_requests_waiting_by_reason",
             "capacity: wait for the scheduler; deferred: taken, and their embeddings or journals are being read",

@@ -18,6 +18,7 @@ from services.engine.loop.thread import ModelThread
 from services.engine.metrics import EngineMetrics
 from services.engine.transport.handler import GenerateHandler
 from services.engine.transport.outbox import Outbox
+from shared.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -40,7 +41,9 @@ class EngineService(Generic[T]):
         metrics: EngineMetrics,
         capacity: int,
         own_clients: Sequence[Redis],
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog
         self._handler = handler
         self._consumer = handler.consumer
         self._mailbox = mailbox
@@ -56,6 +59,8 @@ class EngineService(Generic[T]):
         self._outbox.open()
         self._thread = ModelThread(self._load, self._run)
         await self._thread.start()
+        if self._watchdog is not None:
+            self._watchdog.start()
         await self._consumer.join()
         self._background = asyncio.create_task(self._run_background(), name="engine background")
 
@@ -83,6 +88,8 @@ class EngineService(Generic[T]):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._background
             await self._consumer.leave()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         for client in self._own_clients:
             await client.aclose()
 

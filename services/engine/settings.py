@@ -1,6 +1,8 @@
 """Settings of the engine."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from shared.config import CommonSettings, Count
 from shared.errors import ConfigError
@@ -32,6 +34,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     foreign_bytes: int = 0  # GPU memory that an mm_encoder on the same GPU holds or will hold
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
+    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound
     kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 
     def __post_init__(self) -> None:

@@ -34,9 +34,14 @@ from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
+from shared.reproducible import fix_order_of_sums
 from shared.tracing import OFF, Tracing
+from shared.watchdog import FirstUse, Watchdog
 
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
+# Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
+GPU_FIRST_USE = FirstUse(60.0, 0.0, compiles=True)
+CPU_FIRST_USE = FirstUse(0.0, 0.02, compiles=False)
 
 
 def build(
@@ -48,6 +53,7 @@ def build(
         ConfigError: a setting contradicts the model or the machine.
         CheckpointError: the model directory is not what it should be.
     """
+    fix_order_of_sums()
     directory = Path(settings.model)
     refuse_foreign(directory)
     model = load_model_config(directory)
@@ -92,7 +98,11 @@ def build(
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
-    batcher = Batcher(encoder, settings.tower_max_patches, metrics)
+    watchdog = None
+    if settings.step_timeout_s > 0:
+        first_use = CPU_FIRST_USE if device == "cpu" else GPU_FIRST_USE
+        watchdog = Watchdog(settings.step_timeout_s, first_use, metrics.step_age.set)
+    batcher = Batcher(encoder, settings.tower_max_patches, metrics, watchdog)
     claim_every_s = settings.lease_ms / 1000 / CLAIMS_PER_LEASE
     handler = EncodeHandler(
         redis=redis,

@@ -43,6 +43,12 @@ class Metrics:
         self.running = Gauge(
             "millrace_mm_running", "Requests in flight", multiprocess_mode="livesum", registry=registry
         )
+        self.step_age = Gauge(
+            "millrace_mm_step_age_seconds",
+            "Age of the batch in the vision tower, seen from beside; 0: none",
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
         self._recent = Recent()
 
     def stage(self, stage: Stage) -> AbstractContextManager[object]:

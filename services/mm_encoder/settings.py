@@ -86,6 +86,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # threads that decode and resize
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
+    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a batch is taken to hang; 0: no bound
     media_max_bytes: Positive = 256 << 20  # the largest image or video
     media_request_max_bytes: Positive = 512 << 20  # all media of one request together
     media_max_pixels: Positive = 64_000_000  # the largest image or video frame, by its header

@@ -19,7 +19,9 @@ from redis.exceptions import ResponseError
 from system import data_url
 
 from shared.bus.keys import ENCODE, GENERATE
+from shared.watchdog import HUNG
 
+STEP_TIMEOUT_S = 2.0  # of a replica that is to hang; on a busy machine slow steps make the bound larger
 REACH = re.compile(r'\bcrash_point\(f?"([^"]+)"\)')
 WRITE = re.compile(r'\._write\(\s*"(\w+)"')
 
@@ -60,9 +62,12 @@ class Stage:
     async def arm(self, *, same_name: bool = False) -> None:
         """In place of the service's replica, start one that fails at the moment; and see to what follows."""
         await self.stop()
-        self.replica.start(crash_at=self._crash_at, same_name=same_name)
+        hangs = self._crash_at.endswith(":hang")
+        settings = {"step_timeout_s": STEP_TIMEOUT_S} if hangs else {}
+        self.replica.start(crash_at=self._crash_at, same_name=same_name, **settings)
         stops = self._crash_at.endswith(":stop")
-        self._mending = asyncio.create_task(self._wake_late() if stops else self._start_again())
+        mend = self._take_over if hangs else self._wake_late if stops else self._start_again
+        self._mending = asyncio.create_task(mend())
         for _ in range(int(PATIENCE_S / LOOK_S)):
             if self.replica.halted or not self.replica.running or await self.system.state(self.replica) == "ready":
                 return
@@ -131,6 +136,20 @@ class Stage:
         assert status == 137, f"{self.replica} ended with status {status}, not by the crash\n{self.replica.tail()}"
         self.replica.start(same_name=True)
         await self.system.ready([self.replica])
+
+    async def _take_over(self) -> None:
+        """Start another beside the one that is to hang when that one has the request; then let that one end itself."""
+        hung = self.replica
+        while not await self._has_work(hung):
+            assert hung.running, f"{hung} ended with status {hung.status}\n{hung.tail()}"
+            await asyncio.sleep(LOOK_S)
+        other = self.system.add(self.service)
+        other.start()
+        status = await hung.ended(PATIENCE_S)
+        assert status == HUNG, f"{hung} ended with status {status}, not by its watchdog\n{hung.tail()}"
+        assert "a step hangs" in hung.tail()
+        await self.system.ready([other])
+        self.system.replicas.remove(hung)
 
     async def _wake_late(self) -> None:
         """Start another; wake the one that stands still when the other has all that it had; then let it go."""

@@ -4,18 +4,24 @@ import asyncio
 import random
 import signal
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine
 from typing import Any
 
-from chaos_system import LEASE_MS, Replica, System
+from chaos_crash import STEP_TIMEOUT_S
+from chaos_system import LEASE_MS, LOOK_S, SERVICES, Replica, System
 from machine import PATIENCE_S
 
+from shared.watchdog import HUNG
+
 LEASE_S = LEASE_MS / 1000
+# service: where its thread that computes is before a step, and within how many steps it is to hang
+COMPUTING = {"engine": ("engine.step.before", 100), "mm_encoder": ("mm_encoder.tower.before", 5)}
 # kind: weight
 KINDS = {
     "kill": 10,
     "kill twice": 2,  # two replicas of anything at once
     "pause": 6,  # by SIGSTOP, shorter or longer than a lease
+    "hang": 2,  # the thread that computes, while the event loop goes on
     "terminate": 4,
     "kill redis": 2,
     "stop redis": 1,
@@ -37,6 +43,7 @@ class Faults:
         self._mending: set[asyncio.Task[None]] = set()
         self._busy: set[Replica] = set()
         self._redis_busy = False
+        self._mended = asyncio.Event()
 
     async def run(self) -> None:
         began = asyncio.get_running_loop().time()
@@ -49,6 +56,7 @@ class Faults:
 
     async def mend(self) -> None:
         """Wait until what was broken runs again, and all of it is ready."""
+        self._mended.set()
         await asyncio.gather(*self._mending)
         for replica in self._system.replicas:
             if not replica.running:
@@ -64,6 +72,8 @@ class Faults:
                 return self._each(2, self._kill)
             case "pause":
                 return self._each(1, self._pause)
+            case "hang":
+                return self._each(1, self._hang, COMPUTING)
             case "terminate":
                 return self._each(1, self._terminate)
             case "kill redis":
@@ -76,11 +86,11 @@ class Faults:
             case _:
                 return f"evict {await self._evict()} embeddings"
 
-    def _each(self, count: int, how: Any) -> str:
+    def _each(self, count: int, how: Any, among: Container[str] = SERVICES) -> str:
         """Choose by service first, so that none is spared for having few replicas."""
         told = []
         for _ in range(count):
-            services = sorted({replica.service for replica in self._well()})
+            services = sorted({replica.service for replica in self._well() if replica.service in among})
             if services:
                 service = self._rng.choice(services)
                 told.append(how(self._rng.choice([one for one in self._well() if one.service == service])))
@@ -101,6 +111,14 @@ class Faults:
         replica.pause()
         self._mend(replica, self._wake(replica, seconds))
         return f"pause {replica} for {seconds:.1f} s"
+
+    def _hang(self, replica: Replica) -> str:
+        """In its place, one that is to hang."""
+        replica.kill()
+        point, steps = COMPUTING[replica.service]
+        crash_at = f"{point}:{self._rng.randint(1, steps)}:hang"
+        self._mend(replica, self._hang_and_start(replica, crash_at))
+        return f"hang {replica} at {crash_at}"
 
     def _terminate(self, replica: Replica) -> str:
         self._mend(replica, self._replace(replica))
@@ -134,6 +152,17 @@ class Faults:
     async def _start(self, replica: Replica, down_s: float, same_name: bool) -> None:
         await asyncio.sleep(down_s)
         replica.start(same_name=same_name)
+
+    async def _hang_and_start(self, replica: Replica, crash_at: str) -> None:
+        replica.start(crash_at=crash_at, step_timeout_s=STEP_TIMEOUT_S)
+        while await replica.ended(10 * LOOK_S) is None and not self._mended.is_set():
+            pass
+        if replica.running:
+            # It may hang at this moment, or never have had so many steps.
+            replica.kill()
+        else:
+            assert replica.status == HUNG, f"{replica} ended with status {replica.status}\n{replica.tail()}"
+        replica.start()
 
     async def _wake(self, replica: Replica, seconds: float) -> None:
         await asyncio.sleep(seconds)

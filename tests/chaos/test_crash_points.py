@@ -39,6 +39,8 @@ STEPS: dict[str, list[tuple[Scenario, int]]] = {
     "engine.announce": [(crash.resumed, 1)],
     "engine.drop": [(crash.left_before_the_engine, 1)],
     "engine.send_back": [(crash.evicted, 1)],
+    "engine.step": [(crash.text, 1), (crash.text, 40)],
+    "mm_encoder.tower": [(crash.picture, 1)],
     "postproc.deltas": [(crash.text, 1), (crash.text, 40), (crash.logprobs, 10)],
     "postproc.journal": [(crash.text, 1), (crash.logprobs, 2)],
     "postproc.trim": [(crash.text, 1)],
@@ -53,7 +55,13 @@ CASES = [
     # A gateway has nothing that another would take over while its client is still there.
     for how in ([""] if point.startswith("gateway.") else ["", ":stop"])
 ]
-CHOSEN = CASES if os.environ.get("CHAOS_ALL") else CASES[:: -(-len(CASES) // SOME)]
+# In the threads that compute: the event loop goes on, and nothing but the watchdog notices.
+HANGS = [
+    pytest.param(f"{point}:hang", scenario, id=f"{point}:hang {scenario.__name__}")
+    for point, scenario in (("engine.step.before:40", crash.text), ("mm_encoder.tower.before:1", crash.picture))
+]
+ALL = bool(os.environ.get("CHAOS_ALL"))
+CHOSEN = CASES + HANGS if ALL else CASES[:: -(-len(CASES) // SOME)] + HANGS[:1]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

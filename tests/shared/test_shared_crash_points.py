@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from machine import PATIENCE_S
@@ -54,7 +55,28 @@ def test_stands_still_until_told_to_go_on() -> None:
     assert (process.returncode, out) == (0, "0\n1\n2\n")
 
 
-@pytest.mark.parametrize("rest", ["", "0", "-1", "x", "1:go", "1:stop:2", "stop"])
-def test_what_follows_a_point_is_a_count_and_perhaps_stop(rest: str) -> None:
+def test_hangs_in_one_thread_while_others_go_on() -> None:
+    crash_points.arm("engine.step.before:2:hang")
+    reached: list[int] = []
+    met = threading.Event()
+
+    def work() -> None:
+        for turn in range(3):
+            reached.append(turn)
+            if turn == 1:
+                met.set()
+            crash_points.crash_point("engine.step.before")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert met.wait(PATIENCE_S)
+    thread.join(0.1)
+    assert thread.is_alive()
+    assert reached == [0, 1]
+    crash_points.arm("")
+
+
+@pytest.mark.parametrize("rest", ["", "0", "-1", "x", "1:go", "1:stop:2", "stop", "hang", "1:hang:2"])
+def test_what_follows_a_point_is_a_count_and_perhaps_stop_or_hang(rest: str) -> None:
     with pytest.raises(ConfigError, match="crash_at"):
         crash_points.arm(f"engine.tokens.after:{rest}")

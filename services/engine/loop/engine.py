@@ -16,7 +16,9 @@ from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.scheduler import Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
+from shared.crash_points import crash_point
 from shared.messages import TokenRun
+from shared.watchdog import Watch, unwatched
 
 Emit = Callable[[StepOutput], None]
 
@@ -41,6 +43,7 @@ class Engine:
         runner: Runner,
         emit: Emit,
         metrics: EngineMetrics,
+        watch: Watch = unwatched,
     ) -> None:
         self._mailbox = mailbox
         self._scheduler = scheduler
@@ -48,6 +51,7 @@ class Engine:
         self._runner = runner
         self._emit = emit
         self._metrics = metrics
+        self._watch = watch
         self._unsent = StepOutput()
         self._launched: LaunchedStep | None = None  # launched, not read
         self._ended = 0.0  # when the last step was read
@@ -63,14 +67,30 @@ class Engine:
         commands that have come meanwhile.
         """
         while (commands := self._receive()) is not None:
-            for command in commands:
-                self._execute(command)
-            launched = self._launch(self._next_plan())
-            if self._launched is not None:
-                self._read(self._launched)
-            self._launched = launched
+            with self._watch("schedule", 0):
+                for command in commands:
+                    self._execute(command)
+                plan = self._next_plan()
+            with self._watch(*self._step_size(plan)):
+                self._step(plan)
             self._update_gauges()
         self._send(self._take_unsent())
+
+    def _step(self, plan: Plan | None) -> None:
+        """Launch a step, and read the one before."""
+        crash_point("engine.step.before")
+        launched = self._launch(plan)
+        if self._launched is not None:
+            self._read(self._launched)
+        self._launched = launched
+        crash_point("engine.step.after")
+
+    def _step_size(self, plan: Plan | None) -> tuple[str, int]:
+        """Return the kind and the rows of what `_step` waits for: the step that it launches, or that it reads."""
+        read = None if self._launched is None else self._launched.plan
+        plans = [one for one in (plan, read) if one is not None]
+        prefills = any(chunk.length > 1 for one in plans for chunk in one.chunks)
+        return ("prefill" if prefills else "decode"), max((one.num_tokens for one in plans), default=0)
 
     def _receive(self) -> list[Command] | None:
         """Return the commands received; with nothing to compute, wait for some. None: the mailbox was closed."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
+from shared.crash_points import crash_point
+from shared.watchdog import Watchdog, unwatched
 
 
 class BatchEncoder(Protocol):
@@ -21,10 +23,14 @@ class BatchEncoder(Protocol):
 class Batcher:
     """Runner of an encoder for many callers. `max_patches` bounds a batch; a larger item is a batch of its own."""
 
-    def __init__(self, encoder: BatchEncoder, max_patches: int, metrics: Metrics) -> None:
+    def __init__(
+        self, encoder: BatchEncoder, max_patches: int, metrics: Metrics, watchdog: Watchdog | None = None
+    ) -> None:
+        """`watchdog` watches the thread from `start` to the end of `close`."""
         self._encoder = encoder
         self._max_patches = max_patches
         self._metrics = metrics
+        self._watchdog = watchdog
         self._thread = ThreadPoolExecutor(1, "tower")
         self._waiting: deque[tuple[Patches, asyncio.Future[Tensor]]] = deque()
         self._arrived = asyncio.Event()
@@ -39,6 +45,8 @@ class Batcher:
 
     def start(self) -> None:
         """Start encoding, until `close`."""
+        if self._watchdog is not None:
+            self._watchdog.start()
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -56,6 +64,8 @@ class Batcher:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     def _next(self) -> list[tuple[Patches, asyncio.Future[Tensor]]]:
         batch: list[tuple[Patches, asyncio.Future[Tensor]]] = []
@@ -71,7 +81,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             with self._metrics.stage("tower"):
-                results = await loop.run_in_executor(self._thread, self._encoder.encode, items)
+                results = await loop.run_in_executor(self._thread, self._run_encoder, items)
         except Exception as error:
             for future in futures:
                 if not future.done():
@@ -80,3 +90,12 @@ class Batcher:
         for future, result in zip(futures, results, strict=True):
             if not future.done():
                 future.set_result(result)
+
+    def _run_encoder(self, items: list[Patches]) -> list[Tensor]:
+        """Encode a batch, in the thread."""
+        watch = unwatched if self._watchdog is None else self._watchdog.watch
+        with watch("encode", sum(len(item.rows) for item in items)):
+            crash_point("mm_encoder.tower.before")
+            results = self._encoder.encode(items)
+            crash_point("mm_encoder.tower.after")
+        return results

@@ -1,7 +1,8 @@
 """Projection onto the vocabulary."""
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from services.engine.kernels.reference.linear import linear
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -14,4 +15,4 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [R, vocabulary] float32.
     """
-    return F.linear(x, weight).float()
+    return linear(x, weight).float()

@@ -1,10 +1,10 @@
 """Causal attention of new tokens to their sequences' paged caches."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Lengths = tuple[tuple[int, int], ...]  # of each sequence: new tokens, and tokens in all
+KEYS = 128  # of a tile
 
 
 def paged_attention(
@@ -20,6 +20,9 @@ def paged_attention(
     lengths: Lengths = (),
 ) -> Tensor:
     """Attend each query to the keys at or before its position in its sequence; softmax in float32.
+
+    Keys are summed in tiles of KEYS, from the first key of the sequence on, one tile after the other. So a query's sums
+    do not depend on the other sequences, on what else of its own is computed with it, or on the size of blocks.
 
     Sequence s owns query rows [query_start[s], query_start[s + 1]), the last of its context_lens[s] tokens, all of
     which are in the cache already. Key head j serves query heads [j G, (j + 1) G), G = heads / kv_heads.
@@ -39,52 +42,68 @@ def paged_attention(
         [N, heads, D], contiguous, dtype of query.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    tables = block_tables[:, : -(-max_context_len // keys.shape[1])].long()
     rows_of = query_start.diff()
     single = (rows_of == 1).nonzero().flatten()
     if len(single):
         rows = query_start[single].long()
-        out[rows] = _decode(query[rows], keys, values, tables[single], context_lens[single], scale)
+        ends = context_lens[single].unsqueeze(1)
+        out[rows] = _attend(query[rows].unsqueeze(1), keys, values, block_tables[single], ends, scale).squeeze(1)
     if max_query_len > 1:
         starts, contexts = query_start.tolist(), context_lens.tolist()
         for s in (rows_of > 1).nonzero().flatten().tolist():
             chunk = slice(starts[s], starts[s + 1])
-            key, value = (_gather(cache, tables[s], contexts[s]) for cache in (keys, values))
-            out[chunk] = _chunk(query[chunk], key, value, scale)
+            ends = torch.arange(contexts[s] - starts[s + 1] + starts[s], contexts[s], device=query.device) + 1
+            table = block_tables[s : s + 1]
+            out[chunk] = _attend(query[chunk].unsqueeze(0), keys, values, table, ends.unsqueeze(0), scale).squeeze(0)
     return out
 
 
-def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """Return the first `length` tokens of a sequence: [length, kv_heads, D]."""
-    blocks = -(-length // cache.shape[1])
-    return cache[table[:blocks]].flatten(0, 1)[:length]
+def _attend(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """Attend Q queries of each of S sequences, by online softmax over tiles of keys.
+
+    Args:
+        query: [S, Q, heads, D].
+        tables: [S, B].
+        ends: [S, Q]: keys at or before each query.
+    """
+    count, length, heads, dim = query.shape
+    kv_heads = keys.shape[2]
+    # The group's queries share a key head: they are rows of the same products.
+    shape = (count, length, kv_heads, heads // kv_heads)
+    rows = query.float().view(*shape, dim).permute(0, 2, 3, 1, 4).reshape(count * kv_heads, -1, dim) * scale
+    visible = ends.view(count, 1, 1, length).expand(count, kv_heads, shape[3], length).reshape(len(rows), -1, 1)
+    if rows.shape[1] == 1:
+        rows = rows.expand(-1, 2, -1)  # see `linear`
+    best = rows.new_full((*rows.shape[:2], 1), -torch.inf)
+    total, summed = torch.zeros_like(best), torch.zeros_like(rows)
+    lengths = ends.amax(1)
+    for start in range(0, int(lengths.max()), KEYS):
+        at = torch.arange(start, start + KEYS, device=query.device)
+        slots = _slots(at, tables, keys.shape[1])
+        key, value = _gather(keys, slots), _gather(values, slots, at < lengths.unsqueeze(1))
+        scores = torch.bmm(rows, key.transpose(1, 2)).masked_fill_(at >= visible, -torch.inf)
+        largest = torch.maximum(best, scores.amax(-1, keepdim=True))
+        weights, shrink = (scores - largest).exp_(), (best - largest).exp_()
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        summed = summed * shrink + torch.bmm(weights, value)
+        best = largest
+    attended = (summed / total)[:, : length * shape[3]].view(count, kv_heads, shape[3], length, dim)
+    return attended.permute(0, 3, 1, 2, 4).reshape(query.shape).to(query.dtype)
 
 
-def _chunk(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend one sequence's chunk: query [Q, heads, D], key and value [C, kv_heads, D]."""
-    length, heads, dim = query.shape
-    context, kv_heads = key.shape[:2]
-    visible = torch.ones(length, context, dtype=torch.bool, device=query.device).tril(context - length)
-    grouped = query.view(length, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
-    shape = (kv_heads, heads // kv_heads, context, dim)
-    out = F.scaled_dot_product_attention(
-        grouped.float(),
-        key.float().transpose(0, 1).unsqueeze(1).expand(shape),
-        value.float().transpose(0, 1).unsqueeze(1).expand(shape),
-        attn_mask=visible,
-        scale=scale,
-    )
-    return out.permute(2, 0, 1, 3).reshape(length, heads, dim).to(query.dtype)
+def _slots(at: Tensor, tables: Tensor, block_size: int) -> Tensor:
+    """Return [S, KEYS] slots of the tokens `at` of each sequence; of any token past the end of a table."""
+    blocks = tables[:, (at // block_size).clamp(max=tables.shape[1] - 1)]
+    return blocks.long() * block_size + at % block_size
 
 
-def _decode(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, contexts: Tensor, scale: float) -> Tensor:
-    """Attend one query each of S sequences, padded to the longest context. query [S, heads, D], tables [S, B]."""
-    count, heads, dim = query.shape
-    block_size, kv_heads = keys.shape[1:3]
-    blocks = -(-int(contexts.max()) // block_size)
-    key, value = (cache[tables[:, :blocks]].flatten(1, 2).transpose(1, 2).float() for cache in (keys, values))
-    visible = torch.arange(blocks * block_size, device=query.device) < contexts.unsqueeze(1)
-    # The group's queries share a key head, so they are attended to as if they were consecutive queries.
-    grouped = query.reshape(count, kv_heads, heads // kv_heads, dim).float()
-    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=visible[:, None, None], scale=scale)
-    return out.reshape(count, heads, dim).to(query.dtype)
+def _gather(cache: Tensor, slots: Tensor, known: Tensor | None = None) -> Tensor:
+    """Return [S kv_heads, KEYS, D] float32 of one layer's keys or values.
+
+    Args:
+        known: [S, KEYS] the others become 0, whatever is there: a weight of 0 does not silence NaN.
+    """
+    found = cache.flatten(0, 1)[slots].float()
+    if known is not None:
+        found = found.masked_fill_(~known[:, :, None, None], 0)
+    return found.transpose(1, 2).flatten(0, 1)

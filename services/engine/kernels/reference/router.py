@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from services.engine.kernels.reference.linear import linear
+
 SUM_MIN = 1e-12  # the model's moe_norm_min
 
 
@@ -24,7 +26,7 @@ def router(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor | None, top_k: 
     """
     experts = gate.shape[0] // 2
     # Both pools for every row: twice a small product costs less than separating the rows by pool.
-    scores = (x.float() @ gate.T).view(-1, 2, experts)
+    scores = linear(x.float(), gate).view(-1, 2, experts)
     pool = torch.zeros(len(x), dtype=torch.long, device=x.device) if vision is None else vision.long()
     p = _of_pool(scores, pool).softmax(-1)
     chosen = (p + bias.view(2, experts)[pool]).topk(top_k, -1).indices
