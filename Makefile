@@ -10,7 +10,7 @@ PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-chec
 DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-prompt '{"image": 4}' \
   --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
 
-.PHONY: serve eval test chaos test-chart test-images test-cluster test-browser
+.PHONY: serve eval test test-random chaos test-chart test-images test-cluster test-browser
 
 serve: .venv/.installed-cli
 	.venv/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
@@ -24,6 +24,12 @@ test: .venv/.installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+# The property tests with examples that no run has had, ROUNDS times. What fails is printed: add it as an @example.
+ROUNDS ?= 4
+
+test-random: .venv/.installed-test
+	for round in $$(seq $(ROUNDS)); do .venv/bin/pytest -m hypothesis --hypothesis-profile=random || exit 1; done
 
 # Every crash point (POINTS=none: leave that out), then seeds of chaos; the last line is their totals.
 SEEDS ?= 4

@@ -48,14 +48,14 @@ from services.engine.kernels.gpu.ops import gpu_ops
 from services.engine.mailbox import Add, Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
-from services.engine.model.weights import Quantization, load_weights
+from services.engine.model.weights import load_weights
 from services.engine.runner import Runner
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import EngineFacts, build
 from services.engine.sequence import Sequence as Asked
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
-from shared.model_config import ModelConfig, VisionConfig
+from shared.model_config import ModelConfig, Quantization, VisionConfig
 
 PROFILED_STEPS = 8
 

@@ -93,9 +93,10 @@ def _write_files(directory: Path, seed: int, dtype: str, recipe: str) -> None:
 
 
 def hub_config(dtype: str) -> dict[str, Any]:
-    """config.json in the hub's flat form."""
+    """config.json in the hub's flat form, with all of its keys but auto_map, which names code that is not here."""
     ids = {text: NUM_PIECES + i for i, text in enumerate(ADDED_TOKENS)}
     frequencies = HEAD_DIM // 2
+    of_time, of_height = frequencies // 4, frequencies * 3 // 8
     return {
         "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
         "model_type": "ernie4_5_moe_vl",
@@ -107,12 +108,14 @@ def hub_config(dtype: str) -> dict[str, Any]:
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
         "use_bias": False,
         "use_cache": True,
+        "use_rmsnorm": True,
         "rope_theta": 500000.0,
         "rope_3d": True,
-        "freq_allocation": frequencies // 4,
+        "rope_scaling": {"type": "default", "mrope_section": [of_height, of_height, of_time]},
+        "freq_allocation": of_time,
+        "compression_ratio": 1.0,
         "tie_word_embeddings": True,
         "moe_num_experts": [EXPERTS, EXPERTS],
         "moe_intermediate_size": list(EXPERT_SIZES),
@@ -122,9 +125,18 @@ def hub_config(dtype: str) -> dict[str, Any]:
         "moe_layer_end_index": [LAYERS + 1, LAYERS],
         "moe_layer_interval": 1,
         "moe_use_aux_free": True,
+        "moe_gate": "topk",
         "moe_gate_act": "softmax",
         "moe_norm_gate_logits": True,
         "moe_use_hard_gate": True,
+        "moe_use_token_type_bias": False,
+        "moe_dense_experts_token_type_id": 3,
+        "moe_capacity": [128, 128, 128],
+        "moe_group": "mp",
+        "moe_multimodal_dispatch_use_allgather": "v2-alltoall-unpad-text",
+        "modality_detach": False,
+        "mm_vocab_size": 0,
+        "max_text_id": ids["<|IMAGE_PLACEHOLDER|>"],
         "im_patch_id": ids["<|IMAGE_PLACEHOLDER|>"],
         "image_start_token_id": ids["<|IMAGE_START|>"],
         "image_end_token_id": ids["<|IMAGE_END|>"],
@@ -138,6 +150,7 @@ def hub_config(dtype: str) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": dtype,
+        "transformers_version": "4.57.1",
         "vision_config": {
             "model_type": "DFNRope_vision_transformer",
             "depth": VISION_DEPTH,
@@ -147,8 +160,14 @@ def hub_config(dtype: str) -> dict[str, Any]:
             "mlp_ratio": VISION_MLP_RATIO,
             "num_heads": VISION_HEADS,
             "in_channels": CHANNELS,
+            "in_chans": CHANNELS,
             "patch_size": PATCH,
+            "spatial_patch_size": PATCH,
             "spatial_merge_size": 2,
+            "attn_implementation": "eager",
+            "attn_sep": True,
+            "dtype": dtype,
+            "vit_first_fwd_bsz": 128,
         },
     }
 

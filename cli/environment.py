@@ -16,6 +16,7 @@ from services.postproc.settings import PostprocSettings
 from shared import config
 from shared.config import CommonSettings
 from shared.errors import ConfigError
+from shared.foreign_checkpoints import refuse_foreign
 from shared.model_config import load_model_config
 
 PREFIX = "MILLRACE_"
@@ -56,8 +57,9 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
 
     Raises:
         ConfigError: no service has a setting, or one refuses its value.
-        CheckpointError: the model's configuration cannot be read.
+        CheckpointError: the model is of another format, or its configuration cannot be read.
     """
+    refuse_foreign(launch.model)
     ours = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     plain = {name: value for name, value in environ.items() if name not in ours}
     told = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}

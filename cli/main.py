@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from shared.errors import CheckpointError, ConfigError
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
+       millrace check DIR [--json]
        millrace top | status | autoscale [flags]
        millrace quarantine list | show | retry | drop [entries]
 
   serve      run Redis and the four services on this machine
+  check      say what a model directory would be served as, from headers only; the exit status says whether it will be
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
   quarantine look at requests that ended replica after replica, run them again or drop them
@@ -57,6 +59,12 @@ def _serve(words: Sequence[str]) -> int:
     return serve(launch, os.environ)
 
 
+def _check(words: Sequence[str]) -> int:
+    from cli.check import main
+
+    return main(words)
+
+
 def _status(words: Sequence[str]) -> int:
     from cli.status import main
 
@@ -85,6 +93,7 @@ def _autoscale(words: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
+    "check": _check,
     "top": _top,
     "status": _status,
     "quarantine": _quarantine,

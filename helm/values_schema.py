@@ -29,13 +29,14 @@ SERVICES: dict[str, type[CommonSettings]] = {
 }
 # The chart says these itself, out of other values; the last is the tests'.
 OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "drain_s"}
-OWNED |= {"host", "port", "served_model_name", "api_keys", "device", "crash_at"}
+OWNED |= {"host", "port", "served_model_names", "api_keys", "device", "crash_at"}
 COMMON = frozenset(CommonSettings.__struct_fields__)
 OF_ONE_SERVICE = ("log_level",)  # common settings that may differ between services
 
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
+NAME: Schema = {"type": "string", "minLength": 1}
 FLAG: Schema = {"type": "boolean"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 POSITIVE: Schema = {"type": "integer", "minimum": 1}
@@ -115,7 +116,7 @@ def schema() -> Schema:
         **{"global": MAP},
         image=keys(registry=TEXT, tag=TEXT, pullPolicy=one_of("Always", "IfNotPresent", "Never"), pullSecrets=OBJECTS),
         model=keys(
-            name={"type": "string", "minLength": 1},
+            name={"anyOf": [NAME, {"type": "array", "items": NAME, "minItems": 1}]},
             subPath=TEXT,
             existingClaim=TEXT,
             hostPath={"type": "string", "pattern": "^(/.*)?$"},

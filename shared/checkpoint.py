@@ -6,6 +6,7 @@ own (fused experts, transposed gates). Asked for: the original names of docs/che
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import CheckpointError
+from shared.foreign_checkpoints import refuse_foreign
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16", "F16", "F32", "F64"}
+INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,37 +41,52 @@ class _Source:
 class Checkpoint:
     """An opened model directory. Tensors are read one at a time, memory-mapped; nothing is unpickled."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, headers_only: bool = False) -> None:
         """
+        Args:
+            headers_only: tensors are checked, and given without their values, on torch's meta device.
+
         Raises:
-            CheckpointError: no safetensors, an index that names absent files, the same tensor twice, or weights that
-                are already quantised.
+            CheckpointError: no safetensors, an index that names absent files, the same tensor twice, or another
+                format.
         """
+        refuse_foreign(directory)
         self._directory = directory
-        _refuse_quantized(directory / "config.json")
+        self._headers_only = headers_only
         self._files = _Files(directory)
         self._sources = _sources(self._files)
         self._asked: set[str] = set()
+        self.warnings = tuple(f"{directory}: {text}" for text in _remarks(self._files))
 
     def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """One tensor by its original name, on the CPU, in its stored dtype.
 
         Raises:
-            CheckpointError: it is missing or has another shape.
+            CheckpointError: it is missing, has another shape, or is not of floating point.
         """
         source = self._sources.get(name)
         if source is None:
             raise CheckpointError(f"{self._directory}: tensor {name} is missing")
         self._asked.add(name)
+        self._check(name, source, tuple(shape))
+        if self._headers_only:
+            return torch.empty(tuple(shape), device="meta")
         parts = [self._files.read(part) for part in source.parts]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if source.transposed:
-            tensor = tensor.T
-        if tensor.shape != tuple(shape):
-            stored = ", ".join(part.stored for part in source.parts)
-            is_not = f"has shape {list(tensor.shape)}, not {list(shape)}"
-            raise CheckpointError(f"{self._directory}: tensor {name} (stored as {stored}) {is_not}")
-        return tensor
+        return tensor.T if source.transposed else tensor
+
+    def _check(self, name: str, source: _Source, shape: tuple[int, ...]) -> None:
+        """Compare what the headers say of a tensor with what was asked for."""
+        found = _joined([self._files.part_shape(part) for part in source.parts])
+        found = found[::-1] if source.transposed else found
+        dtypes = {self._files.dtype(part.stored) for part in source.parts} - DTYPES
+        if found == shape and not dtypes:
+            return
+        stored = ", ".join(part.stored for part in source.parts)
+        wrong = f"has shape {list(found)}, not {list(shape)}"
+        if dtypes:
+            wrong = f"is stored as {', '.join(sorted(dtypes))}; only {', '.join(sorted(DTYPES))} are read"
+        raise CheckpointError(f"{self._directory}: tensor {name} (stored as {stored}) {wrong}")
 
     def has(self, name: str) -> bool:
         return name in self._sources
@@ -99,8 +117,11 @@ class _Files:
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         listed = _weight_map(directory / INDEX)
-        names = sorted(set(listed.values())) if listed else [SINGLE]
-        for name in names:
+        # Without an index the shards' own headers say what is where; a shard that is not there leaves tensors missing.
+        self.without_index = (
+            [] if listed or (directory / SINGLE).exists() else sorted(path.name for path in directory.glob(SHARDS))
+        )
+        for name in sorted(set(listed.values())) or self.without_index or [SINGLE]:
             self._open(name)
         if listed:
             self._check_index(listed)
@@ -110,6 +131,14 @@ class _Files:
 
     def shape(self, stored: str) -> tuple[int, ...]:
         return tuple(self._handles[self._file_of[stored]].get_slice(stored).get_shape())
+
+    def dtype(self, stored: str) -> str:
+        return str(self._handles[self._file_of[stored]].get_slice(stored).get_dtype())
+
+    def part_shape(self, part: _Part) -> tuple[int, ...]:
+        shape = self.shape(part.stored)
+        sliced = [len(range(n)[i]) for n, i in zip(shape, part.index, strict=False) if isinstance(i, slice)]
+        return (*sliced, *shape[len(part.index) :])
 
     def read(self, part: _Part) -> torch.Tensor:
         handle = self._handles[self._file_of[part.stored]]
@@ -154,17 +183,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _refuse_quantized(path: Path) -> None:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if isinstance(config, dict) and config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path}: quantization_config: reading weights that are already quantised is not supported"
-        )
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of tensors one after another by their rows."""
+    first, *rest = shapes
+    return (first[0] + sum(shape[0] for shape in rest), *first[1:]) if rest else first
 
 
 # ------------------------------------------------------------------------------------------------------ names on disk
@@ -175,6 +197,12 @@ _NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
 _NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
 _NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
+# Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
+_IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
+_WHY_IGNORED = {
+    "rotary": "named inv_freq; rotary frequencies are computed",
+    "mtp": "of multi-token prediction (mtp); one token is predicted at a time",
+}
 _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 
 
@@ -183,6 +211,8 @@ def _sources(files: _Files) -> dict[str, _Source]:
     sources: dict[str, _Source] = {}
     halves: dict[str, dict[int, _Part]] = {}
     for stored in files.names():
+        if _IGNORED.fullmatch(stored):
+            continue
         name = _original_prefix(stored)
         if match := _NATIVE_BIAS.fullmatch(name):
             bias = f"{match['mlp']}moe_statics.e_score_correction_bias"
@@ -202,6 +232,16 @@ def _sources(files: _Files) -> dict[str, _Source]:
             raise CheckpointError(f"tensor {bias} is stored twice: as {bias} and as {parts[0].stored}")
         sources[bias] = _Source((parts[0], parts[1]))
     return sources
+
+
+def _remarks(files: _Files) -> Iterator[str]:
+    """Describe in a line a missing index, and each kind of tensor that is stored and has no part in the model."""
+    if files.without_index:
+        yield f"there is no {INDEX}; the {len(files.without_index)} shards are read without it"
+    found = Counter(match.lastgroup for match in map(_IGNORED.fullmatch, files.names()) if match)
+    for kind, why in _WHY_IGNORED.items():
+        if found[kind]:
+            yield f"tensors ignored: {found[kind]} {why}"
 
 
 def _original_prefix(stored: str) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from shared.errors import ConfigError
@@ -55,6 +56,12 @@ def setup(service: str, name: str, level: str) -> None:
     handler.setFormatter(Logfmt(service, name))
     logging.root.handlers = [handler]
     logging.root.setLevel(_LEVELS[level])
+
+
+def warn_each(log: logging.Logger, warnings: Iterable[str]) -> None:
+    """Log each warning as a line of its own."""
+    for text in warnings:
+        log.warning(text)
 
 
 def logger(name: str) -> logging.Logger:

@@ -3,6 +3,9 @@
 A stream entry has two fields: `v` (the version) and `m` (one message, msgpack, tagged with its type). Token ids of
 prompts travel packed as little-endian uint32 (`pack_ids`), since they are many and never looked at on the way.
 
+A field added at the end of a message, with a default, leaves VERSION as it is: a process that does not know the field
+passes over it, and one that does reads the default where the field is missing.
+
     encode      Encode                      gateway -> mm_encoder
     generate    Generate                    gateway or mm_encoder -> engine
     tokens      Tokens, Attach              engine -> postproc; Attach: gateway -> postproc
@@ -80,6 +83,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the matched stop string in the text
     tools: bool = False  # tools were offered, so <tool_call> is a call and not text
+    functions: tuple[str, ...] = ()  # the names of those tools
     parallel_tool_calls: bool = True
     logprobs: bool = False
     return_token_ids: bool = False
@@ -168,6 +172,7 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int
     image_tokens: int
     video_tokens: int
+    prompt: bytes = b""  # packed ids, placeholders expanded; only when the request asked for token ids
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -251,6 +256,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.
     start: int = 0
+    prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

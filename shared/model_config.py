@@ -13,14 +13,17 @@ import msgspec
 
 from shared.errors import CheckpointError
 
+Quantization = Literal["wint8", "wint4"]
+
 HUB_TYPE, NATIVE_TYPE = "ernie4_5_moe_vl", "ernie4_5_vl_moe"
 
 # Fields that say what the forward pass computes. It computes this and nothing else.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "use_bias": False,
+    "use_rmsnorm": True,
     "rope_3d": True,
-    "rope_scaling": None,
+    "compression_ratio": 1.0,
     "moe_gate_act": "softmax",
     "moe_norm_gate_logits": True,
     "moe_norm_min": 1e-12,
@@ -33,8 +36,12 @@ _FIXED: dict[str, Any] = {
 # The published vocabulary. A hub file may leave out the marker ids; with any other vocabulary they must be given.
 _PUBLISHED_PATCH_ID = 100295
 _PUBLISHED_MARKERS = {"image_start": 101304, "image_end": 101305, "video_start": 101306, "video_end": 101307}
-# transformers' sections of a 128-wide head, where a nested file names none.
+_PUBLISHED_DTYPE = "bfloat16"
+# The sections of a 128-wide head, where a file names none: transformers' default, and by freq_allocation the hub's.
 _PUBLISHED_HEAD_DIM, _PUBLISHED_SECTIONS = 128, (22, 22, 20)
+# Names of the one rotary embedding there is. The sections, not the name, say that positions have three axes.
+_ROPE_TYPES = ("default", "mrope", "ernie_3d")
+_LAST_LAYER = -1
 
 
 class VisionConfig(msgspec.Struct, frozen=True):
@@ -84,6 +91,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     eos_ids: tuple[int, ...]  # generation stops on any of these: config's and generation_config's, de-duplicated
     dtype: str  # "bfloat16", "float32", "float16"
     vision: VisionConfig
+    quantization: Quantization | None = None  # asked for by config.json: quantise the stored weights while loading
+    warnings: tuple[str, ...] = ()  # what was ignored or taken by default; each names the file and the field
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
@@ -95,6 +104,8 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
+    min_p: float = 0.0
+    warnings: tuple[str, ...] = ()  # what was ignored; each names the file and the field
 
 
 def load_model_config(directory: Path) -> ModelConfig:
@@ -107,17 +118,19 @@ def load_model_config(directory: Path) -> ModelConfig:
     raw = _read_object(path)
     if raw is None:
         raise CheckpointError(f"{path} does not exist")
+    warnings: list[str] = []
     try:
-        return _model_config(raw, _read_object(directory / "generation_config.json") or {})
+        config = _model_config(raw, _read_object(directory / "generation_config.json") or {}, warnings)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return msgspec.structs.replace(config, warnings=tuple(f"{path}: {text}" for text in warnings))
 
 
 def load_generation_defaults(directory: Path) -> GenerationDefaults:
-    """What a request that sends no sampling field gets.
+    """Read what a request that sends no sampling field gets.
 
     The reference server falls back to top_p 0.7 only where there is no generation_config.json; a file that leaves a
-    field out means "off" by it.
+    field out means "off" by it, and one without `do_sample` still samples.
 
     Raises:
         CheckpointError: a field of generation_config.json is mistyped or out of range; the message names it.
@@ -126,15 +139,31 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     raw = _read_object(path)
     if raw is None:
         return GenerationDefaults(1.0, 0.7, 0, 1.0, 0.0, 0.0)
-    given = _convert({key: value for key, value in raw.items() if value is not None}, _Generation, str(path))
-    return GenerationDefaults(
-        given.temperature,
-        given.top_p,
-        given.top_k,
-        given.repetition_penalty,
-        given.presence_penalty,
-        given.frequency_penalty,
-    )
+    raw = {key: value for key, value in raw.items() if value is not None}
+    warnings: list[str] = []
+    try:
+        defaults = _generation_defaults(_convert(raw, _Generation, ""), raw, warnings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return msgspec.structs.replace(defaults, warnings=tuple(f"{path}: {text}" for text in warnings))
+
+
+def online_quantization(quantization_config: object) -> Quantization | None:
+    """Return the quantisation while loading that FastDeploy's online form of quantization_config asks for.
+
+    None for every other form: its weights are quantised already, or the quantisation is one that is not served.
+    """
+    if not isinstance(quantization_config, dict):
+        return None
+    try:
+        asked = msgspec.convert(quantization_config, _Quantization)
+    except msgspec.ValidationError:
+        return None
+    if asked.is_quantized or asked.is_moe_quantized:
+        return None
+    if asked.quantization != "mix_quant":
+        return asked.quantization
+    return asked.moe_quant_type if asked.dense_quant_type == "wint8" else None
 
 
 # ------------------------------------------------------------------------------------------------ what files may hold
@@ -145,9 +174,25 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class _Rope(msgspec.Struct):
-    rope_type: str = "default"
+    """rope_parameters, or rope_scaling, its older name."""
+
+    rope_type: str | None = None
+    type: str | None = None
     rope_theta: Positive | None = None
     mrope_section: tuple[Size, Size, Size] | None = None  # frequencies of h, w, t
+    freq_allocation: Size | None = None
+    factor: float | None = None
+    partial_rotary_factor: float | None = None
+
+
+class _Quantization(msgspec.Struct):
+    """FastDeploy's quantization_config; a file without is_quantized holds quantised weights."""
+
+    quantization: Literal["wint8", "wint4", "mix_quant"]
+    is_quantized: bool
+    is_moe_quantized: bool = False
+    dense_quant_type: Quantization | None = None
+    moe_quant_type: Quantization | None = None
 
 
 class _Text(msgspec.Struct):
@@ -168,6 +213,7 @@ class _Text(msgspec.Struct):
     head_dim: Size | None = None
     rope_theta: Positive | None = None
     rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
     freq_allocation: Size | None = None
     mlp_layer_types: tuple[Literal["dense", "sparse"], ...] | None = None
     moe_layer_start_index: int | list[int] | None = None
@@ -217,14 +263,29 @@ class _Vision(msgspec.Struct):
 
 
 class _Generation(msgspec.Struct):
-    """generation_config.json; a field that is left out switches nothing on."""
+    """generation_config.json; a field that is left out switches nothing on. The `_score` names are Paddle's."""
 
+    do_sample: bool | None = None
+    decode_strategy: str | None = None  # Paddle's do_sample
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
-    repetition_penalty: Positive = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Positive | None = None
+    penalty_score: Positive | None = None
+    presence_penalty: float | None = None
+    presence_score: float | None = None
+    frequency_penalty: float | None = None
+    frequency_score: float | None = None
+
+
+# Fields of generation_config.json that draw no token: read elsewhere, or transformers' bookkeeping.
+_NOT_SAMPLING = {
+    *("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
+    *("_from_model_config", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+    *("output_hidden_states", "cache_implementation", "cache_config"),
+}
+_LENGTHS = ("max_new_tokens", "max_length")
 
 
 # ------------------------------------------------------------------------------------------------- resolving the facts
@@ -263,12 +324,56 @@ def _one(given: dict[str, T | None], default: T | None = None) -> T:
     return value
 
 
+def _one_or_warn(given: dict[str, T | None], default: T, warnings: list[str]) -> T:
+    """Return what `_one` does, with a warning where the default is taken."""
+    if all(value is None for value in given.values()):
+        warnings.append(f"{' or '.join(given)} is not given; {default!r} is taken")
+    return _one(given, default)
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise CheckpointError(message)
 
 
-def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
+def _generation_defaults(given: _Generation, raw: dict[str, Any], warnings: list[str]) -> GenerationDefaults:
+    if given.top_k == -1:
+        warnings.append("top_k is -1; 0 is taken, which is the same: off")
+    if lengths := [f"{name} {raw[name]}" for name in _LENGTHS if name in raw]:
+        warnings.append(f"not applied: {', '.join(lengths)}; a request limits its answer by max_tokens")
+    known = {*_Generation.__struct_fields__, *_NOT_SAMPLING, *_LENGTHS}
+    if unknown := sorted(raw.keys() - known):
+        warnings.append(f"not applied: {', '.join(unknown)}")
+    return GenerationDefaults(
+        temperature=given.temperature if _does_sample(given, raw, warnings) else 0.0,
+        top_p=given.top_p,
+        top_k=max(given.top_k, 0),
+        min_p=given.min_p,
+        repetition_penalty=_one(
+            {"repetition_penalty": given.repetition_penalty, "penalty_score": given.penalty_score}, 1.0
+        ),
+        presence_penalty=_one(
+            {"presence_penalty": given.presence_penalty, "presence_score": given.presence_score}, 0.0
+        ),
+        frequency_penalty=_one(
+            {"frequency_penalty": given.frequency_penalty, "frequency_score": given.frequency_score}, 0.0
+        ),
+    )
+
+
+def _does_sample(given: _Generation, raw: dict[str, Any], warnings: list[str]) -> bool:
+    """Decide between drawing tokens, which the reference server does where a file says nothing, and the likeliest."""
+    strategies = {None: None, "sampling": True, "greedy_search": False}
+    if given.decode_strategy not in strategies:
+        warnings.append(f"not applied: decode_strategy {given.decode_strategy!r}")
+    by_strategy = strategies.get(given.decode_strategy)
+    sampled = _one({"do_sample": given.do_sample, "do_sample by decode_strategy": by_strategy}, True)
+    if not sampled and raw.get("temperature"):
+        warnings.append(f"do_sample is false, so temperature {raw['temperature']} is not applied: answers are greedy")
+    return sampled
+
+
+def _model_config(raw: dict[str, Any], generation: dict[str, Any], warnings: list[str]) -> ModelConfig:
     model_type = raw.get("model_type")
     _require(model_type in (HUB_TYPE, NATIVE_TYPE), f"model_type is {model_type!r}, not {HUB_TYPE} or {NATIVE_TYPE}")
     nested = model_type == NATIVE_TYPE
@@ -284,6 +389,7 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfi
     defaults = _convert(generation, _Shared, "generation_config.json")
 
     head_dim = _head_dim(text)
+    ropes = _ropes(text)
     ids = _media_ids(root, text.vocab_size)
     config = ModelConfig(
         vocab_size=text.vocab_size,
@@ -295,8 +401,8 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfi
         head_dim=head_dim,
         max_position_embeddings=text.max_position_embeddings,
         norm_eps=text.rms_norm_eps,
-        rope_theta=_rope_theta(text),
-        time_freqs=_time_freqs(text, head_dim, nested),
+        rope_theta=_rope_theta(text, ropes),
+        time_freqs=_time_freqs(text, ropes, head_dim, nested, warnings),
         # transformers' default, and the published model's.
         tie_embeddings=_one({f"{at}tie_word_embeddings": s.tie_word_embeddings for at, s in shared.items()}, True),
         num_experts=_num_experts(text),
@@ -305,13 +411,18 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfi
         experts_per_token=text.moe_k,
         num_shared_experts=text.moe_num_shared_experts,
         shared_expert_size=text.moe_num_shared_experts * text.moe_intermediate_size[0],
-        dense_layers=_dense_layers(text),
+        dense_layers=_dense_layers(text, warnings),
         pad_id=_one({f"{at}pad_token_id": s.pad_token_id for at, s in shared.items()}, defaults.pad_token_id),
         bos_id=_one({f"{at}bos_token_id": s.bos_token_id for at, s in shared.items()}, defaults.bos_token_id),
         eos_ids=_eos_ids([*shared.values(), defaults]),
-        dtype=_dtype(shared),
+        dtype=_dtype(shared, warnings),
+        quantization=_quantization(raw.get("quantization_config"), warnings),
         vision=_vision(_convert(_sub_object(raw, "vision_config"), _Vision, "vision_config"), root),
-        **ids,
+        image_patch_id=ids["image_patch"],
+        image_start_id=ids["image_start"],
+        image_end_id=ids["image_end"],
+        video_start_id=ids["video_start"],
+        video_end_id=ids["video_end"],
     )
     for name, last in ("pad", config.pad_id), ("bos", config.bos_id), ("eos", max(config.eos_ids)):
         _require(last < config.vocab_size, f"{name}_token_id {last} is not in the vocabulary of {config.vocab_size}")
@@ -338,34 +449,50 @@ def _head_dim(text: _Text) -> int:
     return head_dim
 
 
-def _rope_theta(text: _Text) -> float:
-    rope = text.rope_parameters or _Rope()
-    _require(
-        rope.rope_type == "default", f"rope_parameters.rope_type is {rope.rope_type!r}; only 'default' is supported"
-    )
-    return _one({"rope_theta": text.rope_theta, "rope_parameters.rope_theta": rope.rope_theta})
+def _ropes(text: _Text) -> dict[str, _Rope]:
+    """Collect what describes the rotary embedding, by the name of the field."""
+    given = {"rope_parameters": text.rope_parameters, "rope_scaling": text.rope_scaling}
+    ropes = {name: rope for name, rope in given.items() if rope is not None}
+    for name, rope in ropes.items():
+        for field, kind in ("rope_type", rope.rope_type), ("type", rope.type):
+            _require(
+                kind is None or kind in _ROPE_TYPES,
+                f"{name}.{field} is {kind!r}; only {', '.join(_ROPE_TYPES)} are supported",
+            )
+        for field, factor in ("factor", rope.factor), ("partial_rotary_factor", rope.partial_rotary_factor):
+            _require(factor in (None, 1.0), f"{name}.{field} is {factor}; only 1 is supported")
+    return ropes
 
 
-def _time_freqs(text: _Text, head_dim: int, nested: bool) -> int:
+def _rope_theta(text: _Text, ropes: dict[str, _Rope]) -> float:
+    places = {"rope_theta": text.rope_theta, "rope_parameters.rope_theta": None}
+    return _one(places | {f"{name}.rope_theta": rope.rope_theta for name, rope in ropes.items()})
+
+
+def _time_freqs(text: _Text, ropes: dict[str, _Rope], head_dim: int, nested: bool, warnings: list[str]) -> int:
     """How many of the head_dim / 2 frequencies follow time; height and width share the rest evenly."""
     freqs = head_dim // 2
-    sections = text.rope_parameters.mrope_section if text.rope_parameters else None
-    if sections is None and nested and head_dim == _PUBLISHED_HEAD_DIM:
-        sections = _PUBLISHED_SECTIONS
-    if sections is not None:
-        name = f"rope_parameters.mrope_section {list(sections)}"
-        _require(sum(sections) == freqs, f"{name} does not add up to head_dim / 2, which is {freqs}")
-        _require(sections[0] == sections[1], f"{name} gives height and width different numbers of frequencies")
-    time = _one(
-        {
-            "freq_allocation": text.freq_allocation,
-            "rope_parameters.mrope_section[2]": sections[2] if sections else None,
-        },
-    )
+    places = {"freq_allocation": text.freq_allocation}
+    for name, rope in ropes.items():
+        places[f"{name}.freq_allocation"] = rope.freq_allocation
+        if rope.mrope_section is not None:
+            places[f"{name}.mrope_section[2]"] = _section_of_time(name, rope.mrope_section, freqs)
+    published = head_dim == _PUBLISHED_HEAD_DIM
+    if nested and published and not any(rope.mrope_section for rope in ropes.values()):
+        places["rope_parameters.mrope_section[2]"] = _PUBLISHED_SECTIONS[2]
+    time = _one_or_warn(places, _PUBLISHED_SECTIONS[2], warnings) if published else _one(places)
     _require(
         time < freqs and (freqs - time) % 2 == 0,
         f"freq_allocation {time} of {freqs} frequencies leaves none, or an odd number, for height and width",
     )
+    return time
+
+
+def _section_of_time(name: str, sections: tuple[int, int, int], freqs: int) -> int:
+    height, width, time = sections
+    where = f"{name}.mrope_section {list(sections)}"
+    _require(sum(sections) == freqs, f"{where} does not add up to head_dim / 2, which is {freqs}")
+    _require(height == width, f"{where} gives height and width different numbers of frequencies")
     return time
 
 
@@ -376,23 +503,23 @@ def _num_experts(text: _Text) -> int:
     return pair[0]
 
 
-def _dense_layers(text: _Text) -> tuple[int, ...]:
+def _dense_layers(text: _Text, warnings: list[str]) -> tuple[int, ...]:
     types = text.mlp_layer_types
     if types is not None:
         _require(
             len(types) == text.num_hidden_layers,
             f"mlp_layer_types has {len(types)} entries for num_hidden_layers {text.num_hidden_layers}",
         )
-    ranged = None if text.moe_layer_start_index is None else _dense_layers_of_range(text)
+    ranged = None if text.moe_layer_start_index is None else _dense_layers_of_range(text, warnings)
     listed = None if types is None else tuple(i for i, kind in enumerate(types) if kind == "dense")
     return _one({"mlp_layer_types": listed, "moe_layer_start_index": ranged})
 
 
-def _dense_layers_of_range(text: _Text) -> tuple[int, ...]:
+def _dense_layers_of_range(text: _Text, warnings: list[str]) -> tuple[int, ...]:
     """Layer i is MoE where start <= i <= end and (i + 1) is a multiple of the interval; the same for both pools."""
     starts = _pair("moe_layer_start_index", text.moe_layer_start_index)
-    ends = _pair("moe_layer_end_index", text.moe_layer_end_index)
-    interval = _one({"moe_layer_interval": text.moe_layer_interval})
+    ends = _moe_ends(text, warnings)
+    interval = _one_or_warn({"moe_layer_interval": text.moe_layer_interval}, 1, warnings)
     pools = [
         tuple(i for i in range(text.num_hidden_layers) if (i + 1) % interval or not start <= i <= end)
         for start, end in zip(starts, ends, strict=True)
@@ -402,6 +529,20 @@ def _dense_layers_of_range(text: _Text) -> tuple[int, ...]:
         f"moe_layer_start_index {list(starts)} and moe_layer_end_index {list(ends)} put the pools in different layers",
     )
     return pools[0]
+
+
+def _moe_ends(text: _Text, warnings: list[str]) -> tuple[int, int]:
+    """Return the last MoE layer of each pool. A file may name one behind the last layer, and -1 for the last."""
+    name, last = "moe_layer_end_index", text.num_hidden_layers - 1
+    if text.moe_layer_end_index is None:
+        warnings.append(f"{name} is not given; the last layer, {last}, is taken")
+        return last, last
+    ends = _pair(name, text.moe_layer_end_index)
+    _require(min(ends) >= _LAST_LAYER, f"{name} is {text.moe_layer_end_index}; it must be at least {_LAST_LAYER}")
+    if _LAST_LAYER in ends:
+        warnings.append(f"{name} is {text.moe_layer_end_index}; {_LAST_LAYER} is taken for the last layer, {last}")
+    text_end, vision_end = (last if end == _LAST_LAYER else end for end in ends)
+    return text_end, vision_end
 
 
 def _pair(name: str, value: int | list[int] | None) -> tuple[int, int]:
@@ -423,7 +564,7 @@ def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
         "video_start": root.video_start_token_id,
         "video_end": root.video_end_token_id,
     }
-    ids = {"image_patch_id": patch}
+    ids = {"image_patch": patch}
     for name, value in given.items():
         field = f"{name}_token_id"
         marker = _one({field: value}, _PUBLISHED_MARKERS[name] if patch == _PUBLISHED_PATCH_ID else None)
@@ -431,7 +572,7 @@ def _media_ids(root: _Root, vocab_size: int) -> dict[str, int]:
             patch < marker < vocab_size,
             f"{field} {marker} is not between im_patch_id {patch} and vocab_size {vocab_size}",
         )
-        ids[f"{name}_id"] = marker
+        ids[name] = marker
     _require(len(set(ids.values())) == len(ids), f"two of the media token ids are the same: {ids}")
     return ids
 
@@ -447,13 +588,23 @@ def _eos_ids(places: list[_Shared]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _dtype(shared: dict[str, _Shared]) -> str:
+def _dtype(shared: dict[str, _Shared], warnings: list[str]) -> str:
     places = {f"{at}torch_dtype": s.torch_dtype for at, s in shared.items()}
     places |= {f"{at}dtype": s.dtype for at, s in shared.items()}
-    dtype = _one(places)
+    dtype = _one_or_warn(places, _PUBLISHED_DTYPE, warnings)
     known = ("bfloat16", "float16", "float32")
     _require(dtype in known, f"torch_dtype is {dtype!r}, not one of {', '.join(known)}")
     return dtype
+
+
+def _quantization(value: Any, warnings: list[str]) -> Quantization | None:
+    """Read the online form. `shared.checkpoint`, which reads the weights, refuses the other forms."""
+    if value == {}:
+        warnings.append("quantization_config is empty; the weights are served as they are stored")
+    quantization = online_quantization(value)
+    if quantization is not None and (cache := value.get("kv_cache_quant_type")) is not None:
+        warnings.append(f"quantization_config.kv_cache_quant_type {cache!r} is not applied; the cache is not quantised")
+    return quantization
 
 
 def _vision(vision: _Vision, root: _Root) -> VisionConfig:

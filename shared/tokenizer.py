@@ -12,7 +12,8 @@ spells a control token, and the ids of the fragments spell the text.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -46,6 +47,7 @@ class Tokenizer:
     """One vocabulary. Safe to share between tasks of a process."""
 
     def __init__(self, vocabulary: "_Vocabulary") -> None:
+        self.warnings = vocabulary.warnings
         self._encode = vocabulary.encode
         self._bytes = vocabulary.token_bytes
         self._control = vocabulary.control
@@ -169,6 +171,7 @@ class _Vocabulary:
     token_bytes: list[bytes]  # by id; b"" for specials and for ids nothing owns
     control: dict[str, int]
     literals: dict[str, int]  # ordinary added tokens `encode` does not know
+    warnings: tuple[str, ...] = ()  # what the files say and is ignored; each names the file and the field
 
 
 class _Piece(NamedTuple):
@@ -201,7 +204,7 @@ class _AddedToken(msgspec.Struct):
 class _TokenizerConfig(msgspec.Struct):
     """tokenizer_config.json and special_tokens_map.json: both may name special tokens."""
 
-    added_tokens_decoder: dict[str, _AddedToken] = {}
+    added_tokens_decoder: dict[str, _AddedToken] | None = {}
     add_prefix_space: bool | None = None
     bos_token: _NamedToken | None = None
     eos_token: _NamedToken | None = None
@@ -210,8 +213,8 @@ class _TokenizerConfig(msgspec.Struct):
     cls_token: _NamedToken | None = None
     sep_token: _NamedToken | None = None
     mask_token: _NamedToken | None = None
-    additional_special_tokens: list[_NamedToken] = []
-    extra_special_tokens: list[_NamedToken] | dict[str, _NamedToken] = []
+    additional_special_tokens: list[_NamedToken] | None = []
+    extra_special_tokens: list[_NamedToken] | dict[str, _NamedToken] | None = []
 
 
 class _JsonModel(msgspec.Struct):
@@ -227,11 +230,20 @@ class _JsonTokenizer(msgspec.Struct):
 
 
 def _load_vocabulary(directory: Path) -> _Vocabulary:
-    config = _read(directory / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
-    names = _special_names(config)
-    special_map = _read(directory / "special_tokens_map.json", _TokenizerConfig)
-    if special_map is not None:
-        names |= _special_names(special_map)
+    files = (directory / "tokenizer_config.json", directory / "special_tokens_map.json")
+    config, special_map = (_read(path, _TokenizerConfig) or _TokenizerConfig() for path in files)
+    vocabulary = _load_model(directory, config, _special_names(config) | _special_names(special_map))
+    nulls = (_nulls(path, read) for path, read in zip(files, (config, special_map), strict=True))
+    return replace(vocabulary, warnings=tuple(chain.from_iterable(nulls)))
+
+
+def _nulls(path: Path, config: _TokenizerConfig) -> Iterator[str]:
+    for field in "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens":
+        if getattr(config, field) is None:
+            yield f"{path}: {field} is null; it is taken for empty"
+
+
+def _load_model(directory: Path, config: _TokenizerConfig, names: Mapping[str, None]) -> _Vocabulary:
     for name in SENTENCEPIECE_FILES:
         if (directory / name).exists():
             return _from_sentencepiece(directory / name, config, names)
@@ -242,9 +254,9 @@ def _load_vocabulary(directory: Path) -> _Vocabulary:
 
 def _special_names(config: _TokenizerConfig) -> dict[str, None]:
     """Texts of the special tokens, but single characters, in the order in which transformers gives ids to new ones."""
-    extra = config.extra_special_tokens
+    extra = config.extra_special_tokens or []
     named = [config.bos_token, config.eos_token, config.unk_token, config.pad_token, config.cls_token]
-    named += [config.sep_token, config.mask_token, *config.additional_special_tokens]
+    named += [config.sep_token, config.mask_token, *(config.additional_special_tokens or ())]
     named += extra.values() if isinstance(extra, dict) else extra
     texts = (token if isinstance(token, str) else token.get("content") for token in named if token is not None)
     return dict.fromkeys(text for text in texts if text and len(text) > 1)
@@ -311,7 +323,7 @@ def _added_tokens(
 ) -> list[_AddedToken]:
     """Tokens beside the SentencePiece model: from either file, or by name alone, numbered on as transformers does."""
     found: dict[str, _AddedToken] = {}
-    for key, token in config.added_tokens_decoder.items():
+    for key, token in (config.added_tokens_decoder or {}).items():
         if not key.isdecimal():
             raise CheckpointError(f"{directory}/tokenizer_config.json: added_tokens_decoder has the id {key!r}")
         token.id = int(key)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from machine import PATIENCE_S
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from shared.config import CommonSettings
 from shared.tracing import Tracing, start
-
-ARRIVE_S = 60.0  # on a machine with two slow cores
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Collector:
             return [span for span in self.spans() if trace in ("", span.trace)]
 
         with self._came:
-            came = self._came.wait_for(lambda: enough(spans()), ARRIVE_S)
+            came = self._came.wait_for(lambda: enough(spans()), PATIENCE_S)
             assert came, f"only {[(s.service, s.name) for s in spans()]}"
             return spans()
 

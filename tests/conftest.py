@@ -2,12 +2,13 @@
 
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from machine import free_port
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
@@ -18,8 +19,20 @@ from shared.keys import Keys
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Torch's threads, here and in the processes that tests start: sums are then cut in the same way on any number of cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Where this is set, each of the many processes that tests start would compile our sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Property tests, the same examples in every run of `make test`; `make test-random` draws others, prints what fails in a
+# form to be added as an @example, and how to draw it again. No clock, which would make them fail on a busy machine, and
+# no file of examples, by which one machine would know more than another.
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("random", settings.get_profile("fixed"), derandomize=False, print_blob=True)
+settings.load_profile("fixed")
 
 # Taken out of the environment: a service under test would refuse a MILLRACE_ variable it does not know.
 SERVER_BINARY = os.environ.pop("MILLRACE_TEST_REDIS_SERVER", None)
@@ -62,7 +75,4 @@ def keys() -> Keys:
 
 @pytest.fixture
 def unused_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()

@@ -55,6 +55,8 @@ TOKENIZER_FILES = (
 
 Model = Ernie4_5_VLMoeForConditionalGeneration
 
+NEAR_TIE = 4e-4  # between logits in float32: ten times what the order of sums was seen to change
+
 
 def hf_config(hub: dict[str, Any]) -> Ernie4_5_VLMoeConfig:
     """transformers' configuration for a hub config.json.
@@ -205,15 +207,27 @@ def hf_generate(
 
     Raises:
         AssertionError: a generated id is one of the vision experts', which transformers routes otherwise than the
-            reference server does; take another prompt.
+            reference server does, or in float32 hangs on how sums are rounded, which no two processors need do alike;
+            take another prompt.
     """
     inputs = hf_inputs(model, ids, **media)
     stop = {"eos_token_id": None} if ignore_eos else {}
     with torch.no_grad():
         output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, **stop
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **stop,
         )
-    generated: list[int] = output[0, len(ids) :].tolist()
+    generated: list[int] = output.sequences[0, len(ids) :].tolist()
+    likeliest = torch.cat(output.logits).topk(2).values
+    margin = float((likeliest[:, 0] - likeliest[:, 1]).min())
+    if model.dtype == torch.float32 and margin < NEAR_TIE:
+        raise AssertionError(f"two tokens are within {margin:.1e} of being equally likely; take another prompt")
     if max(generated) >= model.config.image_token_id:
         raise AssertionError(f"{max(generated)} was generated, which transformers and we route differently")
     return generated

@@ -19,15 +19,13 @@ from pathlib import Path
 
 import av
 import numpy as np
+from machine import PATIENCE_S, free_ports
 from PIL import Image
 from redis.asyncio import Redis
 
 from shared import bus
 from shared.keys import ENCODE, GENERATE, Keys
 
-READY_S = 120.0  # on a machine with two slow cores
-STOP_S = 60.0
-SETTLE_S = 30.0
 LOOK_S = 0.05
 CACHE_BYTES = 64 << 20  # 64 thousand tokens of the demo model in bfloat16
 NOTHING: Mapping[str, str] = {}
@@ -67,11 +65,11 @@ class System:
 
     def wait_until_ready(self) -> None:
         """Return when GET /health/ready answers 200."""
-        self._until(lambda: self.get("/health/ready")[0] == 200, READY_S, "it was not ready")
+        self._until(lambda: self.get("/health/ready")[0] == 200, PATIENCE_S, "it was not ready")
 
     def wait_for(self, words: str, after: int = 0) -> None:
         """Return when it has written `words`, after its first `after` characters."""
-        self._until(lambda: words in self.log.read_text()[after:], READY_S, f"it did not say {words!r}")
+        self._until(lambda: words in self.log.read_text()[after:], PATIENCE_S, f"it did not say {words!r}")
 
     def answers(self, port: int) -> bool:
         """Whether anything listens on a port of this machine."""
@@ -101,7 +99,7 @@ class System:
     def get(self, path: str, port: int | None = None) -> tuple[int, str]:
         """Status and body of a plain GET; status 0 where nothing answers."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=10) as reply:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=PATIENCE_S) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -131,7 +129,7 @@ class System:
         """
         client = bus.connect(f"redis://127.0.0.1:{self.redis_port}")
         try:
-            for _ in range(int(SETTLE_S / LOOK_S)):
+            for _ in range(int(PATIENCE_S / LOOK_S)):
                 if not (left := await _of_requests(client, Keys("millrace"))):
                     break
                 await asyncio.sleep(LOOK_S)
@@ -146,7 +144,7 @@ class System:
             AssertionError: another exit status than 0, or a traceback in what it wrote.
         """
         self.signal(signal.SIGINT)
-        status = self.wait(STOP_S)
+        status = self.wait(PATIENCE_S)
         assert status == 0, f"exit status {status}\n{self.tail()}"
         assert "Traceback" not in self.log.read_text(), self.tail()
 
@@ -229,18 +227,6 @@ def running(arguments: list[str], directory: Path, environ: Mapping[str, str] = 
         system.wait_until_ready()
         yield system
         system.stop()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ media

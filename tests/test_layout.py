@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("shared", "services", "cli", "benchmarks")
@@ -287,5 +288,5 @@ def test_services_are_the_four() -> None:
 def test_a_running_light_service_has_no_torch(service: str) -> None:
     """The syntax tree sees our own imports; this sees what the libraries pull in."""
     script = f"import sys, services.{service}.__main__; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

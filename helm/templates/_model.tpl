@@ -9,6 +9,14 @@
 {{- list "/model" $directory | compact | join "/" -}}
 {{- end -}}
 
+{{- define "millrace.modelNames" -}}
+{{- kindIs "string" .Values.model.name | ternary (list .Values.model.name) .Values.model.name | toJson -}}
+{{- end -}}
+
+{{- define "millrace.modelName" -}}
+{{- include "millrace.modelNames" . | fromJsonArray | first -}}
+{{- end -}}
+
 {{- define "millrace.modelVolume" -}}
 {{- if .Values.model.hostPath -}}
 hostPath:

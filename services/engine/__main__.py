@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,10 +18,13 @@ from services.engine.sequence import EngineFacts
 from services.engine.service import SERVICE, EngineService
 from services.engine.settings import EngineSettings, check
 from shared.errors import CheckpointError, ConfigError
-from shared.model_config import ModelConfig, load_model_config
+from shared.foreign_checkpoints import refuse_foreign
+from shared.log import logger, warn_each
+from shared.model_config import ModelConfig, Quantization, load_model_config
 from shared.service import launch
 from shared.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
+from shared.vocabulary import check_vocabulary
 
 THINK_CLOSE = "</think>"
 
@@ -34,12 +38,17 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     """
     check(settings)
     directory = Path(settings.model)
+    refuse_foreign(directory)
     model = load_model_config(directory)
+    warn_each(logger(__name__), model.warnings)
+    warn_each(logger(__name__), contradictions(settings, model))
     if settings.max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len is {settings.max_model_len}; the model's positions end at {model.max_position_embeddings}"
         )
-    think_close_id = Tokenizer.load(directory).token_id(THINK_CLOSE)
+    tokenizer = Tokenizer.load(directory)
+    warn_each(logger(__name__), check_vocabulary(directory, model, tokenizer))
+    think_close_id = tokenizer.token_id(THINK_CLOSE)
     if think_close_id is None:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
@@ -54,10 +63,23 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         ConfigError: the cache could not hold max_model_len.
         CheckpointError: the weights are not what the configuration says.
     """
-    quantization = None if settings.quantization == "none" else settings.quantization
-    on_gpu = where == "cuda"
-    model = load_model(Path(settings.model), config, where, quantization, gpu_ops() if on_gpu else Ops())
+    ops = gpu_ops() if where == "cuda" else Ops()
+    model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
     return runner_for(model, config, settings)
+
+
+def quantization(settings: EngineSettings, config: ModelConfig) -> Quantization | None:
+    """Choose the quantisation that was set, else the one that config.json asks for."""
+    if settings.quantization is None:
+        return config.quantization
+    return None if settings.quantization == "none" else settings.quantization
+
+
+def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[str]:
+    """Describe what config.json asks for and a setting overrules."""
+    asked, chosen = config.quantization, settings.quantization
+    if asked is not None and chosen not in (None, asked):
+        yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
 
 
 def device(settings: EngineSettings) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 from redis.asyncio import Redis
 
-from services.engine.sequence import media_tokens
+from services.engine.sequence import asked_prompt, media_tokens
 from shared.crash import reach
 from shared.errors import ProtocolError
 from shared.keys import Keys
@@ -55,7 +55,8 @@ def fold(journal: Sequence[int], said: Iterable[Begin | TokenRun], epoch: int = 
 def announcement(message: Generate, epoch: int, index: int = 0) -> Begin:
     """A Begin of a request that is no sequence yet."""
     image, video = media_tokens(message.spans)
-    return Begin(message.request.id, epoch, index, len(message.prompt) // TOKEN_BYTES, 0, image, video)
+    counts = index, len(message.prompt) // TOKEN_BYTES, 0, image, video
+    return Begin(message.request.id, epoch, *counts, asked_prompt(message))
 
 
 async def recover(

@@ -96,6 +96,7 @@ class Sequence:
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
+    prompt: bytes = b""  # as Begin carries it
     timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -163,13 +164,19 @@ class Sequence:
     def begin(self) -> Begin:
         """What postproc is told when the engine has taken the request."""
         image, video = media_tokens(self.spans)
-        return Begin(self.request_id, self.epoch, self.num_generated, self.prompt_len, self.cached_tokens, image, video)
+        counts = self.num_generated, self.prompt_len, self.cached_tokens, image, video
+        return Begin(self.request_id, self.epoch, *counts, self.prompt)
 
 
 def media_tokens(spans: Ordered[MediaSpan]) -> tuple[int, int]:
     """Tokens of images, and of videos."""
     image, video = (sum(span.length for span in spans if span.kind == kind) for kind in ("image", "video"))
     return image, video
+
+
+def asked_prompt(message: Generate) -> bytes:
+    """Return the packed prompt if the client asked for token ids, else nothing."""
+    return message.prompt if message.request.output.return_token_ids else b""
 
 
 def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int, int, str]]:
@@ -223,6 +230,7 @@ def build(
         thinking=budget is not None and is_thinking(message.request.output.thinking, generated, budget.close_id),
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
+        prompt=asked_prompt(message),
     )
     for token in generated:
         sequence.append(token)

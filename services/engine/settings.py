@@ -13,7 +13,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel_size: int = 1
-    quantization: Literal["none", "wint8", "wint4"] = "none"
+    quantization: Literal["none", "wint8", "wint4"] | None = None  # None: as config.json asks, else as stored
     max_num_seqs: int = 32  # in one step, 1 to 256. FastDeploy's own launches of this model pass 32, its default is 8
     max_num_batched_tokens: int = 8192  # in one step
     enable_chunked_prefill: bool = True

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from services.gateway import console
 from services.gateway.admission import Admission
 from services.gateway.answer import Answerer
-from services.gateway.app import ModelCard, paths, routes
+from services.gateway.app import Models, paths, routes
 from services.gateway.backlog import Backlog
 from services.gateway.chat import ChatFormat
 from services.gateway.completions import ChatCompletions
@@ -38,6 +38,7 @@ from shared import bus, service
 from shared.blobs import Blobs
 from shared.errors import CheckpointError
 from shared.keys import Keys
+from shared.log import logger, warn_each
 from shared.model_config import load_generation_defaults
 from shared.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
@@ -82,7 +83,7 @@ def compose(
     pipeline = Pipeline(route, redis, keys, backlog, blobs)
     rules = DeskRules(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     desk = Desk(rules, pipeline, figures, time.time)
-    answerer = Answerer(settings.model_name(), _fingerprint(Path(settings.model)), settings.hold_headers_s)
+    answerer = Answerer(_fingerprint(Path(settings.model)), settings.hold_headers_s)
     completions = ChatCompletions(
         admission=admission,
         taker=taker,
@@ -92,9 +93,9 @@ def compose(
         body_timeout_s=settings.body_timeout_s,
         request_timeout_s=settings.request_timeout_s,
     )
-    card = ModelCard(id=settings.model_name(), created=int(time.time()), max_model_len=settings.max_model_len)
+    models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
     returns = Returns(admission, pipeline, desk, answerer)
-    app = routes(completions, returns, card, partial(readiness, redis, keys, admission))
+    app = routes(completions, returns, models, partial(readiness, redis, keys, admission))
     app.router.routes += console.routes(console.Console(redis, keys, settings.shards, blob_redis))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
@@ -111,12 +112,14 @@ def compose(
 def _taker(settings: GatewaySettings) -> OrderTaker:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
+    defaults = load_generation_defaults(directory)
+    warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return OrderTaker(
         chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
         tokenizer=tokenizer,
-        defaults=load_generation_defaults(directory),
+        defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
-        model=settings.model_name(),
+        names=settings.model_names(),
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,

@@ -11,6 +11,7 @@ from starlette.types import Receive, Send
 
 from services.gateway.errors import RETRY_AFTER_S, error_response
 from services.gateway.exchange import Exchange
+from services.gateway.pipeline import Known
 from services.gateway.replies import (
     DONE,
     KEEP_ALIVE,
@@ -41,7 +42,6 @@ logger = log.logger(__name__)
 class Answerer(msgspec.Struct, frozen=True):
     """How answers are labelled, and how long a stream's status may wait for its media to be checked."""
 
-    model: str
     system_fingerprint: str
     hold_headers_s: float
 
@@ -83,12 +83,12 @@ class Answerer(msgspec.Struct, frozen=True):
                 task.cancel()
             await asyncio.gather(writing, *leaving, return_exceptions=True)
 
-    async def say_unfinished(self, request_id: str, created: float, send: Send) -> None:
+    async def say_unfinished(self, known: Known, send: Send) -> None:
         """202: there is no whole answer yet."""
-        await _write_json(send, unfinished(self._head(request_id, created)), 202, [_RETRY_AFTER])
+        await _write_json(send, unfinished(self._head(known)), 202, [_RETRY_AFTER])
 
-    def _head(self, request_id: str, created: float) -> Head:
-        return Head(f"chatcmpl-{request_id}", int(created), self.model, self.system_fingerprint)
+    def _head(self, request: Exchange | Known) -> Head:
+        return Head(f"chatcmpl-{request.id}", int(request.created), request.form.model, self.system_fingerprint)
 
     async def _stream(self, exchange: Exchange, send: Send) -> None:
         """Bad media are a real 4xx as long as they are found in time; then the stream starts and errors are in it."""
@@ -97,17 +97,19 @@ class Answerer(msgspec.Struct, frozen=True):
         if exchange.failure is not None:
             raise RequestError(exchange.failure)
         form = exchange.form
-        chunks = Chunks(self._head(exchange.id, exchange.created), form.n, form.include_usage)
+        chunks = Chunks(self._head(exchange), form.n, form.include_usage, form.token_ids)
         marks = Marks(exchange.since)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        exchange.announced = True
-        if not exchange.resumed:
-            await _write(send, chunks.openings(marks.line(), form.prompt_ids))
+        exchange.announced = exchange.resumed
+        if not exchange.resumed and (openings := chunks.openings(marks.line())):
+            await _write(send, openings)
+            exchange.announced = True
         while not exchange.done:
             news = merge(await exchange.take())
             if news:
                 events = (chunks.delta(index, delta, marks, exchange.shown(index)) for index, delta in news)
                 await _write(send, b"".join(events))
+                exchange.announced = True
             elif not exchange.done:
                 await _write(send, KEEP_ALIVE)
         await _write(send, _ending(exchange, chunks), more=False)
@@ -120,11 +122,8 @@ class Answerer(msgspec.Struct, frozen=True):
                 collected[index].add(delta)
         if exchange.failure is not None:
             raise RequestError(exchange.failure)
-        choices = [
-            choice.choice(index, form.logprobs, form.prompt_ids, form.token_ids)
-            for index, choice in enumerate(collected)
-        ]
-        body = completion(self._head(exchange.id, exchange.created), choices, total_usage(_usages(exchange)))
+        choices = [choice.choice(index, form.logprobs, form.token_ids) for index, choice in enumerate(collected)]
+        body = completion(self._head(exchange), choices, total_usage(_usages(exchange)))
         await _write_json(send, body, 200, [])
 
 

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.completions import ChatCompletions
 from services.gateway.errors import QUEUE_DOWN, UNEXPECTED, error_response, http_failure
+from services.gateway.model_names import ModelNames
 from services.gateway.returns import Returns
 from services.gateway.schemas import ChatRequest
-from services.gateway.validate import unknown_model
 from shared.errors import RequestError
 
 OWNER = "Baidu"
@@ -35,6 +35,25 @@ class ModelCard(msgspec.Struct, frozen=True):
     root: str = ""
 
 
+class Models(msgspec.Struct, frozen=True):
+    """The one model under all its names."""
+
+    names: ModelNames
+    created: int
+    max_model_len: int
+
+    def card(self, name: str) -> ModelCard:
+        """Describe the model under a name.
+
+        Raises:
+            RequestError: 404, nobody may call it that.
+        """
+        return ModelCard(id=self.names.resolve(name), created=self.created, max_model_len=self.max_model_len)
+
+    def cards(self) -> list[ModelCard]:
+        return [self.card(name) for name in self.names.listed]
+
+
 class Written(Response):
     """A response that writes itself: FastAPI hands it the connection, and nothing stands between it and the client."""
 
@@ -47,7 +66,7 @@ class Written(Response):
 
 
 def routes(
-    completions: ChatCompletions, returns: Returns, card: ModelCard, ready: Callable[[], Awaitable[dict[str, Any]]]
+    completions: ChatCompletions, returns: Returns, served: Models, ready: Callable[[], Awaitable[dict[str, Any]]]
 ) -> FastAPI:
     """The application; `ready` is asked what the health routes report."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
@@ -69,13 +88,11 @@ def routes(
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [card]})
+        return _json({"object": "list", "data": served.cards()})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        if model != card.id:
-            raise unknown_model(model)
-        return _json(card)
+        return _json(served.card(model))
 
     _describe(app)
     return app

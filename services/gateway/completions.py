@@ -50,14 +50,14 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             order, key = await self._take(body, request.headers, owner)
             del body
             if span is not None:
-                spans.asked(span, self.answerer.model, order)
+                spans.asked(span, order)
             ticket = Ticket(created, created + seconds, owner, key, trace)
             async with self.desk.open(order, ticket) as exchange:
                 try:
                     await self.answerer.respond(exchange, request, receive, send)
                 finally:
                     if span is not None:
-                        spans.answered(span, self.answerer.model, exchange, time.time())
+                        spans.answered(span, exchange, time.time())
 
     async def _take(self, body: bytes, headers: Mapping[str, str], owner: str) -> tuple[Order, Key | None]:
         def take() -> tuple[Order, Key | None]:

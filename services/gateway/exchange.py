@@ -175,7 +175,8 @@ def choice_id(request_id: str, index: int) -> str:
 
 
 def _size(delta: Delta) -> int:
-    """Roughly the bytes a delta will be in a stream beyond its frame; what matters is that nothing large is free."""
+    """Roughly the bytes a delta will be in a stream beyond its frame; what matters is that nothing large is free.
+    The prompt's ids are not counted: they come once a choice, and may come for all choices at the same moment."""
     detail = 64 * len(delta.logprobs) * (1 + max((len(one.top) for one in delta.logprobs), default=0))
     calls = sum(len(call.arguments) for call in delta.tool_calls)
     return 64 + len(delta.content) + len(delta.reasoning) + calls + 8 * len(delta.token_ids) + detail

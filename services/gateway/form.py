@@ -3,25 +3,20 @@
 import msgspec
 
 from shared.errors import ProtocolError
-from shared.messages import unpack_ids
 
 
 class Form(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a gateway must know of a request that it did not take itself. The other stages carry it unread."""
 
+    model: str = ""  # the name that the client called the model by
     n: int = 1
     include_usage: bool = False
     token_ids: bool = False
     logprobs: bool = False
-    prompt: bytes | None = None  # packed ids, for who asked for token ids
     owner: str = ""  # digest of the API key; empty: everybody's
     key: str = (
         ""  # digest of the Idempotency-Key; empty: the client gave none, so it wants the answer on this connection
     )
-
-    @property
-    def prompt_ids(self) -> list[int] | None:
-        return None if self.prompt is None else unpack_ids(self.prompt)
 
 
 _encoder = msgspec.msgpack.Encoder()

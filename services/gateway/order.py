@@ -6,10 +6,11 @@ from services.gateway import validate
 from services.gateway.chat import ChatFormat
 from services.gateway.form import Form
 from services.gateway.media import Item, MediaRules
+from services.gateway.model_names import ModelNames
 from services.gateway.sampling import output, sampling
 from services.gateway.schemas import parse
 from shared.limits import resolve_max_tokens
-from shared.messages import Output, Sampling, pack_ids
+from shared.messages import Output, Sampling
 from shared.model_config import GenerationDefaults
 from shared.tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ from shared.tokenizer import Tokenizer
 class Order(msgspec.Struct, frozen=True):
     """One HTTP request, checked and tokenised."""
 
+    model: str  # the name that the answer repeats
     segments: tuple[list[int], ...]
     media: tuple[Item, ...]
     sampling: Sampling
@@ -27,14 +29,13 @@ class Order(msgspec.Struct, frozen=True):
     include_usage: bool
 
     def form(self, owner: str, key: str) -> Form:
-        """How its answer is written. With media only the mm_encoder knows the prompt's tokens."""
-        token_ids = self.output.return_token_ids
+        """How its answer is written."""
         return Form(
+            model=self.model,
             n=self.n,
             include_usage=self.include_usage,
-            token_ids=token_ids,
+            token_ids=self.output.return_token_ids,
             logprobs=self.output.logprobs,
-            prompt=pack_ids(self.segments[0]) if token_ids and not self.media else None,
             owner=owner,
             key=key,
         )
@@ -47,7 +48,7 @@ class OrderTaker(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     rules: MediaRules
-    model: str
+    names: ModelNames
     max_n: int
     max_model_len: int
     force_include_usage: bool
@@ -59,7 +60,7 @@ class OrderTaker(msgspec.Struct, frozen=True):
         """
         request, fields = parse(body)
         validate.check_supported(fields)
-        validate.check_model(request, self.model)
+        model = self.names.resolve(request.model)
         validate.check_choices(request, self.max_n)
         validate.check_messages(request.messages)
         validate.check_tools(request)
@@ -69,6 +70,7 @@ class OrderTaker(msgspec.Struct, frozen=True):
         drawn = sampling(request, self.defaults, self.tokenizer, prompt.thinking)
         options = request.stream_options
         return Order(
+            model=model,
             segments=prompt.segments,
             media=tuple(media),
             sampling=drawn,

@@ -11,7 +11,7 @@ import msgspec
 
 from services.gateway.exchange import Place
 from shared.errors import Failure
-from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
+from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, unpack_ids
 
 DONE = b"data: [DONE]\n\n"
 # A comment without a blank line, which the openai client, once it has seen an id, takes for the end of an empty event.
@@ -62,7 +62,7 @@ def _joins(first: Delta, second: Delta) -> bool:
 def _is_text(delta: Delta) -> bool:
     """Only reasoning or only content, and nothing that belongs to a single token."""
     return bool(delta.reasoning) != bool(delta.content) and not (
-        delta.tool_calls or delta.logprobs or delta.token_ids or delta.finish_reason or delta.failure
+        delta.tool_calls or delta.logprobs or delta.token_ids or delta.prompt or delta.finish_reason or delta.failure
     )
 
 
@@ -108,20 +108,26 @@ class Marks:
 
 
 class Chunks:
-    """Writes the chunks of one stream."""
+    """Writes the chunks of one stream.
 
-    def __init__(self, head: Head, n: int, include_usage: bool) -> None:
+    The chunk that names the role is written before anything has come. If the client asked for token ids it has the
+    prompt's, which come with the first delta, and is then the first event of that delta.
+    """
+
+    def __init__(self, head: Head, n: int, include_usage: bool, token_ids: bool = False) -> None:
         fields = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
         fields["system_fingerprint"] = head.system_fingerprint
         self._head = b"data: " + _one_line(fields)[:-1]
         self._starts = [self._head + b',"choices":[{"index":%d,"delta":{' % i for i in range(n)]
         self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._plain = b'},"logprobs":null,"finish_reason":null}]' + self._end
+        self._token_ids = token_ids
 
-    def openings(self, mark: bytes, prompt_ids: list[int] | None = None) -> bytes:
-        """The first chunks, one a choice. `prompt_ids` are for who asked for token ids."""
-        ids = b"" if prompt_ids is None else b',"prompt_token_ids":' + _json.encode(prompt_ids)
-        *others, last = [start + b'"role":"assistant","content":""' + ids + self._plain for start in self._starts]
+    def openings(self, mark: bytes) -> bytes:
+        """The first chunks, one a choice; nothing where they wait for the prompt's ids."""
+        if self._token_ids:
+            return b""
+        *others, last = map(self._opening, self._starts)
         return b"".join([*others, mark, last])
 
     def delta(self, index: int, delta: Delta, marks: Marks, shown: int = 0) -> bytes:
@@ -132,6 +138,8 @@ class Chunks:
         if delta.logprobs or delta.token_ids:
             # They belong to all of the delta, and ride on its first chunk.
             chunks[:1] = [self._detailed(start, pieces[0] if pieces else b"", delta)]
+        if self._token_ids and delta.start == 0:
+            chunks.insert(0, self._opening(start, b',"prompt_token_ids":' + _json.encode(prompt_ids(delta))))
         if delta.finish_reason:
             chunks.append(
                 start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + self._end
@@ -142,12 +150,20 @@ class Chunks:
         """The chunk without choices that ends the stream of a client who asked for it."""
         return self._head + b',"choices":[],"usage":' + _json.encode(usage) + b"}\n\n"
 
+    def _opening(self, start: bytes, ids: bytes = b"") -> bytes:
+        return start + b'"role":"assistant","content":""' + ids + self._plain
+
     def _detailed(self, start: bytes, piece: bytes, delta: Delta) -> bytes:
         if delta.token_ids:
             piece += b"," if piece else b""
             piece += b'"completion_token_ids":' + _json.encode(delta.token_ids)
         shown = _one_line(logprobs(delta.logprobs)) if delta.logprobs else b"null"
         return start + piece + b'},"logprobs":' + shown + b',"finish_reason":null}]' + self._end
+
+
+def prompt_ids(delta: Delta) -> list[int] | None:
+    """Return the prompt's token ids; None from an engine of a release that does not send them."""
+    return unpack_ids(delta.prompt) if delta.prompt else None
 
 
 def _texts(delta: Delta) -> list[bytes]:
@@ -229,6 +245,7 @@ class Collected:
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[ShownLogprob] = []
         self._token_ids: list[int] = []
+        self._prompt_ids: list[int] | None = None
         self._finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
@@ -236,12 +253,13 @@ class Collected:
         self._content.append(delta.content)
         self._logprobs += delta.logprobs
         self._token_ids += delta.token_ids
+        self._prompt_ids = self._prompt_ids or prompt_ids(delta)
         self._finish_reason = delta.finish_reason or self._finish_reason
         for piece in delta.tool_calls:
             call = self._calls.setdefault(piece.index, {"id": piece.id, "name": piece.name, "arguments": []})
             call["arguments"].append(piece.arguments)
 
-    def choice(self, index: int, with_logprobs: bool, prompt_ids: list[int] | None, with_ids: bool) -> dict[str, Any]:
+    def choice(self, index: int, with_logprobs: bool, with_ids: bool) -> dict[str, Any]:
         """An element of `choices`."""
         content, reasoning = "".join(self._content), "".join(self._reasoning)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if self._calls else "")}
@@ -250,7 +268,7 @@ class Collected:
         if self._calls:
             message["tool_calls"] = [_call(self._calls[i]) for i in sorted(self._calls)]
         if with_ids:
-            message |= {"prompt_token_ids": prompt_ids, "completion_token_ids": self._token_ids}
+            message |= {"prompt_token_ids": self._prompt_ids, "completion_token_ids": self._token_ids}
         return {
             "index": index,
             "message": message,

@@ -45,7 +45,7 @@ class Returns(msgspec.Struct, frozen=True):
         with self.admission.slot():
             known = await self._find(name, request)
             if not known.ended:
-                await self.answerer.say_unfinished(known.id, known.created, send)
+                await self.answerer.say_unfinished(known, send)
                 return
             async with self.desk.rejoin(known, known.form, False) as exchange:
                 await self.answerer.respond(exchange, request, receive, send)

@@ -34,7 +34,7 @@ def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Toke
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=max(_or(request.top_p, defaults.top_p), SMALLEST_TOP_P),
         top_k=max(_or(request.top_k, defaults.top_k), 0),
-        min_p=_or(request.min_p, 0.0),
+        min_p=_or(request.min_p, defaults.min_p),
         repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=_or(request.presence_penalty, defaults.presence_penalty),
         frequency_penalty=_or(request.frequency_penalty, defaults.frequency_penalty),
@@ -52,11 +52,13 @@ def sampling(request: ChatRequest, defaults: GenerationDefaults, tokenizer: Toke
 def output(request: ChatRequest, thinking: bool) -> Output:
     """How postproc turns tokens into the answer."""
     stop = request.stop or ()
+    tools = request.tools if request.tools and request.tool_choice != "none" else ()
     return Output(
         thinking=thinking,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         include_stop=request.include_stop_str_in_output,
-        tools=bool(request.tools) and request.tool_choice != "none",
+        tools=bool(tools),
+        functions=tuple(tool.function.name for tool in tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
         return_token_ids=bool(request.return_token_ids),

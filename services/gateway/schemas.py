@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from services.gateway.model_names import MAX_CHARS
 from shared.errors import RequestError, invalid
 
 MAX_MESSAGES = 4096
@@ -113,7 +114,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/chat/completions. Fields that no API defines are ignored."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    model: str = "default"
+    model: Annotated[str, Meta(max_length=MAX_CHARS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1)] | None = None

@@ -5,10 +5,12 @@ from typing import Annotated
 
 from msgspec import Meta, field
 
+from services.gateway.model_names import MAX_CHARS, ModelNames
 from shared.config import CommonSettings, Port, Positive
 from shared.messages import MediaKind
 
 Seconds = Annotated[float, Meta(gt=0)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
 
 
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,7 +18,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
 
     host: str = "0.0.0.0"
     port: Port = 8180
-    served_model_name: str = ""  # empty: the checkpoint directory's name
+    served_model_names: tuple[ModelName, ...] = ()  # empty: any name, and the checkpoint directory's in /v1/models
     api_keys: tuple[str, ...] = ()  # empty: everybody may call
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429
@@ -37,9 +39,9 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_pending_bytes: Positive = 1 << 20  # text a stream may owe to a client that does not read
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
 
-    def model_name(self) -> str:
-        """The name clients call the model by."""
-        return self.served_model_name or Path(self.model).resolve().name
+    def model_names(self) -> ModelNames:
+        """What clients may call the model."""
+        return ModelNames(Path(self.model).resolve().name, self.served_model_names)
 
     def media_limits(self) -> dict[MediaKind, int]:
         """How many of each kind one prompt may have; a kind that is not named keeps the limit of one."""

@@ -17,12 +17,12 @@ FIRST_TOKEN = "first_token"  # an event, and so is
 CLIENT_LEFT = "client_left"
 
 
-def asked(span: Span, model: str, order: Order) -> None:
+def asked(span: Span, order: Order) -> None:
     """The request is understood."""
     sampling = order.sampling
     span.set(
         {
-            "gen_ai.request.model": model,
+            "gen_ai.request.model": order.model,
             "gen_ai.request.stream": order.stream,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
@@ -35,9 +35,10 @@ def asked(span: Span, model: str, order: Order) -> None:
         span.set({"gen_ai.request.choice.count": order.n})
 
 
-def answered(span: Span, model: str, exchange: Exchange, now: float) -> None:
+def answered(span: Span, exchange: Exchange, now: float) -> None:
     """It has ended, however. `now` in unix seconds."""
-    span.set({REQUEST_ID: exchange.id, "gen_ai.response.id": f"chatcmpl-{exchange.id}", "gen_ai.response.model": model})
+    span.set({REQUEST_ID: exchange.id, "gen_ai.response.id": f"chatcmpl-{exchange.id}"})
+    span.set({"gen_ai.response.model": exchange.form.model})
     if exchange.first_token is not None:
         span.event(FIRST_TOKEN, exchange.first_token)
         span.set({"gen_ai.response.time_to_first_chunk": exchange.first_token - exchange.created})

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from services.gateway.schemas import ChatRequest, FilePart, ImagePart, Message, TextPart, Tool, VideoPart, VideoURL
-from shared.errors import Failure, RequestError, invalid
+from shared.errors import invalid
 
 MAX_SCHEMA_BYTES = 64 << 10  # of one tool
 MAX_TOOLS_BYTES = 512 << 10  # of all of them
@@ -81,24 +81,6 @@ def check_supported(fields: Mapping[str, msgspec.Raw]) -> None:
         value = msgspec.json.decode(fields[name])
         if value is not None and value not in _UNSUPPORTED[name]:
             raise invalid(f"`{name}` is not supported by this server.", name, "unsupported_parameter")
-
-
-def check_model(request: ChatRequest, served: str) -> None:
-    """
-    Raises:
-        RequestError: 404 model_not_found.
-    """
-    if request.model not in (served, "default"):
-        raise unknown_model(request.model)
-
-
-def unknown_model(name: str) -> RequestError:
-    """A 404 for a model this server does not have."""
-    return RequestError(
-        Failure(
-            404, f"The model {name[:256]!r} does not exist; see GET /v1/models.", param="model", code="model_not_found"
-        )
-    )
 
 
 def check_choices(request: ChatRequest, max_n: int) -> None:

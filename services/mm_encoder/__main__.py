@@ -27,6 +27,7 @@ from shared.blobs import Blobs
 from shared.checkpoint import Checkpoint
 from shared.custody import Custody
 from shared.errors import ConfigError
+from shared.foreign_checkpoints import refuse_foreign
 from shared.keys import ENCODE, Keys
 from shared.model_config import load_model_config
 from shared.records import Records
@@ -46,6 +47,7 @@ def build(
         CheckpointError: the model directory is not what it should be.
     """
     directory = Path(settings.model)
+    refuse_foreign(directory)
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)

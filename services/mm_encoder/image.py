@@ -1,8 +1,9 @@
 """Bytes of an image to RGB pixels.
 
 What FastDeploy does decides: transparency is laid on white (transformers drops it), EXIF orientation is applied,
-everything else is Pillow's conversion to RGB (16-bit grey clips at 255 there, as in both references). An animation
-is its first frame. Where FastDeploy trips over a transparent palette and drops the transparency, we lay it on white.
+everything else is Pillow's conversion to RGB, except that deep grey is scaled (grey.py), where both references clip it
+to white. An animation is its first frame. Where FastDeploy trips over a transparent palette and drops the transparency,
+we lay it on white.
 """
 
 import io
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from services.mm_encoder import grey
 from services.mm_encoder.refusal import over_limit, refuse
 
 # Formats people send. Pillow reads more, some through external programs or rarely used parsers.
@@ -45,7 +47,10 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-        return _on_white(ImageOps.exif_transpose(image)).convert("RGB")
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode in grey.MODES:
+            turned = grey.eight_bits(turned, getattr(image, "tag_v2", {}))
+        return _on_white(turned).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # as above

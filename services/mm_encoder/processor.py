@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from services.mm_encoder import sampling, timestamps
+from services.mm_encoder import orientation, sampling, timestamps
 from services.mm_encoder.image import open_image, resized, rgb_pixels
 from services.mm_encoder.patches import Patches, patch_rows
 from services.mm_encoder.refusal import refuse
@@ -20,6 +20,9 @@ from services.mm_encoder.settings import ProcessorSettings
 from services.mm_encoder.video import VideoFacts, VideoLimits, decode, probe
 from shared.messages import Media, VideoOptions
 from shared.model_config import VisionConfig
+
+# Raise it when the same bytes give other patches than before: embeddings that are cached are then made anew.
+REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class VideoPlan:
     data: bytes = field(repr=False)
     facts: VideoFacts
     indices: list[int]  # even in number: the last is repeated if need be
-    size: tuple[int, int]  # height and width after resizing
+    size: tuple[int, int]  # height and width after resizing, before the frames are turned
     tokens: int
 
 
@@ -64,9 +67,10 @@ class Processor:
         """
         settings = self._settings
         if media.kind == "image":
-            return _canonical("image", settings.image_min_pixels, settings.image_max_pixels)
+            return _canonical(REVISION, "image", settings.image_min_pixels, settings.image_max_pixels)
         frames = self._sampling(media.video)
-        return _canonical("video", settings.video_min_pixels, settings.video_max_pixels, frames, self._font_hash)
+        pixels = settings.video_min_pixels, settings.video_max_pixels
+        return _canonical(REVISION, "video", *pixels, frames, self._font_hash)
 
     def plan(self, media: Media, data: bytes) -> Plan:
         """
@@ -113,18 +117,21 @@ class Processor:
 
     def _video(self, plan: VideoPlan) -> Patches:
         height, width = plan.size
-        grid = (len(plan.indices), height // self._patch, width // self._patch)
         rows: NDArray[np.uint8] | None = None
         for wanted, index, frame in decode(plan.data, plan.facts, set(plan.indices), self._limits):
-            image = frame.to_image()  # type: ignore[no-untyped-call]
+            turn = orientation.transposition(frame)
+            if rows is None and turn in orientation.SIDEWAYS:
+                height, width = width, height  # the number of tokens stays
+            image = orientation.upright(frame, turn)
             size = timestamps.font_size(image.width, image.height)
             seconds = index * plan.facts.seconds / plan.facts.frames
             timestamps.paint(image, seconds, ImageFont.truetype(io.BytesIO(self._font), size))
             one = patch_rows(resized(image, height, width), self._patch, self._merge)
             if rows is None:
-                rows = np.empty((grid[0], *one.shape), np.uint8)
+                rows = np.empty((len(plan.indices), *one.shape), np.uint8)
             rows[[place for place, shown in enumerate(plan.indices) if shown == wanted]] = one
         assert rows is not None, "decode yields every wanted frame or raises"
+        grid = (len(plan.indices), height // self._patch, width // self._patch)
         return Patches(rows.reshape(-1, rows.shape[2]), grid)
 
     def _sampling(self, options: VideoOptions) -> sampling.FrameSampling:

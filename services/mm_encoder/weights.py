@@ -91,7 +91,8 @@ class _Reader:
     def tensor(self, name: str, *shape: int) -> Tensor:
         tensor = self._source.get(name, shape).to(self._dtype).contiguous()
         self.digest.update(f"{name} {list(shape)}".encode())
-        self.digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        if not tensor.is_meta:  # headers only
+            self.digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return tensor.to(self._device)
 
     def linear(self, name: str, *shape: int) -> Linear:

@@ -17,6 +17,7 @@ import msgspec
 from services.postproc.detokenize import Detokenizer, Vocabulary
 from services.postproc.reasoning import Reasoning
 from services.postproc.stop import Stop
+from services.postproc.thought_calls import ThoughtCalls
 from services.postproc.tool_calls import Piece, ToolCalls
 from services.postproc.usage import usage_of
 from shared.errors import Failure, internal
@@ -30,6 +31,7 @@ class Parsers(msgspec.Struct, frozen=True):
 
     reasoning: bool = True
     tool_calls: bool = True
+    tool_calls_in_reasoning: bool = True  # those at its end, if the model forgets </think>
 
 
 class Answer:
@@ -53,6 +55,7 @@ class Answer:
         "_split",
         "_stop_content",
         "_stop_reasoning",
+        "_thought_calls",
         "_tool_deltas",
         "_vocabulary",
         "answered",
@@ -78,11 +81,14 @@ class Answer:
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer()
         self._split = Reasoning(output.thinking and parsers.reasoning)
-        self._reasoned = 0  # tokens up to and including </think>
+        self._reasoned = 0  # tokens up to and including </think>, or before the first call
         self.called = False  # a call was shown
         self._calls: ToolCalls | None = None
         if output.tools and parsers.tool_calls:
             self._calls = ToolCalls(request.id, output.parallel_tool_calls, vocabulary.spelled_markers)
+        self._thought_calls: ThoughtCalls | None = None
+        if self._calls and self._split.open and output.functions and parsers.tool_calls_in_reasoning:
+            self._thought_calls = ThoughtCalls(frozenset(output.functions), vocabulary.spelled_markers)
         self._stop_reasoning = Stop(output.stop, output.include_stop)
         self._stop_content = Stop(output.stop, output.include_stop)
         self._reasoning: list[str] = []
@@ -166,6 +172,7 @@ class Answer:
             tool_calls=_joined(self._tool_deltas),
             logprobs=tuple(self._logprobs),
             token_ids=tuple(self._ids),
+            prompt=self.begin.prompt if self.begin is not None and start == 0 else b"",
         )
         for taken in (self._reasoning, self._content, self._tool_deltas, self._logprobs, self._ids):
             taken.clear()
@@ -180,8 +187,8 @@ class Answer:
     # ------------------------------------------------------------------------------------------------ in between
 
     def _settle(self) -> None:
-        split, calls = self._split, self._calls
-        shown_as_is = split.open or calls is None or calls.idle
+        split, calls = self._split, self._thought_calls if self._split.open else self._calls
+        shown_as_is = calls is None or calls.idle
         self._plain = self._simple and shown_as_is and split.idle and self._detokenizer.idle
 
     def _fold(self, token: int, logprob: TokenLogprob | None) -> None:
@@ -189,10 +196,17 @@ class Answer:
             self._add(self._logprobs, self._shown(token, logprob))
         if self._output.return_token_ids:
             self._add(self._ids, token)
-        vocabulary, split, calls = self._vocabulary, self._split, self._calls
+        vocabulary, split, calls, thought_calls = self._vocabulary, self._split, self._calls, self._thought_calls
+        if split.open and thought_calls and not thought_calls.holding:
+            self._reasoned = self.count - 1
         if split.open and token == vocabulary.think_end:
             self._route(self._detokenizer.flush())
+            self._think(thought_calls.release() if thought_calls else "")
             self._end_reasoning()
+            self._reasoned = self.count
+        elif split.open and thought_calls and token in vocabulary.call_markers:
+            self._route(self._detokenizer.flush())
+            self._think(thought_calls.marker(vocabulary.call_markers[token]))
         elif calls and not split.open and token in vocabulary.call_markers:
             self._route(self._detokenizer.flush())
             split.said()
@@ -210,7 +224,7 @@ class Answer:
 
     def _route(self, text: str) -> None:
         if self._split.open:
-            self._think(self._split.think(text))
+            self._think(self._thought_calls.push(text) if self._thought_calls else text)
             return
         text = self._split.say(text)
         if self._calls:
@@ -223,10 +237,12 @@ class Answer:
             return
         self._split.end()
         self._write(self._reasoning, self._stop_reasoning.flush())
-        self._reasoned = self.count
         self._sink = self._content
 
     def _think(self, text: str) -> None:
+        self._show_thought(self._split.think(text))
+
+    def _show_thought(self, text: str) -> None:
         self._write(self._reasoning, self._stop_reasoning.push(text))
         if self._stop_reasoning.matched:
             self._end_by_stop_string()
@@ -259,13 +275,23 @@ class Answer:
     def _flush(self, cut_off: bool) -> None:
         """Show what was held back; nothing can follow. It may still complete a stop string."""
         self._route(self._detokenizer.flush())
+        if self._split.open and self._thought_calls:
+            self._flush_thought_calls(self._thought_calls, cut_off)
         if self._split.open:
-            self._think(self._split.finish())
+            self._show_thought(self._split.finish())
             self._write(self._reasoning, self._stop_reasoning.flush())
             return
         if self._calls:
             self._show(self._calls.finish(cut_off))
         self._write(self._content, self._stop_content.flush())
+
+    def _flush_thought_calls(self, thought_calls: ThoughtCalls, cut_off: bool) -> None:
+        text, held = (thought_calls.release(), []) if cut_off else thought_calls.finish()
+        self._think(text)
+        if held and self._calls:
+            self._end_reasoning()
+            for piece in held:
+                self._show(self._calls.marker(piece.text) if piece.is_marker else self._calls.push(piece.text))
 
     def _end_by_stop_string(self) -> None:
         if not self.ended:

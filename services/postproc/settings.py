@@ -16,6 +16,7 @@ class PostprocSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown
 
     reasoning_parser: str = ERNIE_VL_THINKING
     tool_call_parser: str = ERNIE_VL_THINKING
+    tool_calls_in_reasoning: bool = True  # a complete call at the end of reasoning that nothing ends is a call
     journal_every: Positive = 64  # tokens of a request between two writes of its journal
     read_count: Positive = 128  # steps read at once, when behind
     trim_every: Positive = 256  # steps between two trims of a shard's stream
@@ -28,4 +29,4 @@ class PostprocSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown
                 raise ConfigError(f'{variable(field)} is {name!r}; known: {ERNIE_VL_THINKING!r}, and "" for none')
 
     def parsers(self) -> Parsers:
-        return Parsers(reasoning=bool(self.reasoning_parser), tool_calls=bool(self.tool_call_parser))
+        return Parsers(bool(self.reasoning_parser), bool(self.tool_call_parser), self.tool_calls_in_reasoning)

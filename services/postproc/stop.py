@@ -7,7 +7,7 @@ still become a match, and so must be held back.
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 
@@ -108,6 +108,13 @@ class Finder:
         safe = len(seen) - patterns.depth[node]
         self._node, self._held = node, seen[safe:]
         return seen[:safe], "", len(text)
+
+    def split(self, text: str) -> Iterator[tuple[str, str]]:
+        """Look through all of `text`: each match, "" the last time, with the text before it."""
+        at = 0
+        while at < len(text):
+            plain, match, at = self.push(text, at)
+            yield plain, match
 
     def flush(self) -> str:
         """What is held back, when nothing can follow it directly."""

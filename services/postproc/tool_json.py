@@ -1,321 +1,305 @@
-"""Reads the body of one tool call as it is written: the name as soon as it is complete, then its arguments.
+"""Reads what stands between <tool_call> and </tool_call>, as it is written: one call or several.
 
-A body is the JSON object {"name": ..., "arguments": {...}}, and what models make of it is read too:
+A call is the JSON object {"name": ..., "arguments": {...}}, and what models make of it is read too:
 
-- The keys come in any order; arguments that come before the name wait for it. Other keys are skipped, and of a
-  repeated key the first counts. Commas may be missing or too many.
-- The outer braces may be missing, either or both.
-- Arguments are passed on exactly as written, without a look at what is in them beyond brackets and strings. If they
-  are a JSON string, what it says is passed on; if they are null, empty or absent from a call that ended, "{}".
-- Whatever follows the object, or what cannot be read after the name, is the call's tail and no part of it.
+- The keys come in any order. `parameters` means `arguments`. Other keys are skipped, and of a repeated key the first
+  counts. Commas may be missing or too many.
+- The outer braces may be missing, either or both. Several objects may follow each other, in a list or not.
+- Arguments are an object, which json_repair repairs, or a JSON string that says one. If they are null, an empty string
+  or absent from a call that ended, they are {}.
 
-A body without a name, or one that cannot be read before it, is malformed: not a call.
+A call is reported as soon as its name is known and its arguments have a first value or are complete. It stands from
+then on: its arguments end where they cannot be read, or where the text ends, closed by the brackets that are missing.
+All that comes before decides whether it is one: without a name, with arguments that are no object or that cannot be
+read before their first value, it is no call but text.
+
+These rules know nothing of pieces, so a stream and a whole answer agree.
 """
 
-import json
-import re
 from collections.abc import Callable
 
+from services.postproc.json_repair import SPACE, StringRepair, ValueRepair, unquote
 from shared.messages import ToolDelta
 
-_SPACE = " \t\r\n"
-_STRING_STOP = re.compile(r'["\\]')
-_BRACKET_STOP = re.compile(r'["{}\[\]]')
-_SCALAR_STOP = re.compile(r"[,}\]\s]")
-_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-
-
-class Unescape:
-    """The text a JSON string stands for, as the string is written. Escapes JSON does not know stay as written, half a
-    surrogate pair becomes U+FFFD, and an escape the text ends in is lost."""
-
-    __slots__ = ("_escape", "_high", "closed")
-
-    def __init__(self) -> None:
-        self._escape = ""  # an escape that has begun
-        self._high = 0  # the first half of a surrogate pair, waiting for the second
-        self.closed = False  # the closing quote was read
-
-    def push(self, text: str, at: int) -> tuple[str, int]:
-        """(what text[at:] adds, where reading ended: after the closing quote, or at the end of `text`)."""
-        out: list[str] = []
-        while at < len(text) and not self.closed:
-            if self._escape:
-                at = self._read_escape(text[at], at, out)
-                continue
-            stop = _STRING_STOP.search(text, at)
-            end = stop.start() if stop else len(text)
-            if end > at:
-                out.append(self._orphan() + text[at:end])
-            at = end + 1 if stop else end
-            if stop and text[end] == "\\":
-                self._escape = "\\"
-            elif stop:
-                self.closed = True
-                out.append(self._orphan())
-        return "".join(out), at
-
-    def _read_escape(self, char: str, at: int, out: list[str]) -> int:
-        escape = self._escape + char
-        if escape == "\\u" or (escape[1] == "u" and len(escape) < 6 and _is_hex(char)):
-            self._escape = escape
-            return at + 1
-        self._escape = ""
-        if escape[1] != "u":
-            out.append(self._orphan() + _ESCAPES.get(char, escape))
-        elif _is_hex(char):
-            out.append(self._unit(int(escape[2:], 16)))
-        else:
-            out.append(self._orphan() + escape[:-1])
-            return at  # `char` may be the closing quote
-        return at + 1
-
-    def _unit(self, unit: int) -> str:
-        """A UTF-16 code unit."""
-        if self._high and 0xDC00 <= unit < 0xE000:
-            high, self._high = self._high, 0
-            return chr(0x10000 + ((high - 0xD800) << 10) + (unit - 0xDC00))
-        orphan = self._orphan()
-        if 0xD800 <= unit < 0xDC00:
-            self._high = unit
-            return orphan
-        return orphan + ("\ufffd" if 0xDC00 <= unit < 0xE000 else chr(unit))
-
-    def _orphan(self) -> str:
-        """U+FFFD in place of a first half whose second did not come."""
-        orphan, self._high = "\ufffd" if self._high else "", 0
-        return orphan
+_ARGUMENTS = ("arguments", "parameters")
 
 
 class Call:
-    """One tool call, from its opening marker to its end. Time and memory are linear in the body's length."""
+    """One object, from behind its opening brace to its closing one."""
 
-    def __init__(self, index: int, call_id: str) -> None:
+    __slots__ = (
+        "_arguments",
+        "_fragments",
+        "_key",
+        "_read",
+        "_state",
+        "_string",
+        "_value",
+        "broken",
+        "closed",
+        "name",
+        "unread",
+    )
+
+    def __init__(self) -> None:
         self.name: str | None = None
-        self.malformed = False
-        self.raw: list[str] = []  # the body as written, while there is no name
-        self.tail: list[str] = []
-        self.index = index
-        self._id = call_id
-        self._announced = False
+        self.closed = False  # its closing brace was read
+        self.broken = False  # it cannot be read further
+        self.unread = ""  # the scalar that broke it
+        self._arguments = False  # the key was read
         self._fragments: list[str] = []  # of the arguments, not yet given out
-        self._has_arguments = False  # the key was read
         self._key = ""
-        self._state: Callable[[str, int], int] = self._start
-        self._string: list[str] = []  # a key, the name or a scalar, so far
-        self._then: Callable[[str], None] = self._got_key
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self._emitting = False
-        self._unescape = Unescape()
-        self._any = False  # quoted arguments say something
+        self._read: list[str] = []  # of a key or the name
+        self._string = StringRepair()
+        self._value = ValueRepair()
+        self._state: Callable[[str, int], int] = self._members
 
-    def push(self, text: str) -> list[ToolDelta]:
-        """What `text`, the next of the body, adds to the call. Afterwards it may have become malformed."""
-        if self.name is None:
-            self.raw.append(text)
-        at = 0
-        while at < len(text):
+    def push(self, text: str, at: int) -> int:
+        """Read text[at:] and return where reading stopped: at the end, after the object, or where it is broken."""
+        while at < len(text) and not self.closed and not self.broken:
             at = self._state(text, at)
-        return self._take()
+        return at
 
-    def end(self) -> list[ToolDelta]:
-        """The body is over, and was not cut off."""
-        if self._state == self._scalar:
-            self._end_scalar()
-        if self._state == self._members:
-            self._complete()
-        return self._take()
-
-    def _take(self) -> list[ToolDelta]:
+    def take(self) -> str:
+        """Give out the arguments that have become known since the last time; the name is known with the first."""
         if self.name is None:
-            return []
-        deltas = []
-        if not self._announced:
-            self._announced = True
-            self.raw.clear()
-            deltas.append(ToolDelta(self.index, self._id, self.name, ""))
-        if arguments := "".join(self._fragments):
-            deltas.append(ToolDelta(self.index, None, None, arguments))
+            return ""
+        out = "".join(self._fragments)
         self._fragments.clear()
-        return deltas
+        return out
+
+    def end(self, cut_off: bool) -> None:
+        """Close the call, at the end of its text, or where a limit cut it off."""
+        if self._state in (self._read_arguments, self._read_quoted):
+            self._end_arguments(cut_off)
+        elif self._state == self._skip:
+            self._value.end(cut_off)
+            self._end_skip()
+        if self._state == self._members and not cut_off:
+            self._complete()
 
     def _complete(self) -> None:
-        if not self._has_arguments:
+        if not self._arguments:
+            self._arguments = True
             self._fragments.append("{}")
-            self._has_arguments = True
 
-    def _unreadable(self, read: str, at: int = 0) -> int:
-        """The body breaks the grammar; `read` is what was taken for something else until now."""
-        self.malformed = self.name is None
-        self.tail.append(read)
-        self._state = self._after
+    def _end_arguments(self, cut_off: bool = False) -> None:
+        self._value.end(cut_off)
+        self._fragments.append(self._value.take())
+
+    def _break(self, at: int, unread: str = "") -> int:
+        self.broken = True
+        self.unread = unread
         return at
 
     # A state reads text[at:] as far as it is the state's own and returns where it stopped.
 
-    def _start(self, text: str, at: int) -> int:
-        char = text[at]
-        if char == "{":
-            self._state = self._members
-        elif char == '"':
-            self._begin_string(self._got_key)
-        elif char not in _SPACE:
-            return self._unreadable("", at)
-        return at + 1
-
     def _members(self, text: str, at: int) -> int:
         char = text[at]
         if char == '"':
-            self._begin_string(self._got_key)
+            self._begin_string(self._read_key)
         elif char == "}":
             if self.name is None:
-                return self._unreadable("", at)
+                return self._break(at)
             self._complete()
-            self._state = self._after
-        elif char != "," and char not in _SPACE:
-            return self._unreadable("", at)
+            self.closed = True
+        elif char != "," and char not in SPACE:
+            return self._break(at)
         return at + 1
+
+    def _begin_string(self, state: Callable[[str, int], int]) -> None:
+        self._string = StringRepair()
+        self._read.clear()
+        self._state = state
+
+    def _read_key(self, text: str, at: int) -> int:
+        at = self._push_string(text, at)
+        if self._string.closed:
+            self._key = unquote("".join(self._read))
+            self._state = self._colon
+        return at
+
+    def _read_name(self, text: str, at: int) -> int:
+        at = self._push_string(text, at)
+        if self._string.closed:
+            name = unquote("".join(self._read))
+            if not name.strip():
+                return self._break(at)
+            self.name = name
+            self._state = self._members
+        return at
+
+    def _push_string(self, text: str, at: int) -> int:
+        fragment, at = self._string.push(text, at)
+        self._read.append(fragment)
+        return at
 
     def _colon(self, text: str, at: int) -> int:
         if text[at] == ":":
-            self._state = self._value
-        elif text[at] not in _SPACE:
-            return self._unreadable("", at)
+            self._state = self._begin_value
+        elif text[at] not in SPACE:
+            return self._break(at)
         return at + 1
 
-    def _value(self, text: str, at: int) -> int:
+    def _begin_value(self, text: str, at: int) -> int:
         char = text[at]
-        if char in _SPACE:
+        if char in SPACE:
             return at + 1
         if self._key == "name" and self.name is None:
             if char != '"':
-                return self._unreadable("", at)
-            self._begin_string(self._got_name)
+                return self._break(at)
+            self._begin_string(self._read_name)
             return at + 1
-        self._emitting = self._key == "arguments" and not self._has_arguments
-        self._has_arguments |= self._emitting
-        if char == '"' and self._emitting:
-            self._state = self._quoted
-            return at + 1
-        if char in '"{[':
-            self._state, self._depth, self._in_string, self._escaped = self._raw_value, 0, False, False
-            return at
-        if _SCALAR_STOP.match(char):
-            return self._unreadable("", at)
-        self._string.clear()
-        self._state = self._scalar
-        return at
-
-    def _begin_string(self, then: Callable[[str], None]) -> None:
-        self._string.clear()
-        self._escaped = False
-        self._then = then
-        self._state = self._short_string
-
-    def _short_string(self, text: str, at: int) -> int:
-        """A key or the name: kept whole, since only the end makes it one."""
-        if self._escaped:
-            self._escaped = False
-            self._string.append(text[at])
-            return at + 1
-        stop = _STRING_STOP.search(text, at)
-        if stop is None:
-            self._string.append(text[at:])
-            return len(text)
-        self._string.append(text[at : stop.start()])
-        if stop.group() == '"':
-            quoted = '"' + "".join(self._string) + '"'
-            if (string := _decode(quoted)) is None:
-                return self._unreadable(quoted, stop.end())
-            self._then(string)
-        else:
-            self._string.append("\\")
-            self._escaped = True
-        return stop.end()
-
-    def _got_key(self, key: str) -> None:
-        self._key = key
-        self._state = self._colon
-
-    def _got_name(self, name: str) -> None:
-        if name.strip():
-            self.name = name
-            self._state = self._members
-        else:
-            self._unreadable("")
-
-    def _raw_value(self, text: str, at: int) -> int:
-        """An object or array, or a string that nobody wants, passed on or skipped as it is."""
-        begin, done = at, False
-        while at < len(text) and not done:
-            if self._escaped:
-                self._escaped = False
-                at += 1
-                continue
-            stop = (_STRING_STOP if self._in_string else _BRACKET_STOP).search(text, at)
-            if stop is None:
-                at = len(text)
-                break
-            at, char = stop.end(), stop.group()
-            if char == "\\":
-                self._escaped = True
+        self._value = ValueRepair()
+        self._state = self._skip
+        if self._key in _ARGUMENTS and not self._arguments:
+            self._arguments = char in '{"'
+            if char == "{":
+                self._state = self._read_arguments
             elif char == '"':
-                self._in_string = not self._in_string
-                done = not self._depth and not self._in_string
-            else:
-                self._depth += 1 if char in "{[" else -1
-                done = not self._depth
-        if self._emitting:
-            self._fragments.append(text[begin:at])
-        if done:
+                self._begin_string(self._read_quoted)
+                return at + 1
+        return at
+
+    def _read_arguments(self, text: str, at: int) -> int:
+        at = self._value.push(text, at)
+        self._fragments.append(self._value.take())
+        if self._value.broken:
+            self._end_arguments()
+            return self._break(at, self._value.unread)
+        if self._value.closed:
             self._state = self._members
         return at
 
-    def _quoted(self, text: str, at: int) -> int:
-        """Arguments given as a JSON string."""
-        fragment, at = self._unescape.push(text, at)
-        self._fragments.append(fragment)
-        self._any |= bool(fragment)
-        if self._unescape.closed:
-            if not self._any:
-                self._fragments.append("{}")
-            self._state = self._members
+    def _read_quoted(self, text: str, at: int) -> int:
+        """Arguments given as a JSON string. It is read to its closing quote even if what it says is broken."""
+        fragment, at = self._string.push(text, at)
+        said = unquote(fragment)
+        if not self._read:
+            said = said.lstrip(SPACE)
+            self._read += [said] * bool(said)
+            self._value.broken = bool(said) and said[0] != "{"
+        self._value.push(said, 0)
+        self._fragments.append(self._value.take())
+        if self._string.closed:
+            return self._end_quoted(at)
         return at
 
-    def _scalar(self, text: str, at: int) -> int:
-        """A number or literal: kept whole, since null as arguments means there are none."""
-        stop = _SCALAR_STOP.search(text, at)
-        end = stop.start() if stop else len(text)
-        self._string.append(text[at:end])
-        if stop:
-            self._end_scalar()
-        return end
+    def _end_quoted(self, at: int) -> int:
+        broken = self._value.broken
+        self._end_arguments()
+        if not self._read:
+            self._fragments.append("{}")
+        elif broken or not self._value.begun:
+            return self._break(at)
+        self._state = self._members
+        return at
 
-    def _end_scalar(self) -> None:
-        value = "".join(self._string)
-        if _decode(value) is None:
-            self._unreadable(value)
+    def _skip(self, text: str, at: int) -> int:
+        """A value that nobody wants, or arguments that are no object: null is as good as none."""
+        at = self._value.push(text, at)
+        if self._value.broken:
+            return self._break(at, self._value.unread)
+        if self._value.closed:
+            self._end_skip()
+        return at
+
+    def _end_skip(self) -> None:
+        if not self._value.closed:
             return
-        if self._emitting:
-            self._fragments.append("{}" if value == "null" else value)
+        if self._key in _ARGUMENTS and not self._arguments:
+            if self._value.take() != "null":
+                self.broken = True
+                return
+            self._complete()
         self._state = self._members
 
-    def _after(self, text: str, at: int) -> int:
-        self.tail.append(text[at:])
-        return len(text)
 
+class Body:
+    """All that stands between the markers. Time and memory are linear in its length."""
 
-def _decode(text: str) -> str | None:
-    """A short JSON value, as str, and None if it is not JSON. Half a surrogate pair, which no message can carry,
-    becomes U+FFFD."""
-    try:
-        value = str(json.loads(text, strict=False))
-    except ValueError:
-        return None
-    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    __slots__ = ("_announced", "_call", "_call_id", "_index", "_listed", "_rest", "lost", "names")
 
+    def __init__(self, index: int, call_id: Callable[[int], str]) -> None:
+        """`index`: the first call's. `call_id` makes a call's id from its index."""
+        self.names: list[str] = []  # of the calls that were reported
+        self.lost = False  # it cannot be read further
+        self._index = index
+        self._call_id = call_id
+        self._call: Call | None = None
+        self._announced = False  # the call was reported
+        self._listed = False  # an opening bracket was read
+        self._rest: list[str] = []  # text that is no part of a call that was reported
 
-def _is_hex(char: str) -> bool:
-    return char in "0123456789abcdefABCDEF"
+    @property
+    def malformed(self) -> bool:
+        """There is no call in it, whatever follows."""
+        return self.lost and not self.names
+
+    @property
+    def complete(self) -> bool:
+        """There are calls in it so far, each read to its end, and nothing else."""
+        return bool(self.names) and self._call is None and not self.lost
+
+    @property
+    def rest(self) -> str:
+        """Everything if no call was reported, else what follows the last one."""
+        return "".join(self._rest)
+
+    def push(self, text: str) -> list[ToolDelta]:
+        """Read on, and return what `text` adds to the calls."""
+        deltas: list[ToolDelta] = []
+        at = 0
+        while at < len(text) and not self.lost:
+            call = self._call
+            at = self._read_call(call, text, at, deltas) if call else self._between(text, at)
+        self._rest += [text[at:]] * (at < len(text))
+        return deltas
+
+    def end(self, cut_off: bool) -> list[ToolDelta]:
+        """End the body, at its closing marker or without, or where a limit cut it off."""
+        if self._call is None or self.lost:
+            return []
+        self._call.end(cut_off)
+        return self._take(self._call)
+
+    def _between(self, text: str, at: int) -> int:
+        """Before the first object, or after one."""
+        char, first = text[at], not self.names
+        if char == "{" or (char == '"' and first and not self._listed):
+            self._call = Call()
+            self._announced = False
+            if char == '"':
+                return at
+        elif char == "[" and first and not self._listed:
+            self._listed = True
+        elif char not in SPACE and (first or char not in ",}]"):
+            self.lost = True
+            return at
+        self._rest.append(char)
+        return at + 1
+
+    def _read_call(self, call: Call, text: str, start: int, deltas: list[ToolDelta]) -> int:
+        at = call.push(text, start)
+        self._rest.append(text[start:at])
+        deltas += self._take(call)
+        if call.broken:
+            self.lost = True
+            self._rest += [call.unread] * self._announced
+        elif call.closed:
+            self._call = None
+        return at
+
+    def _take(self, call: Call) -> list[ToolDelta]:
+        deltas = []
+        arguments = call.take()
+        if arguments and not self._announced and call.name is not None:
+            index = self._index + len(self.names)
+            self.names.append(call.name)
+            self._announced = True
+            deltas.append(ToolDelta(index, self._call_id(index), call.name, ""))
+        if self._announced:
+            self._rest.clear()
+        if arguments:
+            deltas.append(ToolDelta(self._index + len(self.names) - 1, None, None, arguments))
+        return deltas

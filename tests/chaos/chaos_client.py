@@ -14,7 +14,6 @@ from chaos_requests import Ask
 LATER = (429, 503)  # not now, not here: try again
 ELSEWHERE = "The server is shutting down."  # inside a stream: it goes on at another gateway
 RETRY_S = (0.05, 0.4)
-SILENCE_S = 30.0  # a stream says something every second, if only that it is there
 TOLERANCE = 1e-3  # of log-probabilities: the same sums in another order
 
 
@@ -29,6 +28,7 @@ class Choice:
     reasoning: str = ""
     content: str = ""
     calls: list[dict[str, str]] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[str, float]] = field(default_factory=list)
     finish: str | None = None
@@ -39,6 +39,7 @@ class Choice:
             raise Broken(f"something comes after the finish: {part}")
         self.reasoning += part.get("reasoning_content") or ""
         self.content += part.get("content") or ""
+        self.prompt += part.get("prompt_token_ids") or []
         self.tokens += part.get("completion_token_ids") or []
         for place, call in enumerate(part.get("tool_calls") or []):
             self._call(call.get("index", place), call)
@@ -65,7 +66,7 @@ class Transcript:
         if len(self.choices) != len(expected.choices):
             return f"{len(self.choices)} choices, expected {len(expected.choices)}"
         for index, (ours, theirs) in enumerate(zip(self.choices, expected.choices, strict=True)):
-            for name in ("tokens", "reasoning", "content", "calls", "finish"):
+            for name in ("prompt", "tokens", "reasoning", "content", "calls", "finish"):
                 if getattr(ours, name) != getattr(theirs, name):
                     return f"choice {index}: {name} is {getattr(ours, name)!r}, expected {getattr(theirs, name)!r}"
             if [token for token, _ in ours.logprobs] != [token for token, _ in theirs.logprobs]:
@@ -80,7 +81,7 @@ class Transcript:
         """As `differs`, for an answer that was not read to its end."""
         for index, ours in enumerate(self.choices):
             theirs = expected.choices[index]
-            for name in ("tokens", "reasoning", "content"):
+            for name in ("prompt", "tokens", "reasoning", "content"):
                 if getattr(theirs, name)[: len(getattr(ours, name))] != getattr(ours, name):
                     return f"choice {index}: {name} begins {getattr(ours, name)!r}, expected {getattr(theirs, name)!r}"
         return ""

@@ -13,7 +13,8 @@ from chaos_client import Broken, Client, Manner, Transcript
 from chaos_leftovers import GROUPS, wait_until_clean
 from chaos_quiet import Answered
 from chaos_requests import Ask
-from chaos_system import LOOK_S, READY_S, REQUEST_TIMEOUT_S, ROOT, Replica, System
+from chaos_system import LOOK_S, REQUEST_TIMEOUT_S, ROOT, Replica, System
+from machine import PATIENCE_S
 from redis.exceptions import ResponseError
 from system import data_url
 
@@ -21,7 +22,6 @@ from shared.keys import ENCODE, GENERATE
 
 REACH = re.compile(r'\breach\(f?"([^"]+)"\)')
 WRITE = re.compile(r'\._write\(\s*"(\w+)"')
-SETTLE_S = 20.0
 
 Expected = dict[str, tuple[Ask, Transcript]]  # by kind: a request and its answer
 
@@ -60,7 +60,7 @@ class Stage:
         self.replica.start(crash_at=self._crash_at, same_name=same_name)
         stops = self._crash_at.endswith(":stop")
         self._mending = asyncio.create_task(self._wake_late() if stops else self._start_again())
-        for _ in range(int(READY_S / LOOK_S)):
+        for _ in range(int(PATIENCE_S / LOOK_S)):
             if self.replica.halted or not self.replica.running or await self.system.state(self.replica) == "ready":
                 return
             await asyncio.sleep(LOOK_S)
@@ -69,7 +69,7 @@ class Stage:
     async def stop(self) -> None:
         """The service has no replica now, and nothing was interrupted."""
         self.replica.terminate()
-        status = await self.replica.ended(READY_S)
+        status = await self.replica.ended(PATIENCE_S)
         assert status in (0, -signal.SIGKILL), f"{self.replica} ended with status {status}\n{self.replica.tail()}"
 
     async def ask(self, kind: str, **manner: Any) -> None:
@@ -90,7 +90,7 @@ class Stage:
 
     async def waiting(self, stream: str) -> None:
         """Return when the stream has an entry."""
-        for _ in range(int(READY_S / LOOK_S)):
+        for _ in range(int(PATIENCE_S / LOOK_S)):
             if await self.system.redis.xlen(self.system.keys.stream(stream)):
                 return
             await asyncio.sleep(LOOK_S)
@@ -111,12 +111,12 @@ class Stage:
     async def end(self) -> None:
         """What was to fail has failed and was mended, and nothing is left behind."""
         assert self._mending is not None
-        done, _ = await asyncio.wait([self._mending], timeout=READY_S)
+        done, _ = await asyncio.wait([self._mending], timeout=PATIENCE_S)
         if not done:
             self._mending.cancel()
             raise AssertionError(f"{self._crash_at} was not reached\n{self.replica.tail()}")
         self._mending.result()
-        left = await wait_until_clean(self.system, SETTLE_S, uploads=self.service != "gateway")
+        left = await wait_until_clean(self.system, PATIENCE_S, uploads=self.service != "gateway")
         assert not left, f"left behind: {left}\n{self.system.tails()}"
 
     # ------------------------------------------------------------------------------------------------- mending
@@ -124,7 +124,7 @@ class Stage:
     async def _start_again(self) -> None:
         status = None
         while status is None:
-            status = await self.replica.ended(READY_S)
+            status = await self.replica.ended(PATIENCE_S)
         assert status == 137, f"{self.replica} ended with status {status}, not by the crash\n{self.replica.tail()}"
         self.replica.start(same_name=True)
         await self.system.ready([self.replica])
@@ -138,7 +138,7 @@ class Stage:
         other = self.system.add(self.service)
         other.start()
         await self.system.ready([other])
-        for _ in range(int(READY_S / LOOK_S)):
+        for _ in range(int(PATIENCE_S / LOOK_S)):
             if not await self._has_work(asleep):
                 break
             await asyncio.sleep(LOOK_S)
@@ -147,7 +147,7 @@ class Stage:
         asleep.wake()
         await asyncio.sleep(1.0)  # for it to do what it should not
         asleep.terminate()
-        status = await asleep.ended(READY_S)
+        status = await asleep.ended(PATIENCE_S)
         assert status == 0, f"{asleep} woke, and ended with status {status}\n{asleep.tail()}"
         self.system.replicas.remove(asleep)
 

@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from chaos_system import LEASE_MS, Replica, System
+from machine import PATIENCE_S
 
 LEASE_S = LEASE_MS / 1000
 # kind: weight
@@ -142,7 +143,7 @@ class Faults:
         """A rolling restart: the next pod comes when the old one has gone."""
         ready = await self._system.state(replica) == "ready"
         replica.terminate()
-        status = await replica.ended(60)
+        status = await replica.ended(PATIENCE_S)
         # Before it is ready it may not have come to say what SIGTERM means.
         assert status == 0 or (status == -signal.SIGTERM and not ready), (
             f"{replica} ended with status {status} when told to stop\n{replica.tail()}"

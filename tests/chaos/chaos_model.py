@@ -30,7 +30,7 @@ def write_model(directory: Path) -> int:
     """Write the checkpoint to a new directory; the id of the token that begins a tool call.
 
     In float32: what a request is batched with, and whether it was resumed, then changes no token that does not hang on
-    the order of sums (chaos_judge.py).
+    the order of sums (near_ties.py).
     """
     assert not directory.exists()
     write_demo(directory, dtype="float32")

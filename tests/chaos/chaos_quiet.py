@@ -5,9 +5,10 @@ from pathlib import Path
 
 import httpx
 from chaos_client import Broken, Client, Manner, Transcript
-from chaos_judge import NEAR_TIE
 from chaos_requests import Ask
 from chaos_system import REQUEST_TIMEOUT_S, System, running
+from machine import PATIENCE_S
+from near_ties import NEAR_TIE
 
 ONE_OF_EACH = {"gateway": 1, "mm_encoder": 1, "engine": 1, "postproc": 1}
 WORDINGS = 30  # of a request, until one has no near tie; more than half have none
@@ -17,7 +18,7 @@ Answered = list[tuple[Ask, Transcript]]
 async def quiet_answers(directory: Path, model: Path, asks: list[Ask]) -> Answered:
     """Ask for everything, one request at a time and nothing streamed.
 
-    A request whose answer hangs on how sums are rounded (chaos_judge.py) is asked for in other words, and those are
+    A request whose answer hangs on how sums are rounded (near_ties.py) is asked for in other words, and those are
     returned: what is wrong about an answer is then never the order of some sums.
     """
     # What is found in the prefix cache would not be judged again.
@@ -31,7 +32,7 @@ async def quiet_answers(directory: Path, model: Path, asks: list[Ask]) -> Answer
 
 async def _steady(system: System, ask: Ask) -> tuple[Ask, Transcript]:
     (engine,) = system.of("engine")
-    async with httpx.AsyncClient(timeout=30) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
         client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))
         for wording in range(WORDINGS):
             worded = ask.reworded(wording)

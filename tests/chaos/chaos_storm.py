@@ -24,13 +24,13 @@ from chaos_model import write_model
 from chaos_quiet import ONE_OF_EACH, Answered, quiet_answers
 from chaos_requests import Ask, files_to_serve, pool
 from chaos_system import REQUEST_TIMEOUT_S, System, running
+from machine import PATIENCE_S
 from system import file_server
 
 from shared.errors import MillraceError
 
 TWO_OF_EACH = dict.fromkeys(ONE_OF_EACH, 2)
 POOL = 44  # requests
-SETTLE_S = 30.0
 FAULTS_EVERY_S = (0.5, 3.0)
 HTTP = httpx.Timeout(30.0, connect=2.0)
 
@@ -104,7 +104,7 @@ class Storm:
             except (AssertionError, OSError, MillraceError) as error:
                 self._fail(f"mending: {error}")
             await asyncio.gather(*workers)
-        left = await wait_until_clean(self._system, SETTLE_S, uploads=not faults.gateways_killed)
+        left = await wait_until_clean(self._system, PATIENCE_S, uploads=not faults.gateways_killed)
         if left:
             self._fail(f"left behind: {'; '.join(left[:20])}")
         self.totals.faults += faults.injected

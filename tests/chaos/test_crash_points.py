@@ -14,6 +14,7 @@ import pytest_asyncio
 from chaos_crash import Expected, Scenario, Stage, by_kind, play, points
 from chaos_storm import ONE_OF_EACH, World
 from chaos_system import System, running
+from machine import PATIENCE_S
 
 SOME = 6
 # step: which scenario leads to it, and the how manyeth time to fail.
@@ -78,5 +79,5 @@ async def test_a_request_does_not_care(
 ) -> None:
     system, expected = running_system
     await system.make_whole()
-    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE_S, limits=httpx.Limits(max_keepalive_connections=0)) as http:
         await play(Stage(system, expected, http, crash_at), scenario)

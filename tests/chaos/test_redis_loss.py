@@ -1,4 +1,4 @@
-"""A Redis that comes back without its data: every client is told within seconds, and the services go on."""
+"""A Redis that comes back without its data: every client is told long before its time is up, and the services go on."""
 
 import asyncio
 import random
@@ -10,20 +10,19 @@ from chaos_client import Broken, Client, Manner
 from chaos_crash import Expected, by_kind
 from chaos_leftovers import wait_until_clean
 from chaos_storm import ONE_OF_EACH, World
-from chaos_system import LEASE_MS, System, running
+from chaos_system import REQUEST_TIMEOUT_S, System, running
+from machine import PATIENCE_S
 
-TOLD_S = 10.0
-SETTLE_S = 15.0
 ASKED = ("long", "long", "long", "choices", "image", "tools")
 
 
 async def ask(system: System, kind: str, expected: Expected, stream: bool) -> str:
     """What went wrong with an answer, if anything did."""
     request, answer = expected[kind]
-    async with httpx.AsyncClient(timeout=30) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
         client = Client(http, lambda: [gateway.url for gateway in system.of("gateway")], random.Random(0))
         try:
-            got = await client.ask(request, Manner(stream=stream), 60)
+            got = await client.ask(request, Manner(stream=stream), REQUEST_TIMEOUT_S)
         except Broken as broken:
             return f"told: {broken}"
         return got.differs(answer)
@@ -41,9 +40,9 @@ async def test_every_client_is_told_and_the_services_go_on(world: World, tmp_pat
         assert [end for end in ends if end and not end.startswith("told: ")] == [], system.tails()
         assert [end for end in ends if "no answer within" in end] == [], system.tails()
         assert any(end.startswith("told: ") for end in ends), "Redis was killed when all was over"
-        assert took < TOLD_S + LEASE_MS / 1000, (took, ends)
+        assert took < PATIENCE_S < REQUEST_TIMEOUT_S, (took, ends)
         # Everything that the services had made in Redis is made again.
         await system.ready(system.replicas)
         for kind in ("long", "image"):
             assert await ask(system, kind, expected, True) == "", system.tails()
-        assert await wait_until_clean(system, SETTLE_S) == []
+        assert await wait_until_clean(system, PATIENCE_S) == []

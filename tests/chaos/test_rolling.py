@@ -10,12 +10,11 @@ from pathlib import Path
 import httpx
 from chaos_client import Broken, Client, Manner
 from chaos_leftovers import wait_until_clean
-from chaos_storm import HTTP, TWO_OF_EACH, World
+from chaos_storm import TWO_OF_EACH, World
 from chaos_system import REQUEST_TIMEOUT_S, SERVICES, Replica, System, running
+from machine import PATIENCE_S
 
 CLIENTS = 6
-ENDS_S = 30.0  # more than drain_s
-SETTLE_S = 15.0
 
 
 class Load:
@@ -62,14 +61,14 @@ async def replace(system: System, replica: Replica, gateways: list[str]) -> None
         gateways.append(extra.url)
         gateways.remove(replica.url)
     replica.terminate()
-    assert await replica.ended(ENDS_S) == 0, replica.tail()
+    assert await replica.ended(PATIENCE_S) == 0, replica.tail()
     system.replicas.remove(replica)
 
 
 async def test_a_rolling_restart_of_every_service_fails_no_request(world: World, tmp_path: Path) -> None:
     async with (
         running(tmp_path / "system", world.model, TWO_OF_EACH) as system,
-        httpx.AsyncClient(timeout=HTTP, limits=httpx.Limits(max_keepalive_connections=0)) as http,
+        httpx.AsyncClient(timeout=PATIENCE_S, limits=httpx.Limits(max_keepalive_connections=0)) as http,
     ):
         gateways = [gateway.url for gateway in system.of("gateway")]
         load = Load(world, http, gateways)
@@ -82,4 +81,4 @@ async def test_a_rolling_restart_of_every_service_fails_no_request(world: World,
         load.over = True
         await asyncio.gather(*clients)
         assert not load.failures, "\n".join([*load.failures, system.tails()])
-        assert await wait_until_clean(system, SETTLE_S) == []
+        assert await wait_until_clean(system, PATIENCE_S) == []

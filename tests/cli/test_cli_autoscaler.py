@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 from kubernetes_api import KubernetesApi, serving
+from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
@@ -35,7 +36,6 @@ from shared.pipeline_view import PipelineView, read
 from shared.streams import WorkStream
 
 HOUR_MS = 3_600_000
-PATIENCE_S = 30.0
 TARGET = 4
 COOLDOWN_S = 60.0
 

@@ -4,8 +4,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from machine import free_ports
 from prometheus_client import CollectorRegistry
-from system import free_ports
 
 from cli.demo import write_demo
 from cli.environment import check_ports, environments, settings_of

@@ -42,13 +42,24 @@ def test_what_is_not_given_sets_nothing() -> None:
 
 def test_flags_that_repeat_or_negate() -> None:
     arguments = ["--demo", "--api-key", "a", "--api-key=b", "--no-enable-prefix-caching", "--redis-url=redis://h:1/0"]
+    arguments.append("--no-tool-calls-in-reasoning")
     networks = ["--media-allow-network", "127.0.0.1/32", "--media-allow-network=::1/128"]
     launch = parse([*arguments, *networks], {"FD_API_KEY": "c"})
     assert launch.redis_url == "redis://h:1/0"
     assert launch.settings == {
         "api_keys": ["a", "b"],
         "enable_prefix_caching": False,
+        "tool_calls_in_reasoning": False,
         "media_allow_networks": ["127.0.0.1/32", "::1/128"],
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--served-model-name", "a", "b"], ["--served-model-name=a", "--demo", "--served-model-name", "b"]]
+)
+def test_several_names_of_the_model(arguments: list[str]) -> None:
+    assert parse([*arguments, *["--demo"] * ("--demo" not in arguments)], {}).settings == {
+        "served_model_names": ["a", "b"]
     }
 
 
@@ -73,6 +84,7 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --model .", "--model"),
         ("--model /nowhere/at/all", "/nowhere/at/all is not a directory"),
         ("--demo --port 0", "--port"),
+        ("--demo --served-model-name", "--served-model-name"),
         ("--demo --port 65536", "--port"),
         ("--demo --port x", "--port"),
         ("--demo --tensor-parallel-size 2", "--tensor-parallel-size: 2"),

@@ -5,21 +5,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import hub_files
 import pytest
+import torch
+from machine import PATIENCE_S, free_ports
 from redis.asyncio import Redis
 from safetensors.torch import load_file, save_file
-from system import System, free_ports, running, started
+from system import System, running, started
 
-from cli.demo import write_demo
+from cli.demo import hub_config, write_demo
 from cli.main import main
 from shared.keys import Keys
 
-PATIENCE_S = 60.0
 HELLO: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -36,7 +38,8 @@ def model(demo: System) -> list[str]:
 
 
 def chat(system: System, **options: Any) -> httpx.Response:
-    return httpx.post(f"{system.base_url}/v1/chat/completions", json={**HELLO, "max_tokens": 4, **options}, timeout=60)
+    body = {**HELLO, "max_tokens": 4, **options}
+    return httpx.post(f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
 
 
 def test_the_demo_writes_its_checkpoint_and_answers(demo: System) -> None:
@@ -90,18 +93,26 @@ def assert_nothing_runs(system: System) -> None:
     assert not any(map(system.answers, (system.port, system.metrics_port, system.redis_port)))
 
 
-def test_an_answer_goes_on_when_its_redis_dies(demo: System) -> None:
-    body = {**HELLO, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-    whole = httpx.post(f"{demo.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S).json()
-    before = len(demo.log.read_text())
+@pytest.fixture
+def exact(tmp_path: Path) -> Iterator[System]:
+    """In float32, in which what is computed again, in other steps, comes out the same."""
+    write_demo(tmp_path / "model", dtype="float32")
+    with running(["--model", str(tmp_path / "model")], tmp_path / "system") as system:
+        yield system
+
+
+def test_an_answer_goes_on_when_its_redis_dies(exact: System) -> None:
+    body = {**HELLO, "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    whole = httpx.post(f"{exact.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S).json()
+    before = len(exact.log.read_text())
     with httpx.stream(
-        "POST", f"{demo.base_url}/v1/chat/completions", json={**body, "stream": True}, timeout=PATIENCE_S
+        "POST", f"{exact.base_url}/v1/chat/completions", json={**body, "stream": True}, timeout=PATIENCE_S
     ) as reply:
         lines = (line for line in reply.iter_lines() if line.startswith("data: "))
         read = [next(lines) for _ in range(10)]
-        demo.kill_child("-server")
+        exact.kill_child("-server")
         read += lines
-    demo.wait_for("redis ended by itself; starting it again", after=before)
+    exact.wait_for("redis ended by itself; starting it again", after=before)
     assert read.pop() == "data: [DONE]"
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in read]
     message = whole["choices"][0]["message"]
@@ -156,6 +167,49 @@ def test_a_broken_checkpoint_is_named_and_nothing_keeps_running(tmp_path: Path) 
         assert "millrace: engine ended with status 2 before it was ready" in said
         assert name in said
         assert_nothing_runs(system)
+
+
+def test_a_directory_as_the_hub_may_have_it_is_served_with_a_line_for_each_remark(tmp_path: Path) -> None:
+    """The base model's keys and spellings; asked to be quantised and to answer greedily; tensors of no use."""
+    model = tmp_path / "model"
+    write_demo(model)
+    config = hub_files.base(hub_config("bfloat16")) | {"moe_layer_end_index": -1}
+    del config["freq_allocation"], config["moe_layer_interval"], config["torch_dtype"]
+    online = {"quantization_config": {"quantization": "wint8", "is_quantized": False}}
+    rewrite(model / "config.json", lambda _: config | online)
+    rewrite(model / "tokenizer_config.json", lambda file: file | {"additional_special_tokens": None})
+    sampling = {"do_sample": False, "temperature": 0.8, "top_k": -1, "max_new_tokens": 5, "num_beams": 2}
+    rewrite(model / "generation_config.json", lambda file: file | sampling)
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = index["model.norm.weight"]
+    extra = ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_model.rotary_pos_emb.inv_freq"]
+    extra += ["model.mtp_emb_norm.0.weight"]
+    save_file(load_file(model / shard) | {name: torch.ones(4) for name in extra}, model / shard)
+    rewrite(
+        model / "model.safetensors.index.json",
+        lambda file: file | {"weight_map": file["weight_map"] | dict.fromkeys(extra, shard)},
+    )
+    with running(["--model", str(model), "--max-num-seqs", "2"], tmp_path) as system:
+        first, second = (chat(system, max_tokens=30).json()["choices"][0]["message"] for _ in range(2))
+        assert first == second
+    lines = [line for line in system.log.read_text().splitlines() if " level=warning " in line]
+    engine = [
+        "moe_layer_end_index is -1",
+        "moe_layer_interval is",
+        "torch_dtype or dtype is",
+        "2 named inv_freq",
+        "1 of mul",
+    ]
+    gateway = ["additional_special_tokens", "top_k is -1", "max_new_tokens 5", "num_beams", "do_sample is false"]
+    for service, texts in (("engine", engine), ("gateway", gateway)):
+        for text in texts:
+            found = [line for line in lines if text in line]
+            assert len(found) == 1, (text, lines)
+            assert f"service={service}" in found[0]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 async def test_a_redis_of_ones_own(model: list[str], redis: Redis, redis_url: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 
 from cli.main import main
 from shared import bus
@@ -43,7 +44,9 @@ def test_a_reader_that_has_seen_enough(redis_url: str) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, env=buffered)
+    done = subprocess.run(
+        command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, env=buffered
+    )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, "")
 

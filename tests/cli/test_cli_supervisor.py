@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 
 from cli import supervisor
 from cli.supervisor import Child, GaveUp
-
-PATIENCE_S = 20.0
 
 
 def child(script: str, said: list[str]) -> Child:
@@ -46,6 +45,7 @@ async def test_what_dies_after_it_was_ready_is_started_again_under_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr(supervisor, "STEADY_S", 3600.0)  # however long it takes one to start and die
     names, gate, said = tmp_path / "names", tmp_path / "gate", []
     script = f"""
 import os, time

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 from rich.console import Console
 
 from cli.board import draw, duration, figure, size
@@ -31,7 +32,6 @@ from shared.pipeline_view import (
     StageView,
 )
 
-PATIENCE_S = 30.0
 ENGINES = (
     ReplicaView(
         "engine-0", "ready", "0.1.0", 90, 2.5, {"held": 36, "capacity": 32, "kv_usage": 0.345, "step_s": 0.012}

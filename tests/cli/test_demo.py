@@ -17,8 +17,6 @@ from cli import demo
 from cli.demo import write_demo
 from shared.errors import CheckpointError
 
-torch.set_num_threads(1)
-
 SYSTEM = "You are a multimodal AI assistant called ERNIE developed by Baidu based on the PaddlePaddle framework."
 TOOL = {
     "type": "function",

@@ -35,10 +35,11 @@ def client(system: System) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="package")
 def scripted_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A model that always answers scripted_model.SCRIPT, behind a key, under a name of its own."""
+    """A model that always answers scripted_model.SCRIPT, behind a key, under two names of its own."""
     directory = tmp_path_factory.mktemp("scripted")
     write_scripted(directory / "checkpoint")
-    arguments = ["--model", str(directory / "checkpoint"), "--served-model-name", "script", "--api-key", API_KEY]
+    arguments = ["--model", str(directory / "checkpoint"), "--api-key", API_KEY]
+    arguments += ["--served-model-name", "script", "play"]
     with running(arguments, directory) as system:
         yield system
 

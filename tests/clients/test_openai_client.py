@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from answers import TOOLS, ask, assembled, collected, image, listen, text, user, video
-from openai import AuthenticationError, OpenAI
+from openai import AuthenticationError, NotFoundError, OpenAI
 from scripted_model import CONTENT_WITHOUT_TOOLS, REASONING
 from system import System, data_url, encoded, file_server, mp4, picture
 
@@ -54,7 +54,7 @@ def test_streamed_and_whole_answers_are_the_same(client: OpenAI, conversation: d
 def test_an_answer_has_the_shape_of_openais(client: OpenAI) -> None:
     reply = ask(client, QUESTION, max_tokens=5, extra_body={"ignore_eos": True})
     assert reply.id.startswith("chatcmpl-")
-    assert (reply.object, reply.model) == ("chat.completion", "demo")
+    assert (reply.object, reply.model) == ("chat.completion", "default")
     assert [choice.finish_reason for choice in reply.choices] == ["length"]
     assert reply.usage.completion_tokens == 5
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 5
@@ -64,6 +64,11 @@ def test_an_answer_has_the_shape_of_openais(client: OpenAI) -> None:
 def test_models(client: OpenAI) -> None:
     models = client.models.list().data
     assert [(model.id, model.max_model_len) for model in models] == [("demo", 4096)]
+
+
+@pytest.mark.parametrize("model", [None, "null", "gpt-17"])
+def test_any_name_of_the_model_is_repeated_where_none_is_set(client: OpenAI, model: str | None) -> None:
+    assert ask(client, QUESTION, model=model, max_tokens=2).model == (model or "demo")
 
 
 @pytest.mark.parametrize(("form", "data"), [("png", PNG), ("jpeg", JPEG)])
@@ -168,6 +173,13 @@ def test_half_a_character_is_never_shown(scripted: OpenAI, streamed: bool) -> No
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["reasoning"].rstrip("\ufffd") == "The user asks for the weather. "
+
+
+def test_only_served_names_are_accepted(scripted: OpenAI) -> None:
+    assert [model.id for model in scripted.models.list().data] == ["script", "play"]
+    assert ask(scripted, QUESTION, model="play", max_tokens=2).model == "play"
+    with pytest.raises(NotFoundError, match="'default' does not exist"):
+        ask(scripted, QUESTION, model="default")
 
 
 def test_a_key_is_required_where_one_was_set(scripted_system: System) -> None:

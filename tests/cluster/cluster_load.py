@@ -1,9 +1,9 @@
 """The load of the cluster's tests: asks without a pause, and tells of every answer. It runs in a pod beside the
 release, asks at the Service as any client, and needs nothing but Python.
 
-Arguments: URL of the gateway, name of the model, port to tell at, how many ask at a time. Environment:
-MILLRACE_API_KEYS, where the gateway wants a key. `GET /` tells {"asking": how many still ask, "answers": [...]};
-`POST /` has them stop after the answers they wait for.
+Arguments: URL of the gateway, name of the model, port to tell at, how many ask at a time, a JSON list of questions.
+Environment: MILLRACE_API_KEYS, where the gateway wants a key. `GET /` tells {"asking": how many still ask, "answers":
+[...]}; `POST /` has them stop after the answers they wait for.
 """
 
 import base64
@@ -22,8 +22,7 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-QUESTIONS = 4  # different ones; the same question always has the same answer
-PICTURES = 3  # one in so many questions has a picture, another each time
+PICTURES = 3  # one in so many requests has a picture, another each time
 TOKENS = 48
 PATIENCE_S = 600.0
 REPEATS = 20  # after a connection that broke; the request is the same one, by its Idempotency-Key
@@ -38,8 +37,8 @@ class Broken(Exception):
 class Load:
     """What is asked, and what was answered."""
 
-    def __init__(self, url: str, model: str, keys: list[str]) -> None:
-        self._url, self._model, self._keys = url, model, keys
+    def __init__(self, url: str, model: str, keys: list[str], questions: list[str]) -> None:
+        self._url, self._model, self._keys, self._questions = url, model, keys, questions
         self._count = 0
         self._lock = threading.Lock()
         self.answers: list[dict[str, Any]] = []
@@ -64,7 +63,11 @@ class Load:
 
     def _ask(self, number: int) -> dict[str, Any]:
         began = time.time()
-        about: dict[str, Any] = {"question": number % QUESTIONS, "picture": number % PICTURES == 0, "began": began}
+        about: dict[str, Any] = {
+            "question": number % len(self._questions),
+            "picture": number % PICTURES == 0,
+            "began": began,
+        }
         key, repeats, said = uuid.uuid4().hex, 0, ""
         while repeats <= REPEATS:
             try:
@@ -80,21 +83,23 @@ class Load:
         return {**about, "repeats": repeats, "seconds": time.time() - began, "error": said}
 
     def _answer(self, number: int, question: int, picture: bool, key: str) -> dict[str, Any]:
-        text = {"type": "text", "text": f"Question {question}: what is a mill race?"}
-        image = {"type": "image_url", "image_url": {"url": data_url(number)}}
-        body = {
-            "model": self._model,
-            "stream": True,
-            "seed": question,
-            "max_tokens": TOKENS,
-            "messages": [{"role": "user", "content": [image, text] if picture else [text]}],
-        }
+        body = asking(self._model, self._questions[question], question, number if picture else None)
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
         if self._keys:
             headers["Authorization"] = f"Bearer {self._keys[0]}"
-        request = urllib.request.Request(f"{self._url}/v1/chat/completions", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            f"{self._url}/v1/chat/completions", json.dumps({**body, "stream": True}).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             return read(response)
+
+
+def asking(model: str, text: str, seed: int, picture: int | None) -> dict[str, Any]:
+    """The body of a request, without how it is to be sent."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if picture is not None:
+        content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
+    return {"model": model, "seed": seed, "max_tokens": TOKENS, "messages": [{"role": "user", "content": content}]}
 
 
 def read(lines: Any) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def serve(load: Load, port: int) -> None:
 
 
 if __name__ == "__main__":
-    url, model, port, askers = sys.argv[1:]
-    load = Load(url, model, json.loads(os.environ.get("MILLRACE_API_KEYS", "[]")))
+    url, model, port, askers, questions = sys.argv[1:]
+    load = Load(url, model, json.loads(os.environ.get("MILLRACE_API_KEYS", "[]")), json.loads(questions))
     load.start(int(askers))
     serve(load, int(port))

@@ -65,8 +65,8 @@ class ClusterSettings:
 
     @property
     def exact(self) -> bool:
-        """Whether the same request always has the same answer, as on CPUs."""
-        return not self.values["engine"].get("gpus", 1)
+        """Whether there are questions that always have the same answer (cluster_questions.py): our model, on CPUs."""
+        return self.brings_model and not self.values["engine"].get("gpus", 1)
 
 
 def read(environ: Mapping[str, str]) -> ClusterSettings:

@@ -13,9 +13,9 @@ import yaml
 from chart_autoscaler import kubeconfig as kubeconfig_text
 from chart_pods import Pod
 from chart_pods import running as system_running
-from chart_valkey import free_port
 from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest, take_model
+from cluster_questions import questions
 from cluster_release import RELEASE, SELECTOR, Release, component, ready, rolled_out, until
 from cluster_settings import CLAIM, ClusterSettings, read
 from cluster_stand_in import NAMESPACE, StandIn, standing_in
@@ -23,13 +23,13 @@ from helm_chart import CHART, SERVICES, find, objects, pods
 from helm_chart import complaints as lint_complaints
 from helm_python import Config
 from kubernetes import client
+from machine import PATIENCE_S, free_port
 from system import file_server
 from test_chart_render import validator
 
 OURS = {"app.kubernetes.io/name": "millrace", "app.kubernetes.io/instance": "millrace"}
 CORE = f"/api/v1/namespaces/{NAMESPACE}"
 APPS = f"/apis/apps/v1/namespaces/{NAMESPACE}"
-PATIENCE_S = 120.0
 
 
 def told(**environ: str) -> ClusterSettings:
@@ -253,12 +253,14 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pod]]
         yield made
 
 
-def test_the_load_is_answered_whole_and_alike(stand_in: StandIn, release: Release, system: dict[str, Pod]) -> None:
+def test_the_load_is_answered_whole_and_alike(
+    stand_in: StandIn, release: Release, system: dict[str, Pod], tmp_path: Path
+) -> None:
     settings, port = told(), free_port()
     settings.values["apiKeys"] = ["sk-one"]
     stand_in.replaced = {"http://millrace-gateway:8180": system["gateway"].url, "8000": str(port)}
     stand_in.ports = {"millrace-test-load:8000": port}
-    with load(release, settings, "image") as asked:
+    with load(release, settings, "image", questions(settings.exact, tmp_path)) as asked:
         asked.more(12)
         answers = asked.end()
     assert len(answers) >= 12

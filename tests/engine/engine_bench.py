@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from engine_cases import FACTS, SumRunner
+from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
@@ -22,8 +23,6 @@ from shared.records import Records
 from shared.service import Life
 from shared.streams import LogReader
 from shared.tracing import OFF, Tracing
-
-PATIENCE_S = 20.0
 
 
 class GatedRunner:
@@ -131,6 +130,15 @@ class Running:
         assert value is not None
         return value
 
+    async def heard_of_cancelling(self, *request_ids: str) -> None:
+        """Return when the engine knows that nobody waits for these requests any more, or has let them go."""
+        requests = self.service._inbox._requests
+
+        async def heard() -> bool:
+            return all(held.cancelled for held in map(requests.get, request_ids) if held is not None)
+
+        await eventually(heard)
+
     async def stop(self) -> int:
         self.life.stop.set()
         return await self.task
@@ -146,7 +154,7 @@ def settings_for(redis_url: str, **changes: Any) -> EngineSettings:
         "max_num_batched_tokens": 64,
         "block_size": 4,
         "max_model_len": 512,
-        "drain_s": 5.0,
+        "drain_s": PATIENCE_S,
     }
     return EngineSettings(**{**told, **changes})
 

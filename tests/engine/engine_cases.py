@@ -70,12 +70,14 @@ def generate(
     *,
     shard: int = 0,
     thinking: bool = False,
+    return_token_ids: bool = False,
     spans: tuple[MediaSpan, ...] = (),
     **sampling: Any,
 ) -> Generate:
     """A `generate` message; sampling is greedy unless it says otherwise."""
     asked = Sampling(**{"seed": 0, "temperature": 0.0, **sampling})
-    request = Request(request_id, "gateway-0", shard, 0.0, asked, Output(thinking=thinking))
+    output = Output(thinking=thinking, return_token_ids=return_token_ids)
+    request = Request(request_id, "gateway-0", shard, 0.0, asked, output)
     return Generate(request, pack_ids(prompt), max_tokens, spans)
 
 

@@ -65,7 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.available == BLOCKS
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 

@@ -38,7 +38,7 @@ def asked(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     requests=st.lists(asked(), min_size=1, max_size=10),
     blocks=st.integers(9, 24),

@@ -28,8 +28,6 @@ from services.engine.sampler import Sampler
 from services.engine.scheduler import Plan
 from services.engine.step import StepBuilder
 
-torch.set_num_threads(1)
-
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BLOCKS, SEQS = 64, 5

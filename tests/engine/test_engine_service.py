@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from engine_bench import GatedRunner, Reader, Running, Seen, engine, eventually, settings_for, submit
 from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, Computed, SumRunner, continuation, generate
+from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
@@ -116,6 +117,7 @@ async def test_cancelling_frees_everything_whether_it_waits_or_runs(redis: Redis
         await reader.reached("runs", 3)
         await eventually(lambda: asyncio.sleep(0, running.held == 2))
         await records.cancel(["runs", "waits"])
+        await running.heard_of_cancelling("runs", "waits")
         runner.allow(1000)
         runs, waits = await reader.finished("runs", "waits")
         assert runs.finish == waits.finish == Finish("cancelled")
@@ -156,9 +158,9 @@ async def test_cancelling_while_embeddings_load(
     reader, runner = Reader(redis, keys), SumRunner(64, 4)
     async with engine(redis, redis_url, runner) as running:
         await submit(redis, keys, generate("r", [PATCH + 1, *[PATCH] * 6, PATCH + 2], 200, spans=(SPAN,)))
-        await asyncio.wait_for(loading.wait(), 20)
+        await asyncio.wait_for(loading.wait(), PATIENCE_S)
         await Records(redis, keys).cancel(["r"])
-        await eventually(lambda: asyncio.sleep(0, running.service._inbox._requests["r"].cancelled))
+        await running.heard_of_cancelling("r")
         go_on.set()
         [seen] = await reader.finished("r")
         assert seen.finish == Finish("cancelled")
@@ -594,7 +596,7 @@ class FailingRunner(SumRunner):
 async def test_a_failed_step_ends_the_process_and_keeps_the_entry(redis: Redis, redis_url: str, keys: Keys) -> None:
     async with engine(redis, redis_url, FailingRunner(64, 4)) as running:
         await submit(redis, keys, generate("r", [20], 5))
-        assert await asyncio.wait_for(running.task, 20) == 1
+        assert await asyncio.wait_for(running.task, PATIENCE_S) == 1
     assert await backlog(redis, keys) == 1
     reader = Reader(redis, keys)
     async with engine(redis, redis_url, name="engine-b"):

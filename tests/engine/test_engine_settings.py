@@ -1,12 +1,23 @@
 """Settings that cannot be honoured are errors that name them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_cases import CONFIG
+from msgspec.structs import replace
 
+from cli.demo import write_demo
+from services.engine.__main__ import contradictions, quantization
+from services.engine.__main__ import load as load_runner
+from services.engine.kernels.moe import MoE
+from services.engine.kernels.quantize import Quantized
+from services.engine.model.ernie import ErnieModel
+from services.engine.runner import ModelRunner
 from services.engine.settings import EngineSettings, check
 from shared.config import load
 from shared.errors import ConfigError
+from shared.model_config import load_model_config
 
 
 def settings(**changes: Any) -> EngineSettings:
@@ -35,6 +46,49 @@ def test_the_defaults_are_allowed() -> None:
 def test_a_value_out_of_range_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "served", "said"),
+    [
+        (None, None, None, 0),
+        (None, "wint4", "wint4", 0),
+        ("wint4", "wint4", "wint4", 0),
+        ("wint8", "wint4", "wint8", 1),
+        ("none", "wint4", None, 1),
+        ("none", None, None, 0),
+        ("wint8", None, "wint8", 0),
+    ],
+)
+def test_the_setting_of_quantization_goes_before_what_the_checkpoint_asks_for(
+    setting: Any, asked: Any, served: str | None, said: int
+) -> None:
+    config = replace(CONFIG, quantization=asked)
+    assert quantization(settings(quantization=setting), config) == served
+    lines = [*contradictions(settings(quantization=setting), config)]
+    assert len(lines) == said
+    assert all("wint4" in line and str(setting) in line for line in lines)
+
+
+def test_a_checkpoint_that_asks_for_it_is_quantised(tmp_path: Path) -> None:
+    write_demo(tmp_path / "model")
+    config = replace(load_model_config(tmp_path / "model"), quantization="wint4")
+    told = EngineSettings(redis_url="unix:///x", model=str(tmp_path / "model"), max_model_len=64, max_num_seqs=1)
+    runner, _ = load_runner(told, config, "cpu")
+    assert isinstance(runner, ModelRunner)
+    assert isinstance(runner._model, ErnieModel)
+    layer = runner._model.weights.layers[1]
+    assert isinstance(layer.mlp, MoE)
+    packed = (layer.qkv, layer.mlp.text.gate_up)
+    assert [weight.bits for weight in packed if isinstance(weight, Quantized)] == [8, 4]
+
+
+def test_quantization_is_read_from_the_environment() -> None:
+    told = {"MILLRACE_REDIS_URL": "unix:///x", "MILLRACE_MODEL": "m"}
+    assert load(EngineSettings, told).quantization is None
+    assert load(EngineSettings, told | {"MILLRACE_QUANTIZATION": "none"}).quantization == "none"
+    with pytest.raises(ConfigError, match="MILLRACE_QUANTIZATION"):
+        load(EngineSettings, told | {"MILLRACE_QUANTIZATION": "wint2"})
 
 
 def test_whole_prompts_are_allowed_where_a_step_holds_a_context() -> None:

@@ -82,6 +82,7 @@ async def test_cancelled_while_it_runs_and_while_it_waits(redis: Redis, redis_ur
             await reader.reached("runs", 3)
             await eventually(lambda: asyncio.sleep(0, running.held == 2))
             await Records(redis, keys).cancel(["runs", "waits"])
+            await running.heard_of_cancelling("runs", "waits")
             runner.allow(1000)
             await reader.finished("runs", "waits")
     runs, waits = named(got.spans(), "runs"), named(got.spans(), "waits")

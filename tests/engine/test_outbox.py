@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
 
@@ -51,7 +52,7 @@ async def test_what_redis_refuses_for_now_is_sent_again_in_order(
     task = asyncio.create_task(outbox.run())
     for index in range(3):
         outbox.put(emission(index, Finish("length") if index == 2 else None))
-    [end] = await asyncio.wait_for(ended, 20)
+    [end] = await asyncio.wait_for(ended, PATIENCE_S)
     assert (end.request_id, end.epoch, end.reason, end.generated, end.error) == ("r", 1, "length", 3, None)
     task.cancel()
     messages = [from_entry(fields) for _, fields in await redis.xrange(keys.tokens(0))]
@@ -75,7 +76,7 @@ async def test_the_model_waits_when_redis_is_far_behind(redis: Redis, keys: Keys
     thread = threading.Thread(target=model)
     thread.start()
     for _ in range(LEAD):
-        assert await asyncio.to_thread(put.acquire, timeout=20)
+        assert await asyncio.to_thread(put.acquire, timeout=PATIENCE_S)
     assert not put.acquire(blocking=False)
     task = asyncio.create_task(outbox.run())
     await asyncio.to_thread(thread.join)

@@ -17,8 +17,6 @@ from services.engine.sampling import plan_sampling
 from services.engine.sequence import Sequence
 from services.engine.settings import SamplingClass
 
-torch.set_num_threads(1)
-
 CLASSES: tuple[SamplingClass, ...] = ("base", "rejection")
 
 

@@ -74,7 +74,7 @@ def prompt(seed: int, length: int) -> list[int]:
 requests = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     asked=requests,
     blocks=st.integers(8, 20),
@@ -98,7 +98,7 @@ def test_everyone_gets_the_right_answer_whatever_the_room(
         assert made.generated.tolist() == continuation(prompt(seed, length), answer)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(asked=requests, blocks=st.integers(8, 12), seqs=st.integers(1, 6))
 def test_without_chunking_every_prefill_is_one_chunk(asked: list[tuple[int, int, int]], blocks: int, seqs: int) -> None:
     bench = Bench(blocks, limits(max_num_seqs=seqs, max_num_batched_tokens=40, chunked_prefill=False), caching=False)

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from engine_cases import EOS, FACTS, PATCH, THINK_CLOSE, VOCAB, continuation, last, sequence
+from engine_cases import EOS, FACTS, PATCH, THINK_CLOSE, VOCAB, continuation, generate, last, sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engine.resume import announcement
 from services.engine.sampling import plan_sampling
 from services.engine.sequence import Sequence
 from shared.errors import RequestError
-from shared.messages import Finish, MediaSpan
+from shared.messages import Finish, MediaSpan, unpack_ids
 
 
 def state(made: Sequence) -> object:
@@ -79,6 +80,16 @@ def test_begin_counts_the_prompt() -> None:
     spans = (MediaSpan("image", "a", 1, 6, (1, 4, 6)), MediaSpan("video", "b", 8, 2, (2, 2, 4)))
     begin = sequence([5, *[PATCH] * 6, 6, *[PATCH] * 2], [10], spans=spans).begin()
     assert (begin.index, begin.prompt_tokens, begin.image_tokens, begin.video_tokens) == (1, 10, 6, 2)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_begin_says_the_prompt_to_who_asked_for_token_ids(asked: bool) -> None:
+    prompt = [5, *[PATCH] * 6, 6]
+    spans = (MediaSpan("image", "a", 1, 6, (1, 4, 6)),)
+    first = sequence(prompt, spans=spans, return_token_ids=asked).begin()
+    again = sequence(prompt, [10, 11], spans=spans, return_token_ids=asked).begin()
+    announced = announcement(generate("r", prompt, spans=spans, return_token_ids=asked), 1)
+    assert [unpack_ids(begin.prompt) for begin in (first, again, announced)] == [prompt if asked else []] * 3
 
 
 @pytest.mark.parametrize(

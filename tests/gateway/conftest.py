@@ -4,13 +4,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
 from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
 from cli.demo import write_demo
 from services.gateway.chat import ChatFormat
 from services.gateway.media import MediaRules
+from services.gateway.model_names import ModelNames
 from services.gateway.order import OrderTaker
 from services.gateway.template import Template
 from shared.keys import Keys
@@ -20,7 +20,6 @@ from shared.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("gateway") / "demo-model"
     write_demo(directory)
     return directory
@@ -43,9 +42,10 @@ def taker(checkpoint: Path, tokenizer: Tokenizer) -> OrderTaker:
             repetition_penalty=1.1,
             presence_penalty=0.2,
             frequency_penalty=0.3,
+            min_p=0.05,
         ),
         rules=MediaRules({"image": 2, "video": 1}, max_bytes=1000),
-        model="demo-model",
+        names=ModelNames("demo-model"),
         max_n=4,
         max_model_len=2048,
         force_include_usage=False,

@@ -1,12 +1,14 @@
 """A running gateway for tests, and the test's own hand in place of the stages behind it."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from machine import PATIENCE_S
 from openai import AsyncOpenAI
 from prometheus_client import CollectorRegistry, generate_latest
 from redis.asyncio import Redis
@@ -35,7 +37,6 @@ from shared.records import Records
 from shared.streams import LogReader, send
 from shared.tracing import OFF, Tracing
 
-WAIT_S = 20.0
 SHARDS = 4
 USAGE = Usage(
     prompt_tokens=11, completion_tokens=3, reasoning_tokens=1, cached_tokens=4, image_tokens=0, video_tokens=0
@@ -49,6 +50,7 @@ class Running(msgspec.Struct):
     url: str
     registry: CollectorRegistry
     client: AsyncOpenAI
+    ahead_s: float = 0.0  # how far the clock by which it looks at deadlines runs ahead
 
     def idle(self) -> bool:
         """Nobody is being answered."""
@@ -79,10 +81,12 @@ async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **se
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     registry = CollectorRegistry()
     gateway = compose(told, redis, listener, registry, tick_s=0.02, tracing=tracing)
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="key-1", max_retries=0, timeout=PATIENCE_S)
+    made = Running(gateway, url, registry, client)
+    gateway._desk._clock = lambda: time.time() + made.ahead_s
     await gateway.startup()
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="key-1", max_retries=0, timeout=WAIT_S)
     try:
-        yield Running(gateway, url, registry, client)
+        yield made
     finally:
         await client.close()
         await gateway.close()
@@ -91,7 +95,7 @@ async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **se
 
 async def until(true: Callable[[], bool]) -> None:
     """Let the event loop run until something is so."""
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(PATIENCE_S):
         while not true():  # noqa: ASYNC110  (what is waited for is the gateway's, and sets no event of ours)
             await asyncio.sleep(0.001)
 
@@ -111,7 +115,7 @@ class Stages:
 
     async def take(self, count: int = 1) -> list[Encode | Generate]:
         """The next `count` work entries, in the order in which they were sent."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             while len(self._taken) < count:
                 for _, _, message in await self._work.read(1000, 100):
                     assert isinstance(message, Encode | Generate)
@@ -125,7 +129,7 @@ class Stages:
 
     async def cancelled(self) -> set[str]:
         """The ids of the next Cancel."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 for _, _, message in await self._control.read(1, 100):
                     assert isinstance(message, Cancel)
@@ -133,7 +137,7 @@ class Stages:
 
     async def attached(self) -> Attach:
         """The next Attach."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             while not self._attached:
                 for _, _, message in await self._tokens.read(100, 100):
                     assert isinstance(message, Attach)

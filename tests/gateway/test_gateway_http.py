@@ -11,10 +11,12 @@ import httpx
 import openai
 import pytest
 from gateway_stages import USAGE, Running, Stages, running, until
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
-from services.gateway.app import ModelCard, routes
+from services.gateway.app import Models, routes
 from services.gateway.errors import SHUTTING_DOWN
+from services.gateway.model_names import ModelNames
 from shared.errors import Failure
 from shared.keys import ENCODE, Keys
 from shared.leases import Lease
@@ -28,6 +30,7 @@ from shared.messages import (
     ShownLogprob,
     ToolDelta,
     Usage,
+    pack_ids,
     unpack_ids,
 )
 from shared.records import Records
@@ -59,7 +62,8 @@ async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
 
 def ask(server: Running, messages: list[Any] = HI, **fields: Any) -> "asyncio.Task[Any]":
     """A request under way."""
-    return asyncio.create_task(server.client.chat.completions.create(model="demo-model", messages=messages, **fields))
+    fields = {"model": "demo-model", "messages": messages, **fields}
+    return asyncio.create_task(server.client.chat.completions.create(**fields))
 
 
 async def contents(stream: Any) -> list[Any]:
@@ -68,8 +72,8 @@ async def contents(stream: Any) -> list[Any]:
 
 async def events(url: str, body: dict[str, Any], **headers: str) -> list[str]:
     """The events of a stream as they are on the wire."""
-    async with httpx.AsyncClient() as client:
-        reply = await client.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=20)
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        reply = await client.post(f"{url}/v1/chat/completions", json=body, headers=headers)
         assert reply.status_code == 200
         return reply.text.split("\n\n")
 
@@ -195,7 +199,8 @@ async def test_logprobs_and_token_ids(server: Running, stages: Stages, stream: b
     assert request.sampling.logprobs == 1
     assert request.output.return_token_ids
     shown = ShownLogprob("a", b"a", -0.25, (("b", b"b", -2.0),))
-    await stages.say(request, Delta(request.id, 1, content="a", logprobs=(shown,), token_ids=(42,)))
+    prompt = pack_ids([5, 9, 9, 6])
+    await stages.say(request, Delta(request.id, 1, content="a", logprobs=(shown,), token_ids=(42,), prompt=prompt))
     await stages.say(request, Delta(request.id, 2, finish_reason="stop", usage=USAGE))
     reply = await asked
     if stream:
@@ -212,7 +217,7 @@ async def test_logprobs_and_token_ids(server: Running, stages: Stages, stream: b
     assert (entry.token, entry.logprob, entry.bytes) == ("a", -0.25, [97])
     assert [(top.token, top.logprob) for top in entry.top_logprobs] == [("b", -2.0)]
     assert (message.content, message.completion_token_ids) == ("a", [42])
-    assert len(prompt_ids) > 10
+    assert prompt_ids == [5, 9, 9, 6]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -359,24 +364,28 @@ async def test_a_stream_starts_when_its_media_are_accepted(server: Running, stag
 async def test_a_stream_does_not_wait_for_ever_to_start(
     checkpoint: Path, redis_url: str, stages: Stages, redis: Redis
 ) -> None:
-    async with running(
-        checkpoint, redis_url, limit_mm_per_prompt={"image": 2}, hold_headers_s=0.01, keep_alive_s=0.01
-    ) as server:
-        asked = asyncio.create_task(events(server.url, {"messages": LOOK, "stream": True}))
+    options = {"limit_mm_per_prompt": {"image": 2}, "hold_headers_s": 0.01, "keep_alive_s": 0.01}
+    body = {"messages": LOOK, "stream": True}
+    async with (
+        running(checkpoint, redis_url, **options) as server,
+        httpx.AsyncClient(timeout=PATIENCE_S) as client,
+        client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply,
+    ):
+        assert server.metric('millrace_open_requests{stream="true"}') == 1
+        lines = reply.aiter_lines()
+        async for line in lines:
+            if line == ": keep-alive":
+                break
         request = await stages.request()
-        until_silent = server.metric('millrace_open_requests{stream="true"}')
-        assert until_silent == 1
-        await asyncio.sleep(0.1)  # long beside the silence after which a comment is due
         await stages.tell(request, Failed(request.id, BAD_IMAGE))
-        got = await asked
-    assert ": keep-alive\n" in got[-3]
-    assert said(got[-3])["error"] == {
+        *_, error, done = [line async for line in lines if line.startswith("data: ")]
+    assert said(error)["error"] == {
         "message": "Not an image.",
         "type": "invalid_request_error",
         "param": "messages[0].content[0].image_url",
         "code": 400,
     }
-    assert got[-2:] == ["data: [DONE]", ""]
+    assert done == "data: [DONE]"
 
 
 async def test_the_client_library_reads_over_the_silences(
@@ -478,9 +487,10 @@ async def test_a_client_that_does_not_read_is_cut_off(
 
 
 async def test_a_request_past_its_deadline(checkpoint: Path, redis_url: str, stages: Stages) -> None:
-    async with running(checkpoint, redis_url, request_timeout_s=0.05) as server:
+    async with running(checkpoint, redis_url, request_timeout_s=50) as server:
         asked = ask(server)
         request = await stages.request()
+        server.ahead_s = 51
         with pytest.raises(openai.APIStatusError) as failed:
             await asked
         assert failed.value.status_code == 504
@@ -553,7 +563,7 @@ async def test_not_ready_without_redis_or_with_leases_nobody_can_read(
 ) -> None:
     await redis.sadd(keys.replicas("engine"), "r1")
     await redis.set(keys.replica("engine", "r1"), b"{")
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         assert "engine" in (await client.get("/health/ready")).json()["missing"]
         await redis.set(keys.replicas("mm_encoder"), b"not a set")
         reply = await client.get("/health/ready")
@@ -564,9 +574,9 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = routes(None, None, ModelCard(id="m", created=0, max_model_len=1), broken)  # type: ignore[arg-type]
+    app = routes(None, None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in reply.text
@@ -576,14 +586,12 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
 
 
 async def test_errors_are_openais_everywhere(server: Running) -> None:
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         replies = [
             (await client.get("/nowhere"), 404, "not_found"),
             (await client.get("/v1/chat/completions"), 405, "method_not_allowed"),
             (await client.post("/v1/chat/completions", content=b"{"), 400, "invalid_json"),
             (await client.post("/v1/chat/completions", json={}), 400, "missing_required_parameter"),
-            (await client.post("/v1/chat/completions", json={"model": "x", "messages": HI}), 404, "model_not_found"),
-            (await client.get("/v1/models/other"), 404, "model_not_found"),
         ]
     for reply, status, code in replies:
         error = reply.json()["error"]
@@ -593,7 +601,7 @@ async def test_errors_are_openais_everywhere(server: Running) -> None:
 
 
 async def test_the_request_id_is_the_clients_if_it_may_be(server: Running) -> None:
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         assert (await client.get("/ping", headers={"x-request-id": "mine-1"})).headers["x-request-id"] == "mine-1"
         assert (await client.get("/ping", headers={"x-request-id": "a b"})).headers["x-request-id"] != "a b"
         assert (await client.get("/ping")).headers["x-request-id"] != (await client.get("/ping")).headers[
@@ -604,13 +612,56 @@ async def test_the_request_id_is_the_clients_if_it_may_be(server: Running) -> No
 async def test_models(server: Running) -> None:
     (card,) = (await server.client.models.list()).data
     assert (card.id, card.max_model_len) == ("demo-model", 2048)
-    assert (await server.client.models.retrieve("demo-model")).id == "demo-model"
+    for name in ("demo-model", "null"):
+        assert (await server.client.models.retrieve(name)).id == name
+
+
+async def test_served_names(checkpoint: Path, redis_url: str, stages: Stages) -> None:
+    async with running(checkpoint, redis_url, served_model_names=("a", "org/b")) as server:
+        assert [card.id for card in (await server.client.models.list()).data] == ["a", "org/b"]
+        assert (await server.client.models.retrieve("org/b")).id == "org/b"
+        with pytest.raises(openai.NotFoundError, match="'demo-model' does not exist"):
+            await server.client.models.retrieve("demo-model")
+        with pytest.raises(openai.NotFoundError, match="'demo-model' does not exist"):
+            await ask(server)
+        asked = ask(server, model="org/b")
+        await stages.answer(await stages.request(), "x")
+        assert (await asked).model == "org/b"
+
+
+@pytest.mark.parametrize("model", ["null", 'a "name"\u2028'])
+async def test_an_answer_repeats_the_models_name_wherever_it_is_written(
+    server: Running, other: Running, stages: Stages, model: str
+) -> None:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        body = {"model": model, "messages": HI, "stream": True}
+        async with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
+            request = await stages.request()
+            await stages.answer(request, "x")
+            await stages.keep(request)
+            told = [said(event) for event in (await reply.aread()).decode().split("\n\n") if "data: {" in event]
+        again = asyncio.create_task(client.get(f"{other.url}/v1/chat/completions/chatcmpl-{request.id}"))
+        gateway = (await stages.attached()).gateway
+        await stages.send(gateway, Delta(request.id, 2, content="x", finish_reason="stop", usage=USAGE))
+        whole = (await again).json()
+    assert {chunk["model"] for chunk in told} == {model}
+    assert (len(told), whole["model"]) == (3, model)
+
+
+async def test_where_no_answer_is_yet_its_model_is_repeated_too(server: Running, stages: Stages) -> None:
+    asked = ask(server, model="null", extra_headers={"Idempotency-Key": "k"})
+    request = await stages.request()
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        status = (await client.get(f"{server.url}/v1/chat/completions/chatcmpl-{request.id}")).json()
+    assert (status["status"], status["model"]) == ("in_progress", "null")
+    await stages.answer(request, "x")
+    assert (await asked).model == "null"
 
 
 async def test_every_path_but_health_needs_a_key(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     async with (
         running(checkpoint, redis_url, api_keys=("key-1", "key-2")) as server,
-        httpx.AsyncClient(base_url=server.url) as client,
+        httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client,
     ):
         for path in (
             "/v1/models",
@@ -639,7 +690,7 @@ async def test_a_body_too_large(checkpoint: Path, redis_url: str) -> None:
 
     async with (
         running(checkpoint, redis_url, max_body_bytes=1000) as server,
-        httpx.AsyncClient(base_url=server.url) as client,
+        httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client,
     ):
         announced = await client.post("/v1/chat/completions", content=b"x" * 1001)
         chunked = await client.post("/v1/chat/completions", content=pieces())
@@ -679,7 +730,7 @@ async def test_no_more_than_so_many_at_once(checkpoint: Path, redis_url: str, st
 
 
 async def test_ready_when_every_stage_is(server: Running, redis: Redis, keys: Keys) -> None:
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         reply = await client.get("/health/ready")
         assert (reply.status_code, reply.json()["missing"]) == (503, ["mm_encoder", "engine", "postproc"])
         for stage in ("mm_encoder", "engine", "postproc"):
@@ -694,7 +745,7 @@ async def test_draining_finishes_what_runs_and_takes_nothing_new(server: Running
     stream = await ask(server, stream=True)
     request = await stages.request()
     drained = asyncio.create_task(server.gateway.drain())
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         assert "gateway" in (await client.get(f"{server.url}/health/ready")).json()["missing"]
     with pytest.raises(openai.APIStatusError) as refused:
         await ask(server)
@@ -722,7 +773,7 @@ async def test_closing_ends_streams_with_an_error_and_leaves_no_stream(
 
 
 async def test_openapi_describes_the_request(server: Running) -> None:
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         described = (await client.get("/openapi.json")).json()
     body = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatRequest"}

@@ -132,7 +132,7 @@ def test_a_name_cut_into_parts_is_still_text(chat: ChatFormat, tokenizer: Tokeni
 WORDS = st.lists(st.sampled_from([*TRICKS, "<", "|>", "<|", "think>", ">", "/", "s>", " ", "x", "é"]), max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(words=WORDS, free=st.text(max_size=20))
 def test_no_text_becomes_a_control_token(
     demo_chat: ChatFormat, tokenizer: Tokenizer, words: list[str], free: str

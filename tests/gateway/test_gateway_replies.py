@@ -21,7 +21,7 @@ from services.gateway.replies import (
     total_usage,
 )
 from shared.errors import Failure
-from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
+from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, pack_ids
 
 HEAD = Head("chatcmpl-1", 123, 'a "model"', "fp_1")
 USAGE = Usage(10, 20, 5, 3, 2, 1)
@@ -66,7 +66,29 @@ def test_the_frame_of_every_chunk() -> None:
 
 def test_the_first_chunk_names_the_role() -> None:
     assert deltas_of(Chunks(HEAD, 1, False).openings(MARK)) == [{"role": "assistant", "content": ""}]
-    assert deltas_of(Chunks(HEAD, 1, False).openings(MARK, [1, 2]))[0]["prompt_token_ids"] == [1, 2]
+
+
+def test_where_token_ids_are_asked_for_the_role_comes_with_the_prompts() -> None:
+    chunks, places = Chunks(HEAD, 1, False, token_ids=True), marks(1)
+    assert chunks.openings(places.line()) == b""
+    first = Delta("r", 3, content="a", token_ids=(4,), prompt=pack_ids([1, 2]))
+    data = chunks.delta(0, first, places)
+    assert deltas_of(data) == [
+        {"role": "assistant", "content": "", "prompt_token_ids": [1, 2]},
+        {"content": "a", "completion_token_ids": [4]},
+    ]
+    assert ids_of(data) == [b"0-3-1", b"3"]
+    assert chunks.delta(0, first, marks(1), shown=1) == data.partition(b"\n\n")[2]
+    assert deltas_of(chunks.delta(0, Delta("r", 5, content="b", token_ids=(5,), start=3), places)) == [
+        {"content": "b", "completion_token_ids": [5]}
+    ]
+
+
+def test_an_engine_that_does_not_say_the_prompt_leaves_its_ids_null() -> None:
+    chunks = Chunks(HEAD, 1, False, token_ids=True)
+    (opening, _) = deltas_of(chunks.delta(0, Delta("r", 3, content="a", token_ids=(4,)), marks(1)))
+    assert opening["prompt_token_ids"] is None
+    assert answer(Delta("r", 1, finish_reason="stop"), with_ids=True)["message"]["prompt_token_ids"] is None
 
 
 def test_every_event_says_how_much_its_reader_has() -> None:
@@ -170,6 +192,7 @@ PIECES = st.one_of(
     st.builds(lambda t, u: Delta("r", 0, reasoning=t, content=u), st.sampled_from("d"), st.sampled_from("a")),
     st.builds(lambda: Delta("r", 0, tool_calls=(ToolDelta(0, "c", "f", "x"),))),
     st.builds(lambda: Delta("r", 0, content="t", token_ids=(1,))),
+    st.builds(lambda: Delta("r", 0, content="t", prompt=pack_ids([1]))),
 )
 
 
@@ -205,7 +228,7 @@ def answer(*deltas: Delta, **options: Any) -> dict[str, Any]:
     collected = Collected()
     for delta in deltas:
         collected.add(delta)
-    settings = {"with_logprobs": False, "prompt_ids": None, "with_ids": False, **options}
+    settings = {"with_logprobs": False, "with_ids": False, **options}
     body = json.loads(completion(HEAD, [collected.choice(0, **settings)], total_usage([USAGE])))
     ChatCompletion.model_validate(body)
     return dict(body["choices"][0])
@@ -241,13 +264,13 @@ def test_an_answer_of_tool_calls_alone_has_no_content() -> None:
 def test_details_of_an_answer() -> None:
     shown = ShownLogprob("a", b"a", -0.5, ())
     choice = answer(
-        Delta("r", 1, content="a", logprobs=(shown,), token_ids=(4,), finish_reason="stop"),
+        Delta("r", 1, content="a", logprobs=(shown,), token_ids=(4,), prompt=pack_ids([1, 2])),
+        Delta("r", 3, token_ids=(5,), finish_reason="stop", start=1),
         with_logprobs=True,
         with_ids=True,
-        prompt_ids=[1, 2],
     )
     assert [one["token"] for one in choice["logprobs"]["content"]] == ["a"]
-    assert (choice["message"]["prompt_token_ids"], choice["message"]["completion_token_ids"]) == ([1, 2], [4])
+    assert (choice["message"]["prompt_token_ids"], choice["message"]["completion_token_ids"]) == ([1, 2], [4, 5])
 
 
 def test_an_answer_that_never_left_thinking_has_empty_content() -> None:

@@ -4,8 +4,10 @@ import base64
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
+from services.gateway.model_names import ModelNames
 from services.gateway.order import Order, OrderTaker
 from services.gateway.validate import MAX_SCHEMA_BYTES
 from shared.errors import Failure, RequestError
@@ -97,7 +99,8 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     (saying({"type": "file", "file": {"file_id": "file-1"}}), 400, "messages[0].content[0].file", "image or a video"),
     (saying(video({"url": MP4, "frames_sample": "last"})), 400, "messages[0].content[0].video_url.frames_sample", ""),
     (saying(video({"url": MP4, "subtitles": [{}]})), 400, "messages[0].content[0].video_url.subtitles", "supported"),
-    ({"model": "gpt-4"}, 404, "model", "gpt-4"),
+    ({"model": 4}, 400, "model", "int"),
+    ({"model": "m" * 257}, 400, "model", "256"),
     ({"max_tokens": 0}, 400, "max_tokens", ">= 1"),
     ({"max_tokens": -5}, 400, "max_tokens", ">= 1"),
     ({"max_completion_tokens": 0}, 400, "max_completion_tokens", ">= 1"),
@@ -192,6 +195,7 @@ def test_defaults_are_the_checkpoints(taker: OrderTaker) -> None:
     sampling = order(taker).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.7, 5)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.2, 0.3)
+    assert sampling.min_p == 0.05
     assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (None, 0, None)
 
 
@@ -234,6 +238,42 @@ def test_every_sampling_field_arrives(taker: OrderTaker, tokenizer: Tokenizer) -
     assert (given.logprobs, given.reasoning_max_tokens) == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("given", "repeated"),
+    [
+        ({"model": "null"}, "null"),
+        ({"model": "default"}, "default"),
+        ({"model": None}, "demo-model"),
+        ({"model": ""}, "demo-model"),
+        ({}, "demo-model"),
+    ],
+)
+def test_any_model_is_accepted_and_repeated_where_no_name_is_set(
+    taker: OrderTaker, given: dict[str, Any], repeated: str
+) -> None:
+    made = order(taker, **given)
+    assert (made.model, made.form("", "").model) == (repeated, repeated)
+
+
+@pytest.mark.parametrize(
+    ("given", "repeated"), [({"model": "a"}, "a"), ({"model": "b"}, "b"), ({"model": None}, "a"), ({}, "a")]
+)
+def test_served_names_are_repeated(taker: OrderTaker, given: dict[str, Any], repeated: str) -> None:
+    assert order(_named(taker), **given).model == repeated
+
+
+@pytest.mark.parametrize("model", ["c", "null", "default", "demo-model", "A"])
+def test_nothing_but_served_names_is_accepted(taker: OrderTaker, model: str) -> None:
+    with pytest.raises(RequestError, match=f"'{model}' does not exist") as caught:
+        order(_named(taker), model=model)
+    failure = caught.value.failure
+    assert (failure.status, failure.param, failure.code) == (404, "model", "model_not_found")
+
+
+def _named(taker: OrderTaker) -> OrderTaker:
+    return msgspec.structs.replace(taker, names=ModelNames("demo-model", ("a", "b")))
+
+
 def test_every_output_field_arrives(taker: OrderTaker) -> None:
     given = order(
         taker,
@@ -245,10 +285,11 @@ def test_every_output_field_arrives(taker: OrderTaker) -> None:
         **tool(),
     ).output
     assert (given.stop, given.include_stop) == (("a", "b"), True)
-    assert (given.tools, given.parallel_tool_calls) == (True, False)
+    assert (given.tools, given.functions, given.parallel_tool_calls) == (True, ("f",), False)
     assert (given.logprobs, given.return_token_ids, given.thinking) == (True, True, True)
     assert order(taker, stop="x").output.stop == ("x",)
-    assert not order(taker, tool_choice="none", **tool()).output.tools
+    not_to_call = order(taker, tool_choice="none", **tool()).output
+    assert (not_to_call.tools, not_to_call.functions) == (False, ())
 
 
 @pytest.mark.parametrize(

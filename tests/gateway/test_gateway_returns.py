@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,17 +11,21 @@ import httpx
 import msgspec
 import openai
 import pytest
-from gateway_stages import USAGE, WAIT_S, Running, Stages, running, until
+from gateway_stages import USAGE, Running, Stages, running, until
+from machine import PATIENCE_S
 from openai import AsyncStream
 from openai.types.chat import ChatCompletionChunk
 from redis.asyncio import Redis
 
 from shared.errors import Failure
 from shared.keys import Keys
-from shared.messages import Attach, Delta, Request, ToolDelta, Usage, unpack_ids
+from shared.messages import Attach, Delta, Failed, Request, ToolDelta, Usage, pack_ids
 from shared.records import Records
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
+WITH_PICTURE: list[Any] = [
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}
+]
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -51,7 +54,7 @@ class Reader:
         """The events up to the one with this id or this data."""
         events: list[Event] = []
         event_id = None
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             async for line in self._lines:
                 field, _, value = line.partition(": ")
                 if field == "id":
@@ -73,7 +76,7 @@ async def reading(
 ) -> AsyncIterator[Reader]:
     """A stream: a POST of `body`, or the GET of what is at `path`."""
     url = f"{server.url}/v1/chat/completions{path}"
-    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         payload = {"json": {"messages": HI, "stream": True, **body}} if body is not None else {}
         async with client.stream("POST" if payload else "GET", url, headers=headers, **payload) as reply:
             assert reply.status_code == 200, await reply.aread()
@@ -81,7 +84,7 @@ async def reading(
 
 
 async def get(server: Running, path: str, **headers: str) -> httpx.Response:
-    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         return await client.get(f"{server.url}/v1/chat/completions{path}", headers=headers)
 
 
@@ -253,16 +256,69 @@ async def test_who_has_seen_the_end_is_told_that_it_was(server: Running, other: 
 async def test_token_ids_and_logprobs_are_still_asked_for(server: Running, other: Running, stages: Stages) -> None:
     body = {"return_token_ids": True, "logprobs": True}
     async with reading(server, body=body) as first:
-        (work,) = await stages.take()
-        request = work.request
-        (opening,) = await first.until("0")
+        request = await stages.request()
+        said = Delta(request.id, 1, content="a", token_ids=(4,), prompt=pack_ids([5, 9, 9, 6]))
+        await stages.say(request, said)
+        events = await first.until("1")
         async with reading(other, f"/chatcmpl-{request.id}/events") as again:
-            gateway = (await stages.attached()).gateway
-            assert (await again.until("0"))[0].chunk["choices"] == opening.chunk["choices"]
-            await stages.send(gateway, Delta(request.id, 1, content="a", token_ids=(4,)))
-            (event,) = await again.until("1")
-    assert opening.chunk["choices"][0]["delta"]["prompt_token_ids"] == unpack_ids(work.prompt)  # type: ignore[union-attr]
-    assert event.chunk["choices"][0]["delta"]["completion_token_ids"] == [4]
+            await stages.send((await stages.attached()).gateway, said)
+            assert [event.chunk["choices"] for event in await again.until("1")] == [
+                event.chunk["choices"] for event in events
+            ]
+    opening, event = [event.chunk["choices"][0]["delta"] for event in events]
+    assert opening == {"role": "assistant", "content": "", "prompt_token_ids": [5, 9, 9, 6]}
+    assert event["completion_token_ids"] == [4]
+
+
+@pytest.mark.parametrize(
+    ("shown", "after", "until", "expected"),
+    [("0-2-1.0", (0, 0), (2, 0), ["0", "1", "2"]), ("2.0", (2, 0), (0, 0), ["1", "2"])],
+)
+async def test_each_choice_says_its_prompt_once_however_often_its_reader_comes_back(
+    server: Running,
+    other: Running,
+    stages: Stages,
+    shown: str,
+    after: tuple[int, int],
+    until: tuple[int, int],
+    expected: list[str],
+) -> None:
+    """The second choice's prompt is another here, as it is where the picture at a link changed in between."""
+    body = {"n": 2, "return_token_ids": True}
+    async with reading(server, body=body) as abandoned:
+        first, second = [work.request for work in await stages.take(2)]
+        said = Delta(first.id, 2, content="0", token_ids=(4, 4), prompt=pack_ids([5, 9, 6]))
+        await stages.say(first, said)
+        before = await abandoned.until(shown)
+        async with reading(other, f"/chatcmpl-{first.id}/events", **{"last-event-id": shown}) as reader:
+            attached = {attach.request_id: attach for attach in [await stages.attached() for _ in range(2)]}
+            asked = [attached[request.id] for request in (first, second)]
+            assert ([one.after for one in asked], [one.until for one in asked]) == ([*after], [*until])
+            gateway = asked[0].gateway
+            if until[0]:
+                await stages.send(gateway, said)
+            end = Delta(first.id, 4, content="1", token_ids=(4,), finish_reason="stop", usage=USAGE, start=2)
+            prompt = pack_ids([5, 9, 9, 6])
+            whole = Delta(second.id, 2, "", "2", token_ids=(4,), finish_reason="stop", usage=USAGE, prompt=prompt)
+            await stages.send(gateway, end, whole)
+            events = await reader.rest()
+    assert [event.text for event in events if event.text] == expected
+    deltas = [event.chunk["choices"][0] for event in [*before, *events][:-1]]
+    prompts = [(one["index"], one["delta"]["prompt_token_ids"]) for one in deltas if "role" in one["delta"]]
+    assert prompts == [(0, [5, 9, 6]), (1, [5, 9, 9, 6])]
+
+
+async def test_who_waits_for_the_prompts_ids_is_told_of_a_failure_all_the_same(
+    checkpoint: Path, redis_url: str, stages: Stages
+) -> None:
+    async with (
+        running(checkpoint, redis_url, hold_headers_s=0) as server,
+        reading(server, body={"messages": WITH_PICTURE, "return_token_ids": True}) as reader,
+    ):
+        request = await stages.request()
+        await stages.tell(request, Failed(request.id, Failure(400, "Not an image.", param="messages[0]")))
+        error, done = await reader.rest()
+    assert (error.chunk["error"]["code"], done.data) == (400, "[DONE]")
 
 
 async def test_what_there_is_to_go_on_with(server: Running, stages: Stages, redis: Redis, keys: Keys) -> None:
@@ -330,14 +386,13 @@ async def test_the_whole_answer_when_there_is_one(server: Running, other: Runnin
 
 
 async def test_a_kept_answer_outlives_the_time_it_had(checkpoint: Path, redis_url: str, stages: Stages) -> None:
-    async with running(checkpoint, redis_url, request_timeout_s=0.5) as server:
+    async with running(checkpoint, redis_url, request_timeout_s=50) as server:
         async with reading(server, body={}) as reader:
             request = await stages.request()
             await stages.keep(request)
             await stages.answer(request, "x")
             await reader.rest()
-        assert request.deadline is not None
-        await asyncio.sleep(max(0.0, request.deadline - time.time()))  # what it had
+        server.ahead_s = 51  # what it had
         async with reading(server, f"/chatcmpl-{request.id}/events") as again:
             await stages.attached()
             await again.until("0")
@@ -466,7 +521,7 @@ async def test_what_was_read_is_cut(checkpoint: Path, redis_url: str, stages: St
         request = await stages.request()
         await stages.answer(request, *texts)
         assert (await asked).choices[0].message.content == "".join(texts)
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             while await redis.xlen(keys.deltas(request.gateway)) > 100:  # noqa: ASYNC110  # nobody tells of it
                 await asyncio.sleep(0.01)
         assert 0 < await redis.ttl(keys.deltas(request.gateway)) <= 60

@@ -1,5 +1,6 @@
 """The span of a chat request: what other stages get of it, and how it ends."""
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import httpx
 import pytest
 from collector import Collector, Received, traced
 from gateway_stages import Stages, running
+from machine import PATIENCE_S
 
 from shared.errors import Failure
 from shared.messages import Delta
@@ -30,7 +32,7 @@ async def test_other_stages_are_told_of_the_span_and_the_log_of_its_trace(
     with traced("gateway") as (tracing, got):
         async with (
             running(checkpoint, redis_url, tracing) as gateway,
-            httpx.AsyncClient(base_url=gateway.url) as http,
+            httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as http,
             http.stream("POST", PATH, json={**HELLO, "stream": True}, headers=CALLER) as reply,
         ):
             request = await stages.request()
@@ -46,7 +48,7 @@ async def test_other_stages_are_told_of_the_span_and_the_log_of_its_trace(
 async def test_without_traces_the_callers_own_is_handed_on(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     async with (
         running(checkpoint, redis_url) as gateway,
-        httpx.AsyncClient(base_url=gateway.url) as http,
+        httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as http,
         http.stream("POST", PATH, json={**HELLO, "stream": True}, headers=CALLER) as reply,
     ):
         request = await stages.request()
@@ -61,7 +63,7 @@ async def test_a_failure_within_a_stream_is_the_spans_although_the_status_is_200
     with traced("gateway") as (tracing, got):
         async with (
             running(checkpoint, redis_url, tracing) as gateway,
-            httpx.AsyncClient(base_url=gateway.url) as http,
+            httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as http,
             http.stream("POST", PATH, json={**HELLO, "stream": True}, headers=CALLER) as reply,
         ):
             request = await stages.request()
@@ -76,10 +78,13 @@ async def test_a_failure_within_a_stream_is_the_spans_although_the_status_is_200
 async def test_a_failure_before_anything_was_written(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     with traced("gateway") as (tracing, got):
         async with (
-            running(checkpoint, redis_url, tracing, request_timeout_s=0.05) as gateway,
-            httpx.AsyncClient(base_url=gateway.url) as http,
+            running(checkpoint, redis_url, tracing, request_timeout_s=50) as gateway,
+            httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as http,
         ):
-            reply = await http.post(PATH, json=HELLO, headers=CALLER)
+            asked = asyncio.create_task(http.post(PATH, json=HELLO, headers=CALLER))
+            await stages.request()
+            gateway.ahead_s = 51
+            reply = await asked
     span = the_one(got)
     assert span.failed
     assert span.attributes["http.response.status_code"] == reply.status_code == 504
@@ -88,7 +93,10 @@ async def test_a_failure_before_anything_was_written(checkpoint: Path, redis_url
 
 async def test_a_client_that_leaves_is_no_error(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     with traced("gateway") as (tracing, got):
-        async with running(checkpoint, redis_url, tracing) as gateway, httpx.AsyncClient(base_url=gateway.url) as http:
+        async with (
+            running(checkpoint, redis_url, tracing) as gateway,
+            httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as http,
+        ):
             async with http.stream("POST", PATH, json={**HELLO, "stream": True}, headers=CALLER):
                 request = await stages.request()
             await stages.cancelled()
@@ -102,7 +110,7 @@ async def test_who_has_no_key_and_who_asks_for_something_else(checkpoint: Path, 
     with traced("gateway") as (tracing, got):
         async with (
             running(checkpoint, redis_url, tracing, api_keys=("key-1",)) as gateway,
-            httpx.AsyncClient(base_url=gateway.url, headers=CALLER) as http,
+            httpx.AsyncClient(base_url=gateway.url, headers=CALLER, timeout=PATIENCE_S) as http,
         ):
             assert (await http.post(PATH, json=HELLO)).status_code == 401
             assert (await http.get("/health/live")).status_code == 200

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chart_pods import AUTOSCALER, POLL_S, READY_S, VALUES, Pod
-from chart_valkey import free_port, valkey
+from chart_pods import AUTOSCALER, POLL_S, VALUES, Pod
+from chart_valkey import valkey
 from helm_chart import Object, Values, find, objects
 from kubernetes_api import KubernetesApi, serving
+from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
 
 from shared import bus
@@ -68,7 +69,7 @@ def granted(items: list[Object]) -> set[tuple[str, str, str, str | None]]:
 
 
 def wait_for(api: WatchedApi, replicas: int, pod: Pod) -> None:
-    deadline = time.monotonic() + READY_S
+    deadline = time.monotonic() + PATIENCE_S
     while api.replicas["millrace-engine"] != replicas:
         assert time.monotonic() < deadline, pod.log.read_text()
         time.sleep(POLL_S)

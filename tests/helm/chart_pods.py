@@ -11,15 +11,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from chart_valkey import free_port, valkey
+from chart_valkey import valkey
 from helm_chart import CHART, NAMESPACE, SERVICES, Object, Values, container, environment, find, objects, pods
+from machine import PATIENCE_S, free_port
 
 from cli.demo import write_demo
 
 ROOT = CHART.parent
 AUTOSCALER = "autoscaler"
-READY_S = 120.0  # on a machine with two slow cores
-STOP_S = 60.0
 POLL_S = 0.2
 VALUES: Values = {
     "model": {"existingClaim": "checkpoint", "name": "demo"},
@@ -86,7 +85,7 @@ class Pod:
     def stop(self) -> int:
         """End it as the kubelet does; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(STOP_S)
+        return self.process.wait(PATIENCE_S)
 
     def kill(self) -> None:
         self.process.kill()
@@ -103,13 +102,14 @@ class Pod:
             return self.run(probe["exec"]["command"]) == 0
         port = self.environ[{"http": "MILLRACE_PORT", "metrics": "MILLRACE_METRICS_PORT"}[probe["httpGet"]["port"]]]
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{probe['httpGet']['path']}", timeout=5) as reply:
+            url = f"http://127.0.0.1:{port}{probe['httpGet']['path']}"
+            with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
                 return int(reply.status) == 200
         except OSError:
             return False
 
     def wait_until_started(self) -> None:
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + PATIENCE_S
         while not self.probe("startup"):
             assert not self.ended(), self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -120,7 +120,7 @@ class Pod:
 def running(directory: Path, kinds: dict[str, type[Pod]]) -> Iterator[dict[str, Pod]]:
     """All four, started, against the chart's Valkey; `kinds` says of each service what runs it."""
     items = objects(VALUES)
-    write_demo(directory / "model")
+    write_demo(directory / "model", dtype="float32")  # what CPUs compute exactly enough for tests/cluster to compare
     with contextlib.ExitStack() as stack:
         secret = stack.enter_context(valkey(items, directory, free_port())) | {"keys": '["sk-one"]'}
         made = {}
@@ -151,5 +151,5 @@ def helm_test(url: str) -> "subprocess.CompletedProcess[str]":
         capture_output=True,
         text=True,
         check=False,
-        timeout=READY_S,
+        timeout=PATIENCE_S,
     )

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helm_chart import Object, find, secret_data
+from machine import PATIENCE_S
 
 from cli.redis_server import find_server
 
-START_S = 20.0
 POLL_S = 0.02
 
 
@@ -37,20 +37,13 @@ def valkey(items: list[Object], directory: Path, port: int) -> Iterator[dict[str
         }
     finally:
         process.terminate()
-        process.wait(START_S)
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        process.wait(PATIENCE_S)
 
 
 def say(port: int, line: str) -> bytes:
     """The reply to one inline command of a stranger's; nothing where nobody listens."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=START_S) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
             connection.sendall(f"{line}\r\n".encode())
             return connection.recv(4096)
     except OSError:
@@ -58,7 +51,7 @@ def say(port: int, line: str) -> bytes:
 
 
 def _wait(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + PATIENCE_S
     while b"PONG" not in say(port, "PING"):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -53,7 +53,7 @@ MATRIX: dict[str, Values] = {
         "service": {"annotations": {"a": "b"}},
     },
     "external redis with users, hpa, placement": {
-        "model": {"existingClaim": "checkpoint", "name": "ernie"},
+        "model": {"existingClaim": "checkpoint", "name": ["ernie", "vl"]},
         "apiKeysSecret": "keys",
         "redis": {
             "existingSecret": "redis-users",

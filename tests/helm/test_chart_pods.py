@@ -64,7 +64,7 @@ def test_settings_are_passed_through_with_their_types() -> None:
     assert isinstance(gateway, GatewaySettings)
     assert gateway.media_limits()["image"] == 20
     assert gateway.api_keys == ("sk-one",)
-    assert gateway.served_model_name == "ernie"
+    assert gateway.served_model_names == ("ernie", "vl")
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -3,8 +3,9 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from chart_valkey import free_port, say, valkey
+from chart_valkey import say, valkey
 from helm_chart import CLAIM, Object, case, container, environment, find, objects, pods, secret_data
+from machine import free_port
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 

@@ -149,4 +149,7 @@ def test_notes_say_how_to_ask() -> None:
     assert "Everybody" not in notes
     assert "Everybody" in render(MATRIX["defaults"])["templates/NOTES.txt"]
     assert "may end answers" in render(MATRIX["external redis with users, hpa, placement"])["templates/NOTES.txt"]
+    assert (
+        "Millrace serves ernie." in render(MATRIX["external redis with users, hpa, placement"])["templates/NOTES.txt"]
+    )
     assert "keeps nothing" in render(MATRIX["cpu, nothing kept, no policies"])["templates/NOTES.txt"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from chart_pods import Pod, helm_test, running
 from helm_chart import SERVICES
+from machine import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_helm_test_passes(system: dict[str, Pod]) -> None:
 def test_metrics_are_where_the_podmonitor_looks(system: dict[str, Pod]) -> None:
     for service, pod in system.items():
         url = f"http://127.0.0.1:{pod.environ['MILLRACE_METRICS_PORT']}/metrics"
-        with urllib.request.urlopen(url, timeout=5) as reply:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
             assert b"millrace_" in reply.read(), service
 
 

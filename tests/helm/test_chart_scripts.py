@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helm_chart import CHART
+from machine import PATIENCE_S
 
 FETCH = CHART / "files" / "fetch_model.py"
 CHAT = CHART / "files" / "chat.py"
@@ -102,7 +103,7 @@ def run(script: Path, *arguments: str, **environ: str) -> "subprocess.CompletedP
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helm_chart import CHART, MATRIX, NAMESPACE, RELEASE, Object, case, find, parse, render
+from machine import PATIENCE_S
 from test_chart_render import FOREIGN
 
 TOOLS = Path(os.environ.get("CHART_TOOLS", "")).absolute()
@@ -39,7 +40,7 @@ def helm(*arguments: str, values: Object) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -76,7 +77,7 @@ def crd_complaints(items: list[Object]) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "helm" / "images"
@@ -87,6 +88,6 @@ def test_a_diff_between_two_is_the_difference_between_two_services() -> None:
 def test_hadolint_finds_nothing(service: str) -> None:
     hadolint = Path(os.environ["CHART_TOOLS"]).absolute() / "python/bin/hadolint"
     done = subprocess.run(
-        [str(hadolint), "-"], input=text(service), capture_output=True, text=True, check=False, timeout=60
+        [str(hadolint), "-"], input=text(service), capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
     assert (done.returncode, done.stdout) == (0, "")

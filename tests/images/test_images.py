@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 from chart_autoscaler import wake_and_sleep
-from chart_pods import ROOT, STOP_S, Pod, helm_test, running
+from chart_pods import ROOT, Pod, helm_test, running
 from helm_chart import SERVICES
+from machine import PATIENCE_S
 from openai import OpenAI
 
 AUTOSCALER = "autoscaler"
@@ -82,7 +83,7 @@ class Container(Pod):
         return not running
 
     def stop(self) -> int:
-        podman("stop", "--time", str(int(STOP_S)), self.name)
+        podman("stop", "--time", str(int(PATIENCE_S)), self.name)
         self.ended()
         return int(self.state()["ExitCode"])
 

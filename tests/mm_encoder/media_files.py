@@ -37,9 +37,10 @@ def video_bytes(
     fps: int = 10,
     pixels: str = "yuv420p",
     options: dict[str, str] | None = None,
+    codec_options: dict[str, str] | None = None,
 ) -> bytes:
     with tempfile.NamedTemporaryFile() as out:  # faststart reads back what it has written
-        _encode(out.name, frames, container, codec, fps, pixels, options or {})
+        _encode(out.name, frames, container, codec, fps, pixels, options or {}, codec_options or {})
         return out.read()
 
 
@@ -51,11 +52,13 @@ def _encode(
     fps: int,
     pixels: str,
     options: dict[str, str],
+    codec_options: dict[str, str],
 ) -> None:
     with av.open(path, "w", format=container, options=options) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width = frames[0].shape[:2] if frames else (120, 160)
         stream.pix_fmt = pixels
+        stream.options = codec_options
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         if frames:

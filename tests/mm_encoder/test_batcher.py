@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 import torch
+from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Recording:
     def encode(self, items: Sequence[Patches]) -> list[Tensor]:
         self.batches.append([len(item.rows) for item in items])
         self.begun.set()
-        assert self.go.wait(20)
+        assert self.go.wait(PATIENCE_S)
         if any(len(item.rows) == 666 for item in items):
             raise RuntimeError("planted")
         return [torch.tensor([len(item.rows)]) for item in items]
@@ -48,7 +49,7 @@ async def running(encoder: Recording, max_patches: int) -> AsyncIterator[Batcher
 
 
 async def begun(encoder: Recording) -> None:
-    assert await asyncio.to_thread(encoder.begun.wait, 20)
+    assert await asyncio.to_thread(encoder.begun.wait, PATIENCE_S)
 
 
 async def test_what_waits_is_encoded_together_up_to_the_limit() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace as changed
 from oracle import Model, save_with_transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import services.mm_encoder.rows
@@ -17,8 +18,6 @@ from services.mm_encoder.weights import load_weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
 from shared.model_config import ModelConfig, load_model_config
-
-torch.set_num_threads(1)
 
 IMAGES: list[Grid] = [(1, 4, 4), (1, 8, 10), (1, 2, 20), (1, 8, 10), (1, 6, 4)]
 VIDEOS: list[Grid] = [(6, 6, 8), (2, 4, 4), (10, 4, 6)]
@@ -152,6 +151,16 @@ def test_identity_tells_weights_and_dtype_apart(
     ours = load_weights(Checkpoint(directory), config, "cpu").identity
     assert ours == load_weights(Checkpoint(directory), config, "cpu").identity
     assert ours != load_weights(Checkpoint(tmp_path / "other"), config, "cpu").identity
+
+
+def test_buffers_of_rotary_frequencies_change_nothing(
+    directory: Path, judge: Model, config: ModelConfig, tmp_path: Path
+) -> None:
+    tensors = {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+    more = tensors | {"vision_model.rotary_pos_emb.inv_freq": torch.ones(4)}
+    save_file(more, tmp_path / "model.safetensors")
+    expected = load_weights(Checkpoint(directory), config, "cpu").identity
+    assert load_weights(Checkpoint(tmp_path), config, "cpu").identity == expected
 
 
 class Renaming:

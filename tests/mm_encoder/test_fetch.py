@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from loopback import Site, running_site
+from machine import PATIENCE_S
 
 from services.mm_encoder.fetch import Fetcher, allowed
 from shared.errors import RequestError
@@ -16,7 +17,7 @@ UNREACHABLE = "The media's URL cannot be reached, or its address is not allowed.
 
 
 def fetcher(**options: object) -> Fetcher:
-    settings = {"max_bytes": 1000, "max_redirects": 3, "timeout_s": 20.0, "networks": LOOPBACK} | options
+    settings = {"max_bytes": 1000, "max_redirects": 3, "timeout_s": PATIENCE_S, "networks": LOOPBACK} | options
     return Fetcher(**settings)  # type: ignore[arg-type]
 
 
@@ -257,7 +258,7 @@ async def test_bytes_are_counted_while_they_come(site: Site) -> None:
     site.handlers["/"] = endless
     error = await refusal(site.url("/"))
     assert "media_max_bytes = 1000" in error.failure.message
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await gone.wait()
 
 

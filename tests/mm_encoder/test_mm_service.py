@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from loopback import running_site
+from machine import PATIENCE_S
 from media_files import picture, video_bytes, video_frames
 from oracle import Model, save_with_transformers
 from PIL import Image
@@ -55,8 +56,6 @@ from shared.model_config import load_model_config
 from shared.records import Records
 from shared.service import Life
 from shared.streams import LogReader, WorkStream, send
-
-torch.set_num_threads(1)
 
 GATEWAY = "gw"
 LIMITS = ProcessorSettings(image_max_pixels=784 * 30, video_min_pixels=3136, video_max_pixels=784 * 9)
@@ -130,7 +129,7 @@ class Bench:
 
     async def told(self) -> Message:
         """The next message to the gateway."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not self._inbox:
                 self._inbox += [message for _, _, message in await self._deltas.read(100, 1000)]
         return self._inbox.pop(0)
@@ -142,7 +141,7 @@ class Bench:
 
     async def generates(self, count: int = 1) -> list[Generate]:
         """What was handed on, once it is `count` entries."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while len(entries := await self.redis.xrange(self.keys.stream(GENERATE))) < count:  # noqa: ASYNC110 - the event is in Redis
                 await asyncio.sleep(0.01)
         messages = [from_entry(fields) for _, fields in entries]
@@ -158,7 +157,7 @@ class Bench:
 
     async def settled(self) -> None:
         """Wait until no entry is waiting or in hand."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while await self.redis.xlen(self.keys.stream(ENCODE)):  # noqa: ASYNC110 - the event is in Redis
                 await asyncio.sleep(0.01)
 
@@ -436,7 +435,7 @@ async def test_a_request_cancelled_in_hand_is_dropped_at_once(bench: Bench) -> N
     async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",), media_timeout_s=600.0):
         site.handlers["/"] = silent
         await bench.submit("a", [Media("image", "p", url=site.url("/")), picture(60, 60)])
-        await asyncio.wait_for(asked.wait(), 30)
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
         await bench.records.cancel(["a"])
         await bench.settled()
         forever.set()
@@ -488,7 +487,7 @@ async def test_a_replica_that_has_lost_its_entry_refuses_nothing(bench: Bench) -
     async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",), lease_ms=600_000):
         site.handlers["/"] = slow
         message = await bench.submit("a", [Media("image", "p", url=site.url("/"))])
-        await asyncio.wait_for(asked.wait(), 30)
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
         [(entry_id, _)] = await bench.redis.xrange(bench.keys.stream(ENCODE))
         await bench.redis.xclaim(bench.keys.stream(ENCODE), SERVICE, "other", 0, [entry_id])
         go.set()
@@ -509,7 +508,7 @@ async def test_an_entry_that_redis_has_lost_is_let_go(bench: Bench) -> None:
     async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",), concurrency=1) as service:
         site.handlers["/"] = silent
         await bench.submit("a", [Media("image", "p", url=site.url("/"))])
-        await asyncio.wait_for(asked.wait(), 30)
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
         await bench.redis.flushall()
         await bench.submit("b", [picture(60, 60)])
         [generate] = await bench.generates()
@@ -691,7 +690,7 @@ async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> No
         life = Life(SERVICE, service, settings, bench.redis)
         task = asyncio.create_task(life.run())
         await bench.submit("a", [Media("image", "p", url=site.url("/"))])
-        await asyncio.wait_for(asked.wait(), 30)
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
         await bench.submit("b", [data])
         life.stop.set()
         await asyncio.sleep(0)

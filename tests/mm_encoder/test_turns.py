@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from services.mm_encoder.turns import Turns
@@ -71,7 +72,7 @@ def replicas(redis: Redis, keys: Keys) -> Replicas:
 
 
 async def waiting(turns: Turns) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not turns._waiting:  # noqa: ASYNC110 - the event is in the other task
             await asyncio.sleep(0.001)
 
@@ -79,7 +80,7 @@ async def waiting(turns: Turns) -> None:
 async def test_the_others_wait_and_are_woken(replicas: Replicas) -> None:
     a, b = await replicas.start("a"), await replicas.start("b")
     store = Store()
-    async with replicas.told(a, b), asyncio.timeout(20):
+    async with replicas.told(a, b), asyncio.timeout(PATIENCE_S):
         first = asyncio.create_task(a.make("k", store.stored, store.make))
         await store.making.wait()
         second = asyncio.create_task(b.make("k", store.stored, store.make))
@@ -119,7 +120,7 @@ async def test_a_death_hands_the_turn_on(replicas: Replicas) -> None:
     await waiting(b)
     assert not second.done()
     await replicas.die("a")
-    await asyncio.wait_for(second, 20)
+    await asyncio.wait_for(second, PATIENCE_S)
     assert (dead.made, store.made) == (1, 1)
     # It was only paused, and wakes: the turn it ends is not the one that another may have by then.
     await replicas.redis.hset(replicas.keys.flights(), "k", "c")
@@ -138,7 +139,7 @@ async def test_a_failure_hands_the_turn_on(replicas: Replicas) -> None:
         await fail.wait()
         raise ZeroDivisionError
 
-    async with replicas.told(a, b), asyncio.timeout(20):
+    async with replicas.told(a, b), asyncio.timeout(PATIENCE_S):
         first = asyncio.create_task(a.make("k", store.stored, broken))
         await started.wait()
         second = asyncio.create_task(b.make("k", store.stored, store.make))

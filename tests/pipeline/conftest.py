@@ -8,6 +8,5 @@ from pipeline_judge import Judge
 
 @pytest.fixture(scope="package")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("judge") / "checkpoint"
     return Judge(directory, save_with_transformers(directory, torch.float32))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 from openai import OpenAI
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -55,7 +56,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 def scrape(system: System) -> dict[str, Metric]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{system.metrics_port}/metrics", timeout=30) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{system.metrics_port}/metrics", timeout=PATIENCE_S) as reply:
         return {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
 
 
@@ -92,7 +93,7 @@ def after(system: System, before: dict[str, Metric]) -> dict[str, Metric]:
     for thread in both:
         thread.join()
     ask(system, "What is a mill race?", tools=[TOOL])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while total(families := scrape(system), "request_decode_time_seconds", "_count") < 3:
         assert time.monotonic() < deadline, "the engine lets go of what has been answered"
         time.sleep(0.05)

@@ -26,6 +26,7 @@ WORDS = StandIn([piece for piece in PIECES if isinstance(piece, bytes)])
 TOKENS = WORDS.tokens(PIECES)
 LOGPROBS = [TokenLogprob(-index / 2, ((EOS, -9.0),)) for index in range(len(TOKENS) + 1)]
 WRITES = ("attach", "deltas", "cancel", "journal", "retain", "delete", "trim")
+READ_COUNT = 5  # entries of a stream that a worker reads in a turn
 
 T = TypeVar("T")
 
@@ -189,7 +190,7 @@ class World:
     async def start(self) -> Haunted:
         name = next(self._names)
         settings = PostprocSettings(
-            redis_url="", model="", name=name, journal_every=8, trim_every=4, read_count=5, lease_ms=24
+            redis_url="", model="", name=name, journal_every=8, trim_every=4, read_count=READ_COUNT, lease_ms=24
         )
         await Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000).renew("ready")
         metrics = PostprocMetrics(CollectorRegistry())
@@ -240,22 +241,31 @@ class World:
 
     # ------------------------------------------------------------------------------------------------ the end
 
+    async def catch_up(self) -> None:
+        """Give every worker the turns in which an owner reads all that is in the stream, clients reading meanwhile.
+
+        A worker that takes a shard over begins at the beginning of its stream and reads READ_COUNT entries a turn, so
+        one turn promises nothing about the last entry.
+        """
+        unread = await self.redis.xlen(self.keys.tokens(0))
+        for _ in range(unread // READ_COUNT + 1):
+            for which in range(max(1, len(self.workers))):
+                await self.turn(which)
+            for client in self.clients:
+                await client.read()
+
     async def settle(self) -> None:
-        """Everybody wakes, the engine ends, and some worker works until all clients are content."""
+        """Everybody wakes, the engine ends, and workers read on. Who then lacks something asks for it, once."""
         while self.halted:
             await self.wake(0, renew=False)
         await self.finish()
-        for turns in range(200):
-            await self.turn(turns)
-            for client in self.clients:
-                await client.read()
-            if all(client.shown.done for client in self.clients) and not any(self._open()):
-                return
-            if turns % 20 == 19:  # silence: what was to come may be lost
-                for client in self.clients:
-                    if not client.shown.done:
-                        await client.attach()
-        raise AssertionError([client.shown for client in self.clients])
+        await self.catch_up()
+        for client in self.clients:
+            if not client.shown.done:
+                await client.attach()
+        await self.catch_up()
+        assert all(client.shown.done for client in self.clients), [client.shown for client in self.clients]
+        assert not any(self._open())
 
     def _open(self) -> list[float]:
         return [worker.load()["open"] for worker in self.workers.values()]

@@ -1,11 +1,14 @@
 """A tokenizer whose tokens are whatever bytes a test cuts its text into, and helpers to run answers over them."""
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 from hypothesis import strategies as st
+from jiter import from_json
 
 from services.postproc.answer import Answer, Parsers
 from services.postproc.detokenize import Vocabulary
@@ -62,6 +65,14 @@ def every_byte(text: str) -> list[int]:
 cuts = st.lists(st.integers(min_value=0, max_value=500), max_size=60)
 
 
+def json_values(texts: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+        max_leaves=8,
+    )
+
+
 def request(
     request_id: str = "r1", gateway: str = "g1", shard: int = 0, retain_s: float = 0.0, **output: object
 ) -> Request:
@@ -108,9 +119,15 @@ class Shown(msgspec.Struct):
                 call_id, name, arguments = self.calls[piece.index]
                 assert piece.id is None
                 self.calls[piece.index] = (call_id, name, arguments + piece.arguments)
+                # Raises if this is not the beginning of a JSON value.
+                assert isinstance(from_json(self.calls[piece.index][2].encode(), partial_mode="trailing-strings"), dict)
         self.finish_reason = delta.finish_reason
         self.usage = delta.usage
         self.failure = delta.failure
+        if self.finish_reason is not None:
+            for _, _, arguments in self.calls:
+                assert isinstance(json.loads(arguments), dict)
+                assert isinstance(msgspec.json.decode(arguments.encode()), dict)  # which is stricter
 
     def take(self, delta: Delta) -> bool:
         """The rule of gateways: what was shown is dropped, what follows on it is added. False: neither can be, and

@@ -15,10 +15,13 @@ ANSWER = (
     'A "cat" 😀\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\nDone\n'
 )
 
+THOUGHT = 'Hm.\nA cat…\n<tool_call>{"name": "f", "arguments": {"a": "cat 😀"}}</tool_call>\n'
+
 output_options = st.fixed_dictionaries(
     {
         "thinking": st.booleans(),
         "tools": st.booleans(),
+        "functions": st.sampled_from([(), ("f",)]),
         "stop": st.sampled_from([(), ("cat",), ("\n\n", "Do"), (",",), ("😀\nD", "nope")]),
         "include_stop": st.booleans(),
     }
@@ -63,11 +66,11 @@ def test_a_delta_is_numbered_by_the_tokens_up_to_it() -> None:
     assert deltas[-1].finish_reason == "stop"
 
 
-@given(cuts, output_options, st.lists(st.integers(0, 100)), st.integers(0, 100))
+@given(st.sampled_from([ANSWER, THOUGHT]), cuts, output_options, st.lists(st.integers(0, 100)), st.integers(0, 100))
 def test_a_replay_token_by_token_fits_whatever_was_sent_before(
-    places: list[int], output: dict[str, object], takes: list[int], crash: int
+    text: str, places: list[int], output: dict[str, object], takes: list[int], crash: int
 ) -> None:
-    pieces = cut(ANSWER, places)
+    pieces = cut(text, places)
     whole, tokens = answer_of(pieces, **output)
     expected = collect(stream(whole, tokens, Finish("stop")))
 
@@ -83,10 +86,12 @@ def test_a_replay_token_by_token_fits_whatever_was_sent_before(
     assert collect([*sent, *replayed]) == expected
 
 
-@given(cuts, output_options)
-def test_the_short_way_of_plain_tokens_leads_to_the_same_answer(places: list[int], output: dict[str, object]) -> None:
+@given(st.sampled_from([ANSWER, THOUGHT]), cuts, output_options)
+def test_the_short_way_of_plain_tokens_leads_to_the_same_answer(
+    text: str, places: list[int], output: dict[str, object]
+) -> None:
     # Whoever asks for token ids gets every token folded the long way.
-    short, long = run(ANSWER, places, **output), run(ANSWER, places, return_token_ids=True, **output)
+    short, long = run(text, places, **output), run(text, places, return_token_ids=True, **output)
     assert (short.reasoning, short.content, short.calls) == (long.reasoning, long.content, long.calls)
     assert (short.seq, short.usage, short.finish_reason) == (long.seq, long.usage, long.finish_reason)
 

@@ -15,10 +15,13 @@ TEXT = (
     'A "cat" 😀\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\nDone\n'
 )
 
+THOUGHT = 'Hm.\nA cat…\n<tool_call>{"name": "f", "arguments": {"a": "cat 😀"}}</tool_call>\n'
+
 outputs = st.fixed_dictionaries(
     {
         "thinking": st.booleans(),
         "tools": st.booleans(),
+        "functions": st.sampled_from([(), ("f",)]),
         "stop": st.sampled_from([(), ("cat",), ("\n\n", "Do"), (",",), ("😀\nD", "nope")]),
         "include_stop": st.booleans(),
         "logprobs": st.booleans(),
@@ -33,8 +36,8 @@ finishes = st.sampled_from(
 class Case:
     """One answer, cut into tokens in some way."""
 
-    def __init__(self, places: list[int], finish: Finish | None, output: dict[str, object]) -> None:
-        pieces = cut(TEXT, places)
+    def __init__(self, places: list[int], finish: Finish | None, output: dict[str, object], text: str = TEXT) -> None:
+        pieces = cut(text, places)
         tokenizer = StandIn([piece for piece in pieces if isinstance(piece, bytes)])
         self.vocabulary = Vocabulary(tokenizer)
         self.request = request(**output)
@@ -65,7 +68,7 @@ class Case:
         return missed(self.answer(), self.tokens, self.logprobs, self.finish, after, until)
 
 
-cases = st.builds(Case, cuts, finishes, outputs)
+cases = st.builds(Case, cuts, finishes, outputs, st.sampled_from([TEXT, THOUGHT]))
 
 
 @given(cases, st.sets(st.integers(0, 200)))

@@ -30,6 +30,11 @@ def test_parsers_by_name(reasoning: str | None, tools: str | None, parsers: Pars
     assert config.load(PostprocSettings, environ).parsers() == parsers
 
 
+def test_calls_in_reasoning_can_be_turned_off() -> None:
+    environ = BASE | {"MILLRACE_TOOL_CALLS_IN_REASONING": "false"}
+    assert config.load(PostprocSettings, environ).parsers() == Parsers(True, True, False)
+
+
 @pytest.mark.parametrize("name", ["MILLRACE_REASONING_PARSER", "MILLRACE_TOOL_CALL_PARSER"])
 def test_an_unknown_parser_is_an_error_that_lists_the_known(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 'erine-45-vl-thinking'; known: 'ernie-45-vl-thinking'"):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from postproc_stand_in import cuts, every_byte, run, run_pieces
+from postproc_stand_in import StandIn, cuts, every_byte, json_values, request, run, run_pieces
 
-from services.postproc.answer import Parsers
+from services.postproc.answer import Answer, Parsers
+from services.postproc.detokenize import Vocabulary
 from services.postproc.tool_calls import call_id
 
 SPELLED = ("<tool_call>", "</tool_call>")
@@ -87,12 +88,89 @@ WELL = {
     "arguments null": ('<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
     "arguments null before the name": ('<tool_call>{"arguments": null, "name": "f"}</tool_call>', "", [("f", "{}")]),
     "no arguments": ('<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
-    "arguments that are no object": (
-        '<tool_call>{"name": "f", "arguments": [1, "]"]}</tool_call>'
-        '<tool_call>{"name": "g", "arguments": -1.5e3}</tool_call>',
+    "parameters": ('<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>', "", [("f", '{"a": 1}')]),
+    "parameters as a string, before the name": (
+        r'<tool_call>{"parameters": "{\"a\": 1}", "name": "f"}</tool_call>',
         "",
-        [("f", '[1, "]"]'), ("g", "-1.5e3")],
+        [("f", '{"a": 1}')],
     ),
+    "arguments and parameters": (
+        '<tool_call>{"name": "f", "parameters": {"a": 1}, "arguments": {"b": 2}}</tool_call>',
+        "",
+        [("f", '{"a": 1}')],
+    ),
+    "two objects": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n{"name": "g", "arguments": {}}\n</tool_call>\nDone.',
+        "Done.",
+        [("f", '{"a": 1}'), ("g", "{}")],
+    ),
+    "objects with too much between them": (
+        '<tool_call>{"name": "f", "arguments": {"a": 1}}},\n{"name": "g"}},{"name": "h"}</tool_call>',
+        "",
+        [("f", '{"a": 1}'), ("g", "{}"), ("h", "{}")],
+    ),
+    "a list": (
+        '<tool_call>\n[{"name": "f", "arguments": {"a": [1]}}, {"parameters": {}, "name": "g"}]\n</tool_call>'
+        '<tool_call>{"name": "h"}</tool_call>',
+        "",
+        [("f", '{"a": [1]}'), ("g", "{}"), ("h", "{}")],
+    ),
+    "a list that never ends": ('<tool_call>[{"name": "f"}, {"name": "g"}', "", [("f", "{}"), ("g", "{}")]),
+    "a second object that is no call": ('<tool_call>{"name": "f"}\n{"x": 1}</tool_call>.', ".", [("f", "{}")]),
+    "a second object that is no call, never closed": (
+        '<tool_call>{"name": "f"}\n{"x": 1} x',
+        '{"x": 1} x',
+        [("f", "{}")],
+    ),
+    "a second object that ends too early": ('<tool_call>{"name": "f"}, {"name": "g', ', {"name": "g', [("f", "{}")]),
+    "more text than objects": ('<tool_call>{"name": "f"} or {"name": "g"}</tool_call>', "", [("f", "{}")]),
+    "trailing comma in arguments": (
+        '<tool_call>{"name": "f", "arguments": {"a": [1, 2,], "b": 1,},}</tool_call>',
+        "",
+        [("f", '{"a": [1, 2], "b": 1}')],
+    ),
+    "raw newlines in strings": (
+        '<tool_call>{"na\tme": 1, "name": "f", "arguments": {"a": "x\n\ty"}}</tool_call>',
+        "",
+        [("f", '{"a": "x\\n\\ty"}')],
+    ),
+    "unknown escapes": (
+        r'<tool_call>{"name": "f", "arguments": {"a": "\d+\u12"}}</tool_call>',
+        "",
+        [("f", r'{"a": "\\d+\\u12"}')],
+    ),
+    "half a surrogate pair in arguments": (
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>',
+        "",
+        [("f", '{"a": "\\ufffd"}')],
+    ),
+    "repairs in arguments as a string": (
+        r'<tool_call>{"name": "f", "arguments": " {\"a\": \"x\ny\", \"b\": [1,} x"}</tool_call>',
+        "",
+        [("f", r'{"a": "x\ny", "b": [1]}')],
+    ),
+    "arguments as a string that ends too early": (
+        r'<tool_call>{"name": "f", "arguments": "{\"a\": {\"b\": 1"}</tool_call>',
+        "",
+        [("f", '{"a": {"b": 1}}')],
+    ),
+    "arguments as a string that turns bad": (
+        r'<tool_call>{"name": "f", "arguments": "{\"a\": 1, x \"b\": 2}"} x',
+        "} x",
+        [("f", '{"a": 1}')],
+    ),
+    "arguments as a string of spaces": (r'<tool_call>{"name": "f", "arguments": " \n"}</tool_call>', "", [("f", "{}")]),
+    "arguments that turn bad": (
+        '<tool_call>{"name": "f", "arguments": {"a": 1, "b": celsius, "c": 2}}</tool_call>',
+        "",
+        [("f", '{"a": 1}')],
+    ),
+    "arguments that turn bad, never closed": (
+        '<tool_call>{"name": "f", "arguments": {"a": 1, "b": celsius}} x',
+        "celsius}} x",
+        [("f", '{"a": 1}')],
+    ),
+    "an escape in the name that JSON does not know": (r'<tool_call>{"name": "\x"}</tool_call>', "", [(r"\x", "{}")]),
     "no opening brace": ('<tool_call>\n"name": "f", "arguments": {"a": {}}}\n</tool_call>', "", [("f", '{"a": {}}')]),
     "no closing brace": ('<tool_call>\n{"name": "f", "arguments": {"a": {}}\n</tool_call>', "", [("f", '{"a": {}}')]),
     "no outer braces": ('<tool_call>\n"name": "f", "arguments": {"a": {}}\n</tool_call>', "", [("f", '{"a": {}}')]),
@@ -131,29 +209,23 @@ WELL = {
     "another opens within": (
         '<tool_call>{"name": "f", "arguments": {"a": "<tool_call>{"name": "g", "arguments": {"b": 2}}</tool_call>',
         "",
-        [("f", '{"a": "'), ("g", '{"b": 2}')],
+        [("f", '{"a": ""}'), ("g", '{"b": 2}')],
     ),
     "arguments that never end": (
         '<tool_call>{"name": "f", "arguments": {"a": [1, 2}</tool_call>Done.',
         "Done.",
-        [("f", '{"a": [1, 2}')],
+        [("f", '{"a": [1, 2]}')],
     ),
     "unreadable after the name": (
         '<tool_call>{"name": "f", "arguments": {"a": 1}, oops: 12 </tool_call>Done.',
         "Done.",
         [("f", '{"a": 1}')],
     ),
-    "a scalar that is none, after the name": ('<tool_call>{"name": "f", "x": tru, 1}</tool_call>', "", [("f", "")]),
-    "an unreadable key after the name": ('<tool_call>{"name": "f", "\\x": 1}</tool_call>', "", [("f", "")]),
+    "a key that nobody knows": ('<tool_call>{"name": "f", "\\x": "1"}</tool_call>', "", [("f", "{}")]),
     "unreadable after the name, never closed": (
         '<tool_call>{"name": "f", "arguments": {"a": 1}, "b": nope 12} x',
         'nope 12} x',
         [("f", '{"a": 1}')],
-    ),
-    "an unreadable key, never closed": (
-        '<tool_call>{"name": "f", "\\x": 12} x',
-        '"\\x": 12} x',
-        [("f", "")],
     ),
     "a closing marker in the next call's place": (
         '<tool_call>{"name": "f"}</tool_call></tool_call>',
@@ -169,8 +241,20 @@ NOT_CALLS = {
     "an empty name": '<tool_call>{"name": " ", "arguments": {}}</tool_call>',
     "a name that is no string": '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
     "a name that is an object": '<tool_call>{"name": {"name": "f"}}</tool_call>',
-    "a name that is no JSON string": '<tool_call>{"name": "\\x", "arguments": {}}</tool_call>',
-    "an array": '<tool_call>[{"name": "f"}]</tool_call>',
+    "an array of something else": '<tool_call>["name", "f"]</tool_call>',
+    "an array in an array": '<tool_call>[[{"name": "f"}]]</tool_call>',
+    "an array that is not one": '<tool_call>["name": "f", "arguments": {"a": 1}]</tool_call>',
+    "too much before the object": '<tool_call>]{"name": "f", "arguments": {"a": 1}}</tool_call>',
+    "arguments that are an array": '<tool_call>{"name": "f", "arguments": [1, "]"]}</tool_call>',
+    "arguments that are a number": '<tool_call>{"name": "f", "arguments": -1.5e3}</tool_call>',
+    "arguments that are a word": '<tool_call>{"name": "f", "arguments": none}</tool_call>',
+    "arguments that are a string of no object": '<tool_call>{"name": "f", "arguments": "[{}]"}</tool_call>',
+    "arguments that are a string of half an object": '<tool_call>{"name": "f", "arguments": "{"}</tool_call>',
+    "arguments in single quotes": """<tool_call>{"name": "f", "arguments": {'a': 1}}</tool_call>""",
+    "bad arguments before the name": '<tool_call>{"arguments": {"a": 1, b: 2}, "name": "f"}</tool_call>',
+    "arguments that only begin": '<tool_call>{"name": "f", "arguments": {"a": </tool_call>',
+    "arguments of a bracket": '<tool_call>{"name": "f", "arguments": {',
+    "a scalar that is none, after the name": '<tool_call>{"name": "f", "x": tru, 1}</tool_call>',
     "no colon": '<tool_call>{"name" "f"}</tool_call>',
     "no value": '<tool_call>{"arguments": , "name": "f"}</tool_call>',
     "a scalar that is none": '<tool_call>{"arguments": nul, "name": "f"}</tool_call>',
@@ -218,8 +302,9 @@ def test_what_is_no_call_is_text_as_written(text: str, spelled: tuple[str, ...])
     thinking=st.booleans(),
     parallel=st.booleans(),
     stop=st.sampled_from([(), ("x",), ("}\n", "\n\n"), ("<tool", "e</t")]),
+    functions=st.sampled_from([(), ("f", "g")]),
 )  # fmt: skip
-@example(OPEN + '{"name": "f", "arguments": "' + "\\ud83d" * 3, [1, 2, 3, 50], [], "stop", SPELLED, False, True, ())
+@example(OPEN + '{"name": "f", "arguments": "' + "\\ud83d" * 3, [1, 2, 3, 50], [], "stop", SPELLED, False, True, (), ())
 def test_any_cut_streams_what_the_whole_is(
     text: str,
     places: list[int],
@@ -229,8 +314,10 @@ def test_any_cut_streams_what_the_whole_is(
     thinking: bool,
     parallel: bool,
     stop: tuple[str, ...],
+    functions: tuple[str, ...],
 ) -> None:
-    options: dict[str, Any] = {"tools": True, "parallel_tool_calls": parallel, "stop": stop, "thinking": thinking}
+    options: dict[str, Any] = {"tools": True, "functions": functions, "thinking": thinking}
+    options |= {"parallel_tool_calls": parallel, "stop": stop}
     whole = run(text, finish=finish, spelled=spelled, takes=[], **options)
     pieces = run(text, places, finish=finish, spelled=spelled, takes=takes, **options)
     fine = run(text, every_byte(text), finish=finish, spelled=spelled, **options)
@@ -241,12 +328,8 @@ def test_any_cut_streams_what_the_whole_is(
 
 # Without "<", of which a marker could come.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="<"))
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=8,
-)
-functions = st.lists(st.tuples(texts.filter(str.strip), st.dictionaries(texts, json_values, max_size=3)), max_size=3)
+values = json_values(texts)
+functions = st.lists(st.tuples(texts.filter(str.strip), st.dictionaries(texts, values, max_size=3)), max_size=3)
 
 
 @given(functions, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 2]), cuts)
@@ -270,30 +353,65 @@ def test_any_json_comes_out_as_json_reads_it(
     assert shown.finish_reason == ("tool_calls" if calls else "stop")
 
 
-def test_the_name_comes_once_and_as_soon_as_it_is_complete() -> None:
+def test_a_call_is_reported_as_soon_as_its_arguments_have_a_value() -> None:
     text = '</think><tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
-    begun = text.index('", "arg') + 1
+    begun = text.index('Paris"')
     shown = run(text[:begun], every_byte(text), tools=True, finish="length")
-    assert shown.functions == [("get_weather", "")]
-    assert run(text[: begun - 1], every_byte(text), tools=True, finish="length").calls == []
+    assert shown.functions == [("get_weather", '{"city": ""}')]
+    shown = run(text[: begun - 1], every_byte(text), tools=True, finish="length")
+    assert (shown.calls, shown.content, shown.finish_reason) == ([], text[len("</think>") : begun - 1], "length")
 
 
-@pytest.mark.parametrize("end", range(45, 75))
-def test_a_call_that_is_cut_off_keeps_what_was_shown(end: int) -> None:
-    text = '</think><tool_call>{"name": "f", "arguments": {"city": "Par{is", "n": 1}}\n</tool_call>'
-    arguments = text[text.index('{"city"') : text.index("}\n<")]
-    cut_off = text[:end]
-    for places in ([], every_byte(cut_off)):
-        shown = run(cut_off, places, tools=True, finish="length")
-        written = cut_off[text.index('{"city"') :]
-        assert shown.functions == [("f", written if len(written) < len(arguments) else arguments)]
-        assert (shown.content, shown.finish_reason) == ("", "length")
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ('{"city": "', '{"city": ""}'),
+        ('{"city": "Par{i', '{"city": "Par{i"}'),
+        ('{"city": "Par{is\\', '{"city": "Par{is"}'),
+        ('{"city": "Par{is", ', '{"city": "Par{is"}'),
+        ('{"city": "Par{is", "n": 1', '{"city": "Par{is"}'),
+        ('{"city": "Par{is", "n": 1 ', '{"city": "Par{is", "n": 1}'),
+        ('{"city": "Par{is", "n": [[1, {"m', '{"city": "Par{is", "n": [[1]]}'),
+        ('{"city": "Par{is"}', '{"city": "Par{is"}'),
+        ('{"city": "Par{is"}}', '{"city": "Par{is"}'),
+        ("{}", "{}"),
+    ],
+)
+def test_a_call_that_is_cut_off_is_closed(written: str, shown: str) -> None:
+    text = '</think><tool_call>{"name": "f", "arguments": ' + written
+    for places in ([], every_byte(text)):
+        answer = run(text, places, tools=True, finish="length")
+        assert (answer.functions, answer.content, answer.finish_reason) == ([("f", shown)], "", "length")
 
 
-def test_a_cut_off_call_gets_no_arguments_it_did_not_write() -> None:
-    text = '</think><tool_call>{"name": "f"'
-    assert run(text, tools=True, finish="length").functions == [("f", "")]
-    assert run(text, tools=True, finish="stop").functions == [("f", "{}")]
+def test_a_cut_off_call_without_arguments_is_none() -> None:
+    text = '<tool_call>{"name": "f"'
+    shown = run("</think>" + text, tools=True, finish="length")
+    assert (shown.calls, shown.content) == ([], text)
+    assert run("</think>" + text, tools=True, finish="stop").functions == [("f", "{}")]
+
+
+def test_arguments_stream_as_they_are_written() -> None:
+    pieces: list[str | bytes] = [
+        "</think>",
+        OPEN,
+        b'{"name": "f",',
+        b' "arguments": {',
+        b'"a',
+        b'": "',
+        b"x",
+        b'y", "b"',
+    ]
+    pieces += [b": [", b"1", b"2,", b"], ", b"}", b"}", CLOSE]
+    tokenizer = StandIn([piece for piece in pieces if isinstance(piece, bytes)])
+    answer = Answer(request(tools=True), Vocabulary(tokenizer), Parsers())
+    streamed = []
+    for token in tokenizer.tokens(pieces):
+        answer.push(token)
+        delta = answer.take()
+        streamed.append("".join(piece.arguments for piece in delta.tool_calls) if delta else None)
+    expected = [None] * 5 + ['{"a": "', "x", 'y"', None, None, ', "b": [12', "]", " }", None, None]
+    assert streamed == expected
 
 
 def test_ids_are_the_same_on_every_replay_and_differ_between_calls() -> None:

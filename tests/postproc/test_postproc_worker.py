@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -603,6 +604,31 @@ async def test_log_probabilities_and_token_ids_are_kept_for_who_asked_for_them(s
     assert (list(delta.logprobs), list(delta.token_ids)) == (shown.logprobs, shown.token_ids)
 
 
+async def test_the_prompt_comes_with_what_starts_an_answer_whoever_reads_it(system: System) -> None:
+    """The engine says it with its Begin; it is kept with the journal, so that a new owner knows it too."""
+    prompt = pack_ids([5, 9, 9, 9, 6])
+    await system.submit(request(retain_s=60.0, thinking=False, return_token_ids=True))
+    first = await system.worker("p1")
+    await first.turn()
+    await system.step(begins=[Begin("r1", 1, 0, 5, 0, 3, 0, prompt)])
+    await system.step(TokenRun("r1", 1, 0, tuple(TOKENS[:20])))
+    await first.turn()
+    await first.turn()  # nothing comes, so all is journaled, and the stream is empty
+    await system.die("p1")
+    second = await system.worker("p2")
+    await second.turn()
+    await system.step(begins=[Begin("r1", 2, 20, 5, 5, 3, 0, prompt)])
+    await system.step(TokenRun("r1", 2, 20, tuple(TOKENS[20:40]), None, Finish("stop")))
+    await second.turn()
+    shown = await system.deltas("g1")
+    assert [(delta.start, delta.prompt) for delta in shown] == [(0, prompt), (20, b"")]
+    for after, expected in ((0, prompt), (20, b"")):
+        await system.attach("r1", "g2", after)
+        await second.turn()
+        [delta] = await system.deltas("g2")
+        assert (delta.start, delta.prompt, delta.token_ids) == (after, expected, tuple(TOKENS[after:40]))
+
+
 @pytest.mark.parametrize("failed", [True, False])
 async def test_what_was_cancelled_or_failed_is_not_kept(system: System, failed: bool) -> None:
     await system.submit(request(retain_s=60.0))
@@ -1031,7 +1057,7 @@ async def test_serve_works_until_cancelled(system: System) -> None:
     await system.finish("r1", len(TOKENS))
     reader = LogReader(system.redis, {system.keys.deltas("g1"): "0"})
     shown = Shown()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not shown.finish_reason:
             for _, _, message in await reader.read(100, 1000):
                 assert isinstance(message, Deltas)

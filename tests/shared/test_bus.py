@@ -2,6 +2,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_MS
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
@@ -38,7 +39,8 @@ async def test_every_scheme_is_accepted(url: str) -> None:
 
 
 async def test_cancelled_blocking_read_leaves_no_stale_reply(redis: Redis) -> None:
-    reader = asyncio.ensure_future(redis.execute_command("XREAD", "BLOCK", 5000, "STREAMS", "stream", "$"))
+    words = ("XREAD", "BLOCK", PATIENCE_MS, "STREAMS", "stream", "$")
+    reader = asyncio.ensure_future(redis.execute_command(*words))
     while not (await redis.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event for it
         await asyncio.sleep(0)
     reader.cancel()

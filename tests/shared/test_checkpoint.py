@@ -13,8 +13,6 @@ from cli.demo import write_demo
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
 
-torch.set_num_threads(1)
-
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00003.safetensors"
 
@@ -161,7 +159,7 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
 
 def test_a_pickle_is_not_looked_at(tmp_path: Path) -> None:
     torch.save({"model.norm.weight": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is pickled"):
         Checkpoint(tmp_path)
 
 
@@ -275,7 +273,71 @@ def test_weights_that_are_already_quantised_are_refused(demo: Path) -> None:
     assert Checkpoint(demo).has("model.norm.weight")
 
 
-def test_a_config_that_is_no_json(demo: Path) -> None:
-    (demo / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        Checkpoint(demo)
+@pytest.mark.parametrize("form", [{}, {"quantization": "wint4", "is_quantized": False}])
+def test_weights_that_are_to_be_quantised_while_loading_are_plain(demo: Path, form: dict[str, object]) -> None:
+    config = json.loads((demo / "config.json").read_bytes())
+    (demo / "config.json").write_text(json.dumps(config | {"quantization_config": form}))
+    assert_same(Checkpoint(demo), stored(demo))
+
+
+def test_what_has_no_part_in_the_model_is_ignored_with_a_line_for_each_kind(demo: Path, tmp_path: Path) -> None:
+    tensors = stored(demo)
+    rotary = ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_model.rotary_pos_emb.inv_freq", "inv_freq"]
+    several = ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_emb_norm.0.weight", "mtp_linear_proj.0.weight"]
+    several += ["model.mtp_hidden_norm.0.weight", "model.mtp.layers.0.norm.weight"]
+    directory = tmp_path / "more"
+    checkpoint = single(directory, tensors | {name: torch.ones(3) for name in [*rotary, *several]})
+    assert checkpoint.warnings == (
+        f"{directory}: tensors ignored: 3 named inv_freq; rotary frequencies are computed",
+        f"{directory}: tensors ignored: 5 of multi-token prediction (mtp); one token is predicted at a time",
+    )
+    assert_same(checkpoint, tensors)
+    checkpoint.check_all_used(["model.", "vision_model.", "lm_head."])
+    assert Checkpoint(demo).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.inv_freq.weight", "model.mtpx.weight", "model.empty_block.0.weight"])
+def test_what_is_named_a_little_like_it_is_not_ignored(tmp_path: Path, name: str) -> None:
+    checkpoint = single(tmp_path / "like", {name: torch.ones(3)})
+    assert checkpoint.warnings == ()
+    assert checkpoint.has(name)
+
+
+def test_headers_only_checks_as_reading_does(demo: Path) -> None:
+    headers = Checkpoint(demo, headers_only=True)
+    for name, tensor in stored(demo).items():
+        given = headers.get(name, tensor.shape)
+        assert (given.is_meta, given.shape) == (True, tensor.shape)
+    headers.check_all_used(["model.", "vision_model.", "lm_head."])
+    with pytest.raises(CheckpointError, match=r"model\.norm\.bias is missing"):
+        headers.get("model.norm.bias", (128,))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .*has shape \[128\], not \[64\]"):
+        headers.get("model.norm.weight", (64,))
+
+
+def test_headers_only_knows_the_shapes_of_native_tensors(saved: tuple[Path, oracle.Model], tmp_path: Path) -> None:
+    """Slices of fused experts, transposed gates, a bias in two halves."""
+    native = {name: t.contiguous() for name, t in saved[1].state_dict().items() if name != "lm_head.weight"}
+    read = single(tmp_path / "native", native)
+    headers = Checkpoint(tmp_path / "native", headers_only=True)
+    for name in read.names():
+        shape = original_shape(read, name)
+        assert read.get(name, shape).shape == headers.get(name, shape).shape
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_a_quantised_tensor_that_nothing_names_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = single(tmp_path / "odd", {"model.norm.weight": torch.ones(4).to(dtype)})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* is stored as \w+; only BF16, F16, F32, F64"):
+        checkpoint.get("model.norm.weight", (4,))
+
+
+def test_shards_without_an_index_are_read_with_a_warning(demo: Path) -> None:
+    expected = stored(demo)
+    (demo / INDEX).unlink()
+    checkpoint = Checkpoint(demo)
+    assert checkpoint.warnings == (f"{demo}: there is no {INDEX}; the 3 shards are read without it",)
+    assert_same(checkpoint, expected)
+    (demo / FIRST).unlink()
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is missing"):
+        Checkpoint(demo).get("model.embed_tokens.weight", (2048, 128))

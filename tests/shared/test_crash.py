@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from machine import PATIENCE_S
 
 from shared import crash
 from shared.errors import ConfigError
@@ -49,7 +50,7 @@ def test_stands_still_until_told_to_go_on() -> None:
         _, status = os.waitpid(process.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
         process.send_signal(signal.SIGCONT)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (0, "0\n1\n2\n")
 
 

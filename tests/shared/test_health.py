@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from shared.config import CommonSettings
@@ -94,7 +95,7 @@ async def test_the_command(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == status, done.stderr
     assert said in done.stderr

@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -40,7 +41,7 @@ async def test_expired_lease_is_dead_and_pruned(redis: Redis, keys: Keys) -> Non
 
 async def test_lease_really_expires(redis: Redis, keys: Keys) -> None:
     await Lease(redis, keys, "postproc", "a", 1).renew("ready")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while await live(redis, keys, "postproc"):
             pass
 

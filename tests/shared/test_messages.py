@@ -67,7 +67,7 @@ MESSAGES: list[Message] = [
     ),
     Generate(REQUEST, pack_ids(range(1000)), 7, (MediaSpan("image", "hash", 3, 4, (1, 4, 4)),)),
     Tokens(
-        (Begin("ab12", 2, 5, 1, 2, 3, 4),),
+        (Begin("ab12", 2, 5, 1, 2, 3, 4, pack_ids([1])),),
         (
             TokenRun("ab12", 2, 5, (1, 2)),
             TokenRun("cd", 1, 0, (9,), (TokenLogprob(-0.5, ((9, -0.5), (8, -1.5))),), Finish("error", None, FAILURE)),
@@ -79,6 +79,7 @@ MESSAGES: list[Message] = [
     Deltas(
         (
             Delta("ab12", 5, content="hé", start=3),
+            Delta("ab12", 1, content="hé", prompt=pack_ids([1])),
             Delta(
                 "ab12",
                 2,
@@ -119,6 +120,22 @@ def test_every_message_is_tried() -> None:
 def test_anything_else_is_refused(fields: dict[bytes, bytes]) -> None:
     with pytest.raises(ProtocolError):
         from_entry(fields)
+
+
+@pytest.mark.parametrize(
+    "added", [(Begin("ab12", 2, 5, 1, 2, 3, 4, b"new"), "prompt"), (Delta("ab12", 5, start=3, prompt=b"new"), "prompt")]
+)
+def test_a_field_added_at_the_end_needs_no_other_version(added: tuple[Begin | Delta, str]) -> None:
+    """Releases before it read what is written with it, and it is read from what they write."""
+    message, name = added
+    kind = type(message)
+    fields = [(field.name, field.type) for field in msgspec.structs.fields(kind)]
+    assert fields.pop()[0] == name
+    older = msgspec.defstruct(f"Older{kind.__name__}", fields, array_like=True, frozen=True)
+    values = [getattr(message, field) for field, _ in fields]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=older) == older(*values)
+    written = msgspec.msgpack.encode(older(*values))
+    assert msgspec.msgpack.decode(written, type=kind) == msgspec.structs.replace(message, **{name: b""})
 
 
 RECORD_FIELDS: list[tuple[Any, Callable[[Any], bytes], Callable[[bytes], Any]]] = [

@@ -5,6 +5,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared import metrics
@@ -12,7 +13,7 @@ from shared.errors import ConfigError
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
         return str(response.read(), "utf-8")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
@@ -87,7 +88,7 @@ async def test_phases_in_order_under_a_lease(redis: Redis, keys: Keys) -> None:
 
 async def listening(redis: Redis) -> None:
     """Return once the one reader of `control` waits: it has seen all there is then."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not (await redis.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event for it
             await asyncio.sleep(0)
 
@@ -141,7 +142,7 @@ async def test_stop_during_startup(redis: Redis, keys: Keys) -> None:
     service = Recorder(redis, keys, startup=forever)
     life = Life("engine", service, settings(), redis)
     running = asyncio.create_task(life.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not service.seen:
             await redis.ping()
     life.stop.set()
@@ -174,7 +175,7 @@ async def test_lease_is_renewed_and_outlives_failures(
         raise ConnectionError("gone")
 
     monkeypatch.setattr(leases.Lease, "renew", fail)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await outage.wait()
         while await leases.live(redis, keys, "engine"):
             pass
@@ -235,7 +236,7 @@ async def test_a_signal_ends_a_process_in_order(redis: Redis, redis_url: str, nu
         wait_for(process, "startup")
         wait_for(process, "serve")
         process.send_signal(number)
-        out, log = process.communicate(timeout=20)
+        out, log = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out.split()) == (0, ["drain", "close"])
     assert [word for line in log.splitlines() for word in line.split() if word.startswith("msg=")] == [
         "msg=starting",
@@ -247,7 +248,7 @@ async def test_a_signal_ends_a_process_in_order(redis: Redis, redis_url: str, nu
 
 def test_it_dies_where_it_is_told_to(redis_url: str) -> None:
     with start(redis_url, "well", MILLRACE_CRASH_AT="tiny.serve.after") as process:
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out.split()) == (137, ["startup", "serve"])
 
 
@@ -258,13 +259,13 @@ def test_a_second_signal_ends_it_at_once(redis_url: str) -> None:
         process.terminate()
         wait_for(process, "drain")
         process.terminate()
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (128 + signal.SIGTERM, "")
 
 
 def test_a_failure_ends_it_with_status_1_and_a_traceback(redis_url: str) -> None:
     with start(redis_url, "fail") as process:
-        out, log = process.communicate(timeout=20)
+        out, log = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out.split()) == (FAILED, ["startup", "serve", "close"])
     assert "OSError: broken" in log
     assert "Traceback" in log
@@ -273,6 +274,6 @@ def test_a_failure_ends_it_with_status_1_and_a_traceback(redis_url: str) -> None
 
 def test_a_wrong_setting_is_one_line(redis_url: str) -> None:
     with start(redis_url, "well", MILLRACE_SHARDZ="1") as process:
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == MISCONFIGURED
     assert log == "tiny: MILLRACE_SHARDZ is not a setting of this service; did you mean MILLRACE_SHARDS?\n"

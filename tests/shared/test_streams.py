@@ -2,6 +2,7 @@ import asyncio
 import itertools
 
 import pytest
+from machine import PATIENCE_MS, PATIENCE_S
 from redis.asyncio import Redis
 
 from shared import metrics
@@ -63,14 +64,14 @@ async def test_take_in_order_and_finish(redis: Redis, replicas: Replicas) -> Non
 
 async def test_take_without_waiting_returns_at_once(replicas: Replicas) -> None:
     stream = await replicas.start("a")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert await stream.take(1, 0) == []
         assert await stream.take(1, 1) == []
 
 
 async def test_waiting_take_gets_what_comes(redis: Redis, replicas: Replicas) -> None:
     stream = await replicas.start("a")
-    taking = asyncio.create_task(stream.take(1, 5000))
+    taking = asyncio.create_task(stream.take(1, PATIENCE_MS))
     await send(redis, replicas.key, work("r"))
     assert [d.message for d in await taking] == [work("r")]
 
@@ -243,7 +244,7 @@ async def test_a_redis_that_forgot_the_group_is_joined_again(redis: Redis, repli
 
 async def test_group_lost_while_waiting(redis: Redis, replicas: Replicas) -> None:
     stream = await replicas.start("a")
-    taking = asyncio.create_task(stream.take(1, 5000))
+    taking = asyncio.create_task(stream.take(1, PATIENCE_MS))
     while not (await redis.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event for it
         await asyncio.sleep(0)
     await redis.delete(replicas.key)
@@ -286,7 +287,7 @@ async def test_what_a_waiting_take_is_given_is_not_claimed_as_lost(redis: Redis,
         for i in range(total):
             await send(redis, replicas.key, work(str(i)))
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(take(), claim(), produce())
     assert [d.attempts for d in got] == [1] * total
     assert sorted(int(d.message.request.id) for d in got) == list(range(total))
@@ -296,7 +297,7 @@ async def test_lost_entry_is_found_while_a_take_waits(redis: Redis, replicas: Re
     stream = await replicas.start("a")
     await send(redis, replicas.key, work("lost"))
     await redis.xreadgroup("engine", "a", {replicas.key: ">"})
-    taking = asyncio.create_task(stream.take(1, 5000))
+    taking = asyncio.create_task(stream.take(1, PATIENCE_MS))
     await asyncio.sleep(0)
     assert await stream.claim_abandoned(9) == NOTHING  # the waiting take might still bring it
     await send(redis, replicas.key, work("next"))

@@ -290,6 +290,19 @@ def test_special_tokens_named_without_ids_are_numbered_on(demo: Path, tmp_path: 
     assert Tokenizer.load(directory).control == from_model.control
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("field", ["additional_special_tokens", "extra_special_tokens"])
+def test_a_list_of_special_tokens_that_is_null_is_empty(
+    demo: Path, tmp_path: Path, from_model: Tokenizer, file: str, field: str
+) -> None:
+    directory = copy(demo, tmp_path / "null")
+    edit(directory / file, **{field: None})
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.control == from_model.control
+    assert tokenizer.warnings == (f"{directory / file}: {field} is null; it is taken for empty",)
+    assert from_model.warnings == ()
+
+
 def train(path: Path, **options: Any) -> None:
     """A SentencePiece model that is as unlike the demo's as it may be."""
     model = io.BytesIO()

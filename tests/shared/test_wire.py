@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
@@ -78,7 +79,7 @@ async def test_one_connection_through_errors_and_back_into_the_pool(wire: Wire, 
 
 async def test_a_cancelled_call_s_reply_is_nobody_else_s(wire: Wire, redis: Redis) -> None:
     number = await wire.call("CLIENT", "ID")
-    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", 5, wait_s=5))
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
     await until_blocked(redis)
     blocked.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -112,7 +113,7 @@ async def test_at_whatever_point_a_call_is_cancelled(wire: Wire) -> None:
 
 async def test_a_command_whose_connection_breaks_is_sent_again(wire: Wire, redis: Redis) -> None:
     number = await wire.call("CLIENT", "ID")
-    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", 5, wait_s=5))
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
     await until_blocked(redis)
     assert await redis.execute_command("CLIENT", "KILL", "ID", number) == 1  # type: ignore[no-untyped-call]
     await redis.rpush("list", "late")
@@ -122,7 +123,7 @@ async def test_a_command_whose_connection_breaks_is_sent_again(wire: Wire, redis
 async def test_a_peer_that_the_kernel_gives_up_breaks_the_connection(wire: Wire, redis: Redis) -> None:
     """What TCP's keepalive says then is the builtin TimeoutError, and no reply."""
     assert await wire.call("PING")
-    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", 5, wait_s=5))
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
     await until_blocked(redis)
     assert wire._connection is not None
     assert wire._connection._reader is not None
@@ -165,7 +166,7 @@ async def test_the_time_a_command_may_wait_is_its_own(own_redis: Redis, monkeypa
     wire = Wire(own_redis)
     with pytest.raises(TimeoutError):
         await wire.call("PING")
-    assert await wire.call("BLPOP", "list", 0.01, wait_s=20) is None
+    assert await wire.call("BLPOP", "list", 0.01, wait_s=PATIENCE_S) is None
 
 
 async def test_what_redis_refuses_for_now_is_told_apart(own_redis: Redis) -> None:

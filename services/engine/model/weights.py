@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from services.engine.kernels.room import roomy
 from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
-from shared.model_config import ModelConfig
-
-Quantization = Literal["wint8", "wint4"]
+from shared.log import logger, warn_each
+from shared.model_config import ModelConfig, Quantization
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
@@ -35,11 +33,20 @@ def load_model(
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is not expected; or
             the quantisation does not fit the model.
     """
+    checkpoint = Checkpoint(directory)
+    warn_each(logger(__name__), checkpoint.warnings)
+    weights = load_weights(checkpoint, config, dtype_of(config), torch.device(device), quantization)
+    return ErnieModel(config, weights, ops)
+
+
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """
+    Raises:
+        CheckpointError: the model has a dtype that is not computed in.
+    """
     if config.dtype not in _DTYPES:
         raise CheckpointError(f"torch_dtype {config.dtype!r} is not one of {', '.join(_DTYPES)}")
-    checkpoint = Checkpoint(directory)
-    weights = load_weights(checkpoint, config, _DTYPES[config.dtype], torch.device(device), quantization)
-    return ErnieModel(config, weights, ops)
+    return _DTYPES[config.dtype]
 
 
 def load_weights(
@@ -58,7 +65,7 @@ def load_weights(
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *_widths(quantization), both=roomy(device))
+    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), both=roomy(device))
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)
@@ -67,7 +74,7 @@ def load_weights(
     return weights
 
 
-def _widths(quantization: Quantization | None) -> tuple[Bits | None, Bits | None]:
+def widths(quantization: Quantization | None) -> tuple[Bits | None, Bits | None]:
     """Bits of the dense projections and of the routed experts."""
     if quantization is None:
         return None, None
@@ -96,7 +103,8 @@ class _Reader:
         if self.config.tie_embeddings and not self.checkpoint.has(name):
             return embedding
         head = self.plain(name, *embedding.shape)
-        return embedding if torch.equal(head, embedding) else head
+        # Without values (headers only) nothing can be compared, and more memory is the safer answer.
+        return head if head.is_meta or not torch.equal(head, embedding) else embedding
 
     def layer(self, index: int) -> Layer:
         config, prefix = self.config, f"model.layers.{index}."

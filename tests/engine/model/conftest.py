@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from decoder_judge import Judge
 from oracle import Model, save_with_transformers
 
@@ -11,8 +10,6 @@ from services.engine.kernels.ops import Ops
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_model
 from shared.model_config import load_model_config
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,13 @@
 """Reading the decoder: the right tensor in the right place, or an error that names it; and its quantised forms."""
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
+import hub_files
 import pytest
 import torch
 from decoder_judge import Judge
@@ -13,14 +16,15 @@ from paged_driver import Driver
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cli.demo import hub_config
 from services.engine.kernels.mlp import SwiGLU
 from services.engine.kernels.moe import MoE
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dense
 from services.engine.model.ernie import ErnieModel, Weights
-from services.engine.model.weights import Quantization, load_model, load_weights
+from services.engine.model.weights import load_model, load_weights
 from shared.errors import CheckpointError
-from shared.model_config import load_model_config
+from shared.model_config import Quantization, load_model_config
 
 Tensors = dict[str, Tensor]
 
@@ -59,6 +63,30 @@ def tensors_of(part: object) -> list[Tensor]:
 
 def nbytes(weights: Weights) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors_of(weights)}.values())
+
+
+@pytest.mark.parametrize("variant", [dict, hub_files.base], ids=["thinking", "base"])
+@pytest.mark.parametrize(
+    "absent", [(), ("freq_allocation",), ("rope_scaling",), ("moe_layer_end_index", "moe_layer_interval")]
+)
+def test_a_directory_as_the_hub_has_it_gives_transformers_numbers(
+    judge: Judge, tensors: Tensors, tmp_path: Path, variant: Callable[..., dict[str, Any]], absent: tuple[str, ...]
+) -> None:
+    """The hub's keys, in the spellings there are of them, and tensors beside the model's own."""
+    directory = tmp_path / "hub"
+    directory.mkdir()
+    config = variant(hub_config("float32"))
+    written = {key: value for key, value in config.items() if key not in absent}
+    (directory / "config.json").write_text(json.dumps(written))
+    beside = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+        "model.mtp_block.0.self_attn.q_proj.weight": torch.ones(8, 8),
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in (tensors | beside).items()}, directory / "model.safetensors"
+    )
+    sequence, expected = judge.prompt(TEXT, IMAGE, [7])
+    torch.testing.assert_close(Driver(load(directory)).run(sequence, 5), expected, rtol=0, atol=2e-4)
 
 
 def test_tied_head_is_the_embedding(model: ErnieModel, tensors: Tensors) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import chaos_judge
+import near_ties
 import numpy as np
 import pytest
 import torch
-from chaos_judge import Judge, judged_router
+from near_ties import Judge, judged_router
 
 from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.sampling import SamplingPlan
@@ -30,30 +30,30 @@ def drawing(number: float, top_p: float = 1.0) -> SamplingPlan:
     )
 
 
-@pytest.mark.parametrize(("second", "told"), [(HIGH - chaos_judge.LOGITS / 2, True), (HIGH - 0.1, False)])
+@pytest.mark.parametrize(("second", "told"), [(HIGH - near_ties.LOGITS / 2, True), (HIGH - 0.1, False)])
 def test_the_likeliest_token(capsys: pytest.CaptureFixture[str], second: float, told: bool) -> None:
     assert judged([LOW, HIGH, second], SamplingPlan()) == [1]
-    assert (chaos_judge.NEAR_TIE in capsys.readouterr().err) is told
+    assert (near_ties.NEAR_TIE in capsys.readouterr().err) is told
 
 
 @pytest.mark.parametrize(
     ("number", "top_p", "told"),
     [
-        (0.5 - chaos_judge.MASS / 2, 1.0, True),
-        (0.5 - chaos_judge.MASS * 4, 1.0, False),
-        (0.6, SECOND - chaos_judge.MASS / 2, True),
-        (0.6, SECOND - chaos_judge.MASS * 4, False),
-        (0.2, SECOND - chaos_judge.MASS / 2, False),  # a token more or less, and the draw is the same
+        (0.5 - near_ties.MASS / 2, 1.0, True),
+        (0.5 - near_ties.MASS * 4, 1.0, False),
+        (0.6, SECOND - near_ties.MASS / 2, True),
+        (0.6, SECOND - near_ties.MASS * 4, False),
+        (0.2, SECOND - near_ties.MASS / 2, False),  # a token more or less, and the draw is the same
     ],
 )
 def test_a_draw(capsys: pytest.CaptureFixture[str], number: float, top_p: float, told: bool) -> None:
     assert judged(np.log([0.5, SECOND - 0.5, 1 - SECOND]).tolist(), drawing(number, top_p)) == [0]
-    assert (chaos_judge.NEAR_TIE in capsys.readouterr().err) is told
+    assert (near_ties.NEAR_TIE in capsys.readouterr().err) is told
 
 
-@pytest.mark.parametrize(("second", "told"), [(0.3 + chaos_judge.ROUTED / 10, True), (0.31, False)])
+@pytest.mark.parametrize(("second", "told"), [(0.3 + near_ties.ROUTED / 10, True), (0.31, False)])
 def test_experts(capsys: pytest.CaptureFixture[str], second: float, told: bool) -> None:
     gate = torch.tensor([[0.1], [0.3], [second], [LOW]]).repeat(2, 1)
     ids, _ = judged_router(torch.ones(1, 1), gate, torch.zeros(8), torch.zeros(1, dtype=torch.bool), 1)
     assert ids.tolist() == [[2]]
-    assert (chaos_judge.NEAR_TIE in capsys.readouterr().err) is told
+    assert (near_ties.NEAR_TIE in capsys.readouterr().err) is told

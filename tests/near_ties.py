@@ -9,6 +9,8 @@ is near a border in one answer of three or so.
 import itertools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import msgspec
@@ -65,7 +67,14 @@ def _tell(what: str, near: Tensor) -> None:
         print(NEAR_TIE, what, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
+@contextmanager
+def judging() -> Iterator[None]:
+    """Engines that are loaded and run meanwhile in this process tell of near ties."""
     with patch.object(assembly, "Sampler", Judge), patch.object(moe, "router", judged_router):
+        yield
+
+
+if __name__ == "__main__":
+    with judging():
         status = __main__.main()
     os._exit(status)  # as the engine's own

@@ -1,0 +1,186 @@
+"""What a model directory would be served as, found as the services find it: by their own readers, from headers only."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from services.engine.footprint import cache_bytes, decoder_shapes, weight_bytes
+from services.gateway.chat import ChatFormat, variables
+from services.gateway.media import Item
+from services.gateway.schemas import ChatRequest
+from services.gateway.template import BUILT_IN, Template
+from services.mm_encoder.footprint import weight_bytes as vision_bytes
+from services.mm_encoder.normalisation import load_normalisation
+from services.mm_encoder.timestamps import FONT
+from services.mm_encoder.weights import load_weights as load_vision
+from shared.checkpoint import Checkpoint
+from shared.errors import CheckpointError, RequestError
+from shared.foreign_checkpoints import refuse_foreign
+from shared.model_config import GenerationDefaults, ModelConfig, load_generation_defaults, load_model_config
+from shared.tokenizer import REQUIRED, Tokenizer
+from shared.vocabulary import check_vocabulary
+
+MAX_SAMPLE_CHARS = 1 << 20
+SAMPLE = msgspec.convert(
+    {
+        "messages": [
+            {"role": "system", "content": "Answer briefly."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "https://example.com/street.jpg"}},
+                    {"type": "text", "text": "What does the sign say?"},
+                ],
+            },
+        ]
+    },
+    ChatRequest,
+)
+SAMPLE_MEDIA = [Item("image", "messages[1].content[0]", "image_url", url="https://example.com/street.jpg")]
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")
+
+T = TypeVar("T")
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes on a device."""
+
+    decoder: dict[str, int]  # weights, by format: the stored dtype, wint8, wint4
+    decoder_large_card: dict[str, int]  # the same on a card of 64 GiB or more, with dense projections in both forms
+    head: int  # of these, an lm_head that is dropped if it equals the embedding: headers do not tell
+    vision: int  # the vision model's weights
+    cache_per_token: int
+    cache_per_context: int  # of the longest sequence
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """The vocabulary."""
+
+    count: int  # one more than the largest id
+    special: dict[str, int | None]  # those that prompts and parsers use
+    end: dict[int, str]  # what ends an answer, with its text where it is a control token's
+
+
+class Chat(msgspec.Struct, frozen=True):
+    """The chat template and what it makes of a system message, a picture and a question."""
+
+    template: str  # the file it comes from
+    rendered: str
+    tokens: int  # without the picture's own
+    thinking: bool  # the answer begins inside <think>
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What `millrace check` found. A part that could not be read is None, and an error says why."""
+
+    directory: str
+    served: bool = False
+    errors: list[str] = []
+    warnings: list[str] = []
+    model: ModelConfig | None = None
+    sampling: GenerationDefaults | None = None
+    weight_files: dict[str, int] = {}  # bytes by name
+    memory: Memory | None = None
+    tokens: Tokens | None = None
+    chat: Chat | None = None
+
+
+def inspect(directory: Path) -> Report:
+    """Find what the four services would serve of a model directory, and what is wrong with it."""
+    report = Report(directory=str(directory))
+    try:
+        refuse_foreign(directory)
+    except CheckpointError as error:
+        # Whatever else is missing follows from this.
+        report.errors.append(str(error))
+        return report
+    config = _attempt(report, lambda: load_model_config(directory))
+    defaults = _attempt(report, lambda: load_generation_defaults(directory))
+    tokenizer = _attempt(report, lambda: Tokenizer.load(directory))
+    checkpoint = _attempt(report, lambda: Checkpoint(directory, headers_only=True))
+    for part in (config, defaults, tokenizer, checkpoint):
+        report.warnings += part.warnings if part else ()
+    report.model = config and msgspec.structs.replace(config, warnings=())
+    report.sampling = defaults and msgspec.structs.replace(defaults, warnings=())
+    report.weight_files = {path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors"))}
+    if config and checkpoint:
+        report.memory = _attempt(report, lambda: _memory(checkpoint, config))
+        _attempt(report, lambda: _vision(checkpoint, config))
+    if config and tokenizer:
+        report.warnings += _attempt(report, lambda: check_vocabulary(directory, config, tokenizer)) or ()
+        report.tokens = _tokens(config, tokenizer)
+    if tokenizer:
+        report.chat = _attempt(report, lambda: _chat(directory, tokenizer))
+    _attempt(report, lambda: load_normalisation(directory))
+    report.warnings += _own_warnings(directory, report.chat)
+    report.served = not report.errors
+    return report
+
+
+def _attempt(report: Report, read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except CheckpointError as error:
+        report.errors.append(str(error))
+        return None
+
+
+def _memory(checkpoint: Checkpoint, config: ModelConfig) -> Memory:
+    stored = decoder_shapes(checkpoint, config)
+    token = cache_bytes(config)
+    return Memory(
+        decoder={
+            config.dtype: weight_bytes(stored, None),
+            "wint8": weight_bytes(stored, "wint8"),
+            "wint4": weight_bytes(stored, "wint4"),
+        },
+        decoder_large_card={
+            config.dtype: weight_bytes(stored, None),
+            "wint8": weight_bytes(stored, "wint8", both=True),
+            "wint4": weight_bytes(stored, "wint4", both=True),
+        },
+        head=0 if stored.head is stored.embedding else stored.head.nbytes,
+        vision=vision_bytes(config),
+        cache_per_token=token,
+        cache_per_context=token * config.max_position_embeddings,
+    )
+
+
+def _vision(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Check names and shapes as loading does."""
+    load_vision(checkpoint, config, "meta")
+
+
+def _tokens(config: ModelConfig, tokenizer: Tokenizer) -> Tokens:
+    texts = {token: text for text, token in tokenizer.control.items()}
+    return Tokens(
+        count=tokenizer.vocab_size,
+        special={text: tokenizer.token_id(text) for text in (*REQUIRED, *TOOL_TOKENS)},
+        end={token: texts.get(token, "") for token in config.eos_ids},
+    )
+
+
+def _chat(directory: Path, tokenizer: Tokenizer) -> Chat:
+    """Render the sample conversation.
+
+    Raises:
+        CheckpointError: the template cannot be read or does not take the sample conversation.
+    """
+    template = Template.load(directory, MAX_SAMPLE_CHARS)
+    try:
+        rendered = template.render(variables(SAMPLE, SAMPLE_MEDIA))
+        prompt = ChatFormat(template, tokenizer).prompt(SAMPLE, SAMPLE_MEDIA)
+    except RequestError as error:
+        raise CheckpointError(f"{directory}: a question about a picture cannot be asked: {error}") from error
+    return Chat(template.name, rendered, prompt.text_tokens(), prompt.thinking)
+
+
+def _own_warnings(directory: Path, chat: Chat | None) -> list[str]:
+    warnings = []
+    if chat and chat.template == BUILT_IN.name:
+        warnings.append(f"{directory} has no chat template; the built-in one, {BUILT_IN.name}, is used")
+    if not (directory / FONT).is_file():
+        warnings.append(f"{directory / FONT} does not exist; font-roboto's is used for the time in video frames")
+    return warnings

@@ -1,0 +1,38 @@
+"""How a video's frames are turned before they are shown: the display matrix of the container or the codec.
+
+Phones record in the sensor's orientation and write beside it how to turn the picture; every player does. Angles between
+quarter turns are rounded to the nearest one. As in FFmpeg since 5.0, a `rotate` tag without a matrix means nothing.
+"""
+
+import struct
+
+from av.sidedata.sidedata import SideData
+from av.video.frame import VideoFrame
+from PIL import Image
+from PIL.Image import Transpose
+
+SIDEWAYS = frozenset((Transpose.ROTATE_90, Transpose.ROTATE_270, Transpose.TRANSPOSE, Transpose.TRANSVERSE))
+
+_MATRIX = struct.Struct("=9i")  # a b u, c d v, x y w: the pixel at (p, q) is shown at (ap + cq, bp + dq)
+
+
+def transposition(frame: VideoFrame) -> Transpose | None:
+    """Return what turns a decoded frame upright; None if it is."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return _transposition(*_MATRIX.unpack(bytes(matrix))) if isinstance(matrix, SideData) else None
+
+
+def upright(frame: VideoFrame, turn: Transpose | None) -> Image.Image:
+    """Return a frame's RGB pixels, turned."""
+    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+    return image if turn is None else image.transpose(turn)
+
+
+def _transposition(a: int, b: int, _u: int, c: int, d: int, *_: int) -> Transpose | None:
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        if b < 0:
+            return Transpose.ROTATE_90 if c > 0 else Transpose.TRANSVERSE
+        return Transpose.TRANSPOSE if c > 0 else Transpose.ROTATE_270
+    if a < 0:
+        return Transpose.ROTATE_180 if d < 0 else Transpose.FLIP_LEFT_RIGHT
+    return Transpose.FLIP_TOP_BOTTOM if d < 0 else None

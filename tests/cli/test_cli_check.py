@@ -1,0 +1,270 @@
+"""`millrace check` on what people have on disk: what is served, what is not and why, in words, JSON and exit status."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hub_files
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AwqConfig, GPTQConfig
+
+from cli.check import LABEL
+from cli.demo import write_demo
+from cli.main import main
+
+Tensors = dict[str, torch.Tensor]
+EXPERT = ".mlp.experts."
+INDEX = "model.safetensors.index.json"
+SECOND = "model-00002-of-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("demo") / "demo"
+    write_demo(directory)
+    return directory
+
+
+@pytest.fixture
+def demo(original: Path, tmp_path: Path) -> Path:
+    """A directory in the hub's layout, to be changed."""
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def configure(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_bytes())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def rewrite(directory: Path, change: Callable[[str, torch.Tensor], Tensors]) -> None:
+    """Each tensor as others store it, in one file."""
+    stored: Tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            stored |= change(name, tensor)
+        path.unlink()
+    (directory / INDEX).unlink()
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, directory / "model.safetensors")
+
+
+def is_projection(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+# ------------------------------------------------------------------------------------------- what is made of the demo
+
+
+def hub_flat(directory: Path) -> None:
+    """As it is."""
+
+
+def hub_nested(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_bytes())
+    (directory / "config.json").write_text(json.dumps(hub_files.nested(config)))
+
+
+def paddle(directory: Path) -> None:
+    """Projections transposed, and names that begin with ernie."""
+
+    def stored(name: str, tensor: torch.Tensor) -> Tensors:
+        tensor = tensor.T if is_projection(name) else tensor
+        return {name.replace("model.", "ernie.", 1) if name.startswith("model.") else name: tensor}
+
+    rewrite(directory, stored)
+    configure(directory, dtype="bfloat16", torch_dtype=None)
+
+
+def fastdeploy_wint4(directory: Path) -> None:
+    def stored(name: str, tensor: torch.Tensor) -> Tensors:
+        if not is_projection(name):
+            return {name: tensor}
+        base = name.removesuffix("weight")
+        return {f"{base}quant_weight": tensor.T.to(torch.int8), f"{base}weight_scale": tensor[:, 0]}
+
+    rewrite(directory, stored)
+    mixed = {"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4", "is_quantized": True}
+    configure(directory, quantization_config=mixed)
+
+
+def packed(*suffixes: str) -> Callable[[str, torch.Tensor], Tensors]:
+    """Experts as int32 words and what belongs to them."""
+
+    def stored(name: str, tensor: torch.Tensor) -> Tensors:
+        if EXPERT not in name:
+            return {name: tensor}
+        base = name.removesuffix("weight")
+        return {f"{base}{suffix}": torch.zeros(len(tensor), 4, dtype=torch.int32) for suffix in suffixes}
+
+    return stored
+
+
+def awq(directory: Path) -> None:
+    rewrite(directory, packed("qweight", "qzeros", "scales"))
+    configure(directory, quantization_config=AwqConfig(bits=4).to_dict())
+
+
+def gptq(directory: Path) -> None:
+    rewrite(directory, packed("qweight", "qzeros", "scales", "g_idx"))
+    configure(directory, quantization_config=GPTQConfig(bits=4).to_dict())
+
+
+def compressed_tensors(directory: Path) -> None:
+    rewrite(directory, packed("weight_packed", "weight_scale", "weight_shape"))
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+    configure(
+        directory,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": group},
+        },
+    )
+
+
+def mlx(directory: Path) -> None:
+    def stored(name: str, tensor: torch.Tensor) -> Tensors:
+        name = name.replace("model.", "language_model.model.", 1) if name.startswith("model.layers.") else name
+        if not name.endswith("_proj.weight"):
+            return {name: tensor}
+        base = name.removesuffix("weight")
+        return {name: tensor.to(torch.int32), f"{base}scales": tensor[:, :1], f"{base}biases": tensor[:, :1].clone()}
+
+    rewrite(directory, stored)
+    configure(directory, quantization={"group_size": 64, "bits": 4}, quantization_config={"group_size": 64, "bits": 4})
+
+
+def gguf(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
+    (directory / "ERNIE-4.5-VL-28B-A3B-Thinking-Q4_K_M.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(16))
+
+
+def truncated_shard(directory: Path) -> None:
+    whole = (directory / SECOND).read_bytes()
+    (directory / SECOND).write_bytes(whole[: len(whole) // 2])
+
+
+def missing_index(directory: Path) -> None:
+    (directory / INDEX).unlink()
+
+
+def wrong_vocabulary(directory: Path) -> None:
+    """A tokenizer with more tokens than the model has rows for."""
+    more = {f"extra{i}": 1644 + i for i in range(1000)}
+    (directory / "added_tokens.json").write_text(json.dumps(more))
+
+
+def no_template(directory: Path) -> None:
+    config = json.loads((directory / "tokenizer_config.json").read_bytes())
+    del config["chat_template"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def no_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.model").unlink()
+
+
+def another_model(directory: Path) -> None:
+    configure(directory, model_type="qwen3_vl_moe")
+
+
+DIRECTORIES: list[tuple[Callable[[Path], None], bool, str]] = [
+    (hub_flat, True, ""),
+    (hub_nested, True, ""),
+    (paddle, False, "tensor ernie."),
+    (fastdeploy_wint4, False, "was quantised by FastDeploy ahead of time"),
+    (awq, False, "the weights are quantised by AWQ"),
+    (gptq, False, "the weights are quantised by GPTQ"),
+    (compressed_tensors, False, "the weights are quantised by compressed-tensors"),
+    (mlx, False, "is in MLX's format"),
+    (gguf, False, "is GGUF, llama.cpp's format"),
+    (truncated_shard, False, f"{SECOND} is no complete safetensors file"),
+    (missing_index, True, f"there is no {INDEX}; the 3 shards are read without it"),
+    (wrong_vocabulary, False, "the tokenizer has the id 2048, for which the embedding has no row"),
+    (no_template, True, "has no chat template; the built-in one, ernie_thinking.jinja, is used"),
+    (no_tokenizer, False, "has neither tokenizer.model nor tokenizer.json"),
+    (another_model, False, "model_type is 'qwen3_vl_moe', not ernie4_5_moe_vl"),
+]
+
+
+@pytest.mark.parametrize(("change", "served", "said"), DIRECTORIES, ids=lambda value: getattr(value, "__name__", None))
+def test_what_people_have_on_disk(
+    demo: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], served: bool, said: str
+) -> None:
+    """One remark each, which is the error where it is not served; nothing else is wrong with any of them."""
+    change(demo)
+    status = main(["check", str(demo), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (status, report["served"]) == (0 if served else 1, served)
+    remarks = report["warnings"] if served else report["errors"]
+    assert len(remarks) == bool(said), remarks
+    assert all(said in remark and str(demo) in remark for remark in remarks)
+
+
+def test_what_will_be_served(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(demo), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["directory"], report["errors"], report["warnings"]) == (str(demo), [], [])
+    model = report["model"]
+    assert (model["num_layers"], model["num_experts"], model["dense_layers"], model["time_freqs"]) == (4, 8, [0], 4)
+    assert report["sampling"]["top_p"] == 0.8
+    assert report["weight_files"] == {path.name: path.stat().st_size for path in demo.glob("*.safetensors")}
+    memory = report["memory"]
+    assert memory["decoder"]["wint8"] < memory["decoder_large_card"]["wint8"] < memory["decoder"]["bfloat16"]
+    assert memory["head"] == 2048 * 128 * 2
+    assert memory["cache_per_context"] == 131072 * memory["cache_per_token"]
+    assert report["tokens"]["end"] == {"2": "</s>"}
+    assert report["tokens"]["special"]["<|IMAGE_START|>"] == model["image_start_id"]
+    assert report["chat"]["template"] == "tokenizer_config.json"
+    assert report["chat"]["rendered"].endswith("<|IMAGE_END|>What does the sign say?\nAssistant: \n<think>\n")
+    assert report["chat"]["thinking"]
+
+
+def test_the_words(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (demo / "Roboto-Regular.ttf").unlink()
+    configure(demo, quantization_config={"quantization": "wint4", "is_quantized": False})
+    assert main(["check", str(demo)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = {line[:LABEL].strip(): line[LABEL:] for line in lines}
+    assert said["mrope sections"] == "6 height, 6 width, 4 time; theta 500000"
+    assert said["dense layers"] == "0 (of 256)"
+    assert said["end ids"] == "2 </s>"
+    assert said["chat template"] == "tokenizer_config.json"
+    assert said["quantization"] == "wint4, as config.json asks; --quantization decides otherwise"
+    font = f"{demo}/Roboto-Regular.ttf does not exist; font-roboto's is used for the time in video frames"
+    assert said["warning"] == font
+    assert (lines[-1], said["verdict"]) == (f"{'verdict':{LABEL}}will be served", "will be served")
+
+
+def test_everything_that_is_wrong_is_said_at_once(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    no_tokenizer(demo)
+    (demo / "preprocessor_config.json").write_text('{"image_std": [0, 1, 1]}')
+    (demo / "generation_config.json").write_text('{"top_p": 2}')
+    rewrite(demo, lambda name, tensor: {} if name == "vision_model.ln.bias" else {name: tensor})
+    assert main(["check", str(demo)]) == 1
+    errors = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error ")]
+    assert len(errors) == 4
+    for said in ("generation_config.json", "tokenizer.model", "vision_model.ln.bias is missing", "image_std"):
+        assert any(said in error for error in errors), said
+
+
+def test_a_template_that_takes_no_pictures(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (demo / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert main(["check", str(demo)]) == 1
+    assert "a question about a picture cannot be asked: The chat template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["/nowhere/at/all"], ["--bogus", "."]])
+def test_what_cannot_be_asked(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *words]) == 2
+    assert "millrace check: error: " in capsys.readouterr().err
+
+
+def test_serving_says_the_same(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf(demo)
+    assert main(["serve", "--model", str(demo)]) == 2
+    assert "is GGUF, llama.cpp's format" in capsys.readouterr().err

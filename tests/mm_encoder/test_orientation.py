@@ -1,0 +1,100 @@
+"""Videos that are turned or mirrored by a display matrix are shown as players show them."""
+
+import io
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from media_files import noise, video_bytes
+from PIL import Image
+from test_video import SMALL, process
+
+from services.mm_encoder.orientation import transposition, upright
+
+MADE = Path(__file__).parent / "turned"  # by FFmpeg, with what it shows of each: see its README
+SHOWN = {
+    "mirrored.mp4": [[220, 80], [160, 40]],
+    "quarter.mkv": [[80, 220], [40, 160]],
+    "in_the_codec.mp4": [[40, 160], [80, 220]],
+    "tag_alone.mkv": [[40, 80], [160, 220]],
+}
+LINEAR = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]  # a, b, c, d of quarter turns, and
+LINEAR += [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]  # of mirrors
+Linear = tuple[float, float, float, float]
+
+
+def with_matrix(data: bytes, linear: Linear) -> bytes:
+    """An MP4 whose track header has this display matrix (ISO 14496-12, 8.3.2)."""
+    place = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (round(value * 65536) for value in linear)
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return data[:place] + matrix + data[place + len(matrix) :]
+
+
+def shown_as(frame: np.ndarray, linear: Linear) -> np.ndarray:
+    """Every pixel (x, y) where the standard puts it: at (ax + cy, bx + dy), moved into the picture."""
+    a, b, c, d = (int(value) for value in linear)
+    height, width = frame.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    across, down = a * x + c * y, b * x + d * y
+    out = np.empty((height, width, 3) if a else (width, height, 3), np.uint8)
+    out[down - down.min(), across - across.min()] = frame
+    return out
+
+
+def lossless(frames: list[np.ndarray]) -> bytes:
+    return video_bytes(frames, pixels="yuv444p", options={"movflags": "faststart"}, codec_options={"qp": "0"})
+
+
+def first_frame(data: bytes) -> Image.Image:
+    with av.open(io.BytesIO(data)) as file:
+        frame = next(file.decode(video=0))
+        return upright(frame, transposition(frame))
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_frames_are_turned_as_ffmpeg_turns_them(name: str) -> None:
+    image = first_frame((MADE / name).read_bytes()).convert("L")
+    width, height = image.size
+    found = [[image.getpixel((x, y)) for x in (width // 4, 3 * width // 4)] for y in (height // 4, 3 * height // 4)]
+    assert np.abs(np.subtract(found, SHOWN[name])).max() <= 2
+    assert (width, height) == ((64, 48) if name == "tag_alone.mkv" else (48, 64))
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_a_turned_video_is_the_video_that_was_recorded_upright(linear: Linear) -> None:
+    """Size, frames, and the timestamp, which is upright in the upper left corner: every patch is the same."""
+    recorded = [noise(120, 160, seed=i) for i in range(6)]
+    plan, turned = process(with_matrix(lossless(recorded), linear))
+    _, expected = process(lossless([shown_as(frame, linear) for frame in recorded]))
+    assert turned.grid == expected.grid
+    assert (turned.grid[1] > turned.grid[2]) is (linear[0] == 0)
+    assert np.array_equal(turned.rows, expected.rows)
+    assert plan.tokens == len(expected.rows) // 8
+
+
+@pytest.mark.parametrize(
+    ("linear", "nearest"),
+    [
+        ((0.866, -0.5, 0.5, 0.866), (1, 0, 0, 1)),  # 30 degrees
+        ((0.5, -0.866, 0.866, 0.5), (0, -1, 1, 0)),  # 60 degrees
+        ((0, 2, -2, 0), (0, 1, -1, 0)),  # and twice as large
+        ((0, 0, 0, 0), (1, 0, 0, 1)),  # not a matrix anybody could follow
+    ],
+)
+def test_other_matrices_are_the_nearest_quarter_turn(linear: Linear, nearest: Linear) -> None:
+    data = lossless([noise(48, 64)])
+    assert first_frame(with_matrix(data, linear)) == first_frame(with_matrix(data, nearest))
+
+
+def test_the_turned_sides_count_where_they_differ() -> None:
+    """A wide strip that is shown upright is clipped as a tall one."""
+    recorded = [noise(12, 400, seed=i) for i in range(2)]
+    linear = (0, 1, -1, 0)
+    _, turned = process(with_matrix(lossless(recorded), linear))
+    _, expected = process(lossless([shown_as(frame, linear) for frame in recorded]))
+    assert turned.grid == expected.grid
+    assert np.array_equal(turned.rows, expected.rows)
+    assert turned.grid[1] * turned.grid[2] * 196 <= SMALL.video_max_pixels

@@ -1,0 +1,82 @@
+"""Answers with calls, well and badly written, as openai's client reads them, streamed and whole."""
+
+import json
+
+import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionToolUnionParam
+from postproc_stand_in import BEGIN, StandIn, cut, every_byte, request
+from test_postproc_thought_calls import CALLS, THOUGHTS
+from test_postproc_tool_calls import NOT_CALLS, WELL
+
+from services.gateway.exchange import Place
+from services.gateway.replies import Chunks, Collected, Head, Marks, completion, total_usage
+from services.postproc.answer import Answer, Parsers
+from services.postproc.detokenize import Vocabulary
+from shared.messages import Delta, Finish, Usage
+
+HEAD = Head("chatcmpl-1", 1, "m", "fp")
+TEXTS = {
+    **{f"call, {name}": "Hm.\n</think>\n\n" + text for name, (text, _, _) in WELL.items()},
+    **{f"text, {name}": "Hm.\n</think>\n\n" + text for name, text in NOT_CALLS.items()},
+    **{f"call in thinking, {name}": text for name, (text, _, _) in CALLS.items()},
+    **{f"thinking, {name}": text for name, text in THOUGHTS.items()},
+}
+
+
+def answer(text: str, places: list[int], finish: str) -> list[Delta]:
+    pieces = cut(text, places)
+    tokenizer = StandIn([piece for piece in pieces if isinstance(piece, bytes)])
+    folded = Answer(request(tools=True, functions=("f", "g")), Vocabulary(tokenizer), Parsers())
+    folded.begin = BEGIN
+    deltas = []
+    for token in tokenizer.tokens(pieces):
+        folded.push(token)
+        deltas.append(folded.take())
+    folded.finish(Finish(finish))  # type: ignore[arg-type]
+    return [delta for delta in [*deltas, folded.take()] if delta]
+
+
+def streamed(deltas: list[Delta]) -> ChatCompletion:
+    # A strict tool makes the client parse its arguments, as far as they have come, after every chunk. Such a client
+    # takes no answer that a limit cut off.
+    cut_off = deltas[-1].finish_reason == "length"
+    tools: list[ChatCompletionToolUnionParam] = [
+        {"type": "function", "function": {"name": name, "strict": True, "parameters": {}}} for name in ("f", "g")
+    ]
+    state = ChatCompletionStreamState(input_tools=[] if cut_off else tools)
+    chunks, marks = Chunks(HEAD, 1, include_usage=False), Marks([Place(0)])
+    events = chunks.openings(marks.line()) + b"".join(chunks.delta(0, delta, marks) for delta in deltas)
+    for event in events.split(b"\n\n")[:-1]:
+        state.handle_chunk(ChatCompletionChunk.model_validate_json(event.rpartition(b"data: ")[2]))
+    return state.current_completion_snapshot if cut_off else state.get_final_completion()
+
+
+def whole(deltas: list[Delta]) -> ChatCompletion:
+    collected = Collected()
+    for delta in deltas:
+        collected.add(delta)
+    usage = total_usage([Usage(1, 1, 0, 0, 0, 0)])
+    choice = collected.choice(0, with_logprobs=False, prompt_ids=None, with_ids=False)
+    return ChatCompletion.model_validate_json(completion(HEAD, [choice], usage))
+
+
+def parts(completion: ChatCompletion) -> dict[str, object]:
+    choice = completion.choices[0]
+    calls = [call for call in choice.message.tool_calls or [] if call.type == "function"]
+    return {
+        "content": choice.message.content or "",
+        "reasoning": (choice.message.model_extra or {}).get("reasoning_content", ""),
+        "calls": [(call.id, call.function.name, json.loads(call.function.arguments)) for call in calls],
+        "finish_reason": choice.finish_reason,
+    }
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_streamed_and_whole_are_the_same_to_openai(text: str, finish: str) -> None:
+    expected = parts(whole(answer(text, [], finish)))
+    assert parts(streamed(answer(text, every_byte(text), finish))) == expected
+    assert isinstance(expected["calls"], list)
+    assert all(isinstance(arguments, dict) for _, _, arguments in expected["calls"])
+    assert (expected["finish_reason"] == "tool_calls") == (finish == "stop" and bool(expected["calls"]))
