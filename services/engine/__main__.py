@@ -138,7 +138,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights do not match the configuration.
     """
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
-    fix_order_of_sums()
+    fix_order_of_sums(os.environ)
     model = load_model(Path(settings.model), config, where, quantization(settings, config), operations(where))
     if where == "cpu" and rows_depend_on_others(model.dtype):
         logger(__name__).warning(

@@ -109,6 +109,7 @@ def test_a_process_that_was_halted_in_a_step_does_not_hang_and_was_not_slow(benc
     bench.watchdog.stop()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("stuck", "status"),
     [

@@ -1,0 +1,46 @@
+"""The judge of the demo's answers: what it takes for right, and the interval it prints."""
+
+import json
+
+import pytest
+
+from benchmarks.demo_model.evaluate import interval
+from benchmarks.demo_model.questions import SETS, Question, questions
+
+
+def first(name: str) -> Question:
+    return next(questions(1, 3, only=name))
+
+
+def message(question: Question) -> dict[str, object]:
+    """The right answer, as the API gives it."""
+    calls = [
+        {"function": {"name": call.name, "arguments": json.dumps(call.arguments)}} for call in question.sample.calls
+    ]
+    return {"content": question.sample.answer or None, "tool_calls": calls or None}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_expected_answer_is_right_and_a_changed_one_is_not(name: str) -> None:
+    question = first(name)
+    right = message(question)
+    assert question.is_right(right)
+    assert not question.is_right(right | {"content": "I do not know."})
+    stray = {"function": {"name": "get_time", "arguments": '{"city": "Nowhere"}'}}
+    assert not question.is_right(right | {"tool_calls": [*(right["tool_calls"] or ()), stray]})  # type: ignore[misc]
+
+
+def test_arguments_and_json_are_compared_as_values() -> None:
+    call, record = first("tool calls"), first("JSON")
+    (function, *_) = message(call)["tool_calls"]  # type: ignore[misc]
+    wrong = {"function": {"name": function["function"]["name"], "arguments": "{}"}}
+    assert not call.is_right({"content": None, "tool_calls": [wrong]})
+    assert record.is_right({"content": json.dumps(json.loads(record.sample.answer), indent=2)})
+    assert not record.is_right({"content": record.sample.answer[:-1]})
+
+
+def test_wilsons_interval() -> None:
+    """Against values of the literature: 81 of 263 (Newcombe, 1998, table I)."""
+    low, high = interval(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert [round(each, 4) for each in interval(0, 20)] == [0.0, 0.1611]
