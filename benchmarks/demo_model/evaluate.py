@@ -112,7 +112,7 @@ def widened(model: Path, directory: Path) -> Path:
 
 
 async def ask_all(url: str, asked: list[Question], out: Path | None, name: str) -> dict[str, list[bool]]:
-    """Whether each question was answered right, by set."""
+    """Return for each set whether each of its questions was answered right."""
     gate = asyncio.Semaphore(CONCURRENT)
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=CONCURRENT)) as client:
         (model,) = (await client.get(f"{url}/models")).json()["data"]

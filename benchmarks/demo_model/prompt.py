@@ -99,7 +99,7 @@ def prompt_text(sample: Sample) -> str:
 
 
 def answer_text(sample: Sample) -> str:
-    """What the model shall write after the prompt."""
+    """Return the text that the model shall write after the prompt."""
     thought = f"{sample.reasoning}\n</think>\n\n" if sample.thinking else ""
     calls = "\n".join(call_text(call) for call in sample.calls)
     return thought + sample.answer + (f"{calls}\n" if calls else "")
