@@ -12,5 +12,5 @@ VARIABLE, MODE = "MKL_CBWR", "AUTO,STRICT"
 
 
 def fix_order_of_sums(environ: MutableMapping[str, str]) -> None:
-    """Ask for reproducible sums in `environ`, unless it says otherwise. MKL reads the process's at its first product."""
+    """Ask for reproducible sums, unless `environ` says otherwise. MKL reads it at its first product."""
     environ.setdefault(VARIABLE, MODE)
