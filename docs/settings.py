@@ -26,7 +26,7 @@ from values_schema import COMMON, OF_ONE_SERVICE, OWNED, SERVICES  # noqa: E402
 from cli.autoscaler.policy import Rules  # noqa: E402
 from cli.autoscaler.settings import AutoscalerSettings  # noqa: E402
 from cli.flags import VARIABLES, Launch, flags  # noqa: E402
-from services.mm_encoder.settings import ProcessorSettings  # noqa: E402
+from services.mm_encoder.media.processor_settings import ProcessorSettings  # noqa: E402
 from shared.config import CommonSettings  # noqa: E402
 
 TARGET = ROOT / "docs" / "settings.md"

@@ -27,9 +27,10 @@ from services.mm_encoder.__main__ import build
 from services.mm_encoder.handler import SERVICE
 from services.mm_encoder.media.image import open_image, resized, rgb_pixels
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, normalise, patch_rows
+from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.resize import smart_resize
 from services.mm_encoder.service import MmEncoder
-from services.mm_encoder.settings import MmEncoderSettings, ProcessorSettings
+from services.mm_encoder.settings import MmEncoderSettings
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys

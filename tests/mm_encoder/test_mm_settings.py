@@ -7,8 +7,9 @@ import pytest
 
 from services.mm_encoder.media.normalisation import Normalisation, load_normalisation
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
+from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.timestamps import FONT, font_file
-from services.mm_encoder.settings import MmEncoderSettings, ProcessorSettings
+from services.mm_encoder.settings import MmEncoderSettings
 from shared.config import load
 from shared.errors import CheckpointError, ConfigError
 from shared.model.config import VisionConfig

@@ -16,8 +16,9 @@ import httpcore
 import httpx
 
 from services.mm_encoder.media.refusal import over_limit, refuse
-from services.mm_encoder.settings import Network
 from shared.errors import RequestError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[str]]]

@@ -17,10 +17,10 @@ from services.mm_encoder.media import timestamps
 from services.mm_encoder.media.image import open_image, resized, rgb_pixels
 from services.mm_encoder.media.orientation import SIDEWAYS, upright
 from services.mm_encoder.media.patches import Patches, patch_rows
+from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.refusal import refuse
 from services.mm_encoder.media.resize import smart_resize
 from services.mm_encoder.media.video import VideoFacts, VideoLimits, decode, probe
-from services.mm_encoder.settings import ProcessorSettings
 from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
 

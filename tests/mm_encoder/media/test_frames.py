@@ -10,7 +10,7 @@ from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import
 from transformers.video_utils import VideoMetadata
 
 from services.mm_encoder.media.frames import FrameSampling, FramesSample, frame_indices, override
-from services.mm_encoder.settings import ProcessorSettings
+from services.mm_encoder.media.processor_settings import ProcessorSettings
 from shared.messages import VideoOptions
 
 SERVER = ProcessorSettings().frame_sampling

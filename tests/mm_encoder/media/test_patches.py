@@ -16,9 +16,9 @@ from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe im
 from services.mm_encoder.media.image import open_image
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, normalise
 from services.mm_encoder.media.processor import Processor
+from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.timestamps import font_file
 from services.mm_encoder.media.video import VideoLimits
-from services.mm_encoder.settings import ProcessorSettings
 from shared.errors import RequestError
 from shared.messages import Media
 from shared.model.config import VisionConfig

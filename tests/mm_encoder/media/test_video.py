@@ -17,8 +17,8 @@ from transformers.video_utils import VideoMetadata
 from services.mm_encoder.media import timestamps, video
 from services.mm_encoder.media.patches import Patches, patch_rows
 from services.mm_encoder.media.processor import Processor, VideoPlan
+from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.video import VideoLimits
-from services.mm_encoder.settings import ProcessorSettings
 from shared.errors import RequestError
 from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
