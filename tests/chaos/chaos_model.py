@@ -29,7 +29,8 @@ HEAD_NORM = 2.0  # makes a logit of about 22 where the demo's are below 8
 def write_model(directory: Path) -> int:
     """Write the checkpoint to a new directory; the id of the token that begins a tool call.
 
-    In float32, so that the chain's tokens are certain.
+    In float32: what a request is batched with, and whether it was resumed, then changes no token that does not hang on
+    the order of sums (near_ties.py).
     """
     assert not directory.exists()
     write_demo(directory, dtype="float32")

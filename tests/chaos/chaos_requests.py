@@ -1,5 +1,6 @@
 """A pool of requests for clients whose answers are functions of the request alone, greedy or with a seed."""
 
+import copy
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,16 @@ class Ask:
     number: int
     kind: str
     body: dict[str, Any]
+
+    def reworded(self, times: int) -> "Ask":
+        """The same in other words: with some more at the end."""
+        more, body = " again" * times, copy.deepcopy(self.body)
+        (message,) = body["messages"]
+        if isinstance(message["content"], str):
+            message["content"] += more
+        else:
+            message["content"][-1]["text"] += more
+        return Ask(self.number, self.kind, body)
 
 
 def pool(size: int, tool_call_id: int, files: str) -> list[Ask]:

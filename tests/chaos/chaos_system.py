@@ -62,8 +62,9 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
 class Replica:
     """One place for a process of a service: what is started after a crash takes it."""
 
-    def __init__(self, service: str, number: int, environ: Mapping[str, str], log: Path) -> None:
+    def __init__(self, service: str, module: str, number: int, environ: Mapping[str, str], log: Path) -> None:
         self.service = service
+        self.module = module
         self.number = number
         self.name = ""
         self.paused = False
@@ -110,7 +111,7 @@ class Replica:
         self.paused, self.started = False, time.time()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"services.{self.service}"],
+                [sys.executable, "-m", self.module],
                 cwd=ROOT,
                 env={**self._environ, **_variables(told)},
                 stdin=subprocess.DEVNULL,
@@ -164,10 +165,13 @@ class System:
         replicas: Mapping[str, int],
         *,
         persistence: bool = True,
+        judged: bool = False,
         **settings: Mapping[str, object],
     ) -> None:
-        """`replicas`: how many of each service. `settings`: by service or "all", over SETTINGS."""
+        """`replicas`: how many of each service. `judged`: engines tell of near ties (near_ties.py). `settings`: by
+        service or "all", over SETTINGS."""
         self.directory = directory
+        self._judged = judged
         self.keys = Keys("chaos")
         # Its own directory's path may be too long for a socket.
         self._sockets = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -176,6 +180,7 @@ class System:
         )
         plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
         plain |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        plain |= {"PYTHONPATH": str(ROOT / "tests")} if judged else {}
         common = {"redis_url": self.server.url, "model": str(model), "namespace": self.keys.ns}
         self._environs = {}
         for service in SERVICES:
@@ -192,7 +197,8 @@ class System:
         """A place for one more, with nothing in it yet."""
         number = 1 + max((replica.number for replica in self.of(service)), default=-1)
         log = self.directory / f"{service}-{number}.log"
-        self.replicas.append(Replica(service, number, self._environs[service], log))
+        module = "near_ties" if self._judged and service == "engine" else f"services.{service}"
+        self.replicas.append(Replica(service, module, number, self._environs[service], log))
         return self.replicas[-1]
 
     def of(self, service: str) -> list[Replica]:
@@ -291,10 +297,11 @@ async def running(
     replicas: Mapping[str, int],
     *,
     persistence: bool = True,
+    judged: bool = False,
     **settings: Mapping[str, object],
 ) -> AsyncIterator[System]:
     """A system from ready to killed."""
-    system = System(directory, model, replicas, persistence=persistence, **settings)
+    system = System(directory, model, replicas, persistence=persistence, judged=judged, **settings)
     try:
         await system.start()
         yield system

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster_forward import forwarded
+from cluster_questions import DTYPE
 from cluster_release import RELEASE, Release, component, until
 from cluster_settings import CLAIM, ClusterSettings
 from kubernetes import client
@@ -21,7 +22,6 @@ from cli.demo import write_demo
 HERE = Path(__file__).parent
 PORT = 8000
 ASKERS = 8
-QUESTIONS = [f"Question {number}: what is a mill race?" for number in range(4)]
 CLAIM_SIZE = "1Gi"
 NEVER_READY = (ConnectionError, urllib.error.URLError, TimeoutError)
 
@@ -151,7 +151,7 @@ def take_model(release: Release) -> None:
 
 
 def demo_tar(scratch: Path) -> bytes:
-    write_demo(scratch, dtype="float32")
+    write_demo(scratch, dtype=DTYPE)
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for path in sorted(scratch.iterdir()):
@@ -189,18 +189,19 @@ class Load:
 
 
 @contextmanager
-def load(release: Release, settings: ClusterSettings, image: str) -> Iterator[Load]:
-    """A pod that asks QUESTIONS without a pause, through the Service."""
+def load(release: Release, settings: ClusterSettings, image: str, questions: list[str]) -> Iterator[Load]:
+    """A pod that asks the questions without a pause, through the Service."""
     port = settings.values.get("service", {}).get("port", 8180)
     url = f"http://{RELEASE}-gateway:{port}"
     script = (HERE / "cluster_load.py").read_text(encoding="utf-8")
-    arguments = [url, settings.model, str(PORT), str(ASKERS), json.dumps(QUESTIONS)]
+    arguments = [url, settings.model, str(PORT), str(ASKERS), json.dumps(questions)]
     with running(release, manifest("millrace-test-load", image, script, arguments, settings)) as told:
         yield Load(told, release.patience_s)
 
 
 def complaints(answers: list[dict[str, Any]], exact: bool, may_repeat: bool) -> list[str]:
-    """What is wrong with the answers. `exact`: the same question has the same answer, whatever happened meanwhile."""
+    """What is wrong with the answers. `exact`: the same question has the same answer, whatever happened meanwhile, as
+    is true of those that cluster_questions.py finds."""
     found = [f"{each['error']} at {each['began']:.0f}" for each in answers if each["error"]]
     whole = [each for each in answers if not each["error"]]
     found += [f"ended with {each['finish']}" for each in whole if each["finish"] not in ("stop", "length")]

@@ -65,7 +65,7 @@ class ClusterSettings:
 
     @property
     def exact(self) -> bool:
-        """Whether a question always has the same answer: our model, on CPUs."""
+        """Whether there are questions that always have the same answer (cluster_questions.py): our model, on CPUs."""
         return self.brings_model and not self.values["engine"].get("gpus", 1)
 
 

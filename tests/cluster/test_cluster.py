@@ -15,6 +15,7 @@ import pytest
 import yaml
 from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, image, load, take_model
+from cluster_questions import questions as questions_of
 from cluster_release import STAGES, Release, until
 from cluster_settings import ClusterSettings, read
 from helm_chart import CHART
@@ -79,6 +80,11 @@ def release(
     finally:
         made.uninstall()
         take_model(made)
+
+
+@pytest.fixture(scope="module")
+def questions(settings: ClusterSettings, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return questions_of(settings.exact, tmp_path_factory.mktemp("questions"))
 
 
 @contextmanager
@@ -148,9 +154,9 @@ def test_a_sleeping_stage_is_woken_by_its_work(release: Release, settings: Clust
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rolling_upgrade_under_load_fails_no_request(
-    release: Release, settings: ClusterSettings, python_image: str, stage: str
+    release: Release, settings: ClusterSettings, python_image: str, questions: list[str], stage: str
 ) -> None:
-    with load(release, settings, python_image) as asked:
+    with load(release, settings, python_image, questions) as asked:
         asked.more()
         old = set(release.pods(stage))
         release.restart(stage, uuid4().hex)
@@ -162,11 +168,11 @@ def test_a_rolling_upgrade_under_load_fails_no_request(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_pod_costs_no_answer(
-    release: Release, settings: ClusterSettings, python_image: str, stage: str
+    release: Release, settings: ClusterSettings, python_image: str, questions: list[str], stage: str
 ) -> None:
     """Clients of a gateway that dies lose their connection and ask again, under the key of the first time; of all other
     deaths they notice nothing."""
-    with load(release, settings, python_image) as asked:
+    with load(release, settings, python_image, questions) as asked:
         asked.more()
         gone = release.kill(stage)
         asked.more(4)

@@ -15,6 +15,7 @@ from chart_pods import Pod
 from chart_pods import running as system_running
 from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest, take_model
+from cluster_questions import questions
 from cluster_release import RELEASE, SELECTOR, Release, component, ready, rolled_out, until
 from cluster_settings import CLAIM, ClusterSettings, read
 from cluster_stand_in import NAMESPACE, StandIn, standing_in
@@ -259,7 +260,7 @@ def test_the_load_is_answered_whole_and_alike(
     settings.values["apiKeys"] = ["sk-one"]
     stand_in.replaced = {"http://millrace-gateway:8180": system["gateway"].url, "8000": str(port)}
     stand_in.ports = {"millrace-test-load:8000": port}
-    with load(release, settings, "image") as asked:
+    with load(release, settings, "image", questions(settings.exact, tmp_path)) as asked:
         asked.more(12)
         answers = asked.end()
     assert len(answers) >= 12

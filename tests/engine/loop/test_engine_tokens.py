@@ -1,7 +1,7 @@
 """The engine with a real small checkpoint against transformers, token by token, and seeded draws against themselves."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_bench import Reader, Seen, engine, submit
 from engine_cases import generate
+from near_ties import NEAR_TIE, judging
 from oracle import Model, hf_generate, save_with_transformers
 from redis.asyncio import Redis
 
@@ -147,26 +148,41 @@ async def test_greedy_tokens_survive_preemption(oracle: Oracle, redis: Redis, re
         assert running.metric("kv_cache_usage_perc") == 0
 
 
-SEED = 4
 SEEDED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.2}
 
 
+@pytest.fixture
+def judged() -> Iterator[None]:
+    with judging():
+        yield
+
+
+@pytest.mark.usefixtures("judged")
 @pytest.mark.parametrize("kind", ["base", "rejection"])
 async def test_seeded_draws_are_the_same_alone_among_others_and_resumed(
-    oracle: Oracle, redis: Redis, redis_url: str, keys: Keys, kind: str
+    oracle: Oracle, redis: Redis, redis_url: str, keys: Keys, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    runner, blocks, told = oracle.runner(redis_url, sampling_class=kind)
+    # What is found cached is not judged again.
+    runner, blocks, told = oracle.runner(redis_url, sampling_class=kind, enable_prefix_caching=False)
     reader, records = Reader(redis, keys), Records(redis, keys)
     await oracle.store(redis, keys)
 
+    async def steady(case: Case) -> tuple[int, list[int]]:
+        """A seed with which no token hangs on how sums are rounded, and the tokens."""
+        for seed in range(30):
+            name = f"alone {case.name} {seed}"
+            capsys.readouterr()
+            await submit(redis, keys, case.message(name, seed=seed, **SEEDED))
+            [seen] = await reader.finished(name)
+            if NEAR_TIE not in capsys.readouterr().err:
+                return seed, seen.tokens
+        raise AssertionError(f"{case.name}: with each seed there is a near tie; take another prompt")
+
     async with engine(redis, redis_url, runner, blocks=blocks, facts=oracle.facts(), **told):
-        alone = {}
-        for case in oracle.cases:
-            await submit(redis, keys, case.message(f"alone {case.name}", seed=SEED, **SEEDED))
-            [seen] = await reader.finished(f"alone {case.name}")
-            alone[case.name] = seen.tokens
+        found = {case.name: await steady(case) for case in oracle.cases}
+        alone = {name: tokens for name, (_, tokens) in found.items()}
         others = [generate(f"other {i}", [310 + i] * (i + 1), LENGTH, temperature=1.0, top_k=5) for i in range(16)]
-        together = [case.message(case.name, seed=SEED, **SEEDED) for case in oracle.cases]
+        together = [case.message(case.name, seed=found[case.name][0], **SEEDED) for case in oracle.cases]
         await submit(redis, keys, *others[:8], *together, *others[8:])
         seen_together = await reader.finished(*(case.name for case in oracle.cases))
         assert {c.name: s.tokens for c, s in zip(oracle.cases, seen_together, strict=True)} == alone
@@ -175,7 +191,7 @@ async def test_seeded_draws_are_the_same_alone_among_others_and_resumed(
             name, whole = f"cut {cut}", alone[case.name]
             reader.seen[name] = Seen(whole[:cut])
             # The record knows an earlier owner before the entry can be taken, as after a crash.
-            await Records(redis, keys).submit("elsewhere", case.message(name, seed=SEED, **SEEDED))
+            await Records(redis, keys).submit("elsewhere", case.message(name, seed=found[case.name][0], **SEEDED))
             await redis.hincrby(keys.request(name), "epoch", 1)
             await records.write_journal([(name, 0, whole[:cut])])
             await redis.xadd(keys.stream("generate"), dict((await redis.xrange(keys.stream("elsewhere")))[-1][1]))
