@@ -46,7 +46,7 @@ PICTURE = 72  # columns of --show
 
 class Policy(Protocol):
     def look(self, work: int, leaving: int, replicas: int, now: float) -> int:
-        """How many there should be, given the stream's length and what leaving engines hold of it."""
+        """Return the number of engines wanted for the stream's length, less the entries of leaving engines."""
         ...
 
 
@@ -145,7 +145,7 @@ def _step_s(sequences: int) -> float:
 
 
 class Outcome:
-    """What one run came to."""
+    """Result of one run."""
 
     def __init__(self) -> None:
         self.waits: list[float] = []

@@ -1,4 +1,4 @@
-"""What the token path costs: gateway, postproc and Redis as they ship, an engine that thinks for free, a raw client.
+"""Cost of the token path: gateway, postproc and Redis as they ship, an engine that computes nothing, a raw client.
 
     python -m benchmarks.pipeline [--streams 256] [--json out.json] [--guarantees 3]
 
@@ -269,7 +269,7 @@ def paced_cost(args: argparse.Namespace, root: Path, model: Path, postproc: str,
 
 
 def guarantees(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """What the guarantees cost, in turns so that a busy minute of the machine falls on all of them."""
+    """Measure the cost of the guarantees, in turns so that a busy minute of the machine falls on all of them."""
     model = root / "model"
     write_demo(model)
     costs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}

@@ -4,6 +4,8 @@ Exit status: 0 it will be served (perhaps with warnings), 1 it will not (and why
 """
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,28 +38,28 @@ def main(words: Sequence[str]) -> int:
     given = flags.parse_args(words)
     report = inspect(given.directory)
     if given.json:
-        print(msgspec.json.encode(report).decode())
+        # In ASCII: a file name that is no UTF-8 is half a surrogate pair here, which msgspec does not encode.
+        print(json.dumps(msgspec.to_builtins(report, str_keys=True)))
     else:
         _show(list(rows(report)))
     return SERVED if report.served else NOT_SERVED
 
 
 def _directory(text: str) -> Path:
-    path = Path(text)
-    if not path.is_dir():
+    if not os.path.isdir(text):  # pathlib's raises where a parent may not be entered or a name is too long
         raise argparse.ArgumentTypeError(f"{text} is not a directory (models are read from disk, never downloaded)")
-    return path
+    return Path(text)
 
 
 def _show(shown: list[Row]) -> None:
     """Print aligned and coloured on a terminal; elsewhere one line a fact, so that grep finds it whole."""
     if not sys.stdout.isatty():
-        print("\n".join(f"{label:{LABEL}}{text}" for label, text in shown))
+        print("\n".join(f"{label:{LABEL}}{_printable(text)}" for label, text in shown))
         return
     table = Table.grid(padding=(0, 2))
     styles = {"error": "red", "warning": "yellow"}
     for label, text in shown:
-        table.add_row(Text(label, "bold"), Text(text, styles.get(label, "")))
+        table.add_row(Text(label, "bold"), Text(_printable(text), styles.get(label, "")))
     Console(highlight=False).print(table)
 
 
@@ -134,6 +136,11 @@ def _chat(chat: Chat) -> Iterator[Row]:
     yield "sample", repr(chat.rendered)
     inside = "inside <think>" if chat.thinking else "outside <think>"
     yield "", f"{chat.tokens} tokens and the picture's; the answer begins {inside}"
+
+
+def _printable(text: str) -> str:
+    """Return the text with what UTF-8 cannot say escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _gib(size: int) -> str:

@@ -72,7 +72,7 @@ def _recipe(seed: int, dtype: str) -> str:
 
 
 def _is_demo(directory: Path, recipe: str) -> bool:
-    """Whether exactly this demo is there."""
+    """Return whether exactly this demo is there."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     try:
@@ -218,7 +218,7 @@ class _Random:
         return (1 + torch.randn(size, generator=self._generator) * 0.1).to(self._dtype)
 
     def precise(self, *shape: int, std: float = STD) -> Tensor:
-        """What the published checkpoint stores in float32: the router."""
+        """Return whether the published checkpoint stores a tensor in float32: the router's."""
         return torch.randn(shape, generator=self._generator) * std
 
 

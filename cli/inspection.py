@@ -1,4 +1,4 @@
-"""What a model directory would be served as, found as the services find it: by their own readers, from headers only."""
+"""Inspection of a model directory by the services' own readers, from headers only."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from services.gateway.request.media import MediaItem
 from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.template import BUILT_IN, Template
 from services.mm_encoder.media.normalisation import load_normalisation
-from services.mm_encoder.media.timestamps import FONT
+from services.mm_encoder.media.timestamps import FONT, font_file
 from services.mm_encoder.vision.memory import weight_bytes as vision_bytes
 from services.mm_encoder.vision.weights import load_weights as load_vision
 from shared.errors import CheckpointError, RequestError
@@ -74,7 +74,7 @@ class Chat(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What `millrace check` found. A part that could not be read is None, and an error says why."""
+    """Findings of `millrace check`. A part that could not be read is None, and an error says why."""
 
     directory: str
     served: bool = False
@@ -105,7 +105,9 @@ def inspect(directory: Path) -> Report:
         report.warnings += part.warnings if part else ()
     report.model = config and msgspec.structs.replace(config, warnings=())
     report.sampling = defaults and msgspec.structs.replace(defaults, warnings=())
-    report.weight_files = {path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors"))}
+    report.weight_files = {
+        path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors")) if path.is_file()
+    }
     if config and checkpoint:
         report.memory = _attempt(report, lambda: _memory(checkpoint, config))
         _attempt(report, lambda: _vision(checkpoint, config))
@@ -115,6 +117,7 @@ def inspect(directory: Path) -> Report:
     if tokenizer:
         report.chat = _attempt(report, lambda: _chat(directory, tokenizer))
     _attempt(report, lambda: load_normalisation(directory))
+    _attempt(report, lambda: font_file(directory))
     report.warnings += _own_warnings(directory, report.chat)
     report.served = not report.errors
     return report
@@ -124,7 +127,8 @@ def _attempt(report: Report, read: Callable[[], T]) -> T | None:
     try:
         return read()
     except CheckpointError as error:
-        report.errors.append(str(error))
+        if str(error) not in report.errors:  # several readers may fail on one file
+            report.errors.append(str(error))
         return None
 
 

@@ -33,7 +33,7 @@ from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
-from services.gateway.settings import GatewaySettings, check
+from services.gateway.settings import GatewaySettings
 from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
@@ -56,7 +56,6 @@ def build(settings: GatewaySettings, redis: Redis, *, tracing: Tracing = OFF) ->
         CheckpointError: the model directory lacks a file that the gateway reads.
         ConfigError: a setting is invalid, or the port is in use.
     """
-    check(settings)
     return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S, tracing)
 
 

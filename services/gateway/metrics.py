@@ -71,7 +71,7 @@ class GatewayMetrics:
         )
         self._recent = Recent()
 
-    def recent_rates(self) -> dict[str, float]:
+    def load(self) -> dict[str, float]:
         """Return the recent rates for the lease's status."""
         first_seconds, firsts = observed(self.first_token)
         latencies, answered = observed(self.latency)

@@ -89,7 +89,7 @@ class Gateway:
 
     def load(self) -> dict[str, float]:
         """Return the open requests and recent rates for the lease's status."""
-        return {"requests": len(self._admission), "choices": len(self._open_requests), **self._metrics.recent_rates()}
+        return {"requests": len(self._admission), "choices": len(self._open_requests), **self._metrics.load()}
 
     async def _tick(self) -> None:
         while True:

@@ -15,7 +15,11 @@ ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
 
 
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of `python -m services.gateway`, besides the common ones."""
+    """Settings of `python -m services.gateway`, besides the common ones.
+
+    Raises:
+        ConfigError: an API key is empty; the message names the setting, and no key.
+    """
 
     host: str = "0.0.0.0"  # the address the API listens on
     port: Port = 8180  # port of the API
@@ -43,6 +47,10 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_pending_bytes: Positive = 1 << 20  # bytes queued for a client that does not read; above, it is cut off
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
 
+    def __post_init__(self) -> None:
+        if not all(self.api_keys):
+            raise ConfigError(f"{variable('api_keys')}: a key is empty, which would let everybody in; remove it")
+
     def model_names(self) -> ModelNames:
         """Return the names that clients may call the model by."""
         return ModelNames(Path(self.model).resolve().name, self.served_model_names)
@@ -50,13 +58,3 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     def media_limits(self) -> dict[MediaKind, int]:
         """Return the limit of each kind of media in one prompt; a kind that is not set has a limit of 1."""
         return {"image": 1, "video": 1, **self.limit_mm_per_prompt}
-
-
-def check(settings: GatewaySettings) -> None:
-    """Check the rules that the types of the settings do not express.
-
-    Raises:
-        ConfigError: an API key is empty; the message names the setting, and no key.
-    """
-    if not all(settings.api_keys):
-        raise ConfigError(f"{variable('api_keys')}: a key is empty, which would let everybody in; remove it")

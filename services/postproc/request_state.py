@@ -21,11 +21,11 @@ class Journal(msgspec.Struct, frozen=True):
 
 
 class RequestPhase(Enum):
-    """Phase of a request: who still has to say something about it."""
+    """Phase of a request, by what is still expected of its engine."""
 
-    GENERATING = "generating"  # the engine, which sends tokens
-    STOPPING = "stopping"  # the engine, which is being cancelled: the answer ended here, before the engine's finish
-    ENDED = "ended"  # nobody: the engine has finished, or Redis has lost the request
+    GENERATING = "generating"  # tokens and a finish
+    STOPPING = "stopping"  # a finish: the answer ended here before, and the engine is being cancelled
+    ENDED = "ended"  # nothing: the engine has finished the request, or Redis has lost it
 
 
 class RequestState:

@@ -157,7 +157,7 @@ class _Files:
             handle: Any = safe_open(path, framework="pt", device="cpu")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
             raise CheckpointError(f"{path} is no complete safetensors file: {error}") from error
         self._handles[name] = handle
         for stored in handle.keys():  # noqa: SIM118 - not a mapping
@@ -169,7 +169,10 @@ class _Files:
         for stored in sorted(listed.keys() | self._file_of.keys()):
             says, found = listed.get(stored), self._file_of.get(stored)
             if says != found:
-                raise CheckpointError(f"{self._directory / INDEX} puts tensor {stored} in {says}; it is in {found}")
+                raise CheckpointError(
+                    f"{self._directory / INDEX} puts tensor {stored} in {says or 'no file'}; "
+                    f"it is in {found or 'no file'}"
+                )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -178,7 +181,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

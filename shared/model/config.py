@@ -114,9 +114,10 @@ def load_model_config(directory: Path) -> ModelConfig:
     raw = read_object(path)
     if raw is None:
         raise CheckpointError(f"{path} does not exist")
+    generation = read_object(directory / "generation_config.json") or {}
     warnings: list[str] = []
     try:
-        config = _model_config(raw, read_object(directory / "generation_config.json") or {}, warnings)
+        config = _model_config(raw, generation, warnings)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return msgspec.structs.replace(config, warnings=tuple(f"{path}: {text}" for text in warnings))

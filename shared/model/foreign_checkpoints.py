@@ -1,7 +1,7 @@
 """Detection of model directories in unsupported formats, so that the error names the format and what to do.
 
-Only file names, the headers of safetensors files and config.json are read. A directory that passes goes on to
-`shared/model/checkpoint.py`, which checks it tensor by tensor.
+The signs are file names, the headers of safetensors files and config.json. A directory without a sign goes on to
+`shared/model/checkpoint.py`, which names what is wrong with it tensor by tensor.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.errors import CheckpointError
 from shared.model.config import online_quantization
+from shared.model.unreadable_files import read_by_services, unreadable_files
 
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -28,12 +29,16 @@ _PADDLE = (
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse a directory in an unsupported format.
+    """Refuse a directory of a format that is not read, or with a file that cannot be.
 
     Raises:
-        CheckpointError: the directory holds another format; the message says which, by what sign, and what to do.
+        CheckpointError: the directory holds another format; the message says which, by what sign, and what to do. Or
+            the directory, or a file in it, cannot be read.
     """
-    found = _Signs.read(directory)
+    try:
+        found = _Signs.read(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror or error}") from error
     for recognise in _FORMATS:
         if sentence := recognise(found):
             raise CheckpointError(f"{directory}: {sentence}")
@@ -45,24 +50,34 @@ class _Signs:
 
     files: Collection[str]
     folders: Collection[str]
-    pointers: Collection[str]  # files that Git LFS has not replaced by their content
+    unreadable: Collection[str]  # sentences, each about a file
+    pointers: Collection[str]  # files to be read that Git LFS has not replaced by their content
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]  # of tensors, by stored name; () where only the index names one
 
     @staticmethod
     def read(directory: Path) -> "_Signs":
-        """Read the signs of a directory. An absent or unreadable file gives none; its own reader reports the error."""
+        """Collect the signs. An absent or malformed file gives none; its own reader says what is wrong.
+
+        Raises:
+            OSError: the directory cannot be listed.
+        """
         entries = sorted(directory.iterdir()) if directory.is_dir() else []
         files = [entry for entry in entries if entry.is_file()]
         index = _json(directory / INDEX).get("weight_map")
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(index, ()) if isinstance(index, dict) else {}
+        listed: dict[str, Any] = index if isinstance(index, dict) else {}
+        shards = {name for name in listed.values() if isinstance(name, str)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(listed, ())
         for path in files:
             if path.suffix == ".safetensors":
                 shapes |= _header_shapes(path)
         return _Signs(
             files=[path.name for path in files],
             folders=[entry.name for entry in entries if entry.is_dir()],
-            pointers=[path.name for path in files if _starts_with(path, LFS_POINTER)],
+            unreadable=list(unreadable_files(directory, shards)) if entries else [],
+            pointers=[
+                path.name for path in files if read_by_services(path.name, shards) and _starts_with(path, LFS_POINTER)
+            ],
             config=_json(directory / "config.json"),
             shapes=shapes,
         )
@@ -72,7 +87,7 @@ class _Signs:
         return next((name for name in self.files if name.endswith(endings)), None)
 
     def tensor(self, *, end: tuple[str, ...] = (), start: tuple[str, ...] = (), within: str = "") -> str | None:
-        """Return the first tensor whose name matches."""
+        """Return the first tensor whose name has one of these ends or starts, or has `within` in it."""
         for name in self.shapes:
             if name.endswith(end) or name.startswith(start) or (within and within in name):
                 return name
@@ -86,9 +101,11 @@ class _Signs:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # or opening a named pipe would wait
+        return {}
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -108,11 +125,15 @@ def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if size <= MAX_HEADER_BYTES else {}
         return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 
 # ------------------------------------------------------------------------------- one function a format: its sentence
+
+
+def _unreadable(found: _Signs) -> str | None:
+    return next(iter(found.unreadable), None)
 
 
 def _git_lfs(found: _Signs) -> str | None:
@@ -135,7 +156,7 @@ def _adapter(found: _Signs) -> str | None:
 
 
 def _without_safetensors(found: _Signs) -> str | None:
-    """Recognise formats by their own files. Beside safetensors, such files are leftovers."""
+    """Recognise formats that live in files of their own. Beside safetensors they are leftovers."""
     if found.shapes or found.file(".safetensors"):
         return None
     if name := found.file(".gguf"):
@@ -225,8 +246,9 @@ def _quantised_by_name(found: _Signs) -> str | None:
     return None
 
 
-# The surest sign first: what keeps a file from being read at all, then what only one format writes.
+# The surest sign first: a file that cannot be read at all, then names that only one format has.
 _FORMATS: tuple[Callable[[_Signs], str | None], ...] = (
+    _unreadable,
     _git_lfs,
     _hub_cache,
     _adapter,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 
 from shared.errors import CheckpointError
-from shared.model.config_file import Positive, agreed, convert, read_object
+from shared.model.config_file import LARGEST, Finite, Positive, agreed, convert, read_object
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
@@ -49,16 +49,16 @@ class _Generation(msgspec.Struct):
 
     do_sample: bool | None = None
     decode_strategy: str | None = None  # Paddle's do_sample
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)] = 1.0
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     top_k: Annotated[int, msgspec.Meta(ge=-1)] = 0
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Positive | None = None
     penalty_score: Positive | None = None
-    presence_penalty: float | None = None
-    presence_score: float | None = None
-    frequency_penalty: float | None = None
-    frequency_score: float | None = None
+    presence_penalty: Finite | None = None
+    presence_score: Finite | None = None
+    frequency_penalty: Finite | None = None
+    frequency_score: Finite | None = None
 
 
 # Fields of generation_config.json that do not affect sampling: read elsewhere, or transformers' bookkeeping.

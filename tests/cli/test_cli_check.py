@@ -1,6 +1,7 @@
 """`millrace check` on what people have on disk: what is served, what is not and why, in words, JSON and exit status."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,50 @@ def another_model(directory: Path) -> None:
     configure(directory, model_type="qwen3_vl_moe")
 
 
+def snapshot_without_its_blobs(directory: Path) -> None:
+    """As where a container mounts snapshots/REVISION of a hub cache and not the folder above."""
+    (directory / SECOND).unlink()
+    (directory / SECOND).symlink_to("../../blobs/0f5e")
+
+
+def broken_link_beside(directory: Path) -> None:
+    (directory / "consolidated.safetensors").symlink_to("nowhere")
+
+
+def empty_font(directory: Path) -> None:
+    (directory / "Roboto-Regular.ttf").write_bytes(b"")
+
+
+def empty_config(directory: Path) -> None:
+    (directory / "config.json").write_bytes(b"")
+
+
+def config_nested_too_deep(directory: Path) -> None:
+    (directory / "config.json").write_text("[" * 100_000)
+
+
+def infinite_epsilon(directory: Path) -> None:
+    configure(directory, rms_norm_eps=float("inf"))
+
+
+def empty_generation_config(directory: Path) -> None:
+    """Two readers fail on it, and it is said once."""
+    (directory / "generation_config.json").write_bytes(b"")
+
+
+def index_with_a_tensor_too_many(directory: Path) -> None:
+    index = json.loads((directory / INDEX).read_bytes())
+    index["weight_map"]["model.layers.9.extra"] = SECOND
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def index_with_no_file_name(directory: Path) -> None:
+    """Half a surrogate pair is valid JSON, and no file's name."""
+    index = json.loads((directory / INDEX).read_bytes())
+    index["weight_map"]["model.norm.weight"] = "\ud800"
+    (directory / INDEX).write_text(json.dumps(index))
+
+
 DIRECTORIES: list[tuple[Callable[[Path], None], bool, str]] = [
     (hub_flat, True, ""),
     (hub_nested, True, ""),
@@ -188,6 +233,15 @@ DIRECTORIES: list[tuple[Callable[[Path], None], bool, str]] = [
     (no_template, True, "has no chat template; the built-in one, ernie_thinking.jinja, is used"),
     (no_tokenizer, False, "has neither tokenizer.model nor tokenizer.json"),
     (another_model, False, "model_type is 'qwen3_vl_moe', not ernie4_5_moe_vl"),
+    (snapshot_without_its_blobs, False, f"{SECOND} is a symbolic link to ../../blobs/0f5e, where there is no file"),
+    (broken_link_beside, True, ""),
+    (empty_font, False, "Roboto-Regular.ttf is no font that can be read"),
+    (empty_config, False, "config.json: Expecting value: line 1 column 1"),
+    (config_nested_too_deep, False, "config.json: maximum recursion depth exceeded"),
+    (infinite_epsilon, False, "at `$.rms_norm_eps`"),
+    (empty_generation_config, False, "generation_config.json: Expecting value: line 1 column 1"),
+    (index_with_a_tensor_too_many, False, f"puts tensor model.layers.9.extra in {SECOND}; it is in no file"),
+    (index_with_no_file_name, False, "is no complete safetensors file"),
 ]
 
 
@@ -258,12 +312,23 @@ def test_a_template_that_takes_no_pictures(demo: Path, capsys: pytest.CaptureFix
     assert "a question about a picture cannot be asked: The chat template" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["/nowhere/at/all"], ["--bogus", "."]])
+@pytest.mark.parametrize("words", [[], ["/nowhere/at/all"], ["--bogus", "."], ["a" * 300]])
 def test_what_cannot_be_asked(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *words]) == 2
     assert "millrace check: error: " in capsys.readouterr().err
 
 
+def test_a_directory_whose_name_is_no_utf8(original: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """safetensors opens no such path; that is said in words and in JSON that any reader takes."""
+    directory = shutil.copytree(original, Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff del")))
+    assert main(["check", str(directory)]) == 1
+    assert "/m\\udcff del/model-00001-of-00003.safetensors is no complete" in capfd.readouterr().out
+    assert main(["check", str(directory), "--json"]) == 1
+    report = json.loads(capfd.readouterr().out.encode("ascii"))
+    assert (report["directory"], len(report["errors"])) == (str(directory), 1)
+
+
+@pytest.mark.system
 def test_serving_says_the_same(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf(demo)
     assert main(["serve", "--model", str(demo)]) == 2

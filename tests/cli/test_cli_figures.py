@@ -24,7 +24,7 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
 def test_engine() -> None:
     metrics, clock = EngineMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    assert "prefix_hits" not in metrics.figures(), "no prompt has been seen"
+    assert "prefix_hits" not in metrics.load(), "no prompt has been seen"
     clock.now = 2
     metrics.running.set(3)
     metrics.waiting.set(1)
@@ -35,7 +35,7 @@ def test_engine() -> None:
     metrics.preemptions.inc(1)
     for _ in range(4):
         metrics.step_seconds.observe(0.02)
-    assert rounded(metrics.figures()) == {
+    assert rounded(metrics.load()) == {
         "running": 3,
         "waiting": 1,
         "kv_usage": 0.25,
@@ -52,10 +52,10 @@ def test_why_an_engines_requests_wait() -> None:
     metrics = EngineMetrics(registry)
     metrics.running.set(3)
     metrics.waiting.set(1)
-    metrics.holds(6)
+    metrics.update_waiting(6)
     for reason, number in (("capacity", 1), ("deferred", 2)):
         assert registry.get_sample_value("millrace_num_requests_waiting_by_reason", {"reason": reason}) == number
-    metrics.holds(3)  # fewer than a moment ago
+    metrics.update_waiting(3)  # fewer than a moment ago
     assert registry.get_sample_value("millrace_num_requests_waiting_by_reason", {"reason": "deferred"}) == 0
 
 
@@ -70,14 +70,14 @@ def test_answers_searched_for_tool_calls() -> None:
 def test_gateway() -> None:
     metrics, clock = GatewayMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    metrics.recent_rates()
+    metrics.load()
     clock.now = 4
     metrics.first_token.observe(0.5)
     metrics.first_token.observe(1.5)
     metrics.latency.observe(6)
     metrics.generation_tokens.inc(100)
     metrics.cancelled.inc(2)
-    assert rounded(metrics.recent_rates()) == {
+    assert rounded(metrics.load()) == {
         "answered_per_s": 0.25,
         "answered_tokens_per_s": 25,
         "cancelled_per_s": 0.5,
@@ -89,14 +89,14 @@ def test_gateway() -> None:
 def test_mm_encoder() -> None:
     metrics, clock = MmMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    metrics.figures()
+    metrics.load()
     clock.now = 2
-    metrics.accepted("image", hit=True)
-    metrics.accepted("video", hit=False)
-    metrics.left("handed_on")
-    metrics.left("refused")
+    metrics.count_media("image", hit=True)
+    metrics.count_media("video", hit=False)
+    metrics.count_request("handed_on")
+    metrics.count_request("refused")
     metrics._seconds.labels("tower").observe(0.75)
-    assert rounded(metrics.figures()) == {"media_per_s": 1, "requests_per_s": 1, "cache_hits": 0.5, "tower_s": 0.75}
+    assert rounded(metrics.load()) == {"media_per_s": 1, "requests_per_s": 1, "cache_hits": 0.5, "tower_s": 0.75}
 
 
 def test_postproc() -> None:

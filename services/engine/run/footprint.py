@@ -1,4 +1,4 @@
-"""What the decoder takes of a device in each format, by the shapes that its loader asks for: no tensor is read."""
+"""Memory of the decoder in each format, by the shapes that its loader asks for: no tensor is read."""
 
 from collections.abc import Iterator
 from functools import cache

@@ -41,7 +41,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 def allowed(text: str, networks: Sequence[Network]) -> bool:
-    """Whether media may be fetched from this address: it is global, with every address embedded in it, or named."""
+    """Return whether media may be fetched from this address: global, with every address embedded in it, or allowed."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which frames of a video the model sees: FastDeploy's sampling, as functions of numbers."""
+"""Choice of the frames of a video that the model sees: FastDeploy's sampling, as functions of numbers."""
 
 import math
 from itertools import pairwise
@@ -13,7 +13,7 @@ FramesSample = Literal["leading", "middle", "rand"]
 
 
 class FrameSampling(msgspec.Struct, frozen=True):
-    """How many frames, and which one of each stretch. Exactly one of `fps` and `target_frames` is positive."""
+    """Number of frames, and the one taken from each stretch. Exactly one of `fps` and `target_frames` is positive."""
 
     fps: float
     min_frames: int

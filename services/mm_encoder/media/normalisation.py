@@ -37,5 +37,5 @@ def load_normalisation(directory: Path) -> Normalisation:
         return Normalisation()
     try:
         return msgspec.json.decode(path.read_bytes(), type=Normalisation)
-    except msgspec.DecodeError as error:
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         raise CheckpointError(f"{path}: {error}") from error

@@ -1,7 +1,9 @@
-"""How a video's frames are turned before they are shown: the display matrix of the container or the codec.
+"""Orientation of a video's frames, by the display matrix of the container or the codec.
 
-Phones record in the sensor's orientation and write beside it how to turn the picture; every player does. Angles between
-quarter turns are rounded to the nearest one. As in FFmpeg since 5.0, a `rotate` tag without a matrix means nothing.
+Phones record in the sensor's orientation and store the matrix that turns the picture upright; players apply it. Angles
+between quarter turns are rounded to the nearest one. As in FFmpeg since 5.0, a `rotate` tag without a matrix is
+ignored. FFmpeg gives a container's matrix with every frame, and a codec's with the one frame that it is stored with,
+often the first alone; it holds until another comes (H.264's display_orientation_repetition_period).
 """
 
 import struct
@@ -16,10 +18,10 @@ SIDEWAYS = frozenset((Transpose.ROTATE_90, Transpose.ROTATE_270, Transpose.TRANS
 _MATRIX = struct.Struct("=9i")  # a b u, c d v, x y w: the pixel at (p, q) is shown at (ap + cq, bp + dq)
 
 
-def transposition(frame: VideoFrame) -> Transpose | None:
-    """Return what turns a decoded frame upright; None if it is."""
+def transposition(frame: VideoFrame, before: Transpose | None) -> Transpose | None:
+    """Return what turns a decoded frame upright, None if it is. `before` is what turned the previous frame."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    return _transposition(*_MATRIX.unpack(bytes(matrix))) if isinstance(matrix, SideData) else None
+    return _transposition(*_MATRIX.unpack(bytes(matrix))) if isinstance(matrix, SideData) else before
 
 
 def upright(frame: VideoFrame, turn: Transpose | None) -> Image.Image:

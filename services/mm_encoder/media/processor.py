@@ -1,5 +1,6 @@
-"""Bytes of one image or video to patches, in two steps: `plan` reads headers and says how many tokens it will take,
-`patches` decodes. A request that cannot fit is refused between the two, before any pixel is decoded.
+"""Bytes of one image or video to patches, in two steps: `plan` reads headers and counts the tokens, `patches` decodes.
+
+A request that cannot fit is refused between the two, before any pixel is decoded.
 """
 
 import hashlib
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
 from services.mm_encoder.media import frames as sampling
-from services.mm_encoder.media import orientation, timestamps
+from services.mm_encoder.media import timestamps
 from services.mm_encoder.media.image import open_image, resized, rgb_pixels
+from services.mm_encoder.media.orientation import SIDEWAYS, upright
 from services.mm_encoder.media.patches import Patches, patch_rows
 from services.mm_encoder.media.refusal import refuse
 from services.mm_encoder.media.resize import smart_resize
@@ -22,8 +24,8 @@ from services.mm_encoder.settings import ProcessorSettings
 from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
 
-# Raise it when the same bytes give other patches than before: embeddings that are cached are then made anew.
-REVISION = 2
+# Part of the cache key. Raise it when the same bytes give other patches than before.
+REVISION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ Plan = ImagePlan | VideoPlan
 
 
 class Processor:
-    """FastDeploy's preprocessing for one model and one set of settings. Pure but for its fonts; thread-safe."""
+    """FastDeploy's preprocessing for one model and one set of settings. Thread-safe."""
 
     def __init__(self, settings: ProcessorSettings, limits: VideoLimits, vision: VisionConfig, font: bytes) -> None:
         self._settings = settings
@@ -61,7 +63,7 @@ class Processor:
         self._font_hash = hashlib.sha256(font).hexdigest()
 
     def signature(self, media: Media) -> bytes:
-        """Everything besides the bytes that decides the patches of `media`: part of the cache key.
+        """Return everything besides the bytes that decides the patches of `media`: part of the cache key.
 
         Raises:
             RequestError: the video's options contradict each other or the server's.
@@ -74,22 +76,24 @@ class Processor:
         return _canonical(REVISION, "video", *pixels, frames, self._font_hash)
 
     def plan(self, media: Media, data: bytes) -> Plan:
-        """
+        """Read the headers of `media`.
+
         Raises:
-            RequestError: unusable, or over a limit.
+            RequestError: the media cannot be used, or is over a limit.
         """
         return self._plan_image(media, data) if media.kind == "image" else self._plan_video(media, data)
 
     def patches(self, plan: Plan) -> Patches:
-        """
+        """Decode the media of `plan`.
+
         Raises:
-            RequestError: truncated or broken.
+            RequestError: the media is truncated or broken.
         """
         return self._image(plan) if isinstance(plan, ImagePlan) else self._video(plan)
 
     def _plan_image(self, media: Media, data: bytes) -> ImagePlan:
         image = open_image(data, self._limits.max_pixels)
-        # Orientation may swap the sides; the number of tokens stays.
+        # EXIF may swap the sides; the number of tokens stays.
         height, width = self._image_size(image.height, image.width)
         return ImagePlan(image, self._tokens(1, height, width))
 
@@ -119,13 +123,12 @@ class Processor:
     def _video(self, plan: VideoPlan) -> Patches:
         height, width = plan.size
         rows: NDArray[np.uint8] | None = None
-        for wanted, index, frame in decode(plan.data, plan.facts, set(plan.indices), self._limits):
-            turn = orientation.transposition(frame)
-            if rows is None and turn in orientation.SIDEWAYS:
+        for wanted, decoded in decode(plan.data, plan.facts, set(plan.indices), self._limits):
+            if rows is None and decoded.turn in SIDEWAYS:
                 height, width = width, height  # the number of tokens stays
-            image = orientation.upright(frame, turn)
+            image = upright(decoded.frame, decoded.turn)
             size = timestamps.font_size(image.width, image.height)
-            seconds = index * plan.facts.seconds / plan.facts.frames
+            seconds = decoded.index * plan.facts.seconds / plan.facts.frames
             timestamps.paint(image, seconds, ImageFont.truetype(io.BytesIO(self._font), size))
             one = patch_rows(resized(image, height, width), self._patch, self._merge)
             if rows is None:

@@ -1,4 +1,4 @@
-"""How media are refused: a 400 that says what is wrong, which limit it passed, and in which request field."""
+"""Refusal of media: a 400 that says what is wrong, the limit that was passed, and the request's field."""
 
 import msgspec
 

@@ -4,21 +4,33 @@ Painted at the frame's original resolution, before resizing: black Roboto in a w
 a tenth of the shorter side high.
 """
 
+import io
 from importlib import resources
 from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
 
+from shared.errors import CheckpointError
+
 FONT = "Roboto-Regular.ttf"
 MIN_SIDE = 10  # below this the font would be zero pixels high
 
 
 def font_file(model: Path) -> tuple[bytes, bool]:
-    """The font's bytes, and whether they are the checkpoint's own (else font-roboto's)."""
+    """Return the font's bytes, and True if they are the checkpoint's own (False: font-roboto's).
+
+    Raises:
+        CheckpointError: the checkpoint's own font cannot be read.
+    """
     own = model / FONT
     if own.is_file():
-        return own.read_bytes(), True
+        try:
+            content = own.read_bytes()
+            ImageFont.truetype(io.BytesIO(content), MIN_SIDE)
+        except OSError as error:
+            raise CheckpointError(f"{own} is no font that can be read: {error}") from error
+        return content, True
     return resources.files("font_roboto").joinpath("files", FONT).read_bytes(), False
 
 

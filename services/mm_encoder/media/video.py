@@ -1,4 +1,4 @@
-"""Bytes of a video to frames: what the container says, then one sequential decode that keeps only wanted frames.
+"""Video bytes to frames: facts from the container, then one sequential decode that keeps only wanted frames.
 
 The number of frames and their order come from the packets, not from the header. A wanted frame that cannot be decoded
 is replaced by the nearest one that can, at most `TOLERANCE` frames away, earlier ones first.
@@ -13,7 +13,9 @@ import av
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from PIL.Image import Transpose
 
+from services.mm_encoder.media.orientation import transposition
 from services.mm_encoder.media.refusal import over_limit, refuse
 
 TOLERANCE = 10
@@ -41,7 +43,7 @@ class VideoLimits:
 
 @dataclass(frozen=True, slots=True)
 class VideoFacts:
-    """What one pass over the packets tells."""
+    """Facts from one pass over the packets."""
 
     width: int
     height: int
@@ -52,6 +54,15 @@ class VideoFacts:
     @property
     def seconds(self) -> float:
         return self.frames / self.fps
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedFrame:
+    """A frame as it is stored, and the transposition that turns it upright."""
+
+    index: int
+    frame: VideoFrame
+    turn: Transpose | None
 
 
 def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
@@ -71,8 +82,8 @@ def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
 
 def decode(
     data: bytes, facts: VideoFacts, wanted: Collection[int], limits: VideoLimits
-) -> Iterator[tuple[int, int, VideoFrame]]:
-    """Yields, in no particular order, (wanted index, index it was taken from, frame), each wanted index once.
+) -> Iterator[tuple[int, DecodedFrame]]:
+    """Yield, in no particular order, each wanted index once, with its frame or a neighbour.
 
     Raises:
         RequestError: neither a wanted frame nor a neighbour decodes, or a limit is passed.
@@ -81,12 +92,12 @@ def decode(
     decoded: set[int] = set()
     found: set[int] = set()
     last = max(wanted)
-    for index, frame in _frames(data, facts, limits, deadline):
-        decoded.add(index)
-        if index in wanted and index not in found:
-            found.add(index)
-            yield index, index, frame
-        if index >= last and len(found) == len(wanted):
+    for frame in _frames(data, facts, limits, deadline):
+        decoded.add(frame.index)
+        if frame.index in wanted and frame.index not in found:
+            found.add(frame.index)
+            yield frame.index, frame
+        if frame.index >= last and len(found) == len(wanted):
             return
     sources = {index: _neighbour(index, decoded) for index in set(wanted) - found}
     yield from _replaced(data, facts, sources, limits, deadline)
@@ -94,14 +105,14 @@ def decode(
 
 def _replaced(
     data: bytes, facts: VideoFacts, sources: dict[int, int], limits: VideoLimits, deadline: float
-) -> Iterator[tuple[int, int, VideoFrame]]:
-    """A second pass for the neighbours of undecodable frames; only damaged videos pay for it."""
+) -> Iterator[tuple[int, DecodedFrame]]:
+    """Decode a second time for the neighbours of undecodable frames; only damaged videos pay for it."""
     if not sources:
         return
-    for index, frame in _frames(data, facts, limits, deadline):
-        for missing in [wanted for wanted, source in sources.items() if source == index]:
+    for frame in _frames(data, facts, limits, deadline):
+        for missing in [wanted for wanted, source in sources.items() if source == frame.index]:
             del sources[missing]
-            yield missing, index, frame
+            yield missing, frame
     if sources:
         raise refuse("The video's frames cannot be decoded.")
 
@@ -115,7 +126,7 @@ def _neighbour(index: int, decoded: set[int]) -> int:
 
 
 def _cut_matroska(data: bytes) -> bool:
-    """Whether a Matroska or WebM file is shorter than it says; FFmpeg shows what is left without a word."""
+    """Return True for a Matroska or WebM file that is shorter than its header says; FFmpeg reads it without error."""
     position = 0
     for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the EBML header, the segment
         if not data.startswith(identifier, position) or len(data) < position + 12:
@@ -167,7 +178,7 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
 
 
 def _rate(stream: VideoStream, times: list[int | None]) -> float:
-    """Average frames a second: the container's, else from the timestamps."""
+    """Return the average frames a second: the container's, else the timestamps'."""
     if stream.average_rate:
         return float(stream.average_rate)
     known = [time for time in times if time is not None]
@@ -184,19 +195,21 @@ def _order(times: list[int | None]) -> dict[int, int] | None:
     return {time: index for index, time in enumerate(sorted(known))}
 
 
-def _frames(data: bytes, facts: VideoFacts, limits: VideoLimits, deadline: float) -> Iterator[tuple[int, VideoFrame]]:
-    """(index, frame) of every frame that decodes."""
+def _frames(data: bytes, facts: VideoFacts, limits: VideoLimits, deadline: float) -> Iterator[DecodedFrame]:
+    """Yield every frame that decodes."""
+    turn: Transpose | None = None
     try:
         with _open(data) as container:
             for position, frame in enumerate(_decoded(container, _stream(container))):
                 if time.monotonic() > deadline:
                     raise over_limit("The time to decode the video", "video_decode_s", limits.decode_s)
                 _check_pixels(frame.width, frame.height, limits)
+                turn = transposition(frame, turn)
                 index = position if facts.order is None else facts.order.get(frame.pts or 0)
                 if index is not None:
-                    yield index, frame
+                    yield DecodedFrame(index, frame, turn)
     except av.FFmpegError as error:
-        raise refuse("The video's data is broken.") from error
+        raise refuse("The video's data is broken and cannot be decoded.") from error
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

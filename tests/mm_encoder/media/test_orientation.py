@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from media_files import noise, video_bytes
 from PIL import Image
-from test_video import SMALL, process
+from test_video import LIMITS, SMALL, process
 
 from services.mm_encoder.media.orientation import transposition, upright
+from services.mm_encoder.media.video import decode, probe
 
 MADE = Path(__file__).parent / "turned"  # by FFmpeg, with what it shows of each: see its README
 SHOWN = {
@@ -51,16 +52,31 @@ def lossless(frames: list[np.ndarray]) -> bytes:
 def first_frame(data: bytes) -> Image.Image:
     with av.open(io.BytesIO(data)) as file:
         frame = next(file.decode(video=0))
-        return upright(frame, transposition(frame))
+        return upright(frame, transposition(frame, None))
+
+
+def check_quadrants(image: Image.Image, name: str) -> None:
+    grey, (width, height) = image.convert("L"), image.size
+    found = [[grey.getpixel((x, y)) for x in (width // 4, 3 * width // 4)] for y in (height // 4, 3 * height // 4)]
+    assert np.abs(np.subtract(found, SHOWN[name])).max() <= 2
+    assert (width, height) == ((64, 48) if name == "tag_alone.mkv" else (48, 64))
 
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_frames_are_turned_as_ffmpeg_turns_them(name: str) -> None:
-    image = first_frame((MADE / name).read_bytes()).convert("L")
-    width, height = image.size
-    found = [[image.getpixel((x, y)) for x in (width // 4, 3 * width // 4)] for y in (height // 4, 3 * height // 4)]
-    assert np.abs(np.subtract(found, SHOWN[name])).max() <= 2
-    assert (width, height) == ((64, 48) if name == "tag_alone.mkv" else (48, 64))
+    check_quadrants(first_frame((MADE / name).read_bytes()), name)
+
+
+@pytest.mark.parametrize("wanted", [{0, 1, 2, 3}, {1, 3}])
+def test_a_matrix_of_the_codec_holds_for_the_frames_after_it(wanted: set[int]) -> None:
+    """It is stored once, with the first frame, which need not be among those that are shown."""
+    data = (MADE / "in_the_codec.mp4").read_bytes()
+    with av.open(io.BytesIO(data)) as file:
+        assert ["DISPLAYMATRIX" in frame.side_data for frame in file.decode(video=0)] == [True, False, False, False]
+    shown = dict(decode(data, probe(data, LIMITS), wanted, LIMITS))
+    assert set(shown) == wanted
+    for each in shown.values():
+        check_quadrants(upright(each.frame, each.turn), "in_the_codec.mp4")
 
 
 @pytest.mark.parametrize("linear", LINEAR)

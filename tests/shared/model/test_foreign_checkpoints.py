@@ -13,7 +13,7 @@ from transformers import AwqConfig, BitsAndBytesConfig, FineGrainedFP8Config, GP
 from cli.demo import write_demo
 from shared.errors import CheckpointError
 from shared.model.checkpoint import Checkpoint
-from shared.model.foreign_checkpoints import refuse_foreign
+from shared.model.foreign_checkpoints import INDEX, refuse_foreign
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5368709120\n"
@@ -131,6 +131,16 @@ def test_a_clone_without_git_lfs(tmp_path: Path, file: str) -> None:
     )
 
 
+def test_pointers_that_no_service_reads_stay(tmp_path: Path) -> None:
+    """As of `git lfs pull --include "*.safetensors"`, and of shards that the index does not name."""
+    (tmp_path / "street.png").write_text(LFS)
+    refuse_foreign(directory(tmp_path, [f"{Q_PROJ}.weight"]))
+    (tmp_path / "consolidated.safetensors").write_text(LFS)
+    assert "consolidated.safetensors is a Git LFS pointer" in refusal(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {f"{Q_PROJ}.weight": "model.safetensors"}}))
+    refuse_foreign(tmp_path)
+
+
 def test_the_root_of_a_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "snapshots" / "5b0b").mkdir(parents=True)
     assert "below snapshots/" in refusal(tmp_path)
@@ -164,15 +174,16 @@ def no_object(path: Path) -> None:
     path.write_bytes((2).to_bytes(8, "little") + b"[]")
 
 
-def directory_instead(path: Path) -> None:
-    path.mkdir()
+def nested_too_deep(path: Path) -> None:
+    header = b'{"a":' + b"[" * 100_000
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
-@pytest.mark.parametrize("spoil", [empty, promises_too_much, no_object, directory_instead])
+@pytest.mark.parametrize("spoil", [empty, promises_too_much, no_object, nested_too_deep])
 def test_what_cannot_be_read_is_left_to_its_reader(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     spoil(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{")
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
     refuse_foreign(tmp_path)
     refuse_foreign(tmp_path / "absent")
 

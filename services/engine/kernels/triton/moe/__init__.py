@@ -1,7 +1,7 @@
 """Mixture-of-experts blocks: which path computes what, by the rows N of a step and by weight format, and why.
 
 For the model's sizes: pools of 64 text and 64 vision experts and 6 experts a token, so 6 N pairs over 128 experts.
-Times are microseconds a layer on an H200; docs/engine-performance.md has the experiment behind each threshold.
+Times are microseconds a layer on an H200; docs/notebook/engine.md has the experiment behind each threshold.
 "Products" are a layer's routed experts with router and sort.
 
     part      weights    rows N   path                                      why, as measured

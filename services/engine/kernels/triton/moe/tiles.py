@@ -38,7 +38,7 @@ class Plan:
 
 
 def plan(pairs: int, experts: int, bits: int) -> Plan:
-    """Return the tile shapes for so many pairs. Thresholds measured: see docs/engine-performance.md."""
+    """Return the tile shapes for so many pairs. Thresholds measured: see docs/notebook/engine.md."""
     return {4: _plan4, 8: _plan8, 16: _plan16}[bits](pairs, pairs / experts)
 
 
