@@ -6,12 +6,11 @@ torch 2.13 on AVX-512: row counts of 2 to 8192, 1 to 8 threads, float32 and both
 another routine. No slower at the real model's sizes, and up to some microseconds a product at the smallest.
 """
 
-import os
 from collections.abc import MutableMapping
 
 VARIABLE, MODE = "MKL_CBWR", "AUTO,STRICT"
 
 
-def fix_order_of_sums(environ: MutableMapping[str, str] = os.environ) -> None:
+def fix_order_of_sums(environ: MutableMapping[str, str]) -> None:
     """Ask for reproducible sums, unless the environment says otherwise. MKL reads it at its first product."""
     environ.setdefault(VARIABLE, MODE)

@@ -22,7 +22,7 @@ if shutil.which("nvidia-smi") is None:
 
 # Torch's threads, here and in the processes that tests start: sums are then cut in the same way on any number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-fix_order_of_sums()
+fix_order_of_sums(os.environ)
 
 # Where this is set, each of the many processes that tests start would compile our sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

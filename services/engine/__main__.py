@@ -75,7 +75,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
         CheckpointError: the weights do not match the configuration.
     """
     limit_threads(settings)
-    fix_order_of_sums()
+    fix_order_of_sums(os.environ)
     ops = gpu_ops() if where == "cuda" else Ops()
     model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
     if where == "cpu" and rows_depend_on_others(model.dtype):

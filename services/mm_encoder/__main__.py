@@ -53,7 +53,7 @@ def build(
         ConfigError: a setting contradicts the model or the machine.
         CheckpointError: the model directory is not what it should be.
     """
-    fix_order_of_sums()
+    fix_order_of_sums(os.environ)
     directory = Path(settings.model)
     refuse_foreign(directory)
     model = load_model_config(directory)

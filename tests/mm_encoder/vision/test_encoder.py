@@ -97,6 +97,14 @@ def test_the_size_of_a_pass_changes_nothing(
     agree(encoder(directory, config, max_patches).encode(mixed), expected)
 
 
+def test_embeddings_are_the_same_bits_in_any_company(directory: Path, config: ModelConfig) -> None:
+    items, ours = [*media(IMAGES), *media(VIDEOS, seed=1)], encoder(directory, config)
+    alone = [ours.encode([item])[0] for item in items]
+    together, reversed_order = ours.encode(items), ours.encode(items[::-1])[::-1]
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(alone, reversed_order, strict=True))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16, 50])
 def test_how_many_rows_are_in_work_changes_nothing(
     directory: Path, judge: Model, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, rows: int
