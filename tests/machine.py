@@ -2,12 +2,22 @@
 
 import random
 import socket
+from pathlib import Path
 
 # Timeout of waits that end at once on a quiet machine: only a test that fails waits this long.
 PATIENCE_S = 180.0
 PATIENCE_MS = round(PATIENCE_S * 1000)
 
 _random = random.SystemRandom()
+
+
+def has_reproducible_products() -> bool:
+    """Return whether sums must not depend on the rows beside (shared/reproducible.py): the processors that were tried.
+
+    Elsewhere an engine says at its start whether they do, and nothing is promised.
+    """
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "GenuineIntel" in flags and "avx512f" in flags
 
 
 def free_ports(count: int) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import has_reproducible_products
 from paged_driver import Driver, Paged
 
 from cli.demo import Dtype, write_demo
@@ -15,6 +16,8 @@ from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_model
 from services.engine.run.rows import rows_depend_on_others
 from shared.model.config import Quantization, load_model_config
+
+pytestmark = pytest.mark.skipif(not has_reproducible_products(), reason="another processor than those tried")
 
 LENGTH = 140  # more than one tile of keys
 MANY, SOME = (0, 1, 7, 16), (3,)  # sequences beside; dequantising takes long

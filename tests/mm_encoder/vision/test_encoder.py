@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from machine import has_reproducible_products
 from msgspec.structs import replace as changed
 from oracle import Model, save_with_transformers
 from safetensors.torch import load_file, save_file
@@ -95,6 +96,15 @@ def test_the_size_of_a_pass_changes_nothing(
     expected_images, expected_videos = judged(judge, images), judged(judge, videos)
     expected = [expected_images[0], expected_videos[0], *expected_images[1:4], *expected_videos[1:], expected_images[4]]
     agree(encoder(directory, config, max_patches).encode(mixed), expected)
+
+
+@pytest.mark.skipif(not has_reproducible_products(), reason="another processor than those tried")
+def test_embeddings_are_the_same_bits_in_any_company(directory: Path, config: ModelConfig) -> None:
+    items, ours = [*media(IMAGES), *media(VIDEOS, seed=1)], encoder(directory, config)
+    alone = [ours.encode([item])[0] for item in items]
+    together, reversed_order = ours.encode(items), ours.encode(items[::-1])[::-1]
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(alone, reversed_order, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 50])
