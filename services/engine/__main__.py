@@ -72,7 +72,10 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
     facts = EngineFacts(model, settings.max_model_len, think_close_id)
-    return compose(settings, redis, facts, lambda: load(settings, model, where), EngineMetrics(), tracing)
+    metrics, watchdog = EngineMetrics(), None
+    if settings.step_timeout_s > 0:
+        watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set)
+    return compose(settings, redis, facts, lambda: load(settings, model, where), metrics, tracing, watchdog)
 
 
 def compose(
@@ -82,6 +85,7 @@ def compose(
     load: Load,
     metrics: EngineMetrics,
     tracing: Tracing = OFF,
+    watchdog: Watchdog | None = None,
 ) -> EngineService[tuple[Runner, int]]:
     """Build the service around a `load` that returns the runner and its number of cache blocks."""
     keys = Keys(settings.namespace)
@@ -101,9 +105,6 @@ def compose(
         tracing=tracing,
     )
     outbox = Outbox(redis, keys, handler.finished)
-    watchdog = None
-    if settings.step_timeout_s > 0:
-        watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[device(settings)], metrics.step_age.set)
     watch = unwatched if watchdog is None else watchdog.watch
 
     def run(loaded: tuple[Runner, int]) -> None:

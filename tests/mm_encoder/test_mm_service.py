@@ -89,6 +89,7 @@ class Bench:
 
     def settings(self, **changes: object) -> MmEncoderSettings:
         told = {"redis_url": "unused", "model": str(self.directory), "namespace": self.keys.ns, "name": "mm-1"}
+        told |= {"step_timeout_s": 0.0}  # a watchdog would end the tests' own process
         told |= {"lease_ms": 300, "mm_processor_kwargs": LIMITS, "max_model_len": 2000}
         return MmEncoderSettings(**told | changes)  # type: ignore[arg-type]
 
