@@ -237,6 +237,5 @@ async def test_the_composition_root_names_what_it_cannot_do(
 ) -> None:
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    settings = EngineSettings(redis_url=redis_url, model=str(oracle.directory), **changes)
     with pytest.raises(ConfigError, match=named):
-        build(settings, redis)
+        build(EngineSettings(redis_url=redis_url, model=str(oracle.directory), **changes), redis)
