@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from cli.tether import tethered
 from shared.errors import ConfigError
 
 OLDEST = (7, 0)
@@ -66,9 +67,12 @@ class RedisServer:
         port: int | None = None,
         unix_socket: Path | None = None,
         persistence: bool = False,
+        dies_with_us: bool = False,
         binary: str | None = None,
     ) -> None:
         """Find the server's program, and start nothing.
+
+        With `dies_with_us` the server is killed when the thread that has started it ends, be it by SIGKILL.
 
         Raises:
             ConfigError: no server can be found, or the socket's path is longer than the system allows.
@@ -77,6 +81,7 @@ class RedisServer:
         self.port = port
         self.unix_socket = (unix_socket or self.directory / "redis.sock").absolute()
         self.persistence = persistence
+        self._dies_with_us = dies_with_us
         self.binary = binary or find_server()
         self._process: subprocess.Popen[bytes] | None = None
         if len(str(self.unix_socket).encode()) > _LONGEST_SOCKET_PATH:
@@ -98,8 +103,12 @@ class RedisServer:
             ConfigError: it ended or did not answer in time; the message ends with what it logged last.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        command = [self.binary, *self._options()]
         self._process = subprocess.Popen(
-            [self.binary, *self._options()], stdin=subprocess.DEVNULL, cwd=self.directory, start_new_session=True
+            tethered(command) if self._dies_with_us else command,
+            stdin=subprocess.DEVNULL,
+            cwd=self.directory,
+            start_new_session=True,
         )
         deadline = time.monotonic() + START_S
         while not self._answers():

@@ -19,6 +19,7 @@ from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
 from cli.redis_server import RedisServer
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
+from cli.tether import tethered
 from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
@@ -75,7 +76,9 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
 def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
     """Make an append-only Redis, whose data outlive a crash of it. Its socket is in `scratch`, whose path is short."""
     kept = launch.redis_dir or scratch / "redis"
-    return RedisServer(kept, port=launch.redis_port, unix_socket=scratch / "redis.sock", persistence=True)
+    return RedisServer(
+        kept, port=launch.redis_port, unix_socket=scratch / "redis.sock", persistence=True, dies_with_us=True
+    )
 
 
 class System:
@@ -90,7 +93,7 @@ class System:
         self._keys = Keys(common.namespace)
         self._grace_s = common.drain_s + CLOSE_S
         self._children = [
-            Child(service, [*PYTHON, f"services.{service}"], environ, report, self._forget_gauges)
+            Child(service, tethered([*PYTHON, f"services.{service}"]), environ, report, self._forget_gauges)
             for service, environ in environs.items()
         ]
         self._first_signal: float | None = None
@@ -152,7 +155,7 @@ class System:
                 # The services ride out an outage of an external Redis; it is no reason to end them.
                 with contextlib.suppress(RedisError):
                     status = await self._observe(client)
-                    if status != reported and time.monotonic() - reported_at >= STATUS_S:
+                    if status and status != reported and time.monotonic() - reported_at >= STATUS_S:
                         report(status)
                         reported, reported_at = status, time.monotonic()
                 await asyncio.sleep(POLL_S[self._all_ready])

@@ -80,6 +80,13 @@ class System:
         """Return the command lines of the processes it started that still run."""
         return [command for _, command in self._children()]
 
+    def wait_until_childless(self) -> None:
+        """Return when nothing that it started runs."""
+        deadline = time.monotonic() + PATIENCE_S
+        while left := self.children():
+            assert time.monotonic() < deadline, f"still running: {left}\n{self.tail()}"
+            time.sleep(LOOK_S)
+
     def kill_child(self, words: str) -> None:
         """kill -9 the one child whose command line has `words` in it."""
         [pid] = [pid for pid, command in self._children() if words in command]

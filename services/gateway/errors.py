@@ -48,8 +48,10 @@ def too_many(text: str) -> RequestError:
     return RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
 
 
-def http_failure(status: int, detail: str) -> Failure:
-    """Return a routing error (404, 405) in OpenAI's terms."""
+def http_failure(status: int, detail: str, method: str, path: str) -> Failure:
+    """Return a routing error (404, 405) in OpenAI's terms, with the route that is not there."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)
+    if code:
+        detail = f"There is no {method} {path[:64]}; GET /openapi.json lists what there is."
     kind = "invalid_request_error" if status < 500 else "server_error"
     return Failure(status, detail, type=kind, code=code)

@@ -100,6 +100,16 @@ def test_ctrl_c_again_when_all_has_stopped_changes_nothing(model: list[str], tmp
         assert_nothing_runs(system)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system ends children with their parent")
+def test_all_of_it_dies_with_a_supervisor_that_is_killed(model: list[str], tmp_path: Path) -> None:
+    with started(model, tmp_path) as system:
+        system.wait_until_ready()
+        system.signal(signal.SIGKILL)
+        system.wait(PATIENCE_S)
+        system.wait_until_childless()
+        assert_nothing_runs(system)
+
+
 def assert_nothing_runs(system: System) -> None:
     assert system.children() == []
     assert not any(map(system.answers, (system.port, system.metrics_port, system.redis_port)))

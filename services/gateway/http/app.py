@@ -124,8 +124,9 @@ def _add_errors(app: FastAPI) -> None:
         return error_response(error.failure)
 
     @app.exception_handler(HTTPException)
-    async def unrouted(_request: Request, error: HTTPException) -> Response:
-        return error_response(http_failure(error.status_code, error.detail), error.headers)
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        failure = http_failure(error.status_code, error.detail, request.method, request.url.path)
+        return error_response(failure, error.headers)
 
     @app.exception_handler(RedisError)
     async def unreachable(_request: Request, _error: RedisError) -> Response:

@@ -627,6 +627,17 @@ async def test_errors_are_openais_everywhere(server: Running) -> None:
         assert reply.headers["x-request-id"]
 
 
+async def test_a_route_that_is_not_there_is_named(server: Running) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        missing = await client.post("/v1/completions", json={})
+        wrong = await client.delete("/v1/models")
+        listed = (await client.get("/openapi.json")).json()["paths"]
+    assert missing.json()["error"]["message"].startswith("There is no POST /v1/completions; GET /openapi.json ")
+    assert wrong.json()["error"]["message"].startswith("There is no DELETE /v1/models; GET /openapi.json ")
+    assert "/v1/completions" not in listed
+    assert "delete" not in listed["/v1/models"]
+
+
 async def test_the_request_id_is_the_clients_if_it_may_be(server: Running) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         assert (await client.get("/ping", headers={"x-request-id": "mine-1"})).headers["x-request-id"] == "mine-1"
