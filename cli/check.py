@@ -100,7 +100,7 @@ def _model(model: ModelConfig) -> Iterator[Row]:
         f"{model.vision_expert_size} for vision, {model.experts_per_token} a token; shared {model.shared_expert_size}",
     )
     dense = ", ".join(map(str, model.dense_layers)) or "none"
-    yield "dense layers", f"{dense} (of {model.intermediate_size})"
+    yield "dense layers", f"{dense}; {model.intermediate_size} wide"
     height = (model.head_dim // 2 - model.time_freqs) // 2
     yield "mrope sections", f"{height} height, {height} width, {model.time_freqs} time; theta {model.rope_theta:g}"
     vision = model.vision

@@ -4,10 +4,17 @@ import argparse
 from collections.abc import Mapping
 from typing import NoReturn
 
+from redis.exceptions import RedisError
+
 from shared.config import variable
 from shared.errors import ConfigError
 
 LOCAL = "redis://127.0.0.1:8182/0"  # where `millrace serve` has its Redis unless told otherwise
+
+
+def no_answer(error: RedisError) -> str:
+    """Say that the Redis of --redis-url does not answer, and what to do. Without the URL, which may have a password."""
+    return f"Redis does not answer: {error} Is the deployment running, and is this the Redis that --redis-url names?"
 
 
 class Parser(argparse.ArgumentParser):

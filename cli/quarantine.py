@@ -20,7 +20,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from cli.connection import parser
+from cli.connection import no_answer, parser
 from services.gateway.request import answer_format
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
@@ -83,7 +83,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         return asyncio.run(_run(given.action, given.entries, given.body, given))
     except RedisError as error:
-        print(f"millrace quarantine: Redis does not answer: {error}", file=sys.stderr)
+        print(f"millrace quarantine: {no_answer(error)}", file=sys.stderr)
         return UNKNOWN
 
 

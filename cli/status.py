@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from redis.exceptions import RedisError
 
-from cli.connection import parser
+from cli.connection import no_answer, parser
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD, PipelineView, StageView, problems, read
@@ -38,7 +38,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         view = asyncio.run(read_once(given.redis_url, given.blob_redis_url, given.namespace))
     except RedisError as error:
-        print(f"millrace status: Redis does not answer: {error}", file=sys.stderr)
+        print(f"millrace status: {no_answer(error)}", file=sys.stderr)
         return UNKNOWN
     found = problems(view)
     if given.json:

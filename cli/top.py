@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cli.board import draw
-from cli.connection import parser
+from cli.connection import no_answer, parser
 from cli.status import UNKNOWN, read_once
 from shared.bus.client import connect
 from shared.bus.keys import Keys
@@ -48,7 +48,7 @@ def _once(console: Console, redis_url: str, blob_redis_url: str | None, namespac
     try:
         console.print(draw(asyncio.run(read_once(redis_url, blob_redis_url, namespace))))
     except RedisError as error:
-        print(f"millrace top: Redis does not answer: {error}", file=sys.stderr)
+        print(f"millrace top: {no_answer(error)}", file=sys.stderr)
         return UNKNOWN
     return 0
 
@@ -80,7 +80,7 @@ async def _board(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableTyp
     try:
         return draw(await read(redis, keys, blobs))
     except RedisError as error:
-        return Text(f"Redis does not answer: {error}", "bold red")
+        return Text(no_answer(error), "bold red")
 
 
 @contextlib.contextmanager

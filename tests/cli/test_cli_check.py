@@ -285,7 +285,7 @@ def test_the_words(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     said = {line[:LABEL].strip(): line[LABEL:] for line in lines}
     assert said["mrope sections"] == "6 height, 6 width, 4 time; theta 500000"
-    assert said["dense layers"] == "0 (of 256)"
+    assert said["dense layers"] == "0; 256 wide"
     assert said["end ids"] == "2 </s>"
     assert said["chat template"] == "tokenizer_config.json"
     assert said["quantization"] == "wint4, as config.json asks; --quantization decides otherwise"
