@@ -23,6 +23,7 @@ from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL_NAME = "chaos"
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")
 LOOK_S = 0.05
 LEASE_MS = 1500
@@ -40,7 +41,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
     },
     "gateway": {
         "host": "127.0.0.1",
-        "served_model_names": ("chaos",),
+        "served_model_names": (MODEL_NAME,),
         "limit_mm_per_prompt": {"image": 2},
         "keep_alive_s": 1,
         "hold_headers_s": 2,

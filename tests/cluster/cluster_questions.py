@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chaos_quiet import quiet_answers
 from chaos_requests import Ask
-from chaos_system import SETTINGS
+from chaos_system import MODEL_NAME
 from cluster_load import asking
 
 from cli.demo import Dtype, write_demo
@@ -27,7 +27,6 @@ def questions(exact: bool, directory: Path) -> list[str]:
 async def _steady(directory: Path) -> list[str]:
     model = directory / "model"
     write_demo(model, dtype=DTYPE)
-    name = str(SETTINGS["gateway"]["served_model_name"])
-    asks = [Ask(number, "text", asking(name, text, number, None)) for number, text in enumerate(QUESTIONS)]
+    asks = [Ask(number, "text", asking(MODEL_NAME, text, number, None)) for number, text in enumerate(QUESTIONS)]
     answered = await quiet_answers(directory / "quiet", model, asks)
     return [str(ask.body["messages"][0]["content"][-1]["text"]) for ask, _ in answered]
