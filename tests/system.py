@@ -81,9 +81,11 @@ class System:
         return [command for _, command in self._children()]
 
     def wait_until_childless(self) -> None:
-        """Return when nothing that it started runs."""
+        """Return when nothing that it started runs or listens. A process that ends has no command line any more while
+        its sockets are still being closed."""
         deadline = time.monotonic() + PATIENCE_S
-        while left := self.children():
+        ports = (self.port, self.metrics_port, self.redis_port)
+        while left := [*self.children(), *filter(self.answers, ports)]:
             assert time.monotonic() < deadline, f"still running: {left}\n{self.tail()}"
             time.sleep(LOOK_S)
 
