@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,17 @@ def train_sentencepiece() -> bytes:
 
     It is deterministic: the same bytes every time.
     """
+    return train_pieces(iter(CORPUS.splitlines()), NUM_PIECES)
+
+
+def train_pieces(sentences: Iterator[str], num_pieces: int) -> bytes:
+    """Return a SentencePiece model of so many pieces, with the published one's kind, options and control pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
+        sentence_iterator=sentences,
         model_writer=model,
         model_type="bpe",
-        vocab_size=NUM_PIECES,
+        vocab_size=num_pieces,
         character_coverage=1.0,
         byte_fallback=True,
         split_digits=True,

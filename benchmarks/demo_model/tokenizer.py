@@ -1,12 +1,9 @@
 """Trains the demo's tokenizer on its own corpus: python -m benchmarks.demo_model.tokenizer DIRECTORY."""
 
-import io
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import sentencepiece
 
 from benchmarks.demo_model import corpus
 from benchmarks.demo_model.prompt import answer_text, prompt_text
@@ -31,25 +28,8 @@ def texts(samples: int) -> Iterator[str]:
 
 
 def train(samples: int) -> bytes:
-    """The SentencePiece model; the same bytes every time."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts(samples),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=NUM_PIECES,
-        character_coverage=1.0,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        control_symbols=list(CONTROL_PIECES),
-        user_defined_symbols=list(USER_DEFINED_PIECES),
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    """Train the SentencePiece model; the same bytes every time."""
+    return demo_tokenizer.train_pieces(iter(texts(samples)), NUM_PIECES)
 
 
 def write(directory: Path, samples: int = SAMPLES) -> None:
