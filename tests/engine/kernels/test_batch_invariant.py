@@ -93,7 +93,7 @@ def test_attention_however_a_prompt_is_cut(page: int) -> None:
         contexts = torch.tensor([*beside, last], dtype=torch.int32, device="cuda")
         table = torch.cat([tables[1 : 1 + len(beside)], tables[:1]])
         out = OPS.paged_attention(
-            rows, keys, values, table, starts, contexts, max(counts), max(beside + (last,)), DIM**-0.5, ()
+            rows, keys, values, table, starts, contexts, max(counts), max(last, *beside), DIM**-0.5, ()
         )
         return out[-(last - first) :]
 
