@@ -5,7 +5,7 @@
     older       guided_json, guided_json_object, guided_regex, guided_choice, guided_grammar, structural_tag
     SGLang      json_schema, regex, ebnf
 
-The grammar is only written here; `services/gateway/http/grammars.py` compiles it, to see whether it can be.
+The grammar is only written here; `services/gateway/grammars/check.py` has it tried.
 """
 
 from collections.abc import Iterator, Mapping
