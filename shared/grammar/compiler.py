@@ -82,7 +82,7 @@ class _Vocabulary:
         self._bytes = {data[0]: token for token, data in enumerate(self.tokens) if len(data) == 1}
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return the ids of text that a grammar forces: those of its bytes where the others would spell another text."""
+        """Return the ids of text that a grammar forces: its bytes' where the others spell another text."""
         ids = self._tokenizer.encode_text(text.decode())
         spelled = b"".join(map(self._tokenizer.token_bytes, ids))
         return ids if spelled == text else [self._bytes[byte] for byte in text if byte in self._bytes]
