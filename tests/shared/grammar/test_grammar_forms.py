@@ -41,7 +41,7 @@ CASES: list[tuple[Rule, list[str], list[str]]] = [
     (forms.json_object(), ["{}", '{"x":[1,{"y":null}]}'], ["[]", "1", ""]),
     (forms.json_schema(True), ["1", "[]", '"é"', "null"], ["nul", ""]),
     (forms.json_schema(SCHEMA, ""), ['{"a":1}'], ['{"a": 1}']),
-    (forms.regex(r"a/b\d{2}|"), ["a/b12", ""], ["a/b1", "a/b123"]),
+    (forms.regex(r"a/b\d{2}|"), ["a/b12", ""], ["a/b1", "a/b123", "a/b1\u07c1"]),
     (forms.choice(["yes", "yesterday", 'a"\n', "é", ""]), ["yes", "yesterday", 'a"\n', "é", ""], ["ye", "yes "]),
     (forms.context_free('root ::= "a" b*\nb ::= [0-9] | "(" b ")"\n'), ["a", "a1(2)"], ["", "b", "a(1"]),
     (forms.context_free('start: "x" %json {"type": "integer"}'), ["x1"], ["x", "1"]),
