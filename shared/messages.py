@@ -93,6 +93,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     parallel_tool_calls: bool = True
     logprobs: bool = False
     return_token_ids: bool = False
+    continuous_usage: bool = False  # every delta has the usage so far
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -259,7 +260,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a finished request, part of its last Delta."""
+    """Token counts of a request, part of its last Delta; of each, so far, where the request asked for that."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -280,7 +281,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[ShownLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()  # only when the request asked for them
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None  # with the finish
+    usage: Usage | None = None  # with the finish, or with `Output.continuous_usage`
     failure: Failure | None = None  # ends the request instead of a finish
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.

@@ -38,6 +38,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
             logprobs=self.output.logprobs,
             owner=owner,
             key=key,
+            continuous_usage=self.output.continuous_usage,
         )
 
 

@@ -108,8 +108,8 @@ class Tool(msgspec.Struct, frozen=True):
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):

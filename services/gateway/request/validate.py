@@ -48,14 +48,8 @@ def check_choices(request: ChatRequest, max_n: int) -> None:
     """
     if request.n is not None and request.n > max_n:
         raise invalid(f"`n` must be at most {max_n}, not {request.n}.", "n")
-    options = request.stream_options
-    if options is None:
-        return
-    if not request.stream:
+    if request.stream_options is not None and not request.stream:
         raise invalid("`stream_options` can only be given with `stream` true.", "stream_options")
-    if options.continuous_usage_stats:
-        field = "stream_options.continuous_usage_stats"
-        raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")
 
 
 def check_messages(messages: list[Message]) -> None:

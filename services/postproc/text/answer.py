@@ -22,7 +22,7 @@ from services.postproc.text.stop import StopStrings
 from services.postproc.text.tool_calls import Piece, ToolCalls
 from services.postproc.text.usage import usage_of
 from shared.errors import Failure, internal
-from shared.messages import Begin, Delta, Finish, Request, ShownLogprob, TokenLogprob, ToolDelta
+from shared.messages import Begin, Delta, Finish, Request, ShownLogprob, TokenLogprob, ToolDelta, Usage
 
 T = TypeVar("T")
 
@@ -174,6 +174,8 @@ class Answer:
         reasoning, content = self._reasoning, self._content
         if not reasoning and not content:
             return None
+        if self._output.continuous_usage:
+            return self._take_all()
         start, self.taken = self.taken, self._reached
         delta = Delta(self._request_id, self._reached, "".join(reasoning), "".join(content), start=start)
         reasoning.clear()
@@ -198,11 +200,14 @@ class Answer:
             taken.clear()
         if isinstance(ending, Failure):
             return msgspec.structs.replace(delta, failure=ending)
-        if ending is None or self.begin is None:
+        if self.begin is None or (ending is None and not self._output.continuous_usage):
             return delta
-        reasoned = self.count if self._split.open else self._reasoned
-        usage = usage_of(self.begin, self.count, reasoned)
+        usage = self._usage(self.begin, self._reached if ending is None else self.count)
         return msgspec.structs.replace(delta, finish_reason=ending, usage=usage)
+
+    def _usage(self, begin: Begin, count: int) -> Usage:
+        """Return the usage of the first `count` tokens."""
+        return usage_of(begin, count, count if self._split.open else min(count, self._reasoned))
 
     # ------------------------------------------------------------------------------------------------ in between
 

@@ -131,10 +131,10 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"n": 5}, 400, "n", "at most 4"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
     (
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"stream": True, "stream_options": {"continuous_usage_stats": 1}},
         400,
         "stream_options.continuous_usage_stats",
-        "not supported",
+        "bool",
     ),
     ({"tool_choice": "required"}, 400, "tool_choice", "not supported"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice", "not supported"),

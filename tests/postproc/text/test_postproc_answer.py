@@ -112,6 +112,15 @@ def test_usage_of_a_finished_request() -> None:
     assert shown.seq == 7
 
 
+def test_usage_of_every_delta_where_it_was_asked_for() -> None:
+    """A delta's usage counts the tokens up to its number, however many have been folded."""
+    answer, tokens = answer_of([b"a", b"b", "</think>", b"c", b"\xe2\x82", b"d"], continuous_usage=True)
+    deltas = stream(answer, tokens, Finish("stop"))
+    counts = [(delta.seq, delta.usage) for delta in deltas]
+    assert counts[:3] == [(1, Usage(7, 1, 1, 3, 2, 1)), (2, Usage(7, 2, 2, 3, 2, 1)), (4, Usage(7, 4, 3, 3, 2, 1))]
+    assert counts[-1] == (7, Usage(7, 6, 3, 3, 2, 1))
+
+
 def test_a_stop_token_counts_and_is_not_shown() -> None:
     answer, tokens = answer_of([b"a", b"b"], thinking=False, return_token_ids=True)
     answer.push_token(tokens[0])
