@@ -74,7 +74,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     max_tokens: int | None = None  # None: as many as the context holds
     min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens; see Output.stop_in_reasoning
     ignore_eos: bool = False
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     logit_bias: dict[int, float] = {}
@@ -86,13 +86,14 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """Options by which tokens become an answer: postproc's part of a Request, written by the gateway."""
 
     thinking: bool  # the prompt ends inside an open <think>
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # looked for in the content; in the reasoning only with `stop_in_reasoning`
     include_stop: bool = False  # keep the matched stop string in the text
     tools: bool = False  # tools were offered, so <tool_call> is a call and not text
     functions: tuple[str, ...] = ()  # the names of those tools
     parallel_tool_calls: bool = True
     logprobs: bool = False
     return_token_ids: bool = False
+    stop_in_reasoning: bool = False  # stop strings and stop token ids end the reasoning too
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):

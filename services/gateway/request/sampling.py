@@ -64,6 +64,7 @@ def resolve_output(request: ChatRequest, thinking: bool) -> Output:
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
         return_token_ids=bool(request.return_token_ids),
+        stop_in_reasoning=bool(request.stop_in_reasoning),
     )
 
 

@@ -142,6 +142,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
         | None
     ) = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
+    stop_in_reasoning: bool | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     bad_words: (

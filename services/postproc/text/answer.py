@@ -4,9 +4,9 @@ The state is a function of the tokens folded so far, so replaying them rebuilds 
 tokens between it and the one before. Its number is that of the last token that added something, not of the last that
 was folded: so the same beginning of the answer has the same number however deltas were taken.
 
-Stop strings are looked for in the reasoning and in the content, each as it is shown (after trimming), never across the
-boundary between them or a tool call, and never inside a call. A match ends the answer with the token that made it
-certain; what that token adds after the match is cut.
+Stop strings are looked for in the content, and in the reasoning if the request says so, each as it is shown (after
+trimming), never across the boundary between them or a tool call, and never inside a call. A match ends the answer with
+the token that made it certain; what that token adds after the match is cut.
 """
 
 from enum import Enum
@@ -101,7 +101,7 @@ class Answer:
         self._reasoning_calls: ReasoningCalls | None = None
         if self._calls and self._split.open and output.functions and parsers.tool_calls_in_reasoning:
             self._reasoning_calls = ReasoningCalls(frozenset(output.functions), vocabulary.spelled_markers)
-        self._stop_reasoning = StopStrings(output.stop, output.include_stop)
+        self._stop_reasoning = StopStrings(output.stop if output.stop_in_reasoning else (), output.include_stop)
         self._stop_content = StopStrings(output.stop, output.include_stop)
         self._reasoning: list[str] = []
         self._content: list[str] = []
