@@ -94,6 +94,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: bool = False
     return_token_ids: bool = False
     stop_in_reasoning: bool = False  # stop strings and stop token ids end the reasoning too
+    include_reasoning: bool = True  # False: the reasoning is not shown
+    separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -112,6 +114,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     retain_s: float = 0.0  # time for which record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
+    cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
 
 
 # ---------------------------------------------------------------------------------------------------- work streams

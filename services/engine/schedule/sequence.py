@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.schedule.blocks import ROOT, block_hash
+from services.engine.schedule.blocks import ROOT, block_hash, root_hash
 from services.engine.schedule.positions import positions
 from services.engine.schedule.thinking import ThinkingBudget, is_thinking
 from services.engine.schedule.timeline import Timeline
@@ -99,6 +99,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
     prompt: bytes = b""  # as Begin carries it
+    root: bytes = ROOT  # what its first block's hash begins with
     timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -164,7 +165,7 @@ class Sequence:
         assert blocks * block_size <= self.num_tokens
         while len(self._hashes) < blocks:
             start = len(self._hashes) * block_size
-            parent = self._hashes[-1] if self._hashes else ROOT
+            parent = self._hashes[-1] if self._hashes else self.root
             content = self.tokens[start : start + block_size].tobytes()
             self._hashes.append(block_hash(parent, content, media_in(self.spans, start, start + block_size)))
         return self._hashes[:blocks]
@@ -241,6 +242,7 @@ def build(
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
         prompt=asked_prompt(message),
+        root=root_hash(message.request.cache_salt),
     )
     for token in generated:
         sequence.append(token)

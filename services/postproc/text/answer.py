@@ -67,6 +67,7 @@ class Answer:
         "_reasoning",
         "_reasoning_calls",
         "_request_id",
+        "_shows_reasoning",
         "_simple",
         "_sink",
         "_split",
@@ -92,7 +93,8 @@ class Answer:
         self._output = output
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer()
-        self._split = ReasoningSplit(output.thinking and parsers.reasoning)
+        self._split = ReasoningSplit(output.thinking and parsers.reasoning and output.separate_reasoning)
+        self._shows_reasoning = output.include_reasoning
         self._reasoned = 0  # tokens up to and including </think>, or before the first call
         self.called = False  # a tool call was shown
         self._calls: ToolCalls | None = None
@@ -209,10 +211,11 @@ class Answer:
     def _update_plain(self) -> None:
         split, calls = self._split, self._reasoning_calls if self._split.open else self._calls
         shown_as_is = calls is None or calls.idle
+        shown_as_is = shown_as_is and (self._shows_reasoning or not split.open)
         self._plain = self._simple and shown_as_is and split.idle and self._detokenizer.idle
 
     def _fold(self, token: int, logprob: TokenLogprob | None) -> None:
-        if self._output.logprobs and logprob is not None:
+        if self._output.logprobs and logprob is not None and (self._shows_reasoning or not self._split.open):
             self._add(self._logprobs, self._shown(token, logprob))
         if self._output.return_token_ids:
             self._add(self._ids, token)
@@ -259,14 +262,14 @@ class Answer:
         if self.ended:
             return
         self._split.end_reasoning()
-        self._write(self._reasoning, self._stop_reasoning.flush())
+        self._write_reasoning(self._stop_reasoning.flush())
         self._sink = self._content
 
     def _add_reasoning(self, text: str) -> None:
         self._show_reasoning(self._split.add_reasoning(text))
 
     def _show_reasoning(self, text: str) -> None:
-        self._write(self._reasoning, self._stop_reasoning.filter(text))
+        self._write_reasoning(self._stop_reasoning.filter(text))
         if self._stop_reasoning.matched:
             self._end_by_stop_string()
 
@@ -287,6 +290,10 @@ class Answer:
                     self.called = True
                 self._add(self._tool_deltas, piece)
 
+    def _write_reasoning(self, text: str) -> None:
+        if self._shows_reasoning:
+            self._write(self._reasoning, text)
+
     def _write(self, sink: list[str], text: str) -> None:
         if text:
             self._add(sink, text)
@@ -302,7 +309,7 @@ class Answer:
             self._flush_reasoning_calls(self._reasoning_calls, cut_off)
         if self._split.open:
             self._show_reasoning(self._split.release_reasoning())
-            self._write(self._reasoning, self._stop_reasoning.flush())
+            self._write_reasoning(self._stop_reasoning.flush())
             return
         if self._calls:
             self._show_pieces(self._calls.end_answer(cut_off))
