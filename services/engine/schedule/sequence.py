@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.schedule.blocks import ROOT, block_hash
+from services.engine.schedule.blocks import ROOT, block_hash, root_hash
 from services.engine.schedule.positions import positions
 from services.engine.schedule.thinking import ThinkingBudget, is_thinking
 from services.engine.schedule.timeline import Timeline
@@ -86,6 +86,8 @@ class Sequence:
     embeds: tuple[Embeds, ...]  # one a span
     eos_ids: tuple[int, ...]
     stop_ids: frozenset[int]  # tokens that end it
+    hides_stops: bool  # inside an open <think>, in which of `stop_ids` only `eos_ids` end it
+    think_close_id: int  # </think>
     thinking: bool  # inside an open <think> that the budget will close
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
@@ -97,6 +99,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
     prompt: bytes = b""  # as Begin carries it
+    root: bytes = ROOT  # what its first block's hash begins with
     timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -122,14 +125,20 @@ class Sequence:
     @property
     def depends_on_tokens(self) -> bool:
         """True if sampling depends on which tokens came before, not on their number alone."""
-        return self.thinking or self.seen is not None or bool(self.sampling.bad_words)
+        early = self.hides_stops and self.num_generated < self.sampling.min_tokens
+        return early or self.thinking or self.seen is not None or bool(self.sampling.bad_words)
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Tokens that could end it now."""
+        return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
 
     def append(self, token: int) -> None:
         """Append a token to the answer."""
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
-        if self.budget is not None and token == self.budget.close_id:
-            self.thinking = False
+        if token == self.think_close_id:
+            self.thinking = self.hides_stops = False
         if self.seen is not None:
             self.seen.add(token)
 
@@ -138,7 +147,7 @@ class Sequence:
         if self.num_generated == 0:
             return None
         last = int(self.tokens[self.num_tokens - 1])
-        if last in self.stop_ids:
+        if last in self.stop_ids and (not self.hides_stops or last in self.eos_ids):
             return Finish("stop", stop_token=last)
         return Finish("length") if self.num_generated >= self.max_tokens else None
 
@@ -156,7 +165,7 @@ class Sequence:
         assert blocks * block_size <= self.num_tokens
         while len(self._hashes) < blocks:
             start = len(self._hashes) * block_size
-            parent = self._hashes[-1] if self._hashes else ROOT
+            parent = self._hashes[-1] if self._hashes else self.root
             content = self.tokens[start : start + block_size].tobytes()
             self._hashes.append(block_hash(parent, content, media_in(self.spans, start, start + block_size)))
         return self._hashes[:blocks]
@@ -227,10 +236,13 @@ def build(
         embeds=embeds,
         eos_ids=model.eos_ids,
         stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else model.eos_ids),
+        hides_stops=_hides_stops(message) and is_thinking(True, generated, facts.think_close_id),
+        think_close_id=facts.think_close_id,
         thinking=budget is not None and is_thinking(message.request.output.thinking, generated, budget.close_id),
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
         prompt=asked_prompt(message),
+        root=root_hash(message.request.cache_salt),
     )
     for token in generated:
         sequence.append(token)
@@ -240,6 +252,12 @@ def build(
 def _penalised(sampling: Sampling) -> bool:
     """Return True if the request asks for a penalty."""
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _hides_stops(message: Generate) -> bool:
+    """Return True if the answer begins in reasoning in which the request's own stop ids do not count."""
+    output = message.request.output
+    return output.thinking and not output.stop_in_reasoning and bool(message.request.sampling.stop_token_ids)
 
 
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:

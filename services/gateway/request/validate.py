@@ -4,16 +4,8 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.request.schemas import (
-    ChatRequest,
-    FilePart,
-    ImagePart,
-    Message,
-    TextPart,
-    Tool,
-    VideoPart,
-    VideoURL,
-)
+from services.gateway.request.conversation import MediaPart, Message, Part, Tool, VideoPart, VideoURL
+from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import invalid
 
@@ -53,7 +45,7 @@ def check_choices(request: ChatRequest, max_n: int) -> None:
 
 
 def check_messages(messages: list[Message]) -> None:
-    """Check that each message has only what its role may carry.
+    """Check that each message has only what its role may carry. What the model once said is not looked at.
 
     Raises:
         RequestError: 400 naming the message's field.
@@ -66,21 +58,19 @@ def check_messages(messages: list[Message]) -> None:
 
 def _check_content(message: Message, path: str) -> None:
     content = message.content
-    if content is None and message.role != "assistant":
-        raise invalid(f"`{path}` must be given for the role {message.role}.", path, "missing_required_parameter")
     if isinstance(content, dict):
-        if message.role != "tool":
+        if message.role not in ("tool", "function"):
             raise invalid(f"`{path}` must be a string or a list of parts, not an object.", path)
         check_depth(content, path)
     elif isinstance(content, list):
         for i, part in enumerate(content):
-            if not isinstance(part, TextPart) and message.role not in ("user", "tool"):
+            if isinstance(part, MediaPart) and message.role not in ("user", "tool", "function"):
                 field = f"{path}[{i}].type"
                 raise invalid(f"`{field}`: a message of the role {message.role} may have only text.", field)
             _check_part(part, f"{path}[{i}]")
 
 
-def _check_part(part: TextPart | ImagePart | VideoPart | FilePart, path: str) -> None:
+def _check_part(part: Part, path: str) -> None:
     if isinstance(part, VideoPart) and isinstance(part.video_url, VideoURL) and part.video_url.subtitles:
         field = f"{path}.video_url.subtitles"
         raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")

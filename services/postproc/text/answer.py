@@ -4,9 +4,9 @@ The state is a function of the tokens folded so far, so replaying them rebuilds 
 tokens between it and the one before. Its number is that of the last token that added something, not of the last that
 was folded: so the same beginning of the answer has the same number however deltas were taken.
 
-Stop strings are looked for in the reasoning and in the content, each as it is shown (after trimming), never across the
-boundary between them or a tool call, and never inside a call. A match ends the answer with the token that made it
-certain; what that token adds after the match is cut.
+Stop strings are looked for in the content, and in the reasoning if the request says so, each as it is shown (after
+trimming), never across the boundary between them or a tool call, and never inside a call. A match ends the answer with
+the token that made it certain; what that token adds after the match is cut.
 """
 
 from enum import Enum
@@ -67,6 +67,7 @@ class Answer:
         "_reasoning",
         "_reasoning_calls",
         "_request_id",
+        "_shows_reasoning",
         "_simple",
         "_sink",
         "_split",
@@ -92,7 +93,8 @@ class Answer:
         self._output = output
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer()
-        self._split = ReasoningSplit(output.thinking and parsers.reasoning)
+        self._split = ReasoningSplit(output.thinking and parsers.reasoning and output.separate_reasoning)
+        self._shows_reasoning = output.include_reasoning
         self._reasoned = 0  # tokens up to and including </think>, or before the first call
         self.called = False  # a tool call was shown
         self._calls: ToolCalls | None = None
@@ -101,7 +103,7 @@ class Answer:
         self._reasoning_calls: ReasoningCalls | None = None
         if self._calls and self._split.open and output.functions and parsers.tool_calls_in_reasoning:
             self._reasoning_calls = ReasoningCalls(frozenset(output.functions), vocabulary.spelled_markers)
-        self._stop_reasoning = StopStrings(output.stop, output.include_stop)
+        self._stop_reasoning = StopStrings(output.stop if output.stop_in_reasoning else (), output.include_stop)
         self._stop_content = StopStrings(output.stop, output.include_stop)
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -214,10 +216,11 @@ class Answer:
     def _update_plain(self) -> None:
         split, calls = self._split, self._reasoning_calls if self._split.open else self._calls
         shown_as_is = calls is None or calls.idle
+        shown_as_is = shown_as_is and (self._shows_reasoning or not split.open)
         self._plain = self._simple and shown_as_is and split.idle and self._detokenizer.idle
 
     def _fold(self, token: int, logprob: TokenLogprob | None) -> None:
-        if self._output.logprobs and logprob is not None:
+        if self._output.logprobs and logprob is not None and (self._shows_reasoning or not self._split.open):
             self._add(self._logprobs, self._shown(token, logprob))
         if self._output.return_token_ids:
             self._add(self._ids, token)
@@ -264,14 +267,14 @@ class Answer:
         if self.ended:
             return
         self._split.end_reasoning()
-        self._write(self._reasoning, self._stop_reasoning.flush())
+        self._write_reasoning(self._stop_reasoning.flush())
         self._sink = self._content
 
     def _add_reasoning(self, text: str) -> None:
         self._show_reasoning(self._split.add_reasoning(text))
 
     def _show_reasoning(self, text: str) -> None:
-        self._write(self._reasoning, self._stop_reasoning.filter(text))
+        self._write_reasoning(self._stop_reasoning.filter(text))
         if self._stop_reasoning.matched:
             self._end_by_stop_string()
 
@@ -292,6 +295,10 @@ class Answer:
                     self.called = True
                 self._add(self._tool_deltas, piece)
 
+    def _write_reasoning(self, text: str) -> None:
+        if self._shows_reasoning:
+            self._write(self._reasoning, text)
+
     def _write(self, sink: list[str], text: str) -> None:
         if text:
             self._add(sink, text)
@@ -307,7 +314,7 @@ class Answer:
             self._flush_reasoning_calls(self._reasoning_calls, cut_off)
         if self._split.open:
             self._show_reasoning(self._split.release_reasoning())
-            self._write(self._reasoning, self._stop_reasoning.flush())
+            self._write_reasoning(self._stop_reasoning.flush())
             return
         if self._calls:
             self._show_pieces(self._calls.end_answer(cut_off))

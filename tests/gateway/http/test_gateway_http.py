@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -734,6 +735,31 @@ async def test_a_body_too_large(checkpoint: Path, redis_url: str) -> None:
     for reply in (announced, chunked):
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
         assert "1000" in reply.json()["error"]["message"]
+
+
+async def test_a_compressed_body_is_refused(server: Running, stages: Stages) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        body = gzip.compress(b'{"messages": [{"role": "user", "content": "Hi"}]}')
+        reply = await client.post("/v1/chat/completions", content=body, headers={"content-encoding": "gzip"})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (415, "unsupported_encoding", "Content-Encoding")
+        plain = {"content-encoding": "identity", "content-type": "application/json"}
+        body = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+        asked = asyncio.create_task(client.post("/v1/chat/completions", content=body, headers=plain))
+        await stages.answer(await stages.request(), "in")
+        assert (await asked).status_code == 200
+
+
+async def test_what_the_body_says_of_itself_is_in_the_headers(server: Running, stages: Stages) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "request_id": "mine-2", "max_token": 5, "cache_salt": "s"}
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers={"x-request-id": "other"}))
+        request = await stages.request()
+        assert request.cache_salt == "s"
+        await stages.answer(request, "in")
+        reply = await asked
+    assert reply.headers["x-request-id"] == "mine-2"
+    assert reply.headers["x-millrace-warning"] == "`max_token` is no field that this server knows; it is ignored"
 
 
 async def test_a_body_that_does_not_come(checkpoint: Path, redis_url: str) -> None:
