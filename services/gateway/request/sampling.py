@@ -7,6 +7,7 @@ import secrets
 from typing import TypeVar
 
 from services.gateway.request.schemas import MAX_SEED, ChatRequest
+from services.gateway.request.structured import requested_grammar
 from services.gateway.request.thinking import thinking_budget
 from shared.errors import invalid
 from shared.messages import Output, Sampling
@@ -50,6 +51,7 @@ def resolve_sampling(
         logit_bias=_logit_bias(request, tokenizer),
         logprobs=_logprobs(request),
         reasoning_max_tokens=budget if thinking else None,
+        grammar=requested_grammar(request, tokenizer.control, thinking),
     )
 
 
