@@ -160,7 +160,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None  # see "Token ids" of api.md
 
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
-    tool_choice: str | dict[str, Any] | None = None  # `auto` or `none`
+    tool_choice: str | dict[str, Any] | None = None  # auto, none, required, a tool by name, or allowed_tools
     parallel_tool_calls: bool | None = None  # false: one call at most
 
     response_format: ResponseFormat | None = None  # text, JSON, JSON by a schema, or a structural tag
@@ -174,6 +174,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: str | dict[str, Any] | None = None  # as guided_json, for SGLang's clients
     regex: str | None = None  # as guided_regex, for SGLang's clients
     ebnf: str | None = None  # as guided_grammar, for SGLang's clients
+    grammar: str | None = None  # as guided_grammar, for llama.cpp's clients
 
     enable_thinking: bool | None = None  # whether the model thinks first; it does by default
     thinking: Thinking | bool | None = None  # the same: `{"type": "disabled"}`, and `budget_tokens`
@@ -183,9 +184,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None  # false: the prompt does not begin the assistant's turn
     chat_template: str | None = None  # the template to use, where the server allows it (`trust_request_chat_template`)
-    chat_template_kwargs: dict[str, Any] | None = (
-        None  # variables of the template, `enable_thinking` too
-    )
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the template, `enable_thinking` too
     metadata: dict[str, Any] | None = None  # kept by nobody; `enable_thinking` in it is the same
     reasoning_max_tokens: Budget | None = None  # the most tokens of thinking; -1: no limit
     thinking_token_budget: Budget | None = None  # the same, as vLLM has it; 0: no thinking

@@ -43,7 +43,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "disaggregate_info": (),
     "kv_transfer_params": (),
     # vLLM
-    "grammar": (),
     "priority": (0,),
     "return_tokens_as_token_ids": (False,),
     "vllm_xargs": ({},),

@@ -83,20 +83,11 @@ def _check_part(part: Part, path: str) -> None:
 
 
 def check_tools(request: ChatRequest) -> None:
-    """Check the sizes of tool schemas, and that the choice of tool is one that is supported.
+    """Check the sizes of tool schemas.
 
     Raises:
         RequestError: 400.
     """
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        if choice == "required" or isinstance(choice, dict):
-            raise invalid(
-                "`tool_choice` may be auto or none; required and named tools are not supported by this server.",
-                "tool_choice",
-                "unsupported_parameter",
-            )
-        raise invalid(f"`tool_choice` must be auto or none, not {choice!r:.50}.", "tool_choice")
     total = 0
     for i, tool in enumerate(request.tools or ()):
         total += _check_tool(tool, f"tools[{i}].function.parameters")
