@@ -287,3 +287,5 @@ def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:
             raise invalid(f"{field_name} has a token id outside 0 .. {len(vocabulary) - 1}.", field_name)
     if any(len(word) == 0 for word in sampling.bad_words):
         raise invalid("bad_words has an empty sequence.", "bad_words")
+    if sampling.grammar is not None:
+        raise invalid("Grammars are not supported by this engine.", sampling.grammar.param)

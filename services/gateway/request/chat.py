@@ -11,6 +11,7 @@ from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.shield import ControlTexts
 from services.gateway.request.template import RawText, Template
 from services.gateway.request.thinking import requested_thinking
+from services.gateway.request.tool_choice import read_tool_choice
 from services.gateway.request.validate import check_depth
 from shared.errors import CheckpointError, RequestError, internal, invalid
 from shared.messages import MediaKind
@@ -104,8 +105,8 @@ def template_variables(request: ChatRequest, media: list[MediaItem]) -> dict[str
     messages = request.messages if prefill is None else request.messages[:-1]
     variables: dict[str, object] = dict(request.chat_template_kwargs or {})
     variables["messages"] = [_message(message, f"messages[{i}]", kinds) for i, message in enumerate(messages)]
-    variables["tools"] = [_tool(tool) for tool in request.tools or ()] if request.tool_choice != "none" else []
-    variables["tools"] = variables["tools"] or None
+    offered = () if read_tool_choice(request).mode == "none" else request.tools or ()
+    variables["tools"] = [_tool(tool) for tool in offered] or None
     variables["add_generation_prompt"] = prefill is not None or request.add_generation_prompt is not False
     thinking = requested_thinking(request)
     if prefill is not None and (prefill.reasoning or prefill.content):

@@ -7,7 +7,9 @@ import secrets
 from typing import TypeVar
 
 from services.gateway.request.schemas import MAX_SEED, ChatRequest
+from services.gateway.request.structured import requested_grammar
 from services.gateway.request.thinking import thinking_budget
+from services.gateway.request.tool_choice import read_tool_choice
 from shared.errors import invalid
 from shared.messages import Output, Sampling
 from shared.model.generation import GenerationDefaults
@@ -50,6 +52,7 @@ def resolve_sampling(
         logit_bias=_logit_bias(request, tokenizer),
         logprobs=_logprobs(request),
         reasoning_max_tokens=budget if thinking else None,
+        grammar=requested_grammar(request, tokenizer.control, thinking),
     )
 
 
@@ -58,13 +61,14 @@ def resolve_output(request: ChatRequest, thinking: bool) -> Output:
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     separate = request.separate_reasoning is not False
     hidden = request.include_reasoning is False or bool(request.reasoning and request.reasoning.exclude)
-    tools = request.tools if request.tools and request.tool_choice != "none" else ()
+    choice = read_tool_choice(request)
     return Output(
         thinking=thinking,
         stop=tuple(filter(None, stop)),
         include_stop=bool(request.include_stop_str_in_output),
-        tools=bool(tools),
-        functions=tuple(tool.function.name for tool in tools),
+        tools=bool(choice.tools),
+        functions=tuple(tool.function.name for tool in choice.tools),
+        named_tool=choice.named,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
         return_token_ids=bool(request.return_token_ids),

@@ -24,6 +24,7 @@ MAX_BIASES = 1024
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_GUIDED_CHOICES = 4096
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -38,6 +39,54 @@ T = TypeVar("T")
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """Any text: the default."""
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(msgspec.Struct, frozen=True):
+    """A JSON schema as OpenAI names it. `strict` may be false: the schema is enforced all the same."""
+
+    schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+class StructuralTagFormat(msgspec.Struct, frozen=True, tag_field="type", tag="structural_tag"):
+    """Text with parts that follow a grammar; `shared/grammar/structural_tag.py` has both forms."""
+
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
+Choices = Annotated[list[str], Meta(min_length=1, max_length=MAX_GUIDED_CHOICES)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The grammar of an answer as vLLM states it; one of the first six."""
+
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    whitespace_pattern: str | None = None  # between the tokens of JSON, as a regular expression
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    disable_fallback: bool = False  # there is one backend
 
 
 class Thinking(msgspec.Struct, frozen=True):
@@ -111,29 +160,37 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None  # see "Token ids" of api.md
 
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
-    tool_choice: str | dict[str, Any] | None = None  # `auto` or `none`
+    tool_choice: str | dict[str, Any] | None = None  # auto, none, required, a tool by name, or allowed_tools
     parallel_tool_calls: bool | None = None  # false: one call at most
+
+    response_format: ResponseFormat | None = None  # text, JSON, JSON by a schema, or a structural tag
+    structured_outputs: StructuredOutputs | None = None  # the grammar of the content, as vLLM states it
+    guided_json: str | dict[str, Any] | bool | None = None  # a JSON schema that the content follows
+    guided_json_object: bool | None = None  # the content is a JSON object
+    guided_regex: str | None = None  # a regular expression that the content matches as a whole
+    guided_choice: Choices | None = None  # texts of which the content is one
+    guided_grammar: str | None = None  # a grammar in Lark's notation or GBNF
+    structural_tag: str | dict[str, Any] | None = None  # free text with parts that follow a grammar
+    json_schema: str | dict[str, Any] | None = None  # as guided_json, for SGLang's clients
+    regex: str | None = None  # as guided_regex, for SGLang's clients
+    ebnf: str | None = None  # as guided_grammar, for SGLang's clients
+    grammar: str | None = None  # as guided_grammar, for llama.cpp's clients
 
     enable_thinking: bool | None = None  # whether the model thinks first; it does by default
     thinking: Thinking | bool | None = None  # the same: `{"type": "disabled"}`, and `budget_tokens`
     reasoning: Reasoning | None = None  # the same: `effort`, `enabled`, `max_tokens`; `exclude` as include_reasoning
-    reasoning_effort: str | None = (
-        None  # the same: `none` turns it off, every other effort on; all are one to the model
-    )
+    reasoning_effort: str | None = None  # the same: `none` turns it off, every other effort on
     # Go on with the last message, an assistant's, as if it were being written: its reasoning, or its content.
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None  # false: the prompt does not begin the assistant's turn
     chat_template: str | None = None  # the template to use, where the server allows it (`trust_request_chat_template`)
-    chat_template_kwargs: dict[str, Any] | None = (
-        None  # variables of the template; `enable_thinking` and `thinking` too
-    )
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the template, `enable_thinking` too
     metadata: dict[str, Any] | None = None  # kept by nobody; `enable_thinking` in it is the same
     reasoning_max_tokens: Budget | None = None  # the most tokens of thinking; -1: no limit
     thinking_token_budget: Budget | None = None  # the same, as vLLM has it; 0: no thinking
     thinking_budget: Budget | None = None  # the same, as Qwen has it; 0: no thinking
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = (
-        None  # prefixes are shared within a salt only
-    )
+    # Prefixes are shared within a salt only.
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID
     include_reasoning: bool | None = None  # false: the reasoning is not sent
     separate_reasoning: bool | None = None  # false: it is sent as the beginning of the content, `</think>` included

@@ -77,20 +77,11 @@ def _check_part(part: Part, path: str) -> None:
 
 
 def check_tools(request: ChatRequest) -> None:
-    """Check the sizes of tool schemas, and that the choice of tool is one that is supported.
+    """Check the sizes of tool schemas.
 
     Raises:
         RequestError: 400.
     """
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        if choice == "required" or isinstance(choice, dict):
-            raise invalid(
-                "`tool_choice` may be auto or none; required and named tools are not supported by this server.",
-                "tool_choice",
-                "unsupported_parameter",
-            )
-        raise invalid(f"`tool_choice` must be auto or none, not {choice!r:.50}.", "tool_choice")
     total = 0
     for i, tool in enumerate(request.tools or ()):
         total += _check_tool(tool, f"tools[{i}].function.parameters")
@@ -122,8 +113,8 @@ def check_template_kwargs(request: ChatRequest) -> None:
         raise invalid(f"`{path}` has more than {MAX_KWARGS_BYTES} bytes of JSON.", path)
 
 
-def check_depth(value: Any, path: str) -> None:
-    """Check that `value` (JSON) is not nested too deeply to be written into a prompt.
+def check_depth(value: Any, path: str, limit: int = MAX_DEPTH) -> None:
+    """Check that `value` (JSON) is not nested too deeply to be written into a prompt or compiled.
 
     Iterative, so that the check itself cannot run out of stack.
 
@@ -131,11 +122,11 @@ def check_depth(value: Any, path: str) -> None:
         RequestError: 400, it is.
     """
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(limit):
         level = [child for node in level for child in _children(node)]
         if not level:
             return
-    raise invalid(f"`{path}` is nested more than {MAX_DEPTH} levels deep.", path)
+    raise invalid(f"`{path}` is nested more than {limit} levels deep.", path)
 
 
 def _children(node: Any) -> list[Any]:

@@ -339,7 +339,8 @@ class Answer:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
             return
         self.state = state
-        self._ending = "tool_calls" if reason == "stop" and self.called else reason
+        called = self.called and not self._output.named_tool
+        self._ending = "tool_calls" if reason == "stop" and called else reason
 
 
 def _joined(deltas: list[ToolDelta]) -> tuple[ToolDelta, ...]:
