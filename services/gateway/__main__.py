@@ -120,7 +120,9 @@ def _parser(settings: GatewaySettings) -> RequestParser:
     defaults = load_generation_defaults(directory)
     warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return RequestParser(
-        chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
+        chat=ChatFormat(
+            Template.load(directory, settings.max_prompt_chars), tokenizer, settings.trust_request_chat_template
+        ),
         tokenizer=tokenizer,
         defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),

@@ -152,6 +152,7 @@ def test_reasoning_then_a_tool_call(scripted: OpenAI, streamed: bool) -> None:
     ("stop", "keep", "content"),
     [
         (["no such text"], False, CONTENT_WITHOUT_TOOLS),
+        (["weather"], False, CONTENT_WITHOUT_TOOLS.partition("weather")[0]),  # which the reasoning has, too
         (["rguments"], False, CONTENT_WITHOUT_TOOLS.partition("rguments")[0]),
         (["never", 'ity": "Pa'], True, CONTENT_WITHOUT_TOOLS.partition("ris")[0]),
     ],

@@ -77,13 +77,15 @@ def generate(
     shard: int = 0,
     thinking: bool = False,
     return_token_ids: bool = False,
+    stop_in_reasoning: bool = False,
+    cache_salt: str = "",
     spans: tuple[MediaSpan, ...] = (),
     **sampling: Any,
 ) -> Generate:
     """A `generate` message; sampling is greedy unless it says otherwise."""
     asked = Sampling(**{"seed": 0, "temperature": 0.0, **sampling})
-    output = Output(thinking=thinking, return_token_ids=return_token_ids)
-    request = Request(request_id, "gateway-0", shard, 0.0, asked, output)
+    output = Output(thinking=thinking, return_token_ids=return_token_ids, stop_in_reasoning=stop_in_reasoning)
+    request = Request(request_id, "gateway-0", shard, 0.0, asked, output, cache_salt=cache_salt)
     return Generate(request, pack_ids(prompt), max_tokens, spans)
 
 

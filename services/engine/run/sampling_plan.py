@@ -130,7 +130,7 @@ def _biased(chunks: Ordered[Chunk]) -> Arrays:
 def _early(chunks: Ordered[Chunk]) -> Arrays:
     """List every token that could end a sequence before its min_tokens."""
     early = [(row, c.sequence) for row, c in enumerate(chunks) if c.generated < c.sequence.sampling.min_tokens]
-    return _places("early", [(row, [*s.eos_ids, *s.sampling.stop_token_ids]) for row, s in early])
+    return _places("early", [(row, list(s.ending_ids)) for row, s in early])
 
 
 def _penalised(chunks: Ordered[Chunk]) -> Arrays:

@@ -74,7 +74,8 @@ class Reader:
 async def reading(
     server: Running, path: str = "", body: dict[str, Any] | None = None, **headers: str
 ) -> AsyncIterator[Reader]:
-    """A stream: a POST of `body`, or the GET of what is at `path`."""
+    """A stream: a POST of `body` that asks for the ids of events, or the GET of what is at `path`."""
+    headers = {"X-Event-IDs": "true", **headers} if body is not None else headers
     url = f"{server.url}/v1/chat/completions{path}"
     async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         payload = {"json": {"messages": HI, "stream": True, **body}} if body is not None else {}
