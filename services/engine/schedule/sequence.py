@@ -30,6 +30,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     model: ModelConfig
     max_model_len: int  # prompt and answer together
     think_close_id: int  # </think>
+    tool_call_id: int | None = None  # <tool_call>; None: the vocabulary has no such token
 
 
 class Embeds(msgspec.Struct, frozen=True):
@@ -293,14 +294,17 @@ def _hides_stops(message: Generate) -> bool:
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
     """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
 
-    With a grammar there is one without a limit: the answer must not end inside the thinking.
+    With a grammar, or where a call ends the thinking, there is one without a limit: the answer must not end inside the
+    thinking.
     """
-    sampling = message.request.sampling
+    sampling, output = message.request.sampling, message.request.output
     limit = sampling.reasoning_max_tokens
     unlimited = limit is None or limit < 0
-    if not message.request.output.thinking or (unlimited and sampling.grammar is None):
+    closes = output.tools and (output.tool_call_ends_reasoning or sampling.grammar is not None)
+    if not output.thinking or (unlimited and sampling.grammar is None and not closes):
         return None
-    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id)
+    call_id = facts.tool_call_id if closes else None
+    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:
