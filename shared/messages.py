@@ -104,6 +104,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     continuous_usage: bool = False  # every delta has the usage so far
     stop_in_reasoning: bool = False  # stop strings and stop token ids end the reasoning too
     include_reasoning: bool = True  # False: the reasoning is not shown
+    tool_call_ends_reasoning: bool = False  # the engine puts </think> where <tool_call> comes in reasoning
+    force_nonempty_content: bool = False  # an answer without content or calls has its reasoning as its content
     named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
 

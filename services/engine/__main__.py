@@ -44,6 +44,7 @@ from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog, unwatched
 
 THINK_CLOSE = "</think>"
+TOOL_CALL = "<tool_call>"
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Kernels are compiled at their first use; a CPU may be far too slow for the model, and is not hung then.
 FIRST_USE = {"cuda": FirstUse(300.0, 0.0, compiles=True), "cpu": FirstUse(0.0, 0.1, compiles=False)}
@@ -73,7 +74,7 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     if think_close_id is None:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
-    facts = EngineFacts(model, settings.max_model_len, think_close_id)
+    facts = EngineFacts(model, settings.max_model_len, think_close_id, tokenizer.control.get(TOOL_CALL))
     metrics, watchdog = EngineMetrics(), None
     if settings.step_timeout_s > 0:
         watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set)

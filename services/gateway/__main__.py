@@ -32,6 +32,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
+from services.gateway.request.sampling import OutputDefaults
 from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
@@ -130,6 +131,7 @@ def _parser(settings: GatewaySettings) -> RequestParser:
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,
+        output_defaults=OutputDefaults(settings.tool_call_ends_reasoning, settings.force_nonempty_content),
     )
 
 

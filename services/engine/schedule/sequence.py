@@ -30,6 +30,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     model: ModelConfig
     max_model_len: int  # prompt and answer together
     think_close_id: int  # </think>
+    tool_call_id: int | None = None  # <tool_call>; None: the vocabulary has no such token
 
 
 class Embeds(msgspec.Struct, frozen=True):
@@ -128,19 +129,18 @@ class Sequence:
     def depends_on_tokens(self) -> bool:
         """True if sampling depends on which tokens came before, not on their number alone."""
         early = self.hides_stops and self.num_generated < self.sampling.min_tokens
-        return (
-            early or self.thinking or self.seen is not None or self.grammar is not None or bool(self.sampling.bad_words)
-        )
-
-    @property
-    def open_grammar(self) -> GrammarState | None:
-        """The grammar, where it restricts the next token."""
-        return None if self.thinking or self.grammar is None or self.grammar.complete else self.grammar
+        depends = early or self.thinking or self.seen is not None or self.grammar is not None
+        return depends or bool(self.sampling.bad_words)
 
     @property
     def ending_ids(self) -> tuple[int, ...]:
         """Tokens that could end it now."""
         return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
+
+    @property
+    def open_grammar(self) -> GrammarState | None:
+        """The grammar, where it restricts the next token."""
+        return None if self.thinking or self.grammar is None or self.grammar.complete else self.grammar
 
     def append(self, token: int) -> None:
         """Append a token to the answer."""
@@ -294,14 +294,17 @@ def _hides_stops(message: Generate) -> bool:
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
     """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
 
-    With a grammar there is one without a limit: the answer must not end inside the thinking.
+    With a grammar, or where a call ends the thinking, there is one without a limit: the answer must not end inside the
+    thinking.
     """
-    sampling = message.request.sampling
+    sampling, output = message.request.sampling, message.request.output
     limit = sampling.reasoning_max_tokens
     unlimited = limit is None or limit < 0
-    if not message.request.output.thinking or (unlimited and sampling.grammar is None):
+    closes = output.tools and (output.tool_call_ends_reasoning or sampling.grammar is not None)
+    if not output.thinking or (unlimited and sampling.grammar is None and not closes):
         return None
-    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id)
+    call_id = facts.tool_call_id if closes else None
+    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:

@@ -7,7 +7,7 @@ from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.sampling import resolve_output, resolve_sampling
+from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
 from services.gateway.request.schemas import decode_body, unknown_fields
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from shared.limits import resolve_max_tokens
@@ -59,6 +59,7 @@ class RequestParser(msgspec.Struct, frozen=True):
     max_n: int
     max_model_len: int
     force_include_usage: bool
+    output_defaults: OutputDefaults = OutputDefaults()
 
     def parse(self, body: bytes) -> ParsedRequest:
         """Validate and tokenise a request.
@@ -83,7 +84,7 @@ class RequestParser(msgspec.Struct, frozen=True):
             segments=prompt.segments,
             media=tuple(media),
             sampling=sampling,
-            output=resolve_output(request, prompt.thinking),
+            output=resolve_output(request, prompt.thinking, self.output_defaults),
             # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
             max_tokens=resolve_max_tokens(prompt.text_tokens(), sampling.max_tokens, self.max_model_len),
             n=request.n or 1,

@@ -6,9 +6,11 @@ Defaults are the checkpoint's (generation_config.json), else the reference serve
 import secrets
 from typing import TypeVar
 
+import msgspec
+
 from services.gateway.request.schemas import MAX_SEED, ChatRequest
 from services.gateway.request.structured import requested_grammar
-from services.gateway.request.thinking import thinking_budget
+from services.gateway.request.thinking import read_switch, thinking_budget
 from services.gateway.request.tool_choice import read_tool_choice
 from shared.errors import invalid
 from shared.messages import Output, Sampling
@@ -18,7 +20,7 @@ from shared.model.tokenizer import Tokenizer
 GREEDY_BELOW = 1e-5
 MIN_TOP_P = 1e-5  # top_p = 0 asks for the smallest nucleus, which is one token
 
-T = TypeVar("T", int, float)
+T = TypeVar("T", int, float, bool)
 
 
 def resolve_sampling(
@@ -56,7 +58,14 @@ def resolve_sampling(
     )
 
 
-def resolve_output(request: ChatRequest, thinking: bool) -> Output:
+class OutputDefaults(msgspec.Struct, frozen=True):
+    """Options of the server for requests that do not say."""
+
+    tool_call_ends_reasoning: bool = False
+    force_nonempty_content: bool = False
+
+
+def resolve_output(request: ChatRequest, thinking: bool, defaults: OutputDefaults) -> Output:
     """Return the parameters by which postproc turns tokens into the answer."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     separate = request.separate_reasoning is not False
@@ -69,6 +78,8 @@ def resolve_output(request: ChatRequest, thinking: bool) -> Output:
         tools=bool(choice.tools),
         functions=tuple(tool.function.name for tool in choice.tools),
         named_tool=choice.named,
+        tool_call_ends_reasoning=_or_default(request.tool_call_ends_reasoning, defaults.tool_call_ends_reasoning),
+        force_nonempty_content=_forces_content(request, defaults),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
         return_token_ids=bool(request.return_token_ids),
@@ -78,6 +89,12 @@ def resolve_output(request: ChatRequest, thinking: bool) -> Output:
         include_reasoning=not hidden,
         separate_reasoning=separate,
     )
+
+
+def _forces_content(request: ChatRequest, defaults: OutputDefaults) -> bool:
+    field = "force_nonempty_content"
+    in_kwargs = read_switch(request.chat_template_kwargs or {}, field, "chat_template_kwargs")  # where vLLM has it
+    return _or_default(request.force_nonempty_content, _or_default(in_kwargs, defaults.force_nonempty_content))
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -161,6 +161,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
     tool_choice: str | dict[str, Any] | None = None  # auto, none, required, a tool by name, or allowed_tools
+    tool_call_ends_reasoning: bool | None = None  # a call that begins in reasoning ends it; else the server's default
     parallel_tool_calls: bool | None = None  # false: one call at most
 
     response_format: ResponseFormat | None = None  # text, JSON, JSON by a schema, or a structural tag
@@ -192,6 +193,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     # Prefixes are shared within a salt only.
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID
+    force_nonempty_content: bool | None = None  # reasoning alone is sent as content, too; else the server's default
     include_reasoning: bool | None = None  # false: the reasoning is not sent
     separate_reasoning: bool | None = None  # false: it is sent as the beginning of the content, `</think>` included
 

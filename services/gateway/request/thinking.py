@@ -25,10 +25,10 @@ def requested_thinking(request: ChatRequest) -> bool | None:
         raise invalid("`chat_template_kwargs.options` must be an object.", "chat_template_kwargs.options")
     choices = (
         request.enable_thinking,
-        _read_switch(kwargs, "enable_thinking", "chat_template_kwargs"),
-        _read_switch(kwargs, "thinking", "chat_template_kwargs"),
-        _read_switch(options or {}, "thinking_mode", "chat_template_kwargs.options"),
-        _read_switch(request.metadata or {}, "enable_thinking", "metadata"),
+        read_switch(kwargs, "enable_thinking", "chat_template_kwargs"),
+        read_switch(kwargs, "thinking", "chat_template_kwargs"),
+        read_switch(options or {}, "thinking_mode", "chat_template_kwargs.options"),
+        read_switch(request.metadata or {}, "enable_thinking", "metadata"),
         _read_thinking(request),
         None if request.reasoning is None else request.reasoning.enabled,
         False if _first_budget(request) == 0 else None,
@@ -74,7 +74,12 @@ def _read_effort(effort: str | None, path: str) -> bool | None:
     return None if effort is None else effort != "none"
 
 
-def _read_switch(values: Mapping[str, Any], field: str, parent: str) -> bool | None:
+def read_switch(values: Mapping[str, Any], field: str, parent: str) -> bool | None:
+    """Return the boolean `parent.field`, in any of its spellings; None if it is not there.
+
+    Raises:
+        RequestError: 400, it is something else.
+    """
     value = values.get(field)
     if value is None or isinstance(value, bool):
         return value

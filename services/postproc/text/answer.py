@@ -58,6 +58,7 @@ class Answer:
         "_content",
         "_detokenizer",
         "_ending",
+        "_fallback",
         "_ids",
         "_logprobs",
         "_output",
@@ -95,6 +96,8 @@ class Answer:
         self._detokenizer = Detokenizer()
         self._split = ReasoningSplit(output.thinking and parsers.reasoning and output.separate_reasoning)
         self._shows_reasoning = output.include_reasoning
+        # The reasoning so far, to be the content if there is none; None if it is not wanted as that, or not any more.
+        self._fallback: list[str] | None = [] if output.force_nonempty_content else None
         self._reasoned = 0  # tokens up to and including </think>, or before the first call
         self.called = False  # a tool call was shown
         self._calls: ToolCalls | None = None
@@ -114,7 +117,8 @@ class Answer:
         self._ending: Literal["stop", "length", "tool_calls"] | Failure | None = None
         self._sink = self._reasoning if self._split.open else self._content
         # The text of a plain token is appended to the sink directly while no parser holds text back or waits for some.
-        self._simple = not (output.stop or output.logprobs or output.return_token_ids)
+        details = output.logprobs or output.return_token_ids or output.force_nonempty_content
+        self._simple = not (output.stop or details)
         self._plain = False
         self._update_plain()
 
@@ -279,7 +283,7 @@ class Answer:
             self._end_by_stop_string()
 
     def _show_content(self, text: str) -> None:
-        self._write(self._content, self._stop_content.filter(text))
+        self._write_content(self._stop_content.filter(text))
         if self._stop_content.matched:
             self._end_by_stop_string()
 
@@ -291,13 +295,20 @@ class Answer:
                 self._show_content(piece)
             else:
                 if piece.name is not None:
-                    self._write(self._content, self._stop_content.flush())
+                    self._write_content(self._stop_content.flush())
                     self.called = True
                 self._add(self._tool_deltas, piece)
 
     def _write_reasoning(self, text: str) -> None:
+        if self._fallback is not None:
+            self._fallback.append(text)
         if self._shows_reasoning:
             self._write(self._reasoning, text)
+
+    def _write_content(self, text: str) -> None:
+        if text.strip():
+            self._fallback = None
+        self._write(self._content, text)
 
     def _write(self, sink: list[str], text: str) -> None:
         if text:
@@ -318,7 +329,7 @@ class Answer:
             return
         if self._calls:
             self._show_pieces(self._calls.end_answer(cut_off))
-        self._write(self._content, self._stop_content.flush())
+        self._write_content(self._stop_content.flush())
 
     def _flush_reasoning_calls(self, reasoning_calls: ReasoningCalls, cut_off: bool) -> None:
         text, held = (reasoning_calls.release(), []) if cut_off else reasoning_calls.end_answer()
@@ -339,6 +350,8 @@ class Answer:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
             return
         self.state = state
+        if self._fallback is not None and not self.called:
+            self._write_content("".join(self._fallback).strip("\n"))
         called = self.called and not self._output.named_tool
         self._ending = "tool_calls" if reason == "stop" and called else reason
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.sampling import OutputDefaults
 from services.gateway.request.schemas import MAX_SEED, ChatRequest, digest_body
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
@@ -293,6 +294,17 @@ def test_what_is_shown_of_reasoning(parser: RequestParser) -> None:
     joined = parse(parser, separate_reasoning=False).output
     assert (joined.separate_reasoning, joined.stop_in_reasoning) == (False, True)
     assert parse(parser, stop_in_reasoning=True).output.stop_in_reasoning
+
+
+@pytest.mark.parametrize("field", ["tool_call_ends_reasoning", "force_nonempty_content"])
+def test_options_that_the_server_has_too(parser: RequestParser, field: str) -> None:
+    forcing = msgspec.structs.replace(parser, output_defaults=OutputDefaults(True, True))
+    for default, made in ((False, parser), (True, forcing)):
+        assert getattr(parse(made).output, field) is default
+        assert getattr(parse(made, **{field: None}).output, field) is default
+        assert getattr(parse(made, **{field: not default}).output, field) is not default
+    in_kwargs = parse(parser, chat_template_kwargs={"force_nonempty_content": True})
+    assert in_kwargs.output.force_nonempty_content
 
 
 def test_unknown_fields_are_ignored_and_said(parser: RequestParser) -> None:

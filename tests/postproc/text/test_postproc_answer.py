@@ -27,6 +27,7 @@ output_options = st.fixed_dictionaries(
         "stop_in_reasoning": st.booleans(),
         "include_reasoning": st.booleans(),
         "separate_reasoning": st.booleans(),
+        "force_nonempty_content": st.booleans(),
     }
 )
 
@@ -267,6 +268,27 @@ def test_no_stop_string_across_a_call() -> None:
 def test_a_stop_string_after_a_call_leaves_the_call_to_be_answered() -> None:
     shown = run('</think><tool_call>{"name": "f"}</tool_call>A stop.', stop=("stop",), tools=True)
     assert (shown.content, shown.functions, shown.finish_reason) == ("A ", [("f", "{}")], "tool_calls")
+
+
+@pytest.mark.parametrize("shown_reasoning", [True, False])
+def test_reasoning_becomes_the_content_where_there_is_none(shown_reasoning: bool) -> None:
+    options: dict[str, object] = {"force_nonempty_content": True, "include_reasoning": shown_reasoning}
+    reasoning = "Hm.\n\nYes." if shown_reasoning else ""
+    for text in ("\nHm.\n\nYes.", "\nHm.\n\nYes.\n</think>\n\n"):
+        for places in ([], every_byte(text)):
+            for finish in ("stop", "length"):
+                shown = run(text, places, finish=finish, tools=True, **options)
+                assert (shown.reasoning.strip("\n"), shown.content) == (reasoning, "Hm.\n\nYes.")
+    assert run("Hm.</think>A", **options).content == "A"
+    called = run('Hm.</think><tool_call>{"name": "f"}</tool_call>', tools=True, **options)
+    assert (called.content, called.functions) == ("", [("f", "{}")])
+    assert run("Hm.").content == ""
+
+
+def test_a_call_that_was_asked_for_by_name_ends_as_openai_ends_it() -> None:
+    text = '</think><tool_call>{"name": "f"}</tool_call>'
+    assert run(text, tools=True, named_tool=True).finish_reason == "stop"
+    assert run(text, tools=True).finish_reason == "tool_calls"
 
 
 def test_a_limit_is_a_stop_if_a_stop_string_was_held_back() -> None:
