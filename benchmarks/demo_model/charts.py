@@ -27,20 +27,27 @@ def _question(rng: random.Random, bars: list[Bar]) -> tuple[str, str, str]:
     which = rng.randrange(5)
     if which == 0:
         asked = rng.choice(("Which bar is the tallest?", "What colour is the tallest bar?", "Which bar is highest?"))
-        return asked, "", f"The {ranked[-1][0]} bar is the tallest."
+        return asked, f" The most is {ranked[-1][1]}.", f"The {ranked[-1][0]} bar is the tallest."
     if which == 1:
         asked = rng.choice(("Which bar is the shortest?", "What colour is the shortest bar?", "Which bar is lowest?"))
-        return asked, "", f"The {ranked[0][0]} bar is the shortest."
+        return asked, f" The least is {ranked[0][1]}.", f"The {ranked[0][0]} bar is the shortest."
     if which == 2:
         return "How many bars are there?", "", f"There are {NUMBERS[len(bars)]} bars."
     if which == 3:
         order = ", ".join(colour for colour, _ in reversed(ranked))
-        return "List the colours of the bars from tallest to shortest.", "", f"From tallest to shortest: {order}."
+        at = {height: colour for colour, height in bars}
+        scan = ", ".join(f"{height} {at.get(height, 'none')}" for height in range(8, 0, -1))
+        return (
+            "List the colours of the bars from tallest to shortest.",
+            f" By height: {scan}.",
+            f"From tallest to shortest: {order}.",
+        )
     first, second = rng.sample(bars, 2)
     taller = first[1] > second[1]
     sign = ">" if taller else "<"
     answer = f"{'Yes' if taller else 'No'}, the {first[0]} bar is {'taller' if taller else 'shorter'}."
-    return f"Is the {first[0]} bar taller than the {second[0]} bar?", f" {first[1]} {sign} {second[1]}.", answer
+    detail = f" The {first[0]} bar is {first[1]}, the {second[0]} bar is {second[1]}: {first[1]} {sign} {second[1]}."
+    return f"Is the {first[0]} bar taller than the {second[0]} bar?", detail, answer
 
 
 def _paint(rng: random.Random, size: draw.Size, bars: list[Bar]) -> Pixels:
