@@ -29,9 +29,9 @@ DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-promp
 serve: $(VENV)/.installed-cli
 	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
 
-# Held-out questions of each kind to the trained demo in each format; writes the counts its card is made of.
+# Held-out questions of each kind to the trained demo in each format; writes the figures of its card.
 eval: $(VENV)/.installed-test
-	$(VENV)/bin/python -m benchmarks.demo_model.evaluate --model cli/demo_checkpoint --card cli/demo_checkpoint/accuracy.json
+	$(VENV)/bin/python -m benchmarks.demo_model.evaluate --model cli/demo_checkpoint --card cli/demo_checkpoint
 
 # What a change must pass before it is looked at: within a minute on two idle cores, which the parts share.
 check: $(VENV)/.installed-test
