@@ -7,24 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from media_files import image_bytes, noise
+from media_files import image_bytes, noise, patches_of
 from oracle import Model  # noqa: F401 - makes transformers importable
 from PIL import Image
 from transformers.image_utils import load_image
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 
 from services.mm_encoder.media.image import open_image
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, normalise
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches
 from services.mm_encoder.media.processor import Processor
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.timestamps import font_file
 from services.mm_encoder.media.video import VideoLimits
+from services.mm_encoder.vision.normalise import normalise
 from shared.errors import RequestError
 from shared.messages import Media
 from shared.model.config import VisionConfig
 
 VISION = VisionConfig(2, 32, 2, 128, 14, 3, 2, 2, 1e-6, 1e4)
-LIMITS = VideoLimits(64_000_000, 3600, 216_000, 100)
+LIMITS = VideoLimits(64_000_000, 3600, 216_000)
 MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
 
 
@@ -35,7 +36,7 @@ def processor(tmp_path: Path, **settings: int) -> Processor:
 def process(tmp_path: Path, data: bytes, **settings: int) -> Patches:
     ours = processor(tmp_path, **settings)
     plan = ours.plan(Media("image", "p"), data)
-    patches = ours.patches(plan)
+    patches = patches_of(ours, plan, data)
     assert len(patches.rows) == 4 * plan.tokens
     return patches
 

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media_files import noise, video_bytes, video_frames, wav_bytes
+from media_files import noise, patches_of, video_bytes, video_frames, wav_bytes
 from oracle import Model  # noqa: F401 - makes transformers importable
 from PIL import Image, ImageFont
 from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import Ernie4_5_VLMoeVideoProcessor
@@ -24,7 +24,7 @@ from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
 
 VISION = VisionConfig(2, 32, 2, 128, 14, 3, 2, 2, 1e-6, 1e4)
-LIMITS = VideoLimits(64_000_000, 3600, 216_000, 100)
+LIMITS = VideoLimits(64_000_000, 3600, 216_000)
 FONT = timestamps.font_file(Path("absent"))[0]
 SMALL = ProcessorSettings(video_min_pixels=3136, video_max_pixels=784 * 16)
 
@@ -46,7 +46,7 @@ def process(
     processor = Processor(settings, limits, VISION, FONT)
     plan = processor.plan(Media("video", "p", video=VideoOptions(**options)), data)  # type: ignore[arg-type]
     assert isinstance(plan, VideoPlan)
-    patches = processor.patches(plan)
+    patches = patches_of(processor, plan, data)
     assert len(patches.rows) == 8 * plan.tokens
     return plan, patches
 
@@ -211,10 +211,9 @@ def test_broken_videos_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (VideoLimits(120 * 160 - 1, 3600, 1000, 100), "media_max_pixels"),
-        (VideoLimits(10**8, 3.9, 1000, 100), "video_max_seconds = 3.9"),
-        (VideoLimits(10**8, 3600, 39, 100), "video_max_frames = 39"),
-        (VideoLimits(10**8, 3600, 1000, 0.0), "video_decode_s = 0"),
+        (VideoLimits(120 * 160 - 1, 3600, 1000), "media_max_pixels"),
+        (VideoLimits(10**8, 3.9, 1000), "video_max_seconds = 3.9"),
+        (VideoLimits(10**8, 3600, 39), "video_max_frames = 39"),
     ],
 )
 def test_limits_are_named(limits: VideoLimits, message: str) -> None:
@@ -224,7 +223,7 @@ def test_limits_are_named(limits: VideoLimits, message: str) -> None:
 
 
 def test_within_the_limits_it_passes() -> None:
-    process(video_bytes(video_frames(40)), limits=VideoLimits(120 * 160, 4.0, 40, 100))
+    process(video_bytes(video_frames(40)), limits=VideoLimits(120 * 160, 4.0, 40))
 
 
 def test_a_video_without_duration_is_refused() -> None:
