@@ -4,6 +4,7 @@ Whatever a library raises about a file is a refusal of that file. If the process
 """
 
 import contextlib
+import gc
 import os
 import resource
 import socket
@@ -42,6 +43,7 @@ class Worker:
         assert isinstance(setup, Setup)
         _limit_memory(setup.memory_bytes)
         processor = Processor(setup.settings, setup.limits, setup.vision, setup.font, own_times=setup.own_times)
+        gc.freeze()  # the collector then looks at what tasks make alone
         self._send(Ready())
         while (received := self._receive_or_end()) is not None:
             task, fds = received

@@ -8,6 +8,7 @@ import io
 
 import msgspec
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import ImageFont
 
@@ -136,12 +137,13 @@ class Processor:
 
     def _fill_video(self, plan: VideoPlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
         size: tuple[int, int] | None = None
+        convert = VideoReformatter()
         by_frame = rows.reshape(len(plan.indices), -1, rows.shape[1])
         times = plan.facts.frame_times(self._own_times)
         for wanted, decoded in decode(data, plan.facts, set(plan.indices), self._limits):
             if size is None:  # the first frame decides for all; the number of tokens stays
                 size = plan.size[::-1] if decoded.turn in SIDEWAYS else plan.size
-            image = upright(decoded.frame, decoded.turn)
+            image = upright(decoded.frame, decoded.turn, convert)
             font = ImageFont.truetype(io.BytesIO(self._font), timestamps.font_size(image.width, image.height))
             timestamps.paint(image, times[decoded.index], font)
             first, *others = (place for place, shown in enumerate(plan.indices) if shown == wanted)

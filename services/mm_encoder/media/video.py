@@ -4,6 +4,7 @@ The number of frames and their order come from the packets, not from the header.
 is replaced by the nearest one that can, at most `TOLERANCE` frames away, earlier ones first.
 """
 
+import gc
 import io
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg",
     "protocol_whitelist": "none",
 }
+# Looking at a frame's side data makes a cycle with the frame, so its pixels stay until the collector comes by, which
+# goes by the number of objects and not by their size.
+_COLLECT_EVERY = 16
 # Codecs people send; FFmpeg has hundreds more that nobody tests against hostile input.
 CODECS = frozenset(
     ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv1", "theora", "mjpeg", "gif")
@@ -153,13 +157,15 @@ def _cut_matroska(data: bytes) -> bool:
 
 
 def _open(data: bytes) -> InputContainer:
-    return av.open(io.BytesIO(data), mode="r", options=dict(_OPTIONS))
+    return av.open(io.BytesIO(data), mode="r", options=dict(_OPTIONS), metadata_errors="replace")
 
 
 def _stream(container: InputContainer) -> VideoStream:
     if not container.streams.video:
         raise refuse("The video has no video track.")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise refuse("The video's codec is not known.")
     if stream.codec_context.codec.canonical_name not in CODECS:
         raise refuse(f"Videos of the codec {stream.codec_context.codec.canonical_name} are not supported.")
     return stream
@@ -217,6 +223,8 @@ def _frames(data: bytes, facts: VideoFacts, limits: VideoLimits) -> Iterator[Dec
             for position, frame in enumerate(_decoded(container, _stream(container))):
                 _check_pixels(frame.width, frame.height, limits)
                 turn = transposition(frame, turn)
+                if position % _COLLECT_EVERY == 0:
+                    gc.collect()
                 index = position if order is None else order.get(frame.pts or 0)
                 if index is not None:
                     yield DecodedFrame(index, frame, turn)

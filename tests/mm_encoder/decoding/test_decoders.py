@@ -165,6 +165,13 @@ async def test_a_file_that_takes_too_much_memory_is_refused_by_the_limit() -> No
         await decode(decoders, picture(30, 30))
 
 
+async def test_a_video_of_many_frames_takes_no_more_memory_than_one_of_few() -> None:
+    """Frames go as they have been shown; 60 of them with a scaler each would take a gigabyte for its threads."""
+    async with running(memory=300 << 20) as decoders:
+        made = await decode(decoders, video_bytes(video_frames(60, 360, 640), fps=2), "video")
+    assert made.grid[0] == 60
+
+
 @pytest.mark.parametrize(
     ("data", "kind", "message"),
     [

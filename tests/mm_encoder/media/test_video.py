@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -137,6 +138,52 @@ def test_rows_are_those_of_pillow_resized_frames() -> None:
     assert np.array_equal(patches.rows, np.concatenate(expected))
 
 
+def shown_seconds(data: bytes, own: bool = True) -> list[float]:
+    return list(video.probe(data, LIMITS).frame_times(own))
+
+
+def variable_rate(ticks: list[int]) -> bytes:
+    """Return a video of a frame at each of these tenths of a second, like a phone's or a screen recorder's."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = 120, 160, "yuv420p", Fraction(1, 10)
+        for tick, pixels in zip(ticks, video_frames(len(ticks)), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 10)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+def test_a_variable_rate_shows_the_frames_own_times() -> None:
+    """Ten frames in the first second, then one a second. The reference's formula is seconds off."""
+    ticks = [*range(10), 20, 30, 40, 50]
+    data = variable_rate([tick + 7 for tick in ticks])
+    assert np.allclose(shown_seconds(data), [tick / 10 for tick in ticks])
+    assert abs(shown_seconds(data, own=False)[10] - 2.0) > 0.5
+
+
+@pytest.mark.parametrize(("container", "codec", "pixels"), CONTAINERS)
+def test_a_constant_rate_shows_the_references_times(container: str, codec: str, pixels: str) -> None:
+    data = video_bytes(video_frames(40), container, codec, pixels=pixels, fps=25)
+    assert shown_seconds(data) == shown_seconds(data, own=False)
+
+
+def test_the_painted_time_is_the_frames_own() -> None:
+    """The same pictures at two rates: the frame in the middle differs by its time, and by it alone."""
+    ticks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 50]
+    data = variable_rate(ticks)
+    own = Processor(SMALL, LIMITS, VISION, FONT)
+    reference = Processor(SMALL, LIMITS, VISION, FONT, own_times=False)
+    plan = own.plan(Media("video", "p"), data)
+    assert plan == reference.plan(Media("video", "p"), data)
+    shown, formula = patches_of(own, plan, data), patches_of(reference, plan, data)
+    frames, others = (each.rows.reshape(10, -1) for each in (shown, formula))
+    assert np.array_equal(frames[0], others[0])
+    assert not np.array_equal(frames[9], others[9])
+
+
 def _damaged(frames: int, broken: range) -> bytes:
     """Return a video of key frames of which some are overwritten, found by their place in the file."""
     data = bytearray(video_bytes(video_frames(frames), "avi", "mjpeg", pixels="yuvj420p"))
@@ -253,6 +300,7 @@ def test_signatures_tell_everything_that_changes_patches() -> None:
         processor.signature(Media("video", "p", video=VideoOptions(frames_sample="rand"))),
         Processor(SMALL, LIMITS, VISION, FONT + b"\0").signature(plain),
         Processor(ProcessorSettings(), LIMITS, VISION, FONT).signature(plain),
+        Processor(SMALL, LIMITS, VISION, FONT, own_times=False).signature(plain),
         Processor(ProcessorSettings(image_max_pixels=10**6), LIMITS, VISION, FONT).signature(image),
     ]
     assert len(set(different)) == len(different)
