@@ -9,6 +9,7 @@ FastDeploy drops the transparency.
 import io
 
 import numpy as np
+import pi_heif
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -17,7 +18,9 @@ from services.mm_encoder.media.jpeg import count_scans
 from services.mm_encoder.media.refusal import over_limit, refuse
 
 # Formats people send. Pillow reads more, some through external programs or rarely used parsers.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+
+pi_heif.register_heif_opener()  # which applies the file's own turns and leaves EXIF nothing to turn
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:

@@ -86,6 +86,8 @@ def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
     Raises:
         RequestError: the bytes are not a video, or it has no frames or duration, is truncated, or is over a limit.
     """
+    if data[8:12] == b"WEBP":
+        raise refuse("Animated WebP is not read as a video; GIF and the video formats are.")
     if _cut_matroska(data):
         raise refuse("The video is truncated.")
     try:

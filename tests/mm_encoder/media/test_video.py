@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media_files import noise, patches_of, video_bytes, video_frames, wav_bytes
+from media_files import image_bytes, noise, patches_of, video_bytes, video_frames, wav_bytes
 from oracle import Model  # noqa: F401 - makes transformers importable
 from PIL import Image, ImageFont
 from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import Ernie4_5_VLMoeVideoProcessor
@@ -76,6 +76,21 @@ def test_an_odd_number_of_frames_repeats_the_last() -> None:
     frames = patches.rows.reshape(t, h * w, -1)
     assert np.array_equal(frames[4], frames[5])
     assert not np.array_equal(frames[3], frames[4])
+
+
+def test_one_frame_is_shown_twice() -> None:
+    plan, patches = process(video_bytes(video_frames(1)))
+    assert plan.indices == [0, 0]
+    t, h, w = patches.grid
+    frames = patches.rows.reshape(t, h * w, -1)
+    assert t == 2
+    assert np.array_equal(frames[0], frames[1])
+
+
+def test_a_title_that_is_not_utf8_is_no_matter() -> None:
+    data = video_bytes(video_frames(4), "webm", "libvpx")
+    assert b"Lavf" in data
+    assert process(data.replace(b"Lavf", b"L\xe9vf"))[0].facts.frames == 4
 
 
 def test_options_of_one_video_override_the_server() -> None:
@@ -225,6 +240,11 @@ def _cut(part: float, container: str, codec: str, **options: str) -> bytes:
     return data[: int(len(data) * part)]
 
 
+def animated_webp() -> bytes:
+    frames = [Image.fromarray(pixels) for pixels in video_frames(4)]
+    return image_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+
+
 def _without_fragments() -> bytes:
     """Return an MP4 with a video track and none of its frames."""
     data = video_bytes(video_frames(4), "mp4", "mpeg4", options={"movflags": "frag_keyframe+empty_moov"})
@@ -242,6 +262,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "webm cut": (lambda: _cut(0.75, "webm", "libvpx"), "truncated"),
     "avi cut": (lambda: _cut(0.75, "avi", "mpeg4"), "truncated"),
     "no frames": (_without_fragments, "no frames"),
+    "animated WebP": (lambda: animated_webp(), "Animated WebP"),
     "sound only": (lambda: wav_bytes(), "can be read"),
     "narrow": (lambda: video_bytes(video_frames(4, 8, 160), "avi", "mpeg4"), "at least 10 pixels"),
 }
