@@ -155,13 +155,19 @@ def build(
     )
 
 
+# By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,
+# a third of the time. So decoders keep up to 128 MB.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+
+
 def _decoders_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of decoder processes: our path, none of our settings, and one thread for numpy's products.
 
     They search our path and not the working directory, where they might find other packages of the same names.
     """
     others = {name: value for name, value in environ.items() if not name.startswith(config.PREFIX)}
-    return {**others, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**others, **_KEEP_MEMORY, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _device(wanted: str) -> str:

@@ -26,6 +26,7 @@ from shared.messages import Media, MediaKind
 SLICE_S = 2  # of computing, in the quick lane
 QUICK_WORK = 200_000_000  # pixels to decode; what has more begins in the slow lane
 FASTEST = 1_500_000_000  # pixels a second; decoders of real pictures make 20 to 600 million
+SMALL_BYTES = 1 << 20  # copied faster than a thread is found for it
 
 _log = logger(__name__)
 
@@ -136,7 +137,8 @@ class Decoders:
         await self._slow.close()
 
     async def _with_file(self, task: Task, limit: TimeLimit, data: bytes, *others: int) -> Reply:
-        fd = await asyncio.to_thread(shared_memory.create_with, data)
+        small = len(data) <= SMALL_BYTES
+        fd = shared_memory.create_with(data) if small else await asyncio.to_thread(shared_memory.create_with, data)
         try:
             return _checked(await self._in_time(task, limit, [fd, *others]))
         finally:
