@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from cli.tether import tethered
 from shared.errors import ConfigError
+from shared.tether import tethered
 
 OLDEST = (7, 0)
 START_S = 60.0  # it may have a large file to load

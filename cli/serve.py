@@ -19,11 +19,11 @@ from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
 from cli.redis_server import RedisServer
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
-from cli.tether import tethered
 from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD
+from shared.tether import tethered
 from shared.version import millrace_version
 
 # A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.

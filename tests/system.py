@@ -90,8 +90,8 @@ class System:
             time.sleep(LOOK_S)
 
     def kill_child(self, words: str) -> None:
-        """kill -9 the one child whose command line has `words` in it."""
-        [pid] = [pid for pid, command in self._children() if words in command]
+        """kill -9 the one child whose command line has `words` in it. A service's own children are not among them."""
+        [pid] = [pid for pid, command in self._children() if words in command and ".decoding" not in command]
         os.kill(pid, signal.SIGKILL)
 
     def signal(self, number: signal.Signals) -> None:

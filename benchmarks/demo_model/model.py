@@ -16,7 +16,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock, Ernie4_5_VLMoeRMSNorm
 
 from benchmarks.demo_model.batches import Batch
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, normalise
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
+from services.mm_encoder.vision.normalise import normalise
 
 Model = Ernie4_5_VLMoeForConditionalGeneration
 

@@ -10,6 +10,7 @@ from shared.metrics import at_zero, observed, value
 from shared.rates import Recent
 
 Stage = Literal["fetch", "plan", "decode", "tower", "store"]
+DecoderEnd = Literal["time", "crash"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -33,6 +34,13 @@ class Metrics:
         self._requests = Counter(
             "millrace_mm_requests", "Requests that left this stage, by outcome", ["outcome"], registry=registry
         )
+        self._ends = Counter(
+            "millrace_mm_decoder_ends",
+            "Decoder processes ended by what they decoded, by reason: over its time, or crashed",
+            ["reason"],
+            registry=registry,
+        )
+        at_zero(self._ends, *get_args(DecoderEnd))
         self._seconds = Histogram(
             "millrace_mm_stage_seconds",
             "Seconds of one step of one image or video",
@@ -58,6 +66,10 @@ class Metrics:
     def count_fetched(self, size: int) -> None:
         """Count the bytes of one download."""
         self._bytes.inc(size)
+
+    def count_decoder_end(self, reason: DecoderEnd) -> None:
+        """Count a file over its time, or a crash of a decoder process."""
+        self._ends.labels(reason).inc()
 
     def count_media(self, kind: MediaKind, hit: bool) -> None:
         """Count an image or video of a request that passed all checks."""

@@ -1,15 +1,15 @@
 """Preparation of a request's media: bytes, then sizes, then pixels. All checks that can answer 4xx are made here."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar
 
+from services.mm_encoder.decoding.decoders import Decoders
 from services.mm_encoder.media.fetch import Fetcher
 from services.mm_encoder.media.patches import Patches
-from services.mm_encoder.media.processor import Plan, Processor
+from services.mm_encoder.media.processor import ImagePlan, Processor, VideoPlan
 from services.mm_encoder.media.refusal import named, over_limit
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prompt import Embedded, text_tokens
@@ -20,7 +20,6 @@ from shared.limits import resolve_max_tokens
 from shared.messages import Encode, Media
 
 T = TypeVar("T")
-Args = TypeVarTuple("Args")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,8 @@ class Source:
     media: Media
     key: str
     found: Embedded | None
-    plan: Plan | None  # None if `found`
+    plan: ImagePlan | VideoPlan | None  # None if `found`
+    data: bytes = field(repr=False)  # empty if `found`
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +48,32 @@ class Preparer:
         self,
         *,
         processor: Processor,
+        decoders: Decoders,
         fetcher: Fetcher,
         blobs: Blobs,
         embeds: Embeds,
         identity: bytes,
         metrics: Metrics,
-        threads: int,
         max_bytes: int,
         max_request_bytes: int,
         max_model_len: int,
     ) -> None:
         self._processor = processor
+        self._decoders = decoders
+        self._starting: asyncio.Task[None] | None = None
         self._fetcher = fetcher
         self._blobs = blobs
         self._embeds = embeds
         self._identity = identity
         self._metrics = metrics
-        self._threads = ThreadPoolExecutor(threads, "preprocess")
         self._max_bytes = max_bytes
         self._max_request_bytes = max_request_bytes
         self._max_model_len = max_model_len
         self._decoding: SingleFlight[Patches] = SingleFlight()
+
+    def start(self) -> None:
+        """Start a decoder beside whatever else starts. If it cannot start, the first request says so."""
+        self._starting = asyncio.create_task(self._decoders.start())
 
     async def prepare(self, message: Encode) -> tuple[list[Prepared], int]:
         """Return the media in order, and the most tokens to generate. Pixels are decoded only if the prompt fits.
@@ -84,19 +89,22 @@ class Preparer:
 
     async def close(self) -> None:
         await self._decoding.close()
-        self._threads.shutdown()
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._decoders.close()
 
     async def _source(self, media: Media, received: "_Received") -> Source:
         try:
             data = await self._bytes(media)
             received.add(len(data))
             signature = self._processor.signature(media)
-            key = await self._in_thread(content_key, data, signature, self._identity)
+            key = await asyncio.to_thread(content_key, data, signature, self._identity)
             found = await self._embeds.find(media.kind, key)
             if found is not None:
-                return Source(media, key, found, None)
+                return Source(media, key, found, None, b"")
             with self._metrics.stage("plan"):
-                return Source(media, key, None, await self._in_thread(self._processor.plan, media, data))
+                return Source(media, key, None, await self._decoders.plan(media, data), data)
         except RequestError as error:
             raise named(error, media.param) from error
 
@@ -119,17 +127,14 @@ class Preparer:
             assert source.found is not None, "a source is found or planned"
             return Prepared(source.found, None)
         try:
-            patches = await self._decoding.join(source.key, partial(self._patches, source.plan))
+            patches = await self._decoding.join(source.key, partial(self._patches, source.plan, source.data))
         except RequestError as error:
             raise named(error, source.media.param) from error
         return Prepared(Embedded(source.media.kind, source.key, patches.grid, source.plan.tokens), patches)
 
-    async def _patches(self, plan: Plan) -> Patches:
+    async def _patches(self, plan: ImagePlan | VideoPlan, data: bytes) -> Patches:
         with self._metrics.stage("decode"):
-            return await self._in_thread(self._processor.patches, plan)
-
-    async def _in_thread(self, function: Callable[[*Args], T], *args: *Args) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+            return await self._decoders.patches(plan, data)
 
 
 class _Received:

@@ -51,6 +51,7 @@ class MmEncoder:
 
     async def startup(self) -> None:
         self._batcher.start()
+        self._preparer.start()
         await retry_until_available("release locks", self._encode_locks.release_own)
         await self._consumer.join()
         self._background = asyncio.create_task(self._run_background(), name="mm_encoder background")

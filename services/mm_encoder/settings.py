@@ -25,7 +25,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
     concurrency: Positive = 8  # requests in flight
-    preprocess_threads: Positive = 2  # threads that decode and resize
+    preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a batch is taken to hang; 0: no bound
     media_max_bytes: Positive = 256 << 20  # the largest image or video
@@ -36,7 +36,10 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     media_allow_networks: tuple[str, ...] = ()  # CIDRs that media may be fetched from although they are not global
     video_max_seconds: Seconds = 3600.0  # the longest video, by its playing time
     video_max_frames: Positive = 216_000  # the most in a file; mm_processor_kwargs says how many the model sees
-    video_decode_s: Seconds = 120.0  # the longest that decoding one video may take
+    image_decode_s: Seconds = 20.0  # the longest that decoding one image may compute
+    video_decode_s: Seconds = 120.0  # the longest that decoding one video may compute, over all its threads
+    video_own_times: bool = True  # frames of a variable rate show their own times; false: as FastDeploy, by the average
+    decoder_memory_bytes: Positive = 2 << 30  # the most memory of a process that decodes, besides the result
 
     def largest_pass(self, vision: VisionConfig) -> int:
         """Return the number of patches in the largest pass of the vision tower."""

@@ -21,7 +21,8 @@ from benchmarks.demo_model.evaluate import PROCESSOR, widened
 from benchmarks.demo_model.prompt import Encoder
 from benchmarks.demo_model.questions import Question, questions
 from benchmarks.demo_model.sample import Sample
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, normalise
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
+from services.mm_encoder.vision.normalise import normalise
 
 CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
 PER_SET = int(os.environ.get("DEMO_QUESTIONS", "4"))

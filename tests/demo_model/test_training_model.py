@@ -13,7 +13,8 @@ from benchmarks.demo_model.batches import collate
 from benchmarks.demo_model.config import hub_config
 from benchmarks.demo_model.model import answer_logits, build
 from benchmarks.demo_model.prompt import Encoded, Encoder
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, normalise
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
+from services.mm_encoder.vision.normalise import normalise
 
 
 @pytest.fixture(scope="module")

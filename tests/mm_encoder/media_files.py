@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.media.processor import ImagePlan, Processor, VideoPlan
+
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
     shape = (height, width, channels) if channels > 1 else (height, width)
@@ -18,6 +21,12 @@ def image_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> byt
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def patches_of(processor: Processor, plan: ImagePlan | VideoPlan, data: bytes) -> Patches:
+    """Return what a decoder process makes of a file, made in this one."""
+    rows = np.empty(plan.rows, np.uint8)
+    return Patches(rows, processor.fill(plan, data, rows))
 
 
 def picture(height: int, width: int, kind: str = "PNG", seed: int = 0) -> bytes:

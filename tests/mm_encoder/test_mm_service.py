@@ -10,14 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from loopback import running_site
 from machine import PATIENCE_S
 from media_files import picture, video_bytes, video_frames
 from oracle import Model, save_with_transformers
-from PIL import Image
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from torch import Tensor
@@ -26,11 +24,13 @@ from cli.redis_server import RedisServer
 from services.mm_encoder.__main__ import build
 from services.mm_encoder.handler import SERVICE
 from services.mm_encoder.media.image import open_image, resized, rgb_pixels
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, normalise, patch_rows
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, patch_rows
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.resize import smart_resize
 from services.mm_encoder.service import MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.store.cache import content_key
+from services.mm_encoder.vision.normalise import normalise
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -657,12 +657,12 @@ async def test_a_bug_costs_one_request(bench: Bench, monkeypatch: pytest.MonkeyP
     """Whatever is raised that nobody foresaw: a 500 without its text, and the service goes on."""
     good, bad = picture(60, 60), picture(61, 61)
 
-    def planted(image: Image.Image, height: int, width: int) -> np.ndarray:
-        if image.width == 61:
+    def planted(data: bytes, *others: bytes) -> str:
+        if data == bad:
             raise ZeroDivisionError("secret detail")
-        return resized(image, height, width)
+        return content_key(data, *others)
 
-    monkeypatch.setattr("services.mm_encoder.media.processor.resized", planted)
+    monkeypatch.setattr("services.mm_encoder.prepare.content_key", planted)
     async with bench.running():
         await bench.submit("bad", [good, bad])
         failure = await bench.refused()

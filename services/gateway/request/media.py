@@ -4,19 +4,30 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
+from urllib.parse import unquote
 
 import msgspec
 
 from services.gateway.request.conversation import FilePart, ImagePart, MediaPart, VideoPart, VideoURL
+from services.gateway.request.media_kind import kind_of
 from services.gateway.request.schemas import ChatRequest
 from shared.errors import invalid
 from shared.messages import MediaKind, VideoOptions
 
 MAX_URL_CHARS = 8192
 
-_DATA = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?P<params>(?:;[\w.+-]+=[\w.+-]*)*);base64,", re.IGNORECASE)
+_MAX_HEAD_CHARS = 300  # of a data URL, up to its comma
+# Deleted: what folds lines. Replaced: the alphabet of URLs and file names (RFC 4648, section 5).
+_FOLDS, _URL_SAFE = b" \t\r\n\f\v", bytes.maketrans(b"-_", b"+/")
 # Excludes everything that URL parsers disagree on: backslashes, spaces, control characters.
 _LINK = re.compile(r"https?://[^\s\\\x00-\x20\x7f]+", re.IGNORECASE)
+
+
+class DataURL(msgspec.Struct, frozen=True):
+    """Data URL in two parts. The type may be missing or wrong: it is read for the kind of a file part alone."""
+
+    media_type: str  # in lower case
+    start: int  # of the base64
 
 
 class MediaItem(msgspec.Struct, frozen=True):
@@ -75,10 +86,16 @@ class MediaRules(msgspec.Struct, frozen=True):
         return self._with_source(MediaItem("video", path, "video_url", video=_video_options(video)), video.url)
 
     def _read_file(self, part: FilePart, path: str) -> MediaItem:
-        """Read a file part. Its media type decides the kind; a link has none of its own, so `format` must give it."""
+        """Read a file part. Its media type decides the kind; a link has none of its own, so `format` must give it.
+
+        Bytes of an unknown type decide by themselves.
+        """
         source = part.file.file_data or part.file.file_id or ""
-        data = _DATA.match(source)
-        major = (data["type"] if data else part.file.format or "").lower().partition("/")[0]
+        data = _data_url(source)
+        major = (data.media_type if data else (part.file.format or "").lower()).partition("/")[0]
+        if data and major not in ("image", "video"):
+            unknown = self._with_source(MediaItem("image", path, "file"), source)
+            major = kind_of(unknown.data or b"") or ""
         if major == "image":
             return self._with_source(MediaItem("image", path, "file"), source)
         if major == "video":
@@ -99,24 +116,54 @@ class MediaRules(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(item, url=url)
 
     def _decode_upload(self, kind: MediaKind, url: str, where: str) -> bytes:
-        head = _DATA.match(url)
+        head = _data_url(url)
         if head is None:
             raise invalid(f"`{where}` is not a data URL of the form data:{kind}/...;base64,...", where)
-        if not head["type"].lower().startswith(f"{kind}/"):
-            raise invalid(f"`{where}` has the media type {head['type']:.100}; it must be {kind}/*.", where)
-        # Checked before decoding: four characters of base64 are three bytes.
-        size = (len(url) - head.end()) // 4 * 3
-        if size > self.max_bytes + 2:
+        # Checked before decoding: four characters of base64 are three bytes. Folds may add to them.
+        size = (len(url) - head.start) // 4 * 3
+        if size > 2 * (self.max_bytes + 2):
             raise invalid(f"`{where}` has about {size} bytes; the limit is {self.max_bytes}.", where)
         try:
-            data = base64.b64decode(url[head.end() :], validate=True)
+            data = _decode_base64(url[head.start :])
         except (binascii.Error, ValueError) as error:
             raise invalid(f"`{where}` is not valid base64: {error}.", where) from None
         if not data:
             raise invalid(f"`{where}` is empty.", where)
         if len(data) > self.max_bytes:
             raise invalid(f"`{where}` has {len(data)} bytes; the limit is {self.max_bytes}.", where)
+        if _is_of_another_kind(kind, head.media_type, data):
+            raise invalid(f"`{where}` has the media type {head.media_type:.100}; it must be {kind}/*.", where)
         return data
+
+
+def _data_url(url: str) -> DataURL | None:
+    """Return the parts of a data URL of base64, None if it is none."""
+    comma = url.find(",", 0, _MAX_HEAD_CHARS)
+    scheme, _, head = url[: max(comma, 0)].partition(":")
+    media_type, *parameters = (part.strip().lower() for part in head.split(";"))
+    if scheme.lower() != "data" or parameters[-1:] != ["base64"]:
+        return None
+    return DataURL(media_type, comma + 1)
+
+
+def _is_of_another_kind(kind: MediaKind, media_type: str, data: bytes) -> bool:
+    """Return True if the type names the other kind and the bytes do not say otherwise. A GIF may be either."""
+    other = "video/" if kind == "image" else "image/"
+    return media_type.startswith(other) and kind_of(data) != kind and not data.startswith(b"GIF8")
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 as encoders write it: folded or not, in either alphabet, escaped as in URLs, with padding or not.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:  # seldom, so that the usual case is one pass
+        plain = (unquote(text) if "%" in text else text).encode("ascii", "strict")
+    digits = plain.translate(_URL_SAFE, _FOLDS).rstrip(b"=")
+    return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
 
 
 def _video_options(video: VideoURL) -> VideoOptions:

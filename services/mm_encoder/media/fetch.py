@@ -196,9 +196,10 @@ def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
         raise refuse("The media's URL is malformed.")
     try:
         url = httpx.URL(text) if base is None else base.join(text)
-    except httpx.InvalidURL as error:
+        usable = url.scheme in ("http", "https") and bool(url.host)
+    except (httpx.InvalidURL, ValueError) as error:  # ValueError: the host is no name in any alphabet
         raise refuse("The media's URL is malformed.") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if not usable:
         raise refuse("The media's URL must start with http:// or https:// and name a host.")
     if url.port is not None and not 0 < url.port < 65536:
         raise refuse("The media's URL is malformed.")

@@ -9,14 +9,18 @@ FastDeploy drops the transparency.
 import io
 
 import numpy as np
+import pi_heif
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from services.mm_encoder.media import grey
+from services.mm_encoder.media.jpeg import count_scans
 from services.mm_encoder.media.refusal import over_limit, refuse
 
 # Formats people send. Pillow reads more, some through external programs or rarely used parsers.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+
+pi_heif.register_heif_opener()  # which applies the file's own turns and leaves EXIF nothing to turn
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
@@ -37,6 +41,15 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         what = f"The image's {image.width} x {image.height} pixels"
         raise over_limit(what, "media_max_pixels", max_pixels)
     return image
+
+
+def decoding_work(image: Image.Image, data: bytes) -> int:
+    """Return the pixels that decoding an opened image goes through: each scan of a JPEG goes through all of them.
+
+    Raises:
+        RequestError: a JPEG has more scans than any encoder writes.
+    """
+    return image.width * image.height * (count_scans(data) if image.format == "JPEG" else 1)
 
 
 def rgb_pixels(image: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ import struct
 
 from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from PIL.Image import Transpose
 
@@ -24,9 +25,9 @@ def transposition(frame: VideoFrame, before: Transpose | None) -> Transpose | No
     return _transposition(*_MATRIX.unpack(bytes(matrix))) if isinstance(matrix, SideData) else before
 
 
-def upright(frame: VideoFrame, turn: Transpose | None) -> Image.Image:
-    """Return a frame's RGB pixels, turned."""
-    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+def upright(frame: VideoFrame, turn: Transpose | None, convert: VideoReformatter) -> Image.Image:
+    """Return a frame's RGB pixels, turned. `convert` is the video's: one a frame would start threads for each."""
+    image: Image.Image = convert.reformat(frame, format="rgb24", threads=1).to_image()  # type: ignore[no-untyped-call]
     return image if turn is None else image.transpose(turn)
 
 

@@ -1,22 +1,22 @@
-"""Bytes of one image or video to patches, in two steps: `plan` reads headers and counts the tokens, `patches` decodes.
+"""Bytes of one image or video to patches, in two steps: `plan` reads headers and counts the tokens, `fill` decodes.
 
 A request that cannot fit is refused between the two, before any pixel is decoded.
 """
 
 import hashlib
 import io
-from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 from services.mm_encoder.media import frames as sampling
 from services.mm_encoder.media import timestamps
-from services.mm_encoder.media.image import open_image, resized, rgb_pixels
+from services.mm_encoder.media.image import decoding_work, open_image, resized, rgb_pixels
 from services.mm_encoder.media.orientation import SIDEWAYS, upright
-from services.mm_encoder.media.patches import Patches, patch_rows
+from services.mm_encoder.media.patches import Grid, fill_rows
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.refusal import refuse
 from services.mm_encoder.media.resize import smart_resize
@@ -25,41 +25,52 @@ from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
 
 # Part of the cache key. Raise it when the same bytes give other patches than before.
-REVISION = 3
+REVISION = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ImagePlan:
+class Plan(msgspec.Struct, frozen=True):
+    """Size of an image or video after processing, from its headers."""
+
+    tokens: int
+    rows: tuple[int, int]  # shape of its patches
+    work: int  # pixels to decode, those of every scan and frame
+
+
+class ImagePlan(Plan, frozen=True, tag=True):
     """Image whose header has been read."""
 
-    image: Image.Image
-    tokens: int
 
-
-@dataclass(frozen=True, slots=True)
-class VideoPlan:
+class VideoPlan(Plan, frozen=True, tag=True):
     """Video whose packets have been counted."""
 
-    data: bytes = field(repr=False)
     facts: VideoFacts
     indices: list[int]  # even in number: the last is repeated if need be
     size: tuple[int, int]  # height and width after resizing, before the frames are turned
-    tokens: int
-
-
-Plan = ImagePlan | VideoPlan
 
 
 class Processor:
-    """FastDeploy's preprocessing for one model and one set of settings. Thread-safe."""
+    """FastDeploy's preprocessing for one model and one set of settings.
 
-    def __init__(self, settings: ProcessorSettings, limits: VideoLimits, vision: VisionConfig, font: bytes) -> None:
+    If `own_times`, the frames of a video of variable rate show their own times; else the reference's, by the average.
+    """
+
+    def __init__(
+        self,
+        settings: ProcessorSettings,
+        limits: VideoLimits,
+        vision: VisionConfig,
+        font: bytes,
+        *,
+        own_times: bool = True,
+    ) -> None:
         self._settings = settings
         self._limits = limits
         self._patch = vision.patch_size
+        self._channels = vision.in_channels
         self._merge = vision.spatial_merge_size
         self._temporal = vision.temporal_merge_size
         self._font = font
+        self._own_times = own_times
         self._font_hash = hashlib.sha256(font).hexdigest()
 
     def signature(self, media: Media) -> bytes:
@@ -73,35 +84,37 @@ class Processor:
             return _canonical(REVISION, "image", settings.image_min_pixels, settings.image_max_pixels)
         frames = self._sampling(media.video)
         pixels = settings.video_min_pixels, settings.video_max_pixels
-        return _canonical(REVISION, "video", *pixels, frames, self._font_hash)
+        return _canonical(REVISION, "video", *pixels, frames, self._own_times, self._font_hash)
 
-    def plan(self, media: Media, data: bytes) -> Plan:
+    def plan(self, media: Media, data: bytes) -> ImagePlan | VideoPlan:
         """Read the headers of `media`.
 
         Raises:
             RequestError: the media cannot be used, or is over a limit.
         """
-        return self._plan_image(media, data) if media.kind == "image" else self._plan_video(media, data)
+        return self._plan_image(data) if media.kind == "image" else self._plan_video(media, data)
 
-    def patches(self, plan: Plan) -> Patches:
-        """Decode the media of `plan`.
+    def fill(self, plan: ImagePlan | VideoPlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
+        """Decode the media of `plan` into `rows`, which have the plan's shape; return the grid of patches.
 
         Raises:
             RequestError: the media is truncated or broken.
         """
-        return self._image(plan) if isinstance(plan, ImagePlan) else self._video(plan)
+        if isinstance(plan, ImagePlan):
+            return self._fill_image(data, rows)
+        return self._fill_video(plan, data, rows)
 
-    def _plan_image(self, media: Media, data: bytes) -> ImagePlan:
+    def _plan_image(self, data: bytes) -> ImagePlan:
         image = open_image(data, self._limits.max_pixels)
         # EXIF may swap the sides; the number of tokens stays.
-        height, width = self._image_size(image.height, image.width)
-        return ImagePlan(image, self._tokens(1, height, width))
+        size = self._image_size(image.height, image.width)
+        return ImagePlan(self._tokens(1, *size), self._shape(1, *size), decoding_work(image, data))
 
-    def _image(self, plan: ImagePlan) -> Patches:
-        image = rgb_pixels(plan.image)
+    def _fill_image(self, data: bytes, rows: NDArray[np.uint8]) -> Grid:
+        image = rgb_pixels(open_image(data, self._limits.max_pixels))
         height, width = self._image_size(image.height, image.width)
-        rows = patch_rows(resized(image, height, width), self._patch, self._merge)
-        return Patches(rows, (1, height // self._patch, width // self._patch))
+        fill_rows(rows, resized(image, height, width), self._patch, self._merge)
+        return 1, height // self._patch, width // self._patch
 
     def _plan_video(self, media: Media, data: bytes) -> VideoPlan:
         frames = self._sampling(media.video)
@@ -118,25 +131,26 @@ class Processor:
             raise refuse("The video is too short: no frame would be shown.")
         indices += indices[-1:] * (-len(indices) % self._temporal)
         size = self._video_size(facts.height, facts.width)
-        return VideoPlan(data, facts, indices, size, self._tokens(len(indices), *size))
+        tokens, shape = self._tokens(len(indices), *size), self._shape(len(indices), *size)
+        work = (max(indices) + 1) * facts.width * facts.height
+        return VideoPlan(tokens, shape, work, facts, indices, size)
 
-    def _video(self, plan: VideoPlan) -> Patches:
-        height, width = plan.size
-        rows: NDArray[np.uint8] | None = None
-        for wanted, decoded in decode(plan.data, plan.facts, set(plan.indices), self._limits):
-            if rows is None and decoded.turn in SIDEWAYS:
-                height, width = width, height  # the number of tokens stays
-            image = upright(decoded.frame, decoded.turn)
-            size = timestamps.font_size(image.width, image.height)
-            seconds = decoded.index * plan.facts.seconds / plan.facts.frames
-            timestamps.paint(image, seconds, ImageFont.truetype(io.BytesIO(self._font), size))
-            one = patch_rows(resized(image, height, width), self._patch, self._merge)
-            if rows is None:
-                rows = np.empty((len(plan.indices), *one.shape), np.uint8)
-            rows[[place for place, shown in enumerate(plan.indices) if shown == wanted]] = one
-        assert rows is not None, "decode yields every wanted frame or raises"
-        grid = (len(plan.indices), height // self._patch, width // self._patch)
-        return Patches(rows.reshape(-1, rows.shape[2]), grid)
+    def _fill_video(self, plan: VideoPlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
+        size: tuple[int, int] | None = None
+        convert = VideoReformatter()
+        by_frame = rows.reshape(len(plan.indices), -1, rows.shape[1])
+        times = plan.facts.frame_times(self._own_times)
+        for wanted, decoded in decode(data, plan.facts, set(plan.indices), self._limits):
+            if size is None:  # the first frame decides for all; the number of tokens stays
+                size = plan.size[::-1] if decoded.turn in SIDEWAYS else plan.size
+            image = upright(decoded.frame, decoded.turn, convert)
+            font = ImageFont.truetype(io.BytesIO(self._font), timestamps.font_size(image.width, image.height))
+            timestamps.paint(image, times[decoded.index], font)
+            first, *others = (place for place, shown in enumerate(plan.indices) if shown == wanted)
+            fill_rows(by_frame[first], resized(image, *size), self._patch, self._merge)
+            by_frame[others] = by_frame[first]
+        assert size is not None, "decode yields every wanted frame or raises"
+        return len(plan.indices), size[0] // self._patch, size[1] // self._patch
 
     def _sampling(self, options: VideoOptions) -> sampling.FrameSampling:
         try:
@@ -155,6 +169,10 @@ class Processor:
             return smart_resize(height, width, factor=self._patch * self._merge, min_pixels=low, max_pixels=high)
         except ValueError as error:
             raise refuse(f"{error}.") from error
+
+    def _shape(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        patches = frames * (height // self._patch) * (width // self._patch)
+        return patches, self._channels * self._patch**2
 
     def _tokens(self, frames: int, height: int, width: int) -> int:
         step = self._patch * self._merge

@@ -4,12 +4,13 @@ The number of frames and their order come from the packets, not from the header.
 is replaced by the nearest one that can, at most `TOLERANCE` frames away, earlier ones first.
 """
 
+import gc
 import io
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import av
+import msgspec
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -25,35 +26,49 @@ _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg",
     "protocol_whitelist": "none",
 }
+# Looking at a frame's side data makes a cycle with the frame, so its pixels stay until the collector comes by, which
+# goes by the number of objects and not by their size.
+_COLLECT_EVERY = 16
 # Codecs people send; FFmpeg has hundreds more that nobody tests against hostile input.
 CODECS = frozenset(
     ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv1", "theora", "mjpeg", "gif")
 )
 
 
-@dataclass(frozen=True, slots=True)
-class VideoLimits:
+class VideoLimits(msgspec.Struct, frozen=True):
     """Limits of a video; see `MmEncoderSettings`."""
 
     max_pixels: int
     max_seconds: float
     max_frames: int
-    decode_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class VideoFacts:
+class VideoFacts(msgspec.Struct, frozen=True):
     """Facts from one pass over the packets."""
 
     width: int
     height: int
     frames: int
     fps: float  # average
-    order: dict[int, int] | None  # presentation timestamp -> frame index; None: frames come in order, uncounted gaps
+    times: tuple[int, ...] | None  # presentation timestamps, ascending; None: frames come in order, uncounted gaps
+    tick_s: float  # the unit of `times`
 
     @property
     def seconds(self) -> float:
         return self.frames / self.fps
+
+    def frame_times(self, own: bool) -> Sequence[float]:
+        """Return each frame's time in seconds from the first frame's: its number over the average rate.
+
+        If `own`, a video of variable rate has its frames' own times. A rate is constant if they differ from the formula
+        by at most half a frame, which they do by rounding.
+        """
+        formula = [index * self.seconds / self.frames for index in range(self.frames)]
+        if not own or self.times is None:
+            return formula
+        stored = [(time - self.times[0]) * self.tick_s for time in self.times]
+        variable = any(abs(one - other) > 0.5 / self.fps for one, other in zip(stored, formula, strict=True))
+        return stored if variable else formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +86,15 @@ def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
     Raises:
         RequestError: the bytes are not a video, or it has no frames or duration, is truncated, or is over a limit.
     """
+    if data[8:12] == b"WEBP":
+        raise refuse("Animated WebP is not read as a video; GIF and the video formats are.")
     if _cut_matroska(data):
         raise refuse("The video is truncated.")
     try:
         with _open(data) as container:
             return _facts(container, _stream(container), limits)
+    except MemoryError:
+        raise
     except av.FFmpegError as error:
         raise refuse("This is not a video that can be read.") from error
 
@@ -88,11 +107,10 @@ def decode(
     Raises:
         RequestError: neither a wanted frame nor a neighbour decodes, or a limit is exceeded.
     """
-    deadline = time.monotonic() + limits.decode_s
     decoded: set[int] = set()
     found: set[int] = set()
     last = max(wanted)
-    for frame in _frames(data, facts, limits, deadline):
+    for frame in _frames(data, facts, limits):
         decoded.add(frame.index)
         if frame.index in wanted and frame.index not in found:
             found.add(frame.index)
@@ -100,16 +118,16 @@ def decode(
         if frame.index >= last and len(found) == len(wanted):
             return
     sources = {index: _neighbour(index, decoded) for index in set(wanted) - found}
-    yield from _replaced(data, facts, sources, limits, deadline)
+    yield from _replaced(data, facts, sources, limits)
 
 
 def _replaced(
-    data: bytes, facts: VideoFacts, sources: dict[int, int], limits: VideoLimits, deadline: float
+    data: bytes, facts: VideoFacts, sources: dict[int, int], limits: VideoLimits
 ) -> Iterator[tuple[int, DecodedFrame]]:
     """Decode a second time for the neighbours of undecodable frames; only damaged videos pay for it."""
     if not sources:
         return
-    for frame in _frames(data, facts, limits, deadline):
+    for frame in _frames(data, facts, limits):
         for missing in [wanted for wanted, source in sources.items() if source == frame.index]:
             del sources[missing]
             yield missing, frame
@@ -141,13 +159,15 @@ def _cut_matroska(data: bytes) -> bool:
 
 
 def _open(data: bytes) -> InputContainer:
-    return av.open(io.BytesIO(data), mode="r", options=dict(_OPTIONS))
+    return av.open(io.BytesIO(data), mode="r", options=dict(_OPTIONS), metadata_errors="replace")
 
 
 def _stream(container: InputContainer) -> VideoStream:
     if not container.streams.video:
         raise refuse("The video has no video track.")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise refuse("The video's codec is not known.")
     if stream.codec_context.codec.canonical_name not in CODECS:
         raise refuse(f"Videos of the codec {stream.codec_context.codec.canonical_name} are not supported.")
     return stream
@@ -171,7 +191,8 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
         raise refuse("The video has no frames.")
     if "mov" in container.format.name and packets < stream.frames:
         raise refuse(f"The video is truncated: {packets} of {stream.frames} frames are there.")
-    facts = VideoFacts(stream.width, stream.height, len(times), _rate(stream, times), _order(times))
+    tick_s = float(stream.time_base or 0)
+    facts = VideoFacts(stream.width, stream.height, len(times), _rate(stream, times), _ordered(times), tick_s)
     if facts.seconds > limits.max_seconds:
         raise over_limit("The video's duration in seconds", "video_max_seconds", limits.max_seconds)
     return facts
@@ -188,26 +209,29 @@ def _rate(stream: VideoStream, times: list[int | None]) -> float:
     return (len(known) - 1) / span
 
 
-def _order(times: list[int | None]) -> dict[int, int] | None:
+def _ordered(times: list[int | None]) -> tuple[int, ...] | None:
     known = [time for time in times if time is not None]
     if len(known) < len(times) or len(set(known)) < len(known):
         return None
-    return {time: index for index, time in enumerate(sorted(known))}
+    return tuple(sorted(known))
 
 
-def _frames(data: bytes, facts: VideoFacts, limits: VideoLimits, deadline: float) -> Iterator[DecodedFrame]:
+def _frames(data: bytes, facts: VideoFacts, limits: VideoLimits) -> Iterator[DecodedFrame]:
     """Yield every frame that decodes."""
     turn: Transpose | None = None
+    order = None if facts.times is None else {time: index for index, time in enumerate(facts.times)}
     try:
         with _open(data) as container:
             for position, frame in enumerate(_decoded(container, _stream(container))):
-                if time.monotonic() > deadline:
-                    raise over_limit("The time to decode the video", "video_decode_s", limits.decode_s)
                 _check_pixels(frame.width, frame.height, limits)
                 turn = transposition(frame, turn)
-                index = position if facts.order is None else facts.order.get(frame.pts or 0)
+                if position % _COLLECT_EVERY == 0:
+                    gc.collect()
+                index = position if order is None else order.get(frame.pts or 0)
                 if index is not None:
                     yield DecodedFrame(index, frame, turn)
+    except MemoryError:
+        raise
     except av.FFmpegError as error:
         raise refuse("The video's data is broken and cannot be decoded.") from error
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.mm_encoder.media.patches import Grid, Patches, normalise
+from services.mm_encoder.media.patches import Grid, Patches
+from services.mm_encoder.vision.normalise import normalise
 from services.mm_encoder.vision.resampler import run_resampler
 from services.mm_encoder.vision.rows import by_rows
 from services.mm_encoder.vision.tower import run_tower

@@ -224,6 +224,8 @@ async def test_redirects_are_counted(site: Site) -> None:
         ("http://example.com:99999/", "malformed"),
         ("http://example.com:0/", "malformed"),
         ("http://[::1", "malformed"),
+        ("http://xn--/", "malformed"),
+        ("http://xn--zz--zz/", "malformed"),
         ("http://example.com/" + "a" * 9000, "malformed"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from media_files import noise, video_bytes
 from PIL import Image
 from test_video import LIMITS, SMALL, process
@@ -52,7 +53,7 @@ def lossless(frames: list[np.ndarray]) -> bytes:
 def first_frame(data: bytes) -> Image.Image:
     with av.open(io.BytesIO(data)) as file:
         frame = next(file.decode(video=0))
-        return upright(frame, transposition(frame, None))
+        return upright(frame, transposition(frame, None), VideoReformatter())
 
 
 def check_quadrants(image: Image.Image, name: str) -> None:
@@ -76,7 +77,7 @@ def test_a_matrix_of_the_codec_holds_for_the_frames_after_it(wanted: set[int]) -
     shown = dict(decode(data, probe(data, LIMITS), wanted, LIMITS))
     assert set(shown) == wanted
     for each in shown.values():
-        check_quadrants(upright(each.frame, each.turn), "in_the_codec.mp4")
+        check_quadrants(upright(each.frame, each.turn, VideoReformatter()), "in_the_codec.mp4")
 
 
 @pytest.mark.parametrize("linear", LINEAR)

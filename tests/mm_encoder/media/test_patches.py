@@ -7,24 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from media_files import image_bytes, noise
+from media_bombs import scans_jpeg
+from media_files import image_bytes, noise, patches_of
 from oracle import Model  # noqa: F401 - makes transformers importable
 from PIL import Image
 from transformers.image_utils import load_image
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 
-from services.mm_encoder.media.image import open_image
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, normalise
+from services.mm_encoder.media.image import open_image, rgb_pixels
+from services.mm_encoder.media.jpeg import count_scans
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches
 from services.mm_encoder.media.processor import Processor
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.timestamps import font_file
 from services.mm_encoder.media.video import VideoLimits
+from services.mm_encoder.vision.normalise import normalise
 from shared.errors import RequestError
 from shared.messages import Media
 from shared.model.config import VisionConfig
 
 VISION = VisionConfig(2, 32, 2, 128, 14, 3, 2, 2, 1e-6, 1e4)
-LIMITS = VideoLimits(64_000_000, 3600, 216_000, 100)
+LIMITS = VideoLimits(64_000_000, 3600, 216_000)
 MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
 
 
@@ -35,7 +38,7 @@ def processor(tmp_path: Path, **settings: int) -> Processor:
 def process(tmp_path: Path, data: bytes, **settings: int) -> Patches:
     ours = processor(tmp_path, **settings)
     plan = ours.plan(Media("image", "p"), data)
-    patches = ours.patches(plan)
+    patches = patches_of(ours, plan, data)
     assert len(patches.rows) == 4 * plan.tokens
     return patches
 
@@ -128,6 +131,51 @@ def test_formats(tmp_path: Path, kind: str) -> None:
     data = image_bytes(Image.fromarray(noise(56, 84)), kind)
     rows, _ = judged(load_image(Image.open(io.BytesIO(data))))
     assert np.array_equal(process(tmp_path, data).rows, as_uint8(rows))
+
+
+def test_heic_is_read_and_turned_once() -> None:
+    """Red, green / blue, grey; turned clockwise, blue is on top of grey's left."""
+    shown = {}
+    for name in ("quadrants", "turned"):
+        image = rgb_pixels(open_image((Path(__file__).parent / "heif" / f"{name}.heic").read_bytes(), 10**6))
+        corners = [(8, 8), (image.width - 8, 8), (8, image.height - 8), (image.width - 8, image.height - 8)]
+        shown[name] = [image.getpixel(corner) for corner in corners]
+    red, green, blue, grey = (200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 220)
+    assert np.abs(np.subtract(shown["quadrants"], [red, green, blue, grey])).max() <= 2
+    assert np.abs(np.subtract(shown["turned"], [blue, red, grey, green])).max() <= 2
+
+
+def test_avif(tmp_path: Path) -> None:
+    data = image_bytes(Image.fromarray(noise(56, 84)), "AVIF")
+    rows, _ = judged(load_image(Image.open(io.BytesIO(data))))
+    assert np.array_equal(process(tmp_path, data).rows, as_uint8(rows))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_is_its_first_picture(tmp_path: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (56, 84), (level, level, level)) for level in (40, 120, 200)]
+    data = image_bytes(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert np.abs(process(tmp_path, data).rows.astype(int) - 40).max() <= 1
+
+
+def test_cmyk_jpeg_is_pillows(tmp_path: Path) -> None:
+    data = image_bytes(Image.fromarray(noise(56, 84)).convert("CMYK"), "JPEG")
+    rows, _ = judged(load_image(Image.open(io.BytesIO(data))))
+    assert np.array_equal(process(tmp_path, data).rows, as_uint8(rows))
+
+
+@pytest.mark.parametrize("more", [101, 2000])
+def test_a_jpeg_of_too_many_scans_is_refused_by_its_markers(more: int) -> None:
+    with pytest.raises(RequestError, match="more than 100 scans"):
+        count_scans(scans_jpeg(32, more))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scans_are_counted(progressive: bool) -> None:
+    """Ten is what libjpeg writes for a picture in colour. Others are in a comment, and behind the end."""
+    comment = b"\xff\xda\xff\xd9" * 200
+    data = image_bytes(Image.fromarray(noise(90, 90)), "JPEG", progressive=progressive, comment=comment)
+    assert count_scans(data + b"\xff\xda\0\0" * 200) == (10 if progressive else 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

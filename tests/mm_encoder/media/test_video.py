@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from media_files import noise, video_bytes, video_frames, wav_bytes
+from media_files import image_bytes, noise, patches_of, video_bytes, video_frames, wav_bytes
 from oracle import Model  # noqa: F401 - makes transformers importable
 from PIL import Image, ImageFont
 from transformers.models.ernie4_5_vl_moe.video_processing_ernie4_5_vl_moe import Ernie4_5_VLMoeVideoProcessor
@@ -24,7 +25,7 @@ from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
 
 VISION = VisionConfig(2, 32, 2, 128, 14, 3, 2, 2, 1e-6, 1e4)
-LIMITS = VideoLimits(64_000_000, 3600, 216_000, 100)
+LIMITS = VideoLimits(64_000_000, 3600, 216_000)
 FONT = timestamps.font_file(Path("absent"))[0]
 SMALL = ProcessorSettings(video_min_pixels=3136, video_max_pixels=784 * 16)
 
@@ -46,7 +47,7 @@ def process(
     processor = Processor(settings, limits, VISION, FONT)
     plan = processor.plan(Media("video", "p", video=VideoOptions(**options)), data)  # type: ignore[arg-type]
     assert isinstance(plan, VideoPlan)
-    patches = processor.patches(plan)
+    patches = patches_of(processor, plan, data)
     assert len(patches.rows) == 8 * plan.tokens
     return plan, patches
 
@@ -75,6 +76,21 @@ def test_an_odd_number_of_frames_repeats_the_last() -> None:
     frames = patches.rows.reshape(t, h * w, -1)
     assert np.array_equal(frames[4], frames[5])
     assert not np.array_equal(frames[3], frames[4])
+
+
+def test_one_frame_is_shown_twice() -> None:
+    plan, patches = process(video_bytes(video_frames(1)))
+    assert plan.indices == [0, 0]
+    t, h, w = patches.grid
+    frames = patches.rows.reshape(t, h * w, -1)
+    assert t == 2
+    assert np.array_equal(frames[0], frames[1])
+
+
+def test_a_title_that_is_not_utf8_is_no_matter() -> None:
+    data = video_bytes(video_frames(4), "webm", "libvpx")
+    assert b"Lavf" in data
+    assert process(data.replace(b"Lavf", b"L\xe9vf"))[0].facts.frames == 4
 
 
 def test_options_of_one_video_override_the_server() -> None:
@@ -137,6 +153,52 @@ def test_rows_are_those_of_pillow_resized_frames() -> None:
     assert np.array_equal(patches.rows, np.concatenate(expected))
 
 
+def shown_seconds(data: bytes, own: bool = True) -> list[float]:
+    return list(video.probe(data, LIMITS).frame_times(own))
+
+
+def variable_rate(ticks: list[int]) -> bytes:
+    """Return a video of a frame at each of these tenths of a second, like a phone's or a screen recorder's."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = 120, 160, "yuv420p", Fraction(1, 10)
+        for tick, pixels in zip(ticks, video_frames(len(ticks)), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 10)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+def test_a_variable_rate_shows_the_frames_own_times() -> None:
+    """Ten frames in the first second, then one a second. The reference's formula is seconds off."""
+    ticks = [*range(10), 20, 30, 40, 50]
+    data = variable_rate([tick + 7 for tick in ticks])
+    assert np.allclose(shown_seconds(data), [tick / 10 for tick in ticks])
+    assert abs(shown_seconds(data, own=False)[10] - 2.0) > 0.5
+
+
+@pytest.mark.parametrize(("container", "codec", "pixels"), CONTAINERS)
+def test_a_constant_rate_shows_the_references_times(container: str, codec: str, pixels: str) -> None:
+    data = video_bytes(video_frames(40), container, codec, pixels=pixels, fps=25)
+    assert shown_seconds(data) == shown_seconds(data, own=False)
+
+
+def test_the_painted_time_is_the_frames_own() -> None:
+    """The same pictures at two rates: the frame in the middle differs by its time, and by it alone."""
+    ticks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 50]
+    data = variable_rate(ticks)
+    own = Processor(SMALL, LIMITS, VISION, FONT)
+    reference = Processor(SMALL, LIMITS, VISION, FONT, own_times=False)
+    plan = own.plan(Media("video", "p"), data)
+    assert plan == reference.plan(Media("video", "p"), data)
+    shown, formula = patches_of(own, plan, data), patches_of(reference, plan, data)
+    frames, others = (each.rows.reshape(10, -1) for each in (shown, formula))
+    assert np.array_equal(frames[0], others[0])
+    assert not np.array_equal(frames[9], others[9])
+
+
 def _damaged(frames: int, broken: range) -> bytes:
     """Return a video of key frames of which some are overwritten, found by their place in the file."""
     data = bytearray(video_bytes(video_frames(frames), "avi", "mjpeg", pixels="yuvj420p"))
@@ -178,6 +240,11 @@ def _cut(part: float, container: str, codec: str, **options: str) -> bytes:
     return data[: int(len(data) * part)]
 
 
+def animated_webp() -> bytes:
+    frames = [Image.fromarray(pixels) for pixels in video_frames(4)]
+    return image_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+
+
 def _without_fragments() -> bytes:
     """Return an MP4 with a video track and none of its frames."""
     data = video_bytes(video_frames(4), "mp4", "mpeg4", options={"movflags": "frag_keyframe+empty_moov"})
@@ -195,6 +262,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "webm cut": (lambda: _cut(0.75, "webm", "libvpx"), "truncated"),
     "avi cut": (lambda: _cut(0.75, "avi", "mpeg4"), "truncated"),
     "no frames": (_without_fragments, "no frames"),
+    "animated WebP": (lambda: animated_webp(), "Animated WebP"),
     "sound only": (lambda: wav_bytes(), "can be read"),
     "narrow": (lambda: video_bytes(video_frames(4, 8, 160), "avi", "mpeg4"), "at least 10 pixels"),
 }
@@ -211,10 +279,9 @@ def test_broken_videos_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (VideoLimits(120 * 160 - 1, 3600, 1000, 100), "media_max_pixels"),
-        (VideoLimits(10**8, 3.9, 1000, 100), "video_max_seconds = 3.9"),
-        (VideoLimits(10**8, 3600, 39, 100), "video_max_frames = 39"),
-        (VideoLimits(10**8, 3600, 1000, 0.0), "video_decode_s = 0"),
+        (VideoLimits(120 * 160 - 1, 3600, 1000), "media_max_pixels"),
+        (VideoLimits(10**8, 3.9, 1000), "video_max_seconds = 3.9"),
+        (VideoLimits(10**8, 3600, 39), "video_max_frames = 39"),
     ],
 )
 def test_limits_are_named(limits: VideoLimits, message: str) -> None:
@@ -224,7 +291,7 @@ def test_limits_are_named(limits: VideoLimits, message: str) -> None:
 
 
 def test_within_the_limits_it_passes() -> None:
-    process(video_bytes(video_frames(40)), limits=VideoLimits(120 * 160, 4.0, 40, 100))
+    process(video_bytes(video_frames(40)), limits=VideoLimits(120 * 160, 4.0, 40))
 
 
 def test_a_video_without_duration_is_refused() -> None:
@@ -254,6 +321,7 @@ def test_signatures_tell_everything_that_changes_patches() -> None:
         processor.signature(Media("video", "p", video=VideoOptions(frames_sample="rand"))),
         Processor(SMALL, LIMITS, VISION, FONT + b"\0").signature(plain),
         Processor(ProcessorSettings(), LIMITS, VISION, FONT).signature(plain),
+        Processor(SMALL, LIMITS, VISION, FONT, own_times=False).signature(plain),
         Processor(ProcessorSettings(image_max_pixels=10**6), LIMITS, VISION, FONT).signature(image),
     ]
     assert len(set(different)) == len(different)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import services.mm_encoder.vision.rows
 import services.mm_encoder.vision.tower
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Grid, Patches, normalise
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Grid, Patches
 from services.mm_encoder.vision.encoder import Encoder, plan_passes
+from services.mm_encoder.vision.normalise import normalise
 from services.mm_encoder.vision.weights import load_weights
 from shared.errors import CheckpointError
 from shared.model.checkpoint import Checkpoint

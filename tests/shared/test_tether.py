@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from cli.tether import tethered
+from shared.tether import tethered
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="no other system has a signal on the parent's death")
 PARENT = """
 import subprocess, sys
-from cli.tether import tethered
+from shared.tether import tethered
 child = subprocess.Popen(tethered([sys.executable, "-c", "print('ready', flush=True); import time; time.sleep(600)"]))
 child.wait()
 """

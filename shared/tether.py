@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-START = "from cli.tether import main; main()"
+START = "from shared.tether import main; main()"
 
 
 def tethered(command: Sequence[str]) -> list[str]:

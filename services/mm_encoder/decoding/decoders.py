@@ -1,0 +1,185 @@
+"""Pool of decoder processes, in two lanes, so that no file holds up other clients' files.
+
+A task begins in the quick lane, where it may compute for `SLICE_S`. What takes longer is done from its start in the
+slow lane, and what is known to take longer begins there. Each lane has its own processes. So files that take long, made
+to or not, wait for each other only.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from services.mm_encoder.decoding import shared_memory
+from services.mm_encoder.decoding.messages import Filled, FillTask, PlanTask, Refused, Reply, Setup, Task
+from services.mm_encoder.decoding.process import DecoderProcess, DiedError, TooSlowError
+from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.media.processor import ImagePlan, VideoPlan
+from services.mm_encoder.media.refusal import over_limit, refuse
+from services.mm_encoder.metrics import Metrics
+from shared.errors import RequestError, internal
+from shared.log import logger
+from shared.messages import Media, MediaKind
+
+SLICE_S = 2  # of computing, in the quick lane
+QUICK_WORK = 200_000_000  # pixels to decode; what has more begins in the slow lane
+FASTEST = 1_500_000_000  # pixels a second; decoders of real pictures make 20 to 600 million
+SMALL_BYTES = 1 << 20  # copied faster than a thread is found for it
+
+_log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimit:
+    """Seconds of computing that a file may take, and the setting's name."""
+
+    setting: str
+    cpu_s: int
+
+
+class Lane:
+    """Processes of one lane, each started when it is needed and kept; `size` is the most."""
+
+    def __init__(self, setup: Setup, environ: Mapping[str, str], size: int) -> None:
+        self._setup = setup
+        self._environ = environ
+        self._room = asyncio.Semaphore(size)
+        self._idle: list[DecoderProcess] = []
+
+    async def start_one(self) -> None:
+        """Have a process ready before the first task."""
+        async with self._room:
+            self._idle.append(await self._start())
+
+    async def call(self, task: Task, fds: list[int]) -> Reply:
+        """Do a task in a process of this lane, which ends if it fails or is cancelled.
+
+        Raises:
+            TooSlowError, DiedError: see `DecoderProcess.call`.
+        """
+        async with self._room:
+            process = self._idle.pop() if self._idle else await self._start()
+            try:
+                reply = await process.call(task, fds)
+            except BaseException:
+                await process.kill()
+                raise
+            self._idle.append(process)
+            return reply
+
+    async def close(self) -> None:
+        while self._idle:
+            await self._idle.pop().kill()
+
+    async def _start(self) -> DecoderProcess:
+        try:
+            return await DecoderProcess.start(self._setup, self._environ)
+        except (DiedError, TooSlowError) as error:
+            raise RuntimeError(f"a decoder process does not start: {error}") from error
+
+
+class Decoders:
+    """Decoding of images and videos in other processes: `plan`, then `patches`."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        environ: Mapping[str, str],
+        *,
+        processes: int,
+        limits: Mapping[MediaKind, TimeLimit],
+        metrics: Metrics,
+    ) -> None:
+        """`processes` is the most in each lane."""
+        self._quick = Lane(setup, environ, processes)
+        self._slow = Lane(setup, environ, processes)
+        self._limits = limits
+        self._metrics = metrics
+
+    async def start(self) -> None:
+        """Start a process, so that the first file need not wait for it."""
+        await self._quick.start_one()
+
+    async def plan(self, media: Media, data: bytes) -> ImagePlan | VideoPlan:
+        """Read the headers of `media`.
+
+        Raises:
+            RequestError: the file cannot be used, or is over a limit.
+        """
+        limit = self._limits[media.kind]
+        reply = await self._with_file(PlanTask(len(data), limit.cpu_s, media), limit, data)
+        assert isinstance(reply, ImagePlan | VideoPlan)
+        return reply
+
+    async def patches(self, plan: ImagePlan | VideoPlan, data: bytes) -> Patches:
+        """Decode the file of `plan`.
+
+        Raises:
+            RequestError: as `plan`.
+        """
+        limit = self._limits["image" if isinstance(plan, ImagePlan) else "video"]
+        if plan.work > limit.cpu_s * FASTEST:
+            raise _too_slow(limit)
+        fd = shared_memory.create(plan.rows[0] * plan.rows[1])
+        try:
+            rows = shared_memory.as_rows(fd, plan.rows)
+            reply = await self._with_file(FillTask(len(data), limit.cpu_s, plan), limit, data, fd)
+        finally:
+            os.close(fd)
+        assert isinstance(reply, Filled)
+        return Patches(rows, reply.grid)
+
+    async def close(self) -> None:
+        """End all processes. Nobody waits for a task any more."""
+        await self._quick.close()
+        await self._slow.close()
+
+    async def _with_file(self, task: Task, limit: TimeLimit, data: bytes, *others: int) -> Reply:
+        small = len(data) <= SMALL_BYTES
+        fd = shared_memory.create_with(data) if small else await asyncio.to_thread(shared_memory.create_with, data)
+        try:
+            return _checked(await self._in_time(task, limit, [fd, *others]))
+        finally:
+            os.close(fd)
+
+    async def _in_time(self, task: Task, limit: TimeLimit, fds: list[int]) -> Reply:
+        try:
+            return await self._twice(task, fds)
+        except TooSlowError as error:
+            self._metrics.count_decoder_end("time")
+            raise _too_slow(limit) from error
+        except DiedError as error:
+            if error.by == "SIGKILL":  # by somebody who thought nothing of the file, as where memory is short
+                raise internal("The process that decodes media was killed.", "decoder_killed", 503) from error
+            raise refuse("The file makes its decoder crash.") from error
+
+    async def _twice(self, task: Task, fds: list[int]) -> Reply:
+        """Do a task once more if its process dies, which need not be the file's fault."""
+        try:
+            return await self._through_lanes(task, fds)
+        except DiedError as error:
+            self._metrics.count_decoder_end("crash")
+            _log.warning("a decoder process died; its task is tried once more", extra={"by": error.by})
+            return await self._through_lanes(task, fds)
+
+    async def _through_lanes(self, task: Task, fds: list[int]) -> Reply:
+        if isinstance(task, FillTask) and task.plan.work > QUICK_WORK:
+            return await self._slow.call(task, fds)
+        try:
+            return await self._quick.call(msgspec.structs.replace(task, cpu_s=min(SLICE_S, task.cpu_s)), fds)
+        except TooSlowError:
+            return await self._slow.call(task, fds)
+
+
+def _too_slow(limit: TimeLimit) -> RequestError:
+    return over_limit("The time to decode it, in seconds of computing,", limit.setting, limit.cpu_s)
+
+
+def _checked(reply: Reply) -> Reply:
+    if not isinstance(reply, Refused):
+        return reply
+    if reply.cause is not None:
+        _log.warning("media refused for an unexpected error", extra={"cause": reply.cause})
+    raise RequestError(reply.failure)

@@ -1,0 +1,72 @@
+"""Messages between the encoder and a decoder process, and how they travel: msgpack over a Unix socket.
+
+Bytes and pixels are not in them. Each task brings two descriptors of memory that both processes see: the file to read,
+and the rows to fill.
+"""
+
+import struct
+
+import msgspec
+
+from services.mm_encoder.media.patches import Grid
+from services.mm_encoder.media.processor import ImagePlan, VideoPlan
+from services.mm_encoder.media.processor_settings import ProcessorSettings
+from services.mm_encoder.media.video import VideoLimits
+from shared.errors import Failure
+from shared.messages import Media
+from shared.model.config import VisionConfig
+
+LENGTH = struct.Struct("!I")  # of the message, before it
+
+
+class Setup(msgspec.Struct, frozen=True, tag=True):
+    """First message: all that a decoder needs to know. It answers `Ready`."""
+
+    settings: ProcessorSettings
+    limits: VideoLimits
+    vision: VisionConfig
+    font: bytes
+    own_times: bool
+    memory_bytes: int  # the most of its own
+
+
+class PlanTask(msgspec.Struct, frozen=True, tag=True):
+    """Task to read the headers of a file of `size` bytes within `cpu_s` seconds; the answer is a plan."""
+
+    size: int
+    cpu_s: int
+    media: Media
+
+
+class FillTask(msgspec.Struct, frozen=True, tag=True):
+    """Task to decode a file of `size` bytes into the rows of its plan; the answer is `Filled`."""
+
+    size: int
+    cpu_s: int
+    plan: ImagePlan | VideoPlan
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """First answer: everything is imported."""
+
+
+class Filled(msgspec.Struct, frozen=True, tag=True):
+    """Answer: the rows are there."""
+
+    grid: Grid
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Answer: the file cannot be used. `cause` is the traceback of an error that nobody foresaw."""
+
+    failure: Failure
+    cause: str | None = None
+
+
+Task = PlanTask | FillTask
+Reply = Ready | ImagePlan | VideoPlan | Filled | Refused
+
+to_decoder = msgspec.msgpack.Encoder()
+from_encoder = msgspec.msgpack.Decoder(Setup | PlanTask | FillTask)
+to_encoder = msgspec.msgpack.Encoder()
+from_decoder = msgspec.msgpack.Decoder(Reply)

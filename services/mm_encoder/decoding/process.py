@@ -1,0 +1,115 @@
+"""Parent's end of a decoder process: starts it, gives it one task at a time, and notices how it ends."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+from services.mm_encoder.decoding.messages import (
+    LENGTH,
+    Ready,
+    Reply,
+    Setup,
+    Task,
+    from_decoder,
+    to_decoder,
+)
+from shared.tether import tethered
+
+START_S = 60.0  # the longest start; libraries may have to be read from a slow disk
+# A task that has computed for its time is ended by the kernel. One that waits, for a lock that nobody gives back, is
+# ended after this long and this many times its time, since on a busy machine a second of computing takes several.
+HANG_S, HANG_FACTOR = 60.0, 5
+
+
+class TooSlowError(Exception):
+    """Error of a task that took its time without an end."""
+
+
+class DiedError(Exception):
+    """Error of a task during which the process died. `by` names the signal or the exit status."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__(f"the decoder process died of {by}")
+        self.by = by
+
+
+class DecoderProcess:
+    """Decoder process that is ready. After any error of `call` it is of no use; `kill` ends it."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        link: socket.socket,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._link = link
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, setup: Setup, environ: Mapping[str, str]) -> "DecoderProcess":
+        """Start a process and wait until it is ready.
+
+        Raises:
+            DiedError, TooSlowError: it does not become ready.
+            OSError: it cannot be started.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = tethered([sys.executable, "-P", "-m", "services.mm_encoder.decoding", str(theirs.fileno())])
+            process = await asyncio.create_subprocess_exec(
+                *command, env=environ, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+            )
+        link = ours.dup()  # asyncio's streams send no descriptors
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        started = cls(process, link, reader, writer)
+        try:
+            ready = await started._exchange(setup, [], START_S)
+            assert isinstance(ready, Ready)
+        except BaseException:
+            await started.kill()
+            raise
+        return started
+
+    async def call(self, task: Task, fds: Sequence[int]) -> Reply:
+        """Return the answer to a task.
+
+        Raises:
+            TooSlowError: it takes more than its CPU time.
+            DiedError: the process dies of something else.
+        """
+        return await self._exchange(task, fds, HANG_S + HANG_FACTOR * task.cpu_s)
+
+    async def kill(self) -> None:
+        """End the process, whatever it does, and wait for its end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._writer.close()
+        self._link.close()
+        await self._process.wait()
+
+    async def _exchange(self, message: Setup | Task, fds: Sequence[int], wait_s: float) -> Reply:
+        body = to_decoder.encode(message)
+        try:
+            async with asyncio.timeout(wait_s):
+                socket.send_fds(self._link, [LENGTH.pack(len(body))], fds)  # the buffer is empty: it has answered
+                self._writer.write(body)
+                await self._writer.drain()
+                (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+                reply: Reply = from_decoder.decode(await self._reader.readexactly(size))
+                return reply
+        except TimeoutError:
+            raise TooSlowError from None
+        except (EOFError, ConnectionError):
+            raise await self._how_it_ended() from None
+
+    async def _how_it_ended(self) -> TooSlowError | DiedError:
+        status = await self._process.wait()
+        if status == -signal.SIGXCPU:
+            return TooSlowError()
+        return DiedError(signal.Signals(-status).name if status < 0 else f"exit status {status}")

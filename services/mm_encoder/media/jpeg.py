@@ -1,0 +1,37 @@
+"""Number of scans in a JPEG, by its markers.
+
+Every scan of a progressive or non-interleaved JPEG goes through the whole picture, and a scan of a few dozen bytes may
+follow another thousands of times: 484 KB can take minutes.
+"""
+
+from services.mm_encoder.media.refusal import refuse
+
+MAX_SCANS = 100  # encoders write 10 to 20
+
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# In a scan's data FF is followed by 00 where it is no marker, by D0 to D7 where the decoder may start again, or by FF.
+_NO_MARKER = frozenset((0x00, *range(0xD0, 0xD8), 0xFF))
+
+
+def count_scans(data: bytes) -> int:
+    """Return the number of scans up to the end of the image.
+
+    Raises:
+        RequestError: there are more than `MAX_SCANS`.
+    """
+    scans, place = 0, _next_marker(data, 2)
+    while place >= 0 and data[place] != _END_OF_IMAGE:
+        scans += data[place] == _START_OF_SCAN
+        if scans > MAX_SCANS:
+            raise refuse(f"The JPEG has more than {MAX_SCANS} scans.")
+        length = int.from_bytes(data[place + 1 : place + 3], "big")
+        place = _next_marker(data, place + 1 + length)
+    return scans
+
+
+def _next_marker(data: bytes, start: int) -> int:
+    """Return the place of the next marker's code, -1 if there is none."""
+    place = data.find(b"\xff", start) + 1
+    while 0 < place < len(data) and data[place] in _NO_MARKER:
+        place = data.find(b"\xff", place) + 1
+    return place if 0 < place < len(data) else -1

@@ -1,0 +1,219 @@
+"""Decoder processes: they make what the processor makes, and whatever a file does to one is that file's refusal."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machine import PATIENCE_S
+from media_bombs import canvas_gif, scans_jpeg, wide_png
+from media_files import patches_of, picture, video_bytes, video_frames
+from prometheus_client import CollectorRegistry
+
+from services.mm_encoder.decoding import decoders as pool
+from services.mm_encoder.decoding import process
+from services.mm_encoder.decoding.decoders import Decoders, TimeLimit
+from services.mm_encoder.decoding.messages import Setup
+from services.mm_encoder.media import timestamps
+from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.media.processor import Processor
+from services.mm_encoder.media.processor_settings import ProcessorSettings
+from services.mm_encoder.media.video import VideoLimits
+from services.mm_encoder.metrics import Metrics
+from shared.errors import Failure, RequestError
+from shared.messages import Media, MediaKind
+from shared.model.config import VisionConfig
+
+pytestmark = pytest.mark.system
+
+VISION = VisionConfig(2, 32, 2, 128, 14, 3, 2, 2, 1e-6, 1e4)
+LIMITS = VideoLimits(64_000_000, 3600, 216_000)
+SETTINGS = ProcessorSettings(image_max_pixels=784 * 100)
+FONT = timestamps.font_file(Path("absent"))[0]
+LONG = canvas_gif(2500, 2000)  # more pixels than any limit on time of these tests allows
+
+# Runs at the start of every Python program that finds it: gives the processes a file that harms them.
+PLANTED = """
+import os, signal, time
+import PIL.Image
+def harmful(file, formats):
+    what = file.getvalue()
+    if what == b"crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == b"spin":
+        while True:
+            pass
+    if what == b"hang":
+        time.sleep(3600)
+    if what == b"raise":
+        raise ZeroDivisionError("secret detail")
+    return real(file, formats=formats)
+real, PIL.Image.open = PIL.Image.open, harmful
+"""
+
+
+@asynccontextmanager
+async def running(
+    image_s: int = 20,
+    video_s: int = 120,
+    memory: int = 2 << 30,
+    processes: int = 1,
+    planted: Path | None = None,
+) -> AsyncIterator[Decoders]:
+    environ = dict(os.environ)
+    if planted is not None:
+        (planted / "sitecustomize.py").write_text(PLANTED)
+        environ["PYTHONPATH"] = str(planted)
+    decoders = Decoders(
+        Setup(SETTINGS, LIMITS, VISION, FONT, True, memory),
+        environ,
+        processes=processes,
+        limits={"image": TimeLimit("image_decode_s", image_s), "video": TimeLimit("video_decode_s", video_s)},
+        metrics=Metrics(CollectorRegistry()),
+    )
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield decoders
+    finally:
+        await decoders.close()
+    assert children() == []
+
+
+def children() -> list[int]:
+    """Return our child processes, zombies too."""
+    if sys.platform != "linux":
+        return []
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+async def decode(decoders: Decoders, data: bytes, kind: MediaKind = "image") -> Patches:
+    return await decoders.patches(await decoders.plan(Media(kind, "p"), data), data)
+
+
+async def refusal(decoders: Decoders, data: bytes, kind: MediaKind = "image") -> Failure:
+    with pytest.raises(RequestError) as caught:
+        await decode(decoders, data, kind)
+    return caught.value.failure
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+async def test_a_process_makes_what_the_processor_makes(kind: MediaKind) -> None:
+    data = picture(120, 90) if kind == "image" else video_bytes(video_frames(5))
+    processor = Processor(SETTINGS, LIMITS, VISION, FONT)
+    expected = patches_of(processor, processor.plan(Media(kind, "p"), data), data)
+    async with running() as decoders:
+        made = await decode(decoders, data, kind)
+    assert made.grid == expected.grid
+    assert np.array_equal(made.rows, expected.rows)
+    assert made.rows.flags.writeable, "torch warns otherwise"
+
+
+async def test_a_crash_is_the_refusal_of_the_file_that_causes_it(tmp_path: Path) -> None:
+    async with running(planted=tmp_path) as decoders:
+        failure = await refusal(decoders, b"crash")
+        assert (failure.status, failure.code) == (400, "invalid_media")
+        assert "crash" in failure.message
+        await decode(decoders, picture(30, 30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_file_whose_process_is_killed_is_decoded_in_another() -> None:
+    async with running() as decoders:
+        await decoders.start()
+        [pid] = children()
+        os.kill(pid, signal.SIGKILL)
+        await decode(decoders, picture(30, 30))
+        assert pid not in children()
+
+
+async def test_an_unforeseen_error_is_a_refusal_that_does_not_tell_it(tmp_path: Path) -> None:
+    async with running(planted=tmp_path) as decoders:
+        failure = await refusal(decoders, b"raise")
+    assert failure.status == 400
+    assert "secret" not in failure.message
+
+
+async def test_a_file_that_computes_for_too_long_is_refused_by_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SLICE_S", 0)
+    async with running(image_s=1, planted=tmp_path) as decoders:
+        failure = await refusal(decoders, b"spin")
+        assert failure.code == "media_limit_exceeded"
+        assert "image_decode_s = 1" in failure.message
+        await decode(decoders, picture(30, 30))
+
+
+async def test_a_file_that_waits_for_ever_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "HANG_S", 0.1)
+    monkeypatch.setattr(process, "HANG_FACTOR", 0)
+    async with running(planted=tmp_path) as decoders:
+        assert "image_decode_s = 20" in (await refusal(decoders, b"hang")).message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep the limit")
+async def test_a_file_that_takes_too_much_memory_is_refused_by_the_limit() -> None:
+    async with running(memory=300 << 20) as decoders:
+        failure = await refusal(decoders, wide_png(8000))
+        assert failure.code == "media_limit_exceeded"
+        assert "decoder_memory_bytes = 3.14573e+08" in failure.message
+        await decode(decoders, picture(30, 30))
+
+
+async def test_a_video_of_many_frames_takes_no_more_memory_than_one_of_few() -> None:
+    """Frames go as they have been shown; 60 of them with a scaler each would take a gigabyte for its threads."""
+    async with running(memory=300 << 20) as decoders:
+        made = await decode(decoders, video_bytes(video_frames(60, 360, 640), fps=2), "video")
+    assert made.grid[0] == 60
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (scans_jpeg(64, 2000), "image", "more than 100 scans"),
+        (canvas_gif(8000, 3000), "video", "video_decode_s = 120"),
+    ],
+)
+async def test_bombs_are_refused_by_their_headers(data: bytes, kind: MediaKind, message: str) -> None:
+    async with running() as decoders:
+        assert message in (await refusal(decoders, data, kind)).message
+        assert decoders._slow._idle == [], "nothing was decoded"
+
+
+async def test_files_that_take_long_do_not_hold_up_others() -> None:
+    """Two long videos, one decoder a lane: the pictures that come after them are done before them."""
+    async with running() as decoders:
+        plan = await decoders.plan(Media("video", "p"), LONG)
+        bombs = [asyncio.create_task(decoders.patches(plan, LONG)) for _ in range(2)]
+        for seed in range(5):
+            await decode(decoders, picture(40, 40, seed=seed))
+        assert not any(bomb.done() for bomb in bombs)
+        for bomb in bombs:
+            bomb.cancel()
+        await asyncio.gather(*bombs, return_exceptions=True)
+
+
+async def test_what_takes_longer_than_a_slice_begins_again_in_the_slow_lane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SLICE_S", 0)
+    begun, start = asyncio.Event(), pool.Lane._start
+
+    async def started(lane: pool.Lane) -> process.DecoderProcess:
+        if lane is decoders._slow:
+            begun.set()
+        return await start(lane)
+
+    monkeypatch.setattr(pool.Lane, "_start", started)
+    async with running(planted=tmp_path) as decoders:
+        spinning = asyncio.create_task(refusal(decoders, b"spin"))
+        await begun.wait()
+        await decode(decoders, picture(30, 30))
+        assert not spinning.done()
+        spinning.cancel()
+        await asyncio.gather(spinning, return_exceptions=True)
