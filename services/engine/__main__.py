@@ -21,6 +21,7 @@ from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
+from services.engine.transport.grammars import Compile, Grammars
 from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
 from services.engine.transport.outbox import Outbox
 from shared.bus.blobs import Blobs
@@ -30,6 +31,7 @@ from shared.bus.records import Records
 from shared.bus.streams import WorkStream
 from shared.cpu_share import torch_threads
 from shared.errors import CheckpointError, ConfigError
+from shared.grammar.compiler import GrammarCompiler
 from shared.log import logger, warn_each
 from shared.model.config import ModelConfig, load_model_config
 from shared.model.config_file import Quantization
@@ -75,19 +77,24 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     metrics, watchdog = EngineMetrics(), None
     if settings.step_timeout_s > 0:
         watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set)
-    return compose(settings, redis, facts, lambda: load(settings, model, where), metrics, tracing, watchdog)
+    compiler = GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids)
+    return compose(
+        settings, redis, facts, compiler.compile, lambda: load(settings, model, where), metrics, tracing, watchdog
+    )
 
 
 def compose(
     settings: EngineSettings,
     redis: Redis,
     facts: EngineFacts,
+    compile_grammar: Compile,
     load: Load,
     metrics: EngineMetrics,
     tracing: Tracing = OFF,
     watchdog: Watchdog | None = None,
 ) -> EngineService[tuple[Runner, int]]:
-    """Build the service around a `load` that returns the runner and its number of cache blocks."""
+    """Build the service around a `load` that returns the runner and its number of cache blocks, and a
+    `compile_grammar` for its vocabulary."""
     keys = Keys(settings.namespace)
     blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
     mailbox = Mailbox()
@@ -99,6 +106,7 @@ def compose(
         blobs=Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
         mailbox=mailbox,
         facts=facts,
+        grammars=Grammars(compile_grammar),
         metrics=metrics,
         capacity=settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
         claim_every_s=settings.lease_ms / 1000 / CLAIMS_PER_LEASE,

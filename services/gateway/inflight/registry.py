@@ -115,6 +115,8 @@ class OpenRequests:
             deadline,
             self._limits.max_pending,
             now,
+            # An ended answer says within a moment whether it has the position: a 400 rather than an error event.
+            unchecked=stored.ended and positions is not None,
             positions=positions,
             rejoined=True,
         )

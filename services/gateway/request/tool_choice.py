@@ -78,7 +78,8 @@ def _read_allowed(tools: Sequence[Tool], given: dict[str, Any]) -> ToolChoice:
     if not isinstance(names, list) or not names or not all(isinstance(name, dict) for name in names):
         raise invalid(f"`{path}` must have a `mode` and a list `tools`.", path)
     found = _find(tools, names, f"{path}.tools")
-    return ToolChoice(_read_mode(allowed.get("mode") or "auto", f"{path}.mode"), found, limited=len(found) < len(tools))
+    mode = _read_mode(allowed.get("mode") or "auto", f"{path}.mode")
+    return ToolChoice(mode, () if mode == "none" else found, limited=len(found) < len(tools))
 
 
 def _read_mode(given: Any, path: str) -> Mode:

@@ -269,6 +269,12 @@ def test_a_stop_string_after_a_call_leaves_the_call_to_be_answered() -> None:
     assert (shown.content, shown.functions, shown.finish_reason) == ("A ", [("f", "{}")], "tool_calls")
 
 
+def test_a_call_that_was_asked_for_by_name_ends_as_openai_ends_it() -> None:
+    text = '</think><tool_call>{"name": "f"}</tool_call>'
+    assert run(text, tools=True, named_tool=True).finish_reason == "stop"
+    assert run(text, tools=True).finish_reason == "tool_calls"
+
+
 def test_a_limit_is_a_stop_if_a_stop_string_was_held_back() -> None:
     shown = run("</think>abc\n", stop=("c\n",), tools=True, finish="length")
     assert (shown.content, shown.finish_reason) == ("ab", "stop")
