@@ -79,10 +79,10 @@ class _Vocabulary:
         self.tokens = [
             control[token].encode() if token in control else tokenizer.token_bytes(token) for token in range(vocab_size)
         ]
-        self._bytes = {self.tokens[token]: token for token in range(vocab_size) if len(self.tokens[token]) == 1}
+        self._bytes = {data[0]: token for token, data in enumerate(self.tokens) if len(data) == 1}
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return the ids of text that a grammar forces, which spell exactly that text."""
+        """Return the ids of text that a grammar forces: its bytes' where the others spell another text."""
         ids = self._tokenizer.encode_text(text.decode())
-        spelled = b"".join(self._tokenizer.token_bytes(token) for token in ids)
-        return ids if spelled == text else [self._bytes[bytes([byte])] for byte in text]
+        spelled = b"".join(map(self._tokenizer.token_bytes, ids))
+        return ids if spelled == text else [self._bytes[byte] for byte in text if byte in self._bytes]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from llguidance import LLMatcher, grammar_from
+from llguidance import grammar_from, regex_to_lark
 
 Rule = dict[str, Any]  # one grammar: {"json_schema": ...} or {"lark_grammar": ...}
 
@@ -40,14 +40,14 @@ def json_object() -> Rule:
 
 
 def regex(pattern: str) -> Rule:
-    """Return the rule of the texts that match `pattern` as a whole."""
-    [rule] = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
-    return {"lark_grammar": rule["lark_grammar"]}
+    r"""Return the rule of the texts that match `pattern` as a whole. \d is an ASCII digit, as in JSON Schema."""
+    return {"lark_grammar": f"start: /{regex_to_lark(pattern, 'd')}/"}
 
 
 def choice(options: Iterable[str]) -> Rule:
-    """Return the rule of exactly these texts."""
-    return {"lark_grammar": "start: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in options)}
+    """Return the rule of exactly these texts. One terminal for all of them: thousands of rules would be too complex."""
+    texts = " | ".join(json.dumps(option, ensure_ascii=False) for option in options)
+    return {"lark_grammar": f"start: OPTION\nOPTION: {texts}\n"}
 
 
 def context_free(text: str) -> Rule:

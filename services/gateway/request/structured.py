@@ -8,7 +8,7 @@
 
 A call may take the place of an answer with a grammar where tools are offered, and must where `tool_choice` forces one.
 
-The grammar is only written here; `services/gateway/http/grammars.py` compiles it, to see whether it can be.
+The grammar is only written here; `services/gateway/grammars/check.py` has it tried.
 """
 
 from collections.abc import Callable, Iterator, Mapping
