@@ -128,6 +128,7 @@ class Sequence:
     def depends_on_tokens(self) -> bool:
         """True if sampling depends on which tokens came before, not on their number alone."""
         early = self.hides_stops and self.num_generated < self.sampling.min_tokens
+<<<<<<< HEAD
         depends = early or self.thinking or self.seen is not None or self.grammar is not None
         return depends or bool(self.sampling.bad_words)
 
@@ -135,11 +136,24 @@ class Sequence:
     def ending_ids(self) -> tuple[int, ...]:
         """Tokens that could end it now."""
         return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
+=======
+        return (
+            early or self.thinking or self.seen is not None or self.grammar is not None or bool(self.sampling.bad_words)
+        )
+>>>>>>> main
 
     @property
     def open_grammar(self) -> GrammarState | None:
         """The grammar, where it restricts the next token."""
         return None if self.thinking or self.grammar is None or self.grammar.complete else self.grammar
+<<<<<<< HEAD
+=======
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Tokens that could end it now."""
+        return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
+>>>>>>> main
 
     def append(self, token: int) -> None:
         """Append a token to the answer."""

@@ -57,10 +57,10 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                 return
             parsed, key = await self._parse(body, request.headers, context.owner)
             del body
-            context.request_id = parsed.request_id or context.request_id
-            context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
                 await self.grammars.check(parsed.sampling.grammar)
+            context.request_id = parsed.request_id or context.request_id
+            context.warnings = parsed.warnings
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             await self._answer(parsed, metadata, context, receive, send, event_ids)
 
