@@ -1,5 +1,6 @@
 """Bodies of chat requests: right, nearly right, and wrong in every way. Each is a function of a seed and a number."""
 
+import copy
 import json
 import random
 import string
@@ -83,7 +84,7 @@ KEYS = (
 def body_of(seed: int, number: int) -> bytes:
     """Return body `number` of a seed."""
     rng = random.Random(f"{seed} {number}")
-    request = _request(rng)
+    request = copy.deepcopy(_request(rng))  # what is changed in it is no other body's
     for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
         _mutate(rng, request)
     if rng.random() < 0.97:
@@ -130,7 +131,7 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
         return {rng.choice(KEYS): _value(rng, depth + 1) for _ in range(rng.randrange(4))}
     if kind == 7:
         return _nested(rng.randrange(100), rng)
-    return (None, rng.random() < 0.5, _number(rng), _word(rng), rng.choice(SCHEMAS))[kind]
+    return (None, rng.random() < 0.5, _number(rng), _word(rng), copy.deepcopy(rng.choice(SCHEMAS)))[kind]
 
 
 def _nested(depth: int, rng: random.Random) -> Any:

@@ -105,4 +105,4 @@ def _warnings(body: bytes) -> tuple[str, ...]:
 
 def _quote(path: str) -> str:
     """Return a field's path as it may stand in a header."""
-    return f"`{path[:64].encode('ascii', 'backslashreplace').decode()}`"
+    return f"`{path[:64].encode('unicode_escape').decode()}`"

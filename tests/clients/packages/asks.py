@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 BASE_URL = os.environ["BASE_URL"]  # of the running system, without /v1
 API_KEY = "none"
@@ -15,7 +15,9 @@ FACT = "A mill race is the channel that leads water to the wheel of a mill."
 
 
 class Report(BaseModel):
-    """The weather of a city. Each field is bounded, so that any model comes to its end."""
+    """The weather of a city. Each field is bounded and none may be added, so that any model comes to its end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     city: str = Field(max_length=12)
     degrees: int = Field(ge=-50, le=50)

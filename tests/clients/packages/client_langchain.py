@@ -48,7 +48,7 @@ def test_structured_output_streamed():
 
 @pytest.mark.parametrize("choice", [None, "auto", "any", "required", "get_weather"])
 def test_a_tool_and_its_result(choice):
-    asked = MODEL_.bind_tools([get_weather], tool_choice=choice)
+    asked = MODEL_.bind_tools([get_weather], tool_choice=choice, parallel_tool_calls=False)
     reply = asked.invoke(WEATHER_QUESTION)
     (call,) = reply.tool_calls
     assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
