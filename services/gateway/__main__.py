@@ -32,6 +32,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
+from services.gateway.request.sampling import OutputDefaults
 from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
@@ -120,7 +121,9 @@ def _parser(settings: GatewaySettings) -> RequestParser:
     defaults = load_generation_defaults(directory)
     warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return RequestParser(
-        chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
+        chat=ChatFormat(
+            Template.load(directory, settings.max_prompt_chars), tokenizer, settings.trust_request_chat_template
+        ),
         tokenizer=tokenizer,
         defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
@@ -128,6 +131,7 @@ def _parser(settings: GatewaySettings) -> RequestParser:
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,
+        output_defaults=OutputDefaults(settings.tool_call_ends_reasoning, settings.force_nonempty_content),
     )
 
 

@@ -109,18 +109,20 @@ def read(given: Mapping[str, Any]) -> Format:
     return TriggeredTags(older.triggers, tags)
 
 
-def write(top: Format, control: Mapping[str, int], thinking: bool) -> str:
+def write(top: Format, control: Mapping[str, int], thinking: bool, otherwise: Rule | None = None) -> str:
     """Return the text of `Grammar`.
 
     Args:
         control: control tokens, by their text.
         thinking: the grammar begins after </think>.
+        otherwise: a rule that the answer may follow in place of `top`.
 
     Raises:
         ValueError: the format contradicts itself.
     """
     writer = _Writer(control)
-    writer.rules.append(f"start: {writer.body(top, '')}")
+    either = "" if otherwise is None else f"{writer.part(otherwise)} | "
+    writer.rules.append(f"start: {either}{writer.body(top, '')}")
     return forms.write({"lark_grammar": "\n".join(reversed(writer.rules)) + "\n"}, thinking, writer.parts)
 
 
@@ -144,11 +146,11 @@ class _Writer:
             case ConstString(value):
                 return self._literal(value)
             case JsonText(schema):
-                return self._part(forms.json_schema(schema))
+                return self.part(forms.json_schema(schema))
             case Regex(pattern):
-                return self._part(forms.regex(pattern))
+                return self.part(forms.regex(pattern))
             case ContextFree(grammar):
-                return self._part(forms.context_free(grammar))
+                return self.part(forms.context_free(grammar))
             case AnyText():
                 raise ValueError("any_text must be the whole content of its tag, or the last of a sequence")
             case InOrder(elements):
@@ -198,7 +200,8 @@ class _Writer:
         self.rules.append(f"{name}{attributes}: {body}")
         return name
 
-    def _part(self, rule: Rule) -> str:
+    def part(self, rule: Rule) -> str:
+        """Return the name by which a rule of its own can stand in another."""
         name = f"part_{len(self.parts)}"
         self.parts[name] = rule
         return f"@{name}"

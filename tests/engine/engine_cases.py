@@ -20,6 +20,7 @@ from shared.model.config import ModelConfig, VisionConfig
 
 EOS = 2
 THINK_CLOSE = 3
+TOOL_CALL = 4
 PATCH = 200  # placeholder; ids from here on are the vision experts'
 VOCAB = 256
 
@@ -66,7 +67,7 @@ CONFIG = ModelConfig(
     ),
 )
 
-FACTS = EngineFacts(CONFIG, max_model_len=512, think_close_id=THINK_CLOSE)
+FACTS = EngineFacts(CONFIG, max_model_len=512, think_close_id=THINK_CLOSE, tool_call_id=TOOL_CALL)
 
 
 def generate(
@@ -76,14 +77,15 @@ def generate(
     *,
     shard: int = 0,
     thinking: bool = False,
-    return_token_ids: bool = False,
+    cache_salt: str = "",
     spans: tuple[MediaSpan, ...] = (),
-    **sampling: Any,
+    **options: Any,
 ) -> Generate:
-    """A `generate` message; sampling is greedy unless it says otherwise."""
+    """A `generate` message with options of Sampling and Output; sampling is greedy unless it says otherwise."""
+    sampling = {name: value for name, value in options.items() if name in Sampling.__struct_fields__}
     asked = Sampling(**{"seed": 0, "temperature": 0.0, **sampling})
-    output = Output(thinking=thinking, return_token_ids=return_token_ids)
-    request = Request(request_id, "gateway-0", shard, 0.0, asked, output)
+    output = Output(thinking=thinking, **{name: options[name] for name in options.keys() - sampling.keys()})
+    request = Request(request_id, "gateway-0", shard, 0.0, asked, output, cache_salt=cache_salt)
     return Generate(request, pack_ids(prompt), max_tokens, spans)
 
 

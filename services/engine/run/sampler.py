@@ -134,9 +134,9 @@ class Sampler:
         return self._ops.pick(probs, least, on_device["numbers"])
 
     def _close_thinking(self, tokens: Tensor, on_device: DeviceArrays) -> None:
-        """Put `</think>` where the thinking budget is used up, or an end token came before the thinking ended."""
+        """Put `</think>` where the thinking budget is used up, or an end token or a call came within the thinking."""
         drawn = tokens[on_device["thinking"]]
-        ended = (drawn.unsqueeze(1) == self._eos).any(dim=1)
+        ended = (drawn.unsqueeze(1) == self._eos).any(dim=1) | (drawn == on_device["call_ids"])
         closed = torch.where(on_device["must_close"] | ended, on_device["close_ids"], drawn)
         tokens.index_copy_(0, on_device["thinking"], closed)
 

@@ -57,9 +57,10 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     # Tokens that would complete a bad word.
     bad_rows: Ids = _NO_IDS
     bad_tokens: Ids = _NO_IDS
-    # Rows with an open thinking part, the token that closes it, and whether the next token must.
+    # Rows with an open thinking part, the token that closes it, one that becomes it (or -1), and whether the next must.
     thinking: Ids = _NO_IDS
     close_ids: Ids = _NO_IDS
+    call_ids: Ids = _NO_IDS
     must_close: Flags = _NO_FLAGS
     # Rows whose grammar allows only some tokens, and the bits of these.
     masked_rows: Ids = _NO_IDS
@@ -130,7 +131,7 @@ def _biased(chunks: Ordered[Chunk]) -> Arrays:
 def _early(chunks: Ordered[Chunk]) -> Arrays:
     """List every token that could end a sequence before its min_tokens."""
     early = [(row, c.sequence) for row, c in enumerate(chunks) if c.generated < c.sequence.sampling.min_tokens]
-    return _places("early", [(row, [*s.eos_ids, *s.sampling.stop_token_ids]) for row, s in early])
+    return _places("early", [(row, list(s.ending_ids)) for row, s in early])
 
 
 def _penalised(chunks: Ordered[Chunk]) -> Arrays:
@@ -169,6 +170,9 @@ def _thinking(chunks: Ordered[Chunk]) -> Arrays:
     return {
         "thinking": np.array([row for row, _, _ in asked], np.int64),
         "close_ids": np.array([budget.close_id for _, _, budget in asked if budget], np.int64),
+        "call_ids": np.array(
+            [-1 if budget.call_id is None else budget.call_id for _, _, budget in asked if budget], np.int64
+        ),
         "must_close": np.array([budget.exhausted(chunk.generated) for _, chunk, budget in asked if budget]),
     }
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.schedule.blocks import ROOT, block_hash
+from services.engine.schedule.blocks import ROOT, block_hash, root_hash
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.positions import positions
 from services.engine.schedule.thinking import UNLIMITED, ThinkingBudget
@@ -30,6 +30,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     model: ModelConfig
     max_model_len: int  # prompt and answer together
     think_close_id: int  # </think>
+    tool_call_id: int | None = None  # <tool_call>; None: the vocabulary has no such token
 
 
 class Embeds(msgspec.Struct, frozen=True):
@@ -87,6 +88,8 @@ class Sequence:
     embeds: tuple[Embeds, ...]  # one a span
     eos_ids: tuple[int, ...]
     stop_ids: frozenset[int]  # tokens that end it
+    hides_stops: bool  # inside an open <think>, in which of `stop_ids` only `eos_ids` end it
+    think_close_id: int  # </think>
     thinking: bool  # inside an open <think>, of which a budget or a grammar depends
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
@@ -99,6 +102,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
     prompt: bytes = b""  # as Begin carries it
+    root: bytes = ROOT  # what its first block's hash begins with
     timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -124,7 +128,14 @@ class Sequence:
     @property
     def depends_on_tokens(self) -> bool:
         """True if sampling depends on which tokens came before, not on their number alone."""
-        return self.thinking or self.seen is not None or self.grammar is not None or bool(self.sampling.bad_words)
+        early = self.hides_stops and self.num_generated < self.sampling.min_tokens
+        depends = early or self.thinking or self.seen is not None or self.grammar is not None
+        return depends or bool(self.sampling.bad_words)
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Tokens that could end it now."""
+        return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
 
     @property
     def open_grammar(self) -> GrammarState | None:
@@ -137,8 +148,8 @@ class Sequence:
         self.num_tokens += 1
         if self.grammar is not None and not self.thinking:
             self.grammar.advance(token)
-        if self.budget is not None and token == self.budget.close_id:
-            self.thinking = False
+        if token == self.think_close_id:
+            self.thinking = self.hides_stops = False
         if self.seen is not None:
             self.seen.add(token)
 
@@ -149,7 +160,7 @@ class Sequence:
         if self.grammar is not None and (failure := self.grammar.failure) is not None:
             return Finish("error", failure=failure)
         last = int(self.tokens[self.num_tokens - 1])
-        if last in self.stop_ids:
+        if last in self.stop_ids and (not self.hides_stops or last in self.eos_ids):
             return Finish("stop", stop_token=last)
         if self.grammar is not None and self.grammar.complete:
             return Finish("stop")
@@ -169,7 +180,7 @@ class Sequence:
         assert blocks * block_size <= self.num_tokens
         while len(self._hashes) < blocks:
             start = len(self._hashes) * block_size
-            parent = self._hashes[-1] if self._hashes else ROOT
+            parent = self._hashes[-1] if self._hashes else self.root
             content = self.tokens[start : start + block_size].tobytes()
             self._hashes.append(block_hash(parent, content, media_in(self.spans, start, start + block_size)))
         return self._hashes[:blocks]
@@ -249,11 +260,14 @@ def build(
         embeds=embeds,
         eos_ids=model.eos_ids,
         stop_ids=_stop_ids(sampling, model),
+        hides_stops=_hides_stops(message),
+        think_close_id=facts.think_close_id,
         thinking=budget is not None,
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
         grammar=grammar,
         prompt=asked_prompt(message),
+        root=root_hash(message.request.cache_salt),
     )
     for token in generated:
         sequence.append(token)
@@ -271,17 +285,26 @@ def _penalised(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+def _hides_stops(message: Generate) -> bool:
+    """Return True if the answer begins in reasoning in which the request's own stop ids do not count."""
+    output = message.request.output
+    return output.thinking and not output.stop_in_reasoning and bool(message.request.sampling.stop_token_ids)
+
+
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
     """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
 
-    With a grammar there is one without a limit: the answer must not end inside the thinking.
+    With a grammar, or where a call ends the thinking, there is one without a limit: the answer must not end inside the
+    thinking.
     """
-    sampling = message.request.sampling
+    sampling, output = message.request.sampling, message.request.output
     limit = sampling.reasoning_max_tokens
     unlimited = limit is None or limit < 0
-    if not message.request.output.thinking or (unlimited and sampling.grammar is None):
+    closes = output.tools and (output.tool_call_ends_reasoning or sampling.grammar is not None)
+    if not output.thinking or (unlimited and sampling.grammar is None and not closes):
         return None
-    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id)
+    call_id = facts.tool_call_id if closes else None
+    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:

@@ -14,6 +14,7 @@ class ThinkingBudget(msgspec.Struct, frozen=True):
 
     limit: int
     close_id: int  # </think>
+    call_id: int | None = None  # <tool_call>, if it becomes `close_id`, too
 
     def exhausted(self, num_generated: int) -> bool:
         """Return True if the token after `num_generated` others must close an open thinking part."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from services.gateway.request.schemas import ChatRequest, FilePart, ImagePart, TextPart, VideoPart, VideoURL
+from services.gateway.request.conversation import FilePart, ImagePart, MediaPart, VideoPart, VideoURL
+from services.gateway.request.schemas import ChatRequest
 from shared.errors import invalid
 from shared.messages import MediaKind, VideoOptions
 
@@ -51,7 +52,7 @@ class MediaRules(msgspec.Struct, frozen=True):
             for i, message in enumerate(request.messages)
             if isinstance(message.content, list)
             for j, part in enumerate(message.content)
-            if not isinstance(part, TextPart)
+            if isinstance(part, MediaPart)
         ]
         items = [self._read_part(part, path) for part, path in parts]
         for kind, limit in self.limits.items():

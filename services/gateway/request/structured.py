@@ -3,12 +3,15 @@
     OpenAI      response_format: json_object, json_schema (enforced, strict or not)
     vLLM        structured_outputs, response_format: structural_tag
     older       guided_json, guided_json_object, guided_regex, guided_choice, guided_grammar, structural_tag
-    SGLang      json_schema, regex, ebnf
+    SGLang      json_schema, regex, ebnf; llama.cpp: grammar
+    tools       tool_choice, and tools that are strict: the grammar of calls (`tool_choice.py`)
+
+A call may take the place of an answer with a grammar where tools are offered, and must where `tool_choice` forces one.
 
 The grammar is only written here; `services/gateway/grammars/check.py` has it tried.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,10 +24,12 @@ from services.gateway.request.schemas import (
     StructuralTagFormat,
     StructuredOutputs,
 )
+from services.gateway.request.tool_choice import call_format, optional_calls, read_tool_choice
 from services.gateway.request.validate import check_depth
 from shared.errors import invalid
 from shared.grammar import forms, structural_tag
-from shared.grammar.forms import WHITE_SPACE
+from shared.grammar.forms import WHITE_SPACE, Rule
+from shared.grammar.structural_tag import Format
 from shared.messages import Grammar
 
 MAX_GRAMMAR_BYTES = 128 << 10
@@ -41,6 +46,7 @@ _FIELDS = {
     "json_schema": "json",
     "regex": "regex",
     "ebnf": "grammar",
+    "grammar": "grammar",
 }
 _FORMS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
@@ -62,22 +68,36 @@ def requested_grammar(request: ChatRequest, control: Mapping[str, int], thinking
     Raises:
         RequestError: 400 naming the field: there are two, or it is malformed or too large.
     """
+    choice = read_tool_choice(request)
+    parallel = request.parallel_tool_calls is not False
     asked = [*_of_response_format(request.response_format), *_of_fields(request)]
     if request.structured_outputs is not None:
         asked += _of_structured_outputs(request.structured_outputs)
-    if not asked:
-        return None
-    first, *others = asked
-    if others:
-        raise invalid(f"Only one of `{first.param}` and `{others[0].param}` may be given.", others[0].param)
+    if len(asked) > 1:
+        first, second = (one.param for one in asked[:2])
+        raise invalid(f"Only one of `{first}` and `{second}` may be given.", second)
+    if choice.mode == "required" or not asked:
+        form = call_format(choice, parallel)
+        return None if form is None else _checked("tools", lambda: structural_tag.write(form, control, thinking))
+    [only] = asked
+    calls = optional_calls(choice, parallel)
+    return _checked(only.param, lambda: _write(only, control, thinking, calls))
+
+
+def _checked(param: str, write: Callable[[], str]) -> Grammar:
+    """Return the grammar that `write` returns the text of.
+
+    Raises:
+        RequestError: 400 naming `param`: it is malformed or too large.
+    """
     try:
-        text = _write(first, control, thinking)
+        text = write()
     except (ValueError, msgspec.ValidationError, RecursionError) as error:
-        raise invalid(f"`{first.param}`: {error}.", first.param) from None
+        raise invalid(f"`{param}`: {error}.", param) from None
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_GRAMMAR_BYTES:
-        raise invalid(f"`{first.param}` has {size} bytes as a grammar; the limit is {MAX_GRAMMAR_BYTES}.", first.param)
-    return Grammar(text, first.param)
+        raise invalid(f"`{param}` has {size} bytes as a grammar; the limit is {MAX_GRAMMAR_BYTES}.", param)
+    return Grammar(text, param)
 
 
 def _of_response_format(response_format: ResponseFormat | None) -> Iterator[_Asked]:
@@ -110,27 +130,29 @@ def _of_structured_outputs(given: StructuredOutputs) -> Iterator[_Asked]:
             yield _Asked(f"structured_outputs.{form}", form, value, "" if given.disable_any_whitespace else white_space)
 
 
-def _write(asked: _Asked, control: Mapping[str, int], thinking: bool) -> str:
-    """Return the grammar's text.
+def _write(asked: _Asked, control: Mapping[str, int], thinking: bool, calls: Format | None) -> str:
+    """Return the grammar's text, by which `calls` may come instead. A structural tag says by itself what may.
 
     Raises:
         ValueError: it is malformed.
     """
+    if asked.form == "structural_tag":
+        return structural_tag.write(structural_tag.read(_read_json(asked.value, asked.param)), control, thinking)
+    rule = _rule(asked)
+    return forms.write(rule, thinking) if calls is None else structural_tag.write(calls, control, thinking, rule)
+
+
+def _rule(asked: _Asked) -> Rule:
     value = asked.value
     match asked.form:
         case "json":
-            return forms.write(forms.json_schema(_read_json(value, asked.param), asked.white_space), thinking)
+            return forms.json_schema(_read_json(value, asked.param), asked.white_space)
         case "json_object":
-            return forms.write(forms.json_schema({"type": "object"}, asked.white_space), thinking)
-        case "regex":
-            _check_size(value)
-            return forms.write(forms.regex(value), thinking)
+            return forms.json_schema({"type": "object"}, asked.white_space)
         case "choice":
-            return forms.write(forms.choice(value), thinking)
-        case "grammar":
-            _check_size(value)
-            return forms.write(forms.context_free(value), thinking)
-    return structural_tag.write(structural_tag.read(_read_json(value, asked.param)), control, thinking)
+            return forms.choice(value)
+    _check_size(value)
+    return forms.regex(value) if asked.form == "regex" else forms.context_free(value)
 
 
 def _read_json(value: Any, param: str) -> Any:

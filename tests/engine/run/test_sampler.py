@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import EOS, THINK_CLOSE, VOCAB, last, sequence
+from engine_cases import EOS, THINK_CLOSE, TOOL_CALL, VOCAB, last, sequence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -390,6 +390,9 @@ def test_logprobs_without_alternatives() -> None:
     assert [len(s.logprob.top) for s in sampled if s.logprob] == [2, 0]
 
 
+ANY_TEXT = Grammar(forms.write(forms.regex("(.|\n)*"), thinking=True), "regex")
+
+
 @pytest.mark.parametrize(
     ("generated", "logits", "options", "expected"),
     [
@@ -403,6 +406,14 @@ def test_logprobs_without_alternatives() -> None:
         ([30, THINK_CLOSE], row(t2=2.0), {"reasoning_max_tokens": 3}, EOS),  # closed: never again
         ([30, THINK_CLOSE, 31, 32], row(t30=2.0), {"reasoning_max_tokens": 3}, 30),
         ([30, 31, 32], row(t30=2.0), {"reasoning_max_tokens": 3, "thinking": False}, 30),
+        # A call that begins in reasoning ends it, if the request says so and tools are offered.
+        ([30], row(t4=2.0), {"tools": True, "tool_call_ends_reasoning": True}, THINK_CLOSE),
+        ([30], row(t4=2.0), {"tools": True, "grammar": ANY_TEXT}, THINK_CLOSE),
+        ([30], row(t30=2.0), {"tools": True, "tool_call_ends_reasoning": True}, 30),
+        ([30, THINK_CLOSE], row(t4=2.0), {"tools": True, "tool_call_ends_reasoning": True}, TOOL_CALL),
+        ([30], row(t4=2.0), {"tools": True}, TOOL_CALL),
+        ([30], row(t4=2.0), {"tools": True, "reasoning_max_tokens": 3}, TOOL_CALL),
+        ([30], row(t4=2.0), {"tool_call_ends_reasoning": True}, TOOL_CALL),
     ],
 )
 def test_the_thinking_budget(generated: list[int], logits: Tensor, options: dict[str, object], expected: int) -> None:
