@@ -81,6 +81,11 @@ def context_length(prompt_tokens: int, max_model_len: int, param: str = "message
     )
 
 
+def unreadable(what: str) -> Failure:
+    """Return a 500: bytes that Redis keeps for a request are damaged, so that nobody can go on with it."""
+    return internal(f"The server cannot read {what} of this request, and has ended it.", "unreadable_state").failure
+
+
 def internal(message: str, code: str = "internal_error", status: int = 500) -> RequestError:
     """Return a 5xx: our fault, or a dependency's."""
     return RequestError(Failure(status, message, type="server_error", code=code))

@@ -1,6 +1,7 @@
 """Schema of the messages that services exchange: the type is the wire format.
 
-A stream entry has two fields: `v` (the version) and `m` (one message, msgpack, tagged with its type). Token ids of
+A stream entry has the fields `v` (the version) and `m` (one message, msgpack, tagged with its type); one of `encode` or
+`generate` also has `r`, the id of its request, so that it can be answered when `m` cannot be read. Token ids of
 prompts travel packed as little-endian uint32 (`pack_ids`), since they are many and no stage on the way reads them.
 
 A field added at the end of a message, with a default, leaves VERSION as it is: a process that does not know the field
@@ -50,8 +51,14 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> list[int]:
-    """Return the token ids that `pack_ids` has packed."""
+    """Return the token ids that `pack_ids` has packed.
+
+    Raises:
+        ProtocolError: `data` is not a whole number of ids.
+    """
     packed = array("I")
+    if len(data) % packed.itemsize:
+        raise ProtocolError(f"{len(data)} bytes are no whole number of token ids")
     packed.frombytes(data)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -373,7 +380,8 @@ _logprob_decoder: msgspec.msgpack.Decoder[TokenLogprob | None] = msgspec.msgpack
 
 def to_entry(message: Message) -> dict[bytes, bytes]:
     """Return the fields of a stream entry that carries `message`."""
-    return {b"v": VERSION, b"m": _encoder.encode(message)}
+    entry = {b"v": VERSION, b"m": _encoder.encode(message)}
+    return {**entry, b"r": message.request.id.encode()} if isinstance(message, Encode | Generate) else entry
 
 
 def from_entry(fields: Mapping[bytes, bytes]) -> Message:

@@ -15,9 +15,11 @@ from shared.bus.client import command
 from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.config import variable
-from shared.errors import ConfigError, FencedError, ProtocolError
+from shared.errors import ConfigError, FencedError
 
 COUNT = "count"  # the field of the shards hash that holds their number
+
+UNREADABLE = "unreadable"  # state of a replica whose lease says nothing that we understand
 
 _FENCED = "FENCED"
 
@@ -27,7 +29,7 @@ class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
 
     service: str
     name: str
-    state: str  # starting, ready, draining
+    state: str  # starting, ready, draining; for its readers also: unreadable
     version: str = ""
     load: dict[str, float] = {}  # current load by name: docs/operations-monitoring.md lists the names
     started: float = 0.0  # unix seconds
@@ -76,16 +78,24 @@ class Lease:
 async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
     """Return the replicas whose lease has not expired, by name; remove the other names from the index.
 
-    Raises:
-        ProtocolError: a replica of another version wrote a status that cannot be read.
+    One whose status cannot be read is alive, in the state UNREADABLE.
     """
     found = await redis.register_script(read_script("live_replicas"))(
         keys=[keys.replicas(service)], args=[keys.replica_prefix(service)]
     )
+    replicas = [_replica(service, str(name, "utf-8", "replace"), status) for name, status in _pairs(found)]
+    return sorted(replicas, key=lambda replica: replica.name)
+
+
+def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _replica(service: str, name: str, status: bytes) -> Replica:
     try:
-        return sorted((_decoder.decode(status) for status in found), key=lambda replica: replica.name)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"unreadable lease of a {service}: {error}") from error
+        return _decoder.decode(status)
+    except msgspec.MsgspecError:
+        return Replica(service, name, UNREADABLE)
 
 
 class Fence:

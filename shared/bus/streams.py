@@ -15,9 +15,9 @@ from shared.bus.lua import read_script
 from shared.bus.ownership import EntryOwnership, Poison
 from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire
-from shared.errors import ProtocolError
+from shared.errors import ProtocolError, unreadable
 from shared.log import logger
-from shared.messages import Encode, Generate, Message, from_entry, to_entry
+from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry
 from shared.metrics import Hop
 
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
@@ -88,7 +88,7 @@ class WorkStream:
     async def read_new(self, count: int, block_ms: int) -> list[Delivery]:
         """Return up to `count` new entries, waiting at most `block_ms` (0: do not wait) for the first.
 
-        An entry that cannot be decoded is quarantined.
+        An entry that cannot be decoded is quarantined, and its request answered with an error if it names one.
         """
         assert not self._reading, "calls of read_new must not overlap"
         assert count > 0, "Redis takes a COUNT of 0 for no limit"
@@ -158,22 +158,30 @@ class WorkStream:
         return lost, entries, int(left) + len(undelivered[count:])
 
     async def _deliver(self, entries: Sequence[_Entry]) -> list[Delivery]:
-        """Record as delivered what can be decoded, before anything is awaited; quarantine the rest.
+        """Record as delivered what can be decoded, before anything is awaited; end the rest.
 
-        The quarantine waits for Redis rather than fail: its caller would lose the other entries, which count as
-        delivered.
+        That waits for Redis rather than fail: the caller would lose the other entries, which count as delivered.
         """
-        deliveries, unreadable = [], []
+        deliveries, damaged = [], []
         for entry_id, attempts, fields in entries:
             self.ownership.delivered.add(entry_id)
             try:
                 deliveries.append(Delivery(entry_id, self._decode(fields), attempts))
             except ProtocolError as error:
-                unreadable.append((entry_id, Poison(attempts, str(error))))
-        for entry_id, poison in unreadable:
-            await retry_until_available("quarantine", partial(self.ownership.quarantine, entry_id, poison))
+                damaged.append((entry_id, fields, Poison(attempts, str(error))))
+        for entry_id, fields, poison in damaged:
+            await retry_until_available("quarantine", partial(self._end_damaged, entry_id, fields, poison))
             self.ownership.delivered.discard(entry_id)
         return deliveries
+
+    async def _end_damaged(self, entry_id: str, fields: Mapping[bytes, bytes], poison: Poison) -> None:
+        """Quarantine an entry, and answer the request that it names."""
+        request_id = fields.get(b"r", b"").decode(errors="replace")
+        if not request_id:
+            await self.ownership.quarantine(entry_id, poison)
+            return
+        failed = Failed(request_id, unreadable("the work entry"))
+        await self.ownership.end_with_failed(entry_id, failed, poison=poison)
 
     def _decode(self, fields: Mapping[bytes, bytes]) -> Encode | Generate:
         message = from_entry(fields)

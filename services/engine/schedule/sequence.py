@@ -201,6 +201,7 @@ def build(
     prompt = np.array(unpack_ids(message.prompt), np.int64)
     sampling, model = message.request.sampling, facts.model
     _check_tokens(prompt, sampling, facts)
+    _check_generated(generated, facts)
     try:
         prompt_positions, next_position = positions(
             len(prompt), message.spans, model.vision.spatial_merge_size, model.vision.temporal_merge_size
@@ -248,6 +249,13 @@ def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
     if not message.request.output.thinking or limit is None or limit < 0:
         return None
     return ThinkingBudget(limit, facts.think_close_id)
+
+
+def _check_generated(generated: Ordered[int], facts: EngineFacts) -> None:
+    """Refuse the journal of another model."""
+    if generated and max(generated) >= facts.model.vocab_size:
+        last = facts.model.vocab_size - 1
+        raise internal(f"The answer so far has token id {max(generated)}; the vocabulary ends at {last}.")
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:

@@ -6,9 +6,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.keys import Keys
-from shared.bus.leases import Fence, Lease, Replica, Shards, live
+from shared.bus.leases import UNREADABLE, Fence, Lease, Replica, Shards, live
 from shared.bus.lua import read_script
-from shared.errors import ConfigError, FencedError, ProtocolError
+from shared.errors import ConfigError, FencedError
 
 HOUR_MS = 3_600_000
 
@@ -64,11 +64,14 @@ async def test_release_is_at_once_and_complete(redis: Redis, keys: Keys) -> None
     assert await redis.keys() == []
 
 
-async def test_unreadable_lease_is_told(redis: Redis, keys: Keys) -> None:
+async def test_a_replica_with_an_unreadable_lease_is_alive_and_not_ready(redis: Redis, keys: Keys) -> None:
+    await Lease(redis, keys, "engine", "b", HOUR_MS).renew("ready")
     await redis.sadd(keys.replicas("engine"), "a")
-    await redis.set(keys.replica("engine", "a"), "{}")
-    with pytest.raises(ProtocolError, match="engine"):
-        await live(redis, keys, "engine")
+    await redis.set(keys.replica("engine", "a"), b"\xff")
+    assert [(each.name, each.state) for each in await live(redis, keys, "engine")] == [
+        ("a", UNREADABLE),
+        ("b", "ready"),
+    ]
 
 
 async def test_a_replica_alone_owns_all(redis: Redis, keys: Keys) -> None:
