@@ -11,11 +11,10 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.keys import ENCODE, GENERATE, SERVICES, Keys
 from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
 
-SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 QUEUES = {"mm_encoder": ENCODE, "engine": GENERATE}
 HELD = {"gateway": "requests", "mm_encoder": "running", "engine": "held", "postproc": "open"}  # names in a lease's load
 ROOM = {"mm_encoder": "limit", "engine": "capacity"}
