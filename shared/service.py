@@ -21,11 +21,13 @@ from redis.exceptions import RedisError
 from shared import config, crash_points, fingerprint, log, metrics, tracing
 from shared.bus.client import MAX_BLOCK_MS, connect
 from shared.bus.keys import Keys
-from shared.bus.leases import Difference, Lease
+from shared.bus.leases import UNREADABLE, Difference, Lease
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
+from shared.bus.translate_records import translate_records
 from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError, ProtocolError
+from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
 from shared.tracing import Tracing
 from shared.version import millrace_version
@@ -33,6 +35,7 @@ from shared.version import millrace_version
 FAILED = 1
 MISCONFIGURED = 2  # starting it again would not help
 _RETRY_S = 1.0
+RAISE_AFTER = 10  # leases without a replica that needs an older version
 DEAD_AFTER = 1.5  # leases without a renewal, after which nobody can still be alive
 
 _log = log.logger(__name__)
@@ -135,12 +138,14 @@ class Life:
         self._service = service
         self._me = Drain(name, settings.name)
         self._redis = redis
+        self._keys = keys
         self._control = keys.control()
         about = (millrace_version(), time.time(), facts)
         self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
         self._facts = facts
         self._joined = False
         self._renew_s = settings.lease_ms / 3000
+        self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
         self._dead_after_s = DEAD_AFTER * settings.lease_ms / 1000
         self._drain_s = settings.drain_s
         self._state = "starting"
@@ -186,6 +191,39 @@ class Life:
                 raise ConfigError(_differing(differences, self._facts))
             await asyncio.sleep(self._renew_s)
         self._joined = True
+        await self._await_older_version()
+
+    async def _await_older_version(self) -> None:
+        """Wait until nothing of a newer version is written any more by those that live.
+
+        Raises:
+            ConfigError: a living replica and this one read no version in common.
+        """
+        while True:
+            fleet = await retry_until_available("fleet", self._lease.fleet)
+            for replica in fleet:
+                if replica.state != UNREADABLE and (replica.newest < OLDEST or replica.oldest > VERSION):
+                    raise ConfigError(
+                        f"this replica reads versions {OLDEST} to {VERSION} of our messages, and {replica.service}:"
+                        f"{replica.name} {replica.oldest} to {replica.newest}; upgrade by one version at a time"
+                    )
+            if all(replica.writes <= VERSION for replica in fleet):
+                return
+            await asyncio.sleep(self._renew_s / 2)
+
+    async def _settle_version(self) -> None:
+        """Write the newest version that everybody reads. What is kept in a newer one is translated before we say so."""
+        if OLDEST == VERSION:
+            return
+        before, newest = WRITES.number, [replica.newest for replica in await self._lease.fleet()]
+        lowered = WRITES.settle(min([VERSION, *newest]), time.monotonic(), self._raise_after_s)
+        if WRITES.number != before:
+            _log.info("another version of messages is written", extra={"version": WRITES.number})
+        if lowered:
+            await translate_records(self._redis, self._keys)
+        if self._lease.writes != WRITES.number:
+            self._lease.writes = WRITES.number
+            await self._lease.renew(self._state)
 
     async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
         """Run a phase to its end, or cancel it when `stop` is set; return whether it is."""
@@ -244,6 +282,7 @@ class Life:
         load = {} if self._state == "starting" else self._service.load()
         try:
             await self._lease.renew(self._state, load)
+            await self._settle_version()
         except RedisError as error:
             _log.warning("lease not renewed", extra={"reason": str(error)})
 

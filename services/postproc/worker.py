@@ -75,7 +75,12 @@ class Worker:
             await self.run_turn()
 
     async def drain(self) -> None:
-        """Hand the shards over."""
+        """Hand the shards over, with nothing in their streams that was read here: who is older could not read it."""
+        try:
+            for shard, owned in self._shards.items():
+                await self._trim_shard(shard, owned, journal_before=next_entry(owned.last), exactly=True)
+        except FencedError as fenced:
+            _log.warning("shards were lost to another replica while draining", extra={"reason": str(fenced)})
         await self._shards.hand_over()
 
     async def close(self) -> None:

@@ -17,6 +17,7 @@ from shared.bus.keys import ENCODE, GENERATE, SERVICES, Keys
 from shared.bus.lua import read_script
 from shared.config import variable
 from shared.errors import ConfigError, FencedError
+from shared.message_versions import OLDEST, VERSION, WRITES
 
 COUNT = "count"  # the field of the shards hash that holds their number
 
@@ -35,6 +36,9 @@ class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
     load: dict[str, float] = {}  # current load by name: docs/operations-monitoring.md lists the names
     started: float = 0.0  # unix seconds
     facts: dict[str, str] = {}  # on which all replicas must agree (shared/fingerprint.py)
+    oldest: int = 1  # version of the messages that it reads, and
+    newest: int = 1
+    writes: int = 1  # the newest version in which anything of this process may still come
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -66,6 +70,7 @@ class Lease:
         self._redis = redis
         self._keys = keys
         self._facts = dict(facts)
+        self.writes = WRITES.number
         self._key = keys.replica(service, name)
         self._index = keys.replicas(service)
         self._service = service
@@ -75,6 +80,11 @@ class Lease:
         self._started = started
         self._renew = redis.register_script(read_script("renew_lease"))
         self._join = redis.register_script(read_script("join_fleet"))
+
+    async def fleet(self) -> list[Replica]:
+        """Return all other living replicas."""
+        found = [replica for service in SERVICES for replica in await live(self._redis, self._keys, service)]
+        return [each for each in found if (each.service, each.name) != (self._service, self._name)]
 
     async def join(self, state: str) -> list[Difference]:
         """Write the first lease, unless a living replica has other facts; return in what they differ."""
@@ -94,7 +104,18 @@ class Lease:
 
     def _status(self, state: str, load: dict[str, float]) -> bytes:
         return _encoder.encode(
-            Replica(self._service, self._name, state, self._version, load, self._started, self._facts)
+            Replica(
+                self._service,
+                self._name,
+                state,
+                self._version,
+                load,
+                self._started,
+                self._facts,
+                OLDEST,
+                VERSION,
+                self.writes,
+            )
         )
 
     async def release(self) -> None:

@@ -17,7 +17,7 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.lua import read_script
 from shared.errors import Failure, unreadable
 from shared.log import logger
-from shared.messages import VERSION, Encode, Failed, Generate, Request, Tokens, to_entry
+from shared.messages import Encode, Failed, Generate, Request, Tokens, record_value, to_entry
 
 QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
 DELTAS_LENGTH = 10_000  # entries a gateway's stream keeps, about
@@ -122,7 +122,7 @@ class EntryOwnership:
             entry_id,
             self._forward,
             [self._keys.request(request_id), self._keys.stream(GENERATE)],
-            [entry[b"v"], entry[b"m"], to_entry(source)[b"m"], _fingerprint(message), request_id],
+            [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id],
         )
         return outcome.decode()  # type: ignore[return-value]
 
@@ -135,7 +135,7 @@ class EntryOwnership:
             entry_id,
             self._send_back,
             [self._keys.request(request_id), self._keys.stream(ENCODE)],
-            [VERSION, MOST_RETURNS, request_id],
+            [MOST_RETURNS, request_id],
         )
         return outcome.decode()  # type: ignore[return-value]
 

@@ -17,7 +17,6 @@ from shared.bus.leases import Fence
 from shared.bus.lua import read_script
 from shared.errors import ProtocolError
 from shared.messages import (
-    VERSION,
     Begin,
     Cancel,
     Encode,
@@ -125,7 +124,7 @@ class Records:
                 msgspec.json.encode(mine),
                 ttl_s,
                 self._keys.request(""),
-                VERSION,
+                entries[0][1][b"v"],
                 messages[0].request.gateway,
                 *fields,
             ],

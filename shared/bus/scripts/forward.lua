@@ -1,7 +1,7 @@
 -- Replace an entry of `encode` by one of `generate`, unless the request is cancelled or was forwarded with
 -- another prompt.
 -- KEYS: stream, record, generate
--- ARGV: consumer group, consumer, entry id, v, m of the Generate, m of the Encode, fingerprint of the prompt, id
+-- ARGV: consumer group, consumer, entry id, v, m of the Generate, the Encode, fingerprint of the prompt, id
 -- of the request
 -- Returns 'done', 'lost', 'unwanted' or 'changed'.
 -- requires: entries
