@@ -69,6 +69,13 @@ def unpack_ids(data: bytes) -> list[int]:
 # --------------------------------------------------------------------------------------------------- the request
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """Grammar that an answer's content must follow, part of Sampling; with a thinking prompt, from </think> on."""
+
+    text: str  # as shared/grammar/forms.py writes it
+    param: str  # the request field it came from, for error messages
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters: the engine's part of a Request. Validated and defaulted by the gateway."""
 
@@ -88,6 +95,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely ones'
     reasoning_max_tokens: int | None = None  # thinking budget; None: unlimited
+    grammar: Grammar | None = None  # None: any text
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):

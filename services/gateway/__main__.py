@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
+from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
@@ -84,9 +85,11 @@ def compose(
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
     writer = AnswerWriter(_fingerprint(Path(settings.model)), settings.hold_headers_s)
+    grammars = GrammarCheck(Path(settings.model))
     completions = ChatCompletions(
         admission=admission,
         parser=parser,
+        grammars=grammars,
         open_requests=open_requests,
         writer=writer,
         max_body_bytes=settings.max_body_bytes,
@@ -101,6 +104,7 @@ def compose(
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
+        grammars=grammars,
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing), listener),

@@ -85,7 +85,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "too many stops": ({**GOOD, "stop": ["x"] * 100}, 400, "stop"),
     "top_logprobs alone": ({**GOOD, "top_logprobs": 2}, 400, "top_logprobs"),
     "too many top_logprobs": ({**GOOD, "logprobs": True, "top_logprobs": 50}, 400, "top_logprobs"),
-    "a format we do not have": ({**GOOD, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    "a format we do not have": ({**GOOD, "response_format": {"type": "yaml"}}, 400, "response_format.type"),
     "a tool without a name": (tool(description="x"), 400, "tools[0].function.name"),
     "a tool that must be called": ({**tool(name="f"), "tool_choice": "required"}, 400, "tool_choice"),
     "an image in a system message": (

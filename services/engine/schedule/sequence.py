@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engine.schedule.blocks import ROOT, block_hash
+from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.positions import positions
-from services.engine.schedule.thinking import ThinkingBudget, is_thinking
+from services.engine.schedule.thinking import UNLIMITED, ThinkingBudget
 from services.engine.schedule.timeline import Timeline
 from shared.errors import context_length, internal, invalid
 from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack_ids
@@ -86,9 +87,10 @@ class Sequence:
     embeds: tuple[Embeds, ...]  # one a span
     eos_ids: tuple[int, ...]
     stop_ids: frozenset[int]  # tokens that end it
-    thinking: bool  # inside an open <think> that the budget will close
+    thinking: bool  # inside an open <think>, of which a budget or a grammar depends
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
+    grammar: GrammarState | None = None  # of the answer after the thinking
     arrival: int = -1  # order of service, given by the scheduler
     num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when the planned steps have run
     in_flight: int = 0  # tokens that planned steps sample and that are not known yet
@@ -122,12 +124,19 @@ class Sequence:
     @property
     def depends_on_tokens(self) -> bool:
         """True if sampling depends on which tokens came before, not on their number alone."""
-        return self.thinking or self.seen is not None or bool(self.sampling.bad_words)
+        return self.thinking or self.seen is not None or self.grammar is not None or bool(self.sampling.bad_words)
+
+    @property
+    def open_grammar(self) -> GrammarState | None:
+        """The grammar, where it restricts the next token."""
+        return None if self.thinking or self.grammar is None or self.grammar.complete else self.grammar
 
     def append(self, token: int) -> None:
         """Append a token to the answer."""
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
+        if self.grammar is not None and not self.thinking:
+            self.grammar.advance(token)
         if self.budget is not None and token == self.budget.close_id:
             self.thinking = False
         if self.seen is not None:
@@ -137,9 +146,13 @@ class Sequence:
         """Return why it has ended, if its last token ended it."""
         if self.num_generated == 0:
             return None
+        if self.grammar is not None and (failure := self.grammar.failure) is not None:
+            return Finish("error", failure=failure)
         last = int(self.tokens[self.num_tokens - 1])
         if last in self.stop_ids:
             return Finish("stop", stop_token=last)
+        if self.grammar is not None and self.grammar.complete:
+            return Finish("stop")
         return Finish("length") if self.num_generated >= self.max_tokens else None
 
     def positions(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -190,9 +203,17 @@ def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int
 
 
 def build(
-    message: Generate, epoch: int, generated: Ordered[int], embeds: tuple[Embeds, ...], facts: EngineFacts
+    message: Generate,
+    epoch: int,
+    generated: Ordered[int],
+    embeds: tuple[Embeds, ...],
+    facts: EngineFacts,
+    grammar: GrammarState | None = None,
 ) -> Sequence:
     """Build the sequence of a request of which `generated` tokens are known already.
+
+    Args:
+        grammar: the request's, at its beginning.
 
     Raises:
         RequestError: the prompt is empty or too long (400), or the message has impossible tokens or media (4xx where
@@ -200,6 +221,7 @@ def build(
     """
     prompt = np.array(unpack_ids(message.prompt), np.int64)
     sampling, model = message.request.sampling, facts.model
+    assert (grammar is None) == (sampling.grammar is None)
     _check_tokens(prompt, sampling, facts)
     _check_generated(generated, facts)
     try:
@@ -227,15 +249,22 @@ def build(
         spans=message.spans,
         embeds=embeds,
         eos_ids=model.eos_ids,
-        stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else model.eos_ids),
-        thinking=budget is not None and is_thinking(message.request.output.thinking, generated, budget.close_id),
+        stop_ids=_stop_ids(sampling, model),
+        thinking=budget is not None,
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
+        grammar=grammar,
         prompt=asked_prompt(message),
     )
     for token in generated:
         sequence.append(token)
     return sequence
+
+
+def _stop_ids(sampling: Sampling, model: ModelConfig) -> frozenset[int]:
+    """Return the tokens that end a sequence. Where a grammar allows nothing but an end token, no request ignores it."""
+    ends = () if sampling.ignore_eos and sampling.grammar is None else model.eos_ids
+    return frozenset(sampling.stop_token_ids) | frozenset(ends)
 
 
 def _penalised(sampling: Sampling) -> bool:
@@ -244,11 +273,16 @@ def _penalised(sampling: Sampling) -> bool:
 
 
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
-    """Return the request's thinking budget. A negative limit means unlimited, as in the reference server."""
-    limit = message.request.sampling.reasoning_max_tokens
-    if not message.request.output.thinking or limit is None or limit < 0:
+    """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
+
+    With a grammar there is one without a limit: the answer must not end inside the thinking.
+    """
+    sampling = message.request.sampling
+    limit = sampling.reasoning_max_tokens
+    unlimited = limit is None or limit < 0
+    if not message.request.output.thinking or (unlimited and sampling.grammar is None):
         return None
-    return ThinkingBudget(limit, facts.think_close_id)
+    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id)
 
 
 def _check_generated(generated: Ordered[int], facts: EngineFacts) -> None:

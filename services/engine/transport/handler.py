@@ -14,8 +14,10 @@ from redis.asyncio import Redis
 from services.engine.loop.mailbox import Abort, Add, FinishUnstarted, Forget, Mailbox
 from services.engine.loop.step_output import End
 from services.engine.metrics import EngineMetrics
+from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
 from services.engine.transport import spans
+from services.engine.transport.grammars import Grammars
 from services.engine.transport.media import EmbedsGoneError, check_embeds
 from services.engine.transport.pending import PendingRequest, pending_request
 from services.engine.transport.resume import History, announcement, recover
@@ -64,6 +66,7 @@ class GenerateHandler:
         blobs: Blobs,
         mailbox: Mailbox,
         facts: EngineFacts,
+        grammars: Grammars,
         metrics: EngineMetrics,
         capacity: int,
         claim_every_s: float,
@@ -77,6 +80,7 @@ class GenerateHandler:
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
+        self._grammars = grammars
         self._metrics = metrics
         self._tracing = tracing
         self._batches: asyncio.Queue[Seq[PendingRequest]] = asyncio.Queue()
@@ -257,7 +261,9 @@ class GenerateHandler:
             if pending.late(time.time()):
                 raise RequestError(LATE)
             embeds = await self._embeds(pending.message.spans)
-            sequence = _sequence(pending, history, embeds, self._facts)
+            asked = pending.message.request.sampling.grammar
+            grammar = None if asked is None else await self._grammars.begin(asked)
+            sequence = _sequence(pending, history, embeds, self._facts, grammar)
             sequence.timeline = pending.timeline
             return Add(sequence)
         except EmbedsGoneError as gone:
@@ -299,14 +305,20 @@ class GenerateHandler:
         return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
 
 
-def _sequence(pending: PendingRequest, history: History, embeds: tuple[Embeds, ...], facts: EngineFacts) -> Sequence:
+def _sequence(
+    pending: PendingRequest,
+    history: History,
+    embeds: tuple[Embeds, ...],
+    facts: EngineFacts,
+    grammar: GrammarState | None,
+) -> Sequence:
     """Build the sequence of a request.
 
     Raises:
         RequestError: the request is refused; also where its bytes make no sense in a way that nobody checks.
     """
     try:
-        return build(pending.message, pending.epoch, history.tokens, embeds, facts)
+        return build(pending.message, pending.epoch, history.tokens, embeds, facts, grammar)
     except RequestError:
         raise
     except Exception as error:

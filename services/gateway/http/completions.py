@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
+from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
@@ -31,6 +32,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
 
     admission: Admission
     parser: RequestParser
+    grammars: GrammarCheck
     open_requests: OpenRequests
     writer: AnswerWriter
     max_body_bytes: int
@@ -53,6 +55,8 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                 return
             parsed, key = await self._parse(body, request.headers, context.owner)
             del body
+            if parsed.sampling.grammar is not None:
+                await self.grammars.check(parsed.sampling.grammar)
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             await self._answer(parsed, metadata, context, receive, send)
 

@@ -7,6 +7,7 @@ import secrets
 from typing import TypeVar
 
 from services.gateway.request.schemas import MAX_SEED, ChatRequest
+from services.gateway.request.structured import requested_grammar
 from shared.errors import invalid
 from shared.messages import Output, Sampling
 from shared.model.generation import GenerationDefaults
@@ -48,6 +49,7 @@ def resolve_sampling(
         logit_bias=_logit_bias(request, tokenizer),
         logprobs=_logprobs(request),
         reasoning_max_tokens=_reasoning_budget(request) if thinking else None,
+        grammar=requested_grammar(request, tokenizer.control, thinking),
     )
 
 

@@ -22,6 +22,7 @@ MAX_BIASES = 1024
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_GUIDED_CHOICES = 4096
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -112,6 +113,54 @@ class StreamOptions(msgspec.Struct, frozen=True):
     continuous_usage_stats: bool = False
 
 
+class TextFormat(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """Any text: the default."""
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(msgspec.Struct, frozen=True):
+    """A JSON schema as OpenAI names it. `strict` may be false: the schema is enforced all the same."""
+
+    schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+class StructuralTagFormat(msgspec.Struct, frozen=True, tag_field="type", tag="structural_tag"):
+    """Text with parts that follow a grammar; `shared/grammar/structural_tag.py` has both forms."""
+
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
+Choices = Annotated[list[str], Meta(min_length=1, max_length=MAX_GUIDED_CHOICES)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The grammar of an answer as vLLM states it; one of the first six."""
+
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    whitespace_pattern: str | None = None  # between the tokens of JSON, as a regular expression
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    disable_fallback: bool = False  # there is one backend
+
+
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/chat/completions. Fields that no API defines are ignored."""
 
@@ -165,6 +214,18 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None

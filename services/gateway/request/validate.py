@@ -138,8 +138,8 @@ def check_template_kwargs(request: ChatRequest) -> None:
         raise invalid(f"`{path}` has more than {MAX_KWARGS_BYTES} bytes of JSON.", path)
 
 
-def check_depth(value: Any, path: str) -> None:
-    """Check that `value` (JSON) is not nested too deeply to be written into a prompt.
+def check_depth(value: Any, path: str, limit: int = MAX_DEPTH) -> None:
+    """Check that `value` (JSON) is not nested too deeply to be written into a prompt or compiled.
 
     Iterative, so that the check itself cannot run out of stack.
 
@@ -147,11 +147,11 @@ def check_depth(value: Any, path: str) -> None:
         RequestError: 400, it is.
     """
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(limit):
         level = [child for node in level for child in _children(node)]
         if not level:
             return
-    raise invalid(f"`{path}` is nested more than {MAX_DEPTH} levels deep.", path)
+    raise invalid(f"`{path}` is nested more than {limit} levels deep.", path)
 
 
 def _children(node: Any) -> list[Any]:
