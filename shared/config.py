@@ -50,6 +50,10 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     trace_ratio: Share = 1.0  # share of the traces that begin here; a caller decides about the ones it began
     crash_at: str = ""  # tests only: the point at which to die (shared/crash_points.py)
 
+    def facts(self) -> dict[str, str]:
+        """Return the settings of this service alone that all its replicas must have the same, as text."""
+        return {}
+
 
 S = TypeVar("S", bound=msgspec.Struct)
 

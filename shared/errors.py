@@ -4,7 +4,8 @@
     ├── RequestError          a request is refused or failed; carries the Failure that the client is shown (any status)
     ├── ConfigError           a setting is wrong; the operator can correct it: names the setting
     ├── CheckpointError       the model directory is incomplete or malformed: names the file, tensor or field
-    ├── ProtocolError         an entry or record was written by another version of our messages
+    ├── ProtocolError         an entry or record cannot be read: it is damaged,
+    │   └── NewerVersionError     or of a newer version of our messages
     └── FencedError           a write was refused for its fencing token: another replica owns the shard now
 
 `Failure` is the wire and HTTP form of an error: it travels in messages, and `openai_body` alone turns it into the
@@ -62,6 +63,14 @@ class ProtocolError(MillraceError):
     """Stream entry or record that this version cannot read."""
 
 
+class NewerVersionError(ProtocolError):
+    """Stream entry or record of a version that only newer replicas read."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"version {version} of our messages; this process reads none that new")
+        self.version = version
+
+
 class FencedError(MillraceError):
     """Write refused for its fencing token: another replica owns the shard."""
 
@@ -79,6 +88,11 @@ def context_length(prompt_tokens: int, max_model_len: int, param: str = "message
         param,
         "context_length_exceeded",
     )
+
+
+def unreadable(what: str) -> Failure:
+    """Return a 500: bytes that Redis keeps for a request are damaged, so that nobody can go on with it."""
+    return internal(f"The server cannot read {what} of this request, and has ended it.", "unreadable_state").failure
 
 
 def internal(message: str, code: str = "internal_error", status: int = 500) -> RequestError:

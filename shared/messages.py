@@ -1,10 +1,13 @@
 """Schema of the messages that services exchange: the type is the wire format.
 
-A stream entry has two fields: `v` (the version) and `m` (one message, msgpack, tagged with its type). Token ids of
+A stream entry has the fields `v` (the version) and `m` (one message, msgpack, tagged with its type); one of `encode` or
+`generate` also has `r`, the id of its request, so that it can be answered when `m` cannot be read. Token ids of
 prompts travel packed as little-endian uint32 (`pack_ids`), since they are many and no stage on the way reads them.
 
-A field added at the end of a message, with a default, leaves VERSION as it is: a process that does not know the field
-ignores it, and one that does reads the default where the field is missing.
+A field added at the end of a message, with a default, leaves the version as it is: a process that does not know the
+field ignores it, and one that does reads the default where the field is missing. Every other change is a new version
+(shared/message_versions.py). In records, a value of a later version than 1 begins with a byte that no msgpack begins
+with, and the version.
 
     stream      message     writer                  reader          delivery
     encode      Encode      gateway, engine         mm_encoder      consumer group: at least once, to one replica
@@ -31,9 +34,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from shared.errors import Failure, ProtocolError
-
-VERSION = b"1"
+from shared.errors import Failure, NewerVersionError, ProtocolError
+from shared.message_versions import OLDEST, VERSION, WRITES, translate
 
 MediaKind = Literal["image", "video"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -50,8 +52,14 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> list[int]:
-    """Return the token ids that `pack_ids` has packed."""
+    """Return the token ids that `pack_ids` has packed.
+
+    Raises:
+        ProtocolError: `data` is not a whole number of ids.
+    """
     packed = array("I")
+    if len(data) % packed.itemsize:
+        raise ProtocolError(f"{len(data)} bytes are no whole number of token ids")
     packed.frombytes(data)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -379,6 +387,9 @@ class Encoded(msgspec.Struct, frozen=True, tag=True):
 
 Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Encoded
 
+_LATER = 0xC1  # begins a value of a record of a later version than 1; msgpack never uses it
+_NIL = b"\xc0"
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _request_decoder = msgspec.msgpack.Decoder(Request)
@@ -388,27 +399,65 @@ _logprob_decoder: msgspec.msgpack.Decoder[TokenLogprob | None] = msgspec.msgpack
 
 
 def to_entry(message: Message) -> dict[bytes, bytes]:
-    """Return the fields of a stream entry that carries `message`."""
-    return {b"v": VERSION, b"m": _encoder.encode(message)}
+    """Return the fields of a stream entry that carries `message`, in the version that everybody reads."""
+    version, data = _encode(message)
+    entry = {b"v": b"%d" % version, b"m": data}
+    return {**entry, b"r": message.request.id.encode()} if isinstance(message, Encode | Generate) else entry
 
 
 def from_entry(fields: Mapping[bytes, bytes]) -> Message:
     """Return the message of a stream entry.
 
     Raises:
-        ProtocolError: the entry has another version or is none of these messages.
+        NewerVersionError: it is of a newer version.
+        ProtocolError: it is of a version that is read no more, or is none of these messages.
     """
-    if fields.get(b"v") != VERSION:
-        raise ProtocolError(f"stream entry of version {fields.get(b'v')!r}; this process reads {VERSION!r}")
+    version = entry_version(fields)
+    data = fields.get(b"m", b"")
     try:
-        return _decoder.decode(fields.get(b"m", b""))
-    except msgspec.MsgspecError as error:
+        if version < VERSION:
+            data = translate(msgspec.msgpack.decode(data, type=_Tagged).type, data, version, VERSION)
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, LookupError, TypeError) as error:
         raise ProtocolError(f"unreadable stream entry: {error}") from error
+
+
+def entry_version(fields: Mapping[bytes, bytes]) -> int:
+    """Return the version of a stream entry.
+
+    Raises:
+        NewerVersionError, ProtocolError: this process does not read it.
+    """
+    given = fields.get(b"v", b"")
+    if not given.isdigit() or len(given) > 9 or (version := int(given)) < OLDEST:
+        raise ProtocolError(f"stream entry of version {given!r}; this process reads {OLDEST} to {VERSION}")
+    if version > VERSION:
+        raise NewerVersionError(version)
+    return version
+
+
+def translated_entry(fields: Mapping[bytes, bytes]) -> dict[bytes, bytes] | None:
+    """Return a stream entry in the version that everybody reads; None if it is in that version, or an older one.
+
+    Raises:
+        ProtocolError: it cannot be read.
+    """
+    return to_entry(from_entry(fields)) if entry_version(fields) > WRITES.number else None
+
+
+class _Tagged(msgspec.Struct):
+    type: str
+
+
+def _encode(message: msgspec.Struct) -> tuple[int, bytes]:
+    """Return (version, bytes) of a message or a part of one."""
+    data, version = _encoder.encode(message), WRITES.number
+    return version, data if version == VERSION else translate(type(message).__name__, data, VERSION, version)
 
 
 def encode_request(request: Request) -> bytes:
     """Return the field `request` of a record."""
-    return _encoder.encode(request)
+    return _to_record(request)
 
 
 def decode_request(data: bytes) -> Request:
@@ -417,12 +466,12 @@ def decode_request(data: bytes) -> Request:
     Raises:
         ProtocolError: the record was written by another version.
     """
-    return _of_record(_request_decoder, data)
+    return _of_record("Request", _request_decoder, data)
 
 
 def encode_begin(begin: Begin) -> bytes:
     """Return the field `begin` of a record."""
-    return _encoder.encode(begin)
+    return _to_record(begin)
 
 
 def decode_begin(data: bytes) -> Begin:
@@ -431,12 +480,12 @@ def decode_begin(data: bytes) -> Begin:
     Raises:
         ProtocolError: the record was written by another version.
     """
-    return _of_record(_begin_decoder, data)
+    return _of_record("Begin", _begin_decoder, data)
 
 
 def encode_finish(finish: Finish) -> bytes:
     """Return the field `finish` of a record."""
-    return _encoder.encode(finish)
+    return _to_record(finish)
 
 
 def decode_finish(data: bytes) -> Finish:
@@ -445,12 +494,12 @@ def decode_finish(data: bytes) -> Finish:
     Raises:
         ProtocolError: the record was written by another version.
     """
-    return _of_record(_finish_decoder, data)
+    return _of_record("Finish", _finish_decoder, data)
 
 
 def encode_logprob(logprob: TokenLogprob | None) -> bytes:
     """Return an element of a request's list of log-probabilities; None for a token without."""
-    return _encoder.encode(logprob)
+    return _encoder.encode(None) if logprob is None else _to_record(logprob)
 
 
 def decode_logprob(data: bytes) -> TokenLogprob | None:
@@ -459,11 +508,47 @@ def decode_logprob(data: bytes) -> TokenLogprob | None:
     Raises:
         ProtocolError: the list was written by another version.
     """
-    return _of_record(_logprob_decoder, data)
+    return _of_record("TokenLogprob", _logprob_decoder, data)
 
 
-def _of_record(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+def translated_record_value(kind: str, data: bytes) -> bytes | None:
+    """Return a value of a record in the version that everybody reads; None if it is in that version, or an older one.
+
+    `kind` is the name of its type.
+    """
+    version, packed = _split(data)
+    if not WRITES.number < version <= VERSION:
+        return None
+    return _marked(WRITES.number, translate(kind, packed, version, WRITES.number))
+
+
+def record_value(message: Message) -> bytes:
+    """Return a message as a value of a record."""
+    return _to_record(message)
+
+
+def _to_record(value: msgspec.Struct) -> bytes:
+    return _marked(*_encode(value))
+
+
+def _marked(version: int, data: bytes) -> bytes:
+    return data if version == 1 else bytes((_LATER, version)) + data
+
+
+def _split(data: bytes) -> tuple[int, bytes]:
+    """Return (version, bytes) of a value of a record."""
+    return (data[1], data[2:]) if len(data) > 1 and data[0] == _LATER else (1, data)
+
+
+def _of_record(kind: str, decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    version, packed = _split(data)
+    if version > VERSION:
+        raise NewerVersionError(version)
+    if version < OLDEST:
+        raise ProtocolError(f"request record of version {version}; this process reads {OLDEST} to {VERSION}")
     try:
-        return decoder.decode(data)
-    except msgspec.MsgspecError as error:
+        if version < VERSION and packed != _NIL:
+            packed = translate(kind, packed, version, VERSION)
+        return decoder.decode(packed)
+    except (msgspec.MsgspecError, LookupError, TypeError) as error:
         raise ProtocolError(f"unreadable request record: {error}") from error

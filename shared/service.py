@@ -11,19 +11,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import config, crash_points, log, metrics, tracing
+from shared import config, crash_points, fingerprint, log, metrics, tracing
 from shared.bus.client import MAX_BLOCK_MS, connect
 from shared.bus.keys import Keys
-from shared.bus.leases import Lease
+from shared.bus.leases import UNREADABLE, Difference, Lease
+from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
+from shared.bus.translate_records import translate_records
 from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError, ProtocolError
+from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
 from shared.tracing import Tracing
 from shared.version import millrace_version
@@ -31,6 +35,8 @@ from shared.version import millrace_version
 FAILED = 1
 MISCONFIGURED = 2  # starting it again would not help
 _RETRY_S = 1.0
+RAISE_AFTER = 10  # leases without a replica that needs an older version
+DEAD_AFTER = 1.5  # leases without a renewal, after which nobody can still be alive
 
 _log = log.logger(__name__)
 S = TypeVar("S", bound=CommonSettings)
@@ -80,11 +86,12 @@ def launch(
         redis = connect(loaded.redis_url)
         traces = tracing.start(name, loaded)
         service = build(loaded, redis, tracing=traces)
+        agreed = fingerprint.facts(loaded)
     except (ConfigError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return MISCONFIGURED
     try:
-        return run(name, service, loaded, redis, loop_factory)
+        return run(name, service, loaded, redis, loop_factory, agreed)
     finally:
         traces.close()
 
@@ -95,11 +102,12 @@ def run(
     settings: CommonSettings,
     redis: Redis,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run a service through all phases, until a signal stops it; close `redis`. Returns the process's exit status."""
 
     async def live() -> int:
-        life = Life(name, service, settings, redis)
+        life = Life(name, service, settings, redis, facts)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, life, number)
         try:
@@ -112,18 +120,33 @@ def run(
 
 
 class Life:
-    """Life cycle of one service in one event loop. Set `stop` to end it."""
+    """Life cycle of one service in one event loop. Set `stop` to end it.
 
-    def __init__(self, name: str, service: Service, settings: CommonSettings, redis: Redis) -> None:
+    `facts` are those on which it must agree with every replica that lives.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        service: Service,
+        settings: CommonSettings,
+        redis: Redis,
+        facts: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         keys = Keys(settings.namespace)
         self.stop = asyncio.Event()
         self._service = service
         self._me = Drain(name, settings.name)
         self._redis = redis
+        self._keys = keys
         self._control = keys.control()
-        about = (millrace_version(), time.time())
+        about = (millrace_version(), time.time(), facts)
         self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
+        self._facts = facts
+        self._joined = False
         self._renew_s = settings.lease_ms / 3000
+        self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
+        self._dead_after_s = DEAD_AFTER * settings.lease_ms / 1000
         self._drain_s = settings.drain_s
         self._state = "starting"
 
@@ -145,7 +168,8 @@ class Life:
         return await self._close() or status
 
     async def _phases(self) -> None:
-        await self._enter("starting")
+        if await self._stopped_during(self._join()):
+            return
         if await self._stopped_during(self._service.startup()):
             return
         await self._enter("ready")
@@ -153,6 +177,53 @@ class Life:
             raise RuntimeError("serve returned although nothing had stopped it")
         await self._enter("draining")
         await self._drain()
+
+    async def _join(self) -> None:
+        """Write the first lease. A fleet that has just been killed may leave leases behind that differ; wait for these.
+
+        Raises:
+            ConfigError: replicas that live differ from this one.
+        """
+        _log.info(self._state)
+        give_up_at = time.monotonic() + self._dead_after_s
+        while differences := await retry_until_available("join", lambda: self._lease.join(self._state)):
+            if time.monotonic() >= give_up_at:
+                raise ConfigError(_differing(differences, self._facts))
+            await asyncio.sleep(self._renew_s)
+        self._joined = True
+        await self._await_older_version()
+
+    async def _await_older_version(self) -> None:
+        """Wait until nothing of a newer version is written any more by those that live.
+
+        Raises:
+            ConfigError: a living replica and this one read no version in common.
+        """
+        while True:
+            fleet = await retry_until_available("fleet", self._lease.fleet)
+            for replica in fleet:
+                if replica.state != UNREADABLE and (replica.newest < OLDEST or replica.oldest > VERSION):
+                    raise ConfigError(
+                        f"this replica reads versions {OLDEST} to {VERSION} of our messages, and {replica.service}:"
+                        f"{replica.name} {replica.oldest} to {replica.newest}; upgrade by one version at a time"
+                    )
+            if all(replica.writes <= VERSION for replica in fleet):
+                return
+            await asyncio.sleep(self._renew_s / 2)
+
+    async def _settle_version(self) -> None:
+        """Write the newest version that everybody reads. What is kept in a newer one is translated before we say so."""
+        if OLDEST == VERSION:
+            return
+        before, newest = WRITES.number, [replica.newest for replica in await self._lease.fleet()]
+        lowered = WRITES.settle(min([VERSION, *newest]), time.monotonic(), self._raise_after_s)
+        if WRITES.number != before:
+            _log.info("another version of messages is written", extra={"version": WRITES.number})
+        if lowered:
+            await translate_records(self._redis, self._keys)
+        if self._lease.writes != WRITES.number:
+            self._lease.writes = WRITES.number
+            await self._lease.renew(self._state)
 
     async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
         """Run a phase to its end, or cancel it when `stop` is set; return whether it is."""
@@ -187,6 +258,8 @@ class Life:
         except Exception:
             _log.exception("close failed")
             status = FAILED
+        if not self._joined:
+            return status
         try:
             await self._lease.release()
         except RedisError as error:
@@ -204,9 +277,12 @@ class Life:
             await self._renew()
 
     async def _renew(self) -> None:
+        if not self._joined:
+            return
         load = {} if self._state == "starting" else self._service.load()
         try:
             await self._lease.renew(self._state, load)
+            await self._settle_version()
         except RedisError as error:
             _log.warning("lease not renewed", extra={"reason": str(error)})
 
@@ -224,6 +300,17 @@ class Life:
                 continue
             if any(message == self._me for _, _, message in messages):
                 self.stop.set()
+
+
+def _differing(differences: Sequence[Difference], facts: Mapping[str, str]) -> str:
+    first, others = differences[0], len({each.replica for each in differences}) - 1
+    names = ", ".join(sorted({each.fact for each in differences}))
+    more = f" (and {others} more)" if others else ""
+    return (
+        f"this replica differs from the living ones in {names}: {first.fact} is {facts[first.fact]} here and "
+        f"{first.value} at {first.replica}{more}. All replicas of a deployment must agree; to change it, see "
+        "docs/operations.md, 'Change what all must agree on'"
+    )
 
 
 def _on_signal(life: Life, number: int) -> None:

@@ -8,7 +8,8 @@ from msgspec import Meta
 
 from cli.autoscaler.policy import Rules
 from shared import config
-from shared.bus.pipeline_view import QUEUES, SERVICES
+from shared.bus.keys import SERVICES
+from shared.bus.pipeline_view import QUEUES
 from shared.config import Port, Positive, variable
 from shared.errors import ConfigError
 

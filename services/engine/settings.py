@@ -39,6 +39,9 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound
     kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 
+    def facts(self) -> dict[str, str]:
+        return {"quantization": self.quantization or "unset"}
+
     def __post_init__(self) -> None:
         if self.tensor_parallel_size != 1:
             raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}; this engine runs on 1 device")

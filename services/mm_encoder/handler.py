@@ -31,11 +31,11 @@ from shared.bus.blobs import MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
 from shared.bus.ownership import DELTAS_LENGTH, Poison
-from shared.bus.records import Record, Records
+from shared.bus.records import Record, Records, UnreadableRecord
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, WorkStream, reply
 from shared.crash_points import crash_point
-from shared.errors import Failure, RequestError, internal
+from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger
 from shared.messages import (
     Accepted,
@@ -197,6 +197,9 @@ class EncodeHandler:
     async def _work(self, running: RunningRequest) -> Outcome:
         message, request = running.message, running.message.request
         record = (await self._records.get([request.id])).get(request.id)
+        if isinstance(record, UnreadableRecord):
+            _log.error("unreadable record", extra={"request_id": request.id, "reason": record.reason})
+            return unreadable("the record")
         if record is None or record.cancelled:
             return "unwanted"
         if record.finish is not None:
@@ -258,7 +261,9 @@ class EncodeHandler:
         await retry_until_available("end", lambda: self._send_end(running, record, failure))
         crash_point("mm_encoder.end.after")
 
-    async def _send_end(self, running: RunningRequest, record: Record | None, failure: Failure | None) -> None:
+    async def _send_end(
+        self, running: RunningRequest, record: Record | UnreadableRecord | None, failure: Failure | None
+    ) -> None:
         request, entry_id, poison = running.message.request, running.entry_id, running.poison
         if record is not None and record.epoch > 0:
             finish = Finish("cancelled") if failure is None else Finish("error", failure=failure)
@@ -268,7 +273,7 @@ class EncodeHandler:
         elif failure is None:
             await self._ownership.drop(entry_id, request.id)
         else:
-            await self._ownership.end_with_failed(entry_id, request, Failed(request.id, failure), poison)
+            await self._ownership.end_with_failed(entry_id, Failed(request.id, failure), request.gateway, poison)
 
 
 def _last_tokens(request_id: str, epoch: int, finish: Finish) -> Tokens:

@@ -3,6 +3,7 @@
 import ipaddress
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 from PIL import Image
 
@@ -45,6 +46,9 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
         """Return the number of patches in the largest pass of the vision tower."""
         image = self.mm_processor_kwargs.image_max_pixels // vision.patch_size**2
         return max(self.tower_max_patches, image)
+
+    def facts(self) -> dict[str, str]:
+        return {"mm_processor_kwargs": msgspec.json.encode(self.mm_processor_kwargs).decode()}
 
     def __post_init__(self) -> None:
         if Image.MAX_IMAGE_PIXELS is not None and self.media_max_pixels > Image.MAX_IMAGE_PIXELS:

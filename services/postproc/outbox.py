@@ -14,7 +14,7 @@ from shared.bus.records import Records
 from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire, WireScript
 from shared.crash_points import crash_point
-from shared.messages import VERSION, Delta, Deltas, to_entry
+from shared.messages import Delta, Deltas, to_entry
 
 HERE = Path(__file__).parent  # where the scripts are
 
@@ -37,9 +37,10 @@ class Outbox:
 
     async def send(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Send one message to every gateway in `deltas`."""
-        packed = [to_entry(Deltas(tuple(items)))[b"m"] for items in deltas.values()]
+        entries = [to_entry(Deltas(tuple(items))) for items in deltas.values()]
+        packed = [entry[b"m"] for entry in entries]
         keys = [*map(self._keys.deltas, deltas)]
-        words: list[str | bytes | int] = [self._deltas_max_len, VERSION, *packed]
+        words: list[str | bytes | int] = [self._deltas_max_len, entries[0][b"v"], *packed]
         await self._write("deltas", lambda: self._shards.fence.run(self._send_script, keys, words))
 
     async def journal(self, states: list[RequestState]) -> int:

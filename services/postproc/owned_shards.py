@@ -13,6 +13,7 @@ from shared.bus.leases import Fence, Shards, live
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
 from shared.log import logger
+from shared.message_versions import VERSION
 
 SERVICE = "postproc"
 
@@ -82,7 +83,13 @@ class OwnedShards:
             return
         looked_at = self._clock()
         replicas = await retry_until_available("replicas", lambda: live(self._redis, self._keys, SERVICE))
-        ready = {replica.name for replica in replicas if replica.state == "ready"}
+        if any(replica.state == "ready" and replica.newest > VERSION for replica in replicas):
+            # What was written for newer replicas only they can read, so the shards are theirs.
+            await retry_until_available("hand over", self.hand_over)
+            self.fence = Fence(self._keys, self._name, {})
+            self._look_at = looked_at + self.look_ms / 1000
+            return
+        ready = {replica.name for replica in replicas if replica.state == "ready" and replica.newest == VERSION}
         epochs = await retry_until_available("shards", lambda: self._shards.balance(ready, self._owned))
         self._drop([shard for shard, owned in self._owned.items() if epochs.get(shard) != owned.epoch])
         for shard, epoch in epochs.items():

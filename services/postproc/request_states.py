@@ -13,7 +13,7 @@ from services.postproc.text.answer import Answer, AnswerState, Parsers
 from services.postproc.text.catch_up import missed_deltas
 from services.postproc.text.detokenize import Vocabulary
 from shared.bus.records import Record
-from shared.errors import Failure, internal
+from shared.errors import Failure, internal, unreadable
 from shared.log import logger
 from shared.messages import Attach, Begin, Delta, Finish, Output, TokenRun, Tokens
 from shared.token_runs import Verdict, judge_run, known_tokens
@@ -99,6 +99,16 @@ class RequestStates:
             output.fail(state, LOST)
             output.ended.append(state)
             output.take_delta(state)
+
+    def fail_unreadable(self, request_id: str, gateways: Iterable[str], reason: str, output: TurnOutput) -> None:
+        """End a request without a state whose record or journal is damaged: nobody can go on with it."""
+        _log.error("unreadable request", extra={"request_id": request_id, "reason": reason})
+        self.ignore([request_id])
+        for gateway in gateways:
+            output.add_delta(gateway, _failure_delta(request_id, 0, unreadable("the record")))
+        output.to_cancel.append(request_id)
+        output.to_delete.append(request_id)
+        output.failures += 1
 
     def _new_answer(self, record: Record) -> Answer:
         answer = Answer(record.request, self._vocabulary, self._parsers)

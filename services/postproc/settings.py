@@ -24,6 +24,13 @@ class PostprocSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown
     trim_every: Positive = 256  # steps between two trims of a shard's stream
     deltas_max_len: Positive = 10_000  # messages that a gateway's stream keeps, about
 
+    def facts(self) -> dict[str, str]:
+        return {
+            "reasoning_parser": self.reasoning_parser or "none",
+            "tool_call_parser": self.tool_call_parser or "none",
+            "tool_calls_in_reasoning": str(self.tool_calls_in_reasoning),
+        }
+
     def __post_init__(self) -> None:
         parsers = {"reasoning_parser": self.reasoning_parser, "tool_call_parser": self.tool_call_parser}
         for field, name in parsers.items():

@@ -19,7 +19,7 @@ from services.postproc.request_state import EntryId, Journal, TurnOutput
 from services.postproc.request_states import RequestStates
 from services.postproc.settings import PostprocSettings
 from shared.bus.keys import Keys
-from shared.bus.records import Record, Records
+from shared.bus.records import Record, Records, UnreadableRecord
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
 from shared.errors import FencedError, ProtocolError
@@ -75,7 +75,12 @@ class Worker:
             await self.run_turn()
 
     async def drain(self) -> None:
-        """Hand the shards over."""
+        """Hand the shards over, with nothing in their streams that was read here: who is older could not read it."""
+        try:
+            for shard, owned in self._shards.items():
+                await self._trim_shard(shard, owned, journal_before=next_entry(owned.last), exactly=True)
+        except FencedError as fenced:
+            _log.warning("shards were lost to another replica while draining", extra={"reason": str(fenced)})
         await self._shards.hand_over()
 
     async def close(self) -> None:
@@ -136,14 +141,28 @@ class Worker:
         records = await retry_until_available("records", lambda: self._records.get(unknown))
         self._states.ignore(generating - records.keys())
         for request_id, record in records.items():
-            if record.finish is not None:
-                self._states.ignore([request_id])
-                if request_id in attached:
-                    self._states.restore_finished(record, await self._read_journal(record), output)
-            elif record.begin is not None or request_id in generating:
-                self._states.open_request(record, await self._read_journal(record), output)
-            else:
-                output.queued.add(request_id)
+            if isinstance(record, UnreadableRecord):
+                self._states.fail_unreadable(request_id, record.gateways, record.reason, output)
+                continue
+            try:
+                await self._open(record, request_id in generating, request_id in attached, output)
+            except ProtocolError as error:
+                self._states.fail_unreadable(request_id, record.gateways, str(error), output)
+
+    async def _open(self, record: Record, generating: bool, attached: bool, output: TurnOutput) -> None:
+        """
+        Raises:
+            ProtocolError: the journal, or what is beside it, is damaged.
+        """
+        request_id = record.request.id
+        if record.finish is not None:
+            self._states.ignore([request_id])
+            if attached:
+                self._states.restore_finished(record, await self._read_journal(record), output)
+        elif record.begin is not None or generating:
+            self._states.open_request(record, await self._read_journal(record), output)
+        else:
+            output.queued.add(request_id)
 
     async def _read_journal(self, record: Record) -> Journal:
         request = record.request

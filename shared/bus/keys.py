@@ -43,6 +43,7 @@ import msgspec
 
 ENCODE = "encode"
 GENERATE = "generate"
+SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 
 
 class Keys(msgspec.Struct, frozen=True):

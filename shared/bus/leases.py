@@ -5,6 +5,7 @@ owner and epoch. A replica that was declared dead and wakes up changes nothing, 
 """
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -12,12 +13,15 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.client import command
-from shared.bus.keys import Keys
+from shared.bus.keys import ENCODE, GENERATE, SERVICES, Keys
 from shared.bus.lua import read_script
 from shared.config import variable
-from shared.errors import ConfigError, FencedError, ProtocolError
+from shared.errors import ConfigError, FencedError
+from shared.message_versions import OLDEST, VERSION, WRITES
 
 COUNT = "count"  # the field of the shards hash that holds their number
+
+UNREADABLE = "unreadable"  # state of a replica whose lease says nothing that we understand
 
 _FENCED = "FENCED"
 
@@ -27,10 +31,22 @@ class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
 
     service: str
     name: str
-    state: str  # starting, ready, draining
+    state: str  # starting, ready, draining; for its readers also: unreadable
     version: str = ""
     load: dict[str, float] = {}  # current load by name: docs/operations-monitoring.md lists the names
     started: float = 0.0  # unix seconds
+    facts: dict[str, str] = {}  # on which all replicas must agree (shared/fingerprint.py)
+    oldest: int = 1  # version of the messages that it reads, and
+    newest: int = 1
+    writes: int = 1  # the newest version in which anything of this process may still come
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """Fact in which a living replica differs from one that would join."""
+
+    replica: str
+    fact: str
+    value: str  # over there
 
 
 _encoder = msgspec.json.Encoder()
@@ -49,8 +65,12 @@ class Lease:
         ttl_ms: int,
         version: str = "",
         started: float = 0.0,
+        facts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._redis = redis
+        self._keys = keys
+        self._facts = dict(facts)
+        self.writes = WRITES.number
         self._key = keys.replica(service, name)
         self._index = keys.replicas(service)
         self._service = service
@@ -59,11 +79,44 @@ class Lease:
         self._version = version
         self._started = started
         self._renew = redis.register_script(read_script("renew_lease"))
+        self._join = redis.register_script(read_script("join_fleet"))
+
+    async def fleet(self) -> list[Replica]:
+        """Return all other living replicas."""
+        found = [replica for service in SERVICES for replica in await live(self._redis, self._keys, service)]
+        return [each for each in found if (each.service, each.name) != (self._service, self._name)]
+
+    async def join(self, state: str) -> list[Difference]:
+        """Write the first lease, unless a living replica has other facts; return in what they differ."""
+        flat = await self._join(
+            keys=[self._key, self._index, *map(self._keys.replicas, SERVICES)],
+            args=[self._status(state, {}), self._ttl_ms, self._name, *map(self._keys.replica_prefix, SERVICES)],
+        )
+        words = [str(word, "utf-8", "replace") for word in flat]
+        prefix = len(self._keys.replica("", "")) - 1
+        return [Difference(words[i][prefix:], words[i + 1], words[i + 2]) for i in range(0, len(words), 3)]
 
     async def renew(self, state: str, load: dict[str, float] | None = None) -> None:
         """Write status and expiry, and the name into the index, in one script."""
-        status = _encoder.encode(Replica(self._service, self._name, state, self._version, load or {}, self._started))
-        await self._renew(keys=[self._key, self._index], args=[status, self._ttl_ms, self._name])
+        await self._renew(
+            keys=[self._key, self._index], args=[self._status(state, load or {}), self._ttl_ms, self._name]
+        )
+
+    def _status(self, state: str, load: dict[str, float]) -> bytes:
+        return _encoder.encode(
+            Replica(
+                self._service,
+                self._name,
+                state,
+                self._version,
+                load,
+                self._started,
+                self._facts,
+                OLDEST,
+                VERSION,
+                self.writes,
+            )
+        )
 
     async def release(self) -> None:
         """Delete the lease, so that others need not wait for its expiry."""
@@ -76,16 +129,24 @@ class Lease:
 async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
     """Return the replicas whose lease has not expired, by name; remove the other names from the index.
 
-    Raises:
-        ProtocolError: a replica of another version wrote a status that cannot be read.
+    One whose status cannot be read is alive, in the state UNREADABLE.
     """
     found = await redis.register_script(read_script("live_replicas"))(
         keys=[keys.replicas(service)], args=[keys.replica_prefix(service)]
     )
+    replicas = [_replica(service, str(name, "utf-8", "replace"), status) for name, status in _pairs(found)]
+    return sorted(replicas, key=lambda replica: replica.name)
+
+
+def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _replica(service: str, name: str, status: bytes) -> Replica:
     try:
-        return sorted((_decoder.decode(status) for status in found), key=lambda replica: replica.name)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"unreadable lease of a {service}: {error}") from error
+        return _decoder.decode(status)
+    except msgspec.MsgspecError:
+        return Replica(service, name, UNREADABLE)
 
 
 class Fence:
@@ -128,6 +189,7 @@ class Shards:
     def __init__(self, redis: Redis, keys: Keys, service: str, name: str, count: int) -> None:
         self._redis = redis
         self._key = keys.shards()
+        self._work = [keys.stream(ENCODE), keys.stream(GENERATE)]
         self._leases = keys.replica_prefix(service)
         self._name = name
         self._count = count
@@ -135,18 +197,20 @@ class Shards:
         self._release = redis.register_script(read_script("release_shards"))
 
     async def check_count(self) -> None:
-        """Record the number of shards, once per deployment.
+        """Record the number of shards, with which all living replicas agree.
 
         Raises:
-            ConfigError: the deployment already runs with another number.
+            ConfigError: requests are under way that were distributed over another number.
         """
-        await command(self._redis, "HSETNX", self._key, COUNT, self._count)
-        recorded = int(await command(self._redis, "HGET", self._key, COUNT))
-        if recorded != self._count:
-            raise ConfigError(
-                f"{variable('shards')} is {self._count}, but this deployment has {recorded}; to change it, stop every "
-                f"service and delete the key {self._key}"
-            )
+        recorded = await command(self._redis, "HGET", self._key, COUNT)
+        if recorded is not None and int(recorded) != self._count:
+            under_way = sum([await command(self._redis, "XLEN", stream) for stream in self._work])
+            if under_way:
+                raise ConfigError(
+                    f"{variable('shards')} is {self._count}, but {under_way} requests are under way that were "
+                    f"distributed over {int(recorded)}; let them end first"
+                )
+        await command(self._redis, "HSET", self._key, COUNT, self._count)
 
     async def balance(self, ready: Collection[str], held: Collection[int] = ()) -> dict[int, int]:
         """Take or give up shards towards a fair share among this replica and those named `ready`.

@@ -15,9 +15,9 @@ from redis.asyncio import Redis
 from shared.bus.client import command
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.lua import read_script
-from shared.errors import Failure
+from shared.errors import Failure, unreadable
 from shared.log import logger
-from shared.messages import VERSION, Encode, Failed, Generate, Request, Tokens, to_entry
+from shared.messages import Encode, Failed, Generate, Request, Tokens, record_value, to_entry
 
 QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
 DELTAS_LENGTH = 10_000  # entries a gateway's stream keeps, about
@@ -122,7 +122,7 @@ class EntryOwnership:
             entry_id,
             self._forward,
             [self._keys.request(request_id), self._keys.stream(GENERATE)],
-            [entry[b"v"], entry[b"m"], to_entry(source)[b"m"], _fingerprint(message)],
+            [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id],
         )
         return outcome.decode()  # type: ignore[return-value]
 
@@ -135,7 +135,7 @@ class EntryOwnership:
             entry_id,
             self._send_back,
             [self._keys.request(request_id), self._keys.stream(ENCODE)],
-            [VERSION, MOST_RETURNS],
+            [MOST_RETURNS, request_id],
         )
         return outcome.decode()  # type: ignore[return-value]
 
@@ -149,26 +149,31 @@ class EntryOwnership:
         return bool(await self._record_failure(keys=[self._key, self._keys.request(request_id)], args=args))
 
     async def recorded_failure(self, request_id: str) -> Failure | None:
-        """Return the failure that `record_failure` has recorded."""
+        """Return the failure that `record_failure` has recorded; another one if it cannot be read."""
         data = await command(self._redis, "HGET", self._keys.request(request_id), "failed")
-        return None if data is None else _failure.decode(data)
+        try:
+            return None if data is None else _failure.decode(data)
+        except msgspec.MsgspecError:
+            return unreadable("the failure")
 
     async def drop(self, entry_id: str, request_id: str) -> bool:
         """End an entry that needs no answer, and delete its record. Returns whether this replica owned the entry."""
         return bool(await self._run_ending(entry_id, self._drop, [self._keys.request(request_id)], []))
 
     async def end_with_failed(
-        self, entry_id: str, request: Request, failed: Failed, poison: Poison | None = None
+        self, entry_id: str, failed: Failed, gateway: str = "", poison: Poison | None = None
     ) -> bool:
-        """End an entry that no engine has read (mm_encoder): send `failed` to its gateways, and delete the record.
+        """End an entry that no engine has read, or that nobody can: send `failed` to the request's gateways, and delete
+        all that is kept of it.
 
-        With `poison` the entry goes to the quarantine. Returns whether this replica owned the entry.
+        `gateway` is the receiver if there is no record. With `poison` the entry goes to the quarantine. Returns whether
+        this replica owned the entry.
         """
-        entry = to_entry(failed)
-        keys = [self._keys.request(request.id), self._quarantine_key]
-        args: list[_Arg] = [entry[b"v"], entry[b"m"], self._keys.deltas(""), request.gateway]
+        entry, keys, request_id = to_entry(failed), self._keys, failed.request_id
+        names = [keys.request(request_id), self._quarantine_key, keys.journal(request_id), keys.logprobs(request_id)]
+        args: list[_Arg] = [entry[b"v"], entry[b"m"], keys.deltas(""), gateway]
         args += [DELTAS_LENGTH, QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
-        return bool(await self._run_ending(entry_id, self._end_with_failed, keys, args))
+        return bool(await self._run_ending(entry_id, self._end_with_failed, names, args))
 
     async def end_with_tokens(
         self, entry_id: str, request: Request, last: Tokens, poison: Poison | None = None

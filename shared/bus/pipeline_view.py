@@ -11,11 +11,10 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from shared.bus.keys import ENCODE, GENERATE, Keys
-from shared.bus.leases import COUNT, Replica
+from shared.bus.keys import ENCODE, GENERATE, SERVICES, Keys
+from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
 
-SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 QUEUES = {"mm_encoder": ENCODE, "engine": GENERATE}
 HELD = {"gateway": "requests", "mm_encoder": "running", "engine": "held", "postproc": "open"}  # names in a lease's load
 ROOM = {"mm_encoder": "limit", "engine": "capacity"}
@@ -180,7 +179,7 @@ def _problems_of(stage: StageView) -> list[str]:
         found.append(f"{stage.service}: the oldest of {queue.waiting} has waited for {queue.waiting_s:.0f} s")
     if queue and queue.quarantined:
         found.append(f"quarantine:{queue.stream} has {queue.quarantined} entries, which ended replica after replica")
-    found += [f"{each.name}: a lease of another version, which cannot be read" for each in stage.within("unreadable")]
+    found += [f"{each.name}: a lease of another version, which cannot be read" for each in stage.within(UNREADABLE)]
     return found
 
 
@@ -246,7 +245,7 @@ def _replica(name: str, lease: bytes | None, expires_ms: int, now: float) -> Rep
     try:
         said = _decoder.decode(lease)
     except msgspec.MsgspecError:
-        return ReplicaView(name, "unreadable", expires_s=expires_ms / 1000)
+        return ReplicaView(name, UNREADABLE, expires_s=expires_ms / 1000)
     up_s = max(0.0, now - said.started) if said.started else None
     return ReplicaView(name, said.state, said.version, up_s, max(0, expires_ms) / 1000, said.load)
 

@@ -2,7 +2,8 @@
 
 A record is created with the request's first work entry, in one transaction, and deleted when the request ends, or
 `retain_s` after an answer that a client may come back for. A stage that reads an entry and finds no record, or a
-cancelled one, drops the entry. No journal is written without its record, so a late writer leaves nothing behind.
+cancelled one, drops the entry. No journal is written without its record, so a late writer leaves nothing behind. A
+record that cannot be read is its own request's failure: whoever meets it ends that request, and goes on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,8 @@ from shared.bus.client import command
 from shared.bus.keys import Keys
 from shared.bus.leases import Fence
 from shared.bus.lua import read_script
+from shared.errors import ProtocolError
 from shared.messages import (
-    VERSION,
     Begin,
     Cancel,
     Encode,
@@ -54,6 +55,14 @@ class Record(msgspec.Struct, frozen=True):
     gateways: tuple[str, ...]  # receivers of deltas: usually one, more while several clients read the same answer
     begin: Begin | None = None  # of the newest epoch whose tokens the journal may hold; set once there is a journal
     finish: Finish | None = None  # the answer has ended well, the journal holds all of it, and both will expire
+
+
+class UnreadableRecord(msgspec.Struct, frozen=True):
+    """Record with damaged bytes, and what can be read of it."""
+
+    reason: str
+    epoch: int = 0  # 0 also if it cannot be read
+    gateways: tuple[str, ...] = ()
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -115,7 +124,7 @@ class Records:
                 msgspec.json.encode(mine),
                 ttl_s,
                 self._keys.request(""),
-                VERSION,
+                entries[0][1][b"v"],
                 messages[0].request.gateway,
                 *fields,
             ],
@@ -123,13 +132,17 @@ class Records:
         earlier = msgspec.json.decode(known, type=Submission) if known else None
         return None if earlier == mine else earlier  # equal: our own, sent again because its reply was lost
 
-    async def get(self, request_ids: Sequence[str]) -> dict[str, Record]:
+    async def get(self, request_ids: Sequence[str]) -> dict[str, Record | UnreadableRecord]:
         """Return the records that exist, by request id, in one round trip."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for request_id in request_ids:
                 pipe.hmget(self._keys.request(request_id), _FIELDS)
             found = await pipe.execute()
-        return {request_id: _record(fields) for request_id, fields in zip(request_ids, found, strict=True) if fields[0]}
+        return {
+            request_id: _record(fields)
+            for request_id, fields in zip(request_ids, found, strict=True)
+            if fields[0] is not None
+        }
 
     async def exists(self, request_ids: Sequence[str]) -> set[str]:
         """Return the ids of those requests that have a record, in one round trip (gateway, postproc)."""
@@ -188,12 +201,20 @@ class Records:
         return [writes[place - 1][0] for place in refused]
 
     async def read_journal(self, request_id: str) -> list[int]:
-        """Return the generated tokens journaled so far. (The last ones may still be in the tokens stream only.)"""
+        """Return the generated tokens journaled so far. (The last ones may still be in the tokens stream only.)
+
+        Raises:
+            ProtocolError: the journal is damaged.
+        """
         data = await self._redis.get(self._keys.journal(request_id))
         return unpack_ids(data) if isinstance(data, bytes) else []
 
     async def read_logprobs(self, request_id: str) -> list[TokenLogprob | None]:
-        """Return the log-probabilities journaled beside the tokens, for a request that asked for them."""
+        """Return the log-probabilities journaled beside the tokens, for a request that asked for them.
+
+        Raises:
+            ProtocolError: they are damaged.
+        """
         found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
         return [decode_logprob(data) for data in found]
 
@@ -215,16 +236,26 @@ class Records:
         return [key(request_id) for request_id in request_ids for key in keys]
 
 
-def _record(fields: Sequence[bytes | None]) -> Record:
+def _record(fields: Sequence[bytes | None]) -> Record | UnreadableRecord:
+    try:
+        return _readable_record(fields)
+    except (ProtocolError, ValueError) as error:  # ValueError: no number, or no UTF-8
+        _, epoch, _, _, _, gateways = (field or b"" for field in fields)
+        names = tuple(gateways.decode(errors="replace").split())
+        return UnreadableRecord(str(error), int(epoch) if epoch.isdigit() else 0, names)
+
+
+def _readable_record(fields: Sequence[bytes | None]) -> Record:
+    """
+    Raises:
+        ProtocolError, ValueError: a field is damaged.
+    """
     request, epoch, cancelled, begin, finish, gateways = fields
-    assert request is not None
-    assert epoch is not None
-    assert gateways is not None
     return Record(
-        decode_request(request),
-        int(epoch),
+        decode_request(request or b""),
+        int(epoch or b""),
         cancelled is not None,
-        tuple(str(gateways, "utf-8").split()),
+        tuple(str(gateways or b"", "utf-8").split()),
         None if begin is None else decode_begin(begin),
         None if finish is None else decode_finish(finish),
     )

@@ -1,6 +1,7 @@
 """Work streams (consumer groups, delivery at least once) and logs (plain XREAD, replayable)."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,11 +16,13 @@ from shared.bus.lua import read_script
 from shared.bus.ownership import EntryOwnership, Poison
 from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire
-from shared.errors import ProtocolError
+from shared.errors import NewerVersionError, ProtocolError, unreadable
 from shared.log import logger
-from shared.messages import Encode, Generate, Message, from_entry, to_entry
+from shared.message_versions import VERSION, WRITES
+from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry, translated_entry
 from shared.metrics import Hop
 
+NEWER = "newer"  # the consumer that stands for replicas of a newer version: what they must read is pending under it
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
@@ -70,6 +73,9 @@ class WorkStream:
         self._hop = Hop(stream)
         self._claim_dead = redis.register_script(read_script("claim_dead"))
         self._claim_undelivered = redis.register_script(read_script("claim_undelivered"))
+        self._leave_newer = redis.register_script(read_script("leave_newer"))
+        self._replace_entry = redis.register_script(read_script("replace_entry"))
+        self._replicas = keys.replicas(service)
         self._delete_consumer = redis.register_script(read_script("delete_consumer"))
         self._claiming = asyncio.Lock()
         self._reading = False
@@ -88,7 +94,7 @@ class WorkStream:
     async def read_new(self, count: int, block_ms: int) -> list[Delivery]:
         """Return up to `count` new entries, waiting at most `block_ms` (0: do not wait) for the first.
 
-        An entry that cannot be decoded is quarantined.
+        An entry that cannot be decoded is quarantined, and its request answered with an error if it names one.
         """
         assert not self._reading, "calls of read_new must not overlap"
         assert count > 0, "Redis takes a COUNT of 0 for no limit"
@@ -122,8 +128,19 @@ class WorkStream:
         """Delete our consumer if it owns no entries.
 
         Other replicas claim its entries as soon as our lease is gone, and this delivery does not count as an attempt.
+        Entries that they could not read are translated.
         """
+        if WRITES.number < VERSION:
+            await self._translate_entries()
         await self._delete_consumer(keys=[self._key], args=[self._group, self._name, _MOST_PENDING])
+
+    async def _translate_entries(self) -> None:
+        """Replace entries of a newer version than all replicas read, unless another living one works on them."""
+        for raw_id, fields in await command(self._redis, "XRANGE", self._key, "-", "+"):
+            with contextlib.suppress(ProtocolError):
+                if entry := translated_entry(fields):
+                    args = [self._group, self._name, raw_id, NEWER, self._leases, entry[b"v"], entry[b"m"], entry[b"r"]]
+                    await self._replace_entry(keys=[self._key], args=args)
 
     async def backlog(self) -> int:
         """Return the number of entries, waiting and running."""
@@ -151,29 +168,52 @@ class WorkStream:
         lost, undelivered = await self._compare()
         if undelivered[:count]:
             claimed += await self._claim_undelivered(keys=[self._key], args=[*consumer, *undelivered[:count]])
-        found, left = await self._claim_dead(keys=[self._key], args=[*consumer, self._leases, count - len(claimed)])
+        found, left = await self._claim_dead(
+            keys=[self._key, self._replicas],
+            args=[*consumer, self._leases, count - len(claimed), NEWER, VERSION],
+        )
         entries: list[_Entry] = [
             (str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in [*claimed, *found]
         ]
         return lost, entries, int(left) + len(undelivered[count:])
 
     async def _deliver(self, entries: Sequence[_Entry]) -> list[Delivery]:
-        """Record as delivered what can be decoded, before anything is awaited; quarantine the rest.
+        """Record as delivered what can be decoded, before anything is awaited; leave what is newer, and end the rest.
 
-        The quarantine waits for Redis rather than fail: its caller would lose the other entries, which count as
-        delivered.
+        That waits for Redis rather than fail: the caller would lose the other entries, which count as delivered.
         """
-        deliveries, unreadable = [], []
+        deliveries, damaged, newer = [], [], []
         for entry_id, attempts, fields in entries:
             self.ownership.delivered.add(entry_id)
             try:
                 deliveries.append(Delivery(entry_id, self._decode(fields), attempts))
+            except NewerVersionError as error:
+                newer.append((entry_id, fields, attempts, error.version))
             except ProtocolError as error:
-                unreadable.append((entry_id, Poison(attempts, str(error))))
-        for entry_id, poison in unreadable:
-            await retry_until_available("quarantine", partial(self.ownership.quarantine, entry_id, poison))
+                damaged.append((entry_id, fields, Poison(attempts, str(error))))
+        for entry_id, fields, attempts, version in newer:
+            if await retry_until_available("leave", partial(self._leave, entry_id, version)) == b"nobody":
+                damaged.append((entry_id, fields, Poison(attempts, f"of version {version}, which nobody reads")))
+            else:
+                self.ownership.delivered.discard(entry_id)
+        for entry_id, fields, poison in damaged:
+            await retry_until_available("quarantine", partial(self._end_damaged, entry_id, fields, poison))
             self.ownership.delivered.discard(entry_id)
         return deliveries
+
+    async def _leave(self, entry_id: str, version: int) -> bytes:
+        """Leave an entry to newer replicas; return b"nobody" if none lives."""
+        args: list[str | int] = [self._group, self._name, entry_id, version, self._leases, NEWER]
+        return bytes(await self._leave_newer(keys=[self._key, self._replicas], args=args))
+
+    async def _end_damaged(self, entry_id: str, fields: Mapping[bytes, bytes], poison: Poison) -> None:
+        """Quarantine an entry, and answer the request that it names."""
+        request_id = fields.get(b"r", b"").decode(errors="replace")
+        if not request_id:
+            await self.ownership.quarantine(entry_id, poison)
+            return
+        failed = Failed(request_id, unreadable("the work entry"))
+        await self.ownership.end_with_failed(entry_id, failed, poison=poison)
 
     def _decode(self, fields: Mapping[bytes, bytes]) -> Encode | Generate:
         message = from_entry(fields)

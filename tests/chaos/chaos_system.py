@@ -71,6 +71,7 @@ class Replica:
         self.paused = False
         self.started = 0.0  # unix seconds
         self.log = log
+        self.root = ROOT  # whose sources it runs
         self.port = free_port() if service == "gateway" else 0
         self._environ = environ
         self._starts = 0
@@ -113,7 +114,7 @@ class Replica:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module],
-                cwd=ROOT,
+                cwd=self.root,
                 env={**self._environ, **_variables(told)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

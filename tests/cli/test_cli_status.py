@@ -13,9 +13,9 @@ from machine import PATIENCE_S
 from cli.main import main
 from shared.bus import client as redis_client
 from shared.bus.client import connect
-from shared.bus.keys import Keys
+from shared.bus.keys import SERVICES, Keys
 from shared.bus.leases import Lease
-from shared.bus.pipeline_view import HELD, SERVICES
+from shared.bus.pipeline_view import HELD
 
 HOUR_MS = 3_600_000
 

@@ -40,6 +40,7 @@ from shared.messages import (
     TokenRun,
     Tokens,
     from_entry,
+    pack_ids,
 )
 from shared.service import MISCONFIGURED, Life
 
@@ -368,6 +369,34 @@ async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
             assert seen.tokens == continuation([21], 3)
         await redis.aclose()
     shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("damaged", ["record", "journal", "foreign journal", "epoch", "prompt"])
+async def test_damaged_bytes_end_their_own_request(redis: Redis, redis_url: str, keys: Keys, damaged: str) -> None:
+    reader = Reader(redis, keys)
+    prompt = pack_ids([20, 30]) + (b"x" if damaged == "prompt" else b"")
+    bad = msgspec.structs.replace(generate("bad", [20, 30], 8), prompt=prompt)
+    await submit(redis, keys, bad, generate("good", [21, 30], 8))
+    match damaged:
+        case "record":
+            await redis.hset(keys.request("bad"), "request", b"\xc1")
+        case "journal" | "foreign journal":
+            await redis.hincrby(keys.request("bad"), "epoch", 1)
+            await redis.set(keys.journal("bad"), b"12345" if damaged == "journal" else pack_ids([10**6]))
+            reader.seen["bad"] = Seen([] if damaged == "journal" else [10**6])
+        case "epoch":
+            await redis.hset(keys.request("bad"), "epoch", "?")
+    async with engine(redis, redis_url) as running:
+        seen, other = await reader.finished("bad", "good")
+        await no_backlog(redis, keys)
+        await nothing_held(running)
+    assert other.tokens == continuation([21, 30], 8)
+    if damaged == "epoch":
+        assert seen.tokens == continuation([20, 30], 8), "the engine gives it another"
+        return
+    assert seen.finish is not None
+    assert seen.finish.failure is not None
+    assert seen.finish.failure.status == 500
 
 
 async def test_a_dead_engines_requests_come_before_new_ones(redis: Redis, redis_url: str, keys: Keys) -> None:

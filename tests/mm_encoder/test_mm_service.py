@@ -214,6 +214,42 @@ def huge_png() -> bytes:
     )
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_damaged_record_ends_its_own_request(bench: Bench, redis: Redis, keys: Keys, begun: bool) -> None:
+    await bench.submit("bad", [picture(28, 28)])
+    await redis.hset(keys.request("bad"), "request", b"\xc1")
+    if begun:
+        await redis.hset(keys.request("bad"), "epoch", "1")
+    async with bench.running():
+        await bench.submit("good", [picture(28, 28)])
+        await bench.generates()
+        await bench.settled()
+        told = {type(message): message for message in [await bench.told() for _ in range(1 if begun else 2)]}
+    if begun:
+        [(_, fields)] = await redis.xrange(keys.tokens(0))
+        [run] = from_entry(fields).runs  # type: ignore[union-attr]
+        assert run.finish.failure.code == "unreadable_state"
+    else:
+        failed = told[Failed]
+        assert isinstance(failed, Failed)
+        assert failed.failure.code == "unreadable_state"
+        assert "request:bad" not in await bench.left()
+
+
+@pytest.mark.parametrize("field", ["meta", "chunks"])
+async def test_damaged_embeddings_are_made_again(bench: Bench, redis: Redis, keys: Keys, field: str) -> None:
+    async with bench.running():
+        await bench.submit("a", [picture(28, 28)])
+        [first] = await bench.generates()
+        await redis.hset(keys.blob("embeds", first.spans[0].key), field, b"?")
+        await bench.submit("b", [picture(28, 28)])
+        _, second = await bench.generates(2)
+        found, _ = await bench.embeddings(second.spans[0].key)
+    assert second.spans == first.spans
+    assert len(found) == first.spans[0].length
+    assert bench.passes() == 2
+
+
 async def test_a_picture_becomes_a_prompt_and_embeddings(bench: Bench, judge: Model) -> None:
     data = picture(100, 150)
     async with bench.running():

@@ -802,6 +802,37 @@ async def test_an_unreadable_entry_ends_only_the_requests_in_it(
     assert failed == {"r1": True, "r2": False}
 
 
+@pytest.mark.parametrize("damaged", ["request", "journal", "logprobs"])
+async def test_a_damaged_request_is_told_and_hurts_nobody_else(system: System, keys: Keys, damaged: str) -> None:
+    """A worker that takes over the shard meets it."""
+    await system.submit(request("bad", logprobs=True), request("good"))
+    before = await system.worker()
+    await before.run_turn()
+    await system.begin("bad", "good")
+    await system.generate("bad", 0, 20)
+    await before.run_turn()
+    await before.drain()
+    await system.die("p1")
+    match damaged:
+        case "request":
+            await system.redis.hset(keys.request("bad"), "request", b"\xc1")
+        case "journal":
+            await system.redis.append(keys.journal("bad"), b"x")
+        case "logprobs":
+            await system.redis.lset(keys.logprobs("bad"), 0, b"\xc1")  # type: ignore[misc]
+    worker = await system.worker("p2")
+    await worker.run_turn()
+    await system.generate("bad", 20, 22)
+    await system.generate("good", 0, len(TOKENS))
+    await system.finish("good", len(TOKENS))
+    while await system.left():
+        await worker.run_turn()
+    told = [delta.failure for delta in await system.deltas() if delta.request_id == "bad" and delta.failure]
+    assert [failure.code for failure in told] == ["unreadable_state"]
+    cancels = LogReader(system.redis, {keys.control(): "0"})
+    assert [message for _, _, message in await cancels.read(9, 0)] == [Cancel(("bad",))], "its engine need not go on"
+
+
 async def test_a_redis_that_forgot_everything_is_served_anew(system: System) -> None:
     await system.submit(request("lost"))
     worker = await system.worker()

@@ -277,3 +277,29 @@ def test_a_wrong_setting_is_one_line(redis_url: str) -> None:
         _, log = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == MISCONFIGURED
     assert log == "tiny: MILLRACE_SHARDZ is not a setting of this service; did you mean MILLRACE_SHARDS?\n"
+
+
+async def test_a_replica_that_differs_is_refused_with_the_difference(
+    redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = leases.Lease(redis, keys, "gateway", "g", 60_000, facts={"shards": "4", "max_model_len": "64"})
+    await there.join("ready")
+    service = Recorder(redis, keys)
+    service.close = nothing  # type: ignore[method-assign]  # it has no lease to look at
+    life = Life("engine", service, settings(lease_ms=30), redis, {"shards": "4", "max_model_len": "32"})
+    assert await life.run() == MISCONFIGURED
+    assert "max_model_len is 32 here and 64 at gateway:g" in caplog.records[-1].__dict__["reason"]
+    assert service.seen == []
+
+
+async def test_a_fleet_that_was_killed_is_replaced_by_another_once_its_leases_are_over(
+    redis: Redis, keys: Keys
+) -> None:
+    there = leases.Lease(redis, keys, "gateway", "g", 50, facts={"shards": "4"})
+    await there.join("ready")
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(), redis, {"shards": "2"})
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    life.stop.set()
+    assert await running == 0

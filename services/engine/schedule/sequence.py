@@ -234,6 +234,7 @@ def build(
     sampling, model = message.request.sampling, facts.model
     assert (grammar is None) == (sampling.grammar is None)
     _check_tokens(prompt, sampling, facts)
+    _check_generated(generated, facts)
     try:
         prompt_positions, next_position = positions(
             len(prompt), message.spans, model.vision.spatial_merge_size, model.vision.temporal_merge_size
@@ -305,6 +306,13 @@ def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
         return None
     call_id = facts.tool_call_id if closes else None
     return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)
+
+
+def _check_generated(generated: Ordered[int], facts: EngineFacts) -> None:
+    """Refuse the journal of another model."""
+    if generated and max(generated) >= facts.model.vocab_size:
+        last = facts.model.vocab_size - 1
+        raise internal(f"The answer so far has token id {max(generated)}; the vocabulary ends at {last}.")
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:

@@ -6,7 +6,7 @@ to write for it: it was dropped, sent back for new embeddings, or another engine
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from functools import partial
 
 from redis.asyncio import Redis
@@ -14,7 +14,8 @@ from redis.asyncio import Redis
 from services.engine.loop.mailbox import Abort, Add, FinishUnstarted, Forget, Mailbox
 from services.engine.loop.step_output import End
 from services.engine.metrics import EngineMetrics
-from services.engine.schedule.sequence import Embeds, EngineFacts, build
+from services.engine.schedule.grammar_state import GrammarState
+from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
 from services.engine.transport import spans
 from services.engine.transport.grammars import Grammars
 from services.engine.transport.media import EmbedsGoneError, check_embeds
@@ -24,11 +25,11 @@ from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
 from shared.bus.ownership import Poison
-from shared.bus.records import Record, Records
+from shared.bus.records import Record, Records, UnreadableRecord
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, WorkStream
 from shared.crash_points import crash_point
-from shared.errors import Failure, RequestError, internal
+from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger
 from shared.messages import Finish, MediaSpan, Message
 from shared.tracing import OFF, Tracing
@@ -82,14 +83,14 @@ class GenerateHandler:
         self._grammars = grammars
         self._metrics = metrics
         self._tracing = tracing
-        self._batches: asyncio.Queue[Sequence[PendingRequest]] = asyncio.Queue()
+        self._batches: asyncio.Queue[Seq[PendingRequest]] = asyncio.Queue()
 
     # ---------------------------------------------------------------------------------------- called by the consumer
 
     def new_request(self, delivery: Delivery, poison: Poison | None) -> PendingRequest:
         return pending_request(delivery, poison)
 
-    def start(self, requests: Sequence[PendingRequest]) -> None:
+    def start(self, requests: Seq[PendingRequest]) -> None:
         self._batches.put_nowait(requests)
 
     def abandon(self, request: PendingRequest) -> None:
@@ -122,7 +123,7 @@ class GenerateHandler:
 
     # --------------------------------------------------------------------------------------------- ending requests
 
-    async def finished(self, ends: Sequence[End]) -> None:
+    async def finished(self, ends: Seq[End]) -> None:
         """Ack the entries of requests whose Finish is in the tokens stream."""
         ended = []
         for end in ends:
@@ -132,7 +133,7 @@ class GenerateHandler:
                 ended.append(pending)
         await self._finish(ended)
 
-    async def _finish(self, ended: Sequence[PendingRequest]) -> None:
+    async def _finish(self, ended: Seq[PendingRequest]) -> None:
         """Delete uploads, then end the entries: without an entry, no replica would delete them."""
         uploads = await self._uploads(ended)
         if uploads:
@@ -148,7 +149,7 @@ class GenerateHandler:
         crash_point("engine.finish.after")
         self._release(ended)
 
-    async def _uploads(self, ended: Sequence[PendingRequest]) -> list[str]:
+    async def _uploads(self, ended: Seq[PendingRequest]) -> list[str]:
         """Return the uploads of requests whose entries this engine owns; the others' may still be needed."""
         with_uploads = [pending for pending in ended if pending.uploads]
         if not with_uploads:
@@ -158,7 +159,7 @@ class GenerateHandler:
         )
         return [key for pending in with_uploads if pending.entry_id in owned for key in pending.uploads]
 
-    def _release(self, ended: Sequence[PendingRequest]) -> None:
+    def _release(self, ended: Seq[PendingRequest]) -> None:
         for pending in self.consumer.release(ended):
             self._record_end(pending, time.time())
 
@@ -181,7 +182,7 @@ class GenerateHandler:
 
     # --------------------------------------------------------------------------------------------- admission
 
-    async def _admit(self, batch: Sequence[PendingRequest]) -> None:
+    async def _admit(self, batch: Seq[PendingRequest]) -> None:
         await self.consumer.ack_replaced(batch)
         records = await self._claim(batch)
         again = {pending.request_id: (pending.message, pending.epoch) for pending in batch if pending.epoch > 1}
@@ -195,7 +196,7 @@ class GenerateHandler:
             )
         )
 
-    async def _claim(self, batch: Sequence[PendingRequest]) -> dict[str, Record]:
+    async def _claim(self, batch: Seq[PendingRequest]) -> dict[str, Record | UnreadableRecord]:
         """Raise the epochs of those requests whose entries this engine owns; return their records, if they have one."""
         entries = [(pending.entry_id, pending.request_id) for pending in batch]
         crash_point("engine.claim.before")
@@ -208,13 +209,21 @@ class GenerateHandler:
             "records", lambda: self._records.get([pending.request_id for pending in batch if pending.epoch])
         )
 
-    async def _admit_one(self, pending: PendingRequest, record: Record | None, history: History) -> None:
+    async def _admit_one(
+        self, pending: PendingRequest, record: Record | UnreadableRecord | None, history: History
+    ) -> None:
         if not self.consumer.holds(pending):
             return
-        over = history.ended or (record is not None and record.finish is not None)
         if pending.lost:
             self.consumer.abandon(pending)
-        elif over or (record is None and pending.poison is not None):
+        elif isinstance(record, UnreadableRecord):
+            _log.error("unreadable record", extra={"request_id": pending.request_id, "reason": record.reason})
+            await self._hand_over(pending, History(damaged=True))
+        elif (
+            history.ended
+            or (record is not None and record.finish is not None)
+            or (record is None and pending.poison is not None)
+        ):
             await self._finish([pending])
         elif record is None or ((record.cancelled or pending.cancelled) and pending.epoch == 1):
             await self._drop(pending)
@@ -234,6 +243,8 @@ class GenerateHandler:
             command = _finish_unstarted(pending, history, Finish("cancelled"))
         elif pending.poison is not None:
             command = _finish_unstarted(pending, history, Finish("error", failure=_poison_failure(pending.poison)))
+        elif history.damaged:
+            command = _finish_unstarted(pending, history, Finish("error", failure=unreadable("the state")))
         else:
             command = await self._build_command(pending, history)
         # The request may have been cancelled or abandoned while its embeddings were loaded.
@@ -252,7 +263,7 @@ class GenerateHandler:
             embeds = await self._embeds(pending.message.spans)
             asked = pending.message.request.sampling.grammar
             grammar = None if asked is None else await self._grammars.begin(asked)
-            sequence = build(pending.message, pending.epoch, history.tokens, embeds, self._facts, grammar)
+            sequence = _sequence(pending, history, embeds, self._facts, grammar)
             sequence.timeline = pending.timeline
             return Add(sequence)
         except EmbedsGoneError as gone:
@@ -292,6 +303,27 @@ class GenerateHandler:
         )
         stored = dict(zip(keys, found, strict=True))
         return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
+
+
+def _sequence(
+    pending: PendingRequest,
+    history: History,
+    embeds: tuple[Embeds, ...],
+    facts: EngineFacts,
+    grammar: GrammarState | None,
+) -> Sequence:
+    """Build the sequence of a request.
+
+    Raises:
+        RequestError: the request is refused; also where its bytes make no sense in a way that nobody checks.
+    """
+    try:
+        return build(pending.message, pending.epoch, history.tokens, embeds, facts, grammar)
+    except RequestError:
+        raise
+    except Exception as error:
+        _log.exception("request cannot be built", extra={"request_id": pending.request_id})
+        raise RequestError(unreadable("the prompt")) from error
 
 
 def _poison_failure(poison: Poison) -> Failure:

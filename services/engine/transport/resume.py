@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from services.engine.schedule.sequence import asked_prompt, media_tokens
 from shared.bus.keys import Keys
-from shared.bus.records import TOKEN_BYTES, Records
+from shared.bus.records import TOKEN_BYTES, Record, Records, UnreadableRecord
 from shared.bus.streams import LogReader, send
 from shared.crash_points import crash_point
 from shared.errors import ProtocolError
@@ -23,10 +23,11 @@ _log = logger(__name__)
 
 
 class History(msgspec.Struct, frozen=True):
-    """Generated tokens of a request; `ended` if its answer is complete."""
+    """Generated tokens of a request; `ended` if its answer is complete, `damaged` if they cannot all be read."""
 
     tokens: tuple[int, ...] = ()
     ended: bool = False
+    damaged: bool = False
 
 
 def fold(journal: Sequence[int], parts: Iterable[Begin | TokenRun], epoch: int = 0) -> History:
@@ -83,16 +84,32 @@ async def recover(
     requests = [message.request for message, _ in claims.values()]
     await _announce(redis, keys, claims)
     streamed = await _read_streams(redis, keys, requests)
-    journals = await asyncio.gather(*(records.read_journal(request.id) for request in requests))
+    journals = await asyncio.gather(*(_read_journal(records, request.id) for request in requests))
     alive = await records.get([request.id for request in requests])
-    histories = {}
-    for request, journal in zip(requests, journals, strict=True):
-        record = alive.get(request.id)
-        journaled = 0 if record is None or record.begin is None else record.begin.epoch
-        history = fold(journal, streamed[request.id], journaled)
-        ended = record is None or record.finish is not None
-        histories[request.id] = History(history.tokens, ended=True) if ended else history
-    return histories
+    return {
+        request.id: _history(alive.get(request.id), journal, streamed[request.id])
+        for request, journal in zip(requests, journals, strict=True)
+    }
+
+
+async def _read_journal(records: Records, request_id: str) -> list[int] | None:
+    """Return a journal; None if it is damaged."""
+    try:
+        return await records.read_journal(request_id)
+    except ProtocolError as error:
+        _log.error("unreadable journal", extra={"request_id": request_id, "error": str(error)})
+        return None
+
+
+def _history(
+    record: Record | UnreadableRecord | None, journal: list[int] | None, streamed: Sequence[Begin | TokenRun]
+) -> History:
+    if isinstance(record, UnreadableRecord) or journal is None:
+        return History(damaged=True)
+    journaled = 0 if record is None or record.begin is None else record.begin.epoch
+    history = fold(journal, streamed, journaled)
+    ended = record is None or record.finish is not None
+    return History(history.tokens, ended=True) if ended else history
 
 
 async def _announce(redis: Redis, keys: Keys, claims: Mapping[str, tuple[Generate, int]]) -> None:

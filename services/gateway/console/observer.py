@@ -193,8 +193,8 @@ class RequestObserver:
             replies = await pipe.execute()
         for one, journaled, left_ms in zip(unsettled, replies[::2], replies[1::2], strict=True):
             one.tokens = max(one.tokens, journaled // TOKEN_BYTES)
-            if one.id in records:
-                self._apply_record(one, records[one.id], left_ms / 1000)
+            if isinstance(record := records.get(one.id), Record):
+                self._apply_record(one, record, left_ms / 1000)
 
     def _is_unsettled(self, one: ObservedRequest) -> bool:
         if one.where == "ended":

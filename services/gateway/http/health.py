@@ -8,7 +8,6 @@ from redis.exceptions import RedisError
 from services.gateway.http.admission import Admission
 from shared.bus.keys import Keys
 from shared.bus.leases import live
-from shared.errors import ProtocolError
 
 STAGES = ("mm_encoder", "engine", "postproc")
 
@@ -28,8 +27,4 @@ async def readiness(redis: Redis, keys: Keys, admission: Admission) -> dict[str,
 
 
 async def _count_ready(redis: Redis, keys: Keys, stage: str) -> int:
-    """Count the ready replicas; those of an incompatible version do not work for this gateway and are not counted."""
-    try:
-        return sum(replica.state == "ready" for replica in await live(redis, keys, stage))
-    except ProtocolError:
-        return 0
+    return sum(replica.state == "ready" for replica in await live(redis, keys, stage))

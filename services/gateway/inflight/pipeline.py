@@ -23,10 +23,10 @@ from shared import log
 from shared.bus import keys
 from shared.bus.blobs import MEDIA, Blobs, upload_keys
 from shared.bus.keys import Keys
-from shared.bus.records import Record, Records, Submission
+from shared.bus.records import Record, Records, Submission, UnreadableRecord
 from shared.bus.streams import send
 from shared.crash_points import crash_point
-from shared.errors import RequestError
+from shared.errors import ProtocolError, RequestError, unreadable
 from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
 
 CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
@@ -111,21 +111,34 @@ class Pipeline:
         """Read the records of a request.
 
         Raises:
-            RequestError: 404, unknown, expired, or another owner's; 503, Redis does not answer.
+            RequestError: 404, unknown, expired, or another owner's; 500, damaged; 503, Redis does not answer.
             RedisError: the records cannot be read.
         """
         async with self._submit_timeout():
-            first = (await self._records.get([request_id])).get(request_id)
-            if first is None:
+            first = await self._read_choices([request_id])
+            if not first:
                 raise unknown_request(request_id)
-            found = answer_format.decode(first.request.form)
+            found = _answer_format(first[0])
             ids = [choice_id(request_id, index) for index in range(found.n)]
-            records = {request_id: first, **(await self._records.get(ids[1:]))}
+            records = first + await self._read_choices(ids[1:])
         if found.owner != owner or len(records) < found.n:
             raise unknown_request(request_id)
-        return StoredRequest(request_id, found, tuple(records[each] for each in ids))
+        return StoredRequest(request_id, found, tuple(records))
 
-    async def read_records(self, request_ids: Iterable[str]) -> dict[str, Record]:
+    async def _read_choices(self, request_ids: list[str]) -> list[Record]:
+        """Return the records that exist, in this order.
+
+        Raises:
+            RequestError: 500, one cannot be read.
+        """
+        found = await self._records.get(request_ids)
+        records = [found[each] for each in request_ids if each in found]
+        readable = [record for record in records if isinstance(record, Record)]
+        if len(readable) < len(records):
+            raise RequestError(unreadable("the record"))
+        return readable
+
+    async def read_records(self, request_ids: Iterable[str]) -> dict[str, Record | UnreadableRecord]:
         """Return the records that exist, by request id."""
         return await self._records.get(list(request_ids))
 
@@ -252,6 +265,17 @@ class Pipeline:
         except (RedisError, TimeoutError) as error:
             fields = {"request_ids": request_ids, "error": str(error)}
             logger.warning("could not remove what a failed submission left in Redis; it will expire", extra=fields)
+
+
+def _answer_format(record: Record) -> AnswerFormat:
+    """
+    Raises:
+        RequestError: 500, it cannot be read.
+    """
+    try:
+        return answer_format.decode(record.request.form)
+    except ProtocolError as error:
+        raise RequestError(unreadable("the format of the answer")) from error
 
 
 def _uploads(open_request: OpenRequest, parsed: ParsedRequest) -> dict[str, bytes]:

@@ -16,7 +16,8 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.parsed import ParsedRequest
 from shared import log
-from shared.errors import Failure, RequestError
+from shared.bus.records import UnreadableRecord
+from shared.errors import Failure, RequestError, unreadable
 from shared.messages import Accepted, Delta, Deltas, Failed, Message
 
 MISSING_CHECKS = 2  # checks in a row without a record before a request is lost: its last deltas may be on their way
@@ -248,6 +249,9 @@ class OpenRequests:
                     choice.open_request.fail(None, LOST)
                 continue
             choice.mark_present(now)
+            if isinstance(record, UnreadableRecord):
+                choice.open_request.fail(None, unreadable("the record"))
+                continue
             if choice.awaits_catch_up or record.finish is not None or not self._pipeline.is_attached(record):
                 detached.append(choice)
         await self._attach(detached)

@@ -43,11 +43,17 @@ class Embeds:
         self._blobs = blobs
 
     async def find(self, kind: MediaKind, key: str) -> Embedded | None:
-        """Return the embeddings stored under `key`, renewing their TTL so that they outlast the way to the engine."""
+        """Return the embeddings stored under `key`, renewing their TTL so that they outlast the way to the engine.
+
+        Those whose shape cannot be read are none: they are made again.
+        """
         meta = await self._blobs.meta(EMBEDS, key)
         if meta is None:
             return None
-        found = msgspec.json.decode(meta, type=EmbedMeta)
+        try:
+            found = msgspec.json.decode(meta, type=EmbedMeta)
+        except msgspec.MsgspecError:
+            return None
         return Embedded(kind, key, found.grid, found.rows)
 
     async def store(self, key: str, grid: Grid, rows: Tensor) -> None:

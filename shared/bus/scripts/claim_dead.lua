@@ -1,23 +1,40 @@
 -- Claim the pending entries of consumers whose lease has expired, and delete those consumers when they own nothing.
--- A replica that is starting has read nothing yet: entries pending under its name were left by its former process.
--- KEYS: stream
--- ARGV: consumer group, consumer, prefix of lease keys, most entries to claim
+-- A replica that is starting has read nothing yet: entries pending under its name were left by its former process. A
+-- replica whose lease cannot be read is alive.
+-- What is pending for newer replicas is claimed by one that reads it, or if no living one does.
+-- KEYS: stream, index of the service's replicas
+-- ARGV: consumer group, consumer, prefix of lease keys, most entries to claim, consumer that stands for newer replicas,
+-- newest version that the consumer reads
 -- Returns {{entry id, attempts, fields}..., number of entries of dead consumers that are left}.
 -- requires: claim_entries
+-- requires: newest_reader
+local function ours(pending)
+  local newest, found = newest_reader(KEYS[2], ARGV[3]), {}
+  for _, entry in ipairs(pending) do
+    local read = redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
+    local version = read and tonumber(read[2][2]) or 0
+    if version <= tonumber(ARGV[6]) or version > newest then found[#found + 1] = entry end
+  end
+  return found
+end
+
 local taken, left, room = {}, 0, tonumber(ARGV[4])
 local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
 if consumers.err then return {taken, left} end
 for _, consumer in ipairs(consumers) do
   local name, pending = consumer[2], consumer[4]
   local lease = redis.call('GET', ARGV[3] .. name)
-  if name ~= ARGV[2] and (not lease or cjson.decode(lease).state == 'starting') then
+  local readable, status = pcall(cjson.decode, lease or '')
+  local starting = readable and type(status) == 'table' and status.state == 'starting'
+  if name ~= ARGV[2] and (not lease or starting) then
     local before = #taken
     if pending > 0 and before < room then
-      claim_entries(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name), taken)
+      local entries = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name)
+      claim_entries(name == ARGV[5] and ours(entries) or entries, taken)
     end
     local rest = pending - (#taken - before)
     if rest == 0 and not lease then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end
-    left = left + rest
+    if name ~= ARGV[5] then left = left + rest end
   end
 end
 return {taken, left}

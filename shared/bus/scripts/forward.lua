@@ -1,7 +1,8 @@
 -- Replace an entry of `encode` by one of `generate`, unless the request is cancelled or was forwarded with
 -- another prompt.
 -- KEYS: stream, record, generate
--- ARGV: consumer group, consumer, entry id, v, m of the Generate, m of the Encode, fingerprint of the prompt
+-- ARGV: consumer group, consumer, entry id, v, m of the Generate, the Encode, fingerprint of the prompt, id
+-- of the request
 -- Returns 'done', 'lost', 'unwanted' or 'changed'.
 -- requires: entries
 if not owns(ARGV[3]) then return 'lost' end
@@ -10,5 +11,5 @@ if not request or cancelled then return 'unwanted' end
 if made and made ~= ARGV[7] then return 'changed' end
 ack(ARGV[3])
 redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7])
-redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5])
+redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5], 'r', ARGV[8])
 return 'done'

@@ -2,12 +2,12 @@
 -- renewed in between would be alive and missing from the index.
 -- KEYS: index of the service's replicas
 -- ARGV: prefix of lease keys
--- Returns {status...}.
+-- Returns {name, status, ...}.
 local leases = {}
 for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do
   local lease = redis.call('GET', ARGV[1] .. name)
   if lease then
-    leases[#leases + 1] = lease
+    leases[#leases + 1], leases[#leases + 2] = name, lease
   else
     redis.call('SREM', KEYS[1], name)
   end

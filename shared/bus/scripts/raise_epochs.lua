@@ -1,7 +1,8 @@
 -- Raise the epochs (fencing tokens) of the requests whose entries the consumer owns: it becomes their owner.
 -- KEYS: stream, record...
 -- ARGV: consumer group, consumer, entry id...
--- Returns {epoch...}: 0 for a request without a record, -1 for an entry that the consumer does not own.
+-- Returns {epoch...}: 0 for a request without a record, -1 for an entry that the consumer does not own. In place of an
+-- epoch that is no number comes the time, which no count of deliveries reaches.
 -- requires: entries
 local epochs = {}
 for i = 3, #ARGV do
@@ -11,7 +12,12 @@ for i = 3, #ARGV do
   elseif redis.call('EXISTS', record) == 0 then
     epochs[#epochs + 1] = 0
   else
-    epochs[#epochs + 1] = redis.call('HINCRBY', record, 'epoch', 1)
+    local epoch = redis.pcall('HINCRBY', record, 'epoch', 1)
+    if type(epoch) ~= 'number' then
+      epoch = tonumber(redis.call('TIME')[1])
+      redis.call('HSET', record, 'epoch', epoch)
+    end
+    epochs[#epochs + 1] = epoch
   end
 end
 return epochs

@@ -1,11 +1,14 @@
 -- Replace an entry of `generate` by the Encode that its record keeps.
 -- KEYS: stream, record, encode
--- ARGV: consumer group, consumer, entry id, v, most returns of one request
+-- ARGV: consumer group, consumer, entry id, most returns of one request, id of the request
 -- Returns 'done', 'lost' or 'never'.
 -- requires: entries
 if not owns(ARGV[3]) then return 'lost' end
 local source = redis.call('HGET', KEYS[2], 'encode')
-if not source or redis.call('HINCRBY', KEYS[2], 'returned', 1) > tonumber(ARGV[5]) then return 'never' end
+local returned = source and redis.pcall('HINCRBY', KEYS[2], 'returned', 1)
+if type(returned) ~= 'number' or returned > tonumber(ARGV[4]) then return 'never' end
 ack(ARGV[3])
-redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', source)
+local version = '1'
+if string.byte(source) == 0xC1 then version, source = tostring(string.byte(source, 2)), string.sub(source, 3) end
+redis.call('XADD', KEYS[3], '*', 'v', version, 'm', source, 'r', ARGV[5])
 return 'done'

@@ -1,19 +1,21 @@
 -- Create records and work entries of one HTTP request, unless its idempotency key is in use. A key is void when one
--- of its requests has no record (refused, cancelled, failed, or expired).
+-- of its requests has no record (refused, cancelled, failed, or expired), or if it cannot be read.
 -- KEYS: idempotency key, stream, record...
 -- ARGV: submission, expiry in s, prefix of records, v, gateway, (request, m)...
 -- Returns the earlier submission, or false.
 local known = redis.call('GET', KEYS[1])
 if known then
-  local alive = true
-  for _, id in ipairs(cjson.decode(known).request_ids) do
-    alive = alive and redis.call('EXISTS', ARGV[3] .. id) == 1
+  local readable, earlier = pcall(cjson.decode, known)
+  local alive = readable and type(earlier) == 'table' and type(earlier.request_ids) == 'table' and
+    type(earlier.body_hash) == 'string' and #earlier.request_ids > 0
+  for _, id in ipairs(alive and earlier.request_ids or {}) do
+    alive = alive and type(id) == 'string' and redis.call('EXISTS', ARGV[3] .. id) == 1
   end
   if alive then return known end
 end
 for i = 3, #KEYS do
   redis.call('HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5])
-  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1])
+  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1], 'r', string.sub(KEYS[i], #ARGV[3] + 1))
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 return false

@@ -539,6 +539,24 @@ async def test_messages_nobody_can_read_or_waits_for_harm_nobody(
     assert (await asked).choices[0].message.content == "fine"
 
 
+async def test_a_damaged_record_is_told_and_ends_its_request(
+    checkpoint: Path, redis_url: str, redis: Redis, keys: Keys, stages: Stages
+) -> None:
+    async with running(checkpoint, redis_url, watch_s=0.05) as server:
+        asked, other = ask(server), ask(server)
+        request, fine = await stages.request(), await stages.request()
+        await redis.hset(keys.request(request.id), "request", b"\xc1")
+        done, _ = await asyncio.wait([asked, other], return_when=asyncio.FIRST_COMPLETED)
+        [failed] = done
+        error = failed.exception()
+        assert isinstance(error, openai.APIStatusError)
+        assert (error.status_code, error.code) == (500, "unreadable_state")
+        assert await stages.cancelled() == {request.id}, "for its engine's sake"
+        await stages.answer(fine, "fine")
+        [answer] = [task for task in (asked, other) if task is not failed]
+        assert (await answer).choices[0].message.content == "fine"
+
+
 # ------------------------------------------------------------------------------------------- when Redis does not help
 
 

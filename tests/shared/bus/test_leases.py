@@ -6,9 +6,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.keys import Keys
-from shared.bus.leases import Fence, Lease, Replica, Shards, live
+from shared.bus.leases import UNREADABLE, Difference, Fence, Lease, Replica, Shards, live
 from shared.bus.lua import read_script
-from shared.errors import ConfigError, FencedError, ProtocolError
+from shared.errors import ConfigError, FencedError
 
 HOUR_MS = 3_600_000
 
@@ -64,11 +64,14 @@ async def test_release_is_at_once_and_complete(redis: Redis, keys: Keys) -> None
     assert await redis.keys() == []
 
 
-async def test_unreadable_lease_is_told(redis: Redis, keys: Keys) -> None:
+async def test_a_replica_with_an_unreadable_lease_is_alive_and_not_ready(redis: Redis, keys: Keys) -> None:
+    await Lease(redis, keys, "engine", "b", HOUR_MS).renew("ready")
     await redis.sadd(keys.replicas("engine"), "a")
-    await redis.set(keys.replica("engine", "a"), "{}")
-    with pytest.raises(ProtocolError, match="engine"):
-        await live(redis, keys, "engine")
+    await redis.set(keys.replica("engine", "a"), b"\xff")
+    assert [(each.name, each.state) for each in await live(redis, keys, "engine")] == [
+        ("a", UNREADABLE),
+        ("b", "ready"),
+    ]
 
 
 async def test_a_replica_alone_owns_all(redis: Redis, keys: Keys) -> None:
@@ -169,12 +172,43 @@ async def test_after_a_redis_that_forgot_everything_shards_begin_anew(redis: Red
     await lease.renew("ready")
     assert [each.name for each in await live(redis, keys, "postproc")] == ["a"]
     assert await a.balance([], [0, 1, 2, 3]) == {0: 1, 1: 1, 2: 1, 3: 1}
-    with pytest.raises(ConfigError, match="has 4"):
-        await Shards(redis, keys, "postproc", "c", 2).check_count()
+    assert await redis.hget(keys.shards(), "count") == b"4"
 
 
-async def test_shard_count_is_one_for_the_deployment(redis: Redis, keys: Keys) -> None:
+async def test_the_number_of_shards_changes_when_nothing_is_under_way(redis: Redis, keys: Keys) -> None:
     await Shards(redis, keys, "postproc", "a", 4).check_count()
     await Shards(redis, keys, "postproc", "b", 4).check_count()
-    with pytest.raises(ConfigError, match=r"MILLRACE_SHARDS is 2.* has 4"):
+    entry = await redis.xadd(keys.stream("generate"), {"v": "1"})
+    with pytest.raises(ConfigError, match=r"MILLRACE_SHARDS is 2.* 1 requests .* over 4"):
         await Shards(redis, keys, "postproc", "c", 2).check_count()
+    await redis.xdel(keys.stream("generate"), entry)
+    await Shards(redis, keys, "postproc", "c", 2).check_count()
+    assert await redis.hget(keys.shards(), "count") == b"2"
+
+
+def fleet_lease(redis: Redis, keys: Keys, service: str, name: str, **facts: str) -> Lease:
+    return Lease(redis, keys, service, name, HOUR_MS, facts=facts)
+
+
+async def test_who_differs_from_the_living_does_not_join(redis: Redis, keys: Keys) -> None:
+    first = fleet_lease(redis, keys, "gateway", "g", shards="4", tokenizer="a")
+    assert await first.join("starting") == []
+    assert await fleet_lease(redis, keys, "engine", "e", shards="4", quantization="wint4").join("starting") == []
+    other = fleet_lease(redis, keys, "engine", "x", shards="2", quantization="wint4")
+    assert set(await other.join("starting")) == {
+        Difference(f"{who}", "shards", "4") for who in ("gateway:g", "engine:e")
+    }
+    assert [each.name for each in await live(redis, keys, "engine")] == ["e"]
+    await first.renew("ready")
+    await fleet_lease(redis, keys, "engine", "e").release()
+    assert await other.join("starting") == [Difference("gateway:g", "shards", "4")]
+    await first.release()
+    assert await other.join("starting") == [], "of the old fleet nobody lives"
+    assert await first.join("starting") == [Difference("engine:x", "shards", "2")]
+
+
+async def test_a_former_process_of_ours_does_not_count(redis: Redis, keys: Keys) -> None:
+    assert await fleet_lease(redis, keys, "engine", "e", shards="4").join("ready") == []
+    await redis.sadd(keys.replicas("engine"), "gone")
+    await redis.set(keys.replica("engine", "gone"), b"\xff")
+    assert await fleet_lease(redis, keys, "engine", "e", shards="2").join("starting") == []

@@ -7,7 +7,7 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.ownership import MOST_RETURNS, EntryOwnership, Poison
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream, send
-from shared.errors import Failure
+from shared.errors import Failure, unreadable
 from shared.messages import (
     Encode,
     Failed,
@@ -92,7 +92,7 @@ async def test_nothing_is_done_with_what_another_has(encoding: Case) -> None:
     assert await ours.send_back(entry, "r") == "lost"
     assert not await ours.record_failure(entry, "r", NO.failure)
     assert not await ours.drop(entry, "r")
-    assert not await ours.end_with_failed(entry, REQUEST, NO)
+    assert not await ours.end_with_failed(entry, NO)
     assert not await ours.end_with_tokens(entry, REQUEST, LAST)
     assert not await ours.quarantine(entry, POISON)
     assert await encoding.state() == before
@@ -198,8 +198,8 @@ async def test_refuse(encoding: Case, keys: Keys, joined: bool) -> None:
     if joined:
         await encoding.records.attach(["r"], "gw-2")
         await send(encoding.redis, keys.deltas("gw-2"), NO)
-    assert await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO)
-    assert not await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO)
+    assert await encoding.ours.end_with_failed(encoding.entry, NO, REQUEST.gateway)
+    assert not await encoding.ours.end_with_failed(encoding.entry, NO, REQUEST.gateway)
     assert await encoding.ended()
     assert await encoding.messages(keys.deltas("gw")) == [NO]
     assert await encoding.messages(keys.deltas("gw-2")) == ([NO, NO] if joined else [])
@@ -208,7 +208,7 @@ async def test_refuse(encoding: Case, keys: Keys, joined: bool) -> None:
 
 async def test_refusing_tells_no_gateway_that_is_gone(encoding: Case, keys: Keys) -> None:
     await encoding.redis.delete(keys.deltas("gw"))
-    assert await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO)
+    assert await encoding.ours.end_with_failed(encoding.entry, NO, REQUEST.gateway)
     assert not await encoding.redis.exists(keys.deltas("gw"))
 
 
@@ -226,7 +226,7 @@ async def test_a_way_to_end_is_remembered(encoding: Case, keys: Keys) -> None:
 @pytest.mark.parametrize("step", ["refuse", "end", "quarantine"])
 async def test_poison_is_kept_for_people_in_the_same_step(encoding: Case, keys: Keys, step: str) -> None:
     if step == "refuse":
-        assert await encoding.ours.end_with_failed(encoding.entry, REQUEST, NO, POISON)
+        assert await encoding.ours.end_with_failed(encoding.entry, NO, REQUEST.gateway, POISON)
         assert await encoding.messages(keys.deltas("gw")) == [NO]
     elif step == "end":
         assert await encoding.ours.end_with_tokens(encoding.entry, REQUEST, LAST, POISON)
@@ -238,3 +238,25 @@ async def test_poison_is_kept_for_people_in_the_same_step(encoding: Case, keys: 
     [(_, kept)] = await encoding.redis.xrange(keys.quarantine(ENCODE))
     assert (kept[b"reason"], kept[b"attempts"]) == (b"delivered 4 times", b"4")
     assert from_entry(kept) == SOURCE
+
+
+async def test_an_epoch_that_is_no_number_is_replaced_by_a_higher_one(generating: Case, keys: Keys) -> None:
+    await generating.redis.hset(keys.request("r"), "epoch", "garbage")
+    first = (await generating.ours.raise_epochs([(generating.entry, "r")]))["r"]
+    second = (await generating.ours.raise_epochs([(generating.entry, "r")]))["r"]
+    assert first is not None
+    assert first > 1_000_000
+    assert second == first + 1
+
+
+async def test_damaged_counters_stop_no_replica(generating: Case, keys: Keys) -> None:
+    fields = {"reached": "?", "returned": "?", "encode": b"?"}
+    await generating.redis.hset(keys.request("r"), mapping=fields)  # type: ignore[arg-type]
+    await generating.ours.record_progress(generating.entry, "r", 3)
+    assert await generating.redis.hget(keys.request("r"), "reached") == b"3"
+    assert await generating.ours.send_back(generating.entry, "r") == "never"
+
+
+async def test_a_damaged_failure_is_a_failure(encoding: Case, keys: Keys) -> None:
+    await encoding.redis.hset(keys.request("r"), "failed", b"\xc1")
+    assert await encoding.ours.recorded_failure("r") == unreadable("the failure")

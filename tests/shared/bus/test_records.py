@@ -5,9 +5,9 @@ from redis.asyncio import Redis
 
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Fence
-from shared.bus.records import Record, Records, Submission
+from shared.bus.records import Record, Records, Submission, UnreadableRecord
 from shared.bus.streams import send
-from shared.errors import FencedError
+from shared.errors import FencedError, ProtocolError
 from shared.messages import (
     Begin,
     Cancel,
@@ -246,3 +246,59 @@ async def test_scripts_survive_a_script_flush(redis: Redis, records: Records) ->
     await redis.script_flush()
     await records.delete(["r1"])
     assert await records.get(["r1"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("request", b"\xc1"),
+        ("request", b""),
+        ("begin", b"?"),
+        ("finish", b"\x81"),
+        ("epoch", b"one"),
+        ("gateways", b"\xff"),
+    ],
+)
+async def test_a_damaged_record_hurts_no_other(
+    redis: Redis, keys: Keys, records: Records, field: str, value: bytes
+) -> None:
+    await records.submit(GENERATE, generate("good"))
+    await records.submit(GENERATE, generate("bad"))
+    await redis.hset(keys.request("bad"), field, value)
+    found = await records.get(["good", "bad"])
+    assert isinstance(found["good"], Record)
+    bad = found["bad"]
+    assert isinstance(bad, UnreadableRecord)
+    assert bad.reason
+    assert bad.epoch == 0
+    assert bad.gateways == (("\ufffd",) if field == "gateways" else ("gateway-1",))
+
+
+async def test_a_record_without_its_request_is_unreadable(redis: Redis, keys: Keys, records: Records) -> None:
+    await redis.hset(keys.request("bad"), "epoch", "1")
+    assert await records.get(["bad"]) == {}, "nothing was submitted"
+
+
+async def test_damaged_journals_are_told(redis: Redis, keys: Keys, records: Records) -> None:
+    await redis.set(keys.journal("r1"), b"12345")
+    with pytest.raises(ProtocolError, match="5 bytes"):
+        await records.read_journal("r1")
+    await redis.rpush(keys.logprobs("r1"), b"\xc1")
+    with pytest.raises(ProtocolError):
+        await records.read_logprobs("r1")
+
+
+@pytest.mark.parametrize(
+    "value", [b"{", b"1", b"{}", b'{"request_ids": ["r0"]}', b'{"body_hash": "x", "request_ids": [1]}']
+)
+async def test_a_damaged_idempotency_key_is_void(redis: Redis, keys: Keys, records: Records, value: bytes) -> None:
+    await records.submit(GENERATE, generate("r0"))
+    await redis.set(keys.idempotency("digest"), value)
+    assert await records.submit_once(GENERATE, [generate("r1")], "digest", "body", 60) is None
+    assert await records.submit_once(GENERATE, [generate("r2")], "digest", "body", 60) == Submission("body", ("r1",))
+
+
+async def test_entries_name_their_request(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    await records.submit_once(GENERATE, [generate("r2"), generate("r2-1")], "digest", "body", 60)
+    assert [fields[b"r"] for _, fields in await redis.xrange(keys.stream(GENERATE))] == [b"r1", b"r2", b"r2-1"]

@@ -10,7 +10,7 @@ from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.streams import ClaimResult, LogReader, WorkStream, reply, send
 from shared.errors import ProtocolError
-from shared.messages import Cancel, Encode, Generate, Message, Output, Request, Sampling, to_entry
+from shared.messages import Cancel, Encode, Failed, Generate, Message, Output, Request, Sampling, to_entry
 
 NOTHING = ClaimResult([], [], set(), 0)
 
@@ -153,6 +153,14 @@ async def test_a_replica_that_is_starting_has_nothing(redis: Redis, keys: Keys, 
     assert await replicas.names() == {"a", "b"}, "it has joined already"
 
 
+async def test_a_replica_whose_lease_cannot_be_read_is_not_robbed(redis: Redis, keys: Keys, replicas: Replicas) -> None:
+    a, b = await replicas.start("a"), await replicas.start("b")
+    await send(redis, replicas.key, work("r"))
+    await a.read_new(1, 0)
+    await redis.set(keys.replica("engine", "a"), b"\xff")
+    assert await b.claim_abandoned(9) == NOTHING
+
+
 async def test_what_is_lost_is_told_once(redis: Redis, replicas: Replicas) -> None:
     a, b = await replicas.start("a"), await replicas.start("b")
     for name in ("taken", "kept", "deleted", "finished"):
@@ -222,6 +230,24 @@ async def test_unreadable_entry_is_quarantined(
     assert kept.items() >= fields.items()
     assert kept[b"reason"]
     assert await stream.claim_abandoned(9) == NOTHING
+
+
+async def test_the_client_of_an_unreadable_entry_is_told_at_once(redis: Redis, keys: Keys, replicas: Replicas) -> None:
+    stream = await replicas.start("a")
+    await redis.hset(keys.request("r"), mapping={"gateways": "g1 g2", "request": "?"})
+    await redis.set(keys.journal("r"), "1234")
+    for gateway in ("g1", "g2"):
+        await send(redis, keys.deltas(gateway), Cancel(()))
+    await redis.xadd(replicas.key, {"v": "1", "m": b"\xc1", "r": "r"})
+    assert await stream.read_new(9, 0) == []
+    for gateway in ("g1", "g2"):
+        reader = LogReader(redis, {keys.deltas(gateway): "0"})
+        [_, (_, _, told)] = await reader.read(9, 0)
+        assert isinstance(told, Failed)
+        assert (told.request_id, told.failure.status, told.failure.code) == ("r", 500, "unreadable_state")
+    assert await redis.exists(keys.request("r"), keys.journal("r")) == 0
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 1
+    assert await stream.backlog() == 0
 
 
 async def test_unreadable_poison_answers_nobody_but_is_kept(redis: Redis, keys: Keys, replicas: Replicas) -> None:

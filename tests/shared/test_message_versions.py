@@ -1,0 +1,192 @@
+"""Versions of messages, with a build that has two: the table and the numbers are replaced."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from shared import message_versions, messages
+from shared.bus import leases, streams
+from shared.bus.keys import GENERATE, Keys
+from shared.bus.records import Record, Records
+from shared.bus.streams import LogReader, WorkStream, send
+from shared.bus.translate_records import translate_records
+from shared.errors import NewerVersionError, ProtocolError
+from shared.message_versions import Translation, WriteVersion
+from shared.messages import (
+    Cancel,
+    Failed,
+    Generate,
+    Output,
+    Request,
+    Sampling,
+    TokenLogprob,
+    decode_request,
+    encode_request,
+    from_entry,
+    to_entry,
+)
+
+REQUEST = Request("r", "g", 0, 0.0, Sampling(seed=1), Output(thinking=False), form=b"f")
+WORK = Generate(REQUEST, b"", 1)
+
+
+def _renamed(before: str, after: str) -> Any:
+    """From `form` to `layout`, in requests and what has them."""
+
+    def rename(kind: str, value: Any) -> Any:
+        if kind == "Generate":
+            return {**value, "request": rename("Request", value["request"])}
+        if kind == "Request":
+            return {(after if name == before else name): each for name, each in value.items()}
+        return value
+
+    return rename
+
+
+@pytest.fixture
+def two_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteVersion]:
+    """Version 1, which an older build writes, calls `layout` what this one calls `form`."""
+    writes = WriteVersion()
+    table = {2: Translation(_renamed("layout", "form"), _renamed("form", "layout"))}
+    monkeypatch.setattr(message_versions, "TRANSLATIONS", table)
+    monkeypatch.setattr(message_versions, "VERSION", 2)
+    for module in (messages, leases, streams):
+        monkeypatch.setattr(module, "VERSION", 2)
+        monkeypatch.setattr(module, "WRITES", writes)
+    return writes
+
+
+def test_a_version_rises_late_and_falls_at_once(two_versions: WriteVersion) -> None:
+    assert two_versions.number == 1
+    assert not two_versions.settle(2, 0.0, 10.0)
+    assert not two_versions.settle(1, 5.0, 10.0), "one that needs the old version was there"
+    for now, number in ((6.0, 1), (15.9, 1), (16.0, 2), (17.0, 2)):
+        assert not two_versions.settle(2, now, 10.0)
+        assert two_versions.number == number
+    assert two_versions.settle(1, 18.0, 10.0)
+    assert two_versions.number == 1
+
+
+def test_both_versions_are_read(two_versions: WriteVersion) -> None:
+    old = to_entry(WORK)
+    assert (old[b"v"], b"layout" in old[b"m"], b"form" in old[b"m"]) == (b"1", True, False)
+    record = encode_request(REQUEST)
+    two_versions.number = 2
+    new = to_entry(WORK)
+    assert (new[b"v"], b"layout" in new[b"m"]) == (b"2", False)
+    assert from_entry(old) == from_entry(new) == WORK
+    assert decode_request(record) == decode_request(encode_request(REQUEST)) == REQUEST
+    assert encode_request(REQUEST)[:2] == b"\xc1\x02"
+
+
+@pytest.mark.parametrize("m", [b"", b"\xc1", b"\x81\xa4type\xa8Generate", b"\x80"])
+def test_damaged_bytes_of_the_older_version_are_told(two_versions: WriteVersion, m: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        from_entry({b"v": b"1", b"m": m})
+
+
+def test_what_is_newer_is_told_from_what_is_damaged() -> None:
+    with pytest.raises(NewerVersionError):
+        from_entry({b"v": b"2", b"m": b"?"})
+    with pytest.raises(NewerVersionError):
+        decode_request(b"\xc1\x02?")
+    for version in (b"", b"0", b"x", b"9" * 30):
+        with pytest.raises(ProtocolError) as error:
+            from_entry({b"v": version, b"m": b"?"})
+        assert not isinstance(error.value, NewerVersionError)
+
+
+async def test_records_are_translated_for_an_older_replica(
+    redis: Redis, keys: Keys, two_versions: WriteVersion
+) -> None:
+    records = Records(redis, keys)
+    two_versions.number = 2
+    await records.submit(GENERATE, WORK)
+    await records.write_journal([("r", 0, [5])], logprobs=[("r", [TokenLogprob(-1.0)])])
+    two_versions.number = 1
+    for _ in range(2):
+        await translate_records(redis, keys)
+    data = await redis.hget(keys.request("r"), "request")  # type: ignore[misc]
+    assert b"layout" in data
+    assert data[0] != 0xC1
+    record = (await records.get(["r"]))["r"]
+    assert isinstance(record, Record)
+    assert record.request == REQUEST
+    assert await records.read_logprobs("r") == [TokenLogprob(-1.0)]
+
+
+class Engines:
+    """Members of the consumer group, whose leases say what they read."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis = redis
+        self.keys = keys
+
+    async def start(self, name: str, newest: int) -> WorkStream:
+        await self.redis.sadd(self.keys.replicas("engine"), name)  # type: ignore[misc]
+        await self.redis.set(self.keys.replica("engine", name), f'{{"state": "ready", "newest": {newest}}}')
+        stream = WorkStream(self.redis, self.keys, GENERATE, "engine", name, 1)
+        await stream.join()
+        return stream
+
+    async def die(self, name: str) -> None:
+        await self.redis.delete(self.keys.replica("engine", name))
+
+
+async def test_a_newer_entry_is_left_to_newer_replicas_and_is_no_delivery(redis: Redis, keys: Keys) -> None:
+    engines = Engines(redis, keys)
+    old, newer = await engines.start("old", 1), await engines.start("newer", 2)
+    await redis.xadd(keys.stream(GENERATE), {"v": "2", "m": b"?", "r": "r"})
+    await send(redis, keys.stream(GENERATE), WORK)
+    assert [each.message for each in await old.read_new(9, 0)] == [WORK]
+    for _ in range(3):
+        assert await old.claim_abandoned(9) == ([], [], set(), 0), "it keeps nobody from reading"
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 0
+    del newer
+    [pending] = await redis.xpending_range(keys.stream(GENERATE), "engine", "-", "+", 9, streams.NEWER)
+    assert pending["times_delivered"] == 0
+
+
+async def test_a_newer_replica_claims_what_was_left_to_it(redis: Redis, keys: Keys, two_versions: WriteVersion) -> None:
+    engines = Engines(redis, keys)
+    newer = await engines.start("newer", 2)
+    two_versions.number = 2
+    entry_id = await send(redis, keys.stream(GENERATE), WORK)
+    await redis.xreadgroup("engine", streams.NEWER, {keys.stream(GENERATE): ">"})
+    await redis.xclaim(keys.stream(GENERATE), "engine", streams.NEWER, 0, [entry_id], retrycount=0, justid=True)
+    [claimed] = (await newer.claim_abandoned(9)).claimed
+    assert (claimed.message, claimed.attempts) == (WORK, 1)
+
+
+async def test_when_no_newer_replica_lives_the_client_is_told(redis: Redis, keys: Keys) -> None:
+    engines = Engines(redis, keys)
+    old, _ = await engines.start("old", 1), await engines.start("newer", 2)
+    await send(redis, keys.deltas("g"), Cancel(()))
+    await redis.hset(keys.request("r"), mapping={"gateways": "g"})  # type: ignore[misc]
+    await redis.xadd(keys.stream(GENERATE), {"v": "2", "m": b"?", "r": "r"})
+    assert await old.read_new(9, 0) == []
+    await engines.die("newer")
+    assert (await old.claim_abandoned(9)).claimed == []
+    [_, (_, _, told)] = await LogReader(redis, {keys.deltas("g"): "0"}).read(9, 0)
+    assert isinstance(told, Failed)
+    assert await redis.xlen(keys.stream(GENERATE)) == 0
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 1
+
+
+async def test_who_leaves_translates_what_nobody_else_works_on(
+    redis: Redis, keys: Keys, two_versions: WriteVersion
+) -> None:
+    engines = Engines(redis, keys)
+    leaving, other = await engines.start("leaving", 2), await engines.start("other", 2)
+    two_versions.number = 2
+    for n in range(4):
+        await send(redis, keys.stream(GENERATE), Generate(REQUEST, bytes(4 * n), 1))
+    await leaving.read_new(1, 0)
+    await other.read_new(1, 0)
+    two_versions.number = 1
+    await leaving.leave()
+    entries = [fields for _, fields in await redis.xrange(keys.stream(GENERATE))]
+    assert [fields[b"v"] for fields in entries] == [b"2", b"1", b"1", b"1"], "the other works on the first"
+    assert sorted(len(from_entry(fields).prompt) for fields in entries) == [0, 4, 8, 12]  # type: ignore[union-attr]
