@@ -36,7 +36,7 @@ def test_the_images_are_tagged_with_it_in_the_documentation() -> None:
 
 
 def test_the_changelog_begins_with_it() -> None:
-    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    first = re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert first is not None
     assert first[1] == PROJECT["version"]
 
