@@ -24,14 +24,14 @@ DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-promp
   --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
 
 
-.PHONY: serve eval check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-browser
+.PHONY: serve eval check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-browser test-clients test-fuzz
 
 serve: $(VENV)/.installed-cli
 	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
 
-# Held-out questions of each kind to the trained demo in each format; writes the counts its card is made of.
+# Held-out questions of each kind to the trained demo in each format; writes the figures of its card.
 eval: $(VENV)/.installed-test
-	$(VENV)/bin/python -m benchmarks.demo_model.evaluate --model cli/demo_checkpoint --card cli/demo_checkpoint/accuracy.json
+	$(VENV)/bin/python -m benchmarks.demo_model.evaluate --model cli/demo_checkpoint --card cli/demo_checkpoint
 
 # What a change must pass before it is looked at: within a minute on two idle cores, which the parts share.
 check: $(VENV)/.installed-test
@@ -113,6 +113,43 @@ test-cluster: $(VENV)/.installed-test
 
 test-browser: $(VENV)/.installed-test $(VENV)/.installed-browser-test
 	$(VENV)/bin/pytest tests/browser
+
+# Requests with fuzzed bodies to a system with random weights: ten minutes on two cores.
+FUZZ_SEED ?= 1
+FUZZ_BODIES ?= 20000
+
+test-fuzz: $(VENV)/.installed-test
+	FUZZ_SEED=$(FUZZ_SEED) FUZZ_BODIES=$(FUZZ_BODIES) $(VENV)/bin/pytest tests/clients/test_fuzz.py
+
+# Packages that people call the API by, each as published, in environments of their own below CLIENT_PACKAGES: 1.5 GB, of
+# which vLLM's wheel is fetched for one file. Needs Node 20 and npm.
+CLIENT_PACKAGES ?= $(abspath $(VENV))/client-packages
+CLIENT_LOCKS := tests/clients/packages/locks
+CLIENT_PYTHONS := $(patsubst $(CLIENT_LOCKS)/%.txt,$(CLIENT_PACKAGES)/%/.installed,$(wildcard $(CLIENT_LOCKS)/*.txt))
+BENCHMARK_FILES := $(CLIENT_PACKAGES)/benchmarks/files
+PIP_WHEEL = $(CLIENT_PACKAGES)/benchmarks/bin/python -m pip download --quiet --no-deps --only-binary :all:
+
+test-clients: $(VENV)/.installed-test $(CLIENT_PYTHONS) $(CLIENT_PACKAGES)/node/.installed $(BENCHMARK_FILES)/.installed
+	CLIENT_PACKAGES=$(CLIENT_PACKAGES) $(VENV)/bin/pytest tests/clients/test_packages.py
+
+$(CLIENT_PACKAGES)/%/.installed: $(CLIENT_LOCKS)/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+$(CLIENT_PACKAGES)/node/.installed: tests/clients/packages/node/package.json tests/clients/packages/node/package-lock.json
+	mkdir -p $(@D) && cp $^ $(@D)
+	npm ci --no-fund --no-audit --prefix $(@D)
+	@touch $@
+
+$(BENCHMARK_FILES)/.installed: $(CLIENT_PACKAGES)/benchmarks/.installed
+	mkdir -p $(@D)
+	$(PIP_WHEEL) --dest $(@D) vllm==0.33.0 sglang==0.5.23
+	cd $(@D) && for file in vllm/benchmarks/lib/endpoint_request_func.py sglang/benchmark/{utils,serving}.py; do \
+		$(PYTHON) -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2])' $${file%%/*}-*.whl $$file \
+			|| exit 1; \
+	done && rm *.whl
+	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "make: installing what \`$*\` needs into $(VENV), once: one to five minutes, most of it for torch"

@@ -25,7 +25,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import engine_service
 from benchmarks.engine_client import Passage
 from benchmarks.steps import GENERATED, PROMPT, WARM_STEPS, step_ms
-from services.engine.kernels.triton.ops import gpu_ops
+from services.engine.__main__ import operations
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.loop.step_output import StepOutput
@@ -192,7 +192,8 @@ class Bench:
         )
         self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
         self._runner: Runner
-        self._runner, self._blocks = runner_for(ErnieModel(CONFIG, weights, gpu_ops()), CONFIG, self._settings)
+        model = ErnieModel(CONFIG, weights, operations("cuda", self._settings.batch_invariant))
+        self._runner, self._blocks = runner_for(model, CONFIG, self._settings)
         torch.cuda.synchronize()
         self.startup_s = {"load": loaded - started, "profile_and_capture": time.perf_counter() - loaded}
         self.memory["cache_tokens"] = self._blocks * self._settings.block_size
@@ -200,20 +201,26 @@ class Bench:
 
     def run(self, count: int, length: int, generated: int, profiler: "profile | None" = None) -> tuple[float, Watch]:
         """Return the seconds from the first step to the last emission, and all emissions."""
-        settings, mailbox = self._settings, Mailbox()
+        mailbox = Mailbox()
         watch = Watch(mailbox, count, profiler)
+        started = self.drive([self.sequence(index, length, generated) for index in range(count)], mailbox, watch)
+        return watch.stamps[-1][0] - started, watch
+
+    def drive(self, asked: Iterable[Asked], mailbox: Mailbox, sink: Callable[[StepOutput], None]) -> float:
+        """Run the engine until `sink` closes the mailbox; return when the first step began."""
+        settings = self._settings
         pool = BlockPool(self._blocks, caching=False)
         limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, True, settings.block_size)
         metrics = EngineMetrics(CollectorRegistry())
-        engine = Engine(mailbox, Scheduler(pool, limits), pool, self._runner, watch, metrics)
-        for index in range(count):
-            mailbox.put(Add(self._sequence(index, length, generated)))
+        engine = Engine(mailbox, Scheduler(pool, limits), pool, self._runner, sink, metrics)
+        for sequence in asked:
+            mailbox.put(Add(sequence))
         torch.cuda.synchronize()
         started = time.perf_counter()
         engine.run()
-        return watch.stamps[-1][0] - started, watch
+        return started
 
-    def _sequence(self, index: int, length: int, generated: int) -> Asked:
+    def sequence(self, index: int, length: int, generated: int) -> Asked:
         prompt = np.random.default_rng(index).integers(1000, 100000, length).tolist()
         request = Request(f"{index:016x}", "bench", 0, 0.0, self._sampling, Output(thinking=False))
         return build(Generate(request, pack_ids(prompt), generated, ()), 1, (), (), self._facts)
@@ -300,6 +307,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sampling", type=json.loads, default={}, help='of every request: {"temperature": 1.0, ...}')
     parser.add_argument("--sampling-class", choices=("base", "rejection"), default="rejection")
+    parser.add_argument("--batch-invariant", action="store_true", help="the operations of that mode")
     parser.add_argument("--output", type=Path, help="the JSON file")
     return parser.parse_args()
 
@@ -338,13 +346,17 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "ceilings": ceilings(),
     }
+    if args.batch_invariant:
+        result["batch_invariant"] = True
     if args.sampling:
         result["sampling"] = {**args.sampling, "class": args.sampling_class}
     result.update({part: {} for part in (*PARTS, "long_context", "memory", "startup_s")})
     for quantization in args.quantization.split(","):
         torch.cuda.empty_cache()
         name = "bf16" if quantization == "none" else quantization
-        bench = Bench(quantization, args.max_model_len, sampling, args.sampling_class)
+        bench = Bench(
+            quantization, args.max_model_len, sampling, args.sampling_class, batch_invariant=args.batch_invariant
+        )
         result["memory"][name], result["startup_s"][name] = bench.memory, bench.startup_s
         print(name, json.dumps(bench.startup_s), json.dumps(bench.memory), flush=True)
         result.update({part: result[part] | {name: {}} for part in PARTS})

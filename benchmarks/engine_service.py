@@ -27,11 +27,14 @@ from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.settings import EngineSettings
+from services.engine.transport.grammars import Compile
 from services.engine.transport.handler import SERVICE
 from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
+from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Sampling
+from shared.model.tokenizer import Tokenizer
 from shared.service import Life
 
 NAMESPACE = "bench"
@@ -53,7 +56,9 @@ def measure(
         with RedisServer(root / "redis", persistence=True) as server, _postproc(server.url, root / "model"):
             settings = replace(settings, redis_url=server.url, namespace=NAMESPACE, name=SERVICE)
             loads = [replace(load, redis_url=server.url, namespace=NAMESPACE) for load in loads]
-            return asyncio.run(_serve(loaded, settings, facts, loads))
+            tokenizer = Tokenizer.load(root / "model")
+            compile_grammar = GrammarCompiler(tokenizer, facts.model.vocab_size, facts.model.eos_ids).compile
+            return asyncio.run(_serve(loaded, settings, facts, compile_grammar, loads))
 
 
 def load_of(requests: int, sampling: Sampling) -> Load:
@@ -75,11 +80,15 @@ def _postproc(redis_url: str, model: Path) -> Iterator[None]:
 
 
 async def _serve(
-    loaded: tuple[Runner, int], settings: EngineSettings, facts: EngineFacts, loads: Sequence[Load]
+    loaded: tuple[Runner, int],
+    settings: EngineSettings,
+    facts: EngineFacts,
+    compile_grammar: Compile,
+    loads: Sequence[Load],
 ) -> list[Passage]:
     redis = connect(settings.redis_url)
     metrics = EngineMetrics(CollectorRegistry())
-    life = Life(SERVICE, compose(settings, redis, facts, lambda: loaded, metrics), settings, redis)
+    life = Life(SERVICE, compose(settings, redis, facts, compile_grammar, lambda: loaded, metrics), settings, redis)
     living = asyncio.create_task(life.run())
     asking = asyncio.create_task(_ask(redis, loads))
     await asyncio.wait((living, asking), return_when=asyncio.FIRST_COMPLETED)

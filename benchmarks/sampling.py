@@ -36,10 +36,12 @@ def measure(kind: SamplingClass, logits: Tensor, top_k: int, top_p: float) -> di
     least, numbers = ops.threshold(probs, floor, ks, ps), torch.rand(rows, dtype=torch.float64, device=device)
     nothing = SamplingPlan()
     plan = msgspec.structs.replace(
-        heaviest(rows),
+        heaviest(*logits.shape),
         top_k=np.full(rows, top_k, np.int64),
         top_p=np.full(rows, top_p, np.float64),
         min_p=np.zeros(rows, np.float32),
+        masked_rows=nothing.masked_rows,
+        masks=nothing.masks,
         wanted=nothing.wanted,
         logprobs=nothing.logprobs,
     )

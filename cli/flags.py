@@ -203,6 +203,12 @@ def _parser() -> _Parser:
     engine.add_argument(
         "--enable-chunked-prefill", action=argparse.BooleanOptionalAction, help="split long prompts over steps (on)"
     )
+    engine.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="on a GPU, give a request the same text whatever is computed beside it, at a cost "
+        "(docs/guarantees.md); CPUs always do",
+    )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")
     engine.add_argument(

@@ -61,6 +61,13 @@ def unpack_ids(data: bytes) -> list[int]:
 # --------------------------------------------------------------------------------------------------- the request
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """Grammar that an answer's content must follow, part of Sampling; with a thinking prompt, from </think> on."""
+
+    text: str  # as shared/grammar/forms.py writes it
+    param: str  # the request field it came from, for error messages
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters: the engine's part of a Request. Validated and defaulted by the gateway."""
 
@@ -74,25 +81,33 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     max_tokens: int | None = None  # None: as many as the context holds
     min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens; see Output.stop_in_reasoning
     ignore_eos: bool = False
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely ones'
     reasoning_max_tokens: int | None = None  # thinking budget; None: unlimited
+    grammar: Grammar | None = None  # None: any text
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """Options by which tokens become an answer: postproc's part of a Request, written by the gateway."""
 
     thinking: bool  # the prompt ends inside an open <think>
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # looked for in the content; in the reasoning only with `stop_in_reasoning`
     include_stop: bool = False  # keep the matched stop string in the text
     tools: bool = False  # tools were offered, so <tool_call> is a call and not text
     functions: tuple[str, ...] = ()  # the names of those tools
     parallel_tool_calls: bool = True
     logprobs: bool = False
     return_token_ids: bool = False
+    continuous_usage: bool = False  # every delta has the usage so far
+    stop_in_reasoning: bool = False  # stop strings and stop token ids end the reasoning too
+    include_reasoning: bool = True  # False: the reasoning is not shown
+    tool_call_ends_reasoning: bool = False  # the engine puts </think> where <tool_call> comes in reasoning
+    force_nonempty_content: bool = False  # an answer without content or calls has its reasoning as its content
+    named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
+    separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -111,6 +126,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     retain_s: float = 0.0  # time for which record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
+    cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
 
 
 # ---------------------------------------------------------------------------------------------------- work streams
@@ -259,7 +275,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a finished request, part of its last Delta."""
+    """Token counts of a request, part of its last Delta; of each, so far, where the request asked for that."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -280,7 +296,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[ShownLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()  # only when the request asked for them
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None  # with the finish
+    usage: Usage | None = None  # with the finish, or with `Output.continuous_usage`
     failure: Failure | None = None  # ends the request instead of a finish
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.

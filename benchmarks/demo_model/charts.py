@@ -9,6 +9,7 @@ from benchmarks.demo_model.sample import Pixels, Sample, user
 from benchmarks.demo_model.scenes import NUMBERS
 
 Bar = tuple[str, int]  # colour, height
+Asked = tuple[str, str, str]  # question, reasoning, answer
 
 
 def generate(rng: random.Random, size: draw.Size) -> Sample:
@@ -16,31 +17,43 @@ def generate(rng: random.Random, size: draw.Size) -> Sample:
     count = rng.randint(2, 5)
     heights = rng.sample(range(1, 9), count)
     bars = list(zip(rng.sample(sorted(draw.COLOURS), count), heights, strict=True))
-    asked, detail, answer = _question(rng, bars)
-    listing = ", ".join(f"{colour} {height}" for colour, height in bars)
-    reasoning = f"The bars from left to right: {listing}.{detail}"
+    asked, reasoning, answer = _question(rng, bars)
     return Sample("chart", f"{bars}", user(_paint(rng, size, bars), asked), answer, reasoning)
 
 
-def _question(rng: random.Random, bars: list[Bar]) -> tuple[str, str, str]:
-    ranked = sorted(bars, key=lambda bar: bar[1])
+def _seen(bars: list[Bar], marks: dict[str, str] | None = None) -> str:
+    """The bars in words; where some are marked, each with its mark or "no"."""
+    ends = {colour: f": {marks.get(colour, 'no')}" if marks else "" for colour, _ in bars}
+    return f"The bars from left to right: {', '.join(f'{colour} {height}{ends[colour]}' for colour, height in bars)}."
+
+
+def _question(rng: random.Random, bars: list[Bar]) -> Asked:
+    ranked, seen = sorted(bars, key=lambda bar: bar[1]), _seen(bars)
     which = rng.randrange(5)
     if which == 0:
         asked = rng.choice(("Which bar is the tallest?", "What colour is the tallest bar?", "Which bar is highest?"))
-        return asked, "", f"The {ranked[-1][0]} bar is the tallest."
+        return asked, f"{seen} The most is {ranked[-1][1]}.", f"The {ranked[-1][0]} bar is the tallest."
     if which == 1:
         asked = rng.choice(("Which bar is the shortest?", "What colour is the shortest bar?", "Which bar is lowest?"))
-        return asked, "", f"The {ranked[0][0]} bar is the shortest."
+        return asked, f"{seen} The least is {ranked[0][1]}.", f"The {ranked[0][0]} bar is the shortest."
     if which == 2:
-        return "How many bars are there?", "", f"There are {NUMBERS[len(bars)]} bars."
+        return "How many bars are there?", seen, f"There are {NUMBERS[len(bars)]} bars."
     if which == 3:
         order = ", ".join(colour for colour, _ in reversed(ranked))
-        return "List the colours of the bars from tallest to shortest.", "", f"From tallest to shortest: {order}."
+        at = {height: colour for colour, height in bars}
+        scan = ", ".join(f"{height} {at.get(height, 'none')}" for height in range(8, 0, -1))
+        asked = "List the colours of the bars from tallest to shortest."
+        return asked, f"{seen} By height: {scan}.", f"From tallest to shortest: {order}."
     first, second = rng.sample(bars, 2)
+    return _compare(first, second, bars)
+
+
+def _compare(first: Bar, second: Bar, bars: list[Bar]) -> Asked:
     taller = first[1] > second[1]
-    sign = ">" if taller else "<"
+    seen = _seen(bars, {first[0]: "first", second[0]: "second"})
     answer = f"{'Yes' if taller else 'No'}, the {first[0]} bar is {'taller' if taller else 'shorter'}."
-    return f"Is the {first[0]} bar taller than the {second[0]} bar?", f" {first[1]} {sign} {second[1]}.", answer
+    asked = f"Is the {first[0]} bar taller than the {second[0]} bar?"
+    return asked, f"{seen} {first[1]} {'>' if taller else '<'} {second[1]}.", answer
 
 
 def _paint(rng: random.Random, size: draw.Size, bars: list[Bar]) -> Pixels:

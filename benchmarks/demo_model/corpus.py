@@ -44,10 +44,12 @@ GENERATORS: dict[str, Made] = {
     "chat": _text(chat.generate),
     "instructions": instructions.generate,
 }
-# Shares of the generators in each phase of training: the second has more of what the first had learnt least.
+# Shares of the generators in each phase of training: each has more of what those before had learnt least.
 FIRST = dict(zip(GENERATORS, (22, 16, 5, 9, 10, 8, 10, 6, 6, 9, 3, 4), strict=True))
 SECOND = dict(zip(GENERATORS, (27, 26, 6, 11, 9, 7, 9, 4, 5, 5, 2, 4), strict=True))
-PHASES = (FIRST, SECOND)
+THIRD = dict(zip(GENERATORS, (26, 24, 7, 13, 7, 4, 13, 3, 6, 4, 2, 4), strict=True))
+FOURTH = dict(zip(GENERATORS, (16, 18, 22, 9, 14, 4, 8, 2, 6, 3, 1, 9), strict=True))
+PHASES = (FIRST, SECOND, THIRD, FOURTH)
 
 
 def sample(rng: random.Random, size: draw.Size, *, held_out: bool, only: str | None = None, phase: int = 0) -> Sample:

@@ -6,7 +6,6 @@ With `--model` it serves the checkpoint itself, once for each of `--formats`, an
 import argparse
 import asyncio
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import httpx
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.demo_model import card
 from benchmarks.demo_model.questions import SETS, Question, questions
 from cli.demo_tokenizer import write_json
 
@@ -43,20 +43,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-thinking", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON lines of every answer")
-    parser.add_argument("--card", type=Path, help="the right answers and questions of each kind, as JSON")
+    parser.add_argument("--card", type=Path, help="a checkpoint into whose card to write the figures")
     options = parser.parse_args(arguments)
     asked = list(questions(options.questions, options.seed, thinking=not options.no_thinking, only=options.only))
-    results: dict[str, dict[str, list[bool]]] = {}
+    counts: card.Counts = {}
     if options.url:
-        results["server"] = asyncio.run(ask_all(options.url, asked, options.out, "server"))
+        counts["server"] = asyncio.run(ask_all(options.url, asked, options.out, "server"))
     for name in () if options.url else options.formats:
         with served(options.model, name, options.port) as url:
-            results[name] = asyncio.run(ask_all(url, asked, options.out, name))
+            counts[name] = asyncio.run(ask_all(url, asked, options.out, name))
             print(f"{name} is done", flush=True)
-    print(table(results))
+    print(card.figures(counts))
     if options.card:
-        counts = {form: {name: [sum(hits), len(hits)] for name, hits in sets.items()} for form, sets in results.items()}
-        write_json(options.card, counts)
+        card.write(options.card, counts)
     return 0
 
 
@@ -111,8 +110,8 @@ def widened(model: Path, directory: Path) -> Path:
     return directory
 
 
-async def ask_all(url: str, asked: list[Question], out: Path | None, name: str) -> dict[str, list[bool]]:
-    """Return for each set whether each of its questions was answered right."""
+async def ask_all(url: str, asked: list[Question], out: Path | None, name: str) -> dict[str, list[int]]:
+    """Return for each set how many of its questions were answered right, and how many there were."""
     gate = asyncio.Semaphore(CONCURRENT)
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=CONCURRENT)) as client:
         (model,) = (await client.get(f"{url}/models")).json()["data"]
@@ -133,7 +132,7 @@ async def ask_all(url: str, asked: list[Question], out: Path | None, name: str) 
         with out.open("a") as lines:
             for question, message in zip(asked, messages, strict=True):
                 lines.write(json.dumps(_line(name, question, message), ensure_ascii=False) + "\n")
-    return dict(right)
+    return {name: [sum(hits), len(hits)] for name, hits in right.items()}
 
 
 def _line(name: str, question: Question, message: dict[str, Any]) -> dict[str, Any]:
@@ -151,34 +150,6 @@ def _line(name: str, question: Question, message: dict[str, Any]) -> dict[str, A
         "content": message.get("content"),
         "calls": [call["function"] for call in message.get("tool_calls") or ()],
     }
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z = 1.959964
-    share, spread = right / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return middle - half, middle + half
-
-
-def table(results: dict[str, dict[str, list[bool]]]) -> str:
-    """Accuracy by set and format, in percent, with its interval."""
-    names = list(results)
-    lines = ["| kind | n | " + " | ".join(names) + " |", "|---|--:|" + "--:|" * len(names)]
-    for name in SETS:
-        if name in results[names[0]]:
-            cells = [_cell(results[each][name]) for each in names]
-            lines.append(f"| {name} | {len(results[names[0]][name])} | {' | '.join(cells)} |")
-    means = [sum(sum(hits) / len(hits) for hits in each.values()) / len(each) for each in results.values()]
-    total = sum(map(len, results[names[0]].values()))
-    lines.append(f"| mean of kinds | {total} | {' | '.join(f'{100 * mean:.2f}' for mean in means)} |")
-    return "\n".join(lines)
-
-
-def _cell(hits: list[bool]) -> str:
-    low, high = interval(sum(hits), len(hits))
-    return f"{100 * sum(hits) / len(hits):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 if __name__ == "__main__":

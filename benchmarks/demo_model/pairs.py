@@ -1,10 +1,13 @@
 """Two pictures in one prompt, compared."""
 
 import random
+from collections.abc import Callable
 
 from benchmarks.demo_model import draw, words
 from benchmarks.demo_model.sample import Sample, user
-from benchmarks.demo_model.scenes import NUMBERS, Scene, a, plural, scene
+from benchmarks.demo_model.scenes import NUMBERS, Scene, Thing, a, plural, scene, yes_or_no
+
+Asked = tuple[str, str, str]  # question, reasoning, answer
 
 
 def generate(rng: random.Random, size: draw.Size) -> Sample:
@@ -28,48 +31,55 @@ def _scenes(rng: random.Random, size: draw.Size) -> Sample:
     low = 1 if which == 0 else rng.randint(1, 2)
     first = scene(rng, size, rng.randint(1, 4) if which == 0 else low)
     second = scene(rng, size, rng.randint(1, 4) if which == 0 else low)
-    seen = f"Picture 1 shows {_names(first)}. Picture 2 shows {_names(second)}."
-    asked, detail, answer = (_more, _same_colour, _which_shows, _same_kind)[which](rng, first, second)
-    return Sample("pair", f"{first.key}|{second.key}", user(first.pixels, second.pixels, asked), answer, seen + detail)
+    asked, reasoning, answer = (_more, _same_colour, _which_shows, _same_kind)[which](rng, first, second)
+    return Sample("pair", f"{first.key}|{second.key}", user(first.pixels, second.pixels, asked), answer, reasoning)
+
+
+def _seen(first: str, second: str, detail: str = "") -> str:
+    return f"Picture 1 shows {first}. Picture 2 shows {second}.{detail}"
 
 
 def _names(scene: Scene) -> str:
     return ", ".join(a(t.name) for t in scene.things)
 
 
-def _more(rng: random.Random, first: Scene, second: Scene) -> tuple[str, str, str]:
+def _checked(scene: Scene, wanted: Callable[[Thing], bool]) -> str:
+    return ", ".join(f"{a(t.name)}: {yes_or_no(wanted(t))}" for t in scene.things)
+
+
+def _more(rng: random.Random, first: Scene, second: Scene) -> Asked:
     asked = rng.choice(("Which picture has more shapes?", "In which picture are more shapes?"))
     one, two = len(first.things), len(second.things)
-    detail = f" That is {one} and {two}."
+    reasoning = _seen(_names(first), _names(second), f" That is {one} and {two}.")
     if one == two:
-        return asked, detail, f"Both have {NUMBERS[one]} {plural('shape', one)}."
+        return asked, reasoning, f"Both have {NUMBERS[one]} {plural('shape', one)}."
     winner, most, least = ("first", one, two) if one > two else ("second", two, one)
-    return asked, detail, f"The {winner} picture has more: {NUMBERS[most]} against {NUMBERS[least]}."
+    return asked, reasoning, f"The {winner} picture has more: {NUMBERS[most]} against {NUMBERS[least]}."
 
 
-def _same_colour(rng: random.Random, first: Scene, second: Scene) -> tuple[str, str, str]:
-    return _differences(rng, first, second, "colour")
+def _same_colour(rng: random.Random, first: Scene, second: Scene) -> Asked:
+    return _common(rng, first, second, "colour")
 
 
-def _same_kind(rng: random.Random, first: Scene, second: Scene) -> tuple[str, str, str]:
-    return _differences(rng, first, second, "kind")
+def _same_kind(rng: random.Random, first: Scene, second: Scene) -> Asked:
+    return _common(rng, first, second, "kind")
 
 
-def _differences(rng: random.Random, first: Scene, second: Scene, what: str) -> tuple[str, str, str]:
+def _common(rng: random.Random, first: Scene, second: Scene, what: str) -> Asked:
     ones = {getattr(t, what) for t in first.things}
-    common = [getattr(t, what) for t in second.things if getattr(t, what) in ones]
+    both = list(dict.fromkeys(getattr(t, what) for t in second.things if getattr(t, what) in ones))
     noun = "colour" if what == "colour" else "kind of shape"
     asked = rng.choice((f"Is there a {noun} that is in both pictures?", f"Do the pictures have a {noun} in common?"))
-    if not common:
-        return asked, " Nothing is in both.", f"No, there is no {noun} in both."
-    both = list(dict.fromkeys(common))
-    return asked, f" In both: {', '.join(both)}.", f"Yes: {' and '.join(both)}."
+    reasoning = _seen(_names(first), _checked(second, lambda t: getattr(t, what) in ones))
+    answer = f"Yes: {' and '.join(both)}." if both else f"No, there is no {noun} in both."
+    return asked, reasoning, answer
 
 
-def _which_shows(rng: random.Random, first: Scene, second: Scene) -> tuple[str, str, str]:
+def _which_shows(rng: random.Random, first: Scene, second: Scene) -> Asked:
     ones, twos = {t.name for t in first.things}, {t.name for t in second.things}
     name = rng.choice(sorted(ones | twos))
     asked = rng.choice((f"Which picture shows {a(name)}?", f"In which picture is {a(name)}?"))
+    reasoning = _seen(*(_checked(scene, lambda t: t.name == name) for scene in (first, second)))
     if name in ones and name in twos:
-        return asked, "", "Both pictures show it."
-    return asked, "", f"The {'first' if name in ones else 'second'} picture shows it."
+        return asked, reasoning, "Both pictures show it."
+    return asked, reasoning, f"The {'first' if name in ones else 'second'} picture shows it."

@@ -50,6 +50,10 @@ class Scene:
     def listing(self) -> str:
         return ", ".join(f"{a(t.name)} {t.place}" for t in self.things)
 
+    def checked(self, wanted: Callable[[Thing], bool]) -> str:
+        """The listing with a word on each thing, so that the answer looks for "yes" and not for a name."""
+        return ", ".join(f"{a(t.name)} {t.place}: {yes_or_no(wanted(t))}" for t in self.things)
+
 
 def scene(rng: random.Random, size: draw.Size, count: int | None = None) -> Scene:
     """A scene of `count` things, else of one to six."""
@@ -85,6 +89,11 @@ def plural(kind: str, count: int) -> str:
     return kind if count == 1 else kind + ("es" if kind == "cross" else "s")
 
 
+def yes_or_no(true: bool) -> str:
+    """The word for it."""
+    return "yes" if true else "no"
+
+
 def there_are(count: int, noun: str) -> str:
     """A sentence that gives a count."""
     if count == 0:
@@ -118,8 +127,8 @@ def _count_some(rng: random.Random, scene: Scene) -> Asked:
     found = [t for t in scene.things if wanted in (t.colour, t.kind)]
     noun = f"{wanted} shape" if by_colour else wanted
     asked = rng.choice(("How many {} are there?", "How many {} do you see?", "Count the {}."))
-    numbered = ", ".join(f"{i}: {t.name}" for i, t in enumerate(found, 1)) or "none"
-    reasoning = f"I see {scene.listing}. The {plural(noun, 2)}: {numbered}."
+    listing = ", ".join(f"{a(t.name)} {t.place}: {found.index(t) + 1 if t in found else 'no'}" for t in scene.things)
+    reasoning = f"I see {listing}. That is {len(found)}."
     return "scene count", asked.format(plural(noun, 2)), reasoning, there_are(len(found), noun)
 
 
@@ -129,7 +138,7 @@ def _colour(rng: random.Random, scene: Scene) -> Asked | None:
         return None
     thing = rng.choice(lone)
     asked = rng.choice(("What colour is the {}?", "Which colour does the {} have?", "What is the colour of the {}?"))
-    reasoning = f"I see {scene.listing}."
+    reasoning = f"I see {scene.checked(lambda t: t.kind == thing.kind)}."
     return "scene colour", asked.format(thing.kind), reasoning, f"The {thing.kind} is {thing.colour}."
 
 
@@ -139,7 +148,7 @@ def _shape(rng: random.Random, scene: Scene) -> Asked | None:
         return None
     thing = rng.choice(lone)
     asked = rng.choice(("Which shape is {}?", "What shape is the {} one?", "What is the {} shape?"))
-    reasoning = f"I see {scene.listing}."
+    reasoning = f"I see {scene.checked(lambda t: t.colour == thing.colour)}."
     return "scene shape", asked.format(thing.colour), reasoning, f"The {thing.colour} shape is a {thing.kind}."
 
 
@@ -149,18 +158,15 @@ def _where(rng: random.Random, scene: Scene) -> Asked | None:
         return None
     thing = rng.choice(lone)
     asked = rng.choice(("Where is the {}?", "In which part of the picture is the {}?", "Where do you see the {}?"))
-    return "scene place", asked.format(thing.name), f"I see {scene.listing}.", f"The {thing.name} is {thing.place}."
+    reasoning = f"I see {scene.checked(lambda t: t.name == thing.name)}."
+    return "scene place", asked.format(thing.name), reasoning, f"The {thing.name} is {thing.place}."
 
 
 def _what_at(rng: random.Random, scene: Scene) -> Asked:
     thing = rng.choice(scene.things)
     asked = rng.choice(("What is {}?", "What do you see {}?", "Which shape is {}?"))
-    return (
-        "scene place",
-        asked.format(thing.place),
-        f"I see {scene.listing}.",
-        f"{a(thing.name).capitalize()} is {thing.place}.",
-    )
+    reasoning = f"I see {scene.checked(lambda t: t.place == thing.place)}."
+    return "scene place", asked.format(thing.place), reasoning, f"{a(thing.name).capitalize()} is {thing.place}."
 
 
 def _is_there(rng: random.Random, scene: Scene) -> Asked:
@@ -170,7 +176,8 @@ def _is_there(rng: random.Random, scene: Scene) -> Asked:
         name = f"{rng.choice(sorted(draw.COLOURS))} {rng.choice(draw.SHAPES)}"
     asked = rng.choice(("Is there {}?", "Do you see {}?", "Does the picture show {}?"))
     answer = f"Yes, there is {a(name)}." if name in names else f"No, there is no {name}."
-    return "scene presence", asked.format(a(name)), f"I see {scene.listing}.", answer
+    reasoning = f"I see {scene.checked(lambda t: t.name == name)}."
+    return "scene presence", asked.format(a(name)), reasoning, answer
 
 
 def _describe(rng: random.Random, scene: Scene) -> Asked:

@@ -87,8 +87,14 @@ def _sort_numbers(rng: random.Random) -> Asked:
         ", ".join(map(str, numbers)), order
     )
     ordered = sorted(numbers, reverse=down)
-    word = "largest" if down else "smallest"
-    return "sort", asked, f"The {word} is {ordered[0]}, the last is {ordered[-1]}.", ", ".join(map(str, ordered))
+    return "sort", asked, f"By tens: {_by_tens(ordered, down)}.", ", ".join(map(str, ordered))
+
+
+def _by_tens(ordered: list[int], down: bool) -> str:
+    """Each of the tens with its numbers, empty ones too: a step of the scan never depends on the one before."""
+    tens = range(9, -1, -1) if down else range(10)
+    found = {ten: " ".join(str(n) for n in ordered if n // 10 == ten) for ten in tens}
+    return ", ".join(f"{ten}: {numbers or 'none'}" for ten, numbers in found.items())
 
 
 def _sort_words(rng: random.Random) -> Asked:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.demo_model.sample import Call, Message, Sample, user
+from benchmarks.demo_model.scenes import yes_or_no
 
 _CITIES = """
     Paris London Berlin Madrid Rome Vienna Oslo Lisbon Dublin Prague Warsaw Athens Helsinki Geneva Munich Hamburg Porto
@@ -198,14 +199,19 @@ def generate(rng: random.Random) -> Sample:
     return rng.choices((_single, _several, _result, _none), (9, 3, 2, 4))[0](rng)
 
 
-def _why(names: list[str]) -> str:
-    return "The tool for this is " + ", then ".join(names) + "."
+def _why(names: list[str], tools: tuple[dict[str, Any], ...]) -> str:
+    """Each declared tool with a word on it, then those to call."""
+    declared = [tool["function"]["name"] for tool in tools]
+    checked = f"The tools: {', '.join(f'{name} {yes_or_no(name in names)}' for name in declared)}."
+    return (
+        f"{checked} The tool for this is {', then '.join(names)}." if names else f"{checked} None of them can do this."
+    )
 
 
 def _single(rng: random.Random) -> Sample:
     tool, asked, arguments = _ask(rng)
-    calls = (Call(tool.name, arguments),)
-    return Sample("tool", asked, user(asked), "", _why([tool.name]), calls, _declare(rng, [tool]))
+    calls, tools = (Call(tool.name, arguments),), _declare(rng, [tool])
+    return Sample("tool", asked, user(asked), "", _why([tool.name], tools), calls, tools)
 
 
 def _several(rng: random.Random) -> Sample:
@@ -218,8 +224,8 @@ def _several(rng: random.Random) -> Sample:
         return _several(rng)
     joint = rng.choice((f"{first} {second}", f"{first} And then: {second}", f"First: {first} Second: {second}"))
     calls = (Call(tool.name, arguments), Call(other.name, others))
-    reasoning = _why([tool.name, other.name])
-    return Sample("tool", joint, user(joint), "", reasoning, calls, _declare(rng, [tool, other]))
+    tools = _declare(rng, [tool, other])
+    return Sample("tool", joint, user(joint), "", _why([tool.name, other.name], tools), calls, tools)
 
 
 def _result(rng: random.Random) -> Sample:
@@ -243,15 +249,15 @@ def _result(rng: random.Random) -> Sample:
         ok = rng.random() < 0.7
         result = {"status": "ok" if ok else "error"}
         answer = "Done." if ok else "That did not work: the tool reports an error."
+    tools = _declare(rng, [tool])
+    thought = _why([tool.name], tools) if rng.random() < 0.5 else ""
     messages = (
         *user(asked),
-        Message("assistant", (), (Call(tool.name, arguments),), _why([tool.name]) if rng.random() < 0.5 else ""),
+        Message("assistant", (), (Call(tool.name, arguments),), thought),
         Message("tool", (json.dumps(result),)),
     )
     reasoning = "The tool has answered, so I can tell the result."
-    return Sample(
-        "tool result", f"{asked} {json.dumps(result)}", messages, answer, reasoning, (), _declare(rng, [tool])
-    )
+    return Sample("tool result", f"{asked} {json.dumps(result)}", messages, answer, reasoning, (), tools)
 
 
 def _none(rng: random.Random) -> Sample:
@@ -266,7 +272,7 @@ def _none(rng: random.Random) -> Sample:
         if wanted.name == "calculate":  # it can answer that by itself
             return _none(rng)
         tools = tuple(tool for tool in _declare(rng, []) if tool["function"]["name"] != wanted.name)
-        answer, reasoning = "I have no tool for that.", "None of the tools can do this."
+        answer, reasoning = "I have no tool for that.", _why([], tools)
     if not tools:
         return _none(rng)
     return Sample("tool none", asked, user(asked), answer, reasoning, (), tools)

@@ -21,6 +21,7 @@ from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
+from services.engine.transport.grammars import Compile, Grammars
 from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
 from services.engine.transport.outbox import Outbox
 from shared.bus.blobs import Blobs
@@ -30,6 +31,7 @@ from shared.bus.records import Records
 from shared.bus.streams import WorkStream
 from shared.cpu_share import torch_threads
 from shared.errors import CheckpointError, ConfigError
+from shared.grammar.compiler import GrammarCompiler
 from shared.log import logger, warn_each
 from shared.model.config import ModelConfig, load_model_config
 from shared.model.config_file import Quantization
@@ -42,6 +44,7 @@ from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog, unwatched
 
 THINK_CLOSE = "</think>"
+TOOL_CALL = "<tool_call>"
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Kernels are compiled at their first use; a CPU may be far too slow for the model, and is not hung then.
 FIRST_USE = {"cuda": FirstUse(300.0, 0.0, compiles=True), "cpu": FirstUse(0.0, 0.1, compiles=False)}
@@ -71,23 +74,28 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     if think_close_id is None:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
-    facts = EngineFacts(model, settings.max_model_len, think_close_id)
+    facts = EngineFacts(model, settings.max_model_len, think_close_id, tokenizer.control.get(TOOL_CALL))
     metrics, watchdog = EngineMetrics(), None
     if settings.step_timeout_s > 0:
         watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set)
-    return compose(settings, redis, facts, lambda: load(settings, model, where), metrics, tracing, watchdog)
+    compiler = GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids)
+    return compose(
+        settings, redis, facts, compiler.compile, lambda: load(settings, model, where), metrics, tracing, watchdog
+    )
 
 
 def compose(
     settings: EngineSettings,
     redis: Redis,
     facts: EngineFacts,
+    compile_grammar: Compile,
     load: Load,
     metrics: EngineMetrics,
     tracing: Tracing = OFF,
     watchdog: Watchdog | None = None,
 ) -> EngineService[tuple[Runner, int]]:
-    """Build the service around a `load` that returns the runner and its number of cache blocks."""
+    """Build the service around a `load` that returns the runner and its number of cache blocks, and a
+    `compile_grammar` for its vocabulary."""
     keys = Keys(settings.namespace)
     blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
     mailbox = Mailbox()
@@ -99,6 +107,7 @@ def compose(
         blobs=Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes),
         mailbox=mailbox,
         facts=facts,
+        grammars=Grammars(compile_grammar),
         metrics=metrics,
         capacity=settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
         claim_every_s=settings.lease_ms / 1000 / CLAIMS_PER_LEASE,
@@ -135,16 +144,19 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
     """Return a runner around the model, its cache and its sampler, and the number of cache blocks.
 
     Raises:
-        ConfigError: the cache could not hold max_model_len.
+        ConfigError: the cache could not hold max_model_len, or batch_invariant is asked of a CPU that cannot.
         CheckpointError: the weights do not match the configuration.
     """
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
     fix_order_of_sums(os.environ)
-    model = load_model(Path(settings.model), config, where, quantization(settings, config), operations(where))
+    ops = operations(where, settings.batch_invariant)
+    model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
     if where == "cpu" and rows_depend_on_others(model.dtype):
+        told = "this CPU rounds a row's sums by what is computed beside it"
+        if settings.batch_invariant:
+            raise ConfigError(f"batch_invariant is true, but {told}; see docs/guarantees.md")
         logger(__name__).warning(
-            "this CPU rounds a row's sums by what is computed beside it, so that a seeded request may get another text "
-            "in other company; see docs/guarantees.md"
+            "%s, so that a seeded request may get another text in other company; see docs/guarantees.md", told
         )
     return runner_for(model, config, settings)
 
@@ -163,13 +175,15 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
 
 
-def operations(where: str) -> Ops:
+def operations(where: str, batch_invariant: bool = False) -> Ops:
     """Return the model's operations for a device."""
     if where != "cuda":
         return Ops()
-    from services.engine.kernels.triton.ops import gpu_ops  # Triton exists for Linux only, and the CPU needs none
+    # Triton exists for Linux only, and the CPU needs none.
+    from services.engine.kernels.triton.invariant.ops import invariant_ops
+    from services.engine.kernels.triton.ops import gpu_ops
 
-    return gpu_ops()
+    return invariant_ops() if batch_invariant else gpu_ops()
 
 
 def device(settings: EngineSettings) -> str:

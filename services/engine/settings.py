@@ -32,6 +32,8 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     block_size: int = 64  # tokens in a block of the KV cache; on a GPU a power of two, at least 16
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory, above 0 to 1, for us and all others on it
     foreign_bytes: int = 0  # GPU memory that an mm_encoder on the same GPU holds or will hold
+    # Whether a row's sums are the same whatever is computed beside it: slower on a GPU, on a CPU no different.
+    batch_invariant: bool = False
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound

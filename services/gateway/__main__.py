@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
+from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
@@ -31,6 +32,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
+from services.gateway.request.sampling import OutputDefaults
 from services.gateway.request.template import Template
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
@@ -84,9 +86,11 @@ def compose(
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
     writer = AnswerWriter(_fingerprint(Path(settings.model)), settings.hold_headers_s)
+    grammars = GrammarCheck(Path(settings.model))
     completions = ChatCompletions(
         admission=admission,
         parser=parser,
+        grammars=grammars,
         open_requests=open_requests,
         writer=writer,
         max_body_bytes=settings.max_body_bytes,
@@ -101,6 +105,7 @@ def compose(
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
+        grammars=grammars,
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing), listener),
@@ -116,7 +121,9 @@ def _parser(settings: GatewaySettings) -> RequestParser:
     defaults = load_generation_defaults(directory)
     warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return RequestParser(
-        chat=ChatFormat(Template.load(directory, settings.max_prompt_chars), tokenizer),
+        chat=ChatFormat(
+            Template.load(directory, settings.max_prompt_chars), tokenizer, settings.trust_request_chat_template
+        ),
         tokenizer=tokenizer,
         defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),
@@ -124,6 +131,7 @@ def _parser(settings: GatewaySettings) -> RequestParser:
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,
+        output_defaults=OutputDefaults(settings.tool_call_ends_reasoning, settings.force_nonempty_content),
     )
 
 

@@ -21,6 +21,12 @@ LOST = Failure(
 REUSED_KEY = Failure(
     409, "This Idempotency-Key was used for another request.", param="Idempotency-Key", code="idempotency_key_reused"
 )
+USAGE_AT_END = Failure(
+    409,
+    "The first request with this Idempotency-Key did not ask for usage in every chunk, so only the end has it.",
+    param="stream_options.continuous_usage_stats",
+    code="idempotency_key_reused",
+)
 UNEXPECTED = Failure(500, "The server failed to handle the request.", type="server_error", code="internal_error")
 UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
 

@@ -7,6 +7,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.gateway.errors import SHUTTING_DOWN
+from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.server import CLOSE_S, Server
 from services.gateway.inflight.inbox import Inbox
@@ -29,6 +30,7 @@ class Gateway:
         *,
         own_clients: Sequence[Redis],
         admission: Admission,
+        grammars: GrammarCheck,
         open_requests: OpenRequests,
         inbox: Inbox,
         server: Server,
@@ -43,6 +45,7 @@ class Gateway:
         """
         self._own_clients = own_clients
         self._admission = admission
+        self._grammars = grammars
         self._open_requests = open_requests
         self._inbox = inbox
         self._server = server
@@ -80,6 +83,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._grammars.close()
         try:
             await self._inbox.delete()
         except RedisError as error:

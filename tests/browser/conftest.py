@@ -1,5 +1,6 @@
 """A headless Chromium, and the product it looks at. Both are skipped where there is none: see docs/console.md."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any
 import pytest
 from browser_pages import API_KEY, Watched
 from system import System, running
+
+from benchmarks.demo_model.evaluate import PROCESSOR
+
+CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,15 @@ def chromium() -> Iterator[Any]:
 def demo(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """`millrace serve --demo`. Answers are kept for as long as by default: the console reads in them how they ended."""
     with running(["--demo"], tmp_path_factory.mktemp("demo"), {"MILLRACE_RETAIN_S": "60"}) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def trained(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """The demo that answers, as `make serve` serves it."""
+    arguments = ["--model", str(CHECKPOINT), "--served-model-name", "demo"]
+    arguments += ["--mm-processor-kwargs", json.dumps(PROCESSOR)]
+    with running(arguments, tmp_path_factory.mktemp("trained"), {"MILLRACE_RETAIN_S": "60"}) as system:
         yield system
 
 

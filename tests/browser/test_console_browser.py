@@ -19,6 +19,11 @@ from system import System, encoded, mp4, picture
 DONE_MS = 60_000
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True}
 EVIL = '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script>'
+SHAPES = Path(__file__).parents[2] / "docs" / "images" / "demo-shapes.png"
+THOUGHT = (
+    "I see a red circle at the top left: no, a blue star at the top right: no, a green square in the middle: yes, "
+    "a red triangle at the bottom right: no."
+)
 TOOL_CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": EVIL, "arguments": '{"a": 1}'}}
 
 # Drops a file where a person would, or anywhere else.
@@ -460,18 +465,41 @@ def test_a_phone_has_room_for_all(pages: Watched, demo: System, place: str) -> N
     assert page.evaluate(WIDER) == 0
 
 
-def test_pictures_for_the_documentation(pages: Watched, demo: System, screenshots: Path) -> None:
+def test_a_picture_is_seen_and_what_was_thought_is_shown(pages: Watched, trained: System) -> None:
+    page = pages.open(trained.base_url)
+    page.evaluate(DROP, file(SHAPES.read_bytes(), "shapes.png"))
+    page.locator("#attachments li").wait_for()
+    say(page, "Where is the green square?", max_tokens=100)
+    answer = answered(page)
+    assert answer.locator(".answer").text_content() == "The green square is in the middle."
+    assert answer.locator(".reasoning .text").text_content() == THOUGHT
+
+
+def test_a_tool_is_called_and_its_result_is_told(pages: Watched, trained: System) -> None:
+    page = pages.open(trained.base_url)
+    page.locator("#settings details", has_text="Tools").locator("summary").click()
+    page.locator("#tools-example").click()
+    say(page, "What is the weather in Paris?", max_tokens=100)
+    answer = answered(page)
+    assert answer.locator(".call h3").text_content() == "get_weather"
+    assert "Paris" in answer.locator(".call").inner_text()
+    page.get_by_label("Result of get_weather").fill('{"temperature": 21, "sky": "sunny"}')
+    page.get_by_role("button", name="Give this result").click()
+    page.locator("li.assistant").nth(1).wait_for(timeout=DONE_MS)
+    assert answered(page).locator(".answer").text_content() == "It is sunny in Paris, with 21 degrees."
+
+
+def test_pictures_for_the_documentation(pages: Watched, trained: System, screenshots: Path) -> None:
     for scheme, name, options in (("light", "", {}), ("dark", "", {}), ("light", "-phone", PHONE)):
-        page = pages.open(demo.base_url, color_scheme=scheme, reduced_motion="reduce", **options)
-        never_ending(page)
-        page.evaluate(DROP, file(photo(), "hills.png"))
+        page = pages.open(trained.base_url, color_scheme=scheme, reduced_motion="reduce", **options)
+        page.evaluate(DROP, file(SHAPES.read_bytes(), "shapes.png"))
         page.locator("#attachments li").wait_for()
-        say(page, "What do you see in this picture?", max_tokens=60)
-        answered(page)
+        say(page, "Where is the green square?", max_tokens=100)
+        answered(page).locator(".reasoning summary").click()
         page.screenshot(path=screenshots / f"console-chat-{scheme}{name}.png")
-        with load(demo, requests=7, max_tokens=200):
+        with load(trained, requests=7, max_tokens=200):
             page.get_by_role("button", name="Timeline").click()
-            page.locator("#timeline .events", has_text="Finished (length)").wait_for(timeout=DONE_MS)
+            page.locator("#timeline .events", has_text="Finished (stop)").wait_for(timeout=DONE_MS)
             page.locator("#requests tbody tr", has_text="writing").nth(6).wait_for(timeout=DONE_MS)
             page.locator("#pipeline").evaluate("(page) => page.scrollTo(0, 0)")
             page.screenshot(path=screenshots / f"console-pipeline-{scheme}{name}.png")

@@ -166,7 +166,7 @@ class _Talk:
         body = {**self._ask.body, "stream": self._manner.stream}
         if self._manner.stream:
             body["stream_options"] = {"include_usage": True}
-        headers = {} if self._manner.key is None else {"Idempotency-Key": self._manner.key}
+        headers = {"X-Event-IDs": "true"} if self._manner.key is None else {"Idempotency-Key": self._manner.key}
         await self._request("POST", "/v1/chat/completions", json=body, headers=headers)
 
     async def _go_on(self) -> None:

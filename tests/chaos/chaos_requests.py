@@ -7,7 +7,20 @@ from typing import Any
 
 from system import data_url, encoded, picture
 
-KINDS = ("text", "seeded", "long", "penalised", "logprobs", "choices", "thinking", "stop", "image", "link", "tools")
+KINDS = (
+    "text",
+    "seeded",
+    "long",
+    "penalised",
+    "logprobs",
+    "choices",
+    "thinking",
+    "stop",
+    "image",
+    "link",
+    "tools",
+    "guided",
+)
 TOOL = {
     "type": "function",
     "function": {"name": "get_weather", "description": "The weather.", "parameters": {"type": "object"}},
@@ -89,6 +102,15 @@ def _ask(number: int, kind: str, tool_call_id: int, files: str) -> Ask:
         case "stop":
             # Ends somewhere in the text, by a string that no token is.
             body |= {**seeded, "stop": ["th", "e w"], "chat_template_kwargs": {"enable_thinking": False}}
+        case "guided":
+            # Its JSON goes on for as long as the tokens do; the thinking before it is closed by its budget.
+            items = {"type": "array", "minItems": 1000, "items": {"enum": ["mill", {"race": [1, 22, None]}]}}
+            schema = {"name": "mill", "schema": {"type": "object", "properties": {"a": items}, "required": ["a"]}}
+            body |= {
+                **seeded,
+                "response_format": {"type": "json_schema", "json_schema": schema},
+                "reasoning_max_tokens": 5,
+            }
         case "image":
             pictures = [number % len(PICTURES)] if number % 2 else [number % len(PICTURES), 0]
             body |= seeded | {"messages": [_with_pictures(text, [data_url(_png(n), "image/png") for n in pictures])]}

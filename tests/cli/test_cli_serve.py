@@ -148,7 +148,8 @@ def test_what_was_accepted_goes_on_after_a_restart_of_all(model: list[str], tmp_
     body = {**HELLO, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
     with started(flags, tmp_path) as system:
         system.wait_until_ready()
-        with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
+        url, headers = f"{system.base_url}/v1/chat/completions", {"X-Event-IDs": "true"}
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as reply:
             lines = reply.iter_lines()  # kept, since the connection is closed when it goes
             read = [next(lines) for _ in range(30)]
             system.kill()

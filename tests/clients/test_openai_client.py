@@ -1,7 +1,9 @@
 """The unmodified `openai` package against the running system: what people send, and what they get."""
 
+import json
 from typing import Any
 
+import jsonschema
 import pytest
 from answers import TOOLS, ask, assembled, collected, image, listen, text, user, video
 from openai import AuthenticationError, NotFoundError, OpenAI
@@ -152,6 +154,7 @@ def test_reasoning_then_a_tool_call(scripted: OpenAI, streamed: bool) -> None:
     ("stop", "keep", "content"),
     [
         (["no such text"], False, CONTENT_WITHOUT_TOOLS),
+        (["weather"], False, CONTENT_WITHOUT_TOOLS.partition("weather")[0]),  # which the reasoning has, too
         (["rguments"], False, CONTENT_WITHOUT_TOOLS.partition("rguments")[0]),
         (["never", 'ity": "Pa'], True, CONTENT_WITHOUT_TOOLS.partition("ris")[0]),
     ],
@@ -163,6 +166,31 @@ def test_content_and_stop_strings(scripted: OpenAI, streamed: bool, stop: list[s
     choice = answer["choices"][0]
     assert (choice["reasoning"], choice["content"].lstrip("\n")) == (REASONING, content)
     assert (choice["tool_calls"], choice["finish_reason"]) == ([], "stop")
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_call_validates(client: OpenAI, choice: Any, streamed: bool) -> None:
+    """The model's weights are random: what it writes is all the grammar's doing."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"enum": [1, 2, 3]}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    options = {
+        "messages": QUESTION,
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+        "extra_body": {"reasoning_max_tokens": 8},
+    }
+    answer = assembled(listen(client, **options)) if streamed else collected(ask(client, **options))
+    [(_, name, arguments)] = answer["choices"][0]["tool_calls"]
+    assert (name, answer["choices"][0]["content"]) == ("get_weather", "")
+    jsonschema.validate(json.loads(arguments), schema)
+    assert answer["choices"][0]["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])

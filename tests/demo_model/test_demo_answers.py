@@ -16,6 +16,7 @@ import torch
 from oracle import Model, hf_generate, load_transformers
 from system import System, running
 
+from benchmarks.demo_model import card
 from benchmarks.demo_model.evaluate import PROCESSOR, widened
 from benchmarks.demo_model.prompt import Encoder
 from benchmarks.demo_model.questions import Question, questions
@@ -69,9 +70,7 @@ def answered(server: System) -> list[Answered]:
 
 
 def test_it_answers_as_well_as_its_card_says(answered: list[Answered]) -> None:
-    card = json.loads((CHECKPOINT / "accuracy.json").read_bytes())["float32"]
-    shares = [right / count for right, count in card.values()]
-    promised = sum(shares) / len(shares)
+    promised = card.mean(card.read(CHECKPOINT)["bf16"]) / 100
     right = sum(question.is_right(message) for question, message in answered)
     margin = 2 * math.sqrt(promised * (1 - promised) / len(answered))
     assert right / len(answered) >= promised - margin, _wrong(answered)

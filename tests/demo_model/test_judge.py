@@ -1,10 +1,12 @@
 """The judge of the demo's answers: what it takes for right, and the interval it prints."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from benchmarks.demo_model.evaluate import interval
+from benchmarks.demo_model.card import AIMS, BEGIN, END, figures, interval, read, write
 from benchmarks.demo_model.questions import SETS, Question, questions
 
 
@@ -44,3 +46,24 @@ def test_wilsons_interval() -> None:
     low, high = interval(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert [round(each, 4) for each in interval(0, 20)] == [0.0, 0.1611]
+
+
+CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
+
+
+def test_the_card_shows_its_counts() -> None:
+    card = (CHECKPOINT / "README.md").read_text()
+    assert card.split(BEGIN)[1].split(END)[0] == figures(read(CHECKPOINT))
+
+
+def test_figures_are_written_into_the_card_and_nothing_else_changes(tmp_path: Path) -> None:
+    shutil.copy(CHECKPOINT / "README.md", tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    counts = {name: {each: [9, 10] for each in SETS} for name in ("bf16", "wint8")}
+    counts["wint8"]["JSON"] = [8, 10]
+    write(tmp_path, counts)
+    after = (tmp_path / "README.md").read_text()
+    assert read(tmp_path) == counts
+    assert "wint8 -0.53." in after
+    assert after.count(", missed |") == sum(aim > 90 for _, aim, _ in AIMS)
+    assert (after.split(BEGIN)[0], after.split(END)[1]) == (before.split(BEGIN)[0], before.split(END)[1])

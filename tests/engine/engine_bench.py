@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from engine_cases import FACTS, SumRunner
+from engine_cases import FACTS, SumRunner, compile_grammar
 from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -176,7 +176,7 @@ async def engine(
     settings = settings_for(redis_url, **changes)
     made = runner or SumRunner(blocks, settings.block_size)
     registry = CollectorRegistry()
-    service = compose(settings, redis, facts, lambda: (made, blocks), EngineMetrics(registry), tracing)
+    service = compose(settings, redis, facts, compile_grammar, lambda: (made, blocks), EngineMetrics(registry), tracing)
     life = Life("engine", service, settings, redis)
     running = Running(service, life, asyncio.create_task(life.run()), registry)
     try:

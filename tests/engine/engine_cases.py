@@ -4,18 +4,23 @@ sum.
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
+from llguidance import LLMatcher
 
 from services.engine.run.sampler import Sampled
+from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.scheduler import Chunk, Plan
 from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
+from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Generate, MediaSpan, Output, Request, Sampling, pack_ids
 from shared.model.config import ModelConfig, VisionConfig
 
 EOS = 2
 THINK_CLOSE = 3
+TOOL_CALL = 4
 PATCH = 200  # placeholder; ids from here on are the vision experts'
 VOCAB = 256
 
@@ -62,7 +67,7 @@ CONFIG = ModelConfig(
     ),
 )
 
-FACTS = EngineFacts(CONFIG, max_model_len=512, think_close_id=THINK_CLOSE)
+FACTS = EngineFacts(CONFIG, max_model_len=512, think_close_id=THINK_CLOSE, tool_call_id=TOOL_CALL)
 
 
 def generate(
@@ -72,14 +77,15 @@ def generate(
     *,
     shard: int = 0,
     thinking: bool = False,
-    return_token_ids: bool = False,
+    cache_salt: str = "",
     spans: tuple[MediaSpan, ...] = (),
-    **sampling: Any,
+    **options: Any,
 ) -> Generate:
-    """A `generate` message; sampling is greedy unless it says otherwise."""
+    """A `generate` message with options of Sampling and Output; sampling is greedy unless it says otherwise."""
+    sampling = {name: value for name, value in options.items() if name in Sampling.__struct_fields__}
     asked = Sampling(**{"seed": 0, "temperature": 0.0, **sampling})
-    output = Output(thinking=thinking, return_token_ids=return_token_ids)
-    request = Request(request_id, "gateway-0", shard, 0.0, asked, output)
+    output = Output(thinking=thinking, **{name: options[name] for name in options.keys() - sampling.keys()})
+    request = Request(request_id, "gateway-0", shard, 0.0, asked, output, cache_salt=cache_salt)
     return Generate(request, pack_ids(prompt), max_tokens, spans)
 
 
@@ -92,7 +98,10 @@ def sequence(
     facts: EngineFacts = FACTS,
     **options: Any,
 ) -> Sequence:
-    return build(generate(request_id, prompt, **options), 1, generated, embeds, facts)
+    message = generate(request_id, prompt, **options)
+    asked = message.request.sampling.grammar
+    grammar = None if asked is None else GrammarState(compile_grammar(asked.text))
+    return build(message, 1, generated, embeds, facts, grammar)
 
 
 def next_token(tokens: Ordered[int]) -> int:
@@ -117,11 +126,36 @@ def last(sequences: Ordered[Sequence]) -> list[Chunk]:
     return [Chunk(made, made.num_tokens - 1, 1, samples=True) for made in sequences]
 
 
+class ByteTokenizer:
+    """The vocabulary as a grammar reads it: an id is that byte, but for those that end and close, and placeholders."""
+
+    control: ClassVar[dict[str, int]] = {"</s>": EOS, "</think>": THINK_CLOSE}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in self.control.values() or token_id >= PATCH else bytes([token_id])
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+@cache
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ByteTokenizer(), VOCAB, (EOS,))
+
+
+def compile_grammar(text: str) -> LLMatcher:
+    """Compile for the engine's tests."""
+    return compiler().compile(text)
+
+
 class Computed:
     """A launched step whose tokens are all known."""
 
     def __init__(self, sampled: list[Sampled]) -> None:
         self._sampled = sampled
+
+    def sample(self) -> None:
+        pass
 
     def read(self) -> list[Sampled]:
         return self._sampled

@@ -66,6 +66,7 @@ class Bench:
         runner: Runner | None = None,
         blocks: int = 64,
         caching: bool = True,
+        resumed: int = 0,
         **bounds: Any,
     ) -> None:
         usual = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, "block_size": BLOCK}
@@ -73,6 +74,7 @@ class Bench:
         self.pool = BlockPool(blocks, caching)
         self.runner = Watched(runner or SumRunner(blocks, BLOCK, overlaps))
         self.registry = CollectorRegistry()
+        self._resumed = resumed  # tokens that its one request had before
         self.runs: dict[str, list[TokenRun]] = defaultdict(list)
         self.step_outputs: list[dict[str, int]] = []  # tokens of each that has some
         metrics = EngineMetrics(self.registry)
@@ -95,7 +97,7 @@ class Bench:
     def _follow(self, run: TokenRun) -> None:
         before = self.runs[run.request_id + " again" * (run.epoch - 1)]
         assert not before or before[-1].finish is None, "said after its end"
-        assert run.index == sum(len(r.tokens) for r in before)
+        assert run.index == self._resumed + sum(len(r.tokens) for r in before)
         before.append(run)
 
     def answer(self, request_id: str) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from engine_bench import GatedRunner, Reader, Running, Seen, engine, eventually, settings_for, submit
-from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, Computed, SumRunner, continuation, generate
+from engine_cases import CONFIG, EOS, FACTS, PATCH, VOCAB, Computed, SumRunner, compile_grammar, continuation, generate
 from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -611,7 +611,7 @@ async def test_a_failed_load_ends_the_process(redis: Redis, redis_url: str) -> N
         raise ConfigError("no memory")
 
     settings = settings_for(redis_url)
-    service = compose(settings, redis, FACTS, load, EngineMetrics(CollectorRegistry()))
+    service = compose(settings, redis, FACTS, compile_grammar, load, EngineMetrics(CollectorRegistry()))
     assert await Life("engine", service, settings, redis).run() == MISCONFIGURED
 
 

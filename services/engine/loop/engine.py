@@ -77,11 +77,13 @@ class Engine:
         self._send(self._take_unsent())
 
     def _step(self, plan: Plan | None) -> None:
-        """Launch a step, and read the one before."""
+        """Launch a step, read the one before, and let the new one sample if that needs the tokens just read."""
         crash_point("engine.step.before")
         launched = self._launch(plan)
         if self._launched is not None:
             self._read(self._launched)
+        if launched is not None:
+            launched.launched.sample()
         self._launched = launched
         crash_point("engine.step.after")
 

@@ -5,16 +5,19 @@ from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.inputs import KVCache
 from services.engine.run.decode_rows import DecodeRows
+from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
 from services.engine.run.runner import ModelRunner, Runner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
 from services.engine.settings import EngineSettings, SamplingClass
+from shared.cpu_share import usable_cores
 from shared.errors import ConfigError
 from shared.model.config import ModelConfig
 
 MIN_BLOCK_SIZE = 16  # keys of a matrix instruction
+MASK_THREADS = 8  # the most for grammars' masks; 64 take each a few tenths of a millisecond
 
 
 def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
@@ -33,7 +36,8 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
     blocks = cache.num_blocks - int(on_gpu)
     graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
-    return ModelRunner(model, cache, sampler, builder, graphs), blocks
+    grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
+    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs), blocks
 
 
 def capture_decode(

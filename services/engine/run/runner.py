@@ -10,8 +10,9 @@ from typing import Protocol
 from torch import Tensor
 
 from services.engine.model.inputs import KVCache
+from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
-from services.engine.run.sampler import Sampled, Sampler
+from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.run.step import Model, StepBuilder
 from services.engine.schedule.scheduler import Plan
@@ -19,6 +20,9 @@ from services.engine.schedule.scheduler import Plan
 
 class Launched(Protocol):
     """A step under way."""
+
+    def sample(self) -> None:
+        """Start to sample, if that had to wait for the tokens of the step before; to be called before `read`."""
 
     def read(self) -> list[Sampled]:
         """Return one token for each of `plan.sampling`, in its order. Waits for this step alone."""
@@ -33,7 +37,7 @@ class Runner(Protocol):
         it."""
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
-        """Start a step.
+        """Start a step. One of a plan that `samples_later` waits for `Launched.sample`.
 
         Args:
             meanwhile: called once, when the caller's work delays the step least.
@@ -45,12 +49,19 @@ class ModelRunner:
     `launch` waits for the device."""
 
     def __init__(
-        self, model: Model, cache: KVCache, sampler: Sampler, builder: StepBuilder, graphs: DecodeGraphs | None
+        self,
+        model: Model,
+        cache: KVCache,
+        sampler: Sampler,
+        builder: StepBuilder,
+        grammar_masks: GrammarMasks,
+        graphs: DecodeGraphs | None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._sampler = sampler
         self._builder = builder
+        self._grammar_masks = grammar_masks
         self._graphs = graphs
 
     @property
@@ -61,26 +72,50 @@ class ModelRunner:
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         step = self._builder.build(plan)
         if self._graphs is not None and self._graphs.captures(step):
-            launched = self._sample(plan, self._graphs.run(step))
+            launched = self._start_sampling(plan, self._graphs.run(step))
             meanwhile()
             return launched
         # The caller's work comes first: launching a step, or computing it here, takes longer.
         meanwhile()
         logits = self._model.forward(step.to(self._model.device, self._cache.block_size), self._cache)
-        return self._sample(plan, logits)
+        return self._start_sampling(plan, logits)
 
-    def _sample(self, plan: Plan, logits: Tensor) -> Launched:
-        sampling = plan.sampling
-        if not sampling:
+    def _start_sampling(self, plan: Plan, logits: Tensor) -> Launched:
+        if not plan.sampling:
             return NoTokens()
-        drawn = self._sampler.draw(logits, plan_sampling(sampling))
+        step = SamplingStep(lambda: self._draw(plan, logits))
+        if not plan.samples_later:
+            step.sample()
+        return step
+
+    def _draw(self, plan: Plan, logits: Tensor) -> Drawn:
+        drawn = self._sampler.draw(logits, plan_sampling(plan.sampling, self._grammar_masks))
         if self._graphs is not None:
             self._graphs.keep_tokens(drawn.tokens)
         return drawn
 
 
+class SamplingStep:
+    """A step whose logits the device computes, and whose tokens it draws from them once `sample` was called."""
+
+    def __init__(self, draw: Callable[[], Drawn]) -> None:
+        self._draw = draw
+        self._drawn: Drawn | None = None
+
+    def sample(self) -> None:
+        if self._drawn is None:
+            self._drawn = self._draw()
+
+    def read(self) -> list[Sampled]:
+        assert self._drawn is not None, "read before it was sampled"
+        return self._drawn.read()
+
+
 class NoTokens:
     """A step in which no sequence samples."""
+
+    def sample(self) -> None:
+        """Do nothing."""
 
     def read(self) -> list[Sampled]:
         return []

@@ -2,8 +2,8 @@
 
 Order of operations (the reference server's fused penalty kernel and sampler): logit bias; no end tokens before
 min_tokens; repetition penalty over prompt and answer, then frequency and presence over the answer; temperature; bad
-words; softmax; min_p; top_k; top_p. A row's result depends on its own logits, settings, seed and index only: every
-operation works along rows, and the random number is a function of (seed, index).
+words; grammar; softmax; min_p; top_k; top_p. A row's result depends on its own logits, settings, seed and index only:
+every operation works along rows, and the random number is a function of (seed, index).
 
 top_k and top_p keep tokens by value (kernels/reference/threshold.py), so equally likely tokens stay or go together; the
 draw inverts the cumulative probabilities (kernels/reference/pick.py), with one random number a token.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.engine.kernels.reference.mask_logits import bit_penalties, mask_logits
 from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.run.download import Download
 from services.engine.run.sampling_plan import SamplingPlan, heaviest
@@ -71,6 +72,7 @@ class Sampler:
         self._ops = ops
         # A Python number would be copied to the device at each use, with a wait.
         self._banned = torch.tensor(BANNED, device=device)
+        self._bit_penalties = bit_penalties(device)
 
     def draw(self, logits: Tensor, plan: SamplingPlan) -> Drawn:
         """Draw one token for each row. Returns while the device computes.
@@ -93,7 +95,7 @@ class Sampler:
         Args:
             logits: as for `draw`.
         """
-        self.draw(logits, heaviest(len(logits))).read()
+        self.draw(logits, heaviest(*logits.shape)).read()
 
     def _adjust(self, logits: Tensor, on_device: DeviceArrays) -> None:
         """Apply every change of single logits, but for the temperature of rows that draw."""
@@ -109,6 +111,9 @@ class Sampler:
         if "bad_rows" in on_device:
             # Before the temperature instead of after it: dividing leaves a banned logit banned.
             logits[on_device["bad_rows"], on_device["bad_tokens"]] = self._banned
+        if "masks" in on_device:
+            # Last, and with minus infinity: where all that a grammar allows is banned, a grammar's token is drawn.
+            mask_logits(logits, on_device["masked_rows"], on_device["masks"], self._bit_penalties)
 
     def _draw(self, logits: Tensor, plan: SamplingPlan, on_device: DeviceArrays) -> Tensor:
         """Return [R] token ids."""
@@ -129,9 +134,9 @@ class Sampler:
         return self._ops.pick(probs, least, on_device["numbers"])
 
     def _close_thinking(self, tokens: Tensor, on_device: DeviceArrays) -> None:
-        """Put `</think>` where the thinking budget is used up, or an end token came before the thinking ended."""
+        """Put `</think>` where the thinking budget is used up, or an end token or a call came within the thinking."""
         drawn = tokens[on_device["thinking"]]
-        ended = (drawn.unsqueeze(1) == self._eos).any(dim=1)
+        ended = (drawn.unsqueeze(1) == self._eos).any(dim=1) | (drawn == on_device["call_ids"])
         closed = torch.where(on_device["must_close"] | ended, on_device["close_ids"], drawn)
         tokens.index_copy_(0, on_device["thinking"], closed)
 

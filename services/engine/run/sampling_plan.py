@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from services.engine.run.grammar_masks import GrammarMasks, Masks, forbid
 from services.engine.run.philox import uniform
 from services.engine.schedule.scheduler import Chunk
 from services.engine.schedule.sequence import Ids, Sequence
@@ -28,6 +29,7 @@ _NO_IDS: Ids = np.empty(0, np.int64)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_DOUBLES: Doubles = np.empty(0, np.float64)
 _NO_FLAGS: Flags = np.empty(0, np.bool_)
+_NO_MASKS: Masks = np.empty((0, 0), np.uint8)
 
 
 class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,10 +57,14 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     # Tokens that would complete a bad word.
     bad_rows: Ids = _NO_IDS
     bad_tokens: Ids = _NO_IDS
-    # Rows with an open thinking part, the token that closes it, and whether the next token must.
+    # Rows with an open thinking part, the token that closes it, one that becomes it (or -1), and whether the next must.
     thinking: Ids = _NO_IDS
     close_ids: Ids = _NO_IDS
+    call_ids: Ids = _NO_IDS
     must_close: Flags = _NO_FLAGS
+    # Rows whose grammar allows only some tokens, and the bits of these.
+    masked_rows: Ids = _NO_IDS
+    masks: Masks = _NO_MASKS
     # Rows that report log-probabilities, and of how many of the most likely tokens besides the sampled one.
     wanted: Ids = _NO_IDS
     logprobs: Ids = _NO_IDS
@@ -69,13 +75,18 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
         return {name: array for name, array in named if len(array)}
 
 
-def plan_sampling(chunks: Ordered[Chunk]) -> SamplingPlan:
-    """Return the plan of the step in which these chunks sample."""
+def plan_sampling(chunks: Ordered[Chunk], grammar_masks: GrammarMasks | None = None) -> SamplingPlan:
+    """Return the plan of the step in which these chunks sample, once all tokens before it are known.
+
+    Args:
+        grammar_masks: None if no sequence has a grammar.
+    """
     parts = (_draws, _biased, _early, _penalised, _bad, _thinking, _reports)
-    return SamplingPlan(**{name: array for part in parts for name, array in part(chunks).items()})
+    arrays = {name: array for part in parts for name, array in part(chunks).items()}
+    return SamplingPlan(**arrays, **_masked(chunks, grammar_masks))
 
 
-def heaviest(rows: int) -> SamplingPlan:
+def heaviest(rows: int, vocab_size: int) -> SamplingPlan:
     """Return the plan of a step that asks for everything whose memory grows with the vocabulary."""
     return SamplingPlan(
         drawing=np.arange(rows),
@@ -84,6 +95,8 @@ def heaviest(rows: int) -> SamplingPlan:
         top_p=np.full(rows, 0.9, np.float64),
         min_p=np.full(rows, 0.01, np.float32),
         numbers=np.full(rows, 0.5, np.float64),
+        masked_rows=np.arange(rows),
+        masks=np.full((rows, -(-vocab_size // 32) * 4), 0xFF, np.uint8),
         wanted=np.arange(rows),
         logprobs=np.full(rows, MOST_LOGPROBS, np.int64),
     )
@@ -118,7 +131,7 @@ def _biased(chunks: Ordered[Chunk]) -> Arrays:
 def _early(chunks: Ordered[Chunk]) -> Arrays:
     """List every token that could end a sequence before its min_tokens."""
     early = [(row, c.sequence) for row, c in enumerate(chunks) if c.generated < c.sequence.sampling.min_tokens]
-    return _places("early", [(row, [*s.eos_ids, *s.sampling.stop_token_ids]) for row, s in early])
+    return _places("early", [(row, list(s.ending_ids)) for row, s in early])
 
 
 def _penalised(chunks: Ordered[Chunk]) -> Arrays:
@@ -157,8 +170,24 @@ def _thinking(chunks: Ordered[Chunk]) -> Arrays:
     return {
         "thinking": np.array([row for row, _, _ in asked], np.int64),
         "close_ids": np.array([budget.close_id for _, _, budget in asked if budget], np.int64),
+        "call_ids": np.array(
+            [-1 if budget.call_id is None else budget.call_id for _, _, budget in asked if budget], np.int64
+        ),
         "must_close": np.array([budget.exhausted(chunk.generated) for _, chunk, budget in asked if budget]),
     }
+
+
+def _masked(chunks: Ordered[Chunk], grammar_masks: GrammarMasks | None) -> Arrays:
+    guided = [(row, c.sequence, c.sequence.open_grammar) for row, c in enumerate(chunks)]
+    asked = [(row, sequence, grammar) for row, sequence, grammar in guided if grammar is not None]
+    if not asked:
+        return {}
+    assert grammar_masks is not None
+    masks = grammar_masks.compute([grammar for _, _, grammar in asked])
+    for mask, (_, sequence, _) in zip(masks, asked, strict=True):
+        if sequence.sampling.ignore_eos:
+            forbid(mask, sequence.eos_ids)
+    return {"masked_rows": np.array([row for row, _, _ in asked], np.int64), "masks": masks}
 
 
 def _reports(chunks: Ordered[Chunk]) -> Arrays:

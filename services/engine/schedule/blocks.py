@@ -15,11 +15,16 @@ from collections.abc import Iterable, Sequence
 ROOT = b""  # the parent of a sequence's first block
 
 
+def root_hash(salt: str) -> bytes:
+    """Return the parent of the first block of sequences with this salt, which share blocks with each other only."""
+    return hashlib.sha256(b"salt\0" + salt.encode()).digest() if salt else ROOT
+
+
 def block_hash(parent: bytes, token_ids: bytes, media: Iterable[tuple[int, int, str]]) -> bytes:
     """Return the identity of a full block's content and of everything before it.
 
     Args:
-        parent: the hash of the block before, or ROOT.
+        parent: the hash of the block before, or that of the root (`root_hash`).
         token_ids: the block's ids as bytes of a fixed width.
         media: for each image or video with placeholders in the block: (index in the block of its first placeholder
             there, index within the media of that placeholder, content key). All placeholders have the same id, so

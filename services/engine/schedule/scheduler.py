@@ -53,6 +53,7 @@ class Plan:
     preempted: tuple[Sequence, ...] = ()  # lost their blocks and wait again
     asked_tokens: int = 0  # looked up in the prefix cache for the admitted sequences
     hit_tokens: int = 0  # of these, found
+    samples_later: bool = False  # sampling depends on tokens in flight: it waits for the commit of the step before
 
     @property
     def num_tokens(self) -> int:
@@ -157,22 +158,24 @@ class Scheduler:
     def schedule_ahead(self) -> Plan | None:
         """Plan the next step while the one before is not committed; return None where the commit has to come first.
 
-        The plan must not depend on which tokens are in flight. So it is one token for each sequence that certainly
-        continues, no block has to be taken from another sequence for it, and no prefill is waiting. A sequence that
-        turns out to have ended has a row in it all the same, which `commit` drops.
+        What the step computes must not depend on which tokens are in flight. So it is one token for each sequence that
+        certainly continues, no block has to be taken from another sequence for it, and no prefill is waiting. How it
+        samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a row in it all
+        the same, which `commit` drops.
         """
         continuing = [s for s in self._running if s.can_continue]
         budget = self._limits.max_num_batched_tokens - len(continuing)
         if not continuing or budget < 0 or not all(s.in_flight for s in self._running):
             return None
-        if any(s.depends_on_tokens for s in continuing) or self._match_first(budget) is not None:
+        if self._match_first(budget) is not None:
             return None
         growing = [s for s in continuing if s.num_computed == len(s.blocks) * self._limits.block_size]
         if len(growing) > self._pool.available:
             return None
         for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
             sequence.blocks.append(block)
-        return _count_planned(Plan(tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)))
+        chunks = tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)
+        return _count_planned(Plan(chunks, samples_later=any(s.depends_on_tokens for s in continuing)))
 
     def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
         """Account for a step that has run.

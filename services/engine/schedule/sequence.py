@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.schedule.blocks import ROOT, block_hash
+from services.engine.schedule.blocks import ROOT, block_hash, root_hash
+from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.positions import positions
-from services.engine.schedule.thinking import ThinkingBudget, is_thinking
+from services.engine.schedule.thinking import UNLIMITED, ThinkingBudget
 from services.engine.schedule.timeline import Timeline
 from shared.errors import context_length, internal, invalid
 from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack_ids
@@ -29,6 +30,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     model: ModelConfig
     max_model_len: int  # prompt and answer together
     think_close_id: int  # </think>
+    tool_call_id: int | None = None  # <tool_call>; None: the vocabulary has no such token
 
 
 class Embeds(msgspec.Struct, frozen=True):
@@ -86,9 +88,12 @@ class Sequence:
     embeds: tuple[Embeds, ...]  # one a span
     eos_ids: tuple[int, ...]
     stop_ids: frozenset[int]  # tokens that end it
-    thinking: bool  # inside an open <think> that the budget will close
+    hides_stops: bool  # inside an open <think>, in which of `stop_ids` only `eos_ids` end it
+    think_close_id: int  # </think>
+    thinking: bool  # inside an open <think>, of which a budget or a grammar depends
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
+    grammar: GrammarState | None = None  # of the answer after the thinking
     arrival: int = -1  # order of service, given by the scheduler
     num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when the planned steps have run
     in_flight: int = 0  # tokens that planned steps sample and that are not known yet
@@ -97,6 +102,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
     prompt: bytes = b""  # as Begin carries it
+    root: bytes = ROOT  # what its first block's hash begins with
     timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -122,14 +128,28 @@ class Sequence:
     @property
     def depends_on_tokens(self) -> bool:
         """True if sampling depends on which tokens came before, not on their number alone."""
-        return self.thinking or self.seen is not None or bool(self.sampling.bad_words)
+        early = self.hides_stops and self.num_generated < self.sampling.min_tokens
+        depends = early or self.thinking or self.seen is not None or self.grammar is not None
+        return depends or bool(self.sampling.bad_words)
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Tokens that could end it now."""
+        return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
+
+    @property
+    def open_grammar(self) -> GrammarState | None:
+        """The grammar, where it restricts the next token."""
+        return None if self.thinking or self.grammar is None or self.grammar.complete else self.grammar
 
     def append(self, token: int) -> None:
         """Append a token to the answer."""
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
-        if self.budget is not None and token == self.budget.close_id:
-            self.thinking = False
+        if self.grammar is not None and not self.thinking:
+            self.grammar.advance(token)
+        if token == self.think_close_id:
+            self.thinking = self.hides_stops = False
         if self.seen is not None:
             self.seen.add(token)
 
@@ -137,9 +157,13 @@ class Sequence:
         """Return why it has ended, if its last token ended it."""
         if self.num_generated == 0:
             return None
+        if self.grammar is not None and (failure := self.grammar.failure) is not None:
+            return Finish("error", failure=failure)
         last = int(self.tokens[self.num_tokens - 1])
-        if last in self.stop_ids:
+        if last in self.stop_ids and (not self.hides_stops or last in self.eos_ids):
             return Finish("stop", stop_token=last)
+        if self.grammar is not None and self.grammar.complete:
+            return Finish("stop")
         return Finish("length") if self.num_generated >= self.max_tokens else None
 
     def positions(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -156,7 +180,7 @@ class Sequence:
         assert blocks * block_size <= self.num_tokens
         while len(self._hashes) < blocks:
             start = len(self._hashes) * block_size
-            parent = self._hashes[-1] if self._hashes else ROOT
+            parent = self._hashes[-1] if self._hashes else self.root
             content = self.tokens[start : start + block_size].tobytes()
             self._hashes.append(block_hash(parent, content, media_in(self.spans, start, start + block_size)))
         return self._hashes[:blocks]
@@ -190,9 +214,17 @@ def media_in(spans: Ordered[MediaSpan], start: int, stop: int) -> list[tuple[int
 
 
 def build(
-    message: Generate, epoch: int, generated: Ordered[int], embeds: tuple[Embeds, ...], facts: EngineFacts
+    message: Generate,
+    epoch: int,
+    generated: Ordered[int],
+    embeds: tuple[Embeds, ...],
+    facts: EngineFacts,
+    grammar: GrammarState | None = None,
 ) -> Sequence:
     """Build the sequence of a request of which `generated` tokens are known already.
+
+    Args:
+        grammar: the request's, at its beginning.
 
     Raises:
         RequestError: the prompt is empty or too long (400), or the message has impossible tokens or media (4xx where
@@ -200,6 +232,7 @@ def build(
     """
     prompt = np.array(unpack_ids(message.prompt), np.int64)
     sampling, model = message.request.sampling, facts.model
+    assert (grammar is None) == (sampling.grammar is None)
     _check_tokens(prompt, sampling, facts)
     try:
         prompt_positions, next_position = positions(
@@ -226,15 +259,25 @@ def build(
         spans=message.spans,
         embeds=embeds,
         eos_ids=model.eos_ids,
-        stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else model.eos_ids),
-        thinking=budget is not None and is_thinking(message.request.output.thinking, generated, budget.close_id),
+        stop_ids=_stop_ids(sampling, model),
+        hides_stops=_hides_stops(message),
+        think_close_id=facts.think_close_id,
+        thinking=budget is not None,
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
+        grammar=grammar,
         prompt=asked_prompt(message),
+        root=root_hash(message.request.cache_salt),
     )
     for token in generated:
         sequence.append(token)
     return sequence
+
+
+def _stop_ids(sampling: Sampling, model: ModelConfig) -> frozenset[int]:
+    """Return the tokens that end a sequence. Where a grammar allows nothing but an end token, no request ignores it."""
+    ends = () if sampling.ignore_eos and sampling.grammar is None else model.eos_ids
+    return frozenset(sampling.stop_token_ids) | frozenset(ends)
 
 
 def _penalised(sampling: Sampling) -> bool:
@@ -242,12 +285,26 @@ def _penalised(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+def _hides_stops(message: Generate) -> bool:
+    """Return True if the answer begins in reasoning in which the request's own stop ids do not count."""
+    output = message.request.output
+    return output.thinking and not output.stop_in_reasoning and bool(message.request.sampling.stop_token_ids)
+
+
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
-    """Return the request's thinking budget. A negative limit means unlimited, as in the reference server."""
-    limit = message.request.sampling.reasoning_max_tokens
-    if not message.request.output.thinking or limit is None or limit < 0:
+    """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
+
+    With a grammar, or where a call ends the thinking, there is one without a limit: the answer must not end inside the
+    thinking.
+    """
+    sampling, output = message.request.sampling, message.request.output
+    limit = sampling.reasoning_max_tokens
+    unlimited = limit is None or limit < 0
+    closes = output.tools and (output.tool_call_ends_reasoning or sampling.grammar is not None)
+    if not output.thinking or (unlimited and sampling.grammar is None and not closes):
         return None
-    return ThinkingBudget(limit, facts.think_close_id)
+    call_id = facts.tool_call_id if closes else None
+    return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)
 
 
 def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:

@@ -1,8 +1,8 @@
 """Thinking budget: when `</think>` replaces the sampled token. Pure functions of the generated tokens."""
 
-from collections.abc import Iterable
-
 import msgspec
+
+UNLIMITED = 2**62  # tokens
 
 
 class ThinkingBudget(msgspec.Struct, frozen=True):
@@ -14,12 +14,8 @@ class ThinkingBudget(msgspec.Struct, frozen=True):
 
     limit: int
     close_id: int  # </think>
+    call_id: int | None = None  # <tool_call>, if it becomes `close_id`, too
 
     def exhausted(self, num_generated: int) -> bool:
         """Return True if the token after `num_generated` others must close an open thinking part."""
         return num_generated >= self.limit
-
-
-def is_thinking(starts_open: bool, generated: Iterable[int], close_id: int) -> bool:
-    """Return True if thinking is still open after these tokens."""
-    return starts_open and close_id not in generated

@@ -16,6 +16,7 @@ from services.engine.loop.step_output import End
 from services.engine.metrics import EngineMetrics
 from services.engine.schedule.sequence import Embeds, EngineFacts, build
 from services.engine.transport import spans
+from services.engine.transport.grammars import Grammars
 from services.engine.transport.media import EmbedsGoneError, check_embeds
 from services.engine.transport.pending import PendingRequest, pending_request
 from services.engine.transport.resume import History, announcement, recover
@@ -64,6 +65,7 @@ class GenerateHandler:
         blobs: Blobs,
         mailbox: Mailbox,
         facts: EngineFacts,
+        grammars: Grammars,
         metrics: EngineMetrics,
         capacity: int,
         claim_every_s: float,
@@ -77,6 +79,7 @@ class GenerateHandler:
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
+        self._grammars = grammars
         self._metrics = metrics
         self._tracing = tracing
         self._batches: asyncio.Queue[Sequence[PendingRequest]] = asyncio.Queue()
@@ -247,7 +250,9 @@ class GenerateHandler:
             if pending.late(time.time()):
                 raise RequestError(LATE)
             embeds = await self._embeds(pending.message.spans)
-            sequence = build(pending.message, pending.epoch, history.tokens, embeds, self._facts)
+            asked = pending.message.request.sampling.grammar
+            grammar = None if asked is None else await self._grammars.begin(asked)
+            sequence = build(pending.message, pending.epoch, history.tokens, embeds, self._facts, grammar)
             sequence.timeline = pending.timeline
             return Add(sequence)
         except EmbedsGoneError as gone:

@@ -12,11 +12,11 @@ from services.gateway.errors import RETRY_AFTER_S, error_response
 from services.gateway.http.context import RequestContext
 from services.gateway.http.openai import (
     DONE,
-    KEEP_ALIVE,
     AnswerHead,
     ChunkWriter,
     CollectedChoice,
     EventIds,
+    NoEventIds,
     completion_body,
     error_event,
     merge_text,
@@ -45,11 +45,19 @@ class AnswerWriter(msgspec.Struct, frozen=True):
     system_fingerprint: str
     hold_headers_s: float  # how long a stream's status may wait for its media to be accepted
 
-    async def respond(self, open_request: OpenRequest, context: RequestContext, receive: Receive, send: Send) -> None:
-        """Write the answer or its failure, and log the outcome."""
+    async def respond(
+        self,
+        open_request: OpenRequest,
+        context: RequestContext,
+        receive: Receive,
+        send: Send,
+        *,
+        event_ids: bool = False,
+    ) -> None:
+        """Write the answer or its failure, and log the outcome. `event_ids`: the events of a stream have ids."""
         outcome = "answered"
         try:
-            if not await self.write(open_request, receive, send):
+            if not await self.write(open_request, receive, send, event_ids):
                 outcome = "client left"
         except RequestError as error:
             outcome = f"failed {error.failure.status}"
@@ -67,14 +75,19 @@ class AnswerWriter(msgspec.Struct, frozen=True):
                 fields["trace_id"] = context.span.trace_id
             logger.info(outcome, extra=fields)
 
-    async def write(self, open_request: OpenRequest, receive: Receive, send: Send) -> bool:
+    async def write(self, open_request: OpenRequest, receive: Receive, send: Send, event_ids: bool) -> bool:
         """Write the answer; return False if the client left or read too slowly, and it was not written to the end.
 
         Raises:
             RequestError: the request failed before anything was written.
         """
-        write = self._write_stream if open_request.stream else self._write_whole
-        writing = asyncio.create_task(write(open_request, send))
+        ids = EventIds(open_request.positions) if event_ids else NoEventIds()
+        answer = (
+            self._write_stream(open_request, ids, send)
+            if open_request.stream
+            else self._write_whole(open_request, send)
+        )
+        writing = asyncio.create_task(answer)
         leaving = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(open_request.overflowed.wait())]
         try:
             await asyncio.wait([writing, *leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -95,7 +108,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         model = request.answer_format.model
         return AnswerHead(f"chatcmpl-{request.id}", int(request.created), model, self.system_fingerprint)
 
-    async def _write_stream(self, open_request: OpenRequest, send: Send) -> None:
+    async def _write_stream(self, open_request: OpenRequest, ids: EventIds | NoEventIds, send: Send) -> None:
         """Write the answer as events. Media refused within `hold_headers_s` are a real 4xx, later an error event."""
         # Not asyncio.wait_for: on Python 3.11 it swallows the cancellation of a client that left if the event is set.
         with contextlib.suppress(TimeoutError):
@@ -104,8 +117,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
         answer = open_request.answer_format
-        chunks = ChunkWriter(self._head(open_request), answer.n, answer.include_usage, answer.token_ids)
-        ids = EventIds(open_request.positions)
+        head = self._head(open_request)
+        chunks = ChunkWriter(head, answer.n, answer.include_usage, answer.token_ids, answer.continuous_usage)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         if open_request.resumed:
             open_request.mark_client_has_id()
@@ -115,7 +128,9 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         await self._write_deltas(open_request, chunks, ids, send)
         await _write(send, _last_events(open_request, chunks), more=False)
 
-    async def _write_deltas(self, open_request: OpenRequest, chunks: ChunkWriter, ids: EventIds, send: Send) -> None:
+    async def _write_deltas(
+        self, open_request: OpenRequest, chunks: ChunkWriter, ids: EventIds | NoEventIds, send: Send
+    ) -> None:
         while not open_request.done:
             deltas = merge_text(await open_request.next_deltas())
             if deltas:
@@ -123,7 +138,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
                 await _write(send, b"".join(events))
                 open_request.mark_client_has_id()
             elif not open_request.done:
-                await _write(send, KEEP_ALIVE)
+                await _write(send, ids.keep_alive)
 
     async def _write_whole(self, open_request: OpenRequest, send: Send) -> None:
         answer = open_request.answer_format

@@ -11,9 +11,13 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     """Read the whole body.
 
     Raises:
-        RequestError: 413, larger than `limit` bytes; 408, slower than `timeout_s`.
+        RequestError: 415, it is compressed; 413, larger than `limit` bytes; 408, slower than `timeout_s`.
         ClientDisconnect: the client left in the middle.
     """
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        text = f"The header Content-Encoding is {encoding:.50}; request bodies are read as they are, not compressed."
+        raise RequestError(Failure(415, text, param="Content-Encoding", code="unsupported_encoding"))
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit)

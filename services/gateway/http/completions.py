@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
+from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
@@ -15,6 +16,7 @@ from services.gateway.http.body import read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.inflight.headers import (
     IdempotencyKey,
+    read_event_ids,
     read_idempotency_key,
     read_timeout,
     read_traceparent,
@@ -31,6 +33,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
 
     admission: Admission
     parser: RequestParser
+    grammars: GrammarCheck
     open_requests: OpenRequests
     writer: AnswerWriter
     max_body_bytes: int
@@ -45,6 +48,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
         """
         created = time.time()
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
+        event_ids = read_event_ids(request.headers)
         context = context_of(request)
         with self.admission.slot():
             try:
@@ -53,18 +57,28 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                 return
             parsed, key = await self._parse(body, request.headers, context.owner)
             del body
+            context.request_id = parsed.request_id or context.request_id
+            context.warnings = parsed.warnings
+            if parsed.sampling.grammar is not None:
+                await self.grammars.check(parsed.sampling.grammar)
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
-            await self._answer(parsed, metadata, context, receive, send)
+            await self._answer(parsed, metadata, context, receive, send, event_ids)
 
     async def _answer(
-        self, parsed: ParsedRequest, metadata: RequestMetadata, context: RequestContext, receive: Receive, send: Send
+        self,
+        parsed: ParsedRequest,
+        metadata: RequestMetadata,
+        context: RequestContext,
+        receive: Receive,
+        send: Send,
+        event_ids: bool,
     ) -> None:
         span = context.span
         if span is not None:
             spans.set_request(span, parsed)
         async with self.open_requests.open(parsed, metadata) as open_request:
             try:
-                await self.writer.respond(open_request, context, receive, send)
+                await self.writer.respond(open_request, context, receive, send, event_ids=event_ids)
             finally:
                 if span is not None:
                     spans.set_answer(span, open_request, time.time())

@@ -9,12 +9,16 @@ from shared.tracing import Span
 _KEY = "context"
 
 
-class RequestContext(msgspec.Struct, frozen=True):
-    """Identity of a request that the edge has let in."""
+class RequestContext(msgspec.Struct):
+    """Identity of a request that the edge has let in, and what the edge says of it in the answer's headers.
+
+    The chat route writes `request_id`, if the body has one, and `warnings`; nothing else is written.
+    """
 
     request_id: str  # X-Request-ID
     owner: str  # digest of its API key; empty if the path needs none
     span: Span | None  # of a chat request that is traced
+    warnings: tuple[str, ...] = ()  # X-Millrace-Warning
 
 
 def attach_context(scope: Scope, context: RequestContext) -> None:

@@ -47,21 +47,22 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
         span = self._start_span(scope, headers)
+        context = RequestContext(_request_id(headers), "", span)
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                message = {**message, "headers": [*message["headers"], *_headers(context)]}
             await send(message)
 
         try:
             owner = self._authenticate(scope["path"], headers)
             if owner is not None:
-                attach_context(scope, RequestContext(request_id, owner, span))
+                context.owner = owner
+                attach_context(scope, context)
                 await self._app(scope, receive, send_named)
             else:
                 await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"})(scope, receive, send_named)
@@ -105,6 +106,11 @@ def _request_id(headers: Headers) -> str:
     """Return the client's id if it is safe in a header and a log line, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+    warnings = [(b"x-millrace-warning", text.encode()) for text in context.warnings]
+    return [(b"x-request-id", context.request_id.encode()), *warnings]
 
 
 def _method(method: str) -> str:

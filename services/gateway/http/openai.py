@@ -4,7 +4,7 @@ A chunk is a prefix made once per request, the escaped text, and a fixed suffix;
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import msgspec
@@ -14,9 +14,10 @@ from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, unpack_ids
 
 DONE = b"data: [DONE]\n\n"
-# A comment without a blank line: the openai client, once it has seen an id, takes one for the end of an empty event.
-KEEP_ALIVE = b": keep-alive\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+_ROLE = b'"role":"assistant","content":""'
+_NO_DETAILS = b'},"logprobs":null,"finish_reason":null}]'
 
 _json = msgspec.json.Encoder()
 # Some clients take these characters for line ends and would cut the event in two.
@@ -83,12 +84,30 @@ class AnswerHead(msgspec.Struct, frozen=True):
     system_fingerprint: str
 
 
+class NoEventIds:
+    """Events of data alone, which also readers understand that take each line, or each event, for `data: `."""
+
+    # With the blank line, readers that cut the stream at blank lines do not take the next event for a comment.
+    keep_alive = b": keep-alive\n\n"
+
+    def line(self) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def advance(self, _index: int, _delta: Delta, events: int) -> Iterator[bytes]:
+        """Return nothing for each event."""
+        return repeat(b"", events)
+
+
 class EventIds:
     """Ids of a stream's events: the position, in each choice, of a reader that has read up to the event.
 
     A position is `seq`, the number of the last delta. One delta may take several events; between them the position is
     `start-seq-events`: the delta's start, its number, and how many of its events were read.
     """
+
+    # Without a blank line: the openai client, once it has seen an id, takes one for the end of an empty event.
+    keep_alive = b": keep-alive\n"
 
     def __init__(self, positions: Iterable[StreamPosition]) -> None:
         """Begin where the stream begins for its reader."""
@@ -110,41 +129,48 @@ class EventIds:
 class ChunkWriter:
     """Formatter of the chunks of one stream.
 
-    A choice's first chunk has the role and is written before any delta has arrived. If the client asked for token ids,
-    it has the prompt's too, which arrive with the first delta, and is the first event of that delta.
+    A choice's first chunk has the role and is written before any delta has arrived. If the client asked for token ids
+    or for usage in every chunk, it tells of the prompt, which arrives with the first delta, and is the first event of
+    that delta.
     """
 
-    def __init__(self, head: AnswerHead, n: int, include_usage: bool, token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        head: AnswerHead,
+        n: int,
+        include_usage: bool,
+        token_ids: bool = False,
+        continuous_usage: bool = False,
+    ) -> None:
         """Prepare the fixed parts of the chunks of `n` choices."""
         fields = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
         fields["system_fingerprint"] = head.system_fingerprint
         self._prefix = b"data: " + _one_line(fields)[:-1]
         self._choice_prefixes = [self._prefix + b',"choices":[{"index":%d,"delta":{' % i for i in range(n)]
         self._suffix = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._plain = b'},"logprobs":null,"finish_reason":null}]' + self._suffix
         self._token_ids = token_ids
+        self._continuous_usage = continuous_usage
 
     def first_chunks(self, id_line: bytes) -> bytes:
-        """Return the first chunk of each choice, the last one with an id; nothing if they wait for the prompt's ids."""
-        if self._token_ids:
+        """Return the first chunk of each choice, the last one with an id; nothing if they wait for the first delta."""
+        if self._first_chunks_wait:
             return b""
-        *others, last = map(self._first_chunk, self._choice_prefixes)
+        *others, last = (start + _ROLE + _NO_DETAILS + self._suffix for start in self._choice_prefixes)
         return b"".join([*others, id_line, last])
 
-    def delta(self, index: int, delta: Delta, ids: EventIds, skip: int = 0) -> bytes:
+    def delta(self, index: int, delta: Delta, ids: EventIds | NoEventIds, skip: int = 0) -> bytes:
         """Return a delta's chunks except the first `skip`: reasoning, content, a fragment of each tool call, finish."""
         start = self._choice_prefixes[index]
+        suffix = self._usage_suffix(delta.usage) if self._continuous_usage else self._suffix
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
-        chunks = [start + piece + self._plain for piece in pieces]
+        chunks = [start + piece + _NO_DETAILS + suffix for piece in pieces]
         if delta.logprobs or delta.token_ids:
             # They belong to the whole delta, and are sent with its first chunk.
-            chunks[:1] = [self._detailed(start, pieces[0] if pieces else b"", delta)]
-        if self._token_ids and delta.start == 0:
-            chunks.insert(0, self._first_chunk(start, b',"prompt_token_ids":' + _json.encode(prompt_ids(delta))))
+            chunks[:1] = [start + _detailed(pieces[0] if pieces else b"", delta) + suffix]
+        if self._first_chunks_wait and delta.start == 0:
+            chunks.insert(0, start + self._late_first_chunk(delta))
         if delta.finish_reason:
-            chunks.append(
-                start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + self._suffix
-            )
+            chunks.append(start + b'},"logprobs":null,"finish_reason":"%s"}]' % delta.finish_reason.encode() + suffix)
         lines = ids.advance(index, delta, len(chunks))
         return b"".join(chain(*list(zip(lines, chunks, strict=False))[skip:]))
 
@@ -152,15 +178,29 @@ class ChunkWriter:
         """Return the chunk without choices that ends the stream if the client asked for usage."""
         return self._prefix + b',"choices":[],"usage":' + _json.encode(usage) + b"}\n\n"
 
-    def _first_chunk(self, start: bytes, ids: bytes = b"") -> bytes:
-        return start + b'"role":"assistant","content":""' + ids + self._plain
+    @property
+    def _first_chunks_wait(self) -> bool:
+        return self._token_ids or self._continuous_usage
 
-    def _detailed(self, start: bytes, piece: bytes, delta: Delta) -> bytes:
-        if delta.token_ids:
-            piece += b"," if piece else b""
-            piece += b'"completion_token_ids":' + _json.encode(delta.token_ids)
-        shown = _one_line(logprobs(delta.logprobs)) if delta.logprobs else b"null"
-        return start + piece + b'},"logprobs":' + shown + b',"finish_reason":null}]' + self._suffix
+    def _late_first_chunk(self, delta: Delta) -> bytes:
+        """Return the rest of a first chunk that waited for its choice's first delta."""
+        ids = b',"prompt_token_ids":' + _json.encode(prompt_ids(delta)) if self._token_ids else b""
+        suffix = self._suffix
+        if self._continuous_usage and delta.usage is not None:
+            suffix = self._usage_suffix(msgspec.structs.replace(delta.usage, completion_tokens=0, reasoning_tokens=0))
+        return _ROLE + ids + _NO_DETAILS + suffix
+
+    def _usage_suffix(self, usage: Usage | None) -> bytes:
+        """Return the end of a chunk with the usage of its choice; null from a postproc of a release without it."""
+        return b',"usage":' + _json.encode(None if usage is None else total_usage([usage])) + b"}\n\n"
+
+
+def _detailed(piece: bytes, delta: Delta) -> bytes:
+    if delta.token_ids:
+        piece += b"," if piece else b""
+        piece += b'"completion_token_ids":' + _json.encode(delta.token_ids)
+    shown = _one_line(logprobs(delta.logprobs)) if delta.logprobs else b"null"
+    return piece + b'},"logprobs":' + shown + b',"finish_reason":null}]'
 
 
 def prompt_ids(delta: Delta) -> list[int] | None:

@@ -35,7 +35,7 @@ class Resumption(msgspec.Struct, frozen=True):
             stored = await self._find(name, request)
             positions = read_last_event_id(request.headers, stored.answer_format.n)
             async with self.open_requests.rejoin(stored, stored.answer_format, True, positions) as open_request:
-                await self.writer.respond(open_request, context_of(request), receive, send)
+                await self.writer.respond(open_request, context_of(request), receive, send, event_ids=True)
 
     async def fetch(self, name: str, request: Request, receive: Receive, send: Send) -> None:
         """Write the whole answer if it is complete, else 202.

@@ -1,4 +1,4 @@
-"""Request headers that concern the answer: X-Request-Timeout, Idempotency-Key, Last-Event-ID and traceparent."""
+"""Request headers that concern the answer: its time limit, key, event ids and trace."""
 
 import hashlib
 import math
@@ -13,6 +13,7 @@ from shared.errors import invalid
 
 TIMEOUT = "x-request-timeout"
 KEY = "idempotency-key"
+EVENT_IDS = "x-event-ids"
 LAST_EVENT = "last-event-id"
 MAX_KEY_CHARS = 255
 
@@ -45,6 +46,20 @@ def read_timeout(headers: Mapping[str, str], max_s: float) -> float:
     if not 0 < seconds < math.inf:
         raise invalid("The header X-Request-Timeout must be a number of seconds above 0.", "X-Request-Timeout")
     return min(seconds, max_s)
+
+
+def read_event_ids(headers: Mapping[str, str]) -> bool:
+    """Return whether the events of a stream shall have ids: as the client says, else if it gives an Idempotency-Key.
+
+    Raises:
+        RequestError: 400, neither true nor false.
+    """
+    given = headers.get(EVENT_IDS)
+    if given is None:
+        return KEY in headers
+    if given not in ("true", "false"):
+        raise invalid(f"The header X-Event-IDs must be true or false, not {given!r:.50}.", "X-Event-IDs")
+    return given == "true"
 
 
 def read_idempotency_key(headers: Mapping[str, str], owner: str, body: bytes) -> IdempotencyKey | None:

@@ -232,6 +232,7 @@ class Pipeline:
             retain_s=retain_s,
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
+            cache_salt=parsed.cache_salt,
         )
 
     def _shard(self, request_id: str) -> int:

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 from redis.exceptions import RedisError
 
-from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT
+from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT, USAGE_AT_END
 from services.gateway.inflight.pipeline import Pipeline, RequestMetadata, StoredRequest
 from services.gateway.inflight.request import Choice, OpenRequest, StreamPosition
 from services.gateway.metrics import GatewayMetrics
@@ -85,6 +85,8 @@ class OpenRequests:
                 yield open_request
                 return
         stored = await self._find_earlier(earlier, metadata.owner)
+        if answer_format.continuous_usage and not stored.answer_format.continuous_usage:
+            raise RequestError(USAGE_AT_END)
         async with self.rejoin(stored, answer_format, parsed.stream) as open_request:
             yield open_request
 
@@ -113,6 +115,8 @@ class OpenRequests:
             deadline,
             self._limits.max_pending,
             now,
+            # An ended answer says within a moment whether it has the position: a 400 rather than an error event.
+            unchecked=stored.ended and positions is not None,
             positions=positions,
             rejoined=True,
         )

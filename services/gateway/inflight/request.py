@@ -14,6 +14,13 @@ from services.gateway.request.answer_format import AnswerFormat
 from shared.errors import Failure
 from shared.messages import Delta, Usage
 
+BEYOND_END = Failure(
+    400,
+    "The header Last-Event-ID names an event behind the end of this stream.",
+    param="Last-Event-ID",
+    code="invalid_value",
+)
+
 
 class StreamPosition(msgspec.Struct, frozen=True):
     """Part of a choice that a client has: all up to delta `seq`, and `events` of the next, which ends at `until`."""
@@ -186,8 +193,12 @@ class OpenRequest:
             self._queue(choice, delta, now)
         elif not last:
             return False
+        elif delta.seq < choice.seq:
+            self.fail(choice, BEYOND_END)
+            return False
         if last:
             choice.end(delta.finish_reason, delta.usage)
+            self.accept(choice)
             self._wake.set()
         return False
 

@@ -18,6 +18,7 @@ class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: bool = False
     owner: str = ""  # digest of the API key; empty: the server has no keys, and everybody may read the answer
     key: str = ""  # digest of the Idempotency-Key; empty: none was given, so a disconnect cancels the request
+    continuous_usage: bool = False  # in every chunk of a stream
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,19 +1,25 @@
 """Prompt of a conversation: template variables, rendering, tokenisation around the placeholders of media."""
 
+from typing import Any
+
 import msgspec
 
+from services.gateway.request.conversation import MediaPart, Message, ThinkingPart, Tool, ToolCall, reasoning_of
 from services.gateway.request.media import MediaItem
-from services.gateway.request.schemas import ChatRequest, Message, TextPart, Tool, ToolCall
+from services.gateway.request.prefill import read_prefill
+from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.shield import ControlTexts
-from services.gateway.request.template import Template
+from services.gateway.request.template import RawText, Template
 from services.gateway.request.thinking import requested_thinking
+from services.gateway.request.tool_choice import read_tool_choice
 from services.gateway.request.validate import check_depth
-from shared.errors import internal, invalid
+from shared.errors import CheckpointError, RequestError, internal, invalid
 from shared.messages import MediaKind
 from shared.model.tokenizer import Tokenizer
 
 PLACEHOLDERS: dict[str, MediaKind] = {"<|image@placeholder|>": "image", "<|video@placeholder|>": "video"}
 THINK, THINK_END = "<think>", "</think>"
+_ROLES = {"developer": "system", "function": "tool"}  # how templates call what clients call otherwise
 _PART_TYPES: dict[MediaKind, str] = {"image": "image_url", "video": "video_url"}
 
 
@@ -31,8 +37,10 @@ class Prompt(msgspec.Struct, frozen=True):
 class ChatFormat:
     """Chat format of one checkpoint: its template and its tokenizer. Safe to use from several threads."""
 
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+    def __init__(self, template: Template, tokenizer: Tokenizer, trusts_requests: bool = False) -> None:
+        """`trusts_requests`: a request may bring its own template."""
         self._template = template
+        self._trusts_requests = trusts_requests
         self._tokenizer = tokenizer
         self._control = tokenizer.control
         self._texts = ControlTexts([*self._control, *PLACEHOLDERS, THINK, THINK_END])
@@ -41,10 +49,30 @@ class ChatFormat:
         """Tokenise the conversation, up to where the answer begins.
 
         Raises:
-            RequestError: 400, the template refuses the conversation; 500, the template lost or invented media.
+            RequestError: 400, the template refuses the conversation, or the request brings one that fails or that the
+                server does not allow; 500, the checkpoint's template fails, or lost or invented media.
         """
+        if request.chat_template is None:
+            return self._build(self._template, request, media)
+        if not self._trusts_requests:
+            text = "`chat_template` is not allowed by this server; see the setting trust_request_chat_template."
+            raise invalid(text, "chat_template", "unsupported_parameter")
+        try:
+            return self._build(self._template.with_source("chat_template", request.chat_template), request, media)
+        except CheckpointError as error:
+            raise invalid(f"`chat_template`: {error}", "chat_template") from None
+        except RequestError as error:
+            if error.failure.status < 500:
+                raise
+            raise invalid(error.failure.message, "chat_template") from None
+
+    def _build(self, template: Template, request: ChatRequest, media: list[MediaItem]) -> Prompt:
         mark = self._texts.mark()
-        rendered = self._template.render(self._texts.hide(template_variables(request, media), mark))
+        rendered = template.render(self._texts.hide(template_variables(request, media), mark))
+        if (prefill := read_prefill(request)) is not None:
+            rendered += self._texts.hide(prefill.reasoning, mark)
+            rendered += f"\n{THINK_END}\n\n" if prefill.reasoning and prefill.content else ""
+            rendered += self._texts.hide(prefill.content, mark)
         segments: list[list[int]] = [[]]
         found: list[MediaKind] = []
         thinking = False
@@ -59,7 +87,7 @@ class ChatFormat:
                 thinking = text == THINK or (thinking and text != THINK_END)
         if found != [item.kind for item in media]:
             raise internal(
-                f"The chat template {self._template.name} wrote {len(found)} placeholders of media for a conversation "
+                f"The chat template {template.name} wrote {len(found)} placeholders of media for a conversation "
                 f"with {len(media)}, or wrote them in another order."
             )
         return Prompt(tuple(segments), thinking)
@@ -73,12 +101,16 @@ class ChatFormat:
 def template_variables(request: ChatRequest, media: list[MediaItem]) -> dict[str, object]:
     """Return the template's variables. They mark where media are: no URL and no bytes ever enter the prompt."""
     kinds = {item.part: item.kind for item in media}
+    prefill = read_prefill(request)
+    messages = request.messages if prefill is None else request.messages[:-1]
     variables: dict[str, object] = dict(request.chat_template_kwargs or {})
-    variables["messages"] = [_message(message, f"messages[{i}]", kinds) for i, message in enumerate(request.messages)]
-    variables["tools"] = [_tool(tool) for tool in request.tools or ()] if request.tool_choice != "none" else []
-    variables["tools"] = variables["tools"] or None
-    variables["add_generation_prompt"] = True
+    variables["messages"] = [_message(message, f"messages[{i}]", kinds) for i, message in enumerate(messages)]
+    offered = () if read_tool_choice(request).mode == "none" else request.tools or ()
+    variables["tools"] = [_tool(tool) for tool in offered] or None
+    variables["add_generation_prompt"] = prefill is not None or request.add_generation_prompt is not False
     thinking = requested_thinking(request)
+    if prefill is not None and (prefill.reasoning or prefill.content):
+        thinking = bool(prefill.reasoning)  # an answer that has begun was thought of before
     variables.pop("enable_thinking", None)
     options = dict((request.chat_template_kwargs or {}).get("options") or {})
     options.pop("thinking_mode", None)
@@ -94,17 +126,18 @@ def template_variables(request: ChatRequest, media: list[MediaItem]) -> dict[str
 
 def _message(message: Message, path: str, kinds: dict[str, MediaKind]) -> dict[str, object]:
     fields: dict[str, object] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": _content(message, f"{path}.content", kinds),
+        "role": _ROLES.get(message.role, message.role),
+        "content": _content(message, f"{path}.content", kinds) or message.refusal or "",
     }
     if message.name is not None:
         fields["name"] = message.name
     if message.tool_call_id is not None:
         fields["tool_call_id"] = message.tool_call_id
-    if reasoning := message.reasoning_content or message.reasoning:
+    if reasoning := reasoning_of(message):
         fields["reasoning_content"] = reasoning
-    if message.tool_calls:
-        fields["tool_calls"] = [_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)]
+    calls = message.tool_calls or ([ToolCall(message.function_call)] if message.function_call else [])
+    if calls:
+        fields["tool_calls"] = [_call(call) for call in calls]
     return fields
 
 
@@ -118,29 +151,45 @@ def _content(message: Message, path: str, kinds: dict[str, MediaKind]) -> str | 
     if isinstance(content, dict):
         return msgspec.json.encode(content).decode()
     parts: list[dict[str, object]] = [
-        {"type": "text", "text": part.text} if isinstance(part, TextPart) else _media_part(kinds[f"{path}[{i}]"])
+        _media_part(kinds[f"{path}[{i}]"]) if isinstance(part, MediaPart) else {"type": "text", "text": part.text}
         for i, part in enumerate(content)
+        if not isinstance(part, ThinkingPart)
     ]
-    if all(isinstance(part, TextPart) for part in content):
-        return "".join(str(part["text"]) for part in parts)
-    return parts
+    if any(isinstance(part, MediaPart) for part in content):
+        return parts
+    return "".join(str(part["text"]) for part in parts)
 
 
 def _media_part(kind: MediaKind) -> dict[str, object]:
     return {"type": _PART_TYPES[kind], _PART_TYPES[kind]: {"url": ""}}
 
 
-def _call(call: ToolCall, path: str) -> dict[str, object]:
-    """Return a tool call. Its arguments become an object if the client sent JSON text: templates write the JSON."""
-    arguments, path = call.function.arguments, f"{path}.function.arguments"
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments or "{}", type=dict[str, object])
-        except (msgspec.DecodeError, RecursionError):
-            raise invalid(f"`{path}` must be the JSON text of an object.", path) from None
-    check_depth(arguments, path)
-    fields: dict[str, object] = {"type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+def _call(call: ToolCall) -> dict[str, object]:
+    """Return a tool call, of which the template writes name and arguments as JSON."""
+    name, arguments = None, None
+    if call.function is not None:
+        name, arguments = call.function.name, _arguments(call.function.arguments)
+    elif call.custom is not None:
+        name, arguments = call.custom.name, _arguments(msgspec.json.encode(call.custom.input).decode())
+    fields: dict[str, object] = {"type": "function", "function": {"name": name or "", "arguments": arguments}}
     return fields if call.id is None else {"id": call.id, **fields}
+
+
+def _arguments(given: Any) -> Any:
+    """Return a call's arguments as the value that the client's JSON text says, else as the text that they are.
+
+    A limit may have cut them off, or the model may have written no JSON. It reads then what it wrote. A string is
+    given as its JSON text, too: some templates write strings as they are.
+    """
+    if given is None or given == "":
+        return {}
+    text = given if isinstance(given, str) else msgspec.json.encode(given).decode()
+    try:
+        value = msgspec.json.decode(text)
+        check_depth(value, "arguments")
+    except (msgspec.DecodeError, RecursionError, RequestError):
+        return RawText(text)
+    return RawText(text) if isinstance(value, str) else value
 
 
 def _tool(tool: Tool) -> dict[str, object]:
@@ -150,4 +199,4 @@ def _tool(tool: Tool) -> dict[str, object]:
         function["description"] = tool.function.description
     if tool.function.parameters is not None:
         function["parameters"] = tool.function.parameters
-    return {"type": tool.type, "function": function}
+    return {"type": "function", "function": function}

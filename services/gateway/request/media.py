@@ -8,8 +8,9 @@ from urllib.parse import unquote
 
 import msgspec
 
+from services.gateway.request.conversation import FilePart, ImagePart, MediaPart, VideoPart, VideoURL
 from services.gateway.request.media_kind import kind_of
-from services.gateway.request.schemas import ChatRequest, FilePart, ImagePart, TextPart, VideoPart, VideoURL
+from services.gateway.request.schemas import ChatRequest
 from shared.errors import invalid
 from shared.messages import MediaKind, VideoOptions
 
@@ -62,7 +63,7 @@ class MediaRules(msgspec.Struct, frozen=True):
             for i, message in enumerate(request.messages)
             if isinstance(message.content, list)
             for j, part in enumerate(message.content)
-            if not isinstance(part, TextPart)
+            if isinstance(part, MediaPart)
         ]
         items = [self._read_part(part, path) for part, path in parts]
         for kind, limit in self.limits.items():

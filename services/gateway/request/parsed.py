@@ -7,12 +7,15 @@ from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.sampling import resolve_output, resolve_sampling
-from services.gateway.request.schemas import decode_body
+from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
+from services.gateway.request.schemas import decode_body, unknown_fields
+from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from shared.limits import resolve_max_tokens
 from shared.messages import Output, Sampling
 from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
+
+MAX_WARNINGS = 8
 
 
 class ParsedRequest(msgspec.Struct, frozen=True):
@@ -27,6 +30,9 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     n: int
     stream: bool
     include_usage: bool
+    cache_salt: str = ""
+    request_id: str | None = None  # the client's own, for headers and logs
+    warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
 
     def answer_format(self, owner: str, key: str) -> AnswerFormat:
         """Return the format of its answer; `owner` and `key` are digests of the API key and the Idempotency-Key."""
@@ -38,6 +44,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
             logprobs=self.output.logprobs,
             owner=owner,
             key=key,
+            continuous_usage=self.output.continuous_usage,
         )
 
 
@@ -52,6 +59,7 @@ class RequestParser(msgspec.Struct, frozen=True):
     max_n: int
     max_model_len: int
     force_include_usage: bool
+    output_defaults: OutputDefaults = OutputDefaults()
 
     def parse(self, body: bytes) -> ParsedRequest:
         """Validate and tokenise a request.
@@ -59,6 +67,7 @@ class RequestParser(msgspec.Struct, frozen=True):
         Raises:
             RequestError: 4xx naming the field and the limit.
         """
+        body = replace_lone_surrogates(body)
         request = decode_body(body)
         validate.check_supported(request)
         model = self.names.resolve(request.model)
@@ -75,10 +84,25 @@ class RequestParser(msgspec.Struct, frozen=True):
             segments=prompt.segments,
             media=tuple(media),
             sampling=sampling,
-            output=resolve_output(request, prompt.thinking),
+            output=resolve_output(request, prompt.thinking, self.output_defaults),
             # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
             max_tokens=resolve_max_tokens(prompt.text_tokens(), sampling.max_tokens, self.max_model_len),
             n=request.n or 1,
             stream=bool(request.stream),
             include_usage=self.force_include_usage or bool(options and options.include_usage),
+            cache_salt=request.cache_salt or "",
+            request_id=request.request_id,
+            warnings=_warnings(body),
         )
+
+
+def _warnings(body: bytes) -> tuple[str, ...]:
+    """Return a sentence for each field of a valid body that the answer does not follow as it was written."""
+    ignored = [f"{_quote(name)} is no field that this server knows; it is ignored" for name in unknown_fields(body)]
+    replaced = [f"{_quote(path)}: a lone surrogate was replaced by U+FFFD" for path in replaced_paths(body)]
+    return tuple([*ignored, *replaced][:MAX_WARNINGS])
+
+
+def _quote(path: str) -> str:
+    """Return a field's path as it may stand in a header."""
+    return f"`{path[:64].encode('ascii', 'backslashreplace').decode()}`"

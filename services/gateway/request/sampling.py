@@ -6,7 +6,12 @@ Defaults are the checkpoint's (generation_config.json), else the reference serve
 import secrets
 from typing import TypeVar
 
+import msgspec
+
 from services.gateway.request.schemas import MAX_SEED, ChatRequest
+from services.gateway.request.structured import requested_grammar
+from services.gateway.request.thinking import read_switch, thinking_budget
+from services.gateway.request.tool_choice import read_tool_choice
 from shared.errors import invalid
 from shared.messages import Output, Sampling
 from shared.model.generation import GenerationDefaults
@@ -15,7 +20,7 @@ from shared.model.tokenizer import Tokenizer
 GREEDY_BELOW = 1e-5
 MIN_TOP_P = 1e-5  # top_p = 0 asks for the smallest nucleus, which is one token
 
-T = TypeVar("T", int, float)
+T = TypeVar("T", int, float, bool)
 
 
 def resolve_sampling(
@@ -29,10 +34,11 @@ def resolve_sampling(
     temperature = _or_default(request.temperature, defaults.temperature)
     max_tokens = request.max_completion_tokens or request.max_tokens
     min_tokens = request.min_tokens or 0
+    budget = thinking_budget(request)
     if max_tokens is not None and min_tokens > max_tokens:
         raise invalid(f"`min_tokens` is {min_tokens}, more than the {max_tokens} tokens allowed.", "min_tokens")
     return Sampling(
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        seed=secrets.randbits(63) if request.seed in (None, -1) else request.seed % (MAX_SEED + 1),
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=max(_or_default(request.top_p, defaults.top_p), MIN_TOP_P),
         top_k=max(_or_default(request.top_k, defaults.top_k), 0),
@@ -43,28 +49,52 @@ def resolve_sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop_token_ids=_check_vocabulary(request.stop_token_ids or [], tokenizer, "stop_token_ids"),
-        ignore_eos=request.ignore_eos,
+        ignore_eos=bool(request.ignore_eos),
         bad_words=_bad_words(request, tokenizer),
         logit_bias=_logit_bias(request, tokenizer),
         logprobs=_logprobs(request),
-        reasoning_max_tokens=_reasoning_budget(request) if thinking else None,
+        reasoning_max_tokens=budget if thinking else None,
+        grammar=requested_grammar(request, tokenizer.control, thinking),
     )
 
 
-def resolve_output(request: ChatRequest, thinking: bool) -> Output:
+class OutputDefaults(msgspec.Struct, frozen=True):
+    """Options of the server for requests that do not say."""
+
+    tool_call_ends_reasoning: bool = False
+    force_nonempty_content: bool = False
+
+
+def resolve_output(request: ChatRequest, thinking: bool, defaults: OutputDefaults) -> Output:
     """Return the parameters by which postproc turns tokens into the answer."""
-    stop = request.stop or ()
-    tools = request.tools if request.tools and request.tool_choice != "none" else ()
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    separate = request.separate_reasoning is not False
+    hidden = request.include_reasoning is False or bool(request.reasoning and request.reasoning.exclude)
+    choice = read_tool_choice(request)
     return Output(
         thinking=thinking,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        include_stop=request.include_stop_str_in_output,
-        tools=bool(tools),
-        functions=tuple(tool.function.name for tool in tools),
+        stop=tuple(filter(None, stop)),
+        include_stop=bool(request.include_stop_str_in_output),
+        tools=bool(choice.tools),
+        functions=tuple(tool.function.name for tool in choice.tools),
+        named_tool=choice.named,
+        tool_call_ends_reasoning=_or_default(request.tool_call_ends_reasoning, defaults.tool_call_ends_reasoning),
+        force_nonempty_content=_forces_content(request, defaults),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
         return_token_ids=bool(request.return_token_ids),
+        continuous_usage=bool(request.stream_options and request.stream_options.continuous_usage_stats),
+        # What is content for the client may be stopped, also where the model thinks.
+        stop_in_reasoning=not separate if request.stop_in_reasoning is None else request.stop_in_reasoning,
+        include_reasoning=not hidden,
+        separate_reasoning=separate,
     )
+
+
+def _forces_content(request: ChatRequest, defaults: OutputDefaults) -> bool:
+    field = "force_nonempty_content"
+    in_kwargs = read_switch(request.chat_template_kwargs or {}, field, "chat_template_kwargs")  # where vLLM has it
+    return _or_default(request.force_nonempty_content, _or_default(in_kwargs, defaults.force_nonempty_content))
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -82,13 +112,6 @@ def _logprobs(request: ChatRequest) -> int | None:
             raise invalid("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
         return None
     return request.top_logprobs or 0
-
-
-def _reasoning_budget(request: ChatRequest) -> int | None:
-    budget = request.reasoning_max_tokens
-    if budget == 0:
-        raise invalid("`reasoning_max_tokens` must be at least 1, or -1 for no limit.", "reasoning_max_tokens")
-    return None if budget == -1 else budget
 
 
 def _bad_words(request: ChatRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -2,13 +2,15 @@
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
 
+from services.gateway.request.conversation import Message, Tool
 from services.gateway.request.model_names import MAX_CHARS
-from services.gateway.request.unsupported import NEUTRAL_VALUES
+from services.gateway.request.surrogates import replace_lone_surrogates
+from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
 from shared.errors import RequestError, invalid
 
 MAX_MESSAGES = 4096
@@ -22,134 +24,128 @@ MAX_BIASES = 1024
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_GUIDED_CHOICES = 4096
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0)]
-Frames = Annotated[int, Meta(ge=-1, le=100_000)]  # -1: no bound, as in the reference server
 Positive = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+Budget = Annotated[int, Meta(ge=-1, le=MAX_TOKENS)]  # -1: no limit
+Wide = Annotated[float, Meta(ge=0, le=1e6)]  # any number that is finite
 
-
-class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
-    text: str
-
-
-class ImageURL(msgspec.Struct, frozen=True):
-    url: str
-
-
-class ImagePart(msgspec.Struct, frozen=True, tag_field="type", tag="image_url"):
-    image_url: str | ImageURL
-
-
-class VideoURL(msgspec.Struct, frozen=True):
-    """A video and the sampling of its frames; a value left out is the server's."""
-
-    url: str
-    fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
-    min_frames: Frames | None = None
-    max_frames: Frames | None = None
-    target_frames: Frames | None = None
-    frames_sample: Literal["leading", "middle", "rand"] | None = None
-    subtitles: Any = None  # known, and refused by validate.py
-
-
-class VideoPart(msgspec.Struct, frozen=True, tag_field="type", tag="video_url"):
-    video_url: str | VideoURL
-
-
-class FileData(msgspec.Struct, frozen=True):
-    """An image or a video as a file input of LiteLLM or OpenAI: a data URL, or a link and its media type."""
-
-    file_data: str | None = None
-    file_id: str | None = None
-    format: str | None = None
-
-
-class FilePart(msgspec.Struct, frozen=True, tag_field="type", tag="file"):
-    file: FileData
-
-
-Part = TextPart | ImagePart | VideoPart | FilePart
-
-
-class FunctionCall(msgspec.Struct, frozen=True):
-    name: Annotated[str, Meta(min_length=1, max_length=256)]
-    arguments: str | dict[str, Any] = ""
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    function: FunctionCall
-    id: str | None = None
-    type: Literal["function"] = "function"
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One turn of the conversation. validate.py checks which fields its role may have."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | dict[str, Any] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class Function(msgspec.Struct, frozen=True):
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(msgspec.Struct, frozen=True):
-    type: Literal["function"]
-    function: Function
+T = TypeVar("T")
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """Any text: the default."""
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(msgspec.Struct, frozen=True):
+    """A JSON schema as OpenAI names it. `strict` may be false: the schema is enforced all the same."""
+
+    schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+class StructuralTagFormat(msgspec.Struct, frozen=True, tag_field="type", tag="structural_tag"):
+    """Text with parts that follow a grammar; `shared/grammar/structural_tag.py` has both forms."""
+
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
+Choices = Annotated[list[str], Meta(min_length=1, max_length=MAX_GUIDED_CHOICES)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The grammar of an answer as vLLM states it; one of the first six."""
+
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    whitespace_pattern: str | None = None  # between the tokens of JSON, as a regular expression
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    disable_fallback: bool = False  # there is one backend
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """Switch and budget of thinking, as Anthropic's and others' clients send them."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"] | None = None
+    budget_tokens: Budget | None = None
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """The same, as OpenRouter's clients send it."""
+
+    effort: str | None = None
+    max_tokens: Budget | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of POST /v1/chat/completions. Fields that no API defines are ignored."""
+    """The body of POST /v1/chat/completions: all fields that do something.
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    model: Annotated[str, Meta(max_length=MAX_CHARS)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1)] | None = None
+    The comments are what docs/request-fields.md says of them. NEUTRAL_VALUES has the fields that are refused.
+    """
 
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
-    reasoning_max_tokens: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Meta(ge=0)] | None = None
-    top_p: Fraction | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None
-    min_p: Fraction | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]  # the conversation
+    model: Annotated[str, Meta(max_length=MAX_CHARS)] | None = None  # a served name, or any where none is set
+    stream: bool | None = None  # send the answer as events, as it is written
+    stream_options: StreamOptions | None = None  # `include_usage`, `continuous_usage_stats`; needs `stream`
+    n: Annotated[int, Meta(ge=1)] | None = None  # number of answers
+
+    max_tokens: Positive | None = None  # the most tokens of an answer, reasoning included
+    max_completion_tokens: Positive | None = None  # the same, and wins
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None  # nothing ends an answer before
+    temperature: Wide | None = None  # 0: the most likely token
+    top_p: Fraction | None = None  # sample from the most likely tokens that have this share together
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] | None = None  # from this many; 0 and -1: off
+    min_p: Fraction | None = None  # from those at least this share as likely as the most likely one
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # on all tokens seen, the prompt's too
+    presence_penalty: Penalty | None = None  # on tokens of the answer
+    frequency_penalty: Penalty | None = None  # on tokens of the answer, times their number
+    seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None  # -1: drawn, as where none is given
+    # Strings that end the content; empty ones are left out.
     stop: (
         Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
-        | Annotated[
-            list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]],
-            Meta(max_length=MAX_STOPS),
-        ]
+        | Annotated[list[Annotated[str, Meta(max_length=MAX_STOP_CHARS)]], Meta(max_length=MAX_STOPS)]
         | None
     ) = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None  # tokens that end the content
+    stop_in_reasoning: bool | None = None  # both of them end the reasoning, too
+    include_stop_str_in_output: bool | None = None  # show the stop string that was found
+    ignore_eos: bool | None = None  # go on behind the model's own end
+    # Words that are never written.
     bad_words: (
         Annotated[
             list[Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]], Meta(max_length=MAX_BAD_WORDS)
         ]
         | None
     ) = None
+    # The same as tokens, or lists of tokens.
     bad_words_token_ids: (
         Annotated[
             list[TokenId | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
@@ -157,26 +153,58 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    # Added to the logits of tokens, by their ids.
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    return_token_ids: bool | None = None
+    logprobs: bool | None = None  # say how likely each token was
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place
+    return_token_ids: bool | None = None  # see "Token ids" of api.md
 
-    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
+    tool_choice: str | dict[str, Any] | None = None  # auto, none, required, a tool by name, or allowed_tools
+    tool_call_ends_reasoning: bool | None = None  # a call that begins in reasoning ends it; else the server's default
+    parallel_tool_calls: bool | None = None  # false: one call at most
 
-    enable_thinking: bool | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None  # text, JSON, JSON by a schema, or a structural tag
+    structured_outputs: StructuredOutputs | None = None  # the grammar of the content, as vLLM states it
+    guided_json: str | dict[str, Any] | bool | None = None  # a JSON schema that the content follows
+    guided_json_object: bool | None = None  # the content is a JSON object
+    guided_regex: str | None = None  # a regular expression that the content matches as a whole
+    guided_choice: Choices | None = None  # texts of which the content is one
+    guided_grammar: str | None = None  # a grammar in Lark's notation or GBNF
+    structural_tag: str | dict[str, Any] | None = None  # free text with parts that follow a grammar
+    json_schema: str | dict[str, Any] | None = None  # as guided_json, for SGLang's clients
+    regex: str | None = None  # as guided_regex, for SGLang's clients
+    ebnf: str | None = None  # as guided_grammar, for SGLang's clients
+    grammar: str | None = None  # as guided_grammar, for llama.cpp's clients
+
+    enable_thinking: bool | None = None  # whether the model thinks first; it does by default
+    thinking: Thinking | bool | None = None  # the same: `{"type": "disabled"}`, and `budget_tokens`
+    reasoning: Reasoning | None = None  # the same: `effort`, `enabled`, `max_tokens`; `exclude` as include_reasoning
+    reasoning_effort: str | None = None  # the same: `none` turns it off, every other effort on
+    # Go on with the last message, an assistant's, as if it were being written: its reasoning, or its content.
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None  # false: the prompt does not begin the assistant's turn
+    chat_template: str | None = None  # the template to use, where the server allows it (`trust_request_chat_template`)
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the template, `enable_thinking` too
+    metadata: dict[str, Any] | None = None  # kept by nobody; `enable_thinking` in it is the same
+    reasoning_max_tokens: Budget | None = None  # the most tokens of thinking; -1: no limit
+    thinking_token_budget: Budget | None = None  # the same, as vLLM has it; 0: no thinking
+    thinking_budget: Budget | None = None  # the same, as Qwen has it; 0: no thinking
+    # Prefixes are shared within a salt only.
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID
+    force_nonempty_content: bool | None = None  # reasoning alone is sent as content, too; else the server's default
+    include_reasoning: bool | None = None  # false: the reasoning is not sent
+    separate_reasoning: bool | None = None  # false: it is sent as the beginning of the content, `</think>` included
 
 
 # Known but unsupported fields are decoded too, for validate.py to refuse; fields that no API defines are skipped.
 _Body = msgspec.defstruct(
     "_Body", [(name, Any, None) for name in NEUTRAL_VALUES], bases=(ChatRequest,), frozen=True, kw_only=True
 )
-_body = msgspec.json.Decoder(cast(type[ChatRequest], _Body))
+# Not strict, as vLLM is not: 5.0 and "5" are an integer.
+_body = msgspec.json.Decoder(cast(type[ChatRequest], _Body), strict=False)
+_KNOWN = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
@@ -190,8 +218,12 @@ def decode_body(body: bytes) -> ChatRequest:
     Raises:
         RequestError: 400; `param` is the path of the offending value.
     """
+    return _decode(_body, body)
+
+
+def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
-        return _body.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -200,13 +232,22 @@ def decode_body(body: bytes) -> ChatRequest:
         raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
 
 
+def unknown_fields(body: bytes) -> list[str]:
+    """Return the fields of a body (JSON, an object) that no API known to us defines, which are ignored.
+
+    Raises:
+        RequestError: 400, the name of such a field is no UTF-8.
+    """
+    return sorted(_decode(_raw_fields, body).keys() - _KNOWN)
+
+
 def digest_body(body: bytes) -> str:
     """Return a digest of what a body (JSON, an object) asks for, whatever the order of its fields and `stream`.
 
     It is computed from the fields' bytes, of which no value is decoded, so it is the same in gateways of all versions,
     whichever fields they know.
     """
-    fields = _raw_fields.decode(body)
+    fields = _raw_fields.decode(replace_lone_surrogates(body))
     digest = hashlib.sha256()
     for name in sorted(fields.keys() - _TRANSPORT_FIELDS):
         key, value = name.encode(), memoryview(fields[name])

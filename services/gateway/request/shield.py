@@ -51,9 +51,9 @@ class ControlTexts:
         return self._lead + "".join(secrets.choice(self._alphabet) for _ in range(MARK_LENGTH))
 
     def hide(self, value: Any, mark: str) -> Any:
-        """Return `value` (JSON) with every string in it marked, keys included."""
+        """Return `value` (JSON) with every string in it marked, keys included. A kind of string remains that kind."""
         if isinstance(value, str):
-            return self._first.sub(lambda found: found.group() + mark, value)
+            return type(value)(self._first.sub(lambda found: found.group() + mark, value))
         if isinstance(value, dict):
             return {self.hide(key, mark): self.hide(item, mark) for key, item in value.items()}
         if isinstance(value, list | tuple):

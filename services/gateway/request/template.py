@@ -4,6 +4,8 @@ A checkpoint's template is the first found of chat_template.jinja, chat_template
 """
 
 import json
+import re
+import secrets
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +23,10 @@ _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
 
 class Refusal(TemplateError):
     """Call of raise_exception by the template: it does not support such a conversation."""
+
+
+class RawText(str):
+    """Text that stands where the template writes a value as JSON: it is written as it is."""
 
 
 class Template:
@@ -51,6 +57,14 @@ class Template:
         tokens = {name: text for name in _TOKEN_NAMES if (text := _token_text(config.get(name))) is not None}
         name, source = _own_source(directory, config) or (BUILT_IN.name, BUILT_IN.read_text("utf-8"))
         return cls(name, source, tokens, max_chars)
+
+    def with_source(self, name: str, source: str) -> "Template":
+        """Return another template with the same tokens and limit.
+
+        Raises:
+            CheckpointError: it does not compile.
+        """
+        return Template(name, source, self._tokens, self._max_chars)
 
     def render(self, variables: dict[str, Any]) -> str:
         """Render a prompt.
@@ -90,8 +104,24 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON without escaping <, > and &, as Jinja's own filter does for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """Write JSON without escaping <, > and &, as Jinja's own filter does for HTML. Raw texts in it stay as they are."""
+    held: dict[str, str] = {}
+    value = _hold_raw(value, held)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return re.sub('"raw-[0-9a-f]{32}"', lambda found: held.get(found.group(), found.group()), text) if held else text
+
+
+def _hold_raw(value: Any, held: dict[str, str]) -> Any:
+    """Return `value` with a random string in place of each raw text; `held` gets the texts by the strings' JSON."""
+    if isinstance(value, RawText):
+        name = f"raw-{secrets.token_hex(16)}"
+        held[f'"{name}"'] = str(value)
+        return name
+    if isinstance(value, dict):
+        return {key: _hold_raw(item, held) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hold_raw(item, held) for item in value]
+    return value
 
 
 def _raise_exception(message: str) -> NoReturn:

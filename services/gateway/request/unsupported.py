@@ -1,20 +1,13 @@
-"""Fields that some chat API defines and this server does not support, with their neutral values.
+"""Fields that some chat API defines and this server does not support.
 
-A neutral value requests nothing, so it is accepted. Any other value is refused by name: ignoring it would answer
-another question than the client's.
+Those that would change the answer have neutral values, which request nothing and are accepted. Any other value is
+refused by name: ignoring it would answer another question than the client's.
 """
 
 from typing import Any
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
+    "guided_decoding_backend": ("auto", "guidance", "llguidance"),
     "functions": ([],),
     "function_call": ("none",),
     "audio": (),
@@ -32,11 +25,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "add_special_tokens": (False,),
     "documents": ([],),
-    "chat_template": (),
     "disable_chat_template": (False,),
     "prompt_token_ids": (),
     "completion_token_ids": ([],),
@@ -50,9 +40,45 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "mm_hashes": ([],),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
-    "request_id": (),
     "disaggregate_info": (),
     "kv_transfer_params": (),
-    "cache_salt": (),
-    "thinking_token_budget": (),
+    # vLLM
+    "priority": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "vllm_xargs": ({},),
+    # SGLang
+    "stop_regex": ([], ""),
+    "no_stop_trim": (False,),
+    "stream_reasoning": (True,),
+    "lora_path": ("",),
+    "custom_logit_processor": (),
+    "custom_params": ({},),
+    "return_hidden_states": (False,),
+    # OpenAI and OpenRouter
+    "verbosity": ("medium",),
+    "models": ([],),
+    "plugins": ([],),
+    "transforms": ([],),
+    "top_a": (0,),
+    # samplers, limits and prompts of other servers
+    "do_sample": (True,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "dynatemp_range": (0,),
+    "max_new_tokens": (),
+    "min_new_tokens": (0,),
+    "n_predict": (),
+    "stop_sequences": ([],),
+    "random_seed": (),
+    "system": ("",),
+    "safe_prompt": (False,),
 }
+
+# Fields that are accepted whatever they say, since they do not change an answer: for storage, billing and routing.
+NO_EFFECT = frozenset(
+    {"store", "user", "service_tier", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    | {"provider", "route", "usage", "session_id", "rid", "cache_prompt", "return_cached_tokens_details"}
+)

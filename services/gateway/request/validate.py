@@ -4,16 +4,8 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.request.schemas import (
-    ChatRequest,
-    FilePart,
-    ImagePart,
-    Message,
-    TextPart,
-    Tool,
-    VideoPart,
-    VideoURL,
-)
+from services.gateway.request.conversation import MediaPart, Message, Part, Tool, VideoPart, VideoURL
+from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import invalid
 
@@ -48,18 +40,12 @@ def check_choices(request: ChatRequest, max_n: int) -> None:
     """
     if request.n is not None and request.n > max_n:
         raise invalid(f"`n` must be at most {max_n}, not {request.n}.", "n")
-    options = request.stream_options
-    if options is None:
-        return
-    if not request.stream:
+    if request.stream_options is not None and not request.stream:
         raise invalid("`stream_options` can only be given with `stream` true.", "stream_options")
-    if options.continuous_usage_stats:
-        field = "stream_options.continuous_usage_stats"
-        raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")
 
 
 def check_messages(messages: list[Message]) -> None:
-    """Check that each message has only what its role may carry.
+    """Check that each message has only what its role may carry. What the model once said is not looked at.
 
     Raises:
         RequestError: 400 naming the message's field.
@@ -72,41 +58,30 @@ def check_messages(messages: list[Message]) -> None:
 
 def _check_content(message: Message, path: str) -> None:
     content = message.content
-    if content is None and message.role != "assistant":
-        raise invalid(f"`{path}` must be given for the role {message.role}.", path, "missing_required_parameter")
     if isinstance(content, dict):
-        if message.role != "tool":
+        if message.role not in ("tool", "function"):
             raise invalid(f"`{path}` must be a string or a list of parts, not an object.", path)
         check_depth(content, path)
     elif isinstance(content, list):
         for i, part in enumerate(content):
-            if not isinstance(part, TextPart) and message.role not in ("user", "tool"):
+            if isinstance(part, MediaPart) and message.role not in ("user", "tool", "function"):
                 field = f"{path}[{i}].type"
                 raise invalid(f"`{field}`: a message of the role {message.role} may have only text.", field)
             _check_part(part, f"{path}[{i}]")
 
 
-def _check_part(part: TextPart | ImagePart | VideoPart | FilePart, path: str) -> None:
+def _check_part(part: Part, path: str) -> None:
     if isinstance(part, VideoPart) and isinstance(part.video_url, VideoURL) and part.video_url.subtitles:
         field = f"{path}.video_url.subtitles"
         raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")
 
 
 def check_tools(request: ChatRequest) -> None:
-    """Check the sizes of tool schemas, and that the choice of tool is one that is supported.
+    """Check the sizes of tool schemas.
 
     Raises:
         RequestError: 400.
     """
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        if choice == "required" or isinstance(choice, dict):
-            raise invalid(
-                "`tool_choice` may be auto or none; required and named tools are not supported by this server.",
-                "tool_choice",
-                "unsupported_parameter",
-            )
-        raise invalid(f"`tool_choice` must be auto or none, not {choice!r:.50}.", "tool_choice")
     total = 0
     for i, tool in enumerate(request.tools or ()):
         total += _check_tool(tool, f"tools[{i}].function.parameters")
@@ -138,8 +113,8 @@ def check_template_kwargs(request: ChatRequest) -> None:
         raise invalid(f"`{path}` has more than {MAX_KWARGS_BYTES} bytes of JSON.", path)
 
 
-def check_depth(value: Any, path: str) -> None:
-    """Check that `value` (JSON) is not nested too deeply to be written into a prompt.
+def check_depth(value: Any, path: str, limit: int = MAX_DEPTH) -> None:
+    """Check that `value` (JSON) is not nested too deeply to be written into a prompt or compiled.
 
     Iterative, so that the check itself cannot run out of stack.
 
@@ -147,11 +122,11 @@ def check_depth(value: Any, path: str) -> None:
         RequestError: 400, it is.
     """
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(limit):
         level = [child for node in level for child in _children(node)]
         if not level:
             return
-    raise invalid(f"`{path}` is nested more than {MAX_DEPTH} levels deep.", path)
+    raise invalid(f"`{path}` is nested more than {limit} levels deep.", path)
 
 
 def _children(node: Any) -> list[Any]:

@@ -4,9 +4,9 @@ The state is a function of the tokens folded so far, so replaying them rebuilds 
 tokens between it and the one before. Its number is that of the last token that added something, not of the last that
 was folded: so the same beginning of the answer has the same number however deltas were taken.
 
-Stop strings are looked for in the reasoning and in the content, each as it is shown (after trimming), never across the
-boundary between them or a tool call, and never inside a call. A match ends the answer with the token that made it
-certain; what that token adds after the match is cut.
+Stop strings are looked for in the content, and in the reasoning if the request says so, each as it is shown (after
+trimming), never across the boundary between them or a tool call, and never inside a call. A match ends the answer with
+the token that made it certain; what that token adds after the match is cut.
 """
 
 from enum import Enum
@@ -22,7 +22,7 @@ from services.postproc.text.stop import StopStrings
 from services.postproc.text.tool_calls import Piece, ToolCalls
 from services.postproc.text.usage import usage_of
 from shared.errors import Failure, internal
-from shared.messages import Begin, Delta, Finish, Request, ShownLogprob, TokenLogprob, ToolDelta
+from shared.messages import Begin, Delta, Finish, Request, ShownLogprob, TokenLogprob, ToolDelta, Usage
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ class Answer:
         "_content",
         "_detokenizer",
         "_ending",
+        "_fallback",
         "_ids",
         "_logprobs",
         "_output",
@@ -67,6 +68,7 @@ class Answer:
         "_reasoning",
         "_reasoning_calls",
         "_request_id",
+        "_shows_reasoning",
         "_simple",
         "_sink",
         "_split",
@@ -92,7 +94,10 @@ class Answer:
         self._output = output
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer()
-        self._split = ReasoningSplit(output.thinking and parsers.reasoning)
+        self._split = ReasoningSplit(output.thinking and parsers.reasoning and output.separate_reasoning)
+        self._shows_reasoning = output.include_reasoning
+        # The reasoning so far, to be the content if there is none; None if it is not wanted as that, or not any more.
+        self._fallback: list[str] | None = [] if output.force_nonempty_content else None
         self._reasoned = 0  # tokens up to and including </think>, or before the first call
         self.called = False  # a tool call was shown
         self._calls: ToolCalls | None = None
@@ -101,7 +106,7 @@ class Answer:
         self._reasoning_calls: ReasoningCalls | None = None
         if self._calls and self._split.open and output.functions and parsers.tool_calls_in_reasoning:
             self._reasoning_calls = ReasoningCalls(frozenset(output.functions), vocabulary.spelled_markers)
-        self._stop_reasoning = StopStrings(output.stop, output.include_stop)
+        self._stop_reasoning = StopStrings(output.stop if output.stop_in_reasoning else (), output.include_stop)
         self._stop_content = StopStrings(output.stop, output.include_stop)
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -112,7 +117,8 @@ class Answer:
         self._ending: Literal["stop", "length", "tool_calls"] | Failure | None = None
         self._sink = self._reasoning if self._split.open else self._content
         # The text of a plain token is appended to the sink directly while no parser holds text back or waits for some.
-        self._simple = not (output.stop or output.logprobs or output.return_token_ids)
+        details = output.logprobs or output.return_token_ids or output.force_nonempty_content
+        self._simple = not (output.stop or details)
         self._plain = False
         self._update_plain()
 
@@ -174,6 +180,8 @@ class Answer:
         reasoning, content = self._reasoning, self._content
         if not reasoning and not content:
             return None
+        if self._output.continuous_usage:
+            return self._take_all()
         start, self.taken = self.taken, self._reached
         delta = Delta(self._request_id, self._reached, "".join(reasoning), "".join(content), start=start)
         reasoning.clear()
@@ -198,21 +206,25 @@ class Answer:
             taken.clear()
         if isinstance(ending, Failure):
             return msgspec.structs.replace(delta, failure=ending)
-        if ending is None or self.begin is None:
+        if self.begin is None or (ending is None and not self._output.continuous_usage):
             return delta
-        reasoned = self.count if self._split.open else self._reasoned
-        usage = usage_of(self.begin, self.count, reasoned)
+        usage = self._usage(self.begin, self._reached if ending is None else self.count)
         return msgspec.structs.replace(delta, finish_reason=ending, usage=usage)
+
+    def _usage(self, begin: Begin, count: int) -> Usage:
+        """Return the usage of the first `count` tokens."""
+        return usage_of(begin, count, count if self._split.open else min(count, self._reasoned))
 
     # ------------------------------------------------------------------------------------------------ in between
 
     def _update_plain(self) -> None:
         split, calls = self._split, self._reasoning_calls if self._split.open else self._calls
         shown_as_is = calls is None or calls.idle
+        shown_as_is = shown_as_is and (self._shows_reasoning or not split.open)
         self._plain = self._simple and shown_as_is and split.idle and self._detokenizer.idle
 
     def _fold(self, token: int, logprob: TokenLogprob | None) -> None:
-        if self._output.logprobs and logprob is not None:
+        if self._output.logprobs and logprob is not None and (self._shows_reasoning or not self._split.open):
             self._add(self._logprobs, self._shown(token, logprob))
         if self._output.return_token_ids:
             self._add(self._ids, token)
@@ -259,19 +271,19 @@ class Answer:
         if self.ended:
             return
         self._split.end_reasoning()
-        self._write(self._reasoning, self._stop_reasoning.flush())
+        self._write_reasoning(self._stop_reasoning.flush())
         self._sink = self._content
 
     def _add_reasoning(self, text: str) -> None:
         self._show_reasoning(self._split.add_reasoning(text))
 
     def _show_reasoning(self, text: str) -> None:
-        self._write(self._reasoning, self._stop_reasoning.filter(text))
+        self._write_reasoning(self._stop_reasoning.filter(text))
         if self._stop_reasoning.matched:
             self._end_by_stop_string()
 
     def _show_content(self, text: str) -> None:
-        self._write(self._content, self._stop_content.filter(text))
+        self._write_content(self._stop_content.filter(text))
         if self._stop_content.matched:
             self._end_by_stop_string()
 
@@ -283,9 +295,20 @@ class Answer:
                 self._show_content(piece)
             else:
                 if piece.name is not None:
-                    self._write(self._content, self._stop_content.flush())
+                    self._write_content(self._stop_content.flush())
                     self.called = True
                 self._add(self._tool_deltas, piece)
+
+    def _write_reasoning(self, text: str) -> None:
+        if self._fallback is not None:
+            self._fallback.append(text)
+        if self._shows_reasoning:
+            self._write(self._reasoning, text)
+
+    def _write_content(self, text: str) -> None:
+        if text.strip():
+            self._fallback = None
+        self._write(self._content, text)
 
     def _write(self, sink: list[str], text: str) -> None:
         if text:
@@ -302,11 +325,11 @@ class Answer:
             self._flush_reasoning_calls(self._reasoning_calls, cut_off)
         if self._split.open:
             self._show_reasoning(self._split.release_reasoning())
-            self._write(self._reasoning, self._stop_reasoning.flush())
+            self._write_reasoning(self._stop_reasoning.flush())
             return
         if self._calls:
             self._show_pieces(self._calls.end_answer(cut_off))
-        self._write(self._content, self._stop_content.flush())
+        self._write_content(self._stop_content.flush())
 
     def _flush_reasoning_calls(self, reasoning_calls: ReasoningCalls, cut_off: bool) -> None:
         text, held = (reasoning_calls.release(), []) if cut_off else reasoning_calls.end_answer()
@@ -327,7 +350,10 @@ class Answer:
             self.fail(internal("The answer ended before the engine said what the prompt was.").failure)
             return
         self.state = state
-        self._ending = "tool_calls" if reason == "stop" and self.called else reason
+        if self._fallback is not None and not self.called:
+            self._write_content("".join(self._fallback).strip("\n"))
+        called = self.called and not self._output.named_tool
+        self._ending = "tool_calls" if reason == "stop" and called else reason
 
 
 def _joined(deltas: list[ToolDelta]) -> tuple[ToolDelta, ...]:

@@ -1,4 +1,4 @@
-"""Token counts of a request that has ended."""
+"""Token counts of a request."""
 
 from shared.messages import Begin, Usage
 

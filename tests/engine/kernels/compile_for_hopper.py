@@ -18,6 +18,7 @@ from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
 from services.engine.kernels.triton.attention import paged_attention, qkv, rotary_tables
 from services.engine.kernels.triton.dense import dequantize, linear, rms_norm, silu_mul
+from services.engine.kernels.triton.invariant.ops import invariant_ops
 from services.engine.kernels.triton.moe import (
     add_norm_scores,
     experts,
@@ -68,6 +69,7 @@ def main() -> None:
     decode(4)
     decode(SEQUENCES)
     prefill()
+    invariant()
 
 
 def overwrites_operands(asm: dict[str, Any]) -> bool:
@@ -136,6 +138,28 @@ def prefill() -> None:
     paged_attention.paged_attention(
         room(rows, 20, 128), pages, pages, tables, lengths, lengths[1:], rows, rows, 128**-0.5
     )  # fmt: skip
+
+
+def invariant() -> None:
+    """A block of experts of every format, with as few rows and with as many as a tile has at most."""
+    ops = invariant_ops()
+    for rows in (1, 5000):
+        x, norm = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(HIDDEN).bfloat16()
+        gate, bias = torch.zeros(4, HIDDEN), torch.zeros(4)
+        plain = torch.zeros(HIDDEN, HIDDEN).bfloat16()
+        for weight in (plain, quantize(plain, 8), quantize(plain, 4)):
+            text, vision = pools(weight.bits) if isinstance(weight, Quantized) else plain_pools()
+            block = MoE(gate, bias, text, vision, SwiGLU(weight, weight))
+            ops.linear_moe_add_norm(x, weight, x, norm, block, None, 6, norm, 1e-5)
+
+
+def plain_pools() -> tuple[ExpertPool, ExpertPool]:
+    """As `pools`, not quantised."""
+    text, vision = (
+        ExpertPool(torch.zeros(2, 2 * width, HIDDEN).bfloat16(), torch.zeros(2, HIDDEN, width).bfloat16())
+        for width in (1536, 512)
+    )
+    return text, vision
 
 
 if __name__ == "__main__":

@@ -122,9 +122,10 @@ def test_who_ends_unexpectedly_has_one_row_too_many() -> None:
         {"thinking": True, "reasoning_max_tokens": 4},
     ],
 )
-def test_what_looks_back_does_not_run_ahead(options: dict[str, Any]) -> None:
+def test_what_looks_back_samples_once_the_tokens_before_are_known(options: dict[str, Any]) -> None:
     bench = Bench(adds(6, 6, **options))
-    assert bench.ahead == 0
+    assert bench.ahead == 10
+    assert [plan.samples_later for plan in bench.runner.plans] == [False] + [True] * 5
     assert bench.answer("1") == continuation(prompt(1, 5), 6)
 
 
@@ -132,8 +133,10 @@ def test_what_looks_back_does_not_run_ahead(options: dict[str, Any]) -> None:
     "options",
     [{"temperature": 1.0, "top_p": 0.5}, {"min_tokens": 3}, {"logit_bias": {7: 1.0}}, {"logprobs": 2}, {}],
 )
-def test_what_only_counts_does(options: dict[str, Any]) -> None:
-    assert Bench(adds(6, 6, **options)).ahead == 10
+def test_what_only_counts_samples_at_once(options: dict[str, Any]) -> None:
+    bench = Bench(adds(6, 6, **options))
+    assert bench.ahead == 10
+    assert not any(plan.samples_later for plan in bench.runner.plans)
 
 
 def test_a_newcomer_is_taken_in_as_soon_as_it_has_room() -> None:

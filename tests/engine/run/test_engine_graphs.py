@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from engine_cases import CONFIG, FACTS, sequence
+from engine_cases import CONFIG, FACTS, THINK_CLOSE, sequence
 from engine_loop import BLOCK, Bench, Script, prompt
 from torch import Tensor
 
@@ -22,11 +22,14 @@ from services.engine.model.inputs import KVCache
 from services.engine.model.weights import load_weights
 from services.engine.run.assembly import sampling_ops
 from services.engine.run.decode_rows import DecodeRows
+from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.runner import Launched, ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
 from services.engine.schedule.scheduler import Plan
+from shared.grammar.forms import json_schema, write
+from shared.messages import Finish, Grammar
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -108,7 +111,8 @@ def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) ->
     rows = DecodeRows(model, SEQS, 16, PAGE, BLOCKS, SMALL.image_patch_id)
     graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
     sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
-    return kind(model, cache, sampler, StepBuilder(model, PAGE, SMALL.image_patch_id), graphs)
+    builder = StepBuilder(model, PAGE, SMALL.image_patch_id)
+    return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs)
 
 
 def script(**options: Any) -> Script:
@@ -122,6 +126,48 @@ def script(**options: Any) -> Script:
 
 
 OPTIONS: list[dict[str, Any]] = [{"ignore_eos": True}, {"temperature": 1.0, "top_p": 0.9, "logprobs": 2}]
+
+
+SCHEMA = {"type": "array", "minItems": 2, "items": {"enum": ["a", 12, {"b": None}]}}
+JSON = Grammar(write(json_schema(SCHEMA), thinking=True), "field")
+# Their sampling needs the tokens in flight.
+LOOKS_BACK: list[dict[str, Any]] = [
+    {"temperature": 1.0, "grammar": JSON, "thinking": True, "reasoning_max_tokens": 5},
+    {"temperature": 1.0, "grammar": JSON, "thinking": True, "ignore_eos": True, "reasoning_max_tokens": 0},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "bad_words": ((70,), (80, 81))},
+]
+
+
+@pytest.mark.parametrize("options", LOOKS_BACK, ids=["grammar", "no end", "penalties"])
+def test_sampling_knows_the_tokens_in_flight(model: ErnieModel, options: dict[str, Any]) -> None:
+    ahead = Bench(script(**options), runner=runner(model, ModelRunner), max_num_seqs=SEQS, block_size=PAGE)
+    known = Bench(script(**options), runner=runner(model, StepByStep), max_num_seqs=SEQS, block_size=PAGE)
+    assert ahead.ahead > 20
+    for i in range(6):
+        assert ahead.answer(str(i)) == known.answer(str(i))
+        assert ahead.finish(str(i)) == known.finish(str(i))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_answer_with_a_grammar_goes_on_after_any_token(model: ErnieModel, seed: int) -> None:
+    facts = msgspec.structs.replace(FACTS, model=SMALL)
+    options: dict[str, Any] = {"facts": facts, "max_tokens": 28, "seed": seed, **LOOKS_BACK[0]}
+
+    captured = runner(model, ModelRunner)
+
+    def go_on(known: list[int]) -> Bench:
+        made = sequence(prompt(seed, 5), known, request_id="0", **options)
+        script: Script = {0: [Add(made)]}
+        return Bench(script, runner=captured, resumed=len(known), max_num_seqs=SEQS, block_size=PAGE)
+
+    whole = go_on([])
+    answer, finish = whole.answer("0"), whole.finish("0")
+    text = bytes(answer[answer.index(THINK_CLOSE) + 1 :])
+    assert finish == Finish("length") or msgspec.json.decode(text, type=list[str | int | dict[str, None]])
+    for count in range(1, len(answer)):
+        rest = go_on(answer[:count])
+        assert answer[:count] + rest.answer("0") == answer
+        assert rest.finish("0") == finish
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "drawn"])

@@ -3,26 +3,35 @@
 import math
 import warnings
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine_cases import EOS, THINK_CLOSE, VOCAB, last, sequence
+from engine_cases import EOS, THINK_CLOSE, TOOL_CALL, VOCAB, last, sequence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.engine.run.assembly import sampling_ops
+from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.sampler import MIN_LOGPROB, Sampled, Sampler
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.schedule.sequence import Sequence
 from services.engine.settings import SamplingClass
+from shared.grammar import forms
+from shared.messages import Grammar
 
 CLASSES: tuple[SamplingClass, ...] = ("base", "rejection")
+MASKS = GrammarMasks(VOCAB, 1)
 
 
 def sample(logits: Tensor, sequences: Ordered[Sequence], kind: SamplingClass = "base") -> list[Sampled]:
     sampler = Sampler((EOS,), sampling_ops(kind, on_gpu=False), torch.device("cpu"))
-    return sampler.draw(logits.clone(), plan_sampling(last(sequences))).read()
+    return sampler.draw(logits.clone(), plan_sampling(last(sequences), MASKS)).read()
+
+
+def choice(*texts: str) -> Grammar:
+    return Grammar(forms.write(forms.choice(texts), thinking=False), "choice")
 
 
 def tokens(logits: Tensor, sequences: Ordered[Sequence], kind: SamplingClass = "base") -> list[int]:
@@ -301,16 +310,60 @@ def test_the_device_is_waited_for_where_it_is_read(kind: SamplingClass) -> None:
 def test_the_rehearsal_is_the_heaviest_step(kind: SamplingClass) -> None:
     """It limits, and reports log-probabilities: what a step without either runs, it runs too."""
     light = [sequence([5], temperature=0.5, seed=1), sequence([5], temperature=0.5, seed=2)]
-    heavy = [sequence([5], temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, logprobs=20, seed=i) for i in range(2)]
+    heavy = [
+        sequence([5], temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, logprobs=20, grammar=choice("a"), seed=i)
+        for i in range(2)
+    ]
     logits, sampler = torch.randn(2, VOCAB), Sampler((EOS,), sampling_ops(kind, False), torch.device("cpu"))
+    sampler.rehearse(logits.clone())  # what is looked up once in a process is not counted
     ran = []
     for sequences in (light, heavy):
         with Asked() as asked:
-            sampler.draw(logits.clone(), plan_sampling(last(sequences)))
+            sampler.draw(logits.clone(), plan_sampling(last(sequences), MASKS))
         ran.append(set(asked.names))
     with Asked() as rehearsed:
         sampler.rehearse(logits.clone())
     assert ran[0] < ran[1] == set(rehearsed.names)
+
+
+# ---------------------------------------------------------------------------------------------------- grammars
+
+A, B, C = b"abc"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_restricts_its_own_row(temperature: float) -> None:
+    logits = row(t99=9.0, t97=1.0, t50=20.0).repeat(3, 1)
+    guided = sequence([5], grammar=choice("abc", "bc"), temperature=temperature, logprobs=1)
+    further = sequence([5], [A, B], grammar=choice("abc", "bc"), temperature=temperature)
+    [first, free, third] = sample(logits, [guided, sequence([5]), further])
+    assert (first.token, free.token, third.token) == (A, 50, C)
+    assert first.logprob is not None
+    assert first.logprob.top[0][0] == 50, "as the model gave it"
+
+
+def test_an_end_comes_only_where_the_grammar_may_end() -> None:
+    logits = row(t2=50.0, t98=1.0).repeat(3, 1)
+    longer = choice("a", "ab")
+    options: list[dict[str, Any]] = [{}, {"ignore_eos": True}, {"min_tokens": 2}]
+    assert [s.token for s in sample(logits, [sequence([5], grammar=longer, **each) for each in options])] == [A] * 3
+    after = [sequence([5], [A], grammar=longer, **each) for each in options]
+    assert [s.token for s in sample(logits, after)] == [EOS, B, B]
+
+
+@pytest.mark.parametrize("against", [{"bad_words": ((A,),)}, {"logit_bias": {A: -100.0}}, {"temperature": 1e-4}])
+def test_a_grammar_comes_before_what_else_is_asked(against: dict[str, Any]) -> None:
+    asked = {"temperature": 1.0, "top_p": 0.1, "top_k": 1, "repetition_penalty": 3.0} | against
+    [sampled] = sample(row(t97=-90.0, t50=90.0), [sequence([97], grammar=choice("a"), **asked)])
+    assert sampled.token == A
+
+
+def test_a_grammar_begins_after_the_thinking() -> None:
+    logits = row(t2=50.0, t97=1.0).repeat(3, 1)
+    grammar = Grammar(forms.write(forms.choice(["a"]), thinking=True), "choice")
+    states = [[], [B, THINK_CLOSE], [B, THINK_CLOSE, ord("\n")]]
+    sequences = [sequence([5], generated, grammar=grammar, thinking=True) for generated in states]
+    assert [s.token for s in sample(logits, sequences)] == [THINK_CLOSE, A, A], "no end inside the thinking"
 
 
 # ---------------------------------------------------------------------------------------------------- logprobs, budget
@@ -337,6 +390,9 @@ def test_logprobs_without_alternatives() -> None:
     assert [len(s.logprob.top) for s in sampled if s.logprob] == [2, 0]
 
 
+ANY_TEXT = Grammar(forms.write(forms.regex("(.|\n)*"), thinking=True), "regex")
+
+
 @pytest.mark.parametrize(
     ("generated", "logits", "options", "expected"),
     [
@@ -350,6 +406,14 @@ def test_logprobs_without_alternatives() -> None:
         ([30, THINK_CLOSE], row(t2=2.0), {"reasoning_max_tokens": 3}, EOS),  # closed: never again
         ([30, THINK_CLOSE, 31, 32], row(t30=2.0), {"reasoning_max_tokens": 3}, 30),
         ([30, 31, 32], row(t30=2.0), {"reasoning_max_tokens": 3, "thinking": False}, 30),
+        # A call that begins in reasoning ends it, if the request says so and tools are offered.
+        ([30], row(t4=2.0), {"tools": True, "tool_call_ends_reasoning": True}, THINK_CLOSE),
+        ([30], row(t4=2.0), {"tools": True, "grammar": ANY_TEXT}, THINK_CLOSE),
+        ([30], row(t30=2.0), {"tools": True, "tool_call_ends_reasoning": True}, 30),
+        ([30, THINK_CLOSE], row(t4=2.0), {"tools": True, "tool_call_ends_reasoning": True}, TOOL_CALL),
+        ([30], row(t4=2.0), {"tools": True}, TOOL_CALL),
+        ([30], row(t4=2.0), {"tools": True, "reasoning_max_tokens": 3}, TOOL_CALL),
+        ([30], row(t4=2.0), {"tool_call_ends_reasoning": True}, TOOL_CALL),
     ],
 )
 def test_the_thinking_budget(generated: list[int], logits: Tensor, options: dict[str, object], expected: int) -> None:

@@ -189,6 +189,15 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert plan.asked_tokens == 11
 
 
+def test_a_prefix_is_shared_within_a_salt_only() -> None:
+    bench = Bench(40, limits())
+    hits = []
+    for number, salt in enumerate(["", "s", "s", "t", ""]):
+        bench.add(sequence(prompt(0, 11), request_id=str(number), max_tokens=1, cache_salt=salt))
+        hits.append(bench.step().hit_tokens)
+    assert hits == [0, 0, 8, 0, 8]
+
+
 def test_at_least_one_token_is_computed() -> None:
     bench = Bench(20, limits())
     for name in "ab":

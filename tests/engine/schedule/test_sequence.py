@@ -65,10 +65,35 @@ def test_positions_go_on_after_the_prompt_and_its_media() -> None:
         ([10, 11], {"max_tokens": 2}, Finish("length")),
         ([10, EOS], {"max_tokens": 2}, Finish("stop", stop_token=EOS)),
         ([], {"max_tokens": 2}, None),
+        # In reasoning only the ids that end a sequence end it, unless the request says otherwise.
+        ([10, 40], {"stop_token_ids": (40,), "thinking": True}, None),
+        ([10, 40], {"stop_token_ids": (40,), "thinking": True, "max_tokens": 2}, Finish("length")),
+        ([40, THINK_CLOSE, 9], {"stop_token_ids": (40,), "thinking": True}, None),
+        ([THINK_CLOSE, 40], {"stop_token_ids": (40,), "thinking": True}, Finish("stop", stop_token=40)),
+        ([THINK_CLOSE], {"stop_token_ids": (THINK_CLOSE,), "thinking": True}, Finish("stop", stop_token=THINK_CLOSE)),
+        ([10, EOS], {"stop_token_ids": (40,), "thinking": True}, Finish("stop", stop_token=EOS)),
+        (
+            [EOS],
+            {"stop_token_ids": (40, EOS), "thinking": True, "ignore_eos": True},
+            Finish("stop", stop_token=EOS),
+        ),
+        (
+            [10, 40],
+            {"stop_token_ids": (40,), "thinking": True, "stop_in_reasoning": True},
+            Finish("stop", stop_token=40),
+        ),
     ],
 )
 def test_finish(generated: list[int], options: dict[str, object], expected: Finish | None) -> None:
     assert sequence([5], generated, **options).finish() == expected
+
+
+def test_stop_ids_are_not_held_back_by_min_tokens_where_they_do_not_end_the_answer() -> None:
+    made = sequence([5], thinking=True, stop_token_ids=(40,), min_tokens=3)
+    assert made.ending_ids == (EOS,)
+    assert made.depends_on_tokens, "which tokens end it depends on whether </think> is in flight"
+    made.append(THINK_CLOSE)
+    assert (made.ending_ids, made.depends_on_tokens) == ((EOS, 40), False)
 
 
 def test_the_context_bounds_the_answer() -> None:

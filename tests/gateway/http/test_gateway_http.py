@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -388,27 +389,26 @@ async def test_a_stream_does_not_wait_for_ever_to_start(
     assert done == "data: [DONE]"
 
 
+@pytest.mark.parametrize(("ids", "silence"), [("true", b": keep-alive\n"), ("false", b": keep-alive\n\n")])
 async def test_the_client_library_reads_over_the_silences(
-    checkpoint: Path, redis_url: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, redis_url: str, stages: Stages, monkeypatch: pytest.MonkeyPatch, ids: str, silence: bytes
 ) -> None:
     """It keeps the id of the last event, and takes every blank line after that for the end of another."""
     async with running(checkpoint, redis_url, keep_alive_s=0.001) as server:
-        stream = await ask(server, stream=True)
+        stream = await ask(server, stream=True, extra_headers={"X-Event-IDs": ids})
         heard = overheard(stream.response, monkeypatch)
         asked = asyncio.create_task(contents(stream))
         request = await stages.request()
 
-        async def after_a_silence(delta: Delta) -> None:
-            before = b"id: %d\n" % (delta.seq - 1)
-            await until(lambda: asked.done() or b": keep-alive\n" in heard.partition(before)[2])
+        async def after_a_silence(after: bytes, delta: Delta) -> None:
+            await until(lambda: asked.done() or silence in heard.partition(after)[2])
             await stages.say(request, delta)
 
-        await after_a_silence(Delta(request.id, 1, content="Hel"))
-        await after_a_silence(Delta(request.id, 2, content="lo"))
-        await after_a_silence(Delta(request.id, 3, finish_reason="stop", usage=USAGE))
+        await after_a_silence(b"assistant", Delta(request.id, 1, content="Hel"))
+        await after_a_silence(b"Hel", Delta(request.id, 2, content="lo"))
+        await after_a_silence(b'"lo"', Delta(request.id, 3, finish_reason="stop", usage=USAGE))
         chunks = await asked
     assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "Hel", "lo", None]
-    assert all(b"data: " in event for event in heard.removesuffix(b"\n\n").split(b"\n\n")), "an event without data"
 
 
 # --------------------------------------------------------------------------------------------------- errors and ends
@@ -735,6 +735,31 @@ async def test_a_body_too_large(checkpoint: Path, redis_url: str) -> None:
     for reply in (announced, chunked):
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
         assert "1000" in reply.json()["error"]["message"]
+
+
+async def test_a_compressed_body_is_refused(server: Running, stages: Stages) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        body = gzip.compress(b'{"messages": [{"role": "user", "content": "Hi"}]}')
+        reply = await client.post("/v1/chat/completions", content=body, headers={"content-encoding": "gzip"})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (415, "unsupported_encoding", "Content-Encoding")
+        plain = {"content-encoding": "identity", "content-type": "application/json"}
+        body = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+        asked = asyncio.create_task(client.post("/v1/chat/completions", content=body, headers=plain))
+        await stages.answer(await stages.request(), "in")
+        assert (await asked).status_code == 200
+
+
+async def test_what_the_body_says_of_itself_is_in_the_headers(server: Running, stages: Stages) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "request_id": "mine-2", "max_token": 5, "cache_salt": "s"}
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers={"x-request-id": "other"}))
+        request = await stages.request()
+        assert request.cache_salt == "s"
+        await stages.answer(request, "in")
+        reply = await asked
+    assert reply.headers["x-request-id"] == "mine-2"
+    assert reply.headers["x-millrace-warning"] == "`max_token` is no field that this server knows; it is ignored"
 
 
 async def test_a_body_that_does_not_come(checkpoint: Path, redis_url: str) -> None:

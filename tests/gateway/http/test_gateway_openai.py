@@ -13,6 +13,7 @@ from services.gateway.http.openai import (
     ChunkWriter,
     CollectedChoice,
     EventIds,
+    NoEventIds,
     completion_body,
     error_event,
     merge_text,
@@ -151,6 +152,18 @@ def test_usage_is_null_until_it_comes_and_absent_unless_asked_for() -> None:
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == 30
     assert "usage" not in chunks_of(ChunkWriter(HEAD, 1, False).first_chunks(MARK))[0]
+
+
+def test_a_postproc_that_does_not_count_on_the_way_leaves_usage_null() -> None:
+    writer = ChunkWriter(HEAD, 1, True, continuous_usage=True)
+    chunks = chunks_of(writer.delta(0, Delta("r", 3, content="a"), ids(1)))
+    assert [chunk["usage"] for chunk in chunks] == [None, None]
+
+
+def test_an_event_without_an_id_is_its_data() -> None:
+    data = ChunkWriter(HEAD, 1, False).delta(0, Delta("r", 1, reasoning="a", content="b"), NoEventIds())
+    assert ids_of(data) == [None, None]
+    assert len(deltas_of(data)) == 2
 
 
 def test_details_ride_on_the_first_chunk_of_a_delta() -> None:

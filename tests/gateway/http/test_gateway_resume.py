@@ -74,7 +74,8 @@ class Reader:
 async def reading(
     server: Running, path: str = "", body: dict[str, Any] | None = None, **headers: str
 ) -> AsyncIterator[Reader]:
-    """A stream: a POST of `body`, or the GET of what is at `path`."""
+    """A stream: a POST of `body` that asks for the ids of events, or the GET of what is at `path`."""
+    headers = {"X-Event-IDs": "true", **headers} if body is not None else headers
     url = f"{server.url}/v1/chat/completions{path}"
     async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         payload = {"json": {"messages": HI, "stream": True, **body}} if body is not None else {}
@@ -251,6 +252,37 @@ async def test_who_has_seen_the_end_is_told_that_it_was(server: Running, other: 
         usage, done = await again.rest()
     assert usage.chunk["usage"]["completion_tokens"] == 3
     assert done.data == "[DONE]"
+
+
+async def test_a_position_behind_the_end_is_refused(server: Running, stages: Stages) -> None:
+    async with reading(server, body={}) as reader:
+        request = await stages.request()
+        await stages.answer(request, "Hello", " there")
+        await reader.rest()
+    await stages.keep(request)
+    asked = asyncio.create_task(get(server, f"/chatcmpl-{request.id}/events", **{"last-event-id": "99"}))
+    await stages.attached()
+    await stages.send(request.gateway, Delta(request.id, 3, finish_reason="stop", usage=USAGE, start=99))
+    reply = await asked
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "Last-Event-ID"
+    assert "behind the end" in reply.json()["error"]["message"]
+    await until(server.idle)
+
+
+async def test_a_position_behind_the_end_of_a_running_stream_is_an_error_at_its_end(
+    server: Running, stages: Stages
+) -> None:
+    async with reading(server, body={}, **{"idempotency-key": "k"}) as reader:
+        request = await stages.request()
+        await reader.until("0")
+        async with reading(server, f"/chatcmpl-{request.id}/events", **{"last-event-id": "99"}) as ahead:
+            await stages.attached()
+            await stages.answer(request, "Hello")
+            error, done = await ahead.rest()
+            assert (error.chunk["error"]["code"], error.chunk["error"]["param"]) == (400, "Last-Event-ID")
+            assert done.data == "[DONE]"
+        assert "Hello" in texts(await reader.rest())
 
 
 async def test_token_ids_and_logprobs_are_still_asked_for(server: Running, other: Running, stages: Stages) -> None:

@@ -103,6 +103,16 @@ async def test_another_request_under_the_same_key(server: Running, stages: Stage
     await asked
 
 
+async def test_usage_in_every_chunk_must_be_asked_for_at_first(server: Running, stages: Stages) -> None:
+    asked = ask(server)
+    request = await stages.request()
+    with pytest.raises(openai.ConflictError) as refused:
+        await ask(server, stream=True, stream_options={"continuous_usage_stats": True})
+    assert refused.value.param == "stream_options.continuous_usage_stats"
+    await stages.answer(request, "x")
+    await asked
+
+
 async def test_keys_are_each_clients_own(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     async with running(checkpoint, redis_url, api_keys=("key-1", "key-2")) as server:
         one = ask(server)

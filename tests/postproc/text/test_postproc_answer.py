@@ -24,6 +24,10 @@ output_options = st.fixed_dictionaries(
         "functions": st.sampled_from([(), ("f",)]),
         "stop": st.sampled_from([(), ("cat",), ("\n\n", "Do"), (",",), ("😀\nD", "nope")]),
         "include_stop": st.booleans(),
+        "stop_in_reasoning": st.booleans(),
+        "include_reasoning": st.booleans(),
+        "separate_reasoning": st.booleans(),
+        "force_nonempty_content": st.booleans(),
     }
 )
 
@@ -112,6 +116,15 @@ def test_usage_of_a_finished_request() -> None:
     assert shown.seq == 7
 
 
+def test_usage_of_every_delta_where_it_was_asked_for() -> None:
+    """A delta's usage counts the tokens up to its number, however many have been folded."""
+    answer, tokens = answer_of([b"a", b"b", "</think>", b"c", b"\xe2\x82", b"d"], continuous_usage=True)
+    deltas = stream(answer, tokens, Finish("stop"))
+    counts = [(delta.seq, delta.usage) for delta in deltas]
+    assert counts[:3] == [(1, Usage(7, 1, 1, 3, 2, 1)), (2, Usage(7, 2, 2, 3, 2, 1)), (4, Usage(7, 4, 3, 3, 2, 1))]
+    assert counts[-1] == (7, Usage(7, 6, 3, 3, 2, 1))
+
+
 def test_a_stop_token_counts_and_is_not_shown() -> None:
     answer, tokens = answer_of([b"a", b"b"], thinking=False, return_token_ids=True)
     answer.push_token(tokens[0])
@@ -182,13 +195,44 @@ STOPS = {
 @pytest.mark.parametrize("tools", [False, True])
 @pytest.mark.parametrize(("text", "stop", "reasoning", "content", "tokens"), STOPS.values(), ids=STOPS)
 def test_stop_strings(text: str, stop: tuple[str, ...], reasoning: str, content: str, tokens: int, tools: bool) -> None:
-    shown = run(text, every_byte(text), stop=stop, tools=tools)
+    shown = run(text, every_byte(text), stop=stop, tools=tools, stop_in_reasoning=True)
     assert (shown.reasoning, shown.content, shown.finish_reason) == (reasoning, content, "stop")
     assert shown.usage is not None
     if not tools:  # with tools, newlines wait for what follows
         assert shown.usage.completion_tokens == tokens
-    whole = run(text, stop=stop, tools=tools)
+    whole = run(text, stop=stop, tools=tools, stop_in_reasoning=True)
     assert (whole.reasoning, whole.content, whole.finish_reason) == (reasoning, content, "stop")
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_stop_strings_are_not_looked_for_in_reasoning_unless_asked(tools: bool) -> None:
+    text = "The cat.\n</think>\n\nA cat sat"
+    shown = run(text, every_byte(text), stop=("cat",), tools=tools)
+    assert (shown.reasoning, shown.content, shown.finish_reason) == ("The cat.", "A ", "stop")
+    assert run("The cat", stop=("cat",), tools=tools).reasoning == "The cat"
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_reasoning_that_is_not_wanted_is_not_shown(tools: bool) -> None:
+    text = "Hm. A cat.\n</think>\n\nA cat sat"
+    for places in ([], every_byte(text)):
+        shown = run(text, places, tools=tools, include_reasoning=False)
+        assert (shown.reasoning, shown.content, shown.finish_reason) == ("", "A cat sat", "stop")
+        assert shown.usage is not None
+        assert shown.usage.reasoning_tokens > 0
+    assert run("Hm.", tools=tools, include_reasoning=False).reasoning == ""
+
+
+def test_reasoning_that_is_not_shown_makes_no_deltas() -> None:
+    answer, tokens = answer_of([b"H", b"m", "</think>", b"Yes"], include_reasoning=False)
+    assert [(delta.seq, delta.start, delta.content) for delta in stream(answer, tokens)] == [(4, 0, "Yes")]
+
+
+def test_reasoning_that_is_not_separated_begins_the_content() -> None:
+    text = "Hm. A cat.\n</think>\n\nA cat sat"
+    for places in ([], every_byte(text)):
+        shown = run(text, places, separate_reasoning=False)
+        assert (shown.reasoning, shown.content) == ("", text)
 
 
 def test_the_token_that_completes_a_stop_string_is_the_last_that_counts() -> None:
@@ -224,6 +268,27 @@ def test_no_stop_string_across_a_call() -> None:
 def test_a_stop_string_after_a_call_leaves_the_call_to_be_answered() -> None:
     shown = run('</think><tool_call>{"name": "f"}</tool_call>A stop.', stop=("stop",), tools=True)
     assert (shown.content, shown.functions, shown.finish_reason) == ("A ", [("f", "{}")], "tool_calls")
+
+
+@pytest.mark.parametrize("shown_reasoning", [True, False])
+def test_reasoning_becomes_the_content_where_there_is_none(shown_reasoning: bool) -> None:
+    options: dict[str, object] = {"force_nonempty_content": True, "include_reasoning": shown_reasoning}
+    reasoning = "Hm.\n\nYes." if shown_reasoning else ""
+    for text in ("\nHm.\n\nYes.", "\nHm.\n\nYes.\n</think>\n\n"):
+        for places in ([], every_byte(text)):
+            for finish in ("stop", "length"):
+                shown = run(text, places, finish=finish, tools=True, **options)
+                assert (shown.reasoning.strip("\n"), shown.content) == (reasoning, "Hm.\n\nYes.")
+    assert run("Hm.</think>A", **options).content == "A"
+    called = run('Hm.</think><tool_call>{"name": "f"}</tool_call>', tools=True, **options)
+    assert (called.content, called.functions) == ("", [("f", "{}")])
+    assert run("Hm.").content == ""
+
+
+def test_a_call_that_was_asked_for_by_name_ends_as_openai_ends_it() -> None:
+    text = '</think><tool_call>{"name": "f"}</tool_call>'
+    assert run(text, tools=True, named_tool=True).finish_reason == "stop"
+    assert run(text, tools=True).finish_reason == "tool_calls"
 
 
 def test_a_limit_is_a_stop_if_a_stop_string_was_held_back() -> None:

@@ -126,12 +126,12 @@ def test_reasoning_tokens_are_counted_up_to_the_first_call(text: str, tokens: in
 
 
 def test_stop_strings_are_looked_for_in_thoughts_and_not_in_calls() -> None:
-    shown = think(f"Hm.\n{F}", stop=('"name"',))
+    shown = think(f"Hm.\n{F}", stop=('"name"',), stop_in_reasoning=True)
     assert (shown.reasoning, shown.finish_reason, len(shown.calls)) == ("Hm.", "tool_calls", 1)
     for places in ([], every_byte(F)):
-        shown = think(f"Hm.\n{F}</think>\n\nA", places, stop=('"name"',))
+        shown = think(f"Hm.\n{F}</think>\n\nA", places, stop=('"name"',), stop_in_reasoning=True)
         assert (shown.reasoning, shown.content, shown.finish_reason) == ("Hm.\n<tool_call>\n{", "", "stop")
-        shown = think(f"Hm.\n{F}x", places, stop=('"name"',))
+        shown = think(f"Hm.\n{F}x", places, stop=('"name"',), stop_in_reasoning=True)
         assert (shown.reasoning, shown.calls, shown.finish_reason) == ("Hm.\n<tool_call>\n{", [], "stop")
 
 

@@ -335,8 +335,16 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
 
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
+    shape = LONG_CHUNKS if max_query_len > 64 else SHORT_CHUNKS
+    attend_tiles(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, shape)
+
+
+def attend_tiles(
+    query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, shape: PrefillShape
+) -> None:
+    """Attend into `out` in tiles of `shape`: any number of new tokens a sequence."""
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
-    shape, padded = LONG_CHUNKS if max_query_len > 64 else SHORT_CHUNKS, max(16, ceil_pow2(dim))
+    padded = max(16, ceil_pow2(dim))
     pagewise = shape.pagewise and page == shape.keys and dim == padded
     if pagewise:
         keys, values = (TensorDescriptor.from_tensor(c.view(-1, kv_heads * dim), [page, dim]) for c in (keys, values))

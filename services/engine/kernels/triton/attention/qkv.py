@@ -81,7 +81,7 @@ def qkv(
     query = torch.empty(len(x), heads, dim, dtype=x.dtype, device=x.device)
     launch = unsplit_launch(x, weight)
     if launch is None:
-        _rotate(partial_linear(x, weight), cos, sin, slots, query, keys, values)
+        rotate(partial_linear(x, weight), cos, sin, slots, query, keys, values)
     else:
         _qkv_kernel[launch.grid](
             *launch.arguments,
@@ -99,7 +99,7 @@ def qkv(
     return query
 
 
-def _rotate(
+def rotate(
     partial: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, query: Tensor, keys: Tensor, values: Tensor
 ) -> None:
     """Sum the parts of the product, rotate, and write queries, keys and values.

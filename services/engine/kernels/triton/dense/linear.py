@@ -105,7 +105,8 @@ def _linear_kernel(
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BN, BM), tl.float32)
     # The weight does not depend on the previous kernel: with few rows its load starts before x is there.
-    scale = scales(scale_ptr + n, n < N)[:, None]
+    if BITS != 16:
+        scale = scales(scale_ptr + n, n < N)[:, None]
     if EARLY:
         column = block * BK + tl.arange(0, BK)
         inside = column < IN
@@ -118,8 +119,10 @@ def _linear_kernel(
         wait_for_previous_kernel(PDL)
     for nth in range(block, last):
         acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, EVEN)
+    if BITS != 16:
+        acc *= scale
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
-    tl.store(out_ptrs, (acc * scale).to(out_ptr.dtype.element_ty), rows & columns)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), rows & columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,27 +192,55 @@ def _unsplit_linear(x: Tensor, launch: UnsplitLaunch, gated: bool) -> Tensor:
 
 
 def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
-    (rows, inputs), outputs = x.shape, weight.scale.shape[0]
-    bm, bn, bk, warps, stages, splits = _tiles(rows, outputs, weight.bits)
-    share = ceil_div(inputs, bk * splits)
-    splits = ceil_div(inputs, share * bk)
-    out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    _linear_kernel[(ceil_div(outputs, bn), ceil_div(rows, bm), splits)](
-        x, weight.data, weight.scale, out, rows, outputs, inputs, share, x.stride(0), weight.data.stride(0),
-        BITS=weight.bits, BM=bm, BN=bn, BK=bk,
-        EARLY=weight.bits == 8 and rows <= EARLY_ROWS, EVEN=inputs % bk == 0 and outputs % bn == 0,
-        num_warps=warps, num_stages=stages if x.element_size() == 2 else 1, **pdl_options(x),
+    tiles = _tiles(len(x), len(weight), weight.bits)
+    return tiled_linear(x, weight, tiles, early=weight.bits == 8 and len(x) <= EARLY_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTiles:
+    """Shape of a product's programs."""
+
+    rows: int  # of activations
+    outputs: int
+    inputs: int  # at a time; with 4 bits, a group of the packing
+    warps: int
+    stages: int
+    splits: int = 1  # programs that share the inputs of an output, at most
+
+
+def tiled_linear(
+    x: Tensor, weight: Weight, tiles: LinearTiles, early: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Multiply in tiles of a given shape.
+
+    Args:
+        early: load the weight before the previous kernel has ended.
+        dtype: of a product in one part; None: that of x.
+
+    Returns:
+        [parts, N, out]: one part, or several in float32.
+    """
+    data, scale, bits = storage(weight)
+    (rows, inputs), outputs = x.shape, len(data)
+    share = ceil_div(inputs, tiles.inputs * tiles.splits)
+    parts = ceil_div(inputs, share * tiles.inputs)
+    out = torch.empty(parts, rows, outputs, dtype=(dtype or x.dtype) if parts == 1 else torch.float32, device=x.device)
+    _linear_kernel[(ceil_div(outputs, tiles.outputs), ceil_div(rows, tiles.rows), parts)](
+        x, data, scale, out, rows, outputs, inputs, share, x.stride(0), data.stride(0),
+        BITS=bits, BM=tiles.rows, BN=tiles.outputs, BK=tiles.inputs,
+        EARLY=early, EVEN=inputs % tiles.inputs == 0 and outputs % tiles.outputs == 0,
+        num_warps=tiles.warps, num_stages=tiles.stages if x.element_size() == 2 else 1, **pdl_options(x),
     )  # fmt: skip
     return out
 
 
-def _tiles(rows: int, outputs: int, bits: int) -> tuple[int, int, int, int, int, int]:
-    """Return BM, BN, BK, warps, stages and splits. Few rows: traffic is the weight's, so many programs load it."""
+def _tiles(rows: int, outputs: int, bits: int) -> LinearTiles:
+    """Return the fastest tiles. Few rows: traffic is the weight's, so many programs load it."""
     splits = max(1, min(4, 32768 // outputs))
     if bits == 4:
-        return min(64, max(16, ceil_pow2(rows))), 32, GROUP, 4, 2, splits
+        return LinearTiles(min(64, max(16, ceil_pow2(rows))), 32, GROUP, 4, 2, splits)
     if rows <= 32:
-        return 32, 32, 128, 2, 4, min(2, splits)
+        return LinearTiles(32, 32, 128, 2, 4, min(2, splits))
     if rows <= 64:
-        return 64, 64, 128, 4, 3, splits
-    return 128, 64, 128, 4, 3, min(2, splits)
+        return LinearTiles(64, 64, 128, 4, 3, splits)
+    return LinearTiles(128, 64, 128, 4, 3, min(2, splits))

@@ -23,7 +23,7 @@ from services.engine.kernels.triton.dense.matmul import dot_tile, gate_or_up, ga
 from services.engine.kernels.triton.moe.grouped import grouped_experts, uses_grouped_gemm
 from services.engine.kernels.triton.moe.router import rank_experts
 from services.engine.kernels.triton.moe.sort import group_pairs
-from services.engine.kernels.triton.moe.tiles import Tile, plan
+from services.engine.kernels.triton.moe.tiles import Plan, Tile, plan
 
 
 @triton.jit
@@ -158,8 +158,12 @@ def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool,
     """
     if uses_grouped_gemm(x, ids.shape[1], text, vision):
         return grouped_experts(x, ids, text, vision, media)
+    return tiled_results(x, ids, text, vision, plan(ids.numel(), len(text) + len(vision), storage(text.down)[2]))
+
+
+def tiled_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, tiles: Plan) -> Tensor:
+    """Apply experts as `expert_results`, in tiles of given shapes."""
     flat, experts = ids.flatten(), len(text) + len(vision)
-    tiles = plan(len(flat), experts, storage(text.down)[2])
     sorted_pair_ids, expert_ids = group_pairs(flat, experts, tiles.rows) if tiles.sorted else (flat, flat)
     options = {"E": len(text), "BM": tiles.rows, "SORTED": tiles.sorted, **pdl_options(x)}
     rows = PairTiles(sorted_pair_ids, expert_ids, len(flat), options)

@@ -73,7 +73,7 @@ def linear_moe_add_norm(
     else:
         shared = _shared(x, moe.shared)
         routed, weights = _routed(x, moe, vision, top_k, scores)
-    return _combine(routed, weights, shared, residual, norm, eps)
+    return combine(routed, weights, shared, residual, norm, eps)
 
 
 @cache
@@ -88,20 +88,24 @@ def _shared(x: Tensor, mlp: SwiGLU) -> Tensor:
 
 def _routed(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the routed experts' results of every pair, and their weights."""
-    rows = _text_only(x.device, ceil_pow2(len(x)))[: len(x)] if vision is None else vision
+    rows = text_only(x) if vision is None else vision
     if scores is not None and len(x) * top_k <= UNSORTED_PAIRS:
         return routed_results(x, scores, moe.bias, rows, top_k, moe.text, moe.vision)
     ids, weights = router(x, moe.gate, moe.bias, rows, top_k, scores)
     return expert_results(x, ids, moe.text, moe.vision, media=vision is not None), weights
 
 
-@cache
-def _text_only(device: torch.device, rows: int) -> Tensor:
+def text_only(x: Tensor) -> Tensor:
     """Return the flags of rows that are all of the text pool."""
+    return _no_vision(x.device, ceil_pow2(len(x)))[: len(x)]
+
+
+@cache
+def _no_vision(device: torch.device, rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.bool, device=device)
 
 
-def _combine(
+def combine(
     routed: Tensor, weights: Tensor, shared: Tensor, residual: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Weigh and sum the routed results, add the shared expert and the residual, and norm.

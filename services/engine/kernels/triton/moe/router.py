@@ -144,11 +144,9 @@ def router(
         scores: [N, 2 E] float32, x @ gate^T, if already computed.
     """
     rows = len(x)
-    ids = torch.empty(rows, top_k, dtype=torch.int32, device=x.device)
-    weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
     if scores is None and rows <= TILED_ROWS:
-        _route_tiles(x, gate, bias, vision, ids, weights)
-        return ids, weights
+        return route_tiles(x, gate, bias, vision, top_k)
+    ids, weights = _choices(x, top_k)
     scores = _library_scores(x, gate) if scores is None else scores
     per_pool = len(gate) // 2
     _choose_kernel[(rows,)](
@@ -159,16 +157,25 @@ def router(
     return ids, weights
 
 
-def _route_tiles(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, ids: Tensor, weights: Tensor) -> None:
+def _choices(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return room for the experts' ids and their weights, [N, K] each."""
+    ids = torch.empty(len(x), top_k, dtype=torch.int32, device=x.device)
+    return ids, torch.empty(len(x), top_k, dtype=torch.float32, device=x.device)
+
+
+def route_tiles(x: Tensor, gate: Tensor, bias: Tensor, vision: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Route as `router`, in tiles that are alike for any number of rows."""
     (rows, hidden), outputs = x.shape, len(gate)
+    ids, weights = _choices(x, top_k)
     tiles, parts = ceil_div(rows, ROWS), ceil_div(hidden, INPUTS)
     partial = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
     _router_kernel[(ceil_div(outputs, EXPERTS), parts, tiles)](
         x, gate, bias, vision, partial, counters(x.device, "router", tiles), ids, weights,
         rows, outputs // 2, hidden, x.stride(0), SUM_MIN,
-        K=ids.shape[1], PARTS=parts, ROWS=ROWS, EXPERTS=EXPERTS, INPUTS=INPUTS,
+        K=top_k, PARTS=parts, ROWS=ROWS, EXPERTS=EXPERTS, INPUTS=INPUTS,
         POOL=ceil_pow2(outputs // 2), num_warps=4, **pdl_options(x),
     )  # fmt: skip
+    return ids, weights
 
 
 def _library_scores(x: Tensor, gate: Tensor) -> Tensor:

@@ -1,0 +1,28 @@
+"""Causal attention with one order of sums for each query."""
+
+import torch
+from torch import Tensor
+
+from services.engine.kernels.reference.paged_attention import Lengths
+from services.engine.kernels.triton.attention.paged_attention import PrefillShape, attend_tiles
+
+# Decoding sequences fill one row of a tile in 64. A context is not cut: one program walks over it.
+TILES = PrefillShape(queries=64, keys=64, warps=4, stages=3)
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    lengths: Lengths = (),
+) -> Tensor:
+    """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    attend_tiles(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, TILES)
+    return out

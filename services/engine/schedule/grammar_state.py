@@ -1,0 +1,36 @@
+"""Position of an answer in the grammar that it must follow: a function of the grammar and the tokens so far."""
+
+from llguidance import LLMatcher
+
+from shared.errors import Failure, internal
+
+
+class GrammarState:
+    """Grammar of one sequence, after the tokens that were appended since its thinking ended."""
+
+    __slots__ = ("_failure", "matcher")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        """
+        Args:
+            matcher: at the grammar's beginning; this state's own.
+        """
+        self.matcher = matcher
+        self._failure: Failure | None = None
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the answer cannot go on: the grammar was too complex after these tokens, or does not allow them."""
+        if self._failure is None and self.matcher.is_error():
+            self._failure = internal(f"The grammar failed: {self.matcher.get_error():.300}", "grammar_error").failure
+        return self._failure
+
+    @property
+    def complete(self) -> bool:
+        """True if the answer is whole and nothing but an end token may follow."""
+        return self.matcher.is_stopped()
+
+    def advance(self, token: int) -> None:
+        """Append a token."""
+        if not self.matcher.is_stopped():
+            self.matcher.consume_token(token)

@@ -1,0 +1,1 @@
+"""Checks of the grammars that requests ask for, in processes of their own."""

@@ -1,0 +1,149 @@
+"""JSON schema of a conversation: messages with their parts and calls, and the tools that are offered.
+
+What a model once said is never refused: arguments may be no JSON, calls may lack an id, content may be empty.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Frames = Annotated[int, Meta(ge=-1, le=100_000)]  # -1: no bound, as in the reference server
+
+
+class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    text: str
+
+
+class InputTextPart(TextPart, frozen=True, tag_field="type", tag="input_text"):
+    """The same, as OpenAI's Responses API writes it."""
+
+
+class OutputTextPart(TextPart, frozen=True, tag_field="type", tag="output_text"):
+    """The same, of an assistant."""
+
+
+class RefusalPart(msgspec.Struct, frozen=True, tag_field="type", tag="refusal"):
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+class ThinkingPart(msgspec.Struct, frozen=True, tag_field="type", tag="thinking"):
+    """Reasoning among the content, as Anthropic and Mistral write it."""
+
+    thinking: Any = None
+
+
+class ImageURL(msgspec.Struct, frozen=True):
+    url: str
+
+
+class ImagePart(msgspec.Struct, frozen=True, tag_field="type", tag="image_url"):
+    image_url: str | ImageURL
+
+
+class InputImagePart(ImagePart, frozen=True, tag_field="type", tag="input_image"):
+    """The same, as OpenAI's Responses API writes it."""
+
+
+class VideoURL(msgspec.Struct, frozen=True):
+    """A video and the sampling of its frames; a value left out is the server's."""
+
+    url: str
+    fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
+    min_frames: Frames | None = None
+    max_frames: Frames | None = None
+    target_frames: Frames | None = None
+    frames_sample: Literal["leading", "middle", "rand"] | None = None
+    subtitles: Any = None  # known, and refused by validate.py
+
+
+class VideoPart(msgspec.Struct, frozen=True, tag_field="type", tag="video_url"):
+    video_url: str | VideoURL
+
+
+class FileData(msgspec.Struct, frozen=True):
+    """An image or a video as a file input of LiteLLM or OpenAI: a data URL, or a link and its media type."""
+
+    file_data: str | None = None
+    file_id: str | None = None
+    format: str | None = None
+
+
+class FilePart(msgspec.Struct, frozen=True, tag_field="type", tag="file"):
+    file: FileData
+
+
+MediaPart = ImagePart | InputImagePart | VideoPart | FilePart
+WrittenPart = TextPart | InputTextPart | OutputTextPart | RefusalPart
+Part = MediaPart | WrittenPart | ThinkingPart
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: Any = None  # JSON text, or what the model wrote in its place, or the value itself
+
+
+class CustomCall(msgspec.Struct, frozen=True):
+    name: str | None = None
+    input: Any = None
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
+    id: str | None = None
+    type: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of the conversation. validate.py checks which fields its role may have."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | dict[str, Any] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None  # the older form of `tool_calls`
+    tool_call_id: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: str | None = None
+
+
+class Function(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    function: Function
+    type: Literal["function"] | None = None
+
+
+def text_of(value: Any, levels: int = 4) -> str:
+    """Return the text in a value that should be text, and with some clients is a part or a list of parts.
+
+    Nothing that is nested in more than `levels` lists and objects is looked at.
+    """
+    if isinstance(value, str):
+        return value
+    if not levels:
+        return ""
+    if isinstance(value, list):
+        return "".join(text_of(one, levels - 1) for one in value)
+    if isinstance(value, dict):
+        texts = (text_of(value.get(key), levels - 1) for key in ("text", "thinking", "content", "summary"))
+        return next(filter(None, texts), "")
+    return ""
+
+
+def reasoning_of(message: Message) -> str:
+    """Return the reasoning of an assistant's message, in whichever field or part the client keeps it."""
+    parts = message.content if isinstance(message.content, list) else ()
+    blocks = [part.thinking for part in parts if isinstance(part, ThinkingPart)]
+    return text_of(message.reasoning_content) or text_of(message.reasoning) or text_of(blocks)

@@ -1,0 +1,37 @@
+"""Beginning of an answer that the client has written: the last message of a request with `continue_final_message`."""
+
+import msgspec
+
+from services.gateway.request.conversation import MediaPart, ThinkingPart, reasoning_of
+from services.gateway.request.schemas import ChatRequest
+from shared.errors import invalid
+
+FIELD = "continue_final_message"
+
+
+class Prefill(msgspec.Struct, frozen=True):
+    """Text that stands behind the generation prompt, so that the model goes on with it."""
+
+    reasoning: str  # inside <think>, which it closes if there is content
+    content: str
+
+
+def read_prefill(request: ChatRequest) -> Prefill | None:
+    """Return the beginning of the answer; None if the request has none.
+
+    Raises:
+        RequestError: 400, the last message is not an assistant's text, or `add_generation_prompt` is true as well.
+    """
+    if not request.continue_final_message:
+        return None
+    if request.add_generation_prompt:
+        raise invalid(f"`{FIELD}` and `add_generation_prompt` cannot both be true.", FIELD)
+    last = request.messages[-1]
+    if last.role != "assistant" or last.tool_calls or last.function_call or isinstance(last.content, dict):
+        raise invalid(f"`{FIELD}` needs a last message of the assistant that is text alone.", FIELD)
+    if isinstance(last.content, list):
+        parts = [part for part in last.content if not isinstance(part, MediaPart | ThinkingPart)]
+        content = "".join(part.text for part in parts)
+    else:
+        content = last.content or ""
+    return Prefill(reasoning_of(last).strip("\n"), content)

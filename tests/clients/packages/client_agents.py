@@ -1,0 +1,66 @@
+"""openai-agents: a run with a tool, whole and streamed, and one with an output type."""
+
+import asyncio
+
+from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner, function_tool
+from asks import API_KEY, BASE_URL, FACT, FACT_QUESTION, MODEL, WEATHER_QUESTION, Report
+from openai import AsyncOpenAI
+
+QUIET = RunConfig(tracing_disabled=True)
+
+
+def agent(**options):
+    client = AsyncOpenAI(base_url=f"{BASE_URL}/v1", api_key=API_KEY, max_retries=0)
+    return Agent(name="a", model=OpenAIChatCompletionsModel(model=MODEL, openai_client=client), **options)
+
+
+def run(asked, question):
+    async def once():
+        return await Runner.run(asked, question, run_config=QUIET)
+
+    return asyncio.run(once())
+
+
+def weather_tool(asked):
+    @function_tool
+    def get_weather(city: str) -> str:
+        """Current weather"""
+        asked.append(city)
+        return f"It is sunny in {city}."
+
+    return get_weather
+
+
+def test_text():
+    assert run(agent(), FACT_QUESTION).final_output == FACT
+
+
+def test_text_streamed():
+    async def read():
+        result = Runner.run_streamed(agent(), FACT_QUESTION, run_config=QUIET)
+        return [event.data async for event in result.stream_events() if event.type == "raw_response_event"], result
+
+    events, result = asyncio.run(read())
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == FACT
+    assert result.final_output == FACT
+
+
+def test_an_output_type():
+    settings = ModelSettings(max_tokens=400)
+    assert isinstance(run(agent(output_type=Report, model_settings=settings), WEATHER_QUESTION).final_output, Report)
+
+
+def test_a_tool_by_choice():
+    asked = []
+    assert run(agent(tools=[weather_tool(asked)]), WEATHER_QUESTION).final_output
+    assert asked[:1] == ["Paris"]
+
+
+def test_a_tool_that_must_be_called():
+    asked = []
+    settings = ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=400)
+    run(
+        agent(tools=[weather_tool(asked)], model_settings=settings, tool_use_behavior="stop_on_first_tool"),
+        WEATHER_QUESTION,
+    )
+    assert asked == ["Paris"]
