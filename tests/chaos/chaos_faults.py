@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Container, Coroutine
 from typing import Any
 
+from chaos_bombs import bombs, drop
 from chaos_crash import STEP_TIMEOUT_S
 from chaos_system import LEASE_MS, LOOK_S, SERVICES, Replica, System
 from machine import PATIENCE_S
@@ -26,6 +27,7 @@ KINDS = {
     "kill redis": 2,
     "stop redis": 1,
     "pause redis": 1,
+    "bombs": 2,  # media that take long to decode, from two clients at once
     "evict": 2,  # embeddings, as Redis or the byte budget would
 }
 
@@ -83,6 +85,8 @@ class Faults:
                 return self._redis(f"in order for {down:.1f} s", orderly)
             case "pause redis":
                 return self._redis(f"paused for {(down := rng.uniform(0.2, 3)):.1f} s", self._system.pause_redis(down))
+            case "bombs":
+                return self._bombs()
             case _:
                 return f"evict {await self._evict()} embeddings"
 
@@ -138,6 +142,12 @@ class Faults:
 
         self._track(asyncio.create_task(restart()))
         return f"redis {how}"
+
+    def _bombs(self) -> str:
+        gateway = self._rng.choice(self._system.of("gateway"))
+        for part in self._rng.choices(bombs(), k=2):
+            self._track(asyncio.create_task(drop(gateway.url, part)))
+        return f"two bombs at {gateway}"
 
     async def _evict(self) -> int:
         if self._redis_busy:

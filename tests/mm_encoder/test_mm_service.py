@@ -9,11 +9,13 @@ import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from loopback import running_site
 from machine import PATIENCE_S
+from media_bombs import scans_jpeg
 from media_files import picture, video_bytes, video_frames
 from oracle import Model, save_with_transformers
 from prometheus_client import CollectorRegistry
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from cli.redis_server import RedisServer
 from services.mm_encoder.__main__ import build
+from services.mm_encoder.decoding.decoders import Decoders
 from services.mm_encoder.handler import SERVICE
 from services.mm_encoder.media.image import open_image, resized, rgb_pixels
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, patch_rows
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, patch_rows
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.resize import smart_resize
 from services.mm_encoder.service import MmEncoder
@@ -710,6 +713,21 @@ async def test_a_bug_costs_one_request(bench: Bench, monkeypatch: pytest.MonkeyP
     assert generate.request.id == "good"
     assert await bench.left() == bench.waits("good")
     assert bench.count("millrace_mm_requests_total", outcome="failed") == 1
+
+
+async def test_a_long_decode_does_not_outlast_the_drain(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another replica has it then: its entry stays."""
+    begun, patches = asyncio.Event(), Decoders.patches
+
+    async def seen(decoders: Decoders, *args: Any) -> Patches:
+        begun.set()
+        return await patches(decoders, *args)
+
+    monkeypatch.setattr(Decoders, "patches", seen)
+    async with bench.running(drain_s=0.1):
+        await bench.submit("long", [scans_jpeg(6000, 80)])
+        await begun.wait()
+    assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1
 
 
 async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> None:
