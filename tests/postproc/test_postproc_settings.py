@@ -55,7 +55,3 @@ async def test_put_together_from_a_model_directory(redis: Redis, redis_url: str,
     worker = build(settings, redis, CollectorRegistry())
     await worker.startup()
     assert worker.load().items() >= {"open": 0.0, "shards": 0.0}.items()
-    settings = PostprocSettings(redis_url=redis_url, model=str(tmp_path), name="p2", shards=2)
-    another = build(settings, redis, CollectorRegistry())
-    with pytest.raises(ConfigError, match="MILLRACE_SHARDS"):
-        await another.startup()
