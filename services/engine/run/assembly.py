@@ -56,4 +56,4 @@ def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:
     from services.engine.kernels.triton.ops import gpu_sampling_ops  # Triton exists for Linux only
 
     ops = gpu_sampling_ops()
-    return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax)
+    return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax, mask_logits=ops.mask_logits)
