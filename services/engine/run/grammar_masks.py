@@ -32,8 +32,11 @@ def forbid(mask: Masks, tokens: Sequence[int]) -> None:
     Args:
         mask: [bytes], changed.
     """
+    present = [token for token in tokens if mask[token // 8] >> token % 8 & 1]
+    if not present:
+        return
     cleared = mask.copy()
-    for token in tokens:
+    for token in present:
         cleared[token // 8] &= ~np.uint8(1 << token % 8)
     if cleared.any():
         mask[:] = cleared
