@@ -6,7 +6,8 @@
 Weights are random. The library is measured by itself first, over a tokenizer of the model's size. Then decode steps:
 without a grammar, with one for every row, and with one for an eighth of the rows, in turns, so that a machine that is
 busy for a while is busy for all three. A GPU needs 80 GB and takes some two minutes. Asserts nothing; the file is
-written after each part:
+written after each part. Packages:
+llguidance, msgspec, redis, hiredis, prometheus-client, tokenizers, sentencepiece, safetensors, torch, triton.
 
   library                       ms to compile a random schema, us of a mask and of a token, one thread
   steps.<rows>.step_ms          of batches without guided rows, of them alone, with an eighth of them: median of rounds
