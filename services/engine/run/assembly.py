@@ -17,8 +17,7 @@ from shared.errors import ConfigError
 from shared.model.config import ModelConfig
 
 MIN_BLOCK_SIZE = 16  # keys of a matrix instruction
-# The most for grammars' masks. More pay only where masks take long: of 64 quick ones took 1.2 ms with one thread, 1.5
-# with four and 2.4 with eight in a virtual machine, whose threads wake slowly.
+# The most for grammars' masks, where these take long. Eight took longer than four in a virtual machine.
 MASK_THREADS = 4
 
 
