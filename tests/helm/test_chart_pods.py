@@ -167,6 +167,36 @@ def test_only_the_autoscaler_has_rights_in_the_cluster(name: str) -> None:
     assert sorted(granted) == (expected if "autoscaler" in pods(case(name)) else [])
 
 
+# Verbs that change something, by what a Role of the chart may use them on. Each leaves every pod's spec as it is.
+MAY_CHANGE = {("apps", "deployments/scale"): {"update", "patch"}, ("", "pods/status"): {"patch"}}
+
+
+def excesses(role: Object) -> list[str]:
+    """Return what a Role allows and none of the chart may."""
+    found = []
+    for rule in role["rules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                changing = set(rule["verbs"]) - {"get", "list", "watch"} - MAY_CHANGE.get((group, resource), set())
+                found += [f"{verb} {resource}" for verb in sorted(changing)]
+                if resource == "deployments/scale" and not rule.get("resourceNames"):
+                    found.append("a Deployment that is not the chart's")
+    return found
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_no_role_can_change_what_a_pod_runs(name: str) -> None:
+    roles = [item for item in case(name) if item["kind"] in ("Role", "ClusterRole")]
+    assert [excesses(role) for role in roles] == [[] for _ in roles]
+
+
+def test_a_role_that_can_is_found() -> None:
+    pods_rule = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]}
+    any_scale = {"apiGroups": ["apps"], "resources": ["deployments/scale"], "verbs": ["*"]}
+    assert excesses({"rules": [pods_rule]}) == ["patch pods"]
+    assert excesses({"rules": [any_scale]}) == ["* deployments/scale", "a Deployment that is not the chart's"]
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_model_is_read_only_and_where_the_services_look(name: str) -> None:
     for service in SERVICES:
