@@ -7,6 +7,7 @@ deployments/scale.
 
 import json
 import os
+import signal
 import ssl
 import sys
 import urllib.request
@@ -31,6 +32,7 @@ def scale(server: str, deployment: str, replicas: int) -> None:
 
 def main(numbers: str) -> int:
     """Scale all of them, and return 1 if one could not be."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a container's first process would ignore it otherwise
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     server = os.environ.get("KUBERNETES_SERVER", f"https://{f'[{host}]' if ':' in host else host}:{port}")
     failed = False

@@ -184,6 +184,19 @@ def test_a_number_that_cannot_be_set_fails_the_upgrade(api: ApiServer, helm: Con
         upgrade(helm, values(replicas=1))
 
 
+def test_a_download_that_was_given_up_begins_again_with_the_next_upgrade(api: ApiServer, helm: Config) -> None:
+    api.run_job = lambda job: True
+    fetched = {**SMALL, "model": {"download": {"repository": "baidu/ernie"}}}
+    helm.install(CHART, "millrace", fetched, timeout=60)
+    (first,) = api.names("Job")
+    upgrade(helm, fetched)
+    assert api.names("Job") == [first]
+    job = api.objects[f"/apis/batch/v1/namespaces/models/jobs/{first}"]
+    job["status"] = {"conditions": [{"type": "FailureTarget", "status": "True"}, {"type": "Failed", "status": "True"}]}
+    upgrade(helm, fetched)
+    assert api.names("Job") == [f"{first}-3"]
+
+
 def test_without_a_cluster_the_values_are_rendered() -> None:
     made = parse(render(values(replicas=3)))
     assert find(made, "Deployment", ENGINE)["spec"]["replicas"] == 3

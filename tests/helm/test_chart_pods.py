@@ -216,7 +216,7 @@ def test_a_fetched_model_is_written_by_its_job_alone() -> None:
     for service in SERVICES:
         _, spec = pods(made)[service.replace("_", "-")]
         (wait,) = spec["initContainers"]
-        assert f"{path}/.complete" in wait["command"][-1]
+        assert f"path='{path}'" in wait["args"][-1]
         assert environment(made, service)["MILLRACE_MODEL"] == path
 
 
@@ -225,8 +225,18 @@ def test_another_model_is_another_job() -> None:
         values = {"model": {"download": {"repository": "baidu/ernie", **download}}}
         return str(find(objects(values), "Job")["metadata"]["name"])
 
-    assert job() == job()
-    assert job() != job(revision="v2")
+    plain = job()
+    assert plain != job(revision="v2")
+    base = {"model": {"download": {"repository": "baidu/ernie"}}}
+    placed = {**base, "pods": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}}
+    assert find(objects(placed), "Job")["metadata"]["name"] != plain, "a Job's pod cannot be changed"
+
+
+def test_a_download_is_never_given_up() -> None:
+    """A Job that is takes its pod away, and the logs with it."""
+    job = find(case("fetched model, keda, monitoring, tls"), "Job")["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "OnFailure"
+    assert job["backoffLimit"] >= 1_000_000
 
 
 def test_placement_reaches_every_pod_and_a_services_own_counts() -> None:
