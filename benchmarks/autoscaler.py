@@ -45,8 +45,9 @@ PICTURE = 72  # columns of --show
 
 
 class Policy(Protocol):
-    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
-        """Return the number of replicas for a stream of `work` entries, `leaving` of them held by draining engines."""
+    def replicas(self, work: int, leaving: int, current: int, now: float, added: int) -> int:
+        """Return the number of replicas for a stream of `work` entries, `leaving` of them held by draining engines.
+        The stream has had `added` in all."""
         ...
 
 
@@ -54,7 +55,7 @@ class Always:
     def __init__(self, number: int) -> None:
         self._number = number
 
-    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
+    def replicas(self, work: int, leaving: int, current: int, now: float, added: int) -> int:
         return self._number
 
 
@@ -63,8 +64,8 @@ class Ours:
         self._rules = Rules(deployment="engine", target=RUNS, least=0, most=MOST, cooldown_s=cooldown_s)
         self._memory = Memory(-math.inf)
 
-    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
-        self._memory, decision = decide(self._rules, Seen(work - leaving, current), self._memory, now)
+    def replicas(self, work: int, leaving: int, current: int, now: float, added: int) -> int:
+        self._memory, decision = decide(self._rules, Seen(work - leaving, current, added=added), self._memory, now)
         return decision.replicas if decision.step in ("out", "in") else current
 
 
@@ -77,7 +78,7 @@ class Hpa:
         self._worked = -math.inf
         self._fewer = -math.inf
 
-    def replicas(self, work: int, leaving: int, current: int, now: float) -> int:
+    def replicas(self, work: int, leaving: int, current: int, now: float, added: int) -> int:
         self._worked = now if work else self._worked
         if current == 0:
             return 1 if work else 0
@@ -172,7 +173,7 @@ def simulate(load: Sequence[Arrival], policy: Policy, slower: float) -> Outcome:
     queue: deque[Arrival] = deque()
     engines: list[Engine] = []
     coming = deque(load)
-    asked = policy.replicas(0, 0, 0, 0.0)
+    asked = policy.replicas(0, 0, 0, 0.0, 0)
     if asked:
         engines = [Engine(0.0) for _ in range(asked)]
         outcome.replicas = [(0.0, asked)]
@@ -190,7 +191,7 @@ def simulate(load: Sequence[Arrival], policy: Policy, slower: float) -> Outcome:
             next_observation += OBSERVE_S
             leaving = sum(len(engine.held) for engine in engines if engine.leaving)
             work = len(queue) + sum(len(engine.held) for engine in engines)
-            number = policy.replicas(work, leaving, asked, now)
+            number = policy.replicas(work, leaving, asked, now, len(load) - len(coming))
             if number != asked:
                 _change(engines, number - asked, now)
                 outcome.replicas.append((now, number))

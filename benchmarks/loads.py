@@ -73,6 +73,11 @@ def sparse(rng: random.Random) -> list[Arrival]:
     return _requests(times, rng)
 
 
+def short(rng: random.Random) -> list[Arrival]:
+    """Return an hour of small requests, one every two seconds, each done long before the next."""
+    return [Arrival(2.0 * number + rng.uniform(0, 1), 200, 8) for number in range(1800)]
+
+
 def read(path: Path) -> list[Arrival]:
     """Read a recorded load."""
     with path.open(newline="") as file:
@@ -87,7 +92,12 @@ def read(path: Path) -> list[Arrival]:
     return [Arrival(at - rows[0][0], prompt, output) for at, prompt, output in rows]
 
 
-SYNTHETIC: dict[str, Callable[[random.Random], list[Arrival]]] = {"day": day, "bursts": bursts, "sparse": sparse}
+SYNTHETIC: dict[str, Callable[[random.Random], list[Arrival]]] = {
+    "day": day,
+    "bursts": bursts,
+    "sparse": sparse,
+    "short": short,
+}
 
 
 # -------------------------------------------------------------------------------------------------------- recording

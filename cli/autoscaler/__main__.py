@@ -49,6 +49,14 @@ async def serve(settings: AutoscalerSettings, dry_run: bool) -> None:
     cluster = await connect(settings.kube_namespace)
     leadership = Leadership(redis, keys, settings.name, settings.leader_ms)
     scaler = Scaler(redis, keys, cluster, leadership, settings.stages, AutoscalerMetrics(), dry_run)
+    log.logger(__name__).info(
+        "started",
+        extra={
+            "stages": ", ".join(f"{name} {each.least} to {each.most}" for name, each in settings.stages.items()),
+            "interval_s": settings.interval_s,
+            "dry_run": dry_run,
+        },
+    )
     try:
         work = asyncio.create_task(scaler.run(settings.interval_s))
         stop = asyncio.create_task(stopping.wait())

@@ -1,6 +1,7 @@
 """Client of Kubernetes for scaling: the scale of a Deployment, and the deletion cost of each of its pods.
 
-Needs `get` and `update` on deployments/scale, and `list` and `patch` on pods.
+Needs `get` and `update` on deployments/scale, `list` on pods, and `patch` on pods/status. An annotation may be written
+through the status, too, and who has that right cannot change what a pod runs, as who may patch the pod can.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -80,7 +81,7 @@ class Cluster:
             cost = str(held.get(name, 0))
             if (pod.metadata.annotations or {}).get(COST, "0") != cost:
                 body = {"metadata": {"annotations": {COST: cost}}}
-                await self._ask(self._core.patch_namespaced_pod, name=name, body=body, _content_type=_MERGE)
+                await self._ask(self._core.patch_namespaced_pod_status, name=name, body=body, _content_type=_MERGE)
 
     async def close(self) -> None:
         await self._api.close()  # type: ignore[no-untyped-call]

@@ -9,14 +9,16 @@ FEEDS = {"engine": "mm_encoder"}  # whose work becomes whose
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """Load of a stage: `work` and `coming` as the policy has them; `held`: requests of each replica, by its name."""
+    """Load of a stage: `work`, `coming` and `added` as the policy has them; `held`: requests of each replica, by its
+    name."""
 
     work: int
     coming: int
     held: dict[str, int]
+    added: int = 0
 
     def seen(self, replicas: int) -> Seen:
-        return Seen(self.work, replicas, self.coming)
+        return Seen(self.work, replicas, self.coming, self.added)
 
 
 def observe(view: PipelineView, service: str) -> Stage:
@@ -27,7 +29,8 @@ def observe(view: PipelineView, service: str) -> Stage:
     leaving = sum(held.get(replica.name, 0) for replica in stage.within("draining"))
     work = stage.queue.length if stage.queue else sum(held.values())
     feeder = view.stage(FEEDS[service]).queue if service in FEEDS else None
-    return Stage(max(0, work - leaving), feeder.length if feeder else 0, held)
+    added = stage.queue.added if stage.queue else 0
+    return Stage(max(0, work - leaving), feeder.length if feeder else 0, held, added)
 
 
 def _held(stage: StageView) -> dict[str, int]:

@@ -59,6 +59,7 @@ class Scaler:
         self._dry_run = dry_run
         self._clock = clock
         self._memories: dict[str, Memory] = {}
+        self._led = False
 
     async def run(self, interval_s: float) -> None:
         """Observe and act every `interval_s`, until cancelled."""
@@ -73,7 +74,7 @@ class Scaler:
         """
         try:
             leads = await self._leadership.hold()
-            self._metrics.leads.set(leads)
+            self._say_who_leads(leads)
             if not leads:
                 self._memories.clear()
                 return
@@ -109,6 +110,12 @@ class Scaler:
         else:
             await self._cluster.set_replicas(rules.deployment, scale, decision.replicas)
             self._metrics.changes.labels(service, decision.step).inc()
+
+    def _say_who_leads(self, leads: bool) -> None:
+        self._metrics.leads.set(leads)
+        if leads != self._led:
+            _log.info("leading: this replica acts" if leads else "not leading: another replica acts")
+        self._led = leads
 
     def _show(self, service: str, stage: Stage, scale: Scale, decision: Decision) -> None:
         self._metrics.work.labels(service).set(stage.work)

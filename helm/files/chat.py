@@ -5,6 +5,7 @@ Arguments: URL of the gateway, name of the model. Environment: MILLRACE_API_KEYS
 
 import json
 import os
+import signal
 import sys
 import urllib.request
 
@@ -46,6 +47,7 @@ def streamed(url: str, model: str, keys: list[str]) -> tuple[str, bool]:
 
 
 def main(url: str, model: str) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a container's first process would ignore it otherwise
     keys = json.loads(os.environ.get("MILLRACE_API_KEYS", "[]"))
     for ask_one_way in (answer, streamed):
         said, complete = ask_one_way(url, model, keys)

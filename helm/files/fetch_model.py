@@ -1,15 +1,18 @@
 """Download of a checkpoint from a hub into a directory, marked complete when every file has the right size and hash.
 
 Arguments: endpoint, repository, revision, directory. Environment: HUB_TOKEN, if the hub needs one. It needs only the
-standard library. After a failure the next run resumes the files; several may run on one directory.
+standard library. After a failure the next run resumes the files; of several on one directory one works, and the others
+wait. How far it is, or why it failed, stands in the file STATE, where whoever waits for the model reads it.
 """
 
+import fcntl
 import fnmatch
 import hashlib
 import http.client
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 import urllib.error
@@ -20,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 # Files that the services read. Code and pickles of a checkpoint are never fetched.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.ttf")
 COMPLETE = ".complete"
+STATE = ".state"
+LOCK = ".lock"
 PARALLEL = 4
 TRIES = 8
 TIMEOUT_S = 60
@@ -86,7 +91,7 @@ def fetch(base: str, file: dict, directory: pathlib.Path) -> None:
     if target.exists() and target.stat().st_size == file["size"]:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.uname().nodename}.part")
+    part = target.with_name(f".{target.name}.part")
     for attempt in range(TRIES):
         try:
             if not part.exists() or part.stat().st_size != file["size"]:
@@ -105,21 +110,50 @@ def fetch(base: str, file: dict, directory: pathlib.Path) -> None:
     print(f"{name}: {file['size']} bytes", flush=True)
 
 
+def say(target: pathlib.Path, state: str) -> None:
+    """Write the state, as one line, in one step: somebody may be reading it."""
+    new = target / f"{STATE}.new"
+    new.write_text(" ".join(state.split()) + "\n")
+    new.rename(target / STATE)
+
+
+def fetch_all(endpoint: str, repository: str, revision: str, target: pathlib.Path) -> None:
+    """Fetch every wanted file, and say after each how far it is.
+
+    Raises:
+        Broken, OSError, ValueError, KeyError: the list or a file could not be had.
+    """
+    say(target, f"asking {endpoint} for the files of {repository}")
+    files = listing(endpoint, repository, revision)
+    base = f"{endpoint}/{repository}/resolve/{urllib.parse.quote(revision, safe='')}"
+    total, done = sum(file["size"] for file in files), 0
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for size in pool.map(lambda file: fetch(base, file, target) or file["size"], files):
+            done += size
+            say(target, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB are there")
+
+
+def stop(number: int, frame: object) -> None:
+    """End at once, though threads read: as a container's first process it would ignore SIGTERM otherwise."""
+    os._exit(128 + number)
+
+
 def main(endpoint: str, repository: str, revision: str, directory: str) -> int:
-    endpoint, target = endpoint.rstrip("/"), pathlib.Path(directory)
-    if (target / COMPLETE).exists():
-        print(f"{target} is complete already")
-        return 0
-    try:
-        files = listing(endpoint, repository, revision)
-        target.mkdir(parents=True, exist_ok=True)
-        base = f"{endpoint}/{repository}/resolve/{urllib.parse.quote(revision, safe='')}"
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(lambda file: fetch(base, file, target), files))
-    except (Broken, OSError, ValueError, KeyError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    (target / COMPLETE).write_text(f"{repository} {revision}\n")
+    signal.signal(signal.SIGTERM, stop)
+    target = pathlib.Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (target / COMPLETE).exists():
+            print(f"{target} is complete already")
+            return 0
+        try:
+            fetch_all(endpoint.rstrip("/"), repository, revision, target)
+        except (Broken, OSError, ValueError, KeyError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            say(target, f"failed, and is tried again within 5 minutes: {type(error).__name__}: {error}")
+            return 1
+        (target / COMPLETE).write_text(f"{repository} {revision}\n")
     return 0
 
 

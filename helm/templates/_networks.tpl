@@ -45,3 +45,17 @@
 {{- $url := urlParse . -}}
 {{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "https" | ternary "443" "80") -}}
 {{- end -}}
+
+{{/* Where the API server is; by default anywhere, on the ports that API servers have. */}}
+{{- define "millrace.apiServer" -}}
+{{- with .Values.networkPolicy.apiServer -}}
+- to:
+    {{- toYaml . | nindent 4 }}
+{{- else -}}
+- ports:
+    {{- range list 443 6443 8443 16443 }}
+    - port: {{ . }}
+      protocol: TCP
+    {{- end }}
+{{- end -}}
+{{- end -}}

@@ -13,7 +13,7 @@ checksum/api-keys: {{ toJson .root.Values.apiKeys | sha256sum | trunc 16 }}
 {{/* Where it runs, and as whom. */}}
 {{- define "millrace.podSpec" -}}
 serviceAccountName: {{ include "millrace.name" . }}
-automountServiceAccountToken: {{ eq .component "autoscaler" }}  # nobody else asks Kubernetes anything
+automountServiceAccountToken: {{ has .component (list "autoscaler" "replicas") }}  # nobody else asks Kubernetes anything
 enableServiceLinks: false  # they would be MILLRACE_ variables, which a service that knows no such setting refuses
 securityContext:
   {{- include "millrace.podSecurity" . | nindent 2 }}

@@ -43,7 +43,8 @@ class ConsumerView(msgspec.Struct, frozen=True):
 
 
 class QueueView(msgspec.Struct, frozen=True):
-    """Work stream. `length` counts all entries; those that are not pending have never been delivered."""
+    """Work stream. `length` counts all entries; those that are not pending have never been delivered. `added` counts
+    those that there ever were, since the stream was made."""
 
     stream: str
     length: int
@@ -52,6 +53,7 @@ class QueueView(msgspec.Struct, frozen=True):
     waiting_s: float | None  # age of the oldest entry that was never delivered
     consumers: tuple[ConsumerView, ...]
     quarantined: int
+    added: int = 0
 
     @property
     def waiting(self) -> int:
@@ -251,7 +253,7 @@ def _replica(name: str, lease: bytes | None, expires_ms: int, now: float) -> Rep
 
 
 def _queue(stream: str, answers: dict[str, Any], now: float) -> QueueView:
-    length, oldest, pending, untaken = answers[f"queue {stream}"]
+    length, oldest, pending, untaken, added = answers[f"queue {stream}"]
     consumers = [
         ConsumerView(str(each["name"], "utf-8"), each["pending"], each["idle"] / 1000)
         for each in answers[f"consumers {stream}"]
@@ -264,6 +266,7 @@ def _queue(stream: str, answers: dict[str, Any], now: float) -> QueueView:
         waiting_s=_age(untaken, now),
         consumers=tuple(sorted(consumers, key=lambda consumer: consumer.name)),
         quarantined=answers[f"quarantine {stream}"],
+        added=added,
     )
 
 

@@ -53,7 +53,7 @@ class KubernetesApi:
                     "metadata": {},
                     "items": list(map(self._pod, chosen)),
                 }
-            case "PATCH", ["api", "v1", "namespaces", "models", "pods", name]:
+            case "PATCH", ["api", "v1", "namespaces", "models", "pods", name, "status"]:
                 assert kind == "application/merge-patch+json"
                 self.pods[name][1].update(body["metadata"]["annotations"])
                 self.requests.append((f"pod {name}", body["metadata"]["annotations"][COST]))

@@ -146,6 +146,36 @@ async def test_the_last_one_goes_when_nothing_is_left(
     assert api.requests == [("scale engine", "0")]
 
 
+async def test_a_stage_in_steady_use_stays_though_it_is_idle_at_every_look(
+    api: KubernetesApi, redis: Redis, keys: Keys, deployment: Deployment
+) -> None:
+    """Each entry is taken, worked off and deleted before the next look: the length of the stream is always 0."""
+    api.replicas["engine"] = 2
+    stream = WorkStream(redis, keys, GENERATE, "engine", "engine-0", 3)
+    await stream.join()
+    for _ in range(60):
+        await deployment.add(GENERATE, 1)
+        taken = await stream.read_new(1, 0)
+        await stream.ack([each.entry_id for each in taken])
+        assert await redis.xlen(keys.stream(GENERATE)) == 0
+        await deployment.turns()
+    assert api.requests == [("scale engine", "1")]
+    await deployment.turns(14)
+    assert api.requests[-1] == ("scale engine", "0")
+
+
+async def test_who_leads_is_said_once(
+    redis: Redis, keys: Keys, cluster: Cluster, deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cli.autoscaler.scaler")
+    await deployment.turns(3)
+    await redis.delete(keys.leader("autoscaler"))
+    await Deployment(redis, keys, cluster, "b").leadership.hold()
+    await deployment.turns(3)
+    said = [record.message for record in caplog.records]
+    assert said == ["leading: this replica acts", "not leading: another replica acts"]
+
+
 async def test_what_leaving_replicas_hold_brings_no_others(api: KubernetesApi, deployment: Deployment) -> None:
     await deployment.add(GENERATE, TARGET + 2)
     await deployment.engine("engine-1", 2, "draining")
@@ -375,6 +405,8 @@ async def test_the_process_scales_and_ends_in_order(
         process.send_signal(signal.SIGTERM)
         _, said = await asyncio.wait_for(process.communicate(), PATIENCE_S)
         assert process.returncode == 0, said
+        assert b'msg=started stages="engine 0 to 3" interval_s=5.0 dry_run=False' in said
+        assert b'msg="leading: this replica acts"' in said
         assert b"msg=out stage=engine from=0 to=1" in said
         assert await redis.get(keys.leader("autoscaler")) is None
         assert api.requests == [("scale engine", "1")]

@@ -22,9 +22,12 @@ class Stage:
         self.replicas = replicas
         self.now = 1000.0
         self.memory = Memory(self.now)
+        self.added = 1000
 
-    def look(self, work: int, coming: int = 0) -> Decision:
-        self.memory, decision = decide(self.rules, Seen(work, self.replicas, coming), self.memory, self.now)
+    def look(self, work: int, coming: int = 0, arrived: int = 0) -> Decision:
+        self.added += arrived
+        seen = Seen(work, self.replicas, coming, self.added)
+        self.memory, decision = decide(self.rules, seen, self.memory, self.now)
         if decision.step in ("out", "in"):
             self.replicas = decision.replicas
         self.now += TICK
@@ -68,6 +71,27 @@ def test_fewer_come_after_the_cool_down_and_are_named_before() -> None:
     assert stage.replicas == 4
     assert stage.look(30).step == "in"
     assert stage.replicas == 1
+
+
+def test_a_stage_whose_work_is_done_between_two_looks_does_not_sleep() -> None:
+    stage = Stage(replicas=2)
+    stage.look(0)
+    for _ in range(100):
+        stage.look(0, arrived=3)
+    assert stage.replicas == 1, "two are more than work that is never seen can need"
+    decision = stage.look(0, arrived=3)
+    assert decision.why == "0 in work or waiting, 3 more since the last look, enough for 1"
+    stage.look_for(70, 0)
+    assert stage.replicas == 0, "once nothing comes any more it sleeps"
+
+
+def test_what_a_stream_had_before_the_first_look_or_before_it_was_made_anew_is_no_work() -> None:
+    stage = Stage()
+    assert stage.look(0).step == "stay"
+    stage.added = 0
+    assert stage.look(0).step == "stay"
+    stage.added = 2
+    assert stage.look(0).step == "out"
 
 
 def test_a_moment_of_work_within_the_cool_down_keeps_them() -> None:

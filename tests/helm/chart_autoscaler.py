@@ -36,8 +36,8 @@ class WatchedApi(KubernetesApi):
                 self.asked.add((group, f"{resource}/{subresource}", VERBS[method], name))
             case ["api", _, "namespaces", _, resource]:
                 self.asked.add(("", resource, "list", None))
-            case ["api", _, "namespaces", _, resource, _]:
-                self.asked.add(("", resource, VERBS[method], None))
+            case ["api", _, "namespaces", _, resource, _, subresource]:
+                self.asked.add(("", f"{resource}/{subresource}", VERBS[method], None))
             case _:
                 raise AssertionError(path)
         return super().answer(method, path, query, kind, body)

@@ -167,6 +167,36 @@ def test_only_the_autoscaler_has_rights_in_the_cluster(name: str) -> None:
     assert sorted(granted) == (expected if "autoscaler" in pods(case(name)) else [])
 
 
+# Verbs that change something, by what a Role of the chart may use them on. Each leaves every pod's spec as it is.
+MAY_CHANGE = {("apps", "deployments/scale"): {"update", "patch"}, ("", "pods/status"): {"patch"}}
+
+
+def excesses(role: Object) -> list[str]:
+    """Return what a Role allows and none of the chart may."""
+    found = []
+    for rule in role["rules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                changing = set(rule["verbs"]) - {"get", "list", "watch"} - MAY_CHANGE.get((group, resource), set())
+                found += [f"{verb} {resource}" for verb in sorted(changing)]
+                if resource == "deployments/scale" and not rule.get("resourceNames"):
+                    found.append("a Deployment that is not the chart's")
+    return found
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_no_role_can_change_what_a_pod_runs(name: str) -> None:
+    roles = [item for item in case(name) if item["kind"] in ("Role", "ClusterRole")]
+    assert [excesses(role) for role in roles] == [[] for _ in roles]
+
+
+def test_a_role_that_can_is_found() -> None:
+    pods_rule = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]}
+    any_scale = {"apiGroups": ["apps"], "resources": ["deployments/scale"], "verbs": ["*"]}
+    assert excesses({"rules": [pods_rule]}) == ["patch pods"]
+    assert excesses({"rules": [any_scale]}) == ["* deployments/scale", "a Deployment that is not the chart's"]
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_model_is_read_only_and_where_the_services_look(name: str) -> None:
     for service in SERVICES:
@@ -186,7 +216,7 @@ def test_a_fetched_model_is_written_by_its_job_alone() -> None:
     for service in SERVICES:
         _, spec = pods(made)[service.replace("_", "-")]
         (wait,) = spec["initContainers"]
-        assert f"{path}/.complete" in wait["command"][-1]
+        assert f"path='{path}'" in wait["args"][-1]
         assert environment(made, service)["MILLRACE_MODEL"] == path
 
 
@@ -195,8 +225,18 @@ def test_another_model_is_another_job() -> None:
         values = {"model": {"download": {"repository": "baidu/ernie", **download}}}
         return str(find(objects(values), "Job")["metadata"]["name"])
 
-    assert job() == job()
-    assert job() != job(revision="v2")
+    plain = job()
+    assert plain != job(revision="v2")
+    base = {"model": {"download": {"repository": "baidu/ernie"}}}
+    placed = {**base, "pods": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}}
+    assert find(objects(placed), "Job")["metadata"]["name"] != plain, "a Job's pod cannot be changed"
+
+
+def test_a_download_is_never_given_up() -> None:
+    """A Job that is takes its pod away, and the logs with it."""
+    job = find(case("fetched model, keda, monitoring, tls"), "Job")["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "OnFailure"
+    assert job["backoffLimit"] >= 1_000_000
 
 
 def test_placement_reaches_every_pod_and_a_services_own_counts() -> None:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helm_chart import CHART
+from helm_chart import CHART, objects, pods
 from machine import PATIENCE_S
 
 FETCH = CHART / "files" / "fetch_model.py"
@@ -36,6 +37,10 @@ class Hub(ThreadingHTTPServer):
         self.ranges = True
         self.names: list[str] = []  # of files, in a list that is not theirs
         self.seen: list[tuple[str, str | None, str | None]] = []  # path, Range, Authorization
+        self.down = False
+        self.asked = threading.Event()
+        self.halted = threading.Event()  # cleared: large files are not sent until it is set
+        self.halted.set()
 
     @property
     def url(self) -> str:
@@ -51,7 +56,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.server, self.path
         hub.seen.append((path, self.headers["Range"], self.headers["Authorization"]))
-        if path == "/api/models/baidu/ernie/revision/main?blobs=true":
+        if hub.down:
+            self.send_error(503)
+        elif path == "/api/models/baidu/ernie/revision/main?blobs=true":
             self._send(json.dumps({"siblings": self._siblings()}).encode())
         elif path.startswith("/baidu/ernie/resolve/main/"):
             self.send_response(302)
@@ -59,6 +66,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
         elif (name := path.removeprefix("/cdn/")) in hub.files:
+            if name == LARGE:
+                hub.asked.set()
+                hub.halted.wait(PATIENCE_S)
             self._file(hub.files[name])
         else:
             self.send_error(404)
@@ -115,7 +125,7 @@ def test_what_the_services_read_is_fetched_and_nothing_that_could_run(hub: Hub, 
     done = fetch(hub, tmp_path / "model")
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert names == {"config.json", LARGE, "tokenizer.model", ".complete"}
+    assert names == {"config.json", LARGE, "tokenizer.model", ".complete", ".state", ".lock"}
     assert (tmp_path / "model" / LARGE).read_bytes() == FILES[LARGE]
     hub.seen.clear()
     assert fetch(hub, tmp_path / "model").returncode == 0
@@ -149,13 +159,64 @@ def test_a_file_outside_the_directory_is_refused(hub: Hub, tmp_path: Path) -> No
     hub.names = ["../../etc/evil.json"]
     done = fetch(hub, tmp_path / "model")
     assert (done.returncode, "not a path inside" in done.stderr) == (1, True)
-    assert not (tmp_path / "model").exists()
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {".lock", ".state"}
+    assert not (tmp_path.parent / "etc").exists()
 
 
 def test_what_the_hub_does_not_have_is_an_error_at_once(hub: Hub, tmp_path: Path) -> None:
     done = run(FETCH, hub.url, "baidu/other", "main", str(tmp_path))
     assert (done.returncode, "404" in done.stderr) == (1, True)
     assert len(hub.seen) == 1
+
+
+def waiting(directory: Path) -> "subprocess.Popen[str]":
+    """Start what waits for the model in a service's pod, with the directory in place of the volume's."""
+    made = objects({"model": {"download": {"repository": "baidu/ernie"}}})
+    (container,) = pods(made)["engine"][1]["initContainers"]
+    (script,) = container["args"]
+    assert "/model/ernie/main" in script
+    command = [*container["command"], script.replace("/model/ernie/main", str(directory))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_whoever_waits_for_the_model_says_for_what_and_why(hub: Hub, tmp_path: Path) -> None:
+    """While the download fails, and until it has succeeded after all."""
+    with waiting(tmp_path) as waits:
+        assert waits.stdout is not None
+        assert "component=model fetches: it has not begun" in waits.stdout.readline()
+        hub.down = True
+        assert fetch(hub, tmp_path).returncode == 1
+        assert "failed, and is tried again within 5 minutes: HTTPError: HTTP Error 503" in waits.stdout.readline()
+        hub.down = False
+        assert fetch(hub, tmp_path).returncode == 0
+        assert waits.wait(PATIENCE_S) == 0
+
+
+def test_whoever_waits_for_the_model_ends_when_told_to(tmp_path: Path) -> None:
+    """By a trap: the first process of a container ignores every signal that it does not handle."""
+    with waiting(tmp_path) as waits:
+        assert waits.stdout is not None
+        waits.stdout.readline()
+        waits.terminate()
+        assert waits.wait(PATIENCE_S) == 143
+
+
+def test_a_download_ends_when_told_to_and_the_next_goes_on(hub: Hub, tmp_path: Path) -> None:
+    hub.halted.clear()
+    command = [sys.executable, "-I", str(FETCH), hub.url, "baidu/ernie", "main", str(tmp_path)]
+    with subprocess.Popen(command, env={"HUB_PATIENCE": "0"}) as process:
+        assert hub.asked.wait(PATIENCE_S)
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 143
+    hub.halted.set()
+    assert fetch(hub, tmp_path).returncode == 0
+
+
+def test_of_two_downloads_into_one_directory_one_works(hub: Hub, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as both:
+        done = list(both.map(lambda _: fetch(hub, tmp_path).returncode, range(2)))
+    assert done == [0, 0]
+    assert [path for path, _, _ in hub.seen].count(f"/cdn/{LARGE}") == 1
 
 
 class Gateway(BaseHTTPRequestHandler):
