@@ -21,6 +21,7 @@ from shared.model.config import ModelConfig, VisionConfig
 EOS = 2
 THINK_CLOSE = 3
 TOOL_CALL = 4
+TOOL_CALL_END = 5
 PATCH = 200  # placeholder; ids from here on are the vision experts'
 VOCAB = 256
 
@@ -129,7 +130,12 @@ def last(sequences: Ordered[Sequence]) -> list[Chunk]:
 class ByteTokenizer:
     """The vocabulary as a grammar reads it: an id is that byte, but for those that end and close, and placeholders."""
 
-    control: ClassVar[dict[str, int]] = {"</s>": EOS, "</think>": THINK_CLOSE}
+    control: ClassVar[dict[str, int]] = {
+        "</s>": EOS,
+        "</think>": THINK_CLOSE,
+        "<tool_call>": TOOL_CALL,
+        "</tool_call>": TOOL_CALL_END,
+    }
 
     def token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self.control.values() or token_id >= PATCH else bytes([token_id])

@@ -1,7 +1,7 @@
 """The engine's loop alone, in the test's own thread: a script of commands by turn, and the output it gives."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine_cases import SumRunner
@@ -66,7 +66,7 @@ class Bench:
         runner: Runner | None = None,
         blocks: int = 64,
         caching: bool = True,
-        resumed: int = 0,
+        resumed: int | Mapping[str, int] = 0,
         **bounds: Any,
     ) -> None:
         usual = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, "block_size": BLOCK}
@@ -74,7 +74,7 @@ class Bench:
         self.pool = BlockPool(blocks, caching)
         self.runner = Watched(runner or SumRunner(blocks, BLOCK, overlaps))
         self.registry = CollectorRegistry()
-        self._resumed = resumed  # tokens that its one request had before
+        self._resumed = resumed  # tokens that its one request had before, or each by its id
         self.runs: dict[str, list[TokenRun]] = defaultdict(list)
         self.step_outputs: list[dict[str, int]] = []  # tokens of each that has some
         metrics = EngineMetrics(self.registry)
@@ -97,7 +97,8 @@ class Bench:
     def _follow(self, run: TokenRun) -> None:
         before = self.runs[run.request_id + " again" * (run.epoch - 1)]
         assert not before or before[-1].finish is None, "said after its end"
-        assert run.index == self._resumed + sum(len(r.tokens) for r in before)
+        resumed = self._resumed if isinstance(self._resumed, int) else self._resumed[run.request_id]
+        assert run.index == resumed + sum(len(r.tokens) for r in before)
         before.append(run)
 
     def answer(self, request_id: str) -> list[int]:

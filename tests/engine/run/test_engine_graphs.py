@@ -10,73 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from engine_cases import CONFIG, FACTS, THINK_CLOSE, sequence
-from engine_loop import BLOCK, Bench, Script, prompt
-from torch import Tensor
+from engine_cases import THINK_CLOSE, sequence
+from engine_loop import Bench, Script, prompt
+from small_model import ON_GPU, PAGE, SEQS, SMALL, SMALL_FACTS, StepByStep, runner, small_model
 
-from services.engine.kernels.ops import Ops
-from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.loop.mailbox import Add
 from services.engine.model.ernie import ErnieModel
-from services.engine.model.inputs import KVCache
-from services.engine.model.weights import load_weights
-from services.engine.run.assembly import sampling_ops
-from services.engine.run.decode_rows import DecodeRows
-from services.engine.run.grammar_masks import GrammarMasks
-from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.runner import Launched, ModelRunner
-from services.engine.run.sampler import Sampler
-from services.engine.run.step import StepBuilder
 from services.engine.schedule.scheduler import Plan
 from shared.grammar.forms import json_schema, write
 from shared.messages import Finish, Grammar
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-BLOCKS, SEQS = 64, 5
-PAGE = 16 if ON_GPU else BLOCK  # a matrix instruction wants so many keys
-SMALL = msgspec.structs.replace(
-    CONFIG,
-    hidden_size=64,
-    intermediate_size=64,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    text_expert_size=32,
-    vision_expert_size=32,
-    shared_expert_size=32,
-    time_freqs=2,
-)
-
-
-class Drawn:
-    """Stands in for a checkpoint: every tensor that is asked for exists."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(4)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        values = torch.randn(shape, generator=self._generator)
-        return (1 + 0.1 * values if "norm" in name else 0.3 * values).to(DEVICE)
-
-    def has(self, name: str) -> bool:
-        return not name.startswith("lm_head")
-
-    def check_all_used(self, prefixes: tuple[str, ...]) -> None:
-        pass
-
-
-class Computed(DecodeGraphs):
-    """Graphs on a device that cannot capture."""
-
-    def _capture(self, size: int) -> Callable[[], Tensor]:
-        return lambda: self._forward(size)
-
-
-class StepByStep(ModelRunner):
-    """Knows every token before it is told what is next."""
-
-    overlaps = False
 
 
 class Quiet(ModelRunner):
@@ -101,25 +44,13 @@ class Quiet(ModelRunner):
 
 @pytest.fixture(scope="module")
 def model() -> ErnieModel:
-    weights = load_weights(Drawn(), SMALL, torch.float32, DEVICE, None)  # type: ignore[arg-type]
-    return ErnieModel(SMALL, weights, gpu_ops() if ON_GPU else Ops())
-
-
-def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) -> ModelRunner:
-    shape = SMALL.num_layers, BLOCKS + 1, PAGE, SMALL.num_kv_heads, SMALL.head_dim
-    cache = KVCache.allocate(*shape, model.dtype, str(DEVICE))
-    rows = DecodeRows(model, SEQS, 16, PAGE, BLOCKS, SMALL.image_patch_id)
-    graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
-    sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
-    builder = StepBuilder(model, PAGE, SMALL.image_patch_id)
-    return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs)
+    return small_model()
 
 
 def script(**options: Any) -> Script:
     """Answers of several lengths; the last two begin when the others are under way."""
-    facts = msgspec.structs.replace(FACTS, model=SMALL)
     made = [
-        sequence(prompt(i, 3 + 2 * i), request_id=str(i), max_tokens=12 + 3 * i, facts=facts, seed=i, **options)
+        sequence(prompt(i, 3 + 2 * i), request_id=str(i), max_tokens=12 + 3 * i, facts=SMALL_FACTS, seed=i, **options)
         for i in range(6)
     ]
     return {0: [Add(one) for one in made[:4]], 7: [Add(one) for one in made[4:]]}
@@ -150,8 +81,7 @@ def test_sampling_knows_the_tokens_in_flight(model: ErnieModel, options: dict[st
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_answer_with_a_grammar_goes_on_after_any_token(model: ErnieModel, seed: int) -> None:
-    facts = msgspec.structs.replace(FACTS, model=SMALL)
-    options: dict[str, Any] = {"facts": facts, "max_tokens": 28, "seed": seed, **LOOKS_BACK[0]}
+    options: dict[str, Any] = {"facts": SMALL_FACTS, "max_tokens": 28, "seed": seed, **LOOKS_BACK[0]}
 
     captured = runner(model, ModelRunner)
 
