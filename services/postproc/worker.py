@@ -109,14 +109,10 @@ class Worker:
             self._shards.start_over()
 
     async def _read_steps(self) -> list[Step]:
-        try:
-            entries = await retry_until_available(
-                "read", lambda: self._reader.read(self._settings.read_count, self._shards.look_ms)
-            )
-        except ProtocolError:
-            # The requests in it have a gap now, which ends each in an error as soon as its next token comes.
-            _log.exception("unreadable entry of a tokens stream skipped; its requests will fail")
-            return []
+        # The requests of an entry that cannot be read have a gap now, which ends each in an error with its next token.
+        entries = await retry_until_available(
+            "read", lambda: self._reader.read(self._settings.read_count, self._shards.look_ms)
+        )
         return [
             (self._shard_of_stream[stream], parse_entry_id(entry_id), message)
             for stream, entry_id, message in entries

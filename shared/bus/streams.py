@@ -304,25 +304,29 @@ class LogReader:
     async def read(self, count: int, block_ms: int) -> list[tuple[str, str, Message]]:
         """Return (stream key, entry id, message) of at most `count` entries a stream, after the current positions.
 
-        Waits at most `block_ms` (0: does not wait) while there are none.
-
-        Raises:
-            ProtocolError: the next entry is of another version. Earlier entries have been returned, and the next call
-                goes on behind it.
+        Waits at most `block_ms` (0: does not wait) while there are none. Skips entries that are damaged or of another
+        version, with a line in the log for all of a read.
         """
         if not self.positions:
             await asyncio.sleep(block_ms / 1000)
             return []
         await self.pin()
-        block_ms = min(block_ms, MAX_BLOCK_MS)
-        wait = ("BLOCK", block_ms) if block_ms > 0 else ()
-        words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
         messages: list[tuple[str, str, Message]] = []
-        for stream, entries in await self._wire.call(*words, wait_s=block_ms / 1000) or ():
-            self._decode(str(stream, "utf-8"), entries, messages)
+        while not messages:
+            page = await self._read_page(count, min(block_ms, MAX_BLOCK_MS))
+            if not page:
+                break
+            for stream, entries in page:
+                self._decode(str(stream, "utf-8"), entries, messages)
+            block_ms = 0  # behind a page that nobody can read
         if self._hop is not None:
             self._hop.read(entry_id for _, entry_id, _ in messages)
         return messages
+
+    async def _read_page(self, count: int, block_ms: int) -> Sequence[tuple[bytes, Sequence[tuple[bytes, Any]]]]:
+        wait = ("BLOCK", block_ms) if block_ms > 0 else ()
+        words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
+        return await self._wire.call(*words, wait_s=block_ms / 1000) or ()
 
     async def pin(self) -> None:
         """Replace "$" by the id it means now: Redis would resolve it at every read, and skip entries between two."""
@@ -338,15 +342,13 @@ class LogReader:
     def _decode(
         self, stream: str, entries: Iterable[tuple[bytes, Sequence[bytes]]], into: list[tuple[str, str, Message]]
     ) -> None:
-        """Append to `into` up to an unreadable entry, which is left for the next read unless it is the first of all."""
+        """Append to `into` what can be read."""
+        skipped, reason = 0, ""
         for raw_id, fields in entries:
-            entry_id = str(raw_id, "ascii")
+            self.positions[stream] = entry_id = str(raw_id, "ascii")
             try:
-                message = from_entry(_pairs(fields))
-            except ProtocolError:
-                if into:
-                    return
-                self.positions[stream] = entry_id
-                raise
-            into.append((stream, entry_id, message))
-            self.positions[stream] = entry_id
+                into.append((stream, entry_id, from_entry(_pairs(fields))))
+            except ProtocolError as error:
+                skipped, reason = skipped + 1, str(error)
+        if skipped:
+            _log.error("unreadable entries skipped", extra={"stream": stream, "entries": skipped, "reason": reason})
