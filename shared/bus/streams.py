@@ -1,7 +1,6 @@
 """Work streams (consumer groups, delivery at least once) and logs (plain XREAD, replayable)."""
 
 import asyncio
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,18 +10,18 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.client import MAX_BLOCK_MS, command
-from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.lua import read_script
 from shared.bus.ownership import EntryOwnership, Poison
 from shared.bus.retry import retry_until_available
+from shared.bus.translation import translate_entries
 from shared.bus.wire import Wire
 from shared.errors import NewerVersionError, ProtocolError, unreadable
 from shared.log import logger
 from shared.message_versions import VERSION, WRITES
-from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry, translated_entry
+from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry
 from shared.metrics import Hop
 
-NEWER = "newer"  # the consumer that stands for replicas of a newer version: what they must read is pending under it
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
@@ -64,6 +63,7 @@ class WorkStream:
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
         self.ownership = EntryOwnership(redis, keys, stream, service, name)
         self._redis = redis
+        self._keys = keys
         self._key = keys.stream(stream)
         self._kind = _KINDS[stream]
         self._leases = keys.replica_prefix(service)
@@ -74,7 +74,6 @@ class WorkStream:
         self._claim_dead = redis.register_script(read_script("claim_dead"))
         self._claim_undelivered = redis.register_script(read_script("claim_undelivered"))
         self._leave_newer = redis.register_script(read_script("leave_newer"))
-        self._replace_entry = redis.register_script(read_script("replace_entry"))
         self._replicas = keys.replicas(service)
         self._delete_consumer = redis.register_script(read_script("delete_consumer"))
         self._claiming = asyncio.Lock()
@@ -131,16 +130,8 @@ class WorkStream:
         Entries that they could not read are translated.
         """
         if WRITES.number < VERSION:
-            await self._translate_entries()
+            await translate_entries(self._redis, self._keys, self._group, self._name)
         await self._delete_consumer(keys=[self._key], args=[self._group, self._name, _MOST_PENDING])
-
-    async def _translate_entries(self) -> None:
-        """Replace entries of a newer version than all replicas read, unless another living one works on them."""
-        for raw_id, fields in await command(self._redis, "XRANGE", self._key, "-", "+"):
-            with contextlib.suppress(ProtocolError):
-                if entry := translated_entry(fields):
-                    args = [self._group, self._name, raw_id, NEWER, self._leases, entry[b"v"], entry[b"m"], entry[b"r"]]
-                    await self._replace_entry(keys=[self._key], args=args)
 
     async def backlog(self) -> int:
         """Return the number of entries, waiting and running."""
