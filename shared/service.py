@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
@@ -24,9 +25,9 @@ from shared.bus.keys import Keys
 from shared.bus.leases import UNREADABLE, Difference, Lease
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
-from shared.bus.translate_records import translate_records
+from shared.bus.translation import holds_newer, translate_entries, translate_records
 from shared.config import CommonSettings
-from shared.errors import CheckpointError, ConfigError, ProtocolError
+from shared.errors import CheckpointError, ConfigError
 from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
 from shared.tracing import Tracing
@@ -148,6 +149,8 @@ class Life:
         self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
         self._dead_after_s = DEAD_AFTER * settings.lease_ms / 1000
         self._drain_s = settings.drain_s
+        self._shards = range(settings.shards)
+        self._translated = True
         self._state = "starting"
 
     async def run(self) -> int:
@@ -194,11 +197,12 @@ class Life:
         await self._await_older_version()
 
     async def _await_older_version(self) -> None:
-        """Wait until nothing of a newer version is written any more by those that live.
+        """Wait until those that live write nothing of a newer version any more, and have translated what they wrote.
 
         Raises:
             ConfigError: a living replica and this one read no version in common.
         """
+        give_up_at = time.monotonic() + self._raise_after_s
         while True:
             fleet = await retry_until_available("fleet", self._lease.fleet)
             for replica in fleet:
@@ -207,20 +211,39 @@ class Life:
                         f"this replica reads versions {OLDEST} to {VERSION} of our messages, and {replica.service}:"
                         f"{replica.name} {replica.oldest} to {replica.newest}; upgrade by one version at a time"
                     )
-            if all(replica.writes <= VERSION for replica in fleet):
+            newest = max([VERSION, *(replica.newest for replica in fleet)])
+            if newest == VERSION:
                 return
+            if all(replica.writes <= VERSION for replica in fleet):
+                newer = range(VERSION + 1, newest + 1)
+                # Tokens become readable by being journaled.
+                journaled = any(replica.service == "postproc" and replica.newest > VERSION for replica in fleet)
+                shards = self._shards if journaled else ()
+                look = partial(holds_newer, self._redis, self._keys, shards, newer)
+                if not await retry_until_available("newer", look):
+                    return
+                if time.monotonic() >= give_up_at:
+                    _log.error("newer replicas do not translate what they wrote; its requests will fail if they die")
+                    return
             await asyncio.sleep(self._renew_s / 2)
 
     async def _settle_version(self) -> None:
-        """Write the newest version that everybody reads. What is kept in a newer one is translated before we say so."""
+        """Write the newest version that everybody reads.
+
+        What is kept in a newer one is translated before we say so, and again until all say so.
+        """
         if OLDEST == VERSION:
             return
-        before, newest = WRITES.number, [replica.newest for replica in await self._lease.fleet()]
-        lowered = WRITES.settle(min([VERSION, *newest]), time.monotonic(), self._raise_after_s)
+        before, fleet = WRITES.number, await self._lease.fleet()
+        needed = min([VERSION, *(replica.newest for replica in fleet)])
+        if WRITES.settle(needed, time.monotonic(), self._raise_after_s):
+            self._translated = False
         if WRITES.number != before:
             _log.info("another version of messages is written", extra={"version": WRITES.number})
-        if lowered:
+        if not self._translated:
             await translate_records(self._redis, self._keys)
+            await translate_entries(self._redis, self._keys, self._me.service, self._me.replica)
+            self._translated = all(replica.writes <= WRITES.number for replica in fleet)
         if self._lease.writes != WRITES.number:
             self._lease.writes = WRITES.number
             await self._lease.renew(self._state)
@@ -292,8 +315,6 @@ class Life:
         while True:
             try:
                 messages = await control.read(100, MAX_BLOCK_MS)
-            except ProtocolError:
-                continue  # of another version, so of no concern to us
             except RedisError as error:
                 _log.warning("control not read", extra={"reason": str(error)})
                 await asyncio.sleep(_RETRY_S)

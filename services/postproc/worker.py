@@ -24,6 +24,7 @@ from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
 from shared.errors import FencedError, ProtocolError
 from shared.log import logger
+from shared.message_versions import VERSION, WRITES
 from shared.messages import Attach, Tokens
 from shared.tracing import Tracing
 
@@ -102,21 +103,17 @@ class Worker:
             if steps := await self._read_steps():
                 await self._process(steps)
             else:
-                await self._trim_idle()
+                await self._trim_all()
             await self._sweep()
         except FencedError as fenced:
             _log.warning("shards were lost to another replica; starting over", extra={"reason": str(fenced)})
             self._shards.start_over()
 
     async def _read_steps(self) -> list[Step]:
-        try:
-            entries = await retry_until_available(
-                "read", lambda: self._reader.read(self._settings.read_count, self._shards.look_ms)
-            )
-        except ProtocolError:
-            # The requests in it have a gap now, which ends each in an error as soon as its next token comes.
-            _log.exception("unreadable entry of a tokens stream skipped; its requests will fail")
-            return []
+        # The requests of an entry that cannot be read have a gap now, which ends each in an error with its next token.
+        entries = await retry_until_available(
+            "read", lambda: self._reader.read(self._settings.read_count, self._shards.look_ms)
+        )
         return [
             (self._shard_of_stream[stream], parse_entry_id(entry_id), message)
             for stream, entry_id, message in entries
@@ -218,14 +215,16 @@ class Worker:
         """Trim streams of entries that no new owner would need.
 
         Requests unsaved since before the last trim are journaled first, so that one that stands still does not hold
-        the stream.
+        the stream. While a living replica reads an older version only, all is journaled: it may be the next owner.
         """
+        if WRITES.number < VERSION:
+            await self._trim_all()
         for shard, owned in self._shards.items():
             if owned.steps >= self._settings.trim_every:
                 await self._trim_shard(shard, owned, journal_before=owned.trimmed_at, exactly=False)
 
-    async def _trim_idle(self) -> None:
-        """Journal everything while no steps come, so that the streams are empty."""
+    async def _trim_all(self) -> None:
+        """Journal everything that was read, so that the streams are empty."""
         for shard, owned in self._shards.items():
             if owned.steps:
                 await self._trim_shard(shard, owned, journal_before=next_entry(owned.last), exactly=True)

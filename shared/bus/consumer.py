@@ -19,7 +19,6 @@ from shared.bus.ownership import Poison
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, LogReader, WorkStream
 from shared.crash_points import crash_point
-from shared.errors import ProtocolError
 from shared.log import logger
 from shared.messages import Cancel, Message
 
@@ -240,11 +239,7 @@ class Consumer(Generic[R]):
             pass
 
     async def _read_control(self) -> list[Message]:
-        try:
-            return [message for _, _, message in await self._control.read(CONTROL_PAGE, BLOCK_MS)]
-        except ProtocolError as error:
-            _log.warning("unreadable control entry skipped", extra={"reason": str(error)})
-            return []
+        return [message for _, _, message in await self._control.read(CONTROL_PAGE, BLOCK_MS)]
 
 
 def _poison(delivery: Delivery) -> Poison:

@@ -1,9 +1,10 @@
 """Schema of Redis: every key, stream and consumer group. No other module spells a key.
 
     key                              type    written by           read by            life
-    {ns}:encode                      stream  gateway              mm_encoder (group) entry deleted with its ack
+    {ns}:encode                      stream  gateway, engine      mm_encoder (group) entry deleted with its ack
     {ns}:generate                    stream  gateway, mm_encoder  engine (group)     entry deleted with its ack, at the request's end
-    {ns}:tokens:{shard}              stream  engine               postproc           trimmed below what the journals hold
+    {ns}:tokens:{shard}              stream  engine, mm_encoder,  postproc, engine   trimmed below what the journals hold
+                                             gateway
     {ns}:deltas:{gateway}            stream  postproc, mm_encoder that gateway       created and deleted by that gateway, which trims entries it has read
     {ns}:control                     stream  any                  every replica      trimmed by length
     {ns}:request:{id}                hash    gateway, engine      all                until `retain_s` after the answer's end; at once if
@@ -14,7 +15,8 @@
                                              encode (the Encode it came from), made (digest of the Generate it
                                              became), failed (the Failure it is about to end with), returned (times it
                                              was sent back for encoding), reached (tokens at its last redelivery), all
-                                             by shared/bus/ownership.py
+                                             by shared/bus/ownership.py. A value of a later version of the messages than
+                                             1 begins with the byte c1 and the version: also in logprobs
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i;
                                              a token that stopped the answer is in `finish` alone
@@ -32,17 +34,21 @@
                                              encode locks: content key -> replica; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
     {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
+                                             with the facts that all must agree on, and the versions it reads and writes
     {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner", the fencing token; "count" -> number of shards
     {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
     {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
-Consumer groups are named after the service and start at id 0. Consumers are named after their replica.
+An entry has the fields v (version of the messages) and m (msgpack); of encode and generate also r, the request's id.
+Consumer groups are named after the service and start at id 0. Consumers are named after their replica; one that is
+called `newer` holds the entries that only replicas of a newer version can read.
 """
 
 import msgspec
 
 ENCODE = "encode"
 GENERATE = "generate"
+NEWER = "newer"  # consumer of no replica: pending under it is what only replicas of a newer version can read
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 
 

@@ -1,7 +1,6 @@
 """Work streams (consumer groups, delivery at least once) and logs (plain XREAD, replayable)."""
 
 import asyncio
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,18 +10,18 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.client import MAX_BLOCK_MS, command
-from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.lua import read_script
 from shared.bus.ownership import EntryOwnership, Poison
 from shared.bus.retry import retry_until_available
+from shared.bus.translation import translate_entries
 from shared.bus.wire import Wire
 from shared.errors import NewerVersionError, ProtocolError, unreadable
 from shared.log import logger
 from shared.message_versions import VERSION, WRITES
-from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry, translated_entry
+from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry
 from shared.metrics import Hop
 
-NEWER = "newer"  # the consumer that stands for replicas of a newer version: what they must read is pending under it
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
@@ -64,6 +63,7 @@ class WorkStream:
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
         self.ownership = EntryOwnership(redis, keys, stream, service, name)
         self._redis = redis
+        self._keys = keys
         self._key = keys.stream(stream)
         self._kind = _KINDS[stream]
         self._leases = keys.replica_prefix(service)
@@ -74,7 +74,6 @@ class WorkStream:
         self._claim_dead = redis.register_script(read_script("claim_dead"))
         self._claim_undelivered = redis.register_script(read_script("claim_undelivered"))
         self._leave_newer = redis.register_script(read_script("leave_newer"))
-        self._replace_entry = redis.register_script(read_script("replace_entry"))
         self._replicas = keys.replicas(service)
         self._delete_consumer = redis.register_script(read_script("delete_consumer"))
         self._claiming = asyncio.Lock()
@@ -131,16 +130,8 @@ class WorkStream:
         Entries that they could not read are translated.
         """
         if WRITES.number < VERSION:
-            await self._translate_entries()
+            await translate_entries(self._redis, self._keys, self._group, self._name)
         await self._delete_consumer(keys=[self._key], args=[self._group, self._name, _MOST_PENDING])
-
-    async def _translate_entries(self) -> None:
-        """Replace entries of a newer version than all replicas read, unless another living one works on them."""
-        for raw_id, fields in await command(self._redis, "XRANGE", self._key, "-", "+"):
-            with contextlib.suppress(ProtocolError):
-                if entry := translated_entry(fields):
-                    args = [self._group, self._name, raw_id, NEWER, self._leases, entry[b"v"], entry[b"m"], entry[b"r"]]
-                    await self._replace_entry(keys=[self._key], args=args)
 
     async def backlog(self) -> int:
         """Return the number of entries, waiting and running."""
@@ -304,25 +295,29 @@ class LogReader:
     async def read(self, count: int, block_ms: int) -> list[tuple[str, str, Message]]:
         """Return (stream key, entry id, message) of at most `count` entries a stream, after the current positions.
 
-        Waits at most `block_ms` (0: does not wait) while there are none.
-
-        Raises:
-            ProtocolError: the next entry is of another version. Earlier entries have been returned, and the next call
-                goes on behind it.
+        Waits at most `block_ms` (0: does not wait) while there are none. Skips entries that are damaged or of another
+        version, with a line in the log for all of a read.
         """
         if not self.positions:
             await asyncio.sleep(block_ms / 1000)
             return []
         await self.pin()
-        block_ms = min(block_ms, MAX_BLOCK_MS)
-        wait = ("BLOCK", block_ms) if block_ms > 0 else ()
-        words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
         messages: list[tuple[str, str, Message]] = []
-        for stream, entries in await self._wire.call(*words, wait_s=block_ms / 1000) or ():
-            self._decode(str(stream, "utf-8"), entries, messages)
+        while not messages:
+            page = await self._read_page(count, min(block_ms, MAX_BLOCK_MS))
+            if not page:
+                break
+            for stream, entries in page:
+                self._decode(str(stream, "utf-8"), entries, messages)
+            block_ms = 0  # behind a page that nobody can read
         if self._hop is not None:
             self._hop.read(entry_id for _, entry_id, _ in messages)
         return messages
+
+    async def _read_page(self, count: int, block_ms: int) -> Sequence[tuple[bytes, Sequence[tuple[bytes, Any]]]]:
+        wait = ("BLOCK", block_ms) if block_ms > 0 else ()
+        words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
+        return await self._wire.call(*words, wait_s=block_ms / 1000) or ()
 
     async def pin(self) -> None:
         """Replace "$" by the id it means now: Redis would resolve it at every read, and skip entries between two."""
@@ -338,15 +333,13 @@ class LogReader:
     def _decode(
         self, stream: str, entries: Iterable[tuple[bytes, Sequence[bytes]]], into: list[tuple[str, str, Message]]
     ) -> None:
-        """Append to `into` up to an unreadable entry, which is left for the next read unless it is the first of all."""
+        """Append to `into` what can be read."""
+        skipped, reason = 0, ""
         for raw_id, fields in entries:
-            entry_id = str(raw_id, "ascii")
+            self.positions[stream] = entry_id = str(raw_id, "ascii")
             try:
-                message = from_entry(_pairs(fields))
-            except ProtocolError:
-                if into:
-                    return
-                self.positions[stream] = entry_id
-                raise
-            into.append((stream, entry_id, message))
-            self.positions[stream] = entry_id
+                into.append((stream, entry_id, from_entry(_pairs(fields))))
+            except ProtocolError as error:
+                skipped, reason = skipped + 1, str(error)
+        if skipped:
+            _log.error("unreadable entries skipped", extra={"stream": stream, "entries": skipped, "reason": reason})

@@ -1,6 +1,7 @@
 """A seeded sequence of faults, each injected and mended."""
 
 import asyncio
+import contextlib
 import random
 import signal
 from collections import Counter
@@ -9,7 +10,10 @@ from typing import Any
 
 from chaos_bombs import bombs, drop
 from chaos_crash import STEP_TIMEOUT_S
-from chaos_system import LEASE_MS, LOOK_S, SERVICES, Replica, System
+from chaos_garbage import strew, sweep
+from chaos_next_build import write_next_build
+from chaos_rush import rush
+from chaos_system import LEASE_MS, LOOK_S, ROOT, SERVICES, Replica, System
 from machine import PATIENCE_S
 
 from shared.watchdog import HUNG
@@ -28,7 +32,10 @@ KINDS = {
     "stop redis": 1,
     "pause redis": 1,
     "bombs": 2,  # media that take long to decode, from two clients at once
-    "evict": 2,  # embeddings, as Redis or the byte budget would
+    "evict": 2,  # embeddings, as Redis or the byte budget would; some are cut short instead
+    "garbage": 2,  # entries that nobody can read, in every stream
+    "rush": 2,  # clients that connect, ask and are gone
+    "skew": 2,  # in place of a replica, one of the next build, whose messages are of another version; then back
 }
 
 
@@ -42,6 +49,7 @@ class Faults:
         self._system = system
         self._rng = rng
         self._every_s = every_s
+        self._next_build = system.directory / "next-build"
         self._mending: set[asyncio.Task[None]] = set()
         self._busy: set[Replica] = set()
         self._redis_busy = False
@@ -64,6 +72,7 @@ class Faults:
             if not replica.running:
                 replica.start()
         await self._system.ready(self._system.replicas)
+        await sweep(self._system)
 
     async def _inject(self, kind: str) -> str:
         rng = self._rng
@@ -87,6 +96,15 @@ class Faults:
                 return self._redis(f"paused for {(down := rng.uniform(0.2, 3)):.1f} s", self._system.pause_redis(down))
             case "bombs":
                 return self._bombs()
+            case "garbage":
+                self._track(asyncio.create_task(strew(self._system, random.Random(rng.random()))))
+                return "garbage in every stream"
+            case "rush":
+                gateway = rng.choice(self._system.of("gateway"))
+                self._track(asyncio.create_task(rush(gateway.url, random.Random(rng.random()))))
+                return f"a rush at {gateway}"
+            case "skew":
+                return self._each(1, self._skew)
             case _:
                 return f"evict {await self._evict()} embeddings"
 
@@ -149,13 +167,25 @@ class Faults:
             self._track(asyncio.create_task(drop(gateway.url, part)))
         return f"two bombs at {gateway}"
 
+    def _skew(self, replica: Replica) -> str:
+        if not self._next_build.exists():
+            write_next_build(self._next_build)
+        seconds, dies = self._rng.uniform(0, 3 * LEASE_S), self._rng.random() < 0.5
+        self._mend(replica, self._upgrade_and_go_back(replica, seconds, dies))
+        return f"{replica} is of the next build for {seconds:.1f} s{', and dies' if dies else ''}"
+
     async def _evict(self) -> int:
         if self._redis_busy:
             return 0
-        prefix = self._system.keys.blob("embeds", "")
-        found = sorted([key async for key in self._system.redis.scan_iter(match=prefix + "*", count=1000)])
+        redis, prefix = self._system.redis, self._system.keys.blob("embeds", "")
+        found = sorted([key async for key in redis.scan_iter(match=prefix + "*", count=1000)])
         chosen = [key for key in found if self._rng.random() < 0.5]
-        return int(await self._system.redis.unlink(*chosen)) if chosen else 0
+        for key in chosen:
+            if await redis.type(key) == b"string" and self._rng.random() < 0.3:
+                await redis.set(key, (await redis.get(key) or b"")[:-8], keepttl=True)
+            else:
+                await redis.unlink(key)
+        return len(chosen)
 
     # ------------------------------------------------------------------------------------------------- mending
 
@@ -187,6 +217,20 @@ class Faults:
         assert status == 0 or (status == -signal.SIGTERM and not ready), (
             f"{replica} ended with status {status} when told to stop\n{replica.tail()}"
         )
+        replica.start()
+
+    async def _upgrade_and_go_back(self, replica: Replica, seconds: float, dies: bool) -> None:
+        replica.root = self._next_build
+        await self._replace(replica)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._mended.wait()
+        replica.root = ROOT
+        if not dies:
+            await self._replace(replica)
+            return
+        self.gateways_killed |= replica.service == "gateway"
+        replica.kill()
         replica.start()
 
     def _mend(self, replica: Replica, how: Coroutine[Any, Any, None]) -> None:

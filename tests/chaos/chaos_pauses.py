@@ -15,13 +15,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
+from chaos_bombs import bombs, drop
 from chaos_client import Broken, Client, Manner
 from chaos_crash import Expected, by_kind
+from chaos_garbage import strew, sweep
 from chaos_model import write_model
+from chaos_next_build import write_next_build
 from chaos_quiet import ONE_OF_EACH, quiet_answers
 from chaos_requests import pool
+from chaos_rush import rush
 from chaos_storm import TWO_OF_EACH
-from chaos_system import REQUEST_TIMEOUT_S, System, running
+from chaos_system import REQUEST_TIMEOUT_S, ROOT, System, running
+from machine import PATIENCE_S
 
 LONG = 2  # the place of "long" in the pool
 ANSWER = 400  # tokens
@@ -50,6 +55,30 @@ async def kill_redis(system: System) -> None:
     await system.restart_redis(0)
 
 
+async def strew_garbage(system: System) -> None:
+    await strew(system, random.Random(0))
+    await sweep(system)
+
+
+async def rush_in(system: System) -> None:
+    await rush(random.choice(system.of("gateway")).url, random.Random(0))
+
+
+async def drop_bombs(system: System) -> None:
+    await asyncio.gather(*(drop(random.choice(system.of("gateway")).url, part) for part in bombs()))
+
+
+async def next_build_of_engine(system: System) -> None:
+    """In place of one of two; and back."""
+    [engine, _] = system.of("engine")
+    for root in (write_next_build(system.directory / f"next-{engine.started}"), ROOT):
+        engine.terminate()
+        await engine.ended(PATIENCE_S)
+        engine.root = root
+        engine.start()
+        await system.ready([engine])
+
+
 Fault = Callable[[System], Awaitable[None] | None]
 FAULTS: dict[str, tuple[dict[str, int], Fault]] = {
     "nothing": (TWO_OF_EACH, nothing),
@@ -57,6 +86,10 @@ FAULTS: dict[str, tuple[dict[str, int], Fault]] = {
     **{f"kill -9 of the only {name}": (ONE_OF_EACH, kill(name)) for name in ("gateway", "engine", "postproc")},
     **{f"SIGTERM of 1 of 2 {name}": (TWO_OF_EACH, terminate(name)) for name in ("engine", "postproc")},
     "kill -9 of Redis": (TWO_OF_EACH, kill_redis),
+    "garbage in every stream": (TWO_OF_EACH, strew_garbage),
+    "60 that ask and are gone": (TWO_OF_EACH, rush_in),
+    "3 media bombs": (TWO_OF_EACH, drop_bombs),
+    "1 of 2 engines of the next build": (TWO_OF_EACH, next_build_of_engine),
 }
 
 

@@ -300,10 +300,13 @@ async def running(
     *,
     persistence: bool = True,
     judged: bool = False,
+    root: Path = ROOT,
     **settings: Mapping[str, object],
 ) -> AsyncIterator[System]:
-    """A system from ready to killed."""
+    """A system from ready to killed, of the sources in `root`."""
     system = System(directory, model, replicas, persistence=persistence, judged=judged, **settings)
+    for replica in system.replicas:
+        replica.root = root
     try:
         await system.start()
         yield system

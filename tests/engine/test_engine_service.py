@@ -486,6 +486,21 @@ async def test_embeddings_that_were_evicted_are_made_again(redis: Redis, redis_u
     assert await redis.xlen(keys.stream(ENCODE)) == 0
 
 
+async def test_embeddings_of_another_size_are_made_again(redis: Redis, redis_url: str, keys: Keys) -> None:
+    blobs, reader = Blobs(redis, keys, 60, 1 << 20), Reader(redis, keys)
+    await blobs.put("embeds", "cat", ROWS[: len(ROWS) // 2], json.dumps(META).encode())
+    await Records(redis, keys).submit(ENCODE, shown())
+    async with engine(redis, redis_url):
+        await handed_on(redis, keys)
+        await eventually(lambda: redis.xlen(keys.stream(ENCODE)))
+        assert await blobs.get("embeds", "cat") is None, "an encoder would find them"
+        await blobs.put("embeds", "cat", ROWS, json.dumps(META).encode())
+        await handed_on(redis, keys)
+        [seen] = await reader.finished("sees")
+        assert seen.finish == Finish("length")
+        await no_backlog(redis, keys)
+
+
 async def test_embeddings_are_not_made_again_for_ever(redis: Redis, redis_url: str, keys: Keys) -> None:
     reader = Reader(redis, keys)
     await Records(redis, keys).submit(ENCODE, shown())

@@ -24,8 +24,9 @@ from shared.bus import retry as patience
 from shared.bus.client import command
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Fence, Lease
-from shared.bus.records import Records
+from shared.bus.records import TOKEN_BYTES, Records
 from shared.bus.streams import LogReader, send
+from shared.message_versions import VERSION
 from shared.messages import (
     Attach,
     Begin,
@@ -800,6 +801,24 @@ async def test_an_unreadable_entry_ends_only_the_requests_in_it(
     await worker.run_turn()
     failed = {delta.request_id: delta.failure is not None for delta in await system.deltas()}
     assert failed == {"r1": True, "r2": False}
+
+
+async def test_tokens_are_journaled_at_once_beside_a_replica_that_reads_an_older_version(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not read them, and may be the next owner of the shard."""
+    await system.submit(request())
+    current = await system.worker()
+    await current.run_turn()
+    await system.begin("r1")
+    await system.generate("r1", 0, 3)
+    await current.run_turn()
+    assert await system.redis.xlen(system.keys.tokens(0))
+    monkeypatch.setattr("services.postproc.worker.VERSION", VERSION + 1)
+    await system.generate("r1", 3, 5)
+    await current.run_turn()
+    assert await system.redis.xlen(system.keys.tokens(0)) == 0
+    assert await system.redis.strlen(system.keys.journal("r1")) == 5 * TOKEN_BYTES
 
 
 @pytest.mark.parametrize("damaged", ["request", "journal", "logprobs"])

@@ -8,10 +8,10 @@ from redis.asyncio import Redis
 
 from shared import message_versions, messages
 from shared.bus import leases, streams
-from shared.bus.keys import GENERATE, Keys
+from shared.bus.keys import GENERATE, NEWER, Keys
 from shared.bus.records import Record, Records
 from shared.bus.streams import LogReader, WorkStream, send
-from shared.bus.translate_records import translate_records
+from shared.bus.translation import holds_newer, translate_entries, translate_records
 from shared.errors import NewerVersionError, ProtocolError
 from shared.message_versions import Translation, WriteVersion
 from shared.messages import (
@@ -145,7 +145,7 @@ async def test_a_newer_entry_is_left_to_newer_replicas_and_is_no_delivery(redis:
         assert await old.claim_abandoned(9) == ([], [], set(), 0), "it keeps nobody from reading"
     assert await redis.xlen(keys.quarantine(GENERATE)) == 0
     del newer
-    [pending] = await redis.xpending_range(keys.stream(GENERATE), "engine", "-", "+", 9, streams.NEWER)
+    [pending] = await redis.xpending_range(keys.stream(GENERATE), "engine", "-", "+", 9, NEWER)
     assert pending["times_delivered"] == 0
 
 
@@ -154,8 +154,8 @@ async def test_a_newer_replica_claims_what_was_left_to_it(redis: Redis, keys: Ke
     newer = await engines.start("newer", 2)
     two_versions.number = 2
     entry_id = await send(redis, keys.stream(GENERATE), WORK)
-    await redis.xreadgroup("engine", streams.NEWER, {keys.stream(GENERATE): ">"})
-    await redis.xclaim(keys.stream(GENERATE), "engine", streams.NEWER, 0, [entry_id], retrycount=0, justid=True)
+    await redis.xreadgroup("engine", NEWER, {keys.stream(GENERATE): ">"})
+    await redis.xclaim(keys.stream(GENERATE), "engine", NEWER, 0, [entry_id], retrycount=0, justid=True)
     [claimed] = (await newer.claim_abandoned(9)).claimed
     assert (claimed.message, claimed.attempts) == (WORK, 1)
 
@@ -190,3 +190,31 @@ async def test_who_leaves_translates_what_nobody_else_works_on(
     entries = [fields for _, fields in await redis.xrange(keys.stream(GENERATE))]
     assert [fields[b"v"] for fields in entries] == [b"2", b"1", b"1", b"1"], "the other works on the first"
     assert sorted(len(from_entry(fields).prompt) for fields in entries) == [0, 4, 8, 12]  # type: ignore[union-attr]
+
+
+async def test_a_replica_gives_up_what_it_works_on_for_an_older_one(
+    redis: Redis, keys: Keys, two_versions: WriteVersion
+) -> None:
+    engines = Engines(redis, keys)
+    newer, older = await engines.start("one", 2), await engines.start("older", 1)
+    two_versions.number = 2
+    before = await send(redis, keys.stream(GENERATE), WORK)
+    await newer.read_new(1, 0)
+    assert await holds_newer(redis, keys, [], [2])
+    two_versions.number = 1
+    await translate_entries(redis, keys, "gateway", "g")
+    assert await holds_newer(redis, keys, [], [2]), "a replica that lives works on it"
+    for _ in range(2):
+        await translate_entries(redis, keys, "engine", "one")
+    assert not await holds_newer(redis, keys, [], [2])
+    [again] = await older.read_new(9, 0)
+    assert (again.message, again.attempts) == (WORK, 1)
+    assert (await newer.claim_abandoned(9)).lost == {before}
+
+
+async def test_newer_entries_are_found_on_whichever_page(redis: Redis, keys: Keys) -> None:
+    for version in (*[1] * 1500, 2):
+        await redis.xadd(keys.tokens(1), {"v": version, "m": b"?"})
+    assert not await holds_newer(redis, keys, [0], [2])
+    assert await holds_newer(redis, keys, [0, 1], [2])
+    assert not await holds_newer(redis, keys, [0, 1], [3]), "of a version that no replica reads, it would stay for ever"

@@ -6,17 +6,21 @@ import sys
 import textwrap
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
 from shared.bus import leases
-from shared.bus.keys import Keys
+from shared.bus.keys import GENERATE, Keys
 from shared.bus.streams import send
+from shared.bus.translation import holds_newer
 from shared.config import CommonSettings
 from shared.errors import ConfigError
+from shared.message_versions import VERSION
 from shared.messages import Cancel, Drain
 from shared.service import FAILED, MISCONFIGURED, Life
 
@@ -303,3 +307,57 @@ async def test_a_fleet_that_was_killed_is_replaced_by_another_once_its_leases_ar
     await service.serving.wait()
     life.stop.set()
     assert await running == 0
+
+
+async def test_it_waits_until_a_newer_replica_has_left_nothing_that_it_cannot_read(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = asyncio.Event()
+
+    async def look(*asked: Any) -> bool:
+        looked.set()
+        return await holds_newer(*asked)
+
+    async def newer_writes(version: int) -> None:
+        newer = leases.Replica("postproc", "p", "ready", newest=VERSION + 1, writes=version)
+        await redis.set(keys.replica("postproc", "p"), msgspec.json.encode(newer))
+
+    monkeypatch.setattr("shared.service.holds_newer", look)
+    await redis.sadd(keys.replicas("postproc"), "p")  # type: ignore[misc]
+    await newer_writes(VERSION + 1)
+    await redis.xadd(keys.tokens(0), {"v": VERSION + 1, "m": b"?"})
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(lease_ms=600), redis)
+    running = asyncio.create_task(life.run())
+    await eventually(lambda: redis.exists(keys.replica("engine", "a")))
+    assert not looked.is_set(), "before it writes no more, it may write anything"
+    await newer_writes(VERSION)
+    await looked.wait()
+    assert not service.serving.is_set()
+    await redis.delete(keys.tokens(0))
+    await service.serving.wait()
+    life.stop.set()
+    assert await running == 0
+
+
+async def test_it_does_not_wait_for_ever_for_a_newer_replica(
+    redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = leases.Replica("mm_encoder", "m", "ready", newest=VERSION + 1, writes=VERSION)
+    await redis.sadd(keys.replicas("mm_encoder"), "m")  # type: ignore[misc]
+    await redis.set(keys.replica("mm_encoder", "m"), msgspec.json.encode(newer))
+    for key in (keys.stream(GENERATE), keys.tokens(0)):
+        await redis.xadd(key, {"v": VERSION + 1, "m": b"?"})
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(lease_ms=30), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    assert "newer replicas do not translate" in caplog.text
+    life.stop.set()
+    assert await running == 0
+
+
+async def eventually(holds: Callable[[], Awaitable[object]]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not await holds():  # noqa: ASYNC110 - Redis has no event for it
+            await asyncio.sleep(0)

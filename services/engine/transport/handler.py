@@ -285,24 +285,33 @@ class GenerateHandler:
         if outcome == "never":
             return False
         _log.info(
-            "request sent back to mm_encoder: its embeddings are no longer stored",
+            "request sent back to mm_encoder for its embeddings",
             extra={"request_id": pending.request_id, "outcome": outcome},
         )
         self._release([pending])
         return True
 
     async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
-        """Load the embeddings of all spans.
+        """Load the embeddings of all spans. Those that do not match their span are deleted, so that nobody finds them.
 
         Raises:
-            RequestError: a blob is gone, or does not match its span (5xx).
+            EmbedsGoneError: a blob is gone, or does not match its span.
         """
         keys = list(dict.fromkeys(span.key for span in spans))
         found = await asyncio.gather(
             *(retry_until_available("blobs", partial(self._blobs.get, EMBEDS, key)) for key in keys)
         )
         stored = dict(zip(keys, found, strict=True))
-        return tuple(check_embeds(span, stored[span.key], self._facts.model.hidden_size) for span in spans)
+        embeds = []
+        for span in spans:
+            try:
+                embeds.append(check_embeds(span, stored[span.key], self._facts.model.hidden_size))
+            except EmbedsGoneError as gone:
+                if gone.damaged:
+                    _log.error("embeddings deleted", extra={"key": span.key, "reason": gone.failure.message})
+                    await retry_until_available("blobs", partial(self._blobs.delete, EMBEDS, [span.key]))
+                raise
+        return tuple(embeds)
 
 
 def _sequence(

@@ -4,7 +4,7 @@ import msgspec
 
 from services.engine.run.step import EMBED_DTYPES
 from services.engine.schedule.sequence import Embeds
-from shared.errors import RequestError, internal
+from shared.errors import Failure, RequestError, internal
 from shared.messages import MediaSpan
 
 
@@ -18,27 +18,35 @@ class EmbedsMeta(msgspec.Struct, frozen=True):
 
 
 class EmbedsGoneError(RequestError):
-    """Embeddings that were evicted before use, and can be made again."""
+    """Embeddings that can be made again: evicted before use, or (`damaged`) stored and not those of their span."""
+
+    def __init__(self, failure: Failure, *, damaged: bool) -> None:
+        super().__init__(failure)
+        self.damaged = damaged
 
 
 def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes] | None, hidden_size: int) -> Embeds:
     """Return the embeddings of a span.
 
     Raises:
-        EmbedsGoneError: nothing is stored (503).
-        RequestError: they do not match the span (500).
+        EmbedsGoneError: nothing is stored (503), or what does not match the span (500).
     """
+    what = f"The embeddings of the {span.kind} at token {span.offset}"
     if stored is None:
-        what = f"The embeddings of the {span.kind} at token {span.offset} are no longer stored. Send the request again."
-        raise EmbedsGoneError(internal(what, status=503).failure)
+        gone = f"{what} are no longer stored. Send the request again."
+        raise EmbedsGoneError(internal(gone, status=503).failure, damaged=False)
     data, meta_json = stored
     try:
         meta = msgspec.json.decode(meta_json, type=EmbedsMeta)
-    except msgspec.MsgspecError as unreadable:
-        raise internal(f"The embeddings of the {span.kind} at token {span.offset} are unreadable.") from unreadable
+    except msgspec.MsgspecError:
+        raise _damaged(f"{what} are unreadable.") from None
     expected = EmbedsMeta(span.grid, span.length, hidden_size, meta.dtype)
     if meta != expected or meta.dtype not in EMBED_DTYPES:
-        raise internal(f"The embeddings of the {span.kind} at token {span.offset} are {meta}; expected {expected}.")
+        raise _damaged(f"{what} are {meta}; expected {expected}.")
     if len(data) != meta.rows * meta.hidden * EMBED_DTYPES[meta.dtype].itemsize:
-        raise internal(f"The embeddings of the {span.kind} at token {span.offset} are {len(data)} bytes for {meta}.")
+        raise _damaged(f"{what} are {len(data)} bytes for {meta}.")
     return Embeds(data, meta.dtype)
+
+
+def _damaged(message: str) -> EmbedsGoneError:
+    return EmbedsGoneError(internal(message).failure, damaged=True)

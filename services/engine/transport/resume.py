@@ -134,15 +134,8 @@ async def _read_streams(redis: Redis, keys: Keys, requests: Sequence[Request]) -
     reader = LogReader(redis, {keys.tokens(request.shard): "0" for request in requests})
     try:
         while True:
-            try:
-                entries = await reader.read(PAGE, 0)
-            except ProtocolError as error:
-                _log.warning(
-                    "unreadable entry skipped in a tokens stream; its tokens are sampled again",
-                    extra={"error": str(error)},
-                )
-                continue
-            if not entries:
+            # The tokens of an entry that cannot be read are sampled again.
+            if not (entries := await reader.read(PAGE, 0)):
                 return found
             for _, _, message in entries:
                 if isinstance(message, Tokens):

@@ -11,7 +11,6 @@ from shared import log
 from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.streams import LogReader
-from shared.errors import ProtocolError
 from shared.messages import Deltas, to_entry
 
 HERE = Path(__file__).parent  # where the scripts are
@@ -61,10 +60,6 @@ class Inbox:
             except RedisError as error:
                 logger.warning("could not read deltas; retrying", extra={"error": str(error)})
                 await asyncio.sleep(RETRY_S)
-                continue
-            except ProtocolError as error:
-                text = "skipped an unreadable entry of deltas; its request will ask for them again"
-                logger.error(text, extra={"error": str(error)})
                 continue
             for _key, _entry_id, message in entries:
                 self._open_requests.dispatch(message)
