@@ -802,7 +802,7 @@ async def test_an_unreadable_entry_ends_only_the_requests_in_it(
     assert failed == {"r1": True, "r2": False}
 
 
-@pytest.mark.parametrize("damaged", ["request", "journal", "logprobs"])
+@pytest.mark.parametrize("damaged", ["request", "journal", "type of journal", "logprobs"])
 async def test_a_damaged_request_is_told_and_hurts_nobody_else(system: System, keys: Keys, damaged: str) -> None:
     """A worker that takes over the shard meets it."""
     await system.submit(request("bad", logprobs=True), request("good"))
@@ -818,6 +818,9 @@ async def test_a_damaged_request_is_told_and_hurts_nobody_else(system: System, k
             await system.redis.hset(keys.request("bad"), "request", b"\xc1")
         case "journal":
             await system.redis.append(keys.journal("bad"), b"x")
+        case "type of journal":
+            await system.redis.delete(keys.journal("bad"))
+            await system.redis.sadd(keys.journal("bad"), "oops")  # type: ignore[misc]
         case "logprobs":
             await system.redis.lset(keys.logprobs("bad"), 0, b"\xc1")  # type: ignore[misc]
     worker = await system.worker("p2")
