@@ -7,13 +7,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from shared.bus import sentinel
+from shared.bus.sentinel import Primary, SentinelUrl
 from shared.config import CommonSettings
 from shared.errors import ConfigError
 from shared.redis_errors import Action, SignInError, action_for
@@ -80,8 +82,9 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
         ConfigError: the URL is malformed.
     """
     try:
+        by_sentinel = sentinel.parse(url)
         pool = BlockingConnectionPool.from_url(
-            url,
+            url if by_sentinel is None else by_sentinel.primary,
             max_connections=_CONNECTIONS,
             timeout=_FREE_CONNECTION_S,
             protocol=2,  # one reply format for Redis 7 and Valkey 9, with fewer bytes than RESP3's maps
@@ -93,12 +96,13 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
             health_check_interval=30,
             **_keepalive(url),
         )
-        pool.connection_class = _linked(pool.connection_class, Link(auth_patience_s))
+        primary = None if by_sentinel is None else _primary(by_sentinel, pool)
+        pool.connection_class = _linked(pool.connection_class, Link(auth_patience_s), primary)
         pool.make_connection()  # type: ignore[no-untyped-call]  # opens nothing; refuses unknown options in the URL's query
     except (ValueError, TypeError) as error:
         # The library's message may quote the URL, and with it a password.
         raise ConfigError(
-            f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss:// or unix://"
+            f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss://, unix:// or redis+sentinel://"
         ) from None
     return Redis.from_pool(pool)
 
@@ -119,8 +123,18 @@ def suspect(redis: Redis) -> None:
     link.suspect(link.generation)
 
 
-def _linked(base: type[AbstractConnection], shared_link: Link) -> type[AbstractConnection]:
+def _primary(url: SentinelUrl, pool: BlockingConnectionPool) -> Primary:
+    """Make what finds the primary, with the TLS of the pool."""
+    tls = {name: value for name, value in pool.connection_kwargs.items() if name.startswith("ssl_")}
+    over_tls = issubclass(pool.connection_class, SSLConnection)
+    limits = {"socket_timeout": REPLY_S, "socket_connect_timeout": _CONNECT_S}
+    return Primary(url, {"ssl": over_tls, **tls, **limits})
+
+
+def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary | None) -> type[AbstractConnection]:
     """Return a subclass of `base` that is made anew when `shared_link` says so, and sends under `asyncio.timeout`.
+
+    With `primary` it connects to wherever that is then.
 
     redis-py sends under `asyncio.wait_for`, which until Python 3.12 loses a cancellation that arrives just when the
     command has been sent: a loop over commands then goes on for ever, and the task that cancelled it waits for ever.
@@ -142,6 +156,11 @@ def _linked(base: type[AbstractConnection], shared_link: Link) -> type[AbstractC
                     self.link.refused(str(error))
                 raise
             self.link.accepted()
+
+        async def _connect(self) -> None:
+            if primary is not None:
+                self.host, self.port = await primary.address()
+            await super()._connect()
 
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
             self.link.check()
