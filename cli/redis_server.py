@@ -109,6 +109,7 @@ class RedisServer:
             stdin=subprocess.DEVNULL,
             cwd=self.directory,
             start_new_session=True,
+            restore_signals=False,  # a limit on the size of files is then an error of its disk, not its death
         )
         deadline = time.monotonic() + START_S
         while not self._answers():

@@ -46,7 +46,7 @@ LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 MAP: Schema = {"type": "object"}
 CIDRS: Schema = {"type": "array", "items": {"type": "string", "pattern": r"^[0-9a-fA-F.:]+/[0-9]+$"}}
-REDIS_URL: Schema = {"type": "string", "pattern": r"^(rediss?://[^@]+)?$"}
+REDIS_URL: Schema = {"type": "string", "pattern": r"^(rediss?(\+sentinel)?://[^@]+)?$"}
 NAMESPACE: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9._-]*$"}  # in ACL rules and the exporter's lists
 
 

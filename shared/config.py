@@ -32,9 +32,10 @@ HttpUrl = Annotated[str, Meta(pattern=r"^(https?://[^/@\s]+[^@\s]*)?$")]  # or e
 class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings that every service has."""
 
-    redis_url: str  # Redis, as redis://, rediss:// or unix://
+    redis_url: str  # Redis, as redis://, rediss://, unix:// or redis+sentinel:// (docs/operations.md)
     model: str  # directory of the checkpoint, as the hub lays it out
     blob_redis_url: str | None = None  # the Redis for media and embeddings; unset: the same one
+    auth_patience_s: Positive = 60  # a replica ends when Redis has refused its user or password for this long
     namespace: str = "millrace"  # prefix of every key in Redis; deployments that share one need their own
     name: str = ""  # replica name; empty: hostname and process id
     metrics_port: Port = 0  # port of GET /metrics; 0: none

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from shared import config, crash_points, fingerprint, log, metrics, tracing
-from shared.bus.client import MAX_BLOCK_MS, connect
+from shared.bus.client import MAX_BLOCK_MS, connect, suspect
 from shared.bus.keys import Keys
 from shared.bus.leases import UNREADABLE, Difference, Lease
 from shared.bus.retry import retry_until_available
@@ -30,6 +30,7 @@ from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError
 from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
+from shared.redis_errors import SignInError
 from shared.tracing import Tracing
 from shared.version import millrace_version
 
@@ -84,7 +85,7 @@ def launch(
         log.setup(name, loaded.name, loaded.log_level)
         crash_points.arm(loaded.crash_at)
         metrics.serve(loaded.metrics_port)
-        redis = connect(loaded.redis_url)
+        redis = connect(loaded.redis_url, loaded.auth_patience_s)
         traces = tracing.start(name, loaded)
         service = build(loaded, redis, tracing=traces)
         agreed = fingerprint.facts(loaded)
@@ -146,6 +147,7 @@ class Life:
         self._facts = facts
         self._joined = False
         self._renew_s = settings.lease_ms / 3000
+        self._renewal_s = max(_RETRY_S, settings.lease_ms / 2000)
         self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
         self._dead_after_s = DEAD_AFTER * settings.lease_ms / 1000
         self._drain_s = settings.drain_s
@@ -164,7 +166,10 @@ class Life:
                     task.cancel()
         except* (ConfigError, CheckpointError) as errors:
             status = MISCONFIGURED
-            _log.error("cannot start", extra={"reason": "; ".join(map(str, errors.exceptions))})
+            _log.error("cannot start", extra={"reason": "; ".join(map(str, _leaves(errors)))})
+        except* SignInError as errors:
+            status = FAILED
+            _log.error("Redis lets us in no more", extra={"reason": str(next(_leaves(errors)))})
         except* Exception as errors:
             status = FAILED
             _log.error("failed", exc_info=errors)
@@ -295,19 +300,29 @@ class Life:
         await self._renew()
 
     async def _keep_renewing(self) -> None:
+        """Renew the lease three times in its length; at once if a renewal got no answer in half of that."""
         while True:
             await asyncio.sleep(self._renew_s)
-            await self._renew()
+            while not await self._renew():
+                suspect(self._redis)
 
-    async def _renew(self) -> None:
+    async def _renew(self) -> bool:
+        """Return False if there was no answer in time."""
         if not self._joined:
-            return
+            return True
         load = {} if self._state == "starting" else self._service.load()
         try:
-            await self._lease.renew(self._state, load)
+            async with asyncio.timeout(self._renewal_s):
+                await self._lease.renew(self._state, load)
             await self._settle_version()
+        except SignInError:
+            raise
+        except TimeoutError:
+            _log.warning("lease not renewed", extra={"reason": "no answer in time"})
+            return False
         except RedisError as error:
             _log.warning("lease not renewed", extra={"reason": str(error)})
+        return True
 
     async def _listen(self) -> None:
         """Stop when a Drain message names us."""
@@ -321,6 +336,11 @@ class Life:
                 continue
             if any(message == self._me for _, _, message in messages):
                 self.stop.set()
+
+
+def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in errors.exceptions:
+        yield from _leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
 
 
 def _differing(differences: Sequence[Difference], facts: Mapping[str, str]) -> str:

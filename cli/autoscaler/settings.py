@@ -15,7 +15,7 @@ from shared.errors import ConfigError
 
 
 class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    redis_url: str  # Redis, as redis://, rediss:// or unix://
+    redis_url: str  # Redis, as redis://, rediss://, unix:// or redis+sentinel:// (docs/operations.md)
     stages: dict[str, Rules]  # rules by service, see below; a service that is not named is left alone
     kube_namespace: str  # the namespace of Kubernetes that has the Deployments
     namespace: str = "millrace"  # prefix of the deployment's keys in Redis

@@ -24,7 +24,12 @@
 {{- define "millrace.externalRedis" -}}
 {{- $ports := list }}
 {{- range compact (list .Values.redis.external.url .Values.redis.external.blobUrl) }}
-{{- $ports = append $ports (include "millrace.urlAddress" . | splitList ":" | last) }}
+{{- range include "millrace.urlAddress" . | splitList "," }}
+{{- $ports = append $ports (splitList ":" . | last) }}
+{{- end -}}
+{{- if contains "+sentinel:" . }}
+{{- $ports = append $ports "6379" }}
+{{- end -}}
 {{- end -}}
 - ports:
     {{- range uniq $ports }}

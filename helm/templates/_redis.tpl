@@ -43,10 +43,14 @@
 {{- end }}
 {{- end -}}
 
-{{/* HOST:PORT of a Redis URL. */}}
+{{/* HOST:PORT of a Redis URL; of one for Sentinels all of them, separated by commas. */}}
 {{- define "millrace.urlAddress" -}}
-{{- $host := (urlParse .).host -}}
-{{- contains ":" $host | ternary $host (printf "%s:6379" $host) -}}
+{{- $port := contains "+sentinel:" . | ternary 26379 6379 -}}
+{{- $hosts := list -}}
+{{- range regexReplaceAll "^[^:]+://([^/?]*).*$" . "${1}" | splitList "," -}}
+{{- $hosts = append $hosts (regexMatch ":[0-9]+$" . | ternary . (printf "%s:%d" . $port)) -}}
+{{- end -}}
+{{- join "," $hosts -}}
 {{- end -}}
 
 {{- define "millrace.redisAddress" -}}
@@ -59,7 +63,7 @@
 
 {{- define "millrace.redisTls" -}}
 {{- if .Values.redis.external.url -}}
-{{- hasPrefix "rediss:" .Values.redis.external.url -}}
+{{- hasPrefix "rediss" .Values.redis.external.url -}}
 {{- else -}}
 {{- not (empty .Values.redis.tlsSecret) -}}
 {{- end -}}

@@ -32,9 +32,13 @@ spec:
         {{- include "millrace.scaleDown" . | nindent 8 }}
   triggers:
     {{- if .stream }}
-    - type: redis-streams
+    {{- $sentinel := contains "+sentinel:" .root.Values.redis.external.url }}
+    - type: {{ $sentinel | ternary "redis-sentinel-streams" "redis-streams" }}
       metadata:
-        address: {{ include "millrace.redisAddress" .root }}
+        {{ $sentinel | ternary "addresses" "address" }}: {{ include "millrace.redisAddress" .root }}
+        {{- if $sentinel }}
+        sentinelMaster: {{ include "millrace.redisPath" .root | splitList "/" | first }}
+        {{- end }}
         stream: {{ printf "%s:%s" (include "millrace.namespace" .root) .stream }}
         streamLength: {{ .config.target | quote }}
         activationLagCount: "0"
@@ -53,7 +57,13 @@ spec:
 {{- end -}}
 
 {{- define "millrace.redisDatabase" -}}
-{{- (urlParse (.Values.redis.external.url | default "redis://x/0")).path | trimPrefix "/" | default "0" -}}
+{{- $path := include "millrace.redisPath" . | splitList "/" -}}
+{{- contains "+sentinel:" .Values.redis.external.url | ternary (rest $path | first) (first $path) | default "0" -}}
+{{- end -}}
+
+{{/* What follows the address in the URL: DB, or NAME/DB. */}}
+{{- define "millrace.redisPath" -}}
+{{- regexReplaceAll "^[^:]+://[^/?]*/?([^?]*).*$" (.Values.redis.external.url | default "redis://x/0") "${1}" -}}
 {{- end -}}
 
 {{- define "millrace.hpa" -}}

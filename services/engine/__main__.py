@@ -25,7 +25,7 @@ from services.engine.transport.grammars import Compile, Grammars
 from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
 from services.engine.transport.outbox import Outbox
 from shared.bus.blobs import Blobs
-from shared.bus.client import connect
+from shared.bus.client import connect_blobs
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
@@ -97,7 +97,7 @@ def compose(
     """Build the service around a `load` that returns the runner and its number of cache blocks, and a
     `compile_grammar` for its vocabulary."""
     keys = Keys(settings.namespace)
-    blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
+    blob_redis = connect_blobs(settings, redis)
     mailbox = Mailbox()
     handler = GenerateHandler(
         redis=redis,

@@ -38,7 +38,7 @@ from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
 from shared import service
 from shared.bus.blobs import Blobs
-from shared.bus.client import connect
+from shared.bus.client import connect_blobs
 from shared.bus.keys import Keys
 from shared.bus.records import Records
 from shared.errors import CheckpointError
@@ -79,7 +79,7 @@ def compose(
     metrics = GatewayMetrics(registry)
     admission = Admission(settings.max_concurrency, metrics.rejections)
     parser = _parser(settings)
-    blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
+    blob_redis = connect_blobs(settings, redis)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)

@@ -30,7 +30,7 @@ from services.mm_encoder.vision.encoder import Encoder
 from services.mm_encoder.vision.weights import load_weights
 from shared import config, log, service
 from shared.bus.blobs import Blobs
-from shared.bus.client import connect
+from shared.bus.client import connect_blobs
 from shared.bus.keys import ENCODE, Keys
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
@@ -75,7 +75,7 @@ def build(
         )
     keys = Keys(settings.namespace)
     metrics = Metrics(registry)
-    blob_redis = redis if settings.blob_redis_url is None else connect(settings.blob_redis_url)
+    blob_redis = connect_blobs(settings, redis)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     embeds = Embeds(blobs)
     limits = VideoLimits(

@@ -2,8 +2,7 @@
 -- KEYS: shards, deltas...
 -- ARGV: fence, length of a stream, v, m...
 -- requires: fence
+-- requires: deliver
 for i = 2, #KEYS do
-  redis.call(
-    'XADD', KEYS[i], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[at], '*', 'v', ARGV[at + 1], 'm', ARGV[at + i]
-  )
+  deliver(KEYS[i], ARGV[at], ARGV[at + 1], ARGV[at + i])
 end

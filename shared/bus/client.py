@@ -2,25 +2,77 @@
 
 import asyncio
 import socket
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from shared.bus import sentinel
+from shared.bus.sentinel import Primary, SentinelUrl
+from shared.config import CommonSettings
 from shared.errors import ConfigError
+from shared.redis_errors import Action, SignInError, action_for
 
-MAX_BLOCK_MS = 10_000  # the longest a blocking read may wait: well below the socket's timeout
-_SOCKET_TIMEOUT_S = 30.0
+# Together less than the default lease, so that a link that swallows what is sent is noticed before others take over.
+MAX_BLOCK_MS = 500  # the longest a blocking read may wait
+REPLY_S = 2.0  # the longest a reply may take beyond that; then the peer is taken for dead
+
+AUTH_PATIENCE_S = 60.0
 _CONNECTIONS = 128
+_FREE_CONNECTION_S = 30.0
+_CONNECT_S = 2.0
 _RETRIES = 12  # about 6 s with the backoff below: a restart of Redis is a stall, not an error
 
 
-def connect(url: str) -> Redis:
+class Link:
+    """State that all connections of one client share."""
+
+    def __init__(self, auth_patience_s: float) -> None:
+        self.generation = 0  # connections of an older one are made anew before their next use
+        self._patience_s = auth_patience_s
+        self._refused_since: float | None = None
+        self._given_up: str | None = None
+
+    def suspect(self, generation: int) -> None:
+        """Have all connections up to `generation` made anew: their server is no longer the right one, or is gone."""
+        self.generation = max(self.generation, generation + 1)
+
+    def accepted(self) -> None:
+        """Note that a connection was let in."""
+        self._refused_since = None
+
+    def refused(self, why: str) -> None:
+        """Note that user or password was refused.
+
+        Raises:
+            SignInError: they have been refused for longer than the patience.
+        """
+        now = time.monotonic()
+        self._refused_since = now if self._refused_since is None else self._refused_since
+        if now - self._refused_since >= self._patience_s:
+            self._given_up = (
+                f"Redis has refused our user or password for {self._patience_s:g} s ({why}); correct the URL of Redis "
+                "that this replica is started with, or the user in Redis"
+            )
+        self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            SignInError: user or password had been refused for longer than the patience.
+        """
+        if self._given_up is not None:
+            raise SignInError(self._given_up)
+
+
+def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
     """Return an asyncio client that returns bytes, with hiredis, and reconnects with backoff.
 
     A command whose connection broke is sent again, so Redis may run it twice (at least once): every caller must allow
@@ -30,38 +82,90 @@ def connect(url: str) -> Redis:
         ConfigError: the URL is malformed.
     """
     try:
+        by_sentinel = sentinel.parse(url)
         pool = BlockingConnectionPool.from_url(
-            url,
+            url if by_sentinel is None else by_sentinel.primary,
             max_connections=_CONNECTIONS,
-            timeout=_SOCKET_TIMEOUT_S,
+            timeout=_FREE_CONNECTION_S,
             protocol=2,  # one reply format for Redis 7 and Valkey 9, with fewer bytes than RESP3's maps
             retry=Retry(
                 ExponentialWithJitterBackoff(cap=1.0, base=0.01), _RETRIES, (RedisConnectionError, RedisTimeoutError)
             ),
-            socket_timeout=_SOCKET_TIMEOUT_S,
-            socket_connect_timeout=5.0,
+            socket_timeout=MAX_BLOCK_MS / 1000 + REPLY_S,
+            socket_connect_timeout=_CONNECT_S,
             health_check_interval=30,
             **_keepalive(url),
         )
-        pool.connection_class = _cancellable(pool.connection_class)
+        primary = None if by_sentinel is None else _primary(by_sentinel, pool)
+        pool.connection_class = _linked(pool.connection_class, Link(auth_patience_s), primary)
         pool.make_connection()  # type: ignore[no-untyped-call]  # opens nothing; refuses unknown options in the URL's query
     except (ValueError, TypeError) as error:
         # The library's message may quote the URL, and with it a password.
         raise ConfigError(
-            f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss:// or unix://"
+            f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss://, unix:// or redis+sentinel://"
         ) from None
     return Redis.from_pool(pool)
 
 
-def _cancellable(base: type[AbstractConnection]) -> type[AbstractConnection]:
-    """Return a subclass of `base` that sends under `asyncio.timeout`.
+def connect_blobs(settings: CommonSettings, redis: Redis) -> Redis:
+    """Return a client of the Redis for media and embeddings: `redis` itself, unless they have one of their own.
+
+    Raises:
+        ConfigError: its URL is malformed.
+    """
+    url = settings.blob_redis_url
+    return redis if url is None else connect(url, settings.auth_patience_s)
+
+
+def suspect(redis: Redis) -> None:
+    """Have all connections of a client made anew before their next use."""
+    link: Link = redis.connection_pool.connection_class.link  # type: ignore[attr-defined]  # of `Linked` below
+    link.suspect(link.generation)
+
+
+def _primary(url: SentinelUrl, pool: BlockingConnectionPool) -> Primary:
+    """Make what finds the primary, with the TLS of the pool."""
+    tls = {name: value for name, value in pool.connection_kwargs.items() if name.startswith("ssl_")}
+    over_tls = issubclass(pool.connection_class, SSLConnection)
+    limits = {"socket_timeout": REPLY_S, "socket_connect_timeout": _CONNECT_S}
+    return Primary(url, {"ssl": over_tls, **tls, **limits})
+
+
+def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary | None) -> type[AbstractConnection]:
+    """Return a subclass of `base` that is made anew when `shared_link` says so, and sends under `asyncio.timeout`.
+
+    With `primary` it connects to wherever that is then.
 
     redis-py sends under `asyncio.wait_for`, which until Python 3.12 loses a cancellation that arrives just when the
     command has been sent: a loop over commands then goes on for ever, and the task that cancelled it waits for ever.
     """
 
-    class Cancellable(base):  # type: ignore[misc,valid-type]  # the base depends on the URL
+    class Linked(base):  # type: ignore[misc,valid-type]  # the base depends on the URL
+        link = shared_link
+        generation = 0
+
+        async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+            if self.is_connected:
+                return
+            self.link.check()
+            self.generation = self.link.generation
+            try:
+                await super().connect_check_health(check_health, retry_socket_connect)
+            except RedisError as error:
+                if action_for(error) is Action.SIGN_IN:
+                    self.link.refused(str(error))
+                raise
+            self.link.accepted()
+
+        async def _connect(self) -> None:
+            if primary is not None:
+                self.host, self.port = await primary.address()
+            await super()._connect()
+
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            self.link.check()
+            if self.generation < self.link.generation:
+                await self.disconnect(nowait=True)
             if not self.is_connected:
                 await self.connect_check_health(check_health=False)
             if check_health:
@@ -72,6 +176,7 @@ def _cancellable(base: type[AbstractConnection]) -> type[AbstractConnection]:
                     await self._send_packed_command([words] if isinstance(words, bytes) else words)
             except TimeoutError as error:
                 await self.disconnect(nowait=True)
+                self.link.suspect(self.generation)
                 raise RedisTimeoutError("Timeout writing to socket") from error
             except OSError as error:
                 await self.disconnect(nowait=True)
@@ -80,7 +185,15 @@ def _cancellable(base: type[AbstractConnection]) -> type[AbstractConnection]:
                 await self.disconnect(nowait=True)  # half a command may have been sent
                 raise
 
-    return Cancellable
+        async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super().read_response(*args, **kwargs)
+            except RedisError as error:
+                if isinstance(error, RedisTimeoutError) or action_for(error) is Action.RECONNECT:
+                    self.link.suspect(self.generation)
+                raise
+
+    return Linked
 
 
 async def command(redis: Redis, *words: str | bytes | int | float) -> Any:

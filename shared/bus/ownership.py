@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from shared.bus.client import command
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -18,6 +19,7 @@ from shared.bus.lua import read_script
 from shared.errors import Failure, unreadable
 from shared.log import logger
 from shared.messages import Encode, Failed, Generate, Request, Tokens, record_value, to_entry
+from shared.redis_errors import is_wrong_type
 
 QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
 DELTAS_LENGTH = 10_000  # entries a gateway's stream keeps, about
@@ -150,7 +152,12 @@ class EntryOwnership:
 
     async def recorded_failure(self, request_id: str) -> Failure | None:
         """Return the failure that `record_failure` has recorded; another one if it cannot be read."""
-        data = await command(self._redis, "HGET", self._keys.request(request_id), "failed")
+        try:
+            data = await command(self._redis, "HGET", self._keys.request(request_id), "failed")
+        except ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            return unreadable("the record")
         try:
             return None if data is None else _failure.decode(data)
         except msgspec.MsgspecError:

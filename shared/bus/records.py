@@ -6,10 +6,12 @@ cancelled one, drops the entry. No journal is written without its record, so a l
 record that cannot be read is its own request's failure: whoever meets it ends that request, and goes on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
 
 from shared.bus.client import command
 from shared.bus.keys import Keys
@@ -36,6 +38,7 @@ from shared.messages import (
     to_entry,
     unpack_ids,
 )
+from shared.redis_errors import is_wrong_type
 
 CONTROL_LENGTH = (
     10_000  # entries the control stream keeps, about; the record has the same for a replica that missed one
@@ -137,12 +140,10 @@ class Records:
         async with self._redis.pipeline(transaction=False) as pipe:
             for request_id in request_ids:
                 pipe.hmget(self._keys.request(request_id), _FIELDS)
-            found = await pipe.execute()
-        return {
-            request_id: _record(fields)
-            for request_id, fields in zip(request_ids, found, strict=True)
-            if fields[0] is not None
-        }
+            found = await pipe.execute(raise_on_error=False)
+        pairs = zip(request_ids, found, strict=True)
+        records = {request_id: _record(answer) for request_id, answer in pairs}
+        return {request_id: record for request_id, record in records.items() if record is not None}
 
     async def exists(self, request_ids: Sequence[str]) -> set[str]:
         """Return the ids of those requests that have a record, in one round trip (gateway, postproc)."""
@@ -206,7 +207,8 @@ class Records:
         Raises:
             ProtocolError: the journal is damaged.
         """
-        data = await self._redis.get(self._keys.journal(request_id))
+        with _damaged_if_wrong_type():
+            data = await self._redis.get(self._keys.journal(request_id))
         return unpack_ids(data) if isinstance(data, bytes) else []
 
     async def read_logprobs(self, request_id: str) -> list[TokenLogprob | None]:
@@ -215,7 +217,8 @@ class Records:
         Raises:
             ProtocolError: they are damaged.
         """
-        found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
+        with _damaged_if_wrong_type():
+            found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
         return [decode_logprob(data) for data in found]
 
     async def retain(self, ended: Sequence[tuple[str, Finish, float]], fence: Fence) -> None:
@@ -236,7 +239,32 @@ class Records:
         return [key(request_id) for request_id in request_ids for key in keys]
 
 
-def _record(fields: Sequence[bytes | None]) -> Record | UnreadableRecord:
+@contextmanager
+def _damaged_if_wrong_type() -> Iterator[None]:
+    """
+    Raises:
+        ProtocolError: the key holds something else.
+    """
+    try:
+        yield
+    except ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        raise ProtocolError(str(error)) from error
+
+
+def _record(fields: Sequence[bytes | None] | RedisError) -> Record | UnreadableRecord | None:
+    """Return what the reply to HMGET holds; None if there is no record.
+
+    Raises:
+        RedisError: the reply is an error, and another one than that of a key with something else in it.
+    """
+    if isinstance(fields, RedisError):
+        if not is_wrong_type(fields):
+            raise fields
+        return UnreadableRecord(str(fields))
+    if fields[0] is None:
+        return None
     try:
         return _readable_record(fields)
     except (ProtocolError, ValueError) as error:  # ValueError: no number, or no UTF-8

@@ -4,13 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from redis.exceptions import ConnectionError, NoScriptError, OutOfMemoryError, ReadOnlyError, TimeoutError
+from redis.exceptions import RedisError
 
 from shared.log import logger
+from shared.redis_errors import Action, action_for
 
-# Errors that end when Redis is back or an operator has acted. NoScriptError: Redis was restarted between loading a
-# script and calling it.
-TRANSIENT = (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError, NoScriptError)
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
 
@@ -23,12 +21,18 @@ async def retry_until_available(what: str, attempt: Callable[[], Awaitable[T]]) 
     """Return the result of `attempt`, retried with growing delays while Redis is unavailable.
 
     `attempt` must be idempotent: it may take effect more than once. `what` names it in the log.
+
+    Raises:
+        RedisError: one that no waiting ends (shared/redis_errors.py).
     """
     delay = FIRST_DELAY_S
     while True:
         try:
             return await attempt()
-        except TRANSIENT as error:
-            _log.warning("Redis is unavailable; retrying", extra={"what": what, "error": type(error).__name__})
+        except RedisError as error:
+            if action_for(error) is Action.END:
+                raise
+            fields = {"what": what, "error": type(error).__name__, "reason": str(error)}
+            _log.warning("Redis is unavailable; retrying", extra=fields)
         await asyncio.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY_S)

@@ -21,6 +21,7 @@ from shared.log import logger
 from shared.message_versions import VERSION, WRITES
 from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry
 from shared.metrics import Hop
+from shared.redis_errors import is_wrong_type
 
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
@@ -263,7 +264,12 @@ async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
     Returns whether the stream exists.
     """
     fields = _flat(message)
-    return await command(redis, "XADD", key, "NOMKSTREAM", "MAXLEN", "~", max_len, "*", *fields) is not None
+    try:
+        return await command(redis, "XADD", key, "NOMKSTREAM", "MAXLEN", "~", max_len, "*", *fields) is not None
+    except ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        return False
 
 
 class LogWriter:

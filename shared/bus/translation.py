@@ -25,7 +25,7 @@ async def translate_records(redis: Redis, keys: Keys) -> None:
     A field that has changed meanwhile stays as it is.
     """
     replace = redis.register_script(read_script("replace_fields"))
-    async for key in redis.scan_iter(match=keys.request("*"), count=PAGE):
+    async for key in redis.scan_iter(match=keys.request("*"), count=PAGE, _type="hash"):
         values = dict(zip(KINDS, await command(redis, "HMGET", key, *KINDS), strict=True))
         args: list[str | bytes] = []
         for field, value in values.items():
@@ -33,7 +33,7 @@ async def translate_records(redis: Redis, keys: Keys) -> None:
                 args += [field, value, after]
         if args:
             await replace(keys=[key], args=args)
-    async for key in redis.scan_iter(match=keys.logprobs("*"), count=PAGE):
+    async for key in redis.scan_iter(match=keys.logprobs("*"), count=PAGE, _type="list"):
         for index, value in enumerate(await command(redis, "LRANGE", key, 0, -1)):
             if (after := translated_record_value("TokenLogprob", value)) is not None:
                 await command(redis, "LSET", key, index, after)

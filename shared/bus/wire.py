@@ -16,7 +16,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-LIMIT_S = 5.0  # for the reply, beyond the time the command itself may block; then the peer is taken for dead
+from shared.bus.client import REPLY_S, suspect
+
+LIMIT_S = REPLY_S  # for the reply, beyond the time the command itself may block
 
 Word = str | bytes | int | float
 
@@ -25,6 +27,7 @@ class Wire:
     """Connection from a client's pool, taken at the first call and kept. Calls must not overlap."""
 
     def __init__(self, redis: Redis) -> None:
+        self._redis = redis
         self._pool = redis.connection_pool
         self._connection: AbstractConnection | None = None
 
@@ -42,8 +45,14 @@ class Wire:
         if connection is None:
             connection = self._connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
         return await connection.retry.call_with_retry(
-            lambda: _exchange(connection, words, LIMIT_S + wait_s), lambda _: connection.disconnect(nowait=True)
+            lambda: _exchange(connection, words, LIMIT_S + wait_s), lambda error: self._break(connection, error)
         )
+
+    async def _break(self, connection: AbstractConnection, error: Exception) -> None:
+        """Close a connection that failed, and suspect all others when it fell silent."""
+        await connection.disconnect(nowait=True)
+        if isinstance(error, RedisTimeoutError):
+            suspect(self._redis)
 
     async def close(self) -> None:
         """Return the connection to the pool. The client's own `aclose` closes it, too."""

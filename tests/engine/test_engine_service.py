@@ -371,7 +371,9 @@ async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
     shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("damaged", ["record", "journal", "foreign journal", "epoch", "prompt"])
+@pytest.mark.parametrize(
+    "damaged", ["record", "type", "journal", "type of journal", "foreign journal", "epoch", "prompt"]
+)
 async def test_damaged_bytes_end_their_own_request(redis: Redis, redis_url: str, keys: Keys, damaged: str) -> None:
     reader = Reader(redis, keys)
     prompt = pack_ids([20, 30]) + (b"x" if damaged == "prompt" else b"")
@@ -380,6 +382,11 @@ async def test_damaged_bytes_end_their_own_request(redis: Redis, redis_url: str,
     match damaged:
         case "record":
             await redis.hset(keys.request("bad"), "request", b"\xc1")
+        case "type":
+            await redis.set(keys.request("bad"), "oops")
+        case "type of journal":
+            await redis.hincrby(keys.request("bad"), "epoch", 1)
+            await redis.sadd(keys.journal("bad"), "oops")
         case "journal" | "foreign journal":
             await redis.hincrby(keys.request("bad"), "epoch", 1)
             await redis.set(keys.journal("bad"), b"12345" if damaged == "journal" else pack_ids([10**6]))

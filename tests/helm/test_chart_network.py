@@ -144,6 +144,12 @@ def test_an_external_redis_is_reached_at_its_ports_and_addresses() -> None:
     assert ("engine", "anybody", 6379) in outward
 
 
+def test_sentinels_and_the_primaries_behind_them_are_reached() -> None:
+    redis = {"external": {"url": "redis+sentinel://s0:26380,s1/main/3"}}
+    outward, _ = arrows(objects({**CLAIM, "redis": redis, "networkPolicy": {"enabled": True}}))
+    assert {port for stage, _, port in outward if stage == "postproc"} == {26380, 26379, 6379}
+
+
 def test_dns_is_the_clusters() -> None:
     (policy,) = [item for item in policies(objects(CLAIM)) if item["metadata"]["name"].endswith("-dns")]
     (rule,) = policy["spec"]["egress"]

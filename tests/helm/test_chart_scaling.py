@@ -55,6 +55,21 @@ def test_an_external_redis_is_counted_in_its_database() -> None:
     assert told == {"address": "redis:6380", "databaseIndex": "3", "enableTLS": "true"}
 
 
+@pytest.mark.parametrize(
+    ("url", "addresses", "database", "tls"),
+    [
+        ("redis+sentinel://s0:26380,s1/main/3", "s0:26380,s1:26379", "3", "false"),
+        ("rediss+sentinel://s0/main?x=y", "s0:26379", "0", "true"),
+    ],
+)
+def test_a_redis_behind_sentinels_is_counted_at_its_primary(url: str, addresses: str, database: str, tls: str) -> None:
+    values = {**CLAIM, "autoscaling": {"kind": "keda"}, "redis": {"external": {"url": url}}}
+    (only,) = find(objects(values), "ScaledObject", "millrace-engine")["spec"]["triggers"]
+    assert only["type"] == "redis-sentinel-streams"
+    told = {key: only["metadata"][key] for key in ("addresses", "sentinelMaster", "databaseIndex", "enableTLS")}
+    assert told == {"addresses": addresses, "sentinelMaster": "main", "databaseIndex": database, "enableTLS": tls}
+
+
 def test_the_hpa_reads_what_the_podmonitor_labels() -> None:
     (metric,) = find(case(HPA), "HorizontalPodAutoscaler", "millrace-engine")["spec"]["metrics"]
     assert metric["external"]["metric"] == {

@@ -217,10 +217,15 @@ def huge_png() -> bytes:
     )
 
 
-@pytest.mark.parametrize("begun", [False, True])
-async def test_a_damaged_record_ends_its_own_request(bench: Bench, redis: Redis, keys: Keys, begun: bool) -> None:
+@pytest.mark.parametrize(("damaged", "begun"), [("request", False), ("request", True), ("type", False)])
+async def test_a_damaged_record_ends_its_own_request(
+    bench: Bench, redis: Redis, keys: Keys, damaged: str, begun: bool
+) -> None:
     await bench.submit("bad", [picture(28, 28)])
-    await redis.hset(keys.request("bad"), "request", b"\xc1")
+    if damaged == "type":
+        await redis.set(keys.request("bad"), "oops")
+    else:
+        await redis.hset(keys.request("bad"), "request", b"\xc1")
     if begun:
         await redis.hset(keys.request("bad"), "epoch", "1")
     async with bench.running():

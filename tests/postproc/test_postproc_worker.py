@@ -821,7 +821,7 @@ async def test_tokens_are_journaled_at_once_beside_a_replica_that_reads_an_older
     assert await system.redis.strlen(system.keys.journal("r1")) == 5 * TOKEN_BYTES
 
 
-@pytest.mark.parametrize("damaged", ["request", "journal", "logprobs"])
+@pytest.mark.parametrize("damaged", ["request", "journal", "type of journal", "logprobs"])
 async def test_a_damaged_request_is_told_and_hurts_nobody_else(system: System, keys: Keys, damaged: str) -> None:
     """A worker that takes over the shard meets it."""
     await system.submit(request("bad", logprobs=True), request("good"))
@@ -837,6 +837,9 @@ async def test_a_damaged_request_is_told_and_hurts_nobody_else(system: System, k
             await system.redis.hset(keys.request("bad"), "request", b"\xc1")
         case "journal":
             await system.redis.append(keys.journal("bad"), b"x")
+        case "type of journal":
+            await system.redis.delete(keys.journal("bad"))
+            await system.redis.sadd(keys.journal("bad"), "oops")  # type: ignore[misc]
         case "logprobs":
             await system.redis.lset(keys.logprobs("bad"), 0, b"\xc1")  # type: ignore[misc]
     worker = await system.worker("p2")

@@ -3,8 +3,12 @@
 -- KEYS: stream
 -- ARGV: expiry in s, v, m, id of the last entry read
 -- Returns 1 if the stream was created.
-local gone = redis.call('EXISTS', KEYS[1]) == 0
-if gone then redis.call('XADD', KEYS[1], '*', 'v', ARGV[2], 'm', ARGV[3]) end
+-- requires: typed
+local gone = not is_a('stream', KEYS[1])
+if gone then
+  redis.call('UNLINK', KEYS[1])
+  redis.call('XADD', KEYS[1], '*', 'v', ARGV[2], 'm', ARGV[3])
+end
 redis.call('XTRIM', KEYS[1], 'MINID', '~', ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 return gone and 1 or 0

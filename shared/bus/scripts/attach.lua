@@ -2,8 +2,9 @@
 -- KEYS: record...
 -- ARGV: gateway
 -- requires: other_gateways
+-- requires: typed
 for _, record in ipairs(KEYS) do
-  if redis.call('EXISTS', record) == 1 then
+  if is_a('hash', record) then
     local names = other_gateways(record, ARGV[1])
     names[#names + 1] = ARGV[1]
     redis.call('HSET', record, 'gateways', table.concat(names, ' '))

@@ -3,9 +3,10 @@
 -- ARGV: fence, length of control, v, m
 -- Returns how many were marked.
 -- requires: fence
+-- requires: typed
 local marked = 0
 for i = 3, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 and redis.call('HEXISTS', KEYS[i], 'finish') == 0 then
+  if is_a('hash', KEYS[i]) and redis.call('HEXISTS', KEYS[i], 'finish') == 0 then
     marked = marked + redis.call('HSET', KEYS[i], 'cancelled', '1')
   end
 end

@@ -8,6 +8,7 @@
 -- Returns {{entry id, attempts, fields}..., number of entries of dead consumers that are left}.
 -- requires: claim_entries
 -- requires: newest_reader
+-- requires: lease_of
 local function ours(pending)
   local newest, found = newest_reader(KEYS[2], ARGV[3]), {}
   for _, entry in ipairs(pending) do
@@ -23,7 +24,7 @@ local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
 if consumers.err then return {taken, left} end
 for _, consumer in ipairs(consumers) do
   local name, pending = consumer[2], consumer[4]
-  local lease = redis.call('GET', ARGV[3] .. name)
+  local lease = lease_of(ARGV[3] .. name)
   local readable, status = pcall(cjson.decode, lease or '')
   local starting = readable and type(status) == 'table' and status.state == 'starting'
   if name ~= ARGV[2] and (not lease or starting) then

@@ -3,9 +3,10 @@
 -- ARGV: gateway, prefix of deltas
 -- Returns the places, from 1, of the requests that have no reader now.
 -- requires: other_gateways
+-- requires: typed
 local alone = {}
 for i, record in ipairs(KEYS) do
-  if redis.call('EXISTS', record) == 1 then
+  if is_a('hash', record) then
     local names, read = other_gateways(record, ARGV[1]), false
     for _, name in ipairs(names) do read = read or redis.call('EXISTS', ARGV[2] .. name) == 1 end
     redis.call('HSET', record, 'gateways', table.concat(names, ' '))

@@ -4,9 +4,10 @@
 -- quarantine, attempts, reason (empty: the entry is not quarantined)
 -- Returns 1 if the consumer owned the entry.
 -- requires: entries
+-- requires: deliver
 if not owns(ARGV[3]) then return 0 end
-for gateway in string.gmatch(redis.call('HGET', KEYS[2], 'gateways') or ARGV[7], '%S+') do
-  redis.call('XADD', ARGV[6] .. gateway, 'NOMKSTREAM', 'MAXLEN', '~', ARGV[8], '*', 'v', ARGV[4], 'm', ARGV[5])
+for gateway in string.gmatch(is_a('hash', KEYS[2]) and redis.call('HGET', KEYS[2], 'gateways') or ARGV[7], '%S+') do
+  deliver(ARGV[6] .. gateway, ARGV[8], ARGV[4], ARGV[5])
 end
 if ARGV[11] ~= '' then quarantine(ARGV[3], KEYS[3], ARGV[9], ARGV[11], ARGV[10]) end
 ack(ARGV[3])

@@ -5,7 +5,9 @@
 -- of the request
 -- Returns 'done', 'lost', 'unwanted' or 'changed'.
 -- requires: entries
+-- requires: typed
 if not owns(ARGV[3]) then return 'lost' end
+if not is_a('hash', KEYS[2]) then return 'unwanted' end
 local request, cancelled, made = unpack(redis.call('HMGET', KEYS[2], 'request', 'cancelled', 'made'))
 if not request or cancelled then return 'unwanted' end
 if made and made ~= ARGV[7] then return 'changed' end

@@ -3,11 +3,12 @@
 -- KEYS: lease, index of its service, index of each service...
 -- ARGV: status, expiry in ms, name, prefix of the lease keys of each service...
 -- Returns {lease key, fact, its value there...}; empty if the replica has joined.
+-- requires: lease_of
 local mine, differences = cjson.decode(ARGV[1]).facts or {}, {}
 for i = 3, #KEYS do
   for _, name in ipairs(redis.call('SMEMBERS', KEYS[i])) do
     local key = ARGV[i + 1] .. name
-    local lease = key ~= KEYS[1] and redis.call('GET', key)
+    local lease = key ~= KEYS[1] and lease_of(key)
     local readable, theirs = pcall(cjson.decode, lease or '')
     if readable and type(theirs) == 'table' then
       for fact, value in pairs(theirs.facts or {}) do

@@ -3,9 +3,10 @@
 -- KEYS: index of the service's replicas
 -- ARGV: prefix of lease keys
 -- Returns {name, status, ...}.
+-- requires: lease_of
 local leases = {}
 for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local lease = redis.call('GET', ARGV[1] .. name)
+  local lease = lease_of(ARGV[1] .. name)
   if lease then
     leases[#leases + 1], leases[#leases + 2] = name, lease
   else

@@ -4,6 +4,7 @@
 -- Returns {epoch...}: 0 for a request without a record, -1 for an entry that the consumer does not own. In place of an
 -- epoch that is no number comes the time, which no count of deliveries reaches.
 -- requires: entries
+-- requires: typed
 local epochs = {}
 for i = 3, #ARGV do
   local record = KEYS[i - 1]
@@ -15,7 +16,7 @@ for i = 3, #ARGV do
     local epoch = redis.pcall('HINCRBY', record, 'epoch', 1)
     if type(epoch) ~= 'number' then
       epoch = tonumber(redis.call('TIME')[1])
-      redis.call('HSET', record, 'epoch', epoch)
+      if is_a('hash', record) then redis.call('HSET', record, 'epoch', epoch) end
     end
     epochs[#epochs + 1] = epoch
   end

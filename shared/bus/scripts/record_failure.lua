@@ -3,6 +3,7 @@
 -- ARGV: consumer group, consumer, entry id, failure (empty: none)
 -- Returns 1 if the consumer owns the entry.
 -- requires: entries
+-- requires: typed
 if not owns(ARGV[3]) then return 0 end
-if ARGV[4] ~= '' and redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'failed', ARGV[4]) end
+if ARGV[4] ~= '' and is_a('hash', KEYS[2]) then redis.call('HSET', KEYS[2], 'failed', ARGV[4]) end
 return 1

@@ -2,7 +2,8 @@
 -- KEYS: stream, record
 -- ARGV: consumer group, consumer, entry id, number of tokens
 -- requires: entries
-if owns(ARGV[3]) and (tonumber(redis.call('HGET', KEYS[2], 'reached') or 0) or 0) < tonumber(ARGV[4]) then
-  if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'reached', ARGV[4]) end
+-- requires: typed
+if owns(ARGV[3]) and is_a('hash', KEYS[2]) and (tonumber(redis.call('HGET', KEYS[2], 'reached') or 0) or 0) < tonumber(ARGV[4]) then
+  redis.call('HSET', KEYS[2], 'reached', ARGV[4])
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'RETRYCOUNT', 1, 'JUSTID')
 end

@@ -2,8 +2,9 @@
 -- KEYS: shards, (record, journal, logprobs)...
 -- ARGV: fence, (finish, expiry in ms)...
 -- requires: fence
+-- requires: typed
 for i = 2, #KEYS, 3 do
-  if redis.call('EXISTS', KEYS[i]) == 1 then
+  if is_a('hash', KEYS[i]) then
     redis.call('HSET', KEYS[i], 'finish', ARGV[at])
     for n = i, i + 2 do redis.call('PEXPIRE', KEYS[n], ARGV[at + 1]) end
   end

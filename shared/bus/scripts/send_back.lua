@@ -3,8 +3,9 @@
 -- ARGV: consumer group, consumer, entry id, most returns of one request, id of the request
 -- Returns 'done', 'lost' or 'never'.
 -- requires: entries
+-- requires: typed
 if not owns(ARGV[3]) then return 'lost' end
-local source = redis.call('HGET', KEYS[2], 'encode')
+local source = is_a('hash', KEYS[2]) and redis.call('HGET', KEYS[2], 'encode')
 local returned = source and redis.pcall('HINCRBY', KEYS[2], 'returned', 1)
 if type(returned) ~= 'number' or returned > tonumber(ARGV[4]) then return 'never' end
 ack(ARGV[3])

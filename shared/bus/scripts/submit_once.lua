@@ -3,7 +3,8 @@
 -- KEYS: idempotency key, stream, record...
 -- ARGV: submission, expiry in s, prefix of records, v, gateway, (request, m)...
 -- Returns the earlier submission, or false.
-local known = redis.call('GET', KEYS[1])
+-- requires: typed
+local known = is_a('string', KEYS[1]) and redis.call('GET', KEYS[1])
 if known then
   local readable, earlier = pcall(cjson.decode, known)
   local alive = readable and type(earlier) == 'table' and type(earlier.request_ids) == 'table' and

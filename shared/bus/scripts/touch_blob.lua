@@ -4,7 +4,9 @@
 -- ARGV: prefix of blob keys, bytes of a chunk, member, TTL in s
 -- Returns {chunks, meta}, or false.
 -- requires: blob_index
+-- requires: typed
 local key, ttl = ARGV[1] .. ARGV[3], ARGV[4]
+if not is_a('hash', key) then return false end
 local chunks, meta = unpack(redis.call('HMGET', key, 'chunks', 'meta'))
 if not chunks then return false end
 chunks = tonumber(chunks)

@@ -25,6 +25,10 @@ async def test_bytes_come_back(redis: Redis) -> None:
         "localhost:6379",
         "redis://:secret@localhost:port",
         "redis://:secret@localhost?no_such_option=1",
+        "redis+sentinel://:secret@localhost",
+        "redis+sentinel://:secret@localhost:port/main",
+        "redis+sentinel://:secret@,localhost/main",
+        "redis+sentinel://:secret@localhost/main/0?no_such_option=1",
         "",
     ],
 )

@@ -212,3 +212,12 @@ async def test_a_former_process_of_ours_does_not_count(redis: Redis, keys: Keys)
     await redis.sadd(keys.replicas("engine"), "gone")
     await redis.set(keys.replica("engine", "gone"), b"\xff")
     assert await fleet_lease(redis, keys, "engine", "e", shards="2").join("starting") == []
+
+
+async def test_a_lease_of_another_type_is_none(redis: Redis, keys: Keys) -> None:
+    await replica(redis, keys, "a")
+    await replica(redis, keys, "b")
+    await redis.delete(keys.replica("postproc", "b"))
+    await redis.sadd(keys.replica("postproc", "b"), "oops")
+    assert [each.name for each in await live(redis, keys, "postproc")] == ["a"]
+    assert await fleet_lease(redis, keys, "engine", "e", shards="4").join("ready") == []

@@ -302,3 +302,44 @@ async def test_entries_name_their_request(redis: Redis, keys: Keys, records: Rec
     await records.submit(GENERATE, generate("r1"))
     await records.submit_once(GENERATE, [generate("r2"), generate("r2-1")], "digest", "body", 60)
     assert [fields[b"r"] for _, fields in await redis.xrange(keys.stream(GENERATE))] == [b"r1", b"r2", b"r2-1"]
+
+
+async def test_a_record_of_another_type_hurts_no_other(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate("good"))
+    await redis.set(keys.request("bad"), "oops")
+    both, fence = ["bad", "good"], Fence(keys, "", {})
+    assert {name: type(record) for name, record in (await records.get(both)).items()} == {
+        "bad": UnreadableRecord,
+        "good": Record,
+    }
+    await records.attach(both, "gateway-2")
+    assert await records.detach(both, "gateway-2") == ["good"], "no gateway lives here"
+    await records.cancel(both)
+    assert await records.write_journal([("bad", 0, [1]), ("good", 0, [2])]) == []
+    await records.retain([(name, Finish("stop"), 60.0) for name in both], fence)
+    good = (await records.get(both))["good"]
+    assert isinstance(good, Record)
+    assert (good.cancelled, good.finish) == (True, Finish("stop"))
+    await records.delete(both)
+    assert await records.get(both) == {}
+
+
+async def test_journals_of_another_type_are_damaged_and_written_anew(
+    redis: Redis, keys: Keys, records: Records
+) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    for key in (keys.journal("r1"), keys.logprobs("r1")):
+        await redis.sadd(key, "oops")
+    for read in (records.read_journal, records.read_logprobs):
+        with pytest.raises(ProtocolError, match="WRONGTYPE"):
+            await read("r1")
+    logprobs = [("r1", [None])]
+    assert await records.write_journal([("r1", 5, [6])], logprobs=logprobs) == ["r1"], "there is a hole"
+    assert await records.write_journal([("r1", 0, [6])], logprobs=logprobs) == []
+    assert (await records.read_journal("r1"), await records.read_logprobs("r1")) == ([6], [None])
+
+
+async def test_an_idempotency_key_of_another_type_is_void(redis: Redis, keys: Keys, records: Records) -> None:
+    await redis.sadd(keys.idempotency("digest"), "oops")
+    assert await records.submit_once(GENERATE, [generate("r1")], "digest", "body", 60) is None
+    assert await records.submit_once(GENERATE, [generate("r2")], "digest", "body", 60) == Submission("body", ("r1",))
