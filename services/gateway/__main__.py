@@ -1,5 +1,6 @@
 """Composition root of the gateway: `python -m services.gateway`, configured by MILLRACE_* variables."""
 
+import asyncio
 import hashlib
 import os
 import secrets
@@ -19,9 +20,11 @@ from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
+from services.gateway.http.body import BodyLimits
 from services.gateway.http.completions import ChatCompletions
 from services.gateway.http.edge import Edge
 from services.gateway.http.health import readiness
+from services.gateway.http.memory import BodyMemory
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import Server, bind
 from services.gateway.inflight.backlog import Backlog
@@ -93,9 +96,11 @@ def compose(
         grammars=grammars,
         open_requests=open_requests,
         writer=writer,
-        max_body_bytes=settings.max_body_bytes,
-        body_timeout_s=settings.body_timeout_s,
+        body_limits=BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
+        memory=BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
+        max_text_bytes=settings.max_text_bytes,
         request_timeout_s=settings.request_timeout_s,
+        decoding=asyncio.Lock(),
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
     resumption = Resumption(admission, pipeline, open_requests, writer)

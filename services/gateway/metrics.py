@@ -48,11 +48,17 @@ class GatewayMetrics:
         at_zero(self.success, "stop", "length", "tool_calls")
         self.rejections = Counter(
             "millrace_admission_rejections",
-            "Chat requests refused: too many at once here, too much work in the pipeline, or shutting down",
+            "Chat requests refused: too many here, too many bytes of them, too much in the pipeline, or shutting down",
             ("reason",),
             registry=registry,
         )
-        at_zero(self.rejections, "max_concurrency", "max_queue", "draining")
+        at_zero(self.rejections, "max_concurrency", "max_queue", "max_bodies_bytes", "draining")
+        self.body_bytes = Gauge(
+            "millrace_request_body_bytes",
+            "Bytes of chat requests that are being read, decoded or stored",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.open = Gauge(
             "millrace_open_requests",
             "Chat requests being answered",

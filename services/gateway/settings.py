@@ -13,12 +13,15 @@ from shared.messages import MediaKind
 Seconds = Annotated[float, Meta(gt=0)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
 
+# Of the memory for bodies, what large ones may take: uploads must not turn away requests without any.
+LARGE_SHARE = 0.75
+
 
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `python -m services.gateway`, besides the common ones.
 
     Raises:
-        ConfigError: an API key is empty; the message names the setting, and no key.
+        ConfigError: an API key is empty, or one body may be longer than all of them; names the setting, and no key.
     """
 
     host: str = "0.0.0.0"  # the address the API listens on
@@ -31,9 +34,14 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_concurrency: Positive = 512  # requests at a time; more are answered 429
     max_n: Positive = 8  # choices that one request may ask for
     max_body_bytes: Positive = 128 << 20  # the longest request body; longer ones are answered 413
+    # The most bytes of a body beside its uploads (data URLs), escapes included.
+    max_text_bytes: Positive = 32 << 20
+    # Bytes of all bodies that are being read, decoded or stored; beyond it requests are answered 429.
+    max_bodies_bytes: Positive = 192 << 20
     max_media_bytes: Positive = 64 << 20  # the largest uploaded image or video, decoded from base64
     max_prompt_chars: Positive = 4 << 20  # the longest rendered prompt: 32 for each of 131072 tokens
     body_timeout_s: Seconds = 60.0  # how long a client may take to send its request
+    body_stall_s: Seconds = 10.0  # and for each 64 KiB of it, so that it cannot be endlessly slow
     request_timeout_s: Seconds = (
         600.0  # the longest time from arrival to the last token; the openai client's own default
     )
@@ -53,6 +61,11 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         if not all(self.api_keys):
             raise ConfigError(f"{variable('api_keys')}: a key is empty, which would let everybody in; remove it")
+        if self.max_body_bytes > self.max_bodies_bytes * LARGE_SHARE:
+            raise ConfigError(
+                f"{variable('max_bodies_bytes')} is {self.max_bodies_bytes}, of which large bodies may take "
+                f"{LARGE_SHARE:.0%}: too little for one of {variable('max_body_bytes')}={self.max_body_bytes}"
+            )
 
     def model_names(self) -> ModelNames:
         """Return the names that clients may call the model by."""

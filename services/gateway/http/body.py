@@ -1,39 +1,65 @@
-"""Reading of a request's body, within limits on its size and time."""
+"""Reading of a request's body, within limits on its size, its time and the memory that all bodies take."""
 
 import asyncio
+import io
 
+import msgspec
 from starlette.requests import Request
 
+from services.gateway.http.memory import Reservation
 from shared.errors import Failure, RequestError
 
+PROGRESS_BYTES = 64 << 10
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """Read the whole body.
+
+class BodyLimits(msgspec.Struct, frozen=True):
+    """Limits on one body."""
+
+    max_bytes: int
+    timeout_s: float  # for the whole body
+    stall_s: float  # for the next PROGRESS_BYTES, or the end: the slowest rate
+
+
+async def read_body(request: Request, limits: BodyLimits, reservation: Reservation) -> bytes:
+    """Read the whole body; the reservation grows with it.
 
     Raises:
-        RequestError: 415, it is compressed; 413, larger than `limit` bytes; 408, slower than `timeout_s`.
+        RequestError: 415, it is compressed; 413, too large; 429, no memory for it now; 408, too slow.
         ClientDisconnect: the client left in the middle.
     """
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         text = f"The header Content-Encoding is {encoding:.50}; request bodies are read as they are, not compressed."
         raise RequestError(Failure(415, text, param="Content-Encoding", code="unsupported_encoding"))
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit)
-    body = bytearray()
+    announced = int(request.headers.get("content-length", "0"))  # its syntax is checked by the HTTP parser
+    _check_size(announced, limits.max_bytes)
+    reservation.check(announced)
+    body = io.BytesIO()  # gives its bytes away without copying them
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(limits.timeout_s), asyncio.timeout(limits.stall_s) as stall:
+            progress = 0
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise _too_large(limit)
+                _check_size(body.tell() + len(chunk), limits.max_bytes)
+                reservation.grow(len(chunk))
+                body.write(chunk)
+                progress += len(chunk)
+                if progress >= PROGRESS_BYTES:
+                    progress = 0
+                    stall.reschedule(asyncio.get_running_loop().time() + limits.stall_s)
     except TimeoutError:
-        text = f"The request body did not arrive within {timeout_s:g} s."
-        raise RequestError(Failure(408, text, type="timeout_error", code="timeout")) from None
-    return bytes(body)
+        raise RequestError(_too_slow(limits)) from None
+    return body.getvalue()
 
 
-def _too_large(limit: int) -> RequestError:
-    text = f"The request body is larger than the limit of {limit} bytes."
-    return RequestError(Failure(413, text, code="request_too_large"))
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        text = f"The request body is larger than the limit of {limit} bytes."
+        raise RequestError(Failure(413, text, code="request_too_large"))
+
+
+def _too_slow(limits: BodyLimits) -> Failure:
+    text = (
+        f"The request body did not arrive in time: it may take {limits.timeout_s:g} s, and {limits.stall_s:g} s for "
+        f"each {PROGRESS_BYTES} bytes of it."
+    )
+    return Failure(408, text, type="timeout_error", code="timeout")

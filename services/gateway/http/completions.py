@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -12,8 +13,10 @@ from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.body import read_body
+from services.gateway.http.body import BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
+from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
     IdempotencyKey,
     read_event_ids,
@@ -23,6 +26,7 @@ from services.gateway.inflight.headers import (
 )
 from services.gateway.inflight.pipeline import RequestMetadata
 from services.gateway.inflight.registry import OpenRequests
+from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.parsed import ParsedRequest, RequestParser
 
 INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
@@ -36,9 +40,12 @@ class ChatCompletions(msgspec.Struct, frozen=True):
     grammars: GrammarCheck
     open_requests: OpenRequests
     writer: AnswerWriter
-    max_body_bytes: int
-    body_timeout_s: float
+    body_limits: BodyLimits
+    memory: BodyMemory
+    max_text_bytes: int
     request_timeout_s: float
+    # Held while a large body is decoded, which takes several times its bytes, and processor time that others wait for.
+    decoding: asyncio.Lock
 
     async def handle(self, request: Request, receive: Receive, send: Send) -> None:
         """Answer one request.
@@ -50,11 +57,12 @@ class ChatCompletions(msgspec.Struct, frozen=True):
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
         event_ids = read_event_ids(request.headers)
         context = context_of(request)
-        with self.admission.slot():
+        with self.admission.arrival() as take_slot, self.memory.reservation() as reservation:
             try:
-                body = await read_body(request, self.max_body_bytes, self.body_timeout_s)
+                body = await read_body(request, self.body_limits, reservation)
             except ClientDisconnect:
                 return
+            take_slot()
             parsed, key = await self._parse(body, request.headers, context.owner)
             del body
             context.request_id = parsed.request_id or context.request_id
@@ -62,21 +70,24 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             if parsed.sampling.grammar is not None:
                 await self.grammars.check(parsed.sampling.grammar)
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
-            await self._answer(parsed, metadata, context, receive, send, event_ids)
+            if context.span is not None:
+                spans.set_request(context.span, parsed)
+            opening = self.open_requests.open(parsed, metadata)
+            del parsed  # and with it the uploads, once they are stored
+            await self._answer(opening, reservation, context, receive, send, event_ids)
 
     async def _answer(
         self,
-        parsed: ParsedRequest,
-        metadata: RequestMetadata,
+        opening: AbstractAsyncContextManager[OpenRequest],
+        reservation: Reservation,
         context: RequestContext,
         receive: Receive,
         send: Send,
         event_ids: bool,
     ) -> None:
         span = context.span
-        if span is not None:
-            spans.set_request(span, parsed)
-        async with self.open_requests.open(parsed, metadata) as open_request:
+        async with opening as open_request:
+            reservation.release()
             try:
                 await self.writer.respond(open_request, context, receive, send, event_ids=event_ids)
             finally:
@@ -87,9 +98,15 @@ class ChatCompletions(msgspec.Struct, frozen=True):
         self, body: bytes, headers: Mapping[str, str], owner: str
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
         def parse() -> tuple[ParsedRequest, IdempotencyKey | None]:
+            check_structure(body, self.max_text_bytes)
             return self.parser.parse(body), read_idempotency_key(headers, owner, body)
 
-        return parse() if len(body) <= INLINE_BYTES else await asyncio.to_thread(parse)
+        if len(body) <= INLINE_BYTES:
+            return parse()
+        if len(body) <= SMALL_BYTES:
+            return await asyncio.to_thread(parse)
+        async with self.decoding:
+            return await asyncio.to_thread(parse)
 
 
 def _trace(request: Request, context: RequestContext) -> str | None:

@@ -83,6 +83,7 @@ class OpenRequests:
         async with self._registered(open_request):
             earlier = await self._pipeline.submit(open_request, parsed, metadata)
             if earlier is None:
+                del parsed  # its uploads are stored; the answer may take long
                 yield open_request
                 return
         stored = await self._find_earlier(earlier, metadata.owner)
