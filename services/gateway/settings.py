@@ -45,7 +45,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0
     keep_alive_s: Seconds = 10.0  # silence after which a comment is sent on a stream
     max_pending_bytes: Positive = 1 << 20  # bytes queued for a client that does not read; above, it is cut off
-    trust_request_chat_template: bool = False  # let requests bring a chat template; one may take long to render
+    trust_request_chat_template: bool = False  # let requests bring a chat template, which is rendered within limits
     tool_call_ends_reasoning: bool = False  # a call that begins in reasoning ends it, for requests that do not say
     force_nonempty_content: bool = False  # reasoning alone is sent as content too, for requests that do not say
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask

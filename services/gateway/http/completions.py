@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +16,6 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.inflight.headers import (
-    IdempotencyKey,
     read_event_ids,
     read_idempotency_key,
     read_timeout,
@@ -24,8 +24,12 @@ from services.gateway.inflight.headers import (
 from services.gateway.inflight.pipeline import RequestMetadata
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.templates.renderer import TemplateRenderer
 
 INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ChatCompletions(msgspec.Struct, frozen=True):
@@ -33,6 +37,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
 
     admission: Admission
     parser: RequestParser
+    templates: TemplateRenderer
     grammars: GrammarCheck
     open_requests: OpenRequests
     writer: AnswerWriter
@@ -55,7 +60,8 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                 body = await read_body(request, self.max_body_bytes, self.body_timeout_s)
             except ClientDisconnect:
                 return
-            parsed, key = await self._parse(body, request.headers, context.owner)
+            parsed = await self._parse(body)
+            key = await _compute(len(body), read_idempotency_key, request.headers, context.owner, body)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
@@ -83,13 +89,15 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                 if span is not None:
                     spans.set_answer(span, open_request, time.time())
 
-    async def _parse(
-        self, body: bytes, headers: Mapping[str, str], owner: str
-    ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        def parse() -> tuple[ParsedRequest, IdempotencyKey | None]:
-            return self.parser.parse(body), read_idempotency_key(headers, owner, body)
+    async def _parse(self, body: bytes) -> ParsedRequest:
+        draft = await _compute(len(body), self.parser.read, body)
+        rendered = await self.templates.render(draft.rendering)
+        return await _compute(len(rendered), self.parser.finish, draft, rendered)
 
-        return parse() if len(body) <= INLINE_BYTES else await asyncio.to_thread(parse)
+
+async def _compute(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function whose work grows with `size`: in a thread if that is large."""
+    return function(*args, **kwargs) if size <= INLINE_BYTES else await asyncio.to_thread(function, *args, **kwargs)
 
 
 def _trace(request: Request, context: RequestContext) -> str | None:
