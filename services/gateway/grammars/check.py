@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shared.errors import RequestError, internal, invalid
@@ -31,20 +31,28 @@ class GrammarCheck:
         self._verdicts: OrderedDict[str, asyncio.Task[Verdict]] = OrderedDict()
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
-    async def check(self, grammar: Grammar) -> None:
+    async def check(self, grammar: Grammar, parts: Sequence[Grammar] = ()) -> None:
         """Return if the grammar can be compiled and followed.
 
         Raises:
-            RequestError: 400, it cannot; 500, no process could tell.
+            RequestError: 400, it cannot; of its `parts`, the first that cannot either is named; 500, no process could
+                tell.
         """
+        verdict = await self._verdict(grammar)
+        if verdict is None:
+            return
+        for part in parts:
+            if (of_part := await self._verdict(part)) is not None:
+                raise _refusal(part, of_part)
+        raise _refusal(grammar, verdict)
+
+    async def _verdict(self, grammar: Grammar) -> Verdict:
         try:
             # Shielded: others may wait for it when the first to ask goes away.
-            verdict = await asyncio.shield(self._find(grammar.text))
+            return await asyncio.shield(self._find(grammar.text))
         except (RuntimeError, DiedError, TooSlowError) as error:
             _log.error("the process that tries grammars ended", extra={"error": str(error)})
             raise internal("The grammar could not be checked.", "grammar_error") from error
-        if verdict is not None:
-            raise _refusal(grammar, verdict)
 
     async def close(self) -> None:
         """End the processes."""

@@ -66,7 +66,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar)
+                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             await self._answer(parsed, metadata, context, receive, send, event_ids)
 

@@ -9,9 +9,10 @@ from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
 from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
 from services.gateway.request.schemas import ChatRequest, decode_body, unknown_fields
+from services.gateway.request.structured import tool_grammars
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from shared.limits import resolve_max_tokens
-from shared.messages import Output, Sampling
+from shared.messages import Grammar, Output, Sampling
 from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     n: int
     stream: bool
     include_usage: bool
+    tool_grammars: tuple[Grammar, ...] = ()  # of single tools, to name the one that has no grammar
     cache_salt: str = ""
     request_id: str | None = None  # the client's own, for headers and logs
     warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
@@ -96,6 +98,7 @@ class RequestParser(msgspec.Struct, frozen=True):
         """
         request = draft.request
         prompt = self.chat.tokenise(draft.rendering, rendered, draft.media)
+        each_tool = tool_grammars(request)
         sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking)
         options = request.stream_options
         return ParsedRequest(
@@ -109,6 +112,7 @@ class RequestParser(msgspec.Struct, frozen=True):
             n=request.n or 1,
             stream=bool(request.stream),
             include_usage=self.force_include_usage or bool(options and options.include_usage),
+            tool_grammars=each_tool,
             cache_salt=request.cache_salt or "",
             request_id=request.request_id,
             warnings=draft.warnings,

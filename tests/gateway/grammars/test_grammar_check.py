@@ -63,6 +63,21 @@ async def test_a_grammar_is_refused_with_the_reason(grammars: GrammarCheck, name
     assert len(refused.value.failure.message) < 600
 
 
+async def test_the_part_that_has_no_grammar_is_named(grammars: GrammarCheck) -> None:
+    fine, bad = (
+        Grammar(forms.write(rule, thinking=False), path)
+        for rule, path in (
+            (schema(), "tools[0].function.parameters"),
+            (schema(uniqueItems=True), "tools[1].function.parameters"),
+        )
+    )
+    whole = Grammar(bad.text, "tools")
+    for parts, param in (((fine, bad), "tools[1].function.parameters"), ((fine,), "tools"), ((), "tools")):
+        with pytest.raises(RequestError, match="uniqueItems") as refused:
+            await grammars.check(whole, parts)
+        assert refused.value.failure.param == param
+
+
 async def test_others_are_checked_while_one_hangs(grammars: GrammarCheck) -> None:
     hanging = [
         asyncio.create_task(grammars.check(grammar(schema(type="integer", multipleOf=9999991)))) for _ in range(5)

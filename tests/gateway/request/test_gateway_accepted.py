@@ -12,7 +12,7 @@ from whole_parser import WholeParser
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.sampling import OutputDefaults
-from services.gateway.request.schemas import MAX_SEED, ChatRequest, digest_body
+from services.gateway.request.schemas import MAX_SEED, ChatRequest, StructuredOutputs, digest_body
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
 from shared.errors import RequestError
@@ -356,6 +356,12 @@ def test_control_tokens_in_a_continued_answer_are_text(parser: WholeParser) -> N
 def test_a_prompt_without_its_generation_part(parser: WholeParser) -> None:
     assert prompt(parser, add_generation_prompt=False).endswith("User: Hi\nAssistant: ")
     assert not parse(parser, add_generation_prompt=False).output.thinking
+
+
+@pytest.mark.parametrize("name", [name for name in StructuredOutputs.__struct_fields__ if name != "json"])
+def test_options_of_structured_outputs_may_be_null(parser: WholeParser, name: str) -> None:
+    given = parse(parser, structured_outputs={"json": {"type": "object"}, name: None}).sampling.grammar
+    assert given == parse(parser, structured_outputs={"json": {"type": "object"}}).sampling.grammar
 
 
 def test_a_template_of_the_requests_own(parser: WholeParser, tokenizer: Tokenizer) -> None:

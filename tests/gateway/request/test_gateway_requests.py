@@ -84,7 +84,12 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     (saying(image(MP4)), 400, "messages[0].content[0].image_url", "video/mp4"),
     (saying(video(PNG)), 400, "messages[0].content[0].video_url", "image/png"),
     (saying(image("data:image/png;base64," + "AAAA" * 400)), 400, "messages[0].content[0].image_url", "1000"),
-    (saying(*[image(PNG)] * 3), 400, "messages[0].content[2].image_url", "got 3 but limit is 2"),
+    (
+        saying(*[image(PNG)] * 3),
+        400,
+        "messages[0].content[2].image_url",
+        "got 3 but limit is 2 (the setting limit_mm_per_prompt",
+    ),
     (saying(*[video(MP4)] * 2), 400, "messages[0].content[1].video_url", "got 2 but limit is 1"),
     (saying({"type": "file", "file": {"file_id": "file-1"}}), 400, "messages[0].content[0].file", "image or a video"),
     (saying(video({"url": MP4, "frames_sample": "last"})), 400, "messages[0].content[0].video_url.frames_sample", ""),

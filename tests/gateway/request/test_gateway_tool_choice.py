@@ -193,8 +193,13 @@ def with_parameters(**parameters: Any) -> dict[str, Any]:
         ({"tool_choice": allowed("auto", "g")}, "tool_choice.allowed_tools.tools", "'g'"),
         ({"tool_choice": "required", "tools": []}, "tool_choice", "empty"),
         ({"tool_choice": "required", "tools": None}, "tool_choice", "empty"),
-        (with_parameters(type="array"), "tools.function.parameters", "an object"),
-        (with_parameters(description="x" * 60_000, enum=["y" * 90_000]), "tools", "limit"),
+        (with_parameters(type="array"), "tools[0].function.parameters", "an object"),
+        (with_parameters(description="x" * 60_000, enum=["y" * 90_000]), "tools[0].function.parameters", "limit"),
+        (
+            {"tools": [WEATHER, with_parameters(type="null", strict=True)["tools"][0]], "tool_choice": "required"},
+            "tools[1].function.parameters",
+            "object",
+        ),
     ],
 )
 def test_choices_that_are_refused(parser: WholeParser, fields: dict[str, Any], param: str, message: str) -> None:
