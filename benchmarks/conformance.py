@@ -18,6 +18,7 @@ is written as json.dumps writes it. Asserts nothing. By directory:
 import argparse
 import asyncio
 import json
+import os
 import re
 import tempfile
 import time
@@ -35,6 +36,7 @@ from shared.grammar import forms
 from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Grammar
 from shared.model.tokenizer import Tokenizer
+from shared.workers.process import worker_environ
 
 VOCABULARY = 103_424
 AT_ONCE = 4  # schemas
@@ -118,7 +120,7 @@ def _keywords(schema: Any) -> set[str]:
 
 async def measure(directory: Path, every: int, model: Path) -> dict[str, Any]:
     tokenizer = Tokenizer.load(model)
-    check = GrammarCheck(model)
+    check = GrammarCheck(model, worker_environ(os.environ))
     suite = Suite(tokenizer, GrammarCompiler(tokenizer, VOCABULARY, (2,)), check)
     room = asyncio.Semaphore(AT_ONCE)
 

@@ -26,7 +26,7 @@ _NOT_YET = """
     static-decode-blocks prealloc-dec-block-slot-num-threshold swap-space max-num-partial-prefills
     max-long-partial-prefills long-prefill-token-threshold max-encoder-cache max-processor-cache tool-parser-plugin
     chat-template load-choices graph-optimization-config guided-decoding-backend
-    guided-decoding-disable-any-whitespace speculative-config enable-logprob max-logprobs logprobs-mode
+    guided-decoding-disable-any-whitespace speculative-config max-logprobs logprobs-mode
     logits-processors enable-early-stop early-stop-config lm_head-fp32 seed dynamic-load-weight
     disable-custom-all-reduce splitwise-role ips use-warmup router enable-eplb cache-queue-port config
 """
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Launch:
     Raises:
         ConfigError: a flag or variable is unknown, malformed or not supported; the message names it.
     """
-    given, unknown = _parser().parse_known_args(arguments)
+    given, unknown = _parser().parse_known_args([_dashed(argument) for argument in arguments])
     if unknown:
         raise ConfigError(_why_unknown(unknown[0]))
     settings = vars(given)
@@ -165,7 +165,10 @@ def _parser() -> _Parser:
 
     media = parser.add_argument_group("images and videos")
     media.add_argument(
-        "--limit-mm-per-prompt", type=_json(dict[str, int]), metavar="JSON", help='{"image": 100, "video": 100}'
+        "--limit-mm-per-prompt",
+        type=_json(dict[str, int]),
+        metavar="JSON",
+        help='the most in a conversation; unset: {"image": 100, "video": 100}',
     )
     media.add_argument(
         "--mm-processor-kwargs", type=_json(dict[str, Any]), metavar="JSON", help='{"image_max_pixels": 12845056}'
@@ -224,7 +227,36 @@ def _parser() -> _Parser:
         action=argparse.BooleanOptionalAction,
         help="a complete call at the end of reasoning, with no </think> after it, is a call (on)",
     )
+    engine.add_argument(
+        "--tool-call-ends-reasoning",
+        action=argparse.BooleanOptionalAction,
+        help="a call that begins in reasoning ends it, for requests that do not say (off)",
+    )
+    engine.add_argument(
+        "--force-nonempty-content",
+        action=argparse.BooleanOptionalAction,
+        help="an answer that is all reasoning is sent as content too, for requests that do not say (off)",
+    )
+    engine.add_argument(
+        "--trust-request-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="requests may bring a chat template (off)",
+    )
+    engine.add_argument("--enable-logprob", action=_Accept, nargs=0, help="requests may ask for logprobs (always on)")
     return parser
+
+
+def _dashed(argument: str) -> str:
+    """Return a flag that is written with underscores as it is listed; anything else as it is."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and name not in NOT_YET else argument
+
+
+class _Accept(argparse.Action):
+    """Flag that sets nothing, since what it asks for is always so."""
+
+    def __call__(self, *_: object) -> None:
+        return
 
 
 def _why_unknown(argument: str) -> str:

@@ -1,16 +1,19 @@
 """Inspection of a model directory by the services' own readers, from configuration and headers only."""
 
-from collections.abc import Callable
+import asyncio
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
-from services.gateway.request.chat import ChatFormat, template_variables
+from services.gateway.request.chat import ChatFormat, Rendering, template_variables
 from services.gateway.request.media import MediaItem
 from services.gateway.request.schemas import ChatRequest
-from services.gateway.request.template import BUILT_IN, Template
+from services.gateway.request.template import BUILT_IN, TemplateSource
+from services.gateway.templates.renderer import TemplateRenderer
 from services.mm_encoder.media.normalisation import load_normalisation
 from services.mm_encoder.media.timestamps import FONT, font_file
 from services.mm_encoder.vision.memory import weight_bytes as vision_bytes
@@ -22,6 +25,7 @@ from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.generation import GenerationDefaults, load_generation_defaults
 from shared.model.tokenizer import REQUIRED, Tokenizer
 from shared.model.vocabulary import check_vocabulary
+from shared.workers.process import worker_environ
 
 MAX_SAMPLE_CHARS = 1 << 20
 SAMPLE = msgspec.convert(
@@ -173,13 +177,24 @@ def _chat(directory: Path, tokenizer: Tokenizer) -> Chat:
     Raises:
         CheckpointError: the template cannot be read or fails on the sample conversation.
     """
-    template = Template.load(directory, MAX_SAMPLE_CHARS)
+    template = TemplateSource.load(directory)
+    chat = ChatFormat(template.name, tokenizer)
     try:
-        rendered = template.render(template_variables(SAMPLE, SAMPLE_MEDIA))
-        prompt = ChatFormat(template, tokenizer).build_prompt(SAMPLE, SAMPLE_MEDIA)
+        rendering = chat.prepare(SAMPLE, SAMPLE_MEDIA)
+        plain = msgspec.structs.replace(rendering, variables=template_variables(SAMPLE, SAMPLE_MEDIA))
+        marked, rendered = asyncio.run(_render(template, [rendering, plain]))
+        prompt = chat.tokenise(rendering, marked, SAMPLE_MEDIA)
     except RequestError as error:
         raise CheckpointError(f"{directory}: a question about a picture cannot be asked: {error}") from error
     return Chat(template.name, rendered, prompt.text_tokens(), prompt.thinking)
+
+
+async def _render(template: TemplateSource, renderings: Sequence[Rendering]) -> list[str]:
+    renderer = TemplateRenderer(template, MAX_SAMPLE_CHARS, worker_environ(os.environ))
+    try:
+        return [await renderer.render(rendering) for rendering in renderings]
+    finally:
+        await renderer.close()
 
 
 def _own_warnings(directory: Path, chat: Chat | None) -> list[str]:

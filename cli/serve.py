@@ -23,6 +23,7 @@ from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD
+from shared.config import variable
 from shared.tether import tethered
 from shared.version import millrace_version
 
@@ -81,12 +82,32 @@ def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
     )
 
 
+def announce(launch: Launch, has_keys: bool) -> list[str]:
+    """Return what to say once all is ready: where it is, and who can reach it."""
+    everywhere, local = launch.host in ("0.0.0.0", "::"), launch.host in ("127.0.0.1", "::1", "localhost")
+    host = "127.0.0.1" if everywhere else f"[{launch.host}]" if ":" in launch.host else launch.host
+    lines = [
+        f"serving {launch.model} at http://{host}:{launch.port}/v1",
+        f"chat page at http://{host}:{launch.port}/",
+        f"metrics at http://{host}:{launch.metrics_port}/metrics; Ctrl-C stops",
+    ]
+    if local:
+        lines.append("only this machine can reach it; --host 0.0.0.0 lets others in")
+    elif not has_keys:
+        where = "all interfaces" if everywhere else launch.host
+        lines.append(
+            f"it listens on {where} without a key; --api-key KEY asks for one, --host 127.0.0.1 keeps others out"
+        )
+    return lines
+
+
 class System:
     """Running processes of one launch."""
 
     def __init__(self, launch: Launch, redis: RedisServer | None, environs: dict[str, dict[str, str]]) -> None:
         common = settings_of(environs["gateway"])
         self._launch = launch
+        self._has_keys = environs["gateway"].get(variable("api_keys"), "[]") != "[]"
         self._metrics = environs["gateway"][METRICS_DIRECTORY]
         self._redis = redis
         self._redis_url = common.redis_url
@@ -177,9 +198,8 @@ class System:
     def _say_ready(self, child: Child) -> None:
         report(f"{child.service:10} ready after {child.age_s:.1f} s")
         if self._all_ready:
-            host = "127.0.0.1" if self._launch.host == "0.0.0.0" else self._launch.host
-            report(f"serving {self._launch.model} at http://{host}:{self._launch.port}/v1")
-            report(f"metrics at http://{host}:{self._launch.metrics_port}/metrics; Ctrl-C stops")
+            for line in announce(self._launch, self._has_keys):
+                report(line)
 
     @property
     def _all_ready(self) -> bool:

@@ -25,7 +25,7 @@ from values_schema import COMMON, OF_ONE_SERVICE, OWNED, SERVICES  # noqa: E402
 
 from cli.autoscaler.policy import Rules  # noqa: E402
 from cli.autoscaler.settings import AutoscalerSettings  # noqa: E402
-from cli.flags import VARIABLES, Launch, flags  # noqa: E402
+from cli.flags import VARIABLES, flags  # noqa: E402
 from services.mm_encoder.media.processor_settings import ProcessorSettings  # noqa: E402
 from shared.config import CommonSettings  # noqa: E402
 
@@ -191,7 +191,7 @@ def other_flags() -> list[tuple[str, str, str]]:
             (action.help or "") % {"default": action.default},
         )
         for action in flags()
-        if action.dest in Launch.__struct_fields__ and action.dest not in settings
+        if action.dest not in settings
     ]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 
 LOOK_S = 0.05
+WORKER = re.compile(r"\.(decoding|templates|grammars)\b")  # processes of services themselves
 CACHE_BYTES = 64 << 20  # 64 thousand tokens of the demo model in bfloat16
 NOTHING: Mapping[str, str] = {}
 
@@ -91,7 +93,7 @@ class System:
 
     def kill_child(self, words: str) -> None:
         """kill -9 the one child whose command line has `words` in it. A service's own children are not among them."""
-        [pid] = [pid for pid, command in self._children() if words in command and ".decoding" not in command]
+        [pid] = [pid for pid, command in self._children() if words in command and not WORKER.search(command)]
         os.kill(pid, signal.SIGKILL)
 
     def signal(self, number: signal.Signals) -> None:

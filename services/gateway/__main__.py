@@ -36,9 +36,10 @@ from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.sampling import OutputDefaults
-from services.gateway.request.template import Template
+from services.gateway.request.template import TemplateSource
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
+from services.gateway.templates.renderer import TemplateRenderer
 from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
@@ -50,6 +51,7 @@ from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 from shared.version import millrace_version
+from shared.workers.process import worker_environ
 
 TICK_S = 1.0
 
@@ -81,7 +83,8 @@ def compose(
     keys = Keys(settings.namespace)
     metrics = GatewayMetrics(registry)
     admission = Admission(settings.max_concurrency, metrics.rejections)
-    parser = _parser(settings)
+    template = TemplateSource.load(Path(settings.model))
+    parser = _parser(settings, template)
     blob_redis = connect_blobs(settings, redis)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
@@ -89,10 +92,13 @@ def compose(
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
     writer = AnswerWriter(_fingerprint(Path(settings.model)), settings.hold_headers_s)
-    grammars = GrammarCheck(Path(settings.model))
+    workers = worker_environ(os.environ)
+    templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
+    grammars = GrammarCheck(Path(settings.model), workers)
     completions = ChatCompletions(
         admission=admission,
         parser=parser,
+        templates=templates,
         grammars=grammars,
         open_requests=open_requests,
         writer=writer,
@@ -110,6 +116,7 @@ def compose(
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
+        templates=templates,
         grammars=grammars,
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
@@ -120,15 +127,13 @@ def compose(
     )
 
 
-def _parser(settings: GatewaySettings) -> RequestParser:
+def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParser:
     directory = Path(settings.model)
     tokenizer = Tokenizer.load(directory)
     defaults = load_generation_defaults(directory)
     warn_each(logger(__name__), (*tokenizer.warnings, *defaults.warnings))
     return RequestParser(
-        chat=ChatFormat(
-            Template.load(directory, settings.max_prompt_chars), tokenizer, settings.trust_request_chat_template
-        ),
+        chat=ChatFormat(template.name, tokenizer, settings.trust_request_chat_template),
         tokenizer=tokenizer,
         defaults=defaults,
         rules=MediaRules(settings.media_limits(), settings.max_media_bytes),

@@ -13,6 +13,7 @@ from services.gateway.http.server import CLOSE_S, Server
 from services.gateway.inflight.inbox import Inbox
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.templates.renderer import TemplateRenderer
 from shared import log
 
 SERVICE = "gateway"
@@ -30,6 +31,7 @@ class Gateway:
         *,
         own_clients: Sequence[Redis],
         admission: Admission,
+        templates: TemplateRenderer,
         grammars: GrammarCheck,
         open_requests: OpenRequests,
         inbox: Inbox,
@@ -45,6 +47,7 @@ class Gateway:
         """
         self._own_clients = own_clients
         self._admission = admission
+        self._templates = templates
         self._grammars = grammars
         self._open_requests = open_requests
         self._inbox = inbox
@@ -56,7 +59,12 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self) -> None:
-        """Read answers, then accept clients."""
+        """Read answers, then accept clients.
+
+        Raises:
+            CheckpointError: the chat template does not compile.
+        """
+        await self._templates.start()
         await self._inbox.create()
         work = {"inbox": self._inbox.run(), "watch": self._inbox.watch(self._watch_s), "clock": self._tick()}
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
@@ -83,6 +91,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._templates.close()
         await self._grammars.close()
         try:
             await self._inbox.delete()

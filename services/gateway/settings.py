@@ -11,6 +11,10 @@ from shared.errors import ConfigError
 from shared.messages import MediaKind
 
 Seconds = Annotated[float, Meta(gt=0)]
+# Of each kind, as the reference server is launched: every turn sends the history again. What they take is bounded by
+# max_body_bytes, max_media_bytes, max_model_len, and by the encoder's limits on bytes, pixels and memory.
+MAX_MEDIA = 100
+
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
 
 # Of the memory for bodies, what large ones may take: uploads must not turn away requests without any.
@@ -29,7 +33,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     # The model's names for clients, and no others; none: any name, and the checkpoint directory's in /v1/models.
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
-    # How many images and videos a prompt may have; a kind that is not named keeps the limit of one.
+    # How many images and videos a prompt may have, history included; a kind that is not named keeps the limit of 100.
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429
     max_n: Positive = 8  # choices that one request may ask for
@@ -53,7 +57,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0
     keep_alive_s: Seconds = 10.0  # silence after which a comment is sent on a stream
     max_pending_bytes: Positive = 1 << 20  # bytes queued for a client that does not read; above, it is cut off
-    trust_request_chat_template: bool = False  # let requests bring a chat template; one may take long to render
+    trust_request_chat_template: bool = False  # let requests bring a chat template, which is rendered within limits
     tool_call_ends_reasoning: bool = False  # a call that begins in reasoning ends it, for requests that do not say
     force_nonempty_content: bool = False  # reasoning alone is sent as content too, for requests that do not say
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
@@ -72,5 +76,5 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
         return ModelNames(Path(self.model).resolve().name, self.served_model_names)
 
     def media_limits(self) -> dict[MediaKind, int]:
-        """Return the limit of each kind of media in one prompt; a kind that is not set has a limit of 1."""
-        return {"image": 1, "video": 1, **self.limit_mm_per_prompt}
+        """Return the limit of each kind of media in one prompt; a kind that is not set has that of `MAX_MEDIA`."""
+        return {"image": MAX_MEDIA, "video": MAX_MEDIA, **self.limit_mm_per_prompt}

@@ -42,6 +42,7 @@ from shared.model.foreign_checkpoints import refuse_foreign
 from shared.reproducible import fix_order_of_sums
 from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog
+from shared.workers.process import worker_environ
 
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
@@ -161,13 +162,8 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_
 
 
 def _decoders_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of decoder processes: our path, none of our settings, and one thread for numpy's products.
-
-    They search our path and not the working directory, where they might find other packages of the same names.
-    """
-    others = {name: value for name, value in environ.items() if not name.startswith(config.PREFIX)}
-    path = os.pathsep.join(filter(None, sys.path))
-    return {**others, **_KEEP_MEMORY, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+    """Return the environment of decoder processes: that of workers, with one thread for numpy's products."""
+    return {**worker_environ(environ), **_KEEP_MEMORY, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _device(wanted: str) -> str:

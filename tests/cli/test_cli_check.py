@@ -18,6 +18,7 @@ from cli.demo import write_demo
 from cli.main import main
 
 Tensors = dict[str, torch.Tensor]
+pytestmark = pytest.mark.system  # the chat template is rendered in a process
 EXPERT = ".mlp.experts."
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"

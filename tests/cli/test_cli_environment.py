@@ -50,7 +50,7 @@ def test_each_service_is_told_what_it_has_a_setting_for(model: Path) -> None:
     assert {environ["PATH"] for environ in told.values()} == {"/bin"}
     gateway = config.load(GatewaySettings, own(told["gateway"]))
     assert (gateway.host, gateway.port, gateway.metrics_port) == ("0.0.0.0", 7000, 7001)
-    assert (gateway.media_limits(), gateway.api_keys) == ({"image": 5, "video": 1}, ("k",))
+    assert (gateway.media_limits(), gateway.api_keys) == ({"image": 5, "video": 100}, ("k",))
     mm_encoder = config.load(MmEncoderSettings, own(told["mm_encoder"]))
     assert mm_encoder.mm_processor_kwargs.image_max_pixels == 100000
     assert mm_encoder.media_allow_networks == ("127.0.0.0/8",)

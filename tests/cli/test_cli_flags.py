@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cli.flags import NOT_YET, parse, unread_variables
+from cli.serve import announce
 from shared.errors import ConfigError
 
 
@@ -66,6 +67,42 @@ def test_several_names_of_the_model(arguments: list[str]) -> None:
 def test_what_bounds_requests() -> None:
     launch = parse(["--demo", "--max-queue", "9", "--request-timeout", "2.5", "--retain-seconds", "0"], {})
     assert launch.settings == {"max_queue": 9, "request_timeout_s": 2.5, "retain_s": 0.0}
+
+
+def test_flags_may_be_written_with_underscores() -> None:
+    arguments = ["--demo", "--max_model_len", "512", "--max_num_seqs=2", "--api_key=a_b", "--no_enable_prefix_caching"]
+    assert parse(arguments, {}).settings == {
+        "max_model_len": 512,
+        "max_num_seqs": 2,
+        "api_keys": ["a_b"],
+        "enable_prefix_caching": False,
+    }
+
+
+def test_what_requests_may_do_by_default() -> None:
+    launch = parse(["--demo", "--trust-request-chat-template", "--tool-call-ends-reasoning"], {})
+    assert launch.settings == {"trust_request_chat_template": True, "tool_call_ends_reasoning": True}
+    assert parse(["--demo", "--force-nonempty-content"], {}).settings == {"force_nonempty_content": True}
+
+
+def test_what_is_always_so_may_be_asked_for() -> None:
+    assert parse(["--demo", "--enable-logprob"], {}).settings == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_keys", "address", "said"),
+    [
+        ([], False, "127.0.0.1:8180", "all interfaces without a key"),
+        ([], True, "127.0.0.1:8180", None),
+        (["--host", "127.0.0.1"], False, "127.0.0.1:8180", "only this machine"),
+        (["--host", "fd00::1", "--port", "9"], False, "[fd00::1]:9", "fd00::1 without a key"),
+    ],
+)
+def test_what_is_said_of_who_can_reach_it(flags: list[str], has_keys: bool, address: str, said: str | None) -> None:
+    serving, page, _, *more = announce(parse(["--demo", *flags], {}), has_keys)
+    assert serving == f"serving demo at http://{address}/v1"
+    assert page == f"chat page at http://{address}/"
+    assert [said in line for line in more if said] == [True] * len(more) == [True] * (said is not None)
 
 
 def test_where_traces_go() -> None:

@@ -53,6 +53,17 @@ def test_streamed_and_whole_answers_are_the_same(client: OpenAI, conversation: d
         assert choice["finish_reason"] in ("stop", "length")
 
 
+def test_a_conversation_goes_on_after_its_second_picture(scripted: OpenAI) -> None:
+    """The history is sent with every turn, so a limit of one picture would end the conversation."""
+    dot = image(data_url(encoded(picture(28, 28), "PNG"), "image/png"))
+    turns: list[dict[str, Any]] = []
+    for question in ("what?", "and this?", "and this one?"):
+        turns += user(dot, text(question))
+        answer = ask(scripted, turns, model="script").choices[0].message
+        turns.append({"role": "assistant", "content": answer.content})
+    assert ask(scripted, [*turns, *user("Thanks.")], model="script").choices[0].message.content
+
+
 def test_an_answer_has_the_shape_of_openais(client: OpenAI) -> None:
     reply = ask(client, QUESTION, max_tokens=5, extra_body={"ignore_eos": True})
     assert reply.id.startswith("chatcmpl-")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
+from whole_parser import WholeParser
 
 from cli.demo import write_demo
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.parsed import RequestParser
-from services.gateway.request.template import Template
+from services.gateway.request.template import TemplateSource
 from shared.bus.keys import Keys
 from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
@@ -31,9 +31,11 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def parser(checkpoint: Path, tokenizer: Tokenizer) -> RequestParser:
-    return RequestParser(
-        chat=ChatFormat(Template.load(checkpoint, 100_000), tokenizer),
+def parser(checkpoint: Path, tokenizer: Tokenizer) -> WholeParser:
+    template = TemplateSource.load(checkpoint)
+    return WholeParser(
+        template=template,
+        chat=ChatFormat(template.name, tokenizer),
         tokenizer=tokenizer,
         defaults=GenerationDefaults(
             temperature=0.8,

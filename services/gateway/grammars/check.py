@@ -2,15 +2,19 @@
 
 import asyncio
 import json
-import sys
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shared.errors import RequestError, internal, invalid
 from shared.log import logger
 from shared.messages import Grammar
+from shared.workers.pool import WorkerPool
+from shared.workers.process import DiedError, TooSlowError
 
-WORKERS = 2  # one may be busy with a hostile grammar
+MODULE = "services.gateway.grammars.worker"
+PROCESSES = 2  # one may be busy with a hostile grammar
+CPU_S = 4.0  # of a trial, which limits itself; what is longer hangs
 KEPT = 1024  # verdicts
 
 _log = logger(__name__)
@@ -21,35 +25,41 @@ Verdict = str | None  # why a grammar is refused
 class GrammarCheck:
     """Verdicts on grammars, by processes that are started when the first grammar comes."""
 
-    def __init__(self, model: Path) -> None:
-        self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
-        for _ in range(WORKERS):
-            self._idle.put_nowait(_Worker(model))
+    def __init__(self, model: Path, environ: Mapping[str, str]) -> None:
+        """`environ` is that of the processes."""
+        self._pool = WorkerPool(MODULE, str(model).encode(), environ, PROCESSES)
         self._verdicts: OrderedDict[str, asyncio.Task[Verdict]] = OrderedDict()
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
-    async def check(self, grammar: Grammar) -> None:
+    async def check(self, grammar: Grammar, parts: Sequence[Grammar] = ()) -> None:
         """Return if the grammar can be compiled and followed.
 
         Raises:
-            RequestError: 400, it cannot; 500, no process could tell.
+            RequestError: 400, it cannot; of its `parts`, the first that cannot either is named; 500, no process could
+                tell.
         """
+        verdict = await self._verdict(grammar)
+        if verdict is None:
+            return
+        for part in parts:
+            if (of_part := await self._verdict(part)) is not None:
+                raise _refusal(part, of_part)
+        raise _refusal(grammar, verdict)
+
+    async def _verdict(self, grammar: Grammar) -> Verdict:
         try:
             # Shielded: others may wait for it when the first to ask goes away.
-            verdict = await asyncio.shield(self._find(grammar.text))
-        except (OSError, EOFError) as error:
+            return await asyncio.shield(self._find(grammar.text))
+        except (RuntimeError, DiedError, TooSlowError) as error:
             _log.error("the process that tries grammars ended", extra={"error": str(error)})
             raise internal("The grammar could not be checked.", "grammar_error") from error
-        if verdict is not None:
-            raise _refusal(grammar, verdict)
 
     async def close(self) -> None:
         """End the processes."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        while not self._idle.empty():
-            await self._idle.get_nowait().stop()
+        await self._pool.close()
 
     def _find(self, text: str) -> asyncio.Task[Verdict]:
         found = self._verdicts.get(text)
@@ -63,62 +73,8 @@ class GrammarCheck:
         return found
 
     async def _ask(self, text: str) -> Verdict:
-        worker = await self._idle.get()
-        try:
-            return await worker.ask(text)
-        finally:
-            self._idle.put_nowait(worker)
-
-
-class _Worker:
-    """One such process (`services/gateway/grammars/worker.py`), started again where it has ended."""
-
-    def __init__(self, model: Path) -> None:
-        self._model = model
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def ask(self, text: str) -> Verdict:
-        """Return the verdict on a grammar.
-
-        Raises:
-            OSError: the process could not be started, or has ended meanwhile.
-            EOFError: the same.
-        """
-        answered = False
-        try:
-            process = self._process or await self._start()
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(text).encode() + b"\n")
-            await process.stdin.drain()
-            verdict: Verdict = await _read(process)
-            answered = True
-            return verdict
-        finally:
-            if not answered:  # what it says next would be taken for the answer to something else
-                await self.stop()
-
-    async def stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-
-    async def _start(self) -> asyncio.subprocess.Process:
-        command = (sys.executable, "-m", "services.gateway.grammars.worker", str(self._model))
-        pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
-        await _read(self._process)
-        return self._process
-
-
-async def _read(process: asyncio.subprocess.Process) -> Verdict:
-    assert process.stdout is not None
-    line = await process.stdout.readline()
-    if not line:
-        raise EOFError(f"status {await process.wait()}")
-    value: Verdict = json.loads(line)
-    return value
+        verdict: Verdict = json.loads(await self._pool.call(json.dumps(text).encode(), CPU_S))
+        return verdict
 
 
 def _refusal(grammar: Grammar, verdict: str) -> RequestError:

@@ -1,8 +1,8 @@
-"""Process that tries grammars: `python -m services.gateway.grammars.worker MODEL_DIRECTORY`.
+"""Process that tries grammars: `python -m services.gateway.grammars.worker FD`, started by the gateway.
 
-It reads a line of JSON for each grammar, its text, and writes one: null, or why the grammar is refused. Each is tried
-in a fork of the process, which a hostile grammar may hang or crash: time, memory and stack of the fork are limited, and
-no library could promise as much. It ends with its standard input.
+Its first message is the model directory. Each other is a grammar, its text as JSON, and is answered by null, or by why
+the grammar is refused. It is tried in a fork of the process, which a hostile grammar may hang or crash: time, memory
+and stack of the fork are limited, and no library could promise as much.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 from services.gateway.grammars.trial import try_grammar
 from shared.grammar.compiler import GrammarCompiler, GrammarError
 from shared.model.tokenizer import Tokenizer
+from shared.workers.link import Link
 
 CPU_S = 1.5  # seconds of a core, so that a busy machine refuses nothing that a quiet one accepts
 MEMORY_BYTES = 1 << 30  # beyond what the process has
@@ -24,19 +25,16 @@ SHOWN_CHARS = 500  # of what the library says
 TOO_COMPLEX = "it is too complex: to compile it takes too much time or memory"
 
 
-def main(directory: Path) -> None:
-    """Serve until the standard input ends."""
-    tokenizer = Tokenizer.load(directory)
+def run(link: Link) -> None:
+    """Work until the gateway closes its end of the link."""
+    first = link.receive()
+    assert first is not None
+    tokenizer = Tokenizer.load(Path(first[0].decode()))
     # Any token may stand for the model's end tokens: they matter where an answer ends, not in whether it can.
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (0,))
-    _write("ready")
-    for line in sys.stdin.buffer:
-        _write(_verdict(compiler, json.loads(line)))
-
-
-def _write(value: object) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    link.send(b"")
+    while (received := link.receive()) is not None:
+        link.send(json.dumps(_verdict(compiler, json.loads(received[0]))).encode())
 
 
 def _verdict(compiler: GrammarCompiler, text: str) -> str | None:
@@ -77,4 +75,4 @@ def _report(compiler: GrammarCompiler, text: str, pipe: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run(Link(int(sys.argv[1])))

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -27,9 +28,12 @@ from services.gateway.inflight.headers import (
 from services.gateway.inflight.pipeline import RequestMetadata
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.inflight.request import OpenRequest
-from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.parsed import Draft, ParsedRequest, RequestParser
+from services.gateway.templates.renderer import TemplateRenderer
 
 INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
+
+T = TypeVar("T")
 
 
 class ChatCompletions(msgspec.Struct, frozen=True):
@@ -37,6 +41,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
 
     admission: Admission
     parser: RequestParser
+    templates: TemplateRenderer
     grammars: GrammarCheck
     open_requests: OpenRequests
     writer: AnswerWriter
@@ -68,7 +73,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar)
+                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             if context.span is not None:
                 spans.set_request(context.span, parsed)
@@ -97,16 +102,22 @@ class ChatCompletions(msgspec.Struct, frozen=True):
     async def _parse(
         self, body: bytes, headers: Mapping[str, str], owner: str
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        def parse() -> tuple[ParsedRequest, IdempotencyKey | None]:
+        def read() -> tuple[Draft, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
-            return self.parser.parse(body), read_idempotency_key(headers, owner, body)
+            return self.parser.read(body), read_idempotency_key(headers, owner, body)
 
-        if len(body) <= INLINE_BYTES:
-            return parse()
-        if len(body) <= SMALL_BYTES:
-            return await asyncio.to_thread(parse)
+        draft, key = await self._compute(len(body), read)
+        rendered = await self.templates.render(draft.rendering)
+        return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+
+    async def _compute(self, size: int, function: Callable[[], T]) -> T:
+        """Call a function whose work grows with `size`: in a thread if that is large, a few at once if very large."""
+        if size <= INLINE_BYTES:
+            return function()
+        if size <= SMALL_BYTES:
+            return await asyncio.to_thread(function)
         async with self.decoding:
-            return await asyncio.to_thread(parse)
+            return await asyncio.to_thread(function)
 
 
 def _trace(request: Request, context: RequestContext) -> str | None:

@@ -9,16 +9,17 @@ from services.gateway.request.media import MediaItem
 from services.gateway.request.prefill import read_prefill
 from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.shield import ControlTexts
-from services.gateway.request.template import RawText, Template
+from services.gateway.request.template import RawText
 from services.gateway.request.thinking import requested_thinking
 from services.gateway.request.tool_choice import read_tool_choice
 from services.gateway.request.validate import check_depth
-from shared.errors import CheckpointError, RequestError, internal, invalid
+from shared.errors import RequestError, internal, invalid
 from shared.messages import MediaKind
 from shared.model.tokenizer import Tokenizer
 
 PLACEHOLDERS: dict[str, MediaKind] = {"<|image@placeholder|>": "image", "<|video@placeholder|>": "video"}
 THINK, THINK_END = "<think>", "</think>"
+MAX_TEMPLATE_CHARS = 256 << 10  # of a template that a request brings
 _ROLES = {"developer": "system", "function": "tool"}  # how templates call what clients call otherwise
 _PART_TYPES: dict[MediaKind, str] = {"image": "image_url", "video": "video_url"}
 
@@ -34,49 +35,62 @@ class Prompt(msgspec.Struct, frozen=True):
         return sum(map(len, self.segments))
 
 
-class ChatFormat:
-    """Chat format of one checkpoint: its template and its tokenizer. Safe to use from several threads."""
+class Rendering(msgspec.Struct, frozen=True):
+    """Conversation that a template has to write, and the beginning of the answer that stands behind it."""
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, trusts_requests: bool = False) -> None:
+    variables: dict[str, object]  # with a mark in each of the client's strings, as in `prefill`
+    mark: str
+    prefill: str = ""
+    own_template: str | None = None  # the request's, in place of the checkpoint's
+
+
+class ChatFormat:
+    """Chat format of one checkpoint: its tokenizer and the rules of prompts. Safe to use from several threads.
+
+    A prompt is prepared, rendered by a template (`services/gateway/templates/renderer.py`), and tokenised.
+    """
+
+    def __init__(self, template_name: str, tokenizer: Tokenizer, trusts_requests: bool = False) -> None:
         """`trusts_requests`: a request may bring its own template."""
-        self._template = template
+        self._template_name = template_name
         self._trusts_requests = trusts_requests
         self._tokenizer = tokenizer
         self._control = tokenizer.control
         self._texts = ControlTexts([*self._control, *PLACEHOLDERS, THINK, THINK_END])
 
-    def build_prompt(self, request: ChatRequest, media: list[MediaItem]) -> Prompt:
-        """Tokenise the conversation, up to where the answer begins.
+    def prepare(self, request: ChatRequest, media: list[MediaItem]) -> Rendering:
+        """Return the conversation, up to where the answer begins, as it goes to the template.
 
         Raises:
-            RequestError: 400, the template refuses the conversation, or the request brings one that fails or that the
-                server does not allow; 500, the checkpoint's template fails, or lost or invented media.
+            RequestError: 400, the request brings a template that is too long or that the server does not allow.
         """
-        if request.chat_template is None:
-            return self._build(self._template, request, media)
-        if not self._trusts_requests:
-            text = "`chat_template` is not allowed by this server; see the setting trust_request_chat_template."
-            raise invalid(text, "chat_template", "unsupported_parameter")
-        try:
-            return self._build(self._template.with_source("chat_template", request.chat_template), request, media)
-        except CheckpointError as error:
-            raise invalid(f"`chat_template`: {error}", "chat_template") from None
-        except RequestError as error:
-            if error.failure.status < 500:
-                raise
-            raise invalid(error.failure.message, "chat_template") from None
-
-    def _build(self, template: Template, request: ChatRequest, media: list[MediaItem]) -> Prompt:
+        own, field = request.chat_template, "chat_template"
+        if own is not None and not self._trusts_requests:
+            text = f"`{field}` is not allowed by this server; see the setting trust_request_chat_template."
+            raise invalid(text, field, "unsupported_parameter")
+        if own is not None and len(own) > MAX_TEMPLATE_CHARS:
+            raise invalid(f"`{field}` has {len(own)} characters; the limit is {MAX_TEMPLATE_CHARS}.", field)
         mark = self._texts.mark()
-        rendered = template.render(self._texts.hide(template_variables(request, media), mark))
-        if (prefill := read_prefill(request)) is not None:
-            rendered += self._texts.hide(prefill.reasoning, mark)
-            rendered += f"\n{THINK_END}\n\n" if prefill.reasoning and prefill.content else ""
-            rendered += self._texts.hide(prefill.content, mark)
+        variables = self._texts.hide(template_variables(request, media), mark)
+        return Rendering(variables, mark, self._prefill(request, mark), own)
+
+    def _prefill(self, request: ChatRequest, mark: str) -> str:
+        prefill = read_prefill(request)
+        if prefill is None:
+            return ""
+        end = f"\n{THINK_END}\n\n" if prefill.reasoning and prefill.content else ""
+        return f"{self._texts.hide(prefill.reasoning, mark)}{end}{self._texts.hide(prefill.content, mark)}"
+
+    def tokenise(self, rendering: Rendering, rendered: str, media: list[MediaItem]) -> Prompt:
+        """Return the tokens of a rendered prompt.
+
+        Raises:
+            RequestError: the template lost or invented media: 500, or 400 for the request's own.
+        """
         segments: list[list[int]] = [[]]
         found: list[MediaKind] = []
         thinking = False
-        for text, is_control in self._texts.split(rendered, mark):
+        for text, is_control in self._texts.split(rendered + rendering.prefill, rendering.mark):
             if not is_control:
                 segments[-1] += self._tokenizer.encode_text(text)
             elif text in PLACEHOLDERS:
@@ -86,9 +100,11 @@ class ChatFormat:
                 segments[-1] += self._control_ids(text)
                 thinking = text == THINK or (thinking and text != THINK_END)
         if found != [item.kind for item in media]:
-            raise internal(
-                f"The chat template {template.name} wrote {len(found)} placeholders of media for a conversation "
-                f"with {len(media)}, or wrote them in another order."
+            raise template_failure(
+                f"wrote {len(found)} placeholders of media for a conversation with {len(media)}, or wrote them in "
+                "another order",
+                self._template_name,
+                rendering.own_template,
             )
         return Prompt(tuple(segments), thinking)
 
@@ -96,6 +112,13 @@ class ChatFormat:
         """Return the ids of a control text. A vocabulary may lack <think> as a token; then it is tokenised as text."""
         token = self._control.get(text)
         return self._tokenizer.encode_text(text) if token is None else [token]
+
+
+def template_failure(what: str, name: str, own: str | None) -> RequestError:
+    """Return the error of a template that did `what`: the client's fault if it is its `own`, else the checkpoint's."""
+    if own is None:
+        return internal(f"The chat template {name} {what}.", "chat_template_error")
+    return invalid(f"`chat_template` {what}.", "chat_template")
 
 
 def template_variables(request: ChatRequest, media: list[MediaItem]) -> dict[str, object]:

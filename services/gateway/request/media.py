@@ -70,8 +70,8 @@ class MediaRules(msgspec.Struct, frozen=True):
             found = [item for item in items if item.kind == kind]
             if len(found) > limit:
                 where = found[limit].param
-                text = f"`{where}`: too many {kind} items in prompt, got {len(found)} but limit is {limit}."
-                raise invalid(text, where)
+                text = f"`{where}`: too many {kind} items in prompt, got {len(found)} but limit is {limit}"
+                raise invalid(f"{text} (the setting limit_mm_per_prompt; earlier turns count, too).", where)
         return items
 
     def _read_part(self, part: ImagePart | VideoPart | FilePart, path: str) -> MediaItem:

@@ -4,14 +4,15 @@ import msgspec
 
 from services.gateway.request import validate
 from services.gateway.request.answer_format import AnswerFormat
-from services.gateway.request.chat import ChatFormat
+from services.gateway.request.chat import ChatFormat, Rendering
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
 from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
-from services.gateway.request.schemas import decode_body, unknown_fields
+from services.gateway.request.schemas import ChatRequest, decode_body, unknown_fields
+from services.gateway.request.structured import tool_grammars
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from shared.limits import resolve_max_tokens
-from shared.messages import Output, Sampling
+from shared.messages import Grammar, Output, Sampling
 from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     n: int
     stream: bool
     include_usage: bool
+    tool_grammars: tuple[Grammar, ...] = ()  # of single tools, to name the one that has no grammar
     cache_salt: str = ""
     request_id: str | None = None  # the client's own, for headers and logs
     warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
@@ -48,8 +50,18 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         )
 
 
+class Draft(msgspec.Struct, frozen=True):
+    """Request whose prompt is not rendered yet."""
+
+    model: str
+    request: ChatRequest
+    media: list[MediaItem]
+    rendering: Rendering
+    warnings: tuple[str, ...]
+
+
 class RequestParser(msgspec.Struct, frozen=True):
-    """Parser of request bodies. Safe to use from several threads."""
+    """Parser of request bodies, in two halves: in between, a template is rendered. Safe to use from several threads."""
 
     chat: ChatFormat
     tokenizer: Tokenizer
@@ -61,8 +73,8 @@ class RequestParser(msgspec.Struct, frozen=True):
     force_include_usage: bool
     output_defaults: OutputDefaults = OutputDefaults()
 
-    def parse(self, body: bytes) -> ParsedRequest:
-        """Validate and tokenise a request.
+    def read(self, body: bytes) -> Draft:
+        """Validate a request, up to the conversation that its prompt is rendered from.
 
         Raises:
             RequestError: 4xx naming the field and the limit.
@@ -76,13 +88,23 @@ class RequestParser(msgspec.Struct, frozen=True):
         validate.check_tools(request)
         validate.check_template_kwargs(request)
         media = self.rules.extract(request)
-        prompt = self.chat.build_prompt(request, media)
+        return Draft(model, request, media, self.chat.prepare(request, media), _warnings(body))
+
+    def finish(self, draft: Draft, rendered: str) -> ParsedRequest:
+        """Tokenise the rendered prompt of a request, and resolve what depends on it.
+
+        Raises:
+            RequestError: 4xx naming the field and the limit; 500, the checkpoint's template lost or invented media.
+        """
+        request = draft.request
+        prompt = self.chat.tokenise(draft.rendering, rendered, draft.media)
+        each_tool = tool_grammars(request)
         sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking)
         options = request.stream_options
         return ParsedRequest(
-            model=model,
+            model=draft.model,
             segments=prompt.segments,
-            media=tuple(media),
+            media=tuple(draft.media),
             sampling=sampling,
             output=resolve_output(request, prompt.thinking, self.output_defaults),
             # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
@@ -90,9 +112,10 @@ class RequestParser(msgspec.Struct, frozen=True):
             n=request.n or 1,
             stream=bool(request.stream),
             include_usage=self.force_include_usage or bool(options and options.include_usage),
+            tool_grammars=each_tool,
             cache_salt=request.cache_salt or "",
             request_id=request.request_id,
-            warnings=_warnings(body),
+            warnings=draft.warnings,
         )
 
 

@@ -84,9 +84,9 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     grammar: str | None = None
     structural_tag: str | dict[str, Any] | None = None
     whitespace_pattern: str | None = None  # between the tokens of JSON, as a regular expression
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    disable_fallback: bool = False  # there is one backend
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = None  # there is one backend
 
 
 class Thinking(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from services.gateway.request.conversation import Tool
 from services.gateway.request.schemas import (
     ChatRequest,
     JsonObjectFormat,
@@ -24,7 +25,7 @@ from services.gateway.request.schemas import (
     StructuralTagFormat,
     StructuredOutputs,
 )
-from services.gateway.request.tool_choice import call_format, optional_calls, read_tool_choice
+from services.gateway.request.tool_choice import arguments_schema, call_format, optional_calls, read_tool_choice
 from services.gateway.request.validate import check_depth
 from shared.errors import invalid
 from shared.grammar import forms, structural_tag
@@ -82,6 +83,22 @@ def requested_grammar(request: ChatRequest, control: Mapping[str, int], thinking
     [only] = asked
     calls = optional_calls(choice, parallel)
     return _checked(only.param, lambda: _write(only, control, thinking, calls))
+
+
+def tool_grammars(request: ChatRequest) -> tuple[Grammar, ...]:
+    """Return the grammar of each tool's arguments, where they are enforced: it tells which tool is at fault.
+
+    Raises:
+        RequestError: 400 naming the tool: its parameters are malformed or too large.
+    """
+    choice = read_tool_choice(request)
+    offered = request.tools or []
+
+    def one(tool: Tool) -> Grammar:
+        path = f"tools[{offered.index(tool)}].function.parameters"
+        return _checked(path, lambda: forms.write(forms.json_schema(arguments_schema(tool)), thinking=False))
+
+    return tuple(one(tool) for tool in choice.tools if choice.mode == "required" or tool.function.strict)
 
 
 def _checked(param: str, write: Callable[[], str]) -> Grammar:

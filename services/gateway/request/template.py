@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shared.errors import CheckpointError, internal, invalid
+from shared.errors import CheckpointError, invalid
 
 BUILT_IN = Path(__file__).with_name("ernie_thinking.jinja")
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -25,52 +25,56 @@ class Refusal(TemplateError):
     """Call of raise_exception by the template: it does not support such a conversation."""
 
 
+class TemplateFailureError(Exception):
+    """Failure of the template itself, whatever the conversation; the text says in a few words what it did."""
+
+
 class RawText(str):
     """Text that stands where the template writes a value as JSON: it is written as it is."""
 
 
-class Template:
-    """Compiled template. `name` is the file that it came from."""
+class TemplateSource(msgspec.Struct, frozen=True):
+    """Template that is not compiled yet: hostile ones hang even in that."""
 
-    def __init__(self, name: str, source: str, tokens: dict[str, str], max_chars: int) -> None:
-        """Compile `source`. `tokens` are variables such as bos_token; `max_chars` bounds one rendered prompt.
-
-        Raises:
-            CheckpointError: the source does not compile.
-        """
-        self.name = name
-        self._tokens = tokens
-        self._max_chars = max_chars
-        try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise CheckpointError(f"{name}: the chat template does not compile: {error}") from error
+    name: str  # of the file that it came from
+    source: str
+    tokens: dict[str, str]  # variables such as bos_token
 
     @classmethod
-    def load(cls, directory: Path, max_chars: int) -> "Template":
+    def load(cls, directory: Path) -> "TemplateSource":
         """Load the checkpoint's template, or the built-in one.
 
         Raises:
-            CheckpointError: the file cannot be read, or its template does not compile.
+            CheckpointError: the file cannot be read.
         """
         config = _read_json(directory / "tokenizer_config.json")
         tokens = {name: text for name in _TOKEN_NAMES if (text := _token_text(config.get(name))) is not None}
         name, source = _own_source(directory, config) or (BUILT_IN.name, BUILT_IN.read_text("utf-8"))
-        return cls(name, source, tokens, max_chars)
+        return cls(name, source, tokens)
 
-    def with_source(self, name: str, source: str) -> "Template":
-        """Return another template with the same tokens and limit.
+
+class Template:
+    """Compiled template. It runs in a process of its own: `services/gateway/templates/`."""
+
+    def __init__(self, source: TemplateSource, max_chars: int) -> None:
+        """Compile `source`; `max_chars` bounds one rendered prompt.
 
         Raises:
-            CheckpointError: it does not compile.
+            TemplateFailureError: it does not compile.
         """
-        return Template(name, source, self._tokens, self._max_chars)
+        self._tokens = source.tokens
+        self._max_chars = max_chars
+        try:
+            self._template = _environment().from_string(source.source)
+        except (TemplateError, SyntaxError, ValueError, ArithmeticError, RecursionError) as error:
+            raise TemplateFailureError(f"does not compile: {error!s:.200}") from error
 
     def render(self, variables: dict[str, Any]) -> str:
         """Render a prompt.
 
         Raises:
-            RequestError: 400, the template refuses the conversation or the prompt exceeds the limit; 500, it fails.
+            RequestError: 400, the template refuses the conversation or the prompt exceeds the limit.
+            TemplateFailureError: it fails.
         """
         pieces: list[str] = []
         size = 0
@@ -85,7 +89,7 @@ class Template:
             raise invalid(f"The chat template refuses this conversation: {error}", "messages") from error
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             # The conversation was validated, so the template is at fault. The error's text may quote the client's.
-            raise internal(f"The chat template {self.name} failed ({type(error).__name__}).") from error
+            raise TemplateFailureError(f"failed ({type(error).__name__})") from error
         return "".join(pieces)
 
 

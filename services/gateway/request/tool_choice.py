@@ -56,7 +56,7 @@ def call_format(choice: ToolChoice, parallel: bool) -> Format | None:
     """Return the format of calls, or of text with calls where they are not forced; None if any text will do.
 
     Raises:
-        RequestError: 400, the parameters of a tool are no object.
+        ValueError: the parameters of a tool are no object.
     """
     if choice.mode == "required":
         return SeparatedTags(_tags(choice.tools, forced=True), "\n", True, choice.named or not parallel)
@@ -115,20 +115,23 @@ def _tags(tools: Sequence[Tool], forced: bool = False) -> list[Tag]:
     return [
         Tag(
             f'{_CALL}\n{{"name": "{tool.function.name}", "arguments": ',
-            JsonText(_arguments(tool) if forced or tool.function.strict else {"type": "object"}),
+            JsonText(arguments_schema(tool) if forced or tool.function.strict else {"type": "object"}),
             "}\n</tool_call>",
         )
         for tool in tools
     ]
 
 
-def _arguments(tool: Tool) -> dict[str, Any]:
-    """Return the schema of a tool's arguments, which are always an object."""
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """Return the schema of a tool's arguments, which are always an object.
+
+    Raises:
+        ValueError: it describes something else.
+    """
     schema = tool.function.parameters
     if not schema:
         return _NO_ARGUMENTS
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        path = "tools.function.parameters"
-        raise invalid(f"`{path}` of {tool.function.name} must describe an object, not {kind!r:.50}.", path)
+        raise ValueError(f"the arguments of {tool.function.name} must be an object, not {kind!r:.50}")
     return {**schema, "type": "object"}

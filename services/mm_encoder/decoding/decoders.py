@@ -13,8 +13,17 @@ from dataclasses import dataclass
 import msgspec
 
 from services.mm_encoder.decoding import shared_memory
-from services.mm_encoder.decoding.messages import Filled, FillTask, PlanTask, Refused, Reply, Setup, Task
-from services.mm_encoder.decoding.process import DecoderProcess, DiedError, TooSlowError
+from services.mm_encoder.decoding.messages import (
+    Filled,
+    FillTask,
+    PlanTask,
+    Refused,
+    Reply,
+    Setup,
+    Task,
+    from_decoder,
+    to_decoder,
+)
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, VideoPlan
 from services.mm_encoder.media.refusal import over_limit, refuse
@@ -22,7 +31,10 @@ from services.mm_encoder.metrics import Metrics
 from shared.errors import RequestError, internal
 from shared.log import logger
 from shared.messages import Media, MediaKind
+from shared.workers.pool import WorkerPool
+from shared.workers.process import DiedError, TooSlowError
 
+MODULE = "services.mm_encoder.decoding"
 SLICE_S = 2  # of computing, in the quick lane
 QUICK_WORK = 200_000_000  # pixels to decode; what has more begins in the slow lane
 FASTEST = 1_500_000_000  # pixels a second; decoders of real pictures make 20 to 600 million
@@ -39,47 +51,6 @@ class TimeLimit:
     cpu_s: int
 
 
-class Lane:
-    """Processes of one lane, each started when it is needed and kept; `size` is the most."""
-
-    def __init__(self, setup: Setup, environ: Mapping[str, str], size: int) -> None:
-        self._setup = setup
-        self._environ = environ
-        self._room = asyncio.Semaphore(size)
-        self._idle: list[DecoderProcess] = []
-
-    async def start_one(self) -> None:
-        """Have a process ready before the first task."""
-        async with self._room:
-            self._idle.append(await self._start())
-
-    async def call(self, task: Task, fds: list[int]) -> Reply:
-        """Do a task in a process of this lane, which ends if it fails or is cancelled.
-
-        Raises:
-            TooSlowError, DiedError: see `DecoderProcess.call`.
-        """
-        async with self._room:
-            process = self._idle.pop() if self._idle else await self._start()
-            try:
-                reply = await process.call(task, fds)
-            except BaseException:
-                await process.kill()
-                raise
-            self._idle.append(process)
-            return reply
-
-    async def close(self) -> None:
-        while self._idle:
-            await self._idle.pop().kill()
-
-    async def _start(self) -> DecoderProcess:
-        try:
-            return await DecoderProcess.start(self._setup, self._environ)
-        except (DiedError, TooSlowError) as error:
-            raise RuntimeError(f"a decoder process does not start: {error}") from error
-
-
 class Decoders:
     """Decoding of images and videos in other processes: `plan`, then `patches`."""
 
@@ -93,8 +64,9 @@ class Decoders:
         metrics: Metrics,
     ) -> None:
         """`processes` is the most in each lane."""
-        self._quick = Lane(setup, environ, processes)
-        self._slow = Lane(setup, environ, processes)
+        first = to_decoder.encode(setup)
+        self._quick = WorkerPool(MODULE, first, environ, processes)
+        self._slow = WorkerPool(MODULE, first, environ, processes)
         self._limits = limits
         self._metrics = metrics
 
@@ -166,11 +138,16 @@ class Decoders:
 
     async def _through_lanes(self, task: Task, fds: list[int]) -> Reply:
         if isinstance(task, FillTask) and task.plan.work > QUICK_WORK:
-            return await self._slow.call(task, fds)
+            return await _call(self._slow, task, fds)
         try:
-            return await self._quick.call(msgspec.structs.replace(task, cpu_s=min(SLICE_S, task.cpu_s)), fds)
+            return await _call(self._quick, msgspec.structs.replace(task, cpu_s=min(SLICE_S, task.cpu_s)), fds)
         except TooSlowError:
-            return await self._slow.call(task, fds)
+            return await _call(self._slow, task, fds)
+
+
+async def _call(lane: WorkerPool, task: Task, fds: list[int]) -> Reply:
+    reply: Reply = from_decoder.decode(await lane.call(to_decoder.encode(task), task.cpu_s, fds))
+    return reply
 
 
 def _too_slow(limit: TimeLimit) -> RequestError:

@@ -4,8 +4,6 @@ Bytes and pixels are not in them. Each task brings two descriptors of memory tha
 and the rows to fill.
 """
 
-import struct
-
 import msgspec
 
 from services.mm_encoder.media.patches import Grid
@@ -15,8 +13,6 @@ from services.mm_encoder.media.video import VideoLimits
 from shared.errors import Failure
 from shared.messages import Media
 from shared.model.config import VisionConfig
-
-LENGTH = struct.Struct("!I")  # of the message, before it
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):

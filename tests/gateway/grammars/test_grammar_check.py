@@ -1,6 +1,7 @@
 """The check of grammars: what no engine could follow is refused with the reason, whatever it does to the process."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from shared.errors import RequestError
 from shared.grammar import forms
 from shared.grammar.forms import Rule
 from shared.messages import Grammar
+from shared.workers.process import worker_environ
 
 pytestmark = pytest.mark.system
 DEMO = Path(__file__).resolve().parents[3] / "cli" / "demo_checkpoint"
@@ -20,7 +22,7 @@ DEMO = Path(__file__).resolve().parents[3] / "cli" / "demo_checkpoint"
 
 @pytest.fixture
 async def grammars() -> AsyncIterator[GrammarCheck]:
-    check = GrammarCheck(DEMO)
+    check = GrammarCheck(DEMO, worker_environ(os.environ))
     yield check
     await check.close()
 
@@ -61,6 +63,21 @@ async def test_a_grammar_is_refused_with_the_reason(grammars: GrammarCheck, name
     assert len(refused.value.failure.message) < 600
 
 
+async def test_the_part_that_has_no_grammar_is_named(grammars: GrammarCheck) -> None:
+    fine, bad = (
+        Grammar(forms.write(rule, thinking=False), path)
+        for rule, path in (
+            (schema(), "tools[0].function.parameters"),
+            (schema(uniqueItems=True), "tools[1].function.parameters"),
+        )
+    )
+    whole = Grammar(bad.text, "tools")
+    for parts, param in (((fine, bad), "tools[1].function.parameters"), ((fine,), "tools"), ((), "tools")):
+        with pytest.raises(RequestError, match="uniqueItems") as refused:
+            await grammars.check(whole, parts)
+        assert refused.value.failure.param == param
+
+
 async def test_others_are_checked_while_one_hangs(grammars: GrammarCheck) -> None:
     hanging = [
         asyncio.create_task(grammars.check(grammar(schema(type="integer", multipleOf=9999991)))) for _ in range(5)
@@ -81,7 +98,7 @@ async def test_a_check_that_nobody_waits_for_spoils_no_other(grammars: GrammarCh
 
 
 async def test_a_process_that_cannot_start_is_no_fault_of_the_client(tmp_path: Path) -> None:
-    check = GrammarCheck(tmp_path)
+    check = GrammarCheck(tmp_path, worker_environ(os.environ))
     with pytest.raises(RequestError) as failed:
         await check.check(grammar(forms.json_object()))
     assert failed.value.failure.status == 500

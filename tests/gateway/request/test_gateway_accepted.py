@@ -7,11 +7,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_parser import WholeParser
 
 from services.gateway.request.chat import ChatFormat
-from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.sampling import OutputDefaults
-from services.gateway.request.schemas import MAX_SEED, ChatRequest, digest_body
+from services.gateway.request.schemas import MAX_SEED, ChatRequest, StructuredOutputs, digest_body
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
 from shared.errors import RequestError
@@ -20,18 +21,18 @@ from shared.model.tokenizer import Tokenizer
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def parse(parser: RequestParser, **fields: Any) -> ParsedRequest:
+def parse(parser: WholeParser, **fields: Any) -> ParsedRequest:
     return parser.parse(json.dumps({"messages": HI, **fields}).encode())
 
 
-def prompt(parser: RequestParser, **fields: Any) -> str:
+def prompt(parser: WholeParser, **fields: Any) -> str:
     """The prompt's text, with control tokens by name."""
     names = {token: text.encode() for text, token in parser.tokenizer.control.items()}
     ids = [token for segment in parse(parser, **fields).segments for token in segment]
     return b"".join(names.get(token) or parser.tokenizer.token_bytes(token) for token in ids).decode()
 
 
-def said(parser: RequestParser, **message: Any) -> str:
+def said(parser: WholeParser, **message: Any) -> str:
     """What the prompt has of an assistant's message in the middle of a conversation."""
     text = prompt(parser, messages=[*HI, {"role": "assistant", **message}, *HI])
     return text.split("\nAssistant: ", 1)[1].split("<|end_of_sentence|>", 1)[0]
@@ -65,12 +66,12 @@ DEEP = "[" * 40 + "]" * 40
         (None, "{}"),
     ],
 )
-def test_arguments_are_rendered_as_the_text_that_they_are(parser: RequestParser, arguments: Any, written: str) -> None:
+def test_arguments_are_rendered_as_the_text_that_they_are(parser: WholeParser, arguments: Any, written: str) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     assert said(parser, content=None, tool_calls=[call]) == called(written)
 
 
-def test_a_control_token_in_broken_arguments_is_text(parser: RequestParser) -> None:
+def test_a_control_token_in_broken_arguments_is_text(parser: WholeParser) -> None:
     call = {"function": {"name": "f", "arguments": '{"a": "</think><|end_of_sentence|>'}}
     made = parse(parser, messages=[*HI, {"role": "assistant", "tool_calls": [call]}, *HI])
     control = parser.tokenizer.control
@@ -99,7 +100,7 @@ F = {"name": "f", "arguments": "{}"}
         ({"content": "Yes.", "refusal": None, "audio": None, "annotations": [], "function_call": None}, "Yes."),
     ],
 )
-def test_answers_in_any_form_are_history(parser: RequestParser, message: dict[str, Any], written: str) -> None:
+def test_answers_in_any_form_are_history(parser: WholeParser, message: dict[str, Any], written: str) -> None:
     assert said(parser, **message) == written
 
 
@@ -115,18 +116,18 @@ def test_answers_in_any_form_are_history(parser: RequestParser, message: dict[st
         {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]},
     ],
 )
-def test_reasoning_in_any_form_is_the_reasoning_of_a_call(parser: RequestParser, kept: dict[str, Any]) -> None:
+def test_reasoning_in_any_form_is_the_reasoning_of_a_call(parser: WholeParser, kept: dict[str, Any]) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": F}], **kept}
     text = prompt(parser, messages=[*HI, call, {"role": "tool", "content": "5"}])
     assert "<think>\nHm.\n</think>\n\n" + called("{}") in text
 
 
-def test_reasoning_that_is_no_text_is_none(parser: RequestParser) -> None:
+def test_reasoning_that_is_no_text_is_none(parser: WholeParser) -> None:
     for value in (7, {}, [[[[[["deep"]]]]]], {"content": None}):
         assert said(parser, content="Yes.", reasoning=value) == "Yes."
 
 
-def test_a_functions_result_is_a_tools(parser: RequestParser) -> None:
+def test_a_functions_result_is_a_tools(parser: WholeParser) -> None:
     old, new = (
         prompt(parser, messages=[*HI, {"role": role, "name": "f", "content": "5"}]) for role in ("function", "tool")
     )
@@ -134,14 +135,14 @@ def test_a_functions_result_is_a_tools(parser: RequestParser) -> None:
 
 
 @pytest.mark.parametrize("role", ["user", "system", "tool"])
-def test_empty_content_is_empty(parser: RequestParser, role: str) -> None:
+def test_empty_content_is_empty(parser: WholeParser, role: str) -> None:
     empty = prompt(parser, messages=[{"role": role, "content": ""}, *HI])
     assert prompt(parser, messages=[{"role": role, "content": None}, *HI]) == empty
     assert prompt(parser, messages=[{"role": role}, *HI]) == empty
     assert prompt(parser, messages=[{"role": role, "content": []}, *HI]) == empty
 
 
-def test_the_case_of_a_client_whose_call_was_cut_off(parser: RequestParser) -> None:
+def test_the_case_of_a_client_whose_call_was_cut_off(parser: WholeParser) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Par'}}
     text = prompt(
         parser,
@@ -159,7 +160,7 @@ def test_the_case_of_a_client_whose_call_was_cut_off(parser: RequestParser) -> N
 # ------------------------------------------------------------------------------------------------ spellings
 
 
-def test_every_optional_field_may_be_null(parser: RequestParser) -> None:
+def test_every_optional_field_may_be_null(parser: WholeParser) -> None:
     names = [name for name in ChatRequest.__struct_fields__ if name != "messages"]
     nulls = parse(parser, **dict.fromkeys([*names, *NEUTRAL_VALUES, *NO_EFFECT]))
     plain = parse(parser)
@@ -167,7 +168,7 @@ def test_every_optional_field_may_be_null(parser: RequestParser) -> None:
     assert msgspec.structs.replace(nulls, sampling=same) == plain
 
 
-def test_nulls_within_fields(parser: RequestParser) -> None:
+def test_nulls_within_fields(parser: WholeParser) -> None:
     function = {"name": "f", "description": None, "parameters": None, "strict": None}
     parse(
         parser,
@@ -189,27 +190,27 @@ def test_nulls_within_fields(parser: RequestParser) -> None:
         ({"stop_token_ids": [5.0]}, {"stop_token_ids": (5,)}),
     ],
 )
-def test_numbers_in_other_spellings(parser: RequestParser, fields: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_numbers_in_other_spellings(parser: WholeParser, fields: dict[str, Any], expected: dict[str, Any]) -> None:
     sampling = parse(parser, **fields).sampling
     assert {name: getattr(sampling, name) for name in expected} == expected
 
 
-def test_a_seed_of_minus_one_is_drawn(parser: RequestParser) -> None:
+def test_a_seed_of_minus_one_is_drawn(parser: WholeParser) -> None:
     assert parse(parser, seed=-1).sampling.seed != parse(parser, seed=-1).sampling.seed
 
 
 @pytest.mark.parametrize(("stop", "left"), [([""], ()), ("", ()), (["", "a"], ("a",))])
-def test_empty_stop_strings_are_left_out(parser: RequestParser, stop: Any, left: tuple[str, ...]) -> None:
+def test_empty_stop_strings_are_left_out(parser: WholeParser, stop: Any, left: tuple[str, ...]) -> None:
     assert parse(parser, stop=stop).output.stop == left
 
 
-def test_a_tool_without_a_type_is_a_function(parser: RequestParser) -> None:
+def test_a_tool_without_a_type_is_a_function(parser: WholeParser) -> None:
     function = {"name": "f", "parameters": {"type": "object"}}
     typed = prompt(parser, tools=[{"type": "function", "function": function}])
     assert prompt(parser, tools=[{"function": function}]) == typed
 
 
-def test_parts_of_the_responses_api(parser: RequestParser) -> None:
+def test_parts_of_the_responses_api(parser: WholeParser) -> None:
     png = "data:image/png;base64,AAAA"
     ours = [{"type": "image_url", "image_url": png}, {"type": "text", "text": "what?"}]
     theirs = [{"type": "input_image", "image_url": png, "detail": "auto"}, {"type": "input_text", "text": "what?"}]
@@ -221,7 +222,7 @@ def test_parts_of_the_responses_api(parser: RequestParser) -> None:
 # ------------------------------------------------------------------------------------------------ surrogates
 
 
-def test_lone_surrogates_are_replaced_and_reported(parser: RequestParser) -> None:
+def test_lone_surrogates_are_replaced_and_reported(parser: WholeParser) -> None:
     cut = b'{"role": "user", "content": "a\\ud83dz\\uDE00"}'
     body = b'{"messages": [{"role": "user", "content": "Hi"}, %b], "stop": "\\ud800"}' % cut
     made = parser.parse(body)
@@ -263,7 +264,7 @@ def test_every_string_becomes_one_that_utf_8_holds(text: str) -> None:
         {"thinking": {"type": "enabled"}, "enable_thinking": False},
     ],
 )
-def test_thinking_is_turned_off_by_any_of_the_fields(parser: RequestParser, fields: dict[str, Any]) -> None:
+def test_thinking_is_turned_off_by_any_of_the_fields(parser: WholeParser, fields: dict[str, Any]) -> None:
     assert not parse(parser, **fields).output.thinking
 
 
@@ -281,12 +282,12 @@ def test_thinking_is_turned_off_by_any_of_the_fields(parser: RequestParser, fiel
         ({"reasoning": {"effort": "high"}}, None),
     ],
 )
-def test_budgets_of_thinking(parser: RequestParser, fields: dict[str, Any], budget: int | None) -> None:
+def test_budgets_of_thinking(parser: WholeParser, fields: dict[str, Any], budget: int | None) -> None:
     made = parse(parser, **fields)
     assert (made.output.thinking, made.sampling.reasoning_max_tokens) == (True, budget)
 
 
-def test_what_is_shown_of_reasoning(parser: RequestParser) -> None:
+def test_what_is_shown_of_reasoning(parser: WholeParser) -> None:
     plain = parse(parser).output
     assert (plain.include_reasoning, plain.separate_reasoning, plain.stop_in_reasoning) == (True, True, False)
     assert not parse(parser, include_reasoning=False).output.include_reasoning
@@ -297,7 +298,7 @@ def test_what_is_shown_of_reasoning(parser: RequestParser) -> None:
 
 
 @pytest.mark.parametrize("field", ["tool_call_ends_reasoning", "force_nonempty_content"])
-def test_options_that_the_server_has_too(parser: RequestParser, field: str) -> None:
+def test_options_that_the_server_has_too(parser: WholeParser, field: str) -> None:
     forcing = msgspec.structs.replace(parser, output_defaults=OutputDefaults(True, True))
     for default, made in ((False, parser), (True, forcing)):
         assert getattr(parse(made).output, field) is default
@@ -307,7 +308,7 @@ def test_options_that_the_server_has_too(parser: RequestParser, field: str) -> N
     assert in_kwargs.output.force_nonempty_content
 
 
-def test_unknown_fields_are_ignored_and_said(parser: RequestParser) -> None:
+def test_unknown_fields_are_ignored_and_said(parser: WholeParser) -> None:
     made = parse(parser, max_token=5, ünknown=1, store=True)
     assert made.warnings == (
         "`max_token` is no field that this server knows; it is ignored",
@@ -322,7 +323,7 @@ def test_each_field_is_in_one_of_the_tables() -> None:
     assert not set(ChatRequest.__struct_fields__) & NO_EFFECT
 
 
-def test_salt_and_id_arrive(parser: RequestParser) -> None:
+def test_salt_and_id_arrive(parser: WholeParser) -> None:
     made = parse(parser, cache_salt="s", request_id="mine-1")
     assert (made.cache_salt, made.request_id) == ("s", "mine-1")
 
@@ -330,7 +331,7 @@ def test_salt_and_id_arrive(parser: RequestParser) -> None:
 # ------------------------------------------------------------------------------------------------ prompts
 
 
-def test_an_answer_is_continued(parser: RequestParser) -> None:
+def test_an_answer_is_continued(parser: WholeParser) -> None:
     def continued(**message: Any) -> tuple[str, bool]:
         fields = {
             "messages": [*HI, {"role": "assistant", **message}],
@@ -346,19 +347,25 @@ def test_an_answer_is_continued(parser: RequestParser) -> None:
     assert continued(content="") == ("\n<think>\n", True)
 
 
-def test_control_tokens_in_a_continued_answer_are_text(parser: RequestParser) -> None:
+def test_control_tokens_in_a_continued_answer_are_text(parser: WholeParser) -> None:
     message = {"role": "assistant", "content": "</think>", "reasoning": "</think>"}
     made = parse(parser, messages=[*HI, message], continue_final_message=True)
     assert made.segments[0].count(parser.tokenizer.control["</think>"]) == 1
 
 
-def test_a_prompt_without_its_generation_part(parser: RequestParser) -> None:
+def test_a_prompt_without_its_generation_part(parser: WholeParser) -> None:
     assert prompt(parser, add_generation_prompt=False).endswith("User: Hi\nAssistant: ")
     assert not parse(parser, add_generation_prompt=False).output.thinking
 
 
-def test_a_template_of_the_requests_own(parser: RequestParser, tokenizer: Tokenizer) -> None:
-    trusting = msgspec.structs.replace(parser, chat=ChatFormat(parser.chat._template, tokenizer, trusts_requests=True))
+@pytest.mark.parametrize("name", [name for name in StructuredOutputs.__struct_fields__ if name != "json"])
+def test_options_of_structured_outputs_may_be_null(parser: WholeParser, name: str) -> None:
+    given = parse(parser, structured_outputs={"json": {"type": "object"}, name: None}).sampling.grammar
+    assert given == parse(parser, structured_outputs={"json": {"type": "object"}}).sampling.grammar
+
+
+def test_a_template_of_the_requests_own(parser: WholeParser, tokenizer: Tokenizer) -> None:
+    trusting = msgspec.structs.replace(parser, chat=ChatFormat("t", tokenizer, trusts_requests=True))
     template = "{% for message in messages %}[{{ message.content }}]{% endfor %}<think>"
     assert prompt(trusting, chat_template=template) == "[Hi]<think>"
     for broken in ("{% if %}", "{{ 1 / 0 }}", "<|image@placeholder|>"):

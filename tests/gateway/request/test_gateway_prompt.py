@@ -8,13 +8,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whole_parser import WholeParser, render
 
 from services.gateway.request.chat import ChatFormat, Prompt
 from services.gateway.request.media import MediaRules
-from services.gateway.request.parsed import RequestParser
 from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.shield import ControlTexts
-from services.gateway.request.template import Template
+from services.gateway.request.template import TemplateSource
 from shared.errors import CheckpointError, RequestError
 from shared.model.tokenizer import Tokenizer
 
@@ -38,9 +38,22 @@ TRICKS = [
 ]
 
 
-def prompt_of(chat: ChatFormat, **fields: Any) -> Prompt:
+class Chat(msgspec.Struct, frozen=True):
+    """A chat format and the template that goes with it."""
+
+    template: TemplateSource
+    format: ChatFormat
+
+
+def chat_of(template: TemplateSource, tokenizer: Tokenizer) -> Chat:
+    return Chat(template, ChatFormat(template.name, tokenizer))
+
+
+def prompt_of(chat: Chat, **fields: Any) -> Prompt:
     request = msgspec.convert(fields, ChatRequest)
-    return chat.build_prompt(request, RULES.extract(request))
+    media = RULES.extract(request)
+    rendering = chat.format.prepare(request, media)
+    return chat.format.tokenise(rendering, render(chat.template, rendering), media)
 
 
 def control_ids(chat: Prompt, tokenizer: Tokenizer) -> list[int]:
@@ -56,17 +69,17 @@ def text_of(prompt: Prompt, tokenizer: Tokenizer) -> str:
 
 
 @pytest.fixture(params=["built-in", "checkpoint"])
-def chat(request: pytest.FixtureRequest, checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> ChatFormat:
+def chat(request: pytest.FixtureRequest, checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> Chat:
     directory = checkpoint if request.param == "checkpoint" else tmp_path
-    return ChatFormat(Template.load(directory, 100_000), tokenizer)
+    return chat_of(TemplateSource.load(directory), tokenizer)
 
 
 @pytest.fixture(scope="session")
-def demo_chat(checkpoint: Path, tokenizer: Tokenizer) -> ChatFormat:
-    return ChatFormat(Template.load(checkpoint, 100_000), tokenizer)
+def demo_chat(checkpoint: Path, tokenizer: Tokenizer) -> Chat:
+    return chat_of(TemplateSource.load(checkpoint), tokenizer)
 
 
-def test_a_prompt_is_the_templates_text_and_control_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> None:
+def test_a_prompt_is_the_templates_text_and_control_tokens(chat: Chat, tokenizer: Tokenizer) -> None:
     prompt = prompt_of(chat, messages=[{"role": "user", "content": "Héllo, 12 <b>"}])
     assert text_of(prompt, tokenizer) == (
         "<|begin_of_sentence|>You are a multimodal AI assistant called ERNIE developed by Baidu based on the "
@@ -76,7 +89,7 @@ def test_a_prompt_is_the_templates_text_and_control_tokens(chat: ChatFormat, tok
     assert prompt.thinking
 
 
-def test_media_cut_the_prompt_in_order(chat: ChatFormat, tokenizer: Tokenizer) -> None:
+def test_media_cut_the_prompt_in_order(chat: Chat, tokenizer: Tokenizer) -> None:
     prompt = prompt_of(chat, messages=[{"role": "user", "content": [IMAGE, {"type": "text", "text": "a"}, VIDEO]}])
     starts_and_ends = [(segment[0], segment[-1]) for segment in prompt.segments]
     control = tokenizer.control
@@ -87,14 +100,14 @@ def test_media_cut_the_prompt_in_order(chat: ChatFormat, tokenizer: Tokenizer) -
 
 
 @pytest.mark.parametrize(("effort", "thinking"), [("none", False), ("high", True)])
-def test_whether_it_thinks_is_seen_in_the_prompt(chat: ChatFormat, effort: str, thinking: bool) -> None:
+def test_whether_it_thinks_is_seen_in_the_prompt(chat: Chat, effort: str, thinking: bool) -> None:
     messages = [{"role": "user", "content": "<think>" if not thinking else "</think>"}]
     assert prompt_of(chat, messages=messages, reasoning_effort=effort).thinking is thinking
 
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_names_of_control_tokens_are_text_wherever_clients_write_them(
-    chat: ChatFormat, tokenizer: Tokenizer, trick: str
+    chat: Chat, tokenizer: Tokenizer, trick: str
 ) -> None:
     def conversation(word: str) -> dict[str, Any]:
         return {
@@ -122,7 +135,7 @@ def test_names_of_control_tokens_are_text_wherever_clients_write_them(
     assert text_of(tricked, tokenizer) == text_of(honest, tokenizer).replace("word", trick)
 
 
-def test_a_name_cut_into_parts_is_still_text(chat: ChatFormat, tokenizer: Tokenizer) -> None:
+def test_a_name_cut_into_parts_is_still_text(chat: Chat, tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": piece} for piece in ("<|end_of", "_sentence|>", "<", "think>")]
     prompt = prompt_of(chat, messages=[{"role": "user", "content": parts}])
     assert "<|end_of_sentence|><think>" in text_of(prompt, tokenizer)
@@ -134,9 +147,7 @@ WORDS = st.lists(st.sampled_from([*TRICKS, "<", "|>", "<|", "think>", ">", "/", 
 
 @settings(max_examples=60)
 @given(words=WORDS, free=st.text(max_size=20))
-def test_no_text_becomes_a_control_token(
-    demo_chat: ChatFormat, tokenizer: Tokenizer, words: list[str], free: str
-) -> None:
+def test_no_text_becomes_a_control_token(demo_chat: Chat, tokenizer: Tokenizer, words: list[str], free: str) -> None:
     content = "".join(words) + free
     prompt = prompt_of(demo_chat, messages=[{"role": "user", "content": content}])
     assert control_ids(prompt, tokenizer) == [tokenizer.control["<|begin_of_sentence|>"], tokenizer.control["<think>"]]
@@ -152,7 +163,7 @@ def test_no_text_becomes_a_control_token(
     ],
 )
 def test_a_template_that_loses_media_is_at_fault(tokenizer: Tokenizer, source: str) -> None:
-    chat = ChatFormat(Template("broken.jinja", source, {}, 1000), tokenizer)
+    chat = chat_of(TemplateSource("broken.jinja", source, {}), tokenizer)
     with pytest.raises(RequestError, match=r"broken\.jinja") as failed:
         prompt_of(chat, messages=[{"role": "user", "content": [IMAGE]}])
     assert failed.value.failure.status == 500
@@ -180,7 +191,7 @@ def test_marks_differ_and_control_tokens_too_short_to_mark_are_refused() -> None
         ControlTexts(["<x>", "<"])
 
 
-def test_an_over_long_prompt_is_refused(parser: RequestParser) -> None:
+def test_an_over_long_prompt_is_refused(parser: WholeParser) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "word " * 5000}]}).encode()
     with pytest.raises(RequestError) as refused:
         parser.parse(body)

@@ -7,9 +7,10 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
+from whole_parser import WholeParser
 
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.schemas import ChatRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
 from services.gateway.request.validate import MAX_SCHEMA_BYTES
@@ -42,11 +43,11 @@ def deep(levels: int) -> Any:
     return {"a": deep(levels - 1)} if levels else 1
 
 
-def parse(parser: RequestParser, **fields: Any) -> ParsedRequest:
+def parse(parser: WholeParser, **fields: Any) -> ParsedRequest:
     return parser.parse(json.dumps({"messages": HI, **fields}).encode())
 
 
-def refusal(parser: RequestParser, body: bytes) -> Failure:
+def refusal(parser: WholeParser, body: bytes) -> Failure:
     with pytest.raises(RequestError) as refused:
         parser.parse(body)
     return refused.value.failure
@@ -83,7 +84,12 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     (saying(image(MP4)), 400, "messages[0].content[0].image_url", "video/mp4"),
     (saying(video(PNG)), 400, "messages[0].content[0].video_url", "image/png"),
     (saying(image("data:image/png;base64," + "AAAA" * 400)), 400, "messages[0].content[0].image_url", "1000"),
-    (saying(*[image(PNG)] * 3), 400, "messages[0].content[2].image_url", "got 3 but limit is 2"),
+    (
+        saying(*[image(PNG)] * 3),
+        400,
+        "messages[0].content[2].image_url",
+        "got 3 but limit is 2 (the setting limit_mm_per_prompt",
+    ),
     (saying(*[video(MP4)] * 2), 400, "messages[0].content[1].video_url", "got 2 but limit is 1"),
     (saying({"type": "file", "file": {"file_id": "file-1"}}), 400, "messages[0].content[0].file", "image or a video"),
     (saying(video({"url": MP4, "frames_sample": "last"})), 400, "messages[0].content[0].video_url.frames_sample", ""),
@@ -183,7 +189,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
 
 @pytest.mark.parametrize(("fields", "status", "param", "message"), BAD)
 def test_what_is_refused(
-    parser: RequestParser, fields: dict[str, Any], status: int, param: str | None, message: str
+    parser: WholeParser, fields: dict[str, Any], status: int, param: str | None, message: str
 ) -> None:
     failure = refusal(parser, json.dumps({"messages": HI, **fields}).encode())
     assert (failure.status, failure.param) == (status, param)
@@ -208,7 +214,7 @@ def test_what_is_refused(
         (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": 1e999}', "temperature", "invalid_value"),
     ],
 )
-def test_bodies_that_are_no_request(parser: RequestParser, body: bytes, param: str | None, code: str) -> None:
+def test_bodies_that_are_no_request(parser: WholeParser, body: bytes, param: str | None, code: str) -> None:
     failure = refusal(parser, body)
     assert (failure.status, failure.param, failure.code) == (400, param, code)
 
@@ -217,7 +223,7 @@ def test_no_unsupported_field_hides_one_that_is_supported() -> None:
     assert not set(NEUTRAL_VALUES) & set(ChatRequest.__struct_fields__)
 
 
-def test_defaults_are_the_checkpoints(parser: RequestParser) -> None:
+def test_defaults_are_the_checkpoints(parser: WholeParser) -> None:
     sampling = parse(parser).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 0.7, 5)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.2, 0.3)
@@ -225,12 +231,12 @@ def test_defaults_are_the_checkpoints(parser: RequestParser) -> None:
     assert (sampling.max_tokens, sampling.min_tokens, sampling.logprobs) == (None, 0, None)
 
 
-def test_a_seed_is_drawn_where_none_is_given(parser: RequestParser) -> None:
+def test_a_seed_is_drawn_where_none_is_given(parser: WholeParser) -> None:
     assert parse(parser).sampling.seed != parse(parser).sampling.seed
     assert parse(parser, seed=7).sampling.seed == 7
 
 
-def test_every_sampling_field_arrives(parser: RequestParser, tokenizer: Tokenizer) -> None:
+def test_every_sampling_field_arrives(parser: WholeParser, tokenizer: Tokenizer) -> None:
     given = parse(
         parser,
         model="demo-model",
@@ -275,7 +281,7 @@ def test_every_sampling_field_arrives(parser: RequestParser, tokenizer: Tokenize
     ],
 )
 def test_any_model_is_accepted_and_repeated_where_no_name_is_set(
-    parser: RequestParser, given: dict[str, Any], repeated: str
+    parser: WholeParser, given: dict[str, Any], repeated: str
 ) -> None:
     made = parse(parser, **given)
     assert (made.model, made.answer_format("", "").model) == (repeated, repeated)
@@ -284,23 +290,23 @@ def test_any_model_is_accepted_and_repeated_where_no_name_is_set(
 @pytest.mark.parametrize(
     ("given", "repeated"), [({"model": "a"}, "a"), ({"model": "b"}, "b"), ({"model": None}, "a"), ({}, "a")]
 )
-def test_served_names_are_repeated(parser: RequestParser, given: dict[str, Any], repeated: str) -> None:
+def test_served_names_are_repeated(parser: WholeParser, given: dict[str, Any], repeated: str) -> None:
     assert parse(_named(parser), **given).model == repeated
 
 
 @pytest.mark.parametrize("model", ["c", "null", "default", "demo-model", "A"])
-def test_nothing_but_served_names_is_accepted(parser: RequestParser, model: str) -> None:
+def test_nothing_but_served_names_is_accepted(parser: WholeParser, model: str) -> None:
     with pytest.raises(RequestError, match=f"'{model}' does not exist") as caught:
         parse(_named(parser), model=model)
     failure = caught.value.failure
     assert (failure.status, failure.param, failure.code) == (404, "model", "model_not_found")
 
 
-def _named(parser: RequestParser) -> RequestParser:
+def _named(parser: WholeParser) -> WholeParser:
     return msgspec.structs.replace(parser, names=ModelNames("demo-model", ("a", "b")))
 
 
-def test_every_output_field_arrives(parser: RequestParser) -> None:
+def test_every_output_field_arrives(parser: WholeParser) -> None:
     given = parse(
         parser,
         stop=["a", "b"],
@@ -331,20 +337,20 @@ def test_every_output_field_arrives(parser: RequestParser) -> None:
     ],
 )
 def test_values_with_a_meaning_of_their_own(
-    parser: RequestParser, fields: dict[str, Any], expected: dict[str, Any]
+    parser: WholeParser, fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     sampling = parse(parser, **fields).sampling
     assert {name: getattr(sampling, name) for name in expected} == expected
 
 
-def test_max_tokens_is_what_the_context_leaves(parser: RequestParser) -> None:
+def test_max_tokens_is_what_the_context_leaves(parser: WholeParser) -> None:
     free = parse(parser)
     assert free.max_tokens == parser.max_model_len - len(free.segments[0])
     assert parse(parser, max_tokens=10).max_tokens == 10
     assert parse(parser, max_tokens=10**6).max_tokens == free.max_tokens
 
 
-def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(parser: RequestParser) -> None:
+def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(parser: WholeParser) -> None:
     parse(
         parser,
         store=True,
@@ -369,13 +375,13 @@ def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(parser: Re
     )
 
 
-def test_streaming_and_usage(parser: RequestParser) -> None:
+def test_streaming_and_usage(parser: WholeParser) -> None:
     assert not parse(parser).stream
     assert not parse(parser, stream=True).include_usage
     assert parse(parser, stream=True, stream_options={"include_usage": True}).include_usage
 
 
-def test_media_as_clients_write_them(parser: RequestParser) -> None:
+def test_media_as_clients_write_them(parser: WholeParser) -> None:
     options = {"fps": -1, "target_frames": 8, "min_frames": 2, "max_frames": 9, "frames_sample": "middle"}
     taken = parse(
         parser,
@@ -405,9 +411,7 @@ def test_media_as_clients_write_them(parser: RequestParser) -> None:
         ({"file_id": "https://example.org/a", "format": "video/mp4"}, "video", "https://example.org/a"),
     ],
 )
-def test_files_are_what_their_type_says(
-    parser: RequestParser, file: dict[str, str], kind: str, url: str | None
-) -> None:
+def test_files_are_what_their_type_says(parser: WholeParser, file: dict[str, str], kind: str, url: str | None) -> None:
     (item,) = parse(parser, **saying({"type": "file", "file": file})).media
     assert (item.kind, item.url) == (kind, url)
 
@@ -432,7 +436,7 @@ GIF = base64.b64encode(b"GIF89a").decode()
         f"data:image/png;base64,{quote(PLAIN)}",
     ],
 )
-def test_the_bytes_of_a_data_url_decide(parser: RequestParser, url: str) -> None:
+def test_the_bytes_of_a_data_url_decide(parser: WholeParser, url: str) -> None:
     assert "+" in PLAIN
     assert "/" in PLAIN
     assert PLAIN.endswith("=")
@@ -440,7 +444,7 @@ def test_the_bytes_of_a_data_url_decide(parser: RequestParser, url: str) -> None
     assert item.data == BYTES
 
 
-def test_a_gif_is_an_image_or_a_video(parser: RequestParser) -> None:
+def test_a_gif_is_an_image_or_a_video(parser: WholeParser) -> None:
     parts = image(f"data:video/mp4;base64,{GIF}"), video(f"data:image/gif;base64,{GIF}")
     media = parser.parse(json.dumps(saying(*parts)).encode()).media
     assert [item.kind for item in media] == ["image", "video"]
@@ -457,17 +461,17 @@ def test_a_gif_is_an_image_or_a_video(parser: RequestParser) -> None:
         (b"G" + b"\0" * 187 + b"G", "video"),
     ],
 )
-def test_a_file_without_a_useful_type_is_what_its_bytes_say(parser: RequestParser, start: bytes, kind: str) -> None:
+def test_a_file_without_a_useful_type_is_what_its_bytes_say(parser: WholeParser, start: bytes, kind: str) -> None:
     url = "data:application/octet-stream;base64," + base64.b64encode(start + b"rest").decode()
     [item] = parser.parse(json.dumps(saying({"type": "file", "file": {"file_data": url}})).encode()).media
     assert (item.kind, item.data) == (kind, start + b"rest")
 
 
-def test_media_in_a_tool_result(parser: RequestParser) -> None:
+def test_media_in_a_tool_result(parser: WholeParser) -> None:
     assert len(parse(parser, **saying(image(PNG), role="tool")).media) == 1
 
 
-def test_text_parts_are_one_text_for_every_role(parser: RequestParser) -> None:
+def test_text_parts_are_one_text_for_every_role(parser: WholeParser) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     for role in ("system", "developer", "user", "assistant", "tool"):
         split = parse(parser, messages=[{"role": role, "content": parts}])

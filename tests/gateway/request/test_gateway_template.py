@@ -6,11 +6,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from whole_parser import load_template
 
 from services.gateway.request.chat import template_variables
 from services.gateway.request.media import MediaRules
 from services.gateway.request.schemas import ChatRequest
-from services.gateway.request.template import Template
+from services.gateway.request.template import Template, TemplateFailureError, TemplateSource
 from shared.errors import CheckpointError, RequestError
 
 SYSTEM = "You are a multimodal AI assistant called ERNIE developed by Baidu based on the PaddlePaddle framework."
@@ -44,7 +45,7 @@ def render(template: Template, **fields: Any) -> str:
 
 @pytest.fixture
 def built_in(tmp_path: Path) -> Template:
-    return Template.load(tmp_path, 10_000)
+    return load_template(tmp_path, 10_000)
 
 
 SAMPLES: list[tuple[dict[str, Any], str]] = [
@@ -105,7 +106,7 @@ def test_the_built_in_template_writes_the_known_prompts(
 def test_a_checkpoints_template_gets_what_it_expects(
     checkpoint: Path, request_fields: dict[str, Any], expected: str
 ) -> None:
-    assert render(Template.load(checkpoint, 10_000), **request_fields) == expected
+    assert render(load_template(checkpoint, 10_000), **request_fields) == expected
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_thinking_is_open_otherwise(built_in: Template, fields: dict[str, Any]) 
 
 def test_the_switch_reaches_templates_under_both_names(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ enable_thinking }} {{ options | tojson }}")
-    template = Template.load(tmp_path, 1000)
+    template = load_template(tmp_path, 1000)
     kwargs = {"options": {"thinking_mode": "false", "other": 1}}
     prompt = render(template, messages=[{"role": "user", "content": "Hi"}], chat_template_kwargs=kwargs)
     assert prompt == 'False {"other": 1, "thinking_mode": "close"}'
@@ -198,41 +199,53 @@ def test_tools_not_to_be_called_are_not_shown(built_in: Template) -> None:
 def test_where_a_template_is_found(tmp_path: Path, files: dict[str, str], expected: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert render(Template.load(tmp_path, 100), messages=[{"role": "user", "content": "Hi"}]) == expected
+    assert render(load_template(tmp_path, 100), messages=[{"role": "user", "content": "Hi"}]) == expected
 
 
 @pytest.mark.parametrize(
     "content",
-    ['{"chat_template": 3}', '{"chat_template": [{"name": "x", "template": "X"}]}', '{"chat_template": "{% if"}', "{"],
+    ['{"chat_template": 3}', '{"chat_template": [{"name": "x", "template": "X"}]}', "{"],
 )
 def test_an_unusable_template_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        Template.load(tmp_path, 100)
+        TemplateSource.load(tmp_path)
+
+
+def render_alone(source: str) -> str:
+    template = Template(TemplateSource("t", source, {}), 10_000)
+    return template.render({"messages": [{"role": "user", "content": "Hi"}]})
 
 
 @pytest.mark.parametrize(
-    ("source", "status", "message"),
+    ("source", "message"),
+    [("{{ raise_exception('no') }}", "no"), ("{% for i in range(1000) %}xxxxxxxxxxxx{% endfor %}", "10000")],
+)
+def test_conversations_that_are_refused(source: str, message: str) -> None:
+    with pytest.raises(RequestError) as failed:
+        render_alone(source)
+    assert (failed.value.failure.status, failed.value.failure.param) == (400, "messages")
+    assert message in failed.value.failure.message
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
     [
-        ("{{ raise_exception('no') }}", 400, "no"),
-        ("{% for i in range(1000) %}xxxxxxxxxxxx{% endfor %}", 400, "10000"),
-        ("{{ messages.absent.deeper }}", 500, "UndefinedError"),
-        ("{{ 1 / 0 }}", 500, "ZeroDivisionError"),
-        ("{{ ''.__class__.__mro__ }}", 500, "SecurityError"),
-        ("{{ messages.append(1) }}", 500, "SecurityError"),
-        ("{{ range(10 ** 9) }}", 500, "OverflowError"),
+        ("{% if %}", "does not compile"),
+        ("{{ messages.absent.deeper }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
     ],
 )
-def test_how_a_rendering_fails(source: str, status: int, message: str) -> None:
-    template = Template("t", source, {}, 10_000)
-    with pytest.raises(RequestError) as failed:
-        template.render({"messages": [{"role": "user", "content": "Hi"}]})
-    assert failed.value.failure.status == status
-    assert message in failed.value.failure.message
+def test_templates_that_fail(source: str, what: str) -> None:
+    with pytest.raises(TemplateFailureError, match=what):
+        render_alone(source)
 
 
 def test_what_templates_expect_to_find() -> None:
     source = (
         "{{ {'a': 'é<&'} | tojson }} {{ strftime_now('%Y') | int > 2000 }}{% for i in [1, 2] %}{% break %}{% endfor %}"
     )
-    assert Template("t", source, {}, 100).render({}) == '{"a": "é<&"} True'
+    assert Template(TemplateSource("t", source, {}), 100).render({}) == '{"a": "é<&"} True'

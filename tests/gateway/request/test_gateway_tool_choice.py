@@ -7,8 +7,9 @@ from typing import Any
 import jsonschema
 import pytest
 from llguidance import LLMatcher
+from whole_parser import WholeParser
 
-from services.gateway.request.parsed import ParsedRequest, RequestParser
+from services.gateway.request.parsed import ParsedRequest
 from shared.errors import RequestError
 from shared.grammar.compiler import GrammarCompiler
 from shared.model.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
-def parse(parser: RequestParser, **fields: Any) -> ParsedRequest:
+def parse(parser: WholeParser, **fields: Any) -> ParsedRequest:
     body = {"messages": HI, "tools": [WEATHER, CLOCK], "enable_thinking": False, **fields}
     return parser.parse(json.dumps(body).encode())
 
@@ -106,7 +107,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("fields", "right", "wrong"), CASES.values(), ids=CASES)
 def test_what_a_choice_allows(
-    parser: RequestParser,
+    parser: WholeParser,
     compiler: GrammarCompiler,
     spell: Any,
     fields: dict[str, Any],
@@ -118,21 +119,21 @@ def test_what_a_choice_allows(
     assert [text for text in wrong if accepts(compiler, made, spell(text))] == []
 
 
-def test_calls_come_after_thinking(parser: RequestParser, compiler: GrammarCompiler, spell: Any) -> None:
+def test_calls_come_after_thinking(parser: WholeParser, compiler: GrammarCompiler, spell: Any) -> None:
     made = parse(parser, tool_choice="required", enable_thinking=True)
     for text in (f"\n\n{PARIS}", PARIS):
         assert accepts(compiler, made, spell(text))
     assert not accepts(compiler, made, spell("\n\nHi"))
 
 
-def test_a_spelled_marker_is_no_call(parser: RequestParser, compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+def test_a_spelled_marker_is_no_call(parser: WholeParser, compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     made = parse(parser, tool_choice="required")
     assert not accepts(compiler, made, tokenizer.encode_text(PARIS))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_tokens_that_are_allowed_make_calls_that_validate(
-    parser: RequestParser, compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int
+    parser: WholeParser, compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int
 ) -> None:
     made = parse(parser, tool_choice=NAMED)
     state = matcher(compiler, made)
@@ -150,12 +151,12 @@ def test_random_tokens_that_are_allowed_make_calls_that_validate(
     jsonschema.validate(body["arguments"], CITY)
 
 
-def test_free_text_has_no_grammar(parser: RequestParser) -> None:
+def test_free_text_has_no_grammar(parser: WholeParser) -> None:
     for fields in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": {"type": "none"}}):
         assert parse(parser, **fields).sampling.grammar is None
 
 
-def test_what_the_other_stages_are_told(parser: RequestParser) -> None:
+def test_what_the_other_stages_are_told(parser: WholeParser) -> None:
     named = parse(parser, tool_choice=NAMED).output
     assert (named.tools, named.functions, named.named_tool) == (True, ("weather",), True)
     required = parse(parser, tool_choice="required").output
@@ -165,7 +166,7 @@ def test_what_the_other_stages_are_told(parser: RequestParser) -> None:
     assert parse(parser, tool_choice="none").output.tools is False
 
 
-def test_all_tools_stand_in_the_prompt_whichever_may_be_called(parser: RequestParser) -> None:
+def test_all_tools_stand_in_the_prompt_whichever_may_be_called(parser: WholeParser) -> None:
     plain = parse(parser).segments
     for choice in ("required", NAMED, allowed("auto", "clock")):
         assert parse(parser, tool_choice=choice).segments == plain
@@ -192,11 +193,16 @@ def with_parameters(**parameters: Any) -> dict[str, Any]:
         ({"tool_choice": allowed("auto", "g")}, "tool_choice.allowed_tools.tools", "'g'"),
         ({"tool_choice": "required", "tools": []}, "tool_choice", "empty"),
         ({"tool_choice": "required", "tools": None}, "tool_choice", "empty"),
-        (with_parameters(type="array"), "tools.function.parameters", "an object"),
-        (with_parameters(description="x" * 60_000, enum=["y" * 90_000]), "tools", "limit"),
+        (with_parameters(type="array"), "tools[0].function.parameters", "an object"),
+        (with_parameters(description="x" * 60_000, enum=["y" * 90_000]), "tools[0].function.parameters", "limit"),
+        (
+            {"tools": [WEATHER, with_parameters(type="null", strict=True)["tools"][0]], "tool_choice": "required"},
+            "tools[1].function.parameters",
+            "object",
+        ),
     ],
 )
-def test_choices_that_are_refused(parser: RequestParser, fields: dict[str, Any], param: str, message: str) -> None:
+def test_choices_that_are_refused(parser: WholeParser, fields: dict[str, Any], param: str, message: str) -> None:
     with pytest.raises(RequestError) as refused:
         parse(parser, **fields)
     failure = refused.value.failure
@@ -204,7 +210,7 @@ def test_choices_that_are_refused(parser: RequestParser, fields: dict[str, Any],
     assert (failure.param or "").startswith(param)
 
 
-def test_a_schema_without_a_type_is_an_objects(parser: RequestParser, compiler: GrammarCompiler, spell: Any) -> None:
+def test_a_schema_without_a_type_is_an_objects(parser: WholeParser, compiler: GrammarCompiler, spell: Any) -> None:
     defined = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "required": ["a"]}}}
     for parameters in ({"required": ["a"]}, {"type": ["object", "null"], "required": ["a"]}, defined):
         made = parse(parser, **with_parameters(**parameters))

@@ -16,7 +16,6 @@ from media_files import patches_of, picture, video_bytes, video_frames
 from prometheus_client import CollectorRegistry
 
 from services.mm_encoder.decoding import decoders as pool
-from services.mm_encoder.decoding import process
 from services.mm_encoder.decoding.decoders import Decoders, TimeLimit
 from services.mm_encoder.decoding.messages import Setup
 from services.mm_encoder.media import timestamps
@@ -28,6 +27,8 @@ from services.mm_encoder.metrics import Metrics
 from shared.errors import Failure, RequestError
 from shared.messages import Media, MediaKind
 from shared.model.config import VisionConfig
+from shared.workers import process
+from shared.workers.pool import WorkerPool
 
 pytestmark = pytest.mark.system
 
@@ -208,14 +209,14 @@ async def test_what_takes_longer_than_a_slice_begins_again_in_the_slow_lane(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "SLICE_S", 0)
-    begun, start = asyncio.Event(), pool.Lane._start
+    begun, start = asyncio.Event(), WorkerPool._start
 
-    async def started(lane: pool.Lane) -> process.DecoderProcess:
+    async def started(lane: WorkerPool) -> tuple[process.WorkerProcess, bytes]:
         if lane is decoders._slow:
             begun.set()
         return await start(lane)
 
-    monkeypatch.setattr(pool.Lane, "_start", started)
+    monkeypatch.setattr(WorkerPool, "_start", started)
     async with running(planted=tmp_path) as decoders:
         spinning = asyncio.create_task(refusal(decoders, b"spin"))
         await begun.wait()

@@ -1,22 +1,16 @@
-"""Parent's end of a decoder process: starts it, gives it one task at a time, and notices how it ends."""
+"""Parent's end of a worker process: starts it, gives it one task at a time, and notices how it ends."""
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-from services.mm_encoder.decoding.messages import (
-    LENGTH,
-    Ready,
-    Reply,
-    Setup,
-    Task,
-    from_decoder,
-    to_decoder,
-)
+from shared.config import PREFIX
 from shared.tether import tethered
+from shared.workers.link import LENGTH
 
 START_S = 60.0  # the longest start; libraries may have to be read from a slow disk
 # A task that has computed for its time is ended by the kernel. One that waits, for a lock that nobody gives back, is
@@ -32,12 +26,12 @@ class DiedError(Exception):
     """Error of a task during which the process died. `by` names the signal or the exit status."""
 
     def __init__(self, by: str) -> None:
-        super().__init__(f"the decoder process died of {by}")
+        super().__init__(f"the process died of {by}")
         self.by = by
 
 
-class DecoderProcess:
-    """Decoder process that is ready. After any error of `call` it is of no use; `kill` ends it."""
+class WorkerProcess:
+    """Worker process that is ready. After any error of `call` it is of no use; `kill` ends it."""
 
     def __init__(
         self,
@@ -52,16 +46,16 @@ class DecoderProcess:
         self._writer = writer
 
     @classmethod
-    async def start(cls, setup: Setup, environ: Mapping[str, str]) -> "DecoderProcess":
-        """Start a process and wait until it is ready.
+    async def start(cls, module: str, setup: bytes, environ: Mapping[str, str]) -> tuple["WorkerProcess", bytes]:
+        """Start `python -m module FD` and return it with its answer to `setup`, its first message.
 
         Raises:
-            DiedError, TooSlowError: it does not become ready.
+            DiedError, TooSlowError: it does not answer.
             OSError: it cannot be started.
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            command = tethered([sys.executable, "-P", "-m", "services.mm_encoder.decoding", str(theirs.fileno())])
+            command = tethered([sys.executable, "-P", "-m", module, str(theirs.fileno())])
             process = await asyncio.create_subprocess_exec(
                 *command, env=environ, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
             )
@@ -69,21 +63,19 @@ class DecoderProcess:
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         started = cls(process, link, reader, writer)
         try:
-            ready = await started._exchange(setup, [], START_S)
-            assert isinstance(ready, Ready)
+            return started, await started._exchange(setup, [], START_S)
         except BaseException:
             await started.kill()
             raise
-        return started
 
-    async def call(self, task: Task, fds: Sequence[int]) -> Reply:
-        """Return the answer to a task.
+    async def call(self, task: bytes, fds: Sequence[int], cpu_s: float) -> bytes:
+        """Return the answer to a task that may compute for `cpu_s` seconds.
 
         Raises:
             TooSlowError: it takes more than its CPU time.
             DiedError: the process dies of something else.
         """
-        return await self._exchange(task, fds, HANG_S + HANG_FACTOR * task.cpu_s)
+        return await self._exchange(task, fds, HANG_S + HANG_FACTOR * cpu_s)
 
     async def kill(self) -> None:
         """End the process, whatever it does, and wait for its end."""
@@ -93,16 +85,14 @@ class DecoderProcess:
         self._link.close()
         await self._process.wait()
 
-    async def _exchange(self, message: Setup | Task, fds: Sequence[int], wait_s: float) -> Reply:
-        body = to_decoder.encode(message)
+    async def _exchange(self, message: bytes, fds: Sequence[int], wait_s: float) -> bytes:
         try:
             async with asyncio.timeout(wait_s):
-                socket.send_fds(self._link, [LENGTH.pack(len(body))], fds)  # the buffer is empty: it has answered
-                self._writer.write(body)
+                socket.send_fds(self._link, [LENGTH.pack(len(message))], fds)  # the buffer is empty: it has answered
+                self._writer.write(message)
                 await self._writer.drain()
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-                reply: Reply = from_decoder.decode(await self._reader.readexactly(size))
-                return reply
+                return await self._reader.readexactly(size)
         except TimeoutError:
             raise TooSlowError from None
         except (EOFError, ConnectionError):
@@ -113,3 +103,12 @@ class DecoderProcess:
         if status == -signal.SIGXCPU:
             return TooSlowError()
         return DiedError(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+
+
+def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of workers: our path, and none of our settings, which have keys and passwords.
+
+    They search our path and not the working directory, where they might find other packages of the same names.
+    """
+    others = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
+    return {**others, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,0 +1,1 @@
+"""Rendering of chat templates, in processes of their own."""
