@@ -1,11 +1,14 @@
 """How the services reach Redis; and the chart's Valkey itself, with its configuration and its users."""
 
+import os
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from chart_valkey import say, valkey
 from helm_chart import CLAIM, Object, case, container, environment, find, objects, pods, secret_data
-from machine import free_port
+from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
@@ -129,8 +132,38 @@ async def test_the_viewer_sees_the_pipeline_and_the_autoscaler_may_lead(secret: 
         await autoscaler.aclose()
 
 
-def test_the_probe_needs_no_password(secret: dict[str, str]) -> None:
-    assert say(port(secret), "PING") == b"+PONG\r\n"
+@pytest.mark.parametrize("name", ["defaults", "autoscaler of its own"])
+def test_the_probe_asks_as_a_service_does(name: str) -> None:
+    """At the pod's address and as a service's user: loopback and a ping are open even where no service gets in."""
+    spec = container(pods(case(name))["redis"][1])
+    told = {each["name"]: each["valueFrom"] for each in spec["env"]}
+    assert told["PROBE_URL"] == {"secretKeyRef": {"name": "millrace-redis", "key": "gateway"}}
+    assert told["POD_IP"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    for kind in ("startup", "readiness"):
+        (_, _, command) = spec[f"{kind}Probe"]["exec"]["command"]
+        assert command.startswith('valkey-cli -u "$PROBE_URL" -h "$POD_IP" ')
+        assert f"xlen {NAMESPACE}:generate" in command
+        assert ("--cacert /etc/millrace/redis-tls/ca.crt" in command) is (name != "defaults")
+        assert "--insecure" not in command
+
+
+CLI = shutil.which("valkey-cli") or shutil.which("redis-cli")
+
+
+@pytest.mark.skipif(CLI is None, reason="neither valkey-cli nor redis-cli is on PATH")
+def test_the_probe_tells_a_service_that_is_let_in_from_one_that_is_not(
+    rendered: list[Object], secret: dict[str, str]
+) -> None:
+    (*shell, command) = container(pods(rendered)["redis"][1])["readinessProbe"]["exec"]["command"]
+    command = command.replace("valkey-cli", str(CLI))
+
+    def probe(url: str) -> bool:
+        environ = {"PATH": os.environ["PATH"], "PROBE_URL": url, "POD_IP": "127.0.0.1"}
+        return subprocess.run([*shell, command], env=environ, timeout=PATIENCE_S, check=False).returncode == 0
+
+    assert probe(secret["gateway"])
+    assert not probe(secret["gateway"].replace("gateway:", "gateway:wrong"))
+    assert not probe(secret["gateway"].replace("gateway:", "nobody:"))
 
 
 async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, str], client: Redis) -> None:
@@ -139,7 +172,7 @@ async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, st
     monitor = connect(f"redis://monitor:{secret['monitor-password']}@{address}")
     try:
         told = {}
-        for name in ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync"):
+        for name in ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync", "protected-mode"):
             reply = await command(monitor, "CONFIG", "GET", name)
             pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
             told |= {_text(key): _text(value) for key, value in pairs}
@@ -150,6 +183,7 @@ async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, st
         "maxmemory": str(6144 << 20),
         "appendonly": "yes",
         "appendfsync": "everysec",
+        "protected-mode": "no",  # it would shut out every pod, for the default user has no password
     }
 
 
