@@ -135,6 +135,7 @@ def schema() -> Schema:
         settings=keys(**common, namespace=NAMESPACE),
         redis=keys(
             existingSecret=TEXT,
+            passwordGeneration=POSITIVE,
             tlsSecret=TEXT,
             external=keys(url=REDIS_URL, blobUrl=REDIS_URL, cidrs=CIDRS),
             image={"type": "string", "minLength": 1},

@@ -5,6 +5,9 @@ checksum/model: {{ toJson .root.Values.model | sha256sum | trunc 16 }}
 {{- if and (eq .component "gateway") .root.Values.apiKeys }}
 checksum/api-keys: {{ toJson .root.Values.apiKeys | sha256sum | trunc 16 }}
 {{- end }}
+{{- with include "millrace.passwordGeneration" .root }}
+{{ . }}
+{{- end }}
 {{- with .config.annotations }}
 {{ toYaml . }}
 {{- end }}

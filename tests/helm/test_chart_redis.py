@@ -1,16 +1,21 @@
 """How the services reach Redis; and the chart's Valkey itself, with its configuration and its users."""
 
+import copy
 import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from api_server import api_server
+from chart_autoscaler import kubeconfig
 from chart_valkey import say, valkey
-from helm_chart import CLAIM, Object, case, container, environment, find, objects, pods, secret_data
+from helm_chart import CHART, CLAIM, Object, case, container, environment, find, objects, pods, secret_data
+from helm_python import Config
 from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError
 
 from cli.autoscaler.leader import Leadership
 from shared.bus import pipeline_view
@@ -201,6 +206,55 @@ async def test_the_autoscalers_url_is_its_users(secret: dict[str, str]) -> None:
         assert "user=autoscaler " in _text(await command(own, "CLIENT", "INFO"))
     finally:
         await own.aclose()
+
+
+async def test_a_password_holds_until_the_generation_after_the_next(tmp_path: Path) -> None:
+    """Three upgrades by Helm itself; after each a Valkey with the Secret's users, asked by every URL so far."""
+    secrets = []
+    with api_server() as api:
+        (tmp_path / "kubeconfig").write_text(kubeconfig(api.url))
+        with Config(
+            kubeconfig_path=str(tmp_path / "kubeconfig"), namespace="models", storage_driver="memory", qps=1000.0
+        ) as helm:
+            helm.install(CHART, "millrace", CLAIM, timeout=60)
+            for generation in (1, 2, 3):
+                helm.upgrade(CHART, "millrace", {**CLAIM, "redis": {"passwordGeneration": generation}}, timeout=60)
+                items = [*map(copy.deepcopy, api.objects.values())]
+                secrets.append(secret_data(items, "millrace-redis"))
+                where = tmp_path / str(generation)
+                where.mkdir()
+                with valkey(items, where, free_port()) as secret:
+                    urls = [each["engine"].replace("millrace-redis.models.svc:6379", host(secret)) for each in secrets]
+                    assert [await lets_in(url) for url in urls] == [[True], [True, True], [False, True, True]][
+                        generation - 1
+                    ]
+                    again = secret["viewer-password"]
+                    assert await lets_in(f"redis://viewer:{again}@{host(secret)}")
+            assert "engine-previous" not in secrets[0]
+
+
+def host(secret: dict[str, str]) -> str:
+    return secret["engine"].split("@")[1].partition("/")[0]
+
+
+async def lets_in(url: str) -> bool:
+    client = connect(url)
+    try:
+        await command(client, "XLEN", f"{NAMESPACE}:generate")
+    except AuthenticationError:
+        return False
+    finally:
+        await client.aclose()
+    return True
+
+
+def test_new_passwords_restart_what_uses_them_and_nothing_else() -> None:
+    def marks(generation: int) -> dict[str, Object]:
+        values = {**CLAIM, "redis": {"passwordGeneration": generation}, "autoscaling": {"kind": "builtin"}}
+        return {name: metadata.get("annotations", {}) for name, (metadata, _) in pods(objects(values)).items()}
+
+    old, new = marks(1), marks(2)
+    assert {name for name in old if old[name] != new[name]} == {*SERVICE_KEYS, "autoscaler", "redis"}
 
 
 def test_each_service_has_a_url_of_its_own(rendered: list[Object]) -> None:
