@@ -129,6 +129,9 @@ preStop:
 - name: {{ $name }}
   value: {{ $value | quote }}
 {{- end }}
+{{- with .config.extraEnv }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "millrace.mounts" -}}
@@ -199,6 +202,8 @@ rollingUpdate:
 {{- end -}}
 
 {{- define "millrace.disruption" -}}
+{{- if .config.disruptionBudget }}
+---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
@@ -211,6 +216,7 @@ spec:
   selector:
     matchLabels:
       {{- include "millrace.selector" . | nindent 6 }}
+{{- end }}
 {{- end -}}
 
 {{- define "millrace.serviceAccount" -}}
@@ -220,5 +226,9 @@ metadata:
   name: {{ include "millrace.name" . }}
   labels:
     {{- include "millrace.labels" . | nindent 4 }}
+  {{- with .config.serviceAccountAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 automountServiceAccountToken: false
 {{- end -}}
