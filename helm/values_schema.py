@@ -45,7 +45,17 @@ TEXTS: Schema = {"type": "array", "items": TEXT}
 LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 MAP: Schema = {"type": "object"}
+# Settings go through `settings`, which checks them.
+ENV: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": {"type": "string", "not": {"pattern": "^MILLRACE_"}}},
+    },
+}
 CIDRS: Schema = {"type": "array", "items": {"type": "string", "pattern": r"^[0-9a-fA-F.:]+/[0-9]+$"}}
+OBJECT_NAME: Schema = {"type": "string", "pattern": "^([a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?)?$"}
 REDIS_URL: Schema = {"type": "string", "pattern": r"^(rediss?(\+sentinel)?://[^@]+)?$"}
 NAMESPACE: Schema = {"type": "string", "pattern": r"^[A-Za-z0-9._-]*$"}  # in ACL rules and the exporter's lists
 
@@ -81,6 +91,12 @@ def _plain(schema: Any, definitions: dict[str, Any]) -> Any:
 def pod_keys() -> dict[str, Schema]:
     return {
         "annotations": LABELS,
+        "labels": LABELS,
+        "extraEnv": ENV,
+        "extraVolumes": OBJECTS,
+        "extraVolumeMounts": OBJECTS,
+        "serviceAccountAnnotations": LABELS,
+        "disruptionBudget": FLAG,
         "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
         "nodeSelector": LABELS,
         "tolerations": OBJECTS,
@@ -114,6 +130,10 @@ def schema() -> Schema:
     services = {service: service_keys(service) for service in SERVICES}
     chart = keys(
         **{"global": MAP},
+        nameOverride=OBJECT_NAME,
+        fullnameOverride=OBJECT_NAME,
+        commonLabels=LABELS,
+        extraObjects=OBJECTS,
         image=keys(registry=TEXT, tag=TEXT, pullPolicy=one_of("Always", "IfNotPresent", "Never"), pullSecrets=OBJECTS),
         model=keys(
             name={"anyOf": [NAME, {"type": "array", "items": NAME, "minItems": 1}]},
@@ -135,6 +155,7 @@ def schema() -> Schema:
         settings=keys(**common, namespace=NAMESPACE),
         redis=keys(
             existingSecret=TEXT,
+            passwordGeneration=POSITIVE,
             tlsSecret=TEXT,
             external=keys(url=REDIS_URL, blobUrl=REDIS_URL, cidrs=CIDRS),
             image={"type": "string", "minLength": 1},
@@ -147,7 +168,13 @@ def schema() -> Schema:
         pods=keys(**pod_keys()),
         **services,
         gpu=keys(resource=TEXT, runtimeClassName=TEXT),
-        service=keys(type=one_of("ClusterIP", "NodePort", "LoadBalancer"), port=POSITIVE, annotations=LABELS),
+        service=keys(
+            type=one_of("ClusterIP", "NodePort", "LoadBalancer"),
+            port=POSITIVE,
+            nodePort=COUNT,
+            sourceRanges=CIDRS,
+            annotations=LABELS,
+        ),
         host=TEXT,
         ingress=keys(enabled=FLAG, className=TEXT, tlsSecret=TEXT, annotations=LABELS),
         route=keys(parentRefs=OBJECTS),

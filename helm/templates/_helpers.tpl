@@ -1,7 +1,8 @@
 {{/* Names and labels. A service's key in the values has underscores, as its Python package; objects have hyphens. */}}
 
 {{- define "millrace.fullname" -}}
-{{- $name := contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) -}}
+{{- $chart := .Values.nameOverride | default .Chart.Name -}}
+{{- $name := .Values.fullnameOverride | default (contains $chart .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $chart)) -}}
 {{- $name | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
@@ -20,6 +21,17 @@ app.kubernetes.io/component: {{ .component | replace "_" "-" }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* Labels of a service's pods: those that select it, and what the operator adds. */}}
+{{- define "millrace.podLabels" -}}
+{{ include "millrace.selector" . }}
+{{- with merge (dict) (.config.labels | default dict) .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "millrace.image" -}}

@@ -5,6 +5,9 @@ checksum/model: {{ toJson .root.Values.model | sha256sum | trunc 16 }}
 {{- if and (eq .component "gateway") .root.Values.apiKeys }}
 checksum/api-keys: {{ toJson .root.Values.apiKeys | sha256sum | trunc 16 }}
 {{- end }}
+{{- with include "millrace.passwordGeneration" .root }}
+{{ . }}
+{{- end }}
 {{- with .config.annotations }}
 {{ toYaml . }}
 {{- end }}
@@ -126,6 +129,9 @@ preStop:
 - name: {{ $name }}
   value: {{ $value | quote }}
 {{- end }}
+{{- with .config.extraEnv }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "millrace.mounts" -}}
@@ -196,6 +202,8 @@ rollingUpdate:
 {{- end -}}
 
 {{- define "millrace.disruption" -}}
+{{- if .config.disruptionBudget }}
+---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
@@ -208,6 +216,7 @@ spec:
   selector:
     matchLabels:
       {{- include "millrace.selector" . | nindent 6 }}
+{{- end }}
 {{- end -}}
 
 {{- define "millrace.serviceAccount" -}}
@@ -217,5 +226,9 @@ metadata:
   name: {{ include "millrace.name" . }}
   labels:
     {{- include "millrace.labels" . | nindent 4 }}
+  {{- with .config.serviceAccountAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 automountServiceAccountToken: false
 {{- end -}}

@@ -69,16 +69,30 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Restarts what has logged in, or lets in, when the passwords of the chart's Valkey are replaced. */}}
+{{- define "millrace.passwordGeneration" -}}
+{{- if not (or .Values.redis.external.url .Values.redis.existingSecret) -}}
+millrace/redis-passwords: {{ .Values.redis.passwordGeneration | quote }}
+{{- end -}}
+{{- end -}}
+
+{{/* A user's passwords: the present one and, from one generation to the next, the one before it, with which pods that
+     have not been restarted yet log in again. */}}
+{{- define "millrace.redisPasswords" -}}
+#{{ index .passwords .user | default "" | sha256sum }}
+{{- with index .previous .user }} #{{ . | sha256sum }}{{ end -}}
+{{- end -}}
+
 {{/* The users of the chart's Valkey. Services may do all that is not administration, within the release's keys. Without
      passwords it serves to tell whether the users' rights have changed. */}}
 {{- define "millrace.redisAcl" -}}
 {{- $keys := printf "~%s:*" (include "millrace.namespace" .root) -}}
 user default on nopass resetkeys resetchannels -@all +ping
 {{- range list "gateway" "mm-encoder" "engine" "postproc" }}
-user {{ . }} on #{{ index $.passwords . | default "" | sha256sum }} {{ $keys }} resetchannels +@all -@admin -@dangerous
+user {{ . }} on {{ include "millrace.redisPasswords" (merge (dict "user" .) $) }} {{ $keys }} resetchannels +@all -@admin -@dangerous
 {{- end }}
-user scaler on #{{ .passwords.scaler | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +info +xlen
-user monitor on #{{ .passwords.monitor | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +info +config|get +slowlog|len +slowlog|get +latency|latest +type +scard +xinfo
-user viewer on #{{ .passwords.viewer | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +time
-user autoscaler on #{{ .passwords.autoscaler | default "" | sha256sum }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +evalsha +script|load +time +set +del
+user scaler on {{ include "millrace.redisPasswords" (merge (dict "user" "scaler") .) }} {{ $keys }} resetchannels -@all +@connection +info +xlen
+user monitor on {{ include "millrace.redisPasswords" (merge (dict "user" "monitor") .) }} {{ $keys }} resetchannels -@all +@connection +info +config|get +slowlog|len +slowlog|get +latency|latest +type +scard +xinfo
+user viewer on {{ include "millrace.redisPasswords" (merge (dict "user" "viewer") .) }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +time
+user autoscaler on {{ include "millrace.redisPasswords" (merge (dict "user" "autoscaler") .) }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +evalsha +script|load +time +set +del
 {{- end -}}

@@ -3,6 +3,9 @@
 {{- define "millrace.valkeyConf" -}}
 dir /data
 aclfile /etc/valkey-users/users.acl
+# Its users are the protection. With it, a server built with upstream's defaults answers nobody outside its pod, since the
+# default user has no password; the official image turns it off in an entrypoint that this chart's command goes round.
+protected-mode no
 maxmemory {{ .Values.redis.maxMemoryMb }}mb
 maxmemory-policy noeviction
 save ""
@@ -18,9 +21,11 @@ tls-auth-clients no
 {{- end }}
 {{- end -}}
 
-{{- define "millrace.valkeyPing" -}}
-{{- $tls := .Values.redis.tlsSecret | empty | ternary "" "--tls --insecure " -}}
-[sh, -c, "valkey-cli {{ $tls }}ping | grep -q PONG"]
+{{/* Asks as a service does: at the pod's address, as a service's user, and for a key that nobody else may see. A ping is
+     answered to everybody, and on loopback even where no service gets in. */}}
+{{- define "millrace.valkeyProbe" -}}
+{{- $authority := .Values.redis.tlsSecret | empty | ternary "" "--cacert /etc/millrace/redis-tls/ca.crt " -}}
+[sh, -c, 'valkey-cli -u "$PROBE_URL" -h "$POD_IP" {{ $authority }}--no-auth-warning xlen {{ include "millrace.namespace" . }}:generate | grep -q "^[0-9]"']
 {{- end -}}
 
 {{/* What the exporter looks at by name, without a scan over all keys. */}}

@@ -50,9 +50,13 @@ def forwarded(settings: client.Configuration, namespace: str, pod: str, port: in
 
 
 def _end(tunnel: PortForward) -> None:
-    """Close what the library leaves open where the far end closed first, once it has seen that."""
+    """Close what the library leaves open where the far end closed first, once it has seen that.
+
+    It has when the socket is gone. `connected` is false before that: websocket-client clears it and then sends its
+    close frame, and breaks the request if it finds no socket any more.
+    """
     deadline = time.monotonic() + END_S
-    while tunnel.connected and time.monotonic() < deadline:
+    while tunnel.websocket.sock is not None and time.monotonic() < deadline:
         time.sleep(POLL_S)
     tunnel.websocket.shutdown()
 

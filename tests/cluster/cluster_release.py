@@ -84,8 +84,12 @@ class Release:
     def restart(self, stage: str, mark: str) -> None:
         """A rolling upgrade of one stage: its pods get another annotation, and those of the others keep theirs."""
         self._values = merged(self._values, {stage: {"annotations": {"millrace.test/mark": mark}}})
+        self.upgrade({})
+
+    def upgrade(self, values: Values) -> None:
+        """Upgrade with other values besides those that there are, for this once."""
         with self._helm() as helm:
-            helm.upgrade(CHART, RELEASE, self._values, timeout=int(self.patience_s))
+            helm.upgrade(CHART, RELEASE, merged(self._values, values), timeout=int(self.patience_s))
         self.settle()
 
     def helm_test(self) -> None:

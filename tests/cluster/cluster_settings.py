@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 Values = dict[str, Any]
 
+# A kubeconfig may say that the API server's certificate is not to be verified, and every request then warns of it.
+UNVERIFIED = pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 CLAIM = "millrace-test-model"
 MODEL = "demo"
 SMALL: Values = {

@@ -4,6 +4,7 @@ as processes of this machine; and port-forwards to them, in the protocol of the 
 
 import asyncio
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -149,7 +150,7 @@ class StandIn:
 
 
 @contextmanager
-def standing_in() -> Iterator[StandIn]:
+def standing_in(tls: ssl.SSLContext | None = None) -> Iterator[StandIn]:
     """One at `url`, in a thread with an event loop of its own."""
     made, loop, up, end = StandIn(), asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
@@ -158,10 +159,10 @@ def standing_in() -> Iterator[StandIn]:
         application.router.add_route("*", "/{path:.*}", made.answer)
         runner = web.AppRunner(application, shutdown_timeout=1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         assert site._server is not None
-        made.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[attr-defined]
+        made.url = f"{'https' if tls else 'http'}://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[attr-defined]
         up.set()
         await end.wait()
         await runner.cleanup()

@@ -17,15 +17,18 @@ from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, image, load, take_model
 from cluster_questions import questions as questions_of
 from cluster_release import STAGES, Release, until
-from cluster_settings import ClusterSettings, read
+from cluster_settings import UNVERIFIED, ClusterSettings, read
 from helm_chart import CHART
 from kubernetes import client, config
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("KUBECONFIG"), reason="KUBECONFIG is not set; see tests/cluster/cluster_settings.py"
-)
+pytestmark = [
+    UNVERIFIED,
+    pytest.mark.skipif(
+        not os.environ.get("KUBECONFIG"), reason="KUBECONFIG is not set; see tests/cluster/cluster_settings.py"
+    ),
+]
 GATEWAY_PORT = 8180
 
 
@@ -181,6 +184,21 @@ def test_a_killed_pod_costs_no_answer(
         answers = asked.end()
     assert gone not in release.pods(stage)
     assert complaints(answers, settings.exact, may_repeat=stage == "gateway") == []
+
+
+def test_an_upgrade_leaves_what_was_scaled_by_hand_and_sets_what_is_new(release: Release) -> None:
+    """With nobody else to scale, as `kubectl scale` is documented, and back to the scaler that there was."""
+    old = release.replicas("postproc")
+    own = {"autoscaling": {"kind": "none"}}
+    release.upgrade({**own, "postproc": {"replicas": 1}})
+    release.scale("postproc", 2)
+    release.upgrade({**own, "postproc": {"replicas": 1}})
+    assert release.replicas("postproc") == 2
+    release.upgrade({**own, "postproc": {"replicas": 3}})
+    assert release.replicas("postproc") == 3
+    release.upgrade({})
+    assert release.replicas("postproc") == 3
+    release.scale("postproc", old)
 
 
 def test_an_uninstall_leaves_nothing(release: Release) -> None:

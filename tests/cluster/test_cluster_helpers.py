@@ -2,12 +2,15 @@
 is at rest, what they call left over, and the pods and port-forwards they use, against a stand-in and a running system.
 """
 
+import ssl
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import certificates
+import cluster_forward
 import pytest
 import yaml
 from chart_autoscaler import kubeconfig as kubeconfig_text
@@ -17,7 +20,7 @@ from cluster_forward import forwarded
 from cluster_pods import bring_model, complaints, demo_tar, image, load, manifest, take_model
 from cluster_questions import questions
 from cluster_release import RELEASE, SELECTOR, Release, component, ready, rolled_out, until
-from cluster_settings import CLAIM, ClusterSettings, read
+from cluster_settings import CLAIM, UNVERIFIED, ClusterSettings, read
 from cluster_stand_in import NAMESPACE, StandIn, standing_in
 from helm_chart import CHART, SERVICES, find, objects, pods
 from helm_chart import complaints as lint_complaints
@@ -245,6 +248,51 @@ def test_a_port_forward_carries_much_both_ways_and_survives_a_broken_one(
         for _ in range(3):
             with urllib.request.urlopen(f"{near}/file", timeout=PATIENCE_S) as response:
                 assert response.read() == data
+
+
+@UNVERIFIED
+def test_a_port_forward_needs_no_verified_api_server(tmp_path: Path) -> None:
+    """Warnings are errors in these tests, and a kubeconfig may do without."""
+    certificates.make(tmp_path, ["DNS:elsewhere"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    with standing_in(context) as made, file_server({"/file": ("text/plain", b"text")}) as url:
+        settings = client.Configuration(host=made.url)
+        settings.verify_ssl = False
+        made.ports["one:8000"] = int(url.rpartition(":")[2])
+        made.objects = {f"{CORE}/pods": []}
+        api = client.ApiClient(settings)
+        assert Release(api, "/nowhere", NAMESPACE, PATIENCE_S).pods("engine") == []
+        api.close()  # type: ignore[no-untyped-call]
+        with (
+            forwarded(settings, NAMESPACE, "one", 8000) as near,
+            urllib.request.urlopen(f"{near}/file", timeout=PATIENCE_S) as response,
+        ):
+            assert response.read() == b"text"
+
+
+def test_a_tunnel_is_closed_when_its_socket_is_gone_and_not_before() -> None:
+    """websocket-client says that it is not connected while it still has its close frame to send."""
+
+    class Closing:
+        connected = False
+        looks = 0
+        ended_after = 0
+
+        @property
+        def sock(self) -> object | None:
+            self.looks += 1
+            return self if self.looks < 4 else None
+
+        def shutdown(self) -> None:
+            self.ended_after = self.looks
+
+    class Tunnel:
+        connected = False
+        websocket = Closing()
+
+    cluster_forward._end(Tunnel())  # type: ignore[arg-type]
+    assert Tunnel.websocket.ended_after == 4
 
 
 @pytest.fixture(scope="module")

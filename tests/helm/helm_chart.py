@@ -50,7 +50,23 @@ MATRIX: dict[str, Values] = {
         "ingress": {"enabled": True, "className": "nginx", "tlsSecret": "site", "annotations": {"a": "b"}},
         "host": "chat.example.com",
         "route": {"parentRefs": [{"name": "public", "namespace": "ingress"}]},
-        "service": {"annotations": {"a": "b"}},
+        "service": {
+            "annotations": {"a": "b"},
+            "type": "LoadBalancer",
+            "nodePort": 30080,
+            "sourceRanges": ["192.0.2.0/24"],
+        },
+        "commonLabels": {"team": "vision"},
+        "extraObjects": [
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {
+                    "name": '{{ include "millrace.fullname" . }}-own',
+                    "labels": {"app.kubernetes.io/instance": "{{ .Release.Name }}"},
+                },
+            }
+        ],
     },
     "external redis with users, hpa, placement": {
         "model": {"existingClaim": "checkpoint", "name": ["ernie", "vl"]},
@@ -68,6 +84,12 @@ MATRIX: dict[str, Values] = {
         "pods": {
             "annotations": {"a": "b"},
             "env": {"HTTPS_PROXY": "http://proxy:3128"},
+            "labels": {"tier": "models"},
+            "extraEnv": [{"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
+            "extraVolumes": [{"name": "authority", "configMap": {"name": "authority"}}],
+            "extraVolumeMounts": [{"name": "authority", "mountPath": "/etc/authority", "readOnly": True}],
+            "serviceAccountAnnotations": {"cloud.example.com/role": "reader"},
+            "disruptionBudget": False,
             "nodeSelector": {"pool": "cpu"},
             "tolerations": [{"key": "gpu", "operator": "Exists"}],
             "affinity": {"nodeAffinity": {}},

@@ -55,6 +55,97 @@ def arrows(items: list[Object] | tuple[Object, ...]) -> tuple[set[Arrow], set[Ar
     return outward, inward
 
 
+# ------------------------------------------------------------------------------------------------- every connection
+
+# Who else there is: the namespace, or the address outside the cluster, as policies see them.
+OUTSIDE = {
+    "clients": "ingress",
+    "prometheus": "monitoring",
+    "keda": "keda",
+    "dns": DNS,
+    "stranger": "default",
+    "internet": "93.184.216.34",
+    "metadata": "169.254.169.254",
+    "neighbour": "10.9.9.9",
+    "api": "192.0.2.1",
+    "hub": "10.20.0.7",
+}
+PORTS = (53, 80, 443, 6379, 6443, 8180, 8181, 9121)
+
+
+def admits(rule: Object, side: str, other: str, labels: dict[str, str], port: int) -> bool:
+    """Return True if a rule lets `other` through: a pod of the release by its labels, or one of OUTSIDE."""
+    if port not in [each["port"] for each in rule.get("ports", [{"port": port}])]:
+        return False
+    return side not in rule or any(is_peer(peer, OUTSIDE.get(other, ""), labels) for peer in rule[side])
+
+
+def is_peer(peer: Object, where: str, labels: dict[str, str]) -> bool:
+    if "ipBlock" in peer:
+        block, address = peer["ipBlock"], where if where[:1].isdigit() else "10.244.0.9"  # of any pod
+        outside = [ipaddress.ip_network(each) for each in block.get("except", [])]
+        wanted = ipaddress.ip_address(address)
+        return wanted in ipaddress.ip_network(block["cidr"]) and not any(wanted in each for each in outside)
+    if "namespaceSelector" in peer:
+        return bool(where) and peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] == where
+    return bool(labels) and peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def connects(items: list[Object] | tuple[Object, ...], source: str, target: str, port: int) -> bool:
+    """Return True if a cluster that enforces policies lets a connection through, at both of its ends."""
+    components = {name: metadata["labels"] for name, (metadata, _) in pods(items).items()}
+    for end, other, side, key in ((source, target, "egress", "to"), (target, source, "ingress", "from")):
+        if end not in components:
+            continue  # no policy of ours
+        selecting = [each["spec"] for each in policies(items) if selected(each, components[end])]
+        rules = [rule for spec in selecting for rule in spec.get(side, [])]
+        restricted = any(side.title() in spec["policyTypes"] for spec in selecting)
+        if restricted and not any(admits(rule, key, other, components.get(other, {}), port) for rule in rules):
+            return False
+    return True
+
+
+def connections(name: str) -> set[tuple[str, str, int]]:
+    inside, outside = list(pods(case(name))), list(OUTSIDE)
+    ends = [(one, other) for one in inside for other in [*inside, *outside] if one != other]
+    ends += [(one, other) for one in outside for other in inside]
+    return {(*end, port) for end in ends for port in PORTS if connects(case(name), *end, port)}
+
+
+def everywhere(component: str, target: str) -> set[tuple[str, str, int]]:
+    return {(component, target, port) for port in PORTS}
+
+
+# An API server at a public address, as this one, is part of the internet.
+INTERNET = everywhere("mm-encoder", "internet") | everywhere("mm-encoder", "api")
+ALWAYS = {(stage, "redis", 6379) for stage in STAGES} | {("test", "gateway", 8180)} | INTERNET
+TABLE: dict[str, set[tuple[str, str, int]]] = {
+    "defaults": ALWAYS | {(other, "gateway", 8180) for other in OUTSIDE},
+    "autoscaler of its own": ALWAYS
+    | {(other, "gateway", 8180) for other in OUTSIDE}
+    | {("prometheus", component, 8181) for component in (*STAGES, "autoscaler")}
+    | {("prometheus", "redis", 9121), ("autoscaler", "redis", 6379)}
+    | everywhere("autoscaler", "api"),
+    "fetched model, keda, monitoring, tls": ALWAYS
+    | {("clients", "gateway", 8180), ("keda", "redis", 6379), ("prometheus", "redis", 9121)}
+    | {("prometheus", stage, 8181) for stage in STAGES}
+    | everywhere("model", "hub"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_connection_that_can_be_made_is_in_the_table(name: str) -> None:
+    """From every pod to every other, to and from everybody outside, on every port that anything listens on."""
+    dns = {(component, "dns", 53) for component in pods(case(name))}
+    assert connections(name) == TABLE[name] | dns
+
+
+def test_without_policies_everybody_reaches_everybody() -> None:
+    found = connections("cpu, nothing kept, no policies")
+    assert ("stranger", "redis", 6379) in found
+    assert ("engine", "metadata", 80) in found
+
+
 @pytest.mark.parametrize("name", [name for name in MATRIX if "no policies" not in name])
 def test_every_pod_is_closed_both_ways_but_for_its_rules(name: str) -> None:
     for component, (metadata, _) in pods(case(name)).items():

@@ -1,13 +1,21 @@
 """How the services reach Redis; and the chart's Valkey itself, with its configuration and its users."""
 
+import copy
+import os
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from api_server import api_server
+from chart_autoscaler import kubeconfig
 from chart_valkey import say, valkey
-from helm_chart import CLAIM, Object, case, container, environment, find, objects, pods, secret_data
-from machine import free_port
+from helm_chart import CHART, CLAIM, Object, case, container, environment, find, objects, pods, secret_data
+from helm_python import Config
+from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError
 
 from cli.autoscaler.leader import Leadership
 from shared.bus import pipeline_view
@@ -129,8 +137,38 @@ async def test_the_viewer_sees_the_pipeline_and_the_autoscaler_may_lead(secret: 
         await autoscaler.aclose()
 
 
-def test_the_probe_needs_no_password(secret: dict[str, str]) -> None:
-    assert say(port(secret), "PING") == b"+PONG\r\n"
+@pytest.mark.parametrize("name", ["defaults", "autoscaler of its own"])
+def test_the_probe_asks_as_a_service_does(name: str) -> None:
+    """At the pod's address and as a service's user: loopback and a ping are open even where no service gets in."""
+    spec = container(pods(case(name))["redis"][1])
+    told = {each["name"]: each["valueFrom"] for each in spec["env"]}
+    assert told["PROBE_URL"] == {"secretKeyRef": {"name": "millrace-redis", "key": "gateway"}}
+    assert told["POD_IP"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    for kind in ("startup", "readiness"):
+        (_, _, command) = spec[f"{kind}Probe"]["exec"]["command"]
+        assert command.startswith('valkey-cli -u "$PROBE_URL" -h "$POD_IP" ')
+        assert f"xlen {NAMESPACE}:generate" in command
+        assert ("--cacert /etc/millrace/redis-tls/ca.crt" in command) is (name != "defaults")
+        assert "--insecure" not in command
+
+
+CLI = shutil.which("valkey-cli") or shutil.which("redis-cli")
+
+
+@pytest.mark.skipif(CLI is None, reason="neither valkey-cli nor redis-cli is on PATH")
+def test_the_probe_tells_a_service_that_is_let_in_from_one_that_is_not(
+    rendered: list[Object], secret: dict[str, str]
+) -> None:
+    (*shell, command) = container(pods(rendered)["redis"][1])["readinessProbe"]["exec"]["command"]
+    command = command.replace("valkey-cli", str(CLI))
+
+    def probe(url: str) -> bool:
+        environ = {"PATH": os.environ["PATH"], "PROBE_URL": url, "POD_IP": "127.0.0.1"}
+        return subprocess.run([*shell, command], env=environ, timeout=PATIENCE_S, check=False).returncode == 0
+
+    assert probe(secret["gateway"])
+    assert not probe(secret["gateway"].replace("gateway:", "gateway:wrong"))
+    assert not probe(secret["gateway"].replace("gateway:", "nobody:"))
 
 
 async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, str], client: Redis) -> None:
@@ -139,7 +177,7 @@ async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, st
     monitor = connect(f"redis://monitor:{secret['monitor-password']}@{address}")
     try:
         told = {}
-        for name in ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync"):
+        for name in ("maxmemory-policy", "maxmemory", "appendonly", "appendfsync", "protected-mode"):
             reply = await command(monitor, "CONFIG", "GET", name)
             pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
             told |= {_text(key): _text(value) for key, value in pairs}
@@ -150,6 +188,7 @@ async def test_what_is_promised_is_neither_evicted_nor_lost(secret: dict[str, st
         "maxmemory": str(6144 << 20),
         "appendonly": "yes",
         "appendfsync": "everysec",
+        "protected-mode": "no",  # it would shut out every pod, for the default user has no password
     }
 
 
@@ -167,6 +206,55 @@ async def test_the_autoscalers_url_is_its_users(secret: dict[str, str]) -> None:
         assert "user=autoscaler " in _text(await command(own, "CLIENT", "INFO"))
     finally:
         await own.aclose()
+
+
+async def test_a_password_holds_until_the_generation_after_the_next(tmp_path: Path) -> None:
+    """Three upgrades by Helm itself; after each a Valkey with the Secret's users, asked by every URL so far."""
+    secrets = []
+    with api_server() as api:
+        (tmp_path / "kubeconfig").write_text(kubeconfig(api.url))
+        with Config(
+            kubeconfig_path=str(tmp_path / "kubeconfig"), namespace="models", storage_driver="memory", qps=1000.0
+        ) as helm:
+            helm.install(CHART, "millrace", CLAIM, timeout=60)
+            for generation in (1, 2, 3):
+                helm.upgrade(CHART, "millrace", {**CLAIM, "redis": {"passwordGeneration": generation}}, timeout=60)
+                items = [*map(copy.deepcopy, api.objects.values())]
+                secrets.append(secret_data(items, "millrace-redis"))
+                where = tmp_path / str(generation)
+                where.mkdir()
+                with valkey(items, where, free_port()) as secret:
+                    urls = [each["engine"].replace("millrace-redis.models.svc:6379", host(secret)) for each in secrets]
+                    assert [await lets_in(url) for url in urls] == [[True], [True, True], [False, True, True]][
+                        generation - 1
+                    ]
+                    again = secret["viewer-password"]
+                    assert await lets_in(f"redis://viewer:{again}@{host(secret)}")
+            assert "engine-previous" not in secrets[0]
+
+
+def host(secret: dict[str, str]) -> str:
+    return secret["engine"].split("@")[1].partition("/")[0]
+
+
+async def lets_in(url: str) -> bool:
+    client = connect(url)
+    try:
+        await command(client, "XLEN", f"{NAMESPACE}:generate")
+    except AuthenticationError:
+        return False
+    finally:
+        await client.aclose()
+    return True
+
+
+def test_new_passwords_restart_what_uses_them_and_nothing_else() -> None:
+    def marks(generation: int) -> dict[str, Object]:
+        values = {**CLAIM, "redis": {"passwordGeneration": generation}, "autoscaling": {"kind": "builtin"}}
+        return {name: metadata.get("annotations", {}) for name, (metadata, _) in pods(objects(values)).items()}
+
+    old, new = marks(1), marks(2)
+    assert {name for name in old if old[name] != new[name]} == {*SERVICE_KEYS, "autoscaler", "redis"}
 
 
 def test_each_service_has_a_url_of_its_own(rendered: list[Object]) -> None:

@@ -7,7 +7,7 @@ import jsonschema
 import kubernetes_validate.utils as kubernetes
 import pytest
 import referencing
-from helm_chart import CHART, MATRIX, NAMESPACE, ROOT, SERVICES, Object, case, complaints, find, parse, render
+from helm_chart import CHART, CLAIM, MATRIX, NAMESPACE, ROOT, SERVICES, Object, case, complaints, find, parse, render
 
 VERSIONS = ("1.27", "1.31", "1.37")
 # Kinds of other APIs, whose schemas are not Kubernetes's: `make test-chart` checks them against their own.
@@ -153,3 +153,6 @@ def test_notes_say_how_to_ask() -> None:
         "Millrace serves ernie." in render(MATRIX["external redis with users, hpa, placement"])["templates/NOTES.txt"]
     )
     assert "keeps nothing" in render(MATRIX["cpu, nothing kept, no policies"])["templates/NOTES.txt"]
+    assert "Pod Security" in render(MATRIX["cpu, nothing kept, no policies"])["templates/NOTES.txt"]
+    assert not [word for word in ("One gateway", "Pod Security") if word in render(CLAIM)["templates/NOTES.txt"]]
+    assert "rollout restart" in render({**CLAIM, "gateway": {"replicas": 1}})["templates/NOTES.txt"]

@@ -1,7 +1,11 @@
 """Each stage is scaled by the length of its own stream, and only ever by draining what is taken away."""
 
+import math
+import re
+
 import pytest
-from helm_chart import CLAIM, MATRIX, SERVICES, Object, case, environment, find, objects, secret_data
+from helm_chart import CLAIM, MATRIX, SERVICES, Object, case, environment, find, objects, pods, secret_data
+from prometheus_client.parser import text_string_to_metric_families
 
 from cli.autoscaler.policy import Rules
 from cli.autoscaler.settings import AutoscalerSettings, load
@@ -159,3 +163,56 @@ def test_somebody_elses_decisions_are_left_alone() -> None:
     made = objects({**CLAIM, "autoscaling": {"kind": "external"}})
     assert all("replicas" not in item["spec"] for item in made if item["kind"] == "Deployment")
     assert not {item["kind"] for item in made} & {"ScaledObject", "HorizontalPodAutoscaler"}
+
+
+# What the exporter in Valkey's pod answers, recorded from it, of which one line is the engine's stream.
+RECORDED = """\
+# TYPE redis_stream_length gauge
+redis_stream_length{db="db0",stream="models.millrace:encode"} 3
+redis_stream_length{db="db0",stream="models.millrace:generate"} 70
+redis_stream_length{db="db0",stream="models.millrace:quarantine:generate"} 9
+"""
+
+
+def relabelled(endpoint: Object, labels: dict[str, str]) -> dict[str, str]:
+    """Return a sample's labels as Prometheus stores them after the endpoint's rules."""
+    found = dict(labels)
+    for rule in endpoint["metricRelabelings"]:
+        text = ";".join(found.get(name, "") for name in rule["sourceLabels"])
+        if match := re.fullmatch(rule["regex"], text):
+            found[rule["targetLabel"]] = match.expand(re.sub(r"\$\{?(\d)\}?", r"\\\1", rule.get("replacement", "$1")))
+    return found
+
+
+@pytest.mark.parametrize(("component", "replicas"), [("mm-encoder", 1), ("engine", 3)])
+def test_an_hpa_finds_its_stream_and_no_other_among_recorded_metrics(component: str, replicas: int) -> None:
+    monitor = find(case(KEDA), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    (endpoint,) = [each for each in monitor if each["port"] == "redis-metrics"]
+    (metric,) = find(case(HPA), "HorizontalPodAutoscaler", f"millrace-{component}")["spec"]["metrics"]
+    wanted = metric["external"]["metric"]["selector"]["matchLabels"]
+    stored = [
+        ({"app_kubernetes_io_instance": "millrace", **relabelled(endpoint, sample.labels)}, sample.value)
+        for family in text_string_to_metric_families(RECORDED)
+        for sample in family.samples
+        if sample.name == metric["external"]["metric"]["name"]
+    ]
+    (found,) = [value for labels, value in stored if wanted.items() <= labels.items()]
+    assert math.ceil(found / int(metric["external"]["target"]["averageValue"])) == replicas
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_replicas_are_spread_over_nodes_where_there_are_some(service: str) -> None:
+    """As the scheduler counts: pods that the constraint selects, on each of two nodes."""
+    component = service.replace("_", "-")
+    metadata, spec = pods(case("defaults"))[component]
+    (constraint,) = spec["topologySpreadConstraints"]
+    assert constraint["topologyKey"] == "kubernetes.io/hostname"
+    assert constraint["whenUnsatisfiable"] == "ScheduleAnyway", "one node must do, too"
+    wanted = constraint["labelSelector"]["matchLabels"].items()
+    others = [labels["labels"] for name, (labels, _) in pods(case("defaults")).items() if name != component]
+    nodes: dict[str, list[dict[str, str]]] = {"one": list(others), "two": []}
+    for _ in range(4):
+        counts = {name: sum(wanted <= labels.items() for labels in there) for name, there in nodes.items()}
+        nodes[min(counts, key=lambda name: counts[name])].append(metadata["labels"])
+    assert sum(wanted <= labels.items() for labels in nodes["one"]) == 2
+    assert len(nodes["two"]) == 2

@@ -1,0 +1,64 @@
+"""What people expect of any chart: names, labels, volumes, variables and objects of their own."""
+
+import pytest
+from helm_chart import CLAIM, SERVICES, case, container, find, objects, pods, render
+from helm_python.errors import HelmError
+
+PLACED = "external redis with users, hpa, placement"
+LABELLED = "fetched model, keda, monitoring, tls"
+COMPONENTS = tuple(service.replace("_", "-") for service in SERVICES)
+
+
+def test_names_can_be_others() -> None:
+    made = objects({**CLAIM, "fullnameOverride": "chat"})
+    assert all(item["metadata"]["name"].startswith("chat-") for item in made)
+    made = objects({**CLAIM, "nameOverride": "vision"})
+    assert find(made, "Service", "millrace-vision-gateway")
+    with pytest.raises(HelmError, match="fullnameOverride"):
+        render({**CLAIM, "fullnameOverride": "Chat_1"})
+
+
+def test_common_labels_are_on_every_object_and_pod_and_select_nothing() -> None:
+    for item in case(LABELLED):
+        if not item["metadata"]["name"].endswith("-own"):
+            assert item["metadata"]["labels"]["team"] == "vision", item["metadata"]["name"]
+        if item["kind"] in ("Deployment", "StatefulSet"):
+            assert "team" not in item["spec"]["selector"]["matchLabels"]
+    for component in (*COMPONENTS, "redis"):
+        assert pods(case(LABELLED))[component][0]["labels"]["team"] == "vision"
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_pod_has_labels_variables_and_volumes_of_its_operators(component: str) -> None:
+    metadata, spec = pods(case(PLACED))[component]
+    assert metadata["labels"]["tier"] == "models"
+    assert {"name": "authority", "configMap": {"name": "authority"}} in spec["volumes"]
+    mounts = container(spec, component)["volumeMounts"]
+    assert {"name": "authority", "mountPath": "/etc/authority", "readOnly": True} in mounts
+    told = container(spec, component)["env"]
+    assert {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}} in told
+    account = find(case(PLACED), "ServiceAccount", f"millrace-{component}")
+    assert account["metadata"]["annotations"] == {"cloud.example.com/role": "reader"}
+
+
+def test_settings_are_not_smuggled_past_their_schema() -> None:
+    with pytest.raises(HelmError, match="extraEnv"):
+        render({**CLAIM, "pods": {"extraEnv": [{"name": "MILLRACE_SHARDS", "value": "0"}]}})
+
+
+def test_budgets_can_be_left_out() -> None:
+    assert not [item for item in case(PLACED) if item["kind"] == "PodDisruptionBudget"]
+    one = objects({**CLAIM, "engine": {"disruptionBudget": False}})
+    assert len([item for item in one if item["kind"] == "PodDisruptionBudget"]) == len(SERVICES) - 1
+
+
+def test_a_load_balancer_lets_in_whom_it_is_told() -> None:
+    service = find(case(LABELLED), "Service", "millrace-gateway")["spec"]
+    assert service["loadBalancerSourceRanges"] == ["192.0.2.0/24"]
+    assert service["ports"][0]["nodePort"] == 30080
+    assert "nodePort" not in find(case("defaults"), "Service", "millrace-gateway")["spec"]["ports"][0]
+
+
+def test_objects_of_ones_own_are_rendered() -> None:
+    own = find(case(LABELLED), "ConfigMap", "millrace-own")
+    assert own["metadata"]["labels"] == {"app.kubernetes.io/instance": "millrace"}
