@@ -110,6 +110,12 @@ class Stage:
         if found := [key async for key in self.system.redis.scan_iter(match=prefix + "*", count=1000)]:
             await self.system.redis.unlink(*found)
 
+    async def damage(self) -> None:
+        """Cut all embeddings short."""
+        redis, prefix = self.system.redis, self.system.keys.blob("embeds", "")
+        async for key in redis.scan_iter(match=prefix + "*:0", count=1000):
+            await redis.set(key, (await redis.get(key))[:-8], keepttl=True)
+
     async def poison(self, stream: str) -> None:
         """The waiting entry has been delivered too often already."""
         key, group = self.system.keys.stream(stream), GROUPS[stream]
@@ -252,10 +258,19 @@ async def resumed(stage: Stage) -> None:
 
 async def evicted(stage: Stage) -> None:
     """The embeddings are gone when the engine comes for them."""
+    await _without_embeddings(stage, stage.evict)
+
+
+async def damaged(stage: Stage) -> None:
+    """The embeddings are not those of the picture when the engine comes for them."""
+    await _without_embeddings(stage, stage.damage)
+
+
+async def _without_embeddings(stage: Stage, lose: Callable[[], Awaitable[None]]) -> None:
     await stage.stop()
     asking = asyncio.create_task(stage.ask("image"))
     await stage.waiting(GENERATE)
-    await stage.evict()
+    await lose()
     await stage.arm()
     await asking
 

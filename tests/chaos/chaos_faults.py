@@ -10,7 +10,7 @@ from typing import Any
 
 from chaos_bombs import bombs, drop
 from chaos_crash import STEP_TIMEOUT_S
-from chaos_garbage import strew, sweep
+from chaos_garbage import strew
 from chaos_next_build import write_next_build
 from chaos_rush import rush
 from chaos_system import LEASE_MS, LOOK_S, ROOT, SERVICES, Replica, System
@@ -72,7 +72,6 @@ class Faults:
             if not replica.running:
                 replica.start()
         await self._system.ready(self._system.replicas)
-        await sweep(self._system)
 
     async def _inject(self, kind: str) -> str:
         rng = self._rng

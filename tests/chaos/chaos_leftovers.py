@@ -2,6 +2,7 @@
 
 import asyncio
 
+from chaos_garbage import sweep
 from chaos_system import REQUEST_TIMEOUT_S, RETAIN_S, System
 
 from shared.bus import leases
@@ -34,6 +35,7 @@ async def wait_until_clean(system: System, seconds: float, *, uploads: bool = Tr
     to submit has an expiry, and nobody else knows of it.
     """
     for _ in range(int(seconds / SETTLE_LOOK_S)):
+        await sweep(system)  # garbage comes into the quarantine only when its stream is read that far
         left = [one for one in await leftovers(system) if uploads or not one.startswith("key blob")]
         if not left:
             break

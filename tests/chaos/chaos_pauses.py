@@ -18,7 +18,7 @@ import httpx
 from chaos_bombs import bombs, drop
 from chaos_client import Broken, Client, Manner
 from chaos_crash import Expected, by_kind
-from chaos_garbage import strew, sweep
+from chaos_garbage import strew
 from chaos_model import write_model
 from chaos_next_build import write_next_build
 from chaos_quiet import ONE_OF_EACH, quiet_answers
@@ -57,7 +57,6 @@ async def kill_redis(system: System) -> None:
 
 async def strew_garbage(system: System) -> None:
     await strew(system, random.Random(0))
-    await sweep(system)
 
 
 async def rush_in(system: System) -> None:

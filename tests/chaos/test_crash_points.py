@@ -38,7 +38,7 @@ STEPS: dict[str, list[tuple[Scenario, int]]] = {
     "engine.finish": [(crash.text, 1)],
     "engine.announce": [(crash.resumed, 1)],
     "engine.drop": [(crash.left_before_the_engine, 1)],
-    "engine.send_back": [(crash.evicted, 1)],
+    "engine.send_back": [(crash.evicted, 1), (crash.damaged, 1)],
     "engine.step": [(crash.text, 1), (crash.text, 40)],
     "mm_encoder.tower": [(crash.picture, 1)],
     "postproc.deltas": [(crash.text, 1), (crash.text, 40), (crash.logprobs, 10)],
