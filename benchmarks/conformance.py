@@ -42,6 +42,7 @@ AT_ONCE = 4  # schemas
 KEYWORDS = frozenset(jsonschema.Draft202012Validator.VALIDATORS) | {
     *("$anchor", "$dynamicAnchor", "else", "then", "maxContains", "minContains", "dependencies"),
 }
+ENGLISH = ("not", "if", "then", "else", "contains", "items", "type", "required", "properties", "pattern", "const")
 LISTED = 40  # of instances on the wrong side
 SHOWN_CHARS = 200
 
@@ -87,7 +88,7 @@ class Suite:
 
     def _count_refusal(self, name: str, message: str) -> None:
         named = _keyword(message)
-        self.refused[named or message[:60]] += 1
+        self.refused[named or re.sub(r"'.*|/.*|[-\d.]+", "", message)[:40]] += 1
         if named is None:
             self.unnamed.append(f"{name}: {message}"[:SHOWN_CHARS])
 
@@ -107,9 +108,10 @@ class Suite:
 
 
 def _keyword(message: str) -> str | None:
-    """Return the first keyword of JSON Schema that a message names."""
-    words = re.findall(r"\$?[A-Za-z]+", message)
-    return next((word for word in words if word in KEYWORDS), None)
+    """Return the first keyword of JSON Schema that a message names: in quotes, or where it is no word of English."""
+    quoted = re.findall(r'"(\$?[A-Za-z]+)"', message)
+    words = [word for word in re.findall(r"\$?[A-Za-z]+", message) if word not in ENGLISH]
+    return next((word for word in quoted + words if word in KEYWORDS), None)
 
 
 async def measure(directory: Path, every: int, model: Path) -> dict[str, Any]:
