@@ -20,10 +20,18 @@ KINDS = (
     "link",
     "tools",
     "guided",
+    "forced",
 )
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_weather", "description": "The weather.", "parameters": {"type": "object"}},
+}
+ENDLESS = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "array", "minItems": 1000, "items": {"enum": ["mill", {"race": [1, 22, None]}]}},
+    },
+    "required": ["a"],
 }
 WORDS = (
     "the",
@@ -104,11 +112,19 @@ def _ask(number: int, kind: str, tool_call_id: int, files: str) -> Ask:
             body |= {**seeded, "stop": ["th", "e w"], "chat_template_kwargs": {"enable_thinking": False}}
         case "guided":
             # Its JSON goes on for as long as the tokens do; the thinking before it is closed by its budget.
-            items = {"type": "array", "minItems": 1000, "items": {"enum": ["mill", {"race": [1, 22, None]}]}}
-            schema = {"name": "mill", "schema": {"type": "object", "properties": {"a": items}, "required": ["a"]}}
+            schema = {"name": "mill", "schema": ENDLESS}
             body |= {
                 **seeded,
                 "response_format": {"type": "json_schema", "json_schema": schema},
+                "reasoning_max_tokens": 5,
+            }
+        case "forced":
+            # A call that must come, by a structural tag; its arguments end as seldom.
+            function = {**TOOL["function"], "parameters": ENDLESS}
+            body |= {
+                **seeded,
+                "tools": [{"type": "function", "function": function}],
+                "tool_choice": "required",
                 "reasoning_max_tokens": 5,
             }
         case "image":

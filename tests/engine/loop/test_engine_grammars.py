@@ -3,18 +3,17 @@
 The model is a digest of the tokens before, which picks among those that the mask allows.
 """
 
-import json
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from engine_cases import THINK_CLOSE, VOCAB, SumRunner, sequence
 from engine_loop import Bench, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schemas import check_answer, schemas
 
 from services.engine.loop.mailbox import Add
 from services.engine.run.grammar_masks import GrammarMasks
@@ -76,37 +75,6 @@ def allowed(mask: Any, digest: int) -> int:
     return int(picked[digest % len(picked)])
 
 
-texts = st.text(st.characters(codec="utf-8", max_codepoint=0x1FF), max_size=4)  # whose bytes are all tokens
-scalars = st.one_of(
-    st.sampled_from([{"type": "integer"}, {"type": "number"}, {"type": "boolean"}, {"type": "null"}, {"const": "é\n"}]),
-    st.builds(lambda low, span: {"type": "integer", "minimum": low, "maximum": low + span}, *[st.integers(-9, 99)] * 2)
-    .filter(lambda s: s["minimum"] <= s["maximum"]),
-    st.builds(lambda least, more: {"type": "string", "minLength": least, "maxLength": least + more},
-              st.integers(0, 3), st.integers(0, 4)),
-    st.sampled_from([{"type": "string", "pattern": "^[a-c]{2}x?$"}, {"type": "string", "format": "date"}]),
-    st.builds(lambda values: {"enum": values}, st.lists(st.one_of(st.integers(), texts), min_size=1)),
-)  # fmt: skip
-
-
-def nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    arrays = st.builds(
-        lambda items, least, more: {"type": "array", "items": items, "minItems": least, "maxItems": least + more},
-        *(inner, st.integers(0, 2), st.integers(0, 2)),
-    )
-    objects = st.builds(
-        lambda properties, required, more: {
-            "type": "object",
-            "properties": properties,
-            "required": [name for name in properties if name in required],
-            "additionalProperties": more,
-        },
-        st.dictionaries(st.sampled_from(["a", "b c", 'd"', "é"]), inner, max_size=3),
-        st.sets(st.sampled_from(["a", "b c", 'd"', "é"])),
-        st.booleans(),
-    )
-    return st.one_of(arrays, objects, st.builds(lambda each: {"anyOf": each}, st.lists(inner, min_size=1, max_size=2)))
-
-
 def answers(seeds: Ordered[int], grammar: Grammar, known: Ordered[int] = (), **options: Any) -> Bench:
     asked = {"max_tokens": 150, "thinking": True, "reasoning_max_tokens": 3, "grammar": grammar, **options}
     adds = [Add(sequence(prompt(seed, 5), known, request_id=str(seed), **asked)) for seed in seeds]
@@ -115,8 +83,9 @@ def answers(seeds: Ordered[int], grammar: Grammar, known: Ordered[int] = (), **o
     return Bench({0: adds}, runner=runner, blocks=blocks, resumed=len(known), max_num_seqs=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
-@given(schema=st.recursive(scalars, nested, max_leaves=6), data=st.data())
+@given(schema=schemas, data=st.data())
 def test_what_is_finished_is_valid_and_goes_on_from_any_token(schema: dict[str, Any], data: st.DataObject) -> None:
     grammar = Grammar(forms.write(forms.json_schema(schema), thinking=True), "field")
     together = answers([0, 1, 2], grammar)
@@ -126,7 +95,7 @@ def test_what_is_finished_is_valid_and_goes_on_from_any_token(schema: dict[str, 
         assert finish.reason in ("stop", "length"), finish
         if finish.reason == "stop":
             text = bytes(answer[4 : -1 if finish.stop_token else None])
-            jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+            check_answer(text, schema)
     cut = data.draw(st.integers(0, len(answer) - 1))
     rest = answers([2], grammar, known=answer[:cut])
     assert (answer[:cut] + rest.answer("2"), rest.finish("2")) == (answer, finish)

@@ -54,7 +54,7 @@ def grammar(guide: str, thinking: bool = True) -> Grammar | None:
 def ask(guide: str, generated: Ordered[int] = (), *, index: int = 0, request_id: str = "0", **options: Any) -> Sequence:
     """Return a request that thinks for four tokens and is seeded, unless options say otherwise."""
     options = {
-        "thinking": True, "reasoning_max_tokens": 4, "temperature": 1.0, "seed": index, "max_tokens": 60, **options,
+        "thinking": True, "reasoning_max_tokens": 4, "temperature": 1.0, "seed": index, "max_tokens": 44, **options,
     }  # fmt: skip
     made = options.pop("grammar", None) or grammar(guide, options["thinking"])
     tokens = prompt(index, 5 + 4 * index)
@@ -109,7 +109,7 @@ ASKED: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {  # bounds of the engine
     "together and ahead": {},
     "in chunks": {"max_num_batched_tokens": 5},
-    "preempted": {"blocks": -(-80 // PAGE), "max_num_seqs": 4},
+    "preempted": {"blocks": -(-64 // PAGE), "max_num_seqs": 4},
 }
 SHORT = ("stop_token_ids", "cut short")  # there is room for all of them
 
@@ -152,7 +152,7 @@ def test_the_prefix_cache_changes_nothing(model: ErnieModel) -> None:
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("guide", GUIDES[:-1])
 def test_an_answer_goes_on_from_its_journal_at_every_token(model: ErnieModel, guide: str, thinking: bool) -> None:
-    options = {"thinking": thinking, "reasoning_max_tokens": 4 if thinking else None, "index": 1, "max_tokens": 46}
+    options = {"thinking": thinking, "reasoning_max_tokens": 4 if thinking else None, "index": 1, "max_tokens": 34}
     whole = run(model, [ask(guide, **options)])
     answer, finish = whole.answer("0"), whole.finish("0")
     assert len(answer) > 20
@@ -167,7 +167,7 @@ def test_an_answer_goes_on_from_its_journal_at_every_token(model: ErnieModel, gu
 
 @pytest.mark.parametrize("guide", GUIDES[:-1])
 def test_max_tokens_cuts_anywhere(model: ErnieModel, guide: str) -> None:
-    whole = run(model, [ask(guide, index=2, max_tokens=50)])
+    whole = run(model, [ask(guide, index=2, max_tokens=34)])
     answer, finish = whole.answer("0"), whole.finish("0")
     cuts = run(
         model, [ask(guide, index=2, max_tokens=most, request_id=str(most)) for most in range(1, len(answer) + 1)]
