@@ -52,7 +52,7 @@ class GatewayMetrics:
             ("reason",),
             registry=registry,
         )
-        at_zero(self.rejections, "max_concurrency", "max_queue", "draining")
+        at_zero(self.rejections, "max_concurrency", "max_queue", "upload_budget", "draining")
         self.open = Gauge(
             "millrace_open_requests",
             "Chat requests being answered",

@@ -27,7 +27,8 @@
                                              fields: size, chunks, meta
     {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
-    {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, and their sum
+    {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, their sum, and that of the pinned ones
+    {ns}:blobs:pinned                zset    the same             the same           blobs that are not evicted, by expiry: uploads of requests that live
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
                                              encode locks: content key -> replica; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
@@ -96,6 +97,9 @@ class Keys(msgspec.Struct, frozen=True):
 
     def blob_sizes(self) -> str:
         return f"{self.ns}:blobs:sizes"
+
+    def blob_pins(self) -> str:
+        return f"{self.ns}:blobs:pinned"
 
     def encode_locks(self) -> str:
         return f"{self.ns}:flights"
