@@ -26,7 +26,7 @@ from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
 from shared.bus.translate_records import translate_records
 from shared.config import CommonSettings
-from shared.errors import CheckpointError, ConfigError, ProtocolError
+from shared.errors import CheckpointError, ConfigError
 from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
 from shared.redis_errors import SignInError
@@ -307,8 +307,6 @@ class Life:
         while True:
             try:
                 messages = await control.read(100, MAX_BLOCK_MS)
-            except ProtocolError:
-                continue  # of another version, so of no concern to us
             except RedisError as error:
                 _log.warning("control not read", extra={"reason": str(error)})
                 await asyncio.sleep(_RETRY_S)

@@ -81,7 +81,7 @@ class Worker:
                 await self._trim_shard(shard, owned, journal_before=next_entry(owned.last), exactly=True)
         except FencedError as fenced:
             _log.warning("shards were lost to another replica while draining", extra={"reason": str(fenced)})
-        await self._shards.hand_over()
+        await retry_until_available("hand over", self._shards.hand_over)
 
     async def close(self) -> None:
         """Close nothing: the maker of the Redis client closes it."""
@@ -109,14 +109,11 @@ class Worker:
             self._shards.start_over()
 
     async def _read_steps(self) -> list[Step]:
-        try:
-            entries = await retry_until_available(
-                "read", lambda: self._reader.read(self._settings.read_count, self._shards.look_ms)
-            )
-        except ProtocolError:
-            # The requests in it have a gap now, which ends each in an error as soon as its next token comes.
-            _log.exception("unreadable entry of a tokens stream skipped; its requests will fail")
-            return []
+        # Entries that cannot be read are skipped. The requests in them have a gap now, which ends each in an error as
+        # soon as its next token comes.
+        entries = await retry_until_available(
+            "read", lambda: self._reader.read(self._settings.read_count, self._shards.look_ms)
+        )
         return [
             (self._shard_of_stream[stream], parse_entry_id(entry_id), message)
             for stream, entry_id, message in entries

@@ -19,7 +19,6 @@ from shared.bus.ownership import Poison
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, LogReader, WorkStream
 from shared.crash_points import crash_point
-from shared.errors import ProtocolError
 from shared.log import logger
 from shared.messages import Cancel, Message
 
@@ -187,6 +186,11 @@ class Consumer(Generic[R]):
         """Ack and delete entries whose work has ended, as far as this replica still owns them."""
         await retry_until_available("ack", lambda: self._stream.ack(entry_ids))
 
+    async def finish(self, requests: Sequence[R]) -> None:
+        """The same for requests whose last word is in the tokens stream; their records note that it is."""
+        entries = [(request.entry_id, request.request_id) for request in requests]
+        await retry_until_available("finish", lambda: self._stream.finish(entries))
+
     async def ack_replaced(self, requests: Sequence[R]) -> None:
         """Ack and delete the entries under which these requests were in flight before."""
         pairs = [(request.replaces, request.entry_id) for request in requests]
@@ -240,11 +244,7 @@ class Consumer(Generic[R]):
             pass
 
     async def _read_control(self) -> list[Message]:
-        try:
-            return [message for _, _, message in await self._control.read(CONTROL_PAGE, BLOCK_MS)]
-        except ProtocolError as error:
-            _log.warning("unreadable control entry skipped", extra={"reason": str(error)})
-            return []
+        return [message for _, _, message in await self._control.read(CONTROL_PAGE, BLOCK_MS)]
 
 
 def _poison(delivery: Delivery) -> Poison:

@@ -13,8 +13,9 @@
                                              gateways (names, separated by spaces: receivers of its deltas) by gateway,
                                              encode (the Encode it came from), made (digest of the Generate it
                                              became), failed (the Failure it is about to end with), returned (times it
-                                             was sent back for encoding), reached (tokens at its last redelivery), all
-                                             by shared/bus/ownership.py
+                                             was sent back for encoding), reached (tokens at its last redelivery), over
+                                             ("1", its last word is in tokens), all by shared/bus/ownership.py;
+                                             entry (key of a work stream, and id: its entry there) by who appends it
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i;
                                              a token that stopped the answer is in `finish` alone

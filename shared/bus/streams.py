@@ -65,6 +65,7 @@ class WorkStream:
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
         self.ownership = EntryOwnership(redis, keys, stream, service, name)
         self._redis = redis
+        self._keys = keys
         self._key = keys.stream(stream)
         self._kind = _KINDS[stream]
         self._leases = keys.replica_prefix(service)
@@ -125,6 +126,10 @@ class WorkStream:
         """Ack and delete those of these entries that this replica owns, in one step."""
         await self.ownership.ack(entry_ids)
 
+    async def finish(self, entries: Sequence[tuple[str, str]]) -> None:
+        """End those of these (entry id, request id) that this replica owns: their Finish is in the tokens stream."""
+        await self.ownership.finish(entries)
+
     async def leave(self) -> None:
         """Delete our consumer if it owns no entries.
 
@@ -141,7 +146,8 @@ class WorkStream:
             with contextlib.suppress(ProtocolError):
                 if entry := translated_entry(fields):
                     args = [self._group, self._name, raw_id, NEWER, self._leases, entry[b"v"], entry[b"m"], entry[b"r"]]
-                    await self._replace_entry(keys=[self._key], args=args)
+                    keys = [self._key, self._keys.request(entry[b"r"].decode(errors="replace"))]
+                    await self._replace_entry(keys=keys, args=args)
 
     async def backlog(self) -> int:
         """Return the number of entries, waiting and running."""
@@ -310,11 +316,8 @@ class LogReader:
     async def read(self, count: int, block_ms: int) -> list[tuple[str, str, Message]]:
         """Return (stream key, entry id, message) of at most `count` entries a stream, after the current positions.
 
-        Waits at most `block_ms` (0: does not wait) while there are none.
-
-        Raises:
-            ProtocolError: the next entry is of another version. Earlier entries have been returned, and the next call
-                goes on behind it.
+        Waits at most `block_ms` (0: does not wait) while there are none. Entries that cannot be read are skipped, all
+        of a page at once: nobody knows whose they were.
         """
         if not self.positions:
             await asyncio.sleep(block_ms / 1000)
@@ -322,10 +325,14 @@ class LogReader:
         await self.pin()
         block_ms = min(block_ms, MAX_BLOCK_MS)
         wait = ("BLOCK", block_ms) if block_ms > 0 else ()
-        words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
         messages: list[tuple[str, str, Message]] = []
-        for stream, entries in await self._wire.call(*words, wait_s=block_ms / 1000) or ():
-            self._decode(str(stream, "utf-8"), entries, messages)
+        while not messages:
+            words = ("XREAD", "COUNT", count, *wait, "STREAMS", *self.positions, *self.positions.values())
+            page = await self._wire.call(*words, wait_s=block_ms / 1000)
+            if not page:
+                return []
+            for stream, entries in page:
+                self._decode(str(stream, "utf-8"), entries, messages)
         if self._hop is not None:
             self._hop.read(entry_id for _, entry_id, _ in messages)
         return messages
@@ -344,15 +351,14 @@ class LogReader:
     def _decode(
         self, stream: str, entries: Iterable[tuple[bytes, Sequence[bytes]]], into: list[tuple[str, str, Message]]
     ) -> None:
-        """Append to `into` up to an unreadable entry, which is left for the next read unless it is the first of all."""
+        skipped: list[ProtocolError] = []
         for raw_id, fields in entries:
             entry_id = str(raw_id, "ascii")
             try:
-                message = from_entry(_pairs(fields))
-            except ProtocolError:
-                if into:
-                    return
-                self.positions[stream] = entry_id
-                raise
-            into.append((stream, entry_id, message))
+                into.append((stream, entry_id, from_entry(_pairs(fields))))
+            except ProtocolError as error:
+                skipped.append(error)
             self.positions[stream] = entry_id
+        if skipped:
+            told = {"stream": stream, "entries": len(skipped), "first": str(skipped[0]), "last": self.positions[stream]}
+            _log.warning("unreadable entries skipped", extra=told)

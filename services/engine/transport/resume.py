@@ -134,14 +134,8 @@ async def _read_streams(redis: Redis, keys: Keys, requests: Sequence[Request]) -
     reader = LogReader(redis, {keys.tokens(request.shard): "0" for request in requests})
     try:
         while True:
-            try:
-                entries = await reader.read(PAGE, 0)
-            except ProtocolError as error:
-                _log.warning(
-                    "unreadable entry skipped in a tokens stream; its tokens are sampled again",
-                    extra={"error": str(error)},
-                )
-                continue
+            # Tokens in entries that cannot be read, which are skipped, are sampled again.
+            entries = await reader.read(PAGE, 0)
             if not entries:
                 return found
             for _, _, message in entries:

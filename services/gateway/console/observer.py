@@ -18,7 +18,6 @@ from shared.bus.lua import read_script
 from shared.bus.pipeline_view import QUEUES
 from shared.bus.records import TOKEN_BYTES, Record, Records
 from shared.bus.streams import LogReader
-from shared.errors import ProtocolError
 from shared.messages import Begin, Cancel, TokenRun, Tokens
 
 HERE = Path(__file__).parent  # where the scripts are
@@ -143,10 +142,7 @@ class RequestObserver:
 
     async def _read_tokens(self) -> None:
         for _ in range(MAX_READS):
-            try:
-                messages = await self._tokens.read(BATCH, 0)
-            except ProtocolError:
-                continue  # of another version; the next read continues after it
+            messages = await self._tokens.read(BATCH, 0)
             for _, entry, message in messages:
                 if isinstance(message, Tokens):
                     self._add_step(_seconds(entry), message.begins, message.runs)

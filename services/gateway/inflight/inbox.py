@@ -11,7 +11,6 @@ from shared import log
 from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.streams import LogReader
-from shared.errors import ProtocolError
 from shared.messages import Deltas, to_entry
 
 HERE = Path(__file__).parent  # where the scripts are
@@ -53,7 +52,8 @@ class Inbox:
     async def run(self) -> None:
         """Read until cancelled. While Redis cannot be reached the position is kept.
 
-        An unreadable entry does not tell whose it was; that request has a gap, and requests the missing deltas again.
+        An unreadable entry is skipped, and does not tell whose it was; that request has a gap, and requests the missing
+        deltas again.
         """
         while True:
             try:
@@ -61,10 +61,6 @@ class Inbox:
             except RedisError as error:
                 logger.warning("could not read deltas; retrying", extra={"error": str(error)})
                 await asyncio.sleep(RETRY_S)
-                continue
-            except ProtocolError as error:
-                text = "skipped an unreadable entry of deltas; its request will ask for them again"
-                logger.error(text, extra={"error": str(error)})
                 continue
             for _key, _entry_id, message in entries:
                 self._open_requests.dispatch(message)

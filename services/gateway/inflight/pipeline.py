@@ -109,7 +109,9 @@ class Pipeline:
         async with self._submit_timeout():
             await self._backlog.admit(parsed.n)
             works = self._work_messages(open_request, parsed, metadata)
-            earlier = await self._send(works, _uploads(open_request, parsed), metadata)
+            uploads = _uploads(open_request, parsed)
+            open_request.mark_uploads(uploads)
+            earlier = await self._send(works, uploads, metadata)
         if earlier is not None:
             assert metadata.key is not None
             if earlier.body_hash != metadata.key.body_digest:
@@ -152,6 +154,14 @@ class Pipeline:
     async def read_records(self, request_ids: Iterable[str]) -> dict[str, Record | UnreadableRecord]:
         """Return the records that exist, by request id."""
         return await self._records.get(list(request_ids))
+
+    async def read_lost(self, request_ids: Iterable[str]) -> set[str]:
+        """Return those that have a record but no work entry, although no stage has ended them."""
+        return await self._records.lost(list(request_ids))
+
+    async def forget(self, open_request: OpenRequest) -> None:
+        """Delete all that is kept of a request that no stage works on."""
+        await self._discard([choice.request_id for choice in open_request.choices], open_request.uploads)
 
     def is_attached(self, record: Record) -> bool:
         """Return True if the deltas of this record's request are sent to this gateway."""

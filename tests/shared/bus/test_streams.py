@@ -9,7 +9,6 @@ from shared import metrics
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.streams import ClaimResult, LogReader, WorkStream, reply, send
-from shared.errors import ProtocolError
 from shared.messages import Cancel, Encode, Failed, Generate, Message, Output, Request, Sampling, to_entry
 
 NOTHING = ClaimResult([], [], set(), 0)
@@ -382,15 +381,24 @@ async def test_reader_of_nothing_waits_too(redis: Redis) -> None:
     assert await LogReader(redis, {}).read(1, 1) == []
 
 
-async def test_unreadable_log_entry_is_told_and_passed(redis: Redis) -> None:
+async def test_unreadable_log_entries_are_told_and_skipped_page_by_page(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     await send(redis, "log", Cancel(("before",)))
-    await redis.xadd("log", {"v": "2", "m": "?"})
+    async with redis.pipeline() as pipe:
+        for _ in range(3000):
+            pipe.xadd("log", {"v": "2", "m": "?"})
+        await pipe.execute()
     await send(redis, "log", Cancel(("after",)))
     reader = LogReader(redis, {"log": "0"})
-    assert ids(await reader.read(9, 0)) == [("log", "before")]
-    with pytest.raises(ProtocolError, match="version"):
-        await reader.read(9, 0)
-    assert ids(await reader.read(9, 0)) == [("log", "after")]
+    await redis.config_resetstat()
+    assert ids(await reader.read(100, 0)) == [("log", "before")]
+    assert ids(await reader.read(100, 0)) == [("log", "after")]
+    assert await reader.read(100, 0) == []
+    assert (await redis.info("commandstats"))["cmdstat_xread"]["calls"] == 32
+    told = [record for record in caplog.records if record.message == "unreadable entries skipped"]
+    assert sum(record.entries for record in told) == 3000  # type: ignore[attr-defined]
+    assert len(told) == 31
 
 
 async def test_send_trims(redis: Redis) -> None:
