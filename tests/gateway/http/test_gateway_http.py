@@ -557,6 +557,23 @@ async def test_a_damaged_record_is_told_and_ends_its_request(
         assert (await answer).choices[0].message.content == "fine"
 
 
+@pytest.mark.parametrize("with_picture", [False, True])
+async def test_whose_work_entry_was_deleted_is_told(
+    checkpoint: Path, redis_url: str, redis: Redis, keys: Keys, stages: Stages, with_picture: bool
+) -> None:
+    """Long before its deadline, and with nothing left behind."""
+    async with running(checkpoint, redis_url, watch_s=0.05, limit_mm_per_prompt={"image": 2}) as server:
+        asked = ask(server, LOOK) if with_picture else ask(server)
+        request = await stages.request()
+        await redis.delete(keys.stream(ENCODE if with_picture else GENERATE))
+        with pytest.raises(openai.APIStatusError) as failed:
+            await asked
+        assert (failed.value.status_code, failed.value.code) == (503, "request_lost")
+        await until(lambda: not server.gateway.load()["choices"])
+    assert not await redis.exists(keys.request(request.id))
+    assert not [key async for key in redis.scan_iter(match=keys.blob("media", "*"))]
+
+
 # ------------------------------------------------------------------------------------------- when Redis does not help
 
 
