@@ -46,7 +46,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     shards: Positive = 1  # token streams, at most one postproc each; the same for all services
     max_model_len: Positive = 32768  # prompt and answer together
     blob_ttl_s: Positive = 3600  # how long media and embeddings are kept after their last use
-    blob_budget_bytes: Positive = 4 << 30  # media and embeddings in Redis; the least recently used go first
+    blob_budget_bytes: Positive = 4 << 30  # media and embeddings in Redis: half of it for uploads, the rest evicts
     otlp_endpoint: HttpUrl = ""  # an OpenTelemetry collector for traces, http://HOST:4318; empty: no traces
     trace_ratio: Share = 1.0  # share of the traces that begin here; a caller decides about the ones it began
     crash_at: str = ""  # tests only: the point at which to die (shared/crash_points.py)

@@ -21,7 +21,7 @@ async def full_disk(server: RedisServer, redis: Redis) -> AsyncIterator[None]:
     assert server.pid is not None
     size = max(file.stat().st_size for file in server.directory.glob("appendonlydir/*.incr.aof"))
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    await redis.set("fills the disk", 1)  # accepted, and not written
+    await redis.set("fills the disk", 1, px=1)  # accepted, and not written
     try:
         yield
     finally:
@@ -56,9 +56,11 @@ async def demoted(_: RedisServer, redis: Redis) -> AsyncIterator[None]:
 async def orphaned(server: RedisServer, redis: Redis) -> AsyncIterator[None]:
     """The same, and it answers nothing any more (MASTERDOWN)."""
     await redis.config_set("replica-serve-stale-data", "no")
-    async with demoted(server, redis):
-        yield
-    await redis.config_set("replica-serve-stale-data", "yes")
+    try:
+        async with demoted(server, redis):
+            yield
+    finally:
+        await redis.config_set("replica-serve-stale-data", "yes")
 
 
 @asynccontextmanager
@@ -73,6 +75,7 @@ async def busy(_: RedisServer, redis: Redis) -> AsyncIterator[None]:
     finally:
         await redis.script_kill()
         await asyncio.wait([looping])
+        await redis.config_set("busy-reply-threshold", 5000)
         assert isinstance(looping.exception(), ResponseError)
 
 

@@ -151,7 +151,7 @@ def _pipeline(
     options = PipelineOptions(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys))
+    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), metrics.rejections)
 
 
 def _fingerprint(directory: Path) -> str:

@@ -54,6 +54,14 @@ def too_many(text: str) -> RequestError:
     return RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
 
 
+def uploads_too_large(size: int, limit: int) -> Failure:
+    """Return a 413: the uploads of one request exceed all that the server has for uploads."""
+    text = (
+        f"The uploads of this request are {size} bytes; the server keeps {limit} at most (half of blob_budget_bytes)."
+    )
+    return Failure(413, text, param="messages", code="request_too_large")
+
+
 def http_failure(status: int, detail: str, method: str, path: str) -> Failure:
     """Return a routing error (404, 405) in OpenAI's terms, with the route that is not there."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)

@@ -52,7 +52,7 @@ class GatewayMetrics:
             ("reason",),
             registry=registry,
         )
-        at_zero(self.rejections, "max_concurrency", "max_queue", "max_bodies_bytes", "draining")
+        at_zero(self.rejections, "max_concurrency", "max_queue", "max_bodies_bytes", "upload_budget", "draining")
         self.body_bytes = Gauge(
             "millrace_request_body_bytes",
             "Bytes of chat requests that are being read, decoded or stored",

@@ -82,7 +82,7 @@ class Worker:
                 await self._trim_shard(shard, owned, journal_before=next_entry(owned.last), exactly=True)
         except FencedError as fenced:
             _log.warning("shards were lost to another replica while draining", extra={"reason": str(fenced)})
-        await self._shards.hand_over()
+        await retry_until_available("hand over", self._shards.hand_over)
 
     async def close(self) -> None:
         """Close nothing: the maker of the Redis client closes it."""

@@ -1,12 +1,16 @@
 """Store of large values in Redis: chunks of 1 MiB, so that no other client waits behind one; TTL; a byte budget.
 
+Uploads are pinned while their request lives: they are in a zset of their own and never evicted. They may fill
+UPLOADS_SHARE of the budget, and are refused beyond it, before they are written. The rest is for embeddings.
+
 The index (a zset by last use, and a hash of sizes with their sum) keeps the budget. A blob is entered in it before its
 first chunk is written, so that concurrent writers stay within the budget together; a writer that dies leaves an index
 entry and chunks that expire like any other. The blob itself becomes visible with its hash, after the last chunk.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from redis.asyncio import Redis
@@ -20,6 +24,7 @@ MEDIA = "media"  # kind of uploaded bytes, which live until their request has en
 EMBEDS = "embeds"  # kind of the encoder's output, kept for later requests with the same media until evicted
 
 CHUNK = 1 << 20
+UPLOADS_SHARE = 0.5  # of the budget; beyond it, embeddings would be evicted before they are read
 _BATCH = 4  # chunks in one pipeline: they occupy Redis for about 2 ms
 
 
@@ -39,9 +44,10 @@ class Blobs:
         self._keys = keys
         self._ttl_s = ttl_s
         self._budget = budget_bytes
-        self._index = [keys.blobs(), keys.blob_sizes()]
+        self._index = [keys.blobs(), keys.blob_sizes(), keys.blob_pins()]
         self._common: list[str | int | bytes] = [keys.blob_prefix(), CHUNK]
         self._index_blob = redis.register_script(read_script("index_blob"))
+        self._pin_blobs = redis.register_script(read_script("pin_blobs"))
         self._touch_blob = redis.register_script(read_script("touch_blob"))
         self._delete_blobs = redis.register_script(read_script("delete_blobs"))
 
@@ -60,15 +66,43 @@ class Blobs:
             )
         entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget]
         await self._index_blob(keys=self._index, args=entry)
+        chunks = await self._write_chunks(kind, key, view, self._ttl_s)
+        await self._index_blob(keys=self._index, args=[*entry, chunks, meta])
+
+    @property
+    def upload_limit(self) -> int:
+        """The most bytes that uploads may take together."""
+        return int(UPLOADS_SHARE * self._budget)
+
+    async def pin_uploads(self, uploads: Mapping[str, bytes], keep_s: float) -> int | None:
+        """Store uploads of one request, which are not evicted until they are deleted, or for `keep_s`.
+
+        Returns the bytes that other uploads take, if there is no room beside them; then nothing was stored.
+        """
+        expiry_s = math.ceil(keep_s)
+        sizes = [part for key, data in uploads.items() for part in (self._keys.blob_member(MEDIA, key), len(data))]
+        limits = [self._ttl_s, self._budget, self.upload_limit, expiry_s]
+        taken = int(await self._pin_blobs(keys=self._index, args=[*self._common, *limits, *sizes]))
+        if taken >= 0:
+            return taken
+        for key, data in uploads.items():
+            chunks = await self._write_chunks(MEDIA, key, memoryview(data), expiry_s)
+            async with self._redis.pipeline(transaction=True) as pipe:
+                blob = self._keys.blob(MEDIA, key)
+                pipe.hset(blob, mapping={"size": len(data), "chunks": chunks, "meta": b""})
+                pipe.expire(blob, expiry_s)
+                await pipe.execute()
+        return None
+
+    async def _write_chunks(self, kind: str, key: str, view: memoryview, ttl_s: int) -> int:
+        """Write the bytes of a blob; return the number of chunks."""
         chunks = range((len(view) + CHUNK - 1) // CHUNK)
         for batch in _batches(chunks):
             async with self._redis.pipeline(transaction=False) as pipe:
                 for n in batch:
-                    pipe.set(
-                        self._keys.blob_chunk(kind, key, n), bytes(view[n * CHUNK : (n + 1) * CHUNK]), ex=self._ttl_s
-                    )
+                    pipe.set(self._keys.blob_chunk(kind, key, n), bytes(view[n * CHUNK : (n + 1) * CHUNK]), ex=ttl_s)
                 await pipe.execute()
-        await self._index_blob(keys=self._index, args=[*entry, len(chunks), meta])
+        return len(chunks)
 
     async def get(self, kind: str, key: str) -> tuple[bytes, bytes] | None:
         """Return (data, meta) and renew TTL and recency; None if the blob or one of its chunks is absent."""

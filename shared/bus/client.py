@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, SSLConnection
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -128,7 +129,8 @@ def _primary(url: SentinelUrl, pool: BlockingConnectionPool) -> Primary:
     tls = {name: value for name, value in pool.connection_kwargs.items() if name.startswith("ssl_")}
     over_tls = issubclass(pool.connection_class, SSLConnection)
     limits = {"socket_timeout": REPLY_S, "socket_connect_timeout": _CONNECT_S}
-    return Primary(url, {"ssl": over_tls, **tls, **limits})
+    told = {"ssl": over_tls, **tls, **limits, **url.credentials}
+    return Primary(Sentinel(url.sentinels, sentinel_kwargs=told), url.name)  # type: ignore[no-untyped-call]
 
 
 def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary | None) -> type[AbstractConnection]:

@@ -186,6 +186,11 @@ class Consumer(Generic[R]):
         """Ack and delete entries whose work has ended, as far as this replica still owns them."""
         await retry_until_available("ack", lambda: self._stream.ack(entry_ids))
 
+    async def finish(self, requests: Sequence[R]) -> None:
+        """The same for requests whose last word is in the tokens stream; their records note that it is."""
+        entries = [(request.entry_id, request.request_id) for request in requests]
+        await retry_until_available("finish", lambda: self._stream.finish(entries))
+
     async def ack_replaced(self, requests: Sequence[R]) -> None:
         """Ack and delete the entries under which these requests were in flight before."""
         pairs = [(request.replaces, request.entry_id) for request in requests]

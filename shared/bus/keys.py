@@ -14,9 +14,11 @@
                                              gateways (names, separated by spaces: receivers of its deltas) by gateway,
                                              encode (the Encode it came from), made (digest of the Generate it
                                              became), failed (the Failure it is about to end with), returned (times it
-                                             was sent back for encoding), reached (tokens at its last redelivery), all
-                                             by shared/bus/ownership.py. A value of a later version of the messages than
-                                             1 begins with the byte c1 and the version: also in logprobs
+                                             was sent back for encoding), reached (tokens at its last redelivery), over
+                                             ("1", its last word is in tokens), all by shared/bus/ownership.py;
+                                             entry (key of a work stream, and id: its entry there) by who appends it.
+                                             A value of a later version of the messages than 1 begins with the byte c1
+                                             and the version: also in logprobs
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
                                              little-endian uint32 token ids; bytes [4i, 4i+4) are generated token i;
                                              a token that stopped the answer is in `finish` alone
@@ -29,7 +31,8 @@
                                              fields: size, chunks, meta
     {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
-    {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, and their sum
+    {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, their sum, and that of the pinned ones
+    {ns}:blobs:pinned                zset    the same             the same           blobs that are not evicted, by expiry: uploads of requests that live
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
                                              encode locks: content key -> replica; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
@@ -102,6 +105,9 @@ class Keys(msgspec.Struct, frozen=True):
 
     def blob_sizes(self) -> str:
         return f"{self.ns}:blobs:sizes"
+
+    def blob_pins(self) -> str:
+        return f"{self.ns}:blobs:pinned"
 
     def encode_locks(self) -> str:
         return f"{self.ns}:flights"

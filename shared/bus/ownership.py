@@ -62,6 +62,7 @@ class EntryOwnership:
         self._consumer: list[_Arg] = [service, name]
         self._owned_entries = redis.register_script(read_script("owned_entries"))
         self._ack = redis.register_script(read_script("ack"))
+        self._finish = redis.register_script(read_script("finish"))
         self._raise_epochs = redis.register_script(read_script("raise_epochs"))
         self._record_progress = redis.register_script(read_script("record_progress"))
         self._forward = redis.register_script(read_script("forward"))
@@ -87,6 +88,20 @@ class EntryOwnership:
             self.delivered.difference_update(entry_ids)
         finally:
             self.ending.difference_update(entry_ids)
+
+    async def finish(self, entries: Sequence[tuple[str, str]]) -> None:
+        """End those of these (entry id, request id) that this replica owns: their Finish is in the tokens stream
+        (engine)."""
+        if not entries:
+            return
+        ids = [entry_id for entry_id, _ in entries]
+        self.ending.update(ids)
+        try:
+            records = [self._keys.request(request_id) for _, request_id in entries]
+            await self._finish(keys=[self._key, *records], args=[*self._consumer, *ids])
+            self.delivered.difference_update(ids)
+        finally:
+            self.ending.difference_update(ids)
 
     async def raise_epochs(self, entries: Sequence[tuple[str, str]]) -> dict[str, int | None]:
         """Raise the epochs in the records of the requests of (entry id, request id) by one (engine).

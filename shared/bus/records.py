@@ -86,6 +86,8 @@ class Records:
         self._redis = redis
         self._keys = keys
         self._unfenced = Fence(keys, "", {})
+        self._submit = redis.register_script(read_script("submit"))
+        self._lost_entries = redis.register_script(read_script("lost_entries"))
         self._submit_once = redis.register_script(read_script("submit_once"))
         self._cancel = redis.register_script(read_script("cancel"))
         self._write_journal = redis.register_script(read_script("write_journal"))
@@ -95,15 +97,12 @@ class Records:
         self._detach = redis.register_script(read_script("detach"))
 
     async def submit(self, stream: str, message: Encode | Generate) -> None:
-        """Create the record and append the work entry to `stream`, in one transaction (gateway)."""
-        request = message.request
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(
-                self._keys.request(request.id),
-                mapping={b"request": encode_request(request), b"epoch": b"0", b"gateways": request.gateway.encode()},
-            )
-            pipe.xadd(self._keys.stream(stream), to_entry(message))  # type: ignore[arg-type]  # dict is invariant
-            await pipe.execute()
+        """Create the record and append the work entry to `stream`, in one script (gateway)."""
+        request, entry = message.request, to_entry(message)
+        await self._submit(
+            keys=[self._keys.request(request.id), self._keys.stream(stream)],
+            args=[encode_request(request), request.gateway, entry[b"v"], entry[b"m"], request.id],
+        )
 
     async def submit_once(
         self, stream: str, messages: Sequence[Encode | Generate], digest: str, body_hash: str, ttl_s: int
@@ -154,6 +153,13 @@ class Records:
                 pipe.exists(self._keys.request(request_id))
             found = await pipe.execute()
         return {request_id for request_id, there in zip(request_ids, found, strict=True) if there}
+
+    async def lost(self, request_ids: Sequence[str]) -> set[str]:
+        """Return those that have a record but no work entry, although no stage has ended them (gateway)."""
+        if not request_ids:
+            return set()
+        places = await self._lost_entries(keys=[*map(self._keys.request, request_ids)], args=[])
+        return {request_ids[place - 1] for place in places}
 
     async def cancel(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
         """Mark existing records without a finish as cancelled, and broadcast `Cancel` if this marked any."""

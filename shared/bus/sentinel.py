@@ -4,7 +4,6 @@ The options are redis-py's, as for every other URL; user and password are the pr
 are told `sentinel_username` and `sentinel_password`. With rediss+sentinel:// the primary and Sentinel speak TLS.
 """
 
-from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
@@ -48,10 +47,10 @@ def parse(url: str) -> SentinelUrl | None:
 class Primary:
     """Address of a primary, asked of the first Sentinel that answers."""
 
-    def __init__(self, url: SentinelUrl, options: dict[str, Any]) -> None:
-        """`options`: of the connections to the Sentinels, which are closed after each question."""
-        self._name = url.name
-        self._sentinel = Sentinel(url.sentinels, sentinel_kwargs={**options, **url.credentials})  # type: ignore[no-untyped-call]
+    def __init__(self, sentinel: Sentinel, name: str) -> None:
+        """`name`: of the primary. Connections to the Sentinels are closed after each question."""
+        self._name = name
+        self._sentinel = sentinel
 
     async def address(self) -> tuple[str, int]:
         """Return host and port.

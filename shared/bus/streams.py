@@ -124,6 +124,10 @@ class WorkStream:
         """Ack and delete those of these entries that this replica owns, in one step."""
         await self.ownership.ack(entry_ids)
 
+    async def finish(self, entries: Sequence[tuple[str, str]]) -> None:
+        """End those of these (entry id, request id) that this replica owns: their Finish is in the tokens stream."""
+        await self.ownership.finish(entries)
+
     async def leave(self) -> None:
         """Delete our consumer if it owns no entries.
 

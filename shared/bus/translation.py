@@ -52,7 +52,8 @@ async def translate_entries(redis: Redis, keys: Keys, service: str, name: str) -
             with contextlib.suppress(ProtocolError):
                 if entry := translated_entry(fields):
                     args = [group, consumer, raw_id, NEWER, keys.replica_prefix(group)]
-                    await replace(keys=[keys.stream(stream)], args=[*args, entry[b"v"], entry[b"m"], entry[b"r"]])
+                    named = [keys.stream(stream), keys.request(entry[b"r"].decode(errors="replace"))]
+                    await replace(keys=named, args=[*args, entry[b"v"], entry[b"m"], entry[b"r"]])
 
 
 async def holds_newer(redis: Redis, keys: Keys, shards: Collection[int], versions: Collection[int]) -> bool:

@@ -15,6 +15,7 @@ from chaos_next_build import write_next_build
 from chaos_rush import rush
 from chaos_system import LEASE_MS, LOOK_S, ROOT, SERVICES, Replica, System
 from machine import PATIENCE_S
+from redis_refusals import REFUSALS
 
 from shared.watchdog import HUNG
 
@@ -31,6 +32,9 @@ KINDS = {
     "kill redis": 2,
     "stop redis": 1,
     "pause redis": 1,
+    "refuse": 2,  # writes, or everything: a full disk or memory, no replicas, a busy script, a demotion
+    "failover": 1,  # of Redis, to another server with all its data
+    "half-open": 1,  # all links to Redis stay open, and swallow what is sent
     "bombs": 2,  # media that take long to decode, from two clients at once
     "evict": 2,  # embeddings, as Redis or the byte budget would; some are cut short instead
     "garbage": 2,  # entries that nobody can read, in every stream
@@ -93,6 +97,13 @@ class Faults:
                 return self._redis(f"in order for {down:.1f} s", orderly)
             case "pause redis":
                 return self._redis(f"paused for {(down := rng.uniform(0.2, 3)):.1f} s", self._system.pause_redis(down))
+            case "refuse":
+                code, down = rng.choice(sorted(REFUSALS)), rng.uniform(0.2, 3)
+                return self._redis(f"refuses for {down:.1f} s: {code}", self._system.refuse(code, down))
+            case "failover":
+                return self._redis("fails over", self._system.fail_over())
+            case "half-open":
+                return f"{self._system.proxy.swallow()} links to redis half-open"
             case "bombs":
                 return self._bombs()
             case "garbage":

@@ -16,10 +16,12 @@ import msgspec
 from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from redis_proxy import Proxy
+from redis_refusals import REFUSALS
 
 from cli.redis_server import RedisServer
 from shared.bus import leases
-from shared.bus.client import connect
+from shared.bus.client import command, connect
 from shared.bus.keys import GENERATE, Keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,13 +179,14 @@ class System:
         self.keys = Keys("chaos")
         # Its own directory's path may be too long for a socket.
         self._sockets = Path(tempfile.mkdtemp(prefix="chaos-"))
-        self.server = RedisServer(
-            directory / "redis", unix_socket=self._sockets / "redis.sock", persistence=persistence
-        )
+        self._persistence = persistence
+        self._servers = 0
+        self.server = self._another_server()
+        self.proxy = Proxy(self._sockets / "proxy.sock", self.server.unix_socket)
         plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
         plain |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         plain |= {"PYTHONPATH": str(ROOT / "tests")} if judged else {}
-        common = {"redis_url": self.server.url, "model": str(model), "namespace": self.keys.ns}
+        common = {"redis_url": self.proxy.url, "model": str(model), "namespace": self.keys.ns}
         self._environs = {}
         for service in SERVICES:
             told = common | dict(SETTINGS["all"]) | dict(settings.get("all", {}))
@@ -193,7 +196,17 @@ class System:
         for service in SERVICES:
             for _ in range(replicas[service]):
                 self.add(service)
-        self.redis: Redis = connect(self.server.url)
+        self.redis: Redis = connect(self.proxy.url)
+
+    def _another_server(self) -> RedisServer:
+        self._servers += 1
+        name = f"redis-{self._servers}"
+        return RedisServer(
+            self.directory / name,
+            port=free_port(),
+            unix_socket=self._sockets / f"{name}.sock",
+            persistence=self._persistence,
+        )
 
     def add(self, service: str) -> Replica:
         """A place for one more, with nothing in it yet."""
@@ -209,6 +222,7 @@ class System:
     async def start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(self.server.start)
+        await self.proxy.start()
         for replica in self.replicas:
             replica.start()
         await self.ready(self.replicas)
@@ -272,6 +286,30 @@ class System:
         await asyncio.sleep(down_s)
         await asyncio.to_thread(self.server.start)
 
+    async def refuse(self, code: str, seconds: float) -> None:
+        """Have Redis refuse what it is asked, in the way that `code` stands for."""
+        operator = connect(self.server.url)
+        async with REFUSALS[code](self.server, operator):
+            await asyncio.sleep(seconds)
+        await operator.aclose()
+
+    async def fail_over(self) -> None:
+        """Move to another server, which has all data; the address then leads there, and open links to the old one."""
+        old, new = self.server, self._another_server()
+        await asyncio.to_thread(new.start)
+        before, after = connect(old.url), connect(new.url)
+        await after.replicaof("127.0.0.1", old.port or 0)
+        while (await after.info("replication"))["master_link_status"] != "up":  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        await command(before, "FAILOVER", "TO", "127.0.0.1", new.port or 0)
+        while (await after.info("replication"))["role"] != "master":  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        self.server, self.proxy.target = new, new.unix_socket
+        await asyncio.sleep(1)
+        for client in (before, after):
+            await client.aclose()
+        await asyncio.to_thread(old.kill)
+
     async def pause_redis(self, seconds: float) -> None:
         """As a host that swaps, or a snapshot that forks, would."""
         pid = self.server.pid
@@ -285,6 +323,7 @@ class System:
         for replica in self.replicas:
             replica.kill()
         await self.redis.aclose()
+        await self.proxy.close()
         await asyncio.to_thread(self.server.kill)
         shutil.rmtree(self._sockets, ignore_errors=True)
 

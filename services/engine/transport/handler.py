@@ -139,8 +139,7 @@ class GenerateHandler:
         if uploads:
             await retry_until_available("uploads", lambda: self._blobs.delete(MEDIA, uploads))
         crash_point("engine.finish.before")
-        plain = [pending.entry_id for pending in ended if pending.poison is None]
-        await self.consumer.ack(plain)
+        await self.consumer.finish([pending for pending in ended if pending.poison is None])
         for pending in ended:
             if pending.poison is not None:
                 await retry_until_available(

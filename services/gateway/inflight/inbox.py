@@ -52,7 +52,8 @@ class Inbox:
     async def run(self) -> None:
         """Read until cancelled. While Redis cannot be reached the position is kept.
 
-        An unreadable entry does not tell whose it was; that request has a gap, and requests the missing deltas again.
+        An unreadable entry is skipped, and does not tell whose it was; that request has a gap, and requests the missing
+        deltas again.
         """
         while True:
             try:

@@ -2,15 +2,17 @@
 
 import asyncio
 import math
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
+from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, unknown_request
+from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, too_many, unknown_request, uploads_too_large
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.headers import IdempotencyKey
 from services.gateway.inflight.request import Choice, OpenRequest, choice_id
@@ -29,6 +31,7 @@ from shared.crash_points import crash_point
 from shared.errors import ProtocolError, RequestError, unreadable
 from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
 
+UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
 CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
 
 logger = log.logger(__name__)
@@ -77,7 +80,14 @@ class Pipeline:
     """The stages behind Redis, as the registry of open requests sees them."""
 
     def __init__(
-        self, options: PipelineOptions, redis: Redis, keys: Keys, backlog: Backlog, blobs: Blobs, records: Records
+        self,
+        options: PipelineOptions,
+        redis: Redis,
+        keys: Keys,
+        backlog: Backlog,
+        blobs: Blobs,
+        records: Records,
+        rejections: Counter,
     ) -> None:
         self._options = options
         self._redis = redis
@@ -85,6 +95,7 @@ class Pipeline:
         self._backlog = backlog
         self._blobs = blobs
         self._records = records
+        self._rejections = rejections
 
     async def submit(self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata) -> str | None:
         """Send every choice of `open_request`, or none if a request was sent before under the same Idempotency-Key.
@@ -98,7 +109,9 @@ class Pipeline:
         async with self._submit_timeout():
             await self._backlog.admit(parsed.n)
             works = self._work_messages(open_request, parsed, metadata)
-            earlier = await self._send(works, _uploads(open_request, parsed), metadata)
+            uploads = _uploads(open_request, parsed)
+            open_request.mark_uploads(uploads)
+            earlier = await self._send(works, uploads, metadata)
         if earlier is not None:
             assert metadata.key is not None
             if earlier.body_hash != metadata.key.body_digest:
@@ -141,6 +154,14 @@ class Pipeline:
     async def read_records(self, request_ids: Iterable[str]) -> dict[str, Record | UnreadableRecord]:
         """Return the records that exist, by request id."""
         return await self._records.get(list(request_ids))
+
+    async def read_lost(self, request_ids: Iterable[str]) -> set[str]:
+        """Return those that have a record but no work entry, although no stage has ended them."""
+        return await self._records.lost(list(request_ids))
+
+    async def forget(self, open_request: OpenRequest) -> None:
+        """Delete all that is kept of a request that no stage works on."""
+        await self._discard([choice.request_id for choice in open_request.choices], open_request.uploads)
 
     def is_attached(self, record: Record) -> bool:
         """Return True if the deltas of this record's request are sent to this gateway."""
@@ -197,8 +218,8 @@ class Pipeline:
         stream = keys.ENCODE if isinstance(works[0], Encode) else keys.GENERATE
         earlier = None
         try:
-            for key, data in uploads.items():
-                await self._blobs.put(MEDIA, key, data)
+            if uploads:
+                await self._pin(uploads, metadata.deadline - time.time())
             crash_point("gateway.submit.before")
             if metadata.key is None:
                 for work in works:
@@ -215,6 +236,23 @@ class Pipeline:
         if earlier is not None:
             await self._discard([], uploads)
         return earlier
+
+    async def _pin(self, uploads: dict[str, bytes], rest_s: float) -> None:
+        """Store uploads until their request has ended.
+
+        Raises:
+            RequestError: 413, there is never room for them; 429, there is none now.
+        """
+        size, limit = sum(map(len, uploads.values())), self._blobs.upload_limit
+        if size > limit:
+            raise RequestError(uploads_too_large(size, limit))
+        taken = await self._blobs.pin_uploads(uploads, max(0.0, rest_s) + UPLOADS_GRACE_S)
+        if taken is not None:
+            self._rejections.labels("upload_budget").inc()
+            raise too_many(
+                f"There is no room for {size} bytes of uploads now: those of other requests take {taken} of {limit} "
+                "bytes (half of blob_budget_bytes)."
+            )
 
     def _work_messages(
         self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata

@@ -229,7 +229,9 @@ class OpenRequests:
                 open_request.keep_alive(now)
 
     async def check_records(self, everything: bool = False) -> None:
-        """Check the records of silent requests, or of all after Redis may have lost them; without one, a request fails.
+        """Check the records of silent requests, or of all after Redis may have lost them.
+
+        Without one, or without a work entry that some stage has or will have, a request fails.
 
         A request whose deltas are sent elsewhere, or that has ended without our knowledge, is attached again.
         """
@@ -241,13 +243,16 @@ class OpenRequests:
         ]
         if not silent:
             return
-        records = await self._pipeline.read_records({choice.request_id for choice in silent})
+        request_ids = {choice.request_id for choice in silent}
+        records = await self._pipeline.read_records(request_ids)
+        lost = await self._pipeline.read_lost(request_ids)
         detached = []
         for choice in silent:
             record = records.get(choice.request_id)
-            if record is None:
+            if record is None or choice.request_id in lost:
                 if choice.mark_missing() >= MISSING_CHECKS and not choice.ended:
                     choice.open_request.fail(None, LOST)
+                    await self._pipeline.forget(choice.open_request)
                 continue
             choice.mark_present(now)
             if isinstance(record, UnreadableRecord):

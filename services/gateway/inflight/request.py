@@ -5,7 +5,7 @@ sends, and the task that writes to the client as it writes.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
 import msgspec
@@ -64,7 +64,7 @@ class Choice:
         self.until = position.until  # if not 0, the next delta must end here, because the client has part of it
         self.awaits_catch_up = False  # what follows `seq` has been requested again and has not arrived
         self.checked_at = now  # time of its last delta, or of the last check that its record exists
-        self.missing_checks = 0  # consecutive checks that found no record
+        self.missing_checks = 0  # consecutive checks that found no record, or no work entry
         self.finish_reason: str | None = None  # set with the finish, as is
         self.usage: Usage | None = None
 
@@ -143,6 +143,7 @@ class OpenRequest:
         self.rejoined = rejoined
         self.positions = [StreamPosition(0)] * answer_format.n if positions is None else list(positions)
         self.choices = [Choice(self, index, position, now) for index, position in enumerate(self.positions)]
+        self.uploads: tuple[str, ...] = ()  # keys of the blobs that were stored for it
         self.failure: Failure | None = None
         self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
         self.first_token_at: float | None = None  # unix seconds
@@ -169,6 +170,10 @@ class OpenRequest:
         """Note that the other stages know every choice."""
         for choice in self.choices:
             choice.mark_submitted()
+
+    def mark_uploads(self, keys: Iterable[str]) -> None:
+        """Note the keys of the blobs that are stored for it."""
+        self.uploads = tuple(keys)
 
     def accept(self, choice: Choice) -> None:
         """Note that a choice's media are good."""

@@ -1,17 +1,44 @@
--- Prelude of the scripts that keep the blobs' index. A member is "kind:key", so the field `sum` is never one.
--- KEYS: index, sizes
+-- Prelude of the scripts that keep the blobs' index. A member is "kind:key", so the fields `sum` and `pinned` (bytes of
+-- all blobs, and of the pinned ones) are never one.
+-- KEYS: index, sizes, pins
 -- ARGV: prefix of blob keys, bytes of a chunk, ...
+-- requires: typed
+local function count(field, bytes)
+  redis.call('HINCRBY', KEYS[2], field, bytes)
+end
+
+local function size_of(member)
+  return tonumber(redis.call('HGET', KEYS[2], member) or 0) or 0
+end
+
 local function delete_blob(member)
-  local size = tonumber(redis.call('HGET', KEYS[2], member) or 0)
+  local size = size_of(member)
   for n = 0, math.ceil(size / ARGV[2]) - 1 do
     redis.call('UNLINK', ARGV[1] .. member .. ':' .. n)
   end
   redis.call('UNLINK', ARGV[1] .. member)
   redis.call('ZREM', KEYS[1], member)
-  if redis.call('HDEL', KEYS[2], member) == 1 then redis.call('HINCRBY', KEYS[2], 'sum', -size) end
+  if redis.call('ZREM', KEYS[3], member) == 1 then count('pinned', -size) end
+  if redis.call('HDEL', KEYS[2], member) == 1 then count('sum', -size) end
 end
 
 local function now()
   local time = redis.call('TIME')
   return time[1] * 1000000 + time[2]
+end
+
+-- Delete what has expired. Every use renews TTL and the place in the index together, so a blob whose place is older than
+-- the TTL has expired; a pinned one has when its time is over.
+local function sweep(time, ttl)
+  for _, old in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time - ttl * 1000000)) do delete_blob(old) end
+  for _, old in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', time)) do delete_blob(old) end
+end
+
+-- Evict the least recently used blobs beyond the budget, but for the one of this name.
+local function evict(budget, member)
+  while tonumber(redis.call('HGET', KEYS[2], 'sum')) > budget do
+    local oldest = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
+    if not oldest or oldest == member then return end
+    delete_blob(oldest)
+  end
 end

@@ -12,6 +12,6 @@ local request, cancelled, made = unpack(redis.call('HMGET', KEYS[2], 'request', 
 if not request or cancelled then return 'unwanted' end
 if made and made ~= ARGV[7] then return 'changed' end
 ack(ARGV[3])
-redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7])
-redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5], 'r', ARGV[8])
+local entry = redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5], 'r', ARGV[8])
+redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7], 'entry', KEYS[3] .. ' ' .. entry)
 return 'done'

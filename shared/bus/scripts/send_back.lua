@@ -11,5 +11,6 @@ if type(returned) ~= 'number' or returned > tonumber(ARGV[4]) then return 'never
 ack(ARGV[3])
 local version = '1'
 if string.byte(source) == 0xC1 then version, source = tostring(string.byte(source, 2)), string.sub(source, 3) end
-redis.call('XADD', KEYS[3], '*', 'v', version, 'm', source, 'r', ARGV[5])
+local entry = redis.call('XADD', KEYS[3], '*', 'v', version, 'm', source, 'r', ARGV[5])
+redis.call('HSET', KEYS[2], 'entry', KEYS[3] .. ' ' .. entry)
 return 'done'

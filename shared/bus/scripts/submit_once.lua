@@ -15,8 +15,11 @@ if known then
   if alive then return known end
 end
 for i = 3, #KEYS do
-  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5])
-  redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1], 'r', string.sub(KEYS[i], #ARGV[3] + 1))
+  local id = string.sub(KEYS[i], #ARGV[3] + 1)
+  local entry = redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1], 'r', id)
+  redis.call(
+    'HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5], 'entry', KEYS[2] .. ' ' .. entry
+  )
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 return false

@@ -1,10 +1,9 @@
--- Renew a blob's TTL and its place in the index. A blob that lost a chunk to Redis's own eviction is deleted, and so is
--- one that cannot be read.
--- KEYS: index, sizes
+-- Renew a blob's TTL and its place in the index; a pinned one keeps its time. A blob that lost a chunk to Redis's own
+-- eviction is deleted, and so is one that cannot be read.
+-- KEYS: index, sizes, pins
 -- ARGV: prefix of blob keys, bytes of a chunk, member, TTL in s
 -- Returns {chunks, meta}, or false.
 -- requires: blob_index
--- requires: typed
 local key, ttl = ARGV[1] .. ARGV[3], ARGV[4]
 if not is_a('hash', key) then return false end
 local chunks, meta = unpack(redis.call('HMGET', key, 'chunks', 'meta'))
@@ -14,12 +13,17 @@ if not chunks or not meta then
   delete_blob(ARGV[3])
   return false
 end
+local pinned = redis.call('ZSCORE', KEYS[3], ARGV[3])
+local function keep(name)
+  if pinned then return redis.call('EXISTS', name) == 1 end
+  return redis.call('EXPIRE', name, ttl) == 1
+end
 for n = 0, chunks - 1 do
-  if redis.call('EXPIRE', key .. ':' .. n, ttl) == 0 then
+  if not keep(key .. ':' .. n) then
     delete_blob(ARGV[3])
     return false
   end
 end
-redis.call('EXPIRE', key, ttl)
-redis.call('ZADD', KEYS[1], now(), ARGV[3])
+keep(key)
+if not pinned then redis.call('ZADD', KEYS[1], now(), ARGV[3]) end
 return {chunks, meta}

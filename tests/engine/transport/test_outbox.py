@@ -32,7 +32,7 @@ def step_output(index: int, finish: Finish | None = None) -> StepOutput:
 async def test_what_redis_refuses_for_now_is_sent_again_in_order(
     redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, failures = LogWriter.send, [ConnectionError("gone"), OutOfMemoryError("full")]
+    real, failures = LogWriter.send, [ConnectionError("gone"), OutOfMemoryError("full", status_code="OOM")]
 
     async def send(log: LogWriter, message: Tokens) -> None:
         if message.runs[0].index == 1 and failures:

@@ -20,9 +20,11 @@ def blobs(redis: Redis, keys: Keys) -> Blobs:
 async def budget_used(redis: Redis, keys: Keys) -> int:
     """The recorded sum, checked against the sizes it is the sum of."""
     sizes = {name: int(size) for name, size in (await redis.hgetall(keys.blob_sizes())).items()}
-    total = sizes.pop(b"sum", 0)
+    total, pinned = sizes.pop(b"sum", 0), sizes.pop(b"pinned", 0)
     assert total == sum(sizes.values())
-    assert {member for member in await redis.zrange(keys.blobs(), 0, -1)} == set(sizes)
+    pins = set(await redis.zrange(keys.blob_pins(), 0, -1))
+    assert pinned == sum(sizes[member] for member in pins)
+    assert set(await redis.zrange(keys.blobs(), 0, -1)) | pins == set(sizes)
     return total
 
 
@@ -149,3 +151,43 @@ async def test_use_renews_the_whole_blob(redis: Redis, keys: Keys, blobs: Blobs)
             await redis.expire(name, 5)
         await use("media", "k")
         assert all([await redis.ttl(name) > 5 for name in names])
+
+
+async def test_uploads_are_never_evicted_and_refused_beyond_their_share(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await blobs.put("embeds", "old", bytes(7 * CHUNK))
+    assert await blobs.pin_uploads({"a-0": bytes(2 * CHUNK), "a-1": b"x"}, 60) is None
+    assert await blobs.pin_uploads({"b-0": bytes(2 * CHUNK)}, 60) is None
+    assert await blobs.meta("embeds", "old") is None, "it makes room"
+    assert await blobs.pin_uploads({"c-0": b"y", "c-1": bytes(CHUNK)}, 60) == 4 * CHUNK + 1
+    assert await blobs.get("media", "c-0") is None, "all of a request's, or none"
+    for n in range(3):
+        await blobs.put("embeds", f"{n}", bytes(5 * CHUNK))
+    assert [await blobs.get("media", key) for key in ("a-0", "a-1", "b-0")] == [
+        (bytes(2 * CHUNK), b""),
+        (b"x", b""),
+        (bytes(2 * CHUNK), b""),
+    ]
+    assert await budget_used(redis, keys) <= 10 * CHUNK
+    await blobs.delete("media", ["a-0", "a-1"])
+    assert await blobs.pin_uploads({"c-0": b"y", "c-1": bytes(CHUNK)}, 60) is None
+    await blobs.delete("media", ["b-0", "c-0", "c-1"])
+    assert (await budget_used(redis, keys), await redis.hget(keys.blob_sizes(), "pinned")) == (5 * CHUNK, b"0")
+
+
+async def test_pinning_again_after_a_lost_reply_counts_once(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    for _ in range(3):
+        assert await blobs.pin_uploads({"a-0": bytes(4 * CHUNK)}, 60) is None
+    assert await budget_used(redis, keys) == 4 * CHUNK
+
+
+async def test_uploads_of_a_dead_gateway_expire_and_use_does_not_renew_them(
+    redis: Redis, keys: Keys, blobs: Blobs
+) -> None:
+    assert await blobs.pin_uploads({"a-0": bytes(5 * CHUNK)}, 60) is None
+    assert await blobs.get("media", "a-0") is not None
+    names = await redis.keys("test:blob:media:*")
+    assert len(names) == 6
+    assert all([0 < await redis.ttl(name) <= 60 for name in names])
+    await redis.zincrby(keys.blob_pins(), -60 * 1e6, "media:a-0")  # a minute later
+    assert await blobs.pin_uploads({"b-0": bytes(5 * CHUNK)}, 60) is None
+    assert await budget_used(redis, keys) == 5 * CHUNK

@@ -6,7 +6,7 @@ from redis.asyncio import Redis
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Fence
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
-from shared.bus.streams import send
+from shared.bus.streams import WorkStream, send
 from shared.errors import FencedError, ProtocolError
 from shared.messages import (
     Begin,
@@ -343,3 +343,43 @@ async def test_an_idempotency_key_of_another_type_is_void(redis: Redis, keys: Ke
     await redis.sadd(keys.idempotency("digest"), "oops")
     assert await records.submit_once(GENERATE, [generate("r1")], "digest", "body", 60) is None
     assert await records.submit_once(GENERATE, [generate("r2")], "digest", "body", 60) == Submission("body", ("r1",))
+
+
+async def test_a_request_whose_entry_is_gone_is_lost_unless_a_stage_has_ended_it(
+    redis: Redis, keys: Keys, records: Records
+) -> None:
+    names = ["ended", "taken", "waiting"]
+    for name in names:
+        await records.submit(GENERATE, generate(name))
+    assert await records.lost(names) == set(), "no engine has come yet"
+    stream = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
+    await stream.join()
+    ended, taken = await stream.read_new(2, 0)
+    await stream.finish([(ended.entry_id, "ended")])
+    assert await records.lost(names) == set()
+    await redis.xack(keys.stream(GENERATE), "engine", taken.entry_id)
+    assert await records.lost(names) == {"taken"}, "somebody has acked it"
+    await redis.xgroup_destroy(keys.stream(GENERATE), "engine")
+    assert await records.lost(names) == set(), "the next group begins with the first entry"
+    await redis.delete(keys.stream(GENERATE))
+    assert await records.lost(names) == {"taken", "waiting"}
+    await records.submit(GENERATE, generate("new"))
+    assert await records.lost([*names, "new"]) == {"taken", "waiting"}
+    await redis.set(keys.stream(GENERATE), "oops")
+    assert await records.lost([*names, "new"]) == {"taken", "waiting", "new"}
+
+
+async def test_an_entry_is_known_wherever_it_went(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(ENCODE, encode("r1"))
+    encoding = WorkStream(redis, keys, ENCODE, "mm_encoder", "m", 3)
+    await encoding.join()
+    [delivery] = await encoding.read_new(1, 0)
+    assert await encoding.ownership.forward(delivery.entry_id, encode("r1"), generate("r1")) == "done"
+    assert await records.lost(["r1"]) == set()
+    generating = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
+    await generating.join()
+    [delivery] = await generating.read_new(1, 0)
+    assert await generating.ownership.send_back(delivery.entry_id, "r1") == "done"
+    assert await records.lost(["r1"]) == set()
+    await redis.delete(keys.stream(ENCODE))
+    assert await records.lost(["r1"]) == {"r1"}
