@@ -96,6 +96,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely ones'
     reasoning_max_tokens: int | None = None  # thinking budget; None: unlimited
     grammar: Grammar | None = None  # None: any text
+    allowed_token_ids: tuple[int, ...] = ()  # after the thinking, and no others; (): all
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):

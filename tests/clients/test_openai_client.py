@@ -140,6 +140,14 @@ def test_sampling_fields_change_the_answer(client: OpenAI) -> None:
         assert other.choices[0].message.model_extra["completion_token_ids"] != [token]
 
 
+def test_an_answer_of_allowed_tokens(client: OpenAI) -> None:
+    allowed = [70, 90, 110]
+    asked = {"allowed_token_ids": allowed, "enable_thinking": False, "return_token_ids": True}
+    [choice] = ask(client, QUESTION, temperature=1, max_tokens=8, extra_body=asked).choices
+    assert choice.finish_reason == "length", "no token that ends an answer is among them"
+    assert set(choice.message.model_extra["completion_token_ids"]) <= set(allowed)
+
+
 # ------------------------------------------------------------------------------------------- a model that is scripted
 
 

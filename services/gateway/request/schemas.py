@@ -21,6 +21,7 @@ MAX_STOP_IDS = 64
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_BIASES = 1024
+MAX_ALLOWED_IDS = 8192
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
@@ -155,6 +156,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     ) = None
     # Added to the logits of tokens, by their ids.
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
+    # Tokens of which the content consists, its end too; the reasoning is free.
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     logprobs: bool | None = None  # say how likely each token was
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place
     return_token_ids: bool | None = None  # see "Token ids" of api.md

@@ -364,6 +364,18 @@ def test_options_of_structured_outputs_may_be_null(parser: WholeParser, name: st
     assert given == parse(parser, structured_outputs={"json": {"type": "object"}}).sampling.grammar
 
 
+def test_tokens_that_are_allowed(parser: WholeParser) -> None:
+    assert parse(parser, allowed_token_ids=[5, 9]).sampling.allowed_token_ids == (5, 9)
+    for fields in (
+        {"allowed_token_ids": [10**9]},
+        {"allowed_token_ids": []},
+        {"allowed_token_ids": [5], "response_format": {"type": "json_object"}},
+    ):
+        with pytest.raises(RequestError) as refused:
+            parse(parser, **fields)
+        assert (refused.value.failure.status, refused.value.failure.param) == (400, "allowed_token_ids")
+
+
 def test_a_template_of_the_requests_own(parser: WholeParser, tokenizer: Tokenizer) -> None:
     trusting = msgspec.structs.replace(parser, chat=ChatFormat("t", tokenizer, trusts_requests=True))
     template = "{% for message in messages %}[{{ message.content }}]{% endfor %}<think>"
