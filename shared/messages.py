@@ -117,6 +117,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     force_nonempty_content: bool = False  # an answer without content or calls has its reasoning as its content
     named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
+    special_tokens: bool = False  # special tokens inside the answer are shown by their names
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):

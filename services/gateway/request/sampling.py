@@ -94,6 +94,7 @@ def resolve_output(request: ChatRequest, thinking: bool, defaults: OutputDefault
         stop_in_reasoning=not separate if request.stop_in_reasoning is None else request.stop_in_reasoning,
         include_reasoning=not hidden,
         separate_reasoning=separate,
+        special_tokens=request.skip_special_tokens is False,
     )
 
 

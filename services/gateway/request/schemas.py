@@ -160,6 +160,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     logprobs: bool | None = None  # say how likely each token was
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place
+    skip_special_tokens: bool | None = None  # false: special tokens inside the answer are shown by their names
     return_token_ids: bool | None = None  # see "Token ids" of api.md
 
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call

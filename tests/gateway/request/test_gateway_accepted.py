@@ -376,6 +376,11 @@ def test_tokens_that_are_allowed(parser: WholeParser) -> None:
         assert (refused.value.failure.status, refused.value.failure.param) == (400, "allowed_token_ids")
 
 
+@pytest.mark.parametrize(("given", "shown"), [(None, False), (True, False), (False, True)])
+def test_special_tokens_are_shown_where_asked(parser: WholeParser, given: bool | None, shown: bool) -> None:
+    assert parse(parser, skip_special_tokens=given).output.special_tokens is shown
+
+
 def test_a_template_of_the_requests_own(parser: WholeParser, tokenizer: Tokenizer) -> None:
     trusting = msgspec.structs.replace(parser, chat=ChatFormat("t", tokenizer, trusts_requests=True))
     template = "{% for message in messages %}[{{ message.content }}]{% endfor %}<think>"
