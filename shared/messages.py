@@ -160,6 +160,9 @@ class Media(msgspec.Struct, frozen=True, omit_defaults=True):
     url: str | None = None
     blob: str | None = None  # key of a blob of kind "media"
     video: VideoOptions = VideoOptions()
+    # Bounds of the pixels that the model sees of an image, or of a frame; None: the server's.
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 class Encode(msgspec.Struct, frozen=True, tag=True):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
-from services.gateway.request.conversation import Message, Tool
+from services.gateway.request.conversation import Frames, Message, Tool
 from services.gateway.request.model_names import MAX_CHARS
 from services.gateway.request.surrogates import replace_lone_surrogates
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
@@ -88,6 +88,20 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
     disable_fallback: bool | None = None  # there is one backend
+
+
+class MediaKwargs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of a request's images and videos, as FastDeploy's server has them. A video's own options win."""
+
+    image_min_pixels: Positive | None = None
+    image_max_pixels: Positive | None = None
+    video_min_pixels: Positive | None = None
+    video_max_pixels: Positive | None = None
+    video_fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
+    video_min_frames: Frames | None = None
+    video_max_frames: Frames | None = None
+    video_target_frames: Frames | None = None
+    video_frames_sample: Literal["leading", "middle", "rand"] | None = None
 
 
 class Thinking(msgspec.Struct, frozen=True):
@@ -190,6 +204,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None  # false: the prompt does not begin the assistant's turn
     chat_template: str | None = None  # the template to use, where the server allows it (`trust_request_chat_template`)
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the template, `enable_thinking` too
+    mm_processor_kwargs: MediaKwargs | None = None  # sizes of images and videos, within the server's bounds; see api.md
     metadata: dict[str, Any] | None = None  # kept by nobody; `enable_thinking` in it is the same
     reasoning_max_tokens: Budget | None = None  # the most tokens of thinking; -1: no limit
     thinking_token_budget: Budget | None = None  # the same, as vLLM has it; 0: no thinking

@@ -36,7 +36,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "top_p_normalized_logprobs": (False,),
     "max_streaming_response_tokens": (1,),
     "mm_hashes": ([],),
-    "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "disaggregate_info": (),
     "kv_transfer_params": (),
