@@ -96,6 +96,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely ones'
     reasoning_max_tokens: int | None = None  # thinking budget; None: unlimited
     grammar: Grammar | None = None  # None: any text
+    allowed_token_ids: tuple[int, ...] = ()  # after the thinking, and no others; (): all
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -116,6 +117,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     force_nonempty_content: bool = False  # an answer without content or calls has its reasoning as its content
     named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
+    special_tokens: bool = False  # special tokens inside the answer are shown by their names
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -158,6 +160,9 @@ class Media(msgspec.Struct, frozen=True, omit_defaults=True):
     url: str | None = None
     blob: str | None = None  # key of a blob of kind "media"
     video: VideoOptions = VideoOptions()
+    # Bounds of the pixels that the model sees of an image, or of a frame; None: the server's.
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 class Encode(msgspec.Struct, frozen=True, tag=True):

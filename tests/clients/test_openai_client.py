@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 from answers import TOOLS, ask, assembled, collected, image, listen, text, user, video
-from openai import AuthenticationError, NotFoundError, OpenAI
+from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from scripted_model import CONTENT_WITHOUT_TOOLS, REASONING
 from system import System, data_url, encoded, file_server, mp4, picture
 
@@ -138,6 +138,25 @@ def test_sampling_fields_change_the_answer(client: OpenAI) -> None:
         options["extra_body"] = {"return_token_ids": True, **options.get("extra_body", {})}
         other = ask(client, QUESTION, **options)
         assert other.choices[0].message.model_extra["completion_token_ids"] != [token]
+
+
+def test_a_request_sets_the_size_of_its_pictures(client: OpenAI) -> None:
+    def seen(most: int) -> int:
+        sizes = {"mm_processor_kwargs": {"image_max_pixels": most}}
+        reply = ask(client, user(image(data_url(PNG, "image/png")), text("Look.")), max_tokens=1, extra_body=sizes)
+        return reply.usage.prompt_tokens_details.image_tokens
+
+    assert (seen(28 * 28 * PICTURE_TOKENS), seen(28 * 28 * 6)) == (PICTURE_TOKENS, 6)
+    with pytest.raises(BadRequestError, match="mm_processor_kwargs asks for"):
+        seen(10**9)
+
+
+def test_an_answer_of_allowed_tokens(client: OpenAI) -> None:
+    allowed = [70, 90, 110]
+    asked = {"allowed_token_ids": allowed, "enable_thinking": False, "return_token_ids": True}
+    [choice] = ask(client, QUESTION, temperature=1, max_tokens=8, extra_body=asked).choices
+    assert choice.finish_reason == "length", "no token that ends an answer is among them"
+    assert set(choice.message.model_extra["completion_token_ids"]) <= set(allowed)
 
 
 # ------------------------------------------------------------------------------------------- a model that is scripted

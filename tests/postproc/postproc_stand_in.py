@@ -33,6 +33,10 @@ class StandIn:
     def vocab_size(self) -> int:
         return len(self._bytes)
 
+    @property
+    def control(self) -> dict[str, int]:
+        return dict(self._names)
+
     def token_id(self, text: str) -> int | None:
         return self._names.get(text)
 

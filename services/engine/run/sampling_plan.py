@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from services.engine.run.grammar_masks import GrammarMasks, Masks, forbid
 from services.engine.run.philox import uniform
+from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.scheduler import Chunk
 from services.engine.schedule.sequence import Ids, Sequence
 
@@ -62,7 +63,7 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
     close_ids: Ids = _NO_IDS
     call_ids: Ids = _NO_IDS
     must_close: Flags = _NO_FLAGS
-    # Rows whose grammar allows only some tokens, and the bits of these.
+    # Rows that allow only some tokens, as a grammar does, and the bits of these.
     masked_rows: Ids = _NO_IDS
     masks: Masks = _NO_MASKS
     # Rows that report log-probabilities, and of how many of the most likely tokens besides the sampled one.
@@ -180,14 +181,25 @@ def _thinking(chunks: Ordered[Chunk]) -> Arrays:
 def _masked(chunks: Ordered[Chunk], grammar_masks: GrammarMasks | None) -> Arrays:
     guided = [(row, c.sequence, c.sequence.open_grammar) for row, c in enumerate(chunks)]
     asked = [(row, sequence, grammar) for row, sequence, grammar in guided if grammar is not None]
-    if not asked:
+    listed = [(row, c.sequence.open_allowed) for row, c in enumerate(chunks)]
+    masks = {row: allowed for row, allowed in listed if allowed is not None}
+    if asked:
+        masks.update(_grammars_masks(asked, grammar_masks))
+    if not masks:
         return {}
+    return {"masked_rows": np.array(list(masks), np.int64), "masks": np.stack(list(masks.values()))}
+
+
+def _grammars_masks(
+    asked: list[tuple[int, Sequence, GrammarState]], grammar_masks: GrammarMasks | None
+) -> dict[int, Masks]:
+    """Return the mask of each row that has a grammar."""
     assert grammar_masks is not None
     masks = grammar_masks.compute([grammar for _, _, grammar in asked])
     for mask, (_, sequence, _) in zip(masks, asked, strict=True):
         if sequence.sampling.ignore_eos:
             forbid(mask, sequence.eos_ids)
-    return {"masked_rows": np.array([row for row, _, _ in asked], np.int64), "masks": masks}
+    return {row: mask for (row, _, _), mask in zip(asked, masks, strict=True)}
 
 
 def _reports(chunks: Ordered[Chunk]) -> Arrays:

@@ -22,6 +22,7 @@ from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack
 from shared.model.config import ModelConfig
 
 Ids = NDArray[np.int64]
+Bits = NDArray[np.uint8]  # [bytes]: bit b of byte i is token 8 i + b
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
@@ -90,10 +91,11 @@ class Sequence:
     stop_ids: frozenset[int]  # tokens that end it
     hides_stops: bool  # inside an open <think>, in which of `stop_ids` only `eos_ids` end it
     think_close_id: int  # </think>
-    thinking: bool  # inside an open <think>, of which a budget or a grammar depends
+    thinking: bool  # inside an open <think>, of which a budget, a grammar or the allowed tokens depend
     budget: ThinkingBudget | None
     seen: SeenTokens | None  # only where a penalty asks
     grammar: GrammarState | None = None  # of the answer after the thinking
+    allowed: Bits | None = None  # tokens of which that consists; there is a grammar or these
     arrival: int = -1  # order of service, given by the scheduler
     num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when the planned steps have run
     in_flight: int = 0  # tokens that planned steps sample and that are not known yet
@@ -136,6 +138,11 @@ class Sequence:
     def ending_ids(self) -> tuple[int, ...]:
         """Tokens that could end it now."""
         return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
+
+    @property
+    def open_allowed(self) -> Bits | None:
+        """The tokens that may come next, where only some may."""
+        return None if self.thinking else self.allowed
 
     @property
     def open_grammar(self) -> GrammarState | None:
@@ -267,12 +274,20 @@ def build(
         budget=budget,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
         grammar=grammar,
+        allowed=_bits(sampling.allowed_token_ids, model.vocab_size) if sampling.allowed_token_ids else None,
         prompt=asked_prompt(message),
         root=root_hash(message.request.cache_salt),
     )
     for token in generated:
         sequence.append(token)
     return sequence
+
+
+def _bits(tokens: Ordered[int], vocab_size: int) -> Bits:
+    """Return a mask of the vocabulary in whole words of 32 bits."""
+    chosen = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    chosen[list(tokens)] = True
+    return np.packbits(chosen, bitorder="little")
 
 
 def _stop_ids(sampling: Sampling, model: ModelConfig) -> frozenset[int]:
@@ -295,14 +310,15 @@ def _hides_stops(message: Generate) -> bool:
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
     """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
 
-    With a grammar, or where a call ends the thinking, there is one without a limit: the answer must not end inside the
-    thinking.
+    With a grammar or allowed tokens, or where a call ends the thinking, there is one without a limit: the answer must
+    not end inside the thinking.
     """
     sampling, output = message.request.sampling, message.request.output
     limit = sampling.reasoning_max_tokens
     unlimited = limit is None or limit < 0
+    restricted = sampling.grammar is not None or bool(sampling.allowed_token_ids)
     closes = output.tools and (output.tool_call_ends_reasoning or sampling.grammar is not None)
-    if not output.thinking or (unlimited and sampling.grammar is None and not closes):
+    if not output.thinking or (unlimited and not restricted and not closes):
         return None
     call_id = facts.tool_call_id if closes else None
     return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)
@@ -327,6 +343,7 @@ def _check_tokens(prompt: Ids, sampling: Sampling, facts: EngineFacts) -> None:
     chosen = {
         "stop_token_ids": sampling.stop_token_ids,
         "logit_bias": tuple(sampling.logit_bias),
+        "allowed_token_ids": sampling.allowed_token_ids,
         "bad_words": tuple(token for word in sampling.bad_words for token in word),
     }
     for field_name, ids in chosen.items():

@@ -331,4 +331,12 @@ def _with_blob_keys(request_id: str, parsed: ParsedRequest) -> Iterable[tuple[st
 
 def _media_message(item: MediaItem, key: str) -> Media:
     blob = None if item.data is None else key
-    return Media(kind=item.kind, param=item.param, url=item.url, blob=blob, video=item.video)
+    return Media(
+        kind=item.kind,
+        param=item.param,
+        url=item.url,
+        blob=blob,
+        video=item.video,
+        min_pixels=item.min_pixels,
+        max_pixels=item.max_pixels,
+    )

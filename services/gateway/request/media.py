@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from urllib.parse import unquote
 
 import msgspec
+from msgspec.structs import asdict, replace
 
 from services.gateway.request.conversation import FilePart, ImagePart, MediaPart, VideoPart, VideoURL
 from services.gateway.request.media_kind import kind_of
-from services.gateway.request.schemas import ChatRequest
+from services.gateway.request.schemas import ChatRequest, MediaKwargs
 from shared.errors import invalid
 from shared.messages import MediaKind, VideoOptions
 
@@ -39,6 +40,8 @@ class MediaItem(msgspec.Struct, frozen=True):
     url: str | None = None
     data: bytes | None = None
     video: VideoOptions = VideoOptions()
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     @property
     def param(self) -> str:
@@ -65,7 +68,7 @@ class MediaRules(msgspec.Struct, frozen=True):
             for j, part in enumerate(message.content)
             if isinstance(part, MediaPart)
         ]
-        items = [self._read_part(part, path) for part, path in parts]
+        items = [_with_sizes(self._read_part(part, path), request.mm_processor_kwargs) for part, path in parts]
         for kind, limit in self.limits.items():
             found = [item for item in items if item.kind == kind]
             if len(found) > limit:
@@ -108,12 +111,12 @@ class MediaRules(msgspec.Struct, frozen=True):
         """Return `item` with its URL or its bytes."""
         where = item.param
         if url[:5].lower() == "data:":
-            return msgspec.structs.replace(item, data=self._decode_upload(item.kind, url, where))
+            return replace(item, data=self._decode_upload(item.kind, url, where))
         if len(url) > MAX_URL_CHARS:
             raise invalid(f"`{where}` has {len(url)} characters; a link may have {MAX_URL_CHARS}.", where)
         if not _LINK.fullmatch(url):
             raise invalid(f"`{where}` must be an http or https link, or a base64 data URL.", where)
-        return msgspec.structs.replace(item, url=url)
+        return replace(item, url=url)
 
     def _decode_upload(self, kind: MediaKind, url: str, where: str) -> bytes:
         head = _data_url(url)
@@ -134,6 +137,25 @@ class MediaRules(msgspec.Struct, frozen=True):
         if _is_of_another_kind(kind, head.media_type, data):
             raise invalid(f"`{where}` has the media type {head.media_type:.100}; it must be {kind}/*.", where)
         return data
+
+
+def _with_sizes(item: MediaItem, sizes: MediaKwargs | None) -> MediaItem:
+    """Return `item` with what the request says of all media of its kind, and the part does not."""
+    if sizes is None:
+        return item
+    if item.kind == "image":
+        return replace(item, min_pixels=sizes.image_min_pixels, max_pixels=sizes.image_max_pixels)
+    options = VideoOptions(
+        fps=sizes.video_fps,
+        min_frames=sizes.video_min_frames,
+        max_frames=sizes.video_max_frames,
+        target_frames=sizes.video_target_frames,
+        frames_sample=sizes.video_frames_sample,
+    )
+    own = {name: value for name, value in asdict(item.video).items() if value is not None}
+    return replace(
+        item, video=replace(options, **own), min_pixels=sizes.video_min_pixels, max_pixels=sizes.video_max_pixels
+    )
 
 
 def _data_url(url: str) -> DataURL | None:

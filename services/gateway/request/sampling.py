@@ -37,6 +37,11 @@ def resolve_sampling(
     budget = thinking_budget(request)
     if max_tokens is not None and min_tokens > max_tokens:
         raise invalid(f"`min_tokens` is {min_tokens}, more than the {max_tokens} tokens allowed.", "min_tokens")
+    grammar = requested_grammar(request, tokenizer.control, thinking)
+    allowed = _check_vocabulary(request.allowed_token_ids or [], tokenizer, "allowed_token_ids")
+    if allowed and grammar is not None:
+        text = f"`allowed_token_ids` and `{grammar.param}` cannot both be given."
+        raise invalid(text, "allowed_token_ids")
     return Sampling(
         seed=secrets.randbits(63) if request.seed in (None, -1) else request.seed % (MAX_SEED + 1),
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
@@ -54,7 +59,8 @@ def resolve_sampling(
         logit_bias=_logit_bias(request, tokenizer),
         logprobs=_logprobs(request),
         reasoning_max_tokens=budget if thinking else None,
-        grammar=requested_grammar(request, tokenizer.control, thinking),
+        grammar=grammar,
+        allowed_token_ids=allowed,
     )
 
 
@@ -88,6 +94,7 @@ def resolve_output(request: ChatRequest, thinking: bool, defaults: OutputDefault
         stop_in_reasoning=not separate if request.stop_in_reasoning is None else request.stop_in_reasoning,
         include_reasoning=not hidden,
         separate_reasoning=separate,
+        special_tokens=request.skip_special_tokens is False,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
-from services.gateway.request.conversation import Message, Tool
+from services.gateway.request.conversation import Frames, Message, Tool
 from services.gateway.request.model_names import MAX_CHARS
 from services.gateway.request.surrogates import replace_lone_surrogates
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
@@ -21,6 +21,7 @@ MAX_STOP_IDS = 64
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_BIASES = 1024
+MAX_ALLOWED_IDS = 8192
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
@@ -89,6 +90,20 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     disable_fallback: bool | None = None  # there is one backend
 
 
+class MediaKwargs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of a request's images and videos, as FastDeploy's server has them. A video's own options win."""
+
+    image_min_pixels: Positive | None = None
+    image_max_pixels: Positive | None = None
+    video_min_pixels: Positive | None = None
+    video_max_pixels: Positive | None = None
+    video_fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
+    video_min_frames: Frames | None = None
+    video_max_frames: Frames | None = None
+    video_target_frames: Frames | None = None
+    video_frames_sample: Literal["leading", "middle", "rand"] | None = None
+
+
 class Thinking(msgspec.Struct, frozen=True):
     """Switch and budget of thinking, as Anthropic's and others' clients send them."""
 
@@ -155,8 +170,11 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     ) = None
     # Added to the logits of tokens, by their ids.
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
+    # Tokens of which the content consists, its end too; the reasoning is free.
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     logprobs: bool | None = None  # say how likely each token was
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place
+    skip_special_tokens: bool | None = None  # false: special tokens inside the answer are shown by their names
     return_token_ids: bool | None = None  # see "Token ids" of api.md
 
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
@@ -186,6 +204,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None  # false: the prompt does not begin the assistant's turn
     chat_template: str | None = None  # the template to use, where the server allows it (`trust_request_chat_template`)
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the template, `enable_thinking` too
+    mm_processor_kwargs: MediaKwargs | None = None  # sizes of images and videos, within the server's bounds; see api.md
     metadata: dict[str, Any] | None = None  # kept by nobody; `enable_thinking` in it is the same
     reasoning_max_tokens: Budget | None = None  # the most tokens of thinking; -1: no limit
     thinking_token_budget: Budget | None = None  # the same, as vLLM has it; 0: no thinking

@@ -39,6 +39,8 @@ class Plan(msgspec.Struct, frozen=True):
 class ImagePlan(Plan, frozen=True, tag=True):
     """Image whose header has been read."""
 
+    pixels: tuple[int, int]  # the fewest and the most that the model sees
+
 
 class VideoPlan(Plan, frozen=True, tag=True):
     """Video whose packets have been counted."""
@@ -77,13 +79,12 @@ class Processor:
         """Return everything besides the bytes that decides the patches of `media`: part of the cache key.
 
         Raises:
-            RequestError: the video's options contradict each other or the server's.
+            RequestError: its options contradict each other or the server's.
         """
-        settings = self._settings
+        pixels = self._pixels(media)
         if media.kind == "image":
-            return _canonical(REVISION, "image", settings.image_min_pixels, settings.image_max_pixels)
+            return _canonical(REVISION, "image", *pixels)
         frames = self._sampling(media.video)
-        pixels = settings.video_min_pixels, settings.video_max_pixels
         return _canonical(REVISION, "video", *pixels, frames, self._own_times, self._font_hash)
 
     def plan(self, media: Media, data: bytes) -> ImagePlan | VideoPlan:
@@ -92,7 +93,7 @@ class Processor:
         Raises:
             RequestError: the media cannot be used, or is over a limit.
         """
-        return self._plan_image(data) if media.kind == "image" else self._plan_video(media, data)
+        return self._plan_image(media, data) if media.kind == "image" else self._plan_video(media, data)
 
     def fill(self, plan: ImagePlan | VideoPlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
         """Decode the media of `plan` into `rows`, which have the plan's shape; return the grid of patches.
@@ -101,18 +102,19 @@ class Processor:
             RequestError: the media is truncated or broken.
         """
         if isinstance(plan, ImagePlan):
-            return self._fill_image(data, rows)
+            return self._fill_image(plan, data, rows)
         return self._fill_video(plan, data, rows)
 
-    def _plan_image(self, data: bytes) -> ImagePlan:
+    def _plan_image(self, media: Media, data: bytes) -> ImagePlan:
         image = open_image(data, self._limits.max_pixels)
         # EXIF may swap the sides; the number of tokens stays.
-        size = self._image_size(image.height, image.width)
-        return ImagePlan(self._tokens(1, *size), self._shape(1, *size), decoding_work(image, data))
+        pixels = self._pixels(media)
+        size = self._resize(image.height, image.width, *pixels)
+        return ImagePlan(self._tokens(1, *size), self._shape(1, *size), decoding_work(image, data), pixels)
 
-    def _fill_image(self, data: bytes, rows: NDArray[np.uint8]) -> Grid:
+    def _fill_image(self, plan: ImagePlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
         image = rgb_pixels(open_image(data, self._limits.max_pixels))
-        height, width = self._image_size(image.height, image.width)
+        height, width = self._resize(image.height, image.width, *plan.pixels)
         fill_rows(rows, resized(image, height, width), self._patch, self._merge)
         return 1, height // self._patch, width // self._patch
 
@@ -130,7 +132,7 @@ class Processor:
         if not indices:
             raise refuse("The video is too short: no frame would be shown.")
         indices += indices[-1:] * (-len(indices) % self._temporal)
-        size = self._video_size(facts.height, facts.width)
+        size = self._resize(facts.height, facts.width, *self._pixels(media))
         tokens, shape = self._tokens(len(indices), *size), self._shape(len(indices), *size)
         work = (max(indices) + 1) * facts.width * facts.height
         return VideoPlan(tokens, shape, work, facts, indices, size)
@@ -158,11 +160,19 @@ class Processor:
         except ValueError as error:
             raise refuse(f"The video's options are invalid: {error}.") from error
 
-    def _image_size(self, height: int, width: int) -> tuple[int, int]:
-        return self._resize(height, width, self._settings.image_min_pixels, self._settings.image_max_pixels)
-
-    def _video_size(self, height: int, width: int) -> tuple[int, int]:
-        return self._resize(height, width, self._settings.video_min_pixels, self._settings.video_max_pixels)
+    def _pixels(self, media: Media) -> tuple[int, int]:
+        """Return the fewest and the most pixels of an image or frame: the request's, within the server's."""
+        settings, kind = self._settings, media.kind
+        if kind == "image":
+            fewest, most = settings.image_min_pixels, settings.image_max_pixels
+        else:
+            fewest, most = settings.video_min_pixels, settings.video_max_pixels
+        low = fewest if media.min_pixels is None else media.min_pixels
+        high = most if media.max_pixels is None else media.max_pixels
+        if not fewest <= low <= high <= most:
+            asked = f"mm_processor_kwargs asks for {kind}_min_pixels = {low} and {kind}_max_pixels = {high}"
+            raise refuse(f"{asked}; this server has them from {fewest} to {most}, the first at most the second.")
+        return low, high
 
     def _resize(self, height: int, width: int, low: int, high: int) -> tuple[int, int]:
         try:

@@ -54,6 +54,7 @@ class Answer:
     """The answer to one request, and the part of it that no delta has carried yet."""
 
     __slots__ = (
+        "_bytes_of",
         "_calls",
         "_content",
         "_detokenizer",
@@ -93,6 +94,7 @@ class Answer:
         self._request_id = request.id
         self._output = output
         self._vocabulary = vocabulary
+        self._bytes_of = vocabulary.bytes_or_name_of if output.special_tokens else vocabulary.bytes_of
         self._detokenizer = Detokenizer()
         self._split = ReasoningSplit(output.thinking and parsers.reasoning and output.separate_reasoning)
         self._shows_reasoning = output.include_reasoning
@@ -244,13 +246,13 @@ class Answer:
             split.begin_content()
             self._show_pieces(calls.read_marker(vocabulary.call_markers[token]))
         else:
-            self._route(self._detokenizer.decode(vocabulary.bytes_of(token)))
+            self._route(self._detokenizer.decode(self._bytes_of(token)))
 
     def _shown(self, token: int, logprob: TokenLogprob) -> ShownLogprob:
         """Return a token's log-probability with the texts and bytes of the tokens in it."""
 
         def text_and_bytes(token: int) -> tuple[str, bytes]:
-            data = self._vocabulary.bytes_of(token)
+            data = self._bytes_of(token)
             return data.decode("utf-8", "replace"), data
 
         top = tuple((*text_and_bytes(other), value) for other, value in logprob.top)

@@ -5,6 +5,7 @@ any more turn into U+FFFD, exactly where bytes.decode("utf-8", "replace") of the
 """
 
 from codecs import utf_8_decode
+from collections.abc import Mapping
 from typing import Protocol
 
 THINK_END = "</think>"
@@ -17,6 +18,9 @@ class TokenBytes(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def control(self) -> Mapping[str, int]: ...
 
     def token_id(self, text: str) -> int | None: ...
 
@@ -33,6 +37,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._bytes = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self._names = {token: name.encode() for name, token in tokenizer.control.items()}
         self.think_end = tokenizer.token_id(THINK_END)
         ids = {marker: tokenizer.token_id(marker) for marker in (CALL_OPEN, CALL_CLOSE)}
         self.call_markers = {token: marker for marker, token in ids.items() if token is not None}
@@ -50,6 +55,10 @@ class Vocabulary:
         None for special tokens and for ids beyond the vocabulary, which a model whose embedding is padded can produce.
         """
         return self._bytes[token] if token < len(self._bytes) else b""
+
+    def bytes_or_name_of(self, token: int) -> bytes:
+        """Return the same, and the name of a special token."""
+        return self.bytes_of(token) or self._names.get(token, b"")
 
 
 class Detokenizer:

@@ -366,6 +366,29 @@ def test_a_grammar_begins_after_the_thinking() -> None:
     assert [s.token for s in sample(logits, sequences)] == [THINK_CLOSE, A, A], "no end inside the thinking"
 
 
+# ---------------------------------------------------------------------------------------------------- allowed tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_drawn(temperature: float) -> None:
+    logits = row(t50=20.0, t97=3.0, t99=1.0, t2=9.0).repeat(4, 1)
+    allowed = sequence([5], allowed_token_ids=(99, 31), temperature=temperature, logit_bias={31: -100.0})
+    guided = sequence([5], grammar=choice("abc"), temperature=temperature)
+    ends = sequence([5], allowed_token_ids=(99, EOS), temperature=0.0)
+    assert [s.token for s in sample(logits, [allowed, guided, sequence([5]), ends])] == [99, A, 50, EOS]
+
+
+def test_thinking_is_free_of_allowed_tokens() -> None:
+    logits = row(t50=20.0, t97=3.0, t2=50.0).repeat(3, 1)
+    states = [[], [50, THINK_CLOSE], [50, THINK_CLOSE, A]]
+    sequences = [sequence([5], generated, allowed_token_ids=(A,), thinking=True) for generated in states]
+    assert [s.token for s in sample(logits, sequences)] == [THINK_CLOSE, A, A], "no end inside the thinking"
+
+
+def test_a_list_of_tokens_does_not_wait_for_the_tokens_before() -> None:
+    assert not sequence([5], allowed_token_ids=(A,)).depends_on_tokens
+
+
 # ---------------------------------------------------------------------------------------------------- logprobs, budget
 
 

@@ -125,6 +125,7 @@ def test_begin_says_the_prompt_to_who_asked_for_token_ids(asked: bool) -> None:
         ([VOCAB], {}, 500, None),
         ([5], {"stop_token_ids": (VOCAB,)}, 400, "stop_token_ids"),
         ([5], {"logit_bias": {-1: 1.0}}, 400, "logit_bias"),
+        ([5], {"allowed_token_ids": (10**9,)}, 400, "allowed_token_ids"),
         ([5], {"bad_words": ((1, VOCAB),)}, 400, "bad_words"),
         ([5], {"bad_words": ((),)}, 400, "bad_words"),
         ([PATCH] * 3, {"spans": (MediaSpan("image", "a", 0, 6, (1, 4, 6)),)}, 500, None),

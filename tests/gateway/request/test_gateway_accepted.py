@@ -16,6 +16,7 @@ from services.gateway.request.schemas import MAX_SEED, ChatRequest, StructuredOu
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
 from shared.errors import RequestError
+from shared.messages import VideoOptions
 from shared.model.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -362,6 +363,42 @@ def test_a_prompt_without_its_generation_part(parser: WholeParser) -> None:
 def test_options_of_structured_outputs_may_be_null(parser: WholeParser, name: str) -> None:
     given = parse(parser, structured_outputs={"json": {"type": "object"}, name: None}).sampling.grammar
     assert given == parse(parser, structured_outputs={"json": {"type": "object"}}).sampling.grammar
+
+
+def test_tokens_that_are_allowed(parser: WholeParser) -> None:
+    assert parse(parser, allowed_token_ids=[5, 9]).sampling.allowed_token_ids == (5, 9)
+    for fields in (
+        {"allowed_token_ids": [10**9]},
+        {"allowed_token_ids": []},
+        {"allowed_token_ids": [5], "response_format": {"type": "json_object"}},
+    ):
+        with pytest.raises(RequestError) as refused:
+            parse(parser, **fields)
+        assert (refused.value.failure.status, refused.value.failure.param) == (400, "allowed_token_ids")
+
+
+@pytest.mark.parametrize(("given", "shown"), [(None, False), (True, False), (False, True)])
+def test_special_tokens_are_shown_where_asked(parser: WholeParser, given: bool | None, shown: bool) -> None:
+    assert parse(parser, skip_special_tokens=given).output.special_tokens is shown
+
+
+def test_sizes_of_media_are_each_kinds_own_and_a_videos_options_win(parser: WholeParser) -> None:
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4", "fps": 1}},
+    ]
+    sizes = {"image_max_pixels": 9000, "video_min_pixels": 4000, "video_fps": 3, "video_max_frames": 20}
+    made = parse(parser, messages=[{"role": "user", "content": parts}], mm_processor_kwargs=sizes)
+    image, video = made.media
+    assert (image.min_pixels, image.max_pixels, image.video) == (None, 9000, VideoOptions())
+    assert (video.min_pixels, video.max_pixels, video.video) == (4000, None, VideoOptions(fps=1, max_frames=20))
+
+
+@pytest.mark.parametrize("sizes", [{"image_max_pixels": 0}, {"spatial_conv_size": 2}, {"video_fps": "fast"}])
+def test_sizes_of_media_that_no_server_has(parser: WholeParser, sizes: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse(parser, mm_processor_kwargs=sizes)
+    assert (refused.value.failure.param or "").startswith("mm_processor_kwargs")
 
 
 def test_a_template_of_the_requests_own(parser: WholeParser, tokenizer: Tokenizer) -> None:

@@ -92,6 +92,7 @@ async def test_a_template_of_a_request_harms_nobody(name: str) -> None:
 
 async def test_others_are_rendered_while_templates_hang() -> None:
     async with running() as renderer:
+        await renderer.start()
         hanging = [asyncio.create_task(failure_of(renderer, conversation(own=LOOPS))) for _ in range(2)]
         assert await renderer.render(conversation()) == "[Hi]"
         assert not any(task.done() for task in hanging)

@@ -109,6 +109,21 @@ def test_a_token_with_no_text_makes_no_delta() -> None:
 # ------------------------------------------------------------------------------------------------ the end
 
 
+@pytest.mark.parametrize(("named", "content"), [(False, "ab"), (True, "a</s>b")])
+def test_special_tokens_are_named_where_asked(named: bool, content: str) -> None:
+    tokenizer = StandIn([b"a", b"b"])
+    asked = request(thinking=False, special_tokens=named, logprobs=True)
+    answer = Answer(asked, Vocabulary(tokenizer), Parsers())
+    answer.begin = BEGIN
+    for token in tokenizer.tokens([b"a", "</s>", b"b"]):
+        answer.push_token(token, TokenLogprob(-1.0, ()))
+    answer.push_stop_token(EOS)
+    answer.apply_finish(Finish("stop"))
+    delta = answer.take_delta()
+    assert delta is not None
+    assert (delta.content, "".join(shown.token for shown in delta.logprobs)) == (content, content)
+
+
 def test_usage_of_a_finished_request() -> None:
     text = "ab</think>cd"
     shown = run(text, every_byte(text))
