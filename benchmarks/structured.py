@@ -1,10 +1,18 @@
 """Structured output: how long grammars take to compile and their masks to compute, and what guided rows cost a step.
 
-    python -m benchmarks.structured                  # the CPU, with a small model of the real vocabulary's size
-    python -m benchmarks.structured --device cuda    # the whole model with random weights, and captured steps
+    python -m benchmarks.structured [--output FILE]              # a small model of the real vocabulary's size
+    python -m benchmarks.structured --device cuda --output FILE  # the whole model in wint4, and captured steps
 
-The library is measured by itself first, over a tokenizer of the model's size. Then steps are: without a grammar, with
-one for every row, and with one for an eighth of the rows; the last two as a share of the first.
+Weights are random. The library is measured by itself first, over a tokenizer of the model's size. Then decode steps:
+without a grammar, with one for every row, and with one for an eighth of the rows, in turns, so that a machine that is
+busy for a while is busy for all three. A GPU needs 80 GB and takes some two minutes. Asserts nothing; the file is
+written after each part. Packages:
+llguidance, msgspec, redis, hiredis, prometheus-client, tokenizers, sentencepiece, safetensors, torch, triton.
+
+  library                       ms to compile a random schema, us of a mask and of a token, one thread
+  steps.<rows>.step_ms          of batches without guided rows, of them alone, with an eighth of them: median of rounds
+  steps.<rows>.share            the last two over the first
+  steps.<rows>.masks_ms         all masks of a step, each somewhere else in its grammar, on the engine's threads
 """
 
 import argparse
@@ -14,6 +22,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +42,7 @@ from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_weights
-from services.engine.run.assembly import runner_for
+from services.engine.run.assembly import MASK_THREADS, runner_for
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.grammar_state import GrammarState
@@ -50,7 +60,7 @@ ROWS = (1, 8, 64)
 SCHEMAS = 200
 WALK = 100  # tokens followed in each grammar
 PROMPT = 128  # tokens
-RUNS = {"cpu": 1, "cuda": 3}
+ROUNDS = 3  # of a run of each kind
 LENGTH = {"cpu": 24, "cuda": GENERATED}  # tokens of an answer
 SMALL = replace(
     CONFIG, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64,
@@ -91,49 +101,48 @@ def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
     return {"type": kind} | ({"maxLength": rng.randint(4, 200)} if kind == "string" and rng.random() < 0.5 else {})
 
 
-def measure_library(compiler: GrammarCompiler) -> dict[str, float]:
+def measure_library(compiler: GrammarCompiler) -> dict[str, dict[str, float]]:
     """Return milliseconds to compile, and microseconds of a mask and of a token."""
     rng = random.Random(0)
-    compiled: list[float] = []
-    masks: list[float] = []
-    tokens: list[float] = []
+    compiled, masks, tokens = list[float](), list[float](), list[float]()
     for _ in range(SCHEMAS):
         text = forms.write(forms.json_schema(random_schema(rng)), thinking=True)
         started = time.perf_counter()
         matcher = compiler.compile(text)
         compiled.append(1e3 * (time.perf_counter() - started))
-        _walk(matcher, rng, masks, tokens)
-    return {
-        **_quantiles("compile_ms", compiled),
-        **_quantiles("mask_us", masks),
-        **_quantiles("token_us", tokens),
-    }
+        for mask_s, token_s in _walk(matcher, rng, WALK):
+            masks.append(1e6 * mask_s)
+            tokens.append(1e6 * token_s)
+    return {"compile_ms": _quantiles(compiled), "mask_us": _quantiles(masks), "token_us": _quantiles(tokens)}
 
 
-def _walk(matcher: LLMatcher, rng: random.Random, masks: list[float], tokens: list[float]) -> None:
-    for _ in range(WALK):
+def _walk(matcher: LLMatcher, rng: random.Random, steps: int) -> list[tuple[float, float]]:
+    """Append tokens that the grammar allows, up to its end; return the seconds of each one's mask and of itself."""
+    times = []
+    for _ in range(steps):
+        if matcher.is_stopped():
+            break
         started = time.perf_counter()
         mask = matcher.compute_bitmask()
-        masks.append(1e6 * (time.perf_counter() - started))
+        masked = time.perf_counter()
         token = int(rng.choice(np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))))
-        started = time.perf_counter()
+        drawn = time.perf_counter()
         assert matcher.consume_token(token), matcher.get_error()
-        tokens.append(1e6 * (time.perf_counter() - started))
-        if matcher.is_stopped():
-            return
+        times.append((masked - started, time.perf_counter() - drawn))
+    return times
 
 
-def _quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
     p50, p99 = np.percentile(values, [50, 99])
-    found = {"p50": float(p50), "p99": float(p99), "max": max(values)}
-    return {f"{name}_{quantile}": round(value, 2) for quantile, value in found.items()}
+    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "max": round(max(values), 3)}
 
 
 class Bench:
     """The engine's loop over a model with random weights."""
 
     def __init__(self, device: str, compiler: GrammarCompiler) -> None:
-        self._device, on_gpu = device, device == "cuda"
+        self._length = LENGTH[device]
+        on_gpu = device == "cuda"
         config, dtype = (CONFIG, torch.bfloat16) if on_gpu else (SMALL, torch.float32)
         quantization = "wint4" if on_gpu else None
         where = torch.device(device)
@@ -146,11 +155,14 @@ class Bench:
         self._runner, self._blocks = runner_for(ErnieModel(config, weights, operations(device)), config, self._settings)
         self._text = forms.write(forms.json_schema(ENDLESS), thinking=False)
         self._matcher = compiler.compile(self._text)
-        self._run(1, 1)  # compiles what was not captured
 
-    def step_ms(self, rows: int, guided: int) -> float:
-        """Return the median time of a decode step of `rows` sequences, of which `guided` follow a grammar."""
-        return statistics.median(self._run(rows, guided) for _ in range(RUNS[self._device]))
+    def step_ms(self, rows: int) -> dict[str, float]:
+        """Return the median time of a decode step of `rows` sequences, by how many of them follow a grammar."""
+        kinds = {"none": 0, "all": rows, "eighth": max(1, rows // 8)}
+        for guided in kinds.values():
+            self._run(rows, guided)  # compiles what was not captured
+        rounds = [{kind: self._run(rows, guided) for kind, guided in kinds.items()} for _ in range(ROUNDS)]
+        return {kind: statistics.median(times[kind] for times in rounds) for kind in kinds}
 
     def _run(self, rows: int, guided: int) -> float:
         settings, mailbox = self._settings, Mailbox()
@@ -169,53 +181,79 @@ class Bench:
         sampling = Sampling(seed=index, temperature=1.0, ignore_eos=True, grammar=grammar)
         request = Request(f"{index:016x}", "bench", 0, 0.0, sampling, Output(thinking=False))
         state = GrammarState(self._matcher.deep_copy()) if guided else None
-        return build(Generate(request, pack_ids(prompt), LENGTH[self._device], ()), 1, (), (), self._facts, state)
+        return build(Generate(request, pack_ids(prompt), self._length, ()), 1, (), (), self._facts, state)
 
-    def masks_ms(self, rows: int) -> float:
-        """Return the time of the masks of `rows` sequences at the beginning of their records."""
-        masks = GrammarMasks(self._facts.model.vocab_size, min(usable_cores(), 8))
-        states = [GrammarState(self._matcher.deep_copy()) for _ in range(rows)]
-        times = []
-        for _ in range(20):
+    def masks_ms(self, rows: int) -> dict[str, float]:
+        """Return the time of the masks of a step of `rows` sequences, by the library alone."""
+        masks = GrammarMasks(self._facts.model.vocab_size, min(usable_cores(), MASK_THREADS))
+        rng, times = random.Random(0), list[float]()
+        matchers = [self._matcher.deep_copy() for _ in range(rows)]
+        for matcher in matchers:
+            _walk(matcher, rng, rng.randrange(WALK))
+        for _ in range(WALK):
             started = time.perf_counter()
-            masks.compute(states)
+            masks.compute([GrammarState(matcher) for matcher in matchers])
             times.append(1e3 * (time.perf_counter() - started))
-        return statistics.median(times)
+            for matcher in matchers:
+                _walk(matcher, rng, 1)
+        return _quantiles(times)
 
 
-def measure_steps(bench: Bench) -> list[dict[str, float]]:
-    found = []
-    for rows in ROWS:
-        plain, all_guided, some = (bench.step_ms(rows, guided) for guided in (0, rows, max(1, rows // 8)))
-        found.append(
-            {
-                "rows": rows,
-                "step_ms": round(plain, 3),
-                "guided_step_ms": round(all_guided, 3),
-                "guided_share": round(all_guided / plain, 3),
-                "eighth_guided_share": round(some / plain, 3),
-                "masks_ms": round(bench.masks_ms(rows), 3),
-            }
-        )
-        print(json.dumps(found[-1]), flush=True)
-    return found
+def measure_steps(bench: Bench, rows: int) -> dict[str, Any]:
+    step_ms = bench.step_ms(rows)
+    return {
+        "step_ms": {kind: round(each, 3) for kind, each in step_ms.items()},
+        "share": {kind: round(step_ms[kind] / step_ms["none"], 3) for kind in ("all", "eighth")},
+        "masks_ms": bench.masks_ms(rows),
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return where and with what was measured."""
+    packages = ("torch", "llguidance", *(("triton",) if device == "cuda" else ()))
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {usable_cores():g} cores",
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+class Report:
+    """The figures so far, in a file and on standard output."""
+
+    def __init__(self, path: Path | None, result: dict[str, Any]) -> None:
+        self._path, self.result, self._started = path, result, time.perf_counter()
+        self.say(json.dumps(result))
+
+    def say(self, line: str) -> None:
+        print(f"{time.perf_counter() - self._started:6.1f} s  {line}", flush=True)
+
+    def add(self, part: dict[str, Any], name: str, figures: Any) -> None:
+        part[name] = figures
+        self.say(f"{name}: {json.dumps(figures)}")
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="a file for the figures as JSON")
+    parser.add_argument("--output", type=Path, help="the JSON file")
     args = parser.parse_args()
+    report = Report(args.output, environment(args.device))
     with tempfile.TemporaryDirectory(prefix="millrace-") as scratch:
         write_tokenizer(Path(scratch), CONFIG.vocab_size)
         tokenizer = Tokenizer.load(Path(scratch))
     started = time.perf_counter()
     compiler = GrammarCompiler(tokenizer, CONFIG.vocab_size, CONFIG.eos_ids)
-    result: dict[str, Any] = {"vocabulary_s": round(time.perf_counter() - started, 2)} | measure_library(compiler)
-    print(json.dumps(result), flush=True)
-    result["steps"] = measure_steps(Bench(args.device, compiler))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    report.add(report.result, "vocabulary_s", round(time.perf_counter() - started, 2))
+    report.add(report.result, "library", measure_library(compiler))
+    report.say("loading the model")
+    bench = Bench(args.device, compiler)
+    steps: dict[str, Any] = report.result.setdefault("steps", {})
+    for rows in ROWS:
+        report.say(f"measuring steps of {rows} rows")
+        report.add(steps, str(rows), measure_steps(bench, rows))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.engine.kernels.reference.argmax import argmax
+from services.engine.kernels.reference.mask_logits import mask_logits
 from services.engine.kernels.reference.pick import pick
 from services.engine.kernels.reference.threshold import threshold
 
@@ -16,5 +17,6 @@ class SamplingOps:
     draw the same tokens from the same probabilities."""
 
     argmax: Callable[[Tensor], Tensor] = argmax
+    mask_logits: Callable[[Tensor, Tensor, Tensor], None] = mask_logits
     threshold: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = threshold
     pick: Callable[[Tensor, Tensor, Tensor], Tensor] = pick

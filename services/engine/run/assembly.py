@@ -17,7 +17,8 @@ from shared.errors import ConfigError
 from shared.model.config import ModelConfig
 
 MIN_BLOCK_SIZE = 16  # keys of a matrix instruction
-MASK_THREADS = 8  # the most for grammars' masks; 64 take each a few tenths of a millisecond
+# The most for grammars' masks, where these take long. Eight took longer than four in a virtual machine.
+MASK_THREADS = 4
 
 
 def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
@@ -56,4 +57,4 @@ def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:
     from services.engine.kernels.triton.ops import gpu_sampling_ops  # Triton exists for Linux only
 
     ops = gpu_sampling_ops()
-    return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax)
+    return ops if wanted == "rejection" else SamplingOps(argmax=ops.argmax, mask_logits=ops.mask_logits)

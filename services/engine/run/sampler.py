@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.kernels.reference.mask_logits import bit_penalties, mask_logits
 from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.run.download import Download
 from services.engine.run.sampling_plan import SamplingPlan, heaviest
@@ -72,7 +71,6 @@ class Sampler:
         self._ops = ops
         # A Python number would be copied to the device at each use, with a wait.
         self._banned = torch.tensor(BANNED, device=device)
-        self._bit_penalties = bit_penalties(device)
 
     def draw(self, logits: Tensor, plan: SamplingPlan) -> Drawn:
         """Draw one token for each row. Returns while the device computes.
@@ -113,7 +111,7 @@ class Sampler:
             logits[on_device["bad_rows"], on_device["bad_tokens"]] = self._banned
         if "masks" in on_device:
             # Last, and with minus infinity: where all that a grammar allows is banned, a grammar's token is drawn.
-            mask_logits(logits, on_device["masked_rows"], on_device["masks"], self._bit_penalties)
+            self._ops.mask_logits(logits, on_device["masked_rows"], on_device["masks"])
 
     def _draw(self, logits: Tensor, plan: SamplingPlan, on_device: DeviceArrays) -> Tensor:
         """Return [R] token ids."""

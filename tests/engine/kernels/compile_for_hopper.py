@@ -29,7 +29,7 @@ from services.engine.kernels.triton.moe import (
     router,
     sort,
 )
-from services.engine.kernels.triton.sampling import pick, threshold
+from services.engine.kernels.triton.sampling import mask_logits, pick, threshold
 
 AFTER_WGMMA = "wgmma.wait_group.sync.aligned 0; mov"
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
@@ -84,6 +84,7 @@ def sampling() -> None:
     probs, zeros = torch.zeros(2, 103424), torch.zeros(2)
     threshold.threshold(probs, zeros, zeros.long(), zeros.double())
     pick.pick(probs, zeros, zeros.double())
+    mask_logits.mask_logits(probs, zeros.long(), torch.zeros(2, 12928, dtype=torch.uint8))
 
 
 def decode(sequences: int) -> None:

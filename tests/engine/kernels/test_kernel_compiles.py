@@ -19,7 +19,7 @@ def test_kernels_compile_for_hopper() -> None:
         [sys.executable, SCRIPT], cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    sampling = {"_tally_kernel", "_threshold_kernel", "_slices_kernel", "_find_kernel"}
+    sampling = {"_tally_kernel", "_threshold_kernel", "_slices_kernel", "_find_kernel", "_mask_kernel"}
     decode = {"_qkv_kernel", "_decode_kernel", "_merge_kernel", "_unsplit_kernel", "_linear_kernel", "_rotate_kernel"}
     block = {
         "_rotary_tables_kernel",

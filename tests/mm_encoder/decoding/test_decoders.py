@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,11 @@ def children() -> set[int]:
     """Return our child processes, zombies too."""
     if sys.platform != "linux":
         return set()
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # it has ended since
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
 
 
 async def decode(decoders: Decoders, data: bytes, kind: MediaKind = "image") -> Patches:

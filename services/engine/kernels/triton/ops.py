@@ -10,6 +10,7 @@ from services.engine.kernels.triton.dense.mlp import linear_add_norm, mlp_add_no
 from services.engine.kernels.triton.dense.rms_norm import rms_norm
 from services.engine.kernels.triton.moe.moe import linear_moe_add_norm
 from services.engine.kernels.triton.sampling.argmax import argmax
+from services.engine.kernels.triton.sampling.mask_logits import mask_logits
 from services.engine.kernels.triton.sampling.pick import pick
 from services.engine.kernels.triton.sampling.threshold import threshold
 
@@ -30,4 +31,4 @@ def gpu_ops() -> Ops:
 
 def gpu_sampling_ops() -> SamplingOps:
     """Return Triton's sampling operations."""
-    return SamplingOps(argmax=argmax, threshold=threshold, pick=pick)
+    return SamplingOps(argmax=argmax, mask_logits=mask_logits, threshold=threshold, pick=pick)
