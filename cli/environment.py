@@ -73,6 +73,7 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     if "OMP_NUM_THREADS" not in plain:  # which torch reads: a number that somebody chose for both
         given.setdefault(_variable("torch_threads"), str(compute_threads(usable_cores(), len(COMPUTE_SERVICES))))
     only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port", "metrics_port")}
+    only_gateway[_variable("metrics_host")] = given.get(_variable("metrics_host"), launch.host)
     known = {
         service: {_variable(name) for name in settings.__struct_fields__} for service, settings in SETTINGS.items()
     }

@@ -61,6 +61,7 @@ CHART = {
     "name": "the pod's name",
     "namespace": "`settings.namespace`",
     "metrics_port": "8181",
+    "metrics_host": "0.0.0.0",
     "drain_s": "`SERVICE.drainSeconds`",
     "host": "0.0.0.0",
     "port": "8180",

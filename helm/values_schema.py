@@ -28,7 +28,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "postproc": PostprocSettings,
 }
 # Settings that the chart sets from other values; the last is for tests.
-OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "drain_s"}
+OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "metrics_host", "drain_s"}
 OWNED |= {"host", "port", "served_model_names", "api_keys", "device", "crash_at"}
 COMMON = frozenset(CommonSettings.__struct_fields__)
 OF_ONE_SERVICE = ("log_level",)  # common settings that may differ between services

@@ -39,6 +39,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     namespace: str = "millrace"  # prefix of every key in Redis; deployments that share one need their own
     name: str = ""  # replica name; empty: hostname and process id
     metrics_port: Port = 0  # port of GET /metrics; 0: none
+    metrics_host: str = "0.0.0.0"  # the address it listens on
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe that is logged
     lease_ms: Positive = 3000  # a replica that has not renewed for this long is dead
     drain_s: Annotated[float, Meta(ge=0)] = 30.0  # from SIGTERM to the end of work; a pod's grace period less preStop

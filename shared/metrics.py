@@ -23,8 +23,8 @@ _hops = Histogram(
 )
 
 
-def serve(port: int) -> Callable[[], None]:
-    """Serve GET /metrics on `port` from a thread; do nothing for 0. Returns a function that stops it.
+def serve(port: int, host: str = "0.0.0.0") -> Callable[[], None]:
+    """Serve GET /metrics on `port` of `host` from a thread; do nothing for 0. Returns a function that stops it.
 
     Raises:
         ConfigError: the port cannot be listened on.
@@ -32,9 +32,9 @@ def serve(port: int) -> Callable[[], None]:
     if port == 0:
         return lambda: None
     try:
-        server, thread = start_http_server(port, registry=_registry())
+        server, thread = start_http_server(port, host, registry=_registry())
     except OSError as error:
-        raise ConfigError(f"MILLRACE_METRICS_PORT: cannot listen on {port}: {error.strerror}") from error
+        raise ConfigError(f"MILLRACE_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}") from error
 
     def stop() -> None:
         server.shutdown()

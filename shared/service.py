@@ -84,7 +84,7 @@ def launch(
         loaded = config.load(settings, environ)
         log.setup(name, loaded.name, loaded.log_level)
         crash_points.arm(loaded.crash_at)
-        metrics.serve(loaded.metrics_port)
+        metrics.serve(loaded.metrics_port, loaded.metrics_host)
         redis = connect(loaded.redis_url, loaded.auth_patience_s)
         traces = tracing.start(name, loaded)
         service = build(loaded, redis, tracing=traces)

@@ -22,11 +22,17 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.completions import ChatCompletions
+from services.gateway.http.connections import (
+    ConnectionLimits,
+    Connections,
+    affordable_connections,
+    raise_file_limit,
+)
 from services.gateway.http.edge import Edge
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
 from services.gateway.http.resume import Resumption
-from services.gateway.http.server import Server, bind
+from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.inbox import Inbox
 from services.gateway.inflight.pipeline import Pipeline, PipelineOptions
@@ -63,6 +69,7 @@ def build(settings: GatewaySettings, redis: Redis, *, tracing: Tracing = OFF) ->
         CheckpointError: the model directory lacks a file that the gateway reads.
         ConfigError: a setting is invalid, or the port is in use.
     """
+    raise_file_limit()
     return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S, tracing)
 
 
@@ -120,7 +127,11 @@ def compose(
         grammars=grammars,
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
-        server=Server(Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing), listener),
+        server=Server(
+            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing),
+            listener,
+            _connections(settings, metrics),
+        ),
         metrics=metrics,
         tick_s=tick_s,
         watch_s=tick_s,
@@ -152,6 +163,15 @@ def _pipeline(
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), metrics.rejections)
+
+
+def _connections(settings: GatewaySettings, metrics: GatewayMetrics) -> Connections:
+    total = affordable_connections(settings.max_connections)
+    if total < settings.max_connections:
+        fields = {"max_connections": total, "wanted": settings.max_connections}
+        logger(__name__).warning("fewer connections than set: this process may not open more files", extra=fields)
+    limits = ConnectionLimits(total, settings.max_connections_per_address, settings.head_timeout_s, KEEP_ALIVE_S)
+    return Connections(limits, metrics.connections, metrics.connections_closed)
 
 
 def _fingerprint(directory: Path) -> str:

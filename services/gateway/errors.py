@@ -12,6 +12,7 @@ RETRY_AFTER_S = 1  # for conditions that pass soon: too many requests, draining,
 TIMED_OUT = Failure(504, "The request took too long and was cancelled.", type="timeout_error", code="timeout")
 SHUTTING_DOWN = Failure(503, "The server is shutting down.", type="server_error", code="shutting_down")
 QUEUE_DOWN = Failure(503, "The request queue cannot be reached.", type="api_connection_error", code="connection_error")
+NO_FILES = Failure(503, "The server has too many files open.", type="server_error", code="overloaded")
 LOST = Failure(
     503,
     "The server lost this request and cannot go on with it; send it again.",

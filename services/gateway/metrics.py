@@ -59,6 +59,16 @@ class GatewayMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.connections = Gauge(
+            "millrace_connections", "Open HTTP connections", registry=registry, multiprocess_mode="livesum"
+        )
+        self.connections_closed = Counter(
+            "millrace_connections_closed",
+            "Connections that were closed: overdue, not HTTP, or to make room; or refused for want of room",
+            ("reason",),
+            registry=registry,
+        )
+        at_zero(self.connections_closed, "timeout", "invalid", "evicted", "refused")
         self.open = Gauge(
             "millrace_open_requests",
             "Chat requests being answered",

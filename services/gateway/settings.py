@@ -37,6 +37,10 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429
     max_n: Positive = 8  # choices that one request may ask for
+    max_connections: Positive = 4096  # open connections; an idle one is closed for a new one, else 503
+    # The same from one address, else 429; a proxy in front of the gateway is one address.
+    max_connections_per_address: Positive = 1024
+    head_timeout_s: Seconds = 15.0  # how long a client may take to send the head of a request
     max_body_bytes: Positive = 128 << 20  # the longest request body; longer ones are answered 413
     # The most bytes of a body beside its uploads (data URLs), escapes included.
     max_text_bytes: Positive = 32 << 20

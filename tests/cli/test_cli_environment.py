@@ -41,6 +41,13 @@ def own(environ: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith("MILLRACE_")}
 
 
+def test_metrics_listen_where_the_api_does(model: Path) -> None:
+    for environ, host in (({}, "127.0.0.2"), ({"MILLRACE_METRICS_HOST": "127.0.0.3"}, "127.0.0.3")):
+        told = environments(launch(model, "--host", "127.0.0.2"), URL, environ)
+        gateway = config.load(GatewaySettings, own(told["gateway"]))
+        assert (gateway.host, gateway.metrics_host) == ("127.0.0.2", host)
+
+
 def test_each_service_is_told_what_it_has_a_setting_for(model: Path) -> None:
     arguments = ["--max-num-seqs", "4", "--max-model-len", "100", "--port", "7000", "--metrics-port", "7001"]
     arguments += ["--limit-mm-per-prompt", '{"image": 5}', "--mm-processor-kwargs", '{"image_max_pixels": 100000}']

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def test_serves_what_was_counted(unused_port: int) -> None:
         assert "millrace_test_things_total 3.0" in scrape(unused_port)
         with pytest.raises(ConfigError, match="MILLRACE_METRICS_PORT"):
             metrics.serve(unused_port)
+    finally:
+        stop()
+
+
+def test_another_address_does_not_answer(unused_port: int) -> None:
+    stop = metrics.serve(unused_port, "127.0.0.2")
+    try:
+        with pytest.raises(urllib.error.URLError):
+            scrape(unused_port)
+        with urllib.request.urlopen(f"http://127.0.0.2:{unused_port}/metrics", timeout=PATIENCE_S) as response:
+            assert response.status == 200
     finally:
         stop()
 

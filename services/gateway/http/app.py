@@ -1,5 +1,6 @@
 """FastAPI application: the routes, and the responses to their errors."""
 
+import errno
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.errors import QUEUE_DOWN, UNEXPECTED, error_response, http_failure
+from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure
 from services.gateway.http.completions import ChatCompletions
 from services.gateway.http.resume import Resumption
 from services.gateway.request.model_names import ModelNames
@@ -131,6 +132,12 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RedisError)
     async def unreachable(_request: Request, _error: RedisError) -> Response:
         return error_response(QUEUE_DOWN)
+
+    @app.exception_handler(OSError)
+    async def exhausted(_request: Request, error: OSError) -> Response:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise error
+        return error_response(NO_FILES)
 
     @app.exception_handler(Exception)
     async def unexpected(_request: Request, _error: Exception) -> Response:

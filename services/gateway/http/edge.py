@@ -14,11 +14,12 @@ from services.gateway.console.routes import ASSETS
 from services.gateway.errors import UNAUTHORIZED, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
+from services.gateway.http.protocol import HEALTH_PATHS
 from services.gateway.metrics import GatewayMetrics
 from shared.tracing import OFF, Span, Tracing
 
 # All other paths need a key, including those that do not exist.
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", *ASSETS})
+OPEN_PATHS = HEALTH_PATHS | frozenset(ASSETS)
 MODEL_PATH = "/v1/models/"
 CHAT_PATH = "/v1/chat/completions/"
 

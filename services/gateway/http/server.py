@@ -4,50 +4,29 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from services.gateway.http.connections import Connections
+from services.gateway.http.protocol import BoundedProtocol
 from shared.config import variable
 from shared.errors import ConfigError
 
-MAX_HEAD_BYTES = 512 << 10  # above two reads of the socket: a body may arrive in the same read as the head
 KEEP_ALIVE_S = 75  # longer than load balancers in front of us keep an idle connection
 CLOSE_S = 5  # limit on writing the last bytes of answers that were ended
 BACKLOG = 2048
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a limit on the size of a request's head, which uvicorn itself does not bound."""
-
-    _head_bytes = 0
-    _in_head = True
-
-    def on_message_begin(self) -> None:
-        self._head_bytes, self._in_head = 0, True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("Request head too large.")
-
-
 class Server(uvicorn.Server):
     """uvicorn's server. `listening` is set once it listens; signals are left to the process."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, connections: Connections) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedProtocol,
+                http=partial(BoundedProtocol, connections=connections),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -60,10 +39,15 @@ class Server(uvicorn.Server):
         )
         self.listening = asyncio.Event()
         self._listener = listener
+        self._connections = connections
 
     async def run_until_stopped(self) -> None:
         """Serve until `should_exit`."""
         await self.serve(sockets=[self._listener])
+
+    async def on_tick(self, counter: int) -> bool:
+        self._connections.close_overdue()
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -808,7 +808,7 @@ async def test_a_body_that_does_not_come(checkpoint: Path, redis_url: str) -> No
 async def test_headers_without_end_are_refused(server: Running) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
     writer.write(b"GET /ping HTTP/1.1\r\nx: " + b"a" * (2 << 20))
-    assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 431")
     writer.close()
 
 

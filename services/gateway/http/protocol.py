@@ -1,0 +1,193 @@
+"""HTTP protocol of one connection: uvicorn's, with bounds on heads, trailers, pipelined requests, and waiting."""
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from httptools import HttpRequestParser
+from starlette.responses import Response
+from starlette.types import ASGIApp
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from services.gateway.errors import error_response
+from services.gateway.http.connections import Connections, network_of
+from shared.errors import Failure
+
+# Paths that are answered whatever state the server is in.
+HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+MAX_HEAD_BYTES = 64 << 10  # also of what else is no body: trailers, and framing without a byte in it
+MAX_HEADERS = 256
+MAX_PIPELINED = 16
+
+_SLICE = 64 << 10
+_INVALID = Failure(400, "This is no valid HTTP request.", code="invalid_http")
+_HEAD_TOO_LARGE = Failure(
+    431,
+    f"A request's head and its trailers may have {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} fields each.",
+    code="head_too_large",
+)
+
+
+class TooManyHeadersError(Exception):
+    """Head or trailers of too many fields."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. What is wrong with HTTP itself is answered in OpenAI's form, too."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        connections: Connections,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.address = ""
+        self._registry = connections
+        self._refusal: Failure | None = None  # of every request on this connection
+        self._in_message = False  # a request has begun, and has not arrived to its end
+        self._in_head = False
+        self._no_body_bytes = 0  # since the message began, or since its last byte of body
+        self._fields = 0
+        self._running: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait for this one
+        self._piece = b""  # what the parser was given last
+        self._replays = False  # the parser is given the head of a request again
+        self._discards = False  # an answer to what is no HTTP has been sent: nothing is read any more
+
+    # ------------------------------------------------------------------------------------------- the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.address = network_of(self.client[0]) if self.client else ""
+        self._refusal = self._registry.enter(self)
+        self._update()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._registry.leave(self)
+        super().connection_lost(exc)
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), _SLICE):
+            if self._discards or self.transport.is_closing():
+                return
+            piece = data[start : start + _SLICE]
+            self._no_body_bytes += len(piece)
+            self._piece = piece
+            super().data_received(piece)
+            if self._no_body_bytes > MAX_HEAD_BYTES and not self._discards:
+                self._refuse(_HEAD_TOO_LARGE)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(_HEAD_TOO_LARGE if self._fields > MAX_HEADERS else _INVALID)
+
+    def _refuse(self, failure: Failure) -> None:
+        """Answer what is no request, and read nothing more. The client may close, once it has read that."""
+        self._discards = True
+        if self._is_busy() or not self.transport.can_write_eof():
+            self._registry.close_invalid(self)
+            return
+        self.transport.write(_raw(error_response(failure, {"connection": "close"})))
+        self.transport.write_eof()  # not close: with bytes of the client unread, that would reset what we wrote
+        self._registry.wait(self, self._registry.limits.head_s)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Go on with HTTP/1.1 after a head that offers another protocol, as Java's client does in every request.
+
+        The parser takes what follows for that protocol. A new one is told only how long the body is.
+        """
+        upgrade = sys.exception()
+        assert upgrade is not None
+        rest = self._piece[upgrade.args[0] :]
+        framing = (field for field in self.headers if field[0] in (b"content-length", b"transfer-encoding"))
+        self.parser = HttpRequestParser(self)
+        self._replays = True
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + _lines(framing) + b"\r\n")
+        if rest:
+            super().data_received(rest)
+
+    # ------------------------------------------------------------------------------------------- the parser's calls
+
+    def on_message_begin(self) -> None:
+        if self._replays:
+            return
+        super().on_message_begin()
+        self._in_message = self._in_head = True
+        self._no_body_bytes = self._fields = 0
+        self._update()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._replays:
+            return
+        self._fields += 1
+        if self._fields > MAX_HEADERS:
+            raise TooManyHeadersError
+        if self._in_head:  # trailers say nothing to us
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._replays:
+            self._replays = False
+            return
+        self._in_head, self._fields = False, 0
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED and not self.transport.is_closing():
+            self._registry.close_invalid(self)
+        elif self.pipeline:
+            self.flow.resume_reading()  # a client that leaves is noticed by reading alone
+        self._update()
+
+    def on_body(self, body: bytes) -> None:
+        self._no_body_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # so it seems to the parser; the body is still to come
+        super().on_message_complete()
+        self._in_message = False
+        self._update()
+
+    # ------------------------------------------------------------------------------------------- requests
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._update()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        if self._refusal is not None:
+            cycle.keep_alive = False
+            if cycle.scope["path"] not in HEALTH_PATHS:
+                app = error_response(self._refusal)
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _update(self) -> None:
+        """Say whether this connection waits for its client."""
+        if self._is_busy():
+            self._registry.work(self)
+        else:
+            limits = self._registry.limits
+            self._registry.wait(self, limits.head_s if self._in_message else limits.idle_s)
+
+
+def _raw(response: Response) -> bytes:
+    return STATUS_LINE[response.status_code] + _lines(response.raw_headers) + b"\r\n" + bytes(response.body)
+
+
+def _lines(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % field for field in fields)
