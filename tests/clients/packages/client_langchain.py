@@ -1,5 +1,6 @@
 """LangChain: chat, tools, and `with_structured_output` by each of its methods."""
 
+import openai
 import pytest
 from asks import API_KEY, BASE_URL, FACT, FACT_QUESTION, MODEL, WEATHER_QUESTION, Report
 from langchain_core.messages import HumanMessage, ToolMessage
@@ -36,8 +37,11 @@ def test_structured_output_in_json_mode():
     """The mode promises an object and no more; what the object must be is said by the field beside it."""
     shaped = {"structured_outputs": {"json": Report.model_json_schema()}}
     asked = ChatOpenAI(**OPTIONS).with_structured_output(Report, method="json_mode", include_raw=True)
-    raw = asked.invoke(WEATHER_QUESTION)["raw"]
-    assert raw.content.lstrip().startswith("{")
+    try:
+        content = asked.invoke(WEATHER_QUESTION)["raw"].content
+    except openai.LengthFinishReasonError as error:  # nothing says how long an object may be
+        content = error.completion.choices[0].message.content
+    assert content.lstrip().startswith("{")
     assert isinstance(Report.model_validate_json(ChatOpenAI(**OPTIONS, extra_body=shaped).invoke("x").content), Report)
 
 

@@ -39,7 +39,8 @@ def test_structured_output(provider):
 @pytest.mark.parametrize("choice", ["auto", "required", NAMED])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call(provider, choice, stream):
-    answer = ask(provider, WEATHER_QUESTION, tools=[WEATHER_TOOL], tool_choice=choice, stream=stream)
+    one = {"tools": [WEATHER_TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    answer = ask(provider, WEATHER_QUESTION, stream=stream, **one)
     whole = litellm.stream_chunk_builder(list(answer)) if stream else answer
     (call,) = whole.choices[0].message.tool_calls
     assert (call.function.name, city_of(call.function.arguments)) == ("get_weather", "Paris")
