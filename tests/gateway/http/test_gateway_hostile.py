@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import os
+import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from gateway_stages import Running, Stages, running, until
-from machine import PATIENCE_S
+from machine import PATIENCE_S, free_port
 from prometheus_client import Counter, Gauge
 
 from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of
@@ -270,9 +273,9 @@ async def test_idle_connections_make_room(checkpoint: Path, redis_url: str, stag
         asking = await stack.enter_async_context(wire(server))
         asking.write(ASK)
         request = await stages.request()
-        sockets = [await stack.enter_async_context(wire(server)) for _ in range(100)]
-        for socket in sockets:
-            socket.write(b"GET / HTTP/1.1\r\nx:")
+        wires = [await stack.enter_async_context(wire(server)) for _ in range(100)]
+        for each in wires:
+            each.write(b"GET / HTTP/1.1\r\nx:")
         async with wire(server) as client:
             client.write(PING)
             assert await client.status() == 200
@@ -320,6 +323,39 @@ async def test_too_many_from_one_address(checkpoint: Path, redis_url: str) -> No
         async with wire(server) as client:
             client.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
             assert await client.refused() == (429, "too_many_connections")
+
+
+@pytest.mark.system
+async def test_more_connections_than_files(checkpoint: Path, redis_url: str) -> None:
+    """A process that may have 150 files, of which it was given 60."""
+    port = free_port()
+    told = {"REDIS_URL": redis_url, "MODEL": str(checkpoint), "HOST": "127.0.0.1", "PORT": str(port)}
+    environ = os.environ | {f"MILLRACE_{name}": text for name, text in told.items()}
+    limited = f"ulimit -Hn 150; ulimit -Sn 60; exec {sys.executable} -m services.gateway"
+    process = await asyncio.create_subprocess_exec("bash", "-c", limited, env=environ)
+    try:
+        async with AsyncExitStack() as stack, asyncio.timeout(PATIENCE_S):
+            while await asyncio.to_thread(is_dead, port):  # it says so to nobody else
+                assert process.returncode is None
+            for _ in range(300):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                stack.callback(writer.close)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(writer.close)
+            client = Wire(reader, writer)
+            for path in (b"/ping", b"/v1/models"):
+                client.write(b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert await client.status() == 200
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def is_dead(port: int) -> bool:
+    """Return True if nobody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 # ----------------------------------------------------------------------------------------------------- the registry

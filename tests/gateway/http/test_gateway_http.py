@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -642,6 +643,18 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
         reply = await client.get("/health")
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EMFILE, 503), (errno.ENFILE, 503), (errno.EIO, 500)])
+async def test_the_end_of_file_descriptors_passes(number: int, status: int) -> None:
+    async def broken() -> dict[str, Any]:
+        raise OSError(number, "secret")
+
+    app = build_app(None, None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
+        reply = await client.get("/health")
+    assert (reply.status_code, reply.headers.get("retry-after")) == (status, "1" if status == 503 else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the edge
