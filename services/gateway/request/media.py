@@ -153,6 +153,11 @@ def _with_sizes(item: MediaItem, sizes: MediaKwargs | None) -> MediaItem:
         frames_sample=sizes.video_frames_sample,
     )
     own = {name: value for name, value in asdict(item.video).items() if value is not None}
+    # There is one way to say how many frames: the part's excludes the request's.
+    if (own.get("target_frames") or 0) > 0:
+        own.setdefault("fps", None)
+    if (own.get("fps") or 0) > 0:
+        own.setdefault("target_frames", None)
     return replace(
         item, video=replace(options, **own), min_pixels=sizes.video_min_pixels, max_pixels=sizes.video_max_pixels
     )

@@ -394,6 +394,23 @@ def test_sizes_of_media_are_each_kinds_own_and_a_videos_options_win(parser: Whol
     assert (video.min_pixels, video.max_pixels, video.video) == (4000, None, VideoOptions(fps=1, max_frames=20))
 
 
+@pytest.mark.parametrize(
+    ("own", "sizes", "frames"),
+    [
+        ({"fps": 1}, {"video_target_frames": 8}, VideoOptions(fps=1)),
+        ({"target_frames": 8}, {"video_fps": 2, "video_max_frames": 9}, VideoOptions(target_frames=8, max_frames=9)),
+        ({"fps": -1}, {"video_target_frames": 8}, VideoOptions(fps=-1, target_frames=8)),
+        ({"min_frames": 2}, {"video_target_frames": 8}, VideoOptions(min_frames=2, target_frames=8)),
+    ],
+)
+def test_a_video_that_says_how_many_frames_is_not_asked_twice(
+    parser: WholeParser, own: dict[str, Any], sizes: dict[str, Any], frames: VideoOptions
+) -> None:
+    part = {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4", **own}}
+    made = parse(parser, messages=[{"role": "user", "content": [part]}], mm_processor_kwargs=sizes)
+    assert made.media[0].video == frames
+
+
 @pytest.mark.parametrize("sizes", [{"image_max_pixels": 0}, {"spatial_conv_size": 2}, {"video_fps": "fast"}])
 def test_sizes_of_media_that_no_server_has(parser: WholeParser, sizes: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as refused:
