@@ -210,10 +210,14 @@ class EntryOwnership:
         args: list[_Arg] = [entry[b"v"], entry[b"m"], QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
         return bool(await self._run_ending(entry_id, self._end_with_tokens, keys, args))
 
-    async def quarantine(self, entry_id: str, poison: Poison) -> bool:
-        """Move an entry whose request has been answered, or cannot be, to the quarantine, where operators find it."""
+    async def quarantine(self, entry_id: str, poison: Poison, finished: str | None = None) -> bool:
+        """Move an entry to the quarantine, where operators find it.
+
+        Its request cannot be answered, or is `finished`: its Finish is in the tokens stream.
+        """
         args: list[_Arg] = [QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
-        return bool(await self._run_ending(entry_id, self._quarantine, [self._quarantine_key], args))
+        keys = [self._quarantine_key, *([] if finished is None else [self._keys.request(finished)])]
+        return bool(await self._run_ending(entry_id, self._quarantine, keys, args))
 
     async def _run_ending(
         self, entry_id: str, script: Callable[..., Awaitable[Any]], keys: Sequence[str], args: Sequence[_Arg]

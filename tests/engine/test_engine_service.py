@@ -272,6 +272,7 @@ async def test_an_entry_that_kills_engines_is_answered_with_an_error(redis: Redi
         assert (seen.finish.reason, seen.finish.failure.status) == ("error", 500)
         await no_backlog(redis, keys)
         await nothing_held(running)
+    assert await Records(redis, keys).lost(["bad"]) == set(), "its gateway waits for postproc, however long"
     [(_, kept)] = await redis.xrange(keys.quarantine(GENERATE))
     assert kept.items() >= {b"reason": b"delivered 3 times", b"attempts": b"3"}.items()
     message = from_entry(kept)

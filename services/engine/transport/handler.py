@@ -142,9 +142,8 @@ class GenerateHandler:
         await self.consumer.finish([pending for pending in ended if pending.poison is None])
         for pending in ended:
             if pending.poison is not None:
-                await retry_until_available(
-                    "quarantine", partial(self._ownership.quarantine, pending.entry_id, pending.poison)
-                )
+                give_up = partial(self._ownership.quarantine, pending.entry_id, pending.poison, pending.request_id)
+                await retry_until_available("quarantine", give_up)
         crash_point("engine.finish.after")
         self._release(ended)
 
