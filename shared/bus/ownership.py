@@ -206,7 +206,7 @@ class EntryOwnership:
         With `poison` the entry goes to the quarantine. Returns whether this replica owned the entry.
         """
         entry = to_entry(last)
-        keys = [self._keys.tokens(request.shard), self._quarantine_key]
+        keys = [self._keys.tokens(request.shard), self._quarantine_key, self._keys.request(request.id)]
         args: list[_Arg] = [entry[b"v"], entry[b"m"], QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
         return bool(await self._run_ending(entry_id, self._end_with_tokens, keys, args))
 

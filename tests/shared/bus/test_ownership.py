@@ -232,6 +232,7 @@ async def test_poison_is_kept_for_people_in_the_same_step(encoding: Case, keys: 
         assert await encoding.ours.end_with_tokens(encoding.entry, REQUEST, LAST, POISON)
         assert await encoding.messages(keys.tokens(1)) == [LAST]
         assert "r" in await encoding.records.get(["r"]), "postproc ends it"
+        assert await encoding.records.lost(["r"]) == set()
     else:
         assert await encoding.ours.quarantine(encoding.entry, POISON)
     assert await encoding.ended()
