@@ -22,12 +22,12 @@ from services.engine.metrics import EngineMetrics
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.scheduler import Plan
 from shared.bus.blobs import Blobs
-from shared.bus.client import connect
+from shared.bus.client import MAX_BLOCK_MS, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.ownership import MOST_RETURNS, EntryOwnership
 from shared.bus.records import Records
-from shared.bus.streams import WorkStream, send
+from shared.bus.streams import Delivery, WorkStream, send
 from shared.errors import ConfigError, Failure
 from shared.messages import (
     Cancel,
@@ -468,7 +468,11 @@ async def handed_on(redis: Redis, keys: Keys) -> None:
     stream = WorkStream(redis, keys, ENCODE, "mm_encoder", "mm-1", 100)
     await Lease(redis, keys, "mm_encoder", "mm-1", 60_000).renew("ready")
     await stream.join()
-    [delivery] = await stream.read_new(1, 5000)
+    taken: list[Delivery] = []
+    async with asyncio.timeout(PATIENCE_S):
+        while not taken:  # one read waits for less long than an engine may take
+            taken = await stream.read_new(1, MAX_BLOCK_MS)
+    [delivery] = taken
     assert isinstance(delivery.message, Encode)
     message = generate(delivery.message.request.id, [PATCH + 1, *[PATCH] * 6, PATCH + 2], 3, spans=(SPAN,))
     ownership = EntryOwnership(redis, keys, ENCODE, "mm_encoder", "mm-1")

@@ -35,11 +35,11 @@ from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.store.cache import content_key
 from services.mm_encoder.vision.normalise import normalise
 from shared.bus.blobs import Blobs
-from shared.bus.client import connect
+from shared.bus.client import MAX_BLOCK_MS, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
-from shared.bus.streams import LogReader, WorkStream, send
+from shared.bus.streams import Delivery, LogReader, WorkStream, send
 from shared.errors import ConfigError, Failure
 from shared.messages import (
     Accepted,
@@ -611,7 +611,11 @@ class Engine:
 
     async def take(self) -> tuple[str, Generate]:
         await self.work.join()
-        [delivery] = await self.work.read_new(1, 10_000)
+        taken: list[Delivery] = []
+        async with asyncio.timeout(PATIENCE_S):
+            while not taken:  # one read waits for less long than an encoder may take
+                taken = await self.work.read_new(1, MAX_BLOCK_MS)
+        [delivery] = taken
         assert isinstance(delivery.message, Generate)
         request_id = delivery.message.request.id
         assert await self.ownership.raise_epochs([(delivery.entry_id, request_id)])
