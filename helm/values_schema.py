@@ -96,6 +96,8 @@ def pod_keys() -> dict[str, Schema]:
         "extraVolumes": OBJECTS,
         "extraVolumeMounts": OBJECTS,
         "serviceAccountAnnotations": LABELS,
+        "podSecurityContext": MAP,
+        "securityContext": MAP,
         "disruptionBudget": FLAG,
         "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
         "nodeSelector": LABELS,

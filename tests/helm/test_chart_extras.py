@@ -1,12 +1,22 @@
 """What people expect of any chart: names, labels, volumes, variables and objects of their own."""
 
 import pytest
-from helm_chart import CLAIM, SERVICES, case, container, find, objects, pods, render
+from helm_chart import CLAIM, SERVICES, Object, Values, case, container, find, objects, pods, render
 from helm_python.errors import HelmError
+from test_chart_render import FOREIGN, validator
 
 PLACED = "external redis with users, hpa, placement"
 LABELLED = "fetched model, keda, monitoring, tls"
 COMPONENTS = tuple(service.replace("_", "-") for service in SERVICES)
+
+
+def valid(values: Values) -> list[Object]:
+    """Render the objects, each of which Kubernetes would take."""
+    made = objects({**CLAIM, **values})
+    for item in made:
+        if item["kind"] not in FOREIGN:
+            assert list(validator("1.31", item["kind"], item["apiVersion"]).iter_errors(item)) == []
+    return made
 
 
 def test_names_can_be_others() -> None:
@@ -62,3 +72,24 @@ def test_a_load_balancer_lets_in_whom_it_is_told() -> None:
 def test_objects_of_ones_own_are_rendered() -> None:
     own = find(case(LABELLED), "ConfigMap", "millrace-own")
     assert own["metadata"]["labels"] == {"app.kubernetes.io/instance": "millrace"}
+
+
+def test_security_contexts_can_be_what_a_cluster_wants() -> None:
+    """OpenShift gives every namespace a range of users of its own, and refuses pods that ask for another."""
+    any_user = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    values = {"podSecurityContext": any_user, "securityContext": {"capabilities": None, "privileged": False}}
+    made = valid({"pods": values, "engine": {"podSecurityContext": {"fsGroup": 1000650000}}})
+    for component, (_, spec) in pods(made).items():
+        security = spec["securityContext"]
+        assert security.pop("fsGroup", None) == (1000650000 if component == "engine" else None)
+        assert security == {
+            "runAsNonRoot": True,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        for each in spec["containers"]:
+            assert each["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "privileged": False,
+            }
