@@ -45,6 +45,10 @@ TEXTS: Schema = {"type": "array", "items": TEXT}
 LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 MAP: Schema = {"type": "object"}
+AMOUNTS: Schema = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [{"type": "number", "minimum": 0}, QUANTITY, {"type": "null"}]},
+}
 # Settings go through `settings`, which checks them.
 ENV: Schema = {
     "type": "array",
@@ -96,6 +100,7 @@ def pod_keys() -> dict[str, Schema]:
         "extraVolumes": OBJECTS,
         "extraVolumeMounts": OBJECTS,
         "serviceAccountAnnotations": LABELS,
+        "resources": keys(requests=AMOUNTS, limits=AMOUNTS),
         "podSecurityContext": MAP,
         "securityContext": MAP,
         "disruptionBudget": FLAG,

@@ -96,6 +96,14 @@ capabilities:
 {{- end -}}
 
 {{- define "millrace.resources" -}}
+{{- $own := include "millrace.ownResources" . | fromYaml -}}
+{{- range $kind := list "requests" "limits" }}
+{{ $kind }}:
+  {{- include "millrace.overridden" (mergeOverwrite (index $own $kind) (deepCopy (index $.config.resources $kind))) | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "millrace.ownResources" -}}
 requests:
   cpu: {{ .config.cpu | quote }}
   memory: {{ .config.memory }}

@@ -93,3 +93,22 @@ def test_security_contexts_can_be_what_a_cluster_wants() -> None:
                 "readOnlyRootFilesystem": True,
                 "privileged": False,
             }
+
+
+def test_resources_can_be_more_than_cpu_and_memory() -> None:
+    made = pods(
+        valid(
+            {
+                "pods": {"resources": {"limits": {"ephemeral-storage": "2Gi"}}},
+                "engine": {"resources": {"requests": {"memory": "24Gi"}, "limits": {"cpu": 8, "rdma/hca": 1}}},
+                "gateway": {"resources": {"limits": {"memory": None}}},
+            }
+        )
+    )
+    assert container(made["engine"][1])["resources"] == {
+        "requests": {"cpu": "4", "memory": "24Gi"},
+        "limits": {"cpu": 8, "memory": "32Gi", "nvidia.com/gpu": 1, "ephemeral-storage": "2Gi", "rdma/hca": 1},
+    }
+    assert container(made["gateway"][1])["resources"]["limits"] == {"ephemeral-storage": "2Gi"}
+    with pytest.raises(HelmError, match="resources"):
+        render({**CLAIM, "engine": {"resources": {"limit": {}}}})
