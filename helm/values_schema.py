@@ -99,6 +99,7 @@ def pod_keys() -> dict[str, Schema]:
         "extraEnv": ENV,
         "extraVolumes": OBJECTS,
         "extraVolumeMounts": OBJECTS,
+        "initContainers": OBJECTS,
         "serviceAccountAnnotations": LABELS,
         "resources": keys(requests=AMOUNTS, limits=AMOUNTS),
         "podSecurityContext": MAP,

@@ -112,3 +112,14 @@ def test_resources_can_be_more_than_cpu_and_memory() -> None:
     assert container(made["gateway"][1])["resources"]["limits"] == {"ephemeral-storage": "2Gi"}
     with pytest.raises(HelmError, match="resources"):
         render({**CLAIM, "engine": {"resources": {"limit": {}}}})
+
+
+def test_containers_of_ones_own_run_first() -> None:
+    own = {"name": "warm", "image": "busybox:1.36", "volumeMounts": [{"name": "model", "mountPath": "/model"}]}
+    made = pods(valid({"engine": {"initContainers": [own]}}))
+    assert made["engine"][1]["initContainers"] == [own]
+    assert "initContainers" not in made["postproc"][1]
+    fetched = {"model": {"download": {"repository": "a/b"}}, "pods": {"initContainers": [own]}}
+    for component in COMPONENTS:
+        first, *others = pods(valid(fetched))[component][1]["initContainers"]
+        assert (first["name"], others) == ("wait-for-model", [own])
