@@ -123,6 +123,7 @@ def service_keys(service: str) -> Schema:
     own = {name: value for name, value in settings.items() if name not in COMMON | OWNED or name in OF_ONE_SERVICE}
     return keys(
         **pod_keys(),
+        image=TEXT,
         replicas=COUNT,
         maxReplicas=POSITIVE,
         target=POSITIVE,

@@ -123,3 +123,15 @@ def test_containers_of_ones_own_run_first() -> None:
     for component in COMPONENTS:
         first, *others = pods(valid(fetched))[component][1]["initContainers"]
         assert (first["name"], others) == ("wait-for-model", [own])
+
+
+def test_a_service_can_have_an_image_of_its_own() -> None:
+    patched = "registry.example.com/patched@sha256:" + "0" * 64
+    made = pods(valid({"mm_encoder": {"image": patched}, "autoscaling": {"kind": "builtin"}}))
+    images = {component: container(spec)["image"] for component, (_, spec) in made.items()}
+    assert images.pop("mm-encoder") == patched
+    assert images["autoscaler"] == "millrace-autoscaler:0.1.0"
+    assert patched not in images.values()
+    fetched = pods(valid({"model": {"download": {"repository": "a/b"}}, "postproc": {"image": patched}}))
+    assert container(fetched["model"][1])["image"] == patched
+    assert fetched["postproc"][1]["initContainers"][0]["image"] == patched
