@@ -45,6 +45,10 @@ TEXTS: Schema = {"type": "array", "items": TEXT}
 LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 MAP: Schema = {"type": "object"}
+AMOUNTS: Schema = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [{"type": "number", "minimum": 0}, QUANTITY, {"type": "null"}]},
+}
 # Settings go through `settings`, which checks them.
 ENV: Schema = {
     "type": "array",
@@ -95,7 +99,11 @@ def pod_keys() -> dict[str, Schema]:
         "extraEnv": ENV,
         "extraVolumes": OBJECTS,
         "extraVolumeMounts": OBJECTS,
+        "initContainers": OBJECTS,
         "serviceAccountAnnotations": LABELS,
+        "resources": keys(requests=AMOUNTS, limits=AMOUNTS),
+        "podSecurityContext": MAP,
+        "securityContext": MAP,
         "disruptionBudget": FLAG,
         "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
         "nodeSelector": LABELS,
@@ -115,6 +123,7 @@ def service_keys(service: str) -> Schema:
     own = {name: value for name, value in settings.items() if name not in COMMON | OWNED or name in OF_ONE_SERVICE}
     return keys(
         **pod_keys(),
+        image=TEXT,
         replicas=COUNT,
         maxReplicas=POSITIVE,
         target=POSITIVE,

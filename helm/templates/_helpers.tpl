@@ -34,7 +34,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
+{{/* The image of a service, or of the autoscaler. */}}
 {{- define "millrace.image" -}}
+{{- (index .root.Values .component | default dict).image | default (include "millrace.ownImage" .) -}}
+{{- end -}}
+
+{{- define "millrace.ownImage" -}}
 {{- $repository := printf "millrace-%s" (.component | replace "_" "-") -}}
 {{- with .root.Values.image.registry }}{{- $repository = printf "%s/%s" (. | trimSuffix "/") $repository -}}{{- end -}}
 {{- printf "%s:%s" $repository (.root.Values.image.tag | default .root.Chart.AppVersion) -}}

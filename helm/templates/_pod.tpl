@@ -60,6 +60,25 @@ topologySpreadConstraints:
 {{- end -}}
 
 {{- define "millrace.podSecurity" -}}
+{{- $own := include "millrace.ownPodSecurity" . | fromYaml -}}
+{{- include "millrace.overridden" (mergeOverwrite $own (deepCopy .config.podSecurityContext)) -}}
+{{- end -}}
+
+{{- define "millrace.containerSecurity" -}}
+{{- $own := include "millrace.ownContainerSecurity" . | fromYaml -}}
+{{- include "millrace.overridden" (mergeOverwrite $own (deepCopy .config.securityContext)) -}}
+{{- end -}}
+
+{{/* A map without the keys that an operator has set to null. */}}
+{{- define "millrace.overridden" -}}
+{{- $kept := dict -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $kept $key $value -}}{{- end -}}
+{{- end -}}
+{{- toYaml $kept -}}
+{{- end -}}
+
+{{- define "millrace.ownPodSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
 runAsGroup: 10001
@@ -69,7 +88,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{- define "millrace.containerSecurity" -}}
+{{- define "millrace.ownContainerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
@@ -77,6 +96,14 @@ capabilities:
 {{- end -}}
 
 {{- define "millrace.resources" -}}
+{{- $own := include "millrace.ownResources" . | fromYaml -}}
+{{- range $kind := list "requests" "limits" }}
+{{ $kind }}:
+  {{- include "millrace.overridden" (mergeOverwrite (index $own $kind) (deepCopy (index $.config.resources $kind))) | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "millrace.ownResources" -}}
 requests:
   cpu: {{ .config.cpu | quote }}
   memory: {{ .config.memory }}

@@ -1,12 +1,22 @@
 """What people expect of any chart: names, labels, volumes, variables and objects of their own."""
 
 import pytest
-from helm_chart import CLAIM, SERVICES, case, container, find, objects, pods, render
+from helm_chart import CLAIM, SERVICES, Object, Values, case, container, find, objects, pods, render
 from helm_python.errors import HelmError
+from test_chart_render import FOREIGN, validator
 
 PLACED = "external redis with users, hpa, placement"
 LABELLED = "fetched model, keda, monitoring, tls"
 COMPONENTS = tuple(service.replace("_", "-") for service in SERVICES)
+
+
+def valid(values: Values) -> list[Object]:
+    """Render the objects, each of which Kubernetes would take."""
+    made = objects({**CLAIM, **values})
+    for item in made:
+        if item["kind"] not in FOREIGN:
+            assert list(validator("1.31", item["kind"], item["apiVersion"]).iter_errors(item)) == []
+    return made
 
 
 def test_names_can_be_others() -> None:
@@ -62,3 +72,66 @@ def test_a_load_balancer_lets_in_whom_it_is_told() -> None:
 def test_objects_of_ones_own_are_rendered() -> None:
     own = find(case(LABELLED), "ConfigMap", "millrace-own")
     assert own["metadata"]["labels"] == {"app.kubernetes.io/instance": "millrace"}
+
+
+def test_security_contexts_can_be_what_a_cluster_wants() -> None:
+    """OpenShift gives every namespace a range of users of its own, and refuses pods that ask for another."""
+    any_user = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    values = {"podSecurityContext": any_user, "securityContext": {"capabilities": None, "privileged": False}}
+    made = valid({"pods": values, "engine": {"podSecurityContext": {"fsGroup": 1000650000}}})
+    for component, (_, spec) in pods(made).items():
+        security = spec["securityContext"]
+        assert security.pop("fsGroup", None) == (1000650000 if component == "engine" else None)
+        assert security == {
+            "runAsNonRoot": True,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        for each in spec["containers"]:
+            assert each["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "privileged": False,
+            }
+
+
+def test_resources_can_be_more_than_cpu_and_memory() -> None:
+    made = pods(
+        valid(
+            {
+                "pods": {"resources": {"limits": {"ephemeral-storage": "2Gi"}}},
+                "engine": {"resources": {"requests": {"memory": "24Gi"}, "limits": {"cpu": 8, "rdma/hca": 1}}},
+                "gateway": {"resources": {"limits": {"memory": None}}},
+            }
+        )
+    )
+    assert container(made["engine"][1])["resources"] == {
+        "requests": {"cpu": "4", "memory": "24Gi"},
+        "limits": {"cpu": 8, "memory": "32Gi", "nvidia.com/gpu": 1, "ephemeral-storage": "2Gi", "rdma/hca": 1},
+    }
+    assert container(made["gateway"][1])["resources"]["limits"] == {"ephemeral-storage": "2Gi"}
+    with pytest.raises(HelmError, match="resources"):
+        render({**CLAIM, "engine": {"resources": {"limit": {}}}})
+
+
+def test_containers_of_ones_own_run_first() -> None:
+    own = {"name": "warm", "image": "busybox:1.36", "volumeMounts": [{"name": "model", "mountPath": "/model"}]}
+    made = pods(valid({"engine": {"initContainers": [own]}}))
+    assert made["engine"][1]["initContainers"] == [own]
+    assert "initContainers" not in made["postproc"][1]
+    fetched = {"model": {"download": {"repository": "a/b"}}, "pods": {"initContainers": [own]}}
+    for component in COMPONENTS:
+        first, *others = pods(valid(fetched))[component][1]["initContainers"]
+        assert (first["name"], others) == ("wait-for-model", [own])
+
+
+def test_a_service_can_have_an_image_of_its_own() -> None:
+    patched = "registry.example.com/patched@sha256:" + "0" * 64
+    made = pods(valid({"mm_encoder": {"image": patched}, "autoscaling": {"kind": "builtin"}}))
+    images = {component: container(spec)["image"] for component, (_, spec) in made.items()}
+    assert images.pop("mm-encoder") == patched
+    assert images["autoscaler"] == "millrace-autoscaler:0.1.0"
+    assert patched not in images.values()
+    fetched = pods(valid({"model": {"download": {"repository": "a/b"}}, "postproc": {"image": patched}}))
+    assert container(fetched["model"][1])["image"] == patched
+    assert fetched["postproc"][1]["initContainers"][0]["image"] == patched
