@@ -22,12 +22,7 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.completions import ChatCompletions
-from services.gateway.http.connections import (
-    ConnectionLimits,
-    Connections,
-    affordable_connections,
-    raise_file_limit,
-)
+from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.edge import Edge
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
@@ -55,6 +50,7 @@ from shared.errors import CheckpointError
 from shared.log import logger, warn_each
 from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
+from shared.open_files import raise_file_limit
 from shared.tracing import OFF, Tracing
 from shared.version import millrace_version
 from shared.workers.process import worker_environ

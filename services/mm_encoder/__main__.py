@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.foreign_checkpoints import refuse_foreign
+from shared.open_files import raise_file_limit
 from shared.reproducible import fix_order_of_sums
 from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog
@@ -181,15 +181,9 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _allow_open_files() -> None:
-    """Raise the soft limit of open files to the hard one: pixels of a file that wait for the tower hold one open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 def main() -> int:
     """Run the service until it is stopped; return the exit status."""
-    _allow_open_files()
+    raise_file_limit()  # pixels of a file that wait for the tower hold one open
     return service.launch(SERVICE, MmEncoderSettings, build, os.environ)
 
 

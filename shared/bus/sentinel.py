@@ -4,6 +4,7 @@ The options are redis-py's, as for every other URL; user and password are the pr
 are told `sentinel_username` and `sentinel_password`. With rediss+sentinel:// the primary and Sentinel speak TLS.
 """
 
+import asyncio
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
@@ -51,6 +52,9 @@ class Primary:
         """`name`: of the primary. Connections to the Sentinels are closed after each question."""
         self._name = name
         self._sentinel = sentinel
+        # One question at a time: the library changes its list of Sentinels while it goes through it, and what ends one
+        # question would close the connections of all.
+        self._asking = asyncio.Lock()
 
     async def address(self) -> tuple[str, int]:
         """Return host and port.
@@ -58,8 +62,9 @@ class Primary:
         Raises:
             RedisError: no Sentinel answers, or none knows a primary of this name.
         """
-        try:
-            host, port = await self._sentinel.discover_master(self._name)
-            return str(host), int(port)
-        finally:
-            await self._sentinel.aclose()
+        async with self._asking:
+            try:
+                host, port = await self._sentinel.discover_master(self._name)
+                return str(host), int(port)
+            finally:
+                await self._sentinel.aclose()

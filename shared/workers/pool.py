@@ -35,7 +35,7 @@ class WorkerPool:
             RuntimeError: no process becomes ready.
         """
         async with self._room:
-            process = self._idle.pop() if self._idle else (await self._start())[0]
+            process = await self._take()
             try:
                 reply = await process.call(task, fds, cpu_s)
             except BaseException:
@@ -48,6 +48,15 @@ class WorkerPool:
         """End all processes. Nobody waits for a task any more."""
         while self._idle:
             await self._idle.pop().kill()
+
+    async def _take(self) -> WorkerProcess:
+        """Return an idle process, or a new one. Those that died in the meantime are dropped."""
+        while self._idle:
+            process = self._idle.pop()
+            if not process.ended:
+                return process
+            await process.kill()
+        return (await self._start())[0]
 
     async def _start(self) -> tuple[WorkerProcess, bytes]:
         try:

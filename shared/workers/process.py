@@ -68,6 +68,11 @@ class WorkerProcess:
             await started.kill()
             raise
 
+    @property
+    def ended(self) -> bool:
+        """True if it has died, as far as is known."""
+        return self._process.returncode is not None
+
     async def call(self, task: bytes, fds: Sequence[int], cpu_s: float) -> bytes:
         """Return the answer to a task that may compute for `cpu_s` seconds.
 

@@ -59,13 +59,14 @@ class Connections:
 
         Where there is no room to say so it is closed.
         """
-        peers = self._by_address.setdefault(connection.address, {})
+        peers = self._by_address.get(connection.address, {})
         refusal = None
         if len(peers) >= self.limits.per_address and not self._evict(peers):
             refusal = ADDRESS_FULL
         elif self._count >= self.limits.total and not self._evict(self._deadlines):
             refusal = FULL
-        peers[connection] = None
+        # Not `peers`: whoever made room may have been the last of this address, which is forgotten with it.
+        self._by_address.setdefault(connection.address, {})[connection] = None
         self._change(1)
         if refusal is not None:
             self._closed.labels("refused").inc()
@@ -127,12 +128,6 @@ def network_of(host: str) -> str:
     if isinstance(address, IPv6Address) and address.ipv4_mapped is None:
         return str(IPv6Address(address.packed[:_IPV6_NETWORK_BYTES] + bytes(_IPV6_NETWORK_BYTES)))
     return host
-
-
-def raise_file_limit() -> None:
-    """Raise the limit on open files as far as this process may."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def affordable_connections(wanted: int) -> int:

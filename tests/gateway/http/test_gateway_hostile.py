@@ -398,6 +398,19 @@ def test_an_address_makes_room_for_itself_alone() -> None:
     assert count() == 0
 
 
+@pytest.mark.parametrize(("total", "per_address"), [(1, 100), (100, 1)])
+def test_the_last_of_an_address_makes_room_for_the_next(total: int, per_address: int) -> None:
+    connections, count, _ = registry(total, per_address)
+    first, second = Peer("a"), Peer("a")
+    assert connections.enter(first) is None
+    connections.wait(first, 1000)
+    assert connections.enter(second) is None
+    assert (first.aborted, count()) == (True, 1)
+    connections.wait(second, 0)
+    connections.close_overdue()
+    assert (second.aborted, count()) == (True, 0)
+
+
 def test_the_longest_waiting_makes_room_and_the_overdue_go() -> None:
     connections, count, ended = registry(2, 100)
     first, second, third = Peer("a"), Peer("b"), Peer("c")

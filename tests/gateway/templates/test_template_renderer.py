@@ -124,6 +124,17 @@ async def test_a_process_that_was_killed_is_replaced() -> None:
         assert await renderer.render(conversation()) == "[Hi]"
 
 
+async def test_idle_processes_that_were_killed_together_cost_no_request() -> None:
+    async with running() as renderer:
+        await asyncio.gather(*(renderer.render(conversation()) for _ in range(2)))
+        idle = list(renderer._trusted._idle)
+        assert len(idle) == 2
+        for each in idle:
+            os.kill(each._process.pid, signal.SIGKILL)
+            await each._process.wait()
+        assert await renderer.render(conversation()) == "[Hi]"
+
+
 async def test_processes_do_not_know_our_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLRACE_API_KEYS", '["secret"]')
     assert not any("MILLRACE" in name for name in worker_environ(os.environ))

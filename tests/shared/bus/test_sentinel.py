@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from machine import PATIENCE_MS, PATIENCE_S, free_ports
 from redis.asyncio import Redis
+from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ConnectionError
 
 from cli.redis_server import RedisServer
 from shared.bus.client import command, connect
 from shared.bus.retry import retry_until_available
-from shared.bus.sentinel import SentinelUrl, parse
+from shared.bus.sentinel import Primary, SentinelUrl, parse
 from shared.bus.wire import Wire
 
 
@@ -106,6 +107,21 @@ async def test_the_new_primary_is_found_when_the_old_one_dies(moving: tuple[Redi
         assert await retry_until_available("test", lambda: client.set("key", "after"))
         assert await retry_until_available("test", lambda: wire.call("GET", "key")) == b"after"
     await client.aclose()
+
+
+@pytest.mark.system
+async def test_connections_that_ask_at_the_same_time_are_all_answered(tmp_path: Path) -> None:
+    port, watch = free_ports(2)
+    with RedisServer(tmp_path / "a", port=port) as server, sentinel(tmp_path, server.binary, watch, port):
+        asked = Sentinel([("127.0.0.1", 1), ("127.0.0.1", watch)])  # type: ignore[no-untyped-call]
+        primary = Primary(asked, "main")
+        async with asyncio.timeout(PATIENCE_S):
+            await retry_until_available("test", primary.address)  # it may not have begun to listen
+            asked.sentinels.reverse()
+            found = await asyncio.gather(*(primary.address() for _ in range(20)))
+        assert set(found) == {("127.0.0.1", port)}
+        assert len(set(asked.sentinels)) == 2
+        await asked.aclose()
 
 
 @pytest.mark.system
