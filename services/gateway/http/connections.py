@@ -5,6 +5,7 @@ a new one when there are too many. Where none waits, a few more are let in, to b
 """
 
 import resource
+import sys
 import time
 from collections.abc import Iterable
 from ipaddress import IPv6Address, ip_address
@@ -16,6 +17,7 @@ from prometheus_client import Counter, Gauge
 from shared.errors import Failure
 
 HEALTH_ROOM = 64  # connections beyond the limit, whose requests are refused unless they ask for health
+_MACOS_FILES = 10_240  # OPEN_MAX: its setrlimit refuses more, although the hard limit is "unlimited"
 _IPV6_NETWORK_BYTES = 8  # of an address: who has one has them all
 
 FULL = Failure(503, "The server has too many connections.", type="server_error", code="too_many_connections")
@@ -131,8 +133,10 @@ def network_of(host: str) -> str:
 
 def raise_file_limit() -> None:
     """Raise the limit on open files as far as this process may."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, _MACOS_FILES) if sys.platform == "darwin" else hard
+    if soft < most or most == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def affordable_connections(wanted: int) -> int:
