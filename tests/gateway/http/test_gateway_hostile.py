@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,7 @@ from gateway_stages import Running, Stages, running, until
 from machine import PATIENCE_S, free_port
 from prometheus_client import Counter, Gauge
 
-from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of
+from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of, raise_file_limit
 from services.gateway.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 from shared.metrics import value
 
@@ -356,6 +357,22 @@ def is_dead(port: int) -> bool:
     """Return True if nobody listens there."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("system", "limits", "wanted"),
+    [("linux", (1024, 4096), (4096, 4096)), ("darwin", (256, 2**63 - 1), (10_240, 2**63 - 1))],
+)
+def test_the_limit_on_files_is_raised_as_far_as_the_system_lets_it(
+    monkeypatch: pytest.MonkeyPatch, system: str, limits: tuple[int, int], wanted: tuple[int, int]
+) -> None:
+    """macOS refuses a soft limit beyond OPEN_MAX, whatever the hard one is."""
+    told = []
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: told.append(both))
+    raise_file_limit()
+    assert told == [wanted]
 
 
 # ----------------------------------------------------------------------------------------------------- the registry
