@@ -49,6 +49,14 @@ AMOUNTS: Schema = {
     "type": "object",
     "additionalProperties": {"anyOf": [{"type": "number", "minimum": 0}, QUANTITY, {"type": "null"}]},
 }
+# Other charts' keys may be there, too.
+GLOBAL: Schema = {
+    "type": "object",
+    "properties": {
+        "imageRegistry": TEXT,
+        "imagePullSecrets": {"type": "array", "items": {"type": ["string", "object"]}},
+    },
+}
 # Settings go through `settings`, which checks them.
 ENV: Schema = {
     "type": "array",
@@ -138,7 +146,7 @@ def schema() -> Schema:
     common = {name: value for name, value in fields(CommonSettings).items() if name not in OWNED}
     services = {service: service_keys(service) for service in SERVICES}
     chart = keys(
-        **{"global": MAP},
+        **{"global": GLOBAL},
         nameOverride=OBJECT_NAME,
         fullnameOverride=OBJECT_NAME,
         commonLabels=LABELS,

@@ -36,7 +36,27 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{/* The image of a service, or of the autoscaler. */}}
 {{- define "millrace.image" -}}
-{{- (index .root.Values .component | default dict).image | default (include "millrace.ownImage" .) -}}
+{{- $image := (index .root.Values .component | default dict).image | default (include "millrace.ownImage" .) -}}
+{{- include "millrace.fromRegistry" (dict "root" .root "image" $image) -}}
+{{- end -}}
+
+{{/* An image's name with its registry replaced by the global one. A name's first part is a registry if it has a dot or a
+     port, or is localhost; there is none in a name of one part. */}}
+{{- define "millrace.fromRegistry" -}}
+{{- $registry := .root.Values.global.imageRegistry | trimSuffix "/" -}}
+{{- if $registry -}}
+{{- printf "%s/%s" $registry (regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" .image "") -}}
+{{- else -}}
+{{- .image -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "millrace.pullSecrets" -}}
+{{- $secrets := list -}}
+{{- range concat .Values.global.imagePullSecrets .Values.image.pullSecrets -}}
+{{- $secrets = append $secrets (kindIs "string" . | ternary (dict "name" .) .) -}}
+{{- end -}}
+{{- with uniq $secrets }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
 {{- define "millrace.ownImage" -}}

@@ -20,9 +20,9 @@ automountServiceAccountToken: {{ has .component (list "autoscaler" "replicas") }
 enableServiceLinks: false  # they would be MILLRACE_ variables, which a service that knows no such setting refuses
 securityContext:
   {{- include "millrace.podSecurity" . | nindent 2 }}
-{{- with .root.Values.image.pullSecrets }}
+{{- with include "millrace.pullSecrets" .root }}
 imagePullSecrets:
-  {{- toYaml . | nindent 2 }}
+  {{- . | nindent 2 }}
 {{- end }}
 {{- with .config.priorityClassName }}
 priorityClassName: {{ . }}

@@ -135,3 +135,27 @@ def test_a_service_can_have_an_image_of_its_own() -> None:
     fetched = pods(valid({"model": {"download": {"repository": "a/b"}}, "postproc": {"image": patched}}))
     assert container(fetched["model"][1])["image"] == patched
     assert fetched["postproc"][1]["initContainers"][0]["image"] == patched
+
+
+def test_all_images_can_come_from_one_registry() -> None:
+    mirror = {"imageRegistry": "mirror.local:5000", "imagePullSecrets": ["pull", "second"], "other": 1}
+    values = {
+        "global": mirror,
+        "image": {"registry": "registry.example.com/team", "pullSecrets": [{"name": "second"}]},
+        "model": {"download": {"repository": "a/b"}},
+        "engine": {"image": "localhost/engine:1"},
+        "autoscaling": {"kind": "builtin"},
+    }
+    images = {}
+    for component, (_, spec) in pods(valid(values)).items():
+        assert spec["imagePullSecrets"] == [{"name": "pull"}, {"name": "second"}]
+        for each in [*spec["containers"], *spec.get("initContainers", [])]:
+            images[component, each["name"]] = each["image"]
+    assert images["gateway", "gateway"] == "mirror.local:5000/team/millrace-gateway:0.1.0"
+    assert images["engine", "engine"] == "mirror.local:5000/engine:1"
+    assert images["redis", "valkey"] == "mirror.local:5000/valkey/valkey:9.1"
+    assert images["redis", "exporter"].startswith("mirror.local:5000/oliver006/redis_exporter:")
+    assert {image.partition("/")[0] for image in images.values()} == {"mirror.local:5000"}
+    plain = pods(valid({"global": {"imageRegistry": "mirror.local"}, "redis": {"image": "valkey:9.1"}}))
+    assert container(plain["gateway"][1])["image"] == "mirror.local/millrace-gateway:0.1.0"
+    assert container(plain["redis"][1])["image"] == "mirror.local/valkey:9.1"

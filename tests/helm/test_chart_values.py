@@ -41,7 +41,7 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
             return {path}
         return {each for key, value in schema["properties"].items() for each in described(value, f"{path}.{key}")}
 
-    known = {path for path in described(values_schema.schema()) if ".settings." not in path} - {".global"}
+    known = {path for path in described(values_schema.schema()) if ".settings." not in path}
     of_pods = described(values_schema.keys(**values_schema.pod_keys()))
     overrides = {f".{service}{key}" for service in values_schema.SERVICES for key in of_pods}
     given = {path for path in leaves(defaults()) if ".settings" not in path}
