@@ -100,25 +100,32 @@ def _plain(schema: Any, definitions: dict[str, Any]) -> Any:
     return {key: _plain(value, definitions) for key, value in plain.items()}
 
 
-def pod_keys() -> dict[str, Schema]:
+def any_pod_keys() -> dict[str, Schema]:
+    """Return the keys of `pods` that Redis's pod has, too."""
     return {
         "annotations": LABELS,
         "labels": LABELS,
-        "extraEnv": ENV,
-        "extraVolumes": OBJECTS,
-        "extraVolumeMounts": OBJECTS,
-        "initContainers": OBJECTS,
         "serviceAccountAnnotations": LABELS,
         "resources": keys(requests=AMOUNTS, limits=AMOUNTS),
         "podSecurityContext": MAP,
         "securityContext": MAP,
-        "disruptionBudget": FLAG,
-        "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
         "nodeSelector": LABELS,
         "tolerations": OBJECTS,
         "affinity": MAP,
         "spreadBy": TEXTS,
         "priorityClassName": TEXT,
+    }
+
+
+def pod_keys() -> dict[str, Schema]:
+    return {
+        **any_pod_keys(),
+        "extraEnv": ENV,
+        "extraVolumes": OBJECTS,
+        "extraVolumeMounts": OBJECTS,
+        "initContainers": OBJECTS,
+        "disruptionBudget": FLAG,
+        "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
         "gpus": COUNT,
         "preStopSeconds": COUNT,
         "startupSeconds": POSITIVE,
@@ -171,6 +178,7 @@ def schema() -> Schema:
         apiKeysSecret=TEXT,
         settings=keys(**common, namespace=NAMESPACE),
         redis=keys(
+            **any_pod_keys(),
             existingSecret=TEXT,
             passwordGeneration=POSITIVE,
             tlsSecret=TEXT,

@@ -159,3 +159,32 @@ def test_all_images_can_come_from_one_registry() -> None:
     plain = pods(valid({"global": {"imageRegistry": "mirror.local"}, "redis": {"image": "valkey:9.1"}}))
     assert container(plain["gateway"][1])["image"] == "mirror.local/millrace-gateway:0.1.0"
     assert container(plain["redis"][1])["image"] == "mirror.local/valkey:9.1"
+
+
+def test_redis_is_placed_and_bounded_as_the_other_pods_or_otherwise() -> None:
+    common = {"nodeSelector": {"pool": "cpu"}, "annotations": {"a": "b"}, "priorityClassName": "serving", "gpus": 1}
+    own = {
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "redis", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "labels": {"tier": "data"},
+        "resources": {"requests": {"ephemeral-storage": "1Gi"}, "limits": {"cpu": 2}},
+        "podSecurityContext": {"fsGroup": None},
+        "serviceAccountAnnotations": {"cloud.example.com/role": "none"},
+    }
+    made = valid({"pods": common, "redis": {**own, "maxMemoryMb": 2000, "cpu": "500m"}})
+    metadata, spec = pods(made)["redis"]
+    assert (metadata["annotations"]["a"], metadata["labels"]["tier"]) == ("b", "data")
+    assert spec["nodeSelector"] == {"pool": "cpu", "disk": "fast"}
+    assert (spec["tolerations"], spec["affinity"]) == (own["tolerations"], own["affinity"])
+    assert spec["priorityClassName"] == "serving"
+    assert "fsGroup" not in spec["securityContext"]
+    assert container(spec, "valkey")["resources"] == {
+        "requests": {"cpu": "500m", "memory": "3000Mi", "ephemeral-storage": "1Gi"},
+        "limits": {"memory": "3000Mi", "cpu": 2},
+    }
+    account = find(made, "ServiceAccount", "millrace-redis")
+    assert account["metadata"]["annotations"] == own["serviceAccountAnnotations"]
+    assert "tolerations" not in pods(made)["gateway"][1]
+    with pytest.raises(HelmError, match="extraEnv"):
+        render({**CLAIM, "redis": {"extraEnv": []}})

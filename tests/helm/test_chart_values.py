@@ -44,6 +44,7 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
     known = {path for path in described(values_schema.schema()) if ".settings." not in path}
     of_pods = described(values_schema.keys(**values_schema.pod_keys()))
     overrides = {f".{service}{key}" for service in values_schema.SERVICES for key in of_pods}
+    overrides |= {f".redis{key}" for key in described(values_schema.keys(**values_schema.any_pod_keys()))}
     given = {path for path in leaves(defaults()) if ".settings" not in path}
     assert given <= known
     assert known - given <= overrides
