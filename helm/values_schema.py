@@ -146,6 +146,7 @@ def service_keys(service: str) -> Schema:
         memory=QUANTITY,
         drainSeconds={"type": "integer", "minimum": 10},  # ten of them are for closing
         settings=keys(**own),
+        **({"kernelCache": MAP} if service == "engine" else {}),
     )
 
 

@@ -1,7 +1,7 @@
 """What people expect of any chart: names, labels, volumes, variables and objects of their own."""
 
 import pytest
-from helm_chart import CLAIM, SERVICES, Object, Values, case, container, find, objects, pods, render
+from helm_chart import CHART, CLAIM, SERVICES, Object, Values, case, container, find, objects, pods, render
 from helm_python.errors import HelmError
 from test_chart_render import FOREIGN, validator
 
@@ -188,3 +188,14 @@ def test_redis_is_placed_and_bounded_as_the_other_pods_or_otherwise() -> None:
     assert "tolerations" not in pods(made)["gateway"][1]
     with pytest.raises(HelmError, match="extraEnv"):
         render({**CLAIM, "redis": {"extraEnv": []}})
+
+
+def test_compiled_kernels_can_be_kept_where_the_image_puts_them() -> None:
+    _, spec = pods(case(PLACED))["engine"]
+    assert {"name": "kernels", "persistentVolumeClaim": {"claimName": "kernels"}} in spec["volumes"]
+    (mount,) = [each for each in container(spec)["volumeMounts"] if each["name"] == "kernels"]
+    image = (CHART / "images" / "engine.Containerfile").read_text()
+    assert f"TRITON_CACHE_DIR={mount['mountPath']} " in image
+    assert "kernels" not in str(pods(case("defaults"))["engine"][1]["volumes"])
+    with pytest.raises(HelmError, match="kernelCache"):
+        render({**CLAIM, "gateway": {"kernelCache": {}}})
