@@ -1,10 +1,13 @@
 """The values: few, described by a schema that follows the services' settings, and refused where they contradict."""
 
+import jsonschema
 import pytest
 import values_schema
 import yaml
 from helm_chart import CHART, CLAIM, MATRIX, Values, render
 from helm_python.errors import HelmError
+
+from shared.errors import ConfigError
 
 MOST_KEYS = 140  # what people expect of a chart, and no setting of a service mapped by hand
 
@@ -63,6 +66,9 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
         ({"settings": {"shards": 0}}, "shards"),
         ({"settings": {"max_num_seqs": 4}}, "max_num_seqs"),
         ({"settings": {"namespace": "a b"}}, "namespace"),
+        ({"engine": {"settings": {"max_num_seqs": 257}}}, "max_num_seqs"),
+        ({"engine": {"settings": {"num_gpu_blocks_override": 0}}}, "num_gpu_blocks_override"),
+        ({"mm_encoder": {"settings": {"media_allow_networks": ["10.0.0.0"]}}}, "media_allow_networks"),
         ({"mm_encoder": {"settings": {"mm_processor_kwargs": {"fps": 2}}}}, "fps"),
         ({"gateway": {"settings": {"limit_mm_per_prompt": {"image": -1}}}}, "image"),
         ({"gateway": {"drainSeconds": 5}}, "drainSeconds"),
@@ -77,6 +83,34 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
 def test_the_schema_refuses(values: Values, said: str) -> None:
     with pytest.raises(HelmError, match=said):
         render(merged(CLAIM, values))
+
+
+def starts(service: str, name: str, value: object) -> bool:
+    """Return whether the service takes a value for a setting of its own."""
+    try:
+        values_schema.SERVICES[service](**{"redis_url": "redis://r", "model": "m", name: value})  # type: ignore[arg-type]
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", values_schema.CHECKED)
+def test_the_schema_refuses_what_a_service_refuses_and_no_more(name: str) -> None:
+    (service,) = [each for each, struct in values_schema.SERVICES.items() if name in struct.__struct_fields__]
+    checked = values_schema.CHECKED[name]
+    good: list[object] = [checked[key] for key in ("minimum", "maximum") if key in checked]
+    bad: list[object] = [checked[key] + step for key, step in (("minimum", -1), ("maximum", 1)) if key in checked]
+    bad += [checked["exclusiveMinimum"]] if "exclusiveMinimum" in checked else []
+    if "enum" in checked:
+        good, bad = checked["enum"], ["another"]
+    if "items" in checked:
+        good, bad = [("10.0.0.0/8", "fd00::/8")], [("intranet",)]
+    assert good
+    assert [value for value in good if not starts(service, name, value)] == []
+    assert [value for value in bad if starts(service, name, value)] == []
+    valid = jsonschema.Draft7Validator(values_schema.service_keys(service)["properties"]["settings"]).is_valid
+    assert all(valid({name: list(value) if isinstance(value, tuple) else value}) for value in good)
+    assert not any(valid({name: list(value) if isinstance(value, tuple) else value}) for value in bad)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +136,4 @@ def test_the_smallest_set_of_values_is_where_the_model_is() -> None:
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_matrix_satisfies_the_schema(name: str) -> None:
-    import jsonschema
-
     jsonschema.Draft7Validator(values_schema.schema()).validate(merged(defaults(), MATRIX[name]))
