@@ -101,10 +101,33 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and (ne .Values.autoscaling.kind "none") (has 0 (list (int .Values.gateway.replicas) (int .Values.postproc.replicas))) -}}
 {{- fail "gateway and postproc scale by cpu, which one that sleeps does not use: their replicas must be 1 or more" -}}
 {{- end -}}
+{{- include "millrace.checkSettings" . -}}
 {{- range $service := list "gateway" "mm_encoder" "engine" "postproc" -}}
 {{- $config := index $.Values $service -}}
 {{- if and (ne $.Values.autoscaling.kind "none") (gt (int $config.replicas) (int $config.maxReplicas)) -}}
 {{- fail (printf "%s.replicas is more than %s.maxReplicas" $service $service) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Settings that contradict each other or the pod, which a service would say by ending. Defaults are the services'. */}}
+{{- define "millrace.checkSettings" -}}
+{{- $engine := .Values.engine.settings -}}
+{{- $devices := int ($engine.tensor_parallel_size | default 1) -}}
+{{- $gpus := int (include "millrace.config" (dict "root" . "component" "engine") | fromYaml).gpus -}}
+{{- if gt $devices (max $gpus 1 | int) -}}
+{{- fail (printf "engine.settings.tensor_parallel_size is %d, and engine.gpus %d" $devices $gpus) -}}
+{{- else if gt $devices 1 -}}
+{{- fail (printf "engine.settings.tensor_parallel_size is %d; this engine runs on 1 device" $devices) -}}
+{{- end -}}
+{{- $step := int ($engine.max_num_batched_tokens | default 8192) -}}
+{{- $context := int (.Values.settings.max_model_len | default 32768) -}}
+{{- if and (eq (toString $engine.enable_chunked_prefill) "false") (lt $step $context) -}}
+{{- fail (printf "engine.settings.enable_chunked_prefill is false, so a prompt must fit into one step: max_num_batched_tokens is %d, and settings.max_model_len %d" $step $context) -}}
+{{- end -}}
+{{- $body := int64 (.Values.gateway.settings.max_body_bytes | default 134217728) -}}
+{{- $bodies := int64 (.Values.gateway.settings.max_bodies_bytes | default 201326592) -}}
+{{- if gt (mul $body 4) (mul $bodies 3) -}}
+{{- fail (printf "gateway.settings.max_body_bytes is %d, more than three quarters of max_bodies_bytes, %d" $body $bodies) -}}
 {{- end -}}
 {{- end -}}

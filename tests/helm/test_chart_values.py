@@ -130,6 +130,36 @@ def test_contradictions_are_refused(values: Values, said: str) -> None:
         render(values)
 
 
+# What a service's own check says of settings, and what Helm says before; `max_model_len` is of all services.
+TOGETHER = [
+    ("engine", {"tensor_parallel_size": 2}, 1, "tensor_parallel_size is 2, and engine.gpus 1"),
+    ("engine", {"tensor_parallel_size": 2}, 0, "tensor_parallel_size is 2, and engine.gpus 0"),
+    ("engine", {"tensor_parallel_size": 2}, 2, "runs on 1 device"),
+    ("engine", {"enable_chunked_prefill": False}, 1, "is 8192, and settings.max_model_len 32768"),
+    ("engine", {"enable_chunked_prefill": False, "max_num_batched_tokens": 32767}, 1, "is 32767"),
+    ("engine", {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}, 1, None),
+    ("gateway", {"max_body_bytes": 192 << 20}, 0, "three quarters of max_bodies_bytes, 201326592"),
+    ("gateway", {"max_bodies_bytes": 128 << 20}, 0, "max_body_bytes is 134217728"),
+    ("gateway", {"max_body_bytes": 144 << 20}, 0, None),
+]
+
+
+@pytest.mark.parametrize(("service", "told", "gpus", "said"), TOGETHER)
+def test_settings_that_a_service_refuses_together_are_refused(
+    service: str, told: Values, gpus: int, said: str | None
+) -> None:
+    values = {**CLAIM, service: {"settings": told, "gpus": gpus}}
+    common = {"redis_url": "redis://r", "model": "m"}
+    if said is None:
+        values_schema.SERVICES[service](**common, **told)
+        assert render(values)
+        return
+    with pytest.raises(ConfigError):
+        values_schema.SERVICES[service](**common, **told)
+    with pytest.raises(HelmError, match=said):
+        render(values)
+
+
 def test_the_smallest_set_of_values_is_where_the_model_is() -> None:
     assert render(CLAIM)
 
