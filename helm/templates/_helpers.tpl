@@ -43,7 +43,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* An image's name with its registry replaced by the global one. A name's first part is a registry if it has a dot or a
      port, or is localhost; there is none in a name of one part. */}}
 {{- define "millrace.fromRegistry" -}}
-{{- $registry := .root.Values.global.imageRegistry | trimSuffix "/" -}}
+{{- $registry := (.root.Values.global | default dict).imageRegistry | default "" | trimSuffix "/" -}}
 {{- if $registry -}}
 {{- printf "%s/%s" $registry (regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" .image "") -}}
 {{- else -}}
@@ -53,7 +53,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{- define "millrace.pullSecrets" -}}
 {{- $secrets := list -}}
-{{- range concat .Values.global.imagePullSecrets .Values.image.pullSecrets -}}
+{{- $global := (.Values.global | default dict).imagePullSecrets | default list -}}
+{{- range concat $global (.Values.image.pullSecrets | default list) -}}
 {{- $secrets = append $secrets (kindIs "string" . | ternary (dict "name" .) .) -}}
 {{- end -}}
 {{- with uniq $secrets }}{{ toYaml . }}{{ end -}}

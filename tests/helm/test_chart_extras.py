@@ -199,3 +199,17 @@ def test_compiled_kernels_can_be_kept_where_the_image_puts_them() -> None:
     assert "kernels" not in str(pods(case("defaults"))["engine"][1]["volumes"])
     with pytest.raises(HelmError, match="kernelCache"):
         render({**CLAIM, "gateway": {"kernelCache": {}}})
+
+
+def test_values_of_an_older_chart_lack_what_is_new() -> None:
+    """`helm upgrade --reuse-values` brings the old chart's defaults in place of the new one's."""
+    unset = dict.fromkeys(("initContainers", "resources", "podSecurityContext", "securityContext"))
+    older = {
+        "global": None,
+        "pods": unset,
+        "engine": {"kernelCache": None, "image": None},
+        **{service: {"image": None} for service in ("gateway", "mm_encoder", "postproc")},
+    }
+    made = pods(valid(older))
+    for component, (_, spec) in pods(case("defaults")).items():
+        assert made[component][1] == spec, component
