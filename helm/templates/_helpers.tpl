@@ -103,6 +103,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- fail "gateway and postproc scale by cpu, which one that sleeps does not use: their replicas must be 1 or more" -}}
 {{- end -}}
 {{- include "millrace.checkSettings" . -}}
+{{- include "millrace.checkMedia" . -}}
 {{- range $service := list "gateway" "mm_encoder" "engine" "postproc" -}}
 {{- $config := index $.Values $service -}}
 {{- if and (ne $.Values.autoscaling.kind "none") (gt (int $config.replicas) (int $config.maxReplicas)) -}}
@@ -130,5 +131,31 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- $bodies := int64 (.Values.gateway.settings.max_bodies_bytes | default 201326592) -}}
 {{- if gt (mul $body 4) (mul $bodies 3) -}}
 {{- fail (printf "gateway.settings.max_body_bytes is %d, more than three quarters of max_bodies_bytes, %d" $body $bodies) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same of the sizes of images and the frames of videos. */}}
+{{- define "millrace.checkMedia" -}}
+{{- $told := .Values.mm_encoder.settings.mm_processor_kwargs | default dict -}}
+{{- $where := "mm_encoder.settings.mm_processor_kwargs" -}}
+{{- range $kind, $sizes := dict "image" (list 3136 4842768) "video" (list 234416 937664) -}}
+{{- $low := int64 (dig (printf "%s_min_pixels" $kind) (first $sizes) $told) -}}
+{{- $high := int64 (dig (printf "%s_max_pixels" $kind) (last $sizes) $told) -}}
+{{- if or (lt $low 1) (gt $low $high) -}}
+{{- fail (printf "%s: %s_min_pixels must be positive and at most %s_max_pixels: %d, %d" $where $kind $kind $low $high) -}}
+{{- end -}}
+{{- end -}}
+{{- $low := int (dig "video_min_frames" 16 $told) -}}
+{{- $high := int (dig "video_max_frames" 180 $told) -}}
+{{- $target := int (dig "video_target_frames" -1 $told) -}}
+{{- $fps := int (dig "video_fps" (gt $target 0 | ternary -1 2) $told) -}}
+{{- if and (gt $high 0) (gt $low $high) -}}
+{{- fail (printf "%s: video_min_frames is %d, and video_max_frames %d" $where $low $high) -}}
+{{- else if and (le $target 0) (le $fps 0) -}}
+{{- fail (printf "%s: video_fps or video_target_frames must be positive" $where) -}}
+{{- else if and (gt $target 0) (ge $fps 0) -}}
+{{- fail (printf "%s: video_fps and video_target_frames exclude each other" $where) -}}
+{{- else if and (gt $target 0) (or (lt $target $low) (and (gt $high 0) (gt $target $high))) -}}
+{{- fail (printf "%s: video_target_frames is %d, not within video_min_frames and video_max_frames" $where $target) -}}
 {{- end -}}
 {{- end -}}

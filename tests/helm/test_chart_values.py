@@ -1,5 +1,7 @@
 """The values: few, described by a schema that follows the services' settings, and refused where they contradict."""
 
+import json
+
 import jsonschema
 import pytest
 import values_schema
@@ -7,6 +9,7 @@ import yaml
 from helm_chart import CHART, CLAIM, MATRIX, Values, render
 from helm_python.errors import HelmError
 
+from shared import config
 from shared.errors import ConfigError
 
 MOST_KEYS = 140  # what people expect of a chart, and no setting of a service mapped by hand
@@ -141,6 +144,30 @@ TOGETHER = [
     ("gateway", {"max_body_bytes": 192 << 20}, 0, "three quarters of max_bodies_bytes, 201326592"),
     ("gateway", {"max_bodies_bytes": 128 << 20}, 0, "max_body_bytes is 134217728"),
     ("gateway", {"max_body_bytes": 144 << 20}, 0, None),
+    *(
+        ("mm_encoder", {"mm_processor_kwargs": told}, 1, said)
+        for told, said in (
+            ({"image_min_pixels": 0}, "image_min_pixels must be positive"),
+            ({"image_min_pixels": 4842768}, None),
+            ({"image_min_pixels": 4842769}, "at most image_max_pixels: 4842769, 4842768"),
+            ({"image_max_pixels": 3136}, None),
+            ({"image_max_pixels": 3135}, "3136, 3135"),
+            ({"video_min_pixels": 937664}, None),
+            ({"video_min_pixels": 937665}, "937665, 937664"),
+            ({"video_max_pixels": 234416}, None),
+            ({"video_max_pixels": 234415}, "234416, 234415"),
+            ({"video_min_frames": 180}, None),
+            ({"video_min_frames": 181}, "video_min_frames is 181, and video_max_frames 180"),
+            ({"video_max_frames": 16}, None),
+            ({"video_max_frames": 15}, "video_min_frames is 16, and video_max_frames 15"),
+            ({"video_fps": 0}, "video_fps or video_target_frames"),
+            ({"video_target_frames": 16}, None),
+            ({"video_target_frames": 16, "video_fps": 2}, "exclude each other"),
+            ({"video_target_frames": 15}, "video_target_frames is 15"),
+            ({"video_target_frames": 181}, "video_target_frames is 181"),
+            ({"video_target_frames": 181, "video_max_frames": 0}, None),
+        )
+    ),
 ]
 
 
@@ -149,13 +176,14 @@ def test_settings_that_a_service_refuses_together_are_refused(
     service: str, told: Values, gpus: int, said: str | None
 ) -> None:
     values = {**CLAIM, service: {"settings": told, "gpus": gpus}}
-    common = {"redis_url": "redis://r", "model": "m"}
+    environ = {config.variable(name): json.dumps(value) for name, value in told.items()}
+    environ |= {"MILLRACE_REDIS_URL": "redis://r", "MILLRACE_MODEL": "m"}
     if said is None:
-        values_schema.SERVICES[service](**common, **told)
+        config.load(values_schema.SERVICES[service], environ)
         assert render(values)
         return
     with pytest.raises(ConfigError):
-        values_schema.SERVICES[service](**common, **told)
+        config.load(values_schema.SERVICES[service], environ)
     with pytest.raises(HelmError, match=said):
         render(values)
 
