@@ -20,9 +20,9 @@ automountServiceAccountToken: {{ has .component (list "autoscaler" "replicas") }
 enableServiceLinks: false  # they would be MILLRACE_ variables, which a service that knows no such setting refuses
 securityContext:
   {{- include "millrace.podSecurity" . | nindent 2 }}
-{{- with .root.Values.image.pullSecrets }}
+{{- with include "millrace.pullSecrets" .root }}
 imagePullSecrets:
-  {{- toYaml . | nindent 2 }}
+  {{- . | nindent 2 }}
 {{- end }}
 {{- with .config.priorityClassName }}
 priorityClassName: {{ . }}
@@ -61,12 +61,12 @@ topologySpreadConstraints:
 
 {{- define "millrace.podSecurity" -}}
 {{- $own := include "millrace.ownPodSecurity" . | fromYaml -}}
-{{- include "millrace.overridden" (mergeOverwrite $own (deepCopy .config.podSecurityContext)) -}}
+{{- include "millrace.overridden" (mergeOverwrite $own (.config.podSecurityContext | default dict | deepCopy)) -}}
 {{- end -}}
 
 {{- define "millrace.containerSecurity" -}}
 {{- $own := include "millrace.ownContainerSecurity" . | fromYaml -}}
-{{- include "millrace.overridden" (mergeOverwrite $own (deepCopy .config.securityContext)) -}}
+{{- include "millrace.overridden" (mergeOverwrite $own (.config.securityContext | default dict | deepCopy)) -}}
 {{- end -}}
 
 {{/* A map without the keys that an operator has set to null. */}}
@@ -99,7 +99,7 @@ capabilities:
 {{- $own := include "millrace.ownResources" . | fromYaml -}}
 {{- range $kind := list "requests" "limits" }}
 {{ $kind }}:
-  {{- include "millrace.overridden" (mergeOverwrite (index $own $kind) (deepCopy (index $.config.resources $kind))) | nindent 2 }}
+  {{- include "millrace.overridden" (mergeOverwrite (index $own $kind) (dig $kind dict ($.config.resources | default dict) | default dict | deepCopy)) | nindent 2 }}
 {{- end }}
 {{- end -}}
 

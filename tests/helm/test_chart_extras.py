@@ -1,7 +1,7 @@
 """What people expect of any chart: names, labels, volumes, variables and objects of their own."""
 
 import pytest
-from helm_chart import CLAIM, SERVICES, Object, Values, case, container, find, objects, pods, render
+from helm_chart import CHART, CLAIM, SERVICES, Object, Values, case, container, find, objects, pods, render
 from helm_python.errors import HelmError
 from test_chart_render import FOREIGN, validator
 
@@ -135,3 +135,81 @@ def test_a_service_can_have_an_image_of_its_own() -> None:
     fetched = pods(valid({"model": {"download": {"repository": "a/b"}}, "postproc": {"image": patched}}))
     assert container(fetched["model"][1])["image"] == patched
     assert fetched["postproc"][1]["initContainers"][0]["image"] == patched
+
+
+def test_all_images_can_come_from_one_registry() -> None:
+    mirror = {"imageRegistry": "mirror.local:5000", "imagePullSecrets": ["pull", "second"], "other": 1}
+    values = {
+        "global": mirror,
+        "image": {"registry": "registry.example.com/team", "pullSecrets": [{"name": "second"}]},
+        "model": {"download": {"repository": "a/b"}},
+        "engine": {"image": "localhost/engine:1"},
+        "autoscaling": {"kind": "builtin"},
+    }
+    images = {}
+    for component, (_, spec) in pods(valid(values)).items():
+        assert spec["imagePullSecrets"] == [{"name": "pull"}, {"name": "second"}]
+        for each in [*spec["containers"], *spec.get("initContainers", [])]:
+            images[component, each["name"]] = each["image"]
+    assert images["gateway", "gateway"] == "mirror.local:5000/team/millrace-gateway:0.1.0"
+    assert images["engine", "engine"] == "mirror.local:5000/engine:1"
+    assert images["redis", "valkey"] == "mirror.local:5000/valkey/valkey:9.1"
+    assert images["redis", "exporter"].startswith("mirror.local:5000/oliver006/redis_exporter:")
+    assert {image.partition("/")[0] for image in images.values()} == {"mirror.local:5000"}
+    plain = pods(valid({"global": {"imageRegistry": "mirror.local"}, "redis": {"image": "valkey:9.1"}}))
+    assert container(plain["gateway"][1])["image"] == "mirror.local/millrace-gateway:0.1.0"
+    assert container(plain["redis"][1])["image"] == "mirror.local/valkey:9.1"
+
+
+def test_redis_is_placed_and_bounded_as_the_other_pods_or_otherwise() -> None:
+    common = {"nodeSelector": {"pool": "cpu"}, "annotations": {"a": "b"}, "priorityClassName": "serving", "gpus": 1}
+    own = {
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "redis", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "labels": {"tier": "data"},
+        "resources": {"requests": {"ephemeral-storage": "1Gi"}, "limits": {"cpu": 2}},
+        "podSecurityContext": {"fsGroup": None},
+        "serviceAccountAnnotations": {"cloud.example.com/role": "none"},
+    }
+    made = valid({"pods": common, "redis": {**own, "maxMemoryMb": 2000, "cpu": "500m"}})
+    metadata, spec = pods(made)["redis"]
+    assert (metadata["annotations"]["a"], metadata["labels"]["tier"]) == ("b", "data")
+    assert spec["nodeSelector"] == {"pool": "cpu", "disk": "fast"}
+    assert (spec["tolerations"], spec["affinity"]) == (own["tolerations"], own["affinity"])
+    assert spec["priorityClassName"] == "serving"
+    assert "fsGroup" not in spec["securityContext"]
+    assert container(spec, "valkey")["resources"] == {
+        "requests": {"cpu": "500m", "memory": "3000Mi", "ephemeral-storage": "1Gi"},
+        "limits": {"memory": "3000Mi", "cpu": 2},
+    }
+    account = find(made, "ServiceAccount", "millrace-redis")
+    assert account["metadata"]["annotations"] == own["serviceAccountAnnotations"]
+    assert "tolerations" not in pods(made)["gateway"][1]
+    with pytest.raises(HelmError, match="extraEnv"):
+        render({**CLAIM, "redis": {"extraEnv": []}})
+
+
+def test_compiled_kernels_can_be_kept_where_the_image_puts_them() -> None:
+    _, spec = pods(case(PLACED))["engine"]
+    assert {"name": "kernels", "persistentVolumeClaim": {"claimName": "kernels"}} in spec["volumes"]
+    (mount,) = [each for each in container(spec)["volumeMounts"] if each["name"] == "kernels"]
+    image = (CHART / "images" / "engine.Containerfile").read_text()
+    assert f"TRITON_CACHE_DIR={mount['mountPath']} " in image
+    assert "kernels" not in str(pods(case("defaults"))["engine"][1]["volumes"])
+    with pytest.raises(HelmError, match="kernelCache"):
+        render({**CLAIM, "gateway": {"kernelCache": {}}})
+
+
+def test_values_of_an_older_chart_lack_what_is_new() -> None:
+    """`helm upgrade --reuse-values` brings the old chart's defaults in place of the new one's."""
+    unset = dict.fromkeys(("initContainers", "resources", "podSecurityContext", "securityContext"))
+    older = {
+        "global": None,
+        "pods": unset,
+        "engine": {"kernelCache": None, "image": None},
+        **{service: {"image": None} for service in ("gateway", "mm_encoder", "postproc")},
+    }
+    made = pods(valid(older))
+    for component, (_, spec) in pods(case("defaults")).items():
+        assert made[component][1] == spec, component
