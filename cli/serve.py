@@ -32,6 +32,7 @@ PYTHON = (sys.executable, "-P", "-m")
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
+EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for all interfaces
 CLOSE_S = 10.0  # what a service may take to close, once drained
 SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-C
 
@@ -82,23 +83,37 @@ def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
     )
 
 
-def announce(launch: Launch, has_keys: bool) -> list[str]:
+def announce(launch: Launch, metrics_host: str, has_keys: bool) -> list[str]:
     """Return what to say once all is ready: where it is, and who can reach it."""
-    everywhere, local = launch.host in ("0.0.0.0", "::"), launch.host in ("127.0.0.1", "::1", "localhost")
-    host = "127.0.0.1" if everywhere else f"[{launch.host}]" if ":" in launch.host else launch.host
+    base = _base_url(launch.host, launch.port)
     lines = [
-        f"serving {launch.model} at http://{host}:{launch.port}/v1",
-        f"chat page at http://{host}:{launch.port}/",
-        f"metrics at http://{host}:{launch.metrics_port}/metrics; Ctrl-C stops",
+        f"serving {launch.model} at {base}/v1",
+        f"chat page at {base}/",
+        f"metrics at {_base_url(metrics_host, launch.metrics_port)}/metrics; Ctrl-C stops",
     ]
-    if local:
+    if launch.host in ("127.0.0.1", "::1", "localhost"):
         lines.append("only this machine can reach it; --host 0.0.0.0 lets others in")
     elif not has_keys:
-        where = "all interfaces" if everywhere else launch.host
+        where = "all interfaces" if launch.host in EVERYWHERE else launch.host
         lines.append(
             f"it listens on {where} without a key; --api-key KEY asks for one, --host 127.0.0.1 keeps others out"
         )
     return lines
+
+
+def _base_url(host: str, port: int) -> str:
+    """Return the URL by which this machine reaches what listens on `host`."""
+    shown = "127.0.0.1" if host in EVERYWHERE else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def describe(service: str, replica: leases.Replica | None) -> str:
+    """Return what a service does, in a few words: its work, or that it has stopped renewing its lease."""
+    if replica is None:
+        return f"{service} does not answer"
+    if replica.state != "ready":
+        return f"{service} {replica.state}"
+    return f"{service} {replica.load.get(HELD[service], 0):g}"
 
 
 class System:
@@ -108,6 +123,7 @@ class System:
         common = settings_of(environs["gateway"])
         self._launch = launch
         self._has_keys = environs["gateway"].get(variable("api_keys"), "[]") != "[]"
+        self._metrics_host = environs["gateway"][variable("metrics_host")]
         self._metrics = environs["gateway"][METRICS_DIRECTORY]
         self._redis = redis
         self._redis_url = common.redis_url
@@ -187,18 +203,18 @@ class System:
         """Note which stages are ready; return the load of all in one line, or "" until all are ready."""
         doing = []
         for child in self._children:
-            for replica in await leases.live(client, self._keys, child.service):
-                if replica.name == child.name and replica.state == "ready":
-                    if not child.ready:
-                        child.mark_ready()
-                        self._say_ready(child)
-                    doing.append(f"{child.service} {replica.load.get(HELD[child.service], 0):g}")
+            living = {replica.name: replica for replica in await leases.live(client, self._keys, child.service)}
+            replica = living.get(child.name)
+            if replica is not None and replica.state == "ready" and not child.ready:
+                child.mark_ready()
+                self._say_ready(child)
+            doing.append(describe(child.service, replica))
         return f"in work: {', '.join(doing)}" if self._all_ready else ""
 
     def _say_ready(self, child: Child) -> None:
         report(f"{child.service:10} ready after {child.age_s:.1f} s")
         if self._all_ready:
-            for line in announce(self._launch, self._has_keys):
+            for line in announce(self._launch, self._metrics_host, self._has_keys):
                 report(line)
 
     @property

@@ -1,5 +1,10 @@
 """Entry point of the autoscaler: `python -m cli.autoscaler` or `millrace autoscale`."""
 
+from shared.termination import end_when_terminated
+
+if __name__ == "__main__":
+    end_when_terminated()  # before the other imports, which take seconds
+
 import asyncio
 import os
 import signal

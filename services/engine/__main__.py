@@ -1,5 +1,10 @@
 """The engine's composition root: `python -m services.engine`, configured by MILLRACE_* variables."""
 
+from shared.termination import end_when_terminated
+
+if __name__ == "__main__":
+    end_when_terminated()  # before the other imports, which take seconds
+
 import os
 import sys
 from collections.abc import Callable, Iterator

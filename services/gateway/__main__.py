@@ -1,5 +1,10 @@
 """Composition root of the gateway: `python -m services.gateway`, configured by MILLRACE_* variables."""
 
+from shared.termination import end_when_terminated
+
+if __name__ == "__main__":
+    end_when_terminated()  # before the other imports, which take seconds
+
 import asyncio
 import hashlib
 import os

@@ -1,5 +1,10 @@
 """Composition root of the mm_encoder: `python -m services.mm_encoder`, configured by MILLRACE_* variables."""
 
+from shared.termination import end_when_terminated
+
+if __name__ == "__main__":
+    end_when_terminated()  # before the other imports, which take seconds
+
 import math
 import os
 import sys

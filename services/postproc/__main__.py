@@ -1,5 +1,10 @@
 """Run one postproc, `python -m services.postproc`, configured by MILLRACE_ variables: the composition root."""
 
+from shared.termination import end_when_terminated
+
+if __name__ == "__main__":
+    end_when_terminated()  # before the other imports, which take seconds
+
 import os
 import sys
 import time

@@ -11,7 +11,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from shared.bus.keys import ENCODE, GENERATE, SERVICES, Keys
+from shared.bus.keys import ENCODE, GENERATE, NEWER, SERVICES, Keys
 from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
 
@@ -160,7 +160,8 @@ async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None, *, ser
 def problems(view: PipelineView) -> list[str]:
     """Describe what an operator should look at, a line each; nothing if all is well.
 
-    A service with a work stream may be scaled to zero while the stream is empty; gateway and postproc may not.
+    A service with a work stream may be scaled to zero while the stream is empty; gateway and postproc may not. Replicas
+    that stopped renewing their leases were not scaled away, and are named where no other is ready.
     """
     found = [line for stage in view.stages for line in _problems_of(stage)]
     if view.stage("postproc").ready:
@@ -174,15 +175,23 @@ def _problems_of(stage: StageView) -> list[str]:
     found = []
     queue = stage.queue
     coming = "; one is starting" if stage.within("starting") else ""
-    if not stage.ready and (queue is None or queue.length):
-        work = f"{queue.length} requests for " if queue else ""
-        found.append(f"{work}{stage.service}: no replica is ready{coming}")
+    silent = "".join(f"; {name} does not answer" for name in _silent(stage))
+    if not stage.ready and (queue is None or queue.length or silent):
+        work = f"{queue.length} requests for " if queue and queue.length else ""
+        found.append(f"{work}{stage.service}: no replica is ready{silent}{coming}")
     elif queue and (queue.waiting_s or 0) > LONG_WAIT_S:
         found.append(f"{stage.service}: the oldest of {queue.waiting} has waited for {queue.waiting_s:.0f} s")
     if queue and queue.quarantined:
         found.append(f"quarantine:{queue.stream} has {queue.quarantined} entries, which ended replica after replica")
     found += [f"{each.name}: a lease of another version, which cannot be read" for each in stage.within(UNREADABLE)]
     return found
+
+
+def _silent(stage: StageView) -> list[str]:
+    """Return the names of replicas that neither renew their lease nor have left, which deletes their consumer."""
+    known = {each.name for each in stage.replicas} | {NEWER}
+    consumers = [each.name for each in stage.queue.consumers if each.name not in known] if stage.queue else []
+    return [each.name for each in stage.within("gone")] + consumers
 
 
 # ------------------------------------------------------------------------------------------------------- questions

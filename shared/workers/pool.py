@@ -21,6 +21,7 @@ class WorkerPool:
 
         Raises:
             RuntimeError: it does not become ready.
+            OSError: it cannot be started.
         """
         async with self._room:
             process, answer = await self._start()
@@ -32,7 +33,7 @@ class WorkerPool:
 
         Raises:
             TooSlowError, DiedError: see `WorkerProcess.call`.
-            RuntimeError: no process becomes ready.
+            RuntimeError, OSError: no process becomes ready, or can be started.
         """
         async with self._room:
             process = await self._take()
@@ -61,5 +62,5 @@ class WorkerPool:
     async def _start(self) -> tuple[WorkerProcess, bytes]:
         try:
             return await WorkerProcess.start(self._module, self._setup, self._environ)
-        except (DiedError, TooSlowError, OSError) as error:
-            raise RuntimeError(f"a process of {self._module} does not start: {error}") from error
+        except (DiedError, TooSlowError) as error:
+            raise RuntimeError(f"a process of {self._module} does not become ready: {error}") from error

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cli.flags import NOT_YET, parse, unread_variables
-from cli.serve import announce
+from cli.serve import announce, describe
+from shared.bus.leases import Replica
 from shared.errors import ConfigError
 
 
@@ -99,10 +100,17 @@ def test_what_is_always_so_may_be_asked_for() -> None:
     ],
 )
 def test_what_is_said_of_who_can_reach_it(flags: list[str], has_keys: bool, address: str, said: str | None) -> None:
-    serving, page, _, *more = announce(parse(["--demo", *flags], {}), has_keys)
+    serving, page, metrics, *more = announce(parse(["--demo", *flags], {}), "::1", has_keys)
     assert serving == f"serving demo at http://{address}/v1"
     assert page == f"chat page at http://{address}/"
+    assert metrics.startswith("metrics at http://[::1]:")
     assert [said in line for line in more if said] == [True] * len(more) == [True] * (said is not None)
+
+
+def test_what_a_stage_does_or_that_it_does_not_answer() -> None:
+    assert describe("engine", Replica("engine", "e", "ready", load={"held": 3.0})) == "engine 3"
+    assert describe("engine", Replica("engine", "e", "draining", load={"held": 3.0})) == "engine draining"
+    assert describe("engine", None) == "engine does not answer"
 
 
 def test_where_traces_go() -> None:

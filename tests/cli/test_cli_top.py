@@ -98,7 +98,7 @@ def test_what_is_wrong_stands_on_top() -> None:
     lines = drawn(VIEW)
     assert lines[0].endswith("2 to look at")
     assert lines[1].strip() == "quarantine:generate has 2 entries, which ended replica after replica"
-    assert lines[2].strip() == "postproc: no replica is ready"
+    assert lines[2].strip() == "postproc: no replica is ready; postproc-0 does not answer"
 
 
 def test_a_narrow_terminal_loses_no_figure() -> None:

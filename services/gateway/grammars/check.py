@@ -37,6 +37,7 @@ class GrammarCheck:
         Raises:
             RequestError: 400, it cannot; of its `parts`, the first that cannot either is named; 500, no process could
                 tell.
+            OSError: no process can be started now, for want of files say.
         """
         verdict = await self._verdict(grammar)
         if verdict is None:

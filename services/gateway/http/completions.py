@@ -111,7 +111,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
         return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 
     async def _compute(self, size: int, function: Callable[[], T]) -> T:
-        """Call a function whose work grows with `size`: in a thread if that is large, a few at once if very large."""
+        """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""
         if size <= INLINE_BYTES:
             return function()
         if size <= SMALL_BYTES:

@@ -82,14 +82,14 @@ class OpenRequests:
         )
         async with self._registered(open_request):
             earlier = await self._pipeline.submit(open_request, parsed, metadata)
+            del parsed  # its uploads are stored, or not needed; the answer may take long
             if earlier is None:
-                del parsed  # its uploads are stored; the answer may take long
                 yield open_request
                 return
         stored = await self._find_earlier(earlier, metadata.owner)
         if answer_format.continuous_usage and not stored.answer_format.continuous_usage:
             raise RequestError(USAGE_AT_END)
-        async with self.rejoin(stored, answer_format, parsed.stream) as open_request:
+        async with self.rejoin(stored, answer_format, open_request.stream) as open_request:
             yield open_request
 
     @asynccontextmanager

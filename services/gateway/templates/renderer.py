@@ -47,7 +47,7 @@ class TemplateRenderer:
 
         Raises:
             CheckpointError: it does not compile.
-            RuntimeError: no process starts.
+            RuntimeError, OSError: no process starts.
         """
         await self._trusted.start_one()
         reply = await _call(self._trusted, RenderTask(self._template, None, CPU_S))
@@ -60,6 +60,7 @@ class TemplateRenderer:
         Raises:
             RequestError: 400, the template refuses the conversation, or the prompt exceeds the limit, or the request's
                 own template fails; 500, the checkpoint's does; 503, the process was killed.
+            OSError: no process can be started now, for want of files say.
         """
         own = rendering.own_template
         if own is None:
@@ -88,7 +89,7 @@ async def _call(pool: WorkerPool, task: RenderTask) -> Reply:
 
     Raises:
         RequestError: 503, the process was killed both times.
-        RuntimeError: no process starts.
+        RuntimeError, OSError: no process starts.
     """
     message = encode_task(task)
     try:

@@ -157,13 +157,21 @@ async def test_memory_is_given_back_whatever_happens(checkpoint: Path, redis_url
         for content, status in ((b"{", 400), (b"[" * 50_000, 400), (b" " * 60_001, 413)):
             assert (await client.post(chat, content=content)).status_code == status
             assert held(server) == 0
-        asked = asyncio.create_task(server.client.chat.completions.create(model="demo-model", messages=HI))
+
+        def ask() -> asyncio.Task[Any]:
+            key = {"Idempotency-Key": "one"}
+            create = server.client.chat.completions.create
+            return asyncio.create_task(create(model="demo-model", messages=HI, extra_headers=key))
+
+        asked = ask()
         request = await stages.request()
+        again = ask()
+        await stages.attached()
         await until(lambda: held(server) == 0)  # while the answer is being written
         gc.collect()
         assert not [each for each in gc.get_objects() if type(each) is ParsedRequest]
         await stages.answer(request, "x")
-        await asked
+        await asyncio.gather(asked, again)
 
 
 # ------------------------------------------------------------------------------------------------------ slow clients

@@ -1,8 +1,10 @@
 """Rendering in processes: what a template may do to one is its own failure, and everybody else is answered."""
 
 import asyncio
+import errno
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -132,6 +134,19 @@ async def test_idle_processes_that_were_killed_together_cost_no_request() -> Non
         for each in idle:
             os.kill(each._process.pid, signal.SIGKILL)
             await each._process.wait()
+        assert await renderer.render(conversation()) == "[Hi]"
+
+
+async def test_a_process_for_which_there_are_no_files_is_no_fault_of_the_template() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with running() as renderer:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files") as caught:
+                await renderer.render(conversation())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert caught.value.errno == errno.EMFILE  # which is answered with a 503 (services/gateway/http/app.py)
         assert await renderer.render(conversation()) == "[Hi]"
 
 

@@ -9,6 +9,7 @@ import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 
+from shared.bus import leases
 from shared.bus.blobs import Blobs
 from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -163,6 +164,26 @@ async def test_a_sleeping_stage_is_well_until_there_is_work(redis: Redis, keys: 
     await lease(redis, keys, "engine", "engine-1", "starting")
     assert problems(await read(redis, keys)) == ["2 requests for engine: no replica is ready; one is starting"]
     await lease(redis, keys, "engine", "engine-1")
+    assert problems(await read(redis, keys)) == []
+
+
+async def test_a_stage_that_does_not_answer_is_no_sleeping_one(redis: Redis, keys: Keys) -> None:
+    await all_ready(redis, keys)
+    stream = WorkStream(redis, keys, GENERATE, "engine", "engine-0", 3)
+    await stream.join()
+    assert problems(await read(redis, keys)) == []
+    await redis.delete(keys.replica("engine", "engine-0"))  # as it expires
+    silent = "engine: no replica is ready; engine-0 does not answer"
+    assert problems(await read(redis, keys)) == [silent]
+    await leases.live(redis, keys, "engine")  # forgets its name
+    assert problems(await read(redis, keys)) == [silent]
+    await lease(redis, keys, "engine", "engine-1", "starting")
+    assert problems(await read(redis, keys)) == [f"{silent}; one is starting"]
+    await lease(redis, keys, "engine", "engine-1")
+    assert problems(await read(redis, keys)) == []
+    await redis.delete(keys.replica("engine", "engine-1"))
+    await stream.leave()
+    await leases.live(redis, keys, "engine")
     assert problems(await read(redis, keys)) == []
 
 
