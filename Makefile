@@ -75,7 +75,7 @@ ROUNDS ?= 4
 test-random: $(VENV)/.installed-test
 	for round in $$(seq $(ROUNDS)); do $(VENV)/bin/pytest -m hypothesis --hypothesis-profile=random || exit 1; done
 
-# Every crash point (POINTS=none: leave that out), then seeds of chaos; the last line is their totals.
+# Every crash point and both rollbacks (POINTS=none: leave them out), then seeds of chaos; the last line is their totals.
 SEEDS ?= 4
 FIRST_SEED ?= 1
 SECONDS ?= 60
@@ -84,7 +84,7 @@ POINTS ?= all
 
 chaos: $(VENV)/.installed-test
 	failed=0; \
-	test $(POINTS) = none || CHAOS_ALL=1 $(VENV)/bin/pytest tests/chaos/test_crash_points.py || failed=1; \
+	test $(POINTS) = none || CHAOS_ALL=1 $(VENV)/bin/pytest tests/chaos/test_crash_points.py tests/chaos/test_versions.py || failed=1; \
 	PYTHONPATH=.:tests:tests/chaos $(VENV)/bin/python -m chaos_storm --seeds $(SEEDS) --first-seed $(FIRST_SEED) \
 		--seconds $(SECONDS) --clients $(CLIENTS) && exit $$failed
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from services.engine.settings import EngineSettings  # noqa: E402
 from services.gateway.settings import GatewaySettings  # noqa: E402
 from services.mm_encoder.settings import MmEncoderSettings  # noqa: E402
-from services.postproc.settings import PostprocSettings  # noqa: E402
+from services.postproc.settings import ERNIE_VL_THINKING, PostprocSettings  # noqa: E402
 from shared.config import CommonSettings  # noqa: E402
 
 TARGET = ROOT / "helm" / "values.schema.json"
@@ -26,6 +26,21 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "mm_encoder": MmEncoderSettings,
     "engine": EngineSettings,
     "postproc": PostprocSettings,
+}
+# What a service checks itself, beyond the types of its settings.
+CHECKED: dict[str, dict[str, Any]] = {
+    "tensor_parallel_size": {"minimum": 1},
+    "max_num_seqs": {"minimum": 1, "maximum": 256},
+    "max_num_batched_tokens": {"minimum": 1},
+    "block_size": {"minimum": 1},
+    "kv_cache_bytes": {"minimum": 1},
+    "foreign_bytes": {"minimum": 0},
+    "num_gpu_blocks_override": {"minimum": 1},
+    "gpu_memory_utilization": {"exclusiveMinimum": 0, "maximum": 1},
+    "media_max_pixels": {"maximum": 89478485},  # Pillow's own
+    "media_allow_networks": {"items": {"type": "string", "pattern": r"^[0-9a-fA-F.:]+/[0-9]+$"}},
+    "reasoning_parser": {"enum": ["", ERNIE_VL_THINKING]},
+    "tool_call_parser": {"enum": ["", ERNIE_VL_THINKING]},
 }
 # Settings that the chart sets from other values; the last is for tests.
 OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "metrics_host", "drain_s"}
@@ -45,6 +60,18 @@ TEXTS: Schema = {"type": "array", "items": TEXT}
 LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
 OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 MAP: Schema = {"type": "object"}
+AMOUNTS: Schema = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [{"type": "number", "minimum": 0}, QUANTITY, {"type": "null"}]},
+}
+# Other charts' keys may be there, too.
+GLOBAL: Schema = {
+    "type": "object",
+    "properties": {
+        "imageRegistry": TEXT,
+        "imagePullSecrets": {"type": "array", "items": {"type": ["string", "object"]}},
+    },
+}
 # Settings go through `settings`, which checks them.
 ENV: Schema = {
     "type": "array",
@@ -88,21 +115,32 @@ def _plain(schema: Any, definitions: dict[str, Any]) -> Any:
     return {key: _plain(value, definitions) for key, value in plain.items()}
 
 
-def pod_keys() -> dict[str, Schema]:
+def any_pod_keys() -> dict[str, Schema]:
+    """Return the keys of `pods` that Redis's pod has, too."""
     return {
         "annotations": LABELS,
         "labels": LABELS,
-        "extraEnv": ENV,
-        "extraVolumes": OBJECTS,
-        "extraVolumeMounts": OBJECTS,
         "serviceAccountAnnotations": LABELS,
-        "disruptionBudget": FLAG,
-        "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
+        "resources": keys(requests=AMOUNTS, limits=AMOUNTS),
+        "podSecurityContext": MAP,
+        "securityContext": MAP,
         "nodeSelector": LABELS,
         "tolerations": OBJECTS,
         "affinity": MAP,
         "spreadBy": TEXTS,
         "priorityClassName": TEXT,
+    }
+
+
+def pod_keys() -> dict[str, Schema]:
+    return {
+        **any_pod_keys(),
+        "extraEnv": ENV,
+        "extraVolumes": OBJECTS,
+        "extraVolumeMounts": OBJECTS,
+        "initContainers": OBJECTS,
+        "disruptionBudget": FLAG,
+        "env": {"type": "object", "additionalProperties": TEXT, "propertyNames": {"not": {"pattern": "^MILLRACE_"}}},
         "gpus": COUNT,
         "preStopSeconds": COUNT,
         "startupSeconds": POSITIVE,
@@ -112,9 +150,11 @@ def pod_keys() -> dict[str, Schema]:
 
 def service_keys(service: str) -> Schema:
     settings = fields(SERVICES[service])
-    own = {name: value for name, value in settings.items() if name not in COMMON | OWNED or name in OF_ONE_SERVICE}
+    told = [name for name in settings if name not in COMMON | OWNED or name in OF_ONE_SERVICE]
+    own = {name: settings[name] | CHECKED.get(name, {}) for name in told}
     return keys(
         **pod_keys(),
+        image=TEXT,
         replicas=COUNT,
         maxReplicas=POSITIVE,
         target=POSITIVE,
@@ -122,6 +162,7 @@ def service_keys(service: str) -> Schema:
         memory=QUANTITY,
         drainSeconds={"type": "integer", "minimum": 10},  # ten of them are for closing
         settings=keys(**own),
+        **({"kernelCache": MAP} if service == "engine" else {}),
     )
 
 
@@ -129,7 +170,7 @@ def schema() -> Schema:
     common = {name: value for name, value in fields(CommonSettings).items() if name not in OWNED}
     services = {service: service_keys(service) for service in SERVICES}
     chart = keys(
-        **{"global": MAP},
+        **{"global": GLOBAL},
         nameOverride=OBJECT_NAME,
         fullnameOverride=OBJECT_NAME,
         commonLabels=LABELS,
@@ -154,6 +195,7 @@ def schema() -> Schema:
         apiKeysSecret=TEXT,
         settings=keys(**common, namespace=NAMESPACE),
         redis=keys(
+            **any_pod_keys(),
             existingSecret=TEXT,
             passwordGeneration=POSITIVE,
             tlsSecret=TEXT,

@@ -34,7 +34,33 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
+{{/* The image of a service, or of the autoscaler. */}}
 {{- define "millrace.image" -}}
+{{- $image := (index .root.Values .component | default dict).image | default (include "millrace.ownImage" .) -}}
+{{- include "millrace.fromRegistry" (dict "root" .root "image" $image) -}}
+{{- end -}}
+
+{{/* An image's name with its registry replaced by the global one. A name's first part is a registry if it has a dot or a
+     port, or is localhost; there is none in a name of one part. */}}
+{{- define "millrace.fromRegistry" -}}
+{{- $registry := (.root.Values.global | default dict).imageRegistry | default "" | trimSuffix "/" -}}
+{{- if $registry -}}
+{{- printf "%s/%s" $registry (regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" .image "") -}}
+{{- else -}}
+{{- .image -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "millrace.pullSecrets" -}}
+{{- $secrets := list -}}
+{{- $global := (.Values.global | default dict).imagePullSecrets | default list -}}
+{{- range concat $global (.Values.image.pullSecrets | default list) -}}
+{{- $secrets = append $secrets (kindIs "string" . | ternary (dict "name" .) .) -}}
+{{- end -}}
+{{- with uniq $secrets }}{{ toYaml . }}{{ end -}}
+{{- end -}}
+
+{{- define "millrace.ownImage" -}}
 {{- $repository := printf "millrace-%s" (.component | replace "_" "-") -}}
 {{- with .root.Values.image.registry }}{{- $repository = printf "%s/%s" (. | trimSuffix "/") $repository -}}{{- end -}}
 {{- printf "%s:%s" $repository (.root.Values.image.tag | default .root.Chart.AppVersion) -}}
@@ -76,10 +102,60 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and (ne .Values.autoscaling.kind "none") (has 0 (list (int .Values.gateway.replicas) (int .Values.postproc.replicas))) -}}
 {{- fail "gateway and postproc scale by cpu, which one that sleeps does not use: their replicas must be 1 or more" -}}
 {{- end -}}
+{{- include "millrace.checkSettings" . -}}
+{{- include "millrace.checkMedia" . -}}
 {{- range $service := list "gateway" "mm_encoder" "engine" "postproc" -}}
 {{- $config := index $.Values $service -}}
 {{- if and (ne $.Values.autoscaling.kind "none") (gt (int $config.replicas) (int $config.maxReplicas)) -}}
 {{- fail (printf "%s.replicas is more than %s.maxReplicas" $service $service) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Settings that contradict each other or the pod, which a service would say by ending. Defaults are the services'. */}}
+{{- define "millrace.checkSettings" -}}
+{{- $engine := .Values.engine.settings -}}
+{{- $devices := int ($engine.tensor_parallel_size | default 1) -}}
+{{- $gpus := int (include "millrace.config" (dict "root" . "component" "engine") | fromYaml).gpus -}}
+{{- if gt $devices (max $gpus 1 | int) -}}
+{{- fail (printf "engine.settings.tensor_parallel_size is %d, and engine.gpus %d" $devices $gpus) -}}
+{{- else if gt $devices 1 -}}
+{{- fail (printf "engine.settings.tensor_parallel_size is %d; this engine runs on 1 device" $devices) -}}
+{{- end -}}
+{{- $step := int ($engine.max_num_batched_tokens | default 8192) -}}
+{{- $context := int (.Values.settings.max_model_len | default 32768) -}}
+{{- if and (eq (toString $engine.enable_chunked_prefill) "false") (lt $step $context) -}}
+{{- fail (printf "engine.settings.enable_chunked_prefill is false, so a prompt must fit into one step: max_num_batched_tokens is %d, and settings.max_model_len %d" $step $context) -}}
+{{- end -}}
+{{- $body := int64 (.Values.gateway.settings.max_body_bytes | default 134217728) -}}
+{{- $bodies := int64 (.Values.gateway.settings.max_bodies_bytes | default 201326592) -}}
+{{- if gt (mul $body 4) (mul $bodies 3) -}}
+{{- fail (printf "gateway.settings.max_body_bytes is %d, more than three quarters of max_bodies_bytes, %d" $body $bodies) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same of the sizes of images and the frames of videos. */}}
+{{- define "millrace.checkMedia" -}}
+{{- $told := .Values.mm_encoder.settings.mm_processor_kwargs | default dict -}}
+{{- $where := "mm_encoder.settings.mm_processor_kwargs" -}}
+{{- range $kind, $sizes := dict "image" (list 3136 4842768) "video" (list 234416 937664) -}}
+{{- $low := int64 (dig (printf "%s_min_pixels" $kind) (first $sizes) $told) -}}
+{{- $high := int64 (dig (printf "%s_max_pixels" $kind) (last $sizes) $told) -}}
+{{- if or (lt $low 1) (gt $low $high) -}}
+{{- fail (printf "%s: %s_min_pixels must be positive and at most %s_max_pixels: %d, %d" $where $kind $kind $low $high) -}}
+{{- end -}}
+{{- end -}}
+{{- $low := int (dig "video_min_frames" 16 $told) -}}
+{{- $high := int (dig "video_max_frames" 180 $told) -}}
+{{- $target := int (dig "video_target_frames" -1 $told) -}}
+{{- $fps := int (dig "video_fps" (gt $target 0 | ternary -1 2) $told) -}}
+{{- if and (gt $high 0) (gt $low $high) -}}
+{{- fail (printf "%s: video_min_frames is %d, and video_max_frames %d" $where $low $high) -}}
+{{- else if and (le $target 0) (le $fps 0) -}}
+{{- fail (printf "%s: video_fps or video_target_frames must be positive" $where) -}}
+{{- else if and (gt $target 0) (ge $fps 0) -}}
+{{- fail (printf "%s: video_fps and video_target_frames exclude each other" $where) -}}
+{{- else if and (gt $target 0) (or (lt $target $low) (and (gt $high 0) (gt $target $high))) -}}
+{{- fail (printf "%s: video_target_frames is %d, not within video_min_frames and video_max_frames" $where $target) -}}
 {{- end -}}
 {{- end -}}

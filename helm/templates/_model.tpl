@@ -29,8 +29,9 @@ persistentVolumeClaim:
 {{- end -}}
 
 {{- define "millrace.initContainers" -}}
-{{- if .root.Values.model.download.repository }}
+{{- if or .root.Values.model.download.repository .config.initContainers }}
 initContainers:
+  {{- if .root.Values.model.download.repository }}
   - name: wait-for-model
     image: {{ include "millrace.image" . }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
@@ -47,6 +48,10 @@ initContainers:
       - name: model
         mountPath: /model
         readOnly: true
+  {{- end }}
+  {{- with .config.initContainers }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 {{- end -}}
 

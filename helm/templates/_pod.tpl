@@ -20,9 +20,9 @@ automountServiceAccountToken: {{ has .component (list "autoscaler" "replicas") }
 enableServiceLinks: false  # they would be MILLRACE_ variables, which a service that knows no such setting refuses
 securityContext:
   {{- include "millrace.podSecurity" . | nindent 2 }}
-{{- with .root.Values.image.pullSecrets }}
+{{- with include "millrace.pullSecrets" .root }}
 imagePullSecrets:
-  {{- toYaml . | nindent 2 }}
+  {{- . | nindent 2 }}
 {{- end }}
 {{- with .config.priorityClassName }}
 priorityClassName: {{ . }}
@@ -60,6 +60,25 @@ topologySpreadConstraints:
 {{- end -}}
 
 {{- define "millrace.podSecurity" -}}
+{{- $own := include "millrace.ownPodSecurity" . | fromYaml -}}
+{{- include "millrace.overridden" (mergeOverwrite $own (.config.podSecurityContext | default dict | deepCopy)) -}}
+{{- end -}}
+
+{{- define "millrace.containerSecurity" -}}
+{{- $own := include "millrace.ownContainerSecurity" . | fromYaml -}}
+{{- include "millrace.overridden" (mergeOverwrite $own (.config.securityContext | default dict | deepCopy)) -}}
+{{- end -}}
+
+{{/* A map without the keys that an operator has set to null. */}}
+{{- define "millrace.overridden" -}}
+{{- $kept := dict -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $kept $key $value -}}{{- end -}}
+{{- end -}}
+{{- toYaml $kept -}}
+{{- end -}}
+
+{{- define "millrace.ownPodSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
 runAsGroup: 10001
@@ -69,7 +88,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{- define "millrace.containerSecurity" -}}
+{{- define "millrace.ownContainerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
@@ -77,6 +96,14 @@ capabilities:
 {{- end -}}
 
 {{- define "millrace.resources" -}}
+{{- $own := include "millrace.ownResources" . | fromYaml -}}
+{{- range $kind := list "requests" "limits" }}
+{{ $kind }}:
+  {{- include "millrace.overridden" (mergeOverwrite (index $own $kind) (dig $kind dict ($.config.resources | default dict) | default dict | deepCopy)) | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "millrace.ownResources" -}}
 requests:
   cpu: {{ .config.cpu | quote }}
   memory: {{ .config.memory }}

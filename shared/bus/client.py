@@ -10,7 +10,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -128,7 +128,8 @@ def _primary(url: SentinelUrl, pool: BlockingConnectionPool) -> Primary:
     """Make what finds the primary, with the TLS of the pool."""
     tls = {name: value for name, value in pool.connection_kwargs.items() if name.startswith("ssl_")}
     over_tls = issubclass(pool.connection_class, SSLConnection)
-    limits = {"socket_timeout": REPLY_S, "socket_connect_timeout": _CONNECT_S}
+    # Tried once each, or a dead Sentinel would cost seconds before the next is asked; whoever connects tries again.
+    limits = {"socket_timeout": REPLY_S, "socket_connect_timeout": _CONNECT_S, "retry": Retry(NoBackoff(), 0)}
     told = {"ssl": over_tls, **tls, **limits, **url.credentials}
     return Primary(Sentinel(url.sentinels, sentinel_kwargs=told), url.name)  # type: ignore[no-untyped-call]
 

@@ -1,9 +1,12 @@
 """An upgrade to a build with another version of the messages, and back, under load: nobody loses anything.
 
-Not even where all newer replicas are killed on the way back, as soon as the older ones are ready.
+On the way back all newer replicas are killed at once, as soon as older ones are ready; with CHAOS_ALL=1 (as in
+`make chaos`) also replaced one by one.
 """
 
 import asyncio
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -16,6 +19,7 @@ from chaos_system import LOOK_S, ROOT, SERVICES, System, running
 from machine import PATIENCE_S
 
 pytestmark = pytest.mark.slow
+ALL = bool(os.environ.get("CHAOS_ALL"))
 
 
 async def written(system: System, version: int) -> None:
@@ -29,7 +33,27 @@ async def written(system: System, version: int) -> None:
             await asyncio.sleep(LOOK_S)
 
 
-async def test_an_upgrade_by_one_version_and_back_loses_nothing(world: World, tmp_path: Path) -> None:
+async def roll(system: System, load: Load, gateways: list[str], root: Path, order: Iterable[str]) -> None:
+    """Replace all replicas, one after the other, by ones of the sources in `root`."""
+    for service in order:
+        for replica in system.of(service):
+            await replace(system, replica, gateways, root)
+            await load.some_more()
+
+
+async def kill_all(system: System, load: Load, gateways: list[str]) -> None:
+    """Kill all replicas at once, when others of these sources are ready."""
+    load.may_break = True
+    killed = list(system.replicas)
+    await asyncio.gather(*(begin_beside(system, replica, gateways) for replica in killed))
+    for replica in killed:
+        replica.kill()
+        system.replicas.remove(replica)
+    await load.some_more()
+
+
+@pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.skipif(not ALL, reason="CHAOS_ALL"))])
+async def test_an_upgrade_by_one_version_and_back_loses_nothing(world: World, tmp_path: Path, killed: bool) -> None:
     newer = write_next_build(tmp_path / "next")
     async with (
         running(tmp_path / "system", world.model, ONE_OF_EACH, all={"lease_ms": 800, "drain_s": 200}) as system,
@@ -38,38 +62,16 @@ async def test_an_upgrade_by_one_version_and_back_loses_nothing(world: World, tm
         gateways = [gateway.url for gateway in system.of("gateway")]
         load = Load(world, http, gateways)
         clients = [asyncio.create_task(load.ask(number)) for number in range(CLIENTS)]
-        for version, root, order in ((2, newer, SERVICES), (1, ROOT, SERVICES[::-1])):
-            for service in order:
-                for replica in system.of(service):
-                    await replace(system, replica, gateways, root)
-                    await load.some_more()
-            await written(system, version)
-            await load.some_more()
-        load.over = True
-        await asyncio.gather(*clients)
-        assert not load.failures, "\n".join([*load.failures, system.tails()])
-        assert await wait_until_clean(system, PATIENCE_S) == []
-
-
-async def test_a_rollback_in_which_every_newer_replica_is_killed_loses_nothing(world: World, tmp_path: Path) -> None:
-    newer = write_next_build(tmp_path / "next")
-    async with (
-        running(tmp_path / "system", world.model, ONE_OF_EACH, root=newer, all={"lease_ms": 800}) as system,
-        httpx.AsyncClient(timeout=PATIENCE_S, limits=httpx.Limits(max_keepalive_connections=0)) as http,
-    ):
-        gateways = [gateway.url for gateway in system.of("gateway")]
-        load = Load(world, http, gateways, may_break=True)
-        clients = [asyncio.create_task(load.ask(number)) for number in range(CLIENTS)]
+        await roll(system, load, gateways, newer, SERVICES)
         await written(system, 2)
         await load.some_more()
-        killed = list(system.replicas)
-        await asyncio.gather(*(begin_beside(system, replica, gateways) for replica in killed))
-        for replica in killed:
-            replica.kill()
-            system.replicas.remove(replica)
-        await load.some_more()
+        if killed:
+            await kill_all(system, load, gateways)
+        else:
+            await roll(system, load, gateways, ROOT, SERVICES[::-1])
         await written(system, 1)
+        await load.some_more()
         load.over = True
         await asyncio.gather(*clients)
         assert not load.failures, "\n".join([*load.failures, system.tails()])
-        assert await wait_until_clean(system, PATIENCE_S, uploads=False) == []
+        assert await wait_until_clean(system, PATIENCE_S, uploads=not killed) == []

@@ -147,7 +147,7 @@ def test_a_link_that_leads_nowhere_or_to_something_else(client: OpenAI) -> None:
             assert f"{CONTENT}[1].image_url" in error.body["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"messages": ' + b"[" * 100_000, b"\xff\xfe"])
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"messages": ' + b"[" * 1000, b"\xff\xfe"])
 def test_a_body_that_is_no_request(system: System, body: bytes) -> None:
     reply = httpx.post(f"{system.base_url}/v1/chat/completions", content=body, timeout=PATIENCE_S)
     assert reply.status_code == 400

@@ -43,7 +43,7 @@ def both(client: OpenAI, **options: Any) -> dict[str, Any]:
     return whole
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(schema=schemas, seed=st.integers(0, 99), thinking=st.booleans())
 def test_answers_to_random_schemas_are_valid_and_the_same_streamed(
     asking: OpenAI, schema: Schema, seed: int, thinking: bool

@@ -14,7 +14,7 @@ from pathlib import Path
 import certificates
 from chart_valkey import serving, valkey
 from helm_chart import Object, find, secret_data
-from machine import free_port
+from machine import PATIENCE_S, free_port
 
 from cli.redis_server import find_server
 
@@ -97,8 +97,8 @@ def _proxy(directory: Path, port: int, behind: int) -> Iterator[None]:
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
-    up.wait()
     try:
+        assert up.wait(PATIENCE_S), "the proxy does not listen"
         yield
     finally:
         loop.call_soon_threadsafe(end.set)

@@ -97,7 +97,12 @@ MATRIX: dict[str, Values] = {
             "priorityClassName": "serving",
             "preStopSeconds": 12,
         },
-        "engine": {"nodeSelector": {"pool": "gpu"}, "priorityClassName": "gpu", "surge": 1},
+        "engine": {
+            "nodeSelector": {"pool": "gpu"},
+            "priorityClassName": "gpu",
+            "surge": 1,
+            "kernelCache": {"persistentVolumeClaim": {"claimName": "kernels"}},
+        },
         "gateway": {"settings": {"limit_mm_per_prompt": {"image": 20}, "request_timeout_s": 1800}},
         "mm_encoder": {
             "settings": {

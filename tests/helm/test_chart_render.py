@@ -147,6 +147,7 @@ def test_notes_say_how_to_ask() -> None:
     assert "get secret millrace-api-keys" in notes
     assert f"--namespace {NAMESPACE}" in notes
     assert "Everybody" not in notes
+    assert "asks for 2 GPUs and computes on 1" in notes
     assert "Everybody" in render(MATRIX["defaults"])["templates/NOTES.txt"]
     assert "may end answers" in render(MATRIX["external redis with users, hpa, placement"])["templates/NOTES.txt"]
     assert (
@@ -154,5 +155,6 @@ def test_notes_say_how_to_ask() -> None:
     )
     assert "keeps nothing" in render(MATRIX["cpu, nothing kept, no policies"])["templates/NOTES.txt"]
     assert "Pod Security" in render(MATRIX["cpu, nothing kept, no policies"])["templates/NOTES.txt"]
-    assert not [word for word in ("One gateway", "Pod Security") if word in render(CLAIM)["templates/NOTES.txt"]]
+    plain = render(CLAIM)["templates/NOTES.txt"]
+    assert not [word for word in ("One gateway", "Pod Security", "are idle") if word in plain]
     assert "rollout restart" in render({**CLAIM, "gateway": {"replicas": 1}})["templates/NOTES.txt"]

@@ -30,7 +30,10 @@ ANSWERED = {
     "CKV_K8S_9": "the pod of `helm test` ends by itself: no readiness probe",
 }
 
-pytestmark = pytest.mark.skipif("CHART_TOOLS" not in os.environ, reason="CHART_TOOLS is not set; see make test-chart")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif("CHART_TOOLS" not in os.environ, reason="CHART_TOOLS is not set; see make test-chart"),
+]
 
 
 def helm(*arguments: str, values: Object) -> str:

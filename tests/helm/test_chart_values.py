@@ -1,10 +1,16 @@
 """The values: few, described by a schema that follows the services' settings, and refused where they contradict."""
 
+import json
+
+import jsonschema
 import pytest
 import values_schema
 import yaml
 from helm_chart import CHART, CLAIM, MATRIX, Values, render
 from helm_python.errors import HelmError
+
+from shared import config
+from shared.errors import ConfigError
 
 MOST_KEYS = 140  # what people expect of a chart, and no setting of a service mapped by hand
 
@@ -41,9 +47,10 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
             return {path}
         return {each for key, value in schema["properties"].items() for each in described(value, f"{path}.{key}")}
 
-    known = {path for path in described(values_schema.schema()) if ".settings." not in path} - {".global"}
-    of_pods = {key for key in values_schema.pod_keys()}
-    overrides = {f".{service}.{key}" for service in values_schema.SERVICES for key in of_pods}
+    known = {path for path in described(values_schema.schema()) if ".settings." not in path}
+    of_pods = described(values_schema.keys(**values_schema.pod_keys()))
+    overrides = {f".{service}{key}" for service in values_schema.SERVICES for key in of_pods}
+    overrides |= {f".redis{key}" for key in described(values_schema.keys(**values_schema.any_pod_keys()))}
     given = {path for path in leaves(defaults()) if ".settings" not in path}
     assert given <= known
     assert known - given <= overrides
@@ -62,6 +69,9 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
         ({"settings": {"shards": 0}}, "shards"),
         ({"settings": {"max_num_seqs": 4}}, "max_num_seqs"),
         ({"settings": {"namespace": "a b"}}, "namespace"),
+        ({"engine": {"settings": {"max_num_seqs": 257}}}, "max_num_seqs"),
+        ({"engine": {"settings": {"num_gpu_blocks_override": 0}}}, "num_gpu_blocks_override"),
+        ({"mm_encoder": {"settings": {"media_allow_networks": ["10.0.0.0"]}}}, "media_allow_networks"),
         ({"mm_encoder": {"settings": {"mm_processor_kwargs": {"fps": 2}}}}, "fps"),
         ({"gateway": {"settings": {"limit_mm_per_prompt": {"image": -1}}}}, "image"),
         ({"gateway": {"drainSeconds": 5}}, "drainSeconds"),
@@ -76,6 +86,34 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
 def test_the_schema_refuses(values: Values, said: str) -> None:
     with pytest.raises(HelmError, match=said):
         render(merged(CLAIM, values))
+
+
+def starts(service: str, name: str, value: object) -> bool:
+    """Return whether the service takes a value for a setting of its own."""
+    try:
+        values_schema.SERVICES[service](**{"redis_url": "redis://r", "model": "m", name: value})  # type: ignore[arg-type]
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", values_schema.CHECKED)
+def test_the_schema_refuses_what_a_service_refuses_and_no_more(name: str) -> None:
+    (service,) = [each for each, struct in values_schema.SERVICES.items() if name in struct.__struct_fields__]
+    checked = values_schema.CHECKED[name]
+    good: list[object] = [checked[key] for key in ("minimum", "maximum") if key in checked]
+    bad: list[object] = [checked[key] + step for key, step in (("minimum", -1), ("maximum", 1)) if key in checked]
+    bad += [checked["exclusiveMinimum"]] if "exclusiveMinimum" in checked else []
+    if "enum" in checked:
+        good, bad = checked["enum"], ["another"]
+    if "items" in checked:
+        good, bad = [("10.0.0.0/8", "fd00::/8")], [("intranet",)]
+    assert good
+    assert [value for value in good if not starts(service, name, value)] == []
+    assert [value for value in bad if starts(service, name, value)] == []
+    valid = jsonschema.Draft7Validator(values_schema.service_keys(service)["properties"]["settings"]).is_valid
+    assert all(valid({name: list(value) if isinstance(value, tuple) else value}) for value in good)
+    assert not any(valid({name: list(value) if isinstance(value, tuple) else value}) for value in bad)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +133,65 @@ def test_contradictions_are_refused(values: Values, said: str) -> None:
         render(values)
 
 
+# What a service's own check says of settings, and what Helm says before; `max_model_len` is of all services.
+TOGETHER = [
+    ("engine", {"tensor_parallel_size": 2}, 1, "tensor_parallel_size is 2, and engine.gpus 1"),
+    ("engine", {"tensor_parallel_size": 2}, 0, "tensor_parallel_size is 2, and engine.gpus 0"),
+    ("engine", {"tensor_parallel_size": 2}, 2, "runs on 1 device"),
+    ("engine", {"enable_chunked_prefill": False}, 1, "is 8192, and settings.max_model_len 32768"),
+    ("engine", {"enable_chunked_prefill": False, "max_num_batched_tokens": 32767}, 1, "is 32767"),
+    ("engine", {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}, 1, None),
+    ("gateway", {"max_body_bytes": 192 << 20}, 0, "three quarters of max_bodies_bytes, 201326592"),
+    ("gateway", {"max_bodies_bytes": 128 << 20}, 0, "max_body_bytes is 134217728"),
+    ("gateway", {"max_body_bytes": 144 << 20}, 0, None),
+    *(
+        ("mm_encoder", {"mm_processor_kwargs": told}, 1, said)
+        for told, said in (
+            ({"image_min_pixels": 0}, "image_min_pixels must be positive"),
+            ({"image_min_pixels": 4842768}, None),
+            ({"image_min_pixels": 4842769}, "at most image_max_pixels: 4842769, 4842768"),
+            ({"image_max_pixels": 3136}, None),
+            ({"image_max_pixels": 3135}, "3136, 3135"),
+            ({"video_min_pixels": 937664}, None),
+            ({"video_min_pixels": 937665}, "937665, 937664"),
+            ({"video_max_pixels": 234416}, None),
+            ({"video_max_pixels": 234415}, "234416, 234415"),
+            ({"video_min_frames": 180}, None),
+            ({"video_min_frames": 181}, "video_min_frames is 181, and video_max_frames 180"),
+            ({"video_max_frames": 16}, None),
+            ({"video_max_frames": 15}, "video_min_frames is 16, and video_max_frames 15"),
+            ({"video_fps": 0}, "video_fps or video_target_frames"),
+            ({"video_target_frames": 16}, None),
+            ({"video_target_frames": 16, "video_fps": 2}, "exclude each other"),
+            ({"video_target_frames": 15}, "video_target_frames is 15"),
+            ({"video_target_frames": 181}, "video_target_frames is 181"),
+            ({"video_target_frames": 181, "video_max_frames": 0}, None),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("service", "told", "gpus", "said"), TOGETHER)
+def test_settings_that_a_service_refuses_together_are_refused(
+    service: str, told: Values, gpus: int, said: str | None
+) -> None:
+    values = {**CLAIM, service: {"settings": told, "gpus": gpus}}
+    environ = {config.variable(name): json.dumps(value) for name, value in told.items()}
+    environ |= {"MILLRACE_REDIS_URL": "redis://r", "MILLRACE_MODEL": "m"}
+    if said is None:
+        config.load(values_schema.SERVICES[service], environ)
+        assert render(values)
+        return
+    with pytest.raises(ConfigError):
+        config.load(values_schema.SERVICES[service], environ)
+    with pytest.raises(HelmError, match=said):
+        render(values)
+
+
 def test_the_smallest_set_of_values_is_where_the_model_is() -> None:
     assert render(CLAIM)
 
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_matrix_satisfies_the_schema(name: str) -> None:
-    import jsonschema
-
     jsonschema.Draft7Validator(values_schema.schema()).validate(merged(defaults(), MATRIX[name]))

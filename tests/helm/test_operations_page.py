@@ -103,7 +103,7 @@ def containers() -> set[str]:
 def helm(words: list[str]) -> str | None:
     if words[0] in ("install", "upgrade") and (ROOT / words[2]).resolve() != CHART:
         return f"{words[2]} is not the chart"
-    if option(words, "--namespace") != "models" and words[0] not in ("rollback",):
+    if option(words, "--namespace") != "models":
         return "it says no namespace, or another than the page"
     told: Values = {}
     for flag, text in pairwise(words):

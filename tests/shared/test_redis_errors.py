@@ -159,7 +159,7 @@ async def test_after_readonly_no_old_connection_is_used_again(
     assert not before & after
 
 
-async def test_a_server_that_reads_its_data(unused_port: int, quick: None) -> None:
+async def test_a_server_that_reads_its_data(quick: None) -> None:
     with tempfile.TemporaryDirectory(prefix="millrace-") as directory:
         server = SlowServer(Path(directory))
         server.start()

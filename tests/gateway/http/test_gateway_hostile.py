@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,7 @@ from gateway_stages import Running, Stages, running, until
 from machine import PATIENCE_S, free_port
 from prometheus_client import Counter, Gauge
 
-from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of
+from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of, raise_file_limit
 from services.gateway.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 from shared.metrics import value
 
@@ -136,7 +137,7 @@ async def test_a_head_that_drips(checkpoint: Path, redis_url: str) -> None:
 async def test_a_body_that_nobody_reads(checkpoint: Path, redis_url: str, path: bytes) -> None:
     """It may come to its end, after the answer, but not for ever."""
     head = b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n"
-    async with running(checkpoint, redis_url, head_timeout_s=0.3) as server, wire(server) as client:
+    async with running(checkpoint, redis_url, head_timeout_s=1.0) as server, wire(server) as client:
         client.write(head)
         assert await client.status() in (200, 404)
         client.write(b"x" * 300_000 + head)
@@ -356,6 +357,22 @@ def is_dead(port: int) -> bool:
     """Return True if nobody listens there."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("system", "limits", "wanted"),
+    [("linux", (1024, 4096), (4096, 4096)), ("darwin", (256, 2**63 - 1), (10_240, 2**63 - 1))],
+)
+def test_the_limit_on_files_is_raised_as_far_as_the_system_lets_it(
+    monkeypatch: pytest.MonkeyPatch, system: str, limits: tuple[int, int], wanted: tuple[int, int]
+) -> None:
+    """macOS refuses a soft limit beyond OPEN_MAX, whatever the hard one is."""
+    told = []
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: told.append(both))
+    raise_file_limit()
+    assert told == [wanted]
 
 
 # ----------------------------------------------------------------------------------------------------- the registry

@@ -81,15 +81,14 @@ async def test_refusals_name_the_conversation() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not keep the limit of memory")
-@pytest.mark.parametrize("name", HARMFUL)
-async def test_a_template_of_a_request_harms_nobody(name: str) -> None:
-    source, what = HARMFUL[name]
+async def test_a_template_of_a_request_harms_nobody() -> None:
     async with running() as renderer:
-        failure = await failure_of(renderer, conversation(own=source))
-        assert (failure.status, failure.param) == (400, "chat_template")
-        assert re.search(what, failure.message)
-        assert await renderer.render(conversation(own=FINE)) == "[Hi]"
-        assert await renderer.render(conversation()) == "[Hi]"
+        for name, (source, what) in HARMFUL.items():
+            failure = await failure_of(renderer, conversation(own=source))
+            assert (failure.status, failure.param) == (400, "chat_template"), name
+            assert re.search(what, failure.message), name
+            assert await renderer.render(conversation(own=FINE)) == "[Hi]", name
+            assert await renderer.render(conversation()) == "[Hi]", name
 
 
 async def test_others_are_rendered_while_templates_hang() -> None:

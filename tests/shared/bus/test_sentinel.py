@@ -14,10 +14,13 @@ from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ConnectionError
 
 from cli.redis_server import RedisServer
+from shared.bus import client as redis_client
 from shared.bus.client import command, connect
 from shared.bus.retry import retry_until_available
 from shared.bus.sentinel import Primary, SentinelUrl, parse
 from shared.bus.wire import Wire
+
+HASTE = ("INFO-PERIOD", 200, "PUBLISH-PERIOD", 200, "ASK-PERIOD", 100, "MIN-LINK-RECONNECT-PERIOD", 100)  # ms
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,23 @@ from shared.bus.wire import Wire
 )
 def test_the_parts_of_a_url(url: str, parts: SentinelUrl | None) -> None:
     assert parse(url) == parts
+
+
+async def test_a_dead_sentinel_is_asked_once(monkeypatch: pytest.MonkeyPatch, unused_port: int) -> None:
+    """The next one is asked at once: a host that dies takes a primary and a Sentinel with it."""
+    monkeypatch.setattr(redis_client, "_RETRIES", 0)
+    asked = []
+
+    def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(writer)
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", unused_port):
+        client = connect(f"redis+sentinel://127.0.0.1:{unused_port}/main")
+        with pytest.raises(ConnectionError, match="No master found"):
+            await client.ping()
+        await client.aclose()
+    assert len(asked) == 1
 
 
 @contextmanager
@@ -75,8 +95,10 @@ async def moving() -> AsyncIterator[tuple[RedisServer, RedisServer, str]]:
         async with asyncio.timeout(PATIENCE_S):
             while not await _in_step(replica):  # noqa: ASYNC110 - Redis has no event for it
                 await asyncio.sleep(0.01)
-            # Not before: it asks for replicas when it begins, and then every ten seconds.
+            # Not before: it asks for replicas when it begins.
             stack.enter_context(sentinel(directory, servers[0].binary, watch, first))
+            while not await _hurries(watcher):  # noqa: ASYNC110 - it has not begun to listen
+                await asyncio.sleep(0.01)
             while not await _may_fail_over(watcher):  # noqa: ASYNC110 - Sentinel has no event for it
                 await asyncio.sleep(0.01)
         yield servers[0], servers[1], f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watch}/main/0"
@@ -88,10 +110,15 @@ async def _in_step(replica: Redis) -> bool:
     return bool((await replica.info("replication"))["master_link_status"] == "up")
 
 
-async def _may_fail_over(watcher: Redis) -> bool:
-    with suppress(ConnectionError):  # it has not begun to listen
-        return [each["flags"] for each in await watcher.sentinel_slaves("main")] == ["slave"]
+async def _hurries(watcher: Redis) -> bool:
+    """Have it look ten times as often as it would, for a failover takes many of its looks."""
+    with suppress(ConnectionError):
+        return bool(await command(watcher, "SENTINEL", "DEBUG", *HASTE))
     return False
+
+
+async def _may_fail_over(watcher: Redis) -> bool:
+    return [each["flags"] for each in await watcher.sentinel_slaves("main")] == ["slave"]
 
 
 @pytest.mark.system
