@@ -15,9 +15,10 @@ from gateway_stages import Running, Stages, running, until
 from machine import PATIENCE_S, free_port
 from prometheus_client import Counter, Gauge
 
-from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of, raise_file_limit
+from services.gateway.http.connections import HEALTH_ROOM, ConnectionLimits, Connections, network_of
 from services.gateway.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 from shared.metrics import value
+from shared.open_files import raise_file_limit
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}).encode()
 CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
