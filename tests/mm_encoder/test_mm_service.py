@@ -20,6 +20,7 @@ from media_files import picture, video_bytes, video_frames
 from oracle import Model, save_with_transformers
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 from torch import Tensor
 
 from cli.redis_server import RedisServer
@@ -691,12 +692,18 @@ async def test_what_redis_forgot_does_not_stop_the_service(directory: Path, judg
     shutil.rmtree(server.directory)
 
 
-async def test_an_error_of_redis_ends_the_process_and_keeps_the_entry(bench: Bench) -> None:
+async def test_an_error_of_redis_that_we_have_made_ends_the_process_and_keeps_the_entry(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mistaken(records: Records, ids: list[str]) -> None:
+        raise ResponseError("ERR wrong number of arguments")
+
+    monkeypatch.setattr(Records, "get", mistaken)
     settings = bench.settings()
     life = Life(SERVICE, build(settings, bench.redis, bench.registry), settings, bench.redis)
     await bench.submit("a", [picture(60, 60)])
-    await bench.redis.set(bench.keys.request("a"), "no hash")
-    assert await life.run() == 1
+    async with asyncio.timeout(PATIENCE_S):
+        assert await life.run() == 1
     assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1
     assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 0
 
