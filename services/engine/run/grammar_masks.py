@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from services.engine.schedule.grammar_state import GrammarState
 
-ALONE_S = 0.0015  # of quick masks, before threads are woken for the rest, which takes them as long
+# Time for which the caller computes before it wakes threads for the masks that are left. Waking them may take as long.
+ALONE_S = 0.0015
 
 Masks = NDArray[np.uint8]  # [G, bytes]: bit b of byte i is token 8 i + b
 
