@@ -10,6 +10,7 @@ from typing import Any
 
 from machine import PATIENCE_S
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from server_thread import served
 
 from shared.config import CommonSettings
 from shared.tracing import Tracing, start
@@ -93,14 +94,8 @@ def collector() -> Iterator[Collector]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     got = Collector(server.server_address[1])
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with served(server):
         yield got
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ import numpy as np
 from machine import PATIENCE_S, free_ports
 from PIL import Image
 from redis.asyncio import Redis
+from server_thread import served
 
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -291,11 +291,5 @@ def file_server(files: dict[str, tuple[str, bytes]]) -> Iterator[str]:
             """Tests print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with served(server):
         yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -1,12 +1,13 @@
 """As much of the Kubernetes API as the autoscaler uses, over real HTTP: scales with versions, pods with selectors."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from server_thread import served
 
 COST = "controller.kubernetes.io/pod-deletion-cost"
 
@@ -105,11 +106,5 @@ def serving(api: KubernetesApi) -> Iterator[KubernetesApi]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     api.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with served(server):
         yield api
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

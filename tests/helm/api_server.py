@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from server_thread import served
 
 Object = dict[str, Any]
 
@@ -303,11 +304,5 @@ def api_server() -> Iterator[ApiServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     api.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with served(server):
         yield api
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

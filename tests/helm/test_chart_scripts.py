@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from helm_chart import CHART, objects, pods
 from machine import PATIENCE_S
+from server_thread import served
 
 FETCH = CHART / "files" / "fetch_model.py"
 CHAT = CHART / "files" / "chat.py"
@@ -98,12 +99,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    server = Hub()
+    with served(server):
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def run(script: Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -267,10 +265,7 @@ def test_helm_test_passes_only_if_both_ways_are_answered_to_the_end(
     behaviour: dict[str, object], keys: str, passes: bool
 ) -> None:
     handler = type("OneGateway", (Gateway,), behaviour)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with served(server):
         done = run(CHAT, f"http://127.0.0.1:{server.server_address[1]}", "ernie", MILLRACE_API_KEYS=keys)
-        server.shutdown()
-        thread.join()
     assert (done.returncode == 0) is passes, done.stderr
