@@ -59,7 +59,7 @@ from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.open_files import raise_file_limit
 from shared.tracing import OFF, Tracing
-from shared.version import millrace_version
+from shared.version import MILLRACE_VERSION
 from shared.workers.process import worker_environ
 
 TICK_S = 1.0
@@ -189,7 +189,7 @@ def _fingerprint(directory: Path) -> str:
         content = (directory / "config.json").read_bytes()
     except OSError as error:
         raise CheckpointError(f"config.json: {error.strerror or error}") from error
-    return f"fp_{hashlib.sha256(content + millrace_version().encode()).hexdigest()[:12]}"
+    return f"fp_{hashlib.sha256(content + MILLRACE_VERSION.encode()).hexdigest()[:12]}"
 
 
 def main() -> int:
