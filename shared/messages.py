@@ -99,6 +99,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     allowed_token_ids: tuple[int, ...] = ()  # after the thinking, and no others; (): all
     loop_repeats: int = 0  # copies of the same n-gram that close the thinking; 0: none do
     loop_tokens: int = 0  # the longest such n-gram
+    # The same of the prompt's tokens, from the second on, as they were given and not drawn; see Begin.
+    prompt_logprobs: int | None = None
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -120,6 +122,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
     special_tokens: bool = False  # special tokens inside the answer are shown by their names
+    complete_logprobs: bool = False  # `logprobs` name special tokens, and have the one that ends the answer
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -209,10 +212,24 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 # ---------------------------------------------------------------------------------------------------- the token path
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of the N tokens of a prompt from the second on, part of Begin and Delta; packed: they are many.
+
+    Arrays are little-endian and row-major, each row of one token. Ids are those of the `count` most likely tokens in
+    its place, best first.
+    """
+
+    count: int
+    logprobs: bytes  # float32 [N - 1, 1 + count]: of the token itself, and of the most likely ones
+    ids: bytes  # uint32 [N - 1, count]
+    ranks: bytes  # uint32 [N - 1]: of the token itself; 1 is the most likely one
+
+
 class Begin(msgspec.Struct, frozen=True, array_like=True):
     """Notice, part of Tokens, that an engine works on a request under a new epoch, after which older epochs are void.
 
     postproc loads the request's record and keeps the counts for its usage. `index` is that of the first token to come.
+    A request for log-probabilities of its prompt has a second one, with them, in the message of its first token.
     """
 
     request_id: str
@@ -223,6 +240,7 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
     image_tokens: int
     video_tokens: int
     prompt: bytes = b""  # packed ids, placeholders expanded; only when the request asked for token ids
+    prompt_logprobs: PromptLogprobs | None = None  # once they are known, if the request asked for them
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -244,6 +262,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     reason: FinishReason
     stop_token: int | None = None
     failure: Failure | None = None
+    logprob: TokenLogprob | None = None  # of the stop token; set by postproc, since no journal has that token
 
 
 class TokenRun(msgspec.Struct, frozen=True, array_like=True):
@@ -317,6 +336,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     # `seq` cannot use this one; both send Attach.
     start: int = 0
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
+    prompt_logprobs: PromptLogprobs | None = None  # with what starts at 0; only when the request asked for them
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

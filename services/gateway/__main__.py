@@ -22,7 +22,9 @@ from redis.asyncio import Redis
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
+from services.gateway.dialects.completions import CompletionsDialect
 from services.gateway.dialects.dialect import Dialect
+from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
@@ -101,7 +103,7 @@ def compose(
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
-    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (ChatDialect(),)}
+    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in _dialects(parser)}
     writer = AnswerWriter(dialects, _fingerprint(Path(settings.model)), settings.hold_headers_s)
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
@@ -140,6 +142,11 @@ def compose(
         tick_s=tick_s,
         watch_s=tick_s,
     )
+
+
+def _dialects(parser: RequestParser) -> tuple[Dialect, ...]:
+    texts = TokenTexts(parser.tokenizer)
+    return ChatDialect(texts=texts), CompletionsDialect(texts)
 
 
 def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParser:

@@ -19,6 +19,12 @@ LOST = Failure(
     type="server_error",
     code="request_lost",
 )
+UNKNOWN_API = Failure(
+    503,
+    "A newer gateway took this request; this one does not know the API of its answer. Ask again: another may.",
+    type="server_error",
+    code="unknown_api",
+)
 REUSED_KEY = Failure(
     409, "This Idempotency-Key was used for another request.", param="Idempotency-Key", code="idempotency_key_reused"
 )

@@ -161,7 +161,7 @@ class RequestStates:
                 _log.exception("request cannot be processed", extra={"request_id": state.request_id})
                 output.fail(state, internal("The answer could not be processed.").failure)
             if run.finish is not None and run.epoch >= state.epoch:
-                self._end(state, run.finish, output)
+                self._end(state, _finish_of(run, run.finish), output)
 
     def collect(self, output: TurnOutput) -> None:
         """Add to `output` the deltas, cancellations and due journals of the requests that this turn has updated."""
@@ -251,8 +251,12 @@ class RequestStates:
 
 
 def _apply_begin(state: RequestState, begin: Begin, entry: EntryId) -> None:
-    if state.answer.begin is None:
+    known = state.answer.begin
+    if known is None:
         state.answer.begin = begin
+    elif begin.prompt_logprobs is not None and known.prompt_logprobs is None:
+        # They are a function of the request, whichever engine has computed them.
+        state.answer.begin = msgspec.structs.replace(known, prompt_logprobs=begin.prompt_logprobs)
     elif begin.epoch <= state.epoch:
         return
     state.epoch = max(state.epoch, begin.epoch)
@@ -282,10 +286,10 @@ def _append(state: RequestState, run: TokenRun, known: int, entry: EntryId, outp
     for place in range(known, len(run.tokens)):
         token = run.tokens[place]
         output.tokens_folded += 1
-        if ends_in_stop_token and place == len(run.tokens) - 1:
-            state.answer.push_stop_token(token)
-            break
         logprob = run.logprobs[place] if run.logprobs is not None else None
+        if ends_in_stop_token and place == len(run.tokens) - 1:
+            state.answer.push_stop_token(token, logprob)
+            break
         state.answer.push_token(token, logprob)
         if state.logprobs is not None:
             state.logprobs.append(logprob)
@@ -293,6 +297,13 @@ def _append(state: RequestState, run: TokenRun, known: int, entry: EntryId, outp
         state.unsaved_since = state.unsaved_since or entry
         if replay:
             output.take_delta(state)
+
+
+def _finish_of(run: TokenRun, finish: Finish) -> Finish:
+    """Return a run's finish as the record keeps it: with what no journal has of a stop token."""
+    if finish.stop_token is None or not run.logprobs:
+        return finish
+    return msgspec.structs.replace(finish, logprob=run.logprobs[-1])
 
 
 def _not_found(request_id: str, after: int) -> Delta:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from shared.messages import Delta, ShownLogprob, unpack_ids
+from shared.messages import Delta, PromptLogprobs, ShownLogprob, unpack_ids
 
 
 class CollectedCall(msgspec.Struct, frozen=True):
@@ -20,6 +20,7 @@ class CollectedChoice:
         self.logprobs: list[ShownLogprob] = []
         self.token_ids: list[int] = []
         self.prompt_ids: list[int] | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.finish_reason: str | None = None
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -32,6 +33,7 @@ class CollectedChoice:
         self.logprobs += delta.logprobs
         self.token_ids += delta.token_ids
         self.prompt_ids = self.prompt_ids or prompt_ids(delta)
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         for piece in delta.tool_calls:
             _, _, arguments = self._calls.setdefault(piece.index, (piece.id, piece.name, []))

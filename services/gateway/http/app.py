@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure, openai_body
 from services.gateway.http.handler import RequestHandler
-from services.gateway.http.resume import Resumption
+from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.request.model_names import ModelNames
 from shared.errors import Failure, RequestError
 
@@ -84,13 +84,8 @@ def build_app(
     for dialect in dialects:
         _add_dialect(app, handler, dialect)
 
-    @app.get("/v1/chat/completions/{name}/events")
-    async def events(name: str, request: Request) -> Response:
-        return DirectResponse(partial(resumption.stream, name, request))
-
-    @app.get("/v1/chat/completions/{name}")
-    async def answer(name: str, request: Request) -> Response:
-        return DirectResponse(partial(resumption.fetch, name, request))
+    for kept in KEPT:
+        _add_kept(app, resumption, kept)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -110,6 +105,16 @@ def _add_dialect(app: FastAPI, handler: RequestHandler, dialect: Dialect) -> Non
     @app.post(dialect.path, openapi_extra={"requestBody": {**body, "required": True}})
     async def ask(request: Request) -> Response:
         return DirectResponse(partial(handler.handle, dialect, request))
+
+
+def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
+    @app.get(kept.path + "/{name}/events")
+    async def events(name: str, request: Request) -> Response:
+        return DirectResponse(partial(resumption.stream, kept, name, request))
+
+    @app.get(kept.path + "/{name}")
+    async def answer(name: str, request: Request) -> Response:
+        return DirectResponse(partial(resumption.fetch, kept, name, request))
 
 
 def paths(app: FastAPI) -> list[str]:

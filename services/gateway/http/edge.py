@@ -15,13 +15,13 @@ from services.gateway.errors import UNAUTHORIZED, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.http.protocol import HEALTH_PATHS
+from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
 from shared.tracing import OFF, Span, Tracing
 
 # All other paths need a key, including those that do not exist.
 OPEN_PATHS = HEALTH_PATHS | frozenset(ASSETS)
 MODEL_PATH = "/v1/models/"
-CHAT_PATH = "/v1/chat/completions/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
@@ -94,8 +94,9 @@ class Edge:
         """Return the path's name in the metrics: one of a bounded set, whatever clients request."""
         if path in self._paths:
             return path
-        if path.startswith(CHAT_PATH):
-            return CHAT_PATH + ("{name}/events" if path.endswith("/events") else "{name}")
+        for kept in KEPT:
+            if path.startswith(f"{kept.path}/"):
+                return f"{kept.path}/" + ("{name}/events" if path.endswith("/events") else "{name}")
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 

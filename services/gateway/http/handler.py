@@ -106,11 +106,15 @@ class RequestHandler(msgspec.Struct, frozen=True):
     async def _parse(
         self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        def read() -> tuple[Draft, IdempotencyKey | None]:
+        def read() -> tuple[Draft | ParsedRequest, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
-            return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
+            stated = dialect.read(body)
+            draft = self.parser.complete(stated) if stated.prompts else self.parser.read(stated)
+            return draft, read_idempotency_key(headers, owner, body)
 
         draft, key = await self._compute(len(body), read)
+        if isinstance(draft, ParsedRequest):
+            return draft, key
         rendered = await patience.wait(self.templates.render(draft.rendering))
         return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 

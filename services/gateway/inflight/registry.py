@@ -172,8 +172,10 @@ class OpenRequests:
         usages = [choice.usage for choice in open_request.choices if choice.usage is not None]
         if len(usages) == len(open_request.choices) and not open_request.rejoined:
             self._metrics.latency.observe(self._clock() - open_request.created)
-            self._metrics.prompt_tokens.inc(usages[0].prompt_tokens)
-            self._metrics.prompt_lengths.observe(usages[0].prompt_tokens)
+            form = open_request.answer_format
+            for usage in usages[:: form.n // form.prompts]:
+                self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+                self._metrics.prompt_lengths.observe(usage.prompt_tokens)
             self._metrics.generation_tokens.inc(sum(usage.completion_tokens for usage in usages))
             for choice, usage in zip(open_request.choices, usages, strict=True):
                 self._metrics.answer_lengths.observe(usage.completion_tokens)

@@ -12,3 +12,5 @@ class Statement(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
     dialect: str = ""  # name of the API
     kept: bytes = b""  # for the API to write the answer with; kept with the request
+    # Texts or token ids that are each given to the model as they are, in place of a conversation; (): there is one.
+    prompts: tuple[str | list[int], ...] = ()

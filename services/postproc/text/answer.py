@@ -147,13 +147,15 @@ class Answer:
         self._fold(token, logprob)
         self._update_plain()
 
-    def push_stop_token(self, token: int) -> None:
+    def push_stop_token(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Fold the token that ended the answer: it is counted and listed among the ids, not shown."""
         if self.ended:
             return
         self.count += 1
         if self._output.return_token_ids:
             self._add(self._ids, token)
+        if self._output.logprobs and self._output.complete_logprobs and logprob is not None:
+            self._add(self._logprobs, self._shown(token, logprob))
 
     def apply_finish(self, finish: Finish) -> None:
         """End the answer as the engine says, unless it has ended before."""
@@ -203,6 +205,7 @@ class Answer:
             logprobs=tuple(self._logprobs),
             token_ids=tuple(self._ids),
             prompt=self.begin.prompt if self.begin is not None and start == 0 else b"",
+            prompt_logprobs=self.begin.prompt_logprobs if self.begin is not None and start == 0 else None,
         )
         for taken in (self._reasoning, self._content, self._tool_deltas, self._logprobs, self._ids):
             taken.clear()
@@ -253,7 +256,8 @@ class Answer:
 
         def text_and_bytes(token: int) -> tuple[str, bytes]:
             data = self._bytes_of(token)
-            return data.decode("utf-8", "replace"), data
+            named = self._vocabulary.bytes_or_name_of(token) if self._output.complete_logprobs else data
+            return named.decode("utf-8", "replace"), data
 
         top = tuple((*text_and_bytes(other), value) for other, value in logprob.top)
         return ShownLogprob(*text_and_bytes(token), logprob.logprob, top)

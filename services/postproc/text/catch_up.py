@@ -33,7 +33,7 @@ def missed_deltas(
 
     def finish_answer() -> None:
         if finish is not None and finish.stop_token is not None:
-            answer.push_stop_token(finish.stop_token)
+            answer.push_stop_token(finish.stop_token, finish.logprob)
         if finish is not None:
             answer.apply_finish(finish)
 
