@@ -118,6 +118,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
     special_tokens: bool = False  # special tokens inside the answer are shown by their names
+    first_usage: bool = False  # the first delta has the usage so far: that of the prompt is known by then
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -288,7 +289,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a request, part of its last Delta; of each, so far, where the request asked for that."""
+    """Token counts of a request, part of its last Delta; of the first or each, so far, where the request says so."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -309,12 +310,13 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[ShownLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()  # only when the request asked for them
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None  # with the finish, or with `Output.continuous_usage`
+    usage: Usage | None = None  # with the finish, with `Output.continuous_usage`, or first with `Output.first_usage`
     failure: Failure | None = None  # ends the request instead of a finish
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.
     start: int = 0
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
+    stop: str = ""  # with the finish "stop": the stop string that ended the answer; empty: something else did
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

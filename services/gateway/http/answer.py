@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import msgspec
 from starlette.types import Receive, Send
 
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.dialect import Dialect, Dialects, EventWriter
-from services.gateway.errors import RETRY_AFTER_S, error_response
+from services.gateway.errors import RETRY_AFTER_S, FailureBody, error_response
 from services.gateway.http.context import RequestContext
 from services.gateway.http.merge import merge_text
 from services.gateway.inflight.pipeline import StoredRequest
@@ -92,7 +92,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
     async def write_unfinished(self, stored: StoredRequest, send: Send) -> None:
         """Write 202: the answer is not complete yet."""
         body = self.dialects[stored.answer_format.dialect].unfinished(stored, self.system_fingerprint)
-        await _write_json(send, body, 202, [_RETRY_AFTER])
+        await write_json(send, body, 202, [_RETRY_AFTER])
 
     async def _write_stream(self, open_request: OpenRequest, event_ids: bool, send: Send) -> None:
         """Write the answer as events. Media refused within `hold_headers_s` are a real 4xx, later an error event."""
@@ -130,7 +130,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
         body = self._dialect(open_request).whole(open_request, self.system_fingerprint, collected)
-        await _write_json(send, body, 200, [])
+        await write_json(send, body, 200, [])
 
     def _dialect(self, open_request: OpenRequest) -> Dialect:
         return self.dialects[open_request.answer_format.dialect]
@@ -140,7 +140,8 @@ async def _write(send: Send, body: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def _write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+async def write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    """Write a body as the whole response."""
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await _write(send, body, more=False)
@@ -151,9 +152,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def write_failure(
-    failure: Failure, send: Send, headers: Mapping[str, str], body: Callable[[Failure], bytes]
-) -> None:
+async def write_failure(failure: Failure, send: Send, headers: Mapping[str, str], body: FailureBody) -> None:
     """Write a failure as the whole response."""
     response = error_response(failure, headers, body)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})

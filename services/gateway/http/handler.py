@@ -20,6 +20,7 @@ from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
+    KEY,
     IdempotencyKey,
     read_event_ids,
     read_idempotency_key,
@@ -103,15 +104,28 @@ class RequestHandler(msgspec.Struct, frozen=True):
     async def _parse(
         self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        def read() -> tuple[Draft, IdempotencyKey | None]:
+        draft, rendered = await self.render(body, lambda: self.parser.read(dialect.read(body)))
+        key = None
+        if KEY in headers:
+            key = await self.compute(len(body), lambda: read_idempotency_key(headers, owner, body))
+        return await self.compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+
+    async def render(self, body: bytes, read: Callable[[], Draft]) -> tuple[Draft, str]:
+        """Return a request, as `read` understands its `body`, and its rendered prompt.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+
+        def checked() -> Draft:
             check_structure(body, self.max_text_bytes)
-            return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
+            return read()
 
-        draft, key = await self._compute(len(body), read)
-        rendered = await self.templates.render(draft.rendering)
-        return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+        draft = await self.compute(len(body), checked)
+        with draft.stated.own_names():
+            return draft, await self.templates.render(draft.rendering)
 
-    async def _compute(self, size: int, function: Callable[[], T]) -> T:
+    async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""
         if size <= INLINE_BYTES:
             return function()

@@ -55,4 +55,7 @@ class Resumption(msgspec.Struct, frozen=True):
         match = _NAME.fullmatch(name)
         if match is None:
             raise unknown_request(name)
-        return await self.pipeline.find(match[1], context_of(request).owner)
+        stored = await self.pipeline.find(match[1], context_of(request).owner)
+        if stored.answer_format.dialect:  # another API's, whose events have no ids
+            raise unknown_request(name)
+        return stored

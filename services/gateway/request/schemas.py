@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Set
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -223,7 +224,7 @@ _Body = msgspec.defstruct(
 )
 # Not strict, as vLLM is not: 5.0 and "5" are an integer.
 _body = msgspec.json.Decoder(cast(type[ChatRequest], _Body), strict=False)
-_KNOWN = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
+CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
@@ -237,10 +238,15 @@ def decode_body(body: bytes) -> ChatRequest:
     Raises:
         RequestError: 400; `param` is the path of the offending value.
     """
-    return _decode(_body, body)
+    return decode(_body, body)
 
 
-def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """Decode a body of any API.
+
+    Raises:
+        RequestError: 400; `param` is the path of the offending value.
+    """
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -251,13 +257,13 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
 
 
-def unknown_fields(body: bytes) -> list[str]:
-    """Return the fields of a body (JSON, an object) that no API known to us defines, which are ignored.
+def unknown_fields(body: bytes, known: Set[str]) -> list[str]:
+    """Return the fields of a body (JSON, an object) that are not `known`, and so ignored.
 
     Raises:
         RequestError: 400, the name of such a field is no UTF-8.
     """
-    return sorted(_decode(_raw_fields, body).keys() - _KNOWN)
+    return sorted(decode(_raw_fields, body).keys() - known)
 
 
 def digest_body(body: bytes) -> str:
