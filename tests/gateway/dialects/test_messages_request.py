@@ -2,6 +2,7 @@
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from msgspec.structs import replace
 from whole_parser import WholeParser
 
 from services.gateway.dialects.messages.dialect import MessagesDialect, read_count
-from services.gateway.dialects.messages.schemas import CountRequest, MessagesRequest
+from services.gateway.dialects.messages.schemas import NEUTRAL_VALUES, NO_EFFECT, CountRequest, MessagesRequest
 from services.gateway.request.parsed import ParsedRequest
 from shared.errors import Failure, RequestError
 
@@ -260,6 +261,12 @@ def test_the_table_has_every_field() -> None:
     tried = {field for body, _ in SAME.values() for field in body}
     assert set(MessagesRequest.__struct_fields__) - tried == {"model", "max_tokens"}
     assert set(CountRequest.__struct_fields__) < set(MessagesRequest.__struct_fields__)
+
+
+def test_the_page_names_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "messages.md").read_text()
+    known = {*MessagesRequest.__struct_fields__, *NEUTRAL_VALUES, *NO_EFFECT}
+    assert [field for field in sorted(known) if f"`{field}`" not in page] == []
 
 
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
