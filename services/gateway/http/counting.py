@@ -16,6 +16,7 @@ from services.gateway.http.answer import write_json
 from services.gateway.http.body import read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.handler import RequestHandler
+from services.gateway.http.patience import ClientPatience
 from services.gateway.inflight.headers import read_timeout
 from services.gateway.inflight.pipeline import RequestMetadata
 from services.gateway.request.parsed import Draft
@@ -32,11 +33,12 @@ class TokenCounter(msgspec.Struct, frozen=True):
     read: Callable[[bytes], Statement]
     write: Callable[[int], bytes]
 
-    async def count(self, request: Request, _receive: Receive, send: Send) -> None:
+    async def count(self, request: Request, receive: Receive, send: Send) -> None:
         """Write the number of the prompt's tokens.
 
         Raises:
             RequestError: the request is refused; nothing was written.
+            ClientDisconnect: the client left before it was counted.
         """
         handler = self.handler
         deadline = time.time() + read_timeout(request.headers, handler.request_timeout_s)
@@ -47,18 +49,19 @@ class TokenCounter(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            draft, rendered = await handler.render(body, lambda: handler.parser.read(self.read(body)))
+            patience = ClientPatience(receive, deadline)
+            draft, rendered = await handler.render(body, lambda: handler.parser.read(self.read(body)), patience)
             context.warnings = draft.stated.warnings
             tokens = await handler.compute(len(rendered), lambda: handler.parser.count_text(draft, rendered))
             if draft.media:
-                tokens = await self._ask_encoder(draft, rendered, context, deadline)
+                tokens = await self._ask_encoder(draft, rendered, context, patience)
         await write_json(send, self.write(tokens), 200, [])
 
-    async def _ask_encoder(self, draft: Draft, rendered: str, context: RequestContext, deadline: float) -> int:
+    async def _ask_encoder(self, draft: Draft, rendered: str, context: RequestContext, patience: ClientPatience) -> int:
         parsed = self.handler.parser.finish(draft, rendered)
-        metadata = RequestMetadata(time.time(), deadline, context.owner, None, None)
+        metadata = RequestMetadata(time.time(), patience.deadline, context.owner, None, None)
         async with self.handler.open_requests.open(parsed, metadata) as open_request:
-            await open_request.accepted.wait()
+            await patience.wait(open_request.accepted.wait())
             if open_request.failure is not None:
                 raise RequestError(open_request.failure)
             if open_request.prompt_tokens is None:  # an answer has begun, and the count was lost on its way

@@ -18,6 +18,7 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
     KEY,
@@ -59,6 +60,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
 
         Raises:
             RequestError: the request is refused; nothing was written.
+            ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
@@ -70,12 +72,13 @@ class RequestHandler(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            parsed, key = await self._parse(dialect, body, request.headers, context.owner)
+            patience = ClientPatience(receive, deadline)
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
+                await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             if context.span is not None:
                 spans.set_request(context.span, parsed)
@@ -102,15 +105,15 @@ class RequestHandler(msgspec.Struct, frozen=True):
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str
+        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        draft, rendered = await self.render(body, lambda: self.parser.read(dialect.read(body)))
+        draft, rendered = await self.render(body, lambda: self.parser.read(dialect.read(body)), patience)
         key = None
         if KEY in headers:
             key = await self.compute(len(body), lambda: read_idempotency_key(headers, owner, body))
         return await self.compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 
-    async def render(self, body: bytes, read: Callable[[], Draft]) -> tuple[Draft, str]:
+    async def render(self, body: bytes, read: Callable[[], Draft], patience: ClientPatience) -> tuple[Draft, str]:
         """Return a request, as `read` understands its `body`, and its rendered prompt.
 
         Raises:
@@ -123,7 +126,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
 
         draft = await self.compute(len(body), checked)
         with draft.stated.own_names():
-            return draft, await self.templates.render(draft.rendering)
+            return draft, await patience.wait(self.templates.render(draft.rendering))
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""

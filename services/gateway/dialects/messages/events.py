@@ -10,6 +10,7 @@ import msgspec
 
 from services.gateway.dialects.chat_events import one_line, quote
 from services.gateway.dialects.collected import CollectedCall, CollectedChoice
+from services.gateway.dialects.merge import is_text
 from services.gateway.dialects.messages.request import Kept
 from shared.errors import Failure
 from shared.messages import Delta, ToolDelta, Usage
@@ -133,7 +134,9 @@ class BlockWriter:
 
     def delta(self, delta: Delta) -> bytes:
         """Return the events of a delta; before those of the first one, the event that tells of the prompt."""
-        events = b"".join(self._start(delta)) + b"".join(self._blocks(delta))
+        if self._open == "text" and delta.content and is_text(delta):  # nearly all
+            return self._piece(b"text_delta", b"text", delta.content)
+        events = b"".join([*self._start(delta), *self._blocks(delta)])
         self._finish_reason, self._stop = delta.finish_reason or self._finish_reason, delta.stop or self._stop
         return events
 
