@@ -123,6 +123,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
     special_tokens: bool = False  # special tokens inside the answer are shown by their names
     complete_logprobs: bool = False  # `logprobs` name special tokens, and have the one that ends the answer
+    first_usage: bool = False  # the first delta has the usage so far: that of the prompt is known by then
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -309,7 +310,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a request, part of its last Delta; of each, so far, where the request asked for that."""
+    """Token counts of a request, part of its last Delta; of the first or each, so far, where the request says so."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -330,13 +331,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[ShownLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()  # only when the request asked for them
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None  # with the finish, or with `Output.continuous_usage`
+    usage: Usage | None = None  # with the finish, with `Output.continuous_usage`, or first with `Output.first_usage`
     failure: Failure | None = None  # ends the request instead of a finish
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.
     start: int = 0
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
     prompt_logprobs: PromptLogprobs | None = None  # with what starts at 0; only when the request asked for them
+    stop: str = ""  # with the finish "stop": the stop string that ended the answer; empty: something else did
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

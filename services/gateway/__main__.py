@@ -24,13 +24,17 @@ from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
 from services.gateway.dialects.completions import CompletionsDialect
 from services.gateway.dialects.dialect import Dialect
+from services.gateway.dialects.messages.dialect import count_body, read_count
+from services.gateway.dialects.messages.schemas import CountRequest
 from services.gateway.dialects.prompt_logprobs import TokenTexts
+from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
+from services.gateway.http.counting import TokenCounter
 from services.gateway.http.edge import Edge
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
@@ -104,6 +108,7 @@ def compose(
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
     dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in _dialects(parser)}
+    bodies = FailureBodies({dialect.path: dialect.failure for dialect in dialects.values()})
     writer = AnswerWriter(dialects, _fingerprint(Path(settings.model)), settings.hold_headers_s)
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
@@ -123,7 +128,9 @@ def compose(
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
     resumption = Resumption(admission, pipeline, open_requests, writer)
-    app = build_app(handler, dialects.values(), resumption, models, partial(readiness, redis, keys, admission))
+    counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
+    ready = partial(readiness, redis, keys, admission)
+    app = build_app(handler, dialects.values(), resumption, models, ready, bodies=bodies, counters=[counter])
     observer = RequestObserver(redis, keys, settings.shards)
     app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
     return Gateway(
@@ -134,9 +141,10 @@ def compose(
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
-            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing),
+            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], bodies, metrics, tracing),
             listener,
             _connections(settings, metrics),
+            bodies,
         ),
         metrics=metrics,
         tick_s=tick_s,
@@ -146,7 +154,7 @@ def compose(
 
 def _dialects(parser: RequestParser) -> tuple[Dialect, ...]:
     texts = TokenTexts(parser.tokenizer)
-    return ChatDialect(texts=texts), CompletionsDialect(texts)
+    return ChatDialect(texts=texts), CompletionsDialect(texts), MessagesDialect()
 
 
 def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParser:

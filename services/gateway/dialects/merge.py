@@ -44,5 +44,9 @@ def _join(run: list[Delta]) -> Delta:
     if len(run) == 1:
         return run[0]
     return msgspec.structs.replace(
-        run[-1], reasoning="".join(d.reasoning for d in run), content="".join(d.content for d in run)
+        run[-1],
+        start=run[0].start,
+        reasoning="".join(d.reasoning for d in run),
+        content="".join(d.content for d in run),
+        usage=run[-1].usage or run[0].usage,
     )

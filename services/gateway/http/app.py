@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.dialects.dialect import Dialect
-from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure, openai_body
+from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
+from services.gateway.http.counting import TokenCounter
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.request.model_names import ModelNames
@@ -25,6 +26,9 @@ from shared.errors import Failure, RequestError
 OWNED_BY = "Baidu"
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+
+OPENAI_ONLY = FailureBodies()
+_Handler = Callable[[Request, Receive, Send], Awaitable[None]]
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -76,13 +80,18 @@ def build_app(
     resumption: Resumption,
     served: Models,
     ready: Callable[[], Awaitable[dict[str, Any]]],
+    *,
+    bodies: FailureBodies = OPENAI_ONLY,
+    counters: Collection[TokenCounter] = (),
 ) -> FastAPI:
     """Build the application; `ready` returns the report of the health routes."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    _add_errors(app, dialects)
+    _add_errors(app, bodies)
     _add_health(app, ready)
     for dialect in dialects:
-        _add_dialect(app, handler, dialect)
+        _add_post(app, dialect.path, dialect.schema, partial(handler.handle, dialect))
+    for counter in counters:
+        _add_post(app, counter.path, counter.schema, counter.count)
 
     for kept in KEPT:
         _add_kept(app, resumption, kept)
@@ -95,16 +104,18 @@ def build_app(
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
-    _describe(app, [dialect.schema for dialect in dialects])
+    _describe(app, [*(dialect.schema for dialect in dialects), *(counter.schema for counter in counters)])
     return app
 
 
-def _add_dialect(app: FastAPI, handler: RequestHandler, dialect: Dialect) -> None:
-    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{dialect.schema.__name__}"}}}}
+def _add_post(
+    app: FastAPI, path: str, schema: type, handle: Callable[[Request, Receive, Send], Awaitable[None]]
+) -> None:
+    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}}
 
-    @app.post(dialect.path, openapi_extra={"requestBody": {**body, "required": True}})
+    @app.post(path, openapi_extra={"requestBody": {**body, "required": True}})
     async def ask(request: Request) -> Response:
-        return DirectResponse(partial(handler.handle, dialect, request))
+        return DirectResponse(partial(handle, request))
 
 
 def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
@@ -136,11 +147,9 @@ def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) ->
         return _json(report, 503 if report["missing"] else 200)
 
 
-def _add_errors(app: FastAPI, dialects: Iterable[Dialect]) -> None:
-    bodies = {dialect.path: dialect.failure for dialect in dialects}
-
+def _add_errors(app: FastAPI, bodies: FailureBodies) -> None:
     def response(request: Request, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-        return error_response(failure, headers, bodies.get(request.url.path, openai_body))
+        return error_response(failure, headers, bodies.of(request.url.path))
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:

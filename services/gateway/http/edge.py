@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.console.routes import ASSETS
-from services.gateway.errors import UNAUTHORIZED, error_response
+from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.http.protocol import HEALTH_PATHS
@@ -35,6 +35,7 @@ class Edge:
         app: ASGIApp,
         keys: Iterable[str],
         paths: Iterable[str],
+        bodies: FailureBodies,
         metrics: GatewayMetrics,
         tracing: Tracing = OFF,
     ) -> None:
@@ -42,6 +43,7 @@ class Edge:
         self._app = app
         self._keys = [_digest(key) for key in keys]
         self._paths = frozenset(paths)
+        self._bodies = bodies
         self._metrics = metrics
         self._tracing = tracing
 
@@ -66,7 +68,8 @@ class Edge:
                 attach_context(scope, context)
                 await self._app(scope, receive, send_named)
             else:
-                await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"})(scope, receive, send_named)
+                form = self._bodies.of(scope["path"])
+                await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"}, form)(scope, receive, send_named)
         finally:
             method, path = _method(scope["method"]), self._metric_path(scope["path"])
             self._metrics.requests.labels(method, path, status).inc()
@@ -112,7 +115,9 @@ def _request_id(headers: Headers) -> str:
 
 def _headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
     warnings = [(b"x-millrace-warning", text.encode()) for text in context.warnings]
-    return [(b"x-request-id", context.request_id.encode()), *warnings]
+    request_id = context.request_id.encode()
+    # Under both names: OpenAI's clients read the first, Anthropic's the second.
+    return [(b"x-request-id", request_id), (b"request-id", request_id), *warnings]
 
 
 def _method(method: str) -> str:

@@ -191,8 +191,9 @@ class OpenRequests:
                 for delta in items:
                     for choice in self._readers.get(delta.request_id, ()):
                         self._deliver(choice, delta, now)
-            case Accepted(request_id):
+            case Accepted(request_id, prompt_tokens):
                 for choice in self._readers.get(request_id, ()):
+                    choice.open_request.mark_prompt(prompt_tokens)
                     choice.open_request.accept(choice)
             case Failed(request_id, failure):
                 for choice in self._readers.get(request_id, ()):
