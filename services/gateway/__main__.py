@@ -24,7 +24,7 @@ from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
 from services.gateway.dialects.completions import CompletionsDialect
 from services.gateway.dialects.dialect import Dialect
-from services.gateway.dialects.messages.dialect import count_body, read_count
+from services.gateway.dialects.messages.dialect import MessagesDialect, count_body, read_count
 from services.gateway.dialects.messages.schemas import CountRequest
 from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.errors import FailureBodies
