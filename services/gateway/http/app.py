@@ -73,10 +73,12 @@ def build_app(
     resumption: Resumption,
     served: Models,
     ready: Callable[[], Awaitable[dict[str, Any]]],
+    count_refusal: Callable[[str, str, Failure], None],
 ) -> FastAPI:
-    """Build the application; `ready` returns the report of the health routes."""
+    """Build the application. `ready` returns the report of the health routes; `count_refusal` is told the method, the
+    path and the failure of a request that was not accepted."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    _add_errors(app, dialects)
+    _add_errors(app, dialects, count_refusal)
     _add_health(app, ready)
     for dialect in dialects:
         _add_dialect(app, handler, dialect)
@@ -128,10 +130,11 @@ def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) ->
         return _json(report, 503 if report["missing"] else 200)
 
 
-def _add_errors(app: FastAPI, dialects: Iterable[Dialect]) -> None:
+def _add_errors(app: FastAPI, dialects: Iterable[Dialect], count_refusal: Callable[[str, str, Failure], None]) -> None:
     bodies = {dialect.path: dialect.failure for dialect in dialects}
 
     def response(request: Request, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+        count_refusal(request.method, request.url.path, failure)
         return error_response(failure, headers, bodies.get(request.url.path, openai_body))
 
     @app.exception_handler(RequestError)
