@@ -116,13 +116,13 @@ def test_nothing_fires_and_every_panel_has_data_under_load(release: Release) -> 
             image = {"type": "image_url", "image_url": {"url": url}}
             release.ask(messages=[{"role": "user", "content": [image]}], stream=True)
 
-    def ask_for_long_answers() -> None:
+    def ask_for_text() -> None:
         while not stop.is_set():
-            release.ask(max_tokens=300, ignore_eos=True)
+            release.ask(max_tokens=20, ignore_eos=True)
 
     # One panel shows nothing else than a quarantine, and some only what is in work while Prometheus looks.
     release.redis.xadd(KEYS.quarantine(GENERATE), {"a": "b"})
-    threads = [threading.Thread(target=load) for load in (ask_of_pictures, *[ask_for_long_answers] * 5)]
+    threads = [threading.Thread(target=load) for load in (ask_of_pictures, *[ask_for_text] * 5)]
     for thread in threads:
         thread.start()
     try:
