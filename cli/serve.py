@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
 from cli.output import write
 from cli.redis_server import RedisServer
+from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
 from shared.bus import leases
 from shared.bus.client import connect
@@ -53,7 +53,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     """
     if not services_are_found():
         raise ConfigError(f"Millrace is not installed, only its source is here: {how_to_install()}")
-    check_ports(launch)
+    check_ports(launch, environ)
     for name in unread_variables(environ):
         report(f"{name} is set, but Millrace does not read it")
     if launch.demo:
@@ -62,7 +62,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         report(f"the model is a small checkpoint with random weights, in {launch.model}/")
         write_demo(launch.model)
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=scratch_prefix(launch.port))))
+        directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
         metrics = directory / "metrics"

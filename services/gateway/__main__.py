@@ -45,7 +45,7 @@ from services.gateway.reference import routes as reference
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
-from services.gateway.request.sampling import OutputDefaults
+from services.gateway.request.sampling import ServerDefaults
 from services.gateway.request.template import TemplateSource
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
@@ -162,7 +162,12 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,
-        output_defaults=OutputDefaults(settings.tool_call_ends_reasoning, settings.force_nonempty_content),
+        server=ServerDefaults(
+            tool_call_ends_reasoning=settings.tool_call_ends_reasoning,
+            force_nonempty_content=settings.force_nonempty_content,
+            thinking_loop_repeats=settings.thinking_loop_repeats,
+            thinking_loop_tokens=settings.thinking_loop_tokens,
+        ),
     )
 
 
