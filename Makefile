@@ -171,8 +171,8 @@ test-images: $(VENV)/.installed-test
 test-cluster: $(VENV)/.installed-test
 	$(VENV)/bin/pytest tests/cluster
 
-# The chart's alerts and panels by a real Prometheus and redis_exporter, ten minutes or less: Debian's packages
-# prometheus and prometheus-redis-exporter, or those of the same names from elsewhere.
+# The chart's alerts and panels by a real Prometheus and redis_exporter, in some minutes: the packages of Debian 13
+# prometheus and prometheus-redis-exporter (1.47 or newer: Debian 12's has not all that the rules ask), or others.
 PROMETHEUS ?= $(shell command -v prometheus)
 REDIS_EXPORTER ?= $(firstword $(foreach name,prometheus-redis-exporter redis_exporter,$(shell command -v $(name))))
 

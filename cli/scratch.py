@@ -17,7 +17,10 @@ LOCK = "lock"  # of a directory in use; the kernel lets go of it with the proces
 
 @contextlib.contextmanager
 def scratch_directory(prefix: str) -> Iterator[Path]:
-    """Yield an empty directory and delete it afterwards; first remove those that nobody uses any more."""
+    """Yield an empty directory and delete it afterwards; first remove those that nobody uses any more.
+
+    `prefix`: what its name begins with, "millrace-" and more.
+    """
     if sys.platform == "linux":  # elsewhere a Redis may have outlived its `millrace serve` (shared/tether.py)
         _remove_abandoned(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=prefix) as name:

@@ -143,6 +143,12 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
     cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
+    http_id: str = ""  # X-Request-ID of the HTTP request: the client's own, or the gateway's
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Its ids, as a line of a log has them."""
+        return {"request_id": self.id, "http_request_id": self.http_id}
 
 
 # ---------------------------------------------------------------------------------------------------- work streams

@@ -42,10 +42,12 @@ from services.gateway.http.memory import BodyMemory
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
 from services.gateway.inflight.backlog import Backlog
+from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.inbox import Inbox
 from services.gateway.inflight.pipeline import Pipeline, PipelineOptions
 from services.gateway.inflight.registry import OpenRequestLimits, OpenRequests
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reference import routes as reference
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
@@ -106,9 +108,11 @@ def compose(
     address = f"{settings.name}.{secrets.token_hex(4)}"
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
-    open_requests = OpenRequests(limits, pipeline, metrics, time.time)
     dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in _dialects(parser)}
     bodies = FailureBodies({dialect.path: dialect.failure for dialect in dialects.values()})
+    endpoints = {name: dialect.path for name, dialect in dialects.items()}
+    ended = EndedRequests(metrics.ended, settings.model_names().listed[0], endpoints)
+    open_requests = OpenRequests(limits, pipeline, metrics, ended, time.time)
     writer = AnswerWriter(dialects, _fingerprint(Path(settings.model)), settings.hold_headers_s)
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
@@ -130,9 +134,19 @@ def compose(
     resumption = Resumption(admission, pipeline, open_requests, writer)
     counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
     ready = partial(readiness, redis, keys, admission)
-    app = build_app(handler, dialects.values(), resumption, models, ready, bodies=bodies, counters=[counter])
+    app = build_app(
+        handler,
+        dialects.values(),
+        resumption,
+        models,
+        ready,
+        ended.count_refusal,
+        bodies=bodies,
+        counters=[counter],
+    )
     observer = RequestObserver(redis, keys, settings.shards)
     app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
+    app.router.routes += reference.routes()
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
@@ -141,7 +155,7 @@ def compose(
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
-            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], bodies, metrics, tracing),
+            Edge(app, settings.api_keys, [*paths(app), *console.PATHS, *reference.ASSETS], bodies, metrics, tracing),
             listener,
             _connections(settings, metrics),
             bodies,

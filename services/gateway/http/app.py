@@ -80,13 +80,15 @@ def build_app(
     resumption: Resumption,
     served: Models,
     ready: Callable[[], Awaitable[dict[str, Any]]],
+    count_refusal: Callable[[str, str, Failure], None],
     *,
     bodies: FailureBodies = OPENAI_ONLY,
     counters: Collection[TokenCounter] = (),
 ) -> FastAPI:
-    """Build the application; `ready` returns the report of the health routes."""
+    """Build the application. `ready` returns the report of the health routes; `count_refusal` is told the method, the
+    path and the failure of a request that was not accepted."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    _add_errors(app, bodies)
+    _add_errors(app, bodies, count_refusal)
     _add_health(app, ready)
     for dialect in dialects:
         _add_post(app, dialect.path, dialect.schema, partial(handler.handle, dialect))
@@ -147,8 +149,9 @@ def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) ->
         return _json(report, 503 if report["missing"] else 200)
 
 
-def _add_errors(app: FastAPI, bodies: FailureBodies) -> None:
+def _add_errors(app: FastAPI, bodies: FailureBodies, count_refusal: Callable[[str, str, Failure], None]) -> None:
     def response(request: Request, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+        count_refusal(request.method, request.url.path, failure)
         return error_response(failure, headers, bodies.of(request.url.path))
 
     @app.exception_handler(RequestError)

@@ -10,17 +10,18 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.console.routes import ASSETS
+from services.gateway.console import routes as console
 from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.http.protocol import HEALTH_PATHS
 from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reference import routes as reference
 from shared.tracing import OFF, Span, Tracing
 
 # All other paths need a key, including those that do not exist.
-OPEN_PATHS = HEALTH_PATHS | frozenset(ASSETS)
+OPEN_PATHS = HEALTH_PATHS | frozenset(console.ASSETS) | frozenset(reference.ASSETS)
 MODEL_PATH = "/v1/models/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

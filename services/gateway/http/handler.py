@@ -81,7 +81,8 @@ class RequestHandler(msgspec.Struct, frozen=True):
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
                 await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
-            metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
+            trace = _trace(request, context)
+            metadata = RequestMetadata(created, deadline, context.owner, key, trace, http_id=context.request_id)
             if context.span is not None:
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)

@@ -54,6 +54,7 @@ class RequestMetadata(msgspec.Struct, frozen=True):
     owner: str
     key: IdempotencyKey | None
     trace: str | None
+    http_id: str = ""  # X-Request-ID
 
 
 class StoredRequest(msgspec.Struct, frozen=True):
@@ -290,6 +291,7 @@ class Pipeline:
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
             cache_salt=parsed.cache_salt,
+            http_id=metadata.http_id,
         )
 
     def _shard(self, request_id: str) -> int:

@@ -10,6 +10,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT, USAGE_AT_END
+from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.pipeline import Pipeline, RequestMetadata, StoredRequest
 from services.gateway.inflight.request import Choice, OpenRequest, StreamPosition
 from services.gateway.metrics import GatewayMetrics
@@ -45,10 +46,18 @@ class OpenRequestLimits(msgspec.Struct, frozen=True):
 class OpenRequests:
     """Submitter of requests, and dispatcher of the messages that answer them."""
 
-    def __init__(self, limits: OpenRequestLimits, pipeline: Pipeline, metrics: GatewayMetrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        limits: OpenRequestLimits,
+        pipeline: Pipeline,
+        metrics: GatewayMetrics,
+        ended: EndedRequests,
+        clock: Clock,
+    ) -> None:
         self._limits = limits
         self._pipeline = pipeline
         self._metrics = metrics
+        self._ended = ended
         self._clock = clock
         self._readers: dict[str, list[Choice]] = {}  # by request id: several clients may read one answer
         self._incomplete: list[Choice] = []  # deltas are missing and have not been requested again yet
@@ -153,6 +162,7 @@ class OpenRequests:
             if not readers:
                 del self._readers[choice.request_id]
         self._count(open_request)
+        self._ended.count_end(open_request, _is_resumable(open_request))
         abandoned = [choice.request_id for choice in open_request.choices if self._is_abandoned(choice)]
         if not abandoned or _is_resumable(open_request):
             return
