@@ -63,11 +63,15 @@ check-pythons:
 	echo "make: checked Python$${checked:- none}; failed:$${failed:- none}; skipped, as not on PATH:$${skipped:- none}"; \
 	test -n "$$checked" -a -z "$$failed"
 
+# The tests of a file run in one process, which starts what they share once. There are two on any machine, so that tests
+# have the same company everywhere.
+WORKERS ?= 2
+
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 # The property tests with examples that no run has had, ROUNDS times. What fails is printed: add it as an @example.
 ROUNDS ?= 4

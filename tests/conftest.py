@@ -4,6 +4,7 @@
 carries it itself, and a test that starts a process without the mark fails. `slow` marks what computes for long.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -74,6 +75,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.system)
         if _within(item.path, SLOW_PLACES):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that is imported by now: hundreds of thousands of objects, each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_garbage() -> Iterator[None]:
+    """What a module's tests have left open warns when it is collected: now, and not in a test of another module."""
+    yield
+    gc.collect()
 
 
 def _within(path: Path, places: tuple[str, ...]) -> bool:
