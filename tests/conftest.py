@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -88,6 +89,14 @@ def collected_garbage() -> Iterator[None]:
     """What a module's tests have left open warns when it is collected: now, and not in a test of another module."""
     yield
     gc.collect()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Let workers of pytest-xdist, where it is used, start what tests share once."""
+    from workers import SharedScheduling
+
+    return SharedScheduling(config, log)
 
 
 def _within(path: Path, places: tuple[str, ...]) -> bool:
