@@ -50,7 +50,7 @@ DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-promp
   --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
 
 
-.PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-alerts test-browser test-clients test-fuzz
+.PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-types test-all test-random chaos test-chart test-images test-cluster test-alerts test-browser test-clients test-fuzz
 
 serve: $(VENV)/.installed-cli
 	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
@@ -125,11 +125,19 @@ check-pythons:
 	echo "make: checked Python$${checked:- none}; failed:$${failed:- none}; skipped, as not on PATH:$${skipped:- none}"; \
 	test -n "$$checked" -a -z "$$failed"
 
+# Tests in several processes, as many on any machine, since much of their time is waiting: tests/workers.py.
+WORKERS ?= 3
+
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs=2 test-types test-all
+
+test-types: $(VENV)/.installed-test
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+
+test-all: $(VENV)/.installed-test
+	$(VENV)/bin/pytest --numprocesses=$(WORKERS) --no-loadscope-reorder
 
 # The property tests with examples that no run has had, ROUNDS times. What fails is printed: add it as an @example.
 ROUNDS ?= 4
