@@ -120,7 +120,8 @@ def compose(
     resumption = Resumption(admission, pipeline, open_requests, writer)
     app = build_app(completions, resumption, models, partial(readiness, redis, keys, admission))
     observer = RequestObserver(redis, keys, settings.shards)
-    app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
+    media = console.Limits(settings.media_limits(), settings.max_body_bytes, settings.max_media_bytes)
+    app.router.routes += console.routes(console.Console(redis, keys, observer, media, blob_redis))
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,

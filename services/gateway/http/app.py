@@ -88,6 +88,10 @@ def build_app(
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, name, request))
 
+    @app.post("/v1/chat/completions/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return _json(await resumption.cancel(name, request))
+
     @app.get("/v1/models")
     async def models() -> Response:
         return _json({"object": "list", "data": served.cards()})
