@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, from admission to the last byte of the answer."""
+"""Requests for an answer, of any API, from admission to the last byte."""
 
 import asyncio
 import time
@@ -10,6 +10,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
+from services.gateway.dialects.dialect import Dialect
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
@@ -17,6 +18,7 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
     IdempotencyKey,
@@ -36,8 +38,8 @@ INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other st
 T = TypeVar("T")
 
 
-class ChatCompletions(msgspec.Struct, frozen=True):
-    """Handler of the route."""
+class RequestHandler(msgspec.Struct, frozen=True):
+    """Handler of the routes that begin a request."""
 
     admission: Admission
     parser: RequestParser
@@ -52,11 +54,12 @@ class ChatCompletions(msgspec.Struct, frozen=True):
     # Held while a large body is decoded, which takes several times its bytes, and processor time that others wait for.
     decoding: asyncio.Lock
 
-    async def handle(self, request: Request, receive: Receive, send: Send) -> None:
+    async def handle(self, dialect: Dialect, request: Request, receive: Receive, send: Send) -> None:
         """Answer one request.
 
         Raises:
             RequestError: the request is refused; nothing was written.
+            ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
@@ -68,12 +71,13 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            parsed, key = await self._parse(body, request.headers, context.owner)
+            patience = ClientPatience(receive, deadline)
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
+                await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             if context.span is not None:
                 spans.set_request(context.span, parsed)
@@ -100,14 +104,14 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, body: bytes, headers: Mapping[str, str], owner: str
+        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
         def read() -> tuple[Draft, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
-            return self.parser.read(body), read_idempotency_key(headers, owner, body)
+            return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
 
         draft, key = await self._compute(len(body), read)
-        rendered = await self.templates.render(draft.rendering)
+        rendered = await patience.wait(self.templates.render(draft.rendering))
         return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 
     async def _compute(self, size: int, function: Callable[[], T]) -> T:
