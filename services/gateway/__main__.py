@@ -145,7 +145,8 @@ def compose(
         counters=[counter],
     )
     observer = RequestObserver(redis, keys, settings.shards)
-    app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
+    media = console.Limits(settings.media_limits(), settings.max_body_bytes, settings.max_media_bytes)
+    app.router.routes += console.routes(console.Console(redis, keys, observer, media, blob_redis))
     app.router.routes += reference.routes()
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],

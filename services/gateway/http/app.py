@@ -129,6 +129,10 @@ def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, kept, name, request))
 
+    @app.post(kept.path + "/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return _json(await resumption.cancel(kept, name, request))
+
 
 def paths(app: FastAPI) -> list[str]:
     """Return the paths of the routes."""

@@ -100,7 +100,8 @@ class Edge:
             return path
         for kept in KEPT:
             if path.startswith(f"{kept.path}/"):
-                return f"{kept.path}/" + ("{name}/events" if path.endswith("/events") else "{name}")
+                below = next((part for part in ("/events", "/cancel") if path.endswith(part)), "")
+                return f"{kept.path}/{{name}}{below}"
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 
