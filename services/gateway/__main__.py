@@ -28,15 +28,17 @@ from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.app import Models, build_app, paths
+from services.gateway.http.app import Models, RequestLimits, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.edge import Edge
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
+from services.gateway.http.origins import allow_origins
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
+from services.gateway.http.tokens import TokenRoutes
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.inbox import Inbox
 from services.gateway.inflight.pipeline import Pipeline, PipelineOptions
@@ -121,9 +123,10 @@ def compose(
         request_timeout_s=settings.request_timeout_s,
         decoding=asyncio.Lock(),
     )
-    models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
+    models = Models(settings.model_names(), int(time.time()), settings.max_model_len, _limits(settings))
+    tokens = TokenRoutes(handler, TokenTexts(parser.tokenizer), template)
     resumption = Resumption(admission, pipeline, open_requests, writer)
-    app = build_app(handler, dialects.values(), resumption, models, partial(readiness, redis, keys, admission))
+    app = build_app(handler, dialects.values(), resumption, models, tokens, partial(readiness, redis, keys, admission))
     observer = RequestObserver(redis, keys, settings.shards)
     app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
     return Gateway(
@@ -134,7 +137,9 @@ def compose(
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
-            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing),
+            allow_origins(
+                Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing), settings.allowed_origins
+            ),
             listener,
             _connections(settings, metrics),
         ),
@@ -169,6 +174,19 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
             thinking_loop_repeats=settings.thinking_loop_repeats,
             thinking_loop_tokens=settings.thinking_loop_tokens,
         ),
+    )
+
+
+def _limits(settings: GatewaySettings) -> RequestLimits:
+    media = settings.media_limits()
+    return RequestLimits(
+        images=media["image"],
+        videos=media["video"],
+        choices=settings.max_n,
+        body_bytes=settings.max_body_bytes,
+        text_bytes=settings.max_text_bytes,
+        media_bytes=settings.max_media_bytes,
+        timeout_s=settings.request_timeout_s,
     )
 
 

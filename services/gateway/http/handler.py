@@ -109,13 +109,13 @@ class RequestHandler(msgspec.Struct, frozen=True):
             draft = self.parser.complete(stated) if stated.prompts else self.parser.read(stated)
             return draft, read_idempotency_key(headers, owner, body)
 
-        draft, key = await self._compute(len(body), read)
+        draft, key = await self.compute(len(body), read)
         if isinstance(draft, ParsedRequest):
             return draft, key
         rendered = await self.templates.render(draft.rendering)
-        return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+        return await self.compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 
-    async def _compute(self, size: int, function: Callable[[], T]) -> T:
+    async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""
         if size <= INLINE_BYTES:
             return function()
