@@ -18,6 +18,7 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
     IdempotencyKey,
@@ -58,6 +59,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
 
         Raises:
             RequestError: the request is refused; nothing was written.
+            ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
@@ -69,12 +71,13 @@ class RequestHandler(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            parsed, key = await self._parse(dialect, body, request.headers, context.owner)
+            patience = ClientPatience(receive, deadline)
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
+                await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             if context.span is not None:
                 spans.set_request(context.span, parsed)
@@ -101,7 +104,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str
+        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
         def read() -> tuple[Draft | ParsedRequest, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
@@ -112,7 +115,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
         draft, key = await self.compute(len(body), read)
         if isinstance(draft, ParsedRequest):
             return draft, key
-        rendered = await self.templates.render(draft.rendering)
+        rendered = await patience.wait(self.templates.render(draft.rendering))
         return await self.compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
