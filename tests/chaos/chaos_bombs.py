@@ -13,8 +13,8 @@ REFUSED = (400, 429, 500, 502, 503, 504)  # a 5xx where the gateway or the encod
 
 @cache
 def bombs() -> list[dict[str, object]]:
-    """Return content parts: a video and an image that their headers give away, and two that decode for seconds."""
-    gifs, jpegs = (canvas_gif(8000, 3000), canvas_gif(4000, 40)), (scans_jpeg(2000, 2000), scans_jpeg(7000, 80))
+    """Return content parts: a video and an image that their headers give away, and one of each that takes seconds."""
+    gifs, jpegs = (canvas_gif(8000, 3000), canvas_gif(4000, 16)), (scans_jpeg(2000, 2000), scans_jpeg(5000, 80))
     return [*(_part("video", gif, "gif") for gif in gifs), *(_part("image", jpeg, "jpeg") for jpeg in jpegs)]
 
 
