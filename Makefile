@@ -125,7 +125,8 @@ check-pythons:
 	echo "make: checked Python$${checked:- none}; failed:$${failed:- none}; skipped, as not on PATH:$${skipped:- none}"; \
 	test -n "$$checked" -a -z "$$failed"
 
-# Tests in several processes, as many on any machine, since much of their time is waiting: tests/workers.py.
+# Tests in several processes, on any machine the same number: more than two cores, since tests wait for most of their
+# time. tests/workers.py says who runs what.
 WORKERS ?= 3
 
 test: $(VENV)/.installed-test

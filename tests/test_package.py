@@ -126,7 +126,7 @@ def test_the_engine_needs_no_triton_on_a_cpu() -> None:
         from services.engine.run.assembly import sampling_ops
         print(engine.operations("cpu") and sampling_ops("rejection", on_gpu=False) and "without")
     """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (0, "without\n"), done.stderr
 
 

@@ -172,7 +172,7 @@ def test_a_dense_block(rows: int, bits: int, dtype: torch.dtype, ops: Ops) -> No
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize(("rows", "bits"), [(1, 8), (3, 16), (7, 8), (20, 8)])
 def test_a_block_of_experts(rows: int, bits: int, dtype: torch.dtype, ops: Ops) -> None:
     count, hidden, width = 4, 300, 50

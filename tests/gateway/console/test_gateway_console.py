@@ -12,6 +12,7 @@ import httpx
 import msgspec
 import pytest
 from gateway_stages import Running, Stages, running
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from services.gateway.console.observer import KEPT_S, MAX_WAITING, RequestObserver
@@ -54,7 +55,7 @@ async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
 
 @pytest.fixture
 async def http(server: Running) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         yield client
 
 
