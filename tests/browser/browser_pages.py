@@ -125,15 +125,16 @@ def answered(page: Any) -> Any:
     return answer
 
 
-def chat(system: System, max_tokens: int, text: str = "Hello", stream: bool = False) -> None:
-    body = {"model": "demo", "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
+def chat(system: System, max_tokens: int, text: str = "Hello") -> str:
+    """Have a question answered, and return the answer's name."""
+    body = {"model": "demo", "max_tokens": max_tokens, "ignore_eos": True}
     request = urllib.request.Request(
         f"{system.base_url}/v1/chat/completions",
         json.dumps({**body, "messages": [{"role": "user", "content": text}]}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
-        reply.read()
+        return str(json.load(reply)["id"])
 
 
 @contextmanager

@@ -40,6 +40,7 @@ function split(tokens, lines, references) {
   let depth = 0, start = 0;
   tokens.forEach((token, i) => {
     if (token.type === "heading_open") token.meta = { level: rank(above, Number(token.tag[1])) };
+    if (token.type === "th_open") token.meta = { isEmpty: tokens[i + 1].content === "" };
     depth += token.nesting;
     if (depth > 0) return;
     const of = tokens.slice(start, i + 1), [from, to] = of[0].map ?? [0, lines.length];
@@ -94,8 +95,8 @@ function table() {
 }
 
 function cell(token) {
-  const node = el(token.type === "th_open" ? "th" : "td");
-  if (token.type === "th_open") node.scope = "col";
+  const isHead = token.type === "th_open" && !token.meta.isEmpty, node = el(isHead ? "th" : "td");
+  if (isHead) node.scope = "col";
   node.style.textAlign = /text-align:(left|right|center)/.exec(token.attrGet("style") ?? "")?.[1] ?? "";
   return node;
 }
