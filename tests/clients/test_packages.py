@@ -22,6 +22,7 @@ IN_PYTHON = {
     "openai3": ("openai", "langchain", "pydantic_ai", "agents", "litellm"),
     "openai2": ("openai", "instructor", "llama_index"),
     "benchmarks": ("benchmarks",),
+    "lm_eval": ("lm_eval",),
 }
 IN_NODE = ("openai", "ai_sdk")
 TIMEOUT_S = 2 * PATIENCE_S

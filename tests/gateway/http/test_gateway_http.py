@@ -637,7 +637,7 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1, None), None, broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
@@ -650,7 +650,7 @@ async def test_the_end_of_file_descriptors_passes(number: int, status: int) -> N
     async def broken() -> dict[str, Any]:
         raise OSError(number, "secret")
 
-    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1, None), None, broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
@@ -677,12 +677,12 @@ async def test_errors_are_openais_everywhere(server: Running) -> None:
 
 async def test_a_route_that_is_not_there_is_named(server: Running) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
-        missing = await client.post("/v1/completions", json={})
+        missing = await client.post("/v1/embeddings", json={})
         wrong = await client.delete("/v1/models")
         listed = (await client.get("/openapi.json")).json()["paths"]
-    assert missing.json()["error"]["message"].startswith("There is no POST /v1/completions; GET /openapi.json ")
+    assert missing.json()["error"]["message"].startswith("There is no POST /v1/embeddings; GET /openapi.json ")
     assert wrong.json()["error"]["message"].startswith("There is no DELETE /v1/models; GET /openapi.json ")
-    assert "/v1/completions" not in listed
+    assert "/v1/embeddings" not in listed
     assert "delete" not in listed["/v1/models"]
 
 
