@@ -123,6 +123,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
     special_tokens: bool = False  # special tokens inside the answer are shown by their names
     complete_logprobs: bool = False  # `logprobs` name special tokens, and have the one that ends the answer
+    first_usage: bool = False  # the first delta has the usage so far: that of the prompt is known by then
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -142,6 +143,12 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
     cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
+    http_id: str = ""  # X-Request-ID of the HTTP request: the client's own, or the gateway's
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Its ids, as a line of a log has them."""
+        return {"request_id": self.id, "http_request_id": self.http_id}
 
 
 # ---------------------------------------------------------------------------------------------------- work streams
@@ -309,7 +316,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a request, part of its last Delta; of each, so far, where the request asked for that."""
+    """Token counts of a request, part of its last Delta; of the first or each, so far, where the request says so."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -330,13 +337,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[ShownLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()  # only when the request asked for them
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None  # with the finish, or with `Output.continuous_usage`
+    usage: Usage | None = None  # with the finish, with `Output.continuous_usage`, or first with `Output.first_usage`
     failure: Failure | None = None  # ends the request instead of a finish
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.
     start: int = 0
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
     prompt_logprobs: PromptLogprobs | None = None  # with what starts at 0; only when the request asked for them
+    stop: str = ""  # with the finish "stop": the stop string that ended the answer; empty: something else did
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

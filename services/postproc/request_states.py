@@ -62,7 +62,7 @@ class RequestStates:
             state = RequestState(record, self._new_answer(record), journal)
             missed_deltas(state.answer, state.tokens, state.logprobs, None, len(state.tokens))
         except Exception:
-            _log.exception("request cannot be opened", extra={"request_id": record.request.id})
+            _log.exception("request cannot be opened", extra=record.request.log_fields)
             state = RequestState(record, self._placeholder_answer(record), journal)
             state.answer.count = state.answer.taken = len(state.tokens)
             output.fail(state, internal("This request could not be processed.").failure)
@@ -158,7 +158,7 @@ class RequestStates:
                 else:
                     _fold_run(state, run, entry, output, replay)
             except Exception:
-                _log.exception("request cannot be processed", extra={"request_id": state.request_id})
+                _log.exception("request cannot be processed", extra=state.request.log_fields)
                 output.fail(state, internal("The answer could not be processed.").failure)
             if run.finish is not None and run.epoch >= state.epoch:
                 self._end(state, _finish_of(run, run.finish), output)
@@ -224,7 +224,7 @@ class RequestStates:
             tokens = state.tokens[: state.failed_at]
             return missed_deltas(answer, tokens, state.logprobs, state.finish, message.after, message.until)
         except Exception:
-            _log.exception("answer cannot be rebuilt", extra={"request_id": state.request_id})
+            _log.exception("answer cannot be rebuilt", extra=state.request.log_fields)
             failure = internal("This request could not be processed.").failure
             return [_failure_delta(state.request_id, message.after, failure)]
 
@@ -273,7 +273,7 @@ def _fold_run(state: RequestState, run: TokenRun, entry: EntryId, output: TurnOu
     if verdict is Verdict.NEXT:
         _append(state, run, known_tokens(run, count), entry, output, replay)
     elif finish is None or finish.reason in ("stop", "length"):
-        _log.error("tokens lost", extra={"request_id": state.request_id, "have": count, "got": run.index})
+        _log.error("tokens lost", extra={**state.request.log_fields, "have": count, "got": run.index})
         lost = f"Tokens {count} to {run.index - 1} of the answer were lost."
         output.fail(state, internal(lost).failure)
     if finish is not None:

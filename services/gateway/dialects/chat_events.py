@@ -238,7 +238,7 @@ def status_body(head: AnswerHead) -> bytes:
 
 
 def one_line(value: Any) -> bytes:
-    """Return JSON without any character that a reader may take for a line end."""
+    """Return a value as JSON without any character that a reader may take for a line end."""
     encoded = _json.encode(value)
     for raw, escaped in _LINE_ENDS:
         encoded = encoded.replace(raw, escaped)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Send
@@ -11,7 +11,7 @@ from starlette.types import Receive, Send
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.dialect import Dialect, Dialects, EventWriter
 from services.gateway.dialects.merge import merge_text
-from services.gateway.errors import RETRY_AFTER_S, UNKNOWN_API, error_response, openai_body
+from services.gateway.errors import RETRY_AFTER_S, UNKNOWN_API, FailureBody, error_response, openai_body
 from services.gateway.http.context import RequestContext
 from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
@@ -97,7 +97,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
     async def write_unfinished(self, stored: StoredRequest, send: Send) -> None:
         """Write 202: the answer is not complete yet."""
         body = self._dialect(stored.answer_format).unfinished(stored, self.system_fingerprint)
-        await _write_json(send, body, 202, [_RETRY_AFTER])
+        await write_json(send, body, 202, [_RETRY_AFTER])
 
     async def _write_stream(self, open_request: OpenRequest, event_ids: bool, send: Send, write: Send) -> None:
         """Write the answer as events: its head with `send`, all else with `write`, which is faster.
@@ -146,7 +146,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             body = await asyncio.to_thread(dialect.whole, open_request, self.system_fingerprint, collected)
         else:
             body = dialect.whole(open_request, self.system_fingerprint, collected)
-        await _write_json(send, body, 200, [])
+        await write_json(send, body, 200, [])
 
     def _dialect(self, answer_format: AnswerFormat) -> Dialect:
         """
@@ -167,7 +167,8 @@ async def _write(send: Send, body: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def _write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+async def write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    """Write a body as the whole response."""
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await _write(send, body, more=False)
@@ -178,9 +179,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def write_failure(
-    failure: Failure, send: Send, headers: Mapping[str, str], body: Callable[[Failure], bytes]
-) -> None:
+async def write_failure(failure: Failure, send: Send, headers: Mapping[str, str], body: FailureBody) -> None:
     """Write a failure as the whole response."""
     response = error_response(failure, headers, body)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})

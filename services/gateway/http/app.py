@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.dialects.dialect import Dialect
-from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure, openai_body
+from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
+from services.gateway.http.counting import TokenCounter
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.http.tokens import TokenRoutes, add_token_routes
 from services.gateway.request.model_names import ModelNames
 from shared.errors import Failure, RequestError
-from shared.version import millrace_version
+from shared.version import MILLRACE_VERSION
 
 OWNED_BY = "Baidu"
 FEATURES = (
@@ -33,6 +34,9 @@ FEATURES = (
 READ = ["GET", "HEAD"]
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+
+OPENAI_ONLY = FailureBodies()
+_Handler = Callable[[Request, Receive, Send], Awaitable[None]]
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
@@ -100,13 +104,20 @@ def build_app(
     served: Models,
     tokens: TokenRoutes,
     ready: Callable[[], Awaitable[dict[str, Any]]],
+    count_refusal: Callable[[str, str, Failure], None],
+    *,
+    bodies: FailureBodies = OPENAI_ONLY,
+    counters: Collection[TokenCounter] = (),
 ) -> FastAPI:
-    """Build the application; `ready` returns the report of the health routes."""
+    """Build the application. `ready` returns the report of the health routes; `count_refusal` is told the method, the
+    path and the failure of a request that was not accepted."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY, redirect_slashes=False)
-    _add_errors(app, dialects)
+    _add_errors(app, bodies, count_refusal)
     _add_health(app, ready)
     for dialect in dialects:
-        _add_dialect(app, handler, dialect)
+        _add_post(app, dialect.path, dialect.schema, partial(handler.handle, dialect))
+    for counter in counters:
+        _add_post(app, counter.path, counter.schema, counter.count)
 
     for kept in KEPT:
         _add_kept(app, resumption, kept)
@@ -115,7 +126,7 @@ def build_app(
 
     @app.api_route("/version", methods=READ)
     async def version() -> Response:
-        return _json({"version": millrace_version()})
+        return _json({"version": MILLRACE_VERSION})
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
@@ -125,16 +136,18 @@ def build_app(
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
-    _describe(app, [dialect.schema for dialect in dialects])
+    _describe(app, [*(dialect.schema for dialect in dialects), *(counter.schema for counter in counters)])
     return app
 
 
-def _add_dialect(app: FastAPI, handler: RequestHandler, dialect: Dialect) -> None:
-    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{dialect.schema.__name__}"}}}}
+def _add_post(
+    app: FastAPI, path: str, schema: type, handle: Callable[[Request, Receive, Send], Awaitable[None]]
+) -> None:
+    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}}
 
-    @app.post(dialect.path, openapi_extra={"requestBody": {**body, "required": True}})
+    @app.post(path, openapi_extra={"requestBody": {**body, "required": True}})
     async def ask(request: Request) -> Response:
-        return DirectResponse(partial(handler.handle, dialect, request))
+        return DirectResponse(partial(handle, request))
 
 
 def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
@@ -145,6 +158,10 @@ def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     @app.api_route(kept.path + "/{name}", methods=READ)
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, kept, name, request))
+
+    @app.post(kept.path + "/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return _json(await resumption.cancel(kept, name, request))
 
 
 def paths(app: FastAPI) -> list[str]:
@@ -166,11 +183,10 @@ def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) ->
         return _json(report, 503 if report["missing"] else 200)
 
 
-def _add_errors(app: FastAPI, dialects: Iterable[Dialect]) -> None:
-    bodies = {dialect.path: dialect.failure for dialect in dialects}
-
+def _add_errors(app: FastAPI, bodies: FailureBodies, count_refusal: Callable[[str, str, Failure], None]) -> None:
     def response(request: Request, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-        return error_response(failure, headers, bodies.get(request.url.path, openai_body))
+        count_refusal(request.method, request.url.path, failure)
+        return error_response(failure, headers, bodies.of(request.url.path))
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:

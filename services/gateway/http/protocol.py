@@ -13,7 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from services.gateway.errors import error_response
+from services.gateway.errors import FailureBodies, error_response
 from services.gateway.http.connections import Connections, network_of
 from shared.errors import Failure
 
@@ -50,10 +50,12 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         connections: Connections,
+        bodies: FailureBodies,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.address = ""
         self._registry = connections
+        self._bodies = bodies
         self._refusal: Failure | None = None  # of every request on this connection
         self._in_message = False  # a request has begun, and has not arrived to its end
         self._in_head = False
@@ -193,8 +195,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         if self._refusal is not None:
             cycle.keep_alive = False
-            if cycle.scope["path"] not in HEALTH_PATHS:
-                app = error_response(self._refusal)
+            path = cycle.scope["path"]
+            if path not in HEALTH_PATHS:
+                app = error_response(self._refusal, body=self._bodies.of(path))
         self._running = cycle
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 

@@ -54,6 +54,7 @@ class RequestMetadata(msgspec.Struct, frozen=True):
     owner: str
     key: IdempotencyKey | None
     trace: str | None
+    http_id: str = ""  # X-Request-ID
 
 
 class StoredRequest(msgspec.Struct, frozen=True):
@@ -200,6 +201,16 @@ class Pipeline:
             await self._records.cancel(alone)
             crash_point("gateway.cancel.after")
 
+    async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
+        """Cancel these requests, whoever reads them.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: they could not be cancelled.
+        """
+        async with self._submit_timeout():
+            await self._records.cancel(request_ids)
+
     # ------------------------------------------------------------------------------------------------ sending
 
     @asynccontextmanager
@@ -290,6 +301,7 @@ class Pipeline:
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
             cache_salt=parsed.cache_salt,
+            http_id=metadata.http_id,
         )
 
     def _shard(self, request_id: str) -> int:

@@ -4,7 +4,7 @@ import msgspec
 
 from services.gateway.request import validate
 from services.gateway.request.answer_format import AnswerFormat
-from services.gateway.request.chat import ChatFormat, Rendering
+from services.gateway.request.chat import ChatFormat, Prompt, Rendering
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
 from services.gateway.request.sampling import ServerDefaults, resolve_output, resolve_sampling
@@ -97,12 +97,22 @@ class RequestParser(msgspec.Struct, frozen=True):
         """
         request = stated.request
         model = self.names.resolve(request.model)
-        validate.check_choices(request, self.max_n)
-        validate.check_messages(request.messages)
-        validate.check_tools(request)
-        validate.check_template_kwargs(request)
-        media = self.rules.extract(request)
-        return Draft(model, stated, media, self.chat.prepare(request, media))
+        with stated.own_names():
+            validate.check_choices(request, self.max_n)
+            validate.check_messages(request.messages)
+            validate.check_tools(request)
+            validate.check_template_kwargs(request)
+            found = self.rules.extract(request)
+            media = [msgspec.structs.replace(item, own_param=stated.rename(item.param)) for item in found]
+            return Draft(model, stated, media, self.chat.prepare(request, media))
+
+    def count_text(self, draft: Draft, rendered: str) -> int:
+        """Count the tokens of a rendered prompt, without those of its media.
+
+        Raises:
+            RequestError: the checkpoint's template lost or invented media.
+        """
+        return self.chat.tokenise(draft.rendering, rendered, draft.media).text_tokens()
 
     def finish(self, draft: Draft, rendered: str) -> ParsedRequest:
         """Tokenise the rendered prompt of a request, and resolve what depends on it.
@@ -110,9 +120,12 @@ class RequestParser(msgspec.Struct, frozen=True):
         Raises:
             RequestError: 4xx naming the field and the limit; 500, the checkpoint's template lost or invented media.
         """
-        request = draft.stated.request
-        prompt = self.chat.tokenise(draft.rendering, rendered, draft.media)
-        each_tool = tool_grammars(request)  # before the grammar of them all, since an error here names the tool
+        with draft.stated.own_names():
+            return self._finish(draft, self.chat.tokenise(draft.rendering, rendered, draft.media))
+
+    def _finish(self, draft: Draft, prompt: Prompt) -> ParsedRequest:
+        # First of all, since an error in the grammar of one names the tool.
+        each_tool = tuple(map(draft.stated.renamed, tool_grammars(draft.stated.request)))
         parsed = self._resolve(draft.model, draft.stated, prompt.thinking, self.server)
         # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
         tokens = prompt.text_tokens()
@@ -157,12 +170,15 @@ class RequestParser(msgspec.Struct, frozen=True):
         """Return the request without its prompt."""
         request, options = stated.request, stated.request.stream_options
         sampling = resolve_sampling(request, self.defaults, self.tokenizer, thinking, server)
+        if sampling.grammar is not None:
+            sampling = msgspec.structs.replace(sampling, grammar=stated.renamed(sampling.grammar))
+        output = resolve_output(request, thinking, server)
         return ParsedRequest(
             model=model,
             segments=(),
             media=(),
             sampling=sampling,
-            output=resolve_output(request, thinking, server),
+            output=msgspec.structs.replace(output, first_usage=stated.first_usage),
             max_tokens=0,
             n=request.n or 1,
             stream=bool(request.stream),

@@ -238,7 +238,7 @@ _Body = msgspec.defstruct(
 )
 # Not strict, as vLLM is not: 5.0 and "5" are an integer.
 _body = msgspec.json.Decoder(cast(type[ChatRequest], _Body), strict=False)
-KNOWN = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
+CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
@@ -271,8 +271,8 @@ def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
 
 
-def unknown_fields(body: bytes, known: Set[str] = KNOWN) -> list[str]:
-    """Return the fields of a body (JSON, an object) that no API known to us defines, which are ignored.
+def unknown_fields(body: bytes, known: Set[str]) -> list[str]:
+    """Return the fields of a body (JSON, an object) that are not `known`, and so ignored.
 
     Args:
         known: those that the request's API, or one like it, defines.

@@ -2,13 +2,13 @@
 
 from collections.abc import Set
 
-from services.gateway.request.schemas import KNOWN, unknown_fields
+from services.gateway.request.schemas import CHAT_FIELDS, unknown_fields
 from services.gateway.request.surrogates import replaced_paths
 
 MAX_WARNINGS = 8
 
 
-def warnings_of(body: bytes, known: Set[str] = KNOWN) -> tuple[str, ...]:
+def warnings_of(body: bytes, known: Set[str] = CHAT_FIELDS) -> tuple[str, ...]:
     """Return a sentence for each field of a valid body that the answer does not follow as it was written.
 
     Args:

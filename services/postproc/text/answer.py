@@ -74,8 +74,10 @@ class Answer:
         "_sink",
         "_split",
         "_stop_content",
+        "_stop_found",
         "_stop_reasoning",
         "_tool_deltas",
+        "_usage_due",
         "_vocabulary",
         "begin",
         "called",
@@ -122,6 +124,8 @@ class Answer:
         details = output.logprobs or output.return_token_ids or output.force_nonempty_content
         self._simple = not (output.stop or details)
         self._plain = False
+        self._usage_due = output.first_usage or output.continuous_usage
+        self._stop_found = ""
         self._update_plain()
 
     @property
@@ -184,7 +188,7 @@ class Answer:
         reasoning, content = self._reasoning, self._content
         if not reasoning and not content:
             return None
-        if self._output.continuous_usage:
+        if self._usage_due:
             return self._take_all()
         start, self.taken = self.taken, self._reached
         delta = Delta(self._request_id, self._reached, "".join(reasoning), "".join(content), start=start)
@@ -211,10 +215,12 @@ class Answer:
             taken.clear()
         if isinstance(ending, Failure):
             return msgspec.structs.replace(delta, failure=ending)
-        if self.begin is None or (ending is None and not self._output.continuous_usage):
+        if self.begin is None or (ending is None and not self._usage_due):
             return delta
+        self._usage_due = self._output.continuous_usage
         usage = self._usage(self.begin, self._reached if ending is None else self.count)
-        return msgspec.structs.replace(delta, finish_reason=ending, usage=usage)
+        stop = "" if ending is None else self._stop_found
+        return msgspec.structs.replace(delta, finish_reason=ending, usage=usage, stop=stop)
 
     def _usage(self, begin: Begin, count: int) -> Usage:
         """Return the usage of the first `count` tokens."""
@@ -286,12 +292,12 @@ class Answer:
     def _show_reasoning(self, text: str) -> None:
         self._write_reasoning(self._stop_reasoning.filter(text))
         if self._stop_reasoning.matched:
-            self._end_by_stop_string()
+            self._end_by_stop_string(self._stop_reasoning.matched)
 
     def _show_content(self, text: str) -> None:
         self._write_content(self._stop_content.filter(text))
         if self._stop_content.matched:
-            self._end_by_stop_string()
+            self._end_by_stop_string(self._stop_content.matched)
 
     def _show_pieces(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -347,8 +353,9 @@ class Answer:
                     self._calls.read_marker(piece.text) if piece.is_marker else self._calls.read_text(piece.text)
                 )
 
-    def _end_by_stop_string(self) -> None:
+    def _end_by_stop_string(self, stop: str) -> None:
         if not self.ended:
+            self._stop_found = stop
             self._succeed(AnswerState.STOPPED, "stop")
 
     def _succeed(self, state: AnswerState, reason: Literal["stop", "length"]) -> None:

@@ -56,7 +56,7 @@ def missed_deltas(
 
 
 def _only_the_end(delta: Delta, after: int) -> Delta:
-    """Return the finish, usage and failure of the last delta, without its text."""
+    """Return the finish, its stop string, usage and failure of the last delta, without its text."""
     return Delta(
         delta.request_id,
         delta.seq,
@@ -64,4 +64,5 @@ def _only_the_end(delta: Delta, after: int) -> Delta:
         usage=delta.usage,
         failure=delta.failure,
         start=after,
+        stop=delta.stop,
     )
