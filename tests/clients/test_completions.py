@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ from machine import PATIENCE_S
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, OpenAI
 from openai.types import Completion
 from oracle import Model, hf_logits, load_transformers
+from scripted_model import CONTENT_WITHOUT_TOOLS, REASONING
 from system import System
 
 from shared.model.tokenizer import Tokenizer
@@ -272,3 +275,27 @@ def test_an_engine_that_dies_changes_nothing(system: System, client: OpenAI) -> 
     system.kill_child("services.engine")
     check_same(assembled(list(stream)), undisturbed)
     system.wait_until_ready()
+
+
+# ------------------------------------------------------------------------------------ an answer that is known
+
+
+def test_nothing_is_looked_for_in_an_answer(scripted: OpenAI) -> None:
+    """Neither reasoning nor calls: the text is what the model wrote."""
+    [choice] = scripted.completions.create(model="script", prompt="Hi\n", max_tokens=64, temperature=0).choices
+    assert choice.text == f"{REASONING}</think>\n\n{CONTENT_WITHOUT_TOOLS}"
+    assert choice.finish_reason == "stop"
+
+
+def test_the_page_shows_a_request_and_its_answer(scripted: OpenAI) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api-completions.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)
+    [asked, answer] = [json.loads(block) for block in blocks]
+    reply = scripted.post("/completions", body={**asked, "model": "script"}, cast_to=httpx.Response).json()
+    for changing in ("id", "created", "system_fingerprint", "model"):
+        assert type(reply.pop(changing)) is type(answer.pop(changing))
+    reply["usage"]["prompt_tokens_details"]["cached_tokens"] = 0
+    shown, found = answer["choices"][0].pop("logprobs"), reply["choices"][0].pop("logprobs")
+    assert reply == answer
+    assert (found["tokens"], found["text_offset"]) == (shown["tokens"], shown["text_offset"])
+    assert found["token_logprobs"] == pytest.approx(shown["token_logprobs"], abs=1e-2)

@@ -23,6 +23,7 @@ IN_PYTHON = {
     "anthropic": ("anthropic",),
     "openai2": ("openai", "instructor", "llama_index"),
     "benchmarks": ("benchmarks",),
+    "lm_eval": ("lm_eval",),
 }
 IN_NODE = ("openai", "ai_sdk")
 TIMEOUT_S = 2 * PATIENCE_S

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from machine import PATIENCE_S
 from postproc_stand_in import EOS, Shown, StandIn, cut, every_byte, request
@@ -35,6 +36,7 @@ from shared.messages import (
     Deltas,
     Finish,
     Generate,
+    PromptLogprobs,
     Request,
     TokenLogprob,
     TokenRun,
@@ -628,6 +630,36 @@ async def test_the_prompt_comes_with_what_starts_an_answer_whoever_reads_it(syst
         await second.run_turn()
         [delta] = await system.deltas("g2")
         assert (delta.start, delta.prompt, delta.token_ids) == (after, expected, tuple(TOKENS[after:40]))
+
+
+async def test_scores_of_a_prompt_and_of_a_stop_token_outlive_postproc(system: System) -> None:
+    """Both are in no journal of tokens: the record has them. Engines that take over say the scores again, or not."""
+    scores = PromptLogprobs(0, b"\0" * 16, b"", b"\1" * 16)
+    begin = Begin("r1", 1, 0, 5, 0, 0, 0, pack_ids([1, 2, 3, 4, 5]))
+    asked = request(retain_s=60.0, thinking=False, return_token_ids=True, logprobs=True, complete_logprobs=True)
+    await system.submit(asked)
+    first = await system.worker("p1")
+    await system.step(begins=[begin])
+    await first.run_turn()
+    await system.step(begins=[msgspec.structs.replace(begin, epoch=2)])
+    await system.step(begins=[msgspec.structs.replace(begin, epoch=2, prompt_logprobs=scores)])
+    await first.run_turn()
+    await first.run_turn()  # nothing comes, so all is in the record, and the stream is empty
+    await system.die("p1")
+    second = await system.worker("p2")
+    await second.run_turn()
+    last = TokenRun(
+        "r1", 2, 0, (TOKENS[0], EOS), (TokenLogprob(-1.0), TokenLogprob(-0.5)), Finish("stop", stop_token=EOS)
+    )
+    await system.step(last)
+    await second.run_turn()
+    [shown] = await system.deltas("g1")
+    assert (shown.start, shown.prompt_logprobs) == (0, scores)
+    assert [(one.token, one.logprob) for one in shown.logprobs][1:] == [("</s>", -0.5)]
+    await system.attach("r1", "g2", 0)
+    await second.run_turn()
+    [again] = await system.deltas("g2")
+    assert (again.prompt_logprobs, again.logprobs) == (scores, shown.logprobs)
 
 
 @pytest.mark.parametrize("failed", [True, False])
