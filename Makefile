@@ -50,7 +50,7 @@ DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-promp
   --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
 
 
-.PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-random chaos test-chart test-images test-cluster test-alerts test-browser test-clients test-fuzz
+.PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-types test-all test-random chaos test-chart test-images test-cluster test-alerts test-browser test-clients test-fuzz console-packages
 
 serve: $(VENV)/.installed-cli
 	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
@@ -125,11 +125,19 @@ check-pythons:
 	echo "make: checked Python$${checked:- none}; failed:$${failed:- none}; skipped, as not on PATH:$${skipped:- none}"; \
 	test -n "$$checked" -a -z "$$failed"
 
+# Tests in several processes, as many on any machine, since much of their time is waiting: tests/workers.py.
+WORKERS ?= 3
+
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs=2 test-types test-all
+
+test-types: $(VENV)/.installed-test
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+
+test-all: $(VENV)/.installed-test
+	$(VENV)/bin/pytest --numprocesses=$(WORKERS) --no-loadscope-reorder
 
 # The property tests with examples that no run has had, ROUNDS times. What fails is printed: add it as an @example.
 ROUNDS ?= 4
@@ -183,6 +191,14 @@ test-alerts: $(VENV)/.installed-test
 
 test-browser: $(VENV)/.installed-test $(VENV)/.installed-browser-test
 	$(VENV)/bin/pytest tests/browser
+
+# What the console uses of other projects, built anew from packages/package-lock.json into static/vendor, which is committed.
+# Needs Node 20 and npm.
+CONSOLE_PACKAGES := services/gateway/console/packages
+
+console-packages:
+	npm ci --no-fund --no-audit --ignore-scripts --prefix $(CONSOLE_PACKAGES)
+	node $(CONSOLE_PACKAGES)/build.mjs
 
 # Requests with fuzzed bodies to a system with random weights: ten minutes on two cores.
 FUZZ_SEED ?= 1

@@ -138,6 +138,12 @@ def _parser() -> _Parser:
     listen.add_argument(
         "--api-key", dest="api_keys", action="append", metavar="KEY", help="required of clients; repeatable"
     )
+    listen.add_argument(
+        "--allowed-origins",
+        type=_json(list[str]),
+        metavar="JSON",
+        help='web pages that browsers may call the API from: ["https://chat.example.org"], or ["*"] (none)',
+    )
 
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-model-len", type=_count(1), metavar="TOKENS", help="prompt and answer together")

@@ -31,7 +31,7 @@ from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.app import Models, build_app, paths
+from services.gateway.http.app import Models, RequestLimits, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.counting import TokenCounter
@@ -39,8 +39,10 @@ from services.gateway.http.edge import Edge
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
+from services.gateway.http.origins import allow_origins
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
+from services.gateway.http.tokens import TokenRoutes
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.inbox import Inbox
@@ -130,7 +132,8 @@ def compose(
         request_timeout_s=settings.request_timeout_s,
         decoding=asyncio.Lock(),
     )
-    models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
+    models = Models(settings.model_names(), int(time.time()), settings.max_model_len, _limits(settings))
+    tokens = TokenRoutes(handler, TokenTexts(parser.tokenizer), template)
     resumption = Resumption(admission, pipeline, open_requests, writer)
     counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
     ready = partial(readiness, redis, keys, admission)
@@ -139,14 +142,18 @@ def compose(
         dialects.values(),
         resumption,
         models,
+        tokens,
         ready,
         ended.count_refusal,
         bodies=bodies,
         counters=[counter],
     )
     observer = RequestObserver(redis, keys, settings.shards)
-    app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
+    media = console.Limits(settings.media_limits(), settings.max_body_bytes, settings.max_media_bytes)
+    app.router.routes += console.routes(console.Console(redis, keys, observer, media, blob_redis))
     app.router.routes += reference.routes()
+    known = [*paths(app), *console.PATHS, *reference.ASSETS]
+    edge = Edge(app, settings.api_keys, known, bodies, metrics, tracing)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
@@ -155,7 +162,7 @@ def compose(
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
-            Edge(app, settings.api_keys, [*paths(app), *console.PATHS, *reference.ASSETS], bodies, metrics, tracing),
+            allow_origins(edge, settings.allowed_origins),
             listener,
             _connections(settings, metrics),
             bodies,
@@ -191,6 +198,19 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
             thinking_loop_repeats=settings.thinking_loop_repeats,
             thinking_loop_tokens=settings.thinking_loop_tokens,
         ),
+    )
+
+
+def _limits(settings: GatewaySettings) -> RequestLimits:
+    media = settings.media_limits()
+    return RequestLimits(
+        images=media["image"],
+        videos=media["video"],
+        choices=settings.max_n,
+        body_bytes=settings.max_body_bytes,
+        text_bytes=settings.max_text_bytes,
+        media_bytes=settings.max_media_bytes,
+        timeout_s=settings.request_timeout_s,
     )
 
 

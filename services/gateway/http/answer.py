@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Send
@@ -126,8 +125,10 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         while not open_request.done:
             deltas = merge_text(await open_request.next_deltas())
             if deltas:
-                large = any(one.prompt_logprobs for _, one in deltas)
-                body = await _format(large, partial(_events_of, deltas, open_request, events))
+                if any(one.prompt_logprobs for _, one in deltas):
+                    body = await asyncio.to_thread(_events_of, deltas, open_request, events)
+                else:
+                    body = _events_of(deltas, open_request, events)
                 await write({"type": "http.response.body", "body": body, "more_body": True})
                 open_request.mark_client_has_id()
             elif not open_request.done:
@@ -141,8 +142,10 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
         dialect = self._dialect(open_request.answer_format)
-        write = partial(dialect.whole, open_request, self.system_fingerprint, collected)
-        body = await _format(any(one.prompt_logprobs for one in collected), write)
+        if any(one.prompt_logprobs for one in collected):  # many megabytes at times, for which no stream should wait
+            body = await asyncio.to_thread(dialect.whole, open_request, self.system_fingerprint, collected)
+        else:
+            body = dialect.whole(open_request, self.system_fingerprint, collected)
         await write_json(send, body, 200, [])
 
     def _dialect(self, answer_format: AnswerFormat) -> Dialect:
@@ -158,11 +161,6 @@ class AnswerWriter(msgspec.Struct, frozen=True):
 
 def _events_of(deltas: Sequence[tuple[int, Delta]], open_request: OpenRequest, events: EventWriter) -> bytes:
     return b"".join(events.delta(index, one, open_request.events_to_skip(index)) for index, one in deltas)
-
-
-async def _format(large: bool, write: Callable[[], bytes]) -> bytes:
-    """Call `write`, in a thread if its text is `large`, so that other streams do not wait for it."""
-    return await asyncio.to_thread(write) if large else write()
 
 
 async def _write(send: Send, body: bytes, more: bool = True) -> None:

@@ -50,6 +50,7 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
+        scope["path"] = scope["path"].rstrip("/") or "/"  # both forms are one path, to the rules about keys too
         headers = Headers(scope=scope)
         span = self._start_span(scope, headers)
         context = RequestContext(_request_id(headers), "", span, send)
@@ -100,7 +101,8 @@ class Edge:
             return path
         for kept in KEPT:
             if path.startswith(f"{kept.path}/"):
-                return f"{kept.path}/" + ("{name}/events" if path.endswith("/events") else "{name}")
+                below = next((part for part in ("/events", "/cancel") if path.endswith(part)), "")
+                return f"{kept.path}/{{name}}{below}"
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 

@@ -1,7 +1,7 @@
-"""Routes for clients that return for an answer: its events from a position on, or all of it at once."""
+"""Routes for clients that return for an answer: its events from a position on, all of it at once, or its end."""
 
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -27,6 +27,14 @@ class Kept(NamedTuple):
 
 
 KEPT = (Kept("/v1/chat/completions", "chatcmpl-", ""), Kept("/v1/completions", "cmpl-", "completions"))
+
+
+class Cancellation(msgspec.Struct, frozen=True):
+    """Body of the answer to a cancellation."""
+
+    id: str
+    status: Literal["cancelled", "completed"]
+    object: str = "chat.completion.status"
 
 
 class Resumption(msgspec.Struct, frozen=True):
@@ -62,6 +70,18 @@ class Resumption(msgspec.Struct, frozen=True):
                 return
             async with self.open_requests.rejoin(stored, stored.answer_format, False) as open_request:
                 await self.writer.respond(open_request, context_of(request), receive, send)
+
+    async def cancel(self, kept: Kept, name: str, request: Request) -> Cancellation:
+        """End the work on a request, whoever waits for it; an answer that is complete stays.
+
+        Raises:
+            RequestError: 404, there is no such request.
+        """
+        stored = await self._find(kept, name, request)
+        if stored.ended:
+            return Cancellation(name, "completed")
+        await self.open_requests.cancel(stored)
+        return Cancellation(name, "cancelled")
 
     async def _find(self, kept: Kept, name: str, request: Request) -> StoredRequest:
         match = _NAME.fullmatch(name)

@@ -201,6 +201,16 @@ class Pipeline:
             await self._records.cancel(alone)
             crash_point("gateway.cancel.after")
 
+    async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
+        """Cancel these requests, whoever reads them.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: they could not be cancelled.
+        """
+        async with self._submit_timeout():
+            await self._records.cancel(request_ids)
+
     # ------------------------------------------------------------------------------------------------ sending
 
     @asynccontextmanager

@@ -137,6 +137,16 @@ class OpenRequests:
             await self._pipeline.attach_in_time(open_request.choices)
             yield open_request
 
+    async def cancel(self, stored: StoredRequest) -> None:
+        """Cancel a request that any connection, here or elsewhere, submitted or reads.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: it could not be cancelled.
+        """
+        self._metrics.cancelled.inc(len(stored.records))
+        await self._pipeline.cancel_for_all([record.request.id for record in stored.records])
+
     async def _find_earlier(self, request_id: str, owner: str) -> StoredRequest:
         try:
             return await self._pipeline.find(request_id, owner)

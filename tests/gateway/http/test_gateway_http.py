@@ -17,7 +17,7 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from services.gateway.errors import SHUTTING_DOWN
-from services.gateway.http.app import Models, build_app
+from services.gateway.http.app import Models, RequestLimits, build_app
 from services.gateway.request.model_names import ModelNames
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
@@ -644,7 +644,9 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken, lambda *_: None)  # type: ignore[arg-type]
+    app = build_app(
+        None, (), None, Models(ModelNames("m"), 0, 1, RequestLimits(*range(7))), None, broken, lambda *_: None
+    )  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
@@ -657,7 +659,9 @@ async def test_the_end_of_file_descriptors_passes(number: int, status: int) -> N
     async def broken() -> dict[str, Any]:
         raise OSError(number, "secret")
 
-    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken, lambda *_: None)  # type: ignore[arg-type]
+    app = build_app(
+        None, (), None, Models(ModelNames("m"), 0, 1, RequestLimits(*range(7))), None, broken, lambda *_: None
+    )  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
