@@ -44,8 +44,12 @@ def found_here() -> dict[int, str]:
 
 def _is_ours(path: Path) -> bool:
     """Return True if a process of this user, and not one that has died, listens on a socket."""
+    try:
+        owner = path.stat().st_uid
+    except OSError:  # it has just ended
+        return False
     with socket.socket(socket.AF_UNIX) as probe:
-        return path.stat().st_uid == os.getuid() and probe.connect_ex(str(path)) == 0
+        return owner == os.getuid() and probe.connect_ex(str(path)) == 0
 
 
 def _named_or_found(url: str) -> str:

@@ -30,11 +30,12 @@ class EndedRequests:
             self._count(path, outcome_of(failure))
 
     def count_end(self, open_request: OpenRequest, goes_on: bool) -> None:
-        """Count a request that leaves the registry. `goes_on`: without its reader, who may come back.
+        """Count a request whose last reader leaves the registry. `goes_on`: without a reader, who may come back.
 
-        Where several connections read one answer, the one that submitted it counts, and each that is told of a failure.
+        An answer that is read again after its end is no other request. One that is read at two gateways is counted by
+        both.
         """
-        if not _was_submitted(open_request) or (open_request.rejoined and open_request.failure is None):
+        if not _was_submitted(open_request) or open_request.kept:
             return
         ended = all(choice.ended for choice in open_request.choices)
         path = self._endpoints[open_request.answer_format.dialect]

@@ -130,6 +130,7 @@ class OpenRequests:
             unchecked=stored.ended and positions is not None,
             positions=positions,
             rejoined=True,
+            kept=stored.ended,
         )
         open_request.mark_submitted()
         async with self._registered(open_request):
@@ -172,7 +173,8 @@ class OpenRequests:
             if not readers:
                 del self._readers[choice.request_id]
         self._count(open_request)
-        self._ended.count_end(open_request, _is_resumable(open_request))
+        if not any(choice.request_id in self._readers for choice in open_request.choices):
+            self._ended.count_end(open_request, _is_resumable(open_request))
         abandoned = [choice.request_id for choice in open_request.choices if self._is_abandoned(choice)]
         if not abandoned or _is_resumable(open_request):
             return

@@ -127,12 +127,14 @@ class OpenRequest:
         unchecked: bool = False,
         positions: Sequence[StreamPosition] | None = None,
         rejoined: bool = False,
+        kept: bool = False,
     ) -> None:
         """Begin with nothing received.
 
         `created`, `deadline` and `now` are unix seconds. `max_pending` bounds the bytes queued for a client that does
         not read. `unchecked`: no status may be sent before the media of every choice are accepted. `positions`: where
         the client resumes the stream, one for each choice. `rejoined`: another connection submitted the request.
+        `kept`: its answer had ended by then.
         """
         self.id = request_id
         self.answer_format = answer_format
@@ -141,6 +143,7 @@ class OpenRequest:
         self.deadline = deadline
         self.resumed = positions is not None
         self.rejoined = rejoined
+        self.kept = kept
         self.positions = [StreamPosition(0)] * answer_format.n if positions is None else list(positions)
         self.choices = [Choice(self, index, position, now) for index, position in enumerate(self.positions)]
         self.uploads: tuple[str, ...] = ()  # keys of the blobs that were stored for it

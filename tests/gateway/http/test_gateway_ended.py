@@ -81,6 +81,31 @@ async def test_every_end_is_counted_once_by_its_outcome(server: Running, stages:
         await one_more("timeout")
 
 
+async def test_an_answer_that_is_read_by_others_is_counted_when_it_ends_and_once(
+    server: Running, other: Running, stages: Stages
+) -> None:
+    keyed = {"Idempotency-Key": "one"}
+    first = await server.client.chat.completions.create(**HI, stream=True, extra_headers=keyed)
+    request = await stages.request()
+    await first.close()
+    await until(server.idle)
+    assert counts(server) == {}, "its client may come back"
+    again = asyncio.create_task(other.client.chat.completions.create(**HI, extra_headers=keyed))
+    attach = await stages.attached()
+    await stages.send(attach.gateway, Delta(request.id, 1, content="A"))
+    await stages.send(attach.gateway, Delta(request.id, 2, finish_reason="stop", usage=USAGE, start=1))
+    assert (await again).choices[0].message.content == "A"
+    await until(lambda: counts(other) == {"stop": 1})
+    await stages.keep(request)
+    reading = asyncio.create_task(server.client.chat.completions.create(**HI, extra_headers=keyed))
+    attach = await stages.attached()
+    await stages.send(attach.gateway, Delta(request.id, 1, content="A"))
+    await stages.send(attach.gateway, Delta(request.id, 2, finish_reason="stop", usage=USAGE, start=1))
+    await reading
+    await until(server.idle)
+    assert counts(server) == {}, "it had ended, and was only read again"
+
+
 async def test_what_is_no_request_to_an_api_is_in_no_ratio(server: Running) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         for path in ("/health", "/health/ready", "/ping", "/v1/models", "/v1/models/no", "/nothing", "/"):
