@@ -315,6 +315,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     # `seq` cannot use this one; both send Attach.
     start: int = 0
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
+    later: int = 0  # characters at the end of `content` that stand behind the answer's first tool call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

@@ -23,6 +23,7 @@ from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
 from services.gateway.dialects.dialect import Dialect
+from services.gateway.dialects.responses.responses import ResponsesDialect
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
@@ -33,6 +34,7 @@ from services.gateway.http.edge import Edge
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
+from services.gateway.http.responses import StoredResponses
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
 from services.gateway.inflight.backlog import Backlog
@@ -45,6 +47,9 @@ from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.sampling import OutputDefaults
 from services.gateway.request.template import TemplateSource
+from services.gateway.responses.ends import Ends
+from services.gateway.responses.history import HistoryReader
+from services.gateway.responses.store import ResponseStore
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
 from services.gateway.templates.renderer import TemplateRenderer
@@ -101,7 +106,8 @@ def compose(
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
-    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (ChatDialect(),)}
+    responses_dialect = ResponsesDialect(parser.defaults, settings.responses_keep_s, _response_limit(settings))
+    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (ChatDialect(), responses_dialect)}
     writer = AnswerWriter(dialects, _fingerprint(Path(settings.model)), settings.hold_headers_s)
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
@@ -121,7 +127,19 @@ def compose(
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
     resumption = Resumption(admission, pipeline, open_requests, writer)
-    app = build_app(handler, dialects.values(), resumption, models, partial(readiness, redis, keys, admission))
+    store = ResponseStore(Blobs(redis, keys.responses(), settings.responses_keep_s, settings.responses_budget_bytes))
+    responses = StoredResponses(
+        admission=admission,
+        pipeline=pipeline,
+        open_requests=open_requests,
+        writer=writer,
+        dialect=responses_dialect,
+        store=store,
+        history=HistoryReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
+    )
+    app = build_app(
+        handler, dialects.values(), resumption, responses, models, partial(readiness, redis, keys, admission)
+    )
     observer = RequestObserver(redis, keys, settings.shards)
     app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
     return Gateway(
@@ -167,6 +185,11 @@ def _pipeline(
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), metrics.rejections)
+
+
+def _response_limit(settings: GatewaySettings) -> int:
+    """Return the most bytes of one request whose response is kept: no conversation may evict most of the others."""
+    return settings.responses_budget_bytes // 4
 
 
 def _connections(settings: GatewaySettings, metrics: GatewayMetrics) -> Connections:

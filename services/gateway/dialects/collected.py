@@ -23,12 +23,14 @@ class CollectedChoice:
         self.finish_reason: str | None = None
         self._reasoning: list[str] = []
         self._content: list[str] = []
+        self._later = 0  # characters of it behind the first call
         self._calls: dict[int, tuple[str | None, str | None, list[str]]] = {}
 
     def add(self, delta: Delta) -> None:
         """Append the next delta."""
         self._reasoning.append(delta.reasoning)
         self._content.append(delta.content)
+        self._later += delta.later
         self.logprobs += delta.logprobs
         self.token_ids += delta.token_ids
         self.prompt_ids = self.prompt_ids or prompt_ids(delta)
@@ -44,6 +46,13 @@ class CollectedChoice:
     @property
     def content(self) -> str:
         return "".join(self._content)
+
+    @property
+    def content_around_calls(self) -> tuple[str, str]:
+        """The content before the first call, and behind it."""
+        content = self.content
+        end = len(content) - self._later
+        return content[:end], content[end:]
 
     @property
     def calls(self) -> list[CollectedCall]:

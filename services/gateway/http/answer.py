@@ -18,7 +18,7 @@ from services.gateway.inflight.request import OpenRequest
 from shared import log
 from shared.errors import Failure, RequestError
 
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -103,7 +103,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
         events = self._dialect(open_request).events(open_request, self.system_fingerprint, event_ids)
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         if open_request.resumed:
             open_request.mark_client_has_id()
         elif first := events.begin():

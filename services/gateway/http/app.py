@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure, openai_body
-from services.gateway.http.handler import RequestHandler
+from services.gateway.http.handler import RequestHandler, Session
+from services.gateway.http.responses import StoredResponses, is_stream
 from services.gateway.http.resume import Resumption
 from services.gateway.request.model_names import ModelNames
 from shared.errors import Failure, RequestError
@@ -71,6 +72,7 @@ def build_app(
     handler: RequestHandler,
     dialects: Collection[Dialect],
     resumption: Resumption,
+    responses: StoredResponses,
     served: Models,
     ready: Callable[[], Awaitable[dict[str, Any]]],
 ) -> FastAPI:
@@ -78,8 +80,10 @@ def build_app(
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     _add_errors(app, dialects)
     _add_health(app, ready)
+    sessions: dict[str, Callable[[], Session]] = {responses.dialect.name: responses.session}
     for dialect in dialects:
-        _add_dialect(app, handler, dialect)
+        _add_dialect(app, handler, dialect, sessions.get(dialect.name))
+    _add_responses(app, responses)
 
     @app.get("/v1/chat/completions/{name}/events")
     async def events(name: str, request: Request) -> Response:
@@ -101,12 +105,34 @@ def build_app(
     return app
 
 
-def _add_dialect(app: FastAPI, handler: RequestHandler, dialect: Dialect) -> None:
+def _add_dialect(
+    app: FastAPI, handler: RequestHandler, dialect: Dialect, session: Callable[[], Session] | None
+) -> None:
     body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{dialect.schema.__name__}"}}}}
 
     @app.post(dialect.path, openapi_extra={"requestBody": {**body, "required": True}})
     async def ask(request: Request) -> Response:
-        return DirectResponse(partial(handler.handle, dialect, request))
+        return DirectResponse(partial(handler.handle, dialect, request, session=None if session is None else session()))
+
+
+def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
+    @app.get("/v1/responses/{name}")
+    async def retrieve(name: str, request: Request) -> Response:
+        if is_stream(request):
+            return DirectResponse(partial(responses.stream, name, request))
+        return await responses.retrieve(name, request)
+
+    @app.delete("/v1/responses/{name}")
+    async def delete(name: str, request: Request) -> Response:
+        return await responses.delete(name, request)
+
+    @app.post("/v1/responses/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return await responses.cancel(name, request)
+
+    @app.get("/v1/responses/{name}/input_items")
+    async def input_items(name: str, request: Request) -> Response:
+        return await responses.input_items(name, request)
 
 
 def paths(app: FastAPI) -> list[str]:

@@ -22,6 +22,7 @@ from shared.tracing import OFF, Span, Tracing
 OPEN_PATHS = HEALTH_PATHS | frozenset(ASSETS)
 MODEL_PATH = "/v1/models/"
 CHAT_PATH = "/v1/chat/completions/"
+RESPONSES_PATH = "/v1/responses/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
@@ -96,6 +97,9 @@ class Edge:
             return path
         if path.startswith(CHAT_PATH):
             return CHAT_PATH + ("{name}/events" if path.endswith("/events") else "{name}")
+        if path.startswith(RESPONSES_PATH):
+            below = [part for part in ("/cancel", "/input_items") if path.endswith(part)]
+            return RESPONSES_PATH + "{name}" + "".join(below)
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -37,6 +37,25 @@ INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other st
 T = TypeVar("T")
 
 
+class Session(Protocol):
+    """Steps around one request, of an API that keeps something between requests."""
+
+    async def begin(self, body: bytes, owner: str, reservation: Reservation) -> tuple[Dialect, int]:
+        """Return the dialect that reads this body, and the bytes that it will read beside it.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+
+    async def opened(self, open_request: OpenRequest) -> None:
+        """Note that the request is submitted; its client has been told nothing yet."""
+
+    async def respond(
+        self, open_request: OpenRequest, context: RequestContext, receive: Receive, send: Send, *, event_ids: bool
+    ) -> None:
+        """Write the answer, as `AnswerWriter.respond` does."""
+
+
 class RequestHandler(msgspec.Struct, frozen=True):
     """Handler of the routes that begin a request."""
 
@@ -53,8 +72,10 @@ class RequestHandler(msgspec.Struct, frozen=True):
     # Held while a large body is decoded, which takes several times its bytes, and processor time that others wait for.
     decoding: asyncio.Lock
 
-    async def handle(self, dialect: Dialect, request: Request, receive: Receive, send: Send) -> None:
-        """Answer one request.
+    async def handle(
+        self, dialect: Dialect, request: Request, receive: Receive, send: Send, session: Session | None = None
+    ) -> None:
+        """Answer one request; `session` has steps of its API around it.
 
         Raises:
             RequestError: the request is refused; nothing was written.
@@ -69,7 +90,10 @@ class RequestHandler(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            parsed, key = await self._parse(dialect, body, request.headers, context.owner)
+            more = 0
+            if session is not None:
+                dialect, more = await session.begin(body, context.owner, reservation)
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, more)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
@@ -80,11 +104,12 @@ class RequestHandler(msgspec.Struct, frozen=True):
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)
             del parsed  # and with it the uploads, once they are stored
-            await self._answer(opening, reservation, context, receive, send, event_ids)
+            await self._answer(opening, session, reservation, context, receive, send, event_ids)
 
     async def _answer(
         self,
         opening: AbstractAsyncContextManager[OpenRequest],
+        session: Session | None,
         reservation: Reservation,
         context: RequestContext,
         receive: Receive,
@@ -93,21 +118,24 @@ class RequestHandler(msgspec.Struct, frozen=True):
     ) -> None:
         span = context.span
         async with opening as open_request:
+            if session is not None:
+                await session.opened(open_request)
             reservation.release()
+            respond = self.writer.respond if session is None else session.respond
             try:
-                await self.writer.respond(open_request, context, receive, send, event_ids=event_ids)
+                await respond(open_request, context, receive, send, event_ids=event_ids)
             finally:
                 if span is not None:
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str
+        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, more: int
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
         def read() -> tuple[Draft, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
             return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
 
-        draft, key = await self._compute(len(body), read)
+        draft, key = await self._compute(len(body) + more, read)
         rendered = await self.templates.render(draft.rendering)
         return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 

@@ -29,7 +29,9 @@ def _joins(first: Delta, second: Delta) -> bool:
 
 def _is_text(delta: Delta) -> bool:
     """Return True for only reasoning or only content, and nothing that belongs to a single token."""
-    return bool(delta.reasoning) != bool(delta.content) and not (
+    if bool(delta.reasoning) == bool(delta.content) or delta.later:
+        return False
+    return not (
         delta.tool_calls or delta.logprobs or delta.token_ids or delta.prompt or delta.finish_reason or delta.failure
     )
 

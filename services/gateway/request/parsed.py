@@ -4,7 +4,7 @@ import msgspec
 
 from services.gateway.request import validate
 from services.gateway.request.answer_format import AnswerFormat
-from services.gateway.request.chat import ChatFormat, Rendering
+from services.gateway.request.chat import ChatFormat, Prompt, Rendering
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
 from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
@@ -34,6 +34,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
     dialect: str = ""  # by which API it came
     kept: bytes = b""  # what that needs to write the answer
+    keep_s: float = 0.0  # for which the answer can be read again at the least
+    outlives: bool = False  # its connection: who leaves does not cancel it
 
     def answer_format(self, owner: str, key: str) -> AnswerFormat:
         """Return the format of its answer; `owner` and `key` are digests of the API key and the Idempotency-Key."""
@@ -48,6 +50,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
             continuous_usage=self.output.continuous_usage,
             dialect=self.dialect,
             kept=self.kept,
+            outlives=self.outlives,
         )
 
 
@@ -81,12 +84,14 @@ class RequestParser(msgspec.Struct, frozen=True):
         """
         request = stated.request
         model = self.names.resolve(request.model)
-        validate.check_choices(request, self.max_n)
-        validate.check_messages(request.messages)
-        validate.check_tools(request)
-        validate.check_template_kwargs(request)
-        media = self.rules.extract(request)
-        return Draft(model, stated, media, self.chat.prepare(request, media))
+        with stated.own_names():
+            validate.check_choices(request, self.max_n)
+            validate.check_messages(request.messages)
+            validate.check_tools(request)
+            validate.check_template_kwargs(request)
+            found = self.rules.extract(request)
+            media = [msgspec.structs.replace(item, own_param=stated.rename(item.param)) for item in found]
+            return Draft(model, stated, media, self.chat.prepare(request, media))
 
     def finish(self, draft: Draft, rendered: str) -> ParsedRequest:
         """Tokenise the rendered prompt of a request, and resolve what depends on it.
@@ -94,10 +99,15 @@ class RequestParser(msgspec.Struct, frozen=True):
         Raises:
             RequestError: 4xx naming the field and the limit; 500, the checkpoint's template lost or invented media.
         """
-        request = draft.stated.request
-        prompt = self.chat.tokenise(draft.rendering, rendered, draft.media)
-        each_tool = tool_grammars(request)
+        with draft.stated.own_names():
+            return self._finish(draft, self.chat.tokenise(draft.rendering, rendered, draft.media))
+
+    def _finish(self, draft: Draft, prompt: Prompt) -> ParsedRequest:
+        request, renamed = draft.stated.request, draft.stated.renamed
+        each_tool = tuple(map(renamed, tool_grammars(request)))
         sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking)
+        if sampling.grammar is not None:
+            sampling = msgspec.structs.replace(sampling, grammar=renamed(sampling.grammar))
         options = request.stream_options
         return ParsedRequest(
             model=draft.model,
@@ -116,4 +126,6 @@ class RequestParser(msgspec.Struct, frozen=True):
             warnings=draft.stated.warnings,
             dialect=draft.stated.dialect,
             kept=draft.stated.kept,
+            keep_s=draft.stated.keep_s,
+            outlives=draft.stated.outlives,
         )
