@@ -88,7 +88,7 @@ class ResponseSession:
         dialect = msgspec.structs.replace(self._dialect, ended=self._note)
         writer = msgspec.structs.replace(self._writer, dialects={NAME: dialect})
         await writer.respond(open_request, context, receive, write, event_ids=event_ids)
-        if self._end is None and _is_stored(open_request):
+        if _is_stored(open_request) and not self._is_kept and open_request.failure is None:
             await self._ends.keep_if_abandoned(open_request)
 
     def _note(self, end: Answered) -> None:
