@@ -19,8 +19,8 @@ CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
 ENVIRONMENTS = Path(os.environ["CLIENT_PACKAGES"]) if "CLIENT_PACKAGES" in os.environ else None
 # environment: the packages that are tried in it
 IN_PYTHON = {
-    "openai3": ("openai", "langchain", "pydantic_ai", "agents", "litellm"),
-    "openai2": ("openai", "instructor", "llama_index"),
+    "openai3": ("openai", "responses", "langchain", "pydantic_ai", "agents", "litellm"),
+    "openai2": ("openai", "responses", "instructor", "llama_index"),
     "benchmarks": ("benchmarks",),
 }
 IN_NODE = ("openai", "ai_sdk")
