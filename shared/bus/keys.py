@@ -35,7 +35,7 @@
     {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, their sum, and that of the pinned ones
     {ns}:blobs:pinned                zset    the same             the same           blobs that are not evicted, by expiry: uploads of requests that live
     {ns}:responses:blob:{kind}:{id}  hash    gateway              gateway            `responses_keep_s` after the last use; evicted oldest
-                                             first over `responses_budget_bytes`; kinds: head, end; chunks and indexes
+                                             first over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
                                              as above, all below {ns}:responses
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
                                              encode locks: content key -> replica; void once its lease has expired

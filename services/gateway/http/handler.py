@@ -15,7 +15,7 @@ from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.body import BodyLimits, read_body
+from services.gateway.http.body import INLINE_BYTES, BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
 from services.gateway.http.structure import check_structure
@@ -31,8 +31,6 @@ from services.gateway.inflight.registry import OpenRequests
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.parsed import Draft, ParsedRequest, RequestParser
 from services.gateway.templates.renderer import TemplateRenderer
-
-INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
 
 T = TypeVar("T")
 

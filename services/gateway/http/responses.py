@@ -122,8 +122,11 @@ class StoredResponses(msgspec.Struct, frozen=True):
         """
         order, limit, after = _page(request)
         with self.admission.slot():
-            request_id, stored = await self._find(name, request)
-        raw: list[dict[str, Any]] = msgspec.json.decode(stored.items)
+            request_id, _ = await self._find(name, request)
+            given = await self.store.items(request_id)
+        if given is None:
+            raise no_response(name)
+        raw: list[dict[str, Any]] = msgspec.json.decode(given)
         items = [listed_item(item, f"{request_id}-{index}") for index, item in enumerate(raw)]
         if order == "desc":
             items.reverse()

@@ -6,6 +6,7 @@ import msgspec
 
 from services.gateway.dialects.responses.answered import Answered, output_items
 from services.gateway.dialects.responses.body import MAX_ITEMS
+from services.gateway.dialects.responses.resource import PREFIX
 from services.gateway.http.memory import Reservation
 from services.gateway.responses.ends import Ends
 from services.gateway.responses.store import StoredHead, request_id_of
@@ -46,23 +47,24 @@ class HistoryReader(msgspec.Struct, frozen=True):
         size = 0
         for turn in turns:
             one = head if turn == last else await self.ends.store.head(turn, owner)
-            if one is None:
-                raise _unknown(name, f", of which {turn!r} is an earlier turn,")
-            size += len(one.items)
+            given = await self.ends.store.items(turn)
+            if one is None or given is None:
+                raise _unknown(name, "" if turn == last else f", of which {PREFIX}{turn} is an earlier turn,")
+            size += len(given)
             self._check_size(size)
-            reservation.grow(len(one.items))
-            items += await self._turn(turn, one)
+            reservation.grow(len(given))
+            items += [*msgspec.json.decode(given), *await self._output(turn, one)]
         if len(items) > MAX_ITEMS:
             raise invalid(f"`{FIELD}`: the conversation has {len(items)} items; the limit is {MAX_ITEMS}.", FIELD)
         return History(tuple(items), turns, size)
 
-    async def _turn(self, request_id: str, head: StoredHead) -> list[dict[str, Any]]:
+    async def _output(self, request_id: str, head: StoredHead) -> list[dict[str, Any]]:
         end = await self.ends.find(request_id, head)
         if not isinstance(end, Answered):
             raise invalid(f"`{FIELD}`: that response has not ended yet.", FIELD, "previous_response_not_completed")
         if end.status not in ("completed", "incomplete"):
             raise invalid(f"`{FIELD}`: that response is {end.status}.", FIELD, "previous_response_not_completed")
-        return [*msgspec.json.decode(head.items), *output_items(request_id, end)]
+        return output_items(request_id, end)
 
     def _check_size(self, size: int) -> None:
         if size > self.max_bytes:

@@ -1,5 +1,6 @@
 """One request of POST /v1/responses: earlier turns before it, and a stored response behind it."""
 
+import asyncio
 import time
 
 import msgspec
@@ -10,12 +11,14 @@ from services.gateway.dialects.responses.answered import Answered
 from services.gateway.dialects.responses.resource import resource, unanswered
 from services.gateway.dialects.responses.responses import NAME, ResponsesDialect, collected, head_of
 from services.gateway.http.answer import AnswerWriter
+from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext
 from services.gateway.http.memory import Reservation
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.responses.ends import Ends, end_of
 from services.gateway.responses.history import History, HistoryReader
 from services.gateway.responses.store import StoredHead
+from shared.errors import RequestError
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -48,7 +51,7 @@ class ResponseSession:
             RequestError: 4xx, those turns cannot be had.
         """
         try:
-            asked = _asked.decode(body)
+            asked = _asked.decode(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_asked.decode, body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return self._dialect, 0  # which refuses it in its own words
         self._input = bytes(asked.input)
@@ -65,9 +68,8 @@ class ResponseSession:
         if not _is_stored(open_request):
             return
         form = open_request.answer_format
-        items = _items(self._input)
-        head = StoredHead(form.owner, open_request.created, form, items, self._earlier.turns)
-        await self._ends.store.put_head(open_request.id, head)
+        head = StoredHead(form.owner, open_request.created, form, self._earlier.turns)
+        await self._ends.store.put_head(open_request.id, head, _items(self._input))
         self._input = b'""'
         self._earlier = History()
 
@@ -121,7 +123,7 @@ class ResponseSession:
             for _, delta in await open_request.next_deltas():
                 choice.add(delta)
         if open_request.failure is None:
-            self._end = collected(choice, open_request, int(time.time()))
+            self._end = _collected(choice, open_request)
         await self._keep(open_request)
 
     async def _present(self, open_request: OpenRequest) -> bytes:
@@ -130,10 +132,17 @@ class ResponseSession:
         if not open_request.rejoined:
             return msgspec.json.encode(unanswered(head, "queued"))
         form = open_request.answer_format
-        found = await self._ends.find(open_request.id, StoredHead(form.owner, open_request.created, form, b""))
+        found = await self._ends.find(open_request.id, StoredHead(form.owner, open_request.created, form))
         if isinstance(found, Answered):
             return msgspec.json.encode(resource(head, found))
         return self._dialect.unfinished(found, "")
+
+
+def _collected(choice: CollectedChoice, open_request: OpenRequest) -> Answered:
+    try:
+        return collected(choice, open_request, int(time.time()))
+    except RequestError as error:
+        return Answered(failure=error.failure)
 
 
 def _is_stored(open_request: OpenRequest) -> bool:

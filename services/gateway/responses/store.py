@@ -1,6 +1,7 @@
 """Stored responses: what each began with, and once it is known how it ended. Blobs with a budget of their own.
 
-    head   written when the request was submitted, before its client knows its id: owner, format, input items
+    head   written when the request was submitted, before its client knows its id: owner and format
+    input  the same: its input items, JSON; read only for the next turn, or to be listed
     end    written by whoever has seen the whole answer: a function of the answer, so that writing it again does no harm
 
 A response without an end runs, or its end is in its record and journal (`services/gateway/inflight/pipeline.py`).
@@ -16,7 +17,7 @@ from shared import log
 from shared.bus.blobs import Blobs
 from shared.errors import Failure, RequestError, unreadable
 
-HEAD, END = "head", "end"  # kinds of blobs
+HEAD, INPUT, END = "head", "input", "end"  # kinds of blobs
 ID_CHARS = 16
 _HEX = frozenset("0123456789abcdef")
 
@@ -29,7 +30,6 @@ class StoredHead(msgspec.Struct, frozen=True):
     owner: str
     created: float  # unix seconds
     form: AnswerFormat
-    items: bytes  # the input items, JSON
     ancestors: tuple[str, ...] = ()  # request ids of the earlier turns, oldest first
 
 
@@ -40,8 +40,9 @@ class ResponseStore:
         """`blobs`: with the lifetime and the budget of responses."""
         self._blobs = blobs
 
-    async def put_head(self, request_id: str, head: StoredHead) -> None:
-        """Store the beginning of a response."""
+    async def put_head(self, request_id: str, head: StoredHead, items: bytes) -> None:
+        """Store the beginning of a response, and its input items (JSON)."""
+        await self._blobs.put(INPUT, request_id, items)
         await self._blobs.put(HEAD, request_id, msgspec.msgpack.encode(head), head.owner.encode())
 
     async def head(self, request_id: str, owner: str) -> StoredHead | None:
@@ -57,6 +58,11 @@ class ResponseStore:
             return None if found is None else msgspec.msgpack.decode(found[0], type=StoredHead)
         except msgspec.MsgspecError as error:
             raise RequestError(unreadable("the beginning of the response")) from error
+
+    async def items(self, request_id: str) -> bytes | None:
+        """Return the input items of a response as JSON; None if they are not kept any more."""
+        found = await self._blobs.get(INPUT, request_id)
+        return None if found is None else found[0]
 
     async def put_end(self, request_id: str, end: Answered) -> None:
         """Store the end of a response."""
@@ -76,7 +82,7 @@ class ResponseStore:
 
     async def delete(self, request_id: str) -> None:
         """Delete a response."""
-        for kind in (HEAD, END):
+        for kind in (HEAD, INPUT, END):
             await self._blobs.delete(kind, [request_id])
 
 
