@@ -32,13 +32,14 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 COMPUTE_SERVICES = ("mm_encoder", "engine")  # use torch, and share the cores of this machine
 
 
-def check_ports(launch: Launch) -> None:
-    """Check that every port is free.
+def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
+    """Check that every port is free, where the gateway's and Redis's will listen.
 
     Raises:
         ConfigError: two of our ports are the same, or one is taken; the message names the flag.
     """
-    wanted = {"--port": (launch.host, launch.port), "--metrics-port": (launch.host, launch.metrics_port)}
+    metrics_host = environ.get(_variable("metrics_host"), launch.host)
+    wanted = {"--port": (launch.host, launch.port), "--metrics-port": (metrics_host, launch.metrics_port)}
     if launch.redis_url is None:
         wanted["--engine-worker-queue-port"] = ("127.0.0.1", launch.redis_port)
     seen: dict[int, str] = {}

@@ -196,6 +196,11 @@ def _parser() -> _Parser:
     engine = parser.add_argument_group("the engine and the answer")
     engine.add_argument("--tensor-parallel-size", type=_count(1), metavar="N", help="only 1 as yet")
     engine.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        help="dummy: weights drawn at random, for who measures; --model needs config.json and a tokenizer only (auto)",
+    )
+    engine.add_argument(
         "--quantization",
         choices=("wint4", "wint8"),
         help="weights, as they load; unset: as config.json asks, else as stored",

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from redis.exceptions import RedisError
 from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
 from cli.redis_server import RedisServer
+from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
 from shared.bus import leases
 from shared.bus.client import connect
@@ -49,7 +49,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         ConfigError, CheckpointError: this launch cannot work; no service was started.
     """
     millrace_version()
-    check_ports(launch)
+    check_ports(launch, environ)
     for name in unread_variables(environ):
         report(f"{name} is set, but Millrace does not read it")
     if launch.demo:
@@ -58,7 +58,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         report(f"the model is a small checkpoint with random weights, in {launch.model}/")
         write_demo(launch.model)
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-")))
+        directory = stack.enter_context(scratch_directory())
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
         metrics = directory / "metrics"

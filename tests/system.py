@@ -26,6 +26,7 @@ from server_thread import served
 
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.tether import tethered
 
 LOOK_S = 0.05
 WORKER = re.compile(r"\.(decoding|templates|grammars)\b")  # processes of services themselves
@@ -47,7 +48,7 @@ class System:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "FD_"))}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments],
+                tethered([str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments]),
                 cwd=directory,
                 # One thread each: four processes share what may be two cores. Answers are kept for a moment only, so
                 # that `left_behind` need not wait for them. The default cache is 1 GiB, and to zero it takes an engine

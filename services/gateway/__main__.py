@@ -45,7 +45,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
-from services.gateway.request.sampling import OutputDefaults
+from services.gateway.request.sampling import ServerDefaults
 from services.gateway.request.template import TemplateSource
 from services.gateway.responses.ends import Ends
 from services.gateway.responses.history import HistoryReader
@@ -174,7 +174,12 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,
-        output_defaults=OutputDefaults(settings.tool_call_ends_reasoning, settings.force_nonempty_content),
+        server=ServerDefaults(
+            tool_call_ends_reasoning=settings.tool_call_ends_reasoning,
+            force_nonempty_content=settings.force_nonempty_content,
+            thinking_loop_repeats=settings.thinking_loop_repeats,
+            thinking_loop_tokens=settings.thinking_loop_tokens,
+        ),
     )
 
 

@@ -36,7 +36,7 @@ class Metrics:
         )
         self._ends = Counter(
             "millrace_mm_decoder_ends",
-            "Decoder processes ended by what they decoded, by reason: over its time, or crashed",
+            "Files that ended their decoder processes, by reason: over its time, or crashed",
             ["reason"],
             registry=registry,
         )
@@ -68,7 +68,7 @@ class Metrics:
         self._bytes.inc(size)
 
     def count_decoder_end(self, reason: DecoderEnd) -> None:
-        """Count a file over its time, or a crash of a decoder process."""
+        """Count a file over its time, or one that makes its decoder crash."""
         self._ends.labels(reason).inc()
 
     def count_media(self, kind: MediaKind, hit: bool) -> None:

@@ -29,6 +29,11 @@ class DiedError(Exception):
         super().__init__(f"the process died of {by}")
         self.by = by
 
+    @property
+    def killed(self) -> bool:
+        """True if somebody killed it who knows nothing of its task, as where memory is short."""
+        return self.by == signal.SIGKILL.name
+
 
 class WorkerProcess:
     """Worker process that is ready. After any error of `call` it is of no use; `kill` ends it."""
@@ -53,14 +58,17 @@ class WorkerProcess:
             DiedError, TooSlowError: it does not answer.
             OSError: it cannot be started.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
+        with contextlib.ExitStack() as unless_started:
+            ours, theirs = map(unless_started.enter_context, socket.socketpair())
+            link = unless_started.enter_context(ours.dup())  # asyncio's streams send no descriptors
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            unless_started.callback(writer.close)
             command = tethered([sys.executable, "-P", "-m", module, str(theirs.fileno())])
             process = await asyncio.create_subprocess_exec(
                 *command, env=environ, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
             )
-        link = ours.dup()  # asyncio's streams send no descriptors
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+            unless_started.pop_all()
+        theirs.close()
         started = cls(process, link, reader, writer)
         try:
             return started, await started._exchange(setup, [], START_S)
@@ -99,14 +107,14 @@ class WorkerProcess:
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 return await self._reader.readexactly(size)
         except TimeoutError:
-            raise TooSlowError from None
+            raise TooSlowError(f"no answer within {wait_s:g} s") from None
         except (EOFError, ConnectionError):
             raise await self._how_it_ended() from None
 
     async def _how_it_ended(self) -> TooSlowError | DiedError:
         status = await self._process.wait()
         if status == -signal.SIGXCPU:
-            return TooSlowError()
+            return TooSlowError("it has computed for its time")
         return DiedError(signal.Signals(-status).name if status < 0 else f"exit status {status}")
 
 

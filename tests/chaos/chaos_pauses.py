@@ -27,10 +27,12 @@ from chaos_rush import rush
 from chaos_storm import TWO_OF_EACH
 from chaos_system import REQUEST_TIMEOUT_S, ROOT, System, running
 from machine import PATIENCE_S
+from redis_refusals import REFUSALS
 
 LONG = 2  # the place of "long" in the pool
 ANSWER = 400  # tokens
 LEASE_MS = 3000  # the default
+DOWN_S = 1.0  # for which Redis is halted, or refuses
 
 
 def nothing(system: System) -> None:
@@ -53,6 +55,30 @@ def terminate(service: str) -> Callable[[System], None]:
 
 async def kill_redis(system: System) -> None:
     await system.restart_redis(0)
+
+
+async def halt_redis(system: System) -> None:
+    await system.pause_redis(DOWN_S)
+
+
+async def halt_engine(system: System) -> None:
+    """For longer than its lease, so that the other one takes over."""
+    engine = random.choice(system.of("engine"))
+    engine.pause()
+    await asyncio.sleep(2 * LEASE_MS / 1000)
+    engine.wake()
+
+
+def refuse(code: str) -> Callable[[System], Awaitable[None]]:
+    return lambda system: system.refuse(code, DOWN_S)
+
+
+async def fail_over(system: System) -> None:
+    await system.fail_over()
+
+
+async def swallow(system: System) -> None:
+    system.proxy.swallow()
 
 
 async def strew_garbage(system: System) -> None:
@@ -85,6 +111,11 @@ FAULTS: dict[str, tuple[dict[str, int], Fault]] = {
     **{f"kill -9 of the only {name}": (ONE_OF_EACH, kill(name)) for name in ("gateway", "engine", "postproc")},
     **{f"SIGTERM of 1 of 2 {name}": (TWO_OF_EACH, terminate(name)) for name in ("engine", "postproc")},
     "kill -9 of Redis": (TWO_OF_EACH, kill_redis),
+    "SIGSTOP of 1 of 2 engines": (TWO_OF_EACH, halt_engine),
+    "SIGSTOP of Redis for 1 s": (TWO_OF_EACH, halt_redis),
+    **{f"Redis refuses for 1 s: {code}": (TWO_OF_EACH, refuse(code)) for code in sorted(REFUSALS)},
+    "failover of Redis": (TWO_OF_EACH, fail_over),
+    "half-open links to Redis": (TWO_OF_EACH, swallow),
     "garbage in every stream": (TWO_OF_EACH, strew_garbage),
     "60 that ask and are gone": (TWO_OF_EACH, rush_in),
     "3 media bombs": (TWO_OF_EACH, drop_bombs),

@@ -23,6 +23,7 @@ from cli.redis_server import RedisServer
 from shared.bus import leases
 from shared.bus.client import command, connect
 from shared.bus.keys import GENERATE, Keys
+from shared.tether import tethered
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAME = "chaos"
@@ -115,7 +116,7 @@ class Replica:
         self.paused, self.started = False, time.time()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                tethered([sys.executable, "-m", self.module]),  # it ends with a run that is killed
                 cwd=self.root,
                 env={**self._environ, **_variables(told)},
                 stdin=subprocess.DEVNULL,
@@ -206,6 +207,7 @@ class System:
             port=free_port(),
             unix_socket=self._sockets / f"{name}.sock",
             persistence=self._persistence,
+            dies_with_us=True,
         )
 
     def add(self, service: str) -> Replica:

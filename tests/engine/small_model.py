@@ -75,7 +75,7 @@ class StepByStep(ModelRunner):
 
 
 def small_model() -> ErnieModel:
-    weights = load_weights(Drawn(), SMALL, torch.float32, DEVICE, None)  # type: ignore[arg-type]
+    weights = load_weights(Drawn(), SMALL, torch.float32, DEVICE, None)
     return ErnieModel(SMALL, weights, gpu_ops() if ON_GPU else Ops())
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from services.gateway.dialects.collected import CollectedCall, CollectedChoice, prompt_ids
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
+from services.gateway.dialects.merge import is_text
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
@@ -85,6 +86,8 @@ class ChunkWriter:
     def delta(self, index: int, delta: Delta, ids: EventIds | NoEventIds, skip: int = 0) -> bytes:
         """Return a delta's chunks except the first `skip`: reasoning, content, a fragment of each tool call, finish."""
         start = self._choice_prefixes[index]
+        if is_text(delta) and not (skip or self._first_chunks_wait):  # nearly all
+            return b"".join([next(ids.advance(index, delta, 1)), start, *_texts(delta), _NO_DETAILS, self._suffix])
         suffix = self._usage_suffix(delta.usage) if self._continuous_usage else self._suffix
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
         chunks = [start + piece + _NO_DETAILS + suffix for piece in pieces]

@@ -1,5 +1,6 @@
 """FastAPI application: the routes, and the responses to their errors."""
 
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -65,7 +67,8 @@ class DirectResponse(Response):
         self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._write(receive, send)
+        with contextlib.suppress(ClientDisconnect):  # there is nobody to tell
+            await self._write(receive, send)
 
 
 def build_app(

@@ -50,7 +50,7 @@ class Edge:
         started = time.perf_counter()
         headers = Headers(scope=scope)
         span = self._start_span(scope, headers)
-        context = RequestContext(_request_id(headers), "", span)
+        context = RequestContext(_request_id(headers), "", span, send)
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:

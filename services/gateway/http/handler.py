@@ -18,6 +18,7 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import INLINE_BYTES, BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
     IdempotencyKey,
@@ -77,6 +78,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
 
         Raises:
             RequestError: the request is refused; nothing was written.
+            ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
@@ -88,15 +90,16 @@ class RequestHandler(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
+            patience = ClientPatience(receive, deadline)
             more = 0
             if session is not None:
-                dialect, more = await session.begin(body, context.owner, reservation)
-            parsed, key = await self._parse(dialect, body, request.headers, context.owner, more)
-            del body
+                dialect, more = await patience.wait(session.begin(body, context.owner, reservation))
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience, more)
+            del body, dialect  # which may have read much beside it
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
+                await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
             metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
             if context.span is not None:
                 spans.set_request(context.span, parsed)
@@ -127,14 +130,20 @@ class RequestHandler(msgspec.Struct, frozen=True):
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, more: int
+        self,
+        dialect: Dialect,
+        body: bytes,
+        headers: Mapping[str, str],
+        owner: str,
+        patience: ClientPatience,
+        more: int,
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
         def read() -> tuple[Draft, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
             return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
 
         draft, key = await self._compute(len(body) + more, read)
-        rendered = await self.templates.render(draft.rendering)
+        rendered = await patience.wait(self.templates.render(draft.rendering))
         return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
 
     async def _compute(self, size: int, function: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.chat import ChatFormat, Prompt, Rendering
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
+from services.gateway.request.sampling import ServerDefaults, resolve_output, resolve_sampling
 from services.gateway.request.statement import Statement
 from services.gateway.request.structured import tool_grammars
 from shared.limits import resolve_max_tokens
@@ -74,7 +74,7 @@ class RequestParser(msgspec.Struct, frozen=True):
     max_n: int
     max_model_len: int
     force_include_usage: bool
-    output_defaults: OutputDefaults = OutputDefaults()
+    server: ServerDefaults = ServerDefaults()
 
     def read(self, stated: Statement) -> Draft:
         """Validate a request, up to the conversation that its prompt is rendered from.
@@ -105,7 +105,7 @@ class RequestParser(msgspec.Struct, frozen=True):
     def _finish(self, draft: Draft, prompt: Prompt) -> ParsedRequest:
         request, renamed = draft.stated.request, draft.stated.renamed
         each_tool = tuple(map(renamed, tool_grammars(request)))
-        sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking)
+        sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking, self.server)
         if sampling.grammar is not None:
             sampling = msgspec.structs.replace(sampling, grammar=renamed(sampling.grammar))
         options = request.stream_options
@@ -114,7 +114,7 @@ class RequestParser(msgspec.Struct, frozen=True):
             segments=prompt.segments,
             media=tuple(draft.media),
             sampling=sampling,
-            output=resolve_output(request, prompt.thinking, self.output_defaults),
+            output=resolve_output(request, prompt.thinking, self.server),
             # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
             max_tokens=resolve_max_tokens(prompt.text_tokens(), sampling.max_tokens, self.max_model_len),
             n=request.n or 1,

@@ -65,13 +65,12 @@ class ResponseSession:
         Raises:
             RedisError: it cannot be stored.
         """
-        if not _is_stored(open_request):
-            return
-        form = open_request.answer_format
-        head = StoredHead(form.owner, open_request.created, form, self._earlier.turns)
-        await self._ends.store.put_head(open_request.id, head, _items(self._input))
-        self._input = b'""'
-        self._earlier = History()
+        given, self._input = self._input, b'""'
+        earlier, self._earlier = self._earlier, History()
+        if _is_stored(open_request):
+            form = open_request.answer_format
+            head = StoredHead(form.owner, open_request.created, form, earlier.turns)
+            await self._ends.store.put_head(open_request.id, head, _items(given))
 
     async def respond(
         self,
@@ -86,10 +85,12 @@ class ResponseSession:
         if open_request.answer_format.outlives and not open_request.stream:
             await self._answer_at_once(open_request, send)
             return
-        write = self._storing(open_request, send) if _is_stored(open_request) else send
+        if _is_stored(open_request):
+            send = self._storing(open_request, send)
+            context = msgspec.structs.replace(context, write=self._storing(open_request, context.write))
         dialect = msgspec.structs.replace(self._dialect, ended=self._note)
         writer = msgspec.structs.replace(self._writer, dialects={NAME: dialect})
-        await writer.respond(open_request, context, receive, write, event_ids=event_ids)
+        await writer.respond(open_request, context, receive, send, event_ids=event_ids)
         if _is_stored(open_request) and not self._is_kept and open_request.failure is None:
             await self._ends.keep_if_abandoned(open_request)
 

@@ -19,7 +19,7 @@ from services.gateway.dialects.chat_events import (
 )
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
-from services.gateway.http.merge import merge_text
+from services.gateway.dialects.merge import merge_text
 from services.gateway.inflight.request import StreamPosition
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, pack_ids

@@ -11,11 +11,11 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from services.gateway.dialects.collected import CollectedChoice
+from services.gateway.dialects.merge import merge_text
 from services.gateway.dialects.responses.answered import Answered, as_delta, failed
 from services.gateway.dialects.responses.events import ResponseEvents, replay
 from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.errors import CANCELLED, TIMED_OUT
-from services.gateway.http.merge import merge_text
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
 ECHO: dict[str, Any] = {
@@ -148,7 +148,7 @@ def test_numbers_count_characters_and_events() -> None:
 def test_however_deltas_are_cut_the_events_behind_a_number_are_the_same(cuts: set[int], after: int) -> None:
     places = [0, *sorted(cuts), len(TOKENS)]
     deltas = [joined(TOKENS[first:end]) for first, end in itertools.pairwise(places)]
-    merged = [delta for _, delta in merge_text((0, delta) for delta in deltas)]
+    merged = [delta for _, delta in merge_text([(0, delta) for delta in deltas])]
     for given_deltas in (deltas, merged):
         events = without_time(expanded(written(given_deltas, after)))
         assert events == [event for event in WHOLE if event["sequence_number"] > after]

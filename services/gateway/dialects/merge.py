@@ -1,14 +1,14 @@
 """Merging of deltas for a client that reads slowly."""
 
-from collections.abc import Iterable
-
 import msgspec
 
 from shared.messages import Delta
 
 
-def merge_text(deltas: Iterable[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+def merge_text(deltas: list[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
     """Merge neighbouring deltas of plain text of the same choice, so that a stream that lags has less to write."""
+    if len(deltas) == 1:
+        return deltas
     merged: list[tuple[int, Delta]] = []
     run: list[Delta] = []
     for index, delta in deltas:
@@ -24,10 +24,10 @@ def merge_text(deltas: Iterable[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
 
 
 def _joins(first: Delta, second: Delta) -> bool:
-    return _is_text(first) and _is_text(second) and bool(first.content) == bool(second.content)
+    return is_text(first) and is_text(second) and bool(first.content) == bool(second.content)
 
 
-def _is_text(delta: Delta) -> bool:
+def is_text(delta: Delta) -> bool:
     """Return True for only reasoning or only content, and nothing that belongs to a single token."""
     if bool(delta.reasoning) == bool(delta.content) or delta.later:
         return False
