@@ -15,6 +15,7 @@ from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext
 from services.gateway.http.memory import Reservation
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.request.surrogates import replace_lone_surrogates
 from services.gateway.responses.ends import Ends, end_of
 from services.gateway.responses.history import History, HistoryReader
 from services.gateway.responses.store import StoredHead
@@ -51,7 +52,7 @@ class ResponseSession:
             RequestError: 4xx, those turns cannot be had.
         """
         try:
-            asked = _asked.decode(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_asked.decode, body)
+            asked = _read(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_read, body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return self._dialect, 0  # which refuses it in its own words
         self._input = bytes(asked.input)
@@ -137,6 +138,10 @@ class ResponseSession:
         if isinstance(found, Answered):
             return msgspec.json.encode(resource(head, found))
         return self._dialect.unfinished(found, "")
+
+
+def _read(body: bytes) -> _Asked:
+    return _asked.decode(replace_lone_surrogates(body))
 
 
 def _collected(choice: CollectedChoice, open_request: OpenRequest) -> Answered:

@@ -23,6 +23,14 @@ from shared.errors import Failure
 from shared.messages import Begin, Delta, Encode, Failed, Generate, Request, ToolDelta
 
 IMAGE = data_url(encoded(picture(28, 28), "PNG"), "image/png")
+# What a response has by the schema of Open Responses, beside the fields that openai's types demand.
+OPEN_RESPONSES = {
+    *("id", "object", "created_at", "completed_at", "status", "incomplete_details", "model", "previous_response_id"),
+    *("instructions", "output", "error", "tools", "tool_choice", "truncation", "parallel_tool_calls", "text", "top_p"),
+    *("presence_penalty", "frequency_penalty", "top_logprobs", "temperature", "reasoning", "user", "usage", "store"),
+    *("max_output_tokens", "max_tool_calls", "background", "service_tier", "metadata", "safety_identifier"),
+    "prompt_cache_key",
+}
 TOOLS: list[Any] = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}]
 
 
@@ -288,6 +296,17 @@ async def test_routes_refuse_what_is_malformed(server: Running, stages: Stages) 
             assert (await client.get(f"/{made.id}/input_items?{query}")).status_code == 400
     pages = server.client.responses.input_items.list(made.id, limit=1, order="asc")
     assert [item.content[0].text async for item in pages] == ["a", "b", "c"]
+
+
+async def test_half_a_character_is_kept_as_it_was_understood(server: Running, stages: Stages) -> None:
+    headers = {"Authorization": "Bearer key-1"}
+    async with httpx.AsyncClient(base_url=f"{server.url}/v1", headers=headers, timeout=PATIENCE_S) as client:
+        asking = asyncio.create_task(client.post("/responses", content=b'{"input": "a\\ud800"}'))
+        await stages.answer(await stages.request(), "Hello")
+        made = (await asking).json()
+    [item] = (await server.client.responses.input_items.list(made["id"])).data
+    assert item.content[0].text == "a\ufffd"
+    assert OPEN_RESPONSES - made.keys() == set()
 
 
 async def test_a_body_that_is_too_large_to_keep_is_refused(checkpoint: Path, redis_url: str) -> None:

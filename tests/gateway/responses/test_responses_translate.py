@@ -64,6 +64,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"truncation": "auto"}, "truncation"),
     ({"max_tool_calls": 3}, "max_tool_calls"),

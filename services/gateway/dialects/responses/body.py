@@ -53,7 +53,7 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_
     """JSON by a schema, which is enforced, strict or not."""
 
     schema: dict[str, Any] | bool
-    name: str | None = None
+    name: str
     description: str | None = None
     strict: bool | None = None
 
