@@ -27,9 +27,9 @@ def agent(request):
     return make
 
 
-def run(asked, question, **options):
+def run(asked, question):
     async def once():
-        return await Runner.run(asked, question, run_config=QUIET, **options)
+        return await Runner.run(asked, question, run_config=QUIET)
 
     return asyncio.run(once())
 
@@ -80,9 +80,13 @@ def test_a_tool_that_must_be_called(agent):
 
 
 def test_a_conversation_by_its_last_response():
-    client = AsyncOpenAI(base_url=f"{BASE_URL}/v1", api_key=API_KEY, max_retries=0)
-    asked = Agent(name="a", model=OpenAIResponsesModel(model=MODEL, openai_client=client))
-    first = run(asked, "Hello.")
-    second = run(asked, FACT_QUESTION, previous_response_id=first.last_response_id)
+    async def both():
+        client = AsyncOpenAI(base_url=f"{BASE_URL}/v1", api_key=API_KEY, max_retries=0)
+        asked = Agent(name="a", model=OpenAIResponsesModel(model=MODEL, openai_client=client))
+        first = await Runner.run(asked, "Hello.", run_config=QUIET)
+        again = {"previous_response_id": first.last_response_id, "run_config": QUIET}
+        return first, await Runner.run(asked, FACT_QUESTION, **again)
+
+    first, second = asyncio.run(both())
     assert second.raw_responses[-1].usage.input_tokens > first.raw_responses[-1].usage.input_tokens
     assert second.final_output
