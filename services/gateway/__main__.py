@@ -48,8 +48,8 @@ from services.gateway.request.parsed import RequestParser
 from services.gateway.request.sampling import ServerDefaults
 from services.gateway.request.template import TemplateSource
 from services.gateway.responses.ends import Ends
-from services.gateway.responses.history import HistoryReader
 from services.gateway.responses.store import ResponseStore
+from services.gateway.responses.turns import EarlierTurnsReader
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
 from services.gateway.templates.renderer import TemplateRenderer
@@ -135,7 +135,7 @@ def compose(
         writer=writer,
         dialect=responses_dialect,
         store=store,
-        history=HistoryReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
+        turns=EarlierTurnsReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
     )
     app = build_app(
         handler, dialects.values(), resumption, responses, models, partial(readiness, redis, keys, admission)

@@ -9,20 +9,19 @@ from starlette.responses import Response
 from starlette.types import Receive, Send
 
 from services.gateway.dialects.responses.answered import Answered
-from services.gateway.dialects.responses.events import replay
 from services.gateway.dialects.responses.items import listed_item
 from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.dialects.responses.responses import ResponsesDialect, make_head, status_of
 from services.gateway.errors import CANCELLED
 from services.gateway.http.admission import Admission
-from services.gateway.http.answer import STREAM_HEADERS, AnswerWriter
+from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.context import context_of
 from services.gateway.inflight.pipeline import Pipeline, StoredRequest
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.responses.ends import Ends
-from services.gateway.responses.history import HistoryReader
 from services.gateway.responses.session import ResponseSession
 from services.gateway.responses.store import ResponseStore, StoredHead, no_response, request_id_of
+from services.gateway.responses.turns import EarlierTurnsReader
 from shared.errors import invalid
 
 MAX_LISTED, DEFAULT_LISTED = 100, 20
@@ -39,16 +38,16 @@ class StoredResponses(msgspec.Struct, frozen=True):
     writer: AnswerWriter
     dialect: ResponsesDialect
     store: ResponseStore
-    history: HistoryReader
+    turns: EarlierTurnsReader
 
     @property
     def ends(self) -> Ends:
         """The ends of responses."""
-        return self.history.ends
+        return self.turns.ends
 
     def session(self) -> ResponseSession:
         """Return what one request of POST /v1/responses needs."""
-        return ResponseSession(self.dialect, self.writer, self.ends, self.history)
+        return ResponseSession(self.dialect, self.writer, self.ends, self.turns)
 
     async def retrieve(self, name: str, request: Request) -> Response:
         """Return a response as it is now.
@@ -71,13 +70,11 @@ class StoredResponses(msgspec.Struct, frozen=True):
         with self.admission.slot():
             request_id, stored = await self._find(name, request)
             found = await self.ends.find(request_id, stored)
-            if isinstance(found, Answered):
-                written = replay(_head(request_id, stored), stored.form.logprobs, found, after)
-                await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-                await send({"type": "http.response.body", "body": written})
-                return
             dialect = msgspec.structs.replace(self.dialect, after=after)
-            session = ResponseSession(dialect, self.writer, self.ends, self.history)
+            session = ResponseSession(dialect, self.writer, self.ends, self.turns)
+            if isinstance(found, Answered):
+                await session.write_end(_head(request_id, stored), stored.form.logprobs, found, send, stream=True)
+                return
             async with self.open_requests.rejoin(found, found.answer_format, True) as open_request:
                 await session.respond(open_request, context_of(request), receive, send)
 

@@ -8,17 +8,18 @@ from starlette.types import Message, Receive, Send
 
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.responses.answered import Answered
-from services.gateway.dialects.responses.resource import resource, unanswered
+from services.gateway.dialects.responses.events import replay
+from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.dialects.responses.responses import NAME, ResponsesDialect, collected, head_of
-from services.gateway.http.answer import AnswerWriter
+from services.gateway.http.answer import STREAM_HEADERS, AnswerWriter
 from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext
 from services.gateway.http.memory import Reservation
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.surrogates import replace_lone_surrogates
 from services.gateway.responses.ends import Ends, end_of
-from services.gateway.responses.history import History, HistoryReader
 from services.gateway.responses.store import StoredHead
+from services.gateway.responses.turns import EarlierTurns, EarlierTurnsReader
 from shared.errors import RequestError
 
 
@@ -35,13 +36,13 @@ _asked = msgspec.json.Decoder(_Asked)
 class ResponseSession:
     """Reads what a request continues, and stores what becomes of it."""
 
-    def __init__(self, dialect: ResponsesDialect, writer: AnswerWriter, ends: Ends, history: HistoryReader) -> None:
+    def __init__(self, dialect: ResponsesDialect, writer: AnswerWriter, ends: Ends, turns: EarlierTurnsReader) -> None:
         self._dialect = dialect
         self._writer = writer
         self._ends = ends
-        self._history = history
+        self._turns = turns
         self._input = b'""'
-        self._earlier = History()
+        self._earlier = EarlierTurns()
         self._end: Answered | None = None  # once it is known
         self._is_kept = False
 
@@ -57,7 +58,7 @@ class ResponseSession:
             return self._dialect, 0  # which refuses it in its own words
         self._input = bytes(asked.input)
         if asked.previous_response_id is not None:
-            self._earlier = await self._history.read(asked.previous_response_id, owner, reservation)
+            self._earlier = await self._turns.read(asked.previous_response_id, owner, reservation)
         return msgspec.structs.replace(self._dialect, history=self._earlier.items), self._earlier.size
 
     async def opened(self, open_request: OpenRequest) -> None:
@@ -67,7 +68,7 @@ class ResponseSession:
             RedisError: it cannot be stored.
         """
         given, self._input = self._input, b'""'
-        earlier, self._earlier = self._earlier, History()
+        earlier, self._earlier = self._earlier, EarlierTurns()
         if _is_stored(open_request):
             form = open_request.answer_format
             head = StoredHead(form.owner, open_request.created, form, earlier.turns)
@@ -86,6 +87,11 @@ class ResponseSession:
         if open_request.answer_format.outlives and not open_request.stream:
             await self._answer_at_once(open_request, send)
             return
+        if open_request.rejoined and (end := await self._ends.store.end(open_request.id)) is not None:
+            await self.write_end(
+                head_of(open_request), open_request.answer_format.logprobs, end, send, open_request.stream
+            )
+            return
         if _is_stored(open_request):
             send = self._storing(open_request, send)
             context = msgspec.structs.replace(context, write=self._storing(open_request, context.write))
@@ -94,6 +100,14 @@ class ResponseSession:
         await writer.respond(open_request, context, receive, send, event_ids=event_ids)
         if _is_stored(open_request) and not self._is_kept and open_request.failure is None:
             await self._ends.keep_if_abandoned(open_request)
+
+    async def write_end(self, head: Head, logprobs: bool, end: Answered, send: Send, stream: bool) -> None:
+        """Write a response that has ended, as its events behind those that the reader has, or as a whole."""
+        if not stream:
+            await _write(send, msgspec.json.encode(resource(head, end)))
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        await send({"type": "http.response.body", "body": replay(head, logprobs, end, self._dialect.after)})
 
     def _note(self, end: Answered) -> None:
         self._end = end

@@ -246,9 +246,13 @@ async def test_the_first_answer_to_a_key_is_every_answer_to_it(server: Running, 
     await stages.say(request, *deltas)
     one, two = await first, await second
     assert (one.id, one.output) == (two.id, two.output)
+    third = await other.client.responses.create(input="Hi", extra_headers=headers)
+    assert third == await server.client.responses.retrieve(one.id)
+    again = await other.client.responses.create(input="Hi", stream=True, extra_headers=headers)
+    assert [event async for event in again][-1].response == third
     queued = await server.client.responses.create(input="Ho", background=True, extra_headers={"Idempotency-Key": "b"})
-    again = await other.client.responses.create(input="Ho", background=True, extra_headers={"Idempotency-Key": "b"})
-    assert again == queued
+    twice = await other.client.responses.create(input="Ho", background=True, extra_headers={"Idempotency-Key": "b"})
+    assert twice == queued
 
 
 async def test_a_deadline_fails_a_stored_response(server: Running, stages: Stages) -> None:

@@ -16,7 +16,7 @@ FIELD = "previous_response_id"
 MAX_TURNS = 256
 
 
-class History(msgspec.Struct, frozen=True):
+class EarlierTurns(msgspec.Struct, frozen=True):
     """Items of the earlier turns, inputs and outputs, and the ids of their requests."""
 
     items: tuple[dict[str, Any], ...] = ()
@@ -24,13 +24,13 @@ class History(msgspec.Struct, frozen=True):
     size: int = 0  # bytes of JSON
 
 
-class HistoryReader(msgspec.Struct, frozen=True):
+class EarlierTurnsReader(msgspec.Struct, frozen=True):
     """Reader of the turns that came before a response. Reading them renews their lifetime."""
 
     ends: Ends
     max_bytes: int  # of all items
 
-    async def read(self, name: str, owner: str, reservation: Reservation) -> History:
+    async def read(self, name: str, owner: str, reservation: Reservation) -> EarlierTurns:
         """Return the turns up to the response `name`; the reservation grows with them.
 
         Raises:
@@ -56,7 +56,7 @@ class HistoryReader(msgspec.Struct, frozen=True):
             items += [*msgspec.json.decode(given), *await self._output(turn, one)]
         if len(items) > MAX_ITEMS:
             raise invalid(f"`{FIELD}`: the conversation has {len(items)} items; the limit is {MAX_ITEMS}.", FIELD)
-        return History(tuple(items), turns, size)
+        return EarlierTurns(tuple(items), turns, size)
 
     async def _output(self, request_id: str, head: StoredHead) -> list[dict[str, Any]]:
         end = await self.ends.find(request_id, head)
