@@ -91,7 +91,8 @@ class StoredResponses(msgspec.Struct, frozen=True):
                 # First, so that no reader finds a response that has ended without a reason.
                 end = Answered(cancelled=True)
                 await self.store.put_end(request_id, end)
-                await self.pipeline.stop(found, CANCELLED)
+                await self.open_requests.cancel(found)
+                await self.pipeline.tell(found, CANCELLED)
                 found = end
             return _json(_present(_head(request_id, stored), found))
 
@@ -105,7 +106,8 @@ class StoredResponses(msgspec.Struct, frozen=True):
             request_id, stored = await self._find(name, request)
             found = await self.ends.find(request_id, stored)
             if isinstance(found, StoredRequest):
-                await self.pipeline.stop(found, CANCELLED)
+                await self.open_requests.cancel(found)
+                await self.pipeline.tell(found, CANCELLED)
             else:
                 await self.pipeline.drop(request_id)
             await self.store.delete(request_id)

@@ -55,6 +55,7 @@ class RequestMetadata(msgspec.Struct, frozen=True):
     owner: str
     key: IdempotencyKey | None
     trace: str | None
+    http_id: str = ""  # X-Request-ID
 
 
 class StoredRequest(msgspec.Struct, frozen=True):
@@ -206,9 +207,8 @@ class Pipeline:
         record = (await self._records.get([request_id])).get(request_id)
         return record is not None and record.gateways == (self._options.gateway,)
 
-    async def stop(self, stored: StoredRequest, failure: Failure) -> None:
-        """Cancel a request whoever reads it, and end its readers' requests with a failure."""
-        await self._records.cancel([record.request.id for record in stored.records])
+    async def tell(self, stored: StoredRequest, failure: Failure) -> None:
+        """End the requests of all readers of an answer with a failure."""
         for record in stored.records:
             for gateway in record.gateways:
                 failed = Failed(record.request.id, failure)
@@ -221,6 +221,16 @@ class Pipeline:
     async def shorten(self, request_id: str) -> None:
         """Keep a request no longer than other requests after its end, since its answer is kept elsewhere."""
         await self._records.shorten(request_id, self._options.retain_s)
+
+    async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
+        """Cancel these requests, whoever reads them.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: they could not be cancelled.
+        """
+        async with self._submit_timeout():
+            await self._records.cancel(request_ids)
 
     # ------------------------------------------------------------------------------------------------ sending
 
@@ -281,6 +291,10 @@ class Pipeline:
     ) -> list[Encode] | list[Generate]:
         segments = tuple(map(pack_ids, parsed.segments))
         requests = [self._request_message(choice, parsed, metadata) for choice in open_request.choices]
+        if parsed.prompts:
+            prompts = [(pack_ids(prompt.tokens), prompt.max_tokens) for prompt in parsed.prompts]
+            each = parsed.answers_per_prompt
+            return [Generate(request, *prompts[index // each]) for index, request in enumerate(requests)]
         if not parsed.media:
             return [Generate(request, segments[0], parsed.max_tokens) for request in requests]
         return [
@@ -294,18 +308,21 @@ class Pipeline:
         retain_s = max(self._options.retain_s, parsed.keep_s)
         if retain_s and parsed.n > 1:
             retain_s += metadata.deadline - metadata.created  # an early choice is kept until the last one has ended
+        # The answers to each prompt are those that a request for it alone would have.
+        seed = choice_seed(parsed.sampling.seed, choice.index % parsed.answers_per_prompt)
         return Request(
             id=choice.request_id,
             gateway=self._options.gateway,
             shard=self._shard(choice.request_id),
             created=metadata.created,
-            sampling=msgspec.structs.replace(parsed.sampling, seed=choice_seed(parsed.sampling.seed, choice.index)),
+            sampling=msgspec.structs.replace(parsed.sampling, seed=seed),
             output=parsed.output,
             deadline=metadata.deadline,
             retain_s=retain_s,
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
             cache_salt=parsed.cache_salt,
+            http_id=metadata.http_id,
         )
 
     def _shard(self, request_id: str) -> int:

@@ -17,6 +17,9 @@ class Statement(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
     dialect: str = ""  # name of the API
     kept: bytes = b""  # for the API to write the answer with; kept with the request
+    # Texts or token ids that are each given to the model as they are, in place of a conversation; (): there is one.
+    prompts: tuple[str | list[int], ...] = ()
+    first_usage: bool = False  # the answer begins with the usage of the prompt
     rename: Callable[[str], str] = str  # gives a field of `request` the path of the field of the body that it came from
     keep_s: float = 0.0  # for which the answer can be read again at the least
     outlives: bool = False  # its connection: who leaves does not cancel it

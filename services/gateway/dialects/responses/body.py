@@ -1,6 +1,5 @@
 """JSON schema of the body of POST /v1/responses, and the fields of it that are refused by name."""
 
-import re
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -8,7 +7,16 @@ from msgspec import Meta
 
 from services.gateway.request.conversation import VideoURL
 from services.gateway.request.model_names import MAX_CHARS
-from services.gateway.request.schemas import MAX_TOOLS, MAX_TOP_LOGPROBS, ChatRequest, Fraction, Positive, Wide
+from services.gateway.request.schemas import (
+    MAX_TOOLS,
+    MAX_TOP_LOGPROBS,
+    ChatRequest,
+    Fraction,
+    Positive,
+    Wide,
+    decode_json,
+    explained,
+)
 from shared.errors import RequestError, invalid
 
 MAX_ITEMS = 4096  # of the input; a conversation of more messages is refused as the chat API refuses it
@@ -194,10 +202,7 @@ _Body = msgspec.defstruct(
     kw_only=True,
 )
 _decoder = msgspec.json.Decoder(cast(type[ResponsesRequest], _Body), strict=False)
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_KNOWN = frozenset(field.name for field in msgspec.structs.fields(_Body))
-_ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
-_MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
+KNOWN = frozenset(field.name for field in msgspec.structs.fields(_Body))
 
 
 def decode_body(body: bytes) -> ResponsesRequest:
@@ -206,24 +211,12 @@ def decode_body(body: bytes) -> ResponsesRequest:
     Raises:
         RequestError: 400 naming the field.
     """
-    try:
-        request = _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise explained(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise invalid(f"The request body is not valid JSON: {error}", None, "invalid_json") from None
-    except RecursionError:
-        raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
+    request = decode_json(_decoder, body)
     for name, neutral in NEUTRAL.items():
         value = getattr(request, name)
         if value is not None and value not in neutral:
             raise unsupported(name)
     return request
-
-
-def unknown_fields(body: bytes) -> list[str]:
-    """Return the fields of a valid body that neither this API nor an extension defines."""
-    return sorted(_fields.decode(body).keys() - _KNOWN)
 
 
 def extensions(request: ResponsesRequest) -> dict[str, Any]:
@@ -247,17 +240,3 @@ def convert(value: Any, kind: type[T], path: str) -> T:
 def unsupported(path: str) -> RequestError:
     """Return a 400: a field that is known asks for something that this server does not do."""
     return invalid(f"`{path}` is not supported by this server.", path, "unsupported_parameter")
-
-
-def explained(text: str, prefix: str = "") -> RequestError:
-    """Translate msgspec's "what - at `$.path`" below a field into OpenAI's terms."""
-    parts = _ERROR.match(text)
-    assert parts is not None
-    what, path = parts["what"], prefix + (parts["path"] or "")
-    path = path.removeprefix(".")
-    if missing := _MISSING.match(what):
-        path = f"{path}.{missing['field']}".removeprefix(".")
-        return invalid(f"Missing required field `{path}`.", path, "missing_required_parameter")
-    if not path:
-        return invalid(f"The request body: {what}.", None)
-    return invalid(f"`{path}`: {what}.", path)

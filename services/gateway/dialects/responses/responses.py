@@ -8,7 +8,7 @@ import msgspec
 
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.responses.answered import Answered, Call, content_logprobs
-from services.gateway.dialects.responses.body import ResponsesRequest, decode_body, unknown_fields
+from services.gateway.dialects.responses.body import KNOWN, ResponsesRequest, decode_body
 from services.gateway.dialects.responses.events import ResponseEvents
 from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.dialects.responses.translate import echo, translate
@@ -18,7 +18,7 @@ from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates
-from services.gateway.request.warnings import warnings_for
+from services.gateway.request.warnings import warnings_of
 from shared.errors import Failure, RequestError, invalid
 from shared.model.generation import GenerationDefaults
 
@@ -56,7 +56,7 @@ class ResponsesDialect(msgspec.Struct, frozen=True):
         kept = msgspec.json.encode(echo(request, self.defaults))
         return Statement(
             said.chat,
-            warnings_for(unknown_fields(body), body),
+            warnings_of(body, KNOWN),
             self.name,
             kept,
             rename=said.rename,
