@@ -4,7 +4,7 @@ import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -27,12 +27,13 @@ from services.gateway.request.model_names import ModelNames
 from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
 
+E = TypeVar("E", bound=Callable[..., Any])
+
 OWNED_BY = "Baidu"
 FEATURES = (
     *("chat", "completions", "streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
     *("logprobs", "prompt_logprobs", "token_ids", "idempotency", "resumption"),
 )
-READ = ["GET", "HEAD"]
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
@@ -129,15 +130,15 @@ def build_app(
 
     add_token_routes(app, tokens)
 
-    @app.api_route("/version", methods=READ)
+    @_reads(app, "/version")
     async def version() -> Response:
         return _json({"version": MILLRACE_VERSION})
 
-    @app.api_route("/v1/models", methods=READ)
+    @_reads(app, "/v1/models")
     async def models() -> Response:
         return _json({"object": "list", "data": served.cards()})
 
-    @app.api_route("/v1/models/{model:path}", methods=READ)
+    @_reads(app, "/v1/models/{model:path}")
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
@@ -154,6 +155,16 @@ async def _handle(
     send: Send,
 ) -> None:
     await handler.handle(dialect, request, receive, send, None if session is None else session())
+
+
+def _reads(app: FastAPI, path: str) -> Callable[[E], E]:
+    """Return a decorator that routes GET and HEAD. Only GET is described: an operation has an id that no other has."""
+
+    def add(endpoint: E) -> E:
+        app.head(path, include_in_schema=False)(endpoint)
+        return app.get(path)(endpoint)
+
+    return add
 
 
 def _add_post(
@@ -181,7 +192,7 @@ def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
     async def cancel(name: str, request: Request) -> Response:
         return await responses.cancel(name, request)
 
-    @app.get("/v1/responses/{name}/input_items")
+    @_reads(app, "/v1/responses/{name}/input_items")
     async def input_items(name: str, request: Request) -> Response:
         return await responses.input_items(name, request)
 
@@ -191,7 +202,7 @@ def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     async def events(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.stream, kept, name, request))
 
-    @app.api_route(kept.path + "/{name}", methods=READ)
+    @_reads(app, kept.path + "/{name}")
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, kept, name, request))
 
@@ -206,14 +217,14 @@ def paths(app: FastAPI) -> list[str]:
 
 
 def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-    @app.api_route("/health/live", methods=READ)
-    @app.api_route("/ping", methods=READ)
+    @_reads(app, "/health/live")
+    @_reads(app, "/ping")
     @app.post("/ping")
     async def alive() -> Response:
         return _json({"status": "alive"})
 
-    @app.api_route("/health", methods=READ)
-    @app.api_route("/health/ready", methods=READ)
+    @_reads(app, "/health")
+    @_reads(app, "/health/ready")
     async def is_ready() -> Response:
         report = await ready()
         return _json(report, 503 if report["missing"] else 200)
