@@ -345,6 +345,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
     prompt_logprobs: PromptLogprobs | None = None  # with what starts at 0; only when the request asked for them
     stop: str = ""  # with the finish "stop": the stop string that ended the answer; empty: something else did
+    later: int = 0  # characters at the end of `content` that stand behind the answer's first tool call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

@@ -27,6 +27,7 @@ from services.gateway.dialects.dialect import Dialect
 from services.gateway.dialects.messages.dialect import MessagesDialect, count_body, read_count
 from services.gateway.dialects.messages.schemas import CountRequest
 from services.gateway.dialects.prompt_logprobs import TokenTexts
+from services.gateway.dialects.responses.responses import ResponsesDialect
 from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
@@ -40,6 +41,7 @@ from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
 from services.gateway.http.origins import allow_origins
+from services.gateway.http.responses import StoredResponses
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
 from services.gateway.http.tokens import TokenRoutes
@@ -55,6 +57,9 @@ from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
 from services.gateway.request.sampling import ServerDefaults
 from services.gateway.request.template import TemplateSource
+from services.gateway.responses.ends import Ends
+from services.gateway.responses.store import ResponseStore
+from services.gateway.responses.turns import EarlierTurnsReader
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
 from services.gateway.templates.renderer import TemplateRenderer
@@ -110,7 +115,8 @@ def compose(
     address = f"{settings.name}.{secrets.token_hex(4)}"
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
-    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in _dialects(parser)}
+    responses_dialect = ResponsesDialect(parser.defaults, settings.responses_keep_s, _response_limit(settings))
+    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (*_dialects(parser), responses_dialect)}
     bodies = FailureBodies({dialect.path: dialect.failure for dialect in dialects.values()})
     endpoints = {name: dialect.path for name, dialect in dialects.items()}
     ended = EndedRequests(metrics.ended, settings.model_names().listed[0], endpoints)
@@ -135,12 +141,23 @@ def compose(
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len, _limits(settings))
     tokens = TokenRoutes(handler, TokenTexts(parser.tokenizer), template)
     resumption = Resumption(admission, pipeline, open_requests, writer)
+    store = ResponseStore(Blobs(redis, keys.responses(), settings.responses_keep_s, settings.responses_budget_bytes))
+    responses = StoredResponses(
+        admission=admission,
+        pipeline=pipeline,
+        open_requests=open_requests,
+        writer=writer,
+        dialect=responses_dialect,
+        store=store,
+        turns=EarlierTurnsReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
+    )
     counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
     ready = partial(readiness, redis, keys, admission)
     app = build_app(
         handler,
         dialects.values(),
         resumption,
+        responses,
         models,
         tokens,
         ready,
@@ -221,6 +238,11 @@ def _pipeline(
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), metrics.rejections)
+
+
+def _response_limit(settings: GatewaySettings) -> int:
+    """Return the most bytes of one request whose response is kept: no conversation may evict most of the others."""
+    return settings.responses_budget_bytes // 4
 
 
 def _connections(settings: GatewaySettings, metrics: GatewayMetrics) -> Connections:

@@ -34,6 +34,7 @@ USAGE_AT_END = Failure(
     param="stream_options.continuous_usage_stats",
     code="idempotency_key_reused",
 )
+CANCELLED = Failure(409, "The response was cancelled.", code="response_cancelled")
 UNEXPECTED = Failure(500, "The server failed to handle the request.", type="server_error", code="internal_error")
 UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
 

@@ -59,6 +59,10 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_queue: Positive = 4096  # requests in the pipeline, waiting and running; more are answered 429
     submit_timeout_s: Seconds = 10.0  # how long Redis may take to accept a request; a restart takes one or two
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
+    # how long a response of /v1/responses is kept after it was used last
+    responses_keep_s: Positive = 24 * 3600
+    # inputs and outputs of these responses in Redis; beyond it the least recently used are deleted
+    responses_budget_bytes: Positive = 512 << 20
     watch_s: Seconds = 3.0  # silence after which a request is looked up, for Redis may have lost it
     # How long the status of a streamed answer waits until the request's media are known to be good.
     hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0

@@ -17,7 +17,8 @@
                                              was sent back for encoding), reached (tokens at its last redelivery), over
                                              ("1", its last word is in tokens), all by shared/bus/ownership.py;
                                              entry (key of a work stream, id of its entry there, and its progress then)
-                                             by who appends or claims it.
+                                             by who appends or claims it; shortened (ms that it is
+                                             kept at most after its finish) by gateway.
                                              A value of a later version of the messages than 1 begins with the byte c1
                                              and the version: also in logprobs
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
@@ -34,6 +35,9 @@
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
     {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, their sum, and that of the pinned ones
     {ns}:blobs:pinned                zset    the same             the same           blobs that are not evicted, by expiry: uploads of requests that live
+    {ns}:responses:blob:{kind}:{id}  hash    gateway              gateway            `responses_keep_s` after the last use; evicted oldest
+                                             first over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
+                                             as above, all below {ns}:responses
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
                                              encode locks: content key -> replica; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
@@ -100,6 +104,10 @@ class Keys(msgspec.Struct, frozen=True):
 
     def blob_chunk(self, kind: str, key: str, n: int) -> str:
         return f"{self.blob(kind, key)}:{n}"
+
+    def responses(self) -> "Keys":
+        """Return the names of stored responses: blobs in a namespace, and a budget, of their own."""
+        return Keys(f"{self.ns}:responses")
 
     def blobs(self) -> str:
         return f"{self.ns}:blobs"

@@ -93,6 +93,7 @@ class Records:
         self._write_journal = redis.register_script(read_script("write_journal"))
         self._retain = redis.register_script(read_script("retain"))
         self._delete = redis.register_script(read_script("delete"))
+        self._shorten = redis.register_script(read_script("shorten"))
         self._attach = redis.register_script(read_script("attach"))
         self._detach = redis.register_script(read_script("detach"))
 
@@ -231,6 +232,10 @@ class Records:
         """Keep complete answers, each (request id, finish, seconds), for that many seconds."""
         args = [part for _, finish, s in ended for part in (encode_finish(finish), max(1, int(1000 * s)))]
         await fence.run(self._retain, self._names(request_id for request_id, _, _ in ended), args)
+
+    async def shorten(self, request_id: str, seconds: float) -> None:
+        """Keep a complete answer no longer than this after its end; also one whose end is still to be written."""
+        await self._shorten(keys=self._names([request_id]), args=[max(1, int(1000 * seconds))])
 
     async def delete(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
         """Delete record and journal, also of a request that no engine ever read (any stage)."""

@@ -19,9 +19,9 @@ CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
 ENVIRONMENTS = Path(os.environ["CLIENT_PACKAGES"]) if "CLIENT_PACKAGES" in os.environ else None
 # environment: the packages that are tried in it
 IN_PYTHON = {
-    "openai3": ("openai", "langchain", "pydantic_ai", "agents", "litellm"),
+    "openai3": ("openai", "responses", "langchain", "pydantic_ai", "agents", "litellm"),
     "anthropic": ("anthropic",),
-    "openai2": ("openai", "instructor", "llama_index"),
+    "openai2": ("openai", "responses", "instructor", "llama_index"),
     "benchmarks": ("benchmarks",),
     "lm_eval": ("lm_eval",),
 }

@@ -130,7 +130,7 @@ SCORES = PromptLogprobs(1, b"logprobs", b"ids", b"ranks")
     "added",
     [
         (Begin("ab12", 2, 5, 1, 2, 3, 4, b"ids", SCORES), "prompt_logprobs", None),
-        (Delta("ab12", 5, start=3, prompt=b"ids", prompt_logprobs=SCORES), "prompt_logprobs", None),
+        (Delta("ab12", 5, start=3, prompt_logprobs=SCORES, stop="x", later=3), "later", 0),
         (Finish("stop", 2, None, TokenLogprob(-0.5)), "logprob", None),
     ],
 )

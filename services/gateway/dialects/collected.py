@@ -25,12 +25,14 @@ class CollectedChoice:
         self.stop = ""  # the stop string that ended it
         self._reasoning: list[str] = []
         self._content: list[tuple[int, str]] = []  # with the number of calls that had begun before
+        self._later = 0  # characters of the content behind the first call
         self._calls: dict[int, tuple[str | None, str | None, list[str]]] = {}
 
     def add(self, delta: Delta) -> None:
         """Append the next delta."""
         self._reasoning.append(delta.reasoning)
         self._content.append((len(self._calls), delta.content))
+        self._later += delta.later
         self.logprobs += delta.logprobs
         self.token_ids += delta.token_ids
         self.prompt_ids = self.prompt_ids or prompt_ids(delta)
@@ -52,6 +54,13 @@ class CollectedChoice:
     def content_after(self, calls: int) -> str:
         """Return the content between `calls` calls and the next."""
         return "".join(text for before, text in self._content if before == calls)
+
+    @property
+    def content_around_calls(self) -> tuple[str, str]:
+        """The content before the first call, and behind it."""
+        content = self.content
+        end = len(content) - self._later
+        return content[:end], content[end:]
 
     @property
     def calls(self) -> list[CollectedCall]:

@@ -31,6 +31,7 @@ def is_text(delta: Delta) -> bool:
     """Return True for only reasoning or only content, and nothing that belongs to a single token."""
     return bool(delta.reasoning) != bool(delta.content) and not (
         delta.tool_calls
+        or delta.later
         or delta.logprobs
         or delta.token_ids
         or delta.prompt

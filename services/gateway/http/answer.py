@@ -20,7 +20,7 @@ from shared import log
 from shared.errors import Failure, RequestError
 from shared.messages import Delta
 
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -112,7 +112,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             raise RequestError(open_request.failure)
         dialect = self._dialect(open_request.answer_format)
         events = dialect.events(open_request, self.system_fingerprint, event_ids)
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         if open_request.resumed:
             open_request.mark_client_has_id()
         elif first := events.begin():

@@ -4,7 +4,7 @@ import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -19,19 +19,21 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
 from services.gateway.http.counting import TokenCounter
-from services.gateway.http.handler import RequestHandler
+from services.gateway.http.handler import RequestHandler, Session
+from services.gateway.http.responses import StoredResponses, is_stream
 from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.http.tokens import TokenRoutes, add_token_routes
 from services.gateway.request.model_names import ModelNames
 from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
 
+E = TypeVar("E", bound=Callable[..., Any])
+
 OWNED_BY = "Baidu"
 FEATURES = (
     *("chat", "completions", "streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
     *("logprobs", "prompt_logprobs", "token_ids", "idempotency", "resumption"),
 )
-READ = ["GET", "HEAD"]
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
@@ -101,6 +103,7 @@ def build_app(
     handler: RequestHandler,
     dialects: Collection[Dialect],
     resumption: Resumption,
+    responses: StoredResponses,
     served: Models,
     tokens: TokenRoutes,
     ready: Callable[[], Awaitable[dict[str, Any]]],
@@ -114,30 +117,54 @@ def build_app(
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY, redirect_slashes=False)
     _add_errors(app, bodies, count_refusal)
     _add_health(app, ready)
+    sessions: dict[str, Callable[[], Session]] = {responses.dialect.name: responses.session}
     for dialect in dialects:
-        _add_post(app, dialect.path, dialect.schema, partial(handler.handle, dialect))
+        session = sessions.get(dialect.name)
+        _add_post(app, dialect.path, dialect.schema, partial(_handle, handler, dialect, session))
     for counter in counters:
         _add_post(app, counter.path, counter.schema, counter.count)
+    _add_responses(app, responses)
 
     for kept in KEPT:
         _add_kept(app, resumption, kept)
 
     add_token_routes(app, tokens)
 
-    @app.api_route("/version", methods=READ)
+    @_reads(app, "/version")
     async def version() -> Response:
         return _json({"version": MILLRACE_VERSION})
 
-    @app.api_route("/v1/models", methods=READ)
+    @_reads(app, "/v1/models")
     async def models() -> Response:
         return _json({"object": "list", "data": served.cards()})
 
-    @app.api_route("/v1/models/{model:path}", methods=READ)
+    @_reads(app, "/v1/models/{model:path}")
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
     _describe(app, [*(dialect.schema for dialect in dialects), *(counter.schema for counter in counters)])
     return app
+
+
+async def _handle(
+    handler: RequestHandler,
+    dialect: Dialect,
+    session: Callable[[], Session] | None,
+    request: Request,
+    receive: Receive,
+    send: Send,
+) -> None:
+    await handler.handle(dialect, request, receive, send, None if session is None else session())
+
+
+def _reads(app: FastAPI, path: str) -> Callable[[E], E]:
+    """Return a decorator that routes GET and HEAD. Only GET is described: an operation has an id that no other has."""
+
+    def add(endpoint: E) -> E:
+        app.head(path, include_in_schema=False)(endpoint)
+        return app.get(path)(endpoint)
+
+    return add
 
 
 def _add_post(
@@ -150,12 +177,32 @@ def _add_post(
         return DirectResponse(partial(handle, request))
 
 
+def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
+    @app.get("/v1/responses/{name}")
+    async def retrieve(name: str, request: Request) -> Response:
+        if is_stream(request):
+            return DirectResponse(partial(responses.stream, name, request))
+        return await responses.retrieve(name, request)
+
+    @app.delete("/v1/responses/{name}")
+    async def delete(name: str, request: Request) -> Response:
+        return await responses.delete(name, request)
+
+    @app.post("/v1/responses/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return await responses.cancel(name, request)
+
+    @_reads(app, "/v1/responses/{name}/input_items")
+    async def input_items(name: str, request: Request) -> Response:
+        return await responses.input_items(name, request)
+
+
 def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     @app.get(kept.path + "/{name}/events")
     async def events(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.stream, kept, name, request))
 
-    @app.api_route(kept.path + "/{name}", methods=READ)
+    @_reads(app, kept.path + "/{name}")
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, kept, name, request))
 
@@ -170,14 +217,14 @@ def paths(app: FastAPI) -> list[str]:
 
 
 def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-    @app.api_route("/health/live", methods=READ)
-    @app.api_route("/ping", methods=READ)
+    @_reads(app, "/health/live")
+    @_reads(app, "/ping")
     @app.post("/ping")
     async def alive() -> Response:
         return _json({"status": "alive"})
 
-    @app.api_route("/health", methods=READ)
-    @app.api_route("/health/ready", methods=READ)
+    @_reads(app, "/health")
+    @_reads(app, "/health/ready")
     async def is_ready() -> Response:
         report = await ready()
         return _json(report, 503 if report["missing"] else 200)

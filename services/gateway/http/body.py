@@ -10,6 +10,7 @@ from services.gateway.http.memory import Reservation
 from shared.errors import Failure, RequestError
 
 PROGRESS_BYTES = 64 << 10
+INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
 
 
 class BodyLimits(msgspec.Struct, frozen=True):

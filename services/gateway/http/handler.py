@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +16,7 @@ from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.body import BodyLimits, read_body
+from services.gateway.http.body import INLINE_BYTES, BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
 from services.gateway.http.patience import ClientPatience
@@ -35,10 +35,27 @@ from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.parsed import Draft, ParsedRequest, RequestParser
 from services.gateway.templates.renderer import TemplateRenderer
 
-INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
-
 T = TypeVar("T")
 D = TypeVar("D", Draft, Draft | ParsedRequest)
+
+
+class Session(Protocol):
+    """Steps around one request, of an API that keeps something between requests."""
+
+    async def begin(self, body: bytes, owner: str, reservation: Reservation) -> tuple[Dialect, int]:
+        """Return the dialect that reads this body, and the bytes that it will read beside it.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+
+    async def opened(self, open_request: OpenRequest) -> None:
+        """Note that the request is submitted; its client has been told nothing yet."""
+
+    async def respond(
+        self, open_request: OpenRequest, context: RequestContext, receive: Receive, send: Send, *, event_ids: bool
+    ) -> None:
+        """Write the answer, as `AnswerWriter.respond` does."""
 
 
 class RequestHandler(msgspec.Struct, frozen=True):
@@ -57,8 +74,10 @@ class RequestHandler(msgspec.Struct, frozen=True):
     # Held while a large body is decoded, which takes several times its bytes, and processor time that others wait for.
     decoding: asyncio.Lock
 
-    async def handle(self, dialect: Dialect, request: Request, receive: Receive, send: Send) -> None:
-        """Answer one request.
+    async def handle(
+        self, dialect: Dialect, request: Request, receive: Receive, send: Send, session: Session | None = None
+    ) -> None:
+        """Answer one request; `session` has steps of its API around it.
 
         Raises:
             RequestError: the request is refused; nothing was written.
@@ -75,8 +94,11 @@ class RequestHandler(msgspec.Struct, frozen=True):
                 return
             take_slot()
             patience = ClientPatience(receive, deadline)
-            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience)
-            del body
+            more = 0
+            if session is not None:
+                dialect, more = await patience.wait(session.begin(body, context.owner, reservation))
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience, more)
+            del body, dialect  # which may have read much beside it
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
@@ -87,11 +109,12 @@ class RequestHandler(msgspec.Struct, frozen=True):
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)
             del parsed  # and with it the uploads, once they are stored
-            await self._answer(opening, reservation, context, receive, send, event_ids)
+            await self._answer(opening, session, reservation, context, receive, send, event_ids)
 
     async def _answer(
         self,
         opening: AbstractAsyncContextManager[OpenRequest],
+        session: Session | None,
         reservation: Reservation,
         context: RequestContext,
         receive: Receive,
@@ -100,17 +123,26 @@ class RequestHandler(msgspec.Struct, frozen=True):
     ) -> None:
         span = context.span
         async with opening as open_request:
+            if session is not None:
+                await session.opened(open_request)
             reservation.release()
+            respond = self.writer.respond if session is None else session.respond
             try:
-                await self.writer.respond(open_request, context, receive, send, event_ids=event_ids)
+                await respond(open_request, context, receive, send, event_ids=event_ids)
             finally:
                 if span is not None:
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
+        self,
+        dialect: Dialect,
+        body: bytes,
+        headers: Mapping[str, str],
+        owner: str,
+        patience: ClientPatience,
+        more: int,
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        draft, rendered = await self.render(body, partial(self._read, dialect, body), patience)
+        draft, rendered = await self.render(body, partial(self._read, dialect, body), patience, more)
         key = None
         if KEY in headers:
             key = await self.compute(len(body), lambda: read_idempotency_key(headers, owner, body))
@@ -122,8 +154,12 @@ class RequestHandler(msgspec.Struct, frozen=True):
         stated = dialect.read(body)
         return self.parser.complete(stated) if stated.prompts else self.parser.read(stated)
 
-    async def render(self, body: bytes, read: Callable[[], D], patience: ClientPatience) -> tuple[D, str]:
+    async def render(
+        self, body: bytes, read: Callable[[], D], patience: ClientPatience, more: int = 0
+    ) -> tuple[D, str]:
         """Return a request, as `read` understands its `body`, and its rendered prompt; "" if it has no conversation.
+
+        `more`: bytes that `read` reads beside the body.
 
         Raises:
             RequestError: the request is refused.
@@ -133,7 +169,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
             check_structure(body, self.max_text_bytes)
             return read()
 
-        draft = await self.compute(len(body), checked)
+        draft = await self.compute(len(body) + more, checked)
         if not isinstance(draft, Draft):
             return draft, ""
         with draft.stated.own_names():

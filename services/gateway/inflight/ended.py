@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter
 
+from services.gateway import errors
 from services.gateway.errors import LOST, TIMED_OUT
 from services.gateway.inflight.request import ChoiceState, OpenRequest
 from shared.errors import Failure
@@ -54,6 +55,8 @@ def outcome_of(failure: Failure) -> str:
     """Return the outcome of a request that failed."""
     if failure.code == LOST.code:
         return LOST_REQUEST
+    if failure.code == errors.CANCELLED.code:
+        return CANCELLED
     if failure.status == TIMED_OUT.status:
         return TIMEOUT
     return CLIENT_ERROR if failure.status < 500 else ERROR

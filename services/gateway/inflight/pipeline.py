@@ -25,11 +25,12 @@ from shared import log
 from shared.bus import keys
 from shared.bus.blobs import MEDIA, Blobs, upload_keys
 from shared.bus.keys import Keys
+from shared.bus.ownership import DELTAS_LENGTH
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
-from shared.bus.streams import send
+from shared.bus.streams import reply, send
 from shared.crash_points import crash_point
-from shared.errors import ProtocolError, RequestError, unreadable
-from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
+from shared.errors import Failure, ProtocolError, RequestError, unreadable
+from shared.messages import Attach, Encode, Failed, Generate, Media, Request, pack_ids
 
 UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
 CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
@@ -201,6 +202,26 @@ class Pipeline:
             await self._records.cancel(alone)
             crash_point("gateway.cancel.after")
 
+    async def is_alone(self, request_id: str) -> bool:
+        """Return True if no other gateway reads this request's answer."""
+        record = (await self._records.get([request_id])).get(request_id)
+        return record is not None and record.gateways == (self._options.gateway,)
+
+    async def tell(self, stored: StoredRequest, failure: Failure) -> None:
+        """End the requests of all readers of an answer with a failure."""
+        for record in stored.records:
+            for gateway in record.gateways:
+                failed = Failed(record.request.id, failure)
+                await reply(self._redis, self._keys.deltas(gateway), failed, DELTAS_LENGTH)
+
+    async def drop(self, request_id: str) -> None:
+        """Delete the answer of a request of one choice that has ended, if it is still kept."""
+        await self._records.delete([request_id])
+
+    async def shorten(self, request_id: str) -> None:
+        """Keep a request no longer than other requests after its end, since its answer is kept elsewhere."""
+        await self._records.shorten(request_id, self._options.retain_s)
+
     async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
         """Cancel these requests, whoever reads them.
 
@@ -284,7 +305,7 @@ class Pipeline:
         ]
 
     def _request_message(self, choice: Choice, parsed: ParsedRequest, metadata: RequestMetadata) -> Request:
-        retain_s = self._options.retain_s
+        retain_s = max(self._options.retain_s, parsed.keep_s)
         if retain_s and parsed.n > 1:
             retain_s += metadata.deadline - metadata.created  # an early choice is kept until the last one has ended
         # The answers to each prompt are those that a request for it alone would have.

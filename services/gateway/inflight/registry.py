@@ -186,6 +186,12 @@ class OpenRequests:
             fields = {"request_id": open_request.id, "error": str(error)}
             logger.warning("could not cancel a request; it runs to its end or its deadline", extra=fields)
 
+    def is_abandoned(self, open_request: OpenRequest) -> bool:
+        """Return True if a request that has not ended is to be cancelled when its only reader here leaves."""
+        choices = open_request.choices
+        alone = all(len(self._readers.get(choice.request_id, ())) <= 1 for choice in choices)
+        return alone and any(choice.runs for choice in choices) and not _is_resumable(open_request)
+
     def _is_abandoned(self, choice: Choice) -> bool:
         return choice.runs and choice.request_id not in self._readers
 
@@ -304,7 +310,8 @@ class OpenRequests:
 
 def _is_resumable(open_request: OpenRequest) -> bool:
     """Return True if the client may return for the rest of its answer."""
-    has_key = bool(open_request.answer_format.key)
+    form = open_request.answer_format
+    outlives = bool(form.key) or form.outlives
     if open_request.failure is SHUTTING_DOWN:
-        return open_request.client_has_id or has_key
-    return open_request.failure is None and has_key
+        return open_request.client_has_id or outlives
+    return open_request.failure is None and outlives

@@ -23,6 +23,7 @@ class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     kept: bytes = b""  # what that API's own part of the gateway wants to know of the request by then
     prompt_logprobs: bool = False
     prompts: int = 1  # that the request has; its choices are the answers to the first, then to the second
+    outlives: bool = False  # its connection: who leaves does not cancel it
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -44,6 +44,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     dialect: str = ""  # by which API it came
     kept: bytes = b""  # what that needs to write the answer
     prompts: tuple[RawPrompt, ...] = ()  # in place of segments and media; each has the same number of answers
+    keep_s: float = 0.0  # for which the answer can be read again at the least
+    outlives: bool = False  # its connection: who leaves does not cancel it
 
     @property
     def answers_per_prompt(self) -> int:
@@ -64,6 +66,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
             kept=self.kept,
             prompt_logprobs=self.sampling.prompt_logprobs is not None,
             prompts=max(1, len(self.prompts)),
+            outlives=self.outlives,
         )
 
 
@@ -189,4 +192,6 @@ class RequestParser(msgspec.Struct, frozen=True):
             warnings=stated.warnings,
             dialect=stated.dialect,
             kept=stated.kept,
+            keep_s=stated.keep_s,
+            outlives=stated.outlives,
         )

@@ -264,7 +264,7 @@ def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise explained(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The request body is not valid JSON: {error}", None, "invalid_json") from None
     except RecursionError:
@@ -298,11 +298,11 @@ def digest_body(body: bytes) -> str:
     return digest.hexdigest()
 
 
-def _explain(text: str) -> RequestError:
-    """Translate msgspec's "what - at `$.path`" into OpenAI's terms."""
+def explained(text: str, prefix: str = "") -> RequestError:
+    """Translate msgspec's "what - at `$.path`" of the field `prefix`, or of the body, into OpenAI's terms."""
     parts = _ERROR.match(text)
     assert parts is not None
-    what, path = parts["what"], (parts["path"] or "").removeprefix(".")
+    what, path = parts["what"], (prefix + (parts["path"] or "")).removeprefix(".")
     missing = _MISSING.match(what)
     if missing:
         path = f"{path}.{missing['field']}".removeprefix(".")

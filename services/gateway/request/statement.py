@@ -21,6 +21,8 @@ class Statement(msgspec.Struct, frozen=True):
     prompts: tuple[str | list[int], ...] = ()
     first_usage: bool = False  # the answer begins with the usage of the prompt
     rename: Callable[[str], str] = str  # gives a field of `request` the path of the field of the body that it came from
+    keep_s: float = 0.0  # for which the answer can be read again at the least
+    outlives: bool = False  # its connection: who leaves does not cancel it
 
     @contextmanager
     def own_names(self) -> Iterator[None]:

@@ -61,6 +61,7 @@ class Answer:
         "_ending",
         "_fallback",
         "_ids",
+        "_later",
         "_logprobs",
         "_output",
         "_plain",
@@ -117,6 +118,7 @@ class Answer:
         self._tool_deltas: list[ToolDelta] = []
         self._logprobs: list[ShownLogprob] = []
         self._ids: list[int] = []
+        self._later = 0  # characters at the end of the content that stand behind the first call
         # A finish reason or a failure that no delta has carried yet.
         self._ending: Literal["stop", "length", "tool_calls"] | Failure | None = None
         self._sink = self._reasoning if self._split.open else self._content
@@ -183,7 +185,7 @@ class Answer:
 
     def take_delta(self) -> Delta | None:
         """Return what was added since the last call; None if there is nothing to show."""
-        if self._ending is not None or self._tool_deltas or self._logprobs or self._ids:
+        if self._ending is not None or self._tool_deltas or self._logprobs or self._ids or self._later:
             return self._take_all()
         reasoning, content = self._reasoning, self._content
         if not reasoning and not content:
@@ -210,7 +212,9 @@ class Answer:
             token_ids=tuple(self._ids),
             prompt=self.begin.prompt if self.begin is not None and start == 0 else b"",
             prompt_logprobs=self.begin.prompt_logprobs if self.begin is not None and start == 0 else None,
+            later=self._later,
         )
+        self._later = 0
         for taken in (self._reasoning, self._content, self._tool_deltas, self._logprobs, self._ids):
             taken.clear()
         if isinstance(ending, Failure):
@@ -232,7 +236,7 @@ class Answer:
         split, calls = self._split, self._reasoning_calls if self._split.open else self._calls
         shown_as_is = calls is None or calls.idle
         shown_as_is = shown_as_is and (self._shows_reasoning or not split.open)
-        self._plain = self._simple and shown_as_is and split.idle and self._detokenizer.idle
+        self._plain = self._simple and not self.called and shown_as_is and split.idle and self._detokenizer.idle
 
     def _fold(self, token: int, logprob: TokenLogprob | None) -> None:
         if self._output.logprobs and logprob is not None and (self._shows_reasoning or not self._split.open):
@@ -320,6 +324,8 @@ class Answer:
     def _write_content(self, text: str) -> None:
         if text.strip():
             self._fallback = None
+        if self.called:
+            self._later += len(text)
         self._write(self._content, text)
 
     def _write(self, sink: list[str], text: str) -> None:

@@ -6,7 +6,9 @@
 for i = 2, #KEYS, 3 do
   if is_a('hash', KEYS[i]) then
     redis.call('HSET', KEYS[i], 'finish', ARGV[at])
-    for n = i, i + 2 do redis.call('PEXPIRE', KEYS[n], ARGV[at + 1]) end
+    local most = redis.call('HGET', KEYS[i], 'shortened')
+    local expiry = math.min(tonumber(ARGV[at + 1]), tonumber(most or ARGV[at + 1]))
+    for n = i, i + 2 do redis.call('PEXPIRE', KEYS[n], expiry) end
   end
   at = at + 2
 end

@@ -309,6 +309,30 @@ def test_no_stop_string_across_a_call() -> None:
     assert (shown.content, shown.functions) == ("A stop it", [("f", "{}")])
 
 
+@given(st.lists(st.integers(0, 100), max_size=6))
+def test_content_behind_a_call_is_told_apart_however_deltas_are_taken(takes: list[int]) -> None:
+    pieces: list[bytes | str] = [b"Be", b"fore", *calls("f"), b"\nb", b"e", b"tween", *calls("g"), b"after", b"!"]
+    answer, tokens = answer_of(pieces, thinking=False, tools=True, functions=("f", "g"))
+    behind, before = "", ""
+    for place, token in enumerate(tokens):
+        answer.push_token(token)
+        if place in takes and (delta := answer.take_delta()):
+            before, behind = _told_apart(delta, before, behind)
+    answer.apply_finish(Finish("stop"))
+    last = answer.take_delta()
+    assert last is not None
+    assert _told_apart(last, before, behind) == ("Before", "\nbetweenafter!")
+
+
+def calls(name: str) -> list[bytes | str]:
+    return ["<tool_call>", b'{"name": "%b", "arguments": {}}' % name.encode(), "</tool_call>"]
+
+
+def _told_apart(delta: Delta, before: str, behind: str) -> tuple[str, str]:
+    end = len(delta.content) - delta.later
+    return before + delta.content[:end], behind + delta.content[end:]
+
+
 def test_a_stop_string_after_a_call_leaves_the_call_to_be_answered() -> None:
     shown = run('</think><tool_call>{"name": "f"}</tool_call>A stop.', stop=("stop",), tools=True)
     assert (shown.content, shown.functions, shown.finish_reason) == ("A ", [("f", "{}")], "tool_calls")

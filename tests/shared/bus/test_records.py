@@ -184,6 +184,21 @@ async def test_an_answer_that_is_kept_expires_as_a_whole(redis: Redis, keys: Key
     assert not await redis.exists(keys.control())
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before the end", "after it"])
+async def test_an_answer_that_is_kept_elsewhere_expires_earlier(
+    redis: Redis, keys: Keys, records: Records, first: bool
+) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    if first:
+        await records.shorten("r1", 5.0)
+    await records.retain([("r1", Finish("stop"), 1000.0)], Fence(keys, "", {}))
+    if not first:
+        await records.shorten("r1", 5.0)
+    assert 0 < await redis.pttl(keys.request("r1")) <= 5000
+    await records.shorten("gone", 5.0)
+    assert not await redis.exists(keys.request("gone"))
+
+
 async def test_where_deltas_go_is_kept(redis: Redis, keys: Keys, records: Records) -> None:
     async def gateways() -> tuple[str, ...]:
         return (await records.get(["r1", "gone"]))["r1"].gateways

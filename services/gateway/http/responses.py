@@ -1,0 +1,190 @@
+"""Routes of stored responses: read, stream again, cancel, delete, and list the input."""
+
+import re
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Send
+
+from services.gateway.dialects.responses.answered import Answered
+from services.gateway.dialects.responses.items import listed_item
+from services.gateway.dialects.responses.resource import Head, resource, unanswered
+from services.gateway.dialects.responses.responses import ResponsesDialect, make_head, status_of
+from services.gateway.errors import CANCELLED
+from services.gateway.http.admission import Admission
+from services.gateway.http.answer import AnswerWriter
+from services.gateway.http.context import context_of
+from services.gateway.inflight.pipeline import Pipeline, StoredRequest
+from services.gateway.inflight.registry import OpenRequests
+from services.gateway.responses.ends import Ends
+from services.gateway.responses.session import ResponseSession
+from services.gateway.responses.store import ResponseStore, StoredHead, no_response, request_id_of
+from services.gateway.responses.turns import EarlierTurnsReader
+from shared.errors import invalid
+
+MAX_LISTED, DEFAULT_LISTED = 100, 20
+
+_NUMBER = re.compile(r"\d{1,15}")
+
+
+class StoredResponses(msgspec.Struct, frozen=True):
+    """Handlers of the routes."""
+
+    admission: Admission
+    pipeline: Pipeline
+    open_requests: OpenRequests
+    writer: AnswerWriter
+    dialect: ResponsesDialect
+    store: ResponseStore
+    turns: EarlierTurnsReader
+
+    @property
+    def ends(self) -> Ends:
+        """The ends of responses."""
+        return self.turns.ends
+
+    def session(self) -> ResponseSession:
+        """Return what one request of POST /v1/responses needs."""
+        return ResponseSession(self.dialect, self.writer, self.ends, self.turns)
+
+    async def retrieve(self, name: str, request: Request) -> Response:
+        """Return a response as it is now.
+
+        Raises:
+            RequestError: 404, there is none.
+        """
+        with self.admission.slot():
+            request_id, stored = await self._find(name, request)
+            found = await self.ends.find(request_id, stored)
+            return _json(_present(_head(request_id, stored), found))
+
+    async def stream(self, name: str, request: Request, receive: Receive, send: Send) -> None:
+        """Stream a response, behind the event that `starting_after` names.
+
+        Raises:
+            RequestError: 404, there is none; 400, no number.
+        """
+        after = _starting_after(request)
+        with self.admission.slot():
+            request_id, stored = await self._find(name, request)
+            found = await self.ends.find(request_id, stored)
+            dialect = msgspec.structs.replace(self.dialect, after=after)
+            session = ResponseSession(dialect, self.writer, self.ends, self.turns)
+            if isinstance(found, Answered):
+                await session.write_end(_head(request_id, stored), stored.form.logprobs, found, send, stream=True)
+                return
+            async with self.open_requests.rejoin(found, found.answer_format, True) as open_request:
+                await session.respond(open_request, context_of(request), receive, send)
+
+    async def cancel(self, name: str, request: Request) -> Response:
+        """Cancel a response; one that has ended stays as it is.
+
+        Raises:
+            RequestError: 404, there is none.
+        """
+        with self.admission.slot():
+            request_id, stored = await self._find(name, request)
+            found = await self.ends.find(request_id, stored)
+            if isinstance(found, StoredRequest):
+                # First, so that no reader finds a response that has ended without a reason.
+                end = Answered(cancelled=True)
+                await self.store.put_end(request_id, end)
+                await self.open_requests.cancel(found)
+                await self.pipeline.tell(found, CANCELLED)
+                found = end
+            return _json(_present(_head(request_id, stored), found))
+
+    async def delete(self, name: str, request: Request) -> Response:
+        """Delete a response; one that runs is cancelled.
+
+        Raises:
+            RequestError: 404, there is none.
+        """
+        with self.admission.slot():
+            request_id, stored = await self._find(name, request)
+            found = await self.ends.find(request_id, stored)
+            if isinstance(found, StoredRequest):
+                await self.open_requests.cancel(found)
+                await self.pipeline.tell(found, CANCELLED)
+            else:
+                await self.pipeline.drop(request_id)
+            await self.store.delete(request_id)
+            return _json({"id": name, "object": "response", "deleted": True})
+
+    async def input_items(self, name: str, request: Request) -> Response:
+        """List the input items of a response, newest first unless `order` is asc.
+
+        Raises:
+            RequestError: 404, there is none; 400, a parameter is malformed.
+        """
+        order, limit, after = _page(request)
+        with self.admission.slot():
+            request_id, _ = await self._find(name, request)
+            given = await self.store.items(request_id)
+        if given is None:
+            raise no_response(name)
+        raw: list[dict[str, Any]] = msgspec.json.decode(given)
+        items = [listed_item(item, f"{request_id}-{index}") for index, item in enumerate(raw)]
+        if order == "desc":
+            items.reverse()
+        if after is not None:
+            places = [index for index, item in enumerate(items) if item["id"] == after]
+            if not places:
+                raise invalid(f"`after`: {after!r:.70} is no item of this response.", "after")
+            items = items[places[0] + 1 :]
+        page = items[:limit]
+        ids = [item["id"] for item in page] or [None]
+        body = {"object": "list", "data": page, "first_id": ids[0], "last_id": ids[-1], "has_more": len(items) > limit}
+        return _json(body)
+
+    async def _find(self, name: str, request: Request) -> tuple[str, StoredHead]:
+        request_id = request_id_of(name)
+        stored = None if request_id is None else await self.store.head(request_id, context_of(request).owner)
+        if request_id is None or stored is None:
+            raise no_response(name)
+        return request_id, stored
+
+
+def is_stream(request: Request) -> bool:
+    """Return whether a GET asks for events.
+
+    Raises:
+        RequestError: 400, it says neither true nor false.
+    """
+    given = request.query_params.get("stream", "false").lower()
+    if given not in ("true", "false"):
+        raise invalid(f"`stream` must be true or false, not {given!r:.50}.", "stream")
+    return given == "true"
+
+
+def _head(request_id: str, stored: StoredHead) -> Head:
+    return make_head(request_id, stored.created, stored.form)
+
+
+def _present(head: Head, found: Answered | StoredRequest) -> dict[str, Any]:
+    return resource(head, found) if isinstance(found, Answered) else unanswered(head, status_of(found))
+
+
+def _starting_after(request: Request) -> int:
+    given = request.query_params.get("starting_after")
+    if given is None:
+        return -1
+    if not _NUMBER.fullmatch(given):
+        raise invalid("`starting_after` must be the sequence number of an event.", "starting_after")
+    return int(given)
+
+
+def _page(request: Request) -> tuple[str, int, str | None]:
+    order = request.query_params.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise invalid(f"`order` must be asc or desc, not {order!r:.50}.", "order")
+    limit = request.query_params.get("limit", str(DEFAULT_LISTED))
+    if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= MAX_LISTED:
+        raise invalid(f"`limit` must be a number from 1 to {MAX_LISTED}.", "limit")
+    return order, int(limit), request.query_params.get("after")
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

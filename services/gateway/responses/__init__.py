@@ -1,0 +1,1 @@
+"""Responses that are kept between requests, in Redis, so that any gateway can answer for them."""
