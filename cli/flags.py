@@ -136,6 +136,12 @@ def _parser() -> _Parser:
     listen.add_argument(
         "--api-key", dest="api_keys", action="append", metavar="KEY", help="required of clients; repeatable"
     )
+    listen.add_argument(
+        "--api-keys-file",
+        type=_file,
+        metavar="FILE",
+        help="keys with names, weights and limits, as JSON (docs/tenants.md); read again when it changes",
+    )
 
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-model-len", type=_count(1), metavar="TOKENS", help="prompt and answer together")
@@ -146,6 +152,12 @@ def _parser() -> _Parser:
     )
     limits.add_argument(
         "--max-queue", type=_count(1), metavar="N", help="requests waiting and running; more are told to come back"
+    )
+    limits.add_argument(
+        "--max-num-queued-tokens",
+        type=_count(1),
+        metavar="TOKENS",
+        help="of prompts whose answer has not begun; more are told to come back (unset: no limit)",
     )
     limits.add_argument(
         "--request-timeout",
@@ -285,6 +297,13 @@ def _directory(text: str) -> Path:
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory (models are read from disk, never downloaded)")
     return path
+
+
+def _file(text: str) -> str:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return str(path.absolute())
 
 
 def _count(low: int, high: int | None = None) -> Callable[[str], int]:

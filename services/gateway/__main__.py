@@ -46,6 +46,10 @@ from services.gateway.request.template import TemplateSource
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
 from services.gateway.templates.renderer import TemplateRenderer
+from services.gateway.tenants.keyring import Keyring
+from services.gateway.tenants.limiter import Ceilings, Limiter
+from services.gateway.tenants.metrics import TenantMetrics
+from services.gateway.tenants.slots import TenantSlots
 from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
@@ -86,17 +90,22 @@ def compose(
 
     Raises:
         CheckpointError: the model directory lacks a file that the gateway reads.
-        ConfigError: the URL of the blobs' Redis is malformed.
+        ConfigError: the URL of the blobs' Redis is malformed, or the key file is wrong.
     """
     keys = Keys(settings.namespace)
     metrics = GatewayMetrics(registry)
+    tenant_metrics = TenantMetrics(registry)
+    keyring = Keyring(settings.api_keys, settings.api_keys_file, tenant_metrics.reloads)
+    ceilings = Ceilings(settings.max_queue, settings.max_num_queued_tokens, settings.tenant_share)
+    limiter = Limiter(redis, keys, ceilings, tenant_metrics)
+    slots = TenantSlots(ceilings.share(settings.max_concurrency), tenant_metrics)
     admission = Admission(settings.max_concurrency, metrics.rejections)
     template = TemplateSource.load(Path(settings.model))
     parser = _parser(settings, template)
     blob_redis = connect_blobs(settings, redis)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
-    pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
+    pipeline = _pipeline(settings, redis, blob_redis, keys, address, limiter, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
     writer = AnswerWriter(_fingerprint(Path(settings.model)), settings.hold_headers_s)
@@ -127,9 +136,11 @@ def compose(
         templates=templates,
         grammars=grammars,
         open_requests=open_requests,
+        keyring=keyring,
+        limiter=limiter,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
-            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing),
+            Edge(app, keyring, slots, tenant_metrics, [*paths(app), *console.PATHS], metrics, tracing),
             listener,
             _connections(settings, metrics),
         ),
@@ -158,12 +169,18 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
 
 
 def _pipeline(
-    settings: GatewaySettings, redis: Redis, blob_redis: Redis, keys: Keys, address: str, metrics: GatewayMetrics
+    settings: GatewaySettings,
+    redis: Redis,
+    blob_redis: Redis,
+    keys: Keys,
+    address: str,
+    limiter: Limiter,
+    metrics: GatewayMetrics,
 ) -> Pipeline:
     options = PipelineOptions(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), metrics.rejections)
+    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), limiter, metrics.rejections)
 
 
 def _connections(settings: GatewaySettings, metrics: GatewayMetrics) -> Connections:

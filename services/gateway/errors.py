@@ -29,7 +29,9 @@ USAGE_AT_END = Failure(
     code="idempotency_key_reused",
 )
 UNEXPECTED = Failure(500, "The server failed to handle the request.", type="server_error", code="internal_error")
-UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
+UNAUTHORIZED = Failure(
+    401, "A valid API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY.", code="invalid_api_key"
+)
 
 
 def error_response(failure: Failure, headers: Mapping[str, str] | None = None) -> Response:

@@ -33,6 +33,9 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     # The model's names for clients, and no others; none: any name, and the checkpoint directory's in /v1/models.
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
+    api_keys_file: str = ""  # keys with names, weights and limits (docs/tenants.md); read again when it changes
+    # the most of max_concurrency, max_queue and max_num_queued_tokens that one key of the file may take.
+    tenant_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     # How many images and videos a prompt may have, history included; a kind that is not named keeps the limit of 100.
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429
@@ -54,6 +57,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
         600.0  # the longest time from arrival to the last token; the openai client's own default
     )
     max_queue: Positive = 4096  # requests in the pipeline, waiting and running; more are answered 429
+    # tokens of prompts whose answer has not begun, at all gateways; beyond it requests are answered 429. 0: no limit.
+    max_num_queued_tokens: Annotated[int, Meta(ge=0)] = 0
     submit_timeout_s: Seconds = 10.0  # how long Redis may take to accept a request; a restart takes one or two
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
     watch_s: Seconds = 3.0  # silence after which a request is looked up, for Redis may have lost it

@@ -39,6 +39,11 @@
     {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
                                              with the facts that all must agree on, and the versions it reads and writes
     {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner", the fencing token; "count" -> number of shards
+    {ns}:tenant:{name}               hash    gateway              gateway, CLI       kept; the name of an API key, or empty: all requests together
+                                             GCRA's times (requests, tokens, media: microseconds), queued (tokens), used:...
+    {ns}:tenant:{name}:open          hash    gateway              gateway            field deleted at its request's end, or when its place is needed
+                                             request id -> "tokens of its prompt while it waits:when it came in microseconds"
+    {ns}:tenant:{name}:open:swept    string  gateway              gateway            a second, for which ended requests are not looked for again
     {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
     {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
@@ -124,6 +129,13 @@ class Keys(msgspec.Struct, frozen=True):
 
     def shards(self) -> str:
         return f"{self.ns}:shards"
+
+    def tenant(self, name: str) -> str:
+        """Return the key of what a tenant uses. A name has no colon."""
+        return f"{self.ns}:tenant:{name}"
+
+    def tenant_open(self, name: str) -> str:
+        return f"{self.tenant(name)}:open"
 
     def leader(self, role: str) -> str:
         """Return the key of a leader election: one replica acts, the others stand by."""

@@ -74,7 +74,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
                 await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
-            metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
+            metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context), context.quota)
             if context.span is not None:
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)
