@@ -97,6 +97,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     reasoning_max_tokens: int | None = None  # thinking budget; None: unlimited
     grammar: Grammar | None = None  # None: any text
     allowed_token_ids: tuple[int, ...] = ()  # after the thinking, and no others; (): all
+    loop_repeats: int = 0  # copies of the same n-gram that close the thinking; 0: none do
+    loop_tokens: int = 0  # the longest such n-gram
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -21,14 +21,16 @@ from redis.asyncio import Redis
 
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
+from services.gateway.dialects.chat import ChatDialect
+from services.gateway.dialects.dialect import Dialect
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import Models, build_app, paths
 from services.gateway.http.body import BodyLimits
-from services.gateway.http.completions import ChatCompletions
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.edge import Edge
+from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
 from services.gateway.http.resume import Resumption
@@ -41,7 +43,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
-from services.gateway.request.sampling import OutputDefaults
+from services.gateway.request.sampling import ServerDefaults
 from services.gateway.request.template import TemplateSource
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
@@ -108,11 +110,12 @@ def compose(
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, limiter, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     open_requests = OpenRequests(limits, pipeline, metrics, time.time)
-    writer = AnswerWriter(_fingerprint(Path(settings.model)), settings.hold_headers_s)
+    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (ChatDialect(),)}
+    writer = AnswerWriter(dialects, _fingerprint(Path(settings.model)), settings.hold_headers_s)
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
     grammars = GrammarCheck(Path(settings.model), workers)
-    completions = ChatCompletions(
+    handler = RequestHandler(
         admission=admission,
         parser=parser,
         templates=templates,
@@ -127,7 +130,7 @@ def compose(
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
     resumption = Resumption(admission, pipeline, open_requests, writer)
-    app = build_app(completions, resumption, models, partial(readiness, redis, keys, admission))
+    app = build_app(handler, dialects.values(), resumption, models, partial(readiness, redis, keys, admission))
     observer = RequestObserver(redis, keys, settings.shards)
     app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
     return Gateway(
@@ -164,7 +167,12 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
         max_n=settings.max_n,
         max_model_len=settings.max_model_len,
         force_include_usage=settings.force_include_usage,
-        output_defaults=OutputDefaults(settings.tool_call_ends_reasoning, settings.force_nonempty_content),
+        server=ServerDefaults(
+            tool_call_ends_reasoning=settings.tool_call_ends_reasoning,
+            force_nonempty_content=settings.force_nonempty_content,
+            thinking_loop_repeats=settings.thinking_loop_repeats,
+            thinking_loop_tokens=settings.thinking_loop_tokens,
+        ),
     )
 
 

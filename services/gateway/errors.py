@@ -1,6 +1,6 @@
 """HTTP responses of errors: OpenAI's body, and the headers by which clients decide whether to retry."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from starlette.responses import Response
@@ -34,13 +34,20 @@ UNAUTHORIZED = Failure(
 )
 
 
-def error_response(failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the response of `failure`."""
+def openai_body(failure: Failure) -> bytes:
+    """Return the body of a failure, as OpenAI's clients read it."""
+    return msgspec.json.encode(failure.openai_body())
+
+
+def error_response(
+    failure: Failure, headers: Mapping[str, str] | None = None, body: Callable[[Failure], bytes] = openai_body
+) -> Response:
+    """Return the response of `failure`; `body` is how the API of the request writes it."""
     own = {"retry-after": str(RETRY_AFTER_S)} if failure.status in (429, 503) else {}
     if failure.status == 409:
         own["x-should-retry"] = "false"  # OpenAI's client retries every 409 otherwise
     return Response(
-        msgspec.json.encode(failure.openai_body()),
+        body(failure),
         failure.status,
         {**own, **(headers or {})},
         media_type="application/json",

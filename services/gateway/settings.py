@@ -6,6 +6,7 @@ from typing import Annotated
 from msgspec import Meta, field
 
 from services.gateway.request.model_names import MAX_CHARS, ModelNames
+from services.gateway.request.schemas import MAX_LOOP_REPEATS, MAX_LOOP_TOKENS
 from shared.config import CommonSettings, Port, Positive, variable
 from shared.errors import ConfigError
 from shared.messages import MediaKind
@@ -69,9 +70,16 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     trust_request_chat_template: bool = False  # let requests bring a chat template, which is rendered within limits
     tool_call_ends_reasoning: bool = False  # a call that begins in reasoning ends it, for requests that do not say
     force_nonempty_content: bool = False  # reasoning alone is sent as content too, for requests that do not say
+    # So many copies of the same tokens in a row, 48 tokens at least, close the thinking, for requests that do not say;
+    # 0: none do.
+    thinking_loop_repeats: Annotated[int, Meta(ge=0, le=MAX_LOOP_REPEATS)] = 0
+    # The longest such run of tokens, for requests that do not say.
+    thinking_loop_tokens: Annotated[int, Meta(ge=1, le=MAX_LOOP_TOKENS)] = 64
     force_include_usage: bool = False  # send the usage chunk to clients that did not ask
 
     def __post_init__(self) -> None:
+        if self.thinking_loop_repeats == 1:
+            raise ConfigError(f"{variable('thinking_loop_repeats')} is 1; it must be at least 2, or 0 for none")
         if not all(self.api_keys):
             raise ConfigError(f"{variable('api_keys')}: a key is empty, which would let everybody in; remove it")
         if self.max_body_bytes > self.max_bodies_bytes * LARGE_SHARE:

@@ -139,13 +139,15 @@ class StandIn:
             await tunnel.close()
 
         sending = asyncio.create_task(outward())
-        async for message in tunnel:
-            if message.type == WSMsgType.BINARY and message.data[0] == DATA:
-                writer.write(message.data[1:])
-                await writer.drain()
-        writer.close()
-        sending.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
+        try:
+            async for message in tunnel:
+                if message.type == WSMsgType.BINARY and message.data[0] == DATA:
+                    writer.write(message.data[1:])
+                    await writer.drain()
+        finally:  # also when the server ends first, which cancels this
+            writer.close()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
         return tunnel
 
 

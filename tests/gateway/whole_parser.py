@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from services.gateway.dialects.chat import ChatDialect
 from services.gateway.request.chat import Rendering, template_failure
 from services.gateway.request.parsed import ParsedRequest, RequestParser
 from services.gateway.request.template import Template, TemplateFailureError, TemplateSource
@@ -16,7 +17,7 @@ class WholeParser(RequestParser, frozen=True, kw_only=True):
 
     def parse(self, body: bytes) -> ParsedRequest:
         """Validate, render and tokenise a request."""
-        draft = self.read(body)
+        draft = self.read(ChatDialect().read(body))
         return self.finish(draft, render(self.template, draft.rendering))
 
 

@@ -193,6 +193,7 @@ class Engine:
             self._metrics.inter_token.observe(now - self._last_tokens_at)
         self._last_tokens_at = now if progress else None
         self._metrics.generation_tokens.inc(len(progress))
+        self._metrics.loops.inc(sum(sequence.loops_in_thinking for sequence in progress))
 
     def _count_plan(self, plan: Plan) -> None:
         metrics = self._metrics

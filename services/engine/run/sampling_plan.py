@@ -174,7 +174,9 @@ def _thinking(chunks: Ordered[Chunk]) -> Arrays:
         "call_ids": np.array(
             [-1 if budget.call_id is None else budget.call_id for _, _, budget in asked if budget], np.int64
         ),
-        "must_close": np.array([budget.exhausted(chunk.generated) for _, chunk, budget in asked if budget]),
+        "must_close": np.array(
+            [budget.exhausted(c.generated) or c.sequence.loops_in_thinking for _, c, budget in asked if budget]
+        ),
     }
 
 

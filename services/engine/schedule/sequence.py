@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from services.engine.schedule.blocks import ROOT, block_hash, root_hash
 from services.engine.schedule.grammar_state import GrammarState
+from services.engine.schedule.loops import LoopDetector
 from services.engine.schedule.positions import positions
 from services.engine.schedule.thinking import UNLIMITED, ThinkingBudget
 from services.engine.schedule.timeline import Timeline
@@ -93,6 +94,7 @@ class Sequence:
     think_close_id: int  # </think>
     thinking: bool  # inside an open <think>, of which a budget, a grammar or the allowed tokens depend
     budget: ThinkingBudget | None
+    loops: LoopDetector | None  # only where a loop of the thinking closes it
     seen: SeenTokens | None  # only where a penalty asks
     grammar: GrammarState | None = None  # of the answer after the thinking
     allowed: Bits | None = None  # tokens of which that consists; there is a grammar or these
@@ -140,6 +142,11 @@ class Sequence:
         return self.eos_ids if self.hides_stops else (*self.eos_ids, *self.sampling.stop_token_ids)
 
     @property
+    def loops_in_thinking(self) -> bool:
+        """True if the thinking goes round in circles, so that the next token closes it."""
+        return self.thinking and self.loops is not None and self.loops.found
+
+    @property
     def open_allowed(self) -> Bits | None:
         """The tokens that may come next, where only some may."""
         return None if self.thinking else self.allowed
@@ -155,6 +162,8 @@ class Sequence:
         self.num_tokens += 1
         if self.grammar is not None and not self.thinking:
             self.grammar.advance(token)
+        if self.loops is not None and self.thinking:
+            self.loops.add(token)
         if token == self.think_close_id:
             self.thinking = self.hides_stops = False
         if self.seen is not None:
@@ -272,6 +281,7 @@ def build(
         think_close_id=facts.think_close_id,
         thinking=budget is not None,
         budget=budget,
+        loops=LoopDetector(sampling.loop_repeats, sampling.loop_tokens) if sampling.loop_repeats and budget else None,
         seen=SeenTokens(prompt, len(tokens) - len(prompt)) if _penalised(sampling) else None,
         grammar=grammar,
         allowed=_bits(sampling.allowed_token_ids, model.vocab_size) if sampling.allowed_token_ids else None,
@@ -310,15 +320,16 @@ def _hides_stops(message: Generate) -> bool:
 def _budget(message: Generate, facts: EngineFacts) -> ThinkingBudget | None:
     """Return the request's thinking budget. A negative limit means unlimited, as in the reference server.
 
-    With a grammar or allowed tokens, or where a call ends the thinking, there is one without a limit: the answer must
-    not end inside the thinking.
+    With a grammar or allowed tokens, or where a call or a loop ends the thinking, there is one without a limit: the
+    answer must not end inside the thinking.
     """
     sampling, output = message.request.sampling, message.request.output
     limit = sampling.reasoning_max_tokens
     unlimited = limit is None or limit < 0
     restricted = sampling.grammar is not None or bool(sampling.allowed_token_ids)
+    loops = sampling.loop_repeats > 0
     closes = output.tools and (output.tool_call_ends_reasoning or sampling.grammar is not None)
-    if not output.thinking or (unlimited and not restricted and not closes):
+    if not output.thinking or (unlimited and not restricted and not closes and not loops):
         return None
     call_id = facts.tool_call_id if closes else None
     return ThinkingBudget(UNLIMITED if limit is None or limit < 0 else limit, facts.think_close_id, call_id)

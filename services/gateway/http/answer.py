@@ -3,31 +3,20 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from starlette.types import Receive, Send
 
+from services.gateway.dialects.collected import CollectedChoice
+from services.gateway.dialects.dialect import Dialect, Dialects, EventWriter
 from services.gateway.errors import RETRY_AFTER_S, error_response
 from services.gateway.http.context import RequestContext
-from services.gateway.http.openai import (
-    DONE,
-    AnswerHead,
-    ChunkWriter,
-    CollectedChoice,
-    EventIds,
-    NoEventIds,
-    completion_body,
-    error_event,
-    merge_text,
-    status_body,
-    total_usage,
-)
+from services.gateway.http.merge import merge_text
 from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
 from shared import log
-from shared.errors import Failure, RequestError, internal
-from shared.messages import Usage
+from shared.errors import Failure, RequestError
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -42,6 +31,7 @@ logger = log.logger(__name__)
 class AnswerWriter(msgspec.Struct, frozen=True):
     """Writer of answers."""
 
+    dialects: Dialects
     system_fingerprint: str
     hold_headers_s: float  # how long a stream's status may wait for its media to be accepted
 
@@ -63,7 +53,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             outcome = f"failed {error.failure.status}"
             # Unlike a request that was refused, this one has run; it would fail again, unless the status says "later".
             headers = {"x-should-retry": "false"} if error.failure.status != 503 else {}
-            await write_failure(error.failure, send, headers)
+            await write_failure(error.failure, send, headers, self._dialect(open_request).failure)
         finally:
             duration = round(time.time() - open_request.created, 3)
             fields = {
@@ -81,9 +71,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         Raises:
             RequestError: the request failed before anything was written.
         """
-        ids = EventIds(open_request.positions) if event_ids else NoEventIds()
         answer = (
-            self._write_stream(open_request, ids, send)
+            self._write_stream(open_request, event_ids, send)
             if open_request.stream
             else self._write_whole(open_request, send)
         )
@@ -102,13 +91,10 @@ class AnswerWriter(msgspec.Struct, frozen=True):
 
     async def write_unfinished(self, stored: StoredRequest, send: Send) -> None:
         """Write 202: the answer is not complete yet."""
-        await _write_json(send, status_body(self._head(stored)), 202, [_RETRY_AFTER])
+        body = self.dialects[stored.answer_format.dialect].unfinished(stored, self.system_fingerprint)
+        await _write_json(send, body, 202, [_RETRY_AFTER])
 
-    def _head(self, request: OpenRequest | StoredRequest) -> AnswerHead:
-        model = request.answer_format.model
-        return AnswerHead(f"chatcmpl-{request.id}", int(request.created), model, self.system_fingerprint)
-
-    async def _write_stream(self, open_request: OpenRequest, ids: EventIds | NoEventIds, send: Send) -> None:
+    async def _write_stream(self, open_request: OpenRequest, event_ids: bool, send: Send) -> None:
         """Write the answer as events. Media refused within `hold_headers_s` are a real 4xx, later an error event."""
         # Not asyncio.wait_for: on Python 3.11 it swallows the cancellation of a client that left if the event is set.
         with contextlib.suppress(TimeoutError):
@@ -116,59 +102,38 @@ class AnswerWriter(msgspec.Struct, frozen=True):
                 await open_request.accepted.wait()
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        answer = open_request.answer_format
-        head = self._head(open_request)
-        chunks = ChunkWriter(head, answer.n, answer.include_usage, answer.token_ids, answer.continuous_usage)
+        events = self._dialect(open_request).events(open_request, self.system_fingerprint, event_ids)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         if open_request.resumed:
             open_request.mark_client_has_id()
-        elif first := chunks.first_chunks(ids.line()):
+        elif first := events.begin():
             await _write(send, first)
             open_request.mark_client_has_id()
-        await self._write_deltas(open_request, chunks, ids, send)
-        await _write(send, _last_events(open_request, chunks), more=False)
+        await self._write_deltas(open_request, events, send)
+        await _write(send, events.end(open_request), more=False)
 
-    async def _write_deltas(
-        self, open_request: OpenRequest, chunks: ChunkWriter, ids: EventIds | NoEventIds, send: Send
-    ) -> None:
+    async def _write_deltas(self, open_request: OpenRequest, events: EventWriter, send: Send) -> None:
         while not open_request.done:
             deltas = merge_text(await open_request.next_deltas())
             if deltas:
-                events = (chunks.delta(index, one, ids, open_request.events_to_skip(index)) for index, one in deltas)
-                await _write(send, b"".join(events))
+                written = (events.delta(index, one, open_request.events_to_skip(index)) for index, one in deltas)
+                await _write(send, b"".join(written))
                 open_request.mark_client_has_id()
             elif not open_request.done:
-                await _write(send, ids.keep_alive)
+                await _write(send, events.keep_alive)
 
     async def _write_whole(self, open_request: OpenRequest, send: Send) -> None:
-        answer = open_request.answer_format
-        collected = [CollectedChoice() for _ in range(answer.n)]
+        collected = [CollectedChoice() for _ in open_request.choices]
         while not open_request.done:
             for index, delta in await open_request.next_deltas():
                 collected[index].add(delta)
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        choices = [each.as_json(index, answer.logprobs, answer.token_ids) for index, each in enumerate(collected)]
-        body = completion_body(self._head(open_request), choices, total_usage(_usages(open_request)))
+        body = self._dialect(open_request).whole(open_request, self.system_fingerprint, collected)
         await _write_json(send, body, 200, [])
 
-
-def _last_events(open_request: OpenRequest, chunks: ChunkWriter) -> bytes:
-    if open_request.failure is not None:
-        return error_event(open_request.failure) + DONE
-    if not open_request.answer_format.include_usage:
-        return DONE
-    try:
-        return chunks.usage(total_usage(_usages(open_request))) + DONE
-    except RequestError as error:
-        return error_event(error.failure) + DONE
-
-
-def _usages(open_request: OpenRequest) -> list[Usage]:
-    usages = [choice.usage for choice in open_request.choices if choice.usage is not None]
-    if len(usages) != len(open_request.choices):
-        raise internal("An answer ended without its usage.")
-    return usages
+    def _dialect(self, open_request: OpenRequest) -> Dialect:
+        return self.dialects[open_request.answer_format.dialect]
 
 
 async def _write(send: Send, body: bytes, more: bool = True) -> None:
@@ -186,8 +151,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def write_failure(failure: Failure, send: Send, headers: Mapping[str, str]) -> None:
+async def write_failure(
+    failure: Failure, send: Send, headers: Mapping[str, str], body: Callable[[Failure], bytes]
+) -> None:
     """Write a failure as the whole response."""
-    response = error_response(failure, headers)
+    response = error_response(failure, headers, body)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await _write(send, bytes(response.body), more=False)

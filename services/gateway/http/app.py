@@ -1,7 +1,7 @@
 """FastAPI application: the routes, and the responses to their errors."""
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure
-from services.gateway.http.completions import ChatCompletions
+from services.gateway.dialects.dialect import Dialect
+from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, error_response, http_failure, openai_body
+from services.gateway.http.handler import RequestHandler
 from services.gateway.http.resume import Resumption
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.schemas import ChatRequest
-from shared.errors import RequestError
+from shared.errors import Failure, RequestError
 
 OWNED_BY = "Baidu"
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
@@ -68,17 +68,18 @@ class DirectResponse(Response):
 
 
 def build_app(
-    completions: ChatCompletions, resumption: Resumption, served: Models, ready: Callable[[], Awaitable[dict[str, Any]]]
+    handler: RequestHandler,
+    dialects: Collection[Dialect],
+    resumption: Resumption,
+    served: Models,
+    ready: Callable[[], Awaitable[dict[str, Any]]],
 ) -> FastAPI:
     """Build the application; `ready` returns the report of the health routes."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    _add_errors(app)
+    _add_errors(app, dialects)
     _add_health(app, ready)
-    body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}, "required": True}
-
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
-    async def chat_completions(request: Request) -> Response:
-        return DirectResponse(partial(completions.handle, request))
+    for dialect in dialects:
+        _add_dialect(app, handler, dialect)
 
     @app.get("/v1/chat/completions/{name}/events")
     async def events(name: str, request: Request) -> Response:
@@ -96,8 +97,16 @@ def build_app(
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
-    _describe(app)
+    _describe(app, [dialect.schema for dialect in dialects])
     return app
+
+
+def _add_dialect(app: FastAPI, handler: RequestHandler, dialect: Dialect) -> None:
+    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{dialect.schema.__name__}"}}}}
+
+    @app.post(dialect.path, openapi_extra={"requestBody": {**body, "required": True}})
+    async def ask(request: Request) -> Response:
+        return DirectResponse(partial(handler.handle, dialect, request))
 
 
 def paths(app: FastAPI) -> list[str]:
@@ -119,35 +128,40 @@ def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) ->
         return _json(report, 503 if report["missing"] else 200)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, dialects: Iterable[Dialect]) -> None:
+    bodies = {dialect.path: dialect.failure for dialect in dialects}
+
+    def response(request: Request, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+        return error_response(failure, headers, bodies.get(request.url.path, openai_body))
+
     @app.exception_handler(RequestError)
-    async def refused(_request: Request, error: RequestError) -> Response:
-        return error_response(error.failure)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return response(request, error.failure)
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
         failure = http_failure(error.status_code, error.detail, request.method, request.url.path)
-        return error_response(failure, error.headers)
+        return response(request, failure, error.headers)
 
     @app.exception_handler(RedisError)
-    async def unreachable(_request: Request, _error: RedisError) -> Response:
-        return error_response(QUEUE_DOWN)
+    async def unreachable(request: Request, _error: RedisError) -> Response:
+        return response(request, QUEUE_DOWN)
 
     @app.exception_handler(OSError)
-    async def exhausted(_request: Request, error: OSError) -> Response:
+    async def exhausted(request: Request, error: OSError) -> Response:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise error
-        return error_response(NO_FILES)
+        return response(request, NO_FILES)
 
     @app.exception_handler(Exception)
-    async def unexpected(_request: Request, _error: Exception) -> Response:
-        return error_response(UNEXPECTED)
+    async def unexpected(request: Request, _error: Exception) -> Response:
+        return response(request, UNEXPECTED)
 
 
-def _describe(app: FastAPI) -> None:
-    """Add the schema of a chat request, which is a msgspec type, to FastAPI's description of the routes."""
+def _describe(app: FastAPI, schemas: Collection[type]) -> None:
+    """Add the schemas of bodies, which are msgspec types, to FastAPI's description of the routes."""
     described = app.openapi()
-    _, components = msgspec.json.schema_components([ChatRequest], ref_template="#/components/schemas/{name}")
+    _, components = msgspec.json.schema_components(schemas, ref_template="#/components/schemas/{name}")
     described.setdefault("components", {}).setdefault("schemas", {}).update(components)
     app.openapi_schema = described
 

@@ -12,7 +12,7 @@ import msgspec
 
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.tenants.limiter import Reservation
-from shared.errors import Failure
+from shared.errors import Failure, internal
 from shared.messages import Delta, Usage
 
 BEYOND_END = Failure(
@@ -170,6 +170,17 @@ class OpenRequest:
     def done(self) -> bool:
         """True once nothing more will arrive and everything that arrived was taken."""
         return not self._pending and (self.failure is not None or all(choice.ended for choice in self.choices))
+
+    def usages(self) -> list[Usage]:
+        """Return the usage of every choice of an answer that has ended.
+
+        Raises:
+            RequestError: 500, a choice ended without it.
+        """
+        usages = [choice.usage for choice in self.choices if choice.usage is not None]
+        if len(usages) != len(self.choices):
+            raise internal("An answer ended without its usage.")
+        return usages
 
     # --------------------------------------------------------------------------------------------- for the registry
 

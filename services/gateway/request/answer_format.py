@@ -19,6 +19,8 @@ class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     owner: str = ""  # digest of the API key; empty: the server has no keys, and everybody may read the answer
     key: str = ""  # digest of the Idempotency-Key; empty: none was given, so a disconnect cancels the request
     continuous_usage: bool = False  # in every chunk of a stream
+    dialect: str = ""  # name of the API in whose words the answer is written
+    kept: bytes = b""  # what that API's own part of the gateway wants to know of the request by then
 
 
 _encoder = msgspec.msgpack.Encoder()

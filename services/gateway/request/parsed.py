@@ -7,16 +7,13 @@ from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.chat import ChatFormat, Rendering
 from services.gateway.request.media import MediaItem, MediaRules
 from services.gateway.request.model_names import ModelNames
-from services.gateway.request.sampling import OutputDefaults, resolve_output, resolve_sampling
-from services.gateway.request.schemas import ChatRequest, decode_body, unknown_fields
+from services.gateway.request.sampling import ServerDefaults, resolve_output, resolve_sampling
+from services.gateway.request.statement import Statement
 from services.gateway.request.structured import tool_grammars
-from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from shared.limits import resolve_max_tokens
 from shared.messages import Grammar, Output, Sampling
 from shared.model.generation import GenerationDefaults
 from shared.model.tokenizer import Tokenizer
-
-MAX_WARNINGS = 8
 
 
 class ParsedRequest(msgspec.Struct, frozen=True):
@@ -35,6 +32,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     request_id: str | None = None  # the client's own, for headers and logs
     warnings: tuple[str, ...] = ()  # of what was ignored or replaced in the body
+    dialect: str = ""  # by which API it came
+    kept: bytes = b""  # what that needs to write the answer
 
     def answer_format(self, owner: str, key: str) -> AnswerFormat:
         """Return the format of its answer; `owner` and `key` are digests of the API key and the Idempotency-Key."""
@@ -47,6 +46,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
             owner=owner,
             key=key,
             continuous_usage=self.output.continuous_usage,
+            dialect=self.dialect,
+            kept=self.kept,
         )
 
 
@@ -54,10 +55,9 @@ class Draft(msgspec.Struct, frozen=True):
     """Request whose prompt is not rendered yet."""
 
     model: str
-    request: ChatRequest
+    stated: Statement
     media: list[MediaItem]
     rendering: Rendering
-    warnings: tuple[str, ...]
 
 
 class RequestParser(msgspec.Struct, frozen=True):
@@ -71,24 +71,22 @@ class RequestParser(msgspec.Struct, frozen=True):
     max_n: int
     max_model_len: int
     force_include_usage: bool
-    output_defaults: OutputDefaults = OutputDefaults()
+    server: ServerDefaults = ServerDefaults()
 
-    def read(self, body: bytes) -> Draft:
+    def read(self, stated: Statement) -> Draft:
         """Validate a request, up to the conversation that its prompt is rendered from.
 
         Raises:
             RequestError: 4xx naming the field and the limit.
         """
-        body = replace_lone_surrogates(body)
-        request = decode_body(body)
-        validate.check_supported(request)
+        request = stated.request
         model = self.names.resolve(request.model)
         validate.check_choices(request, self.max_n)
         validate.check_messages(request.messages)
         validate.check_tools(request)
         validate.check_template_kwargs(request)
         media = self.rules.extract(request)
-        return Draft(model, request, media, self.chat.prepare(request, media), _warnings(body))
+        return Draft(model, stated, media, self.chat.prepare(request, media))
 
     def finish(self, draft: Draft, rendered: str) -> ParsedRequest:
         """Tokenise the rendered prompt of a request, and resolve what depends on it.
@@ -96,17 +94,17 @@ class RequestParser(msgspec.Struct, frozen=True):
         Raises:
             RequestError: 4xx naming the field and the limit; 500, the checkpoint's template lost or invented media.
         """
-        request = draft.request
+        request = draft.stated.request
         prompt = self.chat.tokenise(draft.rendering, rendered, draft.media)
         each_tool = tool_grammars(request)
-        sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking)
+        sampling = resolve_sampling(request, self.defaults, self.tokenizer, prompt.thinking, self.server)
         options = request.stream_options
         return ParsedRequest(
             model=draft.model,
             segments=prompt.segments,
             media=tuple(draft.media),
             sampling=sampling,
-            output=resolve_output(request, prompt.thinking, self.output_defaults),
+            output=resolve_output(request, prompt.thinking, self.server),
             # With media the text is a lower bound of the prompt, so a text that is too long is refused here already.
             max_tokens=resolve_max_tokens(prompt.text_tokens(), sampling.max_tokens, self.max_model_len),
             n=request.n or 1,
@@ -115,17 +113,7 @@ class RequestParser(msgspec.Struct, frozen=True):
             tool_grammars=each_tool,
             cache_salt=request.cache_salt or "",
             request_id=request.request_id,
-            warnings=draft.warnings,
+            warnings=draft.stated.warnings,
+            dialect=draft.stated.dialect,
+            kept=draft.stated.kept,
         )
-
-
-def _warnings(body: bytes) -> tuple[str, ...]:
-    """Return a sentence for each field of a valid body that the answer does not follow as it was written."""
-    ignored = [f"{_quote(name)} is no field that this server knows; it is ignored" for name in unknown_fields(body)]
-    replaced = [f"{_quote(path)}: a lone surrogate was replaced by U+FFFD" for path in replaced_paths(body)]
-    return tuple([*ignored, *replaced][:MAX_WARNINGS])
-
-
-def _quote(path: str) -> str:
-    """Return a field's path as it may stand in a header."""
-    return f"`{path[:64].encode('unicode_escape').decode()}`"

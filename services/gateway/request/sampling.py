@@ -23,8 +23,21 @@ MIN_TOP_P = 1e-5  # top_p = 0 asks for the smallest nucleus, which is one token
 T = TypeVar("T", int, float, bool)
 
 
+class ServerDefaults(msgspec.Struct, frozen=True):
+    """Options of the server for requests that do not say."""
+
+    tool_call_ends_reasoning: bool = False
+    force_nonempty_content: bool = False
+    thinking_loop_repeats: int = 0
+    thinking_loop_tokens: int = 64
+
+
 def resolve_sampling(
-    request: ChatRequest, defaults: GenerationDefaults, tokenizer: Tokenizer, thinking: bool
+    request: ChatRequest,
+    defaults: GenerationDefaults,
+    tokenizer: Tokenizer,
+    thinking: bool,
+    server: ServerDefaults,
 ) -> Sampling:
     """Return the sampling parameters of the first choice; choice i adds i to the seed.
 
@@ -38,6 +51,7 @@ def resolve_sampling(
     if max_tokens is not None and min_tokens > max_tokens:
         raise invalid(f"`min_tokens` is {min_tokens}, more than the {max_tokens} tokens allowed.", "min_tokens")
     grammar = requested_grammar(request, tokenizer.control, thinking)
+    loop_repeats, loop_tokens = _loops(request, server) if thinking else (0, 0)
     allowed = _check_vocabulary(request.allowed_token_ids or [], tokenizer, "allowed_token_ids")
     if allowed and grammar is not None:
         text = f"`allowed_token_ids` and `{grammar.param}` cannot both be given."
@@ -61,17 +75,12 @@ def resolve_sampling(
         reasoning_max_tokens=budget if thinking else None,
         grammar=grammar,
         allowed_token_ids=allowed,
+        loop_repeats=loop_repeats,
+        loop_tokens=loop_tokens,
     )
 
 
-class OutputDefaults(msgspec.Struct, frozen=True):
-    """Options of the server for requests that do not say."""
-
-    tool_call_ends_reasoning: bool = False
-    force_nonempty_content: bool = False
-
-
-def resolve_output(request: ChatRequest, thinking: bool, defaults: OutputDefaults) -> Output:
+def resolve_output(request: ChatRequest, thinking: bool, defaults: ServerDefaults) -> Output:
     """Return the parameters by which postproc turns tokens into the answer."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     separate = request.separate_reasoning is not False
@@ -98,7 +107,15 @@ def resolve_output(request: ChatRequest, thinking: bool, defaults: OutputDefault
     )
 
 
-def _forces_content(request: ChatRequest, defaults: OutputDefaults) -> bool:
+def _loops(request: ChatRequest, server: ServerDefaults) -> tuple[int, int]:
+    """Return how many copies of how many tokens close the thinking; (0, 0): none do."""
+    repeats = _or_default(request.thinking_loop_repeats, server.thinking_loop_repeats)
+    if repeats == 1:
+        raise invalid("`thinking_loop_repeats` must be at least 2, or 0 for none.", "thinking_loop_repeats")
+    return (repeats, _or_default(request.thinking_loop_tokens, server.thinking_loop_tokens)) if repeats else (0, 0)
+
+
+def _forces_content(request: ChatRequest, defaults: ServerDefaults) -> bool:
     field = "force_nonempty_content"
     in_kwargs = read_switch(request.chat_template_kwargs or {}, field, "chat_template_kwargs")  # where vLLM has it
     return _or_default(request.force_nonempty_content, _or_default(in_kwargs, defaults.force_nonempty_content))

@@ -22,6 +22,8 @@ MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_BIASES = 1024
 MAX_ALLOWED_IDS = 8192
+MAX_LOOP_REPEATS = 1000
+MAX_LOOP_TOKENS = 1024
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
@@ -209,6 +211,10 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_max_tokens: Budget | None = None  # the most tokens of thinking; -1: no limit
     thinking_token_budget: Budget | None = None  # the same, as vLLM has it; 0: no thinking
     thinking_budget: Budget | None = None  # the same, as Qwen has it; 0: no thinking
+    # So many copies of the same tokens in a row, 48 tokens at least, close the thinking; 0: none do; else the server's
+    # default.
+    thinking_loop_repeats: Annotated[int, Meta(ge=0, le=MAX_LOOP_REPEATS)] | None = None
+    thinking_loop_tokens: Annotated[int, Meta(ge=1, le=MAX_LOOP_TOKENS)] | None = None  # the longest such run of tokens
     # Prefixes are shared within a salt only.
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID

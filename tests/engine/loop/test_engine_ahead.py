@@ -120,6 +120,7 @@ def test_who_ends_unexpectedly_has_one_row_too_many() -> None:
         {"frequency_penalty": 0.1},
         {"bad_words": ((5, 6),)},
         {"thinking": True, "reasoning_max_tokens": 4},
+        {"thinking": True, "loop_repeats": 2, "loop_tokens": 4},
     ],
 )
 def test_what_looks_back_samples_once_the_tokens_before_are_known(options: dict[str, Any]) -> None:

@@ -217,6 +217,22 @@ def test_an_end_inside_the_thinking_closes_it(model: ErnieModel) -> None:
     check("json", content(answer))
 
 
+def test_thinking_that_repeats_itself_is_closed_and_counted(model: ErnieModel) -> None:
+    """Any token on, and whatever the steps."""
+    asked = {
+        "reasoning_max_tokens": None,
+        "logit_bias": {97: 100.0},
+        "max_tokens": 60,
+        "loop_repeats": 2,
+        "loop_tokens": 9,
+    }
+    bench = run(model, [ask("none", **asked)])
+    assert bench.answer("0") == [97] * 48 + [THINK_CLOSE] + [97] * 11
+    assert bench.metric("thinking_loops_total") == 1
+    resumed = run(model, [ask("none", [97] * 30, **asked)], resumed=30)
+    assert [97] * 30 + resumed.answer("0") == bench.answer("0")
+
+
 # --------------------------------------------------------------------------------------------------- what else is asked
 
 

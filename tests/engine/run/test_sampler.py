@@ -437,10 +437,14 @@ ANY_TEXT = Grammar(forms.write(forms.regex("(.|\n)*"), thinking=True), "regex")
         ([30], row(t4=2.0), {"tools": True}, TOOL_CALL),
         ([30], row(t4=2.0), {"tools": True, "reasoning_max_tokens": 3}, TOOL_CALL),
         ([30], row(t4=2.0), {"tool_call_ends_reasoning": True}, TOOL_CALL),
+        # Thinking that goes round in circles is closed.
+        ([30, 31] * 24, row(t30=2.0), {"max_tokens": 99, "loop_repeats": 3, "loop_tokens": 2}, THINK_CLOSE),
+        ([30, 31] * 24, row(t30=2.0), {"max_tokens": 99, "loop_repeats": 3, "loop_tokens": 1}, 30),
+        ([30, 31] * 24, row(t30=2.0), {"max_tokens": 99}, 30),
     ],
 )
 def test_the_thinking_budget(generated: list[int], logits: Tensor, options: dict[str, object], expected: int) -> None:
-    made = sequence([5], generated, max_tokens=20, **{"thinking": True, **options})
+    made = sequence([5], generated, **{"max_tokens": 20, "thinking": True, **options})
     assert tokens(logits, [made]) == [expected]
     assert tokens(logits.repeat(2, 1), [made, sequence([5])]) == [expected, int(logits.argmax())]
 

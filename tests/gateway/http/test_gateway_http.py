@@ -637,7 +637,7 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = build_app(None, None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
@@ -650,7 +650,7 @@ async def test_the_end_of_file_descriptors_passes(number: int, status: int) -> N
     async def broken() -> dict[str, Any]:
         raise OSError(number, "secret")
 
-    app = build_app(None, None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")

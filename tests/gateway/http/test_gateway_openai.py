@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from services.gateway.http.openai import (
+from services.gateway.dialects.chat_events import (
     AnswerHead,
     ChunkWriter,
-    CollectedChoice,
-    EventIds,
-    NoEventIds,
+    choice_json,
     completion_body,
     error_event,
-    merge_text,
     quote,
     total_usage,
 )
+from services.gateway.dialects.collected import CollectedChoice
+from services.gateway.dialects.event_ids import EventIds, NoEventIds
+from services.gateway.http.merge import merge_text
 from services.gateway.inflight.request import StreamPosition
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, pack_ids
@@ -244,7 +244,7 @@ def answer(*deltas: Delta, **options: Any) -> dict[str, Any]:
     for delta in deltas:
         collected.add(delta)
     settings = {"with_logprobs": False, "with_ids": False, **options}
-    body = json.loads(completion_body(HEAD, [collected.as_json(0, **settings)], total_usage([USAGE])))
+    body = json.loads(completion_body(HEAD, [choice_json(collected, 0, **settings)], total_usage([USAGE])))
     ChatCompletion.model_validate(body)
     return dict(body["choices"][0])
 

@@ -11,7 +11,7 @@ from whole_parser import WholeParser
 
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.parsed import ParsedRequest
-from services.gateway.request.sampling import OutputDefaults
+from services.gateway.request.sampling import ServerDefaults
 from services.gateway.request.schemas import MAX_SEED, ChatRequest, StructuredOutputs, digest_body
 from services.gateway.request.surrogates import replace_lone_surrogates, replaced_paths
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
@@ -300,13 +300,21 @@ def test_what_is_shown_of_reasoning(parser: WholeParser) -> None:
 
 @pytest.mark.parametrize("field", ["tool_call_ends_reasoning", "force_nonempty_content"])
 def test_options_that_the_server_has_too(parser: WholeParser, field: str) -> None:
-    forcing = msgspec.structs.replace(parser, output_defaults=OutputDefaults(True, True))
+    forcing = msgspec.structs.replace(parser, server=ServerDefaults(True, True))
     for default, made in ((False, parser), (True, forcing)):
         assert getattr(parse(made).output, field) is default
         assert getattr(parse(made, **{field: None}).output, field) is default
         assert getattr(parse(made, **{field: not default}).output, field) is not default
     in_kwargs = parse(parser, chat_template_kwargs={"force_nonempty_content": True})
     assert in_kwargs.output.force_nonempty_content
+
+
+def test_the_servers_own_bound_on_loops(parser: WholeParser) -> None:
+    breaking = msgspec.structs.replace(parser, server=ServerDefaults(thinking_loop_repeats=3, thinking_loop_tokens=8))
+    assert parse(breaking).sampling.loop_repeats == 3
+    assert parse(breaking).sampling.loop_tokens == 8
+    assert parse(breaking, thinking_loop_repeats=0).sampling.loop_repeats == 0
+    assert parse(breaking, thinking_loop_repeats=5).sampling.loop_repeats == 5
 
 
 def test_unknown_fields_are_ignored_and_said(parser: WholeParser) -> None:

@@ -121,6 +121,8 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"top_logprobs": 3}, 400, "top_logprobs", "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "<= 20"),
     ({"reasoning_max_tokens": 0}, 400, "reasoning_max_tokens", "at least 1"),
+    ({"thinking_loop_repeats": 1}, 400, "thinking_loop_repeats", "at least 2"),
+    ({"thinking_loop_tokens": 1025}, 400, "thinking_loop_tokens", "<= 1024"),
     ({"reasoning_max_tokens": -2}, 400, "reasoning_max_tokens", ">= -1"),
     ({"n": 0}, 400, "n", ">= 1"),
     ({"n": 5}, 400, "n", "at most 4"),
@@ -334,6 +336,10 @@ def test_every_output_field_arrives(parser: WholeParser) -> None:
         ({"reasoning_max_tokens": -1}, {"reasoning_max_tokens": None}),
         ({"reasoning_max_tokens": 5, "enable_thinking": False}, {"reasoning_max_tokens": None}),
         ({"logprobs": True}, {"logprobs": 0}),
+        ({}, {"loop_repeats": 0, "loop_tokens": 0}),
+        ({"thinking_loop_repeats": 4}, {"loop_repeats": 4, "loop_tokens": 64}),
+        ({"thinking_loop_repeats": 4, "thinking_loop_tokens": 9}, {"loop_repeats": 4, "loop_tokens": 9}),
+        ({"thinking_loop_repeats": 4, "enable_thinking": False}, {"loop_repeats": 0, "loop_tokens": 0}),
     ],
 )
 def test_values_with_a_meaning_of_their_own(

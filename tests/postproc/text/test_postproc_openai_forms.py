@@ -9,14 +9,15 @@ from postproc_stand_in import BEGIN, StandIn, cut, every_byte, request
 from test_postproc_reasoning_calls import CALLS, THOUGHTS
 from test_postproc_tool_calls import NOT_CALLS, WELL
 
-from services.gateway.http.openai import (
+from services.gateway.dialects.chat_events import (
     AnswerHead,
     ChunkWriter,
-    CollectedChoice,
-    EventIds,
+    choice_json,
     completion_body,
     total_usage,
 )
+from services.gateway.dialects.collected import CollectedChoice
+from services.gateway.dialects.event_ids import EventIds
 from services.gateway.inflight.request import StreamPosition
 from services.postproc.text.answer import Answer, Parsers
 from services.postproc.text.detokenize import Vocabulary
@@ -64,7 +65,7 @@ def whole(deltas: list[Delta]) -> ChatCompletion:
     for delta in deltas:
         collected.add(delta)
     usage = total_usage([Usage(1, 1, 0, 0, 0, 0)])
-    choice = collected.as_json(0, with_logprobs=False, with_ids=False)
+    choice = choice_json(collected, 0, with_logprobs=False, with_ids=False)
     return ChatCompletion.model_validate_json(completion_body(HEAD, [choice], usage))
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, from admission to the last byte of the answer."""
+"""Requests for an answer, of any API, from admission to the last byte."""
 
 import asyncio
 import time
@@ -10,6 +10,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Send
 
+from services.gateway.dialects.dialect import Dialect
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
 from services.gateway.http.admission import Admission
@@ -36,8 +37,8 @@ INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other st
 T = TypeVar("T")
 
 
-class ChatCompletions(msgspec.Struct, frozen=True):
-    """Handler of the route."""
+class RequestHandler(msgspec.Struct, frozen=True):
+    """Handler of the routes that begin a request."""
 
     admission: Admission
     parser: RequestParser
@@ -52,7 +53,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
     # Held while a large body is decoded, which takes several times its bytes, and processor time that others wait for.
     decoding: asyncio.Lock
 
-    async def handle(self, request: Request, receive: Receive, send: Send) -> None:
+    async def handle(self, dialect: Dialect, request: Request, receive: Receive, send: Send) -> None:
         """Answer one request.
 
         Raises:
@@ -68,7 +69,7 @@ class ChatCompletions(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            parsed, key = await self._parse(body, request.headers, context.owner)
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
@@ -100,11 +101,11 @@ class ChatCompletions(msgspec.Struct, frozen=True):
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, body: bytes, headers: Mapping[str, str], owner: str
+        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
         def read() -> tuple[Draft, IdempotencyKey | None]:
             check_structure(body, self.max_text_bytes)
-            return self.parser.read(body), read_idempotency_key(headers, owner, body)
+            return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
 
         draft, key = await self._compute(len(body), read)
         rendered = await self.templates.render(draft.rendering)

@@ -1,17 +1,18 @@
-"""OpenAI's format of answers: deltas as the chunks of a stream, or as one JSON body.
+"""Answers of OpenAI's chat completions: deltas as the chunks of a stream, or as one JSON body.
 
 A chunk is a prefix made once per request, the escaped text, and a fixed suffix; nothing else is formatted per token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
 
-from services.gateway.inflight.request import StreamPosition
+from services.gateway.dialects.collected import CollectedCall, CollectedChoice, prompt_ids
+from services.gateway.dialects.event_ids import EventIds, NoEventIds
 from shared.errors import Failure
-from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, unpack_ids
+from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
 DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -40,41 +41,6 @@ def error_event(failure: Failure) -> bytes:
     return b"data: " + _one_line(body) + b"\n\n"
 
 
-def merge_text(deltas: Iterable[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
-    """Merge neighbouring deltas of plain text of the same choice, so that a stream that lags has less to write."""
-    merged: list[tuple[int, Delta]] = []
-    run: list[Delta] = []
-    for index, delta in deltas:
-        if run and not (index == merged[-1][0] and _joins(run[-1], delta)):
-            merged[-1] = (merged[-1][0], _join(run))
-            run = []
-        if not run:
-            merged.append((index, delta))
-        run.append(delta)
-    if run:
-        merged[-1] = (merged[-1][0], _join(run))
-    return merged
-
-
-def _joins(first: Delta, second: Delta) -> bool:
-    return _is_text(first) and _is_text(second) and bool(first.content) == bool(second.content)
-
-
-def _is_text(delta: Delta) -> bool:
-    """Return True for only reasoning or only content, and nothing that belongs to a single token."""
-    return bool(delta.reasoning) != bool(delta.content) and not (
-        delta.tool_calls or delta.logprobs or delta.token_ids or delta.prompt or delta.finish_reason or delta.failure
-    )
-
-
-def _join(run: list[Delta]) -> Delta:
-    if len(run) == 1:
-        return run[0]
-    return msgspec.structs.replace(
-        run[-1], reasoning="".join(d.reasoning for d in run), content="".join(d.content for d in run)
-    )
-
-
 class AnswerHead(msgspec.Struct, frozen=True):
     """Fields that every chunk of an answer repeats."""
 
@@ -82,48 +48,6 @@ class AnswerHead(msgspec.Struct, frozen=True):
     created: int
     model: str
     system_fingerprint: str
-
-
-class NoEventIds:
-    """Events of data alone, which also readers understand that take each line, or each event, for `data: `."""
-
-    # With the blank line, readers that cut the stream at blank lines do not take the next event for a comment.
-    keep_alive = b": keep-alive\n\n"
-
-    def line(self) -> bytes:
-        """Return nothing."""
-        return b""
-
-    def advance(self, _index: int, _delta: Delta, events: int) -> Iterator[bytes]:
-        """Return nothing for each event."""
-        return repeat(b"", events)
-
-
-class EventIds:
-    """Ids of a stream's events: the position, in each choice, of a reader that has read up to the event.
-
-    A position is `seq`, the number of the last delta. One delta may take several events; between them the position is
-    `start-seq-events`: the delta's start, its number, and how many of its events were read.
-    """
-
-    # Without a blank line: the openai client, once it has seen an id, takes one for the end of an empty event.
-    keep_alive = b": keep-alive\n"
-
-    def __init__(self, positions: Iterable[StreamPosition]) -> None:
-        """Begin where the stream begins for its reader."""
-        self._ids = [b"%d" % position.seq for position in positions]
-
-    def line(self) -> bytes:
-        """Return the `id` field of an event at the current position."""
-        return b"id: %b\n" % b".".join(self._ids)
-
-    def advance(self, index: int, delta: Delta, events: int) -> Iterator[bytes]:
-        """Yield the `id` field of each event of a delta of choice `index`."""
-        for event in range(1, events):
-            self._ids[index] = b"%d-%d-%d" % (delta.start, delta.seq, event)
-            yield self.line()
-        self._ids[index] = b"%d" % delta.seq
-        yield self.line()
 
 
 class ChunkWriter:
@@ -203,11 +127,6 @@ def _detailed(piece: bytes, delta: Delta) -> bytes:
     return piece + b'},"logprobs":' + shown + b',"finish_reason":null}]'
 
 
-def prompt_ids(delta: Delta) -> list[int] | None:
-    """Return the prompt's token ids; None from an engine of a release that does not send them."""
-    return unpack_ids(delta.prompt) if delta.prompt else None
-
-
 def _texts(delta: Delta) -> list[bytes]:
     pieces = []
     if delta.reasoning:
@@ -278,51 +197,26 @@ def total_usage(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-class CollectedChoice:
-    """One choice of an answer that is not streamed, assembled from its deltas."""
-
-    def __init__(self) -> None:
-        self._reasoning: list[str] = []
-        self._content: list[str] = []
-        self._calls: dict[int, dict[str, Any]] = {}
-        self._logprobs: list[ShownLogprob] = []
-        self._token_ids: list[int] = []
-        self._prompt_ids: list[int] | None = None
-        self._finish_reason: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Append the next delta."""
-        self._reasoning.append(delta.reasoning)
-        self._content.append(delta.content)
-        self._logprobs += delta.logprobs
-        self._token_ids += delta.token_ids
-        self._prompt_ids = self._prompt_ids or prompt_ids(delta)
-        self._finish_reason = delta.finish_reason or self._finish_reason
-        for piece in delta.tool_calls:
-            call = self._calls.setdefault(piece.index, {"id": piece.id, "name": piece.name, "arguments": []})
-            call["arguments"].append(piece.arguments)
-
-    def as_json(self, index: int, with_logprobs: bool, with_ids: bool) -> dict[str, Any]:
-        """Return the element of `choices`."""
-        content, reasoning = "".join(self._content), "".join(self._reasoning)
-        message: dict[str, Any] = {"role": "assistant", "content": content or (None if self._calls else "")}
-        if reasoning:
-            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        if self._calls:
-            message["tool_calls"] = [_call(self._calls[i]) for i in sorted(self._calls)]
-        if with_ids:
-            message |= {"prompt_token_ids": self._prompt_ids, "completion_token_ids": self._token_ids}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": logprobs(self._logprobs) if with_logprobs else None,
-            "finish_reason": self._finish_reason,
-        }
+def choice_json(collected: CollectedChoice, index: int, with_logprobs: bool, with_ids: bool) -> dict[str, Any]:
+    """Return the element of `choices`."""
+    content, reasoning, calls = collected.content, collected.reasoning, collected.calls
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+    if reasoning:
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    if calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+    if with_ids:
+        message |= {"prompt_token_ids": collected.prompt_ids, "completion_token_ids": collected.token_ids}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs(collected.logprobs) if with_logprobs else None,
+        "finish_reason": collected.finish_reason,
+    }
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    function = {"name": call["name"], "arguments": "".join(call["arguments"])}
-    return {"id": call["id"], "type": "function", "function": function}
+def _call(call: CollectedCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def completion_body(head: AnswerHead, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:

@@ -1,0 +1,1 @@
+"""APIs by which clients ask the same thing: each states a request, and its answer, in its own words."""
