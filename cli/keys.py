@@ -24,7 +24,7 @@ TITLES = ("requests", "refused", "prompt tokens", "answer tokens", "media bytes"
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a key has used since `since`, in unix seconds."""
+    """Amounts that a key has used since `since`, in unix seconds."""
 
     name: str
     open: int  # requests that wait or run

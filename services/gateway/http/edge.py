@@ -74,7 +74,7 @@ class Edge:
         try:
             caller = self._authenticate(scope, headers, context)
             if caller is not None:
-                context.owner, context.quota = caller.owner, Quota(caller.tenant)
+                context.owner, context.quota = caller.owner, Quota(caller.tenant, caller.share)
                 attach_context(scope, context)
                 await self._serve(scope, receive, send_named, context)
             else:

@@ -312,6 +312,7 @@ class Pipeline:
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
             cache_salt=parsed.cache_salt,
+            share=None if metadata.quota is None else metadata.quota.share,
         )
 
     def _shard(self, request_id: str) -> int:

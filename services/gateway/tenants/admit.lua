@@ -1,28 +1,18 @@
--- Admit the requests of one HTTP request, or refuse all by the first limit that they would break: by GCRA a minute (an
--- allowance is there at once and grows back evenly), or by the requests that are open.
+-- Admit the requests of one HTTP request, or refuse all by the first limit that they would break: of amounts a minute, by
+-- GCRA (an allowance is there at once and grows back evenly), or of the requests that are open.
 -- KEYS: (hash of a tenant, its open requests)...
 -- ARGV: prefix of records, limits and amounts as JSON (services/gateway/tenants/limiter.py)
 -- Returns {limit that refuses or '', number of its tenant from 1, ms until trying again makes sense, then of the first
 -- tenant: remaining requests, ms until there are all, remaining tokens, ms until there are all; -1 without a limit}.
 -- requires: tenant_hash
-local MINUTE = 60000000
 local STALE = 60000000 -- age at which an open request without a record has ended for certain
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
 local asked = cjson.decode(ARGV[2])
 local amounts = {requests = #asked.ids, tokens = asked.tokens, media = asked.media}
 
-local function rated(key, field, limit)
-  local arrival = math.max(now, number(key, field))
-  local interval = MINUTE / limit
-  local wait = arrival + math.min(amounts[field], limit) * interval - MINUTE - now
-  return wait, arrival + amounts[field] * interval
-end
-
 local function allowance(key, field, limit)
   if not limit then return -1, -1 end
-  local used = math.max(0, number(key, field) - now)
-  return math.max(0, math.floor((MINUTE - used) * limit / MINUTE)), math.ceil(used / 1000)
+  local level = level_of(key, field, limit)
+  return math.max(0, math.floor(limit - level)), math.ceil(level * MINUTE / limit / 1000)
 end
 
 -- Forget open requests whose answer has ended although no gateway has said so: theirs has died, or their client left.
@@ -48,8 +38,8 @@ end
 local function refused(key, open, limits)
   for _, field in ipairs({'requests', 'tokens', 'media'}) do
     if limits[field] and amounts[field] > 0 then
-      local wait = rated(key, field, limits[field])
-      if wait > 0 then return field, math.ceil(wait / 1000) end
+      local excess = level_of(key, field, limits[field]) + math.min(amounts[field], limits[field]) - limits[field]
+      if excess > 0 then return field, math.ceil(excess * MINUTE / limits[field] / 1000) end
     end
   end
   local limit = crowded(key, open, limits)
@@ -78,8 +68,7 @@ for i = 1, #KEYS, 2 do
   else
     for field, amount in pairs(amounts) do
       if limits[field] and amount > 0 then
-        local _, arrival = rated(key, field, limits[field])
-        redis.call('HSET', key, field, string.format('%.0f', arrival))
+        raise_level(key, field, limits[field], amount)
       end
     end
     for n, id in ipairs(asked.ids) do

@@ -8,7 +8,7 @@ Keys are random (`millrace keys new`), so a plain SHA-256 of one cannot be rever
 
 import hashlib
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,7 @@ MOST_KEYS = 1000  # tenants of one file, and so values of the label `key` in met
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
 Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[str, ...] = get_args(Priority)  # in the order of service
 Limit = Annotated[int, Meta(ge=1, le=10**12)]
 
 

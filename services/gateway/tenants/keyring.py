@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 from prometheus_client import Counter
 
-from services.gateway.tenants.key_file import Tenant, digest, parse
+from services.gateway.tenants.key_file import PRIORITIES, Tenant, digest, parse
 from shared.config import variable
 from shared.errors import ConfigError
 from shared.log import logger
+from shared.messages import Share
 
 _log = logger(__name__)
 
@@ -23,6 +24,7 @@ class Caller(msgspec.Struct, frozen=True):
 
     owner: str  # digest of its API key; empty: no key is needed
     tenant: Tenant | None = None  # None: the key is one of the settings, which has no limits
+    share: Share | None = None  # its place in the order of service; None: there is no key file
 
 
 class Keyring:
@@ -60,7 +62,7 @@ class Keyring:
         matches = [hmac.compare_digest(given, known) for known in self._plain]
         tenant = self._tenants.get(given)
         if tenant is not None or any(matches):
-            return Caller(given.hex(), tenant)
+            return Caller(given.hex(), tenant, None if self._path is None else _share(tenant))
         return None
 
     def reload(self) -> None:
@@ -80,6 +82,13 @@ class Keyring:
     def _count(self, outcome: str) -> None:
         if self._reloads is not None:
             self._reloads.labels(outcome).inc()
+
+
+def _share(tenant: Tenant | None) -> Share:
+    """Return a place in the order of service; all keys of the settings have one together."""
+    if tenant is None:
+        return Share("")
+    return Share(tenant.name, tenant.weight, PRIORITIES.index(tenant.priority))
 
 
 def _version(path: Path) -> _Version | None:

@@ -20,6 +20,7 @@ from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.retry import retry_until_available
 from shared.errors import Failure, RequestError
+from shared.messages import Share
 
 HERE = Path(__file__).parent
 EVERYONE = ""  # name of all requests together, with or without a tenant
@@ -37,6 +38,7 @@ class Quota(msgspec.Struct):
     """Tenant of an HTTP request, and the headers that tell its client of limits; the edge sends them."""
 
     tenant: Tenant | None = None
+    share: Share | None = None
     headers: dict[bytes, bytes] = {}
 
 

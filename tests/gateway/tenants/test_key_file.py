@@ -33,8 +33,8 @@ def test_an_entry_has_defaults() -> None:
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ([entry("")], "pattern"),
-        ([entry("a:b")], "pattern"),
+        ([entry("")], "regex"),
+        ([entry("a:b")], "regex"),
         ([entry(weight=0)], "weight"),
         ([entry(priority="urgent")], "urgent"),
         ([entry(limits={"requests": 1})], "requests"),

@@ -125,7 +125,7 @@ async def test_a_client_that_leaves_frees_its_place(server: Running, stages: Sta
     asked = ask(server, "bob", stream=True)
     request = await stages.request()
     assert await redis.hlen(keys.tenant_open("bob")) == 1
-    asked.cancel()
+    await (await asked).http_response.aclose()
     assert await stages.cancelled() == {request.id}
     await until_is(lambda: redis.hlen(keys.tenant_open("bob")), 0)
 
