@@ -64,6 +64,18 @@ def too_many(text: str) -> RequestError:
     return RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
 
 
+class TooLateError(RequestError):
+    """Refusal of a request that the engines would begin `wait_s` from now, after its deadline."""
+
+    def __init__(self, wait_s: float, rest_s: float) -> None:
+        text = (
+            f"The request would wait for {wait_s:.0f} s, by the requests that have ended lately, and has {rest_s:.0f} "
+            "s until its deadline."
+        )
+        super().__init__(Failure(503, text, type="server_error", code="deadline_unreachable"))
+        self.wait_s = wait_s
+
+
 def uploads_too_large(size: int, limit: int) -> Failure:
     """Return a 413: the uploads of one request exceed all that the server has for uploads."""
     text = (

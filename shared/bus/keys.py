@@ -137,6 +137,10 @@ class Keys(msgspec.Struct, frozen=True):
     def shards(self) -> str:
         return f"{self.ns}:shards"
 
+    def turn(self, stream: str, priority: int, name: str) -> str:
+        """Return the key of the entries of a tenant that wait for their turn."""
+        return f"{self.stream(stream)}:turn:{priority} {name}"
+
     def tenant(self, name: str) -> str:
         """Return the key of what a tenant uses. A name has no colon."""
         return f"{self.ns}:tenant:{name}"

@@ -12,7 +12,7 @@ from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, too_many, unknown_request, uploads_too_large
+from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, TooLateError, too_many, unknown_request, uploads_too_large
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.headers import IdempotencyKey
 from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, choice_id
@@ -21,6 +21,7 @@ from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.media import MediaItem
 from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.sampling import choice_seed
+from services.gateway.tenants.headers import retry_headers
 from services.gateway.tenants.limiter import Limiter, Quota
 from shared import log
 from shared.bus import keys
@@ -33,6 +34,7 @@ from shared.errors import ProtocolError, RequestError, unreadable
 from shared.messages import Attach, Encode, Generate, Media, Request, pack_ids
 
 UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
+MOST_RETRY_MS = 120_000  # clients give up where they are told to wait longer
 CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
 
 logger = log.logger(__name__)
@@ -112,7 +114,7 @@ class Pipeline:
             RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
         """
         async with self._submit_timeout():
-            await self._backlog.admit(parsed.n)
+            await self._admit_in_time(parsed.n, metadata)
             await self._reserve(open_request, parsed, metadata.quota)
             works = self._work_messages(open_request, parsed, metadata)
             uploads = _uploads(open_request, parsed)
@@ -125,6 +127,15 @@ class Pipeline:
             return earlier.request_ids[0]
         open_request.mark_submitted()
         return None
+
+    async def _admit_in_time(self, count: int, metadata: RequestMetadata) -> None:
+        rest_s = metadata.deadline - time.time()
+        try:
+            await self._backlog.admit(count, rest_s, None if metadata.quota is None else metadata.quota.share)
+        except TooLateError as late:
+            if metadata.quota is not None:
+                metadata.quota.headers.update(retry_headers(min(MOST_RETRY_MS, round(1000 * (late.wait_s - rest_s)))))
+            raise
 
     async def _reserve(self, open_request: OpenRequest, parsed: ParsedRequest, quota: Quota | None) -> None:
         ids = [choice.request_id for choice in open_request.choices]

@@ -27,6 +27,8 @@ local function enqueue(id, fields)
   ensure(list_of(place.queue), 'list')
   redis.call('RPUSH', list_of(place.queue), id .. '\n' .. k .. '\n' .. r)
   redis.call('ZADD', TURNS .. ':' .. place.class, 'NX', first_counter(place), place.queue)
+  redis.call('EXPIRE', list_of(place.queue), KEPT_S)
+  redis.call('EXPIRE', TURNS .. ':' .. place.class, KEPT_S)
 end
 
 -- Claim an entry that waits; nil if it does not any more.

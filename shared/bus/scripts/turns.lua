@@ -6,7 +6,7 @@
 -- the most of the answer. An answer costs twice as much a token; until it has ended, the mean of its tenant counts.
 --
 -- KEYS: work stream, ...
--- Keys beside the stream, all of them made again from it:
+-- Keys beside the stream, which expire, and for which nothing is lost when they are gone:
 --   STREAM:turns            hash: counter:QUEUE and mean:QUEUE of each tenant, served:CLASS: counter of the last served
 --   STREAM:turns:CLASS      zset: queues in which somebody waits, by counter
 --   STREAM:turn:QUEUE       list: "entry id, k, request id", first come first served; QUEUE is "CLASS name"
