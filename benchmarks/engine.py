@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import triton
 from prometheus_client import CollectorRegistry
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import engine_service
@@ -57,6 +56,7 @@ from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
 from shared.model.config import ModelConfig, VisionConfig
 from shared.model.config_file import Quantization
+from shared.model.drawn_weights import DrawnWeights
 
 PROFILED_STEPS = 8
 
@@ -102,28 +102,6 @@ CONFIG = ModelConfig(
         rope_theta=10000.0,
     ),
 )
-
-
-class Drawn:
-    """Stand-in for a checkpoint: every tensor that is asked for exists, and is drawn on the device where it is
-    needed."""
-
-    def __init__(self, device: torch.device, seed: int) -> None:
-        self._device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if "norm" in name:
-            return torch.ones(shape, device=self._device)
-        if name.endswith("bias"):
-            return torch.zeros(shape, device=self._device)
-        return torch.empty(shape, device=self._device).normal_(0, 0.02, generator=self._generator)
-
-    def has(self, name: str) -> bool:
-        return not name.startswith("lm_head")
-
-    def check_all_used(self, prefixes: tuple[str, ...]) -> None:
-        pass
 
 
 class Watch:
@@ -173,7 +151,7 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         chosen: Quantization | None = None if quantization == "none" else quantization
-        weights = load_weights(Drawn(device, seed=0), CONFIG, torch.bfloat16, device, chosen)  # type: ignore[arg-type]
+        weights = load_weights(DrawnWeights(device), CONFIG, torch.bfloat16, device, chosen)
         torch.cuda.synchronize()
         loaded = time.perf_counter()
         self.memory = {

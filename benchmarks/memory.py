@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.engine import CONFIG, Bench, Drawn
+from benchmarks.engine import CONFIG, Bench
 from benchmarks.steps import GENERATED
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches
 from services.mm_encoder.vision.encoder import Encoder
@@ -31,6 +31,7 @@ from services.mm_encoder.vision.memory import device_bytes
 from services.mm_encoder.vision.weights import load_weights
 from shared.errors import ConfigError
 from shared.messages import Sampling
+from shared.model.drawn_weights import DrawnWeights
 
 GIB = 2**30
 GRID = (1, 240, 272)  # 12,794,880 pixels: the largest image of FastDeploy's launch has 12,845,056
@@ -41,7 +42,7 @@ SEQUENCES, CONTEXT, SHARE = 32, 32_768, 0.9
 
 def tower(pipe: Connection) -> None:
     """Run the encoder's process: load, report that, and encode an image at each message; False ends it."""
-    weights = load_weights(Drawn(torch.device("cpu"), seed=1), CONFIG, "cuda")  # type: ignore[arg-type]
+    weights = load_weights(DrawnWeights(torch.device("cpu")), CONFIG, "cuda")
     encoder = Encoder(weights, CONFIG, "cuda", PASS, CLIP_MEAN, CLIP_STD)
     pixels = CONFIG.vision.in_channels * CONFIG.vision.patch_size**2
     rows = np.random.default_rng(0).integers(0, 256, (GRID[1] * GRID[2], pixels), np.uint8)

@@ -33,7 +33,7 @@ from llguidance import LLMatcher
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
-from benchmarks.engine import CONFIG, Drawn, Watch
+from benchmarks.engine import CONFIG, Watch
 from benchmarks.steps import GENERATED
 from benchmarks.vocabulary import write_tokenizer
 from services.engine.__main__ import operations
@@ -54,6 +54,8 @@ from shared.cpu_share import usable_cores
 from shared.grammar import forms
 from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Generate, Grammar, Output, Request, Sampling, pack_ids
+from shared.model.config_file import Quantization
+from shared.model.drawn_weights import DrawnWeights
 from shared.model.tokenizer import Tokenizer
 
 ROWS = (1, 8, 64)
@@ -144,9 +146,9 @@ class Bench:
         self._length = LENGTH[device]
         on_gpu = device == "cuda"
         config, dtype = (CONFIG, torch.bfloat16) if on_gpu else (SMALL, torch.float32)
-        quantization = "wint4" if on_gpu else None
+        quantization: Quantization | None = "wint4" if on_gpu else None
         where = torch.device(device)
-        weights = load_weights(Drawn(where, 0), config, dtype, where, quantization)  # type: ignore[arg-type]
+        weights = load_weights(DrawnWeights(where), config, dtype, where, quantization)
         self._settings = EngineSettings(
             redis_url="unix:///unused", model="unused", max_model_len=1024, max_num_seqs=max(ROWS),
             max_num_batched_tokens=16384, enable_prefix_caching=False,

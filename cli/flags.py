@@ -8,6 +8,7 @@ live in one place, the settings.
 import argparse
 import ipaddress
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from shared.errors import ConfigError
 
 PARSER = "ernie-45-vl-thinking"
 DEMO = Path("demo")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # FastDeploy's other flags: known and not supported yet, which deserves another message than "no such flag".
 _NOT_YET = """
@@ -142,6 +144,12 @@ def _parser() -> _Parser:
         metavar="FILE",
         help="keys with names, weights and limits, as JSON (docs/tenants.md); read again when it changes",
     )
+    listen.add_argument(
+        "--allowed-origins",
+        type=_json(list[str]),
+        metavar="JSON",
+        help='web pages that browsers may call the API from: ["https://chat.example.org"], or ["*"] (none)',
+    )
 
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-model-len", type=_count(1), metavar="TOKENS", help="prompt and answer together")
@@ -207,6 +215,11 @@ def _parser() -> _Parser:
 
     engine = parser.add_argument_group("the engine and the answer")
     engine.add_argument("--tensor-parallel-size", type=_count(1), metavar="N", help="only 1 as yet")
+    engine.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        help="dummy: weights drawn at random, for who measures; --model needs config.json and a tokenizer only (auto)",
+    )
     engine.add_argument(
         "--quantization",
         choices=("wint4", "wint8"),
@@ -294,6 +307,12 @@ def _sampling_class(name: str) -> str:
 
 def _directory(text: str) -> Path:
     path = Path(text)
+    if not path.exists() and _HUB_NAME.fullmatch(text):
+        name = text.partition("/")[2]
+        raise argparse.ArgumentTypeError(
+            f"{text} is no directory here. If it is a model on a hub, fetch it first, "
+            f"`hf download {text} --local-dir {name}`, and say --model {name}"
+        )
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory (models are read from disk, never downloaded)")
     return path

@@ -26,6 +26,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+LoadFormat = Literal["auto", "dummy"]
 HttpUrl = Annotated[str, Meta(pattern=r"^(https?://[^/@\s]+[^@\s]*)?$")]  # or empty; without a password
 
 

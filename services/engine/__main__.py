@@ -38,9 +38,12 @@ from shared.cpu_share import torch_threads
 from shared.errors import CheckpointError, ConfigError
 from shared.grammar.compiler import GrammarCompiler
 from shared.log import logger, warn_each
+from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig, load_model_config
 from shared.model.config_file import Quantization
+from shared.model.drawn_weights import DrawnWeights
 from shared.model.foreign_checkpoints import refuse_foreign
+from shared.model.tensor_source import TensorSource
 from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary
 from shared.reproducible import fix_order_of_sums
@@ -156,7 +159,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
     fix_order_of_sums(os.environ)
     ops = operations(where, settings.batch_invariant)
-    model = load_model(Path(settings.model), config, where, quantization(settings, config), ops)
+    model = load_model(weights_of(settings, where), config, where, quantization(settings, config), ops)
     if where == "cpu" and rows_depend_on_others(model.dtype):
         told = "this CPU rounds a row's sums by what is computed beside it"
         if settings.batch_invariant:
@@ -165,6 +168,20 @@ def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Run
             "%s, so that a seeded request may get another text in other company; see docs/guarantees.md", told
         )
     return runner_for(model, config, settings)
+
+
+def weights_of(settings: EngineSettings, where: str) -> TensorSource:
+    """Open the checkpoint, or draw weights in its place.
+
+    Raises:
+        CheckpointError: there are no weights, or not as they should be.
+    """
+    if settings.load_format == "dummy":
+        logger(__name__).warning("weights are drawn at random (load_format is dummy): answers mean nothing")
+        return DrawnWeights(torch.device(where))
+    checkpoint = Checkpoint(Path(settings.model))
+    warn_each(logger(__name__), checkpoint.warnings)
+    return checkpoint
 
 
 def quantization(settings: EngineSettings, config: ModelConfig) -> Quantization | None:

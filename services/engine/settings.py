@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from shared.config import CommonSettings, Count
+from shared.config import CommonSettings, Count, LoadFormat
 from shared.errors import ConfigError
 
 SamplingClass = Literal["base", "rejection"]
@@ -17,6 +17,8 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
         ConfigError: a value is out of its range, or two contradict each other; the message names them.
     """
 
+    # auto: weights as the checkpoint has them; dummy: drawn at random, which needs config and tokenizer only.
+    load_format: LoadFormat = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # the device; auto: the GPU where there is one
     tensor_parallel_size: int = 1  # devices for one model; only 1 as yet
     # How weights are quantised as they load; unset: as config.json asks, else as they are stored.
@@ -40,7 +42,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 
     def facts(self) -> dict[str, str]:
-        return {"quantization": self.quantization or "unset"}
+        return {"quantization": self.quantization or "unset", "load_format": self.load_format}
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size != 1:

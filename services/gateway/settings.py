@@ -37,6 +37,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     api_keys_file: str = ""  # keys with names, weights and limits (docs/tenants.md); read again when it changes
     # the most of max_concurrency, max_queue and max_num_queued_tokens that one key of the file may take.
     tenant_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    # Origins of web pages that browsers may call the API from (`https://chat.example.org`), `*` for all; none: no CORS.
+    allowed_origins: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     # How many images and videos a prompt may have, history included; a kind that is not named keeps the limit of 100.
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429

@@ -42,6 +42,7 @@ from shared.cpu_share import torch_threads
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
+from shared.model.drawn_weights import DrawnWeights
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.open_files import raise_file_limit
 from shared.reproducible import fix_order_of_sums
@@ -71,7 +72,10 @@ def build(
     settings.mm_processor_kwargs.check_model(model.vision)
     device = _device(settings.device)
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
-    weights = load_weights(Checkpoint(directory), model, device)
+    # Drawn on the CPU, where a tower's weights are hashed.
+    drawn = settings.load_format == "dummy"
+    source = DrawnWeights(torch.device("cpu")) if drawn else Checkpoint(directory)
+    weights = load_weights(source, model, device)
     normal = load_normalisation(directory)
     font, own = timestamps.font_file(directory)
     if not own:

@@ -8,7 +8,7 @@ from msgspec import Meta
 from PIL import Image
 
 from services.mm_encoder.media.processor_settings import ProcessorSettings
-from shared.config import CommonSettings, Count, Positive, variable
+from shared.config import CommonSettings, Count, LoadFormat, Positive, variable
 from shared.errors import ConfigError
 from shared.model.config import VisionConfig
 
@@ -22,6 +22,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
         ConfigError: a limit is above Pillow's own, or a network is malformed; the message names the setting.
     """
 
+    load_format: LoadFormat = "auto"  # auto: weights as the checkpoint has them; dummy: drawn at random
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()  # sizes of images, and frames of videos; see below
     device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
@@ -48,7 +49,8 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
         return max(self.tower_max_patches, image)
 
     def facts(self) -> dict[str, str]:
-        return {"mm_processor_kwargs": msgspec.json.encode(self.mm_processor_kwargs).decode()}
+        kwargs = msgspec.json.encode(self.mm_processor_kwargs).decode()
+        return {"mm_processor_kwargs": kwargs, "load_format": self.load_format}
 
     def __post_init__(self) -> None:
         if Image.MAX_IMAGE_PIXELS is not None and self.media_max_pixels > Image.MAX_IMAGE_PIXELS:

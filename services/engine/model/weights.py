@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,10 +14,9 @@ from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer, Weights
 from shared.errors import CheckpointError
-from shared.log import logger, warn_each
-from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
+from shared.model.tensor_source import TensorSource
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
@@ -26,17 +24,15 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def load_model(
-    directory: Path, config: ModelConfig, device: str, quantization: Quantization | None, ops: Ops
+    source: TensorSource, config: ModelConfig, device: str, quantization: Quantization | None, ops: Ops
 ) -> ErnieModel:
-    """The decoder of a model directory, in the checkpoint's dtype, ready to run on `device`.
+    """The decoder of a checkpoint, in the dtype of its configuration, ready to run on `device`.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is not expected; or
             the quantisation does not fit the model.
     """
-    checkpoint = Checkpoint(directory)
-    warn_each(logger(__name__), checkpoint.warnings)
-    weights = load_weights(checkpoint, config, dtype_of(config), torch.device(device), quantization)
+    weights = load_weights(source, config, dtype_of(config), torch.device(device), quantization)
     return ErnieModel(config, weights, ops)
 
 
@@ -51,7 +47,7 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
 
 
 def load_weights(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -84,7 +80,7 @@ def widths(quantization: Quantization | None) -> tuple[Bits | None, Bits | None]
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device

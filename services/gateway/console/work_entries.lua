@@ -2,7 +2,7 @@
 -- KEYS: stream
 -- ARGV: consumer group, max taken entries, max waiting entries, consumer that stands for what waits for its turn, known
 -- entry...
--- Returns {{entry, consumer, deliveries} of taken entries, waiting entries, {entry, message} of unknown ones}.
+-- Returns {{entry, consumer, unix ms of its delivery, deliveries} of taken entries, waiting entries, {entry, message} of unknown ones}.
 -- requires: consumer_group
 local known, new = {}, {}
 for i = 5, #ARGV do known[ARGV[i]] = true end
@@ -14,12 +14,14 @@ local function add(entry)
 end
 
 local found, taken, waiting = consumer_group(), {}, {}
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if found then
   for _, entry in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[2])) do
     if entry[2] == ARGV[4] then
       waiting[#waiting + 1] = entry[1]
     else
-      taken[#taken + 1] = {entry[1], entry[2], entry[4]}
+      taken[#taken + 1] = {entry[1], entry[2], now - entry[3], entry[4]}
     end
     local there = not known[entry[1]] and redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
     if there then add(there) end

@@ -2,7 +2,7 @@
 
 import msgspec
 from starlette.requests import Request
-from starlette.types import Scope
+from starlette.types import Scope, Send
 
 from services.gateway.tenants.limiter import Quota
 from shared.tracing import Span
@@ -20,6 +20,7 @@ class RequestContext(msgspec.Struct):
     request_id: str  # X-Request-ID
     owner: str  # digest of its API key; empty if the path needs none
     span: Span | None  # of a chat request that is traced
+    write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
     quota: Quota = msgspec.field(default_factory=Quota)  # its tenant, and headers about limits
     warnings: tuple[str, ...] = ()  # X-Millrace-Warning
 

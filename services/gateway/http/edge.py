@@ -9,12 +9,14 @@ from contextlib import ExitStack
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.console.routes import ASSETS
-from services.gateway.errors import UNAUTHORIZED, error_response
+from services.gateway.console import routes as console
+from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.http.protocol import HEALTH_PATHS
+from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reference import routes as reference
 from services.gateway.tenants.keyring import Caller, Keyring
 from services.gateway.tenants.limiter import Quota
 from services.gateway.tenants.metrics import TenantMetrics
@@ -24,9 +26,8 @@ from shared.log import logger
 from shared.tracing import OFF, Span, Tracing
 
 # All other paths need a key, including those that do not exist.
-OPEN_PATHS = HEALTH_PATHS | frozenset(ASSETS)
+OPEN_PATHS = HEALTH_PATHS | frozenset(console.ASSETS) | frozenset(reference.ASSETS)
 MODEL_PATH = "/v1/models/"
-CHAT_PATH = "/v1/chat/completions/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
@@ -45,6 +46,7 @@ class Edge:
         slots: TenantSlots,
         tenant_metrics: TenantMetrics,
         paths: Iterable[str],
+        bodies: FailureBodies,
         metrics: GatewayMetrics,
         tracing: Tracing = OFF,
     ) -> None:
@@ -54,14 +56,16 @@ class Edge:
         self._slots = slots
         self._tenant_metrics = tenant_metrics
         self._paths = frozenset(paths)
+        self._bodies = bodies
         self._metrics = metrics
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
+        scope["path"] = scope["path"].rstrip("/") or "/"  # both forms are one path, to the rules about keys too
         headers = Headers(scope=scope)
         span = self._start_span(scope, headers)
-        context = RequestContext(_request_id(headers), "", span)
+        context = RequestContext(_request_id(headers), "", span, send)
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:
@@ -78,7 +82,8 @@ class Edge:
                 attach_context(scope, context)
                 await self._serve(scope, receive, send_named, context)
             else:
-                await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"})(scope, receive, send_named)
+                form = self._bodies.of(scope["path"])
+                await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"}, form)(scope, receive, send_named)
         finally:
             method, path = _method(scope["method"]), self._metric_path(scope["path"])
             self._metrics.requests.labels(method, path, status).inc()
@@ -92,7 +97,8 @@ class Edge:
             try:
                 slot.enter_context(self._slots.slot(context.quota.tenant))
             except RequestError as error:
-                await error_response(error.failure)(scope, receive, send)
+                form = self._bodies.of(scope["path"])
+                await error_response(error.failure, None, form)(scope, receive, send)
                 return
             await self._app(scope, receive, send)
 
@@ -128,8 +134,10 @@ class Edge:
         """Return the path's name in the metrics: one of a bounded set, whatever clients request."""
         if path in self._paths:
             return path
-        if path.startswith(CHAT_PATH):
-            return CHAT_PATH + ("{name}/events" if path.endswith("/events") else "{name}")
+        for kept in KEPT:
+            if path.startswith(f"{kept.path}/"):
+                below = next((part for part in ("/events", "/cancel") if path.endswith(part)), "")
+                return f"{kept.path}/{{name}}{below}"
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 
@@ -150,7 +158,9 @@ def _headers(given: Sequence[tuple[bytes, bytes]], context: RequestContext) -> l
     limits = context.quota.headers
     kept = [pair for pair in given if pair[0] not in limits] if limits else given
     warnings = [(b"x-millrace-warning", text.encode()) for text in context.warnings]
-    return [*kept, (b"x-request-id", context.request_id.encode()), *limits.items(), *warnings]
+    request_id = context.request_id.encode()
+    # Under both names: OpenAI's clients read the first, Anthropic's the second.
+    return [*kept, (b"x-request-id", request_id), (b"request-id", request_id), *limits.items(), *warnings]
 
 
 def _method(method: str) -> str:

@@ -4,24 +4,15 @@
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shared.model.config import ModelConfig
+from shared.model.tensor_source import TensorSource
 
 PREFIXES = ("vision_model.", "model.resampler_model.")
-
-
-class TensorSource(Protocol):
-    """Interface of a checkpoint to the loader; `shared.model.checkpoint.Checkpoint` implements it."""
-
-    def get(self, name: str, shape: Sequence[int]) -> Tensor: ...
-
-    def check_all_used(self, prefixes: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
 -- Returns the earlier submission, or false.
 -- requires: typed
 -- requires: add_entry
+-- requires: note_entry
 local known = is_a('string', KEYS[1]) and redis.call('GET', KEYS[1])
 if known then
   local readable, earlier = pcall(cjson.decode, known)
@@ -18,9 +19,8 @@ end
 for i = 3, #KEYS do
   local id = string.sub(KEYS[i], #ARGV[3] + 1)
   local entry = add_entry(KEYS[2], ARGV[4], ARGV[2 * i + 2], id, ARGV[6])
-  redis.call(
-    'HSET', KEYS[i], 'request', ARGV[2 * i + 1], 'epoch', '0', 'gateways', ARGV[5], 'entry', KEYS[2] .. ' ' .. entry
-  )
+  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i + 1], 'epoch', '0', 'gateways', ARGV[5])
+  note_entry(KEYS[i], KEYS[2], entry)
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 return false

@@ -9,6 +9,7 @@ from oracle import Model, save_with_transformers
 from services.engine.kernels.ops import Ops
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_model
+from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 
 
@@ -30,4 +31,4 @@ def judge(saved: tuple[Path, Model]) -> Judge:
 
 @pytest.fixture(scope="session")
 def model(checkpoint_dir: Path) -> ErnieModel:
-    return load_model(checkpoint_dir, load_model_config(checkpoint_dir), "cpu", None, Ops())
+    return load_model(Checkpoint(checkpoint_dir), load_model_config(checkpoint_dir), "cpu", None, Ops())

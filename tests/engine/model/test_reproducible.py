@@ -15,6 +15,7 @@ from services.engine.kernels.ops import Ops
 from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_model
 from services.engine.run.rows import rows_depend_on_others
+from shared.model.checkpoint import Checkpoint
 from shared.model.config import Quantization, load_model_config
 
 pytestmark = pytest.mark.skipif(not has_reproducible_products(), reason="another processor than those tried")
@@ -50,7 +51,7 @@ def computed_among(model: ErnieModel, sequence: Paged, others: int, rng: random.
 
 def demo(directory: Path, dtype: Dtype, quantization: Quantization | None = None) -> ErnieModel:
     write_demo(directory, dtype=dtype)
-    return load_model(directory, load_model_config(directory), "cpu", quantization, Ops())
+    return load_model(Checkpoint(directory), load_model_config(directory), "cpu", quantization, Ops())
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cli.demo import hub_config
+from services.engine.__main__ import weights_of
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dense
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Weights
 from services.engine.model.weights import load_model, load_weights
+from services.engine.settings import EngineSettings
 from shared.errors import CheckpointError
+from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.config_file import Quantization
 
@@ -48,7 +51,7 @@ def rewritten(tensors: Tensors, source: Path, target: Path) -> Path:
 
 def load(directory: Path, quantization: Quantization | None = None, **changes: object) -> ErnieModel:
     config = replace(load_model_config(directory), **changes)
-    return load_model(directory, config, "cpu", quantization, Ops())
+    return load_model(Checkpoint(directory), config, "cpu", quantization, Ops())
 
 
 def tensors_of(part: object) -> list[Tensor]:
@@ -254,3 +257,19 @@ def test_every_tensor_is_read_once(model: ErnieModel) -> None:
     checkpoint = AnyShape()
     load_weights(checkpoint, model.config, torch.float32, torch.device("cpu"), None)  # type: ignore[arg-type]
     assert len(checkpoint.asked) == len(set(checkpoint.asked))
+
+
+def test_weights_that_are_drawn_need_no_checkpoint_and_are_the_same_again(checkpoint_dir: Path, tmp_path: Path) -> None:
+    shutil.copyfile(checkpoint_dir / "config.json", tmp_path / "config.json")
+    config = load_model_config(tmp_path)
+    settings = EngineSettings(redis_url="unix:///unused", model=str(tmp_path), load_format="dummy")
+    first, again = (load_model(weights_of(settings, "cpu"), config, "cpu", None, Ops()) for _ in range(2))
+    pairs = list(zip(tensors_of(first.weights), tensors_of(again.weights), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert bool((first.weights.norm == 1).all())
+    layer = first.weights.layers[0]
+    assert isinstance(layer.qkv, Tensor)
+    assert float(layer.qkv.float().std()) == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(layer.qkv[:32], layer.qkv[32:64])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        weights_of(replace(settings, load_format="auto"), "cpu")
