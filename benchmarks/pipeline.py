@@ -24,8 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,15 @@ class System:
     """Deployment of Redis, gateway and postproc as processes."""
 
     def __init__(
-        self, redis_server: RedisServer, model: Path, port: int, shards: int, postproc: str = "services.postproc"
+        self,
+        redis_server: RedisServer,
+        model: Path,
+        port: int,
+        shards: int,
+        postproc: str = "services.postproc",
+        gateway: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`gateway`: variables of the gateway alone."""
         self.port = port
         self.redis_url = redis_server.url
         common = {
@@ -69,7 +77,10 @@ class System:
             "MILLRACE_SHARDS": str(shards),
             "MILLRACE_LOG_LEVEL": "warning",
         }
-        gateway = {"MILLRACE_HOST": "127.0.0.1", "MILLRACE_PORT": str(port), "MILLRACE_MAX_CONCURRENCY": "4096"}
+        gateway = {
+            **{"MILLRACE_HOST": "127.0.0.1", "MILLRACE_PORT": str(port), "MILLRACE_MAX_CONCURRENCY": "4096"},
+            **gateway,
+        }
         self.processes = {
             "gateway": self._start("services.gateway", common | gateway),
             "postproc": self._start(postproc, common),

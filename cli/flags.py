@@ -139,6 +139,12 @@ def _parser() -> _Parser:
         "--api-key", dest="api_keys", action="append", metavar="KEY", help="required of clients; repeatable"
     )
     listen.add_argument(
+        "--api-keys-file",
+        type=_file,
+        metavar="FILE",
+        help="keys with names, weights and limits, as JSON (docs/tenants.md); read again when it changes",
+    )
+    listen.add_argument(
         "--allowed-origins",
         type=_json(list[str]),
         metavar="JSON",
@@ -154,6 +160,12 @@ def _parser() -> _Parser:
     )
     limits.add_argument(
         "--max-queue", type=_count(1), metavar="N", help="requests waiting and running; more are told to come back"
+    )
+    limits.add_argument(
+        "--max-num-queued-tokens",
+        type=_count(1),
+        metavar="TOKENS",
+        help="of prompts whose answer has not begun; more are told to come back (unset: no limit)",
     )
     limits.add_argument(
         "--request-timeout",
@@ -304,6 +316,13 @@ def _directory(text: str) -> Path:
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory (models are read from disk, never downloaded)")
     return path
+
+
+def _file(text: str) -> str:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return str(path.absolute())
 
 
 def _count(low: int, high: int | None = None) -> Callable[[str], int]:

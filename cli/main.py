@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:  # of a library: this is a plain source tre
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace check DIR [--json]
        millrace top | status | autoscale [flags]
+       millrace keys new | hash | usage [flags]
        millrace quarantine list | show | retry | drop [entries]
        millrace --version
 
@@ -24,6 +25,7 @@ USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
   check      say what a model directory would be served as, from headers only; the exit status says whether it will be
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
+  keys       make API keys for a key file, and see what each has used
   quarantine look at requests that crashed replica after replica, run them again or drop them
   autoscale  scale a deployment on Kubernetes by the work that waits in it
 
@@ -121,6 +123,12 @@ def _quarantine(words: Sequence[str]) -> int:
     return main(words, os.environ)
 
 
+def _keys(words: Sequence[str]) -> int:
+    from cli.keys import main
+
+    return main(words, os.environ)
+
+
 def _top(words: Sequence[str]) -> int:
     from cli.top import main
 
@@ -138,6 +146,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "check": _check,
     "top": _top,
     "status": _status,
+    "keys": _keys,
     "quarantine": _quarantine,
     "autoscale": _autoscale,
     "--version": _version,

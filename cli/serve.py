@@ -120,13 +120,17 @@ def describe(service: str, replica: leases.Replica | None) -> str:
     return f"{service} {replica.load.get(HELD[service], 0):g}"
 
 
+def _asks_for_keys(environ: Mapping[str, str]) -> bool:
+    return environ.get(variable("api_keys"), "[]") != "[]" or bool(environ.get(variable("api_keys_file")))
+
+
 class System:
     """Running processes of one launch."""
 
     def __init__(self, launch: Launch, redis: RedisServer | None, environs: dict[str, dict[str, str]]) -> None:
         common = settings_of(environs["gateway"])
         self._launch = launch
-        self._has_keys = environs["gateway"].get(variable("api_keys"), "[]") != "[]"
+        self._has_keys = _asks_for_keys(environs["gateway"])
         self._metrics_host = environs["gateway"][variable("metrics_host")]
         self._metrics = environs["gateway"][METRICS_DIRECTORY]
         self._redis = redis

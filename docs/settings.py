@@ -67,6 +67,7 @@ CHART = {
     "port": "8180",
     "served_model_names": "`model.name`",
     "api_keys": "`apiKeys`",
+    "api_keys_file": "`apiKeysFile.*`",
     "device": "`SERVICE.gpus`",
     "crash_at": "",
 }

@@ -40,6 +40,9 @@ from shared.message_versions import OLDEST, VERSION, WRITES, translate
 MediaKind = Literal["image", "video"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+# What an entry of `encode` costs its tenant; how large its media are is known only when they have been fetched.
+MEDIA_COST: Mapping[MediaKind, int] = {"image": 1, "video": 16}
+
 T = TypeVar("T")
 
 
@@ -126,6 +129,18 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     first_usage: bool = False  # the first delta has the usage so far: that of the prompt is known by then
 
 
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """Tenant of a request and its place among others, part of Request; see shared/bus/scripts/turns.lua."""
+
+    name: str
+    weight: float = 1.0
+    priority: int = 1  # class: 0 is served first, then 1, then 2
+
+    def place(self, cost: int, most: int) -> bytes:
+        """Return the field k of an entry that costs so much, and `most` tokens of an answer at most."""
+        return f"{self.priority} {self.weight:.6g} {cost} {most} {self.name}".encode()
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """Request for one choice of one HTTP request; with n > 1 each choice is a Request of its own.
 
@@ -143,6 +158,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
     cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
+    share: Share | None = None  # None: requests are served in the order of their arrival
     http_id: str = ""  # X-Request-ID of the HTTP request: the client's own, or the gateway's
 
     @property
@@ -438,7 +454,19 @@ def to_entry(message: Message) -> dict[bytes, bytes]:
     """Return the fields of a stream entry that carries `message`, in the version that everybody reads."""
     version, data = _encode(message)
     entry = {b"v": b"%d" % version, b"m": data}
-    return {**entry, b"r": message.request.id.encode()} if isinstance(message, Encode | Generate) else entry
+    if not isinstance(message, Encode | Generate):
+        return entry
+    entry[b"r"] = message.request.id.encode()
+    if message.request.share is not None:
+        entry[b"k"] = message.request.share.place(*_cost(message))
+    return entry
+
+
+def _cost(message: Encode | Generate) -> tuple[int, int]:
+    """Return what serving an entry costs its tenant, and the most tokens that its answer has."""
+    if isinstance(message, Encode):
+        return sum(MEDIA_COST[media.kind] for media in message.media), 0
+    return len(message.prompt) // 4, message.max_tokens
 
 
 def from_entry(fields: Mapping[bytes, bytes]) -> Message:

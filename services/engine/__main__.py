@@ -118,10 +118,11 @@ def compose(
         grammars=Grammars(compile_grammar),
         metrics=metrics,
         capacity=settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
+        max_num_seqs=settings.max_num_seqs,
         claim_every_s=settings.lease_ms / 1000 / CLAIMS_PER_LEASE,
         tracing=tracing,
     )
-    outbox = Outbox(redis, keys, handler.finished)
+    outbox = Outbox(redis, keys, handler.finished, handler.begun)
     watch = unwatched if watchdog is None else watchdog.watch
 
     def run(loaded: tuple[Runner, int]) -> None:

@@ -63,6 +63,10 @@ from services.gateway.responses.turns import EarlierTurnsReader
 from services.gateway.service import SERVICE, Gateway
 from services.gateway.settings import GatewaySettings
 from services.gateway.templates.renderer import TemplateRenderer
+from services.gateway.tenants.keyring import Keyring
+from services.gateway.tenants.limiter import Ceilings, Limiter
+from services.gateway.tenants.metrics import TenantMetrics
+from services.gateway.tenants.slots import TenantSlots
 from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
@@ -103,17 +107,22 @@ def compose(
 
     Raises:
         CheckpointError: the model directory lacks a file that the gateway reads.
-        ConfigError: the URL of the blobs' Redis is malformed.
+        ConfigError: the URL of the blobs' Redis is malformed, or the key file is wrong.
     """
     keys = Keys(settings.namespace)
     metrics = GatewayMetrics(registry)
+    tenant_metrics = TenantMetrics(registry)
+    keyring = Keyring(settings.api_keys, settings.api_keys_file, tenant_metrics.reloads)
+    ceilings = Ceilings(settings.max_queue, settings.max_num_queued_tokens, settings.tenant_share)
+    limiter = Limiter(redis, keys, ceilings, tenant_metrics)
+    slots = TenantSlots(ceilings.share(settings.max_concurrency), tenant_metrics)
     admission = Admission(settings.max_concurrency, metrics.rejections)
     template = TemplateSource.load(Path(settings.model))
     parser = _parser(settings, template)
     blob_redis = connect_blobs(settings, redis)
     # New with every process, so that no answer to a predecessor's requests is read as ours.
     address = f"{settings.name}.{secrets.token_hex(4)}"
-    pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
+    pipeline = _pipeline(settings, redis, blob_redis, keys, address, limiter, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     responses_dialect = ResponsesDialect(parser.defaults, settings.responses_keep_s, _response_limit(settings))
     dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (*_dialects(parser), responses_dialect)}
@@ -170,13 +179,15 @@ def compose(
     app.router.routes += console.routes(console.Console(redis, keys, observer, media, blob_redis))
     app.router.routes += reference.routes()
     known = [*paths(app), *console.PATHS, *reference.ASSETS]
-    edge = Edge(app, settings.api_keys, known, bodies, metrics, tracing)
+    edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, tracing)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
         templates=templates,
         grammars=grammars,
         open_requests=open_requests,
+        keyring=keyring,
+        limiter=limiter,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
             allow_origins(edge, settings.allowed_origins),
@@ -232,12 +243,18 @@ def _limits(settings: GatewaySettings) -> RequestLimits:
 
 
 def _pipeline(
-    settings: GatewaySettings, redis: Redis, blob_redis: Redis, keys: Keys, address: str, metrics: GatewayMetrics
+    settings: GatewaySettings,
+    redis: Redis,
+    blob_redis: Redis,
+    keys: Keys,
+    address: str,
+    limiter: Limiter,
+    metrics: GatewayMetrics,
 ) -> Pipeline:
     options = PipelineOptions(address, settings.shards, settings.retain_s, settings.submit_timeout_s)
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), metrics.rejections)
+    return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), limiter, metrics.rejections)
 
 
 def _response_limit(settings: GatewaySettings) -> int:

@@ -36,7 +36,9 @@ USAGE_AT_END = Failure(
 )
 CANCELLED = Failure(409, "The response was cancelled.", code="response_cancelled")
 UNEXPECTED = Failure(500, "The server failed to handle the request.", type="server_error", code="internal_error")
-UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
+UNAUTHORIZED = Failure(
+    401, "A valid API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY.", code="invalid_api_key"
+)
 
 
 FailureBody = Callable[[Failure], bytes]
@@ -81,6 +83,18 @@ def unknown_request(name: str) -> RequestError:
 def too_many(text: str) -> RequestError:
     """Return a 429: the request would be accepted a little later."""
     return RequestError(Failure(429, text, type="rate_limit_error", code="rate_limit_exceeded"))
+
+
+class TooLateError(RequestError):
+    """Refusal of a request that the engines would begin `wait_s` from now, after its deadline."""
+
+    def __init__(self, wait_s: float, rest_s: float) -> None:
+        text = (
+            f"The request would wait for {wait_s:.0f} s, by the requests that have ended lately, and has {rest_s:.0f} "
+            "s until its deadline."
+        )
+        super().__init__(Failure(503, text, type="server_error", code="deadline_unreachable"))
+        self.wait_s = wait_s
 
 
 def uploads_too_large(size: int, limit: int) -> Failure:

@@ -54,11 +54,13 @@ class GatewayMetrics:
         )
         self.rejections = Counter(
             "millrace_admission_rejections",
-            "Chat requests refused: too many here, too many bytes of them, too much in the pipeline, or shutting down",
+            "Requests refused: too many here, too many bytes of them, too many in the pipeline, too late, draining",
             ("reason",),
             registry=registry,
         )
-        at_zero(self.rejections, "max_concurrency", "max_queue", "max_bodies_bytes", "upload_budget", "draining")
+        at_zero(
+            self.rejections, "max_concurrency", "max_queue", "max_bodies_bytes", "upload_budget", "deadline", "draining"
+        )
         self.body_bytes = Gauge(
             "millrace_request_body_bytes",
             "Bytes of chat requests that are being read, decoded or stored",

@@ -14,6 +14,8 @@ from services.gateway.inflight.inbox import Inbox
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.templates.renderer import TemplateRenderer
+from services.gateway.tenants.keyring import Keyring
+from services.gateway.tenants.limiter import Limiter
 from shared import log
 
 SERVICE = "gateway"
@@ -34,6 +36,8 @@ class Gateway:
         templates: TemplateRenderer,
         grammars: GrammarCheck,
         open_requests: OpenRequests,
+        keyring: Keyring,
+        limiter: Limiter,
         inbox: Inbox,
         server: Server,
         metrics: GatewayMetrics,
@@ -42,14 +46,16 @@ class Gateway:
     ) -> None:
         """Assemble the service.
 
-        `own_clients` are closed with it. `tick_s` is the interval between checks of deadlines and silent streams,
-        `watch_s` that between checks that Redis still has the open requests.
+        `own_clients` are closed with it. `tick_s` is the interval between checks of deadlines, silent streams and the
+        key file, `watch_s` that between checks that Redis still has the open requests.
         """
         self._own_clients = own_clients
         self._admission = admission
         self._templates = templates
         self._grammars = grammars
         self._open_requests = open_requests
+        self._keyring = keyring
+        self._limiter = limiter
         self._inbox = inbox
         self._server = server
         self._metrics = metrics
@@ -67,6 +73,7 @@ class Gateway:
         await self._templates.start()
         await self._inbox.create()
         work = {"inbox": self._inbox.run(), "watch": self._inbox.watch(self._watch_s), "clock": self._tick()}
+        work["limiter"] = self._limiter.run()
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
         self._serving = asyncio.create_task(self._server.run_until_stopped(), name="server")
         self._tasks.append(self._serving)
@@ -88,6 +95,10 @@ class Gateway:
         self._server.should_exit = True
         if self._serving is not None:
             await asyncio.wait([self._serving], timeout=2 * CLOSE_S)
+        try:
+            await self._limiter.flush()
+        except RedisError as error:
+            logger.warning("what tenants have used last is not counted", extra={"error": str(error)})
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -108,6 +119,7 @@ class Gateway:
         while True:
             await asyncio.sleep(self._tick_s)
             self._open_requests.tick()
+            self._keyring.reload()
 
     async def _unless_failed(self, waiting: Coroutine[object, object, object]) -> None:
         """Wait for `waiting`, unless one of our tasks fails or ends first.

@@ -34,6 +34,9 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     # The model's names for clients, and no others; none: any name, and the checkpoint directory's in /v1/models.
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
+    api_keys_file: str = ""  # keys with names, weights and limits (docs/tenants.md); read again when it changes
+    # the most of max_concurrency, max_queue and max_num_queued_tokens that one key of the file may take.
+    tenant_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     # Origins of web pages that browsers may call the API from (`https://chat.example.org`), `*` for all; none: no CORS.
     allowed_origins: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     # How many images and videos a prompt may have, history included; a kind that is not named keeps the limit of 100.
@@ -57,6 +60,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
         600.0  # the longest time from arrival to the last token; the openai client's own default
     )
     max_queue: Positive = 4096  # requests in the pipeline, waiting and running; more are answered 429
+    # tokens of prompts whose answer has not begun, at all gateways; beyond it requests are answered 429. 0: no limit.
+    max_num_queued_tokens: Annotated[int, Meta(ge=0)] = 0
     submit_timeout_s: Seconds = 10.0  # how long Redis may take to accept a request; a restart takes one or two
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
     # how long a response of /v1/responses is kept after it was used last

@@ -34,6 +34,11 @@ class RunningRequest:
         return self.message.request.id
 
     @property
+    def tokens(self) -> int | None:
+        """None: what an encoder does has been charged before."""
+        return None
+
+    @property
     def uploads(self) -> list[str]:
         """Keys of the blobs that clients uploaded with the request."""
         return [media.blob for media in self.message.media if media.blob is not None]

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from shared.bus.keys import Keys
-from shared.bus.ownership import Poison
+from shared.bus.ownership import Ended, Poison
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import Delivery, LogReader, WorkStream
 from shared.crash_points import crash_point
@@ -36,6 +36,10 @@ class InFlight(Protocol):
 
     @property
     def request_id(self) -> str: ...
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of its answer, once it has ended; None if no tenant is charged for them."""
 
 
 R = TypeVar("R", bound=InFlight)
@@ -76,12 +80,15 @@ class Consumer(Generic[R]):
         handler: Handler[R],
         capacity: int,
         claim_every_s: float,
+        turns_ahead: Callable[[], int] | None = None,
     ) -> None:
+        """`turns_ahead`: the number of entries to read now while tenants wait for their turns; None: all that fit."""
         self._service = service
         self._stream = stream
         self._handler = handler
         self._capacity = capacity
         self._claim_every_s = claim_every_s
+        self._turns_ahead = turns_ahead
         # A read reserves all free slots while it waits, so it must not wait longer than entries of the dead should.
         self._block_ms = max(1, min(BLOCK_MS, int(claim_every_s * 1000)))
         self._control = LogReader(redis, {keys.control(): "$"})
@@ -104,6 +111,16 @@ class Consumer(Generic[R]):
     def free_slots(self) -> int:
         """The number of entries that may be read or claimed now."""
         return max(0, self._capacity - len(self._requests) - self._reserved) if self._reading else 0
+
+    @property
+    def _readable(self) -> int:
+        """The number of new entries that may be read now. What is read ahead of its time is out of turn."""
+        free = self.free_slots
+        return min(free, self._turns_ahead()) if self._turns_ahead is not None and self._stream.takes_turns else free
+
+    def wake(self) -> None:
+        """Look again whether entries may be read: something has begun."""
+        self._changed.set()
 
     def holds(self, request: R) -> bool:
         """Return whether this very delivery is in flight."""
@@ -145,8 +162,8 @@ class Consumer(Generic[R]):
     async def read_entries(self) -> None:
         """Read new entries while there are free slots that no entry of a dead replica needs."""
         while True:
-            await self._until(lambda: self.free_slots > 0 and not self._unclaimed)
-            self._reserved = self.free_slots
+            await self._until(lambda: self._readable > 0 and not self._unclaimed)
+            self._reserved = self._readable
             read = partial(self._stream.read_new, self._reserved, self._block_ms)
             try:
                 deliveries = await retry_until_available("read", read)
@@ -188,7 +205,7 @@ class Consumer(Generic[R]):
 
     async def finish(self, requests: Sequence[R]) -> None:
         """The same for requests whose last word is in the tokens stream; their records note that it is."""
-        entries = [(request.entry_id, request.request_id) for request in requests]
+        entries = [Ended(request.entry_id, request.request_id, request.tokens) for request in requests]
         await retry_until_available("finish", lambda: self._stream.finish(entries))
 
     async def ack_replaced(self, requests: Sequence[R]) -> None:

@@ -18,7 +18,8 @@
                                              ("1", its last word is in tokens), all by shared/bus/ownership.py;
                                              entry (key of a work stream, id of its entry there, and its progress then)
                                              by who appends or claims it; shortened (ms that it is
-                                             kept at most after its finish) by gateway.
+                                             kept at most after its finish) by gateway;
+                                             charged (tokens expected, and k) by the script that takes turns.
                                              A value of a later version of the messages than 1 begins with the byte c1
                                              and the version: also in logprobs
     {ns}:journal:{id}                string  postproc             engine, postproc   the same
@@ -44,12 +45,22 @@
     {ns}:replica:{service}:{name}    string  that replica         all                the lease: JSON status, expires unless renewed
                                              with the facts that all must agree on, and the versions it reads and writes
     {ns}:shards                      hash    postproc             postproc           shard -> "epoch owner", the fencing token; "count" -> number of shards
+    {ns}:{stream}:turns              hash    mm_encoder, engine   mm_encoder, engine a day after its last use; what tenants have been served
+                                             beside encode and generate, as the next two; made again from the stream
+    {ns}:{stream}:turns:{class}      zset    the same             the same           while somebody waits: queues, by counter
+    {ns}:{stream}:turn:{class} {name} list   the same             the same           the same: a tenant's entries that wait, in order
+    {ns}:tenant:{name}               hash    gateway              gateway, CLI       kept; the name of an API key, or empty: all requests together
+                                             requests, tokens, media (used of a minute's), queued (tokens), used:...
+    {ns}:tenant:{name}:open          hash    gateway              gateway            field deleted at its request's end, or when its place is needed
+                                             request id -> "tokens of its prompt while it waits:when it came in microseconds"
+    {ns}:tenant:{name}:open:swept    string  gateway              gateway            a second, for which ended requests are not looked for again
     {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
     {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
-An entry has the fields v (version of the messages) and m (msgpack); of encode and generate also r, the request's id.
-Consumer groups are named after the service and start at id 0. Consumers are named after their replica; one that is
-called `newer` holds the entries that only replicas of a newer version can read.
+An entry has the fields v (version of the messages) and m (msgpack); of encode and generate also r, the request's id, and
+k, its place in the order of service, if it has one. Consumer groups are named after the service and start at id 0.
+Consumers are named after their replica; one that is called `newer` holds the entries that only replicas of a newer version
+can read, and `waiting` those that wait for their turn among tenants.
 """
 
 import msgspec
@@ -57,6 +68,7 @@ import msgspec
 ENCODE = "encode"
 GENERATE = "generate"
 NEWER = "newer"  # consumer of no replica: pending under it is what only replicas of a newer version can read
+WAITING = "waiting"  # the same: what waits for its turn among tenants (shared/bus/scripts/turns.lua)
 SERVICES = ("gateway", "mm_encoder", "engine", "postproc")  # in the order in which a request meets them
 
 
@@ -133,6 +145,17 @@ class Keys(msgspec.Struct, frozen=True):
 
     def shards(self) -> str:
         return f"{self.ns}:shards"
+
+    def turn(self, stream: str, priority: int, name: str) -> str:
+        """Return the key of the entries of a tenant that wait for their turn."""
+        return f"{self.stream(stream)}:turn:{priority} {name}"
+
+    def tenant(self, name: str) -> str:
+        """Return the key of what a tenant uses. A name has no colon."""
+        return f"{self.ns}:tenant:{name}"
+
+    def tenant_open(self, name: str) -> str:
+        return f"{self.tenant(name)}:open"
 
     def leader(self, role: str) -> str:
         """Return the key of a leader election: one replica acts, the others stand by."""

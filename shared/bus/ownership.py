@@ -7,7 +7,7 @@ is gone: ended by another replica, or lost by Redis. Every method is idempotent:
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
@@ -43,6 +43,14 @@ class Poison(msgspec.Struct, frozen=True):
 
     attempts: int
     reason: str
+
+
+class Ended(NamedTuple):
+    """Entry whose request has said its last word."""
+
+    entry_id: str
+    request_id: str
+    tokens: int | None  # of its answer, for its tenant; None: it has none
 
 
 class EntryOwnership:
@@ -89,16 +97,17 @@ class EntryOwnership:
         finally:
             self.ending.difference_update(entry_ids)
 
-    async def finish(self, entries: Sequence[tuple[str, str]]) -> None:
-        """End those of these (entry id, request id) that this replica owns: their Finish is in the tokens stream
-        (engine)."""
+    async def finish(self, entries: Sequence["Ended"]) -> None:
+        """End those of these entries that this replica owns: their Finish is in the tokens stream (engine)."""
         if not entries:
             return
-        ids = [entry_id for entry_id, _ in entries]
+        ids = [ended.entry_id for ended in entries]
         self.ending.update(ids)
         try:
-            records = [self._keys.request(request_id) for _, request_id in entries]
-            await self._finish(keys=[self._key, *records], args=[*self._consumer, *ids])
+            records = [self._keys.request(ended.request_id) for ended in entries]
+            tokens = ["" if ended.tokens is None else ended.tokens for ended in entries]
+            args = [part for pair in zip(ids, tokens, strict=True) for part in pair]
+            await self._finish(keys=[self._key, *records], args=[*self._consumer, *args])
             self.delivered.difference_update(ids)
         finally:
             self.ending.difference_update(ids)
@@ -139,7 +148,7 @@ class EntryOwnership:
             entry_id,
             self._forward,
             [self._keys.request(request_id), self._keys.stream(GENERATE)],
-            [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id],
+            [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id, entry.get(b"k", b"")],
         )
         return outcome.decode()  # type: ignore[return-value]
 

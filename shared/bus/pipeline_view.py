@@ -11,7 +11,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from shared.bus.keys import ENCODE, GENERATE, NEWER, SERVICES, Keys
+from shared.bus.keys import ENCODE, GENERATE, NEWER, SERVICES, WAITING, Keys
 from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
 
@@ -43,14 +43,15 @@ class ConsumerView(msgspec.Struct, frozen=True):
 
 
 class QueueView(msgspec.Struct, frozen=True):
-    """Work stream. `length` counts all entries; those that are not pending have never been delivered. `added` counts
+    """Work stream. `length` counts all entries; those that are not pending have never been delivered,
+    or wait for their turn among tenants. `added` counts
     those that there ever were, since the stream was made."""
 
     stream: str
     length: int
     pending: int
     oldest_s: float | None
-    waiting_s: float | None  # age of the oldest entry that was never delivered
+    waiting_s: float | None  # age of the oldest entry that waits
     consumers: tuple[ConsumerView, ...]
     quarantined: int
     added: int = 0
@@ -206,7 +207,7 @@ def _first_questions(keys: Keys, server: bool) -> _Questions:
     for service in SERVICES:
         questions[f"names {service}"] = ("SMEMBERS", keys.replicas(service))
     for service, stream in QUEUES.items():
-        questions[f"queue {stream}"] = ("EVAL", read_script("queue_view"), 1, keys.stream(stream), service)
+        questions[f"queue {stream}"] = ("EVAL", read_script("queue_view"), 1, keys.stream(stream), service, WAITING)
         questions[f"consumers {stream}"] = ("XINFO CONSUMERS", keys.stream(stream), service)
         questions[f"quarantine {stream}"] = ("XLEN", keys.quarantine(stream))
     questions["shards"] = ("HGETALL", keys.shards())
@@ -220,7 +221,7 @@ def _second_questions(keys: Keys, names: dict[str, list[str]], shards: int) -> _
             questions[f"lease {service} {name}"] = ("GET", keys.replica(service, name))
             questions[f"expiry {service} {name}"] = ("PTTL", keys.replica(service, name))
     for shard in range(shards):
-        questions[f"shard {shard}"] = ("EVAL", read_script("queue_view"), 1, keys.tokens(shard), "")
+        questions[f"shard {shard}"] = ("EVAL", read_script("queue_view"), 1, keys.tokens(shard), "", "")
     return questions
 
 
@@ -266,6 +267,7 @@ def _queue(stream: str, answers: dict[str, Any], now: float) -> QueueView:
     consumers = [
         ConsumerView(str(each["name"], "utf-8"), each["pending"], each["idle"] / 1000)
         for each in answers[f"consumers {stream}"]
+        if each["name"] != WAITING.encode()
     ]
     return QueueView(
         stream=stream,

@@ -102,7 +102,7 @@ class Records:
         request, entry = message.request, to_entry(message)
         await self._submit(
             keys=[self._keys.request(request.id), self._keys.stream(stream)],
-            args=[encode_request(request), request.gateway, entry[b"v"], entry[b"m"], request.id],
+            args=[encode_request(request), request.gateway, entry[b"v"], entry[b"m"], request.id, entry.get(b"k", b"")],
         )
 
     async def submit_once(
@@ -129,6 +129,7 @@ class Records:
                 self._keys.request(""),
                 entries[0][1][b"v"],
                 messages[0].request.gateway,
+                entries[0][1].get(b"k", b""),
                 *fields,
             ],
         )

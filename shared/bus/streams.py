@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.client import MAX_BLOCK_MS, command
-from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
+from shared.bus.keys import ENCODE, GENERATE, NEWER, WAITING, Keys
 from shared.bus.lua import read_script
-from shared.bus.ownership import EntryOwnership, Poison
+from shared.bus.ownership import Ended, EntryOwnership, Poison
 from shared.bus.retry import retry_until_available
 from shared.bus.translation import translate_entries
 from shared.bus.wire import Wire
@@ -23,6 +23,8 @@ from shared.messages import Encode, Failed, Generate, Message, from_entry, to_en
 from shared.metrics import Hop
 from shared.redis_errors import is_wrong_type
 
+TURNS_PAGE = 64  # entries that one script puts among those that wait
+TURNS_BLOCK_MS = 50  # wait of a replica with room, while others may put entries among those that wait
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
@@ -59,6 +61,10 @@ class WorkStream:
     A lost reply, or a process that died and restarted under its name, leaves entries pending under this replica's own
     name that it does not work on; `claim_abandoned` finds these too. So even a replica that is alone must call it now
     and then, and calls of `read_new` must not overlap.
+
+    Entries of tenants are read in the order of shared/bus/scripts/turns.lua instead of that of their arrival. While any
+    are there, whoever has room first takes those whose turn it is. They wait as entries that are pending for the
+    consumer WAITING, which the index of turns only orders: what it lacks is taken all the same.
     """
 
     def __init__(self, redis: Redis, keys: Keys, stream: str, service: str, name: str, max_deliveries: int) -> None:
@@ -73,6 +79,9 @@ class WorkStream:
         self._max_deliveries = max_deliveries
         self._hop = Hop(stream)
         self._claim_dead = redis.register_script(read_script("claim_dead"))
+        self._take_turns = redis.register_script(read_script("take_turns"))
+        self._records = keys.request("")
+        self.takes_turns = False  # True while entries of tenants may be there
         self._claim_undelivered = redis.register_script(read_script("claim_undelivered"))
         self._leave_newer = redis.register_script(read_script("leave_newer"))
         self._replicas = keys.replicas(service)
@@ -100,7 +109,7 @@ class WorkStream:
         assert count > 0, "Redis takes a COUNT of 0 for no limit"
         self._reading = True
         try:
-            entries = await self._read(count, block_ms)
+            entries = await self._read_in_turn(count, block_ms)
             self._hop.read(entry_id for entry_id, _ in entries)
             return await self._deliver([(entry_id, 1, fields) for entry_id, fields in entries])
         finally:
@@ -124,8 +133,8 @@ class WorkStream:
         """Ack and delete those of these entries that this replica owns, in one step."""
         await self.ownership.ack(entry_ids)
 
-    async def finish(self, entries: Sequence[tuple[str, str]]) -> None:
-        """End those of these (entry id, request id) that this replica owns: their Finish is in the tokens stream."""
+    async def finish(self, entries: Sequence[Ended]) -> None:
+        """End those of these entries that this replica owns: their Finish is in the tokens stream."""
         await self.ownership.finish(entries)
 
     async def leave(self) -> None:
@@ -141,6 +150,38 @@ class WorkStream:
     async def backlog(self) -> int:
         """Return the number of entries, waiting and running."""
         return int(await command(self._redis, "XLEN", self._key))
+
+    async def _read_in_turn(self, count: int, block_ms: int) -> list[tuple[str, Mapping[bytes, bytes]]]:
+        """Read what is next among tenants, or without any, in the order of arrival."""
+        if self.takes_turns:
+            if entries := await self._take(count):
+                return entries
+            block_ms = min(block_ms, TURNS_BLOCK_MS)
+        entries = await self._read(count, block_ms)
+        charged = [part for _, fields in entries if b"k" in fields for part in (fields[b"k"], fields.get(b"r", b""))]
+        if charged:
+            await self._run_turns(0, charged)
+        self.takes_turns = bool(charged)
+        return entries
+
+    async def _take(self, count: int) -> list[tuple[str, Mapping[bytes, bytes]]]:
+        """Take the entries whose turn it is, after all others have been put among those that wait."""
+        while True:
+            more, taken = await self._run_turns(count)
+            if not more:
+                break
+        return [(str(entry_id, "ascii"), _pairs(fields)) for entry_id, fields in taken]
+
+    async def _run_turns(self, count: int, charged: Sequence[bytes] = ()) -> tuple[int, Sequence[Any]]:
+        args: list[str | bytes | int] = [self._group, self._name, count, TURNS_PAGE, WAITING, self._records, *charged]
+        try:
+            more, taken = await self._take_turns(keys=[self._key], args=args)
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            await self.join()
+            return 0, ()
+        return more, taken
 
     async def _read(self, count: int, block_ms: int) -> list[tuple[str, Mapping[bytes, bytes]]]:
         # In Redis, BLOCK 0 is for ever.
@@ -164,10 +205,11 @@ class WorkStream:
         lost, undelivered = await self._compare()
         if undelivered[:count]:
             claimed += await self._claim_undelivered(keys=[self._key], args=[*consumer, *undelivered[:count]])
-        found, left = await self._claim_dead(
+        found, left, waiting = await self._claim_dead(
             keys=[self._key, self._replicas],
-            args=[*consumer, self._leases, count - len(claimed), NEWER, VERSION],
+            args=[*consumer, self._leases, count - len(claimed), NEWER, VERSION, WAITING],
         )
+        self.takes_turns |= waiting > 0
         entries: list[_Entry] = [
             (str(entry_id, "ascii"), attempts, _pairs(fields)) for entry_id, attempts, fields in [*claimed, *found]
         ]

@@ -4,6 +4,7 @@ import contextlib
 from functools import cache
 
 import httpx
+from chaos_tenants import key_of
 from machine import PATIENCE_S
 from media_bombs import canvas_gif, scans_jpeg
 from system import data_url
@@ -27,6 +28,6 @@ async def drop(url: str, part: dict[str, object]) -> None:
     content = [part, {"type": "text", "text": "What is this?"}]
     body = {"model": "chaos", "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
     with contextlib.suppress(httpx.TransportError):
-        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        async with httpx.AsyncClient(timeout=PATIENCE_S, headers=key_of(0)) as client:
             answer = await client.post(f"{url}/v1/chat/completions", json=body)
         assert answer.status_code in (200, *REFUSED), answer.text

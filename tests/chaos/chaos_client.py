@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 from chaos_requests import Ask
+from chaos_tenants import key_of
 
 LATER = (429, 503)  # not now, not here: try again
 ELSEWHERE = "The server is shutting down."  # inside a stream: it goes on at another gateway
@@ -180,7 +181,8 @@ class _Talk:
     async def _request(self, method: str, path: str, **options: Any) -> None:
         gateway = self._client.gateway()
         self._history.append(f"{method} {gateway[-5:]}{path[20:]} after {self._last_event!r}")
-        async with self._client._http.stream(method, gateway + path, **options) as response:
+        headers = {**key_of(self._ask.number), **options.pop("headers", {})}
+        async with self._client._http.stream(method, gateway + path, headers=headers, **options) as response:
             if response.status_code != 200:
                 body = (await response.aread()).decode(errors="replace")
                 if response.status_code not in LATER:

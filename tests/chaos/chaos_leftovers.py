@@ -18,7 +18,18 @@ OPEN = {
     "postproc": ("open",),
 }
 # What lasts: streams, who is there, who owns which shard, and embeddings, which are a cache with a budget.
-LASTING = ("encode", "generate", "tokens:", "control", "replica:", "replicas:", "shards", "blob:embeds:", "blobs")
+LASTING = (
+    "encode",
+    "generate",
+    "tokens:",
+    "control",
+    "replica:",
+    "replicas:",
+    "shards",
+    "blob:embeds:",
+    "blobs",
+    "tenant:",
+)
 # What may be there when it is about to go: answers kept for clients that come back, and streams of dead gateways.
 LATEST_S = {
     # Of several choices, one that ends early is kept for the others' sake.

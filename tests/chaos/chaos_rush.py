@@ -19,7 +19,7 @@ def _question(rng: random.Random) -> bytes:
     """Return a request for a long answer; one of five ends in the middle."""
     message = {"role": "user", "content": f"Write {rng.random()} words."}
     body = json.dumps({"model": "chaos", "max_tokens": 200, "stream": rng.random() < 0.7, "messages": [message]})
-    fields = f"host: chaos\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    fields = f"host: chaos\r\ncontent-type: application/json\r\nx-api-key: key-of-heavy\r\ncontent-length: {len(body)}"
     question = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}\r\n\r\n{body}".encode()
     return question[: rng.randrange(len(question))] if rng.random() < 0.2 else question
 

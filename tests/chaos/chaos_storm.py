@@ -24,6 +24,7 @@ from chaos_model import write_model
 from chaos_quiet import ONE_OF_EACH, Answered, quiet_answers
 from chaos_requests import Ask, files_to_serve, pool
 from chaos_system import REQUEST_TIMEOUT_S, System, running
+from chaos_tenants import write_key_file
 from machine import PATIENCE_S
 from redis.exceptions import RedisError
 from system import file_server
@@ -168,8 +169,9 @@ def _manners(rng: random.Random, key: str) -> list[Manner]:
 async def storm(
     directory: Path, world: World, seed: int, seconds: float, clients: int, replicas: Mapping[str, int] = TWO_OF_EACH
 ) -> Totals:
-    """A system of its own for one seed; its logs stay in `directory`."""
-    async with running(directory, world.model, replicas) as system:
+    """A system of its own for one seed; its logs stay in `directory`. Clients of two replicas are tenants."""
+    gateway = {"api_keys_file": write_key_file(directory)} if replicas["gateway"] > 1 else {}
+    async with running(directory, world.model, replicas, gateway=gateway) as system:
         return await Storm(world, seed, system, clients).blow(seconds)
 
 

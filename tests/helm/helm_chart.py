@@ -71,6 +71,7 @@ MATRIX: dict[str, Values] = {
     "external redis with users, hpa, placement": {
         "model": {"existingClaim": "checkpoint", "name": ["ernie", "vl"]},
         "apiKeysSecret": "keys",
+        "apiKeysFile": {"secret": "tenants", "key": "tenants.json"},
         "redis": {
             "existingSecret": "redis-users",
             "external": {

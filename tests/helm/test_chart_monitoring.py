@@ -23,6 +23,7 @@ FOREIGN = {
     "redis_stream_length",
     "redis_stream_first_entry_id",
     "redis_stream_group_messages_pending",
+    "redis_stream_group_consumer_messages_pending",
     "redis_key_size",
     "redis_up",
     "redis_memory_used_bytes",

@@ -31,6 +31,11 @@ class StepOutput:
     def __bool__(self) -> bool:
         return bool(self._begins or self._runs)
 
+    @property
+    def begins(self) -> bool:
+        """True if a request has begun."""
+        return bool(self._begins)
+
     def add_begin(self, shard: int, begin: Begin) -> None:
         self._begins.setdefault(shard, []).append(begin)
 

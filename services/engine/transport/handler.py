@@ -50,10 +50,18 @@ def waiting_allowance(max_num_seqs: int) -> int:
     return max(2, max_num_seqs // 8)
 
 
+def turns_ahead(max_num_seqs: int) -> int:
+    """Return the number of requests to read, while tenants take turns, before those read earlier have begun.
+
+    Each that waits here is served before whoever comes next, whatever the order among tenants.
+    """
+    return max(1, max_num_seqs // 8)
+
+
 class GenerateHandler:
     """`shared.bus.consumer.Handler` of this service, from the `generate` stream to the mailbox of the model's thread.
 
-    `consumer` keeps its requests; `capacity` is the most requests in flight.
+    `consumer` keeps its requests; `capacity` is the most requests in flight, `max_num_seqs` the most that run.
     """
 
     def __init__(
@@ -69,10 +77,14 @@ class GenerateHandler:
         grammars: Grammars,
         metrics: EngineMetrics,
         capacity: int,
+        max_num_seqs: int,
         claim_every_s: float,
         tracing: Tracing = OFF,
     ) -> None:
-        self.consumer: Consumer[PendingRequest] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
+        self.consumer: Consumer[PendingRequest] = Consumer(
+            redis, keys, SERVICE, stream, self, capacity, claim_every_s, self._turns_ahead
+        )
+        self._max_num_seqs = max_num_seqs
         self._redis = redis
         self._keys = keys
         self._ownership = stream.ownership
@@ -104,6 +116,17 @@ class GenerateHandler:
 
     def on_control(self, message: Message) -> None:
         """Do nothing: the other messages are not for engines."""
+
+    def begun(self) -> None:
+        """Note that the first step of a request has been launched: another may be read."""
+        self.consumer.wake()
+
+    def _turns_ahead(self) -> int:
+        """Return how many requests may be read while tenants take turns."""
+        waiting = sum(pending.timeline.scheduled is None for pending in self.consumer.requests)
+        ahead = turns_ahead(self._max_num_seqs) if self._max_num_seqs >= 8 else 0
+        free = self._max_num_seqs + ahead - len(self.consumer)
+        return max(0, min(free, turns_ahead(self._max_num_seqs) - waiting))
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
 

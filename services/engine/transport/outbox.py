@@ -17,14 +17,16 @@ from shared.messages import Tokens
 LEAD = 64  # steps the model may be ahead of Redis before it waits
 
 OnEnded = Callable[[Sequence[End]], Awaitable[None]]
+OnBegun = Callable[[], None]
 
 
 class Outbox:
     """Queue whose `put` belongs to the model's thread, started after `open`; all else runs on the event loop."""
 
-    def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded) -> None:
+    def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded, on_begun: OnBegun = lambda: None) -> None:
         self._log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
         self._on_ended = on_ended
+        self._on_begun = on_begun
         self._queue: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._room = threading.Semaphore(LEAD)
         self._closed = False
@@ -45,12 +47,15 @@ class Outbox:
         self._room.release(LEAD)
 
     async def run(self) -> None:
-        """Send until cancelled. `on_ended` is called for a request once its Finish is in the stream."""
+        """Send until cancelled. `on_begun` is called when Begins are in the stream, `on_ended` for a request once its
+        Finish is."""
         while True:
             step_output = await self._queue.get()
             messages = step_output.messages()
             # One XADD a shard; shards have different readers, so only the order within each matters.
             await asyncio.gather(*(self._send(shard, message) for shard, message in messages.items()))
+            if step_output.begins:
+                self._on_begun()
             if step_output.ended:
                 await self._on_ended(step_output.ended)
             self._room.release()

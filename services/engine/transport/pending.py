@@ -41,6 +41,11 @@ class PendingRequest:
         """Keys of the blobs to delete when the request has ended."""
         return upload_keys(self.request_id, len(self.message.spans))
 
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the answer, once it has ended; None if no tenant is charged for them."""
+        return None if self.end is None or self.message.request.share is None else self.end.generated
+
     def late(self, now: float) -> bool:
         """Return whether the deadline has passed at `now`, in unix seconds."""
         deadline = self.message.request.deadline

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 from redis.asyncio import Redis
 
-from shared.bus.keys import ENCODE, GENERATE, Keys
+from shared.bus.keys import ENCODE, GENERATE, WAITING, Keys
 from shared.bus.lua import read_script
 from shared.bus.pipeline_view import QUEUES
 from shared.bus.records import TOKEN_BYTES, Record, Records
@@ -112,7 +112,7 @@ class RequestObserver:
         stream = QUEUES[service]
         known = self._entries[stream]
         taken, waiting, new = await self._work_entries(
-            keys=[self._keys.stream(stream)], args=[service, MAX_TAKEN, MAX_WAITING, *known]
+            keys=[self._keys.stream(stream)], args=[service, MAX_TAKEN, MAX_WAITING, WAITING, *known]
         )
         for entry, message in new:
             with contextlib.suppress(msgspec.MsgspecError):  # of another version, or broken: counted but not shown

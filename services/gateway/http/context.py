@@ -4,6 +4,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope, Send
 
+from services.gateway.tenants.limiter import Quota
 from shared.tracing import Span
 
 _KEY = "context"
@@ -12,13 +13,15 @@ _KEY = "context"
 class RequestContext(msgspec.Struct):
     """Identity of a request that the edge has let in, and what the edge says of it in the answer's headers.
 
-    The chat route writes `request_id`, if the body has one, and `warnings`; nothing else is written.
+    The chat route writes `request_id`, if the body has one, and `warnings`, the limiter the headers of `quota`; nothing
+    else is written.
     """
 
     request_id: str  # X-Request-ID
     owner: str  # digest of its API key; empty if the path needs none
     span: Span | None  # of a chat request that is traced
     write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
+    quota: Quota = msgspec.field(default_factory=Quota)  # its tenant, and headers about limits
     warnings: tuple[str, ...] = ()  # X-Millrace-Warning
 
 

@@ -1,11 +1,10 @@
 """Outermost ASGI layer: request ids, API keys, metrics and spans. No buffering."""
 
-import hashlib
-import hmac
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +17,12 @@ from services.gateway.http.protocol import HEALTH_PATHS
 from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reference import routes as reference
+from services.gateway.tenants.keyring import Caller, Keyring
+from services.gateway.tenants.limiter import Quota
+from services.gateway.tenants.metrics import TenantMetrics
+from services.gateway.tenants.slots import TenantSlots
+from shared.errors import RequestError
+from shared.log import logger
 from shared.tracing import OFF, Span, Tracing
 
 # All other paths need a key, including those that do not exist.
@@ -27,6 +32,9 @@ RESPONSES_PATH = "/v1/responses/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
+_EVERYBODY = Caller("")
+
+_log = logger(__name__)
 
 
 class Edge:
@@ -35,15 +43,19 @@ class Edge:
     def __init__(
         self,
         app: ASGIApp,
-        keys: Iterable[str],
+        keyring: Keyring,
+        slots: TenantSlots,
+        tenant_metrics: TenantMetrics,
         paths: Iterable[str],
         bodies: FailureBodies,
         metrics: GatewayMetrics,
         tracing: Tracing = OFF,
     ) -> None:
-        """Wrap `app`. `keys` are the API keys, none for an open server; `paths` are the routes that metrics name."""
+        """Wrap `app`. `paths` are the routes that metrics name."""
         self._app = app
-        self._keys = [_digest(key) for key in keys]
+        self._keyring = keyring
+        self._slots = slots
+        self._tenant_metrics = tenant_metrics
         self._paths = frozenset(paths)
         self._bodies = bodies
         self._metrics = metrics
@@ -61,15 +73,15 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-                message = {**message, "headers": [*message["headers"], *_headers(context)]}
+                message = {**message, "headers": _headers(message["headers"], context)}
             await send(message)
 
         try:
-            owner = self._authenticate(scope["path"], headers)
-            if owner is not None:
-                context.owner = owner
+            caller = self._authenticate(scope, headers, context)
+            if caller is not None:
+                context.owner, context.quota = caller.owner, Quota(caller.tenant, caller.share)
                 attach_context(scope, context)
-                await self._app(scope, receive, send_named)
+                await self._serve(scope, receive, send_named, context)
             else:
                 form = self._bodies.of(scope["path"])
                 await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"}, form)(scope, receive, send_named)
@@ -80,21 +92,44 @@ class Edge:
             if span is not None:
                 spans.end(span, None if status == _CLIENT_LEFT else status)
 
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, context: RequestContext) -> None:
+        """Run the application, unless the caller has too many requests here."""
+        with ExitStack() as slot:
+            try:
+                slot.enter_context(self._slots.slot(context.quota.tenant))
+            except RequestError as error:
+                form = self._bodies.of(scope["path"])
+                await error_response(error.failure, None, form)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
+
     def _start_span(self, scope: Scope, headers: Headers) -> Span | None:
         """Start the span of a chat request; other requests are too short to be traced."""
         if scope["path"] != spans.PATH or scope["method"] != "POST":
             return None
         return self._tracing.serve(spans.NAME, headers.get("traceparent"), spans.INITIAL)
 
-    def _authenticate(self, path: str, headers: Headers) -> str | None:
-        """Return a digest of the request's API key, empty if the path needs none; None if the key is not valid."""
-        if not self._keys or path in OPEN_PATHS:
-            return ""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip())
-        # All keys are compared, and by their digests, so that timing reveals neither which one matched nor how far.
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]
-        return digest.hex() if scheme.lower() == "bearer" and any(matches) else None
+    def _authenticate(self, scope: Scope, headers: Headers, context: RequestContext) -> Caller | None:
+        """Return the caller that the request's API key names; None, and a line in the log, if there is none.
+
+        The same holds on every path and method; OPEN_PATHS need no key.
+        """
+        if self._keyring.is_open or scope["path"] in OPEN_PATHS:
+            return _EVERYBODY
+        given = _given_key(headers)
+        caller = None if given is None else self._keyring.find(given)
+        if caller is None:
+            reason = "missing" if given is None else "unknown"
+            self._tenant_metrics.unauthorized.labels(reason).inc()
+            fields = {
+                "reason": reason,
+                "client": (scope.get("client") or ("",))[0],
+                "method": scope["method"],
+                "path": scope["path"][:128],
+                "request_id": context.request_id,
+            }
+            _log.warning("API key refused", extra=fields)
+        return caller
 
     def _metric_path(self, path: str) -> str:
         """Return the path's name in the metrics: one of a bounded set, whatever clients request."""
@@ -110,8 +145,10 @@ class Edge:
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _given_key(headers: Headers) -> str | None:
+    """Return the key that a client has sent, as OpenAI's clients do or as Anthropic's; None if it has sent none."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
 
 
 def _request_id(headers: Headers) -> str:
@@ -120,11 +157,14 @@ def _request_id(headers: Headers) -> str:
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def _headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+def _headers(given: Sequence[tuple[bytes, bytes]], context: RequestContext) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer with ours; those about limits replace general ones."""
+    limits = context.quota.headers
+    kept = [pair for pair in given if pair[0] not in limits] if limits else given
     warnings = [(b"x-millrace-warning", text.encode()) for text in context.warnings]
     request_id = context.request_id.encode()
     # Under both names: OpenAI's clients read the first, Anthropic's the second.
-    return [(b"x-request-id", request_id), (b"request-id", request_id), *warnings]
+    return [*kept, (b"x-request-id", request_id), (b"request-id", request_id), *limits.items(), *warnings]
 
 
 def _method(method: str) -> str:

@@ -104,7 +104,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
             if parsed.sampling.grammar is not None:
                 await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
             trace = _trace(request, context)
-            metadata = RequestMetadata(created, deadline, context.owner, key, trace, http_id=context.request_id)
+            metadata = RequestMetadata(created, deadline, context.owner, key, trace, context.request_id, context.quota)
             if context.span is not None:
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)

@@ -1,16 +1,24 @@
-"""Back-pressure: a limit on the work in the pipeline, so that Redis holds no more than it should."""
+"""Count of the requests in the pipeline, and refusal of new ones that would be too many, or answered too late."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
 from prometheus_client import Counter
 from redis.asyncio import Redis
 
-from services.gateway.errors import too_many
-from shared.bus.keys import ENCODE, GENERATE, Keys
+from services.gateway.errors import TooLateError, too_many
+from services.gateway.inflight.pace import Pace
+from shared.bus.client import command
+from shared.bus.keys import ENCODE, GENERATE, WAITING, Keys
+from shared.bus.lua import read_script
+from shared.bus.pipeline_view import QUEUES
+from shared.messages import Share
 
 FRESH_S = 0.25  # age up to which a count is used; until then, requests that other gateways accept are not counted
+
+_GROUP = {stream: service for service, stream in QUEUES.items()}
 
 
 class Backlog:
@@ -25,19 +33,22 @@ class Backlog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis = redis
-        self._streams = [keys.stream(ENCODE), keys.stream(GENERATE)]
+        self._keys = keys
+        self._view = redis.register_script(read_script("queue_view"))
         self._limit = limit
         self._rejections = rejections
         self._clock = clock
         self._counted_at = -FRESH_S
         self._length = 0
+        self._waiting = 0  # of `generate`
+        self._pace = Pace()
         self._counting = asyncio.Lock()
 
-    async def admit(self, count: int) -> None:
-        """Add `count` to the backlog.
+    async def admit(self, count: int, rest_s: float = math.inf, share: Share | None = None) -> None:
+        """Add `count` to the backlog, of requests whose deadline is in `rest_s` seconds.
 
         Raises:
-            RequestError: 429, there is no room for them.
+            RequestError: 429, there is no room for them; 503, the engines would begin them after their deadline.
             RedisError: the backlog cannot be counted.
         """
         async with self._counting:
@@ -46,11 +57,26 @@ class Backlog:
         if self._length + count > self._limit:
             self._rejections.labels("max_queue").inc()
             raise too_many(f"The queue is full: {self._length} requests are waiting or running, of {self._limit}.")
+        wait_s = await self._wait_s(rest_s, share)
+        if wait_s is not None and wait_s > rest_s:
+            self._rejections.labels("deadline").inc()
+            raise TooLateError(wait_s, rest_s)
         self._length += count
 
+    async def _wait_s(self, rest_s: float, share: Share | None) -> float | None:
+        """Return the seconds until a new request begins; None if nobody knows. A tenant passes the queues of others."""
+        wait_s = self._pace.wait_s(self._waiting)
+        if share is None or wait_s is None or wait_s <= rest_s:
+            return wait_s
+        own = await command(self._redis, "LLEN", self._keys.turn(GENERATE, share.priority, share.name))
+        return self._pace.wait_s(min(self._waiting, own))
+
     async def _count(self) -> None:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for stream in self._streams:
-                pipe.xlen(stream)
-            self._length = sum(await pipe.execute())
+        lengths = {}
+        for stream in (ENCODE, GENERATE):
+            view = await self._view(keys=[self._keys.stream(stream)], args=[_GROUP[stream], WAITING])
+            lengths[stream], _, pending, _, added = view
+        self._length = sum(lengths.values())
+        self._waiting = max(0, lengths[GENERATE] - pending)
         self._counted_at = self._clock()
+        self._pace.note(self._counted_at, added - lengths[GENERATE])

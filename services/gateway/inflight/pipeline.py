@@ -12,15 +12,17 @@ from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, too_many, unknown_request, uploads_too_large
+from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, TooLateError, too_many, unknown_request, uploads_too_large
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.headers import IdempotencyKey
-from services.gateway.inflight.request import Choice, OpenRequest, choice_id
+from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, choice_id
 from services.gateway.request import answer_format
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.media import MediaItem
 from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.sampling import choice_seed
+from services.gateway.tenants.headers import retry_headers
+from services.gateway.tenants.limiter import Limiter, Quota
 from shared import log
 from shared.bus import keys
 from shared.bus.blobs import MEDIA, Blobs, upload_keys
@@ -33,6 +35,7 @@ from shared.errors import Failure, ProtocolError, RequestError, unreadable
 from shared.messages import Attach, Encode, Failed, Generate, Media, Request, pack_ids
 
 UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
+MOST_RETRY_MS = 120_000  # clients give up where they are told to wait longer
 CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
 
 logger = log.logger(__name__)
@@ -56,6 +59,7 @@ class RequestMetadata(msgspec.Struct, frozen=True):
     key: IdempotencyKey | None
     trace: str | None
     http_id: str = ""  # X-Request-ID
+    quota: Quota | None = None  # the tenant whose limits hold; None: nobody's
 
 
 class StoredRequest(msgspec.Struct, frozen=True):
@@ -89,6 +93,7 @@ class Pipeline:
         backlog: Backlog,
         blobs: Blobs,
         records: Records,
+        limiter: Limiter,
         rejections: Counter,
     ) -> None:
         self._options = options
@@ -97,6 +102,7 @@ class Pipeline:
         self._backlog = backlog
         self._blobs = blobs
         self._records = records
+        self._limiter = limiter
         self._rejections = rejections
 
     async def submit(self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata) -> str | None:
@@ -105,11 +111,13 @@ class Pipeline:
         Returns the id of that earlier request, None if this one was sent.
 
         Raises:
-            RequestError: 409, the key was used for another body; 429, the queue is full; 503, Redis does not answer.
+            RequestError: 409, the key was used for another body; 403 or 429, the limits of its tenant or of the queue;
+                503, Redis does not answer.
             RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
         """
         async with self._submit_timeout():
-            await self._backlog.admit(parsed.n)
+            await self._admit_in_time(parsed.n, metadata)
+            await self._reserve(open_request, parsed, metadata.quota)
             works = self._work_messages(open_request, parsed, metadata)
             uploads = _uploads(open_request, parsed)
             open_request.mark_uploads(uploads)
@@ -121,6 +129,37 @@ class Pipeline:
             return earlier.request_ids[0]
         open_request.mark_submitted()
         return None
+
+    async def _admit_in_time(self, count: int, metadata: RequestMetadata) -> None:
+        rest_s = metadata.deadline - time.time()
+        try:
+            await self._backlog.admit(count, rest_s, None if metadata.quota is None else metadata.quota.share)
+        except TooLateError as late:
+            if metadata.quota is not None:
+                metadata.quota.headers.update(retry_headers(min(MOST_RETRY_MS, round(1000 * (late.wait_s - rest_s)))))
+            raise
+
+    async def _reserve(self, open_request: OpenRequest, parsed: ParsedRequest, quota: Quota | None) -> None:
+        ids = [choice.request_id for choice in open_request.choices]
+        media_bytes = sum(len(item.data) for item in parsed.media if item.data is not None)
+        tokens = sum(map(len, parsed.segments))
+        open_request.mark_reserved(await self._limiter.admit(quota, parsed.model, ids, tokens, media_bytes))
+
+    def mark_begun(self, open_request: OpenRequest) -> None:
+        """Tell the limiter that a request's first token is here."""
+        if open_request.reservation is not None:
+            self._limiter.begin(open_request.reservation)
+
+    def settle(self, open_request: OpenRequest, runs_on: bool) -> None:
+        """Tell the limiter what a request has used. `runs_on`: without its client, who may come back."""
+        reservation = open_request.reservation
+        if reservation is None:
+            return
+        choices = open_request.choices
+        usages = [choice.usage for choice in choices if choice.usage is not None]
+        unsent = all(choice.state is ChoiceState.NEW for choice in choices)
+        prompt = usages[0].prompt_tokens if usages else 0 if unsent else reservation.charged
+        self._limiter.end(reservation, prompt, sum(choice.generated for choice in choices), runs_on)
 
     async def find(self, request_id: str, owner: str) -> StoredRequest:
         """Read the records of a request.
@@ -322,6 +361,7 @@ class Pipeline:
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
             cache_salt=parsed.cache_salt,
+            share=None if metadata.quota is None else metadata.quota.share,
             http_id=metadata.http_id,
         )
 

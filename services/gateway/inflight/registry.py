@@ -173,6 +173,8 @@ class OpenRequests:
             if not readers:
                 del self._readers[choice.request_id]
         self._count(open_request)
+        runs_on = _is_resumable(open_request) and any(choice.runs for choice in open_request.choices)
+        self._pipeline.settle(open_request, runs_on)
         if not any(choice.request_id in self._readers for choice in open_request.choices):
             self._ended.count_end(open_request, _is_resumable(open_request))
         abandoned = [choice.request_id for choice in open_request.choices if self._is_abandoned(choice)]
@@ -237,6 +239,7 @@ class OpenRequests:
             open_request.fail(choice, LOST)
             return
         if delta.failure is None and open_request.mark_first_token(now) and not open_request.rejoined:
+            self._pipeline.mark_begun(open_request)
             self._metrics.first_token.observe(now - open_request.created)
         if open_request.add(choice, delta, now) and not choice.awaits_catch_up:
             choice.mark_catch_up()

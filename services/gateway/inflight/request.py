@@ -11,6 +11,7 @@ from enum import Enum
 import msgspec
 
 from services.gateway.request.answer_format import AnswerFormat
+from services.gateway.tenants.limiter import Reservation
 from shared.errors import Failure, internal
 from shared.messages import Delta, Usage
 
@@ -77,6 +78,11 @@ class Choice:
     def ended(self) -> bool:
         """True once its finish or its failure has arrived."""
         return self.state is ChoiceState.ENDED
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer, as far as they are known here."""
+        return self.seq if self.usage is None else self.usage.completion_tokens
 
     def mark_submitted(self) -> None:
         """Note that the other stages know it. Its end may have arrived before."""
@@ -147,6 +153,7 @@ class OpenRequest:
         self.positions = [StreamPosition(0)] * answer_format.n if positions is None else list(positions)
         self.choices = [Choice(self, index, position, now) for index, position in enumerate(self.positions)]
         self.uploads: tuple[str, ...] = ()  # keys of the blobs that were stored for it
+        self.reservation: Reservation | None = None  # what it takes of its tenant's limits
         self.prompt_tokens: int | None = None  # once its media are accepted
         self.failure: Failure | None = None
         self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
@@ -187,6 +194,10 @@ class OpenRequest:
         """Note that the other stages know every choice."""
         for choice in self.choices:
             choice.mark_submitted()
+
+    def mark_reserved(self, reservation: Reservation | None) -> None:
+        """Note what the limiter has to be told of its end."""
+        self.reservation = reservation
 
     def mark_uploads(self, keys: Iterable[str]) -> None:
         """Note the keys of the blobs that are stored for it."""

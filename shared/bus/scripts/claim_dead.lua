@@ -4,8 +4,8 @@
 -- What is pending for newer replicas is claimed by one that reads it, or if no living one does.
 -- KEYS: stream, index of the service's replicas
 -- ARGV: consumer group, consumer, prefix of lease keys, most entries to claim, consumer that stands for newer replicas,
--- newest version that the consumer reads
--- Returns {{entry id, attempts, fields}..., number of entries of dead consumers that are left}.
+-- newest version that the consumer reads, consumer that stands for what waits for its turn
+-- Returns {{entry id, attempts, fields}..., number of entries of dead consumers that are left, number that wait}.
 -- requires: claim_entries
 -- requires: newest_reader
 -- requires: lease_of
@@ -19,15 +19,18 @@ local function ours(pending)
   return found
 end
 
-local taken, left, room = {}, 0, tonumber(ARGV[4])
+local taken, left, waiting, room = {}, 0, 0, tonumber(ARGV[4])
 local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
-if consumers.err then return {taken, left} end
+if consumers.err then return {taken, left, waiting} end
 for _, consumer in ipairs(consumers) do
   local name, pending = consumer[2], consumer[4]
   local lease = lease_of(ARGV[3] .. name)
   local readable, status = pcall(cjson.decode, lease or '')
   local starting = readable and type(status) == 'table' and status.state == 'starting'
-  if name ~= ARGV[2] and (not lease or starting) then
+  if name == ARGV[7] then
+    waiting = pending
+    if pending == 0 then redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name) end
+  elseif name ~= ARGV[2] and (not lease or starting) then
     local before = #taken
     if pending > 0 and before < room then
       local entries = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', room - before, name)
@@ -38,4 +41,4 @@ for _, consumer in ipairs(consumers) do
     if name ~= ARGV[5] then left = left + rest end
   end
 end
-return {taken, left}
+return {taken, left, waiting}

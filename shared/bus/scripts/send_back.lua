@@ -4,15 +4,20 @@
 -- Returns 'done', 'lost' or 'never'.
 -- requires: entries
 -- requires: typed
+-- requires: turns
+-- requires: add_entry
 -- requires: note_entry
 if not owns(ARGV[3]) then return 'lost' end
 local source = is_a('hash', KEYS[2]) and redis.call('HGET', KEYS[2], 'encode')
 local returned = source and redis.pcall('HINCRBY', KEYS[2], 'returned', 1)
 if type(returned) ~= 'number' or returned > tonumber(ARGV[4]) then return 'never' end
+settle(KEYS[2])
+local entry = redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3])[1]
+local k = entry and field_of(entry[2], 'k') or ''
 ack(ARGV[3])
 local version = '1'
 if string.byte(source) == 0xC1 then version, source = tostring(string.byte(source, 2)), string.sub(source, 3) end
-local entry = redis.call('XADD', KEYS[3], '*', 'v', version, 'm', source, 'r', ARGV[5])
+local sent = add_entry(KEYS[3], version, source, ARGV[5], string.gsub(k, '^(%S+ %S+) %d+ %d+', '%1 1 0'))
 redis.call('HDEL', KEYS[2], 'encode')
-note_entry(KEYS[2], KEYS[3], entry)
+note_entry(KEYS[2], KEYS[3], sent)
 return 'done'

@@ -1,9 +1,10 @@
 -- Create records and work entries of one HTTP request, unless its idempotency key is in use. A key is void when one
 -- of its requests has no record (refused, cancelled, failed, or expired), or if it cannot be read.
 -- KEYS: idempotency key, stream, record...
--- ARGV: submission, expiry in s, prefix of records, v, gateway, (request, m)...
+-- ARGV: submission, expiry in s, prefix of records, v, gateway, k, (request, m)...
 -- Returns the earlier submission, or false.
 -- requires: typed
+-- requires: add_entry
 -- requires: note_entry
 local known = is_a('string', KEYS[1]) and redis.call('GET', KEYS[1])
 if known then
@@ -17,8 +18,8 @@ if known then
 end
 for i = 3, #KEYS do
   local id = string.sub(KEYS[i], #ARGV[3] + 1)
-  local entry = redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1], 'r', id)
-  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5])
+  local entry = add_entry(KEYS[2], ARGV[4], ARGV[2 * i + 2], id, ARGV[6])
+  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i + 1], 'epoch', '0', 'gateways', ARGV[5])
   note_entry(KEYS[i], KEYS[2], entry)
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])

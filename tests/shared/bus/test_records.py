@@ -5,6 +5,7 @@ from redis.asyncio import Redis
 
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Fence
+from shared.bus.ownership import Ended
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
 from shared.bus.streams import WorkStream, send
 from shared.errors import FencedError, ProtocolError
@@ -371,7 +372,7 @@ async def test_a_request_whose_entry_is_gone_is_lost_unless_a_stage_has_ended_it
     stream = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
     await stream.join()
     ended, taken = await stream.read_new(2, 0)
-    await stream.finish([(ended.entry_id, "ended")])
+    await stream.finish([Ended(ended.entry_id, "ended", None)])
     assert await records.lost(names) == set()
     await redis.xack(keys.stream(GENERATE), "engine", taken.entry_id)
     assert await records.lost(names) == {"taken"}, "somebody has acked it"

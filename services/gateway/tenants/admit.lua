@@ -1,0 +1,87 @@
+-- Admit the requests of one HTTP request, or refuse all by the first limit that they would break: of amounts a minute, by
+-- GCRA (an allowance is there at once and grows back evenly), or of the requests that are open.
+-- KEYS: (hash of a tenant, its open requests)...
+-- ARGV: prefix of records, limits and amounts as JSON (services/gateway/tenants/limiter.py)
+-- Returns {limit that refuses or '', number of its tenant from 1, ms until trying again makes sense, then of the first
+-- tenant: remaining requests, ms until there are all, remaining tokens, ms until there are all; -1 without a limit}.
+-- requires: tenant_hash
+local STALE = 60000000 -- age at which an open request without a record has ended for certain
+local asked = cjson.decode(ARGV[2])
+local amounts = {requests = #asked.ids, tokens = asked.tokens, media = asked.media}
+
+local function allowance(key, field, limit)
+  if not limit then return -1, -1 end
+  local level = level_of(key, field, limit)
+  return math.max(0, math.floor(limit - level)), math.ceil(level * MINUTE / limit / 1000)
+end
+
+-- Forget open requests whose answer has ended although no gateway has said so: theirs has died, or their client left.
+local function sweep(key, open)
+  for _, id in ipairs(redis.call('HKEYS', open)) do
+    local since = tonumber(string.match(redis.call('HGET', open, id), ':(%d+)$') or 0)
+    local record = ARGV[1] .. id
+    local there = redis.call('TYPE', record).ok == 'hash'
+    if (not there and now - since > STALE) or (there and redis.call('HEXISTS', record, 'finish') == 1) then
+      forget(key, open, id)
+    elseif there and redis.call('HGET', record, 'epoch') ~= '0' then
+      begin(key, open, id)
+    end
+  end
+end
+
+local function crowded(key, open, limits)
+  if limits.concurrent and redis.call('HLEN', open) + #asked.ids > limits.concurrent then return 'concurrent' end
+  local queued = number(key, 'queued')
+  if limits.queued and queued > 0 and queued + asked.tokens > limits.queued then return 'queued' end
+end
+
+local function refused(key, open, limits)
+  for _, field in ipairs({'requests', 'tokens', 'media'}) do
+    if limits[field] and amounts[field] > 0 then
+      local excess = level_of(key, field, limits[field]) + math.min(amounts[field], limits[field]) - limits[field]
+      if excess > 0 then return field, math.ceil(excess * MINUTE / limits[field] / 1000) end
+    end
+  end
+  local limit = crowded(key, open, limits)
+  if limit and redis.call('SET', open .. ':swept', '1', 'NX', 'PX', 1000) then
+    sweep(key, open)
+    limit = crowded(key, open, limits)
+  end
+  return limit, 1000
+end
+
+local verdict = {'', 0, 0}
+for i = 1, #KEYS, 2 do
+  ensure_hash(KEYS[i])
+  ensure_hash(KEYS[i + 1])
+  local limit, wait = refused(KEYS[i], KEYS[i + 1], asked.limits[(i + 1) / 2])
+  if limit then
+    verdict = {limit, (i + 1) / 2, wait}
+    break
+  end
+end
+for i = 1, #KEYS, 2 do
+  local key, open, limits = KEYS[i], KEYS[i + 1], asked.limits[(i + 1) / 2]
+  redis.call('HSETNX', key, 'since', time[1])
+  if verdict[1] ~= '' then
+    redis.call('HINCRBY', key, 'used:refused', #asked.ids)
+  else
+    for field, amount in pairs(amounts) do
+      if limits[field] and amount > 0 then
+        raise_level(key, field, limits[field], amount)
+      end
+    end
+    for n, id in ipairs(asked.ids) do
+      local tokens = n == 1 and asked.tokens or 0
+      redis.call('HSET', open, id, string.format('%d:%.0f', tokens, now))
+      count_queued(key, tokens)
+    end
+    redis.call('HINCRBY', key, 'used:requests', #asked.ids)
+    redis.call('HINCRBY', key, 'used:media', asked.media)
+  end
+end
+local first = asked.limits[1]
+for _, field in ipairs({'requests', 'tokens'}) do
+  verdict[#verdict + 1], verdict[#verdict + 2] = allowance(KEYS[1], field, first[field])
+end
+return verdict

@@ -1,0 +1,235 @@
+"""Limits of tenants, decided in Redis so that all gateways agree: one script when a request comes, one when it ends.
+
+The text of a prompt is charged when the request comes, its media and its answer when it ends. So a tenant may go into
+debt by the answers that it has under way, and waits until that is paid.
+"""
+
+import asyncio
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+from redis.asyncio import Redis
+
+from services.gateway.errors import too_many
+from services.gateway.tenants.headers import rate_headers, retry_headers
+from services.gateway.tenants.key_file import Tenant
+from services.gateway.tenants.metrics import TenantMetrics
+from shared.bus.keys import Keys
+from shared.bus.lua import read_script
+from shared.bus.retry import retry_until_available
+from shared.errors import Failure, RequestError
+from shared.messages import Share
+
+HERE = Path(__file__).parent
+EVERYONE = ""  # name of all requests together, with or without a tenant
+
+_TEXTS = {
+    "requests": "{limit} requests a minute",
+    "tokens": "{limit} tokens a minute",
+    "media": "{limit} bytes of media a minute",
+    "concurrent": "{limit} requests at a time",
+    "queued": "{limit} tokens of prompts that wait",
+}
+
+
+class Quota(msgspec.Struct):
+    """Tenant of an HTTP request, and the headers that tell its client of limits; the edge sends them."""
+
+    tenant: Tenant | None = None
+    share: Share | None = None
+    headers: dict[bytes, bytes] = {}
+
+
+class Ceilings(msgspec.Struct, frozen=True):
+    """Limits of the whole server, and the share of each that one tenant may take."""
+
+    max_queue: int
+    max_num_queued_tokens: int  # 0: no limit
+    tenant_share: float
+
+    def share(self, ceiling: int) -> int:
+        """Return what one tenant may take."""
+        return max(1, int(ceiling * self.tenant_share))
+
+
+class Reservation(msgspec.Struct):
+    """Requests that were admitted together, until they end."""
+
+    tenant: Tenant | None
+    ids: tuple[str, ...]
+    charged: int  # tokens
+    begun: bool = False
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """Argument of admit.lua."""
+
+    ids: tuple[str, ...]
+    tokens: int
+    media: int
+    limits: tuple[dict[str, int], ...]
+
+
+class _Said(msgspec.Struct, omit_defaults=True):
+    """Argument of settle.lua, for one name."""
+
+    begun: list[str]
+    ended: list[str]
+    tokens: int
+    prompt: int
+    generated: int
+    limit: int | None = None
+
+    def plus(self, later: "_Said | None") -> "_Said":
+        """Return this and what was said later."""
+        if later is None:
+            return self
+        return _Said(
+            self.begun + later.begun,
+            self.ended + later.ended,
+            self.tokens + later.tokens,
+            self.prompt + later.prompt,
+            self.generated + later.generated,
+            later.limit,
+        )
+
+
+class Limiter:
+    """Admission by the limits of tenants and of the server. Without either it does nothing and asks nobody."""
+
+    def __init__(self, redis: Redis, keys: Keys, ceilings: Ceilings, metrics: TenantMetrics) -> None:
+        self._keys = keys
+        self._ceilings = ceilings
+        self._metrics = metrics
+        self._admit = redis.register_script(read_script("admit", HERE))
+        self._settle = redis.register_script(read_script("settle", HERE))
+        self._said: dict[str, _Said] = {}
+        self._changed = asyncio.Event()
+
+    async def admit(
+        self, quota: Quota | None, model: str, ids: Sequence[str], tokens: int, media_bytes: int
+    ) -> Reservation | None:
+        """Admit the requests `ids`, which are one HTTP request; None if nothing limits or counts them.
+
+        Raises:
+            RequestError: 403, the tenant may not use this model; 429, beyond a limit.
+            RedisError: Redis cannot decide.
+        """
+        tenant = None if quota is None else quota.tenant
+        if tenant is not None and tenant.models and model not in tenant.models:
+            raise RequestError(_not_allowed(tenant, model))
+        names = self._names(tenant)
+        if not names:
+            return None
+        limits = tuple(self._limits(tenant if name else None) for name in names)
+        wanted = _Wanted(tuple(ids), tokens, media_bytes, limits)
+        args: list[str | bytes] = [self._keys.request(""), msgspec.json.encode(wanted)]
+        verdict = await self._admit(keys=self._redis_keys(names), args=args)
+        limit, place, retry_ms, *rates = verdict
+        if tenant is not None and quota is not None:
+            quota.headers.update(rate_headers(limits[0], rates))
+        if limit:
+            raise self._refusal(quota, str(limit, "ascii"), limits[place - 1], names[place - 1], retry_ms)
+        if tenant is not None:
+            self._metrics.requests.labels(tenant.name).inc(len(ids))
+        return Reservation(tenant, tuple(ids), tokens)
+
+    def begin(self, reservation: Reservation) -> None:
+        """Note that the first token of an answer is here: its prompt waits no more."""
+        if reservation.begun:
+            return
+        reservation.begun = True
+        for name in self._names(reservation.tenant):
+            self._about(name, reservation.tenant).begun.extend(reservation.ids[:1])
+        self._changed.set()
+
+    def end(self, reservation: Reservation, prompt: int, generated: int, runs_on: bool = False) -> None:
+        """Note that the requests have ended, with so many tokens of the prompt and of all answers.
+
+        `runs_on`: only their client has left, and may come back. They stay open until somebody needs their place.
+        """
+        for name in self._names(reservation.tenant):
+            said = self._about(name, reservation.tenant)
+            said.ended.extend(() if runs_on else reservation.ids)
+            said.tokens += prompt + generated - reservation.charged
+            said.prompt += prompt
+            said.generated += generated
+        if reservation.tenant is not None:
+            self._metrics.tokens.labels(reservation.tenant.name, "prompt").inc(prompt)
+            self._metrics.tokens.labels(reservation.tenant.name, "generated").inc(generated)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write to Redis what `begin` and `end` have noted, until cancelled. A Redis that is down is waited for."""
+        while True:
+            await self._changed.wait()
+            await retry_until_available("settle", self.flush)
+
+    async def flush(self) -> None:
+        """Write it now. What fails is kept; a write whose reply is lost is made again, and counts twice.
+
+        Raises:
+            RedisError: nothing is known to be written.
+        """
+        self._changed.clear()
+        said = dict(self._said)
+        if not said:
+            return
+        self._said.clear()
+        try:
+            await self._settle(keys=self._redis_keys(said), args=[msgspec.json.encode(each) for each in said.values()])
+        except BaseException:
+            for name, each in said.items():
+                self._said[name] = each.plus(self._said.get(name))
+            raise
+
+    def _names(self, tenant: Tenant | None) -> list[str]:
+        """Return the names under which a request counts."""
+        own = [] if tenant is None else [tenant.name]
+        return [*own, EVERYONE] if self._ceilings.max_num_queued_tokens else own
+
+    def _redis_keys(self, names: Iterable[str]) -> list[str]:
+        """Return the KEYS of the scripts."""
+        return [key for name in names for key in (self._keys.tenant(name), self._keys.tenant_open(name))]
+
+    def _limits(self, tenant: Tenant | None) -> dict[str, int]:
+        ceilings = self._ceilings
+        if tenant is None:
+            return {"queued": ceilings.max_num_queued_tokens}
+        own = tenant.limits
+        queued = [own.queued_tokens]
+        if ceilings.max_num_queued_tokens:
+            queued.append(ceilings.share(ceilings.max_num_queued_tokens))
+        limits = {
+            "requests": own.requests_per_min,
+            "tokens": own.tokens_per_min,
+            "media": own.media_bytes_per_min,
+            "concurrent": _least(own.concurrent_requests, ceilings.share(ceilings.max_queue)),
+            "queued": _least(*queued),
+        }
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def _about(self, name: str, tenant: Tenant | None) -> _Said:
+        limit = tenant.limits.tokens_per_min if name and tenant is not None else None
+        return self._said.setdefault(name, _Said([], [], 0, 0, 0, limit))
+
+    def _refusal(
+        self, quota: Quota | None, limit: str, limits: dict[str, int], name: str, retry_ms: int
+    ) -> RequestError:
+        self._metrics.refusals.labels(name, limit).inc()
+        if quota is not None:
+            quota.headers.update(retry_headers(retry_ms))
+        whose = f"The API key {name!r}" if name else "The server"
+        text = _TEXTS[limit].format(limit=limits[limit])
+        return too_many(f"{whose} has a limit of {text}; try again in {math.ceil(retry_ms / 1000)} s.")
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _not_allowed(tenant: Tenant, model: str) -> Failure:
+    text = f"The API key {tenant.name!r} may not use the model {model[:64]!r}."
+    return Failure(403, text, param="model", code="model_not_allowed")

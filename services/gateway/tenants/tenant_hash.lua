@@ -1,0 +1,46 @@
+-- Prelude of the scripts that count what tenants use. A key of another type is damaged, and begins anew.
+-- KEYS: (hash of a tenant, its open requests: id -> "tokens that are queued:time in microseconds")...
+local MINUTE = 60000000
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+
+local function ensure_hash(key)
+  local kind = redis.call('TYPE', key).ok
+  if kind ~= 'hash' and kind ~= 'none' then redis.call('UNLINK', key) end
+end
+
+local function number(key, field)
+  return tonumber(redis.call('HGET', key, field) or 0) or 0
+end
+
+-- How much of an allowance a minute is used: "amount:time in microseconds", of which time gives back. As an amount, and not
+-- as GCRA's time of arrival, it means the same when the limit is another one.
+local function level_of(key, field, limit)
+  local level, at = string.match(redis.call('HGET', key, field) or '', '^(%d+%.?%d*):(%d+)$')
+  return level and math.max(0, level - (now - at) * limit / MINUTE) or 0
+end
+
+local function raise_level(key, field, limit, amount)
+  local level = math.max(0, level_of(key, field, limit) + amount)
+  redis.call('HSET', key, field, string.format('%.3f:%.0f', level, now))
+end
+
+local function count_queued(key, tokens)
+  if tokens ~= 0 then redis.call('HSET', key, 'queued', math.max(0, number(key, 'queued') + tokens)) end
+end
+
+-- Note that an answer has begun, so that its prompt is queued no more.
+local function begin(key, open, id)
+  local value = redis.call('HGET', open, id)
+  if not value then return end
+  local tokens, since = string.match(value, '^(%d+):(%d+)$')
+  count_queued(key, -(tonumber(tokens or 0)))
+  redis.call('HSET', open, id, '0:' .. (since or 0))
+end
+
+-- Note that a request has ended.
+local function forget(key, open, id)
+  begin(key, open, id)
+  redis.call('HDEL', open, id)
+  if redis.call('EXISTS', open) == 0 then redis.call('HDEL', key, 'queued') end
+end

@@ -1,0 +1,212 @@
+"""The limits of tenants in a real Redis, as two gateways decide them."""
+
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+
+from services.gateway.tenants.key_file import Limits, Tenant
+from services.gateway.tenants.limiter import Ceilings, Limiter, Quota, Reservation
+from services.gateway.tenants.metrics import TenantMetrics
+from shared.bus.client import command
+from shared.bus.keys import Keys
+from shared.errors import RequestError
+
+
+def tenant(name: str = "alice", models: tuple[str, ...] = (), **limits: int) -> Tenant:
+    return Tenant(name=name, hashes=("sha256:" + 64 * "0",), models=models, limits=Limits(**limits))
+
+
+class Gateway:
+    """The limiter of one gateway."""
+
+    def __init__(self, redis: Redis, keys: Keys, max_queue: int = 4096, queued: int = 0, share: float = 0.5) -> None:
+        self.registry = CollectorRegistry()
+        ceilings = Ceilings(max_queue, queued, share)
+        self.limiter = Limiter(redis, keys, ceilings, TenantMetrics(self.registry))
+        self.headers: dict[str, str] = {}
+        self._count = 0
+
+    async def ask(
+        self, who: Tenant | None, *ids: str, tokens: int = 10, media: int = 0, model: str = "m"
+    ) -> Reservation | None:
+        self._count += 1
+        quota = Quota(who)
+        try:
+            return await self.limiter.admit(quota, model, ids or (f"{id(self)}-{self._count}",), tokens, media)
+        finally:
+            self.headers = {name.decode(): value.decode() for name, value in quota.headers.items()}
+
+    async def refused(self, who: Tenant | None, **asked: Any) -> str:
+        with pytest.raises(RequestError) as error:
+            await self.ask(who, **asked)
+        assert error.value.failure.status == 429
+        return error.value.failure.message
+
+
+@pytest.fixture
+def one(redis: Redis, keys: Keys) -> Gateway:
+    return Gateway(redis, keys)
+
+
+@pytest.fixture
+def two(redis: Redis, keys: Keys) -> Gateway:
+    return Gateway(redis, keys)
+
+
+async def test_without_tenants_and_limits_redis_is_not_asked(redis: Redis, one: Gateway) -> None:
+    before = (await redis.info("stats"))["total_commands_processed"]
+    assert await one.ask(None) is None
+    assert (await redis.info("stats"))["total_commands_processed"] == before + 1  # the INFO itself
+
+
+async def test_two_gateways_agree_on_requests_a_minute(one: Gateway, two: Gateway) -> None:
+    alice = tenant(requests_per_min=3)
+    await one.ask(alice)
+    assert one.headers["x-ratelimit-limit-requests"] == "3"
+    assert one.headers["x-ratelimit-remaining-requests"] == "2"
+    assert one.headers["x-ratelimit-reset-requests"].endswith("s")
+    await two.ask(alice)
+    await one.ask(alice)
+    assert "3 requests a minute" in await two.refused(alice)
+    assert two.headers["x-ratelimit-remaining-requests"] == "0"
+    assert 1 <= int(two.headers["retry-after"]) <= 20  # one of three comes back every 20 s
+    assert 0 < int(two.headers["retry-after-ms"]) <= 20_000
+    await one.ask(tenant("bob", requests_per_min=3))  # is another
+
+
+async def test_choices_count(one: Gateway) -> None:
+    alice = tenant(requests_per_min=3)
+    await one.ask(alice, "a", "a-1", "a-2")
+    await one.refused(alice)
+
+
+async def test_a_refusal_charges_nothing(one: Gateway) -> None:
+    alice = tenant(requests_per_min=1000, media_bytes_per_min=100)
+    await one.ask(alice, media=100)
+    assert "100 bytes of media" in await one.refused(alice, media=1)
+    await one.ask(alice)
+    assert one.headers["x-ratelimit-remaining-requests"] == "998"
+
+
+async def test_answers_are_charged_when_they_end_and_may_lead_into_debt(one: Gateway, two: Gateway) -> None:
+    alice = tenant(tokens_per_min=1000)
+    reservation = await one.ask(alice, tokens=100)
+    assert one.headers["x-ratelimit-remaining-tokens"] == "900"
+    assert reservation is not None
+    one.limiter.end(reservation, prompt=150, generated=2000)
+    await one.limiter.flush()
+    assert "1000 tokens a minute" in await two.refused(alice, tokens=1)
+    assert 60 < int(two.headers["retry-after"]) <= 70  # 1150 tokens of debt at 1000 a minute, and one more
+
+
+async def test_a_request_that_never_ran_gets_its_tokens_back(one: Gateway) -> None:
+    alice = tenant(tokens_per_min=1000)
+    reservation = await one.ask(alice, tokens=1000)
+    assert reservation is not None
+    one.limiter.end(reservation, prompt=0, generated=0)
+    await one.limiter.flush()
+    await one.ask(alice, tokens=900)
+
+
+async def test_a_prompt_above_the_limit_passes_once_the_allowance_is_whole(one: Gateway) -> None:
+    alice = tenant(tokens_per_min=100)
+    await one.ask(alice, tokens=1000)
+    await one.refused(alice, tokens=1)
+    assert int(one.headers["retry-after"]) > 500
+
+
+async def test_requests_at_a_time_over_all_gateways(one: Gateway, two: Gateway) -> None:
+    alice = tenant(concurrent_requests=2)
+    first = await one.ask(alice)
+    await two.ask(alice)
+    assert "2 requests at a time" in await two.refused(alice)
+    assert first is not None
+    one.limiter.end(first, 1, 1)
+    await one.limiter.flush()
+    await two.ask(alice)
+
+
+async def test_a_tenant_has_a_share_of_the_queue(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, max_queue=4)
+    await gateway.ask(tenant())
+    await gateway.ask(tenant())
+    assert "2 requests at a time" in await gateway.refused(tenant())
+    await gateway.ask(tenant("bob"))
+
+
+async def test_places_of_requests_whose_gateway_died_are_found_again(redis: Redis, keys: Keys, one: Gateway) -> None:
+    alice = tenant(concurrent_requests=2)
+    await one.ask(alice, "ended")
+    await one.ask(alice, "runs")
+    await redis.hset(keys.request("ended"), mapping={"epoch": "1", "finish": "..."})
+    await redis.hset(keys.request("runs"), "epoch", "1")
+    await one.ask(alice, "new")  # in the place of the one that has ended
+    await one.refused(alice)
+    assert set(await redis.hkeys(keys.tenant_open("alice"))) == {b"runs", b"new"}
+
+
+async def test_queued_tokens_until_an_answer_begins(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, queued=1000)
+    alice, bob = tenant(queued_tokens=300), tenant("bob")
+    first = await gateway.ask(alice, tokens=200)
+    assert "300 tokens of prompts" in await gateway.refused(alice, tokens=200)
+    assert first is not None
+    gateway.limiter.begin(first)
+    gateway.limiter.begin(first)  # of another choice
+    await gateway.limiter.flush()
+    await gateway.ask(alice, tokens=200)
+    await gateway.ask(bob, tokens=400)
+    assert "500 tokens of prompts" in await gateway.refused(bob, tokens=200)  # half of the server's
+    await gateway.ask(None, tokens=400)
+    text = await gateway.refused(None, tokens=1)
+    assert text.startswith("The server has a limit of 1000 tokens")
+
+
+async def test_a_prompt_above_the_limit_is_let_in_when_nothing_waits(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, queued=1000)
+    reservation = await gateway.ask(None, tokens=5000)
+    await gateway.refused(None, tokens=1)
+    assert reservation is not None
+    gateway.limiter.end(reservation, 5000, 1)
+    await gateway.limiter.flush()
+    await gateway.ask(None, tokens=1000)
+
+
+async def test_models(one: Gateway) -> None:
+    alice = tenant(models=("small",))
+    await one.ask(alice, model="small")
+    with pytest.raises(RequestError) as refused:
+        await one.ask(alice, model="large")
+    assert (refused.value.failure.status, refused.value.failure.code) == (403, "model_not_allowed")
+
+
+async def test_usage_is_counted(redis: Redis, keys: Keys, one: Gateway) -> None:
+    alice = tenant(requests_per_min=2)
+    first = await one.ask(alice, "a", "a-1", tokens=10, media=7)
+    await one.refused(alice)
+    assert first is not None
+    one.limiter.end(first, 12, 30)
+    await one.limiter.flush()
+    fields = await redis.hgetall(keys.tenant("alice"))
+    used = {name.decode(): int(value) for name, value in fields.items() if name.startswith(b"used:")}
+    assert used == {
+        "used:requests": 2,
+        "used:refused": 1,
+        "used:media": 7,
+        "used:prompt": 12,
+        "used:generated": 30,
+    }
+    assert one.registry.get_sample_value("millrace_key_tokens_total", {"key": "alice", "kind": "generated"}) == 30
+    assert one.registry.get_sample_value("millrace_key_refusals_total", {"key": "alice", "limit": "requests"}) == 1
+
+
+@pytest.mark.parametrize("damage", [("SET", "x"), ("RPUSH", "x")])
+async def test_damaged_keys_begin_anew(redis: Redis, keys: Keys, one: Gateway, damage: tuple[str, str]) -> None:
+    for key in (keys.tenant("alice"), keys.tenant_open("alice")):
+        await command(redis, damage[0], key, damage[1])
+    await one.ask(tenant(requests_per_min=2, concurrent_requests=3))
+    await redis.hset(keys.tenant("alice"), mapping={"requests": "x", "queued": "y"})
+    await redis.hset(keys.tenant_open("alice"), "z", "z")
+    await one.ask(tenant(requests_per_min=2, concurrent_requests=3))

@@ -1,0 +1,142 @@
+"""Tenants at a running gateway, with the real clients of both families of headers."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import openai
+import pytest
+from gateway_stages import Running, Stages, running, until
+from machine import PATIENCE_S
+from redis.asyncio import Redis
+
+from services.gateway.tenants.key_file import written_digest
+from shared.bus.keys import Keys
+
+T = TypeVar("T")
+
+HI: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+def write(path: Path, **tenants: dict[str, Any]) -> None:
+    entries = [{"name": name, "hashes": [written_digest(f"key-of-{name}")], **rest} for name, rest in tenants.items()]
+    path.write_text(json.dumps({"keys": entries}))
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.json"
+    write(path, alice={"limits": {"requests_per_min": 2}}, bob={})
+    return path
+
+
+@pytest.fixture
+async def server(checkpoint: Path, redis_url: str, key_file: Path) -> AsyncIterator[Running]:
+    async with running(
+        checkpoint, redis_url, api_keys=("key-1",), api_keys_file=str(key_file), max_concurrency=4
+    ) as made:
+        yield made
+
+
+def ask(server: Running, who: str, **fields: Any) -> "asyncio.Task[Any]":
+    client = server.client.with_options(api_key=f"key-of-{who}")
+    return asyncio.create_task(client.chat.completions.with_raw_response.create(model="m", messages=HI, **fields))
+
+
+async def test_a_limit_as_openais_client_sees_it(
+    server: Running, stages: Stages, redis: Redis, keys: Keys, key_file: Path
+) -> None:
+    for left in ("1", "0"):
+        asked = ask(server, "alice")
+        await stages.answer(await stages.request(), "yes")
+        reply = await asked
+        assert reply.headers["x-ratelimit-remaining-requests"] == left
+    with pytest.raises(openai.RateLimitError) as refused:
+        await ask(server, "alice")
+    assert refused.value.code == "rate_limit_exceeded"
+    assert "'alice'" in refused.value.message
+    headers = refused.value.response.headers
+    assert headers.get_list("retry-after") == [headers["retry-after"]]
+    assert 1 < int(headers["retry-after"]) <= 30
+    await until(lambda: server.idle())
+    await until_is(lambda: redis.hget(keys.tenant("alice"), "used:generated"), b"6")
+    assert await redis.hlen(keys.tenant_open("alice")) == 0
+    assert server.metric('millrace_key_tokens_total{key="alice",kind="generated"}') == 6
+
+    write(key_file, alice={"limits": {"requests_per_min": 100}}, bob={})
+    await until(lambda: server.metric('millrace_key_file_reloads_total{outcome="read"}') == 1)
+    asked = ask(server, "alice")
+    await stages.answer(await stages.request(), "yes")
+    assert (await asked).headers["x-ratelimit-limit-requests"] == "100"
+
+
+async def until_is(read: Callable[[], Awaitable[T]], value: T) -> None:
+    """Ask until the answer is this value: Redis sets no event for it."""
+    async with asyncio.timeout(PATIENCE_S):
+        while await read() != value:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_keys_as_anthropics_clients_send_them(server: Running) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        for key, status in (("key-of-bob", 200), ("key-1", 200), ("key-of-nobody", 401), ("", 401)):
+            assert (await client.get("/v1/models", headers={"x-api-key": key})).status_code == status
+        both = {"x-api-key": "key-of-bob", "authorization": "Bearer no"}
+        assert (await client.get("/v1/models", headers=both)).status_code == 401
+
+
+async def test_every_refused_key_leaves_a_line_without_it(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+            for method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PATCH", "PUT"):
+                reply = await client.request(method, "/v1/models", headers={"authorization": "Bearer secret-key"})
+                assert reply.status_code == 401
+            await client.get("/nowhere")
+            assert (await client.get("/health/live")).status_code == 200
+    lines = [record.__dict__ for record in caplog.records if record.msg == "API key refused"]
+    assert [(line["method"], line["path"], line["reason"]) for line in lines[-2:]] == [
+        ("PUT", "/v1/models", "unknown"),
+        ("GET", "/nowhere", "missing"),
+    ]
+    assert len(lines) == 8
+    assert all(line["client"] == "127.0.0.1" and line["request_id"] for line in lines)
+    assert "secret" not in str(lines)
+    assert server.metric('millrace_unauthorized_requests_total{reason="unknown"}') == 7
+
+
+async def test_a_tenant_takes_its_share_of_a_gateway_and_others_the_rest(server: Running, stages: Stages) -> None:
+    flood = [ask(server, "bob") for _ in range(2)]
+    requests = [await stages.request(), await stages.request()]
+    with pytest.raises(openai.RateLimitError, match="tenant_share"):
+        await ask(server, "bob")
+    light = ask(server, "alice")
+    await stages.answer(await stages.request(), "in")
+    assert (await light).parse().choices[0].message.content == "in"
+    for request in requests:
+        await stages.answer(request, "done")
+    await asyncio.gather(*flood)
+
+
+async def test_a_client_that_leaves_frees_its_place(server: Running, stages: Stages, redis: Redis, keys: Keys) -> None:
+    asked = ask(server, "bob", stream=True)
+    request = await stages.request()
+    assert await redis.hlen(keys.tenant_open("bob")) == 1
+    await (await asked).http_response.aclose()
+    assert await stages.cancelled() == {request.id}
+    await until_is(lambda: redis.hlen(keys.tenant_open("bob")), 0)
+
+
+async def test_a_request_that_was_sent_before_costs_nothing(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    first = ask(server, "bob", extra_headers={"Idempotency-Key": "k"})
+    request = await stages.request()
+    second = ask(server, "bob", extra_headers={"Idempotency-Key": "k"})
+    await stages.attached()
+    await until_is(lambda: redis.hkeys(keys.tenant_open("bob")), [request.id.encode()])
+    first.cancel()
+    second.cancel()
