@@ -129,7 +129,7 @@ sys.addaudithook(_note_process)
 def redis_server() -> Iterator[RedisServer]:
     """One server for the session, on a unix socket only. Its path is short, as socket paths must be."""
     directory = Path(tempfile.mkdtemp(prefix="millrace-"))
-    with RedisServer(directory, binary=SERVER_BINARY) as server:
+    with RedisServer(directory, binary=SERVER_BINARY, dies_with_us=True) as server:
         yield server
     shutil.rmtree(directory)
 

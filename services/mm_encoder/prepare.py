@@ -72,7 +72,7 @@ class Preparer:
         self._decoding: SingleFlight[Patches] = SingleFlight()
 
     def start(self) -> None:
-        """Start a decoder beside whatever else starts. If it cannot start, the first request says so."""
+        """Start a decoder beside whatever else starts."""
         self._starting = asyncio.create_task(self._decoders.start())
 
     async def prepare(self, message: Encode) -> tuple[list[Prepared], int]:

@@ -12,11 +12,12 @@
                                              fields: request (msgpack Request), epoch (int), cancelled ("1"),
                                              begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
                                              gateways (names, separated by spaces: receivers of its deltas) by gateway,
-                                             encode (the Encode it came from), made (digest of the Generate it
+                                             encode (the Encode it came from, while it is in generate), made (digest of the Generate it
                                              became), failed (the Failure it is about to end with), returned (times it
                                              was sent back for encoding), reached (tokens at its last redelivery), over
                                              ("1", its last word is in tokens), all by shared/bus/ownership.py;
-                                             entry (key of a work stream, and id: its entry there) by who appends it.
+                                             entry (key of a work stream, id of its entry there, and its progress then)
+                                             by who appends or claims it.
                                              A value of a later version of the messages than 1 begins with the byte c1
                                              and the version: also in logprobs
     {ns}:journal:{id}                string  postproc             engine, postproc   the same

@@ -4,6 +4,7 @@ Messages are bytes after their length. A message may bring descriptors, which th
 """
 
 import contextlib
+import os
 import resource
 import signal
 import socket
@@ -47,12 +48,29 @@ class Link:
 def limit_memory(memory_bytes: int) -> None:
     """Bound the memory of this process alone: RLIMIT_DATA leaves out what is shared and what is only reserved.
 
-    macOS takes the limit and does not keep it. On Linux the process is also the first to go if the machine has too
-    little memory, since its task can be done again.
+    macOS takes the limit and does not keep it.
     """
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_at_most(memory_bytes, most), most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def lower_priority(nice: int) -> None:
+    """Let this process have the processor after others that want it, by as much as `nice` says.
+
+    Where each session has a share of the processor of its own (autogroup: desktops), what counts is the session's
+    priority. So it gets a session, too.
+    """
+    with contextlib.suppress(PermissionError):  # it has one
+        os.setsid()
+    os.nice(nice)
+    with contextlib.suppress(OSError):  # not on macOS, or where it is turned off
+        Path("/proc/self/autogroup").write_text(str(nice))
+
+
+def give_way() -> None:
+    """Let this process, and those it forks, be the first to go if the machine has too little memory: others take over
+    its task."""
     with contextlib.suppress(OSError):  # not on macOS
         Path("/proc/self/oom_score_adj").write_text("1000")
 

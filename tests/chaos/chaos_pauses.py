@@ -8,6 +8,7 @@ client is noted. Two replicas of each service, unless the fault says "alone".
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import tempfile
@@ -27,10 +28,12 @@ from chaos_rush import rush
 from chaos_storm import TWO_OF_EACH
 from chaos_system import REQUEST_TIMEOUT_S, ROOT, System, running
 from machine import PATIENCE_S
+from redis_refusals import REFUSALS
 
 LONG = 2  # the place of "long" in the pool
 ANSWER = 400  # tokens
 LEASE_MS = 3000  # the default
+DOWN_S = 1.0  # for which Redis is halted, or refuses
 
 
 def nothing(system: System) -> None:
@@ -53,6 +56,30 @@ def terminate(service: str) -> Callable[[System], None]:
 
 async def kill_redis(system: System) -> None:
     await system.restart_redis(0)
+
+
+async def halt_redis(system: System) -> None:
+    await system.pause_redis(DOWN_S)
+
+
+async def halt_engine(system: System) -> None:
+    """For longer than its lease, so that the other one takes over."""
+    engine = random.choice(system.of("engine"))
+    engine.pause()
+    await asyncio.sleep(2 * LEASE_MS / 1000)
+    engine.wake()
+
+
+def refuse(code: str) -> Callable[[System], Awaitable[None]]:
+    return lambda system: system.refuse(code, DOWN_S)
+
+
+async def fail_over(system: System) -> None:
+    await system.fail_over()
+
+
+async def swallow(system: System) -> None:
+    system.proxy.swallow()
 
 
 async def strew_garbage(system: System) -> None:
@@ -85,9 +112,14 @@ FAULTS: dict[str, tuple[dict[str, int], Fault]] = {
     **{f"kill -9 of the only {name}": (ONE_OF_EACH, kill(name)) for name in ("gateway", "engine", "postproc")},
     **{f"SIGTERM of 1 of 2 {name}": (TWO_OF_EACH, terminate(name)) for name in ("engine", "postproc")},
     "kill -9 of Redis": (TWO_OF_EACH, kill_redis),
+    "SIGSTOP of 1 of 2 engines": (TWO_OF_EACH, halt_engine),
+    "SIGSTOP of Redis for 1 s": (TWO_OF_EACH, halt_redis),
+    **{f"Redis refuses for 1 s: {code}": (TWO_OF_EACH, refuse(code)) for code in sorted(REFUSALS)},
+    "failover of Redis": (TWO_OF_EACH, fail_over),
+    "half-open links to Redis": (TWO_OF_EACH, swallow),
     "garbage in every stream": (TWO_OF_EACH, strew_garbage),
     "60 that ask and are gone": (TWO_OF_EACH, rush_in),
-    "3 media bombs": (TWO_OF_EACH, drop_bombs),
+    "4 media bombs": (TWO_OF_EACH, drop_bombs),
     "1 of 2 engines of the next build": (TWO_OF_EACH, next_build_of_engine),
 }
 
@@ -116,13 +148,16 @@ async def measure(rounds: int, clients: int, only: str, directory: Path) -> None
     asks = pool(LONG + 1, write_model(directory / "model"), "")[LONG:]
     asks[0].body["max_tokens"] = ANSWER
     expected = by_kind(await quiet_answers(directory / "quiet", directory / "model", asks))
-    for number, (name, (replicas, fault)) in enumerate(FAULTS.items()):
-        if only not in name:
+    settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
+    for number, replicas in enumerate((TWO_OF_EACH, ONE_OF_EACH)):
+        faults = {name: fault for name, (needed, fault) in FAULTS.items() if needed == replicas and only in name}
+        if not faults:
             continue
-        settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
         async with running(directory / str(number), directory / "model", replicas, **settings) as system:
-            gaps = [gap for _ in range(rounds) for gap in await one_round(system, expected, fault, clients)]
-        print(f"{name:32} median {statistics.median(gaps):5.2f} s, longest {max(gaps):5.2f} s", flush=True)
+            for name, fault in faults.items():
+                gaps = [gap for _ in range(rounds) for gap in await one_round(system, expected, fault, clients)]
+                median, longest, load = statistics.median(gaps), max(gaps), os.getloadavg()[0]
+                print(f"{name:36} median {median:5.2f} s, longest {longest:5.2f} s, load {load:4.1f}", flush=True)
 
 
 def main() -> None:

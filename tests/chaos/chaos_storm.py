@@ -25,6 +25,7 @@ from chaos_quiet import ONE_OF_EACH, Answered, quiet_answers
 from chaos_requests import Ask, files_to_serve, pool
 from chaos_system import REQUEST_TIMEOUT_S, System, running
 from machine import PATIENCE_S
+from redis.exceptions import RedisError
 from system import file_server
 
 from shared.errors import MillraceError
@@ -101,7 +102,7 @@ class Storm:
                 if not injecting.cancelled():
                     injecting.result()
                 await faults.mend()
-            except (AssertionError, OSError, MillraceError) as error:
+            except (AssertionError, OSError, RedisError, MillraceError) as error:
                 self._fail(f"mending: {error}")
             await asyncio.gather(*workers)
         left = await wait_until_clean(self._system, PATIENCE_S, uploads=not faults.gateways_killed)

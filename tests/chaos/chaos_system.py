@@ -23,6 +23,7 @@ from cli.redis_server import RedisServer
 from shared.bus import leases
 from shared.bus.client import command, connect
 from shared.bus.keys import GENERATE, Keys
+from shared.tether import tethered
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAME = "chaos"
@@ -50,7 +51,17 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
         "request_timeout_s": REQUEST_TIMEOUT_S,
         "retain_s": RETAIN_S,
     },
-    "mm_encoder": {"media_allow_networks": ["127.0.0.1/32"], "concurrency": 4},
+    "mm_encoder": {
+        "media_allow_networks": ["127.0.0.1/32"],
+        "concurrency": 4,
+        # So small that even a bomb fits the context: one with more tokens would be refused before it is decoded.
+        "mm_processor_kwargs": {
+            "image_max_pixels": 64 * 28 * 28,
+            "video_min_pixels": 4 * 28 * 28,
+            "video_max_pixels": 4 * 28 * 28,
+            "video_max_frames": 16,
+        },
+    },
     "engine": {
         "device": "cpu",
         "max_num_seqs": 8,
@@ -115,7 +126,7 @@ class Replica:
         self.paused, self.started = False, time.time()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                tethered([sys.executable, "-m", self.module]),  # it ends with a run that is killed
                 cwd=self.root,
                 env={**self._environ, **_variables(told)},
                 stdin=subprocess.DEVNULL,
@@ -206,6 +217,7 @@ class System:
             port=free_port(),
             unix_socket=self._sockets / f"{name}.sock",
             persistence=self._persistence,
+            dies_with_us=True,
         )
 
     def add(self, service: str) -> Replica:

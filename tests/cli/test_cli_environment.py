@@ -116,19 +116,32 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_taken_and_doubled_ports_are_named(model: Path) -> None:
     first, second, third = map(str, free_ports(3))
     ports = ["--port", first, "--metrics-port", second, "--engine-worker-queue-port", third]
-    check_ports(launch(model, *ports))
+    check_ports(launch(model, *ports), {})
     with pytest.raises(ConfigError, match=r"--metrics-port: port \d+ is also that of --port"):
-        check_ports(launch(model, *ports, "--metrics-port", first))
+        check_ports(launch(model, *ports, "--metrics-port", first), {})
     for flag, port in (("--port", first), ("--metrics-port", second), ("--engine-worker-queue-port", third)):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", int(port)))
             taken.listen()
-            with pytest.raises(ConfigError, match=f"^{flag}: cannot listen on .*:{port}"):
-                check_ports(launch(model, *ports))
+            with pytest.raises(ConfigError, match=f"^{flag}: cannot listen on .*:{port}: .*choose another"):
+                check_ports(launch(model, *ports), {})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(third)))
         taken.listen()
-        check_ports(launch(model, *ports, "--redis-url", URL))
+        check_ports(launch(model, *ports, "--redis-url", URL), {})
+
+
+def test_the_port_of_metrics_is_tried_where_they_listen(model: Path) -> None:
+    api, metrics, redis = map(str, free_ports(3))
+    here = launch(
+        model, "--host", "127.0.0.2", "--port", api, "--metrics-port", metrics, "--engine-worker-queue-port", redis
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.3", int(metrics)))
+        taken.listen()
+        check_ports(here, {})
+        with pytest.raises(ConfigError, match=rf"^--metrics-port: cannot listen on 127\.0\.0\.3:{metrics}"):
+            check_ports(here, {"MILLRACE_METRICS_HOST": "127.0.0.3"})
 
 
 def test_one_listener_can_show_the_metrics_of_all_four() -> None:

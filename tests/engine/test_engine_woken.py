@@ -18,6 +18,7 @@ from cli.demo import write_demo
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease, live
 from shared.bus.records import Records
+from shared.tether import tethered
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 48
@@ -52,7 +53,7 @@ class Engines:
         environ = ours | {f"MILLRACE_{key.upper()}": str(value) for key, value in told.items()}
         with self._log.open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "services.engine"],
+                tethered([sys.executable, "-m", "services.engine"]),
                 cwd=ROOT,
                 env=environ | {"OMP_NUM_THREADS": "1"},
                 stdout=log,

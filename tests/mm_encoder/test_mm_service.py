@@ -62,6 +62,7 @@ from shared.messages import (
 )
 from shared.model.config import load_model_config
 from shared.service import Life
+from shared.workers import process
 
 GATEWAY = "gw"
 LIMITS = ProcessorSettings(image_max_pixels=784 * 30, video_min_pixels=3136, video_max_pixels=784 * 9)
@@ -672,6 +673,21 @@ async def test_a_request_that_an_engine_had_ends_in_the_tokens_stream(bench: Ben
     assert await bench.redis.xlen(bench.keys.quarantine(ENCODE)) == (why == "poison")
     assert await bench.redis.xlen(bench.keys.deltas(GATEWAY)) == 1, "nothing but Accepted"
     assert await bench.left() == {"request:a"}, "postproc ends it"
+
+
+@pytest.mark.system
+async def test_decoders_that_cannot_start_are_the_failure_of_their_requests(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "tethered", lambda command: ["/absent", *command])
+    async with bench.running():
+        await bench.submit("a", [picture(60, 60)])
+        failure = await bench.refused()
+        assert (failure.status, failure.code) == (503, "overloaded")
+        monkeypatch.undo()
+        await bench.submit("b", [picture(60, 60)])
+        [generate] = await bench.generates()
+        assert generate.request.id == "b"
 
 
 @pytest.mark.system

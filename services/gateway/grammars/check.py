@@ -9,12 +9,11 @@ from pathlib import Path
 from shared.errors import RequestError, internal, invalid
 from shared.log import logger
 from shared.messages import Grammar
-from shared.workers.pool import WorkerPool
+from shared.workers.pool import NoWorkerError, WorkerPool
 from shared.workers.process import DiedError, TooSlowError
 
 MODULE = "services.gateway.grammars.worker"
 PROCESSES = 2  # one may be busy with a hostile grammar
-CPU_S = 4.0  # of a trial, which limits itself; what is longer hangs
 KEPT = 1024  # verdicts
 
 _log = logger(__name__)
@@ -35,9 +34,8 @@ class GrammarCheck:
         """Return if the grammar can be compiled and followed.
 
         Raises:
-            RequestError: 400, it cannot; of its `parts`, the first that cannot either is named; 500, no process could
-                tell.
-            OSError: no process can be started now, for want of files say.
+            RequestError: 400, it cannot; of its `parts`, the first that cannot either is named; 500, its check crashes
+                or hangs; 503, there is no process to check it.
         """
         verdict = await self._verdict(grammar)
         if verdict is None:
@@ -51,7 +49,10 @@ class GrammarCheck:
         try:
             # Shielded: others may wait for it when the first to ask goes away.
             return await asyncio.shield(self._find(grammar.text))
-        except (RuntimeError, DiedError, TooSlowError) as error:
+        except NoWorkerError as error:
+            _log.error("no process tries grammars", extra={"error": str(error)})
+            raise internal("The server has no process that could check the grammar now.", "overloaded", 503) from error
+        except (DiedError, TooSlowError) as error:
             _log.error("the process that tries grammars ended", extra={"error": str(error)})
             raise internal("The grammar could not be checked.", "grammar_error") from error
 
@@ -74,7 +75,7 @@ class GrammarCheck:
         return found
 
     async def _ask(self, text: str) -> Verdict:
-        verdict: Verdict = json.loads(await self._pool.call(json.dumps(text).encode(), CPU_S))
+        verdict: Verdict = json.loads(await self._pool.call(json.dumps(text).encode()))
         return verdict
 
 

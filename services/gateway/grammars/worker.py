@@ -16,7 +16,7 @@ from pathlib import Path
 from services.gateway.grammars.trial import try_grammar
 from shared.grammar.compiler import GrammarCompiler, GrammarError
 from shared.model.tokenizer import Tokenizer
-from shared.workers.link import Link
+from shared.workers.link import Link, give_way
 
 CPU_S = 1.5  # seconds of a core, so that a busy machine refuses nothing that a quiet one accepts
 MEMORY_BYTES = 1 << 30  # beyond what the process has
@@ -27,6 +27,7 @@ TOO_COMPLEX = "it is too complex: to compile it takes too much time or memory"
 
 def run(link: Link) -> None:
     """Work until the gateway closes its end of the link."""
+    give_way()
     first = link.receive()
     assert first is not None
     tokenizer = Tokenizer.load(Path(first[0].decode()))
@@ -48,7 +49,9 @@ def _verdict(compiler: GrammarCompiler, text: str) -> str | None:
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read()
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:  # none of our limits: this says nothing of the grammar
+        os.kill(os.getpid(), signal.SIGKILL)
     verdict: str | None = json.loads(said) if said else TOO_COMPLEX
     return verdict
 

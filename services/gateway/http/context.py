@@ -2,7 +2,7 @@
 
 import msgspec
 from starlette.requests import Request
-from starlette.types import Scope
+from starlette.types import Scope, Send
 
 from shared.tracing import Span
 
@@ -18,6 +18,7 @@ class RequestContext(msgspec.Struct):
     request_id: str  # X-Request-ID
     owner: str  # digest of its API key; empty if the path needs none
     span: Span | None  # of a chat request that is traced
+    write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
     warnings: tuple[str, ...] = ()  # X-Millrace-Warning
 
 

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -18,8 +19,10 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.body import BodyLimits, read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
+    KEY,
     IdempotencyKey,
     read_event_ids,
     read_idempotency_key,
@@ -35,6 +38,7 @@ from services.gateway.templates.renderer import TemplateRenderer
 INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
 
 T = TypeVar("T")
+D = TypeVar("D", Draft, Draft | ParsedRequest)
 
 
 class RequestHandler(msgspec.Struct, frozen=True):
@@ -58,6 +62,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
 
         Raises:
             RequestError: the request is refused; nothing was written.
+            ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
         deadline = created + read_timeout(request.headers, self.request_timeout_s)
@@ -69,13 +74,15 @@ class RequestHandler(msgspec.Struct, frozen=True):
             except ClientDisconnect:
                 return
             take_slot()
-            parsed, key = await self._parse(dialect, body, request.headers, context.owner)
+            patience = ClientPatience(receive, deadline)
+            parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience)
             del body
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
-                await self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars)
-            metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
+                await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
+            trace = _trace(request, context)
+            metadata = RequestMetadata(created, deadline, context.owner, key, trace, http_id=context.request_id)
             if context.span is not None:
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)
@@ -101,17 +108,38 @@ class RequestHandler(msgspec.Struct, frozen=True):
                     spans.set_answer(span, open_request, time.time())
 
     async def _parse(
-        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str
+        self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        def read() -> tuple[Draft, IdempotencyKey | None]:
+        draft, rendered = await self.render(body, partial(self._read, dialect, body), patience)
+        key = None
+        if KEY in headers:
+            key = await self.compute(len(body), lambda: read_idempotency_key(headers, owner, body))
+        if isinstance(draft, ParsedRequest):
+            return draft, key
+        return await self.compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+
+    def _read(self, dialect: Dialect, body: bytes) -> Draft | ParsedRequest:
+        stated = dialect.read(body)
+        return self.parser.complete(stated) if stated.prompts else self.parser.read(stated)
+
+    async def render(self, body: bytes, read: Callable[[], D], patience: ClientPatience) -> tuple[D, str]:
+        """Return a request, as `read` understands its `body`, and its rendered prompt; "" if it has no conversation.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+
+        def checked() -> D:
             check_structure(body, self.max_text_bytes)
-            return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
+            return read()
 
-        draft, key = await self._compute(len(body), read)
-        rendered = await self.templates.render(draft.rendering)
-        return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+        draft = await self.compute(len(body), checked)
+        if not isinstance(draft, Draft):
+            return draft, ""
+        with draft.stated.own_names():
+            return draft, await patience.wait(self.templates.render(draft.rendering))
 
-    async def _compute(self, size: int, function: Callable[[], T]) -> T:
+    async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""
         if size <= INLINE_BYTES:
             return function()

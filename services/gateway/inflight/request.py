@@ -144,6 +144,7 @@ class OpenRequest:
         self.positions = [StreamPosition(0)] * answer_format.n if positions is None else list(positions)
         self.choices = [Choice(self, index, position, now) for index, position in enumerate(self.positions)]
         self.uploads: tuple[str, ...] = ()  # keys of the blobs that were stored for it
+        self.prompt_tokens: int | None = None  # once its media are accepted
         self.failure: Failure | None = None
         self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
         self.first_token_at: float | None = None  # unix seconds
@@ -155,14 +156,16 @@ class OpenRequest:
         self._pending_size = 0
         self._max_pending = max_pending
         self._events_sent = [position.events for position in self.positions]
-        self._wake = asyncio.Event()
+        self._awake = False  # there is something to write, or to look at
+        self._waiting: asyncio.Future[None] | None = None  # of the client's task
+        self._unended = answer_format.n
         if not self._unaccepted:
             self.accepted.set()
 
     @property
     def done(self) -> bool:
         """True once nothing more will arrive and everything that arrived was taken."""
-        return not self._pending and (self.failure is not None or all(choice.ended for choice in self.choices))
+        return not self._pending and (self.failure is not None or not self._unended)
 
     def usages(self) -> list[Usage]:
         """Return the usage of every choice of an answer that has ended.
@@ -185,6 +188,10 @@ class OpenRequest:
     def mark_uploads(self, keys: Iterable[str]) -> None:
         """Note the keys of the blobs that are stored for it."""
         self.uploads = tuple(keys)
+
+    def mark_prompt(self, tokens: int) -> None:
+        """Note how long the prompt is, its media included."""
+        self.prompt_tokens = tokens
 
     def accept(self, choice: Choice) -> None:
         """Note that a choice's media are good."""
@@ -213,19 +220,19 @@ class OpenRequest:
             self.fail(choice, BEYOND_END)
             return False
         if last:
-            choice.end(delta.finish_reason, delta.usage)
+            self._end(choice, delta.finish_reason, delta.usage)
             self.accept(choice)
-            self._wake.set()
+            self._wake()
         return False
 
     def fail(self, choice: Choice | None, failure: Failure) -> None:
         """End the whole request: `choice` failed, or (None) the gateway gives up on all of them."""
         if choice is not None and not choice.ended:
-            choice.end()
+            self._end(choice)
         if self.failure is None:
             self.failure = failure
         self.accepted.set()
-        self._wake.set()
+        self._wake()
 
     def mark_first_token(self, now: float) -> bool:
         """Note that a token has arrived; return True if it is the first."""
@@ -237,15 +244,16 @@ class OpenRequest:
     def keep_alive(self, now: float) -> None:
         """Wake the client's task, so that it sends a sign of life."""
         self.idle_since = now
-        self._wake.set()
+        self._wake()
 
     # ----------------------------------------------------------------------------------------- for the client's task
 
     async def next_deltas(self) -> list[tuple[int, Delta]]:
         """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`."""
-        if not self._pending and self.failure is None:
-            await self._wake.wait()
-        self._wake.clear()
+        if not (self._pending or self._awake) and self.failure is None:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        self._awake = False
         deltas, self._pending, self._pending_size = self._pending, [], 0
         return deltas
 
@@ -258,6 +266,16 @@ class OpenRequest:
         """Note that the client has been sent the request's id, or resumed by it."""
         self.client_has_id = True
 
+    def _end(self, choice: Choice, finish_reason: str | None = None, usage: Usage | None = None) -> None:
+        self._unended -= not choice.ended
+        choice.end(finish_reason, usage)
+
+    def _wake(self) -> None:
+        """Wake the client's task. As asyncio.Event, of which a stream would need one for every token."""
+        self._awake = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
     def _queue(self, choice: Choice, delta: Delta, now: float) -> None:
         choice.advance(delta.seq, now)
         self.idle_since = now
@@ -266,7 +284,7 @@ class OpenRequest:
             self.overflowed.set()
         self._pending.append((choice.index, delta))
         self._pending_size += _size(delta)
-        self._wake.set()
+        self._wake()
 
 
 def choice_id(request_id: str, index: int) -> str:

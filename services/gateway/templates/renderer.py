@@ -21,7 +21,7 @@ from services.gateway.templates.messages import (
 )
 from shared.errors import CheckpointError, RequestError, internal
 from shared.log import logger
-from shared.workers.pool import WorkerPool
+from shared.workers.pool import NoWorkerError, WorkerPool
 from shared.workers.process import DiedError, TooSlowError
 
 MODULE = "services.gateway.templates.worker"
@@ -47,7 +47,7 @@ class TemplateRenderer:
 
         Raises:
             CheckpointError: it does not compile.
-            RuntimeError, OSError: no process starts.
+            NoWorkerError: no process starts.
         """
         await self._trusted.start_one()
         reply = await _call(self._trusted, RenderTask(self._template, None, CPU_S))
@@ -59,8 +59,7 @@ class TemplateRenderer:
 
         Raises:
             RequestError: 400, the template refuses the conversation, or the prompt exceeds the limit, or the request's
-                own template fails; 500, the checkpoint's does; 503, the process was killed.
-            OSError: no process can be started now, for want of files say.
+                own template fails; 500, the checkpoint's does; 503, there is no process to render it.
         """
         own = rendering.own_template
         if own is None:
@@ -69,9 +68,9 @@ class TemplateRenderer:
             pool, template = self._foreign, msgspec.structs.replace(self._template, name="chat_template", source=own)
         try:
             reply = await _call(pool, RenderTask(template, rendering.variables, CPU_S))
-        except RuntimeError as error:
+        except NoWorkerError as error:
             _log.error("no process renders templates", extra={"error": str(error)})
-            raise internal("The chat template could not be rendered.", "chat_template_error") from error
+            raise internal("The server has no process that could render the prompt now.", "overloaded", 503) from error
         if isinstance(reply, Refused):
             raise RequestError(reply.failure)
         if isinstance(reply, Failed):
@@ -85,28 +84,16 @@ class TemplateRenderer:
 
 
 async def _call(pool: WorkerPool, task: RenderTask) -> Reply:
-    """Do a task, once more if its process dies, which need not be the template's fault.
-
-    Raises:
-        RequestError: 503, the process was killed both times.
-        RuntimeError, OSError: no process starts.
     """
-    message = encode_task(task)
+    Raises:
+        NoWorkerError: there is no process for it.
+    """
     try:
-        reply: Reply = decode_reply(await _call_twice(pool, message))
+        reply: Reply = decode_reply(await pool.call(encode_task(task)))
         return reply
     except TooSlowError:
         what = f"takes more than {CPU_S} s of computing"
-    except DiedError as error:
-        if error.by == "SIGKILL":  # by somebody who thought nothing of the template, as where memory is short
-            raise internal("The process that renders chat templates was killed.", "renderer_killed", 503) from error
+    except DiedError:
         what = "makes the process that renders it crash"
     _log.warning("a template harms its process", extra={"template": task.template.name, "how": what})
     return Failed(what)
-
-
-async def _call_twice(pool: WorkerPool, message: bytes) -> bytes:
-    try:
-        return await pool.call(message, CPU_S)
-    except DiedError:
-        return await pool.call(message, CPU_S)

@@ -22,7 +22,7 @@ from services.gateway.templates.messages import (
     encode,
 )
 from shared.errors import RequestError
-from shared.workers.link import Link, limit_memory, limit_time
+from shared.workers.link import Link, give_way, limit_memory, limit_time
 
 KEPT = 4  # compiled templates
 
@@ -32,6 +32,7 @@ def run(link: Link) -> None:
     first = link.receive()
     assert first is not None
     setup = decode_setup(first[0])
+    give_way()
     limit_memory(setup.memory_bytes)
     compiled = _Compiled(setup.max_chars)
     gc.freeze()  # the collector then looks at what tasks make alone

@@ -6,8 +6,9 @@ to or not, wait for each other only.
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -31,7 +32,7 @@ from services.mm_encoder.metrics import Metrics
 from shared.errors import RequestError, internal
 from shared.log import logger
 from shared.messages import Media, MediaKind
-from shared.workers.pool import WorkerPool
+from shared.workers.pool import NoWorkerError, WorkerPool
 from shared.workers.process import DiedError, TooSlowError
 
 MODULE = "services.mm_encoder.decoding"
@@ -71,17 +72,21 @@ class Decoders:
         self._metrics = metrics
 
     async def start(self) -> None:
-        """Start a process, so that the first file need not wait for it."""
-        await self._quick.start_one()
+        """Start a process, so that the first file need not wait for it. If none starts, that file tries again."""
+        try:
+            await self._quick.start_one()
+        except NoWorkerError as error:
+            _log.error("no decoder process could be started", extra={"error": str(error)})
 
     async def plan(self, media: Media, data: bytes) -> ImagePlan | VideoPlan:
         """Read the headers of `media`.
 
         Raises:
-            RequestError: the file cannot be used, or is over a limit.
+            RequestError: the file cannot be used, or is over a limit; 503, there is no process or memory to decode it.
         """
         limit = self._limits[media.kind]
-        reply = await self._with_file(PlanTask(len(data), limit.cpu_s, media), limit, data)
+        with _no_resources_fail_the_request():
+            reply = await self._with_file(PlanTask(len(data), limit.cpu_s, media), limit, data)
         assert isinstance(reply, ImagePlan | VideoPlan)
         return reply
 
@@ -94,12 +99,13 @@ class Decoders:
         limit = self._limits["image" if isinstance(plan, ImagePlan) else "video"]
         if plan.work > limit.cpu_s * FASTEST:
             raise _too_slow(limit)
-        fd = shared_memory.create(plan.rows[0] * plan.rows[1])
-        try:
-            rows = shared_memory.as_rows(fd, plan.rows)
-            reply = await self._with_file(FillTask(len(data), limit.cpu_s, plan), limit, data, fd)
-        finally:
-            os.close(fd)
+        with _no_resources_fail_the_request():
+            fd = shared_memory.create(plan.rows[0] * plan.rows[1])
+            try:
+                rows = shared_memory.as_rows(fd, plan.rows)
+                reply = await self._with_file(FillTask(len(data), limit.cpu_s, plan), limit, data, fd)
+            finally:
+                os.close(fd)
         assert isinstance(reply, Filled)
         return Patches(rows, reply.grid)
 
@@ -118,23 +124,13 @@ class Decoders:
 
     async def _in_time(self, task: Task, limit: TimeLimit, fds: list[int]) -> Reply:
         try:
-            return await self._twice(task, fds)
+            return await self._through_lanes(task, fds)
         except TooSlowError as error:
             self._metrics.count_decoder_end("time")
             raise _too_slow(limit) from error
         except DiedError as error:
-            if error.by == "SIGKILL":  # by somebody who thought nothing of the file, as where memory is short
-                raise internal("The process that decodes media was killed.", "decoder_killed", 503) from error
-            raise refuse("The file makes its decoder crash.") from error
-
-    async def _twice(self, task: Task, fds: list[int]) -> Reply:
-        """Do a task once more if its process dies, which need not be the file's fault."""
-        try:
-            return await self._through_lanes(task, fds)
-        except DiedError as error:
             self._metrics.count_decoder_end("crash")
-            _log.warning("a decoder process died; its task is tried once more", extra={"by": error.by})
-            return await self._through_lanes(task, fds)
+            raise refuse("The file makes its decoder crash.") from error
 
     async def _through_lanes(self, task: Task, fds: list[int]) -> Reply:
         if isinstance(task, FillTask) and task.plan.work > QUICK_WORK:
@@ -146,8 +142,21 @@ class Decoders:
 
 
 async def _call(lane: WorkerPool, task: Task, fds: list[int]) -> Reply:
-    reply: Reply = from_decoder.decode(await lane.call(to_decoder.encode(task), task.cpu_s, fds))
+    reply: Reply = from_decoder.decode(await lane.call(to_decoder.encode(task), fds))
     return reply
+
+
+@contextlib.contextmanager
+def _no_resources_fail_the_request() -> Iterator[None]:
+    """
+    Raises:
+        RequestError: 503, no process could be had, or no file for the memory that it shares with us.
+    """
+    try:
+        yield
+    except (NoWorkerError, OSError) as error:
+        _log.error("media cannot be decoded now", extra={"error": str(error)})
+        raise internal("The server has no process or file to decode media with now.", "overloaded", 503) from error
 
 
 def _too_slow(limit: TimeLimit) -> RequestError:

@@ -23,7 +23,9 @@ from services.mm_encoder.decoding.messages import (
 from services.mm_encoder.media.processor import Processor
 from services.mm_encoder.media.refusal import over_limit, refuse
 from shared.errors import RequestError
-from shared.workers.link import Link, limit_memory, limit_time
+from shared.workers.link import Link, give_way, limit_memory, limit_time, lower_priority
+
+NICE = 5  # beside all else that a machine runs: a quarter of a core that others want, too
 
 
 def run(link: Link) -> None:
@@ -32,6 +34,8 @@ def run(link: Link) -> None:
     assert received is not None
     setup = from_encoder.decode(received[0])
     assert isinstance(setup, Setup)
+    give_way()
+    lower_priority(NICE)
     limit_memory(setup.memory_bytes)
     processor = Processor(setup.settings, setup.limits, setup.vision, setup.font, own_times=setup.own_times)
     gc.freeze()  # the collector then looks at what tasks make alone

@@ -6,6 +6,7 @@
 -- Returns 'done', 'lost', 'unwanted' or 'changed'.
 -- requires: entries
 -- requires: typed
+-- requires: note_entry
 if not owns(ARGV[3]) then return 'lost' end
 if not is_a('hash', KEYS[2]) then return 'unwanted' end
 local request, cancelled, made = unpack(redis.call('HMGET', KEYS[2], 'request', 'cancelled', 'made'))
@@ -13,5 +14,6 @@ if not request or cancelled then return 'unwanted' end
 if made and made ~= ARGV[7] then return 'changed' end
 ack(ARGV[3])
 local entry = redis.call('XADD', KEYS[3], '*', 'v', ARGV[4], 'm', ARGV[5], 'r', ARGV[8])
-redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7], 'entry', KEYS[3] .. ' ' .. entry)
+redis.call('HSET', KEYS[2], 'encode', ARGV[6], 'made', ARGV[7])
+note_entry(KEYS[2], KEYS[3], entry)
 return 'done'

@@ -1,9 +1,11 @@
 -- Find requests that nobody will go on with: their work entry is gone, and no stage has ended it. Whoever deletes a work
--- stream, or entries of it, leaves such. An entry that was delivered is there as long as it is pending.
+-- stream, or entries of it, leaves such. An entry that was delivered is there as long as it is pending. Of a request
+-- that a replica of an old build has claimed or moved since, nobody can tell.
 -- KEYS: record...
 -- ARGV: none
 -- Returns the places, from 1, of these requests.
 -- requires: typed
+-- requires: note_entry
 local streams, lost = {}, {}
 
 local function number(id)
@@ -36,8 +38,10 @@ end
 for i, record in ipairs(KEYS) do
   if is_a('hash', record) then
     local entry, over, finish = unpack(redis.call('HMGET', record, 'entry', 'over', 'finish'))
-    local stream, id = string.match(entry or '', '^(.*) (%d+-%d+)$')
-    if id and not over and not finish and is_gone(stream, id) then lost[#lost + 1] = i end
+    local stream, id, noted = string.match(entry or '', '^(.*) (%d+-%d+) (%S+)$')
+    if id and not over and not finish and noted == progress(record) and is_gone(stream, id) then
+      lost[#lost + 1] = i
+    end
   end
 end
 return lost

@@ -5,6 +5,7 @@
 -- epoch that is no number comes the time, which no count of deliveries reaches.
 -- requires: entries
 -- requires: typed
+-- requires: note_entry
 local epochs = {}
 for i = 3, #ARGV do
   local record = KEYS[i - 1]
@@ -18,6 +19,7 @@ for i = 3, #ARGV do
       epoch = tonumber(redis.call('TIME')[1])
       if is_a('hash', record) then redis.call('HSET', record, 'epoch', epoch) end
     end
+    if is_a('hash', record) then note_entry(record, KEYS[1], ARGV[i]) end
     epochs[#epochs + 1] = epoch
   end
 end

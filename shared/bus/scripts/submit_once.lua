@@ -4,6 +4,7 @@
 -- ARGV: submission, expiry in s, prefix of records, v, gateway, (request, m)...
 -- Returns the earlier submission, or false.
 -- requires: typed
+-- requires: note_entry
 local known = is_a('string', KEYS[1]) and redis.call('GET', KEYS[1])
 if known then
   local readable, earlier = pcall(cjson.decode, known)
@@ -17,9 +18,8 @@ end
 for i = 3, #KEYS do
   local id = string.sub(KEYS[i], #ARGV[3] + 1)
   local entry = redis.call('XADD', KEYS[2], '*', 'v', ARGV[4], 'm', ARGV[2 * i + 1], 'r', id)
-  redis.call(
-    'HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5], 'entry', KEYS[2] .. ' ' .. entry
-  )
+  redis.call('HSET', KEYS[i], 'request', ARGV[2 * i], 'epoch', '0', 'gateways', ARGV[5])
+  note_entry(KEYS[i], KEYS[2], entry)
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 return false

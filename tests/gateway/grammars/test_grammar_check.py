@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.grammars.worker import TOO_COMPLEX
@@ -29,6 +32,10 @@ async def grammars() -> AsyncIterator[GrammarCheck]:
 
 def grammar(rule: Rule) -> Grammar:
     return Grammar(forms.write(rule, thinking=True), "response_format")
+
+
+def children(pid: int) -> list[int]:
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def schema(**keywords: Any) -> Rule:
@@ -101,5 +108,23 @@ async def test_a_process_that_cannot_start_is_no_fault_of_the_client(tmp_path: P
     check = GrammarCheck(tmp_path, worker_environ(os.environ))
     with pytest.raises(RequestError) as failed:
         await check.check(grammar(forms.json_object()))
-    assert failed.value.failure.status == 500
+    assert (failed.value.failure.status, failed.value.failure.code) == (503, "overloaded")
     await check.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("killed", ["worker", "trial"])
+async def test_a_process_that_is_killed_in_mid_trial_refuses_no_grammar(grammars: GrammarCheck, killed: str) -> None:
+    """Its grammar takes all of its time in a fork of the process; then it is tried in another process."""
+    await grammars.check(grammar(forms.regex("a+")))
+    [process] = grammars._pool._idle
+    worker = process._process.pid
+    checking = asyncio.create_task(grammars.check(grammar(schema(type="integer", multipleOf=9999991))))
+    async with asyncio.timeout(PATIENCE_S):
+        while not (forks := children(worker)):  # noqa: ASYNC110  # the kernel tells nobody
+            await asyncio.sleep(0.01)
+    os.kill(worker if killed == "worker" else forks[0], signal.SIGKILL)
+    with pytest.raises(RequestError, match=TOO_COMPLEX):
+        await checking
+    [process] = grammars._pool._idle
+    assert process._process.pid != worker

@@ -19,7 +19,7 @@ from services.gateway.dialects.chat_events import (
 )
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
-from services.gateway.http.merge import merge_text
+from services.gateway.dialects.merge import merge_text
 from services.gateway.inflight.request import StreamPosition
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage, pack_ids
@@ -237,6 +237,14 @@ def _flow(writer: ChunkWriter, deltas: list[tuple[int, Delta]]) -> list[tuple[in
 def test_plain_text_that_waited_is_one_chunk() -> None:
     deltas = [(0, Delta("r", i, content=str(i))) for i in range(5)]
     assert [delta.content for _, delta in merge_text(deltas)] == ["01234"]
+
+
+def test_the_first_text_that_waited_keeps_its_place_and_usage() -> None:
+    deltas = [(0, Delta("r", 1, content="a", usage=USAGE)), (0, Delta("r", 2, content="b", start=1))]
+    assert merge_text(deltas) == [(0, Delta("r", 2, content="ab", usage=USAGE))]
+    later = Usage(11, 2, 1, 4, 0, 0)
+    deltas[1] = (0, Delta("r", 2, content="b", start=1, usage=later))
+    assert merge_text(deltas) == [(0, Delta("r", 2, content="ab", usage=later))]
 
 
 def answer(*deltas: Delta, **options: Any) -> dict[str, Any]:

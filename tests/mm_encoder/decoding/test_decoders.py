@@ -138,6 +138,18 @@ async def test_a_file_whose_process_is_killed_is_decoded_in_another() -> None:
         assert pid not in children()
 
 
+async def test_processes_that_cannot_start_are_the_failure_of_a_file_and_not_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running() as decoders:
+        monkeypatch.setattr(process, "tethered", lambda command: ["/absent", *command])
+        await decoders.start()
+        failure = await refusal(decoders, picture(30, 30))
+        assert (failure.status, failure.code) == (503, "overloaded")
+        monkeypatch.undo()
+        await decode(decoders, picture(30, 30))
+
+
 async def test_an_unforeseen_error_is_a_refusal_that_does_not_tell_it(tmp_path: Path) -> None:
     async with running(planted=tmp_path) as decoders:
         failure = await refusal(decoders, b"raise")
@@ -158,7 +170,6 @@ async def test_a_file_that_computes_for_too_long_is_refused_by_the_limit(
 
 async def test_a_file_that_waits_for_ever_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "HANG_S", 0.1)
-    monkeypatch.setattr(process, "HANG_FACTOR", 0)
     async with running(planted=tmp_path) as decoders:
         assert "image_decode_s = 20" in (await refusal(decoders, b"hang")).message
 

@@ -21,6 +21,7 @@ from shared.messages import (
     TokenLogprob,
     from_entry,
     pack_ids,
+    record_value,
 )
 
 
@@ -382,4 +383,59 @@ async def test_an_entry_is_known_wherever_it_went(redis: Redis, keys: Keys, reco
     assert await generating.ownership.send_back(delivery.entry_id, "r1") == "done"
     assert await records.lost(["r1"]) == set()
     await redis.delete(keys.stream(ENCODE))
+    assert await records.lost(["r1"]) == {"r1"}
+
+
+# What replicas of builds that note no entries do to a record, in Lua's place.
+OLD_FORWARD = {"encode": record_value(encode()), "made": b"digest"}
+
+
+async def moved_by_an_old_build(redis: Redis, keys: Keys, stream: WorkStream, entry_id: str, to: str) -> None:
+    await stream.ownership.ack([entry_id])
+    await send(redis, keys.stream(to), generate("r1") if to == GENERATE else encode("r1"))
+
+
+async def test_nobody_calls_a_request_lost_that_an_old_build_has_moved(
+    redis: Redis, keys: Keys, records: Records
+) -> None:
+    """An update begins with the gateways: the entry that they note is gone when an old mm_encoder forwards it."""
+    await records.submit(ENCODE, encode("r1"))
+    encoding = WorkStream(redis, keys, ENCODE, "mm_encoder", "m", 3)
+    generating = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
+    for stream in (encoding, generating):
+        await stream.join()
+    [delivery] = await encoding.read_new(1, 0)
+    await moved_by_an_old_build(redis, keys, encoding, delivery.entry_id, GENERATE)
+    await redis.hset(keys.request("r1"), mapping=OLD_FORWARD)  # type: ignore[arg-type]
+    assert await records.lost(["r1"]) == set()
+
+    [delivery] = await generating.read_new(1, 0)
+    await generating.ownership.raise_epochs([(delivery.entry_id, "r1")])  # a new engine, which sends it back
+    assert await generating.ownership.send_back(delivery.entry_id, "r1") == "done"
+    [delivery] = await encoding.read_new(1, 0)
+    await moved_by_an_old_build(redis, keys, encoding, delivery.entry_id, GENERATE)
+    await redis.hset(keys.request("r1"), mapping=OLD_FORWARD)  # type: ignore[arg-type]
+    assert await records.lost(["r1"]) == set()
+
+
+async def test_nobody_calls_a_request_lost_that_an_old_engine_may_have_ended(
+    redis: Redis, keys: Keys, records: Records
+) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    generating = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
+    await generating.join()
+    [delivery] = await generating.read_new(1, 0)
+    await redis.hincrby(keys.request("r1"), "epoch", 1)  # its claim
+    await generating.ownership.ack([delivery.entry_id])  # its end; the Finish is in the tokens stream
+    assert await records.lost(["r1"]) == set()
+
+
+async def test_a_claimed_request_is_lost_with_its_entry(redis: Redis, keys: Keys, records: Records) -> None:
+    await records.submit(GENERATE, generate("r1"))
+    generating = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
+    await generating.join()
+    [delivery] = await generating.read_new(1, 0)
+    await generating.ownership.raise_epochs([(delivery.entry_id, "r1")])
+    assert await records.lost(["r1"]) == set()
+    await redis.delete(keys.stream(GENERATE))
     assert await records.lost(["r1"]) == {"r1"}
