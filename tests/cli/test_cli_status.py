@@ -96,7 +96,10 @@ def test_redis_that_does_not_answer(
     assert "Redis does not answer" in capsys.readouterr().err
 
 
-def test_flags_that_cannot_be_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_cannot_be_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where no `millrace serve` of another test is seen
     assert main(["status", "--redis-url", "nonsense"]) == 2
     assert main(["status", "--yaml"]) == 2
     said = capsys.readouterr().err

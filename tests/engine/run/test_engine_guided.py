@@ -247,8 +247,10 @@ def test_log_probabilities_are_the_models_before_the_mask(model: ErnieModel) -> 
         free = run(model, [ask("none", answer[:known], index=1, logprobs=2, reasoning_max_tokens=None, **forced)],
                    resumed=known)  # fmt: skip
         assert free.answer("0") == [answer[known]]
-        [run_] = free.runs["0"]
-        assert run_.logprobs == (told[known],)
+        [[logprobs]] = [one.logprobs or () for one in free.runs["0"]]
+        # Not to the bit: on some processors sums depend on the rows beside (shared/reproducible.py).
+        assert logprobs.logprob == pytest.approx(told[known].logprob, abs=1e-4)
+        assert dict(logprobs.top) == pytest.approx(dict(told[known].top), abs=1e-4)
 
 
 def test_what_is_asked_changes_answers_within_the_grammar(model: ErnieModel) -> None:

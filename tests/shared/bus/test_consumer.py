@@ -190,6 +190,7 @@ async def test_nothing_is_read_before_start_or_after_stop(replica: Replica) -> N
     replica.consumer.stop_reading()
     assert replica.consumer.free_slots == 0
     replica.consumer.release([job])
+    await looked(replica)  # a claim that began before the stop has ended
     await replica.redis.xgroup_createconsumer(replica.key, SERVICE, "dead")
     await replica.submit("left by the dead")
     await replica.redis.xreadgroup(SERVICE, "dead", {replica.key: ">"})
