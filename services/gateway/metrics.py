@@ -46,6 +46,12 @@ class GatewayMetrics:
             "millrace_request_success", "Choices answered, by how they ended", ("finished_reason",), registry=registry
         )
         at_zero(self.success, "stop", "length", "tool_calls")
+        self.ended = Counter(
+            "millrace_requests_ended",
+            "Requests to the APIs that ended, refused ones included, by how",
+            ("model", "endpoint", "outcome"),
+            registry=registry,
+        )
         self.rejections = Counter(
             "millrace_admission_rejections",
             "Chat requests refused: too many here, too many bytes of them, too much in the pipeline, or shutting down",

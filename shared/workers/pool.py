@@ -42,7 +42,7 @@ class WorkerPool:
             self._idle.append(process)
             return answer
 
-    async def call(self, task: bytes, cpu_s: float, fds: Sequence[int] = ()) -> bytes:
+    async def call(self, task: bytes, fds: Sequence[int] = ()) -> bytes:
         """Do a task in one of the processes, which ends if the task fails or is cancelled while it takes long.
 
         Raises:
@@ -52,7 +52,7 @@ class WorkerPool:
         """
         async with self._room:
             try:
-                return await self._call_twice(task, cpu_s, fds)
+                return await self._call_twice(task, fds)
             except DiedError as error:
                 if not error.killed:
                     raise
@@ -63,16 +63,16 @@ class WorkerPool:
         while self._idle:
             await self._idle.pop().kill()
 
-    async def _call_twice(self, task: bytes, cpu_s: float, fds: Sequence[int]) -> bytes:
+    async def _call_twice(self, task: bytes, fds: Sequence[int]) -> bytes:
         try:
-            return await self._call_once(task, cpu_s, fds)
+            return await self._call_once(task, fds)
         except DiedError as error:
             self._say_died("a worker process died; its task is done once more", error)
-            return await self._call_once(task, cpu_s, fds)
+            return await self._call_once(task, fds)
 
-    async def _call_once(self, task: bytes, cpu_s: float, fds: Sequence[int]) -> bytes:
+    async def _call_once(self, task: bytes, fds: Sequence[int]) -> bytes:
         process = await self._take()
-        call = asyncio.create_task(process.call(task, fds, cpu_s))
+        call = asyncio.create_task(process.call(task, fds))
         try:
             return await asyncio.shield(call)
         except asyncio.CancelledError:

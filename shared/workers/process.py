@@ -7,15 +7,17 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from shared.config import PREFIX
 from shared.tether import tethered
 from shared.workers.link import LENGTH
 
 START_S = 60.0  # the longest start; libraries may have to be read from a slow disk
-# A task that has computed for its time is ended by the kernel. One that waits, for a lock that nobody gives back, is
-# ended after this long and this many times its time, since on a busy machine a second of computing takes several.
-HANG_S, HANG_FACTOR = 60.0, 5
+# A task that has computed for its time is ended by the kernel, however long that takes on a busy machine. One that has
+# computed nothing for this long, since it waits for a lock that nobody gives back say, is ended by us. Only Linux tells
+# one from the other.
+HANG_S = 60.0 if sys.platform == "linux" else 600.0
 
 
 class TooSlowError(Exception):
@@ -71,7 +73,11 @@ class WorkerProcess:
         theirs.close()
         started = cls(process, link, reader, writer)
         try:
-            return started, await started._exchange(setup, [], START_S)
+            async with asyncio.timeout(START_S):
+                return started, await started._exchange(setup, [])
+        except TimeoutError:
+            await started.kill()
+            raise TooSlowError(f"no answer within {START_S:g} s") from None
         except BaseException:
             await started.kill()
             raise
@@ -81,14 +87,23 @@ class WorkerProcess:
         """True if it has died, as far as is known."""
         return self._process.returncode is not None
 
-    async def call(self, task: bytes, fds: Sequence[int], cpu_s: float) -> bytes:
-        """Return the answer to a task that may compute for `cpu_s` seconds.
+    async def call(self, task: bytes, fds: Sequence[int]) -> bytes:
+        """Return the answer to a task.
 
         Raises:
-            TooSlowError: it takes more than its CPU time.
+            TooSlowError: it takes more than the CPU time that the process has set itself, or hangs.
             DiedError: the process dies of something else.
         """
-        return await self._exchange(task, fds, HANG_S + HANG_FACTOR * cpu_s)
+        exchange = asyncio.create_task(self._exchange(task, fds))
+        try:
+            before = -1.0
+            while not (await asyncio.wait([exchange], timeout=HANG_S))[0]:
+                before, earlier = computed_s(self._process.pid), before
+                if before == earlier:
+                    raise TooSlowError(f"it has computed nothing for {HANG_S:g} s")
+            return exchange.result()
+        finally:
+            exchange.cancel()
 
     async def kill(self) -> None:
         """End the process, whatever it does, and wait for its end."""
@@ -98,16 +113,13 @@ class WorkerProcess:
         self._link.close()
         await self._process.wait()
 
-    async def _exchange(self, message: bytes, fds: Sequence[int], wait_s: float) -> bytes:
+    async def _exchange(self, message: bytes, fds: Sequence[int]) -> bytes:
         try:
-            async with asyncio.timeout(wait_s):
-                socket.send_fds(self._link, [LENGTH.pack(len(message))], fds)  # the buffer is empty: it has answered
-                self._writer.write(message)
-                await self._writer.drain()
-                (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-                return await self._reader.readexactly(size)
-        except TimeoutError:
-            raise TooSlowError(f"no answer within {wait_s:g} s") from None
+            socket.send_fds(self._link, [LENGTH.pack(len(message))], fds)  # the buffer is empty: it has answered
+            self._writer.write(message)
+            await self._writer.drain()
+            (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+            return await self._reader.readexactly(size)
         except (EOFError, ConnectionError):
             raise await self._how_it_ended() from None
 
@@ -116,6 +128,15 @@ class WorkerProcess:
         if status == -signal.SIGXCPU:
             return TooSlowError("it has computed for its time")
         return DiedError(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+
+
+def computed_s(pid: int) -> float:
+    """Return the seconds that a process of this machine has computed for; 0 if it has ended, or where nobody tells."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:

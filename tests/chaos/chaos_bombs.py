@@ -13,13 +13,13 @@ REFUSED = (400, 429, 500, 502, 503, 504)  # a 5xx where the gateway or the encod
 
 @cache
 def bombs() -> list[dict[str, object]]:
-    """Return content parts: one that its header gives away, one by its area, and one that decodes for seconds."""
-    gif, known, slow = canvas_gif(8000, 3000), scans_jpeg(2000, 2000), scans_jpeg(4000, 80)
-    return [
-        {"type": "video_url", "video_url": {"url": data_url(gif, "video/gif")}},
-        {"type": "image_url", "image_url": {"url": data_url(known, "image/jpeg")}},
-        {"type": "image_url", "image_url": {"url": data_url(slow, "image/jpeg")}},
-    ]
+    """Return content parts: a video and an image that their headers give away, and two that decode for seconds."""
+    gifs, jpegs = (canvas_gif(8000, 3000), canvas_gif(4000, 40)), (scans_jpeg(2000, 2000), scans_jpeg(7000, 80))
+    return [*(_part("video", gif, "gif") for gif in gifs), *(_part("image", jpeg, "jpeg") for jpeg in jpegs)]
+
+
+def _part(kind: str, data: bytes, form: str) -> dict[str, object]:
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": data_url(data, f"{kind}/{form}")}}
 
 
 async def drop(url: str, part: dict[str, object]) -> None:

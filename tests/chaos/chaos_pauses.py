@@ -8,6 +8,7 @@ client is noted. Two replicas of each service, unless the fault says "alone".
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import tempfile
@@ -118,7 +119,7 @@ FAULTS: dict[str, tuple[dict[str, int], Fault]] = {
     "half-open links to Redis": (TWO_OF_EACH, swallow),
     "garbage in every stream": (TWO_OF_EACH, strew_garbage),
     "60 that ask and are gone": (TWO_OF_EACH, rush_in),
-    "3 media bombs": (TWO_OF_EACH, drop_bombs),
+    "4 media bombs": (TWO_OF_EACH, drop_bombs),
     "1 of 2 engines of the next build": (TWO_OF_EACH, next_build_of_engine),
 }
 
@@ -147,13 +148,16 @@ async def measure(rounds: int, clients: int, only: str, directory: Path) -> None
     asks = pool(LONG + 1, write_model(directory / "model"), "")[LONG:]
     asks[0].body["max_tokens"] = ANSWER
     expected = by_kind(await quiet_answers(directory / "quiet", directory / "model", asks))
-    for number, (name, (replicas, fault)) in enumerate(FAULTS.items()):
-        if only not in name:
+    settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
+    for number, replicas in enumerate((TWO_OF_EACH, ONE_OF_EACH)):
+        faults = {name: fault for name, (needed, fault) in FAULTS.items() if needed == replicas and only in name}
+        if not faults:
             continue
-        settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
         async with running(directory / str(number), directory / "model", replicas, **settings) as system:
-            gaps = [gap for _ in range(rounds) for gap in await one_round(system, expected, fault, clients)]
-        print(f"{name:32} median {statistics.median(gaps):5.2f} s, longest {max(gaps):5.2f} s", flush=True)
+            for name, fault in faults.items():
+                gaps = [gap for _ in range(rounds) for gap in await one_round(system, expected, fault, clients)]
+                median, longest, load = statistics.median(gaps), max(gaps), os.getloadavg()[0]
+                print(f"{name:36} median {median:5.2f} s, longest {longest:5.2f} s, load {load:4.1f}", flush=True)
 
 
 def main() -> None:

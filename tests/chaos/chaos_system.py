@@ -51,7 +51,17 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
         "request_timeout_s": REQUEST_TIMEOUT_S,
         "retain_s": RETAIN_S,
     },
-    "mm_encoder": {"media_allow_networks": ["127.0.0.1/32"], "concurrency": 4},
+    "mm_encoder": {
+        "media_allow_networks": ["127.0.0.1/32"],
+        "concurrency": 4,
+        # So small that even a bomb fits the context: one with more tokens would be refused before it is decoded.
+        "mm_processor_kwargs": {
+            "image_max_pixels": 64 * 28 * 28,
+            "video_min_pixels": 4 * 28 * 28,
+            "video_max_pixels": 4 * 28 * 28,
+            "video_max_frames": 16,
+        },
+    },
     "engine": {
         "device": "cpu",
         "max_num_seqs": 8,

@@ -14,7 +14,6 @@ from shared.workers.process import DiedError, TooSlowError
 
 MODULE = "services.gateway.grammars.worker"
 PROCESSES = 2  # one may be busy with a hostile grammar
-CPU_S = 4.0  # of a trial, which limits itself; what is longer hangs
 KEPT = 1024  # verdicts
 
 _log = logger(__name__)
@@ -76,7 +75,7 @@ class GrammarCheck:
         return found
 
     async def _ask(self, text: str) -> Verdict:
-        verdict: Verdict = json.loads(await self._pool.call(json.dumps(text).encode(), CPU_S))
+        verdict: Verdict = json.loads(await self._pool.call(json.dumps(text).encode()))
         return verdict
 
 

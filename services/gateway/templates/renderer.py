@@ -89,7 +89,7 @@ async def _call(pool: WorkerPool, task: RenderTask) -> Reply:
         NoWorkerError: there is no process for it.
     """
     try:
-        reply: Reply = decode_reply(await pool.call(encode_task(task), CPU_S))
+        reply: Reply = decode_reply(await pool.call(encode_task(task)))
         return reply
     except TooSlowError:
         what = f"takes more than {CPU_S} s of computing"

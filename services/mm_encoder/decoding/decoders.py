@@ -142,7 +142,7 @@ class Decoders:
 
 
 async def _call(lane: WorkerPool, task: Task, fds: list[int]) -> Reply:
-    reply: Reply = from_decoder.decode(await lane.call(to_decoder.encode(task), task.cpu_s, fds))
+    reply: Reply = from_decoder.decode(await lane.call(to_decoder.encode(task), fds))
     return reply
 
 

@@ -25,7 +25,7 @@ from services.mm_encoder.media.refusal import over_limit, refuse
 from shared.errors import RequestError
 from shared.workers.link import Link, give_way, limit_memory, limit_time, lower_priority
 
-NICE = 10  # beside the engine, postproc and gateway of the same machine: a tenth of a core that they want, too
+NICE = 5  # beside all else that a machine runs: a quarter of a core that others want, too
 
 
 def run(link: Link) -> None:

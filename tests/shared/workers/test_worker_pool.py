@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from machine import PATIENCE_S
 from shared.workers import pool as module
 from shared.workers import process
 from shared.workers.pool import NoWorkerError, WorkerPool
-from shared.workers.process import DiedError
+from shared.workers.process import DiedError, TooSlowError
 
 pytestmark = pytest.mark.system
 
@@ -51,7 +52,7 @@ async def running(directory: Path, setup: str = "", size: int = 1) -> AsyncItera
 
 
 async def call(pool: WorkerPool, *words: object) -> bytes:
-    return await pool.call(" ".join(map(str, words)).encode(), 1.0)
+    return await pool.call(" ".join(map(str, words)).encode())
 
 
 async def until(true: Callable[[], object]) -> None:
@@ -125,6 +126,35 @@ async def test_a_process_whose_task_nobody_waits_for_ends_with_it_if_that_takes_
         assert await waiting != first
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+async def test_a_task_may_take_long_as_long_as_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, or at a low priority. One that computes nothing any more hangs."""
+    looks, end = 0, tmp_path / "end"
+
+    def computed_s(_pid: int) -> float:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            end.touch()
+        return float(looks)
+
+    monkeypatch.setattr(process, "HANG_S", 0.01)
+    async with running(tmp_path) as pool:
+        monkeypatch.setattr(process, "computed_s", computed_s)
+        await call(pool, "wait", tmp_path / "begun", end)
+        assert looks >= 5
+        monkeypatch.setattr(process, "computed_s", lambda _pid: 1.0)
+        with pytest.raises(TooSlowError, match="computed nothing"):
+            await call(pool, "wait", tmp_path / "begun", tmp_path / "never")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_the_time_that_a_process_has_computed_is_known() -> None:
+    before = process.computed_s(os.getpid())
+    while process.computed_s(os.getpid()) == before:
+        pass
+    assert process.computed_s(1 << 30) == 0
 
 
 async def test_a_caller_that_leaves_before_its_turn_takes_no_process(tmp_path: Path) -> None:
