@@ -274,4 +274,5 @@ test("the queue time is the time without work", () => {
   assert.equal(queued({ where: "ended", media: 1, accepted: 10, encode_taken: 11, encoded: 15, begun: 17, finished: 20 }), 3);
   assert.equal(queued({ where: "ended", media: 1, accepted: 10, encoded: 15, begun: 17, finished: 20 }), null);
   assert.equal(queued({ where: "ended", finished: 20 }), null);
+  assert.equal(queued({ where: "ended", accepted: 10, finished: 20 }), null, "its beginning was not seen");
 });

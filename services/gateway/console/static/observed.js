@@ -39,7 +39,7 @@ export function queued(one) {
   if (one.accepted === undefined) return null;
   const encoder = one.media ? (one.encode_taken ?? (one.encoded ? null : end(one))) : one.accepted;
   const from = one.media ? one.encoded : one.accepted;
-  if (encoder === null) return null;  // an encoder had it between two looks
+  if (encoder === null || (one.where === "ended" && !one.begun)) return null;  // it was taken between two looks
   return Math.max(0, encoder - one.accepted) + (from ? Math.max(0, (one.begun ?? end(one)) - from) : 0);
 }
 
