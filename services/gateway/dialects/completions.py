@@ -51,7 +51,8 @@ class CompletionsDialect(msgspec.Struct, frozen=True):
             token_ids=bool(request.return_token_ids),
             scores_only=request.scores_only,
         )
-        return Statement(request.as_chat(), warnings_of(body, KNOWN), self.name, _encoder.encode(form), prompts)
+        kept = _encoder.encode(form)
+        return Statement(request.as_chat(), warnings_of(body, KNOWN), self.name, kept=kept, prompts=prompts)
 
     def events(self, request: OpenRequest, fingerprint: str, event_ids: bool) -> "CompletionEvents":
         """Return the writer of a stream."""

@@ -39,8 +39,8 @@ class EndedRequests:
         if not _was_submitted(open_request) or open_request.kept:
             return
         ended = all(choice.ended for choice in open_request.choices)
-        path = self._endpoints[open_request.answer_format.dialect]
-        if goes_on and not ended:
+        path = self._endpoints.get(open_request.answer_format.dialect)
+        if path is None or (goes_on and not ended):  # None: only a newer gateway has the API
             return
         if open_request.failure is not None:
             self._count(path, outcome_of(open_request.failure))

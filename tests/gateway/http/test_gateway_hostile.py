@@ -201,16 +201,6 @@ async def test_clients_that_leave_within_a_body(server: Running, length: bytes) 
             await until(server.idle)
 
 
-async def test_a_half_closed_client_has_left(server: Running, stages: Stages) -> None:
-    async with wire(server) as client:
-        client.write(ASK)
-        request = await stages.request()
-        client.writer.write_eof()
-        assert await stages.cancelled() == {request.id}
-        assert await client.closed()
-    await until(server.idle)
-
-
 async def test_continue_is_said_to_those_who_may(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     async with running(checkpoint, redis_url, max_body_bytes=1000) as server:
         async with wire(server) as client:
