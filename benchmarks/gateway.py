@@ -158,9 +158,9 @@ async def row(root: Path, model: Path, weights: tuple[float, float] | None, floo
 
 @contextlib.asynccontextmanager
 async def flooded(made: System, flood: int) -> AsyncIterator[None]:
-    """Wait until the flood is in the queue."""
+    """Wait until half of the flood is in the queue."""
     redis = connect(made.redis_url)
-    while flood and int(await redis.xlen(Keys(NAMESPACE).stream(GENERATE))) < flood * 0.9:  # noqa: ASYNC110
+    while flood and int(await redis.xlen(Keys(NAMESPACE).stream(GENERATE))) < flood / 2:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     await redis.aclose()
     yield
