@@ -1,7 +1,11 @@
 """Flags that say which deployment a command is about."""
 
 import argparse
+import os
+import socket
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from redis.exceptions import RedisError
@@ -9,12 +13,50 @@ from redis.exceptions import RedisError
 from shared.config import variable
 from shared.errors import ConfigError
 
+_SOCKET = "redis.sock"
 LOCAL = "redis://127.0.0.1:8182/0"  # where `millrace serve` has its Redis unless told otherwise
 
 
 def no_answer(error: RedisError) -> str:
     """Say that the Redis of --redis-url does not answer, and what to do. Without the URL, which may have a password."""
     return f"Redis does not answer: {error} Is the deployment running, and is this the Redis that --redis-url names?"
+
+
+def scratch_prefix(port: int) -> str:
+    """Return the first part of the name of a directory in which `millrace serve` has its Redis's socket.
+
+    It is by this name that other commands find the one whose API is at `port`.
+    """
+    return f"millrace-{port}-"
+
+
+def scratch_socket(directory: Path) -> Path:
+    """Return the path of the Redis's socket in such a directory."""
+    return directory / _SOCKET
+
+
+def found_here() -> dict[int, str]:
+    """Return the URLs of the Redis servers of this user's `millrace serve`s, by the ports of their APIs."""
+    places = sorted(Path(tempfile.gettempdir()).glob(f"millrace-*-*/{_SOCKET}"))
+    ports = {path: path.parent.name.split("-")[1] for path in places}
+    return {int(port): f"unix://{path}" for path, port in ports.items() if port.isdecimal() and _is_ours(path)}
+
+
+def _is_ours(path: Path) -> bool:
+    """Return True if a process of this user, and not one that has died, listens on a socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return path.stat().st_uid == os.getuid() and probe.connect_ex(str(path)) == 0
+
+
+def _named_or_found(url: str) -> str:
+    """Return the URL, if one was named, else that of the instance which runs here."""
+    if url:
+        return url
+    found = found_here()
+    if len(found) > 1:
+        named = ", ".join(f"{url} (that of port {port})" for port, url in found.items())
+        raise argparse.ArgumentTypeError(f"more than one `millrace serve` runs here; name one: {named}")
+    return next(iter(found.values()), LOCAL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,9 +71,10 @@ def parser(prog: str, description: str, environ: Mapping[str, str]) -> Parser:
     made = Parser(prog=prog, description=description, allow_abbrev=False)
     made.add_argument(
         "--redis-url",
-        default=environ.get(variable("redis_url"), LOCAL),
+        type=_named_or_found,
+        default=environ.get(variable("redis_url"), ""),
         metavar="URL",
-        help=f"the deployment's Redis (unset: {variable('redis_url')}, or the one of `millrace serve`)",
+        help=f"the deployment's Redis (unset: {variable('redis_url')}, or that of the `millrace serve` that runs here)",
     )
     made.add_argument(
         "--blob-redis-url",

@@ -1,5 +1,6 @@
 """Environments of the services' processes, computed and checked before anything is started."""
 
+import errno
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 }
 
 
+# As the Makefile calls them.
+PORT_NAMES = {"--port": "PORT", "--metrics-port": "METRICS_PORT", "--engine-worker-queue-port": "REDIS_PORT"}
+
 COMPUTE_SERVICES = ("mm_encoder", "engine")  # use torch, and share the cores of this machine
 
 
@@ -52,7 +56,17 @@ def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
             try:
                 probe.bind((host, port))
             except OSError as error:
-                raise ConfigError(f"{flag}: cannot listen on {host}:{port}: {error.strerror or error}") from None
+                raise ConfigError(f"{flag}: cannot listen on {host}:{port}: {_why_not(error, flag)}") from None
+
+
+def _why_not(error: OSError, flag: str) -> str:
+    """Return why a port cannot be had, and what to do where another program has it."""
+    why = error.strerror or str(error)
+    if error.errno != errno.EADDRINUSE:
+        return why
+    return (
+        f"{why}; end the program that listens there, or choose another ({flag} N, or make serve {PORT_NAMES[flag]}=N)"
+    )
 
 
 def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> dict[str, dict[str, str]]:

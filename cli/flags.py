@@ -8,6 +8,7 @@ live in one place, the settings.
 import argparse
 import ipaddress
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from shared.errors import ConfigError
 
 PARSER = "ernie-45-vl-thinking"
 DEMO = Path("demo")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # FastDeploy's other flags: known and not supported yet, which deserves another message than "no such flag".
 _NOT_YET = """
@@ -135,6 +137,12 @@ def _parser() -> _Parser:
     )
     listen.add_argument(
         "--api-key", dest="api_keys", action="append", metavar="KEY", help="required of clients; repeatable"
+    )
+    listen.add_argument(
+        "--allowed-origins",
+        type=_json(list[str]),
+        metavar="JSON",
+        help='web pages that browsers may call the API from: ["https://chat.example.org"], or ["*"] (none)',
     )
 
     limits = parser.add_argument_group("limits")
@@ -287,6 +295,12 @@ def _sampling_class(name: str) -> str:
 
 def _directory(text: str) -> Path:
     path = Path(text)
+    if not path.exists() and _HUB_NAME.fullmatch(text):
+        name = text.partition("/")[2]
+        raise argparse.ArgumentTypeError(
+            f"{text} is no directory here. If it is a model on a hub, fetch it first, "
+            f"`hf download {text} --local-dir {name}`, and say --model {name}"
+        )
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory (models are read from disk, never downloaded)")
     return path

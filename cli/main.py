@@ -1,11 +1,18 @@
 """Entry point of the `millrace` command, and of `python -m cli.main`."""
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from shared.errors import CheckpointError, ConfigError
+from cli.installation import how_to_install
+from cli.output import silence
+
+try:
+    from shared.errors import CheckpointError, ConfigError
+except ModuleNotFoundError as error:  # of a library: this is a plain source tree
+    sys.exit(f"millrace: error: {error.name} is not installed: {how_to_install()}")
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace check DIR [--json]
@@ -24,6 +31,9 @@ USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
 """
 
 
+OUR_PACKAGES = ("cli", "services", "shared")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 2 if it cannot work as asked."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -33,19 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"millrace: error: no such command: {words[0]}\n{USAGE}", end="", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the event loop listens, as Ctrl-C
+    _end_as_by_ctrl_c()
     try:
         status = COMMANDS[words[0]](words[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed before we were started
+            sys.stdout.flush()
         return status
     except (ConfigError, CheckpointError) as error:
         print(f"millrace {words[0]}: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OUR_PACKAGES:
+            raise
+        needed = how_to_install("autoscaler" if words[0] == "autoscale" else "cli")
+        print(f"millrace {words[0]}: error: {error.name} is not installed: {needed}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "what it writes"
+        print(
+            f"millrace {words[0]}: error: the disk has no room for {place}: make room, or let temporary files go "
+            "elsewhere (TMPDIR=/another/disk)",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _end_as_by_ctrl_c() -> None:
+    """Let SIGTERM and a terminal that closes end what has no event loop yet, unless `nohup` has started it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 # Each imports what it needs when called: a mistyped flag is reported at once, and no command needs another's extra.
@@ -67,11 +101,11 @@ def _check(words: Sequence[str]) -> int:
 
 
 def _version(words: Sequence[str]) -> int:
-    from shared.version import millrace_version
+    from shared.version import MILLRACE_VERSION
 
     if words:
         raise ConfigError(f"{words[0]}: --version takes no arguments")
-    print(f"millrace {millrace_version()}")
+    print(f"millrace {MILLRACE_VERSION}")
     return 0
 
 
@@ -94,10 +128,8 @@ def _top(words: Sequence[str]) -> int:
 
 
 def _autoscale(words: Sequence[str]) -> int:
-    try:
-        from cli.autoscaler.__main__ import main
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install 'millrace[autoscaler]'") from error
+    from cli.autoscaler.__main__ import main
+
     return main(words, os.environ)
 
 

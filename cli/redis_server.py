@@ -102,6 +102,11 @@ class RedisServer:
         Raises:
             ConfigError: it ended or did not answer in time; the message ends with what it logged last.
         """
+        self.spawn()
+        self.wait_until_ready()
+
+    def spawn(self) -> None:
+        """Start the server's process."""
         self.directory.mkdir(parents=True, exist_ok=True)
         command = [self.binary, *self._options()]
         self._process = subprocess.Popen(
@@ -111,6 +116,14 @@ class RedisServer:
             start_new_session=True,
             restore_signals=False,  # a limit on the size of files is then an error of its disk, not its death
         )
+
+    def wait_until_ready(self) -> None:
+        """Return once the process that was started answers.
+
+        Raises:
+            ConfigError: it ended or did not answer in time; the message ends with what it logged last.
+        """
+        assert self._process is not None
         deadline = time.monotonic() + START_S
         while not self._answers():
             if self._ended_within(_POLL_S):

@@ -12,16 +12,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PREFIX = "millrace-"
 LOCK = "lock"  # of a directory in use; the kernel lets go of it with the process
 
 
 @contextlib.contextmanager
-def scratch_directory() -> Iterator[Path]:
-    """Yield an empty directory and delete it afterwards; first remove those that nobody uses any more."""
+def scratch_directory(prefix: str) -> Iterator[Path]:
+    """Yield an empty directory and delete it afterwards; first remove those that nobody uses any more.
+
+    `prefix`: what its name begins with, "millrace-" and more.
+    """
     if sys.platform == "linux":  # elsewhere a Redis may have outlived its `millrace serve` (shared/tether.py)
         _remove_abandoned(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
         directory = Path(name)
         with (directory / "locking").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -30,7 +32,7 @@ def scratch_directory() -> Iterator[Path]:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
+    for lock in parent.glob(f"millrace-*/{LOCK}"):
         with contextlib.suppress(OSError):  # it is in use, somebody else's, or another start removes it
             if lock.parent.is_symlink() or lock.parent.stat().st_uid != os.getuid():
                 continue

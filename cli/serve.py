@@ -14,8 +14,11 @@ from prometheus_client.multiprocess import mark_process_dead
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from cli.connection import scratch_prefix, scratch_socket
 from cli.environment import check_ports, environments, settings_of
 from cli.flags import Launch, unread_variables
+from cli.installation import how_to_install, services_are_found
+from cli.output import write
 from cli.redis_server import RedisServer
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
@@ -24,8 +27,8 @@ from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD
 from shared.config import variable
+from shared.errors import ConfigError
 from shared.tether import tethered
-from shared.version import millrace_version
 
 # A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.
 PYTHON = (sys.executable, "-P", "-m")
@@ -38,8 +41,8 @@ SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-
 
 
 def report(line: str) -> None:
-    """Print a line for the person who started us. (The services' logs go to standard error.)"""
-    print(f"millrace: {line}", flush=True)
+    """Print a line for the person who started us, if there is one. (The services' logs go to standard error.)"""
+    write(sys.stdout, f"millrace: {line}\n")
 
 
 def serve(launch: Launch, environ: Mapping[str, str]) -> int:
@@ -48,7 +51,8 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError, CheckpointError: this launch cannot work; no service was started.
     """
-    millrace_version()
+    if not services_are_found():
+        raise ConfigError(f"Millrace is not installed, only its source is here: {how_to_install()}")
     check_ports(launch, environ)
     for name in unread_variables(environ):
         report(f"{name} is set, but Millrace does not read it")
@@ -58,7 +62,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         report(f"the model is a small checkpoint with random weights, in {launch.model}/")
         write_demo(launch.model)
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(scratch_directory())
+        directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
         metrics = directory / "metrics"
@@ -79,7 +83,7 @@ def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
     """Make an append-only Redis, whose data outlive a crash of it. Its socket is in `scratch`, whose path is short."""
     kept = launch.redis_dir or scratch / "redis"
     return RedisServer(
-        kept, port=launch.redis_port, unix_socket=scratch / "redis.sock", persistence=True, dies_with_us=True
+        kept, port=launch.redis_port, unix_socket=scratch_socket(scratch), persistence=True, dies_with_us=True
     )
 
 
@@ -96,7 +100,7 @@ def announce(launch: Launch, metrics_host: str, has_keys: bool) -> list[str]:
     elif not has_keys:
         where = "all interfaces" if launch.host in EVERYWHERE else launch.host
         lines.append(
-            f"it listens on {where} without a key; --api-key KEY asks for one, --host 127.0.0.1 keeps others out"
+            f"warning: listens on {where} without a key; --api-key KEY asks for one, --host 127.0.0.1 keeps others out"
         )
     return lines
 
@@ -141,7 +145,7 @@ class System:
         """Run until a signal comes or a process cannot be kept running, and return the exit status."""
         loop = asyncio.get_running_loop()
         # Not the loop's own handlers, which die with the loop: the steps after it must not be cut short either.
-        self._handle_signals(lambda *_: loop.call_soon_threadsafe(self._on_signal))
+        self._handle_signals(lambda number, _: loop.call_soon_threadsafe(self._on_signal, number))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
         redis = asyncio.create_task(self._keep_redis())
         watchers = [asyncio.create_task(each) for each in (self._watch(), self._stop_requested.wait())]
@@ -180,7 +184,8 @@ class System:
             report("redis ended by itself; starting it again on the data it has on disk")
             await asyncio.sleep(delay)
             started = time.monotonic()
-            await asyncio.to_thread(self._redis.start)
+            self._redis.spawn()  # not in another thread, with whose end it would be killed
+            await asyncio.to_thread(self._redis.wait_until_ready)
             report(f"redis      ready after {time.monotonic() - started:.1f} s")
 
     async def _watch(self) -> None:
@@ -223,16 +228,18 @@ class System:
 
     @staticmethod
     def _handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        """Handle what asks us to end: Ctrl-C, `kill`, and a terminal that closes, unless `nohup` has started us."""
+        kept_by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *(() if kept_by_nohup else (signal.SIGHUP,))):
             signal.signal(number, handler)
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: int) -> None:
         now = time.monotonic()
         if self._first_signal is None:
             self._first_signal = now
             self._stop_requested.set()
             report("stopping, once running requests have been answered; a second Ctrl-C stops at once")
-        elif now - self._first_signal >= SAME_SIGNAL_S:
+        elif number != signal.SIGHUP and now - self._first_signal >= SAME_SIGNAL_S:  # a closed terminal says so twice
             self._killed = True
             self._kill_all()
 

@@ -15,7 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from settings import Undescribed, comments, table  # noqa: E402
 
-from services.gateway.request.schemas import ChatRequest  # noqa: E402
+from services.gateway.request.completion import CompletionRequest  # noqa: E402
+from services.gateway.request.schemas import ChatRequest, GenerationRequest  # noqa: E402
 from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT  # noqa: E402
 
 TARGET = ROOT / "docs" / "request-fields.md"
@@ -27,6 +28,10 @@ the types and limits.
 No field is ignored in silence that changes the answer elsewhere: it works, or it is a 400 that names it. A field that
 no API known to us defines is ignored, and the answer's header `X-Millrace-Warning` says so, once for each. Every
 optional field may be null. A number may be written as `5.0` or `"5"`.
+"""
+COMPLETIONS = """## Fields of POST /v1/completions
+
+Those of a conversation, and of the thinking that its template asks for, are refused there.
 """
 REFUSED = """## Fields that are refused
 
@@ -41,7 +46,7 @@ def field_rows(struct: type[msgspec.Struct]) -> list[tuple[str, str]]:
     Raises:
         Undescribed: a field has no comment.
     """
-    told = comments(struct)
+    told = {**comments(GenerationRequest), **comments(struct)}
     for name in struct.__struct_fields__:
         if not told.get(name):
             raise Undescribed(f"{struct.__module__}.{struct.__name__}.{name} needs a comment beside it")
@@ -57,6 +62,8 @@ def text() -> str:
     parts = [
         HEADER,
         "## Fields that work\n\n" + table(("field", "meaning"), field_rows(ChatRequest)),
+        COMPLETIONS,
+        table(("field", "meaning"), field_rows(CompletionRequest)),
         REFUSED,
         table(("field", "accepted"), refused),
         "## Fields without effect\n",

@@ -30,7 +30,7 @@ class Logfmt(logging.Formatter):
             "msg": record.getMessage(),
         }
         extras = {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
-        fields |= {key: extras.pop(key) for key in ("request_id", "trace_id") if key in extras}
+        fields |= {key: extras.pop(key) for key in ("request_id", "http_request_id", "trace_id") if key in extras}
         fields |= extras
         if record.exc_info and record.exc_info[0]:
             fields["exc"] = self.formatException(record.exc_info)

@@ -99,6 +99,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     allowed_token_ids: tuple[int, ...] = ()  # after the thinking, and no others; (): all
     loop_repeats: int = 0  # copies of the same n-gram that close the thinking; 0: none do
     loop_tokens: int = 0  # the longest such n-gram
+    # The same of the prompt's tokens, from the second on, as they were given and not drawn; see Begin.
+    prompt_logprobs: int | None = None
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -120,6 +122,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     named_tool: bool = False  # the one call was asked for by name: OpenAI's finish reason is "stop" then
     separate_reasoning: bool = True  # False: the reasoning is the beginning of the content
     special_tokens: bool = False  # special tokens inside the answer are shown by their names
+    complete_logprobs: bool = False  # `logprobs` name special tokens, and have the one that ends the answer
+    first_usage: bool = False  # the first delta has the usage so far: that of the prompt is known by then
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -139,6 +143,12 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
     cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
+    http_id: str = ""  # X-Request-ID of the HTTP request: the client's own, or the gateway's
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Its ids, as a line of a log has them."""
+        return {"request_id": self.id, "http_request_id": self.http_id}
 
 
 # ---------------------------------------------------------------------------------------------------- work streams
@@ -209,10 +219,24 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 # ---------------------------------------------------------------------------------------------------- the token path
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of the N tokens of a prompt from the second on, part of Begin and Delta; packed: they are many.
+
+    Arrays are little-endian and row-major, each row of one token. Ids are those of the `count` most likely tokens in
+    its place, best first.
+    """
+
+    count: int
+    logprobs: bytes  # float32 [N - 1, 1 + count]: of the token itself, and of the most likely ones
+    ids: bytes  # uint32 [N - 1, count]
+    ranks: bytes  # uint32 [N - 1]: of the token itself; 1 is the most likely one
+
+
 class Begin(msgspec.Struct, frozen=True, array_like=True):
     """Notice, part of Tokens, that an engine works on a request under a new epoch, after which older epochs are void.
 
     postproc loads the request's record and keeps the counts for its usage. `index` is that of the first token to come.
+    A request for log-probabilities of its prompt has a second one, with them, in the message of its first token.
     """
 
     request_id: str
@@ -223,6 +247,7 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
     image_tokens: int
     video_tokens: int
     prompt: bytes = b""  # packed ids, placeholders expanded; only when the request asked for token ids
+    prompt_logprobs: PromptLogprobs | None = None  # once they are known, if the request asked for them
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -244,6 +269,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     reason: FinishReason
     stop_token: int | None = None
     failure: Failure | None = None
+    logprob: TokenLogprob | None = None  # of the stop token; set by postproc, since no journal has that token
 
 
 class TokenRun(msgspec.Struct, frozen=True, array_like=True):
@@ -290,7 +316,7 @@ class ShownLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a request, part of its last Delta; of each, so far, where the request asked for that."""
+    """Token counts of a request, part of its last Delta; of the first or each, so far, where the request says so."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -311,12 +337,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[ShownLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()  # only when the request asked for them
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None  # with the finish, or with `Output.continuous_usage`
+    usage: Usage | None = None  # with the finish, with `Output.continuous_usage`, or first with `Output.first_usage`
     failure: Failure | None = None  # ends the request instead of a finish
     # `seq` of the delta before: a reader that has seen less has missed something, one that has seen more and less than
     # `seq` cannot use this one; both send Attach.
     start: int = 0
     prompt: bytes = b""  # packed ids, with what starts at 0; only when the request asked for token ids
+    prompt_logprobs: PromptLogprobs | None = None  # with what starts at 0; only when the request asked for them
+    stop: str = ""  # with the finish "stop": the stop string that ended the answer; empty: something else did
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

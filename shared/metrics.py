@@ -15,6 +15,8 @@ from shared.errors import ConfigError
 
 HOP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
+HOP = {"hop_s": ("hop_seconds", "hops")}  # mean latency of the entries that a replica reads: see Growth.ratios
+
 _hops = Histogram(
     "millrace_hop_seconds",
     "Time from the write of an entry to a stream until the next stage reads it",
@@ -69,6 +71,12 @@ class Hop:
         now = self._clock()
         for entry_id in entry_ids:
             self._seconds.observe(max(0.0, now - int(entry_id.partition("-")[0]) / 1000))
+
+
+def hop_totals() -> dict[str, float]:
+    """Return the sum and the number of the latencies that this process observed, for the ratio `HOP`."""
+    seconds, entries = observed(_hops)
+    return {"hop_seconds": seconds, "hops": entries}
 
 
 def at_zero(metric: Counter, *labels: str) -> None:

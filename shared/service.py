@@ -32,7 +32,7 @@ from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
 from shared.redis_errors import SignInError
 from shared.tracing import Tracing
-from shared.version import millrace_version
+from shared.version import MILLRACE_VERSION
 
 FAILED = 1
 MISCONFIGURED = 2  # starting it again would not help
@@ -142,7 +142,7 @@ class Life:
         self._redis = redis
         self._keys = keys
         self._control = keys.control()
-        about = (millrace_version(), time.time(), facts)
+        about = (MILLRACE_VERSION, time.time(), facts)
         self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
         self._facts = facts
         self._joined = False

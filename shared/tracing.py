@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 from shared.config import CommonSettings
-from shared.version import millrace_version
+from shared.version import MILLRACE_VERSION
 
 if TYPE_CHECKING:
     from opentelemetry import trace as otel
@@ -65,7 +65,7 @@ class Tracing:
 
     def __init__(self, provider: "TracerProvider | None") -> None:
         self._provider = provider
-        self._tracer = provider.get_tracer("millrace", millrace_version()) if provider else None
+        self._tracer = provider.get_tracer("millrace", MILLRACE_VERSION) if provider else None
 
     def serve(self, name: str, caller: str | None, attributes: Attributes) -> Span | None:
         """Begin the span of a request from outside, in the trace of `caller` (a traceparent) or in a new one."""
@@ -125,7 +125,7 @@ def start(service: str, settings: CommonSettings) -> Tracing:
     who = {
         "service.name": f"millrace-{service}",
         "service.instance.id": settings.name,
-        "service.version": millrace_version(),
+        "service.version": MILLRACE_VERSION,
     }
     provider = TracerProvider(
         sampler=ParentBased(TraceIdRatioBased(settings.trace_ratio)),

@@ -4,12 +4,14 @@
 carries it itself, and a test that starts a process without the mark fails. `slow` marks what computes for long.
 """
 
+import gc
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -74,6 +76,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.system)
         if _within(item.path, SLOW_PLACES):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that is imported by now: hundreds of thousands of objects, each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_garbage() -> Iterator[None]:
+    """What a module's tests have left open warns when it is collected: now, and not in a test of another module."""
+    yield
+    gc.collect()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Let workers of pytest-xdist, where it is used, start what tests share once."""
+    from workers import SharedScheduling
+
+    return SharedScheduling(config, log)
 
 
 def _within(path: Path, places: tuple[str, ...]) -> bool:

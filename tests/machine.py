@@ -1,5 +1,7 @@
 """Assumptions of tests about the machine they run on: next to none, since it may be slow, busy and shared."""
 
+import itertools
+import os
 import random
 import socket
 from pathlib import Path
@@ -8,7 +10,21 @@ from pathlib import Path
 PATIENCE_S = 180.0
 PATIENCE_MS = round(PATIENCE_S * 1000)
 
-_random = random.SystemRandom()
+
+def _ports() -> list[int]:
+    """Return the ports that this process gives, in an order that other runs on this machine hardly have.
+
+    They are below those (32768 and up) that Linux gives to connections and to listeners that ask for any port. Workers
+    of pytest-xdist share them out.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(20_000 + worker % workers, 32_768, workers)
+    return random.SystemRandom().sample(ports, len(ports))
+
+
+# Each is given once before any is given again.
+_candidates = itertools.cycle(_ports())
 
 
 def has_reproducible_products() -> bool:
@@ -21,14 +37,13 @@ def has_reproducible_products() -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free loopback ports, below those (32768 and up) that Linux gives to connections and to listeners that ask
-    for any port: one of these could be taken before it is used."""
+    """Return loopback ports that are free, and that nobody else should take before they are used."""
     probes = []
     try:
         while len(probes) < count:
             probe = socket.socket()
             try:
-                probe.bind(("127.0.0.1", _random.randrange(20_000, 32_768)))
+                probe.bind(("127.0.0.1", next(_candidates)))
             except OSError:
                 probe.close()
                 continue

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -37,7 +38,16 @@ NOTHING: Mapping[str, str] = {}
 class System:
     """Process of a running `millrace serve`, and its files and ports."""
 
-    def __init__(self, arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        directory: Path,
+        environ: Mapping[str, str] = NOTHING,
+        *,
+        output: int | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        """Start it. `output`: where it writes to instead of its log. `prepare`: called in its process before it."""
         self.port, self.metrics_port, self.redis_port = free_ports(3)
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
@@ -61,9 +71,10 @@ class System:
                     "OMP_NUM_THREADS": "1",
                     "TEST_SYSTEM": str(directory),
                 },
-                stdout=log,
+                stdout=log if output is None else output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=prepare,
             )
 
     def wait_until_ready(self) -> None:
@@ -93,9 +104,11 @@ class System:
             time.sleep(LOOK_S)
 
     def kill_child(self, words: str) -> None:
-        """kill -9 the one child whose command line has `words` in it. A service's own children are not among them."""
+        """kill -9 the one child whose command line has `words` in it, and return when it has ended. A service's own
+        children are not among them."""
         [pid] = [pid for pid, command in self._children() if words in command and not WORKER.search(command)]
         os.kill(pid, signal.SIGKILL)
+        self._until(lambda: pid not in dict(self._children()), PATIENCE_S, f"{words} was not killed")
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -222,10 +235,12 @@ async def _of_requests(client: Redis, keys: Keys) -> dict[str, int]:
 
 
 @contextmanager
-def started(arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING) -> Iterator[System]:
-    """Start a system, which the test may stop; kill it at the end if it still runs."""
+def started(
+    arguments: list[str], directory: Path, environ: Mapping[str, str] = NOTHING, **how: Any
+) -> Iterator[System]:
+    """Start a system, which the test may stop; kill it at the end if it still runs. `how`: see System."""
     directory.mkdir(parents=True, exist_ok=True)
-    system = System(arguments, directory, environ)
+    system = System(arguments, directory, environ, **how)
     try:
         yield system
     finally:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.metrics import observed, value
+from shared.metrics import HOP, hop_totals, observed, value
 from shared.rates import Recent
 
 # From a decode step on a GPU to a long prefill on a CPU.
@@ -101,6 +101,7 @@ class EngineMetrics:
             "preemptions": value(self.preemptions),
             "steps": steps,
             "step_seconds": step_seconds,
+            **hop_totals(),
         }
         recent = self._recent.growth(totals)
         return {
@@ -110,5 +111,5 @@ class EngineMetrics:
             "tokens_per_s": recent.per_second("generated"),
             "prompt_tokens_per_s": recent.per_second("prompt"),
             "preemptions_per_s": recent.per_second("preemptions"),
-            **recent.ratios({"prefix_hits": ("hits", "prompt"), "step_s": ("step_seconds", "steps")}),
+            **recent.ratios({"prefix_hits": ("hits", "prompt"), "step_s": ("step_seconds", "steps"), **HOP}),
         }

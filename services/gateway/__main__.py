@@ -22,24 +22,34 @@ from redis.asyncio import Redis
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
+from services.gateway.dialects.completions import CompletionsDialect
 from services.gateway.dialects.dialect import Dialect
+from services.gateway.dialects.messages.dialect import MessagesDialect, count_body, read_count
+from services.gateway.dialects.messages.schemas import CountRequest
+from services.gateway.dialects.prompt_logprobs import TokenTexts
+from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.app import Models, build_app, paths
+from services.gateway.http.app import Models, RequestLimits, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
+from services.gateway.http.counting import TokenCounter
 from services.gateway.http.edge import Edge
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.memory import BodyMemory
+from services.gateway.http.origins import allow_origins
 from services.gateway.http.resume import Resumption
 from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
+from services.gateway.http.tokens import TokenRoutes
 from services.gateway.inflight.backlog import Backlog
+from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.inbox import Inbox
 from services.gateway.inflight.pipeline import Pipeline, PipelineOptions
 from services.gateway.inflight.registry import OpenRequestLimits, OpenRequests
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reference import routes as reference
 from services.gateway.request.chat import ChatFormat
 from services.gateway.request.media import MediaRules
 from services.gateway.request.parsed import RequestParser
@@ -59,7 +69,7 @@ from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
 from shared.open_files import raise_file_limit
 from shared.tracing import OFF, Tracing
-from shared.version import millrace_version
+from shared.version import MILLRACE_VERSION
 from shared.workers.process import worker_environ
 
 TICK_S = 1.0
@@ -100,8 +110,11 @@ def compose(
     address = f"{settings.name}.{secrets.token_hex(4)}"
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
-    open_requests = OpenRequests(limits, pipeline, metrics, time.time)
-    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in (ChatDialect(),)}
+    dialects: dict[str, Dialect] = {dialect.name: dialect for dialect in _dialects(parser)}
+    bodies = FailureBodies({dialect.path: dialect.failure for dialect in dialects.values()})
+    endpoints = {name: dialect.path for name, dialect in dialects.items()}
+    ended = EndedRequests(metrics.ended, settings.model_names().listed[0], endpoints)
+    open_requests = OpenRequests(limits, pipeline, metrics, ended, time.time)
     writer = AnswerWriter(dialects, _fingerprint(Path(settings.model)), settings.hold_headers_s)
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
@@ -119,11 +132,28 @@ def compose(
         request_timeout_s=settings.request_timeout_s,
         decoding=asyncio.Lock(),
     )
-    models = Models(settings.model_names(), int(time.time()), settings.max_model_len)
+    models = Models(settings.model_names(), int(time.time()), settings.max_model_len, _limits(settings))
+    tokens = TokenRoutes(handler, TokenTexts(parser.tokenizer), template)
     resumption = Resumption(admission, pipeline, open_requests, writer)
-    app = build_app(handler, dialects.values(), resumption, models, partial(readiness, redis, keys, admission))
+    counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
+    ready = partial(readiness, redis, keys, admission)
+    app = build_app(
+        handler,
+        dialects.values(),
+        resumption,
+        models,
+        tokens,
+        ready,
+        ended.count_refusal,
+        bodies=bodies,
+        counters=[counter],
+    )
     observer = RequestObserver(redis, keys, settings.shards)
-    app.router.routes += console.routes(console.Console(redis, keys, observer, blob_redis))
+    media = console.Limits(settings.media_limits(), settings.max_body_bytes, settings.max_media_bytes)
+    app.router.routes += console.routes(console.Console(redis, keys, observer, media, blob_redis))
+    app.router.routes += reference.routes()
+    known = [*paths(app), *console.PATHS, *reference.ASSETS]
+    edge = Edge(app, settings.api_keys, known, bodies, metrics, tracing)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
@@ -132,14 +162,20 @@ def compose(
         open_requests=open_requests,
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
-            Edge(app, settings.api_keys, [*paths(app), *console.PATHS], metrics, tracing),
+            allow_origins(edge, settings.allowed_origins),
             listener,
             _connections(settings, metrics),
+            bodies,
         ),
         metrics=metrics,
         tick_s=tick_s,
         watch_s=tick_s,
     )
+
+
+def _dialects(parser: RequestParser) -> tuple[Dialect, ...]:
+    texts = TokenTexts(parser.tokenizer)
+    return ChatDialect(texts=texts), CompletionsDialect(texts), MessagesDialect()
 
 
 def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParser:
@@ -162,6 +198,19 @@ def _parser(settings: GatewaySettings, template: TemplateSource) -> RequestParse
             thinking_loop_repeats=settings.thinking_loop_repeats,
             thinking_loop_tokens=settings.thinking_loop_tokens,
         ),
+    )
+
+
+def _limits(settings: GatewaySettings) -> RequestLimits:
+    media = settings.media_limits()
+    return RequestLimits(
+        images=media["image"],
+        videos=media["video"],
+        choices=settings.max_n,
+        body_bytes=settings.max_body_bytes,
+        text_bytes=settings.max_text_bytes,
+        media_bytes=settings.max_media_bytes,
+        timeout_s=settings.request_timeout_s,
     )
 
 
@@ -189,7 +238,7 @@ def _fingerprint(directory: Path) -> str:
         content = (directory / "config.json").read_bytes()
     except OSError as error:
         raise CheckpointError(f"config.json: {error.strerror or error}") from error
-    return f"fp_{hashlib.sha256(content + millrace_version().encode()).hexdigest()[:12]}"
+    return f"fp_{hashlib.sha256(content + MILLRACE_VERSION.encode()).hexdigest()[:12]}"
 
 
 def main() -> int:

@@ -19,6 +19,12 @@ LOST = Failure(
     type="server_error",
     code="request_lost",
 )
+UNKNOWN_API = Failure(
+    503,
+    "A newer gateway took this request; this one does not know the API of its answer. Ask again: another may.",
+    type="server_error",
+    code="unknown_api",
+)
 REUSED_KEY = Failure(
     409, "This Idempotency-Key was used for another request.", param="Idempotency-Key", code="idempotency_key_reused"
 )
@@ -32,13 +38,27 @@ UNEXPECTED = Failure(500, "The server failed to handle the request.", type="serv
 UNAUTHORIZED = Failure(401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
 
 
+FailureBody = Callable[[Failure], bytes]
+
+
 def openai_body(failure: Failure) -> bytes:
     """Return the body of a failure, as OpenAI's clients read it."""
     return msgspec.json.encode(failure.openai_body())
 
 
+class FailureBodies(msgspec.Struct, frozen=True):
+    """Forms of failures by path: on the path of an API, and below it, that API's; elsewhere OpenAI's."""
+
+    by_path: Mapping[str, FailureBody] = {}
+
+    def of(self, path: str) -> FailureBody:
+        """Return the form of the failures of requests for `path`, whether or not there is such a route."""
+        found = (body for own, body in self.by_path.items() if path == own or path.startswith(f"{own}/"))
+        return next(found, openai_body)
+
+
 def error_response(
-    failure: Failure, headers: Mapping[str, str] | None = None, body: Callable[[Failure], bytes] = openai_body
+    failure: Failure, headers: Mapping[str, str] | None = None, body: FailureBody = openai_body
 ) -> Response:
     """Return the response of `failure`; `body` is how the API of the request writes it."""
     own = {"retry-after": str(RETRY_AFTER_S)} if failure.status in (429, 503) else {}

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.metrics import at_zero, observed, value
+from shared.metrics import HOP, at_zero, hop_totals, observed, value
 from shared.rates import Recent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -46,6 +46,12 @@ class GatewayMetrics:
             "millrace_request_success", "Choices answered, by how they ended", ("finished_reason",), registry=registry
         )
         at_zero(self.success, "stop", "length", "tool_calls")
+        self.ended = Counter(
+            "millrace_requests_ended",
+            "Requests to the APIs that ended, refused ones included, by how",
+            ("model", "endpoint", "outcome"),
+            registry=registry,
+        )
         self.rejections = Counter(
             "millrace_admission_rejections",
             "Chat requests refused: too many here, too many bytes of them, too much in the pipeline, or shutting down",
@@ -98,11 +104,14 @@ class GatewayMetrics:
             "first_seconds": first_seconds,
             "tokens": value(self.generation_tokens),
             "cancelled": value(self.cancelled),
+            **hop_totals(),
         }
         recent = self._recent.growth(totals)
         return {
             "answered_per_s": recent.per_second("answered"),
             "answered_tokens_per_s": recent.per_second("tokens"),
             "cancelled_per_s": recent.per_second("cancelled"),
-            **recent.ratios({"first_token_s": ("first_seconds", "firsts"), "latency_s": ("latencies", "answered")}),
+            **recent.ratios(
+                {"first_token_s": ("first_seconds", "firsts"), "latency_s": ("latencies", "answered"), **HOP}
+            ),
         }

@@ -34,6 +34,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     # The model's names for clients, and no others; none: any name, and the checkpoint directory's in /v1/models.
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
+    # Origins of web pages that browsers may call the API from (`https://chat.example.org`), `*` for all; none: no CORS.
+    allowed_origins: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     # How many images and videos a prompt may have, history included; a kind that is not named keeps the limit of 100.
     limit_mm_per_prompt: dict[MediaKind, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     max_concurrency: Positive = 512  # requests at a time; more are answered 429

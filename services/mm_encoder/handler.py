@@ -168,7 +168,7 @@ class EncodeHandler:
             await asyncio.wait([work])
         finally:
             work.cancel()  # does nothing unless the handler is being closed
-        outcome = self._outcome(running.request_id, work)
+        outcome = self._outcome(running.message.request, work)
         if isinstance(outcome, Failure):
             self._metrics.count_request("refused" if outcome.status < 500 else "failed")
             await self._end(running, outcome)
@@ -181,7 +181,7 @@ class EncodeHandler:
             await self._end(running, None)
         spans.record(self._tracing, running, outcome)
 
-    def _outcome(self, request_id: str, work: asyncio.Task[Outcome]) -> Outcome:
+    def _outcome(self, request: Request, work: asyncio.Task[Outcome]) -> Outcome:
         if work.cancelled():
             return "unwanted"
         error = work.exception()
@@ -191,14 +191,14 @@ class EncodeHandler:
             raise error  # no answer could be sent; the entry stays and is delivered again
         if isinstance(error, RequestError):
             return error.failure
-        _log.error("request failed", extra={"request_id": request_id}, exc_info=error)
+        _log.error("request failed", extra=request.log_fields, exc_info=error)
         return INTERNAL
 
     async def _work(self, running: RunningRequest) -> Outcome:
         message, request = running.message, running.message.request
         record = (await self._records.get([request.id])).get(request.id)
         if isinstance(record, UnreadableRecord):
-            _log.error("unreadable record", extra={"request_id": request.id, "reason": record.reason})
+            _log.error("unreadable record", extra={**request.log_fields, "reason": record.reason})
             return unreadable("the record")
         if record is None or record.cancelled:
             return "unwanted"

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.messages import MediaKind
-from shared.metrics import at_zero, observed, value
+from shared.metrics import HOP, at_zero, hop_totals, observed, value
 from shared.rates import Recent
 
 Stage = Literal["fetch", "plan", "decode", "tower", "store"]
@@ -84,11 +84,12 @@ class Metrics:
     def load(self) -> dict[str, float]:
         """Return the load that the lease publishes."""
         totals = {"media": value(self._media), "hits": value(self._hits), "requests": value(self._requests)}
+        totals |= hop_totals()
         for stage in get_args(Stage):
             totals[f"{stage}_seconds"], totals[stage] = observed(self._seconds.labels(stage))
         recent = self._recent.growth(totals)
         return {
             "media_per_s": recent.per_second("media"),
             "requests_per_s": recent.per_second("requests"),
-            **recent.ratios({"cache_hits": ("hits", "media"), "tower_s": ("tower_seconds", "tower")}),
+            **recent.ratios({"cache_hits": ("hits", "media"), "tower_s": ("tower_seconds", "tower"), **HOP}),
         }

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from shared.metrics import at_zero, value
+from shared.metrics import HOP, at_zero, hop_totals, value
 from shared.rates import Recent
 
 
@@ -43,5 +43,5 @@ class PostprocMetrics:
     def load(self) -> dict[str, float]:
         """Return the current rates, for the lease."""
         totals = {"tokens": value(self.tokens), "deltas": value(self.deltas), "replayed": value(self.replayed)}
-        recent = self._recent.growth(totals)
-        return {f"{name}_per_s": recent.per_second(name) for name in totals}
+        recent = self._recent.growth({**totals, **hop_totals()})
+        return {f"{name}_per_s": recent.per_second(name) for name in totals} | recent.ratios(HOP)

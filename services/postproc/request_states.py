@@ -62,7 +62,7 @@ class RequestStates:
             state = RequestState(record, self._new_answer(record), journal)
             missed_deltas(state.answer, state.tokens, state.logprobs, None, len(state.tokens))
         except Exception:
-            _log.exception("request cannot be opened", extra={"request_id": record.request.id})
+            _log.exception("request cannot be opened", extra=record.request.log_fields)
             state = RequestState(record, self._placeholder_answer(record), journal)
             state.answer.count = state.answer.taken = len(state.tokens)
             output.fail(state, internal("This request could not be processed.").failure)
@@ -158,10 +158,10 @@ class RequestStates:
                 else:
                     _fold_run(state, run, entry, output, replay)
             except Exception:
-                _log.exception("request cannot be processed", extra={"request_id": state.request_id})
+                _log.exception("request cannot be processed", extra=state.request.log_fields)
                 output.fail(state, internal("The answer could not be processed.").failure)
             if run.finish is not None and run.epoch >= state.epoch:
-                self._end(state, run.finish, output)
+                self._end(state, _finish_of(run, run.finish), output)
 
     def collect(self, output: TurnOutput) -> None:
         """Add to `output` the deltas, cancellations and due journals of the requests that this turn has updated."""
@@ -224,7 +224,7 @@ class RequestStates:
             tokens = state.tokens[: state.failed_at]
             return missed_deltas(answer, tokens, state.logprobs, state.finish, message.after, message.until)
         except Exception:
-            _log.exception("answer cannot be rebuilt", extra={"request_id": state.request_id})
+            _log.exception("answer cannot be rebuilt", extra=state.request.log_fields)
             failure = internal("This request could not be processed.").failure
             return [_failure_delta(state.request_id, message.after, failure)]
 
@@ -251,8 +251,12 @@ class RequestStates:
 
 
 def _apply_begin(state: RequestState, begin: Begin, entry: EntryId) -> None:
-    if state.answer.begin is None:
+    known = state.answer.begin
+    if known is None:
         state.answer.begin = begin
+    elif begin.prompt_logprobs is not None and known.prompt_logprobs is None:
+        # They are a function of the request, whichever engine has computed them.
+        state.answer.begin = msgspec.structs.replace(known, prompt_logprobs=begin.prompt_logprobs)
     elif begin.epoch <= state.epoch:
         return
     state.epoch = max(state.epoch, begin.epoch)
@@ -269,7 +273,7 @@ def _fold_run(state: RequestState, run: TokenRun, entry: EntryId, output: TurnOu
     if verdict is Verdict.NEXT:
         _append(state, run, known_tokens(run, count), entry, output, replay)
     elif finish is None or finish.reason in ("stop", "length"):
-        _log.error("tokens lost", extra={"request_id": state.request_id, "have": count, "got": run.index})
+        _log.error("tokens lost", extra={**state.request.log_fields, "have": count, "got": run.index})
         lost = f"Tokens {count} to {run.index - 1} of the answer were lost."
         output.fail(state, internal(lost).failure)
     if finish is not None:
@@ -282,10 +286,10 @@ def _append(state: RequestState, run: TokenRun, known: int, entry: EntryId, outp
     for place in range(known, len(run.tokens)):
         token = run.tokens[place]
         output.tokens_folded += 1
-        if ends_in_stop_token and place == len(run.tokens) - 1:
-            state.answer.push_stop_token(token)
-            break
         logprob = run.logprobs[place] if run.logprobs is not None else None
+        if ends_in_stop_token and place == len(run.tokens) - 1:
+            state.answer.push_stop_token(token, logprob)
+            break
         state.answer.push_token(token, logprob)
         if state.logprobs is not None:
             state.logprobs.append(logprob)
@@ -293,6 +297,13 @@ def _append(state: RequestState, run: TokenRun, known: int, entry: EntryId, outp
         state.unsaved_since = state.unsaved_since or entry
         if replay:
             output.take_delta(state)
+
+
+def _finish_of(run: TokenRun, finish: Finish) -> Finish:
+    """Return a run's finish as the record keeps it: with what no journal has of a stop token."""
+    if finish.stop_token is None or not run.logprobs:
+        return finish
+    return msgspec.structs.replace(finish, logprob=run.logprobs[-1])
 
 
 def _not_found(request_id: str, after: int) -> Delta:

@@ -15,9 +15,9 @@ from benchmarks.demo_model.evaluate import PROCESSOR
 CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator[Any]:
-    """Of a module, since playwright's event loop occupies this thread: tests that bring their own must come after."""
+    """Of this folder, since playwright's event loop occupies this thread: tests that bring their own come after."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser-test")
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if binary is None:
@@ -28,23 +28,23 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def demo(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """`millrace serve --demo`. Answers are kept for as long as by default: the console reads in them how they ended."""
     with running(["--demo"], tmp_path_factory.mktemp("demo"), {"MILLRACE_RETAIN_S": "60"}) as system:
         yield system
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def trained(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """The demo that answers, as `make serve` serves it."""
-    arguments = ["--model", str(CHECKPOINT), "--served-model-name", "demo"]
+    """The demo that answers, as `make serve` serves it, with at most two pictures in a conversation."""
+    arguments = ["--model", str(CHECKPOINT), "--served-model-name", "demo", "--limit-mm-per-prompt", '{"image": 2}']
     arguments += ["--mm-processor-kwargs", json.dumps(PROCESSOR)]
     with running(arguments, tmp_path_factory.mktemp("trained"), {"MILLRACE_RETAIN_S": "60"}) as system:
         yield system
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def locked(demo: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """The same, behind a key."""
     arguments = ["--model", str(demo.directory / "demo"), "--api-key", API_KEY]

@@ -123,7 +123,7 @@ def test_taken_and_doubled_ports_are_named(model: Path) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", int(port)))
             taken.listen()
-            with pytest.raises(ConfigError, match=f"^{flag}: cannot listen on .*:{port}"):
+            with pytest.raises(ConfigError, match=f"^{flag}: cannot listen on .*:{port}: .*choose another"):
                 check_ports(launch(model, *ports), {})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(third)))

@@ -128,6 +128,7 @@ def test_api_keys_of_the_environment() -> None:
         ("", "--model"),
         ("--demo --model .", "--model"),
         ("--model /nowhere/at/all", "/nowhere/at/all is not a directory"),
+        ("--model baidu/ERNIE-VL", "`hf download baidu/ERNIE-VL --local-dir ERNIE-VL`, and say --model ERNIE-VL"),
         ("--demo --port 0", "--port"),
         ("--demo --served-model-name", "--served-model-name"),
         ("--demo --port 65536", "--port"),

@@ -17,7 +17,7 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_gone_at_the_end(parent: Path) -> None:
-    with scratch_directory() as directory:
+    with scratch_directory("millrace-1-") as directory:
         (directory / "redis").mkdir()
         assert [*parent.iterdir()] == [directory]
     assert [*parent.iterdir()] == []
@@ -31,10 +31,14 @@ def test_what_one_that_was_killed_has_left_is_removed_by_the_next(parent: Path) 
     for directory in (abandoned, elsewhere):
         (directory / LOCK).touch()  # nobody holds it: its process has ended
     (parent / "millrace-link").symlink_to(elsewhere)
-    with scratch_directory() as used, scratch_directory() as second:
+    with scratch_directory("millrace-1-") as used, scratch_directory("millrace-1-") as second:
         assert {*parent.iterdir()} == {used, second, others, elsewhere, parent / "millrace-link"}
 
 
 def test_the_lock_is_held_while_it_is_used(parent: Path) -> None:
-    with scratch_directory() as directory, (directory / LOCK).open("r+") as lock, pytest.raises(BlockingIOError):
+    with (
+        scratch_directory("millrace-1-") as directory,
+        (directory / LOCK).open("r+") as lock,
+        pytest.raises(BlockingIOError),
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,14 @@
 """`millrace serve` as a person meets it: the demo, deaths of its processes, Ctrl-C once and twice, another Redis."""
 
+import fcntl
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
+import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +38,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     for name in STRANGERS:
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text("raise ImportError(f'{__file__} was found through the working directory')\n")
-    with running(["--demo"], directory) as system:
+    with running(["--demo"], directory, {"TMPDIR": str(directory)}) as system:
         yield system
 
 
@@ -64,6 +69,15 @@ def test_nothing_is_found_through_the_working_directory(demo: System) -> None:
     services = [line for line in demo.children() if "-P -m services." in line]
     assert len([line for line in services if "decoding" not in line and "templates" not in line]) == 4
     assert chat(demo).status_code == 200
+
+
+def test_other_commands_find_it_whatever_its_ports(
+    demo: System, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(demo.directory))
+    for words in (["status"], ["top", "--once"]):
+        assert main(words) == 0
+        assert "engine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("service", ["postproc", "engine", "mm_encoder", "gateway"])
@@ -102,10 +116,35 @@ def test_ctrl_c_again_when_all_has_stopped_changes_nothing(model: list[str], tmp
         assert_nothing_runs(system)
 
 
+def test_a_terminal_that_is_closed_ends_it_in_order(model: list[str], tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with started(model, tmp_path, output=theirs, prepare=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)) as system:
+        os.close(theirs)
+        said = b""
+        while b"Ctrl-C stops" not in said:
+            said += os.read(ours, 1 << 16)
+        os.close(ours)  # a hangup: SIGHUP, and EIO for whatever it writes from now on
+        assert system.wait(PATIENCE_S) == 0
+        assert_nothing_runs(system)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system ends children with their parent")
-def test_all_of_it_dies_with_a_supervisor_that_is_killed(model: list[str], tmp_path: Path) -> None:
-    with started(model, tmp_path) as system:
+def test_nohup_and_a_reader_that_has_gone_leave_it_running_and_all_dies_with_it_when_it_is_killed(
+    model: list[str], tmp_path: Path
+) -> None:
+    """As `nohup millrace serve ... | head -3` and a closed terminal."""
+    reader, writer = os.pipe()
+    with started(
+        model, tmp_path, output=writer, prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ) as system:
+        os.close(writer)
+        with open(reader, "rb") as lines:
+            assert next(lines).startswith(b"millrace: ")
+        system.signal(signal.SIGHUP)
+        system.wait_until_ready()  # with nobody to read that it is
+        system.kill_child("services.gateway")
         system.wait_until_ready()
+        assert chat(system).status_code == 200
         system.signal(signal.SIGKILL)
         system.wait(PATIENCE_S)
         system.wait_until_childless()

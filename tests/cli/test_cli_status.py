@@ -1,21 +1,27 @@
 """`millrace status`: its words, its JSON and its exit status. The view: tests/shared/bus/test_pipeline_view.py."""
 
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from machine import PATIENCE_S
 
+from cli.connection import LOCAL, parser, scratch_prefix, scratch_socket
 from cli.main import main
 from shared.bus import client as redis_client
 from shared.bus.client import connect
 from shared.bus.keys import SERVICES, Keys
 from shared.bus.leases import Lease
 from shared.bus.pipeline_view import HELD
+from shared.errors import ConfigError
 
 HOUR_MS = 3_600_000
 
@@ -50,6 +56,36 @@ def test_a_reader_that_has_seen_enough(redis_url: str) -> None:
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_one_that_runs_here_is_meant_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meant(*words: str, **environ: str) -> str:
+        return str(parser("millrace status", "", environ).parse_args(words).redis_url)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = scratch_socket(tmp_path / f"{scratch_prefix(9000)}a")
+    dead.parent.mkdir()
+    with listening(dead):
+        assert meant() == f"unix://{dead}"
+        assert meant("--redis-url", "redis://other") == "redis://other"
+        assert meant(MILLRACE_REDIS_URL="redis://named") == "redis://named"
+        living = scratch_socket(tmp_path / f"{scratch_prefix(8180)}b")
+        living.parent.mkdir()
+        several = r"more than one .*millrace-8180-b/redis.sock \(that of port 8180\)"
+        with listening(living), pytest.raises(ConfigError, match=several):
+            meant()
+    assert dead.exists()
+    assert meant() == LOCAL
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield
 
 
 def test_redis_that_does_not_answer(

@@ -1,6 +1,8 @@
 """A child is started, passed on, restarted, given up on and stopped: with small real processes."""
 
 import asyncio
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 from machine import PATIENCE_S
 
 from cli import supervisor
+from cli.output import silence, write
+from cli.serve import System
 from cli.supervisor import Child, GaveUp
 
 
@@ -163,3 +167,45 @@ async def test_whoever_asked_is_told_which_process_has_ended(capfd: pytest.Captu
     with pytest.raises(GaveUp):
         await Child("engine", [sys.executable, "-c", "import os; print(os.getpid())"], {}, print, ended.append).run()
     assert ended == [int(capfd.readouterr().err)]
+
+
+async def test_lines_that_nobody_reads_any_more_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    up = tmp_path / "up"
+    script = f"""
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("said" * 100_000, flush=True)
+open({str(up)!r}, "w").write("up")
+signal.pause()
+"""
+    with os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stderr", nobody)
+        one = child(script, [])
+        running = asyncio.create_task(one.run())
+        await until(up, "up")
+        one.mark_ready()
+        assert await one.stop(PATIENCE_S)
+        await running
+
+
+def test_a_full_disk_costs_lines_and_no_stream(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        write(full, "lost")
+        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == "/dev/full"
+        silence(full)
+    write(None, "where there is no stream")
+
+
+@pytest.mark.parametrize("started_by_nohup", [True, False])
+def test_a_closed_terminal_is_a_reason_to_end_unless_nohup_said_no(started_by_nohup: bool) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if started_by_nohup else signal.SIG_DFL)
+        System._handle_signals(print)
+        assert (signal.getsignal(signal.SIGHUP) is print) is not started_by_nohup
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is print
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

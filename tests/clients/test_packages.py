@@ -20,6 +20,7 @@ ENVIRONMENTS = Path(os.environ["CLIENT_PACKAGES"]) if "CLIENT_PACKAGES" in os.en
 # environment: the packages that are tried in it
 IN_PYTHON = {
     "openai3": ("openai", "langchain", "pydantic_ai", "agents", "litellm"),
+    "anthropic": ("anthropic",),
     "openai2": ("openai", "instructor", "llama_index"),
     "benchmarks": ("benchmarks",),
 }

@@ -154,7 +154,8 @@ class StandIn:
 @contextmanager
 def standing_in(tls: ssl.SSLContext | None = None) -> Iterator[StandIn]:
     """One at `url`, in a thread with an event loop of its own."""
-    made, loop, up, end = StandIn(), asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    made, up, end = StandIn(), threading.Event(), asyncio.Event()
+    running = asyncio.Runner(loop_factory=asyncio.new_event_loop)
 
     async def serve() -> None:
         application = web.Application()
@@ -169,13 +170,13 @@ def standing_in(tls: ssl.SSLContext | None = None) -> Iterator[StandIn]:
         await end.wait()
         await runner.cleanup()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=running.run, args=(serve(),))
     thread.start()
     up.wait()
     try:
         yield made
     finally:
         made.close()
-        loop.call_soon_threadsafe(end.set)
+        running.get_loop().call_soon_threadsafe(end.set)
         thread.join()
-        loop.close()
+        running.close()  # also what the end of the block has begun to close

@@ -7,12 +7,14 @@ import asyncio
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from machine import PATIENCE_S
 from oracle import Model, hf_generate, load_transformers
 from system import System, running
 
@@ -25,6 +27,7 @@ from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
 from services.mm_encoder.vision.normalise import normalise
 
 CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
+MESSAGES_PAGE = Path(__file__).parents[2] / "docs" / "messages.md"
 PER_SET = int(os.environ.get("DEMO_QUESTIONS", "4"))
 PROMPTS = int(os.environ.get("DEMO_PROMPTS", "8"))
 SEED = 1  # not the questions of the card
@@ -67,6 +70,17 @@ def answered(server: System) -> list[Answered]:
             return await asyncio.gather(*(ask(question) for question in asked))
 
     return list(zip(asked, asyncio.run(ask_all()), strict=True))
+
+
+def test_the_example_of_the_messages_api_is_answered_as_its_page_says(server: System) -> None:
+    """Except for ids, and what the prefix cache has by then."""
+    body, promised = map(json.loads, re.findall(r"^    \{\n.*?^    \}$", MESSAGES_PAGE.read_text(), re.M | re.S))
+    response = httpx.post(f"{server.base_url}/v1/messages", json={**body, "temperature": 0}, timeout=PATIENCE_S)
+    answer = response.json()
+    for one in (answer, promised):
+        one["usage"]["input_tokens"] += one["usage"].pop("cache_read_input_tokens")
+        one["content"][0].pop("signature")
+    assert {**answer, "id": promised["id"]} == promised
 
 
 def test_it_answers_as_well_as_its_card_says(answered: list[Answered]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from llguidance import LLMatcher
 
+from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.scheduler import Chunk, Plan
@@ -165,6 +166,9 @@ class Computed:
 
     def read(self) -> list[Sampled]:
         return self._sampled
+
+    def scores(self) -> list[Scored]:
+        return []
 
 
 class SumRunner:

@@ -14,7 +14,7 @@ from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
-from shared.messages import Finish, TokenRun
+from shared.messages import Begin, Finish, TokenRun
 
 BLOCK = 4
 Script = dict[int, list[Command]]  # by turn
@@ -76,6 +76,7 @@ class Bench:
         self.registry = CollectorRegistry()
         self._resumed = resumed  # tokens that its one request had before, or each by its id
         self.runs: dict[str, list[TokenRun]] = defaultdict(list)
+        self.begins: dict[str, list[Begin]] = defaultdict(list)
         self.step_outputs: list[dict[str, int]] = []  # tokens of each that has some
         metrics = EngineMetrics(self.registry)
         scheduler = Scheduler(self.pool, limits)
@@ -87,6 +88,8 @@ class Bench:
         self.pool.check()
         said: dict[str, int] = defaultdict(int)
         for message in step_output.messages().values():
+            for begin in message.begins:
+                self.begins[begin.request_id].append(begin)
             for run in message.runs:
                 said[run.request_id] += len(run.tokens)
                 self._follow(run)

@@ -86,4 +86,4 @@ def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) ->
     graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
     sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
     builder = StepBuilder(model, PAGE, SMALL.image_patch_id)
-    return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs)
+    return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs, SEQS)

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from services.gateway.dialects.chat import ChatDialect
+from services.gateway.dialects.dialect import Dialect
 from services.gateway.request.chat import Rendering, template_failure
 from services.gateway.request.parsed import ParsedRequest, RequestParser
 from services.gateway.request.template import Template, TemplateFailureError, TemplateSource
 
 MAX_CHARS = 100_000
+CHAT = ChatDialect()
 
 
 class WholeParser(RequestParser, frozen=True, kw_only=True):
@@ -15,9 +17,9 @@ class WholeParser(RequestParser, frozen=True, kw_only=True):
 
     template: TemplateSource
 
-    def parse(self, body: bytes) -> ParsedRequest:
+    def parse(self, body: bytes, dialect: Dialect = CHAT) -> ParsedRequest:
         """Validate, render and tokenise a request."""
-        draft = self.read(ChatDialect().read(body))
+        draft = self.read(dialect.read(body))
         return self.finish(draft, render(self.template, draft.rendering))
 
 

@@ -72,17 +72,19 @@ def _behind_proxy(items: list[Object], directory: Path, port: int) -> Iterator[N
 def _proxy(directory: Path, port: int, behind: int) -> Iterator[None]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "tls.crt", directory / "tls.key")
-    loop, up, end = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    runner, up, end = asyncio.Runner(loop_factory=asyncio.new_event_loop), threading.Event(), asyncio.Event()
 
     async def carry(near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         far_in, far_out = await asyncio.open_connection("127.0.0.1", behind)
 
         async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError):
-                while data := await source.read(1 << 16):
-                    target.write(data)
-                    await target.drain()
-            target.close()
+            try:
+                with contextlib.suppress(OSError):
+                    while data := await source.read(1 << 16):
+                        target.write(data)
+                        await target.drain()
+            finally:
+                target.close()
 
         await asyncio.gather(pump(near_in, far_out), pump(far_in, near_out))
 
@@ -95,12 +97,12 @@ def _proxy(directory: Path, port: int, behind: int) -> Iterator[None]:
                 task.cancel()
             await asyncio.gather(*carrying, return_exceptions=True)
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=runner.run, args=(serve(),))
     thread.start()
     try:
         assert up.wait(PATIENCE_S), "the proxy does not listen"
         yield
     finally:
-        loop.call_soon_threadsafe(end.set)
+        runner.get_loop().call_soon_threadsafe(end.set)
         thread.join()
-        loop.close()
+        runner.close()  # also what the end of the block has begun to close

@@ -39,7 +39,7 @@ def test_there_is_one_for_each_service_and_none_other() -> None:
 def test_an_image_holds_its_own_service_and_shared(service: str) -> None:
     copied = re.findall(r"^COPY (?!--from)(.*)$", own(service), re.MULTILINE)
     code = {words.split()[0] for words in copied if words.startswith(("shared", "services", "cli"))}
-    assert code == {"shared", f"services/{service}"}
+    assert code == {"shared", "shared/version.py", f"services/{service}"}
     assert f'ENTRYPOINT ["python", "-m", "services.{service}"]' in final(service)
     assert f"import services.{service}.__main__" in final(service)
 
@@ -49,7 +49,7 @@ def test_the_autoscalers_image_holds_what_it_imports_and_no_service() -> None:
     assert len(stages) == 3
     copied = re.findall(r"^COPY (?!--from)(.*)$", "".join(stages), re.MULTILINE)
     held = {word for words in copied for word in words.split()[:-1] if word.startswith(("shared", "services", "cli"))}
-    assert held == {"shared", "cli/autoscaler", "cli/__init__.py", "cli/connection.py"}
+    assert held == {"shared", "shared/version.py", "cli/autoscaler", "cli/__init__.py", "cli/connection.py"}
     assert "'.[autoscaler]'" in stages[0]
     assert "USER 10001:10001" in stages[-1]
     assert 'ENTRYPOINT ["python", "-m", "cli.autoscaler"]' in stages[-1]

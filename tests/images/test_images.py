@@ -21,7 +21,7 @@ from helm_chart import SERVICES
 from machine import PATIENCE_S
 from openai import OpenAI
 
-from shared.version import millrace_version
+from shared.version import MILLRACE_VERSION
 
 AUTOSCALER = "autoscaler"
 HOME = {AUTOSCALER: "gateway"}  # in whose Containerfile it is
@@ -138,8 +138,8 @@ def test_the_image_is_small_and_holds_its_own_service_only(images: None, name: s
     held = podman(*inside, "cd /opt/service && ls -d services/* cli/* shared 2>/dev/null || true").split()
     held = [path for path in held if "__pycache__" not in path]
     assert held == (CLI_FILES if name == AUTOSCALER else [f"services/{name}", "shared"])
-    version = 'python -c "from shared.version import millrace_version; print(millrace_version())"'
-    assert podman(*inside, version).strip() == millrace_version()
+    version = 'python -c "from shared.version import MILLRACE_VERSION; print(MILLRACE_VERSION)"'
+    assert podman(*inside, version).strip() == MILLRACE_VERSION
     assert podman(*inside, "id -u").strip() == "10001"
     assert podman(*inside, "command -v gcc cc c++ ld make || true").strip() == ""
 

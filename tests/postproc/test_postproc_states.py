@@ -1,5 +1,10 @@
 """The registry of open requests, without Redis: which requests it knows, and which entries of a stream they hold."""
 
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
 from postproc_stand_in import EOS, StandIn, request
 
 from services.postproc.request_state import Journal, TurnOutput
@@ -93,3 +98,27 @@ def test_the_idle_are_those_of_which_nothing_came_since_the_last_look() -> None:
     assert delta.failure is not None
     assert delta.failure.status == 503
     assert len(states) == 1
+
+
+def test_lines_about_a_request_have_its_clients_id(caplog: pytest.LogCaptureFixture) -> None:
+    states = states_of()
+    asked = msgspec.structs.replace(request("r1"), http_id="mine")
+    states.open_request(Record(asked, 1, False, ("g1",)), Journal(), TurnOutput())
+    fold(states, 1, TokenRun("r1", 1, 5, (A,)))
+    (line,) = caplog.records
+    assert (line.message, line.__dict__["request_id"], line.__dict__["http_request_id"]) == (
+        "tokens lost",
+        "r1",
+        "mine",
+    )
+
+
+def test_no_stage_writes_the_pipelines_id_alone_where_it_has_the_request() -> None:
+    root = Path(__file__).resolve().parents[2] / "services"
+    alone = {
+        f"{path.relative_to(root)}: {text}"
+        for service in ("mm_encoder", "engine", "postproc")
+        for path in (root / service).rglob("*.py")
+        for text in re.findall(r'"([^"]+)",\s*extra=\{"request_id"', path.read_text())
+    }
+    assert alone == {"engine/transport/resume.py: unreadable journal", "postproc/request_states.py: unreadable request"}

@@ -24,6 +24,7 @@ from shared.messages import (
     MediaSpan,
     Message,
     Output,
+    PromptLogprobs,
     Request,
     Sampling,
     ShownLogprob,
@@ -122,12 +123,20 @@ def test_anything_else_is_refused(fields: dict[bytes, bytes]) -> None:
         from_entry(fields)
 
 
+SCORES = PromptLogprobs(1, b"logprobs", b"ids", b"ranks")
+
+
 @pytest.mark.parametrize(
-    "added", [(Begin("ab12", 2, 5, 1, 2, 3, 4, b"new"), "prompt"), (Delta("ab12", 5, start=3, prompt=b"new"), "prompt")]
+    "added",
+    [
+        (Begin("ab12", 2, 5, 1, 2, 3, 4, b"ids", SCORES), "prompt_logprobs", None),
+        (Delta("ab12", 5, start=3, prompt=b"ids", prompt_logprobs=SCORES), "prompt_logprobs", None),
+        (Finish("stop", 2, None, TokenLogprob(-0.5)), "logprob", None),
+    ],
 )
-def test_a_field_added_at_the_end_needs_no_other_version(added: tuple[Begin | Delta, str]) -> None:
+def test_a_field_added_at_the_end_needs_no_other_version(added: tuple[Begin | Delta | Finish, str, object]) -> None:
     """Releases before it read what is written with it, and it is read from what they write."""
-    message, name = added
+    message, name, default = added
     kind = type(message)
     fields = [(field.name, field.type) for field in msgspec.structs.fields(kind)]
     assert fields.pop()[0] == name
@@ -135,7 +144,7 @@ def test_a_field_added_at_the_end_needs_no_other_version(added: tuple[Begin | De
     values = [getattr(message, field) for field, _ in fields]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=older) == older(*values)
     written = msgspec.msgpack.encode(older(*values))
-    assert msgspec.msgpack.decode(written, type=kind) == msgspec.structs.replace(message, **{name: b""})
+    assert msgspec.msgpack.decode(written, type=kind) == msgspec.structs.replace(message, **{name: default})
 
 
 RECORD_FIELDS: list[tuple[Any, Callable[[Any], bytes], Callable[[bytes], Any]]] = [

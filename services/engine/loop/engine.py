@@ -14,6 +14,7 @@ from services.engine.loop.step_output import StepOutput, error_finish
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.scheduler import Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
 from shared.crash_points import crash_point
@@ -122,6 +123,8 @@ class Engine:
     def _read(self, launched: LaunchedStep) -> None:
         """Wait for a step, and record its tokens."""
         sampled = launched.launched.read()
+        for sequence, start, rows in launched.launched.scores():
+            self._add_scores(sequence, start, rows)
         now = time.perf_counter()
         progress = self._scheduler.commit(launched.plan, [s.token for s in sampled])
         for row, sequence, finish in progress:
@@ -132,6 +135,11 @@ class Engine:
         self._metrics.step_seconds.observe(now - max(launched.started, self._ended))
         self._ended = now
         self._count_tokens([sequence for _, sequence, _ in progress], now)
+
+    def _add_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> None:
+        """Record scores of a prompt, and announce them when they are complete: before the prompt's first token."""
+        if self._scheduler.record_scores(sequence, start, rows):
+            self._unsent.add_begin(sequence.shard, sequence.begin())
 
     def _take_unsent(self) -> StepOutput:
         step_output, self._unsent = self._unsent, StepOutput()

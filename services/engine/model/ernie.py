@@ -62,6 +62,12 @@ class ErnieModel:
         Returns:
             [R, vocabulary] float32, one row for each of step.logit_rows.
         """
+        x = self.hidden(step, cache)
+        return self.project(x if step.logit_rows is None else x[step.logit_rows])
+
+    @torch.no_grad()
+    def hidden(self, step: StepInput, cache: KVCache) -> Tensor:
+        """Run one step up to its logits: return [N, hidden], normed."""
         ops, weights, eps = self._ops, self.weights, self.config.norm_eps
         cos, sin = ops.rotary_tables(step.positions, self._frequencies, self._axes)
         residual = ops.embed(weights.embedding, step.token_ids, step.embed_rows, step.embeds)
@@ -71,7 +77,12 @@ class ErnieModel:
             query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
             attended = self._attention(query, step, keys, values)
             x, residual = self._after_attention(layer, attended, residual, step.vision, norm)
-        return ops.logits(x if step.logit_rows is None else x[step.logit_rows], weights.head)
+        return x
+
+    @torch.no_grad()
+    def project(self, x: Tensor) -> Tensor:
+        """Return the logits, [n, vocabulary] float32, of some rows of `hidden`."""
+        return self._ops.logits(x, self.weights.head)
 
     def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
         attended = self._ops.paged_attention(

@@ -38,7 +38,7 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
     graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
-    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs), blocks
+    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs), blocks
 
 
 def capture_decode(

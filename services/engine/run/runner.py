@@ -9,9 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from services.engine.model.inputs import KVCache
+from services.engine.model.inputs import KVCache, StepInput
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
+from services.engine.run.prompt_scorer import LaunchedScores, Part, PromptScorer, Scored, parts_of
 from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.run.step import Model, StepBuilder
@@ -26,6 +27,9 @@ class Launched(Protocol):
 
     def read(self) -> list[Sampled]:
         """Return one token for each of `plan.sampling`, in its order. Waits for this step alone."""
+
+    def scores(self) -> list[Scored]:
+        """Return what it has computed of prompts' own tokens, once it was read."""
 
 
 class Runner(Protocol):
@@ -56,6 +60,7 @@ class ModelRunner:
         builder: StepBuilder,
         grammar_masks: GrammarMasks,
         graphs: DecodeGraphs | None,
+        max_seqs: int,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -63,6 +68,7 @@ class ModelRunner:
         self._builder = builder
         self._grammar_masks = grammar_masks
         self._graphs = graphs
+        self._scorer = PromptScorer(model.project, max_seqs)
 
     @property
     def overlaps(self) -> bool:
@@ -77,8 +83,15 @@ class ModelRunner:
             return launched
         # The caller's work comes first: launching a step, or computing it here, takes longer.
         meanwhile()
-        logits = self._model.forward(step.to(self._model.device, self._cache.block_size), self._cache)
-        return self._start_sampling(plan, logits)
+        inputs = step.to(self._model.device, self._cache.block_size)
+        if parts := parts_of(plan, step):
+            return self._launch_scoring(plan, inputs, parts)
+        return self._start_sampling(plan, self._model.forward(inputs, self._cache))
+
+    def _launch_scoring(self, plan: Plan, inputs: StepInput, parts: list[Part]) -> Launched:
+        x = self._model.hidden(inputs, self._cache)
+        scores = self._scorer.launch(x, parts)  # first: its logits are gone when those to sample from are computed
+        return ScoringStep(self._start_sampling(plan, self._model.project(x[inputs.logit_rows])), scores)
 
     def _start_sampling(self, plan: Plan, logits: Tensor) -> Launched:
         if not plan.sampling:
@@ -110,6 +123,26 @@ class SamplingStep:
         assert self._drawn is not None, "read before it was sampled"
         return self._drawn.read()
 
+    def scores(self) -> list[Scored]:
+        return []
+
+
+class ScoringStep:
+    """A step that scores prompts, beside what else it does."""
+
+    def __init__(self, step: Launched, scores: LaunchedScores) -> None:
+        self._step = step
+        self._scores = scores
+
+    def sample(self) -> None:
+        self._step.sample()
+
+    def read(self) -> list[Sampled]:
+        return self._step.read()
+
+    def scores(self) -> list[Scored]:
+        return self._scores.read()
+
 
 class NoTokens:
     """A step in which no sequence samples."""
@@ -118,4 +151,7 @@ class NoTokens:
         """Do nothing."""
 
     def read(self) -> list[Sampled]:
+        return []
+
+    def scores(self) -> list[Scored]:
         return []

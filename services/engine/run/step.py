@@ -32,6 +32,10 @@ class Model(Protocol):
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor: ...
 
+    def hidden(self, step: StepInput, cache: KVCache) -> Tensor: ...
+
+    def project(self, x: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True, slots=True)
 class HostStep:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import msgspec
 
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.sequence import Sequence
 from shared.errors import Failure
 from shared.messages import Finish
@@ -204,6 +205,13 @@ class Scheduler:
                 self.remove(sequence.request_id)
         return progress
 
+    def record_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> bool:
+        """Record scores of a prompt from a step that has run; return True if this completes them."""
+        if not self._has(sequence) or sequence.scores is None:
+            return False
+        sequence.scores.add(start, rows)
+        return sequence.scores.complete
+
     def _admit(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence to the running ones, if there is room for it."""
         matched = self._match_first(budget)
@@ -235,10 +243,10 @@ class Scheduler:
         return matched if self._limits.chunked_prefill or backlog <= budget else None
 
     def _match(self, sequence: Sequence) -> list[int]:
-        """Return the cached blocks of a prefix, leaving at least one token to compute, whose logits are needed."""
+        """Return the cached blocks of a prefix, leaving the tokens to compute whose logits are needed."""
         if not self._pool.caching:
             return []
-        full = (sequence.num_tokens - 1) // self._limits.block_size
+        full = sequence.cacheable // self._limits.block_size
         return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:

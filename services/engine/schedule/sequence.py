@@ -16,9 +16,11 @@ from services.engine.schedule.blocks import ROOT, block_hash, root_hash
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.loops import LoopDetector
 from services.engine.schedule.positions import positions
+from services.engine.schedule.prompt_scores import PromptScores
 from services.engine.schedule.thinking import UNLIMITED, ThinkingBudget
 from services.engine.schedule.timeline import Timeline
 from shared.errors import context_length, internal, invalid
+from shared.limits import check_prompt_logprobs
 from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack_ids
 from shared.model.config import ModelConfig
 
@@ -107,6 +109,7 @@ class Sequence:
     begun: bool = False  # Begin has been emitted
     prompt: bytes = b""  # as Begin carries it
     root: bytes = ROOT  # what its first block's hash begins with
+    scores: PromptScores | None = None  # of the prompt, where the request asks and no token is known yet
     timeline: Timeline = field(default_factory=Timeline)
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -128,6 +131,13 @@ class Sequence:
     def can_continue(self) -> bool:
         """True if the tokens in flight leave room for another. A token that ends the sequence may be among them."""
         return self.num_generated + self.in_flight < self.max_tokens
+
+    @property
+    def cacheable(self) -> int:
+        """The most tokens that may be taken from the prefix cache. At least one is left to compute, for its logits; of
+        a prompt that is scored all are that have not been, since the cache has no logits."""
+        others = self.num_tokens - 1
+        return others if self.scores is None or self.scores.complete else min(others, self.scores.known)
 
     @property
     def depends_on_tokens(self) -> bool:
@@ -205,7 +215,8 @@ class Sequence:
         """Return the message that tells postproc that the engine has taken the request."""
         image, video = media_tokens(self.spans)
         counts = self.num_generated, self.prompt_len, self.cached_tokens, image, video
-        return Begin(self.request_id, self.epoch, *counts, self.prompt)
+        scores = self.scores.packed() if self.scores is not None and self.scores.complete else None
+        return Begin(self.request_id, self.epoch, *counts, self.prompt, scores)
 
 
 def media_tokens(spans: Ordered[MediaSpan]) -> tuple[int, int]:
@@ -262,6 +273,8 @@ def build(
     tokens = np.empty(len(prompt) + max(max_tokens, len(answer)), np.int64)
     tokens[: len(prompt)] = prompt
     budget = _budget(message, facts)
+    scored = sampling.prompt_logprobs
+    check_prompt_logprobs(len(prompt), scored)
     sequence = Sequence(
         request_id=message.request.id,
         shard=message.request.shard,
@@ -287,6 +300,8 @@ def build(
         allowed=_bits(sampling.allowed_token_ids, model.vocab_size) if sampling.allowed_token_ids else None,
         prompt=asked_prompt(message),
         root=root_hash(message.request.cache_salt),
+        # The scores were sent before, or with, the first token.
+        scores=None if scored is None or generated else PromptScores(len(prompt), scored),
     )
     for token in generated:
         sequence.append(token)

@@ -215,7 +215,7 @@ class GenerateHandler:
         if pending.lost:
             self.consumer.abandon(pending)
         elif isinstance(record, UnreadableRecord):
-            _log.error("unreadable record", extra={"request_id": pending.request_id, "reason": record.reason})
+            _log.error("unreadable record", extra={**pending.log_fields, "reason": record.reason})
             await self._hand_over(pending, History(damaged=True))
         elif (
             history.ended
@@ -270,7 +270,7 @@ class GenerateHandler:
             refused: RequestError = gone
         except RequestError as error:
             refused = error
-        _log.warning("request refused", extra={"request_id": pending.request_id, "why": refused.failure.message})
+        _log.warning("request refused", extra={**pending.log_fields, "why": refused.failure.message})
         return _finish_unstarted(pending, history, Finish("error", failure=refused.failure))
 
     async def _send_back(self, pending: PendingRequest) -> bool:
@@ -284,7 +284,7 @@ class GenerateHandler:
             return False
         _log.info(
             "request sent back to mm_encoder for its embeddings",
-            extra={"request_id": pending.request_id, "outcome": outcome},
+            extra={**pending.log_fields, "outcome": outcome},
         )
         self._release([pending])
         return True
@@ -329,7 +329,7 @@ def _sequence(
     except RequestError:
         raise
     except Exception as error:
-        _log.exception("request cannot be built", extra={"request_id": pending.request_id})
+        _log.exception("request cannot be built", extra=pending.log_fields)
         raise RequestError(unreadable("the prompt")) from error
 
 

@@ -32,6 +32,11 @@ class PendingRequest:
         return self.message.request.id
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """Its ids, as a line of a log has them."""
+        return self.message.request.log_fields
+
+    @property
     def uploads(self) -> list[str]:
         """Keys of the blobs to delete when the request has ended."""
         return upload_keys(self.request_id, len(self.message.spans))

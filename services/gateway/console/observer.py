@@ -62,7 +62,9 @@ class ObservedRequest(msgspec.Struct):
     media: int = 0
     attempts: int = 0
     accepted: float | None = None  # it entered its first stream
+    encode_taken: float | None = None  # its entry was delivered to an encoder, the last time
     encoded: float | None = None  # its media were handed on to the engine's stream
+    taken: float | None = None  # its entry was delivered to an engine, the last time
     begun: float | None = None  # the engine began it, the last time
     first: float | None = None  # time of its first token
     last: float | None = None
@@ -115,17 +117,19 @@ class RequestObserver:
         for entry, message in new:
             with contextlib.suppress(msgspec.MsgspecError):  # of another version, or broken: counted but not shown
                 known[_text(entry)] = _work.decode(message)
-        for entry, consumer, attempts in taken:
-            self._locate(stream, _text(entry), present, replica=_text(consumer), attempts=attempts)
+        for entry, consumer, taken_ms, attempts in taken:
+            if one := self._locate(stream, _text(entry), present):
+                one.replica, one.waiting, one.attempts = _text(consumer), False, attempts
+                _mark_taken(one, stream, taken_ms / 1000)
         for entry in waiting:
             self._locate(stream, _text(entry), present)
-        there = [_text(entry) for entry in (*(entry for entry, _, _ in taken), *waiting)]
+        there = [_text(entry) for entry in (*(each[0] for each in taken), *waiting)]
         self._entries[stream] = {entry: known[entry] for entry in there if entry in known}
 
-    def _locate(self, stream: str, entry: str, present: set[str], replica: str = "", attempts: int = 0) -> None:
-        """Note that a request's entry is in a stream."""
+    def _locate(self, stream: str, entry: str, present: set[str]) -> ObservedRequest | None:
+        """Note that a request's entry waits in a stream; return None if the entry is gone again, or unreadable."""
         if entry not in self._entries[stream]:
-            return  # gone again, or unreadable
+            return None
         work = self._entries[stream][entry]
         one = self._get(work.request.id)
         one.media = len(work.media or work.spans)
@@ -134,9 +138,36 @@ class RequestObserver:
             one.accepted = one.accepted or work.request.created  # by the gateway's clock
         one.accepted = one.accepted or _seconds(entry)
         one.where = "encode" if stream == ENCODE else "generate"
-        one.replica, one.waiting, one.attempts = replica or one.replica, not replica, attempts or one.attempts
+        one.waiting = True
         one.seen = self._now
         present.add(one.id)
+        return one
+
+    # ------------------------------------------------------------------------------------------------ one request
+
+    async def find(self, request_id: str, now: float) -> ObservedRequest | None:
+        """Return a request that is observed, or has a record: it waits further back, or ended and is kept.
+
+        Raises:
+            RedisError: Redis cannot be read.
+        """
+        if request_id in self._requests:
+            return self._requests[request_id]
+        record = (await self._records.get([request_id])).get(request_id)
+        if not isinstance(record, Record):
+            return None
+        key = self._keys.request(request_id)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hget(key, "entry")
+            pipe.strlen(self._keys.journal(request_id))
+            pipe.pttl(key)
+            place, journaled, left_ms = await pipe.execute()
+        one = ObservedRequest(request_id, accepted=record.request.created, tokens=journaled // TOKEN_BYTES, seen=now)
+        if record.finish is None:
+            one.where = "encode" if _text(place or b"").startswith(self._keys.stream(ENCODE) + " ") else "generate"
+            one.waiting = record.begin is None
+        _apply_record(one, record, now, left_ms / 1000)
+        return one
 
     # ------------------------------------------------------------------------------------------------ tokens
 
@@ -169,10 +200,9 @@ class RequestObserver:
             one.seen = max(one.seen, at)
 
     def _cancel(self, request_ids: Sequence[str]) -> None:
-        """Note a cancellation. A stop string causes one too, but then the stream or the record has the true reason."""
         for request_id in request_ids:
-            if request_id in self._requests and self._requests[request_id].finished is None:
-                self._requests[request_id].reason = "cancelled"
+            if request_id in self._requests:
+                _mark_cancelled(self._requests[request_id])
 
     # ------------------------------------------------------------------------------------------------ records
 
@@ -190,22 +220,12 @@ class RequestObserver:
         for one, journaled, left_ms in zip(unsettled, replies[::2], replies[1::2], strict=True):
             one.tokens = max(one.tokens, journaled // TOKEN_BYTES)
             if isinstance(record := records.get(one.id), Record):
-                self._apply_record(one, record, left_ms / 1000)
+                _apply_record(one, record, self._now, left_ms / 1000)
 
     def _is_unsettled(self, one: ObservedRequest) -> bool:
         if one.where == "ended":
             return one.finished is None and self._now - one.seen < SETTLED_S
         return one.where == "generate" and not one.waiting
-
-    def _apply_record(self, one: ObservedRequest, record: Record, left_s: float) -> None:
-        """Take over what a record has. `left_s` is the time until it expires, which dates the finish."""
-        if record.begin is not None:
-            one.prompt_tokens, one.cached_tokens = record.begin.prompt_tokens, record.begin.cached_tokens
-        if record.finish is not None:
-            one.reason = record.finish.reason
-            one.finished = self._now - max(0.0, record.request.retain_s - left_s)
-        elif record.cancelled:
-            self._cancel([one.id])
 
     # ------------------------------------------------------------------------------------------------ all requests
 
@@ -218,6 +238,31 @@ class RequestObserver:
         for rank, one in enumerate(ended):
             if rank < excess or self._now - one.seen > KEPT_S:
                 del self._requests[one.id]
+
+
+def _mark_taken(one: ObservedRequest, stream: str, at: float) -> None:
+    """Note when its entry was delivered, by Redis's clock; `accepted` may be by a gateway's that is ahead."""
+    if stream == ENCODE:
+        one.encode_taken = max(at, one.accepted or at)
+    else:
+        one.taken = max(at, one.encoded or one.accepted or at)
+
+
+def _apply_record(one: ObservedRequest, record: Record, now: float, left_s: float) -> None:
+    """Take over what a record has. `left_s` is the time until it expires, which dates the finish."""
+    if record.begin is not None:
+        one.prompt_tokens, one.cached_tokens = record.begin.prompt_tokens, record.begin.cached_tokens
+    if record.finish is not None:
+        one.reason = record.finish.reason
+        one.finished = now - max(0.0, record.request.retain_s - left_s)
+    elif record.cancelled:
+        _mark_cancelled(one)
+
+
+def _mark_cancelled(one: ObservedRequest) -> None:
+    """Note a cancellation. A stop string causes one too, but then the stream or the record has the true reason."""
+    if one.finished is None:
+        one.reason = "cancelled"
 
 
 def _seconds(entry: str) -> float:

@@ -6,8 +6,9 @@ does. The files are read once, at startup, and served by name, so that no path l
 
 import asyncio
 import hashlib
+import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,20 +18,37 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from services.gateway.console.observer import ObservedRequest, RequestObserver
+from services.gateway.console.quarantine import Quarantine, QuarantinedEntry
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import PipelineView, problems, read
+from shared.errors import invalid
+from shared.messages import MediaKind
 
 STATIC = Path(__file__).parent / "static"
+PAGE = "index.html"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+    ".woff2": "font/woff2",
+}
+# Path -> (file in STATIC, its type): every file there is, each under its own name.
 ASSETS = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/console/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/console/style.css": ("style.css", "text/css; charset=utf-8"),
-    "/console/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/" if name == PAGE else f"/console/{name}": (name, _TYPES[path.suffix])
+    for path in sorted(STATIC.rglob("*.*"))
+    for name in [path.relative_to(STATIC).as_posix()]
 }
 STATE_PATH = "/console/state"
-PATHS = (*ASSETS, STATE_PATH)
+REQUEST_PATH = "/console/request"
+LIMITS_PATH = "/console/limits"
+PATHS = ("/", STATE_PATH, REQUEST_PATH, LIMITS_PATH)  # those that metrics name
+
+_REQUEST_ID = re.compile(r"(?:chatcmpl-)?([0-9a-f]{16}(?:-[1-9]\d{0,3})?)")
 
 FRESH_S = 0.4  # age up to which a state is served again, so that many pages cost no more than one
+QUARANTINE_FRESH_S = 10.0  # the same of the quarantine's entries, while their number does not change
 
 # No other origins, nothing inline, and no text that becomes markup: the output of a model cannot run.
 _POLICY = "; ".join(
@@ -61,6 +79,22 @@ class State(msgspec.Struct, frozen=True):
     problems: list[str]
     pipeline: PipelineView
     requests: list[ObservedRequest]
+    quarantine: list[QuarantinedEntry]
+
+
+class Found(msgspec.Struct, frozen=True):
+    """Body of GET /console/request."""
+
+    request: ObservedRequest | None  # None: no stage has it, and no answer of it is kept
+    quarantined: list[QuarantinedEntry]
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Body of GET /console/limits: what the server takes of files. Its field names are those of the settings."""
+
+    limit_mm_per_prompt: Mapping[MediaKind, int]
+    max_body_bytes: int
+    max_media_bytes: int
 
 
 class Console:
@@ -71,6 +105,7 @@ class Console:
         redis: Redis,
         keys: Keys,
         observer: RequestObserver,
+        limits: Limits,
         blob_redis: Redis | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,6 +113,10 @@ class Console:
         self._blob_redis = blob_redis
         self._keys = keys
         self._observer = observer
+        self.limits = msgspec.json.encode(limits)
+        self._quarantine = Quarantine(redis, keys)
+        self._quarantined: list[QuarantinedEntry] = []
+        self._quarantined_of: tuple[float, ...] = ()  # when, and how many there were: of what `_quarantined` is
         self._clock = clock
         self._reading = asyncio.Lock()
         self._read_at = float("-inf")
@@ -95,9 +134,29 @@ class Console:
                 self._read_at = self._clock()
             return self._state
 
+    async def find(self, request_id: str) -> bytes:
+        """Return a `Found` as JSON.
+
+        Raises:
+            RedisError: Redis cannot be read.
+        """
+        async with self._reading:
+            seconds, micros = await self._redis.time()
+            request = await self._observer.find(request_id, seconds + micros / 1e6)
+        return msgspec.json.encode(Found(request, await self._quarantine.newest(request_id)))
+
     async def _read(self) -> bytes:
         view = await read(self._redis, self._keys, self._blob_redis, server=False)
-        return msgspec.json.encode(State(problems(view), view, await self._observer.observe(view.at)))
+        observed = await self._observer.observe(view.at)
+        return msgspec.json.encode(State(problems(view), view, observed, await self._read_quarantine(view)))
+
+    async def _read_quarantine(self, view: PipelineView) -> list[QuarantinedEntry]:
+        counts = [stage.queue.quarantined for stage in view.stages if stage.queue is not None]
+        state = (self._clock() // QUARANTINE_FRESH_S, *counts)
+        if state != self._quarantined_of:
+            self._quarantined = await self._quarantine.newest() if any(counts) else []
+            self._quarantined_of = state
+        return self._quarantined
 
 
 def routes(console: Console) -> list[BaseRoute]:
@@ -108,11 +167,35 @@ def routes(console: Console) -> list[BaseRoute]:
     """
 
     async def state(_request: Request) -> Response:
-        headers = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-        return Response(await console.state(), headers=headers, media_type="application/json")
+        return _json(await console.state())
+
+    async def request(request: Request) -> Response:
+        return _json(await console.find(_read_id(request.query_params.get("id", ""))))
+
+    async def limits(_request: Request) -> Response:
+        return _json(console.limits)
 
     files = [Route(path, _file((STATIC / name).read_bytes(), kind)) for path, (name, kind) in ASSETS.items()]
-    return [*files, Route(STATE_PATH, state)]
+    return [*files, Route(STATE_PATH, state), Route(REQUEST_PATH, request), Route(LIMITS_PATH, limits)]
+
+
+def _read_id(given: str) -> str:
+    """Return a request's id as the stages have it.
+
+    Raises:
+        RequestError: 400, no request can have this id.
+    """
+    match = _REQUEST_ID.fullmatch(given)
+    if match is None:
+        raise invalid(
+            f"An id has 16 digits of 0-9 and a-f, as in chatcmpl-0123456789abcdef; {given!r:.60} has not.", "id"
+        )
+    return match[1]
+
+
+def _json(body: bytes) -> Response:
+    headers = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+    return Response(body, headers=headers, media_type="application/json")
 
 
 def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:

@@ -16,13 +16,14 @@ from services.gateway.dialects.chat_events import (
 )
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
+from services.gateway.dialects.prompt_logprobs import TokenTexts, prompt_logprobs_json
 from services.gateway.errors import openai_body
 from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.schemas import ChatRequest, decode_body
 from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates
-from services.gateway.request.validate import check_supported
+from services.gateway.request.validate import check_supported, check_whole
 from services.gateway.request.warnings import warnings_of
 from shared.errors import Failure, RequestError
 from shared.messages import Delta
@@ -34,12 +35,14 @@ class ChatDialect(msgspec.Struct, frozen=True):
     name: str = ""
     path: str = "/v1/chat/completions"
     schema: type[msgspec.Struct] = ChatRequest
+    texts: TokenTexts | None = None  # to name the tokens of a prompt by; no request may ask for them without
 
     def read(self, body: bytes) -> Statement:
         """Understand a body."""
         body = replace_lone_surrogates(body)
         request = decode_body(body)
         check_supported(request)
+        check_whole(request)
         return Statement(request, warnings_of(body), self.name)
 
     def events(self, request: OpenRequest, fingerprint: str, event_ids: bool) -> "ChatEvents":
@@ -50,7 +53,11 @@ class ChatDialect(msgspec.Struct, frozen=True):
         """Return the body of an answer that is not streamed."""
         form = request.answer_format
         listed = [choice_json(one, index, form.logprobs, form.token_ids) for index, one in enumerate(choices)]
-        return completion_body(_head(request, fingerprint), listed, total_usage(request.usages()))
+        more = {}
+        if form.prompt_logprobs and self.texts is not None:
+            first = choices[0]
+            more["prompt_logprobs"] = prompt_logprobs_json(first.prompt_ids, first.prompt_logprobs, self.texts)
+        return completion_body(_head(request, fingerprint), listed, total_usage(request.usages()), **more)
 
     def unfinished(self, request: StoredRequest, fingerprint: str) -> bytes:
         """Return the body that says that an answer is not complete yet."""

@@ -39,7 +39,7 @@ def error_event(failure: Failure) -> bytes:
     """Return the event of a failure. Its `code` is a number: LiteLLM reads the status from it."""
     body = failure.openai_body()
     body["error"]["code"] = failure.status
-    return b"data: " + _one_line(body) + b"\n\n"
+    return b"data: " + one_line(body) + b"\n\n"
 
 
 class AnswerHead(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ class ChunkWriter:
         """Prepare the fixed parts of the chunks of `n` choices."""
         fields = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
         fields["system_fingerprint"] = head.system_fingerprint
-        self._prefix = b"data: " + _one_line(fields)[:-1]
+        self._prefix = b"data: " + one_line(fields)[:-1]
         self._choice_prefixes = [self._prefix + b',"choices":[{"index":%d,"delta":{' % i for i in range(n)]
         self._suffix = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._token_ids = token_ids
@@ -126,7 +126,7 @@ def _detailed(piece: bytes, delta: Delta) -> bytes:
     if delta.token_ids:
         piece += b"," if piece else b""
         piece += b'"completion_token_ids":' + _json.encode(delta.token_ids)
-    shown = _one_line(logprobs(delta.logprobs)) if delta.logprobs else b"null"
+    shown = one_line(logprobs(delta.logprobs)) if delta.logprobs else b"null"
     return piece + b'},"logprobs":' + shown + b',"finish_reason":null}]'
 
 
@@ -222,10 +222,13 @@ def _call(call: CollectedCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def completion_body(head: AnswerHead, choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
-    """Return the body of an answer that is not streamed."""
+def completion_body(
+    head: AnswerHead, choices: list[dict[str, Any]], usage: dict[str, Any], **more: list[dict[str, Any] | None] | None
+) -> bytes:
+    """Return the body of an answer that is not streamed. `more`: fields that not every request asks for."""
     fields = {"id": head.id, "object": "chat.completion", "created": head.created, "model": head.model}
-    return _json.encode({**fields, "system_fingerprint": head.system_fingerprint, "choices": choices, "usage": usage})
+    fields |= {"system_fingerprint": head.system_fingerprint}
+    return _json.encode({**fields, "choices": choices, "usage": usage, **more})
 
 
 def status_body(head: AnswerHead) -> bytes:
@@ -234,7 +237,8 @@ def status_body(head: AnswerHead) -> bytes:
     return _json.encode({**fields, "status": "in_progress"})
 
 
-def _one_line(value: Any) -> bytes:
+def one_line(value: Any) -> bytes:
+    """Return a value as JSON without any character that a reader may take for a line end."""
     encoded = _json.encode(value)
     for raw, escaped in _LINE_ENDS:
         encoded = encoded.replace(raw, escaped)

@@ -30,7 +30,13 @@ def _joins(first: Delta, second: Delta) -> bool:
 def is_text(delta: Delta) -> bool:
     """Return True for only reasoning or only content, and nothing that belongs to a single token."""
     return bool(delta.reasoning) != bool(delta.content) and not (
-        delta.tool_calls or delta.logprobs or delta.token_ids or delta.prompt or delta.finish_reason or delta.failure
+        delta.tool_calls
+        or delta.logprobs
+        or delta.token_ids
+        or delta.prompt
+        or delta.prompt_logprobs
+        or delta.finish_reason
+        or delta.failure
     )
 
 
@@ -38,5 +44,9 @@ def _join(run: list[Delta]) -> Delta:
     if len(run) == 1:
         return run[0]
     return msgspec.structs.replace(
-        run[-1], reasoning="".join(d.reasoning for d in run), content="".join(d.content for d in run)
+        run[-1],
+        start=run[0].start,
+        reasoning="".join(d.reasoning for d in run),
+        content="".join(d.content for d in run),
+        usage=run[-1].usage or run[0].usage,
     )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Send
@@ -11,12 +11,14 @@ from starlette.types import Receive, Send
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.dialect import Dialect, Dialects, EventWriter
 from services.gateway.dialects.merge import merge_text
-from services.gateway.errors import RETRY_AFTER_S, error_response
+from services.gateway.errors import RETRY_AFTER_S, UNKNOWN_API, FailureBody, error_response, openai_body
 from services.gateway.http.context import RequestContext
 from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.request.answer_format import AnswerFormat
 from shared import log
 from shared.errors import Failure, RequestError
+from shared.messages import Delta
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -53,7 +55,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             outcome = f"failed {error.failure.status}"
             # Unlike a request that was refused, this one has run; it would fail again, unless the status says "later".
             headers = {"x-should-retry": "false"} if error.failure.status != 503 else {}
-            await write_failure(error.failure, send, headers, self._dialect(open_request).failure)
+            dialect = self.dialects.get(open_request.answer_format.dialect)
+            await write_failure(error.failure, send, headers, openai_body if dialect is None else dialect.failure)
         finally:
             duration = round(time.time() - open_request.created, 3)
             fields = {
@@ -93,8 +96,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
 
     async def write_unfinished(self, stored: StoredRequest, send: Send) -> None:
         """Write 202: the answer is not complete yet."""
-        body = self.dialects[stored.answer_format.dialect].unfinished(stored, self.system_fingerprint)
-        await _write_json(send, body, 202, [_RETRY_AFTER])
+        body = self._dialect(stored.answer_format).unfinished(stored, self.system_fingerprint)
+        await write_json(send, body, 202, [_RETRY_AFTER])
 
     async def _write_stream(self, open_request: OpenRequest, event_ids: bool, send: Send, write: Send) -> None:
         """Write the answer as events: its head with `send`, all else with `write`, which is faster.
@@ -107,7 +110,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
                 await open_request.accepted.wait()
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        events = self._dialect(open_request).events(open_request, self.system_fingerprint, event_ids)
+        dialect = self._dialect(open_request.answer_format)
+        events = dialect.events(open_request, self.system_fingerprint, event_ids)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         if open_request.resumed:
             open_request.mark_client_has_id()
@@ -121,8 +125,10 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         while not open_request.done:
             deltas = merge_text(await open_request.next_deltas())
             if deltas:
-                written = (events.delta(index, one, open_request.events_to_skip(index)) for index, one in deltas)
-                body = b"".join(written)
+                if any(one.prompt_logprobs for _, one in deltas):
+                    body = await asyncio.to_thread(_events_of, deltas, open_request, events)
+                else:
+                    body = _events_of(deltas, open_request, events)
                 await write({"type": "http.response.body", "body": body, "more_body": True})
                 open_request.mark_client_has_id()
             elif not open_request.done:
@@ -135,18 +141,34 @@ class AnswerWriter(msgspec.Struct, frozen=True):
                 collected[index].add(delta)
         if open_request.failure is not None:
             raise RequestError(open_request.failure)
-        body = self._dialect(open_request).whole(open_request, self.system_fingerprint, collected)
-        await _write_json(send, body, 200, [])
+        dialect = self._dialect(open_request.answer_format)
+        if any(one.prompt_logprobs for one in collected):  # many megabytes at times, for which no stream should wait
+            body = await asyncio.to_thread(dialect.whole, open_request, self.system_fingerprint, collected)
+        else:
+            body = dialect.whole(open_request, self.system_fingerprint, collected)
+        await write_json(send, body, 200, [])
 
-    def _dialect(self, open_request: OpenRequest) -> Dialect:
-        return self.dialects[open_request.answer_format.dialect]
+    def _dialect(self, answer_format: AnswerFormat) -> Dialect:
+        """
+        Raises:
+            RequestError: 503, a gateway of a later release took the request, and writes its answer in another way.
+        """
+        dialect = self.dialects.get(answer_format.dialect)
+        if dialect is None:
+            raise RequestError(UNKNOWN_API)
+        return dialect
+
+
+def _events_of(deltas: Sequence[tuple[int, Delta]], open_request: OpenRequest, events: EventWriter) -> bytes:
+    return b"".join(events.delta(index, one, open_request.events_to_skip(index)) for index, one in deltas)
 
 
 async def _write(send: Send, body: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def _write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+async def write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    """Write a body as the whole response."""
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await _write(send, body, more=False)
@@ -157,9 +179,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def write_failure(
-    failure: Failure, send: Send, headers: Mapping[str, str], body: Callable[[Failure], bytes]
-) -> None:
+async def write_failure(failure: Failure, send: Send, headers: Mapping[str, str], body: FailureBody) -> None:
     """Write a failure as the whole response."""
     response = error_response(failure, headers, body)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})

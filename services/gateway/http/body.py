@@ -21,12 +21,13 @@ class BodyLimits(msgspec.Struct, frozen=True):
 
 
 async def read_body(request: Request, limits: BodyLimits, reservation: Reservation) -> bytes:
-    """Read the whole body; the reservation grows with it.
+    """Read the whole body, of JSON; the reservation grows with it.
 
     Raises:
-        RequestError: 415, it is compressed; 413, too large; 429, no memory for it now; 408, too slow.
+        RequestError: 415, it is no JSON, or compressed; 413, too large; 429, no memory for it now; 408, too slow.
         ClientDisconnect: the client left in the middle.
     """
+    _check_type(request.headers.get("content-type", ""))
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         text = f"The header Content-Encoding is {encoding:.50}; request bodies are read as they are, not compressed."
@@ -49,6 +50,20 @@ async def read_body(request: Request, limits: BodyLimits, reservation: Reservati
     except TimeoutError:
         raise RequestError(_too_slow(limits)) from None
     return body.getvalue()
+
+
+def _check_type(given: str) -> None:
+    """Check that a body is JSON, or does not say what it is, as some clients do.
+
+    Any web page may have a browser send text or a form, without asking first whether it may.
+
+    Raises:
+        RequestError: 415, it says that it is something else.
+    """
+    media_type = given.partition(";")[0].strip().lower()
+    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+        text = f"The header Content-Type is {media_type:.50}; request bodies are application/json."
+        raise RequestError(Failure(415, text, param="Content-Type", code="unsupported_media_type"))
 
 
 def _check_size(size: int, limit: int) -> None:

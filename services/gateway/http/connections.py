@@ -32,6 +32,9 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close it at once."""
 
+    def has_left(self) -> bool:
+        """Return True if a client that sends nothing more does not read either, as far as is known."""
+
 
 class ConnectionLimits(msgspec.Struct, frozen=True):
     """Limits on connections."""
@@ -52,6 +55,7 @@ class Connections:
         self._closed = closed
         self._by_address: dict[str, dict[Connection, None]] = {}
         self._count = 0
+        self._half_closed: dict[Connection, None] = {}  # their clients send nothing more
         self._deadlines: dict[Connection, float] = {}  # of those that wait, the longest waiting first
 
     def enter(self, connection: Connection) -> Failure | None:
@@ -77,6 +81,7 @@ class Connections:
     def leave(self, connection: Connection) -> None:
         """Remove a connection; nothing happens if it has been."""
         self._deadlines.pop(connection, None)
+        self._half_closed.pop(connection, None)
         peers = self._by_address.get(connection.address, {})
         if connection in peers:
             del peers[connection]
@@ -94,8 +99,15 @@ class Connections:
         """Have a connection wait no longer: its client waits for us."""
         self._deadlines.pop(connection, None)
 
+    def watch(self, connection: Connection) -> None:
+        """Look from now on whether the client of a half-closed connection has left."""
+        self._half_closed[connection] = None
+
     def close_overdue(self) -> None:
-        """Close the connections that have waited too long."""
+        """Close the connections that have waited too long, and those of clients that have left."""
+        for connection in [each for each in self._half_closed if each.has_left()]:
+            self.leave(connection)
+            connection.abort()
         now = time.monotonic()
         for connection in [each for each, deadline in self._deadlines.items() if deadline <= now]:
             self._close(connection, "timeout")

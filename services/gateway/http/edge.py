@@ -10,18 +10,19 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.console.routes import ASSETS
-from services.gateway.errors import UNAUTHORIZED, error_response
+from services.gateway.console import routes as console
+from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.http.protocol import HEALTH_PATHS
+from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reference import routes as reference
 from shared.tracing import OFF, Span, Tracing
 
 # All other paths need a key, including those that do not exist.
-OPEN_PATHS = HEALTH_PATHS | frozenset(ASSETS)
+OPEN_PATHS = HEALTH_PATHS | frozenset(console.ASSETS) | frozenset(reference.ASSETS)
 MODEL_PATH = "/v1/models/"
-CHAT_PATH = "/v1/chat/completions/"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
@@ -35,6 +36,7 @@ class Edge:
         app: ASGIApp,
         keys: Iterable[str],
         paths: Iterable[str],
+        bodies: FailureBodies,
         metrics: GatewayMetrics,
         tracing: Tracing = OFF,
     ) -> None:
@@ -42,11 +44,13 @@ class Edge:
         self._app = app
         self._keys = [_digest(key) for key in keys]
         self._paths = frozenset(paths)
+        self._bodies = bodies
         self._metrics = metrics
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
+        scope["path"] = scope["path"].rstrip("/") or "/"  # both forms are one path, to the rules about keys too
         headers = Headers(scope=scope)
         span = self._start_span(scope, headers)
         context = RequestContext(_request_id(headers), "", span, send)
@@ -66,7 +70,8 @@ class Edge:
                 attach_context(scope, context)
                 await self._app(scope, receive, send_named)
             else:
-                await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"})(scope, receive, send_named)
+                form = self._bodies.of(scope["path"])
+                await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"}, form)(scope, receive, send_named)
         finally:
             method, path = _method(scope["method"]), self._metric_path(scope["path"])
             self._metrics.requests.labels(method, path, status).inc()
@@ -94,8 +99,10 @@ class Edge:
         """Return the path's name in the metrics: one of a bounded set, whatever clients request."""
         if path in self._paths:
             return path
-        if path.startswith(CHAT_PATH):
-            return CHAT_PATH + ("{name}/events" if path.endswith("/events") else "{name}")
+        for kept in KEPT:
+            if path.startswith(f"{kept.path}/"):
+                below = next((part for part in ("/events", "/cancel") if path.endswith(part)), "")
+                return f"{kept.path}/{{name}}{below}"
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 
@@ -111,7 +118,9 @@ def _request_id(headers: Headers) -> str:
 
 def _headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
     warnings = [(b"x-millrace-warning", text.encode()) for text in context.warnings]
-    return [(b"x-request-id", context.request_id.encode()), *warnings]
+    request_id = context.request_id.encode()
+    # Under both names: OpenAI's clients read the first, Anthropic's the second.
+    return [(b"x-request-id", request_id), (b"request-id", request_id), *warnings]
 
 
 def _method(method: str) -> str:

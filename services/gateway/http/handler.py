@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -21,6 +22,7 @@ from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
 from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
+    KEY,
     IdempotencyKey,
     read_event_ids,
     read_idempotency_key,
@@ -36,6 +38,7 @@ from services.gateway.templates.renderer import TemplateRenderer
 INLINE_BYTES = 16 << 10  # a larger body is parsed in a thread, so that other streams do not wait for it
 
 T = TypeVar("T")
+D = TypeVar("D", Draft, Draft | ParsedRequest)
 
 
 class RequestHandler(msgspec.Struct, frozen=True):
@@ -78,7 +81,8 @@ class RequestHandler(msgspec.Struct, frozen=True):
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:
                 await patience.wait(self.grammars.check(parsed.sampling.grammar, parsed.tool_grammars))
-            metadata = RequestMetadata(created, deadline, context.owner, key, _trace(request, context))
+            trace = _trace(request, context)
+            metadata = RequestMetadata(created, deadline, context.owner, key, trace, http_id=context.request_id)
             if context.span is not None:
                 spans.set_request(context.span, parsed)
             opening = self.open_requests.open(parsed, metadata)
@@ -106,15 +110,36 @@ class RequestHandler(msgspec.Struct, frozen=True):
     async def _parse(
         self, dialect: Dialect, body: bytes, headers: Mapping[str, str], owner: str, patience: ClientPatience
     ) -> tuple[ParsedRequest, IdempotencyKey | None]:
-        def read() -> tuple[Draft, IdempotencyKey | None]:
+        draft, rendered = await self.render(body, partial(self._read, dialect, body), patience)
+        key = None
+        if KEY in headers:
+            key = await self.compute(len(body), lambda: read_idempotency_key(headers, owner, body))
+        if isinstance(draft, ParsedRequest):
+            return draft, key
+        return await self.compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+
+    def _read(self, dialect: Dialect, body: bytes) -> Draft | ParsedRequest:
+        stated = dialect.read(body)
+        return self.parser.complete(stated) if stated.prompts else self.parser.read(stated)
+
+    async def render(self, body: bytes, read: Callable[[], D], patience: ClientPatience) -> tuple[D, str]:
+        """Return a request, as `read` understands its `body`, and its rendered prompt; "" if it has no conversation.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+
+        def checked() -> D:
             check_structure(body, self.max_text_bytes)
-            return self.parser.read(dialect.read(body)), read_idempotency_key(headers, owner, body)
+            return read()
 
-        draft, key = await self._compute(len(body), read)
-        rendered = await patience.wait(self.templates.render(draft.rendering))
-        return await self._compute(len(rendered), lambda: self.parser.finish(draft, rendered)), key
+        draft = await self.compute(len(body), checked)
+        if not isinstance(draft, Draft):
+            return draft, ""
+        with draft.stated.own_names():
+            return draft, await patience.wait(self.templates.render(draft.rendering))
 
-    async def _compute(self, size: int, function: Callable[[], T]) -> T:
+    async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""
         if size <= INLINE_BYTES:
             return function()

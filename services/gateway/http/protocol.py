@@ -1,6 +1,7 @@
 """HTTP protocol of one connection: uvicorn's, with bounds on heads, trailers, pipelined requests, and waiting."""
 
 import asyncio
+import socket
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from services.gateway.errors import error_response
+from services.gateway.errors import FailureBodies, error_response
 from services.gateway.http.connections import Connections, network_of
 from shared.errors import Failure
 
@@ -23,6 +24,9 @@ MAX_HEADERS = 256
 MAX_PIPELINED = 16
 
 _SLICE = 64 << 10
+_INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+_TELLS_RESETS = hasattr(socket, "TCP_INFO")  # elsewhere a client that sends nothing more is taken for one that left
+_TCP_CLOSE = 7  # the first byte of Linux's TCP_INFO, the state, once a reset has come
 _INVALID = Failure(400, "This is no valid HTTP request.", code="invalid_http")
 _HEAD_TOO_LARGE = Failure(
     431,
@@ -46,10 +50,12 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         connections: Connections,
+        bodies: FailureBodies,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.address = ""
         self._registry = connections
+        self._bodies = bodies
         self._refusal: Failure | None = None  # of every request on this connection
         self._in_message = False  # a request has begun, and has not arrived to its end
         self._in_head = False
@@ -58,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait for this one
         self._piece = b""  # what the parser was given last
         self._replays = False  # the parser is given the head of a request again
+        self._half_closed = False  # the client sends nothing more
         self._discards = False  # an answer to what is no HTTP has been sent: nothing is read any more
 
     # ------------------------------------------------------------------------------------------- the connection
@@ -77,6 +84,24 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def abort(self) -> None:
         self.transport.abort()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection of a client that sends nothing more but waits for its answers.
+
+        One that has left sends the same. Its system answers what we write with a reset, so something is written where
+        an answer has not begun: an interim response, which HTTP/1.1 lets a server send at any time.
+        """
+        if self._in_message or not self._is_busy() or not _TELLS_RESETS or self.cycle.scope["http_version"] != "1.1":
+            return False
+        self._half_closed = True
+        self._registry.watch(self)
+        if self._running is not None and not self._running.response_started:
+            self.transport.write(_INTERIM)
+        return True
+
+    def has_left(self) -> bool:
+        found: bytes = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        return found[0] == _TCP_CLOSE
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), _SLICE):
@@ -163,13 +188,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._half_closed and not self._is_busy():
+            self.transport.close()
         self._update()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         if self._refusal is not None:
             cycle.keep_alive = False
-            if cycle.scope["path"] not in HEALTH_PATHS:
-                app = error_response(self._refusal)
+            path = cycle.scope["path"]
+            if path not in HEALTH_PATHS:
+                app = error_response(self._refusal, body=self._bodies.of(path))
         self._running = cycle
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 

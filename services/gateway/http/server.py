@@ -9,6 +9,7 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
+from services.gateway.errors import FailureBodies
 from services.gateway.http.connections import Connections
 from services.gateway.http.protocol import BoundedProtocol
 from shared.config import variable
@@ -22,11 +23,11 @@ BACKLOG = 2048
 class Server(uvicorn.Server):
     """uvicorn's server. `listening` is set once it listens; signals are left to the process."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, connections: Connections) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, connections: Connections, bodies: FailureBodies) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(BoundedProtocol, connections=connections),  # type: ignore[arg-type]
+                http=partial(BoundedProtocol, connections=connections, bodies=bodies),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -54,6 +54,7 @@ class RequestMetadata(msgspec.Struct, frozen=True):
     owner: str
     key: IdempotencyKey | None
     trace: str | None
+    http_id: str = ""  # X-Request-ID
 
 
 class StoredRequest(msgspec.Struct, frozen=True):
@@ -200,6 +201,16 @@ class Pipeline:
             await self._records.cancel(alone)
             crash_point("gateway.cancel.after")
 
+    async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
+        """Cancel these requests, whoever reads them.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: they could not be cancelled.
+        """
+        async with self._submit_timeout():
+            await self._records.cancel(request_ids)
+
     # ------------------------------------------------------------------------------------------------ sending
 
     @asynccontextmanager
@@ -259,6 +270,10 @@ class Pipeline:
     ) -> list[Encode] | list[Generate]:
         segments = tuple(map(pack_ids, parsed.segments))
         requests = [self._request_message(choice, parsed, metadata) for choice in open_request.choices]
+        if parsed.prompts:
+            prompts = [(pack_ids(prompt.tokens), prompt.max_tokens) for prompt in parsed.prompts]
+            each = parsed.answers_per_prompt
+            return [Generate(request, *prompts[index // each]) for index, request in enumerate(requests)]
         if not parsed.media:
             return [Generate(request, segments[0], parsed.max_tokens) for request in requests]
         return [
@@ -272,18 +287,21 @@ class Pipeline:
         retain_s = self._options.retain_s
         if retain_s and parsed.n > 1:
             retain_s += metadata.deadline - metadata.created  # an early choice is kept until the last one has ended
+        # The answers to each prompt are those that a request for it alone would have.
+        seed = choice_seed(parsed.sampling.seed, choice.index % parsed.answers_per_prompt)
         return Request(
             id=choice.request_id,
             gateway=self._options.gateway,
             shard=self._shard(choice.request_id),
             created=metadata.created,
-            sampling=msgspec.structs.replace(parsed.sampling, seed=choice_seed(parsed.sampling.seed, choice.index)),
+            sampling=msgspec.structs.replace(parsed.sampling, seed=seed),
             output=parsed.output,
             deadline=metadata.deadline,
             retain_s=retain_s,
             trace=metadata.trace,
             form=answer_format.encode(choice.open_request.answer_format),
             cache_salt=parsed.cache_salt,
+            http_id=metadata.http_id,
         )
 
     def _shard(self, request_id: str) -> int:

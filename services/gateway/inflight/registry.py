@@ -10,6 +10,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT, USAGE_AT_END
+from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.pipeline import Pipeline, RequestMetadata, StoredRequest
 from services.gateway.inflight.request import Choice, OpenRequest, StreamPosition
 from services.gateway.metrics import GatewayMetrics
@@ -45,10 +46,18 @@ class OpenRequestLimits(msgspec.Struct, frozen=True):
 class OpenRequests:
     """Submitter of requests, and dispatcher of the messages that answer them."""
 
-    def __init__(self, limits: OpenRequestLimits, pipeline: Pipeline, metrics: GatewayMetrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        limits: OpenRequestLimits,
+        pipeline: Pipeline,
+        metrics: GatewayMetrics,
+        ended: EndedRequests,
+        clock: Clock,
+    ) -> None:
         self._limits = limits
         self._pipeline = pipeline
         self._metrics = metrics
+        self._ended = ended
         self._clock = clock
         self._readers: dict[str, list[Choice]] = {}  # by request id: several clients may read one answer
         self._incomplete: list[Choice] = []  # deltas are missing and have not been requested again yet
@@ -127,6 +136,16 @@ class OpenRequests:
             await self._pipeline.attach_in_time(open_request.choices)
             yield open_request
 
+    async def cancel(self, stored: StoredRequest) -> None:
+        """Cancel a request that any connection, here or elsewhere, submitted or reads.
+
+        Raises:
+            RequestError: 503, Redis does not answer.
+            RedisError: it could not be cancelled.
+        """
+        self._metrics.cancelled.inc(len(stored.records))
+        await self._pipeline.cancel_for_all([record.request.id for record in stored.records])
+
     async def _find_earlier(self, request_id: str, owner: str) -> StoredRequest:
         try:
             return await self._pipeline.find(request_id, owner)
@@ -153,6 +172,7 @@ class OpenRequests:
             if not readers:
                 del self._readers[choice.request_id]
         self._count(open_request)
+        self._ended.count_end(open_request, _is_resumable(open_request))
         abandoned = [choice.request_id for choice in open_request.choices if self._is_abandoned(choice)]
         if not abandoned or _is_resumable(open_request):
             return
@@ -172,8 +192,10 @@ class OpenRequests:
         usages = [choice.usage for choice in open_request.choices if choice.usage is not None]
         if len(usages) == len(open_request.choices) and not open_request.rejoined:
             self._metrics.latency.observe(self._clock() - open_request.created)
-            self._metrics.prompt_tokens.inc(usages[0].prompt_tokens)
-            self._metrics.prompt_lengths.observe(usages[0].prompt_tokens)
+            form = open_request.answer_format
+            for usage in usages[:: form.n // form.prompts]:
+                self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+                self._metrics.prompt_lengths.observe(usage.prompt_tokens)
             self._metrics.generation_tokens.inc(sum(usage.completion_tokens for usage in usages))
             for choice, usage in zip(open_request.choices, usages, strict=True):
                 self._metrics.answer_lengths.observe(usage.completion_tokens)
@@ -189,8 +211,9 @@ class OpenRequests:
                 for delta in items:
                     for choice in self._readers.get(delta.request_id, ()):
                         self._deliver(choice, delta, now)
-            case Accepted(request_id):
+            case Accepted(request_id, prompt_tokens):
                 for choice in self._readers.get(request_id, ()):
+                    choice.open_request.mark_prompt(prompt_tokens)
                     choice.open_request.accept(choice)
             case Failed(request_id, failure):
                 for choice in self._readers.get(request_id, ()):

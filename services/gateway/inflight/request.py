@@ -144,6 +144,7 @@ class OpenRequest:
         self.positions = [StreamPosition(0)] * answer_format.n if positions is None else list(positions)
         self.choices = [Choice(self, index, position, now) for index, position in enumerate(self.positions)]
         self.uploads: tuple[str, ...] = ()  # keys of the blobs that were stored for it
+        self.prompt_tokens: int | None = None  # once its media are accepted
         self.failure: Failure | None = None
         self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
         self.first_token_at: float | None = None  # unix seconds
@@ -187,6 +188,10 @@ class OpenRequest:
     def mark_uploads(self, keys: Iterable[str]) -> None:
         """Note the keys of the blobs that are stored for it."""
         self.uploads = tuple(keys)
+
+    def mark_prompt(self, tokens: int) -> None:
+        """Note how long the prompt is, its media included."""
+        self.prompt_tokens = tokens
 
     def accept(self, choice: Choice) -> None:
         """Note that a choice's media are good."""

@@ -21,6 +21,8 @@ class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     continuous_usage: bool = False  # in every chunk of a stream
     dialect: str = ""  # name of the API in whose words the answer is written
     kept: bytes = b""  # what that API's own part of the gateway wants to know of the request by then
+    prompt_logprobs: bool = False
+    prompts: int = 1  # that the request has; its choices are the answers to the first, then to the second
 
 
 _encoder = msgspec.msgpack.Encoder()

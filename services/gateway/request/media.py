@@ -42,11 +42,12 @@ class MediaItem(msgspec.Struct, frozen=True):
     video: VideoOptions = VideoOptions()
     min_pixels: int | None = None
     max_pixels: int | None = None
+    own_param: str = ""  # the path in a body of another API than chat's
 
     @property
     def param(self) -> str:
         """The path of the request field that errors name."""
-        return f"{self.part}.{self.field}"
+        return self.own_param or f"{self.part}.{self.field}"
 
 
 class MediaRules(msgspec.Struct, frozen=True):

@@ -72,6 +72,7 @@ def resolve_sampling(
         bad_words=_bad_words(request, tokenizer),
         logit_bias=_logit_bias(request, tokenizer),
         logprobs=_logprobs(request),
+        prompt_logprobs=request.prompt_logprobs,
         reasoning_max_tokens=budget if thinking else None,
         grammar=grammar,
         allowed_token_ids=allowed,
@@ -97,7 +98,8 @@ def resolve_output(request: ChatRequest, thinking: bool, defaults: ServerDefault
         force_nonempty_content=_forces_content(request, defaults),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=bool(request.logprobs),
-        return_token_ids=bool(request.return_token_ids),
+        # The ids of a prompt tell of which tokens its log-probabilities are.
+        return_token_ids=bool(request.return_token_ids) or request.prompt_logprobs is not None,
         continuous_usage=bool(request.stream_options and request.stream_options.continuous_usage_stats),
         # What is content for the client may be stopped, also where the model thinks.
         stop_in_reasoning=not separate if request.stop_in_reasoning is None else request.stop_in_reasoning,

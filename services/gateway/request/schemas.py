@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Set
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -122,20 +123,15 @@ class Reasoning(msgspec.Struct, frozen=True):
     exclude: bool | None = None
 
 
-class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of POST /v1/chat/completions: all fields that do something.
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields of every request for generated text, whatever its prompt is stated as."""
 
-    The comments are what docs/request-fields.md says of them. NEUTRAL_VALUES has the fields that are refused.
-    """
-
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]  # the conversation
     model: Annotated[str, Meta(max_length=MAX_CHARS)] | None = None  # a served name, or any where none is set
     stream: bool | None = None  # send the answer as events, as it is written
     stream_options: StreamOptions | None = None  # `include_usage`, `continuous_usage_stats`; needs `stream`
     n: Annotated[int, Meta(ge=1)] | None = None  # number of answers
 
     max_tokens: Positive | None = None  # the most tokens of an answer, reasoning included
-    max_completion_tokens: Positive | None = None  # the same, and wins
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None  # nothing ends an answer before
     temperature: Wide | None = None  # 0: the most likely token
     top_p: Fraction | None = None  # sample from the most likely tokens that have this share together
@@ -152,7 +148,6 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
         | None
     ) = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None  # tokens that end the content
-    stop_in_reasoning: bool | None = None  # both of them end the reasoning, too
     include_stop_str_in_output: bool | None = None  # show the stop string that was found
     ignore_eos: bool | None = None  # go on behind the model's own end
     # Words that are never written.
@@ -174,15 +169,10 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
     # Tokens of which the content consists, its end too; the reasoning is free.
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
-    logprobs: bool | None = None  # say how likely each token was
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place
     skip_special_tokens: bool | None = None  # false: special tokens inside the answer are shown by their names
     return_token_ids: bool | None = None  # see "Token ids" of api.md
-
-    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
-    tool_choice: str | dict[str, Any] | None = None  # auto, none, required, a tool by name, or allowed_tools
-    tool_call_ends_reasoning: bool | None = None  # a call that begins in reasoning ends it; else the server's default
-    parallel_tool_calls: bool | None = None  # false: one call at most
+    # How likely each token of the prompt was, and this many others in its place; not with `stream`. See api.md
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     response_format: ResponseFormat | None = None  # text, JSON, JSON by a schema, or a structural tag
     structured_outputs: StructuredOutputs | None = None  # the grammar of the content, as vLLM states it
@@ -196,6 +186,28 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     regex: str | None = None  # as guided_regex, for SGLang's clients
     ebnf: str | None = None  # as guided_grammar, for SGLang's clients
     grammar: str | None = None  # as guided_grammar, for llama.cpp's clients
+
+    # Prefixes are shared within a salt only.
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """The body of POST /v1/chat/completions: all fields that do something.
+
+    The comments are what docs/request-fields.md says of them. NEUTRAL_VALUES has the fields that are refused.
+    """
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]  # the conversation
+    max_completion_tokens: Positive | None = None  # as max_tokens, and wins
+    stop_in_reasoning: bool | None = None  # stop strings and stop tokens end the reasoning, too
+    logprobs: bool | None = None  # say how likely each token was
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place
+
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None  # functions that the model may call
+    tool_choice: str | dict[str, Any] | None = None  # auto, none, required, a tool by name, or allowed_tools
+    tool_call_ends_reasoning: bool | None = None  # a call that begins in reasoning ends it; else the server's default
+    parallel_tool_calls: bool | None = None  # false: one call at most
 
     enable_thinking: bool | None = None  # whether the model thinks first; it does by default
     thinking: Thinking | bool | None = None  # the same: `{"type": "disabled"}`, and `budget_tokens`
@@ -215,9 +227,6 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     # default.
     thinking_loop_repeats: Annotated[int, Meta(ge=0, le=MAX_LOOP_REPEATS)] | None = None
     thinking_loop_tokens: Annotated[int, Meta(ge=1, le=MAX_LOOP_TOKENS)] | None = None  # the longest such run of tokens
-    # Prefixes are shared within a salt only.
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID
     force_nonempty_content: bool | None = None  # reasoning alone is sent as content, too; else the server's default
     include_reasoning: bool | None = None  # false: the reasoning is not sent
     separate_reasoning: bool | None = None  # false: it is sent as the beginning of the content, `</think>` included
@@ -229,7 +238,7 @@ _Body = msgspec.defstruct(
 )
 # Not strict, as vLLM is not: 5.0 and "5" are an integer.
 _body = msgspec.json.Decoder(cast(type[ChatRequest], _Body), strict=False)
-_KNOWN = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
+CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() | NO_EFFECT
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
@@ -243,10 +252,15 @@ def decode_body(body: bytes) -> ChatRequest:
     Raises:
         RequestError: 400; `param` is the path of the offending value.
     """
-    return _decode(_body, body)
+    return decode_json(_body, body)
 
 
-def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """Decode a body.
+
+    Raises:
+        RequestError: 400; `param` is the path of the offending value.
+    """
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -257,13 +271,16 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise invalid("The request body is nested too deeply.", None, "invalid_json") from None
 
 
-def unknown_fields(body: bytes) -> list[str]:
-    """Return the fields of a body (JSON, an object) that no API known to us defines, which are ignored.
+def unknown_fields(body: bytes, known: Set[str]) -> list[str]:
+    """Return the fields of a body (JSON, an object) that are not `known`, and so ignored.
+
+    Args:
+        known: those that the request's API, or one like it, defines.
 
     Raises:
         RequestError: 400, the name of such a field is no UTF-8.
     """
-    return sorted(_decode(_raw_fields, body).keys() - _KNOWN)
+    return sorted(decode_json(_raw_fields, body).keys() - known)
 
 
 def digest_body(body: bytes) -> str:

@@ -17,7 +17,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "prompt": (),
-    "prompt_logprobs": (0, False),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "early_stopping": (False,),
@@ -72,6 +71,18 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "random_seed": (),
     "system": ("",),
     "safe_prompt": (False,),
+}
+
+# The same of POST /v1/completions, besides the fields of a conversation, which are refused there.
+COMPLETION_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    name: neutral for name, neutral in NEUTRAL_VALUES.items() if name not in ("best_of", "echo", "prompt")
+} | {
+    # The model's tokenizer adds no tokens to a text, so both ask for the same.
+    "add_special_tokens": (True, False),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "include_reasoning": (True, False),
+    "separate_reasoning": (True, False),
 }
 
 # Fields that are accepted whatever they say, since they do not change an answer: for storage, billing and routing.

@@ -1,18 +1,22 @@
 """Validation of a chat request beyond its types: unsupported fields, roles, tools, template arguments."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from services.gateway.request.conversation import MediaPart, Message, Part, Tool, VideoPart, VideoURL
-from services.gateway.request.schemas import ChatRequest
+from services.gateway.request.schemas import ChatRequest, GenerationRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import invalid
+from shared.model.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 << 10  # of one tool
 MAX_TOOLS_BYTES = 512 << 10  # of all of them
 MAX_KWARGS_BYTES = 16 << 10
 MAX_DEPTH = 32
+
+IMAGE_PLACEHOLDER = "<|IMAGE_PLACEHOLDER|>"
 
 _RESERVED_KWARGS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
@@ -20,16 +24,42 @@ _RESERVED_KWARGS = frozenset(
 )
 
 
-def check_supported(request: ChatRequest) -> None:
+def check_supported(request: msgspec.Struct, neutral_values: Mapping[str, tuple[Any, ...]] = NEUTRAL_VALUES) -> None:
     """Check that no known but unsupported field of a decoded body asks for anything.
+
+    Args:
+        neutral_values: those fields, each with the values that ask for nothing.
 
     Raises:
         RequestError: 400 naming the first field that does.
     """
-    for name, neutral in NEUTRAL_VALUES.items():
+    for name, neutral in neutral_values.items():
         value = getattr(request, name)
         if value is not None and value not in neutral:
             raise invalid(f"`{name}` is not supported by this server.", name, "unsupported_parameter")
+
+
+def check_prompt_ids(ids: list[int], tokenizer: Tokenizer, path: str) -> None:
+    """Check the token ids of a prompt. Special tokens are allowed, placeholders are not: there are no media for them.
+
+    Raises:
+        RequestError: 400 naming the field.
+    """
+    for token in ids:
+        if token >= tokenizer.vocab_size:
+            raise invalid(f"`{path}`: {token} is not a token id; the vocabulary has {tokenizer.vocab_size}.", path)
+    if tokenizer.control[IMAGE_PLACEHOLDER] in ids:
+        raise invalid(f"`{path}`: {IMAGE_PLACEHOLDER} stands for a part of an image, and there is none.", path)
+
+
+def check_whole(request: GenerationRequest) -> None:
+    """Check that a request for log-probabilities of its prompt is not streamed: no chunk has a place for them.
+
+    Raises:
+        RequestError: 400.
+    """
+    if request.stream and request.prompt_logprobs is not None:
+        raise invalid("`prompt_logprobs` cannot be given with `stream` true.", "prompt_logprobs")
 
 
 def check_choices(request: ChatRequest, max_n: int) -> None:

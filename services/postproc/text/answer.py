@@ -74,8 +74,10 @@ class Answer:
         "_sink",
         "_split",
         "_stop_content",
+        "_stop_found",
         "_stop_reasoning",
         "_tool_deltas",
+        "_usage_due",
         "_vocabulary",
         "begin",
         "called",
@@ -122,6 +124,8 @@ class Answer:
         details = output.logprobs or output.return_token_ids or output.force_nonempty_content
         self._simple = not (output.stop or details)
         self._plain = False
+        self._usage_due = output.first_usage or output.continuous_usage
+        self._stop_found = ""
         self._update_plain()
 
     @property
@@ -147,13 +151,15 @@ class Answer:
         self._fold(token, logprob)
         self._update_plain()
 
-    def push_stop_token(self, token: int) -> None:
+    def push_stop_token(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Fold the token that ended the answer: it is counted and listed among the ids, not shown."""
         if self.ended:
             return
         self.count += 1
         if self._output.return_token_ids:
             self._add(self._ids, token)
+        if self._output.logprobs and self._output.complete_logprobs and logprob is not None:
+            self._add(self._logprobs, self._shown(token, logprob))
 
     def apply_finish(self, finish: Finish) -> None:
         """End the answer as the engine says, unless it has ended before."""
@@ -182,7 +188,7 @@ class Answer:
         reasoning, content = self._reasoning, self._content
         if not reasoning and not content:
             return None
-        if self._output.continuous_usage:
+        if self._usage_due:
             return self._take_all()
         start, self.taken = self.taken, self._reached
         delta = Delta(self._request_id, self._reached, "".join(reasoning), "".join(content), start=start)
@@ -203,15 +209,18 @@ class Answer:
             logprobs=tuple(self._logprobs),
             token_ids=tuple(self._ids),
             prompt=self.begin.prompt if self.begin is not None and start == 0 else b"",
+            prompt_logprobs=self.begin.prompt_logprobs if self.begin is not None and start == 0 else None,
         )
         for taken in (self._reasoning, self._content, self._tool_deltas, self._logprobs, self._ids):
             taken.clear()
         if isinstance(ending, Failure):
             return msgspec.structs.replace(delta, failure=ending)
-        if self.begin is None or (ending is None and not self._output.continuous_usage):
+        if self.begin is None or (ending is None and not self._usage_due):
             return delta
+        self._usage_due = self._output.continuous_usage
         usage = self._usage(self.begin, self._reached if ending is None else self.count)
-        return msgspec.structs.replace(delta, finish_reason=ending, usage=usage)
+        stop = "" if ending is None else self._stop_found
+        return msgspec.structs.replace(delta, finish_reason=ending, usage=usage, stop=stop)
 
     def _usage(self, begin: Begin, count: int) -> Usage:
         """Return the usage of the first `count` tokens."""
@@ -253,7 +262,8 @@ class Answer:
 
         def text_and_bytes(token: int) -> tuple[str, bytes]:
             data = self._bytes_of(token)
-            return data.decode("utf-8", "replace"), data
+            named = self._vocabulary.bytes_or_name_of(token) if self._output.complete_logprobs else data
+            return named.decode("utf-8", "replace"), data
 
         top = tuple((*text_and_bytes(other), value) for other, value in logprob.top)
         return ShownLogprob(*text_and_bytes(token), logprob.logprob, top)
@@ -282,12 +292,12 @@ class Answer:
     def _show_reasoning(self, text: str) -> None:
         self._write_reasoning(self._stop_reasoning.filter(text))
         if self._stop_reasoning.matched:
-            self._end_by_stop_string()
+            self._end_by_stop_string(self._stop_reasoning.matched)
 
     def _show_content(self, text: str) -> None:
         self._write_content(self._stop_content.filter(text))
         if self._stop_content.matched:
-            self._end_by_stop_string()
+            self._end_by_stop_string(self._stop_content.matched)
 
     def _show_pieces(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -343,8 +353,9 @@ class Answer:
                     self._calls.read_marker(piece.text) if piece.is_marker else self._calls.read_text(piece.text)
                 )
 
-    def _end_by_stop_string(self) -> None:
+    def _end_by_stop_string(self, stop: str) -> None:
         if not self.ended:
+            self._stop_found = stop
             self._succeed(AnswerState.STOPPED, "stop")
 
     def _succeed(self, state: AnswerState, reason: Literal["stop", "length"]) -> None:

@@ -33,7 +33,7 @@ def missed_deltas(
 
     def finish_answer() -> None:
         if finish is not None and finish.stop_token is not None:
-            answer.push_stop_token(finish.stop_token)
+            answer.push_stop_token(finish.stop_token, finish.logprob)
         if finish is not None:
             answer.apply_finish(finish)
 
@@ -56,7 +56,7 @@ def missed_deltas(
 
 
 def _only_the_end(delta: Delta, after: int) -> Delta:
-    """Return the finish, usage and failure of the last delta, without its text."""
+    """Return the finish, its stop string, usage and failure of the last delta, without its text."""
     return Delta(
         delta.request_id,
         delta.seq,
@@ -64,4 +64,5 @@ def _only_the_end(delta: Delta, after: int) -> Delta:
         usage=delta.usage,
         failure=delta.failure,
         start=after,
+        stop=delta.stop,
     )

@@ -130,14 +130,14 @@ class StopStrings:
     def __init__(self, strings: tuple[str, ...], include: bool) -> None:
         self._finder = PatternFinder(compile_automaton(strings)) if strings else None
         self._include = include
-        self.matched = False
+        self.matched = ""  # the string that ended the text
 
     def filter(self, text: str) -> str:
         """Return the part of the text so far that may be shown now; none after a match."""
         if self._finder is None or self.matched:
             return "" if self.matched else text
         shown, match, _ = self._finder.search(text)
-        self.matched = bool(match)
+        self.matched = match
         return shown + match if self._include else shown
 
     def flush(self) -> str:

@@ -17,6 +17,7 @@ from schemas import check_answer, schemas
 
 from services.engine.loop.mailbox import Add
 from services.engine.run.grammar_masks import GrammarMasks
+from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.schedule.scheduler import Plan
@@ -38,6 +39,9 @@ class Later:
 
     def read(self) -> list[Sampled]:
         return self._sampled
+
+    def scores(self) -> list[Scored]:
+        return []
 
 
 class MaskedRunner(SumRunner):

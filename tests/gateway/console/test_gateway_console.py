@@ -15,7 +15,8 @@ from gateway_stages import Running, Stages, running
 from redis.asyncio import Redis
 
 from services.gateway.console.observer import KEPT_S, MAX_WAITING, RequestObserver
-from services.gateway.console.routes import ASSETS, STATIC, Console
+from services.gateway.console.quarantine import MAX_LISTED
+from services.gateway.console.routes import ASSETS, QUARANTINE_FRESH_S, STATIC, Console, Limits
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Fence, Lease
 from shared.bus.ownership import EntryOwnership
@@ -41,6 +42,8 @@ from shared.messages import (
 SECRET = 7_654_321  # a token of a prompt, which must not be seen
 SPAN = MediaSpan("image", "secret-key", 3, 9, (1, 6, 6))
 KEY = {"Authorization": "Bearer key-1"}
+LIMITS = Limits({"image": 100, "video": 100}, 1000, 500)
+OURS = [name for name, _ in ASSETS.values() if not name.startswith("vendor/")]  # the others are as published
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def encode(request_id: str) -> Encode:
 
 
 def console_of(redis: Redis, keys: Keys, clock: Callable[[], float] = time.monotonic) -> Console:
-    return Console(redis, keys, RequestObserver(redis, keys, shards=2), clock=clock)
+    return Console(redis, keys, RequestObserver(redis, keys, shards=2), LIMITS, clock=clock)
 
 
 async def look(redis: Redis, keys: Keys, console: Console | None = None) -> dict[str, Any]:
@@ -88,8 +91,12 @@ def by_id(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("path", ASSETS)
-async def test_the_page_is_public_and_can_run_nothing_of_others(http: httpx.AsyncClient, path: str) -> None:
+async def test_the_page_is_public_and_can_run_nothing_of_others(http: httpx.AsyncClient) -> None:
+    for path in ASSETS:
+        await check_asset(http, path)
+
+
+async def check_asset(http: httpx.AsyncClient, path: str) -> None:
     reply = await http.get(path)
     assert reply.status_code == 200
     assert reply.content == (STATIC / ASSETS[path][0]).read_bytes()
@@ -97,7 +104,7 @@ async def test_the_page_is_public_and_can_run_nothing_of_others(http: httpx.Asyn
     policy = dict(rule.split(" ", 1) for rule in reply.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'self'"
     assert policy["img-src"] == policy["media-src"] == "'self' blob: data:"
-    assert policy["require-trusted-types-for"] == "'script'"
+    assert (policy["require-trusted-types-for"], policy["trusted-types"]) == ("'script'", "'none'")
     assert "unsafe" not in reply.headers["content-security-policy"]
     assert reply.headers["x-content-type-options"] == "nosniff"
     again = await http.get(path, headers={"if-none-match": reply.headers["etag"]})
@@ -126,18 +133,33 @@ async def test_nothing_else_can_be_read(http: httpx.AsyncClient, path: str) -> N
 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:
-    for name, _ in ASSETS.values():
-        text = (STATIC / name).read_text().replace("http://www.w3.org/2000/svg", "")
-        assert "http://" not in text
-        assert "https://" not in text
     page = (STATIC / "index.html").read_text()
     assert "style=" not in page
     assert re.search(r"\son\w+=", page) is None
     assert re.findall(r"<script[^>]*>([^<]*)</script>", page) == [""]
-    script = (STATIC / "app.js").read_text()
-    assert not [
-        word for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(") if word in script
-    ]
+    makes_markup = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser")
+    for name in OURS:
+        text = (STATIC / name).read_text().replace("http://www.w3.org/2000/svg", "")
+        assert "http://" not in text
+        assert "https://" not in text
+        assert [word for word in makes_markup if word in text] == [], name
+
+
+def test_every_module_that_a_module_imports_is_served() -> None:
+    for name in OURS:
+        for imported in re.findall(r'(?:from|import\() ?"\./([^"]+)"', (STATIC / name).read_text()):
+            assert f"/console/{imported}" in ASSETS, (name, imported)
+
+
+def test_the_packages_of_others_come_with_their_licences_and_in_the_pinned_versions() -> None:
+    locked = json.loads((STATIC.parent / "packages" / "package-lock.json").read_text())["packages"]
+    named = re.findall(r"^(\S+) (\d\S*) \(\S+\)$", (STATIC / "vendor" / "LICENSES.txt").read_text(), re.MULTILINE)
+    assert {"katex", "markdown-it", "@mdit/plugin-tex"} <= {name for name, _ in named}
+    assert {locked[f"node_modules/{name}"]["version"] for name, _ in named} == {version for _, version in named}
+    assert {path.suffix for path in (STATIC / "vendor" / "fonts").iterdir()} == {".woff2"}
+    fonts = re.findall(r"url\(([^)]+)\)", (STATIC / "vendor" / "katex.css").read_text())
+    assert fonts
+    assert all((STATIC / "vendor" / font).exists() for font in fonts)
 
 
 async def test_files_are_read_with_get_only(http: httpx.AsyncClient) -> None:
@@ -192,6 +214,102 @@ async def test_the_state_is_the_look_that_the_commands_share_and_the_requests(re
     assert requests["r1"]["accepted"] is not None
 
 
+async def test_the_limits_are_those_of_the_settings(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/console/limits")).status_code == 401
+    told = (await http.get("/console/limits", headers=KEY)).json()
+    assert told["limit_mm_per_prompt"] == {"image": 100, "video": 100}
+    assert told.keys() == {"limit_mm_per_prompt", "max_body_bytes", "max_media_bytes"}
+
+
+# ---------------------------------------------------------------------------------------------------------- one request
+
+
+async def find(console: Console, request_id: str) -> Any:
+    return json.loads(await console.find(request_id))
+
+
+async def test_a_request_is_found_by_its_id_wherever_it_waits(redis: Redis, keys: Keys) -> None:
+    records, console = Records(redis, keys), console_of(redis, keys)
+    for i in range(MAX_WAITING + 2):
+        await records.submit(GENERATE, generate(f"r{i}"))
+    await records.submit(ENCODE, encode("picture"))
+    await look(redis, keys, console)
+    hidden = (await find(console, f"r{MAX_WAITING + 1}"))["request"]
+    assert hidden.items() >= {"where": "generate", "waiting": True, "accepted": 1.0}.items()
+    assert (await find(console, "picture"))["request"]["where"] == "encode"
+    assert await find(console, "nobody") == {"request": None, "quarantined": []}
+
+
+async def test_an_answer_that_is_kept_is_found_long_after_its_end(redis: Redis, keys: Keys) -> None:
+    records = Records(redis, keys)
+    await records.submit(GENERATE, Generate(msgspec.structs.replace(request("r"), retain_s=60.0), pack_ids([1]), 10))
+    await records.write_journal([("r", 0, (5, 6))], [Begin("r", 1, 0, 60, 16, 9, 0)])
+    await records.retain([("r", Finish("length"), 60.0)], Fence(keys, "p", {}))
+    found = (await find(console_of(redis, keys), "r"))["request"]
+    assert found.items() >= {"where": "ended", "reason": "length", "tokens": 2, "prompt_tokens": 60}.items()
+    assert abs(found["finished"] - found["seen"]) < 5
+
+
+async def test_a_search_takes_the_names_that_people_have(http: httpx.AsyncClient, redis: Redis, keys: Keys) -> None:
+    name = "0123456789abcdef"
+    await Records(redis, keys).submit(GENERATE, generate(name))
+    for given in (name, f"chatcmpl-{name}"):
+        found = (await http.get("/console/request", params={"id": given}, headers=KEY)).json()
+        assert found["request"]["id"] == name
+    assert (await http.get("/console/request", params={"id": name})).status_code == 401
+    for given in ("", "../x", f"{name}-0", f"{name}*", "x" * 5000):
+        refused = await http.get("/console/request", params={"id": given}, headers=KEY)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "id")
+
+
+# ---------------------------------------------------------------------------------------------------------- quarantine
+
+
+async def put_away(redis: Redis, keys: Keys, stream: str, work: Encode | Generate, reason: str) -> None:
+    fields: Any = {"reason": reason, "attempts": 4, **to_entry(work)}
+    await redis.xadd(keys.quarantine(stream), fields)
+
+
+async def test_the_quarantine_is_shown_with_its_reasons(redis: Redis, keys: Keys) -> None:
+    now = [0.0]
+    console = console_of(redis, keys, lambda: now[0])
+    assert (await look(redis, keys, console))["quarantine"] == []
+    await put_away(redis, keys, GENERATE, generate("r1"), "it ended three engines")
+    await put_away(redis, keys, ENCODE, encode("r2"), "it cannot be read")
+    now[0] += 1
+    picture = await console.state()
+    newest, first = json.loads(picture)["quarantine"]
+    assert (
+        newest.items() >= {"stream": ENCODE, "request_id": "r2", "reason": "it cannot be read", "attempts": 4}.items()
+    )
+    assert first.items() >= {"stream": GENERATE, "request_id": "r1", "reason": "it ended three engines"}.items()
+    assert first["at"] == pytest.approx(json.loads(picture)["pipeline"]["at"], abs=5)
+    assert b"secret" not in picture
+    found = await find(console, "r1")
+    assert [entry["reason"] for entry in found["quarantined"]] == ["it ended three engines"]
+
+
+async def test_a_large_quarantine_is_listed_in_part_and_searched_as_a_whole(redis: Redis, keys: Keys) -> None:
+    now = [0.0]
+    console = console_of(redis, keys, lambda: now[0])
+    for i in range(MAX_LISTED + 30):
+        await put_away(redis, keys, GENERATE, generate(f"r{i}"), f"reason {i}")
+    listed = (await look(redis, keys, console))["quarantine"]
+    assert [entry["request_id"] for entry in listed] == [f"r{i}" for i in range(MAX_LISTED + 29, 29, -1)]
+    assert [entry["reason"] for entry in (await find(console, "r0"))["quarantined"]] == ["reason 0"]
+    [(oldest, _)] = await redis.xrange(keys.quarantine(GENERATE), count=1)
+    await redis.xdel(keys.quarantine(GENERATE), oldest, listed[0]["entry"])
+    await redis.xadd(keys.quarantine(GENERATE), {"x": "y"})
+    await redis.xadd(keys.quarantine(GENERATE), {"reason": b"\xff", "attempts": "many"})
+    now[0] += QUARANTINE_FRESH_S
+    newest, bare = (await look(redis, keys, console))["quarantine"][:2]
+    assert (newest["request_id"], newest["reason"], newest["attempts"]) == ("", "\ufffd", 0)
+    assert (bare["request_id"], bare["reason"]) == ("", "")
+
+
+# ---------------------------------------------------------------------------------------------------------- timelines
+
+
 async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: Keys) -> None:
     records, console = Records(redis, keys), console_of(redis, keys, iter(range(99)).__next__)
     encoder = WorkStream(redis, keys, ENCODE, "mm_encoder", "m1", 3)
@@ -205,6 +323,8 @@ async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: K
     [entry] = await encoder.read_new(1, 100)
     seen = by_id(await look(redis, keys, console))["r"]
     assert seen.items() >= {"where": "encode", "waiting": False, "replica": "m1", "encoded": None}.items()
+    assert seen["accepted"] <= seen["encode_taken"]
+    taken = seen["encode_taken"]
     assert isinstance(entry.message, Encode)
     await EntryOwnership(redis, keys, ENCODE, "mm_encoder", "m1").forward(
         entry.entry_id, entry.message, generate("r", SPAN)
@@ -228,7 +348,9 @@ async def test_a_request_with_media_is_followed_to_its_end(redis: Redis, keys: K
         "replica": "e1",
     }
     assert seen.items() >= told.items()
-    assert seen["encoded"] <= seen["begun"] <= seen["first"] <= seen["last"] == seen["finished"]
+    assert seen["encode_taken"] == taken, "it does not move with later looks"
+    assert taken <= seen["encoded"] <= seen["taken"] <= seen["begun"] <= seen["first"]
+    assert seen["first"] <= seen["last"] == seen["finished"]
 
 
 async def test_media_that_were_encoded_before_anybody_looked_are_known(redis: Redis, keys: Keys) -> None:

@@ -17,7 +17,7 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from services.gateway.errors import SHUTTING_DOWN
-from services.gateway.http.app import Models, build_app
+from services.gateway.http.app import Models, RequestLimits, build_app
 from services.gateway.request.model_names import ModelNames
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
@@ -108,7 +108,7 @@ async def nothing_left(server: Running, redis: Redis, keys: Keys) -> None:
 
 
 async def test_what_the_engine_is_sent(server: Running, stages: Stages, tokenizer: Tokenizer) -> None:
-    asked = ask(server, temperature=0.5, seed=3, max_tokens=9)
+    asked = ask(server, temperature=0.5, seed=3, max_tokens=9, extra_headers={"X-Request-ID": "mine"})
     (work,) = await stages.take()
     assert isinstance(work, Generate)
     ids = unpack_ids(work.prompt)
@@ -116,6 +116,7 @@ async def test_what_the_engine_is_sent(server: Running, stages: Stages, tokenize
     assert tokenizer.control["<think>"] in ids
     assert (work.max_tokens, work.request.sampling.seed, work.request.sampling.temperature) == (9, 3, 0.5)
     assert work.request.output.thinking
+    assert work.request.log_fields == {"request_id": work.request.id, "http_request_id": "mine"}
     assert work.request.gateway.startswith("gw.")
     assert work.request.shard in range(4)
     assert work.request.deadline == pytest.approx(work.request.created + 600)
@@ -643,7 +644,9 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    app = build_app(
+        None, (), None, Models(ModelNames("m"), 0, 1, RequestLimits(*range(7))), None, broken, lambda *_: None
+    )  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
@@ -656,7 +659,9 @@ async def test_the_end_of_file_descriptors_passes(number: int, status: int) -> N
     async def broken() -> dict[str, Any]:
         raise OSError(number, "secret")
 
-    app = build_app(None, (), None, Models(ModelNames("m"), 0, 1), broken)  # type: ignore[arg-type]
+    app = build_app(
+        None, (), None, Models(ModelNames("m"), 0, 1, RequestLimits(*range(7))), None, broken, lambda *_: None
+    )  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")

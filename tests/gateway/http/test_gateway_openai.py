@@ -239,6 +239,14 @@ def test_plain_text_that_waited_is_one_chunk() -> None:
     assert [delta.content for _, delta in merge_text(deltas)] == ["01234"]
 
 
+def test_the_first_text_that_waited_keeps_its_place_and_usage() -> None:
+    deltas = [(0, Delta("r", 1, content="a", usage=USAGE)), (0, Delta("r", 2, content="b", start=1))]
+    assert merge_text(deltas) == [(0, Delta("r", 2, content="ab", usage=USAGE))]
+    later = Usage(11, 2, 1, 4, 0, 0)
+    deltas[1] = (0, Delta("r", 2, content="b", start=1, usage=later))
+    assert merge_text(deltas) == [(0, Delta("r", 2, content="ab", usage=later))]
+
+
 def answer(*deltas: Delta, **options: Any) -> dict[str, Any]:
     collected = CollectedChoice()
     for delta in deltas:

@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletionChunk
 from redis.asyncio import Redis
 
 from shared.bus.keys import Keys
-from shared.bus.records import Records
+from shared.bus.records import Record, Records
 from shared.errors import Failure
 from shared.messages import Attach, Delta, Failed, Request, ToolDelta, Usage, pack_ids
 
@@ -387,6 +387,55 @@ async def test_how_long_an_answer_is_kept(checkpoint: Path, redis_url: str, stag
             assert {work.request.retain_s for work in await stages.take(2)} == {57}
     async with running(checkpoint, redis_url, retain_s=0) as server, reading(server, body={"n": 2}):
         assert {work.request.retain_s for work in await stages.take(2)} == {0}
+
+
+# ------------------------------------------------------------------------------------------------------- cancelling
+
+
+async def post(server: Running, path: str, **headers: str) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        return await client.post(f"{server.url}/v1/chat/completions{path}", headers=headers)
+
+
+async def test_a_request_with_a_key_is_cancelled_at_any_gateway(
+    server: Running, other: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    async with reading(server, body={"n": 2}, **{"Idempotency-Key": "mine"}) as reader:
+        requests = [work.request for work in await stages.take(2)]
+        await reader.until("0.0")
+    await until(server.idle)
+    assert await redis.xlen(keys.control()) == 0, "leaving does not cancel it"
+    reply = await post(other, f"/chatcmpl-{requests[0].id}/cancel")
+    assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+    assert await stages.cancelled() == {request.id for request in requests}
+    records = await Records(redis, keys).get([request.id for request in requests])
+    assert all(record.cancelled for record in records.values() if isinstance(record, Record))
+
+
+async def test_an_answer_that_is_complete_is_not_cancelled(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    async with reading(server, body={}) as reader:
+        request = await stages.request()
+        await stages.answer(request, "x")
+        await reader.rest()
+    await stages.keep(request)
+    reply = await post(server, f"/chatcmpl-{request.id}/cancel")
+    assert (reply.status_code, reply.json()["status"]) == (200, "completed")
+    assert await redis.xlen(keys.control()) == 0
+
+
+async def test_who_may_cancel_a_request(checkpoint: Path, redis_url: str, stages: Stages) -> None:
+    async with running(checkpoint, redis_url, api_keys=("key-1", "key-2")) as server:
+        asked = asyncio.create_task(server.client.chat.completions.create(model="demo-model", messages=HI))
+        request = await stages.request()
+        path = f"/chatcmpl-{request.id}/cancel"
+        assert (await post(server, path)).status_code == 401
+        refused = await post(server, path, authorization="Bearer key-2")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "request_not_found")
+        assert (await post(server, "/no-such-name/cancel", authorization="Bearer key-1")).status_code == 404
+        await stages.answer(request, "x")
+        await asked
 
 
 # --------------------------------------------------------------------------------------------------- the whole answer

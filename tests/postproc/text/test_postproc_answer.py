@@ -140,6 +140,35 @@ def test_usage_of_every_delta_where_it_was_asked_for() -> None:
     assert counts[-1] == (7, Usage(7, 6, 3, 3, 2, 1))
 
 
+def test_usage_of_the_first_delta_where_it_was_asked_for() -> None:
+    """However many tokens come with it."""
+    pieces: list[bytes | str] = [b"a", b"b", "</think>", b"c"]
+    answer, tokens = answer_of(pieces, first_usage=True)
+    usages = [delta.usage for delta in stream(answer, tokens, Finish("stop"))]
+    assert usages == [Usage(7, 1, 1, 3, 2, 1), None, None, Usage(7, 4, 3, 3, 2, 1)]
+    answer, tokens = answer_of(pieces, first_usage=True)
+    for token in tokens[:2]:
+        answer.push_token(token)
+    assert [delta.usage for delta in stream(answer, tokens[2:])] == [Usage(7, 2, 2, 3, 2, 1), None]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "found"),
+    [
+        ([b"ab", b"cd", b"ef"], ("ef", "cd"), "cd"),
+        ([b"ab", b"c", b"d"], ("cd",), "cd"),
+        ([b"ab\n"], ("x", "b\n"), "b\n"),
+        ([b"ab", b"cd"], ("cde",), ""),
+    ],
+)
+def test_the_end_says_which_stop_string_was_found(
+    pieces: list[bytes | str], stops: tuple[str, ...], found: str
+) -> None:
+    answer, tokens = answer_of(pieces, thinking=False, stop=stops)
+    last = stream(answer, tokens, Finish("stop"))[-1]
+    assert (last.finish_reason, last.stop) == ("stop", found)
+
+
 def test_a_stop_token_counts_and_is_not_shown() -> None:
     answer, tokens = answer_of([b"a", b"b"], thinking=False, return_token_ids=True)
     answer.push_token(tokens[0])
