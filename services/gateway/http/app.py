@@ -4,7 +4,7 @@ import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -31,12 +31,12 @@ FEATURES = (
     *("chat", "completions", "streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
     *("logprobs", "prompt_logprobs", "token_ids", "idempotency", "resumption"),
 )
-READ = ["GET", "HEAD"]
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 OPENAI_ONLY = FailureBodies()
 _Handler = Callable[[Request, Receive, Send], Awaitable[None]]
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Response]])
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
@@ -124,15 +124,15 @@ def build_app(
 
     add_token_routes(app, tokens)
 
-    @app.api_route("/version", methods=READ)
+    @_read(app, "/version")
     async def version() -> Response:
         return _json({"version": MILLRACE_VERSION})
 
-    @app.api_route("/v1/models", methods=READ)
+    @_read(app, "/v1/models")
     async def models() -> Response:
         return _json({"object": "list", "data": served.cards()})
 
-    @app.api_route("/v1/models/{model:path}", methods=READ)
+    @_read(app, "/v1/models/{model:path}")
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
@@ -150,12 +150,23 @@ def _add_post(
         return DirectResponse(partial(handle, request))
 
 
+def _read(app: FastAPI, path: str) -> Callable[[_Endpoint], _Endpoint]:
+    """Return a decorator that routes GET and HEAD. Only GET is described: FastAPI has one operation id a route."""
+
+    def add(endpoint: _Endpoint) -> _Endpoint:
+        app.head(path, include_in_schema=False)(endpoint)
+        app.get(path)(endpoint)
+        return endpoint
+
+    return add
+
+
 def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     @app.get(kept.path + "/{name}/events")
     async def events(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.stream, kept, name, request))
 
-    @app.api_route(kept.path + "/{name}", methods=READ)
+    @_read(app, kept.path + "/{name}")
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, kept, name, request))
 
@@ -170,14 +181,14 @@ def paths(app: FastAPI) -> list[str]:
 
 
 def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-    @app.api_route("/health/live", methods=READ)
-    @app.api_route("/ping", methods=READ)
+    @_read(app, "/health/live")
+    @_read(app, "/ping")
     @app.post("/ping")
     async def alive() -> Response:
         return _json({"status": "alive"})
 
-    @app.api_route("/health", methods=READ)
-    @app.api_route("/health/ready", methods=READ)
+    @_read(app, "/health")
+    @_read(app, "/health/ready")
     async def is_ready() -> Response:
         report = await ready()
         return _json(report, 503 if report["missing"] else 200)

@@ -93,7 +93,8 @@ def add_token_routes(app: FastAPI, routes: TokenRoutes) -> None:
     async def detokenize(request: Request) -> Response:
         return await routes.answer(request, routes.detokenize)
 
-    @app.api_route("/tokenizer_info", methods=["GET", "HEAD"])
+    @app.head("/tokenizer_info", include_in_schema=False)
+    @app.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         return _json(routes.info())
 
