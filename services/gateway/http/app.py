@@ -4,7 +4,7 @@ import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -20,14 +20,13 @@ from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
 from services.gateway.http.counting import TokenCounter
 from services.gateway.http.handler import RequestHandler, Session
+from services.gateway.http.reads import reads
 from services.gateway.http.responses import StoredResponses, is_stream
 from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.http.tokens import TokenRoutes, add_token_routes
 from services.gateway.request.model_names import ModelNames
 from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
-
-E = TypeVar("E", bound=Callable[..., Any])
 
 OWNED_BY = "Baidu"
 FEATURES = (
@@ -130,15 +129,15 @@ def build_app(
 
     add_token_routes(app, tokens)
 
-    @_reads(app, "/version")
+    @reads(app, "/version")
     async def version() -> Response:
         return _json({"version": MILLRACE_VERSION})
 
-    @_reads(app, "/v1/models")
+    @reads(app, "/v1/models")
     async def models() -> Response:
         return _json({"object": "list", "data": served.cards()})
 
-    @_reads(app, "/v1/models/{model:path}")
+    @reads(app, "/v1/models/{model:path}")
     async def model(model: str) -> Response:
         return _json(served.card(model))
 
@@ -155,16 +154,6 @@ async def _handle(
     send: Send,
 ) -> None:
     await handler.handle(dialect, request, receive, send, None if session is None else session())
-
-
-def _reads(app: FastAPI, path: str) -> Callable[[E], E]:
-    """Return a decorator that routes GET and HEAD. Only GET is described: an operation has an id that no other has."""
-
-    def add(endpoint: E) -> E:
-        app.head(path, include_in_schema=False)(endpoint)
-        return app.get(path)(endpoint)
-
-    return add
 
 
 def _add_post(
@@ -192,7 +181,7 @@ def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
     async def cancel(name: str, request: Request) -> Response:
         return await responses.cancel(name, request)
 
-    @_reads(app, "/v1/responses/{name}/input_items")
+    @reads(app, "/v1/responses/{name}/input_items")
     async def input_items(name: str, request: Request) -> Response:
         return await responses.input_items(name, request)
 
@@ -202,7 +191,7 @@ def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     async def events(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.stream, kept, name, request))
 
-    @_reads(app, kept.path + "/{name}")
+    @reads(app, kept.path + "/{name}")
     async def answer(name: str, request: Request) -> Response:
         return DirectResponse(partial(resumption.fetch, kept, name, request))
 
@@ -217,14 +206,14 @@ def paths(app: FastAPI) -> list[str]:
 
 
 def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-    @_reads(app, "/health/live")
-    @_reads(app, "/ping")
+    @reads(app, "/health/live")
+    @reads(app, "/ping")
     @app.post("/ping")
     async def alive() -> Response:
         return _json({"status": "alive"})
 
-    @_reads(app, "/health")
-    @_reads(app, "/health/ready")
+    @reads(app, "/health")
+    @reads(app, "/health/ready")
     async def is_ready() -> Response:
         report = await ready()
         return _json(report, 503 if report["missing"] else 200)

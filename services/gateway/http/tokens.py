@@ -11,6 +11,7 @@ from starlette.responses import Response
 from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.http.body import read_body
 from services.gateway.http.handler import RequestHandler
+from services.gateway.http.reads import reads
 from services.gateway.http.structure import check_structure
 from services.gateway.request.statement import Statement
 from services.gateway.request.template import TemplateSource
@@ -93,7 +94,7 @@ def add_token_routes(app: FastAPI, routes: TokenRoutes) -> None:
     async def detokenize(request: Request) -> Response:
         return await routes.answer(request, routes.detokenize)
 
-    @app.api_route("/tokenizer_info", methods=["GET", "HEAD"])
+    @reads(app, "/tokenizer_info")
     async def tokenizer_info() -> Response:
         return _json(routes.info())
 
