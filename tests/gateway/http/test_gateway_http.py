@@ -5,13 +5,15 @@ import base64
 import errno
 import gzip
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from gateway_stages import USAGE, Running, Stages, running, until
 from machine import PATIENCE_S
 from redis.asyncio import Redis
@@ -640,14 +642,16 @@ async def test_not_ready_without_redis_or_with_leases_nobody_can_read(
     assert (reply.status_code, reply.json()["missing"]) == (503, ["redis"])
 
 
+def app_that_reports(ready: Callable[[], Awaitable[dict[str, Any]]]) -> FastAPI:
+    served = Models(ModelNames("m"), 0, 1, RequestLimits(*range(7)))
+    return build_app(Mock(), (), Mock(), Mock(), served, Mock(), ready, Mock())
+
+
 async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:
     async def broken() -> dict[str, Any]:
         raise ZeroDivisionError("secret")
 
-    app = build_app(
-        None, (), None, Models(ModelNames("m"), 0, 1, RequestLimits(*range(7))), None, broken, lambda *_: None
-    )  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(app_that_reports(broken), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
@@ -659,10 +663,7 @@ async def test_the_end_of_file_descriptors_passes(number: int, status: int) -> N
     async def broken() -> dict[str, Any]:
         raise OSError(number, "secret")
 
-    app = build_app(
-        None, (), None, Models(ModelNames("m"), 0, 1, RequestLimits(*range(7))), None, broken, lambda *_: None
-    )  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(app_that_reports(broken), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=PATIENCE_S) as client:
         reply = await client.get("/health")
     assert (reply.status_code, reply.headers.get("retry-after")) == (status, "1" if status == 503 else None)
