@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import warnings
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -226,7 +227,12 @@ def allowed_methods(app: FastAPI, scope: Scope) -> set[str]:
 
 def _describe(app: FastAPI, schemas: Collection[type]) -> None:
     """Add the schemas of bodies, which are msgspec types, to FastAPI's description of the routes."""
-    described = app.openapi()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the operations of a route with two methods have one id
+        described = app.openapi()
+    for operations in described["paths"].values():
+        for method, operation in operations.items():
+            operation["operationId"] = f"{operation['operationId'].rpartition('_')[0]}_{method}"
     _, components = msgspec.json.schema_components(schemas, ref_template="#/components/schemas/{name}")
     described.setdefault("components", {}).setdefault("schemas", {}).update(components)
     app.openapi_schema = described
