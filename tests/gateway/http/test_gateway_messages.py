@@ -298,6 +298,8 @@ async def test_a_gateway_that_drains_says_so_in_this_apis_form(server: Running) 
 async def test_openapi_describes_both_bodies(server: Running) -> None:
     async with httpx.AsyncClient() as raw:
         described = (await raw.get(f"{server.url}/openapi.json")).json()
+    operations = [one["operationId"] for path in described["paths"].values() for one in path.values()]
+    assert len(set(operations)) == len(operations)
     schemas = described["components"]["schemas"]
     assert set(schemas["MessagesRequest"]["required"]) == {"messages", "max_tokens"}
     assert set(schemas["CountRequest"]["required"]) == {"messages"}
