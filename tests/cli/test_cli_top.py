@@ -171,6 +171,8 @@ class Terminal:
             stdout=self.theirs,
             stderr=self.theirs,
             env={**os.environ, "TERM": "xterm-256color"},
+            # A shell's background job is started with it ignored, and so would be what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.shown = ""
 

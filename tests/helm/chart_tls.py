@@ -72,7 +72,7 @@ def _behind_proxy(items: list[Object], directory: Path, port: int) -> Iterator[N
 def _proxy(directory: Path, port: int, behind: int) -> Iterator[None]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "tls.crt", directory / "tls.key")
-    runner, up, end = asyncio.Runner(loop_factory=asyncio.new_event_loop), threading.Event(), asyncio.Event()
+    up, end, loops = threading.Event(), asyncio.Event(), []
 
     async def carry(near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         far_in, far_out = await asyncio.open_connection("127.0.0.1", behind)
@@ -90,6 +90,7 @@ def _proxy(directory: Path, port: int, behind: int) -> Iterator[None]:
 
     async def serve() -> None:
         async with await asyncio.start_server(carry, "127.0.0.1", port, ssl=context):
+            loops.append(asyncio.get_running_loop())
             up.set()
             await end.wait()
             carrying = asyncio.all_tasks() - {asyncio.current_task()}
@@ -97,12 +98,12 @@ def _proxy(directory: Path, port: int, behind: int) -> Iterator[None]:
                 task.cancel()
             await asyncio.gather(*carrying, return_exceptions=True)
 
-    thread = threading.Thread(target=runner.run, args=(serve(),))
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
         assert up.wait(PATIENCE_S), "the proxy does not listen"
         yield
     finally:
-        runner.get_loop().call_soon_threadsafe(end.set)
+        for loop in loops:
+            loop.call_soon_threadsafe(end.set)
         thread.join()
-        runner.close()  # also what the end of the block has begun to close

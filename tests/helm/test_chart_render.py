@@ -7,7 +7,9 @@ import jsonschema
 import kubernetes_validate.utils as kubernetes
 import pytest
 import referencing
-from helm_chart import CHART, CLAIM, MATRIX, NAMESPACE, ROOT, SERVICES, Object, case, complaints, find, parse, render
+from helm_chart import CHART, CLAIM, MATRIX, NAMESPACE, SERVICES, Object, case, complaints, find, parse, render
+
+from shared.version import MILLRACE_VERSION
 
 VERSIONS = ("1.27", "1.31", "1.37")
 # Kinds of other APIs, whose schemas are not Kubernetes's: `make test-chart` checks them against their own.
@@ -132,13 +134,10 @@ def test_a_services_template_is_the_next_ones_but_for_its_own() -> None:
 
 
 def test_the_chart_has_the_projects_version() -> None:
-    import tomllib
-
     import yaml
 
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert chart["appVersion"] == project["version"]
+    assert chart["appVersion"] == MILLRACE_VERSION
 
 
 def test_notes_say_how_to_ask() -> None:

@@ -77,7 +77,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             RequestError: the request failed before anything was written.
         """
         answer = (
-            self._write_stream(open_request, event_ids, send, context.write)
+            self._write_stream(open_request, context, event_ids, send)
             if open_request.stream
             else self._write_whole(open_request, send)
         )
@@ -99,8 +99,10 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         body = self._dialect(stored.answer_format).unfinished(stored, self.system_fingerprint)
         await write_json(send, body, 202, [_RETRY_AFTER])
 
-    async def _write_stream(self, open_request: OpenRequest, event_ids: bool, send: Send, write: Send) -> None:
-        """Write the answer as events: its head with `send`, all else with `write`, which is faster.
+    async def _write_stream(
+        self, open_request: OpenRequest, context: RequestContext, event_ids: bool, send: Send
+    ) -> None:
+        """Write the answer as events: its head with `send`, all else with the server's own, which is faster.
 
         Media refused within `hold_headers_s` are a real 4xx, later an error event.
         """
@@ -113,6 +115,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         dialect = self._dialect(open_request.answer_format)
         events = dialect.events(open_request, self.system_fingerprint, event_ids)
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        context.ask_client = lambda: open_request.keep_alive(time.time())
+        write = context.write
         if open_request.resumed:
             open_request.mark_client_has_id()
         elif first := events.begin():

@@ -1,5 +1,7 @@
 """Context of an HTTP request: what the edge knows of it, for the handlers behind the application."""
 
+from collections.abc import Callable
+
 import msgspec
 from starlette.requests import Request
 from starlette.types import Scope, Send
@@ -23,11 +25,19 @@ class RequestContext(msgspec.Struct):
     write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
     quota: Quota = msgspec.field(default_factory=Quota)  # its tenant, and headers about limits
     warnings: tuple[str, ...] = ()  # X-Millrace-Warning
+    # Writes something into a stream, since its client sends nothing more and may have left; None: no stream has begun.
+    ask_client: Callable[[], None] | None = None
 
 
 def attach_context(scope: Scope, context: RequestContext) -> None:
     """Put the context into an ASGI scope."""
     scope.setdefault("state", {})[_KEY] = context
+
+
+def find_context(scope: Scope) -> RequestContext | None:
+    """Return the context that the edge attached, if it has."""
+    context: RequestContext | None = scope.get("state", {}).get(_KEY)
+    return context
 
 
 def context_of(request: Request) -> RequestContext:

@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 
 from services.gateway.errors import FailureBodies, error_response
 from services.gateway.http.connections import Connections, network_of
+from services.gateway.http.context import find_context
 from shared.errors import Failure
 
 # Paths that are answered whatever state the server is in.
@@ -88,15 +89,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection of a client that sends nothing more but waits for its answers.
 
-        One that has left sends the same. Its system answers what we write with a reset, so something is written where
-        an answer has not begun: an interim response, which HTTP/1.1 lets a server send at any time.
+        One that has left sends the same. Its system answers what we write with a reset, so something is written: a
+        sign of life in a stream, and where no answer has begun an interim response, which HTTP/1.1 lets a server send
+        at any time.
         """
         if self._in_message or not self._is_busy() or not _TELLS_RESETS or self.cycle.scope["http_version"] != "1.1":
             return False
         self._half_closed = True
         self._registry.watch(self)
-        if self._running is not None and not self._running.response_started:
-            self.transport.write(_INTERIM)
+        if self._running is not None:
+            context = find_context(self._running.scope)  # type: ignore[arg-type]
+            if not self._running.response_started:
+                self.transport.write(_INTERIM)
+            elif context is not None and context.ask_client is not None:
+                context.ask_client()
         return True
 
     def has_left(self) -> bool:

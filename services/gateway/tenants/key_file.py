@@ -32,7 +32,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     concurrent_requests: Limit | None = None  # choices that wait or run
     queued_tokens: Limit | None = None  # tokens of prompts for which no answer has begun
     media_bytes_per_min: Limit | None = None  # of uploads
-    batch_requests: Limit | None = None  # requests in batches that have not ended; no endpoint reads it yet
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

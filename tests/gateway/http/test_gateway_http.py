@@ -689,12 +689,12 @@ async def test_errors_are_openais_everywhere(server: Running) -> None:
 
 async def test_a_route_that_is_not_there_is_named(server: Running) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
-        missing = await client.post("/v1/completions", json={})
+        missing = await client.post("/v1/embeddings", json={})
         wrong = await client.delete("/v1/models")
         listed = (await client.get("/openapi.json")).json()["paths"]
-    assert missing.json()["error"]["message"].startswith("There is no POST /v1/completions; GET /openapi.json ")
+    assert missing.json()["error"]["message"].startswith("There is no POST /v1/embeddings; GET /openapi.json ")
     assert wrong.json()["error"]["message"].startswith("There is no DELETE /v1/models; GET /openapi.json ")
-    assert "/v1/completions" not in listed
+    assert "/v1/embeddings" not in listed
     assert "delete" not in listed["/v1/models"]
 
 
