@@ -16,7 +16,7 @@ import msgspec
 from services.gateway.request.conversation import Tool
 from services.gateway.request.schemas import ChatRequest
 from shared.errors import RequestError, invalid
-from shared.grammar.structural_tag import Format, JsonText, SeparatedTags, Tag, TriggeredTags
+from shared.grammar.structural_tag import Format, InOrder, JsonText, Regex, SeparatedTags, Tag, TriggeredTags
 
 Mode = Literal["auto", "none", "required"]
 
@@ -59,7 +59,7 @@ def call_format(choice: ToolChoice, parallel: bool) -> Format | None:
         ValueError: the parameters of a tool are no object.
     """
     if choice.mode == "required":
-        return SeparatedTags(_tags(choice.tools, forced=True), "\n", True, choice.named or not parallel)
+        return _calls(_tags(choice.tools, forced=True), once=choice.named or not parallel)
     strict = any(tool.function.strict for tool in choice.tools)
     if choice.mode == "none" or not (strict or choice.limited):
         return None
@@ -68,7 +68,17 @@ def call_format(choice: ToolChoice, parallel: bool) -> Format | None:
 
 def optional_calls(choice: ToolChoice, parallel: bool) -> Format | None:
     """Return the format of calls in place of an answer that has a grammar of its own; None if no tool may be called."""
-    return SeparatedTags(_tags(choice.tools), "\n", True, not parallel) if choice.tools else None
+    return _calls(_tags(choice.tools), once=not parallel) if choice.tools else None
+
+
+def _calls(tags: list[Tag], once: bool) -> Format:
+    """Return the format of one call, or of several.
+
+    The model was trained to end each call with a line end, the last one too: without it there, it would have to go on
+    with another call, and another.
+    """
+    calls = SeparatedTags(tags, "\n", True, once)
+    return calls if once else InOrder([calls, Regex("\n?")])
 
 
 def _read_allowed(tools: Sequence[Tool], given: dict[str, Any]) -> ToolChoice:

@@ -70,8 +70,19 @@ TIME = call("clock", "{}")
 CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "required": (
         {"tool_choice": "required"},
-        [PARIS, TIME, f"{PARIS}\n{TIME}"],
-        ["", "Hi", f"Hi {PARIS}", f"{PARIS} Hi", call("weather", "{}"), call("other", "{}"), call("clock", '{"a": 1}')],
+        # The model ends its last call with a line end, too.
+        [PARIS, TIME, f"{PARIS}\n{TIME}", f"{PARIS}\n", f"{PARIS}\n{TIME}\n"],
+        [
+            "",
+            "Hi",
+            f"Hi {PARIS}",
+            f"{PARIS} Hi",
+            f"{PARIS}\n\n",
+            f"{PARIS}\nHi",
+            call("weather", "{}"),
+            call("other", "{}"),
+            call("clock", '{"a": 1}'),
+        ],
     ),
     "required, one": ({"tool_choice": "any", "parallel_tool_calls": False}, [PARIS, TIME], [f"{PARIS}\n{TIME}"]),
     "named": ({"tool_choice": NAMED}, [PARIS], ["", "Hi", TIME, f"{PARIS}\n{LYON}"]),
@@ -94,7 +105,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "strict, one": ({"tools": [STRICT, CLOCK], "parallel_tool_calls": False}, ["Hi", PARIS], [f"{PARIS}\n{LYON}"]),
     "or an answer with a grammar": (
         {"response_format": {"type": "json_object"}},
-        ['{"a": 1}', PARIS, call("clock", '{"b": 2}')],
+        ['{"a": 1}', PARIS, f"{PARIS}\n", call("clock", '{"b": 2}')],
         ["Hi", '{"a": 1}' + PARIS, ""],
     ),
     "forced in place of an answer with a grammar": (
