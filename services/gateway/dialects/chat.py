@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import msgspec
 
 from services.gateway.dialects.chat_events import (
-    DONE,
     AnswerHead,
     ChunkWriter,
     choice_json,
     completion_body,
-    error_event,
+    last_events,
     status_body,
     total_usage,
 )
@@ -25,7 +24,7 @@ from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates
 from services.gateway.request.validate import check_supported, check_whole
 from services.gateway.request.warnings import warnings_of
-from shared.errors import Failure, RequestError
+from shared.errors import Failure
 from shared.messages import Delta
 
 
@@ -92,14 +91,7 @@ class ChatEvents:
 
     def end(self, request: OpenRequest) -> bytes:
         """Return the chunk of usage or the error, and the mark of the end."""
-        if request.failure is not None:
-            return error_event(request.failure) + DONE
-        if not self._include_usage:
-            return DONE
-        try:
-            return self._chunks.usage(total_usage(request.usages())) + DONE
-        except RequestError as error:
-            return error_event(error.failure) + DONE
+        return last_events(request, self._include_usage, lambda usages: self._chunks.usage(total_usage(usages)))
 
 
 def _head(request: OpenRequest | StoredRequest, fingerprint: str) -> AnswerHead:

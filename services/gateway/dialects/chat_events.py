@@ -3,7 +3,7 @@
 A chunk is a prefix made once per request, the escaped text, and a fixed suffix; nothing else is formatted per token.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,8 @@ import msgspec
 from services.gateway.dialects.collected import CollectedCall, CollectedChoice, prompt_ids
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
 from services.gateway.dialects.merge import is_text
-from shared.errors import Failure
+from services.gateway.inflight.request import OpenRequest
+from shared.errors import Failure, RequestError
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -33,6 +34,19 @@ def quote(text: str) -> bytes:
         for raw, escaped in _LINE_ENDS:
             quoted = quoted.replace(raw, escaped)
     return quoted
+
+
+def last_events(request: OpenRequest, include_usage: bool, usage: Callable[[Sequence[Usage]], bytes]) -> bytes:
+    """Return the events behind the last delta: the failure, or the chunk that `usage` makes if it was asked for, and
+    the mark of the end."""
+    if request.failure is not None:
+        return error_event(request.failure) + DONE
+    if not include_usage:
+        return DONE
+    try:
+        return usage(request.usages()) + DONE
+    except RequestError as error:
+        return error_event(error.failure) + DONE
 
 
 def error_event(failure: Failure) -> bytes:

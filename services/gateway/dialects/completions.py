@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from services.gateway.dialects.chat_events import DONE, AnswerHead, error_event
+from services.gateway.dialects.chat_events import AnswerHead, last_events
 from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.completion_events import (
     CompletionChunks,
@@ -24,7 +24,7 @@ from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates
 from services.gateway.request.warnings import warnings_of
 from shared.errors import Failure, RequestError, unreadable
-from shared.messages import Delta
+from shared.messages import Delta, Usage
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(CompletionForm)
@@ -100,14 +100,11 @@ class CompletionEvents:
 
     def end(self, request: OpenRequest) -> bytes:
         """Return the chunk of usage or the error, and the mark of the end."""
-        if request.failure is not None:
-            return error_event(request.failure) + DONE
-        if not self._include_usage:
-            return DONE
-        try:
-            return self._chunks.usage(completion_usage(request.usages(), self._form)) + DONE
-        except RequestError as error:
-            return error_event(error.failure) + DONE
+
+        def usage(usages: Sequence[Usage]) -> bytes:
+            return self._chunks.usage(completion_usage(usages, self._form))
+
+        return last_events(request, self._include_usage, usage)
 
 
 def _head(request: OpenRequest | StoredRequest, fingerprint: str) -> AnswerHead:

@@ -1,6 +1,5 @@
 """FastAPI application: the routes, and the responses to their errors."""
 
-import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
@@ -94,8 +93,7 @@ class DirectResponse(Response):
         self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientDisconnect):  # there is nobody to tell
-            await self._write(receive, send)
+        await self._write(receive, send)
 
 
 def build_app(
@@ -238,6 +236,10 @@ def _add_errors(app: FastAPI, bodies: FailureBodies, count_refusal: Callable[[st
             return response(request, failure, allow)
         failure = http_failure(error.status_code, error.detail, request.method, request.url.path)
         return response(request, failure, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # there is nobody to tell; metrics count it as they count all who leave
 
     @app.exception_handler(RedisError)
     async def unreachable(request: Request, _error: RedisError) -> Response:

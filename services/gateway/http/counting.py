@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from services.gateway.errors import LOST
@@ -44,10 +44,7 @@ class TokenCounter(msgspec.Struct, frozen=True):
         deadline = time.time() + read_timeout(request.headers, handler.request_timeout_s)
         context = context_of(request)
         with handler.admission.arrival() as take_slot, handler.memory.reservation() as reservation:
-            try:
-                body = await read_body(request, handler.body_limits, reservation)
-            except ClientDisconnect:
-                return
+            body = await read_body(request, handler.body_limits, reservation)
             take_slot()
             patience = ClientPatience(receive, deadline)
             draft, rendered = await handler.render(body, lambda: handler.parser.read(self.read(body)), patience)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from services.gateway.dialects.dialect import Dialect
@@ -88,10 +88,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
         event_ids = read_event_ids(request.headers)
         context = context_of(request)
         with self.admission.arrival() as take_slot, self.memory.reservation() as reservation:
-            try:
-                body = await read_body(request, self.body_limits, reservation)
-            except ClientDisconnect:
-                return
+            body = await read_body(request, self.body_limits, reservation)
             take_slot()
             patience = ClientPatience(receive, deadline)
             more = 0

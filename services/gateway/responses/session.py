@@ -11,7 +11,7 @@ from services.gateway.dialects.responses.answered import Answered
 from services.gateway.dialects.responses.events import replay
 from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.dialects.responses.responses import NAME, ResponsesDialect, collected, head_of
-from services.gateway.http.answer import STREAM_HEADERS, AnswerWriter
+from services.gateway.http.answer import STREAM_HEADERS, AnswerWriter, write_json
 from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext
 from services.gateway.http.memory import Reservation
@@ -104,7 +104,7 @@ class ResponseSession:
     async def write_end(self, head: Head, logprobs: bool, end: Answered, send: Send, stream: bool) -> None:
         """Write a response that has ended, as its events behind those that the reader has, or as a whole."""
         if not stream:
-            await _write(send, msgspec.json.encode(resource(head, end)))
+            await write_json(send, msgspec.json.encode(resource(head, end)), 200, [])
             return
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         await send({"type": "http.response.body", "body": replay(head, logprobs, end, self._dialect.after)})
@@ -133,7 +133,7 @@ class ResponseSession:
 
         Whatever happens to this process, the answer can be derived later; only the reason of a failure would be lost.
         """
-        await _write(send, await self._present(open_request))
+        await write_json(send, await self._present(open_request), 200, [])
         choice = CollectedChoice()
         while not open_request.done:
             for _, delta in await open_request.next_deltas():
@@ -175,9 +175,3 @@ def _items(given: bytes) -> bytes:
     if given[:1] == b"[":
         return given
     return b'[{"type":"message","role":"user","content":%b}]' % given
-
-
-async def _write(send: Send, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

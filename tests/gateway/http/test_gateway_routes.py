@@ -1,12 +1,13 @@
 """Routes beside those that answer: tokens, models, methods and paths; and what browsers ask before they call."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from gateway_stages import Running, Stages, running
+from gateway_stages import Running, Stages, running, until
 
 from shared.model.tokenizer import Tokenizer
 from shared.version import MILLRACE_VERSION
@@ -168,3 +169,15 @@ async def test_without_the_setting_no_origin_is_told_anything(checkpoint: Path, 
             await browser.options("/v1/models", headers={"Origin": PAGE, "Access-Control-Request-Method": "GET"}),
         ):
             assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_error_of_ours(server: Running) -> None:
+    for path in ("/tokenize", "/v1/chat/completions", "/v1/messages/count_tokens"):
+        _, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer key-1\r\ncontent-length: 100\r\n\r\n{{"
+        writer.write(head.encode())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        labels = {"method": "POST", "path": path, "status": "499"}
+        await until(lambda told=labels: server.registry.get_sample_value("millrace_http_requests_total", told) == 1)
