@@ -216,8 +216,9 @@ CLIENT_PYTHONS := $(patsubst $(CLIENT_LOCKS)/%.txt,$(CLIENT_PACKAGES)/%/.install
 BENCHMARK_FILES := $(CLIENT_PACKAGES)/benchmarks/files
 PIP_WHEEL = $(CLIENT_PACKAGES)/benchmarks/bin/python -m pip download --quiet --no-deps --only-binary :all:
 
-test-clients: $(VENV)/.installed-test $(CLIENT_PYTHONS) $(CLIENT_PACKAGES)/node/.installed $(BENCHMARK_FILES)/.installed
-	CLIENT_PACKAGES=$(CLIENT_PACKAGES) $(VENV)/bin/pytest tests/clients/test_packages.py
+test-clients: $(VENV)/.installed-test $(CLIENT_PYTHONS) $(CLIENT_PACKAGES)/node/.installed \
+		$(CLIENT_PACKAGES)/agents/.installed $(BENCHMARK_FILES)/.installed
+	CLIENT_PACKAGES=$(CLIENT_PACKAGES) $(VENV)/bin/pytest tests/clients/test_packages.py tests/clients/test_coding_agents.py
 
 $(CLIENT_PACKAGES)/%/.installed: $(CLIENT_LOCKS)/%.txt
 	$(PYTHON) -m venv $(@D)
@@ -227,6 +228,13 @@ $(CLIENT_PACKAGES)/%/.installed: $(CLIENT_LOCKS)/%.txt
 $(CLIENT_PACKAGES)/node/.installed: tests/clients/packages/node/package.json tests/clients/packages/node/package-lock.json
 	mkdir -p $(@D) && cp $^ $(@D)
 	npm ci --no-fund --no-audit --prefix $(@D)
+	@touch $@
+
+# Claude Code fetches its program in a script of its own, which npm may be told not to run.
+$(CLIENT_PACKAGES)/agents/.installed: tests/clients/packages/agents/package.json tests/clients/packages/agents/package-lock.json
+	mkdir -p $(@D) && cp $^ $(@D)
+	npm ci --no-fund --no-audit --ignore-scripts --prefix $(@D)
+	node $(@D)/node_modules/@anthropic-ai/claude-code/install.cjs
 	@touch $@
 
 $(BENCHMARK_FILES)/.installed: $(CLIENT_PACKAGES)/benchmarks/.installed

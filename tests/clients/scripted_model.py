@@ -6,6 +6,7 @@ row of a token is the embedding of the token it follows. Everything else is an o
 
 import io
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,18 +23,33 @@ SCRIPT = (
     *("<tool_call>", "\n{", '"name": "get_', 'weather", ', '"arguments": {', '"city": "', "Par", "is", '"}', "}"),
     *("\n\n\n", "</tool_call>", "</s>"),
 )
+# A script without a call, for programs that would have to know the tool.
+PLAIN_SCRIPT = (
+    "The user",
+    " asks for",
+    " the weather",
+    ".",
+    "</think>",
+    "\n\n",
+    "It is",
+    " fine",
+    " today",
+    ". ",
+    "</s>",
+)
+PLAIN_ANSWER = "It is fine today. "
 REASONING = "The user asks for the weather. \u2602 So:"
 CONTENT_WITHOUT_TOOLS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n\n\n</tool_call>'
 SILENT = (".self_attn.o_proj.weight", "down_proj.weight")  # what the layers would add
 
 
-def write_scripted(directory: Path) -> None:
+def write_scripted(directory: Path, script: Sequence[str] = SCRIPT) -> None:
     """Write the checkpoint, in the hub's form and in float32."""
     write_demo(directory, dtype="float32")
-    tokenizer = _train_tokenizer()
+    tokenizer = _train_tokenizer(script)
     (directory / "tokenizer.model").write_bytes(tokenizer)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    chain = [_id(pieces, piece) for piece in ("<0x0A>", *SCRIPT)]
+    chain = [_id(pieces, piece) for piece in ("<0x0A>", *script)]
     assert len(set(chain)) == len(chain)
     weight_map = json.loads((directory / "model.safetensors.index.json").read_bytes())["weight_map"]
     shards = {name: load_file(directory / name) for name in set(weight_map.values())}
@@ -54,10 +70,10 @@ def write_scripted(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
 
 
-def _train_tokenizer() -> bytes:
+def _train_tokenizer(script: Sequence[str]) -> bytes:
     """The demo's, with the script's pieces among its own."""
     known = {*CONTROL_PIECES, *USER_DEFINED_PIECES, "</s>"}
-    scripted = [_piece(text) for text in SCRIPT if text not in known and not text.startswith("<0x")]
+    scripted = [_piece(text) for text in script if text not in known and not text.startswith("<0x")]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.splitlines()),

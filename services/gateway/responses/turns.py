@@ -7,6 +7,7 @@ import msgspec
 from services.gateway.dialects.responses.answered import Answered, output_items
 from services.gateway.dialects.responses.body import MAX_ITEMS
 from services.gateway.dialects.responses.resource import PREFIX
+from services.gateway.dialects.responses.tools import namespaces
 from services.gateway.http.memory import Reservation
 from services.gateway.responses.ends import Ends
 from services.gateway.responses.store import StoredHead, request_id_of
@@ -64,7 +65,8 @@ class EarlierTurnsReader(msgspec.Struct, frozen=True):
             raise invalid(f"`{FIELD}`: that response has not ended yet.", FIELD, "previous_response_not_completed")
         if end.status not in ("completed", "incomplete"):
             raise invalid(f"`{FIELD}`: that response is {end.status}.", FIELD, "previous_response_not_completed")
-        return output_items(request_id, end)
+        echoed = msgspec.json.decode(head.form.kept)
+        return output_items(request_id, end, namespaces(echoed["tools"]))
 
     def _check_size(self, size: int) -> None:
         if size > self.max_bytes:

@@ -124,6 +124,20 @@ def expanded(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 WHOLE = without_time(expanded(written(TOKENS)))
 
 
+def test_a_call_of_a_namespace_has_both_names() -> None:
+    space = {"type": "namespace", "name": "agents", "description": "Helpers.", "tools": ECHO["tools"]}
+    head = Head("0123456789abcdef", 123, "demo", {**ECHO, "tools": [*ECHO["tools"], space]})
+    calls = (ToolDelta(0, "c0", "agents.f", "{}"), ToolDelta(1, "c1", "others.f", "{}"))
+    events = ResponseEvents(head, False, -1, lambda _: None)
+    last = Delta("r", 1, tool_calls=calls, finish_reason="tool_calls", usage=USAGE)
+    told = parsed(events.begin() + events.delta(0, last, 0) + events.end(Ended()))  # type: ignore[arg-type]
+    items = [one["item"] for one in told if one["type"].startswith("response.output_item.")]
+    items += told[-1]["response"]["output"]
+    names = [(item.get("namespace"), item["name"]) for item in items]
+    assert names == [("agents", "f")] * 2 + [(None, "others.f")] * 2 + [("agents", "f"), (None, "others.f")]
+    assert told[-1]["response"]["tools"][1] == space
+
+
 def test_the_events_of_an_answer_in_their_order() -> None:
     kinds = [event["type"].removeprefix("response.") for event in written(TOKENS)]
     message = ["output_item.added", "content_part.added"]

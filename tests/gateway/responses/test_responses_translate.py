@@ -20,6 +20,7 @@ DIALECT = ResponsesDialect(GenerationDefaults(0.8, 0.7, 5, 1.1, 0.2, 0.3, 0.05),
 IMAGE = data_url(encoded(picture(4, 4), "PNG"), "image/png")
 TOOL: dict[str, Any] = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 TOOLS = [TOOL]
+SPACE: dict[str, Any] = {"type": "namespace", "name": "agents", "description": "Helpers.", "tools": [TOOL]}
 
 
 def stated(body: dict[str, Any], history: list[dict[str, Any]] | None = None) -> Statement:
@@ -61,6 +62,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "name": "no name"}]}, "tools[0].name"),
+    ({"tools": [TOOL, {**SPACE, "tools": [TOOL, {"type": "custom", "name": "x"}]}]}, "tools[1].tools[1].type"),
+    ({"tools": [SPACE, {**TOOL, "name": "agents.f"}]}, "tools[1].name"),
+    ({"tools": [{**SPACE, "name": "a.b"}]}, "tools[0].name"),
+    ({"tools": [SPACE], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -153,6 +158,24 @@ def test_fields_become_those_of_a_chat(parser: WholeParser) -> None:
     assert parsed(parser, {"store": False}).keep_s == 0
     assert parsed(parser, {"background": True}).outlives
     assert "`colour`" in parsed(parser, {"colour": "red"}).warnings[0]
+
+
+def test_a_function_of_a_namespace_is_known_to_the_model_by_both_names(parser: WholeParser) -> None:
+    call = {"type": "function_call", "namespace": "agents", "name": "f", "call_id": "a", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "a", "output": "1"}
+    body = {"tools": [TOOL, SPACE], "input": [{"role": "user", "content": "Hi"}, call, output]}
+    request = stated(body).request
+    assert [(tool.function.name, tool.function.description) for tool in request.tools or ()] == [
+        ("f", None),
+        ("agents.f", "Helpers."),
+    ]
+    (past,) = request.messages[1].tool_calls or ()
+    assert past.function is not None
+    assert past.function.name == "agents.f"
+    chosen = {"type": "function", "namespace": "agents", "name": "f"}
+    assert parsed(parser, {**body, "tool_choice": chosen}).output.functions == ("agents.f",)
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [chosen]}
+    assert parsed(parser, {**body, "tool_choice": allowed}).output.functions == ("agents.f",)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import msgspec
 
+from services.gateway.dialects.responses.tools import split_name
 from services.gateway.errors import CANCELLED
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
@@ -80,14 +81,15 @@ def as_delta(answered: Answered) -> Delta:
     )
 
 
-def output_items(request_id: str, answered: Answered) -> list[dict[str, Any]]:
-    """Return the output items of an answer that was not cancelled and has not failed."""
+def output_items(request_id: str, answered: Answered, spaces: frozenset[str]) -> list[dict[str, Any]]:
+    """Return the output items of an answer that was not cancelled and has not failed; `spaces` are the namespaces of
+    its request's tools."""
     items: list[dict[str, Any]] = []
     if answered.reasoning:
         items.append(reasoning_item(request_id, answered.reasoning))
     if has_message(answered):
         items.append(message_item(message_id(request_id), answered.content, answered.logprobs))
-    items += [call_item(request_id, index, call) for index, call in enumerate(answered.calls)]
+    items += [call_item(request_id, index, call, spaces) for index, call in enumerate(answered.calls)]
     if answered.later:
         items.append(message_item(message_id(request_id, later=True), answered.later, ()))
     if items and answered.status == "incomplete":
@@ -127,16 +129,20 @@ def text_part(text: str, logprobs: tuple[ShownLogprob, ...]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": [_logprob(one) for one in logprobs]}
 
 
-def call_item(request_id: str, index: int, call: Call, status: str = "completed") -> dict[str, Any]:
+def call_item(
+    request_id: str, index: int, call: Call, spaces: frozenset[str], status: str = "completed"
+) -> dict[str, Any]:
     """Return a function call."""
-    return {
+    namespace, name = split_name(call.name, spaces)
+    item = {
         "id": f"fc_{request_id}-{index}",
         "type": "function_call",
         "status": status,
         "call_id": call.id,
-        "name": call.name,
+        "name": name,
         "arguments": call.arguments,
     }
+    return item if namespace is None else {**item, "namespace": namespace}
 
 
 def content_logprobs(entries: tuple[ShownLogprob, ...], usage: Usage | None, content: str) -> tuple[ShownLogprob, ...]:

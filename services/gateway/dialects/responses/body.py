@@ -41,7 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "access_programs": (),
 }
 # Accepted whatever they say, since they do not change an answer.
-NO_EFFECT = ("service_tier", "stream_options", "prompt_cache_retention", "prompt_cache_options")
+NO_EFFECT = ("service_tier", "stream_options", "prompt_cache_retention", "prompt_cache_options", "client_metadata")
 # Of `include`: what is in every answer, or asks for what would be empty here.
 INCLUDES = ("message.output_text.logprobs", "message.input_image.image_url", "reasoning.encrypted_content")
 LOGPROBS = INCLUDES[0]
@@ -102,7 +102,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Fraction | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # needs `include`
     include: Annotated[list[str], Meta(max_length=MAX_INCLUDES)] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None  # functions
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None  # functions, namespaces
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -112,6 +112,14 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None  # repeated in the answer, as are the next two
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+
+class NamespaceTool(msgspec.Struct, frozen=True):
+    """Functions under a name in common."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
+    description: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ input items
@@ -170,6 +178,7 @@ class CallItem(msgspec.Struct, frozen=True):
     name: str
     call_id: str
     arguments: str
+    namespace: str | None = None
 
 
 class CallOutputItem(msgspec.Struct, frozen=True):

@@ -25,6 +25,7 @@ from services.gateway.dialects.responses.body import (
     convert,
     unsupported,
 )
+from services.gateway.dialects.responses.tools import join_name
 from services.gateway.request import conversation as chat
 from shared.errors import RequestError, invalid
 
@@ -92,7 +93,9 @@ class Conversation:
         if self._turn is None:
             self._begin(path)
         assert self._turn is not None
-        call = chat.ToolCall(chat.FunctionCall(item.name, item.arguments), id=item.call_id, type="function")
+        call = chat.ToolCall(
+            chat.FunctionCall(join_name(item.namespace, item.name), item.arguments), id=item.call_id, type="function"
+        )
         self._change(tool_calls=[*(self._turn.tool_calls or ()), call])
 
     def _begin(self, path: str) -> None:

@@ -119,6 +119,7 @@ class ResponseEvents:
         `known`: the answer, if that has ended before."""
         self._known = known
         self._head = head
+        self._spaces = head.spaces
         self._wants_logprobs = logprobs
         self._ended = ended
         self._events = NumberedEvents(after)
@@ -220,7 +221,7 @@ class ResponseEvents:
             # The log-probabilities of a message are known at the end.
             self._close_items("reasoning", "function_call", *(() if self._wants_logprobs else ("message",)))
             call = Call(piece.id or "", piece.name or "", "")
-            item = call_item(self._head.request_id, piece.index, call, "in_progress")
+            item = call_item(self._head.request_id, piece.index, call, self._spaces, "in_progress")
             self._calls[piece.index] = (self._begin_item(item, None), call)
         if piece.arguments:
             self._add_text("response.function_call_arguments.delta", self._calls[piece.index][0], piece.arguments)
@@ -230,7 +231,7 @@ class ResponseEvents:
             self._begin_message()
         later = "".join(self._later)
         answered = self._known or self.answered(0)
-        statuses = {item["id"]: item["status"] for item in output_items(self._head.request_id, answered)}
+        statuses = {item["id"]: item["status"] for item in output_items(self._head.request_id, answered, self._spaces)}
         for opened in list(self._open):
             self._close(opened, statuses[opened.item["id"]], answered.logprobs)
         if later:

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from services.gateway.dialects.responses.answered import Answered, output_items
+from services.gateway.dialects.responses.tools import namespaces
 from shared.errors import Failure
 from shared.messages import Usage
 
@@ -26,6 +27,11 @@ class Head(msgspec.Struct, frozen=True):
     def id(self) -> str:
         """The id of the response."""
         return PREFIX + self.request_id
+
+    @property
+    def spaces(self) -> frozenset[str]:
+        """The namespaces of its tools."""
+        return namespaces(self.echo["tools"])
 
 
 def unanswered(head: Head, status: str) -> dict[str, Any]:
@@ -49,7 +55,7 @@ def _resource(head: Head, status: str, answered: Answered | None) -> dict[str, A
         "error": None if answered is None or answered.failure is None else _error(answered.failure),
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "model": head.model,
-        "output": output_items(head.request_id, answered) if answered is not None and done else [],
+        "output": output_items(head.request_id, answered, head.spaces) if answered is not None and done else [],
         **head.echo,
         "usage": None if answered is None or answered.usage is None else usage(answered.usage),
     }

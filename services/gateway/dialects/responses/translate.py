@@ -12,15 +12,12 @@ from services.gateway.dialects.responses.body import (
     JsonObjectFormat,
     JsonSchemaFormat,
     ResponsesRequest,
-    convert,
     extensions,
-    unsupported,
 )
 from services.gateway.dialects.responses.conversation import Conversation
+from services.gateway.dialects.responses.tools import chosen_tool, declared_tools, shown_tool
 from services.gateway.request import schemas
-from services.gateway.request.conversation import Function, Tool
 from services.gateway.request.schemas import ChatRequest
-from services.gateway.request.validate import check_depth
 from shared.errors import invalid
 from shared.model.generation import GenerationDefaults
 
@@ -62,7 +59,7 @@ def translate(request: ResponsesRequest, history: Sequence[dict[str, Any]]) -> T
     """
     logprobs = _reads_logprobs(request)
     conversation = _conversation(request, history)
-    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
+    tools = declared_tools(request.tools or ())
     chat = ChatRequest(
         messages=conversation.messages,
         model=request.model,
@@ -70,8 +67,8 @@ def translate(request: ResponsesRequest, history: Sequence[dict[str, Any]]) -> T
         max_completion_tokens=request.max_output_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
-        tools=tools or None,
-        tool_choice=_tool_choice(request.tool_choice),
+        tools=[tool for tool, _ in tools] or None,
+        tool_choice=chosen_tool(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
         response_format=_response_format(request),
         reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
@@ -79,7 +76,7 @@ def translate(request: ResponsesRequest, history: Sequence[dict[str, Any]]) -> T
         top_logprobs=request.top_logprobs if logprobs else None,
         **extensions(request),
     )
-    names = {f"tools[{index}].function": f"tools[{index}]" for index in range(len(tools))}
+    names = {f"tools[{index}].function": path for index, (_, path) in enumerate(tools)}
     return Translation(chat, {**_NAMES, **names, **conversation.names})
 
 
@@ -90,7 +87,7 @@ def echo(request: ResponsesRequest, defaults: GenerationDefaults) -> dict[str, A
     return {
         "instructions": request.instructions,
         "previous_response_id": request.previous_response_id,
-        "tools": [_shown_tool(tool) for tool in request.tools or ()],
+        "tools": [shown_tool(tool) for tool in request.tools or ()],
         "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": None},
@@ -152,26 +149,6 @@ def _conversation(request: ResponsesRequest, history: Sequence[dict[str, Any]]) 
     return conversation
 
 
-def _tool_choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(given, dict) and given.get("type") not in ("function", "allowed_tools"):
-        text = f"`tool_choice.type`: {given.get('type')!r:.50} is not supported by this server; it has functions alone."
-        raise invalid(text, "tool_choice.type", "unsupported_parameter")
-    return given
-
-
-def _tool(raw: dict[str, Any], path: str) -> Tool:
-    if raw.get("type") != "function":
-        field = f"{path}.type"
-        text = f"`{field}`: tools of the type {raw.get('type')!r:.50} are not supported by this server."
-        raise invalid(text, field, "unsupported_parameter")
-    for field in ("defer_loading", "async", "output_schema"):
-        if raw.get(field):
-            raise unsupported(f"{path}.{field}")
-    check_depth(raw, path)
-    function = {name: raw.get(name) for name in ("name", "description", "parameters", "strict") if name in raw}
-    return Tool(convert(function, Function, path), "function")
-
-
 def _response_format(request: ResponsesRequest) -> schemas.ResponseFormat | None:
     form = request.text.format if request.text else None
     match form:
@@ -180,11 +157,6 @@ def _response_format(request: ResponsesRequest) -> schemas.ResponseFormat | None
         case JsonSchemaFormat(schema, name, description, strict):
             return schemas.JsonSchemaFormat(schemas.NamedSchema(schema, name, description, strict))
     return None
-
-
-def _shown_tool(raw: dict[str, Any]) -> dict[str, Any]:
-    fields = ("name", "description", "parameters", "strict")
-    return {"type": "function", **{name: raw.get(name) for name in fields}}
 
 
 def _shown_format(form: Any) -> dict[str, Any]:
