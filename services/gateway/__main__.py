@@ -32,13 +32,14 @@ from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.app import Models, RequestLimits, build_app, paths
+from services.gateway.http.app import AppParts, Models, RequestLimits, build_app, paths
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.counting import TokenCounter
 from services.gateway.http.edge import Edge
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
+from services.gateway.http.intake import Intake
 from services.gateway.http.memory import BodyMemory
 from services.gateway.http.origins import allow_origins
 from services.gateway.http.responses import StoredResponses
@@ -135,21 +136,21 @@ def compose(
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
     grammars = GrammarCheck(Path(settings.model), workers)
     handler = RequestHandler(
-        admission=admission,
+        intake=Intake(
+            admission,
+            BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
+            BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
+        ),
         parser=parser,
         templates=templates,
         grammars=grammars,
         open_requests=open_requests,
         writer=writer,
-        body_limits=BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
-        memory=BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
         max_text_bytes=settings.max_text_bytes,
         request_timeout_s=settings.request_timeout_s,
         decoding=asyncio.Lock(),
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len, _limits(settings))
-    tokens = TokenRoutes(handler, TokenTexts(parser.tokenizer), template)
-    resumption = Resumption(admission, pipeline, open_requests, writer)
     store = ResponseStore(Blobs(redis, keys.responses(), settings.responses_keep_s, settings.responses_budget_bytes))
     responses = StoredResponses(
         admission=admission,
@@ -161,18 +162,19 @@ def compose(
         turns=EarlierTurnsReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
     )
     counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
-    ready = partial(readiness, redis, keys, admission)
     app = build_app(
-        handler,
-        dialects.values(),
-        resumption,
-        responses,
-        models,
-        tokens,
-        ready,
-        ended.count_refusal,
-        bodies=bodies,
-        counters=[counter],
+        AppParts(
+            handler=handler,
+            dialects=dialects.values(),
+            resumption=Resumption(admission, pipeline, open_requests, writer),
+            responses=responses,
+            served=models,
+            tokens=TokenRoutes(handler, TokenTexts(parser.tokenizer), template),
+            counters=[counter],
+            ready=partial(readiness, redis, keys, admission),
+            count_refusal=ended.count_refusal,
+            bodies=bodies,
+        )
     )
     observer = RequestObserver(redis, keys, settings.shards)
     media = console.Limits(settings.media_limits(), settings.max_body_bytes, settings.max_media_bytes)
