@@ -19,6 +19,11 @@ import uvloop
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
+from services.gateway.batches.files import FileLimits, FileStore
+from services.gateway.batches.requests import LineRequests
+from services.gateway.batches.run import RunParts
+from services.gateway.batches.runner import BatchRunner
+from services.gateway.batches.store import BatchStore
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
@@ -33,10 +38,12 @@ from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.app import AppParts, Models, RequestLimits, build_app, paths
+from services.gateway.http.batches import BatchRoutes
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.counting import TokenCounter
 from services.gateway.http.edge import Edge
+from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.intake import Intake
@@ -135,12 +142,13 @@ def compose(
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
     grammars = GrammarCheck(Path(settings.model), workers)
+    intake = Intake(
+        admission,
+        BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
+        BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
+    )
     handler = RequestHandler(
-        intake=Intake(
-            admission,
-            BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
-            BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
-        ),
+        intake=intake,
         parser=parser,
         templates=templates,
         grammars=grammars,
@@ -162,12 +170,18 @@ def compose(
         turns=EarlierTurnsReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
     )
     counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
+    files = FileStore(redis, keys, _file_limits(settings))
+    batches = BatchStore(redis, keys, files, address, settings.lease_ms)
+    file_routes = FileRoutes(files, intake, settings.request_timeout_s, settings.allowed_origins)
+    batch_work = asyncio.Event()
     app = build_app(
         AppParts(
             handler=handler,
             dialects=dialects.values(),
             resumption=Resumption(admission, pipeline, open_requests, writer),
             responses=responses,
+            files=file_routes,
+            batches=BatchRoutes(batches, file_routes, intake, batch_work),
             served=models,
             tokens=TokenRoutes(handler, TokenTexts(parser.tokenizer), template),
             counters=[counter],
@@ -182,6 +196,9 @@ def compose(
     app.router.routes += reference.routes()
     known = [*paths(app), *console.PATHS, *reference.ASSETS]
     edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, tracing)
+    line_slots = asyncio.Semaphore(settings.batch_concurrency)
+    line_requests = LineRequests(app, keyring, slots, pipeline)
+    parts = RunParts(batches, files, line_requests, line_slots, metrics.batch_lines)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
@@ -190,6 +207,7 @@ def compose(
         open_requests=open_requests,
         keyring=keyring,
         limiter=limiter,
+        batches=BatchRunner(parts, batch_work, metrics.batches),
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
             allow_origins(edge, settings.allowed_origins),
@@ -257,6 +275,19 @@ def _pipeline(
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), limiter, metrics.rejections)
+
+
+def _file_limits(settings: GatewaySettings) -> FileLimits:
+    budget = settings.files_budget_bytes
+    own = int(budget * settings.tenant_share) if settings.api_keys_file else budget
+    return FileLimits(
+        keep_s=settings.files_keep_s,
+        budget_bytes=budget,
+        owner_bytes=own,
+        file_bytes=settings.max_file_bytes,
+        lines=settings.max_batch_lines,
+        line_bytes=settings.max_batch_line_bytes,
+    )
 
 
 def _response_limit(settings: GatewaySettings) -> int:

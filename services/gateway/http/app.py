@@ -18,7 +18,9 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
 from services.gateway.http.answer import json_response
+from services.gateway.http.batches import BatchRequest, BatchRoutes
 from services.gateway.http.counting import TokenCounter
+from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler, Session
 from services.gateway.http.reads import reads
 from services.gateway.http.responses import StoredResponses, is_stream
@@ -29,8 +31,10 @@ from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
 
 OWNED_BY = "Baidu"
+FILES, BATCHES = "/v1/files", "/v1/batches"
 FEATURES = (
-    *("chat", "completions", "streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
+    *("chat", "completions", "messages", "responses", "files", "batches"),
+    *("streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
     *("logprobs", "prompt_logprobs", "token_ids", "idempotency", "resumption"),
 )
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
@@ -103,6 +107,8 @@ class AppParts(msgspec.Struct, frozen=True, kw_only=True):
     dialects: Collection[Dialect]
     resumption: Resumption
     responses: StoredResponses
+    files: FileRoutes
+    batches: BatchRoutes
     served: Models
     tokens: TokenRoutes
     counters: Collection[TokenCounter] = ()
@@ -124,6 +130,8 @@ def build_app(parts: AppParts) -> FastAPI:
     for counter in parts.counters:
         _add_post(app, counter.path, counter.schema, counter.count)
     _add_responses(app, parts.responses)
+    _add_files(app, parts.files)
+    _add_batches(app, parts.batches)
     for kept in KEPT:
         _add_kept(app, parts.resumption, kept)
     add_token_routes(app, parts.tokens)
@@ -140,7 +148,9 @@ def build_app(parts: AppParts) -> FastAPI:
     async def model(model: str) -> Response:
         return json_response(parts.served.card(model))
 
-    _describe(app, [*(each.schema for each in parts.dialects), *(each.schema for each in parts.counters)])
+    schemas: list[type] = [dialect.schema for dialect in parts.dialects]
+    schemas += [counter.schema for counter in parts.counters]
+    _describe(app, [*schemas, BatchRequest])
     return app
 
 
@@ -183,6 +193,48 @@ def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
     @reads(app, "/v1/responses/{name}/input_items")
     async def input_items(name: str, request: Request) -> Response:
         return await responses.input_items(name, request)
+
+
+def _add_files(app: FastAPI, files: FileRoutes) -> None:
+    text = {"type": "string"}
+    form = {"type": "object", "required": ["file", "purpose"], "properties": {"file": text, "purpose": text}}
+    body = {"content": {"multipart/form-data": {"schema": form}}, "required": True}
+
+    @app.post(FILES, openapi_extra={"requestBody": body})
+    async def upload(request: Request) -> Response:
+        return await files.upload(request)
+
+    @reads(app, FILES)
+    async def listed(request: Request) -> Response:
+        return await files.list(request)
+
+    @reads(app, FILES + "/{name}")
+    async def describe(name: str, request: Request) -> Response:
+        return await files.describe(name, request)
+
+    @app.delete(FILES + "/{name}")
+    async def delete(name: str, request: Request) -> Response:
+        return await files.delete(name, request)
+
+    @reads(app, FILES + "/{name}/content")
+    async def content(name: str, request: Request) -> Response:
+        return DirectResponse(partial(files.content, name, request))
+
+
+def _add_batches(app: FastAPI, batches: BatchRoutes) -> None:
+    _add_post(app, BATCHES, BatchRequest, batches.create)
+
+    @reads(app, BATCHES)
+    async def listed(request: Request) -> Response:
+        return await batches.list(request)
+
+    @reads(app, BATCHES + "/{name}")
+    async def describe(name: str, request: Request) -> Response:
+        return await batches.describe(name, request)
+
+    @app.post(BATCHES + "/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return await batches.cancel(name, request)
 
 
 def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:

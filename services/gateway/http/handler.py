@@ -82,9 +82,9 @@ class RequestHandler(msgspec.Struct, frozen=True):
             ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
-        deadline = created + read_timeout(request.headers, self.request_timeout_s)
-        event_ids = read_event_ids(request.headers)
         context = context_of(request)
+        deadline = context.until or created + read_timeout(request.headers, self.request_timeout_s)
+        event_ids = read_event_ids(request.headers)
         async with self.intake.receive(request) as (body, reservation):
             patience = ClientPatience(receive, deadline)
             more = 0
@@ -92,6 +92,8 @@ class RequestHandler(msgspec.Struct, frozen=True):
                 dialect, more = await patience.wait(session.begin(body, context.owner, reservation))
             parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience, more)
             del body, dialect  # which may have read much beside it
+            if context.until is not None:
+                parsed = msgspec.structs.replace(parsed, keep_s=max(parsed.keep_s, context.until - created))
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:

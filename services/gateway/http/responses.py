@@ -16,6 +16,7 @@ from services.gateway.errors import CANCELLED
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter, json_response
 from services.gateway.http.context import context_of
+from services.gateway.http.paging import listing, read_page
 from services.gateway.inflight.pipeline import Pipeline, StoredRequest
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.responses.ends import Ends
@@ -128,7 +129,7 @@ class StoredResponses(msgspec.Struct, frozen=True):
         Raises:
             RequestError: 404, there is none; 400, a parameter is malformed.
         """
-        order, limit, after = _page(request)
+        page = read_page(request, MAX_LISTED, DEFAULT_LISTED)
         with self.admission.slot():
             request_id, _ = await self._find(name, request)
             given = await self.store.items(request_id)
@@ -136,17 +137,10 @@ class StoredResponses(msgspec.Struct, frozen=True):
             raise no_response(name)
         raw: list[dict[str, Any]] = msgspec.json.decode(given)
         items = [listed_item(item, f"{request_id}-{index}") for index, item in enumerate(raw)]
-        if order == "desc":
+        if page.order == "desc":
             items.reverse()
-        if after is not None:
-            places = [index for index, item in enumerate(items) if item["id"] == after]
-            if not places:
-                raise invalid(f"`after`: {after!r:.70} is no item of this response.", "after")
-            items = items[places[0] + 1 :]
-        page = items[:limit]
-        ids = [item["id"] for item in page] or [None]
-        body = {"object": "list", "data": page, "first_id": ids[0], "last_id": ids[-1], "has_more": len(items) > limit}
-        return json_response(body)
+        places, has_more = page.cut([item["id"] for item in items])
+        return json_response(listing([items[place] for place in places], has_more))
 
     async def _end(self, stored: StoredRequest) -> None:
         await self.open_requests.cancel(stored)
@@ -187,13 +181,3 @@ def _starting_after(request: Request) -> int:
     if not _NUMBER.fullmatch(given):
         raise invalid("`starting_after` must be the sequence number of an event.", "starting_after")
     return int(given)
-
-
-def _page(request: Request) -> tuple[str, int, str | None]:
-    order = request.query_params.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise invalid(f"`order` must be asc or desc, not {order!r:.50}.", "order")
-    limit = request.query_params.get("limit", str(DEFAULT_LISTED))
-    if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= MAX_LISTED:
-        raise invalid(f"`limit` must be a number from 1 to {MAX_LISTED}.", "limit")
-    return order, int(limit), request.query_params.get("after")

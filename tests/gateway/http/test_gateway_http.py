@@ -649,6 +649,8 @@ def app_that_reports(ready: Callable[[], Awaitable[dict[str, Any]]]) -> FastAPI:
         dialects=(),
         resumption=Mock(),
         responses=Mock(),
+        files=Mock(),
+        batches=Mock(),
         served=served,
         tokens=Mock(),
         ready=ready,
