@@ -198,7 +198,7 @@ def compose(
     edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, tracing)
     line_slots = asyncio.Semaphore(settings.batch_concurrency)
     line_requests = LineRequests(app, keyring, slots, pipeline)
-    parts = RunParts(batches, files, line_requests, line_slots, metrics.batch_lines)
+    parts = RunParts(batches, files, line_requests, line_slots, settings.batch_concurrency, metrics.batch_lines)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,

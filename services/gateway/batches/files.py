@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 PREFIX = "file-"
 UPLOAD_S = 3600  # for which a file may be incomplete: its gateway has died, if it is then
 
-Args = list[str | int | bytes]  # of a script
+Args = list[str | int | float | bytes]  # of a script
 
 INPUT, OUTPUT = "batch", "batch_output"  # purposes
 

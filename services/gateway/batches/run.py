@@ -26,6 +26,7 @@ from services.gateway.batches.lines import (
 )
 from services.gateway.batches.requests import AGAIN, LineRequests, Reply
 from services.gateway.batches.store import BatchStore, LeaseLostError
+from services.gateway.batches.window import Window
 from shared import log
 from shared.bus.retry import retry_until_available
 from shared.errors import RequestError
@@ -46,7 +47,8 @@ class RunParts(msgspec.Struct, frozen=True):
     store: BatchStore
     files: FileStore
     requests: LineRequests
-    slots: asyncio.Semaphore  # lines of all batches that run at a time
+    slots: asyncio.Semaphore  # requests of all batches that run at a time
+    window: int  # lines of one batch that have begun, those included that wait to be sent again
     lines: Counter  # by outcome
 
 
@@ -58,11 +60,13 @@ class BatchRun:
         self._files = parts.files
         self._requests = parts.requests
         self._slots = parts.slots
+        self._window = Window(parts.window)
         self._count = parts.lines
         self._batch = batch
         self._about = batch.about
         self._cancelling = asyncio.Event()
         self._errors: list[LineError] = []  # why the batch has failed
+        self._is_over = False  # its end is being written, and with it goes the lease
 
     async def run(self) -> None:
         """Bring the batch to its end.
@@ -73,14 +77,21 @@ class BatchRun:
         """
         working, keeping = asyncio.create_task(self._work()), asyncio.create_task(self._keep_lease())
         try:
-            done, _ = await asyncio.wait([working, keeping], return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
+            await asyncio.wait([working, keeping], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                keeping.result()
+            await working
         finally:
             await _stop(working, keeping)
 
     async def _keep_lease(self) -> None:
         while True:
-            status = await retry_until_available("renew a batch", partial(self._store.renew, self._about.id))
+            try:
+                status = await retry_until_available("renew a batch", partial(self._store.renew, self._about.id))
+            except LeaseLostError:
+                if self._is_over:
+                    return
+                raise
             if status == states.CANCELLING:
                 self._cancelling.set()
             await asyncio.sleep(self._store.lease_ms / 3000)
@@ -96,6 +107,7 @@ class BatchRun:
         if end == states.EXPIRED:
             await self._expire_lines()
         await self._publish()
+        self._is_over = True
         if not await self._move(end):  # cancelled meanwhile
             await self._move(states.CANCELLED)
         logger.info("a batch has ended", extra={"batch": self._about.id, "status": end})
@@ -127,10 +139,14 @@ class BatchRun:
                 return states.CANCELLED
         async with asyncio.TaskGroup() as group:
             async for line in self._lines_without_result():
-                await self._slots.acquire()
+                size = len(line.body)
+                await self._window.enter(size)
                 task = group.create_task(self._run_line(line))
-                task.add_done_callback(lambda _: self._slots.release())
+                task.add_done_callback(partial(self._leave_window, size))  # also if it is cancelled before it begins
         return states.FAILED if self._errors else states.COMPLETED
+
+    def _leave_window(self, size: int, _task: asyncio.Task[None]) -> None:
+        self._window.leave(size)
 
     async def _validate(self) -> None:
         reader = LineReader(self._about.endpoint)
@@ -177,12 +193,16 @@ class BatchRun:
     async def _ask(self, line: Line) -> Reply:
         """Return the answer to a line; what is refused for now is sent again."""
         wait_s = FIRST_WAIT_S
-        while (reply := await self._requests.ask(self._about, line)).status in (*AGAIN, TIMED_OUT):
+        while (reply := await self._ask_once(line)).status in (*AGAIN, TIMED_OUT):
             if reply.status == TIMED_OUT:
                 await asyncio.Event().wait()  # until the batch expires, in a moment
             await asyncio.sleep(min(max(wait_s, reply.retry_s), LONGEST_WAIT_S))
             wait_s *= 2
         return reply
+
+    async def _ask_once(self, line: Line) -> Reply:
+        async with self._slots:  # not while it waits: a tenant at its limit must not keep the batches of others waiting
+            return await self._requests.ask(self._about, line)
 
     async def _keep(self, number: int, counter: str, result: bytes) -> None:
         write = partial(self._store.finish_line, self._about, number, counter, result)

@@ -11,7 +11,7 @@ from services.gateway.batches.store import LeaseLostError
 from shared import log
 from shared.errors import RequestError
 
-MOST_AT_A_TIME = 16  # batches of one gateway; a batch holds a chunk of its input, and its lines that run
+MOST_AT_A_TIME = 8  # batches of one gateway; each holds a chunk of its input, and a window of its lines
 
 logger = log.logger(__name__)
 

@@ -1,6 +1,9 @@
 """Writer of a file that a client uploads: checks its size and its lines while it arrives, and stores it in chunks."""
 
+import contextlib
 import time
+
+from redis.exceptions import RedisError
 
 from services.gateway.batches.files import CHUNK, INPUT, About, FileStore
 from services.gateway.batches.lines import LineSplitter
@@ -52,8 +55,9 @@ class FileWriter:
         return about
 
     async def discard(self) -> None:
-        """Delete what was stored."""
-        await self._store.delete(self._id)
+        """Delete what was stored. If that fails, it expires."""
+        with contextlib.suppress(RedisError):
+            await self._store.delete(self._id)
 
     def _check_lines(self) -> None:
         limit = self._store.limits.lines

@@ -117,11 +117,12 @@ class BatchRoutes(msgspec.Struct, frozen=True):
             RequestError: 400, a parameter is malformed.
         """
         page = read_page(request, MOST_LISTED, DEFAULT_LISTED)
-        batches = await self.store.describe(await self.store.listed(context_of(request).owner))
+        names = await self.store.listed(context_of(request).owner)
         if page.order == "asc":
-            batches.reverse()
-        places, has_more = page.cut([batch.about.id for batch in batches])
-        return json_response(listing([batches[place].resource() for place in places], has_more))
+            names.reverse()
+        places, has_more = page.cut(names)
+        found = await self.store.describe([names[place] for place in places])
+        return json_response(listing([batch.resource() for batch in found], has_more))
 
     async def cancel(self, name: str, request: Request) -> Response:
         """Cancel a batch.

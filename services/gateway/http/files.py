@@ -128,13 +128,15 @@ class FileRoutes(msgspec.Struct, frozen=True):
             RequestError: 400, a parameter is malformed.
         """
         page = read_page(request, MOST_LISTED, MOST_LISTED)
-        found = await self.store.describe(await self.store.listed(context_of(request).owner))
+        names = await self.store.listed(context_of(request).owner)
         purpose = request.query_params.get("purpose")
-        files = [about for about in found if purpose in (None, about.purpose)]
+        if purpose is not None:
+            names = [about.id for about in await self.store.describe(names) if about.purpose == purpose]
         if page.order == "asc":
-            files.reverse()
-        places, has_more = page.cut([about.id for about in files])
-        return json_response(listing([files[place].resource() for place in places], has_more))
+            names.reverse()
+        places, has_more = page.cut(names)
+        found = await self.store.describe([names[place] for place in places])
+        return json_response(listing([about.resource() for about in found], has_more))
 
     async def delete(self, name: str, request: Request) -> Response:
         """Delete a file. A batch that still reads it fails.

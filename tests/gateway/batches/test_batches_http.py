@@ -131,12 +131,19 @@ async def test_cancel(server: Running, stages: Stages) -> None:
         await server.client.batches.cancel(batch.id)
 
 
-async def test_a_batch_expires(server: Running, stages: Stages) -> None:
-    batch = await create(server, jsonl(*map(chat_line, "ab")), completion_window="1s")
-    request, _ = await stages.take(2)
-    await stages.answer(request.request, "yes")
+async def test_a_batch_expires(server: Running, stages: Stages, redis: Redis, keys: Keys) -> None:
+    """Its window is moved into the past while nobody works on it."""
+    batch = await create(server, jsonl(*map(chat_line, "ab")))
+    first, second = await stages.take(2)
+    await stages.answer(first.request, "yes")
+    await until(lambda: server.metric('millrace_batch_lines_total{outcome="completed"}') == 1)
+    await server.gateway._batches.drain()
+    about = json.loads(await redis.hget(keys.batch(batch.id), "about") or b"")
+    await redis.hset(keys.batch(batch.id), "about", json.dumps({**about, "expires_at": about["created_at"] - 1}))
+    server.gateway._batches._draining = False
     batch = await ended(server, batch.id)
     assert (batch.status, batch.expired_at is None) == ("expired", False)
+    assert await stages.cancelled() == {second.request.id}
     assert len(await lines_of(server, batch.output_file_id)) == 1
     [line] = (await lines_of(server, batch.error_file_id)).values()
     assert line["response"] is None
