@@ -129,12 +129,15 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     first_usage: bool = False  # the first delta has the usage so far: that of the prompt is known by then
 
 
+BATCH_PRIORITY = 3  # class of the requests of batches
+
+
 class Share(msgspec.Struct, frozen=True, array_like=True):
     """Tenant of a request and its place among others, part of Request; see shared/bus/scripts/turns.lua."""
 
     name: str
     weight: float = 1.0
-    priority: int = 1  # class: 0 is served first, then 1, then 2
+    priority: int = 1  # class: 0 is served first, then 1, then 2, and BATCH_PRIORITY last
 
     def place(self, cost: int, most: int) -> bytes:
         """Return the field k of an entry that costs so much, and `most` tokens of an answer at most."""

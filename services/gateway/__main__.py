@@ -19,6 +19,11 @@ import uvloop
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
+from services.gateway.batches.files import FileLimits, FileStore
+from services.gateway.batches.requests import LineRequests
+from services.gateway.batches.run import RunParts
+from services.gateway.batches.runner import BatchRunner
+from services.gateway.batches.store import BatchStore
 from services.gateway.console import routes as console
 from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
@@ -32,13 +37,16 @@ from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.app import Models, RequestLimits, build_app, paths
+from services.gateway.http.app import AppParts, Models, RequestLimits, build_app, paths
+from services.gateway.http.batches import BatchRoutes
 from services.gateway.http.body import BodyLimits
 from services.gateway.http.connections import ConnectionLimits, Connections, affordable_connections
 from services.gateway.http.counting import TokenCounter
 from services.gateway.http.edge import Edge
+from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
+from services.gateway.http.intake import Intake
 from services.gateway.http.memory import BodyMemory
 from services.gateway.http.origins import allow_origins
 from services.gateway.http.responses import StoredResponses
@@ -134,22 +142,23 @@ def compose(
     workers = worker_environ(os.environ)
     templates = TemplateRenderer(template, settings.max_prompt_chars, workers)
     grammars = GrammarCheck(Path(settings.model), workers)
+    intake = Intake(
+        admission,
+        BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
+        BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
+    )
     handler = RequestHandler(
-        admission=admission,
+        intake=intake,
         parser=parser,
         templates=templates,
         grammars=grammars,
         open_requests=open_requests,
         writer=writer,
-        body_limits=BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.body_stall_s),
-        memory=BodyMemory(settings.max_bodies_bytes, metrics.rejections, metrics.body_bytes),
         max_text_bytes=settings.max_text_bytes,
         request_timeout_s=settings.request_timeout_s,
         decoding=asyncio.Lock(),
     )
     models = Models(settings.model_names(), int(time.time()), settings.max_model_len, _limits(settings))
-    tokens = TokenRoutes(handler, TokenTexts(parser.tokenizer), template)
-    resumption = Resumption(admission, pipeline, open_requests, writer)
     store = ResponseStore(Blobs(redis, keys.responses(), settings.responses_keep_s, settings.responses_budget_bytes))
     responses = StoredResponses(
         admission=admission,
@@ -161,18 +170,25 @@ def compose(
         turns=EarlierTurnsReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
     )
     counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
-    ready = partial(readiness, redis, keys, admission)
+    files = FileStore(redis, keys, _file_limits(settings))
+    batches = BatchStore(redis, keys, files, address, settings.lease_ms)
+    file_routes = FileRoutes(files, intake, settings.request_timeout_s, settings.allowed_origins)
+    batch_work = asyncio.Event()
     app = build_app(
-        handler,
-        dialects.values(),
-        resumption,
-        responses,
-        models,
-        tokens,
-        ready,
-        ended.count_refusal,
-        bodies=bodies,
-        counters=[counter],
+        AppParts(
+            handler=handler,
+            dialects=dialects.values(),
+            resumption=Resumption(admission, pipeline, open_requests, writer),
+            responses=responses,
+            files=file_routes,
+            batches=BatchRoutes(batches, file_routes, intake, batch_work),
+            served=models,
+            tokens=TokenRoutes(handler, TokenTexts(parser.tokenizer), template),
+            counters=[counter],
+            ready=partial(readiness, redis, keys, admission),
+            count_refusal=ended.count_refusal,
+            bodies=bodies,
+        )
     )
     observer = RequestObserver(redis, keys, settings.shards)
     media = console.Limits(settings.media_limits(), settings.max_body_bytes, settings.max_media_bytes)
@@ -180,6 +196,9 @@ def compose(
     app.router.routes += reference.routes()
     known = [*paths(app), *console.PATHS, *reference.ASSETS]
     edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, tracing)
+    line_slots = asyncio.Semaphore(settings.batch_concurrency)
+    line_requests = LineRequests(app, keyring, slots, pipeline)
+    parts = RunParts(batches, files, line_requests, line_slots, settings.batch_concurrency, metrics.batch_lines)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],
         admission=admission,
@@ -188,6 +207,7 @@ def compose(
         open_requests=open_requests,
         keyring=keyring,
         limiter=limiter,
+        batches=BatchRunner(parts, batch_work, metrics.batches),
         inbox=Inbox(redis, keys, address, open_requests),
         server=Server(
             allow_origins(edge, settings.allowed_origins),
@@ -255,6 +275,19 @@ def _pipeline(
     backlog = Backlog(redis, keys, settings.max_queue, metrics.rejections)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
     return Pipeline(options, redis, keys, backlog, blobs, Records(redis, keys), limiter, metrics.rejections)
+
+
+def _file_limits(settings: GatewaySettings) -> FileLimits:
+    budget = settings.files_budget_bytes
+    own = int(budget * settings.tenant_share) if settings.api_keys_file else budget
+    return FileLimits(
+        keep_s=settings.files_keep_s,
+        budget_bytes=budget,
+        owner_bytes=own,
+        file_bytes=settings.max_file_bytes,
+        lines=settings.max_batch_lines,
+        line_bytes=settings.max_batch_line_bytes,
+    )
 
 
 def _response_limit(settings: GatewaySettings) -> int:

@@ -93,6 +93,11 @@ class GatewayMetrics:
         self.cancelled = Counter(
             "millrace_requests_cancelled", "Choices cancelled before they ended", registry=registry
         )
+        self.batch_lines = Counter(
+            "millrace_batch_lines", "Lines of batches that have a result, by which", ("outcome",), registry=registry
+        )
+        at_zero(self.batch_lines, "completed", "failed", "expired")
+        self.batches = Gauge("millrace_batches", "Batches worked on", registry=registry, multiprocess_mode="livesum")
         self._recent = Recent()
 
     def load(self) -> dict[str, float]:

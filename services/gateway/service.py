@@ -6,6 +6,7 @@ from collections.abc import Coroutine, Sequence
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from services.gateway.batches.runner import BatchRunner
 from services.gateway.errors import SHUTTING_DOWN
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
@@ -38,6 +39,7 @@ class Gateway:
         open_requests: OpenRequests,
         keyring: Keyring,
         limiter: Limiter,
+        batches: BatchRunner,
         inbox: Inbox,
         server: Server,
         metrics: GatewayMetrics,
@@ -56,6 +58,7 @@ class Gateway:
         self._open_requests = open_requests
         self._keyring = keyring
         self._limiter = limiter
+        self._batches = batches
         self._inbox = inbox
         self._server = server
         self._metrics = metrics
@@ -73,7 +76,7 @@ class Gateway:
         await self._templates.start()
         await self._inbox.create()
         work = {"inbox": self._inbox.run(), "watch": self._inbox.watch(self._watch_s), "clock": self._tick()}
-        work["limiter"] = self._limiter.run()
+        work |= {"limiter": self._limiter.run(), "batches": self._batches.run()}
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
         self._serving = asyncio.create_task(self._server.run_until_stopped(), name="server")
         self._tasks.append(self._serving)
@@ -84,13 +87,15 @@ class Gateway:
         await self._unless_failed(asyncio.Event().wait())
 
     async def drain(self) -> None:
-        """Refuse new requests; return once every open answer has been written."""
+        """Refuse new requests, and leave batches to others; return once every open answer has been written."""
         self._admission.draining = True
+        await self._batches.drain()
         await self._unless_failed(self._admission.wait_until_idle())
 
     async def close(self) -> None:
         """End open requests with an error that their clients can read, and delete the stream of deltas."""
         self._admission.draining = True
+        await self._batches.drain()
         self._open_requests.fail_all(SHUTTING_DOWN)
         self._server.should_exit = True
         if self._serving is not None:

@@ -68,6 +68,14 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     responses_keep_s: Positive = 24 * 3600
     # inputs and outputs of these responses in Redis; beyond it the least recently used are deleted
     responses_budget_bytes: Positive = 512 << 20
+    # how long files of /v1/files are kept at the most, and batches after their end
+    files_keep_s: Annotated[int, Meta(ge=3600)] = 30 * 86400
+    # inputs and outputs of batches in Redis; what is beyond is refused, or waits; tenant_share for one key.
+    files_budget_bytes: Positive = 1 << 30
+    max_file_bytes: Positive = 100 << 20  # the largest file
+    max_batch_lines: Positive = 50_000  # lines of one file
+    max_batch_line_bytes: Positive = 16 << 20  # the longest line of a file
+    batch_concurrency: Positive = 64  # lines of batches that one gateway has under way
     watch_s: Seconds = 3.0  # silence after which a request is looked up, for Redis may have lost it
     # How long the status of a streamed answer waits until the request's media are known to be good.
     hold_headers_s: Annotated[float, Meta(ge=0)] = 15.0

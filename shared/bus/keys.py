@@ -39,6 +39,19 @@
     {ns}:responses:blob:{kind}:{id}  hash    gateway              gateway            `responses_keep_s` after the last use; evicted oldest
                                              first over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
                                              as above, all below {ns}:responses
+    {ns}:file:{id}                   hash    gateway              gateway            until it is deleted or its expiry
+                                             fields: owner, size, chunks; about (JSON), once it is complete
+    {ns}:file:{id}:{n}               string  gateway              gateway            the same; chunk n, about 1 MB
+    {ns}:files                       zset    gateway              gateway            files by expiry, also those being written
+    {ns}:files:sizes                 hash    gateway              gateway            bytes of each file, of each owner's, and of all
+    {ns}:files:of:{owner}            zset    gateway              gateway            complete files of an API key, by creation
+    {ns}:batches                     zset    gateway              gateway            batches that have not ended, by creation
+    {ns}:batches:of:{owner}          zset    gateway              gateway            batches of an API key, by creation
+    {ns}:batch:{id}                  hash    gateway              gateway            until `files_keep_s` after its end
+                                             fields: about (JSON), status, total, completed, failed, expired (lines), tenant, errors
+                                             (JSON), and the times of its statuses
+    {ns}:batch:{id}:done             string  gateway              gateway            until its end; bitmap of lines with a result
+    {ns}:batch:{id}:lease            string  gateway              gateway            the gateway that works on it; expires unless renewed
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored
                                              encode locks: content key -> replica; void once its lease has expired
     {ns}:replicas:{service}          set     each replica         all                names that ever joined and have not left
@@ -120,6 +133,36 @@ class Keys(msgspec.Struct, frozen=True):
     def responses(self) -> "Keys":
         """Return the names of stored responses: blobs in a namespace, and a budget, of their own."""
         return Keys(f"{self.ns}:responses")
+
+    def file(self, file_id: str) -> str:
+        return f"{self.ns}:file:{file_id}"
+
+    def file_chunk(self, file_id: str, n: int) -> str:
+        return f"{self.file(file_id)}:{n}"
+
+    def files(self) -> str:
+        return f"{self.ns}:files"
+
+    def file_sizes(self) -> str:
+        return f"{self.ns}:files:sizes"
+
+    def files_of(self, owner: str) -> str:
+        return f"{self.files()}:of:{owner}"
+
+    def batches(self) -> str:
+        return f"{self.ns}:batches"
+
+    def batches_of(self, owner: str) -> str:
+        return f"{self.batches()}:of:{owner}"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.ns}:batch:{batch_id}"
+
+    def batch_done(self, batch_id: str) -> str:
+        return f"{self.batch(batch_id)}:done"
+
+    def batch_lease(self, batch_id: str) -> str:
+        return f"{self.batch(batch_id)}:lease"
 
     def blobs(self) -> str:
         return f"{self.ns}:blobs"

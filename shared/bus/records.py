@@ -136,6 +136,12 @@ class Records:
         earlier = msgspec.json.decode(known, type=Submission) if known else None
         return None if earlier == mine else earlier  # equal: our own, sent again because its reply was lost
 
+    async def submitted(self, digests: Sequence[str]) -> list[str]:
+        """Return the ids of the requests that were submitted under these idempotency keys (gateway)."""
+        found = await command(self._redis, "MGET", *map(self._keys.idempotency, digests)) if digests else []
+        known = [msgspec.json.decode(each, type=Submission) for each in found if each is not None]
+        return [request_id for submission in known for request_id in submission.request_ids]
+
     async def get(self, request_ids: Sequence[str]) -> dict[str, Record | UnreadableRecord]:
         """Return the records that exist, by request id, in one round trip."""
         async with self._redis.pipeline(transaction=False) as pipe:

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
+from starlette.responses import Response
 from starlette.types import Receive, Send
 
 from services.gateway.dialects.collected import CollectedChoice
@@ -169,6 +171,11 @@ def _events_of(deltas: Sequence[tuple[int, Delta]], open_request: OpenRequest, e
 
 async def _write(send: Send, body: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return a value as the whole response of a route."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 async def write_json(send: Send, body: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:

@@ -17,7 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
+from services.gateway.http.answer import json_response
+from services.gateway.http.batches import BatchRequest, BatchRoutes
 from services.gateway.http.counting import TokenCounter
+from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler, Session
 from services.gateway.http.reads import reads
 from services.gateway.http.responses import StoredResponses, is_stream
@@ -28,14 +31,15 @@ from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
 
 OWNED_BY = "Baidu"
+FILES, BATCHES = "/v1/files", "/v1/batches"
 FEATURES = (
-    *("chat", "completions", "streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
+    *("chat", "completions", "messages", "responses", "files", "batches"),
+    *("streaming", "images", "videos", "reasoning", "tools", "structured_outputs"),
     *("logprobs", "prompt_logprobs", "token_ids", "idempotency", "resumption"),
 )
 # FastAPI's telemetry would wrap every chunk of a stream, and log values that failed validation. Ours is in edge.py.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
-OPENAI_ONLY = FailureBodies()
 _Handler = Callable[[Request, Receive, Send], Awaitable[None]]
 
 
@@ -96,50 +100,57 @@ class DirectResponse(Response):
         await self._write(receive, send)
 
 
-def build_app(
-    handler: RequestHandler,
-    dialects: Collection[Dialect],
-    resumption: Resumption,
-    responses: StoredResponses,
-    served: Models,
-    tokens: TokenRoutes,
-    ready: Callable[[], Awaitable[dict[str, Any]]],
-    count_refusal: Callable[[str, str, Failure], None],
-    *,
-    bodies: FailureBodies = OPENAI_ONLY,
-    counters: Collection[TokenCounter] = (),
-) -> FastAPI:
-    """Build the application. `ready` returns the report of the health routes; `count_refusal` is told the method, the
-    path and the failure of a request that was not accepted."""
+class AppParts(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that the routes lead to."""
+
+    handler: RequestHandler
+    dialects: Collection[Dialect]
+    resumption: Resumption
+    responses: StoredResponses
+    files: FileRoutes
+    batches: BatchRoutes
+    served: Models
+    tokens: TokenRoutes
+    counters: Collection[TokenCounter] = ()
+    ready: Callable[[], Awaitable[dict[str, Any]]]  # returns the report of the health routes
+    # Told the method, the path and the failure of a request that was not accepted.
+    count_refusal: Callable[[str, str, Failure], None]
+    bodies: FailureBodies = FailureBodies()
+
+
+def build_app(parts: AppParts) -> FastAPI:
+    """Build the application."""
     app = FastAPI(title="Millrace", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY, redirect_slashes=False)
-    _add_errors(app, bodies, count_refusal)
-    _add_health(app, ready)
-    sessions: dict[str, Callable[[], Session]] = {responses.dialect.name: responses.session}
-    for dialect in dialects:
+    _add_errors(app, parts.bodies, parts.count_refusal)
+    _add_health(app, parts.ready)
+    sessions: dict[str, Callable[[], Session]] = {parts.responses.dialect.name: parts.responses.session}
+    for dialect in parts.dialects:
         session = sessions.get(dialect.name)
-        _add_post(app, dialect.path, dialect.schema, partial(_handle, handler, dialect, session))
-    for counter in counters:
+        _add_post(app, dialect.path, dialect.schema, partial(_handle, parts.handler, dialect, session))
+    for counter in parts.counters:
         _add_post(app, counter.path, counter.schema, counter.count)
-    _add_responses(app, responses)
-
+    _add_responses(app, parts.responses)
+    _add_files(app, parts.files)
+    _add_batches(app, parts.batches)
     for kept in KEPT:
-        _add_kept(app, resumption, kept)
-
-    add_token_routes(app, tokens)
+        _add_kept(app, parts.resumption, kept)
+    add_token_routes(app, parts.tokens)
 
     @reads(app, "/version")
     async def version() -> Response:
-        return _json({"version": MILLRACE_VERSION})
+        return json_response({"version": MILLRACE_VERSION})
 
     @reads(app, "/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": served.cards()})
+        return json_response({"object": "list", "data": parts.served.cards()})
 
     @reads(app, "/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        return _json(served.card(model))
+        return json_response(parts.served.card(model))
 
-    _describe(app, [*(dialect.schema for dialect in dialects), *(counter.schema for counter in counters)])
+    schemas: list[type] = [dialect.schema for dialect in parts.dialects]
+    schemas += [counter.schema for counter in parts.counters]
+    _describe(app, [*schemas, BatchRequest])
     return app
 
 
@@ -184,6 +195,48 @@ def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
         return await responses.input_items(name, request)
 
 
+def _add_files(app: FastAPI, files: FileRoutes) -> None:
+    text = {"type": "string"}
+    form = {"type": "object", "required": ["file", "purpose"], "properties": {"file": text, "purpose": text}}
+    body = {"content": {"multipart/form-data": {"schema": form}}, "required": True}
+
+    @app.post(FILES, openapi_extra={"requestBody": body})
+    async def upload(request: Request) -> Response:
+        return await files.upload(request)
+
+    @reads(app, FILES)
+    async def listed(request: Request) -> Response:
+        return await files.list(request)
+
+    @reads(app, FILES + "/{name}")
+    async def describe(name: str, request: Request) -> Response:
+        return await files.describe(name, request)
+
+    @app.delete(FILES + "/{name}")
+    async def delete(name: str, request: Request) -> Response:
+        return await files.delete(name, request)
+
+    @reads(app, FILES + "/{name}/content")
+    async def content(name: str, request: Request) -> Response:
+        return DirectResponse(partial(files.content, name, request))
+
+
+def _add_batches(app: FastAPI, batches: BatchRoutes) -> None:
+    _add_post(app, BATCHES, BatchRequest, batches.create)
+
+    @reads(app, BATCHES)
+    async def listed(request: Request) -> Response:
+        return await batches.list(request)
+
+    @reads(app, BATCHES + "/{name}")
+    async def describe(name: str, request: Request) -> Response:
+        return await batches.describe(name, request)
+
+    @app.post(BATCHES + "/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Response:
+        return await batches.cancel(name, request)
+
+
 def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
     @app.get(kept.path + "/{name}/events")
     async def events(name: str, request: Request) -> Response:
@@ -195,7 +248,7 @@ def _add_kept(app: FastAPI, resumption: Resumption, kept: Kept) -> None:
 
     @app.post(kept.path + "/{name}/cancel")
     async def cancel(name: str, request: Request) -> Response:
-        return _json(await resumption.cancel(kept, name, request))
+        return json_response(await resumption.cancel(kept, name, request))
 
 
 def paths(app: FastAPI) -> list[str]:
@@ -208,13 +261,13 @@ def _add_health(app: FastAPI, ready: Callable[[], Awaitable[dict[str, Any]]]) ->
     @reads(app, "/ping")
     @app.post("/ping")
     async def alive() -> Response:
-        return _json({"status": "alive"})
+        return json_response({"status": "alive"})
 
     @reads(app, "/health")
     @reads(app, "/health/ready")
     async def is_ready() -> Response:
         report = await ready()
-        return _json(report, 503 if report["missing"] else 200)
+        return json_response(report, 503 if report["missing"] else 200)
 
 
 def _add_errors(app: FastAPI, bodies: FailureBodies, count_refusal: Callable[[str, str, Failure], None]) -> None:
@@ -268,7 +321,3 @@ def _describe(app: FastAPI, schemas: Collection[type]) -> None:
     _, components = msgspec.json.schema_components(schemas, ref_template="#/components/schemas/{name}")
     described.setdefault("components", {}).setdefault("schemas", {}).update(components)
     app.openapi_schema = described
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -25,6 +25,8 @@ class RequestContext(msgspec.Struct):
     write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
     quota: Quota = msgspec.field(default_factory=Quota)  # its tenant, and headers about limits
     warnings: tuple[str, ...] = ()  # X-Millrace-Warning
+    # Deadline in unix seconds of a request that no connection waits for, and until when its answer is kept.
+    until: float | None = None
     # Writes something into a stream, since its client sends nothing more and may have left; None: no stream has begun.
     ask_client: Callable[[], None] | None = None
 

@@ -13,7 +13,6 @@ from starlette.types import Receive, Send
 
 from services.gateway.errors import LOST
 from services.gateway.http.answer import write_json
-from services.gateway.http.body import read_body
 from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.patience import ClientPatience
@@ -43,9 +42,7 @@ class TokenCounter(msgspec.Struct, frozen=True):
         handler = self.handler
         deadline = time.time() + read_timeout(request.headers, handler.request_timeout_s)
         context = context_of(request)
-        with handler.admission.arrival() as take_slot, handler.memory.reservation() as reservation:
-            body = await read_body(request, handler.body_limits, reservation)
-            take_slot()
+        async with handler.intake.receive(request) as (body, _):
             patience = ClientPatience(receive, deadline)
             draft, rendered = await handler.render(body, lambda: handler.parser.read(self.read(body)), patience)
             context.warnings = draft.stated.warnings

@@ -28,7 +28,12 @@ from shared.tracing import OFF, Span, Tracing
 # All other paths need a key, including those that do not exist.
 OPEN_PATHS = HEALTH_PATHS | frozenset(console.ASSETS) | frozenset(reference.ASSETS)
 MODEL_PATH = "/v1/models/"
-RESPONSES_PATH = "/v1/responses/"
+# Paths below which things are named, and what may follow the name.
+NAMED_BELOW = {
+    "/v1/responses/": ("/cancel", "/input_items"),
+    "/v1/files/": ("/content",),
+    "/v1/batches/": ("/cancel",),
+}
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_LEFT = "499"
@@ -139,9 +144,9 @@ class Edge:
             if path.startswith(f"{kept.path}/"):
                 below = next((part for part in ("/events", "/cancel") if path.endswith(part)), "")
                 return f"{kept.path}/{{name}}{below}"
-        if path.startswith(RESPONSES_PATH):
-            part = next((part for part in ("/cancel", "/input_items") if path.endswith(part)), "")
-            return RESPONSES_PATH + "{name}" + part
+        for below, parts in NAMED_BELOW.items():
+            if path.startswith(below):
+                return below + "{name}" + next((part for part in parts if path.endswith(part)), "")
         return MODEL_PATH + "{model}" if path.startswith(MODEL_PATH) else "other"
 
 

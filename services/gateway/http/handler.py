@@ -14,11 +14,11 @@ from starlette.types import Receive, Send
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http import spans
-from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
-from services.gateway.http.body import INLINE_BYTES, BodyLimits, read_body
+from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext, context_of
-from services.gateway.http.memory import SMALL_BYTES, BodyMemory, Reservation
+from services.gateway.http.intake import Intake
+from services.gateway.http.memory import SMALL_BYTES, Reservation
 from services.gateway.http.patience import ClientPatience
 from services.gateway.http.structure import check_structure
 from services.gateway.inflight.headers import (
@@ -61,14 +61,12 @@ class Session(Protocol):
 class RequestHandler(msgspec.Struct, frozen=True):
     """Handler of the routes that begin a request."""
 
-    admission: Admission
+    intake: Intake
     parser: RequestParser
     templates: TemplateRenderer
     grammars: GrammarCheck
     open_requests: OpenRequests
     writer: AnswerWriter
-    body_limits: BodyLimits
-    memory: BodyMemory
     max_text_bytes: int
     request_timeout_s: float
     # Held while a large body is decoded, which takes several times its bytes, and processor time that others wait for.
@@ -84,18 +82,18 @@ class RequestHandler(msgspec.Struct, frozen=True):
             ClientDisconnect: the client left before it was submitted.
         """
         created = time.time()
-        deadline = created + read_timeout(request.headers, self.request_timeout_s)
-        event_ids = read_event_ids(request.headers)
         context = context_of(request)
-        with self.admission.arrival() as take_slot, self.memory.reservation() as reservation:
-            body = await read_body(request, self.body_limits, reservation)
-            take_slot()
+        deadline = context.until or created + read_timeout(request.headers, self.request_timeout_s)
+        event_ids = read_event_ids(request.headers)
+        async with self.intake.receive(request) as (body, reservation):
             patience = ClientPatience(receive, deadline)
             more = 0
             if session is not None:
                 dialect, more = await patience.wait(session.begin(body, context.owner, reservation))
             parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience, more)
             del body, dialect  # which may have read much beside it
+            if context.until is not None:
+                parsed = msgspec.structs.replace(parsed, keep_s=max(parsed.keep_s, context.until - created))
             context.request_id = parsed.request_id or context.request_id
             context.warnings = parsed.warnings
             if parsed.sampling.grammar is not None:

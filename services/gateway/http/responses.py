@@ -14,8 +14,9 @@ from services.gateway.dialects.responses.resource import Head, resource, unanswe
 from services.gateway.dialects.responses.responses import ResponsesDialect, make_head, status_of
 from services.gateway.errors import CANCELLED
 from services.gateway.http.admission import Admission
-from services.gateway.http.answer import AnswerWriter
+from services.gateway.http.answer import AnswerWriter, json_response
 from services.gateway.http.context import context_of
+from services.gateway.http.paging import listing, read_page
 from services.gateway.inflight.pipeline import Pipeline, StoredRequest
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.responses.ends import Ends
@@ -27,6 +28,22 @@ from shared.errors import invalid
 MAX_LISTED, DEFAULT_LISTED = 100, 20
 
 _NUMBER = re.compile(r"\d{1,15}")
+
+
+class _Found(msgspec.Struct, frozen=True):
+    """A response that is kept, and how it has ended, or its request if it runs."""
+
+    request_id: str
+    stored: StoredHead
+    end: Answered | StoredRequest
+
+    @property
+    def head(self) -> Head:
+        return make_head(self.request_id, self.stored.created, self.stored.form)
+
+    def present(self) -> Response:
+        """Return the response as it is now."""
+        return json_response(_present(self.head, self.end))
 
 
 class StoredResponses(msgspec.Struct, frozen=True):
@@ -56,9 +73,7 @@ class StoredResponses(msgspec.Struct, frozen=True):
             RequestError: 404, there is none.
         """
         with self.admission.slot():
-            request_id, stored = await self._find(name, request)
-            found = await self.ends.find(request_id, stored)
-            return _json(_present(_head(request_id, stored), found))
+            return (await self._find_end(name, request)).present()
 
     async def stream(self, name: str, request: Request, receive: Receive, send: Send) -> None:
         """Stream a response, behind the event that `starting_after` names.
@@ -68,14 +83,13 @@ class StoredResponses(msgspec.Struct, frozen=True):
         """
         after = _starting_after(request)
         with self.admission.slot():
-            request_id, stored = await self._find(name, request)
-            found = await self.ends.find(request_id, stored)
+            found = await self._find_end(name, request)
             dialect = msgspec.structs.replace(self.dialect, after=after)
             session = ResponseSession(dialect, self.writer, self.ends, self.turns)
-            if isinstance(found, Answered):
-                await session.write_end(_head(request_id, stored), stored.form.logprobs, found, send, stream=True)
+            if isinstance(found.end, Answered):
+                await session.write_end(found.head, found.stored.form.logprobs, found.end, send, stream=True)
                 return
-            async with self.open_requests.rejoin(found, found.answer_format, True) as open_request:
+            async with self.open_requests.rejoin(found.end, found.end.answer_format, True) as open_request:
                 await session.respond(open_request, context_of(request), receive, send)
 
     async def cancel(self, name: str, request: Request) -> Response:
@@ -85,16 +99,14 @@ class StoredResponses(msgspec.Struct, frozen=True):
             RequestError: 404, there is none.
         """
         with self.admission.slot():
-            request_id, stored = await self._find(name, request)
-            found = await self.ends.find(request_id, stored)
-            if isinstance(found, StoredRequest):
+            found = await self._find_end(name, request)
+            if isinstance(found.end, StoredRequest):
                 # First, so that no reader finds a response that has ended without a reason.
                 end = Answered(cancelled=True)
-                await self.store.put_end(request_id, end)
-                await self.open_requests.cancel(found)
-                await self.pipeline.tell(found, CANCELLED)
-                found = end
-            return _json(_present(_head(request_id, stored), found))
+                await self.store.put_end(found.request_id, end)
+                await self._end(found.end)
+                found = msgspec.structs.replace(found, end=end)
+            return found.present()
 
     async def delete(self, name: str, request: Request) -> Response:
         """Delete a response; one that runs is cancelled.
@@ -103,15 +115,13 @@ class StoredResponses(msgspec.Struct, frozen=True):
             RequestError: 404, there is none.
         """
         with self.admission.slot():
-            request_id, stored = await self._find(name, request)
-            found = await self.ends.find(request_id, stored)
-            if isinstance(found, StoredRequest):
-                await self.open_requests.cancel(found)
-                await self.pipeline.tell(found, CANCELLED)
+            found = await self._find_end(name, request)
+            if isinstance(found.end, StoredRequest):
+                await self._end(found.end)
             else:
-                await self.pipeline.drop(request_id)
-            await self.store.delete(request_id)
-            return _json({"id": name, "object": "response", "deleted": True})
+                await self.pipeline.drop(found.request_id)
+            await self.store.delete(found.request_id)
+            return json_response({"id": name, "object": "response", "deleted": True})
 
     async def input_items(self, name: str, request: Request) -> Response:
         """List the input items of a response, newest first unless `order` is asc.
@@ -119,7 +129,7 @@ class StoredResponses(msgspec.Struct, frozen=True):
         Raises:
             RequestError: 404, there is none; 400, a parameter is malformed.
         """
-        order, limit, after = _page(request)
+        page = read_page(request, MAX_LISTED, DEFAULT_LISTED)
         with self.admission.slot():
             request_id, _ = await self._find(name, request)
             given = await self.store.items(request_id)
@@ -127,17 +137,18 @@ class StoredResponses(msgspec.Struct, frozen=True):
             raise no_response(name)
         raw: list[dict[str, Any]] = msgspec.json.decode(given)
         items = [listed_item(item, f"{request_id}-{index}") for index, item in enumerate(raw)]
-        if order == "desc":
+        if page.order == "desc":
             items.reverse()
-        if after is not None:
-            places = [index for index, item in enumerate(items) if item["id"] == after]
-            if not places:
-                raise invalid(f"`after`: {after!r:.70} is no item of this response.", "after")
-            items = items[places[0] + 1 :]
-        page = items[:limit]
-        ids = [item["id"] for item in page] or [None]
-        body = {"object": "list", "data": page, "first_id": ids[0], "last_id": ids[-1], "has_more": len(items) > limit}
-        return _json(body)
+        places, has_more = page.cut([item["id"] for item in items])
+        return json_response(listing([items[place] for place in places], has_more))
+
+    async def _end(self, stored: StoredRequest) -> None:
+        await self.open_requests.cancel(stored)
+        await self.pipeline.tell(stored, CANCELLED)
+
+    async def _find_end(self, name: str, request: Request) -> _Found:
+        request_id, stored = await self._find(name, request)
+        return _Found(request_id, stored, await self.ends.find(request_id, stored))
 
     async def _find(self, name: str, request: Request) -> tuple[str, StoredHead]:
         request_id = request_id_of(name)
@@ -159,10 +170,6 @@ def is_stream(request: Request) -> bool:
     return given == "true"
 
 
-def _head(request_id: str, stored: StoredHead) -> Head:
-    return make_head(request_id, stored.created, stored.form)
-
-
 def _present(head: Head, found: Answered | StoredRequest) -> dict[str, Any]:
     return resource(head, found) if isinstance(found, Answered) else unanswered(head, status_of(found))
 
@@ -174,17 +181,3 @@ def _starting_after(request: Request) -> int:
     if not _NUMBER.fullmatch(given):
         raise invalid("`starting_after` must be the sequence number of an event.", "starting_after")
     return int(given)
-
-
-def _page(request: Request) -> tuple[str, int, str | None]:
-    order = request.query_params.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise invalid(f"`order` must be asc or desc, not {order!r:.50}.", "order")
-    limit = request.query_params.get("limit", str(DEFAULT_LISTED))
-    if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= MAX_LISTED:
-        raise invalid(f"`limit` must be a number from 1 to {MAX_LISTED}.", "limit")
-    return order, int(limit), request.query_params.get("after")
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from services.gateway.dialects.prompt_logprobs import TokenTexts
-from services.gateway.http.body import read_body
+from services.gateway.http.answer import json_response
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.reads import reads
 from services.gateway.http.structure import check_structure
@@ -76,11 +76,9 @@ class TokenRoutes(msgspec.Struct, frozen=True):
             RequestError: it is refused.
         """
         limits = self.requests
-        with limits.admission.arrival() as take_slot, limits.memory.reservation() as reservation:
-            body = await read_body(request, limits.body_limits, reservation)
-            take_slot()
+        async with limits.intake.receive(request) as (body, _):
             await limits.compute(len(body), lambda: check_structure(body, limits.max_text_bytes))
-            return _json(await handle(body))
+            return json_response(await handle(body))
 
 
 def add_token_routes(app: FastAPI, routes: TokenRoutes) -> None:
@@ -96,8 +94,4 @@ def add_token_routes(app: FastAPI, routes: TokenRoutes) -> None:
 
     @reads(app, "/tokenizer_info")
     async def tokenizer_info() -> Response:
-        return _json(routes.info())
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+        return json_response(routes.info())

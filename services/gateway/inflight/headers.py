@@ -74,7 +74,12 @@ def read_idempotency_key(headers: Mapping[str, str], owner: str, body: bytes) ->
     if not _KEY.fullmatch(given):
         text = f"The header Idempotency-Key must have 1 to {MAX_KEY_CHARS} printable ASCII characters."
         raise invalid(text, "Idempotency-Key")
-    return IdempotencyKey(hashlib.sha256(f"{owner}\n{given}".encode()).hexdigest(), digest_body(body))
+    return IdempotencyKey(key_digest(owner, given), digest_body(body))
+
+
+def key_digest(owner: str, key: str) -> str:
+    """Return the name under which an Idempotency-Key of an owner is kept."""
+    return hashlib.sha256(f"{owner}\n{key}".encode()).hexdigest()
 
 
 def read_last_event_id(headers: Mapping[str, str], n: int) -> list[StreamPosition] | None:

@@ -261,6 +261,21 @@ class Pipeline:
         """Keep a request no longer than other requests after its end, since its answer is kept elsewhere."""
         await self._records.shorten(request_id, self._options.retain_s)
 
+    async def shorten_keyed(self, digest: str) -> None:
+        """Keep the request that was submitted under an Idempotency-Key no longer than others after its end."""
+        for request_id in await self._records.submitted([digest]):
+            await self.shorten(request_id)
+
+    async def cancel_keyed(self, digests: Sequence[str]) -> None:
+        """Cancel the requests that were submitted under these Idempotency-Keys and have not ended.
+
+        Raises:
+            RedisError: they could not be cancelled.
+        """
+        request_ids = await self._records.submitted(digests)
+        if request_ids:
+            await self._records.cancel(request_ids)
+
     async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
         """Cancel these requests, whoever reads them.
 

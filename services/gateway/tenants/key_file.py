@@ -32,6 +32,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     concurrent_requests: Limit | None = None  # choices that wait or run
     queued_tokens: Limit | None = None  # tokens of prompts for which no answer has begun
     media_bytes_per_min: Limit | None = None  # of uploads
+    batch_lines: Limit | None = None  # lines of batches that have no result yet
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -65,6 +65,16 @@ class Keyring:
             return Caller(given.hex(), tenant, None if self._path is None else _share(tenant))
         return None
 
+    def by_owner(self, owner: str) -> Caller | None:
+        """Return the caller whose digest this is, by what it may do now; None if its key is not valid any more."""
+        if self.is_open:
+            return Caller(owner)
+        given = bytes.fromhex(owner)
+        tenant = self._tenants.get(given)
+        if tenant is None and given not in self._plain:
+            return None
+        return Caller(owner, tenant, None if self._path is None else _share(tenant))
+
     def reload(self) -> None:
         """Read the file again if it has changed. One that is wrong, or gone, changes nothing but the log."""
         if self._path is None or (version := _version(self._path)) == self._version:

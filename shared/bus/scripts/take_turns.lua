@@ -60,7 +60,7 @@ local function take_next(class, taken)
 end
 
 ensure(TURNS, 'hash')
-for class = 0, 2 do ensure(TURNS .. ':' .. class, 'zset') end
+for class = 0, 3 do ensure(TURNS .. ':' .. class, 'zset') end
 for i = 7, #ARGV, 2 do
   local place = place_of(ARGV[i])
   note_served(place, first_counter(place))
@@ -74,7 +74,7 @@ if most > 0 then
   local page = read and read[1][2] or {}
   for _, entry in ipairs(page) do enqueue(entry[1], entry[2]) end
   if #page == tonumber(ARGV[4]) then return {1, {}} end
-  for class = 0, 2 do
+  for class = 0, 3 do
     while #taken < most and take_next(class, taken) do end
   end
   if #taken < most then -- of which somebody has deleted the place in the order

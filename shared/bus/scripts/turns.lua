@@ -2,7 +2,7 @@
 -- tokens. Whose counter is lowest is next, in the highest class in which anybody waits; what a request costs, over the
 -- weight of its tenant, is added. Who has been idle begins at the counter of the last one served, so nobody saves up.
 --
--- The field k of an entry is its place: "class weight tokens most name": class 0 (high) to 2, tokens of the prompt, and
+-- The field k of an entry is its place: "class weight tokens most name": class 0 (high) to 3 (of batches), tokens of the prompt, and
 -- the most of the answer. An answer costs twice as much a token; until it has ended, the mean of its tenant counts.
 --
 -- KEYS: work stream, ...
@@ -14,7 +14,7 @@ local ANSWER, FIRST_MEAN, UNKNOWN_COST, KEPT_S = 2, 256, 1024, 86400
 local TURNS = KEYS[1] .. ':turns'
 
 local function place_of(k)
-  local class, weight, tokens, most, name = string.match(k or '', '^([012]) ([%d.e+-]+) (%d+) (%d+) ([%w._-]*)$')
+  local class, weight, tokens, most, name = string.match(k or '', '^([0123]) ([%d.e+-]+) (%d+) (%d+) ([%w._-]*)$')
   weight = tonumber(weight)
   if not weight or weight <= 0 then class, weight, tokens, most, name = '1', 1, UNKNOWN_COST, 0, '' end
   return {

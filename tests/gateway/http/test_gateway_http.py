@@ -19,7 +19,7 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from services.gateway.errors import SHUTTING_DOWN
-from services.gateway.http.app import Models, RequestLimits, build_app
+from services.gateway.http.app import AppParts, Models, RequestLimits, build_app
 from services.gateway.request.model_names import ModelNames
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
@@ -644,7 +644,19 @@ async def test_not_ready_without_redis_or_with_leases_nobody_can_read(
 
 def app_that_reports(ready: Callable[[], Awaitable[dict[str, Any]]]) -> FastAPI:
     served = Models(ModelNames("m"), 0, 1, RequestLimits(*range(7)))
-    return build_app(Mock(), (), Mock(), Mock(), served, Mock(), ready, Mock())
+    parts = AppParts(
+        handler=Mock(),
+        dialects=(),
+        resumption=Mock(),
+        responses=Mock(),
+        files=Mock(),
+        batches=Mock(),
+        served=served,
+        tokens=Mock(),
+        ready=ready,
+        count_refusal=Mock(),
+    )
+    return build_app(parts)
 
 
 async def test_what_nobody_foresaw_is_a_500_that_tells_nothing() -> None:

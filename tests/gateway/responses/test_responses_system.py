@@ -12,7 +12,7 @@ import pytest
 from machine import PATIENCE_S
 from openai import OpenAI
 from openai.types.responses import Response
-from responses_page import ID, check, examples
+from page_examples import check, examples
 from system import System, data_url, encoded, picture, running
 
 from cli.demo import write_demo
@@ -20,6 +20,7 @@ from cli.demo import write_demo
 pytestmark = pytest.mark.system
 
 GATEWAY = "services.gateway"
+ID = "resp_0123456789abcdef"  # of the page's examples
 IMAGE = data_url(encoded(picture(56, 56), "PNG"), "image/png")
 TOKENS = 200
 # Long enough to be in the middle of it whenever something dies.
@@ -178,7 +179,7 @@ def test_a_bad_picture_is_named_where_it_stands(client: OpenAI) -> None:
 def test_the_pages_examples_are_answered_as_it_says(system: System) -> None:
     name = ID
     with httpx.Client(base_url=system.base_url, timeout=PATIENCE_S) as http:
-        for method, path, body, status, answer in examples():
+        for method, path, body, status, answer in examples("responses.md"):
             if body is not None and "previous_response_id" in body:
                 body["previous_response_id"] = name
             reply = http.request(method, path.replace(ID, name), json=body)

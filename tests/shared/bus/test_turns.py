@@ -12,7 +12,7 @@ from shared.bus.ownership import Ended
 from shared.bus.pipeline_view import read
 from shared.bus.records import Records
 from shared.bus.streams import TURNS_PAGE, Delivery, WorkStream
-from shared.messages import Encode, Generate, Media, Output, Request, Sampling, Share
+from shared.messages import BATCH_PRIORITY, Encode, Generate, Media, Output, Request, Sampling, Share
 
 A, B = Share("a"), Share("b")
 HIGH, LOW = Share("vip", priority=0), Share("batch", priority=2)
@@ -161,6 +161,16 @@ async def test_classes_come_one_after_the_other(line: Line) -> None:
     served = await serve(engine, 9)
     # The first was read before anybody knew of turns.
     assert served == ["batch0", "vip0", "vip1", "vip2", "a0", "a1", "a2", "batch1", "batch2"]
+
+
+async def test_batches_come_last_also_where_nobody_else_is_a_tenant(line: Line) -> None:
+    engine = await line.start("e")
+    await line.flood(Share("", priority=BATCH_PRIORITY), 3, "line")
+    await line.flood(LOW, 2)
+    await line.flood(None, 2)
+    served = await serve(engine, 7)
+    # The first was read before anybody knew of turns.
+    assert served == ["line0", "none0", "none1", "batch0", "batch1", "line1", "line2"]
 
 
 async def test_who_was_idle_has_saved_nothing(line: Line) -> None:

@@ -1,0 +1,74 @@
+"""Lines and forms, however their bytes are cut. Pure."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.batches.lines import Line, LineSplitter, answered, check_body, unanswered
+from services.gateway.http.form import FormReader
+from shared.errors import RequestError
+
+LINE = st.binary(max_size=6).map(lambda line: line.replace(b"\n", b"-"))
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    """Data in pieces, some of them empty."""
+    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[begin:end] for begin, end in pairwise(places)]
+
+
+@given(st.lists(LINE, max_size=12), st.sampled_from([b"\n", b"\r\n"]), st.lists(st.integers(0, 200)))
+def test_every_cut_of_a_file_has_the_same_lines(lines: list[bytes], end: bytes, cuts: list[int]) -> None:
+    splitter = LineSplitter(100)
+    found = [each for piece in pieces(end.join(lines), cuts) for each in splitter.feed(piece)]
+    found += splitter.end()
+    wanted = [(number, line.strip()) for number, line in enumerate(lines or [b""], 1) if line.strip()]
+    assert found == wanted
+    assert splitter.count == max(1, len(lines))
+
+
+def test_a_long_line_is_refused_before_it_has_ended() -> None:
+    splitter = LineSplitter(10)
+    assert list(splitter.feed(b"0123456789\n01234567")) == [(1, b"0123456789")]
+    with pytest.raises(RequestError) as refused:
+        list(splitter.feed(b"890"))
+    assert refused.value.failure.message.startswith("Line 2 ")
+
+
+@given(st.binary(max_size=40), st.lists(st.integers(0, 400)))
+def test_every_cut_of_a_form_has_the_same_file(content: bytes, cuts: list[int]) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    head += b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\nContent-Type: text/x\r\n\r\n'
+    reader = FormReader("multipart/form-data; boundary=x")
+    content = content.replace(b"--x", b"")
+    got = b"".join(reader.feed(piece) for piece in pieces(head + content + b"\r\n--x--\r\n", cuts))
+    assert (got, reader.ended) == (content, True)
+    assert (reader.form.filename, reader.form.fields) == ("a", {"purpose": "batch"})
+
+
+def test_results_are_lines_of_json() -> None:
+    line = Line(7, "a\n☕", b"{}")
+    good = answered("batch_ab", line, 200, "r", b'{"x": "\\n"}')
+    bad = unanswered("batch_ab", line, "batch_expired", "late")
+    assert good.count(b"\n") == bad.count(b"\n") == 1
+    assert json.loads(good) == {
+        "id": "batch_req_ab-7",
+        "custom_id": "a\n☕",
+        "response": {"status_code": 200, "request_id": "r", "body": {"x": "\n"}},
+        "error": None,
+    }
+    assert json.loads(bad)["error"] == {"code": "batch_expired", "message": "late"}
+
+
+@pytest.mark.parametrize("body", [b'{"stream": true}', b'{"x": 1, "background": true}'])
+def test_a_line_has_one_answer(body: bytes) -> None:
+    with pytest.raises(RequestError):
+        check_body(body)
+
+
+@pytest.mark.parametrize("body", [b'{"stream": false}', b'{"stream": null}', b'{"stream": 3}', b"{", b"{}"])
+def test_what_is_wrong_otherwise_is_left_to_the_api(body: bytes) -> None:
+    check_body(body)

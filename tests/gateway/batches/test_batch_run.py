@@ -1,0 +1,154 @@
+"""Work on one batch in a real Redis, with answers of the test's own: what is in memory, and who may write."""
+
+import asyncio
+import time
+from typing import Any
+from unittest.mock import Mock
+
+import msgspec
+import pytest
+from batch_files import chat_line, jsonl
+from redis.asyncio import Redis
+
+from services.gateway.batches.batch import About
+from services.gateway.batches.files import FileLimits, FileStore
+from services.gateway.batches.lines import Line
+from services.gateway.batches.requests import Reply
+from services.gateway.batches.run import BatchRun, RunParts
+from services.gateway.batches.store import BatchStore, LeaseLostError
+from services.gateway.batches.upload import FileWriter
+from shared.bus.keys import Keys
+
+LIMITS = FileLimits(
+    keep_s=3600, budget_bytes=1 << 26, owner_bytes=1 << 26, file_bytes=1 << 26, lines=50_000, line_bytes=1 << 20
+)
+
+
+class Requests:
+    """Answers to lines, and how many are asked for at a time."""
+
+    def __init__(self) -> None:
+        self.open = self.most = 0
+        self.asked: list[int] = []
+
+    async def ask(self, _about: About, line: Line) -> Reply:
+        self.open += 1
+        self.most = max(self.most, self.open)
+        self.asked.append(line.number)
+        await asyncio.sleep(0)
+        self.open -= 1
+        return Reply(200, "r", b"{}")
+
+    async def forget(self, _about: About, _number: int) -> None: ...
+
+    async def cancel(self, _about: About, _numbers: list[int]) -> None: ...
+
+
+def about(batch_id: str = "batch_1") -> About:
+    now = int(time.time())
+    return About(batch_id, "o", "/v1/chat/completions", "file-in", "file-out", "file-err", "1h", now, now + 3600, 60)
+
+
+async def stored(redis: Redis, keys: Keys, content: bytes) -> FileStore:
+    files = FileStore(redis, keys, LIMITS)
+    writer = FileWriter(files, "file-in", "o")
+    for begin in range(0, len(content), 50_000):
+        await writer.write(content[begin : begin + 50_000])
+    await writer.close("in", 3600)
+    return files
+
+
+def parts(store: BatchStore, files: FileStore, requests: Any, slots: int) -> RunParts:
+    return RunParts(store, files, requests, asyncio.Semaphore(slots), slots, Mock())
+
+
+async def test_ten_thousand_lines_are_read_no_further_than_they_run(redis: Redis, keys: Keys) -> None:
+    count, slots = 10_000, 8
+    files = await stored(redis, keys, jsonl(*(chat_line(str(n), "x" * 100) for n in range(count))))
+    chunks: list[int] = []
+    read = files.chunks
+
+    async def counted(file_id: str) -> Any:
+        async for chunk in read(file_id):
+            chunks.append(len(requests.asked))
+            yield chunk
+
+    files.chunks = counted  # type: ignore[method-assign]
+    requests = Requests()
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    await store.create(about(), count, "", None)
+    assert await store.claim(1, ()) == ["batch_1"]
+    batch = await store.find("batch_1", "o")
+    await BatchRun(parts(store, files, requests, slots), batch).run()
+    batch = await store.find("batch_1", "o")
+    assert (batch.status, batch.completed) == ("completed", count)
+    assert sorted(requests.asked) == list(range(1, count + 1))
+    assert requests.most <= slots
+    assert chunks[: len(chunks) // 2] == [0] * (len(chunks) // 2), "to look at all lines first"
+    second = chunks[len(chunks) // 2 :]
+    assert len(second) >= 2
+    lines_of_a_chunk = count / (await files.size("file-in") or 1) * (1 << 20)
+    for place, asked in enumerate(second):
+        assert asked >= place * lines_of_a_chunk - slots - 2, "a chunk was read too early"
+
+
+async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Keys) -> None:
+    class Silent(Requests):
+        async def ask(self, _about: About, line: Line) -> Reply:
+            self.asked.append(line.number)
+            return await asyncio.get_running_loop().create_future()
+
+    files = await stored(redis, keys, jsonl(chat_line("a"), chat_line("b")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    soon = msgspec.structs.replace(about(), expires_at=int(time.time()) + 2)
+    await store.create(soon, 2, "", None)
+    await store.claim(1, ())
+    requests = Silent()
+    await BatchRun(parts(store, files, requests, 8), await store.find("batch_1", "o")).run()
+    assert requests.asked == [1, 2]
+    batch = await store.find("batch_1", "o")
+    assert (batch.status, batch.completed, batch.failed) == ("expired", 0, 0)
+    errors = b"".join([chunk async for chunk in files.chunks("file-err")])
+    assert errors.count(b"batch_expired") == 2
+
+
+async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    paused, other = (BatchStore(redis, keys, files, name, 60_000) for name in ("paused", "other"))
+    await paused.create(about(), 1, "", None)
+    assert await paused.claim(5, ()) == ["batch_1"]
+    assert await other.claim(5, ()) == []
+    await redis.delete(keys.batch_lease("batch_1"))  # it has expired
+    assert await other.claim(5, ()) == ["batch_1"]
+    with pytest.raises(LeaseLostError):
+        await paused.finish_line(about(), 1, "completed", b"late\n")
+    with pytest.raises(LeaseLostError):
+        await paused.renew("batch_1")
+    with pytest.raises(LeaseLostError):
+        await paused.move("batch_1", "in_progress")
+    await paused.release("batch_1")
+    assert await other.renew("batch_1") == "validating"
+    assert await files.size("file-out") is None
+
+
+async def test_what_a_lost_reply_makes_redis_do_again_changes_nothing(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    for _ in range(2):
+        await store.create(about(), 1, "", None)
+        assert await store.claim(5, ()) == ["batch_1"]
+        assert await store.move("batch_1", "in_progress")
+        assert await store.finish_line(about(), 1, "completed", b"{}\n")
+        await files.write("file-up", "o", 0, b"piece")
+    assert (await store.find("batch_1", "o")).completed == 1
+    assert (await files.size("file-out"), await files.size("file-up")) == (3, 5)
+    assert await store.listed("o") == ["batch_1"]
+
+
+async def test_files_that_are_over_are_deleted_with_all_that_is_kept_of_them(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    await files.write("file-up", "o", 0, b"of a gateway that died")
+    await redis.zadd(keys.files(), {"file-in": 1, "file-up": 1})
+    assert await files.listed("o") == []
+    assert await redis.keys("*file*") == [b"test:files:sizes"]
+    assert await redis.hgetall(keys.file_sizes()) == {b"all": b"0"}
