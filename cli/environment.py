@@ -42,8 +42,10 @@ def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: two of our ports are the same, or one is taken; the message names the flag.
     """
-    metrics_host = environ.get(_variable("metrics_host"), launch.host)
-    wanted = {"--port": (launch.host, launch.port), "--metrics-port": (metrics_host, launch.metrics_port)}
+    wanted = {
+        "--port": (launch.host, launch.port),
+        "--metrics-port": (metrics_address(launch, environ), launch.metrics_port),
+    }
     if launch.redis_url is None:
         wanted["--engine-worker-queue-port"] = ("127.0.0.1", launch.redis_port)
     seen: dict[int, str] = {}
@@ -57,6 +59,11 @@ def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
                 probe.bind((host, port))
             except OSError as error:
                 raise ConfigError(f"{flag}: cannot listen on {host}:{port}: {_why_not(error, flag)}") from None
+
+
+def metrics_address(launch: Launch, environ: Mapping[str, str]) -> str:
+    """Return the address that metrics are served at: the API's, unless there is a setting."""
+    return environ.get(_variable("metrics_host"), launch.host)
 
 
 def _why_not(error: OSError, flag: str) -> str:
@@ -82,13 +89,13 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     ours = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     plain = {name: value for name, value in environ.items() if name not in ours}
     given = {**launch.settings, "model": str(launch.model.absolute()), "redis_url": redis_url}
+    given["metrics_port"] = 0  # one listener shows the metrics of all, and it is ours
     given = ours | {_variable(name): _value(value) for name, value in given.items()}
     given |= _context_length(launch.model, given)
     given.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, given)))
     if "OMP_NUM_THREADS" not in plain:  # which torch reads: a number that somebody chose for both
         given.setdefault(_variable("torch_threads"), str(compute_threads(usable_cores(), len(COMPUTE_SERVICES))))
-    only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port", "metrics_port")}
-    only_gateway[_variable("metrics_host")] = given.get(_variable("metrics_host"), launch.host)
+    only_gateway = {_variable(name): _value(getattr(launch, name)) for name in ("host", "port")}
     known = {
         service: {_variable(name) for name in settings.__struct_fields__} for service, settings in SETTINGS.items()
     }

@@ -23,7 +23,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # FastDeploy's other flags: known and not supported yet, which deserves another message than "no such flag".
 _NOT_YET = """
-    revision tokenizer tokenizer-base-url workers controller-port max-waiting-time timeout timeout-graceful-shutdown
+    revision tokenizer tokenizer-base-url controller-port max-waiting-time timeout timeout-graceful-shutdown
     enable-mm-output data-parallel-size enable-expert-parallel kv-cache-ratio
     static-decode-blocks prealloc-dec-block-slot-num-threshold swap-space max-num-partial-prefills
     max-long-partial-prefills long-prefill-token-threshold max-encoder-cache max-processor-cache tool-parser-plugin
@@ -47,6 +47,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     metrics_port: int
+    gateways: int  # processes that take requests
     redis_port: int
     redis_url: str | None  # None: start one of our own
     redis_dir: Path | None  # where our own keeps its data; None: where it is gone when we end
@@ -116,6 +117,14 @@ def _parser() -> _Parser:
     listen.add_argument("--port", type=_port, default=8180, metavar="PORT", help="the API (%(default)s)")
     listen.add_argument(
         "--metrics-port", type=_port, default=8181, metavar="PORT", help="GET /metrics of all services (%(default)s)"
+    )
+    listen.add_argument(
+        "--gateways",
+        "--workers",
+        type=_count(1, 64),
+        default=1,
+        metavar="N",
+        help="processes that take requests, all at --port; limits of requests are each one's (%(default)s)",
     )
     listen.add_argument(
         "--engine-worker-queue-port",

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:  # of a library: this is a plain source tre
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace check DIR [--json]
+       millrace bench serve --url URL --model NAME [flags]
        millrace top | status | autoscale [flags]
        millrace keys new | hash | usage [flags]
        millrace quarantine list | show | retry | drop [entries]
@@ -23,6 +24,7 @@ USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
 
   serve      run Redis and the four services on this machine
   check      say what a model directory would be served as, from headers only; the exit status says whether it will be
+  bench      measure a server, this one or another's: tokens a second, times to the first and between tokens
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
   keys       make API keys for a key file, and see what each has used
@@ -102,6 +104,14 @@ def _check(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _bench(words: Sequence[str]) -> int:
+    from cli.bench.command import main
+
+    if words[:1] != ["serve"]:
+        raise ConfigError("say what to measure: millrace bench serve --url URL --model NAME")
+    return main(words[1:], os.environ)
+
+
 def _version(words: Sequence[str]) -> int:
     from shared.version import MILLRACE_VERSION
 
@@ -144,6 +154,7 @@ def _autoscale(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "check": _check,
+    "bench": _bench,
     "top": _top,
     "status": _status,
     "keys": _keys,

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from socket import socket
 from types import FrameType
 from typing import Any
 
@@ -15,13 +16,15 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli.connection import scratch_prefix, scratch_socket
-from cli.environment import check_ports, environments, settings_of
+from cli.environment import check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
 from cli.output import write
 from cli.redis_server import RedisServer
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
+from services.gateway.http.listener import bind
+from shared import metrics
 from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import Keys
@@ -32,6 +35,7 @@ from shared.tether import tethered
 
 # A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.
 PYTHON = (sys.executable, "-P", "-m")
+METRICS = "metrics"  # in our scratch directory
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
@@ -65,14 +69,16 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
-        metrics = directory / "metrics"
-        metrics.mkdir()
+        (directory / METRICS).mkdir()
         for each in environs.values():
-            each[METRICS_DIRECTORY] = str(metrics)  # so that one listener shows all four
+            each[METRICS_DIRECTORY] = str(directory / METRICS)  # so that one listener, ours, shows all
+        metrics_at = metrics_address(launch, environ)
+        stack.callback(metrics.serve(launch.metrics_port, metrics_at, directory / METRICS))
+        listener = stack.enter_context(bind(launch.host, launch.port))
         if redis:
             stack.enter_context(redis)
             report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
-        status = asyncio.run(System(launch, redis, environs).run())
+        status = asyncio.run(System(launch, redis, environs, listener, metrics_at).run())
         if redis:
             redis.stop()
             report("redis      stopped")
@@ -127,23 +133,41 @@ def _asks_for_keys(environ: Mapping[str, str]) -> bool:
 class System:
     """Running processes of one launch."""
 
-    def __init__(self, launch: Launch, redis: RedisServer | None, environs: dict[str, dict[str, str]]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        redis: RedisServer | None,
+        environs: dict[str, dict[str, str]],
+        listener: socket,
+        metrics_host: str,
+    ) -> None:
+        """Make one that does not run yet. Its gateways take connections from `listener`, which it closes."""
         common = settings_of(environs["gateway"])
         self._launch = launch
         self._has_keys = _asks_for_keys(environs["gateway"])
-        self._metrics_host = environs["gateway"][variable("metrics_host")]
+        self._metrics_host = metrics_host
         self._metrics = environs["gateway"][METRICS_DIRECTORY]
         self._redis = redis
         self._redis_url = common.redis_url
         self._keys = Keys(common.namespace)
         self._grace_s = common.drain_s + CLOSE_S
-        self._children = [
-            Child(service, tethered([*PYTHON, f"services.{service}"]), environ, report, self._forget_gauges)
+        self._listener = listener
+        environs["gateway"][variable("listen_fd")] = str(listener.fileno())
+        counts = {"gateway": launch.gateways}
+        # By service, in the order in which they are stopped.
+        self._stages = [
+            [self._child(service, environ) for _ in range(counts.get(service, 1))]
             for service, environ in environs.items()
         ]
+        self._children = [child for stage in self._stages for child in stage]
         self._first_signal: float | None = None
         self._killed = False
         self._stop_requested = asyncio.Event()
+
+    def _child(self, service: str, environ: Mapping[str, str]) -> Child:
+        command = tethered([*PYTHON, f"services.{service}"])
+        descriptors = [self._listener.fileno()] if service == "gateway" else []
+        return Child(service, command, environ, report, self._forget_gauges, descriptors)
 
     async def run(self) -> int:
         """Run until a signal comes or a process cannot be kept running, and return the exit status."""
@@ -159,7 +183,8 @@ class System:
             self._explain(done)
         for watcher in watchers:
             watcher.cancel()
-        orderly = [await self._stop(child) for child in self._children]
+        self._listener.close()  # the gateways have it too, and close theirs when they have ended their requests
+        orderly = [all(await asyncio.gather(*map(self._stop, stage))) for stage in self._stages]
         redis.cancel()  # only now: the services cannot end in order without it
         await asyncio.gather(*tasks, *watchers, redis, return_exceptions=True)
         self._handle_signals(signal.SIG_IGN)

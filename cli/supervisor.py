@@ -31,14 +31,22 @@ class Child:
         environ: Mapping[str, str],
         report: Callable[[str], None],
         on_end: Callable[[int], None],
+        descriptors: Sequence[int] = (),
     ) -> None:
-        """Take `report`, called with lines for a person, and `on_end`, called with the id of each ended process."""
+        """Make one that does not run yet.
+
+        Args:
+            report: called with lines for a person.
+            on_end: called with the id of each ended process.
+            descriptors: of ours, that each process has too, by the same numbers.
+        """
         self.service = service
         self.name = ""
         self._command = command
         self._environ = environ
         self._report = report
         self._on_end = on_end
+        self._descriptors = tuple(descriptors)
         self._ready_name = ""
         self._started = time.monotonic()
         self._process: asyncio.subprocess.Process | None = None
@@ -119,6 +127,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            pass_fds=self._descriptors,
             start_new_session=True,  # so that Ctrl-C in a terminal reaches us alone, and we stop services in order
         )
         if self._stopping.is_set():

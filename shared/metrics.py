@@ -1,12 +1,13 @@
 """Prometheus metrics, served on a port of their own.
 
 Several processes of one machine may share a listener through prometheus-client's multiprocess directory: set
-PROMETHEUS_MULTIPROC_DIR before any of them starts, and give one of them the port.
+PROMETHEUS_MULTIPROC_DIR before any of them starts, and give one of them, or whoever starts them, the port.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -25,8 +26,11 @@ _hops = Histogram(
 )
 
 
-def serve(port: int, host: str = "0.0.0.0") -> Callable[[], None]:
+def serve(port: int, host: str = "0.0.0.0", directory: Path | None = None) -> Callable[[], None]:
     """Serve GET /metrics on `port` of `host` from a thread; do nothing for 0. Returns a function that stops it.
+
+    Args:
+        directory: of the processes whose metrics these are (unset: as PROMETHEUS_MULTIPROC_DIR, else our own alone).
 
     Raises:
         ConfigError: the port cannot be listened on.
@@ -34,7 +38,7 @@ def serve(port: int, host: str = "0.0.0.0") -> Callable[[], None]:
     if port == 0:
         return lambda: None
     try:
-        server, thread = start_http_server(port, host, registry=_registry())
+        server, thread = start_http_server(port, host, registry=_registry(directory))
     except OSError as error:
         raise ConfigError(f"MILLRACE_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}") from error
 
@@ -46,11 +50,11 @@ def serve(port: int, host: str = "0.0.0.0") -> Callable[[], None]:
     return stop
 
 
-def _registry() -> CollectorRegistry:
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+def _registry(directory: Path | None) -> CollectorRegistry:
+    if directory is None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return REGISTRY
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry, directory and str(directory))  # type: ignore[no-untyped-call]
     return registry
 
 

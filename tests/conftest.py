@@ -51,7 +51,7 @@ TESTS = Path(__file__).resolve().parent
 SYSTEM_FIXTURES = ("redis_server",)
 SYSTEM_PLACES = (  # folders and files of which most tests start processes
     *("browser", "chaos", "clients", "cluster", "images", "pipeline"),
-    *("cli/test_cli_serve.py", "cli/test_cli_supervisor.py", "cli/test_redis_server.py"),
+    *("cli/test_cli_gateways.py", "cli/test_cli_serve.py", "cli/test_cli_supervisor.py", "cli/test_redis_server.py"),
     *("helm/test_chart_autoscaler.py", "helm/test_chart_redis.py"),
     *("helm/test_chart_runs.py", "helm/test_chart_scripts.py"),
     *("engine/test_engine_benchmark.py", "engine/kernels/test_kernel_compiles.py"),

@@ -106,7 +106,15 @@ class System:
     def kill_child(self, words: str) -> None:
         """kill -9 the one child whose command line has `words` in it, and return when it has ended. A service's own
         children are not among them."""
-        [pid] = [pid for pid, command in self._children() if words in command and not WORKER.search(command)]
+        [pid] = self.pids(words)
+        self.kill_process(pid, words)
+
+    def pids(self, words: str) -> list[int]:
+        """Return the ids of the children whose command line has `words` in it, without a service's own children."""
+        return [pid for pid, command in self._children() if words in command and not WORKER.search(command)]
+
+    def kill_process(self, pid: int, words: str) -> None:
+        """kill -9 one child, and return when it has ended."""
         os.kill(pid, signal.SIGKILL)
         self._until(lambda: pid not in dict(self._children()), PATIENCE_S, f"{words} was not killed")
 

@@ -47,11 +47,12 @@ from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
 from services.gateway.http.intake import Intake
+from services.gateway.http.listener import bind, inherited
 from services.gateway.http.memory import BodyMemory
 from services.gateway.http.origins import allow_origins
 from services.gateway.http.responses import StoredResponses
 from services.gateway.http.resume import Resumption
-from services.gateway.http.server import KEEP_ALIVE_S, Server, bind
+from services.gateway.http.server import KEEP_ALIVE_S, Server
 from services.gateway.http.tokens import TokenRoutes
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.ended import EndedRequests
@@ -100,7 +101,9 @@ def build(settings: GatewaySettings, redis: Redis, *, tracing: Tracing = OFF) ->
         ConfigError: a setting is invalid, or the port is in use.
     """
     raise_file_limit()
-    return compose(settings, redis, bind(settings.host, settings.port), REGISTRY, TICK_S, tracing)
+    handed_down = settings.listen_fd
+    listener = bind(settings.host, settings.port) if handed_down is None else inherited(handed_down)
+    return compose(settings, redis, listener, REGISTRY, TICK_S, tracing)
 
 
 def compose(

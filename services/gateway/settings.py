@@ -31,6 +31,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
 
     host: str = "0.0.0.0"  # the address the API listens on
     port: Port = 8180  # port of the API
+    # Descriptor of a socket that listens, which the process is started with; none: one of its own, at host and port.
+    listen_fd: Annotated[int, Meta(ge=0)] | None = None
     # The model's names for clients, and no others; none: any name, and the checkpoint directory's in /v1/models.
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from cli import environment
 from cli.demo import write_demo
-from cli.environment import check_ports, environments, settings_of
+from cli.environment import check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, parse
 from services.engine.metrics import EngineMetrics
 from services.engine.settings import EngineSettings
@@ -43,9 +43,12 @@ def own(environ: dict[str, str]) -> dict[str, str]:
 
 def test_metrics_listen_where_the_api_does(model: Path) -> None:
     for environ, host in (({}, "127.0.0.2"), ({"MILLRACE_METRICS_HOST": "127.0.0.3"}, "127.0.0.3")):
-        told = environments(launch(model, "--host", "127.0.0.2"), URL, environ)
-        gateway = config.load(GatewaySettings, own(told["gateway"]))
-        assert (gateway.host, gateway.metrics_host) == ("127.0.0.2", host)
+        assert metrics_address(launch(model, "--host", "127.0.0.2"), environ) == host
+
+
+def test_no_service_listens_for_metrics_of_all(model: Path) -> None:
+    told = environments(launch(model, "--metrics-port", "7001"), URL, {"MILLRACE_METRICS_PORT": "7002"})
+    assert {settings_of(environ).metrics_port for environ in told.values()} == {0}
 
 
 def test_each_service_is_told_what_it_has_a_setting_for(model: Path) -> None:
@@ -56,7 +59,7 @@ def test_each_service_is_told_what_it_has_a_setting_for(model: Path) -> None:
     assert list(told) == ["gateway", "mm_encoder", "engine", "postproc"]
     assert {environ["PATH"] for environ in told.values()} == {"/bin"}
     gateway = config.load(GatewaySettings, own(told["gateway"]))
-    assert (gateway.host, gateway.port, gateway.metrics_port) == ("0.0.0.0", 7000, 7001)
+    assert (gateway.host, gateway.port) == ("0.0.0.0", 7000)
     assert (gateway.media_limits(), gateway.api_keys) == ({"image": 5, "video": 100}, ("k",))
     mm_encoder = config.load(MmEncoderSettings, own(told["mm_encoder"]))
     assert mm_encoder.mm_processor_kwargs.image_max_pixels == 100000

@@ -42,6 +42,10 @@ def test_what_is_not_given_sets_nothing() -> None:
     assert (launch.metrics_port, launch.redis_port) == (8181, 8182)
 
 
+def test_the_number_of_gateways_goes_by_fastdeploys_name_too() -> None:
+    assert [parse(["--demo", *more], {}).gateways for more in ([], ["--gateways", "3"], ["--workers=2"])] == [1, 3, 2]
+
+
 def test_flags_that_repeat_or_negate() -> None:
     arguments = ["--demo", "--api-key", "a", "--api-key=b", "--no-enable-prefix-caching", "--redis-url=redis://h:1/0"]
     arguments.append("--no-tool-calls-in-reasoning")

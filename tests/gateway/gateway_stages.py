@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from redis.asyncio import Redis
 
 from services.gateway.__main__ import compose
-from services.gateway.http.server import bind
+from services.gateway.http.listener import bind
 from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
 from shared.bus.client import connect

@@ -12,12 +12,9 @@ from starlette.types import ASGIApp
 from services.gateway.errors import FailureBodies
 from services.gateway.http.connections import Connections
 from services.gateway.http.protocol import BoundedProtocol
-from shared.config import variable
-from shared.errors import ConfigError
 
 KEEP_ALIVE_S = 75  # longer than load balancers in front of us keep an idle connection
 CLOSE_S = 5  # limit on writing the last bytes of answers that were ended
-BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
@@ -57,20 +54,3 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one.
-
-    Raises:
-        ConfigError: the address cannot be listened on.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"{variable('port')}: cannot listen on {host}:{port}: {error.strerror or error}") from error
-    return listener

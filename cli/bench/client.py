@@ -1,0 +1,88 @@
+"""Client process of `millrace bench serve`.
+
+    python -m cli.bench.client
+
+Reads a `Load`, a line of JSON; says `ready`; reads the time to begin at; and writes a `Part`, when all is over.
+"""
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Iterator
+
+import msgspec
+import uvloop
+
+from cli.bench.http_stream import Pool
+from cli.bench.load import Answer, Arrival, Load, Part
+
+PAUSE_S = 0.1  # of a client whose request has failed
+
+
+class Client:
+    """Sender of one load."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._pool = Pool(load.url, load.key)
+        self._rng = random.Random()  # not by a seed: a server that knows a prompt again would not compute it
+        self.answers: list[Answer] = []
+
+    async def run(self, begin: float) -> None:
+        """Send everything from `begin` on; return when all was answered or the time is up."""
+        load = self._load
+        await asyncio.sleep(begin - time.monotonic())
+        if load.arrivals:
+            tasks = [asyncio.create_task(self._arrive(begin, arrival)) for arrival in load.arrivals]
+        else:
+            numbers: Iterator[int] = iter(range(sys.maxsize if load.requests is None else load.requests))
+            tasks = [asyncio.create_task(self._loop(numbers)) for _ in range(load.clients)]
+        left = None if load.seconds is None else begin + load.seconds - time.monotonic()
+        done, late = await asyncio.wait(tasks, timeout=left)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        for task in done:
+            task.result()
+        self._pool.close()
+
+    async def _loop(self, numbers: Iterator[int]) -> None:
+        for _ in numbers:
+            if (await self._ask(self._rng.randint(*self._load.prompt))).error is not None:
+                await asyncio.sleep(PAUSE_S)
+
+    async def _arrive(self, begin: float, arrival: Arrival) -> None:
+        await asyncio.sleep(begin + arrival.at - time.monotonic())
+        await self._ask(arrival.prompt)
+
+    async def _ask(self, length: int) -> Answer:
+        low, high = self._load.ids
+        body = {
+            "model": self._load.model,
+            "prompt": self._rng.choices(range(low, high + 1), k=length),
+            "max_tokens": self._load.output,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        encoded = msgspec.json.encode(body)
+        answer = Answer(length, 0.0)
+        self.answers.append(answer)
+        await self._pool.ask(encoded, answer)
+        return answer
+
+
+def main() -> int:
+    client = Client(msgspec.json.decode(sys.stdin.readline(), type=Load))
+    print("ready", flush=True)
+    began, busy = float(sys.stdin.readline()), time.process_time()
+    uvloop.run(client.run(began))
+    cpu = (time.process_time() - busy) / (time.monotonic() - began)
+    sys.stdout.buffer.write(msgspec.json.encode(Part(client.answers, cpu)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Command `millrace bench serve`: measure any server of OpenAI's API as its users meet it, over HTTP.
+
+Prompts are token ids drawn at random, so they have their length at every server and are in nobody's cache. Exit
+status: 1 if a request failed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from cli.bench.figures import Figures, First, figures, first_of, first_table, table
+from cli.bench.load import Load, Part, Range, poisson, shares
+from cli.connection import Parser
+from cli.output import write
+from shared.errors import ConfigError
+from shared.tether import tethered
+
+KEY = "OPENAI_API_KEY"  # as other clients have it
+LOOPS = 4  # requests of each client, unless told
+TIMES = 10  # requests of each length of --first
+FIRST_OUTPUT = 16  # tokens of their answers
+SHOWN_ERRORS = 3
+LEAD_S = 0.05  # from the word to begin to the beginning
+CLIENT = [sys.executable, "-P", "-m", "cli.bench.client"]
+
+
+def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run the command and return the exit status.
+
+    Raises:
+        ConfigError: a flag is wrong.
+    """
+    given = _parser().parse_args(words)
+    base = Load(
+        url=_completions(given.url),
+        model=given.model,
+        key=environ.get(KEY, ""),
+        prompt=given.input,
+        output=given.output,
+        ids=given.ids,
+    )
+    report: dict[str, object] = {"date": datetime.now(UTC).date().isoformat(), "command": " ".join(words)}
+    if given.first:
+        firsts = [_first(base, length) for length in given.first]
+        report["first"] = firsts
+        shown, errors = first_table(firsts), Counter(error for row in firsts for error in row.errors)
+    else:
+        rows = [_run(name, load, given.processes) for name, load in _loads(base, given)]
+        report["loads"] = rows
+        shown, errors = table(rows), sum((Counter(row.errors) for row in rows), Counter())
+    print(shown)
+    for error, count in errors.most_common(SHOWN_ERRORS):
+        print(f"failed ({count}): {error}", file=sys.stderr)
+    if given.json:
+        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    return 1 if errors else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="millrace bench serve",
+        description=f"Measure a server of OpenAI's API. Its key, if it asks for one, is in {KEY}.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--url", required=True, help="of the server: http://127.0.0.1:8180, with /v1 or without")
+    parser.add_argument("--model", required=True, metavar="NAME", help="as the server knows it")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--clients", type=_counts, default=(), metavar="N,N,...", help="closed loops, each of so many clients at once"
+    )
+    what.add_argument("--rate", type=_positive, metavar="N", help="requests a second, at times of a Poisson process")
+    what.add_argument(
+        "--first",
+        type=_counts,
+        default=(),
+        metavar="N,N,...",
+        help=f"{TIMES} requests of each of these lengths, one by one: the first of a fresh server against the last",
+    )
+    parser.add_argument(
+        "--input", type=_range, default=(1024, 1024), metavar="N[-N]", help="tokens of a prompt, evenly spread (1024)"
+    )
+    parser.add_argument("--output", type=_count, default=256, metavar="N", help="tokens of an answer (%(default)s)")
+    until = parser.add_mutually_exclusive_group()
+    until.add_argument("--seconds", type=_positive, metavar="S", help="give up what is open then (with --rate: 30)")
+    until.add_argument(
+        "--requests", type=_count, metavar="N", help=f"of a closed loop, read to their end ({LOOPS} a client)"
+    )
+    parser.add_argument(
+        "--ids",
+        type=_range,
+        default=(1000, 100_000),
+        metavar="N-N",
+        help="token ids that prompts are drawn from (1000-100000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of times and lengths (%(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=_count,
+        default=min(4, max(1, (os.cpu_count() or 1) // 2)),
+        metavar="N",
+        help="client processes (%(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go as JSON")
+    return parser
+
+
+def _loads(base: Load, given: argparse.Namespace) -> list[tuple[str, Load]]:
+    replace = msgspec.structs.replace
+    if given.rate:
+        if given.requests:
+            raise ConfigError("--requests: with --rate the time is what ends a run; say --seconds")
+        seconds = given.seconds or 30.0
+        arrivals = tuple(poisson(given.rate, seconds, base.prompt, given.seed))
+        return [(f"{given.rate:g}/s", replace(base, arrivals=arrivals, seconds=seconds))]
+    loads = []
+    for clients in given.clients:
+        requests = None if given.seconds else given.requests or LOOPS * clients
+        loads.append((f"{clients}", replace(base, clients=clients, requests=requests, seconds=given.seconds)))
+    return loads
+
+
+def _run(name: str, load: Load, processes: int) -> Figures:
+    parts, begin = run(shares(load, processes))
+    made = figures(name, parts, begin, load.seconds)
+    write(sys.stderr, f"{name}: {made.output_tok_s:,.0f} tok/s, client {made.client_cpu:.2f} of a core\n")
+    return made
+
+
+def _first(base: Load, length: int) -> First:
+    load = msgspec.structs.replace(
+        base, prompt=(length, length), output=FIRST_OUTPUT, clients=1, requests=TIMES, seconds=None
+    )
+    (part,), _ = run([load])
+    return first_of(length, part)
+
+
+def run(loads: Sequence[Load]) -> tuple[list[Part], float]:
+    """Run each load in a process of its own, all from the same moment on; return what they saw, and that moment.
+
+    Raises:
+        ConfigError: a process ended before it had said what it saw; the reason is on standard error.
+    """
+    with ExitStack() as stack:
+        processes = []
+        for load in loads:
+            process = subprocess.Popen(tethered(CLIENT), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)  # of one that has ended nothing
+            processes.append(process)
+            _tell(process, msgspec.json.encode(load))
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        begin = time.monotonic() + LEAD_S
+        for process in processes:
+            _tell(process, repr(begin).encode())
+        printed = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            raise ConfigError("a client process failed")
+        return [msgspec.json.decode(text, type=Part) for text in printed], begin
+
+
+def _tell(process: subprocess.Popen[bytes], line: bytes) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:  # it has ended, which is found out when its answer is read
+        return
+
+
+def _completions(url: str) -> str:
+    """Return the URL of /v1/completions of a server."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url: {url} does not begin with http:// or https://")
+    return url.rstrip("/").removesuffix("/v1") + "/v1/completions"
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(word) for word in text.split(","))
+
+
+def _range(text: str) -> Range:
+    low, _, high = text.partition("-")
+    found = _count(low), _count(high or low)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range from a number to one that is no less")
+    return found
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number

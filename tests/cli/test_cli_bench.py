@@ -1,0 +1,256 @@
+"""`millrace bench serve`: its figures by hand, its reading against scripted streams, the command against a server."""
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from server_thread import served
+
+from cli.bench.client import Client
+from cli.bench.figures import figures, first_of, first_table, quantile, table
+from cli.bench.load import Answer, Arrival, Load, Part, even, poisson, shares
+from cli.main import main
+
+LOAD = Load(url="", model="m", key="", prompt=(5, 9), output=3, ids=(100, 120), clients=2, requests=4)
+
+
+def answer(sent: float, *events: float, tokens: int | None = None, error: str | None = None) -> Answer:
+    """Return an answer that has ended if its tokens were counted or it failed."""
+    ended = None if tokens is None and error is None else events[-1] if events else sent
+    return Answer(7, sent, list(events), tokens, ended, error)
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_answers_that_were_read_to_their_end() -> None:
+    parts = [Part([answer(10.0, 10.1, 10.2, 10.4, tokens=3)], 0.25), Part([answer(10.0, 10.3, 10.4, tokens=3)], 0.5)]
+    made = figures("2", parts, 10.0, None)
+    assert (made.answered, made.open, made.failed, made.client_cpu) == (2, 0, 0, 0.5)
+    assert made.output_tok_s == pytest.approx(6 / 0.4)
+    assert (made.ttft_p50, made.ttft_p99) == pytest.approx((200, 298))
+    assert (made.gap_p50, made.gap_p99, made.gap_p999) == pytest.approx((100, 198, 199.8))
+    assert made.tokens_per_event == 6 / 5
+
+
+def test_what_was_open_when_the_time_was_up_counts_as_far_as_it_came() -> None:
+    answers = [answer(0.0, 1.0, 2.0, tokens=4), answer(0.0, 1.0, 3.0, 5.0), answer(4.0), answer(4.0, error="broken")]
+    made = figures("c", [Part(answers, 0.0)], 0.0, 8.0)
+    assert (made.answered, made.open, made.failed, made.errors) == (1, 2, 1, {"broken": 1})
+    assert made.output_tok_s == (4 + 3 * 2.0) / 8.0
+
+
+def test_nothing_measured_is_no_number_and_null_in_json() -> None:
+    made = figures("1", [Part([answer(0.0, error="no")], 0.0)], 0.0, 1.0)
+    assert math.isnan(made.ttft_p50)
+    assert made.output_tok_s == 0
+    assert json.loads(msgspec.json.encode(made))["gap_p999"] is None
+    assert "nan" in table([made])
+
+
+def test_quantiles_are_numpys() -> None:
+    values = sorted(np.random.default_rng(3).normal(size=97).tolist())
+    for share in (0.0, 0.5, 0.99, 0.999, 1.0):
+        assert quantile(values, share) == pytest.approx(float(np.quantile(values, share)))
+
+
+def test_the_first_request_of_a_length_against_the_last() -> None:
+    part = Part([answer(0.0, 3.0, 4.0, tokens=2), answer(0.0, error="x"), answer(5.0, 5.5, 5.6, tokens=2)], 0.0)
+    first = first_of(1024, part)
+    assert (first.ttft, first.errors) == ([3000.0, 500.0], ["x"])
+    assert first.ratio == 6.0
+    assert first_table([first]).splitlines()[2].split("|")[1:4] == [" 1,024  ", "    3,000.0 ", " 500.0 "]
+
+
+def test_arrivals_are_of_the_rate_and_the_same_for_a_seed() -> None:
+    drawn = poisson(50.0, 100.0, (200, 8000), 1)
+    assert drawn == poisson(50.0, 100.0, (200, 8000), 1) != poisson(50.0, 100.0, (200, 8000), 2)
+    assert abs(len(drawn) - 5000) < 5 * 5000**0.5
+    assert {arrival.prompt for arrival in drawn} <= set(range(200, 8001))
+    assert all(before.at < after.at < 100.0 for before, after in pairwise(drawn))
+
+
+def test_a_load_is_divided_without_loss() -> None:
+    loop = shares(msgspec.structs.replace(LOAD, clients=7, requests=30), 4)
+    assert [(part.clients, part.requests) for part in loop] == [(2, 8), (2, 8), (2, 7), (1, 7)]
+    assert [part.clients for part in shares(msgspec.structs.replace(LOAD, clients=2, requests=None), 4)] == [1, 1]
+    arrivals = tuple(Arrival(float(i), i) for i in range(5))
+    dealt = shares(msgspec.structs.replace(LOAD, arrivals=arrivals), 3)
+    assert sorted(arrival.prompt for part in dealt for arrival in part.arrivals) == [0, 1, 2, 3, 4]
+    assert len(shares(msgspec.structs.replace(LOAD, arrivals=arrivals[:1]), 3)) == 1
+    assert sum(even(17, 5)) == 17
+
+
+# ------------------------------------------------------------------------------------------------- a scripted server
+
+WORD = b'data: {"choices": [{"index": 0, "text": " w", "finish_reason": null}]}\n\n'
+PART_OF_A_CHARACTER = b'data: {"choices": [{"text": "", "finish_reason": null}], "usage": null}\n\n'
+LAST_WORD = b'data: {"choices": [{"text": " w", "finish_reason": "length"}]}\r\n\r\n'
+END = b'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n'
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}\n\n'
+DONE = b"data: [DONE]\n\n"
+STREAM = b": a sign of life\n\n" + WORD + PART_OF_A_CHARACTER + LAST_WORD + END + USAGE + DONE
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Handler that answers every request with `pieces`, each a chunk, and notes bodies and connections."""
+
+    protocol_version = "HTTP/1.1"
+    status = 200
+    pieces: tuple[bytes, ...] = (STREAM,)
+    breaks_off = False
+    bodies: list[dict[str, Any]]
+    headers_seen: list[dict[str, str]]
+    connections: set[Any]
+
+    def do_POST(self) -> None:
+        self.connections.add(self.client_address)
+        self.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(self.status)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for piece in self.pieces:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.wfile.flush()
+        self.close_connection = self.breaks_off
+        if not self.breaks_off:
+            with suppress(OSError):  # of a client that could not read on
+                self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@contextmanager
+def scripted(**script: Any) -> Iterator[tuple[str, type[Scripted]]]:
+    """Serve a script, and yield the URL and the handler that has seen what came."""
+    handler = type("Handler", (Scripted,), {"bodies": [], "headers_seen": [], "connections": set(), **script})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, served(server):
+        yield f"http://127.0.0.1:{server.server_port}", handler
+
+
+def run(url: str, **changes: Any) -> list[Answer]:
+    """Run one client process's part here, and return what it saw."""
+    client = Client(msgspec.structs.replace(LOAD, url=f"{url}/v1/completions", **changes))
+    asyncio.run(client.run(time.monotonic()))
+    return client.answers
+
+
+def test_events_with_tokens_count_however_the_stream_is_cut() -> None:
+    for pieces in ((STREAM,), tuple(STREAM[i : i + 7] for i in range(0, len(STREAM), 7))):
+        with scripted(pieces=pieces) as (url, _):
+            answers = run(url)
+        assert [(len(one.events), one.tokens, one.error) for one in answers] == [(3, 3, None)] * 4
+        assert all(one.ended is not None and one.sent <= one.events[0] <= one.ended for one in answers)
+
+
+def test_a_request_is_the_same_for_every_server() -> None:
+    with scripted() as (url, handler):
+        run(url, requests=20, key="secret")
+    assert len(handler.connections) <= 2  # one a client, kept
+    assert {seen["authorization"] for seen in handler.headers_seen} == {"Bearer secret"}
+    prompts = [body.pop("prompt") for body in handler.bodies]
+    assert {len(prompt) for prompt in prompts} <= set(range(5, 10))
+    assert {token for prompt in prompts for token in prompt} == set(range(100, 121))
+    assert (
+        handler.bodies
+        == [
+            {
+                **{"model": "m", "max_tokens": 3, "temperature": 0, "ignore_eos": True},
+                **{"stream": True, "stream_options": {"include_usage": True}},
+            }
+        ]
+        * 20
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ({"status": 429, "pieces": (b'{"error": "full"}',)}, 'HTTP 429: {"error": "full"}'),
+        ({"pieces": (WORD, b'data: {"error": {"message": "lost"}}\n\n', DONE)}, '{"message": "lost"}'),
+        ({"pieces": (WORD, DONE)}, "the stream ended without usage"),
+        ({"pieces": (WORD,), "breaks_off": True}, "the connection was closed before the answer had ended"),
+        ({"pieces": (b"data: {\n\n",)}, "the answer cannot be read: "),
+    ],
+)
+def test_an_answer_that_is_not_whole_has_failed(script: dict[str, Any], error: str) -> None:
+    with scripted(**script) as (url, handler):
+        answers = run(url, clients=1, requests=2)
+    assert len(handler.bodies) == len(answers) == 2
+    assert all(one.error is not None and one.error.startswith(error) for one in answers)
+
+
+def test_a_server_that_is_not_there(unused_port: int) -> None:
+    (one,) = run(f"http://127.0.0.1:{unused_port}", requests=1)
+    assert one.error is not None
+    assert one.error.startswith("cannot connect: ")
+
+
+def test_the_time_being_up_ends_it() -> None:
+    with scripted(pieces=(WORD,)) as (url, _):
+        answers = run(url, arrivals=(Arrival(0.0, 5), Arrival(3600.0, 5)), seconds=0.0)
+    assert len(answers) <= 1  # the second one's time never came
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.system
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with scripted() as (url, handler):
+        flags = ["bench", "serve", "--url", url, "--model", "m", "--input", "4-6", "--output", "3", "--ids", "7-9"]
+        written = tmp_path / "found.json"
+        assert main([*flags, "--clients", "1,3", "--requests", "6", "--processes", "2", "--json", str(written)]) == 0
+        table = capsys.readouterr().out.splitlines()
+        assert [line.split("|")[1:5] for line in table[2:]] == [
+            [" 1    ", *cells(6, 0, 0)],
+            [" 3    ", *cells(6, 0, 0)],
+        ]
+        loads = json.loads(written.read_text())["loads"]
+        assert [(load["answered"], load["tokens_per_event"]) for load in loads] == [(6, 1.0), (6, 1.0)]
+        assert len(handler.bodies) == 12
+        assert main([*flags, "--first", "5,2"]) == 0
+        assert [len(body["prompt"]) for body in handler.bodies[12:]] == [5] * 10 + [2] * 10
+        assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["5", "2"]
+        assert main([*flags, "--rate", "100", "--seconds", "0.2"]) == 0
+        assert capsys.readouterr().out.splitlines()[2].startswith("| 100/s |")
+        handler.status = 503
+        assert main([*flags, "--clients", "1", "--requests", "2"]) == 1
+        assert "failed (2): HTTP 503: " in capsys.readouterr().err
+
+
+def cells(*numbers: int) -> list[str]:
+    return [f" {number:>{width}} " for number, width in zip(numbers, (8, 4, 6), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--url", "127.0.0.1:1", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://h", "--model", "m"], "--clients"),
+        (["--url", "http://h", "--model", "m", "--clients", "1,x"], "'x'"),
+        (["--url", "http://h", "--model", "m", "--clients", "1", "--input", "9-3"], "'9-3'"),
+        (["--url", "http://h", "--model", "m", "--rate", "0"], "'0'"),
+        (["--url", "http://h", "--model", "m", "--rate", "2", "--requests", "3"], "--requests"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", *flags]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_something_else_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "engine"]) == 2
+    assert "millrace bench serve" in capsys.readouterr().err
