@@ -63,6 +63,7 @@ class Ranks:
         self._lose = lose or end_replica
         self._command = command or (sys.executable, "-P", "-m", MODULE)
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._links: list[socket.socket] = []
         self._exchange: Exchange | None = None
         self._closing = threading.Event()
         self._silent_s = settings.step_timeout_s / 2
@@ -115,6 +116,8 @@ class Ranks:
                 process.kill()
                 process.wait()
         self._processes.clear()
+        while self._links:
+            self._links.pop().close()
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
