@@ -43,8 +43,7 @@ def half(rank: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 TEXT, VISION, ALL = swiglu(SIZES[0], 1, COUNT), swiglu(SIZES[1], 3, COUNT), swiglu(SHARED, 5)
-OUT, NORMS = draw(DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HIDDEN, INPUTS, seed=7), [1 + draw(HIDDEN, seed=8), 1 + draw(HIDDEN, seed=9)]
+OUT, NORMS = draw(HIDDEN, INPUTS, seed=7), [1 + draw(HIDDEN, seed=8), 1 + draw(HIDDEN, seed=9)]
 GATE, BIAS = draw(2 * COUNT, HIDDEN, seed=10), draw(2 * COUNT, seed=11)
 
 
