@@ -6,6 +6,7 @@ row is, unless sums must not depend on it.
 """
 
 import socket
+import sys
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ from torch import Tensor
 FOREVER = timedelta(days=30)
 MEETING_S = 600.0  # until all processes have started; libraries may have to be read from a slow disk
 SUMMED_BYTES = 1 << 20  # of a part, from which on NCCL sums those of more than two ranks
-LOOPBACK = "lo"
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 # Multicast over NVLink is left off: not every host lets processes use it, and some hang.
 SAFE = {
     "GLOO_SOCKET_IFNAME": LOOPBACK,

@@ -26,7 +26,7 @@ MASK_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What computes steps, on every rank."""
+    """Parts of an engine that compute steps, on every rank."""
 
     cache: KVCache
     blocks: int  # of the cache, for sequences

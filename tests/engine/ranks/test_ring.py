@@ -62,7 +62,7 @@ def test_a_writer_that_has_ended_is_the_end(ends: Ends) -> None:
     ends.writer.write([b"last"])
     for ours in ends.sockets[::2]:
         ours.close()
-    assert ends.readers[0].read() == b"last"
+    assert ends.readers[0].read() == bytearray(b"last")
     assert ends.readers[0].read() is None
 
 
