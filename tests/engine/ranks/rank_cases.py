@@ -26,7 +26,13 @@ from shared.model.config import ModelConfig, load_model_config
 
 LENGTH = 12
 ROWS = 20  # of an image
-DRAWN: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "presence_penalty": 0.2}
+DRAWN: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 0.9,
+    "top_k": 40,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.2,
+}
 JSON = Grammar(write(json_schema({"type": "array", "minItems": 2, "items": {"enum": ["a", 12]}}), False), "field")
 
 
