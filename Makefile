@@ -152,12 +152,14 @@ FIRST_SEED ?= 1
 SECONDS ?= 60
 CLIENTS ?= 16
 POINTS ?= all
+# Processes of an engine, which are then killed and halted, too.
+RANKS ?= 1
 
 chaos: $(VENV)/.installed-test
 	failed=0; \
 	test $(POINTS) = none || CHAOS_ALL=1 $(VENV)/bin/pytest tests/chaos/test_crash_points.py tests/chaos/test_versions.py || failed=1; \
 	PYTHONPATH=.:tests:tests/chaos $(VENV)/bin/python -m chaos_storm --seeds $(SEEDS) --first-seed $(FIRST_SEED) \
-		--seconds $(SECONDS) --clients $(CLIENTS) && exit $$failed
+		--seconds $(SECONDS) --clients $(CLIENTS) --ranks $(RANKS) && exit $$failed
 
 # The chart against Helm 3.6, the schemas of CustomResourceDefinitions, hadolint and checkov, kept in CHART_TOOLS.
 CHART_TOOLS ?= $(VENV)/chart-tools

@@ -193,7 +193,8 @@ class Bench:
         engine = Engine(mailbox, Scheduler(pool, limits), pool, self._runner, sink, metrics)
         for sequence in asked:
             mailbox.put(Add(sequence))
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         started = time.perf_counter()
         engine.run()
         return started

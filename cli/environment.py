@@ -18,6 +18,7 @@ from shared.config import CommonSettings
 from shared.cpu_share import compute_threads, usable_cores
 from shared.errors import ConfigError
 from shared.model.config import load_model_config
+from shared.model.division import divided
 from shared.model.foreign_checkpoints import refuse_foreign
 
 PREFIX = "MILLRACE_"
@@ -92,6 +93,7 @@ def environments(launch: Launch, redis_url: str, environ: Mapping[str, str]) -> 
     given["metrics_port"] = 0  # one listener shows the metrics of all, and it is ours
     given = ours | {_variable(name): _value(value) for name, value in given.items()}
     given |= _context_length(launch.model, given)
+    _check_division(launch.model, given)
     given.setdefault(_variable("foreign_bytes"), str(_encoder_bytes(launch.model, given)))
     if "OMP_NUM_THREADS" not in plain:  # which torch reads: a number that somebody chose for both
         given.setdefault(_variable("torch_threads"), str(compute_threads(usable_cores(), len(COMPUTE_SERVICES))))
@@ -143,3 +145,14 @@ def _context_length(model: Path, given: Mapping[str, str]) -> dict[str, str]:
     if given[name].isdigit() and int(given[name]) > longest:
         raise ConfigError(f"--max-model-len: {given[name]} is more than the {longest} positions this model has")
     return {}
+
+
+def _check_division(model: Path, given: Mapping[str, str]) -> None:
+    """Check that as many ranks as are asked for can share the model; what is no number the engine's settings refuse."""
+    size = given.get(_variable("tensor_parallel_size"), "1")
+    if not size.isdigit() or int(size) < 1:
+        return
+    try:
+        divided(load_model_config(model), int(size))
+    except ConfigError as error:
+        raise ConfigError(f"--tensor-parallel-size: {error}") from None

@@ -66,7 +66,6 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Launch:
     settings = vars(given)
     launch = {name: settings.pop(name) for name in Launch.__struct_fields__ if name not in ("settings", "model")}
     model = settings.pop("model") or DEMO
-    _check_parallelism(settings.get("tensor_parallel_size", 1))
     if "FD_SAMPLING_CLASS" in environ:
         settings["sampling_class"] = _sampling_class(environ["FD_SAMPLING_CLASS"])
     if keys := [key for key in environ.get("FD_API_KEY", "").split(",") if key]:
@@ -223,7 +222,12 @@ def _parser() -> _Parser:
     )
 
     engine = parser.add_argument_group("the engine and the answer")
-    engine.add_argument("--tensor-parallel-size", type=_count(1), metavar="N", help="only 1 as yet")
+    engine.add_argument(
+        "--tensor-parallel-size",
+        type=_count(1),
+        metavar="N",
+        help="cards that share the model, which must divide its heads: 1, 2 or 4 of the published one (1)",
+    )
     engine.add_argument(
         "--load-format",
         choices=("auto", "dummy"),
@@ -298,11 +302,6 @@ def _why_unknown(argument: str) -> str:
     if name in NOT_YET:
         return f"{name}: a flag of FastDeploy that Millrace does not support yet"
     return f"{argument}: no such flag; --help lists them all"
-
-
-def _check_parallelism(size: int) -> None:
-    if size > 1:
-        raise ConfigError(f"--tensor-parallel-size: {size} is not supported yet; this engine runs on one device")
 
 
 def _sampling_class(name: str) -> str:

@@ -172,8 +172,8 @@ class Watchdog:
                 self._timed = False
 
 
-def end_process(step: Step, age: float) -> None:
-    """Log where every thread is, and end the process."""
+def end_process(step: Step, age: float, **more: str) -> None:
+    """Log where every thread is, and what `more` there is to say, and end the process."""
     end_process_later(LAST_WORDS_S)
     _log.error(
         "a step hangs; ending this process, so that another replica takes its requests over",
@@ -183,6 +183,7 @@ def end_process(step: Step, age: float) -> None:
             "seconds": round(age, 1),
             "bound_s": round(step.bound_s, 1),
             "threads": stacks(),
+            **more,
         },
     )
     sys.stderr.flush()

@@ -115,12 +115,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* Settings that contradict each other or the pod, which a service would say by ending. Defaults are the services'. */}}
 {{- define "millrace.checkSettings" -}}
 {{- $engine := .Values.engine.settings -}}
-{{- $devices := int ($engine.tensor_parallel_size | default 1) -}}
 {{- $gpus := int (include "millrace.config" (dict "root" . "component" "engine") | fromYaml).gpus -}}
-{{- if gt $devices (max $gpus 1 | int) -}}
-{{- fail (printf "engine.settings.tensor_parallel_size is %d, and engine.gpus %d" $devices $gpus) -}}
-{{- else if gt $devices 1 -}}
-{{- fail (printf "engine.settings.tensor_parallel_size is %d; this engine runs on 1 device" $devices) -}}
+{{- $devices := int ($engine.tensor_parallel_size | default (max $gpus 1)) -}}
+{{- if ne $devices (max $gpus 1 | int) -}}
+{{- fail (printf "engine.settings.tensor_parallel_size is %d, and engine.gpus %d; leave it out, and it is as many as the pod has" $devices $gpus) -}}
+{{- else if not (has $devices (list 1 2 4)) -}}
+{{- fail (printf "engine.gpus is %d; an engine computes on 1, 2 or 4, and more GPUs are for more engines (engine.replicas)" $gpus) -}}
 {{- end -}}
 {{- $step := int ($engine.max_num_batched_tokens | default 8192) -}}
 {{- $context := int (.Values.settings.max_model_len | default 32768) -}}

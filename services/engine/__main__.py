@@ -5,19 +5,28 @@ from shared.termination import end_when_terminated
 if __name__ == "__main__":
     end_when_terminated()  # before the other imports, which take seconds
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
 from redis.asyncio import Redis
 
 from services.engine.kernels.ops import Ops
+from services.engine.kernels.reference.parallel import Gather, parallel_ops
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
+from services.engine.model.ernie import ErnieModel
+from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import load_model
+from services.engine.ranks.exchange import make_safe
+from services.engine.ranks.lead import lead_runner
+from services.engine.ranks.processes import Ranks
 from services.engine.run.assembly import runner_for
 from services.engine.run.rows import rows_depend_on_others
 from services.engine.run.runner import Runner
@@ -34,13 +43,14 @@ from shared.bus.client import connect_blobs
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
-from shared.cpu_share import torch_threads
+from shared.cpu_share import compute_threads, torch_threads
 from shared.errors import CheckpointError, ConfigError
 from shared.grammar.compiler import GrammarCompiler
 from shared.log import logger, warn_each
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig, load_model_config
 from shared.model.config_file import Quantization
+from shared.model.division import divided
 from shared.model.drawn_weights import DrawnWeights
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.tensor_source import TensorSource
@@ -49,7 +59,7 @@ from shared.model.vocabulary import check_vocabulary
 from shared.reproducible import fix_order_of_sums
 from shared.service import launch
 from shared.tracing import OFF, Tracing
-from shared.watchdog import FirstUse, Watchdog, unwatched
+from shared.watchdog import FirstUse, Watchdog, end_process, unwatched
 
 THINK_CLOSE = "</think>"
 TOOL_CALL = "<tool_call>"
@@ -76,6 +86,7 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
         raise ConfigError(
             f"max_model_len is {settings.max_model_len}; the model's positions end at {model.max_position_embeddings}"
         )
+    divided(model, settings.tensor_parallel_size)
     tokenizer = Tokenizer.load(directory)
     warn_each(logger(__name__), check_vocabulary(directory, model, tokenizer))
     think_close_id = tokenizer.token_id(THINK_CLOSE)
@@ -83,13 +94,14 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
     facts = EngineFacts(model, settings.max_model_len, think_close_id, tokenizer.control.get(TOOL_CALL))
+    ranks = Ranks(settings, os.environ) if settings.tensor_parallel_size > 1 else None
     metrics, watchdog = EngineMetrics(), None
     if settings.step_timeout_s > 0:
-        watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set)
+        expire = end_process if ranks is None else lambda step, age: end_process(step, age, ranks=ranks.behind())
+        watchdog = Watchdog(settings.step_timeout_s, FIRST_USE[where], metrics.step_age.set, expire)
     compiler = GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids)
-    return compose(
-        settings, redis, facts, compiler.compile, lambda: load(settings, model, where), metrics, tracing, watchdog
-    )
+    start = partial(load, settings, model, where, ranks)
+    return compose(settings, redis, facts, compiler.compile, start, metrics, tracing, watchdog, ranks)
 
 
 def compose(
@@ -101,9 +113,10 @@ def compose(
     metrics: EngineMetrics,
     tracing: Tracing = OFF,
     watchdog: Watchdog | None = None,
+    ranks: AbstractContextManager[object] | None = None,
 ) -> EngineService[tuple[Runner, int]]:
-    """Build the service around a `load` that returns the runner and its number of cache blocks, and a
-    `compile_grammar` for its vocabulary."""
+    """Build the service around a `load` that returns the runner and its number of cache blocks, a `compile_grammar` for
+    its vocabulary, and the other ranks, of which it is the first."""
     keys = Keys(settings.namespace)
     blob_redis = connect_blobs(settings, redis)
     mailbox = Mailbox()
@@ -134,7 +147,8 @@ def compose(
             settings.enable_chunked_prefill,
             settings.block_size,
         )
-        Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
+        with ranks or contextlib.nullcontext():
+            Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
 
     return EngineService(
         handler=handler,
@@ -149,25 +163,52 @@ def compose(
     )
 
 
-def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:
+def load(settings: EngineSettings, config: ModelConfig, where: str, ranks: Ranks | None = None) -> tuple[Runner, int]:
     """Return a runner around the model, its cache and its sampler, and the number of cache blocks.
+
+    Args:
+        ranks: the others, of which this process is the first; started here.
 
     Raises:
         ConfigError: the cache could not hold max_model_len, or batch_invariant is asked of a CPU that cannot.
         CheckpointError: the weights do not match the configuration.
     """
-    torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
+    if ranks is None:
+        return runner_for(load_part(settings, config, where), config, settings)
+    make_safe(os.environ)
+    with contextlib.ExitStack() as unless_loaded:
+        unless_loaded.push(ranks)
+        exchange = ranks.start(where)
+        model = load_part(settings, config, where, Split(0, settings.tensor_parallel_size), exchange.gather)
+        loaded = lead_runner(model, settings, exchange.least, ranks.orders)
+        unless_loaded.pop_all()
+    return loaded
+
+
+def load_part(
+    settings: EngineSettings, config: ModelConfig, where: str, split: Split = WHOLE, gather: Gather | None = None
+) -> ErnieModel:
+    """Load a rank's part of the model.
+
+    Args:
+        gather: gives what this rank computes to the others; None if there are no others.
+
+    Raises:
+        ConfigError, CheckpointError: as `load`.
+    """
+    torch.set_num_threads(compute_threads(torch_threads(settings.torch_threads, torch.get_num_threads()), split.size))
     fix_order_of_sums(os.environ)
-    ops = operations(where, settings.batch_invariant)
-    model = load_model(weights_of(settings, where), config, where, quantization(settings, config), ops)
-    if where == "cpu" and rows_depend_on_others(model.dtype):
+    ops = operations(where, settings.batch_invariant, gather)
+    weights = weights_of(settings, where)
+    model = load_model(weights, config, where, quantization(settings, config), ops, split)
+    if where == "cpu" and split.rank == 0 and rows_depend_on_others(model.dtype):
         told = "this CPU rounds a row's sums by what is computed beside it"
         if settings.batch_invariant:
             raise ConfigError(f"batch_invariant is true, but {told}; see docs/guarantees.md")
         logger(__name__).warning(
             "%s, so that a seeded request may get another text in other company; see docs/guarantees.md", told
         )
-    return runner_for(model, config, settings)
+    return model
 
 
 def weights_of(settings: EngineSettings, where: str) -> TensorSource:
@@ -198,29 +239,36 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
 
 
-def operations(where: str, batch_invariant: bool = False) -> Ops:
-    """Return the model's operations for a device."""
+def operations(where: str, batch_invariant: bool = False, gather: Gather | None = None) -> Ops:
+    """Return the model's operations for a device; with `gather`, those of one rank of several."""
     if where != "cuda":
-        return Ops()
+        return Ops() if gather is None else parallel_ops(gather)
     # Triton exists for Linux only, and the CPU needs none.
+    from services.engine.kernels.triton import parallel
     from services.engine.kernels.triton.invariant.ops import invariant_ops
     from services.engine.kernels.triton.ops import gpu_ops
 
-    return invariant_ops() if batch_invariant else gpu_ops()
+    ops, products = (invariant_ops(), parallel.INVARIANT) if batch_invariant else (gpu_ops(), parallel.FASTEST)
+    return ops if gather is None else parallel.parallel_ops(ops, gather, products)
 
 
 def device(settings: EngineSettings) -> str:
     """Return the torch device of the settings: "cuda" or "cpu".
 
     Raises:
-        ConfigError: cuda was asked for and is not there.
+        ConfigError: cuda was asked for and is not there, or not as many devices as there are ranks.
     """
-    available = torch.cuda.is_available()
+    available, size = torch.cuda.is_available(), settings.tensor_parallel_size
     if settings.device == "cuda" and not available:
         raise ConfigError("device is cuda, but torch sees no CUDA device; set it to auto or cpu")
-    if settings.device == "auto":
-        return "cuda" if available else "cpu"
-    return settings.device
+    if settings.device == "cpu" or not available:
+        return "cpu"
+    if size > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, and torch sees {torch.cuda.device_count()} CUDA devices here; each rank "
+            "needs one"
+        )
+    return "cuda"
 
 
 def main() -> int:

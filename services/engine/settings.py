@@ -20,7 +20,8 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     # auto: weights as the checkpoint has them; dummy: drawn at random, which needs config and tokenizer only.
     load_format: LoadFormat = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # the device; auto: the GPU where there is one
-    tensor_parallel_size: int = 1  # devices for one model; only 1 as yet
+    # Devices that share one model, each with a process of its own: a number that divides its heads and inner widths.
+    tensor_parallel_size: int = 1
     # How weights are quantised as they load; unset: as config.json asks, else as they are stored.
     quantization: Literal["none", "wint8", "wint4"] | None = None
     # FastDeploy's own launches of this model pass 32, its default is 8.
@@ -45,13 +46,11 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
         return {"quantization": self.quantization or "unset", "load_format": self.load_format}
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}; this engine runs on 1 device")
         if not 1 <= self.max_num_seqs <= 256:
             raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be 1 to 256")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
-        for name in ("max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
+        for name in ("tensor_parallel_size", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.foreign_bytes < 0:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 from collections import Counter
@@ -17,6 +18,7 @@ from chaos_system import LEASE_MS, LOOK_S, ROOT, SERVICES, Replica, System
 from machine import PATIENCE_S
 from redis_refusals import REFUSALS
 
+from services.engine.ranks.processes import LOST
 from shared.watchdog import HUNG
 
 LEASE_S = LEASE_MS / 1000
@@ -41,6 +43,8 @@ KINDS = {
     "rush": 2,  # clients that connect, ask and are gone
     "skew": 2,  # in place of a replica, one of the next build, whose messages are of another version; then back
 }
+# Where engines are several processes. One that falls silent is noticed once it serves.
+RANK_KINDS = {"kill rank": 4, "halt rank": 3}
 
 
 class Faults:
@@ -53,6 +57,7 @@ class Faults:
         self._system = system
         self._rng = rng
         self._every_s = every_s
+        self._kinds = KINDS | (RANK_KINDS if system.ranks > 1 else {})
         self._next_build = system.directory / "next-build"
         self._mending: set[asyncio.Task[None]] = set()
         self._busy: set[Replica] = set()
@@ -63,7 +68,7 @@ class Faults:
         began = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(self._rng.uniform(*self._every_s))
-            [kind] = self._rng.choices(list(KINDS), weights=list(KINDS.values()))
+            [kind] = self._rng.choices(list(self._kinds), weights=list(self._kinds.values()))
             if what := await self._inject(kind):
                 self.injected[kind] += 1
                 self.story.append(f"{asyncio.get_running_loop().time() - began:6.1f} s {what}")
@@ -115,6 +120,10 @@ class Faults:
                 return f"a rush at {gateway}"
             case "skew":
                 return self._each(1, self._skew)
+            case "kill rank":
+                return await self._lose_rank(signal.SIGKILL)
+            case "halt rank":
+                return await self._lose_rank(signal.SIGSTOP)
             case _:
                 return f"evict {await self._evict()} embeddings"
 
@@ -184,6 +193,20 @@ class Faults:
         self._mend(replica, self._upgrade_and_go_back(replica, seconds, dies))
         return f"{replica} is of the next build for {seconds:.1f} s{', and dies' if dies else ''}"
 
+    async def _lose_rank(self, number: signal.Signals) -> str:
+        """Kill or halt a process of an engine that serves, which must then end by itself, and say which it was."""
+        engines = [one for one in self._well() if one.service == "engine"]
+        serving = [one for one in engines if await self._system.state(one) == "ready" and one.ranks]
+        if not serving:
+            return ""
+        replica = self._rng.choice(serving)
+        if replica in self._busy or not (ranks := replica.ranks):
+            return ""
+        rank = self._rng.randrange(len(ranks))
+        os.kill(ranks[rank], number)
+        self._mend(replica, self._start_without(replica, rank + 1))
+        return f"{number.name} to rank {rank + 1} of {replica}"
+
     async def _evict(self) -> int:
         if self._redis_busy:
             return 0
@@ -212,6 +235,11 @@ class Faults:
             replica.kill()
         else:
             assert replica.status == HUNG, f"{replica} ended with status {replica.status}\n{replica.tail()}"
+        replica.start()
+
+    async def _start_without(self, replica: Replica, rank: int) -> None:
+        status = await replica.ended(PATIENCE_S)
+        assert status == LOST + rank, f"{replica} ended with status {status}\n{replica.tail()}"
         replica.start()
 
     async def _wake(self, replica: Replica, seconds: float) -> None:

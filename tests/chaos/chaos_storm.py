@@ -1,8 +1,8 @@
 """One seed of chaos: clients of all kinds at work while faults are injected, and what may not follow from it.
 
-    python -m chaos_storm --seeds 10 --seconds 60 [--first-seed 1] [--clients 64]
+    python -m chaos_storm --seeds 10 --seconds 60 [--first-seed 1] [--clients 64] [--ranks 2]
 
-`make chaos SEEDS=n SECONDS=s` runs this; the last line is the totals.
+`make chaos SEEDS=n SECONDS=s` runs this; the last line is the totals. With RANKS=2 engines are two processes each.
 """
 
 import argparse
@@ -167,15 +167,22 @@ def _manners(rng: random.Random, key: str) -> list[Manner]:
 
 
 async def storm(
-    directory: Path, world: World, seed: int, seconds: float, clients: int, replicas: Mapping[str, int] = TWO_OF_EACH
+    directory: Path,
+    world: World,
+    seed: int,
+    seconds: float,
+    clients: int,
+    replicas: Mapping[str, int] = TWO_OF_EACH,
+    ranks: int = 1,
 ) -> Totals:
     """A system of its own for one seed; its logs stay in `directory`. Clients of two replicas are tenants."""
     gateway = {"api_keys_file": write_key_file(directory)} if replicas["gateway"] > 1 else {}
-    async with running(directory, world.model, replicas, gateway=gateway) as system:
+    engine = {"tensor_parallel_size": ranks}
+    async with running(directory, world.model, replicas, gateway=gateway, engine=engine) as system:
         return await Storm(world, seed, system, clients).blow(seconds)
 
 
-async def storms(first_seed: int, seeds: int, seconds: float, clients: int, keep: Path) -> Totals:
+async def storms(first_seed: int, seeds: int, seconds: float, clients: int, keep: Path, ranks: int) -> Totals:
     """Seeds one after another, each reported as it ends."""
     total = Totals()
     with file_server(files_to_serve()) as files:
@@ -183,18 +190,19 @@ async def storms(first_seed: int, seeds: int, seconds: float, clients: int, keep
         for seed in range(first_seed, first_seed + seeds):
             # Odd seeds have one replica of each service, which must be enough.
             replicas = TWO_OF_EACH if seed % 2 == 0 else ONE_OF_EACH
-            one = await storm(keep / f"seed-{seed}", world, seed, seconds, clients, replicas)
+            one = await storm(keep / f"seed-{seed}", world, seed, seconds, clients, replicas, ranks)
             total = _sum(total, one)
             print(f"seed {seed}: {one.line()}", flush=True)
             if one.failures:
                 print("\n".join(["  faults:", *one.story, *one.failures]), flush=True)
-                print(f"  again: {replay(seed, seconds, clients)}; logs in {keep / f'seed-{seed}'}", flush=True)
+                print(f"  again: {replay(seed, seconds, clients, ranks)}; logs in {keep / f'seed-{seed}'}", flush=True)
     return total
 
 
-def replay(seed: int, seconds: float, clients: int) -> str:
+def replay(seed: int, seconds: float, clients: int, ranks: int = 1) -> str:
     """Return the command that runs one seed again."""
-    return f"make chaos POINTS=none SEEDS=1 FIRST_SEED={seed} SECONDS={seconds:g} CLIENTS={clients}"
+    command = f"make chaos POINTS=none SEEDS=1 FIRST_SEED={seed} SECONDS={seconds:g} CLIENTS={clients}"
+    return command if ranks == 1 else f"{command} RANKS={ranks}"
 
 
 def _sum(a: Totals, b: Totals) -> Totals:
@@ -217,9 +225,10 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load, a seed")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--ranks", type=int, default=1, help="processes of an engine")
     args = parser.parse_args()
     keep = Path(tempfile.mkdtemp(prefix="millrace-chaos-"))
-    total = asyncio.run(storms(args.first_seed, args.seeds, args.seconds, args.clients, keep))
+    total = asyncio.run(storms(args.first_seed, args.seeds, args.seconds, args.clients, keep, args.ranks))
     print(total.line())
     return 1 if total.failures else 0
 

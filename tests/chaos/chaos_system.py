@@ -115,6 +115,14 @@ class Replica:
         """Exit status of the last process; None while it runs."""
         return None if self._process is None else self._process.poll()
 
+    @property
+    def ranks(self) -> list[int]:
+        """Processes that an engine of several ranks has started, by rank."""
+        if not self.running or self._process is None:
+            return []
+        found = [path.read_text().split() for path in Path(f"/proc/{self._process.pid}/task").glob("*/children")]
+        return sorted(int(pid) for pids in found for pid in pids)
+
     def start(self, *, crash_at: str = "", same_name: bool = False, **settings: object) -> None:
         """Start a process, under the name of the last one (a container that starts again) or a new one (a new pod)."""
         assert not self.running
@@ -186,6 +194,7 @@ class System:
         """`replicas`: how many of each service. `judged`: engines tell of near ties (near_ties.py). `settings`: by
         service or "all", over SETTINGS."""
         self.directory = directory
+        self.ranks = int(str(settings.get("engine", {}).get("tensor_parallel_size", 1)))  # processes of an engine
         self._judged = judged
         self.keys = Keys("chaos")
         # Its own directory's path may be too long for a socket.

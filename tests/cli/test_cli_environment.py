@@ -111,6 +111,13 @@ def test_what_a_service_would_refuse_is_refused_before_any_starts(
     assert named in str(refused.value)
 
 
+def test_a_model_that_ranks_cannot_share_is_refused_with_its_numbers(model: Path) -> None:
+    told = environments(launch(model, "--tensor-parallel-size", "2"), URL, {})
+    assert told["engine"]["MILLRACE_TENSOR_PARALLEL_SIZE"] == "2"
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size: .* 2 key-value heads .* it can be 1, 2"):
+        environments(launch(model, "--tensor-parallel-size", "4"), URL, {})
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         environments(launch(tmp_path), URL, {})

@@ -35,6 +35,17 @@ def test_the_launch_fastdeploy_documents_for_one_card(tmp_path: Path) -> None:
     }
 
 
+def test_the_launch_fastdeploy_documents_for_two_cards(tmp_path: Path) -> None:
+    arguments = f"""--model {tmp_path} --port 8180 --metrics-port 8181 --engine-worker-queue-port 8182
+        --tensor-parallel-size 2 --max-model-len 131072 --max-num-seqs 128 --reasoning-parser ernie-45-vl-thinking
+        --tool-call-parser ernie-45-vl-thinking --gpu-memory-utilization 0.9 --max-num-batched-tokens 16384
+        --quantization wint4""".split()
+    json = ["--limit-mm-per-prompt", '{"image": 100, "video": 100}', "--mm-processor-kwargs"]
+    launch = parse([*arguments, *json, '{"image_max_pixels": 12845056}'], {})
+    assert launch.settings["tensor_parallel_size"] == 2
+    assert launch.settings["max_model_len"] == 131072
+
+
 def test_what_is_not_given_sets_nothing() -> None:
     launch = parse(["--demo"], {})
     assert launch.settings == {}
@@ -137,7 +148,6 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --served-model-name", "--served-model-name"),
         ("--demo --port 65536", "--port"),
         ("--demo --port x", "--port"),
-        ("--demo --tensor-parallel-size 2", "--tensor-parallel-size: 2"),
         ("--demo --tensor-parallel-size 0", "--tensor-parallel-size"),
         ("--demo --max-num-seqs 257", "--max-num-seqs"),
         ("--demo --max-num-seqs 0", "--max-num-seqs"),

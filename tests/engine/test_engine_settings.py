@@ -32,7 +32,7 @@ def test_the_defaults_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"max_num_seqs": 257}, "max_num_seqs"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens"),

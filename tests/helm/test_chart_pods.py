@@ -260,8 +260,14 @@ def test_runtime_class_and_shared_memory_come_with_gpus() -> None:
     made = pods(case("fetched model, keda, monitoring, tls"))
     assert made["engine"][1]["runtimeClassName"] == "nvidia"
     assert "runtimeClassName" not in made["gateway"][1]
-    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in made["engine"][1]["volumes"]
+    volume = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
+    assert volume in made["engine"][1]["volumes"]
     assert all(volume["name"] != "shared-memory" for volume in pods(case("defaults"))["engine"][1]["volumes"])
+
+
+def test_the_gpus_of_an_engine_share_its_model() -> None:
+    assert environment(case("fetched model, keda, monitoring, tls"), "engine")["MILLRACE_TENSOR_PARALLEL_SIZE"] == "2"
+    assert "MILLRACE_TENSOR_PARALLEL_SIZE" not in environment(case("defaults"), "engine")
 
 
 def strategy(name: str, component: str) -> Object:

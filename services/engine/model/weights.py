@@ -13,9 +13,11 @@ from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer, Weights
+from services.engine.model.split import WHOLE, Split
 from shared.errors import CheckpointError
 from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
+from shared.model.division import divided
 from shared.model.tensor_source import TensorSource
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
@@ -24,16 +26,23 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def load_model(
-    source: TensorSource, config: ModelConfig, device: str, quantization: Quantization | None, ops: Ops
+    source: TensorSource,
+    config: ModelConfig,
+    device: str,
+    quantization: Quantization | None,
+    ops: Ops,
+    split: Split = WHOLE,
 ) -> ErnieModel:
-    """The decoder of a checkpoint, in the dtype of its configuration, ready to run on `device`.
+    """The decoder of a checkpoint, or a rank's part of it, in the dtype of its configuration, ready to run on `device`.
 
     Raises:
+        ConfigError: the ranks cannot share the model equally.
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is not expected; or
             the quantisation does not fit the model.
     """
-    weights = load_weights(source, config, dtype_of(config), torch.device(device), quantization)
-    return ErnieModel(config, weights, ops)
+    own = divided(config, split.size)
+    weights = load_weights(source, config, dtype_of(config), torch.device(device), quantization, split)
+    return ErnieModel(own, weights, ops)
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
@@ -52,8 +61,11 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None,
+    split: Split = WHOLE,
 ) -> Weights:
     """Every decoder tensor, each read once. At most one layer exists in both its stored and its final form.
+
+    Of a model that is split, a rank reads its parts and quantises these, so a row that ranks sum has a scale in each.
 
     wint8 keeps every projection in 8 bits; wint4 the routed experts in 4 and the other projections in 8. Embedding,
     head, norms and routers are never quantised. On a device with much memory, dense projections are kept in both forms:
@@ -62,7 +74,7 @@ def load_weights(
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), both=has_spare_memory(device))
+    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), has_spare_memory(device), split)
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)
@@ -87,9 +99,15 @@ class _Reader:
     dense_bits: Bits | None
     expert_bits: Bits | None
     both: bool
+    split: Split
 
     def plain(self, name: str, *shape: int) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, self.dtype)
+
+    def part(self, name: str, *shape: int, dim: int) -> Tensor:
+        """Read this rank's part of a tensor of that shape."""
+        whole = self.checkpoint.get(name, shape)
+        return self.split.part(whole, dim).to(self.device, self.dtype).contiguous()
 
     def precise(self, name: str, *shape: int) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, torch.float32)
@@ -109,15 +127,15 @@ class _Reader:
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         qkv = torch.cat(
             [
-                self.plain(f"{attention}q_proj.weight", q_size, hidden),
-                self.plain(f"{attention}k_proj.weight", kv_size, hidden),
-                self.plain(f"{attention}v_proj.weight", kv_size, hidden),
+                self.part(f"{attention}q_proj.weight", q_size, hidden, dim=0),
+                self.part(f"{attention}k_proj.weight", kv_size, hidden, dim=0),
+                self.part(f"{attention}v_proj.weight", kv_size, hidden, dim=0),
             ]
         )
         return Layer(
             attention_norm=self.plain(f"{prefix}input_layernorm.weight", hidden),
             qkv=self._dense(qkv),
-            out=self._dense(self.plain(f"{attention}o_proj.weight", hidden, q_size)),
+            out=self._dense(self.part(f"{attention}o_proj.weight", hidden, q_size, dim=1)),
             mlp_norm=self.plain(f"{prefix}post_attention_layernorm.weight", hidden),
             mlp=self._mlp(index, f"{prefix}mlp."),
         )
@@ -151,8 +169,8 @@ class _Reader:
 
     def _projections(self, prefix: str, size: int) -> tuple[Tensor, Tensor]:
         hidden = self.config.hidden_size
-        gate_up = [self.plain(f"{prefix}{name}_proj.weight", size, hidden) for name in ("gate", "up")]
-        return torch.cat(gate_up), self.plain(f"{prefix}down_proj.weight", hidden, size)
+        gate_up = [self.part(f"{prefix}{name}_proj.weight", size, hidden, dim=0) for name in ("gate", "up")]
+        return torch.cat(gate_up), self.part(f"{prefix}down_proj.weight", hidden, size, dim=1)
 
     def _dense(self, weight: Tensor) -> Weight:
         packed = _pack(weight, self.dense_bits)

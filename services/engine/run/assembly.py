@@ -1,5 +1,8 @@
 """Assembly of a runner around a loaded model."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from services.engine.kernels.reference.threshold import threshold_by_search
 from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.model.ernie import ErnieModel
@@ -8,9 +11,9 @@ from services.engine.run.decode_rows import DecodeRows
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
-from services.engine.run.runner import ModelRunner, Runner
+from services.engine.run.runner import DrawsTokens, ModelRunner, Runner
 from services.engine.run.sampler import Sampler
-from services.engine.run.step import StepBuilder
+from services.engine.run.step import BuildsSteps, StepBuilder
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.cpu_share import usable_cores
 from shared.errors import ConfigError
@@ -21,8 +24,24 @@ MIN_BLOCK_SIZE = 16  # keys of a matrix instruction
 MASK_THREADS = 4
 
 
-def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
-    """Return a loaded model's runner, and its cache's number of blocks.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Parts of an engine that compute steps, on every rank."""
+
+    cache: KVCache
+    blocks: int  # of the cache, for sequences
+    sampler: Sampler
+    graphs: DecodeGraphs | None
+
+
+def parts_for(
+    model: ErnieModel, config: ModelConfig, settings: EngineSettings, agree: Callable[[int], int] = int
+) -> Parts:
+    """Return a loaded model's cache, sampler and captured steps.
+
+    Args:
+        config: of the part of the model that this rank has.
+        agree: see `allocate_cache`.
 
     Raises:
         ConfigError: the cache could not hold max_model_len, or its blocks are of a size that no kernel reads.
@@ -33,12 +52,37 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
             f"block_size is {settings.block_size}; on a GPU it must be a power of two, at least {MIN_BLOCK_SIZE}"
         )
     sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
-    cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
+    cache = allocate_cache(model, config, settings, sampler.rehearse, int(on_gpu), agree)
     blocks = cache.num_blocks - int(on_gpu)
     graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
-    builder = StepBuilder(model, settings.block_size, config.image_patch_id)
+    return Parts(cache, blocks, sampler, graphs)
+
+
+def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
+    """Return a loaded model's runner, and its cache's number of blocks.
+
+    Raises:
+        ConfigError: as `parts_for`.
+    """
+    parts = parts_for(model, config, settings)
+    return runner_of(model, config, settings, parts, parts.sampler, step_builder(model, config, settings)), parts.blocks
+
+
+def step_builder(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> StepBuilder:
+    return StepBuilder(model, settings.block_size, config.image_patch_id)
+
+
+def runner_of(
+    model: ErnieModel,
+    config: ModelConfig,
+    settings: EngineSettings,
+    parts: Parts,
+    sampler: DrawsTokens,
+    builder: BuildsSteps,
+) -> ModelRunner:
+    """Return the runner that has these parts."""
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
-    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs), blocks
+    return ModelRunner(model, parts.cache, sampler, builder, grammar_masks, parts.graphs, settings.max_num_seqs)
 
 
 def capture_decode(

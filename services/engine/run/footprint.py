@@ -9,6 +9,7 @@ from torch import Tensor
 from services.engine.kernels.quantize import Bits, Weight, quantize, with_plain
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import Layer, Weights
+from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import dtype_of, load_weights, widths
 from services.engine.run.memory import block_bytes
 from shared.model.checkpoint import Checkpoint
@@ -16,8 +17,8 @@ from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
 
 
-def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
-    """Load the decoder as stored, without values.
+def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig, split: Split = WHOLE) -> Weights:
+    """Load the decoder as stored, or a rank's part of it, without values.
 
     Args:
         checkpoint: opened with headers_only.
@@ -25,7 +26,7 @@ def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     Raises:
         CheckpointError: as `load_weights`, whose names and shapes these are.
     """
-    return load_weights(checkpoint, config, dtype_of(config), torch.device("meta"), None)
+    return load_weights(checkpoint, config, dtype_of(config), torch.device("meta"), None, split)
 
 
 def weight_bytes(stored: Weights, quantization: Quantization | None, *, both: bool = False) -> int:
@@ -43,7 +44,7 @@ def weight_bytes(stored: Weights, quantization: Quantization | None, *, both: bo
 
 
 def cache_bytes(config: ModelConfig) -> int:
-    """Count the keys and values of one token."""
+    """Count the keys and values of one token; given a rank's part of a model (`divided`), those that it keeps."""
     return block_bytes(config, 1, dtype_of(config))
 
 

@@ -20,18 +20,24 @@ Rehearse = Callable[[Tensor], None]  # allocates as much as sampling from these 
 
 
 def allocate_cache(
-    model: Model, config: ModelConfig, settings: EngineSettings, rehearse: Rehearse, spare: int = 0
+    model: Model,
+    config: ModelConfig,
+    settings: EngineSettings,
+    rehearse: Rehearse,
+    spare: int = 0,
+    agree: Callable[[int], int] = int,
 ) -> KVCache:
     """Allocate the cache for a loaded model.
 
     Args:
         spare: blocks besides those that sequences are given.
+        agree: returns the number of blocks of all ranks, given that of this one.
 
     Raises:
         ConfigError: it could not hold one sequence of max_model_len; the message has the numbers.
     """
     dtype, device = model.dtype, model.device
-    blocks = num_blocks(model, config, settings, rehearse) + spare
+    blocks = agree(num_blocks(model, config, settings, rehearse)) + spare
     return KVCache.allocate(
         config.num_layers, blocks, settings.block_size, config.num_kv_heads, config.head_dim, dtype, str(device)
     )

@@ -13,9 +13,9 @@ from services.engine.model.inputs import KVCache, StepInput
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.prompt_scorer import LaunchedScores, Part, PromptScorer, Scored, parts_of
-from services.engine.run.sampler import Drawn, Sampled, Sampler
-from services.engine.run.sampling_plan import plan_sampling
-from services.engine.run.step import Model, StepBuilder
+from services.engine.run.sampler import Drawn, Sampled
+from services.engine.run.sampling_plan import SamplingPlan, plan_sampling
+from services.engine.run.step import BuildsSteps, Model
 from services.engine.schedule.scheduler import Plan
 
 
@@ -48,6 +48,12 @@ class Runner(Protocol):
         """
 
 
+class DrawsTokens(Protocol):
+    """Interface of `services.engine.run.sampler.Sampler`."""
+
+    def draw(self, logits: Tensor, plan: SamplingPlan) -> Drawn: ...
+
+
 class ModelRunner:
     """Runner of the real model. Replays decode steps that were captured and launches all others. On a GPU nothing in
     `launch` waits for the device."""
@@ -56,8 +62,8 @@ class ModelRunner:
         self,
         model: Model,
         cache: KVCache,
-        sampler: Sampler,
-        builder: StepBuilder,
+        sampler: DrawsTokens,
+        builder: BuildsSteps,
         grammar_masks: GrammarMasks,
         graphs: DecodeGraphs | None,
         max_seqs: int,

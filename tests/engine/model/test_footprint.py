@@ -8,17 +8,21 @@ from pathlib import Path
 import hub_files
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from cli.demo import write_demo
 from services.engine.model import weights as loader
 from services.engine.model.inputs import KVCache
+from services.engine.model.split import Split
 from services.engine.model.weights import load_weights
 from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
 from services.mm_encoder.vision.memory import weight_bytes as vision_bytes
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.config_file import Quantization
+from shared.model.division import divided
+from shared.model.drawn_weights import DrawnWeights
 
 CPU = torch.device("cpu")
 
@@ -92,3 +96,14 @@ def test_the_published_model(tmp_path: Path) -> None:
     measured = pytest.approx([16.52, 29.27, 53.50], rel=0.005)
     assert [size / 2**30 for size in (*sizes, weight_bytes(stored, None))] == measured
     assert cache_bytes(config) == 57_344
+
+
+@pytest.mark.parametrize("quantization", [None, "wint8", "wint4"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_ranks(demo: Path, size: int, quantization: Quantization | None) -> None:
+    config = replace(load_model_config(demo), num_kv_heads=4)
+    drawn = DrawnWeights(CPU)
+    loaded = load_weights(drawn, config, torch.bfloat16, CPU, quantization, Split(size - 1, size))
+    stored = load_weights(Published(), config, torch.bfloat16, torch.device("meta"), None, Split(0, size))
+    assert weight_bytes(stored, quantization) == sum(storages(loaded).values())
+    assert cache_bytes(divided(config, size)) * size == cache_bytes(config)

@@ -49,6 +49,10 @@ def linear_moe_add_norm(
         the norm and the new residual, each [N, H].
     """
     x, residual = linear_add_norm(x, out, residual, moe_norm, eps)
+    return add_rms_norm(all_experts(x, moe, vision, top_k), residual, norm, eps)
+
+
+def all_experts(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int) -> Tensor:
+    """Return the sum of the routed experts and the shared one, [N, H]."""
     ids, weights = router(x, moe.gate, moe.bias, vision, top_k)
-    routed = experts(x, ids, weights, moe.text, moe.vision)
-    return add_rms_norm(routed + swiglu(x, moe.shared), residual, norm, eps)
+    return experts(x, ids, weights, moe.text, moe.vision) + swiglu(x, moe.shared)

@@ -31,9 +31,14 @@ def linear_moe_add_norm(
 ) -> tuple[Tensor, Tensor]:
     """See the reference. All contiguous but x, whose rows may be strided."""
     x, residual = add_norm(linear(x, out), residual, moe_norm, eps)
+    return combine(*all_experts(x, moe, vision, top_k), residual, norm, eps)
+
+
+def all_experts(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `combine` sums: the routed experts' results, their weights, and the shared expert's."""
     ids, weights = route_tiles(x, moe.gate, moe.bias, text_only(x) if vision is None else vision, top_k)
     experts = len(moe.text) + len(moe.vision)
     rows = min(MOST_ROWS, max(FEWEST_ROWS, ceil_pow2(ceil_div(ids.numel(), experts))))
     tile = TILES[storage(moe.text.down)[2]]
     routed = tiled_results(x, ids, moe.text, moe.vision, Plan(rows, tile, tile))
-    return combine(routed, weights, swiglu(x, moe.shared), residual, norm, eps)
+    return routed, weights, swiglu(x, moe.shared)

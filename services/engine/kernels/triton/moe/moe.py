@@ -62,6 +62,13 @@ def linear_moe_add_norm(
         x, residual, scores = add_norm_scores(partial, residual, moe_norm, eps, moe.gate)
     else:
         x, residual = add_norm(partial, residual, moe_norm, eps)
+    return combine(*all_experts(x, moe, vision, top_k, scores), residual, norm, eps)
+
+
+def all_experts(
+    x: Tensor, moe: MoE, vision: Tensor | None, top_k: int, scores: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `combine` sums: the routed experts' results, their weights, and the shared expert's."""
     if x.is_cuda and len(x) <= SIDE_STREAM_ROWS:
         main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         # Memory that either stream frees is reused only after the next of these waits.
@@ -73,7 +80,7 @@ def linear_moe_add_norm(
     else:
         shared = _shared(x, moe.shared)
         routed, weights = _routed(x, moe, vision, top_k, scores)
-    return combine(routed, weights, shared, residual, norm, eps)
+    return routed, weights, shared
 
 
 @cache

@@ -1,0 +1,159 @@
+"""A rank that is killed or halted ends its replica, which names it; another goes on, byte for byte; nothing outlives
+the replica."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_bench import Reader, eventually, submit
+from engine_cases import generate
+from engine_loop import Bench
+from machine import PATIENCE_S
+from near_ties import NEAR_TIE, judging
+from rank_cases import DRAWN, Loaded, settings_for, write_checkpoint
+from redis.asyncio import Redis
+
+from services.engine.loop.mailbox import Add
+from services.engine.ranks.processes import LOST
+from services.engine.schedule.sequence import EngineFacts, build
+from shared.bus.keys import Keys
+from shared.config import variable
+from shared.messages import Generate
+from shared.model.config import load_model_config
+from shared.tether import tethered
+
+pytestmark = pytest.mark.system
+LENGTH, REQUESTS = 60, 4
+STEP_TIMEOUT_S = 6
+TOLD = {
+    "lease_ms": "1000",
+    "step_timeout_s": str(STEP_TIMEOUT_S),
+    "max_num_batched_tokens": "64",
+    "namespace": "test",
+    "max_deliveries": "10",
+}
+
+
+class Replica:
+    """An engine of two ranks."""
+
+    def __init__(self, directory: Path, redis_url: str, log: Path) -> None:
+        settings = settings_for(directory, 2)
+        names = ("model", "device", "max_model_len", "block_size", "max_num_seqs", "num_gpu_blocks_override")
+        told = {name: str(getattr(settings, name)) for name in (*names, "tensor_parallel_size")} | TOLD
+        environ = {variable(name): value for name, value in (told | {"redis_url": redis_url}).items()}
+        self._log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                tethered([sys.executable, "-P", "-m", "services.engine"]),
+                env={**os.environ, **environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    @property
+    def rank(self) -> int:
+        """Process of rank 1."""
+        [child] = [
+            int(pid)
+            for children in Path(f"/proc/{self.process.pid}/task").glob("*/children")
+            for pid in children.read_text().split()
+        ]
+        return child
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    async def ended(self) -> int:
+        return await asyncio.to_thread(self.process.wait, PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("faults") / "checkpoint"
+    write_checkpoint(made)
+    return made
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[Replica]]:
+    started: list[Replica] = []
+    yield started
+    for replica in started:
+        replica.process.kill()
+        replica.process.wait()
+
+
+def steady(directory: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[Generate, list[int]]]:
+    """Return requests of which no token hangs on how sums are rounded, and their tokens."""
+    config, found = load_model_config(directory), dict[str, tuple[Generate, list[int]]]()
+    facts = EngineFacts(config, 256, think_close_id=9)
+    with judging(), Loaded(directory, 1) as runner:
+        for seed in range(60):
+            ids = [300 + (seed * 37 + i * i) % 700 for i in range(4 + seed % 9)]
+            message = generate(f"r{seed}", ids, LENGTH, seed=seed, ignore_eos=True, **(DRAWN if seed % 2 else {}))
+            capsys.readouterr()
+            bench = Bench({0: [Add(build(message, 1, [], (), facts))]}, runner=runner, max_num_batched_tokens=64)
+            if NEAR_TIE not in capsys.readouterr().err:
+                found[f"r{seed}"] = message, bench.answer(f"r{seed}")
+            if len(found) == REQUESTS:
+                return found
+    raise AssertionError("there is a near tie in too many answers; take other prompts")
+
+
+def has_ended(pid: int) -> bool:
+    """True of a process that nobody waits for, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+async def gone(pid: int) -> None:
+    """Return when a process has ended."""
+    await eventually(lambda: asyncio.sleep(0, has_ended(pid)))
+
+
+async def test_requests_outlive_lost_ranks(
+    directory: Path, redis: Redis, redis_url: str, keys: Keys, tmp_path: Path, replicas: list[Replica],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    asked = steady(directory, capsys)
+    reader = Reader(redis, keys)
+
+    def another() -> Replica:
+        replicas.append(Replica(directory, redis_url, tmp_path / f"{len(replicas)}.log"))
+        return replicas[-1]
+
+    first = another()
+    await submit(redis, keys, *(message for message, _ in asked.values()))
+    for name in asked:
+        await reader.reached(name, 4)
+    os.kill(first.rank, signal.SIGKILL)
+    assert await first.ended() == LOST + 1, first.said
+    assert re.search(r"rank 1 is lost: killed by SIGKILL", first.said)
+
+    second = another()
+    for name in asked:
+        await reader.reached(name, 12)
+    halted = second.rank
+    os.kill(halted, signal.SIGSTOP)
+    assert await second.ended() == LOST + 1, second.said
+    assert re.search(r"rank 1 is lost: silent for \d", second.said)
+    await gone(halted)
+
+    third = another()
+    for name, seen in zip(asked, await reader.finished(*asked), strict=True):
+        assert seen.tokens == asked[name][1]
+        assert seen.epoch == 3
+    rank = third.rank
+    third.process.kill()
+    await gone(rank)
