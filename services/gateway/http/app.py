@@ -19,6 +19,7 @@ from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
 from services.gateway.http.answer import json_response
 from services.gateway.http.batches import BatchRequest, BatchRoutes
+from services.gateway.http.context import context_of
 from services.gateway.http.counting import TokenCounter
 from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler, Session
@@ -27,6 +28,7 @@ from services.gateway.http.responses import StoredResponses, is_stream
 from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.http.tokens import TokenRoutes, add_token_routes
 from services.gateway.request.model_names import ModelNames
+from services.gateway.tenants.key_file import Tenant
 from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
 
@@ -76,17 +78,19 @@ class Models(msgspec.Struct, frozen=True):
     max_model_len: int
     limits: RequestLimits
 
-    def card(self, name: str) -> ModelCard:
+    def card(self, name: str, tenant: Tenant | None) -> ModelCard:
         """Describe the model under a name.
 
         Raises:
-            RequestError: 404, it is not a name of the model.
+            RequestError: 404, it is not a name of the model; 403, the tenant may not use it.
         """
+        if tenant is not None:
+            tenant.check_model(self.names.resolve(name))
         return ModelCard(self.names.resolve(name), self.created, self.max_model_len, self.limits, FEATURES)
 
-    def cards(self) -> list[ModelCard]:
-        """Describe the model under each of its names."""
-        return [self.card(name) for name in self.names.listed]
+    def cards(self, tenant: Tenant | None) -> list[ModelCard]:
+        """Describe the model under each of its names that the tenant may use."""
+        return [self.card(name, tenant) for name in self.names.listed if tenant is None or tenant.may_use(name)]
 
 
 class DirectResponse(Response):
@@ -141,12 +145,12 @@ def build_app(parts: AppParts) -> FastAPI:
         return json_response({"version": MILLRACE_VERSION})
 
     @reads(app, "/v1/models")
-    async def models() -> Response:
-        return json_response({"object": "list", "data": parts.served.cards()})
+    async def models(request: Request) -> Response:
+        return json_response({"object": "list", "data": parts.served.cards(context_of(request).quota.tenant)})
 
     @reads(app, "/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        return json_response(parts.served.card(model))
+    async def model(model: str, request: Request) -> Response:
+        return json_response(parts.served.card(model, context_of(request).quota.tenant))
 
     schemas: list[type] = [dialect.schema for dialect in parts.dialects]
     schemas += [counter.schema for counter in parts.counters]
