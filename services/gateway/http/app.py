@@ -15,12 +15,14 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.batches.files import INPUT
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
 from services.gateway.http.answer import json_response
 from services.gateway.http.batches import BatchRequest, BatchRoutes
 from services.gateway.http.context import context_of
 from services.gateway.http.counting import TokenCounter
+from services.gateway.http.description import body_of, describe
 from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler, Session
 from services.gateway.http.reads import reads
@@ -154,7 +156,7 @@ def build_app(parts: AppParts) -> FastAPI:
 
     schemas: list[type] = [dialect.schema for dialect in parts.dialects]
     schemas += [counter.schema for counter in parts.counters]
-    _describe(app, [*schemas, BatchRequest])
+    describe(app, [*schemas, BatchRequest])
     return app
 
 
@@ -172,9 +174,7 @@ async def _handle(
 def _add_post(
     app: FastAPI, path: str, schema: type, handle: Callable[[Request, Receive, Send], Awaitable[None]]
 ) -> None:
-    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}}
-
-    @app.post(path, openapi_extra={"requestBody": {**body, "required": True}})
+    @app.post(path, openapi_extra={"requestBody": body_of(schema)})
     async def ask(request: Request) -> Response:
         return DirectResponse(partial(handle, request))
 
@@ -200,8 +200,8 @@ def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
 
 
 def _add_files(app: FastAPI, files: FileRoutes) -> None:
-    text = {"type": "string"}
-    form = {"type": "object", "required": ["file", "purpose"], "properties": {"file": text, "purpose": text}}
+    fields = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [INPUT]}}
+    form = {"type": "object", "required": ["file", "purpose"], "properties": fields}
     body = {"content": {"multipart/form-data": {"schema": form}}, "required": True}
 
     @app.post(FILES, openapi_extra={"requestBody": body})
@@ -317,11 +317,3 @@ def allowed_methods(app: FastAPI, scope: Scope) -> set[str]:
     """Return the methods of a path."""
     routes = [route for route in app.router.routes if route.matches(scope)[0] is not Match.NONE]
     return {"OPTIONS"}.union(*(route.methods for route in routes if isinstance(route, Route) and route.methods))
-
-
-def _describe(app: FastAPI, schemas: Collection[type]) -> None:
-    """Add the schemas of bodies, which are msgspec types, to FastAPI's description of the routes."""
-    described = app.openapi()
-    _, components = msgspec.json.schema_components(schemas, ref_template="#/components/schemas/{name}")
-    described.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    app.openapi_schema = described
