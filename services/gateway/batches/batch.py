@@ -63,8 +63,8 @@ class Batch(msgspec.Struct, frozen=True):
     def resource(self) -> dict[str, object]:
         """Return the batch as OpenAI's clients read it. Its files are named once it has ended, if they have a line."""
         about = self.about
-        is_written = self.status in (COMPLETED, EXPIRED, CANCELLED)
-        has_errors = bool(self.failed) or self.status == EXPIRED
+        has_late = self.status == EXPIRED and self.completed + self.failed < self.total
+        has_errors = self.ended and (bool(self.failed) or has_late)
         errors = {"object": "list", "data": self.errors} if self.errors else None
         return {
             "id": about.id,
@@ -74,8 +74,8 @@ class Batch(msgspec.Struct, frozen=True):
             "input_file_id": about.input_file_id,
             "completion_window": about.completion_window,
             "status": self.status,
-            "output_file_id": about.output_file_id if is_written and self.completed else None,
-            "error_file_id": about.error_file_id if is_written and has_errors else None,
+            "output_file_id": about.output_file_id if self.ended and self.completed else None,
+            "error_file_id": about.error_file_id if has_errors else None,
             "created_at": about.created_at,
             "expires_at": about.expires_at,
             **{name: self.times.get(name) for name in TIMES},

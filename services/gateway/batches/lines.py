@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from services.gateway.request.surrogates import replace_lone_surrogates
 from shared.errors import Failure, RequestError, invalid
 
 BOM = b"\xef\xbb\xbf"
@@ -58,7 +59,7 @@ class _Body(msgspec.Struct, frozen=True):
 
 
 _envelope = msgspec.json.Decoder(_Envelope)
-_body = msgspec.json.Decoder(_Body)
+_body = msgspec.json.Decoder(_Body, strict=False)  # as lenient as the APIs
 
 
 class LineSplitter:
@@ -140,7 +141,7 @@ def check_body(body: bytes) -> None:
         RequestError: 400 naming the field.
     """
     try:
-        asked = _body.decode(body)
+        asked = _body.decode(replace_lone_surrogates(body))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return  # which its API refuses in its own words
     for field in ("stream", "background"):

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message
 from services.gateway.batches.batch import About
 from services.gateway.batches.lines import Line, check_body
 from services.gateway.errors import UNAUTHORIZED, UNEXPECTED, openai_body
+from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.inflight.headers import key_digest
 from services.gateway.inflight.pipeline import Pipeline
@@ -55,7 +56,10 @@ class LineRequests:
         share = Share("") if caller.share is None else caller.share
         quota = Quota(tenant, msgspec.structs.replace(share, priority=BATCH_PRIORITY))
         try:
-            check_body(line.body)
+            if len(line.body) <= INLINE_BYTES:
+                check_body(line.body)
+            else:
+                await asyncio.to_thread(check_body, line.body)
             with self._slots.slot(tenant):
                 return await self._send(about, line, quota)
         except RequestError as error:

@@ -15,11 +15,14 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.batches.files import INPUT
 from services.gateway.dialects.dialect import Dialect
 from services.gateway.errors import NO_FILES, QUEUE_DOWN, UNEXPECTED, FailureBodies, error_response, http_failure
 from services.gateway.http.answer import json_response
 from services.gateway.http.batches import BatchRequest, BatchRoutes
+from services.gateway.http.context import context_of
 from services.gateway.http.counting import TokenCounter
+from services.gateway.http.description import body_of, describe
 from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler, Session
 from services.gateway.http.reads import reads
@@ -27,6 +30,7 @@ from services.gateway.http.responses import StoredResponses, is_stream
 from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.http.tokens import TokenRoutes, add_token_routes
 from services.gateway.request.model_names import ModelNames
+from services.gateway.tenants.key_file import Tenant
 from shared.errors import Failure, RequestError
 from shared.version import MILLRACE_VERSION
 
@@ -76,17 +80,19 @@ class Models(msgspec.Struct, frozen=True):
     max_model_len: int
     limits: RequestLimits
 
-    def card(self, name: str) -> ModelCard:
+    def card(self, name: str, tenant: Tenant | None) -> ModelCard:
         """Describe the model under a name.
 
         Raises:
-            RequestError: 404, it is not a name of the model.
+            RequestError: 404, it is not a name of the model; 403, the tenant may not use it.
         """
+        if tenant is not None:
+            tenant.check_model(self.names.resolve(name))
         return ModelCard(self.names.resolve(name), self.created, self.max_model_len, self.limits, FEATURES)
 
-    def cards(self) -> list[ModelCard]:
-        """Describe the model under each of its names."""
-        return [self.card(name) for name in self.names.listed]
+    def cards(self, tenant: Tenant | None) -> list[ModelCard]:
+        """Describe the model under each of its names that the tenant may use."""
+        return [self.card(name, tenant) for name in self.names.listed if tenant is None or tenant.may_use(name)]
 
 
 class DirectResponse(Response):
@@ -141,16 +147,16 @@ def build_app(parts: AppParts) -> FastAPI:
         return json_response({"version": MILLRACE_VERSION})
 
     @reads(app, "/v1/models")
-    async def models() -> Response:
-        return json_response({"object": "list", "data": parts.served.cards()})
+    async def models(request: Request) -> Response:
+        return json_response({"object": "list", "data": parts.served.cards(context_of(request).quota.tenant)})
 
     @reads(app, "/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        return json_response(parts.served.card(model))
+    async def model(model: str, request: Request) -> Response:
+        return json_response(parts.served.card(model, context_of(request).quota.tenant))
 
     schemas: list[type] = [dialect.schema for dialect in parts.dialects]
     schemas += [counter.schema for counter in parts.counters]
-    _describe(app, [*schemas, BatchRequest])
+    describe(app, [*schemas, BatchRequest])
     return app
 
 
@@ -168,9 +174,7 @@ async def _handle(
 def _add_post(
     app: FastAPI, path: str, schema: type, handle: Callable[[Request, Receive, Send], Awaitable[None]]
 ) -> None:
-    body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}}
-
-    @app.post(path, openapi_extra={"requestBody": {**body, "required": True}})
+    @app.post(path, openapi_extra={"requestBody": body_of(schema)})
     async def ask(request: Request) -> Response:
         return DirectResponse(partial(handle, request))
 
@@ -196,8 +200,8 @@ def _add_responses(app: FastAPI, responses: StoredResponses) -> None:
 
 
 def _add_files(app: FastAPI, files: FileRoutes) -> None:
-    text = {"type": "string"}
-    form = {"type": "object", "required": ["file", "purpose"], "properties": {"file": text, "purpose": text}}
+    fields = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [INPUT]}}
+    form = {"type": "object", "required": ["file", "purpose"], "properties": fields}
     body = {"content": {"multipart/form-data": {"schema": form}}, "required": True}
 
     @app.post(FILES, openapi_extra={"requestBody": body})
@@ -313,11 +317,3 @@ def allowed_methods(app: FastAPI, scope: Scope) -> set[str]:
     """Return the methods of a path."""
     routes = [route for route in app.router.routes if route.matches(scope)[0] is not Match.NONE]
     return {"OPTIONS"}.union(*(route.methods for route in routes if isinstance(route, Route) and route.methods))
-
-
-def _describe(app: FastAPI, schemas: Collection[type]) -> None:
-    """Add the schemas of bodies, which are msgspec types, to FastAPI's description of the routes."""
-    described = app.openapi()
-    _, components = msgspec.json.schema_components(schemas, ref_template="#/components/schemas/{name}")
-    described.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    app.openapi_schema = described

@@ -4,7 +4,7 @@ import asyncio
 import re
 import secrets
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,14 +23,13 @@ from services.gateway.http.paging import listing, read_page
 from services.gateway.request.schemas import decode_json
 from shared.errors import Failure, RequestError, invalid
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MOST_LISTED, DEFAULT_LISTED = 100, 20
 MOST_METADATA = 16
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 LONGEST_S = 7 * 86400
 
 _NAME = re.compile(rf"{PREFIX}[0-9a-f]{{24}}")
-_WINDOW = re.compile(r"([1-9]\d{0,5})([smhd])")
+_WINDOW = r"^([1-9][0-9]{0,5})([smhd])$"
 
 Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
 
@@ -46,8 +45,8 @@ class BatchRequest(msgspec.Struct, frozen=True):
     """The body of POST /v1/batches."""
 
     input_file_id: str
-    endpoint: str
-    completion_window: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+    completion_window: Annotated[str, Meta(pattern=_WINDOW)]
     metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
 
@@ -151,15 +150,11 @@ def _check(asked: BatchRequest) -> int:
     Raises:
         RequestError: 400 naming the field.
     """
-    if asked.endpoint not in ENDPOINTS:
-        raise invalid(f"`endpoint` must be one of {', '.join(ENDPOINTS)}.", "endpoint")
     if len(asked.metadata or {}) > MOST_METADATA:
         raise invalid(f"`metadata` has more than {MOST_METADATA} entries.", "metadata")
-    match = _WINDOW.fullmatch(asked.completion_window)
-    window_s = 0 if match is None else int(match[1]) * UNITS_S[match[2]]
-    if not 0 < window_s <= LONGEST_S:
-        text = f"`completion_window` must be a time like 24h or 30m, {LONGEST_S // 86400}d at most."
-        raise invalid(text, "completion_window")
+    window_s = int(asked.completion_window[:-1]) * UNITS_S[asked.completion_window[-1]]
+    if window_s > LONGEST_S:
+        raise invalid(f"`completion_window` may be {LONGEST_S // 86400}d at most.", "completion_window")
     return window_s
 
 

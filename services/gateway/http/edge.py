@@ -109,10 +109,11 @@ class Edge:
             await self._app(scope, receive, send)
 
     def _start_span(self, scope: Scope, headers: Headers) -> Span | None:
-        """Start the span of a chat request; other requests are too short to be traced."""
-        if scope["path"] != spans.PATH or scope["method"] != "POST":
+        """Start the span of a request for an answer; other requests are too short to be traced."""
+        traced = spans.TRACED.get(scope["path"])
+        if traced is None or scope["method"] != "POST":
             return None
-        return self._tracing.serve(spans.NAME, headers.get("traceparent"), spans.INITIAL)
+        return self._tracing.serve(traced.name, headers.get("traceparent"), traced.initial())
 
     def _authenticate(self, scope: Scope, headers: Headers, context: RequestContext) -> Caller | None:
         """Return the caller that the request's API key names; None, and a line in the log, if there is none.

@@ -23,6 +23,7 @@ from shared.errors import Failure, RequestError, invalid
 
 MOST_LISTED = 10_000  # and as many without `limit`, as OpenAI does
 BUFFER_BYTES = 2 << 20  # of an upload that are here at a time, beside a long line
+FORM_BYTES = 1 << 20  # of a form, beside its file
 LEAST_KEEP_S = 60
 
 _NAME = re.compile(rf"{PREFIX}[0-9a-f]{{24}}")
@@ -44,6 +45,7 @@ class FileRoutes(msgspec.Struct, frozen=True):
             ClientDisconnect: the client left in the middle.
         """
         self._check_origin(request)
+        self._check_length(request)
         reader = FormReader(request.headers.get("content-type", ""))
         writer = FileWriter(self.store, new_file_id(), context_of(request).owner)
         with self.intake.admission.arrival(), self.intake.memory.reservation() as reservation:
@@ -56,6 +58,16 @@ class FileRoutes(msgspec.Struct, frozen=True):
                 await asyncio.shield(writer.discard())
                 raise
         return json_response(about.resource())
+
+    def _check_length(self, request: Request) -> None:
+        """
+        Raises:
+            RequestError: 413, the body is longer than any file that is accepted.
+        """
+        limit = self.store.limits.file_bytes
+        if int(request.headers.get("content-length", "0")) > limit + FORM_BYTES:
+            text = f"The file is larger than the limit of {limit} bytes."
+            raise RequestError(Failure(413, text, param="file", code="file_too_large"))
 
     async def _receive(self, request: Request, reader: FormReader, writer: FileWriter) -> None:
         stall_s = self.intake.limits.stall_s

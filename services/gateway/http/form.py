@@ -1,6 +1,8 @@
 """Reader of a form with one file (multipart/form-data), whose content is passed on while it arrives."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 from python_multipart.exceptions import FormParserError
@@ -8,6 +10,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from shared.errors import Failure, RequestError, invalid
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks  # which exists for type checkers alone
 
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 4096
@@ -28,7 +33,7 @@ class FormReader:
     def __init__(self, content_type: str) -> None:
         """
         Raises:
-            RequestError: 415, it is no form.
+            RequestError: 415, it is no form; 400, its boundary is malformed.
         """
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
@@ -41,18 +46,17 @@ class FormReader:
         self._name = ""
         self._value = bytearray()
         self._content: list[bytes] = []
-        self._parser = MultipartParser(
-            options[b"boundary"],
-            {
-                "on_header_field": self._adder(0),
-                "on_header_value": self._adder(1),
-                "on_header_end": self._end_header,
-                "on_headers_finished": self._begin_part,
-                "on_part_data": self._add_data,
-                "on_part_end": self._end_part,
-                "on_end": self._end,
-            },
-        )
+        callbacks: MultipartCallbacks = {
+            "on_header_field": self._adder(0),
+            "on_header_value": self._adder(1),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._begin_part,
+            "on_part_data": self._add_data,
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+        with _as_invalid():
+            self._parser = MultipartParser(options[b"boundary"], callbacks)
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes of the body; return those of the file's content among them.
@@ -60,10 +64,8 @@ class FormReader:
         Raises:
             RequestError: 400, this is no form with one file.
         """
-        try:
+        with _as_invalid():
             self._parser.write(data)
-        except FormParserError as error:
-            raise invalid(f"The body is no valid multipart/form-data: {error}", FILE) from error
         content, self._content = b"".join(self._content), []
         return content
 
@@ -106,6 +108,18 @@ class FormReader:
 
     def _end(self) -> None:
         self.ended = True
+
+
+@contextmanager
+def _as_invalid() -> Iterator[None]:
+    """
+    Raises:
+        RequestError: 400, in place of what the parser raises.
+    """
+    try:
+        yield
+    except FormParserError as error:
+        raise invalid(f"The body is no valid multipart/form-data: {error}", FILE) from error
 
 
 async def read_form(request: Request, reader: FormReader) -> AsyncIterator[bytes]:

@@ -1,18 +1,44 @@
-"""Attributes of a chat request's span, named by OpenTelemetry's conventions for HTTP and for generative AI."""
+"""Attributes of the span of a request for an answer, by OpenTelemetry's conventions for HTTP and generative AI."""
+
+import msgspec
 
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.parsed import ParsedRequest
 from shared.tracing import REQUEST_ID, Span
 
-PATH = "/v1/chat/completions"
-NAME = f"POST {PATH}"
-INITIAL = {
-    "http.request.method": "POST",
-    "http.route": PATH,
-    "url.path": PATH,
-    "gen_ai.operation.name": "chat",
-    "gen_ai.provider.name": "millrace",
-}
+
+class Traced(msgspec.Struct, frozen=True):
+    """API whose requests have spans."""
+
+    path: str
+    operation: str  # gen_ai.operation.name
+    dialect: str  # its name
+    prefix: str  # of the ids of its answers
+
+    @property
+    def name(self) -> str:
+        """Name of the spans."""
+        return f"POST {self.path}"
+
+    def initial(self) -> dict[str, str]:
+        """Return the attributes that a span begins with."""
+        return {
+            "http.request.method": "POST",
+            "http.route": self.path,
+            "url.path": self.path,
+            "gen_ai.operation.name": self.operation,
+            "gen_ai.provider.name": "millrace",
+        }
+
+
+_ALL = (
+    Traced("/v1/chat/completions", "chat", "", "chatcmpl-"),
+    Traced("/v1/completions", "text_completion", "completions", "cmpl-"),
+    Traced("/v1/messages", "chat", "messages", "msg_"),
+    Traced("/v1/responses", "chat", "responses", "resp_"),
+)
+TRACED = {each.path: each for each in _ALL}
+_PREFIXES = {each.dialect: each.prefix for each in _ALL}
 FIRST_TOKEN, CLIENT_LEFT = "first_token", "client_left"  # events
 
 
@@ -36,8 +62,9 @@ def set_request(span: Span, parsed: ParsedRequest) -> None:
 
 def set_answer(span: Span, open_request: OpenRequest, now: float) -> None:
     """Set the attributes of an answer that has ended, in whatever way. `now` in unix seconds."""
-    span.set({REQUEST_ID: open_request.id, "gen_ai.response.id": f"chatcmpl-{open_request.id}"})
-    span.set({"gen_ai.response.model": open_request.answer_format.model})
+    form = open_request.answer_format
+    response_id = _PREFIXES.get(form.dialect, "") + open_request.id
+    span.set({REQUEST_ID: open_request.id, "gen_ai.response.id": response_id, "gen_ai.response.model": form.model})
     if open_request.first_token_at is not None:
         span.event(FIRST_TOKEN, open_request.first_token_at)
         span.set({"gen_ai.response.time_to_first_chunk": open_request.first_token_at - open_request.created})

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, Failure, RequestError
 
 MOST_KEYS = 1000  # tenants of one file, and so values of the label `key` in metrics
 
@@ -44,6 +44,19 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     priority: Priority = "normal"  # a lower class is served when no higher one waits
     models: tuple[str, ...] = ()  # names of the model that it may use; empty: all
     limits: Limits = Limits()
+
+    def may_use(self, model: str) -> bool:
+        """Return True if the tenant may call the model by this name."""
+        return not self.models or model in self.models
+
+    def check_model(self, model: str) -> None:
+        """
+        Raises:
+            RequestError: 403, the tenant may not call the model by this name.
+        """
+        if not self.may_use(model):
+            text = f"The API key {self.name!r} may not use the model {model[:64]!r}."
+            raise RequestError(Failure(403, text, param="model", code="model_not_allowed"))
 
 
 class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

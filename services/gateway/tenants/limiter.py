@@ -19,7 +19,7 @@ from services.gateway.tenants.metrics import TenantMetrics
 from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.retry import retry_until_available
-from shared.errors import Failure, RequestError
+from shared.errors import RequestError
 from shared.messages import Share
 
 HERE = Path(__file__).parent
@@ -118,8 +118,8 @@ class Limiter:
             RedisError: Redis cannot decide.
         """
         tenant = None if quota is None else quota.tenant
-        if tenant is not None and tenant.models and model not in tenant.models:
-            raise RequestError(_not_allowed(tenant, model))
+        if tenant is not None:
+            tenant.check_model(model)
         names = self._names(tenant)
         if not names:
             return None
@@ -228,8 +228,3 @@ class Limiter:
 
 def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _not_allowed(tenant: Tenant, model: str) -> Failure:
-    text = f"The API key {tenant.name!r} may not use the model {model[:64]!r}."
-    return Failure(403, text, param="model", code="model_not_allowed")

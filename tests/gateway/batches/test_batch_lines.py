@@ -49,6 +49,28 @@ def test_every_cut_of_a_form_has_the_same_file(content: bytes, cuts: list[int]) 
     assert (reader.form.filename, reader.form.fields) == ("a", {"purpose": "batch"})
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"--x\r\nA" * 9,
+        b"--x\r\n: b\r\n\r\n",
+        b"--x\r\n" + b"A" * 5000 + b": b\r\n",
+        b"--x\r\n" + b"A: b\r\n" * 50,
+        b"".join(b'--x\r\nContent-Disposition: form-data; name="%d"\r\n\r\nv\r\n' % n for n in range(20)),
+    ],
+)
+def test_bytes_that_are_no_form(data: bytes) -> None:
+    with pytest.raises(RequestError) as refused:
+        FormReader("multipart/form-data; boundary=x").feed(data)
+    assert refused.value.failure.status == 400
+
+
+def test_a_boundary_that_no_client_makes() -> None:
+    with pytest.raises(RequestError) as refused:
+        FormReader("multipart/form-data; boundary=" + "x" * 10_000)
+    assert refused.value.failure.status == 400
+
+
 def test_results_are_lines_of_json() -> None:
     line = Line(7, "a\n☕", b"{}")
     good = answered("batch_ab", line, 200, "r", b'{"x": "\\n"}')
@@ -63,12 +85,14 @@ def test_results_are_lines_of_json() -> None:
     assert json.loads(bad)["error"] == {"code": "batch_expired", "message": "late"}
 
 
-@pytest.mark.parametrize("body", [b'{"stream": true}', b'{"x": 1, "background": true}'])
+@pytest.mark.parametrize(
+    "body", [b'{"stream": true}', b'{"x": 1, "background": true}', b'{"stream": "true", "x": "\\ud800"}']
+)
 def test_a_line_has_one_answer(body: bytes) -> None:
     with pytest.raises(RequestError):
         check_body(body)
 
 
-@pytest.mark.parametrize("body", [b'{"stream": false}', b'{"stream": null}', b'{"stream": 3}', b"{", b"{}"])
+@pytest.mark.parametrize("body", [b'{"stream": false}', b'{"stream": null}', b'{"stream": [3]}', b"{", b"{}"])
 def test_what_is_wrong_otherwise_is_left_to_the_api(body: bytes) -> None:
     check_body(body)

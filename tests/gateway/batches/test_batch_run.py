@@ -62,6 +62,7 @@ def parts(store: BatchStore, files: FileStore, requests: Any, slots: int) -> Run
     return RunParts(store, files, requests, asyncio.Semaphore(slots), slots, Mock())
 
 
+@pytest.mark.slow
 async def test_ten_thousand_lines_are_read_no_further_than_they_run(redis: Redis, keys: Keys) -> None:
     count, slots = 10_000, 8
     files = await stored(redis, keys, jsonl(*(chat_line(str(n), "x" * 100) for n in range(count))))

@@ -31,7 +31,7 @@ def key_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def server(checkpoint: Path, redis_url: str, key_file: Path) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, api_keys_file=str(key_file), lease_ms=300) as made:
+    async with running(checkpoint, redis_url, api_keys_file=str(key_file), lease_ms=1500) as made:
         yield made
 
 

@@ -21,7 +21,7 @@ from shared.messages import BATCH_PRIORITY, Request
 
 @pytest.fixture
 async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, api_keys=("key-1", "key-2"), lease_ms=300) as started:
+    async with running(checkpoint, redis_url, api_keys=("key-1", "key-2"), lease_ms=1500) as started:
         yield started
 
 
@@ -156,7 +156,7 @@ async def test_another_gateway_goes_on_and_sends_no_line_twice(
     server: Running, checkpoint: Path, redis_url: str, stages: Stages, redis: Redis, keys: Keys
 ) -> None:
     """The first gateway leaves in the middle, as in a rolling update; its lines that run go on."""
-    settings: dict[str, Any] = {"api_keys": ("key-1", "key-2"), "lease_ms": 300, "batch_concurrency": 2}
+    settings: dict[str, Any] = {"api_keys": ("key-1", "key-2"), "lease_ms": 1500, "batch_concurrency": 2}
     async with running(checkpoint, redis_url, name="first", **settings) as first:
         await server.gateway._batches.drain()  # so that the first has it
         batch = await create(first, jsonl(*map(chat_line, "abcd")))
@@ -291,7 +291,7 @@ async def test_limits_of_files(checkpoint: Path, redis_url: str, redis: Redis) -
 async def test_a_result_waits_for_room(
     checkpoint: Path, redis_url: str, stages: Stages, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(checkpoint, redis_url, files_budget_bytes=4000, lease_ms=300) as server, answering(stages):
+    async with running(checkpoint, redis_url, files_budget_bytes=4000, lease_ms=1500) as server, answering(stages):
         other = await upload(server, b"x" * 1200)
         batch = await create(server, jsonl(chat_line("a")))
         await until(lambda: "no room in files" in caplog.text)

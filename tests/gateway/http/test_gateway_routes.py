@@ -76,7 +76,7 @@ async def test_models_say_what_they_can_and_how_much(http: httpx.AsyncClient) ->
     [card] = (await http.get("/v1/models")).json()["data"]
     assert card == (await http.get(f"/v1/models/{card['id']}")).json()
     assert (card["max_model_len"], card["limits"]["images"], card["limits"]["body_bytes"]) == (2048, 100, 128 << 20)
-    assert "completions" in card["features"]
+    assert {"chat", "completions", "messages", "responses", "files", "batches"} <= set(card["features"])
     assert (await http.get("/version")).json() == {"version": MILLRACE_VERSION}
     info = (await http.get("/tokenizer_info")).json()
     assert (info["eos_token"], "messages" in info["chat_template"]) == ("</s>", True)

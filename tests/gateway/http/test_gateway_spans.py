@@ -1,8 +1,9 @@
-"""The span of a chat request: what other stages get of it, and how it ends."""
+"""The span of a request for an answer: what other stages get of it, and how it ends."""
 
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -43,6 +44,34 @@ async def test_other_stages_are_told_of_the_span_and_the_log_of_its_trace(
     assert [event.name for event in span.events] == ["first_token"]
     assert not span.failed
     assert [record.trace_id for record in caplog.records if record.msg == "answered"] == [CALLER_TRACE]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "operation"),
+    [
+        ("/v1/completions", {"prompt": "Once"}, "text_completion"),
+        ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": HELLO["messages"]}, "chat"),
+        ("/v1/responses", {"input": "Hello"}, "chat"),
+    ],
+)
+async def test_every_api_has_its_span(
+    checkpoint: Path, redis_url: str, stages: Stages, path: str, body: dict[str, Any], operation: str
+) -> None:
+    with traced("gateway") as (tracing, got):
+        async with (
+            running(checkpoint, redis_url, tracing) as gateway,
+            httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as http,
+        ):
+            asked = asyncio.create_task(http.post(path, json=body, headers=CALLER))
+            request = await stages.request()
+            await stages.answer(request, "a")
+            reply = await asked
+    [span] = got.spans()
+    assert (span.name, span.trace) == (f"POST {path}", CALLER_TRACE)
+    assert request.trace == f"00-{CALLER_TRACE}-{span.id}-01"
+    assert span.attributes["http.route"] == path
+    assert span.attributes["gen_ai.operation.name"] == operation
+    assert span.attributes["gen_ai.response.id"] == reply.json()["id"]
 
 
 async def test_without_traces_the_callers_own_is_handed_on(checkpoint: Path, redis_url: str, stages: Stages) -> None:

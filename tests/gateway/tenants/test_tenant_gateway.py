@@ -140,3 +140,19 @@ async def test_a_request_that_was_sent_before_costs_nothing(
     await until_is(lambda: redis.hkeys(keys.tenant_open("bob")), [request.id.encode()])
     first.cancel()
     second.cancel()
+
+
+async def test_models_are_those_that_the_key_may_use(checkpoint: Path, redis_url: str, tmp_path: Path) -> None:
+    write(tmp_path / "keys.json", alice={"models": ["small"]}, bob={})
+    names = ("small", "large")
+    async with running(
+        checkpoint, redis_url, api_keys_file=str(tmp_path / "keys.json"), served_model_names=names
+    ) as server:
+        alice, bob = (server.client.with_options(api_key=f"key-of-{name}") for name in ("alice", "bob"))
+        assert [model.id async for model in alice.models.list()] == ["small"]
+        assert [model.id async for model in bob.models.list()] == ["small", "large"]
+        assert (await alice.models.retrieve("small")).id == "small"
+        with pytest.raises(openai.PermissionDeniedError):
+            await alice.models.retrieve("large")
+        with pytest.raises(openai.NotFoundError):
+            await alice.models.retrieve("huge")
