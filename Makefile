@@ -50,7 +50,7 @@ DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-promp
   --mm-processor-kwargs '{"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}'
 
 
-.PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-types test-all test-random chaos test-chart test-images test-cluster test-alerts test-browser test-clients test-fuzz console-packages
+.PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-types test-all test-random chaos test-chart test-images test-cluster test-alerts test-browser test-cards test-clients test-fuzz console-packages
 
 serve: $(VENV)/.installed-cli
 	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
@@ -202,6 +202,10 @@ CONSOLE_PACKAGES := services/gateway/console/packages
 console-packages:
 	npm ci --no-fund --no-audit --ignore-scripts --prefix $(CONSOLE_PACKAGES)
 	node $(CONSOLE_PACKAGES)/build.mjs
+
+# The kernels compiled for every card and format that is served, without any: ten minutes on two cores.
+test-cards: $(VENV)/.installed-test
+	CARDS=all $(VENV)/bin/pytest tests/engine/kernels/test_kernel_compiles.py
 
 # Requests with fuzzed bodies to a system with random weights: ten minutes on two cores.
 FUZZ_SEED ?= 1

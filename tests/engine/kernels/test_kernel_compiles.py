@@ -1,5 +1,7 @@
-"""The interpreter runs what the compiler refuses: a variable that changes its type in a loop, say."""
+"""The interpreter runs what the compiler refuses: a variable that changes its type in a loop, say, or what takes more
+shared memory than a card has."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.engine.kernels.triton.common import launch
+from services.engine.kernels.triton.common.launch import fitting_stages
+
 SCRIPT = Path(__file__).parent / "compile_for_hopper.py"
+CARDS = Path(__file__).parent / "compile_for_cards.py"
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # of a program, by capability
+# Each card, with formats that take most of its shared memory; `make test-cards` compiles all, in three times as long.
+USUAL = [(80, 16), (86, 4), (89, 4), (120, 8), (120, 16)]
+ALL = [(card, bits) for card in SHARED_BYTES for bits in (4, 8, 16)]
+OF_EVERY_FORMAT = {
+    *("_rotary_tables_kernel", "_qkv_kernel", "_rotate_kernel", "_decode_kernel", "_merge_kernel", "_prefill_kernel"),
+    *("_linear_kernel", "_unsplit_kernel", "_add_norm_kernel", "_router_kernel", "_choose_kernel", "_combine_kernel"),
+    *("_choose_gate_up_kernel", "_gate_up_kernel", "_down_kernel", "_sort_kernel", "_gather_kernel"),
+    *("_threshold_kernel", "_tally_kernel", "_mask_kernel"),
+}
 ROOT = Path(__file__).parents[3]
 
 
@@ -34,3 +50,32 @@ def test_kernels_compile_for_hopper() -> None:
     experts = {"_gate_up_kernel", "_down_kernel", "_quantized_gate_up_kernel", "_quantized_down_kernel"}
     prefill = {"_dequantize_kernel", "_prefill_kernel"}
     assert set(done.stdout.split()) == sampling | decode | block | routing | sorting | experts | prefill
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by the tests of each kernel")
+@pytest.mark.parametrize(("card", "bits"), ALL if os.environ.get("CARDS") == "all" else USUAL)
+def test_kernels_have_the_shared_memory_that_they_take(card: int, bits: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, CARDS, str(card), str(SHARED_BYTES[card]), str(bits)],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},  # they are not assembled
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [kernel for kernel in kernels if kernel[1] > SHARED_BYTES[card]] == []
+    grouped = {"_quantized_gate_up_kernel", "_quantized_down_kernel"} if bits != 16 else set()
+    assert {name for name, *_ in kernels} >= OF_EVERY_FORMAT | grouped
+
+
+@pytest.mark.parametrize(("card", "decode", "experts"), [(80, 4, 3), (89, 3, 2), (90, 4, 3), (120, 3, 2)])
+def test_a_pipeline_is_as_long_as_a_card_has_room_for(
+    card: int, decode: int, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of decoding with many sequences, and of the widest tiles of experts that are not quantised."""
+    monkeypatch.setattr(launch, "shared_memory_bytes", lambda: SHARED_BYTES[card])
+    assert fitting_stages(4, 2 * 64 * 128 * 2, 6144) == decode
+    assert fitting_stages(3, 128 * (256 + 32) * 2) == experts
+    assert fitting_stages(4, 1 << 20) == 1

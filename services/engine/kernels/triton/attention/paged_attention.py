@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from services.engine.kernels.reference.paged_attention import Lengths
 from services.engine.kernels.triton.attention.whole_prompt import is_whole_prompt, library_supports, whole_prompt
 from services.engine.kernels.triton.common.last_block import counters, is_last_block
-from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
+from services.engine.kernels.triton.common.launch import fitting_stages, pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
 MAX_SPLITS = 64
@@ -44,6 +44,7 @@ FEW_SEQUENCES_PLAN, MANY_SEQUENCES_PLAN, MANY_SEQUENCES = (
     48,
 )
 TILE, WARPS = 64, 4  # tokens, at most a page
+DECODE_REST = 6144  # bytes of shared memory beside the tiles of keys and values: queries, and probabilities
 MERGED = 8  # partial softmaxes read together, at most
 
 
@@ -325,13 +326,18 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
         GPAD=max(GROUP_PAD, ceil_pow2(group)), PAGE=page,
         MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges,
-        num_warps=WARPS, num_stages=plan.stages, **sizes,
+        num_warps=WARPS, num_stages=_stages(plan, tile, sizes["DPAD"], keys.element_size()), **sizes,
     )  # fmt: skip
     if splits > 1 and not plan.last_merges:
         _merge_kernel[(sequences, heads)](
             acc, high, total, query_start, context_lens, out, splits, least,
             SPAD=ceil_pow2(splits), num_warps=4, **sizes,
         )  # fmt: skip
+
+
+def _stages(plan: DecodePlan, tile: int, dim: int, size: int) -> int:
+    """Return the stages that fit: a tile of keys and one of values in each."""
+    return fitting_stages(plan.stages, 2 * tile * dim * size, DECODE_REST)
 
 
 def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:

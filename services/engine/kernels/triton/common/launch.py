@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 HOPPER = (9, 0)
+MOST_SHARED_BYTES = 227 << 10  # of a program, on any card
 
 
 @triton.jit
@@ -41,3 +43,24 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_memory_bytes() -> int:
+    """Return the shared memory that a program may have on this process's device: 227 KiB on Hopper, 163 on Ampere's
+    large cards, 99 on all others; for the interpreter the most of any."""
+    if not torch.cuda.is_available():
+        return MOST_SHARED_BYTES
+    # As Triton asks before it refuses a kernel.
+    return int(driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
+
+
+def fitting_stages(stages: int, each: int, rest: int = 0) -> int:
+    """Return the stages of a loop's pipeline that the device has shared memory for.
+
+    Args:
+        stages: the most that are wanted.
+        each: bytes that the loads of an iteration take. Of one stage they are in registers.
+        rest: bytes that the kernel takes besides.
+    """
+    return max(1, min(stages, 1 + (shared_memory_bytes() - rest) // each))

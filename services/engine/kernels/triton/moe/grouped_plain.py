@@ -8,7 +8,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.engine.kernels.triton.common.launch import multiprocessors, pdl_options, wait_for_previous_kernel
+from services.engine.kernels.triton.common.launch import (
+    fitting_stages,
+    multiprocessors,
+    pdl_options,
+    wait_for_previous_kernel,
+)
 from services.engine.kernels.triton.common.sizes import ceil_div
 from services.engine.kernels.triton.moe.sort import SortedPairs
 
@@ -25,6 +30,7 @@ class ProductShape:
 
 
 ROWS = 128  # of a tile
+REST = 9216  # bytes of shared memory beside the stages, at most: where products are not by warp groups
 GATE_UP = ProductShape(128, 64, 8, 3)
 DOWN = ProductShape(256, 64, 8, 3, flatten=True)
 
@@ -92,7 +98,7 @@ def gate_up(x: Tensor, order: SortedPairs, nth: int, weight: Tensor, inner: Tens
         TensorDescriptor.from_tensor(x, [order.tile, shape.inputs]),
         TensorDescriptor.from_tensor(planes, [2, shape.outputs, shape.inputs]),
         order.expert_ids, order.tile_bounds, inner, hidden, width, inner.stride(0), nth,
-        E=experts, **_options(shape, order, x),
+        E=experts, **_options(shape, order, x, planes=2),
     )  # fmt: skip
 
 
@@ -108,7 +114,7 @@ def down(inner: Tensor, order: SortedPairs, nth: int, weight: Tensor, results: T
         TensorDescriptor.from_tensor(inner, [order.tile, shape.inputs]),
         TensorDescriptor.from_tensor(weight, [1, shape.outputs, shape.inputs]),
         order.sorted_pair_ids, order.expert_ids, order.tile_bounds, results, width, hidden, nth,
-        E=experts, **_options(shape, order, inner),
+        E=experts, **_options(shape, order, inner, planes=1),
     )  # fmt: skip
 
 
@@ -117,13 +123,14 @@ def _programs(shape: ProductShape, order: SortedPairs, outputs: int, x: Tensor) 
     return min(most, multiprocessors(x.device))
 
 
-def _options(shape: ProductShape, order: SortedPairs, x: Tensor) -> dict[str, Any]:
+def _options(shape: ProductShape, order: SortedPairs, x: Tensor, planes: int) -> dict[str, Any]:
+    stage = (order.tile + planes * shape.outputs) * shape.inputs * x.element_size()
     return {
         "FLATTEN": shape.flatten,
         "BM": order.tile,
         "BN": shape.outputs,
         "BK": shape.inputs,
         "num_warps": shape.warps,
-        "num_stages": shape.stages if x.element_size() == 2 else 1,
+        "num_stages": fitting_stages(shape.stages, stage, REST) if x.element_size() == 2 else 1,
         **pdl_options(x),
     }

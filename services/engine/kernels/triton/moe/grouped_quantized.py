@@ -12,7 +12,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.kernels.quantize import PLANES, Quantized
-from services.engine.kernels.triton.common.launch import multiprocessors, pdl_options, wait_for_previous_kernel
+from services.engine.kernels.triton.common.launch import (
+    fitting_stages,
+    multiprocessors,
+    pdl_options,
+    wait_for_previous_kernel,
+)
 from services.engine.kernels.triton.common.sizes import ceil_div
 from services.engine.kernels.triton.dense.interleave import INSTRUCTION_INPUTS, interleaved, side_by_side
 from services.engine.kernels.triton.dense.matmul import (
@@ -31,6 +36,7 @@ WEIGHT_ROWS, INPUTS = 128, INSTRUCTION_INPUTS * PLANES  # of a program's tile of
 # Rows of a tile of activations: the larger one reads a weight half as often, and has more rows of padding.
 SMALL_TILE, LARGE_TILE = 128, 256
 LARGE_TILE_ROWS_PER_EXPERT = 256  # on average over both pools: from here on tiles are large
+REST = 1024  # bytes of shared memory beside the stages, at most
 
 
 @triton.jit
@@ -142,6 +148,7 @@ def _programs(order: SortedPairs, outputs: int, each: int, x: Tensor) -> int:
 
 def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]:
     stages = 3 if weight.bits == 4 and order.tile == LARGE_TILE else 4
+    stage = INPUTS * (order.tile * x.element_size() + WEIGHT_ROWS * weight.bits // 8)
     return {
         "BITS": weight.bits,
         "PLANES": PLANES,
@@ -149,6 +156,6 @@ def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]
         "BN": WEIGHT_ROWS,
         "BK": INPUTS,
         "num_warps": max(4, order.tile // 32),
-        "num_stages": stages if x.element_size() == 2 else 1,
+        "num_stages": fitting_stages(stages, stage, REST) if x.element_size() == 2 else 1,
         **pdl_options(x),
     }

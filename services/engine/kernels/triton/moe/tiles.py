@@ -1,11 +1,13 @@
 """Tile shapes of the experts' products, by weight format and by the rows an expert gets on average."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from services.engine.kernels.quantize import GROUP
+from services.engine.kernels.triton.common.launch import fitting_stages
 
 UNSORTED_PAIRS = 12  # up to here pairs are not sorted: each is a tile of its own
 
@@ -39,7 +41,18 @@ class Plan:
 
 def plan(pairs: int, experts: int, bits: int) -> Plan:
     """Return the tile shapes for so many pairs. Thresholds measured: see docs/notebook/engine.md."""
-    return {4: _plan4, 8: _plan8, 16: _plan16}[bits](pairs, pairs / experts)
+    return _fitted({4: _plan4, 8: _plan8, 16: _plan16}[bits](pairs, pairs / experts), bits)
+
+
+@cache
+def _fitted(wanted: Plan, bits: int) -> Plan:
+    """Return the plan with no more stages than the device has shared memory for."""
+
+    def fitted(tile: Tile) -> Tile:
+        stage = tile.bk * (tile.bn * bits // 8 + wanted.rows * 2)
+        return replace(tile, stages=fitting_stages(tile.stages, stage))
+
+    return replace(wanted, gate_up=fitted(wanted.gate_up), down=fitted(wanted.down))
 
 
 def _plan4(pairs: int, rows_per_expert: float) -> Plan:

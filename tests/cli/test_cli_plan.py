@@ -1,0 +1,70 @@
+"""`millrace plan`: FastDeploy's launches and table, and what it says where nothing fits."""
+
+import json
+from pathlib import Path
+
+import hub_files
+import pytest
+
+from cli.main import main
+from cli.plan import CARDS, RANKS, table
+from shared.model.config import load_model_config
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ["--max-num-batched-tokens", "16384", "--image-max-pixels", "12845056", "--quantization", "wint4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the published model's configuration, and nothing else."""
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(hub_files.thinking()))
+    return directory
+
+
+def test_the_page_is_current(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "cards.md").read_text()
+    assert "\n".join(table(load_model_config(model))) in page
+    assert main(["plan", "--model", str(model), "--card", "RTX-4090", *LAUNCH]) == 0
+    assert all(f"    {line}" in page for line in capsys.readouterr().out.splitlines())
+
+
+def test_fastdeploys_table_holds_with_no_more_cards(model: Path) -> None:
+    rows = [line.split("|")[2:5] for line in table(load_model_config(model))[2:]]
+    assert len(rows) == len(CARDS)
+    for cells, card in zip(rows, CARDS, strict=True):
+        ours = [int(cell.split()[0]) for cell in cells]
+        assert card.fastdeploy is None or all(own <= theirs for own, theirs in zip(ours, card.fastdeploy, strict=True))
+        assert set(ours) <= set(RANKS)
+
+
+def test_the_launch_on_two_cards(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*LAUNCH, "--tensor-parallel-size", "2", "--max-model-len", "131072", "--max-num-seqs", "128"]
+    assert main(["plan", "--model", str(model), "--card", "h800", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "verdict         fits\n" in said
+    assert " of 131072 tokens at once, or 128 of " in said
+
+
+def test_what_does_not_fit_is_told_with_what_is_missing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), "--memory", "24GB"]) == 1
+    said = capsys.readouterr().out
+    assert "GiB too little for one sequence of 32768 tokens" in said
+    assert "bf16: 4" in said
+    assert "verdict         does not fit" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--card", "Voodoo2"], "'Voodoo2' is none of A30"),
+        (["--memory", "48"], "'48' is not a size"),
+        (["--card", "L20", "--max-model-len", "200000"], "--max-model-len: 200000 is more than the 131072"),
+        (["--card", "L20", "--max-num-seqs", "999"], "max_num_seqs is 999"),
+        (["--card", "L20", "--tensor-parallel-size", "3"], "--tensor-parallel-size"),
+        ([], "--card"),
+    ],
+)
+def test_a_wrong_flag_is_named(model: Path, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), *flags]) == 2
+    assert named in capsys.readouterr().err
