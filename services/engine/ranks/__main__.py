@@ -46,7 +46,7 @@ def main(memory: int, link: int, rank: int, size: int, port: int) -> int:
     if not isinstance(content, bytes):
         return FAILED
     settings = msgspec.json.decode(content, type=EngineSettings)
-    log.setup(f"engine rank {rank}", settings.name, settings.log_level)
+    log.setup("engine", f"{settings.name}/{rank}", settings.log_level)
     try:
         follower = _load(settings, Split(rank, size), port, orders, pulse)
     except (ConfigError, CheckpointError) as error:
