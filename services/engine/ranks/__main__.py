@@ -23,7 +23,7 @@ from services.engine.ranks.orders import OrderReader
 from services.engine.ranks.processes import RING_BYTES
 from services.engine.ranks.pulse import PAGE, Pulse
 from services.engine.ranks.ring import Reader
-from services.engine.run.assembly import parts_for
+from services.engine.run.assembly import runner_for
 from services.engine.settings import EngineSettings
 from shared import log
 from shared.errors import CheckpointError, ConfigError
@@ -64,8 +64,8 @@ def _load(settings: EngineSettings, split: Split, port: int, orders: OrderReader
     exchange = Exchange(split.rank, split.size, port, here, pulse.exchange, invariant=settings.batch_invariant)
     config = load_model_config(Path(settings.model))
     model = load_part(settings, config, where, split, exchange.gather)
-    parts = parts_for(model, model.config, settings, exchange.least)
-    return Follower(model, parts.cache, parts.sampler, parts.graphs, orders, pulse)
+    runner, _ = runner_for(model, model.config, settings, exchange.least)
+    return Follower(runner, model, orders, pulse)
 
 
 def _beat(pulse: Pulse) -> None:
