@@ -21,7 +21,7 @@ from types import TracebackType
 
 import msgspec
 
-from services.engine.ranks.exchange import Exchange, listen, make_safe, rank_device
+from services.engine.ranks.exchange import ADVICE, Exchange, listen, make_safe, rank_device
 from services.engine.ranks.orders import OrderWriter
 from services.engine.ranks.pulse import PAGE, Pulse
 from services.engine.ranks.ring import Writer
@@ -35,6 +35,7 @@ from shared.workers.process import worker_environ
 MODULE = "services.engine.ranks"
 LOST = 40  # and the rank's number: exit status of a replica that has lost it
 RING_BYTES = 64 << 20  # for the orders; a prompt of images has more, and waits
+LINK_S = 60.0  # for the first exchange, once all have met; NCCL looks for its ways then
 LOOK_S = 0.1
 CLOSE_S = 5.0  # for a rank to end when told to
 CULPRIT_S = 3.0  # until the end of a rank, which has failed our step, is known
@@ -44,7 +45,7 @@ _log = logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A rank that has ended or fallen silent."""
+    """A rank that has ended or fallen silent, or rank 0 if none of them can go on."""
 
     rank: int
     why: str
@@ -92,6 +93,14 @@ class Ranks:
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         ended, invariant = self._pulses[0].exchange, self._settings.batch_invariant
         self._exchange = Exchange(0, size, meeting, rank_device(where, 0), ended, invariant=invariant)
+        why = f"the first exchange between the ranks has not ended within {LINK_S:g} s; {ADVICE}"
+        limit = threading.Timer(LINK_S, self._lose, [Lost(0, why, MISCONFIGURED)])
+        limit.daemon = True
+        limit.start()
+        try:
+            self._exchange.check()
+        finally:
+            limit.cancel()
         return self._exchange
 
     def __enter__(self) -> "Ranks":
@@ -171,10 +180,10 @@ class Ranks:
         """Say why a rank is lost, if it is."""
         status = process.poll()
         if status is not None:
-            why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            return Lost(rank, why, status if status == MISCONFIGURED else LOST + rank)
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            return Lost(rank, f"rank {rank} is lost: {how}", status if status == MISCONFIGURED else LOST + rank)
         if 0 < self._silent_s < age:
-            return Lost(rank, f"silent for {age:.1f} s (process {process.pid})", LOST + rank)
+            return Lost(rank, f"rank {rank} is lost: silent for {age:.1f} s (process {process.pid})", LOST + rank)
         return None
 
 
@@ -197,8 +206,6 @@ def without_secrets(settings: EngineSettings) -> EngineSettings:
 def end_replica(lost: Lost) -> None:
     """Log which rank is lost, and end the process."""
     end_process_later(LAST_WORDS_S)
-    _log.error(
-        "rank %d is lost: %s; ending this replica, so that another one takes its requests over", lost.rank, lost.why
-    )
+    _log.error("%s; ending this replica, so that another one takes its requests over", lost.why)
     sys.stderr.flush()
     os._exit(lost.status)
