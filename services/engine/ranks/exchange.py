@@ -73,8 +73,8 @@ class Exchange:
         """Meet the other ranks, and wait until all are there.
 
         Args:
-            device: where the tensors are.
             meeting: the socket to meet at, of rank 0; the others name its port.
+            device: where the tensors are.
             ended: called when an exchange that the host waits for has ended.
             invariant: a row's sums must not depend on the other rows.
         """

@@ -1,4 +1,4 @@
-"""Lead: the runner of rank 0 lets the other ranks check the tokens that it has read."""
+"""Lead: rank 0, whose runner lets the other ranks check the tokens that it has read."""
 
 from collections.abc import Callable
 
