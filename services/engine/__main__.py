@@ -25,7 +25,7 @@ from services.engine.model.ernie import ErnieModel
 from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import load_model
 from services.engine.ranks.exchange import make_safe
-from services.engine.ranks.lead import lead_runner
+from services.engine.ranks.lead import LeadRunner
 from services.engine.ranks.processes import Ranks
 from services.engine.run.assembly import runner_for
 from services.engine.run.rows import rows_depend_on_others
@@ -180,9 +180,9 @@ def load(settings: EngineSettings, config: ModelConfig, where: str, ranks: Ranks
         unless_loaded.push(ranks)
         exchange = ranks.start(where)
         model = load_part(settings, config, where, Split(0, settings.tensor_parallel_size), exchange.gather)
-        loaded = lead_runner(model, settings, exchange.least, ranks.orders)
+        runner, blocks = runner_for(model, model.config, settings, exchange.least, ranks.orders)
         unless_loaded.pop_all()
-    return loaded
+    return LeadRunner(runner, ranks.orders), blocks
 
 
 def load_part(

@@ -38,7 +38,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     # Whether a row's sums are the same whatever is computed beside it: slower on a GPU, on a CPU no different.
     batch_invariant: bool = False
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
-    torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
+    torch_threads: Count = 0  # threads of torch on a CPU, shared by ranks; 0: one for each core we may use
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound
     kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 

@@ -9,7 +9,7 @@ from engine_cases import CONFIG
 from msgspec.structs import replace
 
 from cli.demo import write_demo
-from services.engine.__main__ import contradictions, quantization
+from services.engine.__main__ import contradictions, device, quantization
 from services.engine.__main__ import load as load_runner
 from services.engine.kernels.quantize import Quantized
 from services.engine.kernels.reference.moe import MoE
@@ -121,3 +121,12 @@ def test_another_choice_is_refused_at_the_door(name: str, value: str) -> None:
     environment = {"MILLRACE_REDIS_URL": "unix:///x", "MILLRACE_MODEL": "m", f"MILLRACE_{name}": value}
     with pytest.raises(ConfigError, match=name):
         load(EngineSettings, environment)
+
+
+def test_more_ranks_than_devices_are_refused_with_the_number_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device(settings(tensor_parallel_size=1)) == "cuda"
+    assert device(settings(tensor_parallel_size=2, device="cpu")) == "cpu"
+    with pytest.raises(ConfigError, match="is 2, and torch sees 1 CUDA devices"):
+        device(settings(tensor_parallel_size=2))

@@ -23,7 +23,7 @@ from services.engine.ranks.orders import OrderReader
 from services.engine.ranks.processes import RING_BYTES
 from services.engine.ranks.pulse import PAGE, Pulse
 from services.engine.ranks.ring import Reader
-from services.engine.run.assembly import parts_for
+from services.engine.run.assembly import runner_for
 from services.engine.settings import EngineSettings
 from shared import log
 from shared.errors import CheckpointError, ConfigError
@@ -46,7 +46,7 @@ def main(memory: int, link: int, rank: int, size: int, port: int) -> int:
     if not isinstance(content, bytes):
         return FAILED
     settings = msgspec.json.decode(content, type=EngineSettings)
-    log.setup(f"engine rank {rank}", settings.name, settings.log_level)
+    log.setup("engine", f"{settings.name}/{rank}", settings.log_level)
     try:
         follower = _load(settings, Split(rank, size), port, orders, pulse)
     except (ConfigError, CheckpointError) as error:
@@ -62,10 +62,11 @@ def _load(settings: EngineSettings, split: Split, port: int, orders: OrderReader
     settings = msgspec.structs.replace(settings, foreign_bytes=0)  # an encoder is on the first card only
     here = rank_device(where, split.rank)
     exchange = Exchange(split.rank, split.size, port, here, pulse.exchange, invariant=settings.batch_invariant)
+    exchange.check()
     config = load_model_config(Path(settings.model))
     model = load_part(settings, config, where, split, exchange.gather)
-    parts = parts_for(model, model.config, settings, exchange.least)
-    return Follower(model, parts.cache, parts.sampler, parts.graphs, orders, pulse)
+    runner, _ = runner_for(model, model.config, settings, exchange.least)
+    return Follower(runner, model, orders, pulse)
 
 
 def _beat(pulse: Pulse) -> None:

@@ -14,10 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shared.errors import ConfigError
+
 # A rank waits for the others as long as it takes: the watchdogs know what is too long.
 FOREVER = timedelta(days=30)
 MEETING_S = 600.0  # until all processes have started; libraries may have to be read from a slow disk
 SUMMED_BYTES = 1 << 20  # of a part, from which on NCCL sums those of more than two ranks
+ADVICE = "NCCL_P2P_DISABLE=1 in the environment has NCCL go around links between cards that do not work"
+_SAID = 1 << 16  # numbers that each rank says to try the link
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 # Multicast over NVLink is left off: not every host lets processes use it, and some hang.
 SAFE = {
@@ -69,12 +73,12 @@ class Exchange:
         """Meet the other ranks, and wait until all are there.
 
         Args:
-            device: where the tensors are.
             meeting: the socket to meet at, of rank 0; the others name its port.
+            device: where the tensors are.
             ended: called when an exchange that the host waits for has ended.
             invariant: a row's sums must not depend on the other rows.
         """
-        self._size = size
+        self._rank, self._size = rank, size
         self._ended = ended
         self._sums = size > 2 and not invariant
         hosts = isinstance(meeting, socket.socket)
@@ -91,6 +95,16 @@ class Exchange:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
         self._device = device
+
+    def check(self) -> None:
+        """Try the link: what the ranks say must arrive as it was said. May hang where cards cannot reach each other.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        said = torch.arange(self._size * _SAID, dtype=torch.float32, device=self._device).view(self._size, 1, _SAID)
+        if not torch.equal(self.gather(said[self._rank].clone()), said):
+            raise ConfigError(f"what a rank says does not arrive at another as it was said; {ADVICE}")
 
     def gather(self, own: Tensor) -> Tensor:
         """Return [parts, N, H] whose sum over the first dimension is that of all ranks' [N, H]."""

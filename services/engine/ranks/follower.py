@@ -7,11 +7,10 @@ from collections import deque
 import numpy as np
 from torch import Tensor
 
-from services.engine.model.inputs import KVCache
 from services.engine.ranks.orders import SAMPLE, STEP, Checked, OrderReader
 from services.engine.ranks.pulse import Pulse
-from services.engine.run.graphs import DecodeGraphs
-from services.engine.run.sampler import Drawn, Sampled, Sampler
+from services.engine.run.runner import ModelRunner
+from services.engine.run.sampler import Drawn, Sampled
 from services.engine.run.sampling_plan import SamplingPlan
 from services.engine.run.step import HostStep, Model
 
@@ -23,19 +22,9 @@ class DivergedError(Exception):
 class Follower:
     """Loop over orders."""
 
-    def __init__(
-        self,
-        model: Model,
-        cache: KVCache,
-        sampler: Sampler,
-        graphs: DecodeGraphs | None,
-        orders: OrderReader,
-        pulse: Pulse,
-    ) -> None:
+    def __init__(self, runner: ModelRunner, model: Model, orders: OrderReader, pulse: Pulse) -> None:
+        self._runner = runner
         self._model = model
-        self._cache = cache
-        self._sampler = sampler
-        self._graphs = graphs
         self._orders = orders
         self._pulse = pulse
         self._unchecked: deque[Drawn] = deque()
@@ -52,28 +41,16 @@ class Follower:
             order = self._orders.read(self._model.dtype, self._model.hidden_size)
             if order.kind == STEP:
                 assert isinstance(order.content, HostStep)
-                logits = self._compute(order.content)
+                logits = self._runner.logits(order.content)
             elif order.kind == SAMPLE:
                 assert isinstance(order.content, SamplingPlan)
                 assert logits is not None, "told to sample before a step"
-                self._sample(logits, order.content)
+                self._unchecked.append(self._runner.draw(logits, order.content))
             else:
                 return
             self._pulse.take_order()
             # After the launch: here the host waits for the device.
             self._check(order.checked)
-
-    def _compute(self, step: HostStep) -> Tensor:
-        """Run a step as `ModelRunner` does, captured or not: the shapes of exchanges must be the same."""
-        if self._graphs is not None and self._graphs.captures(step):
-            return self._graphs.run(step)
-        return self._model.forward(step.to(self._model.device, self._cache.block_size), self._cache)
-
-    def _sample(self, logits: Tensor, plan: SamplingPlan) -> None:
-        drawn = self._sampler.draw(logits, plan)
-        if self._graphs is not None:
-            self._graphs.keep_tokens(drawn.tokens)
-        self._unchecked.append(drawn)
 
     def _check(self, theirs: Checked) -> None:
         """Compare the tokens of the steps that rank 0 has read by now."""

@@ -16,11 +16,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 import msgspec
 
-from services.engine.ranks.exchange import Exchange, listen, make_safe, rank_device
+from services.engine.ranks.exchange import ADVICE, Exchange, listen, make_safe, rank_device
 from services.engine.ranks.orders import OrderWriter
 from services.engine.ranks.pulse import PAGE, Pulse
 from services.engine.ranks.ring import Writer
@@ -34,34 +35,37 @@ from shared.workers.process import worker_environ
 MODULE = "services.engine.ranks"
 LOST = 40  # and the rank's number: exit status of a replica that has lost it
 RING_BYTES = 64 << 20  # for the orders; a prompt of images has more, and waits
+LINK_S = 60.0  # for the first exchange, once all have met; NCCL looks for its ways then
 LOOK_S = 0.1
 CLOSE_S = 5.0  # for a rank to end when told to
 CULPRIT_S = 3.0  # until the end of a rank, which has failed our step, is known
 
 _log = logger(__name__)
-Lose = Callable[[int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A rank that has ended or fallen silent, or rank 0 if none of them can go on."""
+
+    rank: int
+    why: str
+    status: int  # with which the replica ends
 
 
 class Ranks:
     """Ranks from 1 on. A context, in which rank 0 loads, and again computes; they end with it."""
 
     def __init__(
-        self,
-        settings: EngineSettings,
-        environ: Mapping[str, str],
-        lose: Lose | None = None,
-        command: tuple[str, ...] = (),
+        self, settings: EngineSettings, environ: Mapping[str, str], lose: Callable[[Lost], None] | None = None
     ) -> None:
         """
         Args:
             environ: ours; theirs is without our settings, which have passwords.
-            lose: called once with a rank that has ended or fallen silent, and why; by default it ends the process.
-            command: what to start in place of the ranks' program, for tests.
+            lose: called with the first rank that is lost; by default it ends the process.
         """
         self._settings = settings
         self._environ = environ
         self._lose = lose or end_replica
-        self._command = command or (sys.executable, "-P", "-m", MODULE)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[socket.socket] = []
         self._exchange: Exchange | None = None
@@ -85,10 +89,18 @@ class Ranks:
         self._links = [self._start(rank, meeting.getsockname()[1]) for rank in range(1, size)]
         os.close(self._memory)
         self.orders = OrderWriter(Writer(ring, self._links))
-        self.orders.set_up(msgspec.json.encode(msgspec.structs.replace(self._settings, redis_url="")))
+        self.orders.set_up(msgspec.json.encode(without_secrets(self._settings)))
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         ended, invariant = self._pulses[0].exchange, self._settings.batch_invariant
         self._exchange = Exchange(0, size, meeting, rank_device(where, 0), ended, invariant=invariant)
+        why = f"the first exchange between the ranks has not ended within {LINK_S:g} s; {ADVICE}"
+        limit = threading.Timer(LINK_S, self._lose, [Lost(0, why, MISCONFIGURED)])
+        limit.daemon = True
+        limit.start()
+        try:
+            self._exchange.check()
+        finally:
+            limit.cancel()
         return self._exchange
 
     def __enter__(self) -> "Ranks":
@@ -105,6 +117,8 @@ class Ranks:
     def close(self) -> None:
         """End the ranks, and wait until they have."""
         self._closing.set()
+        for link in self._links:
+            link.settimeout(CLOSE_S)
         with contextlib.suppress(OSError):  # a rank has gone already
             if self._processes:
                 self.orders.end()
@@ -136,7 +150,7 @@ class Ranks:
             environ = worker_environ(self._environ)
             make_safe(environ)
             process = subprocess.Popen(
-                tethered([*self._command, *arguments]),
+                tethered([sys.executable, "-P", "-m", MODULE, *arguments]),
                 env=environ,
                 pass_fds=handed,
                 stdin=subprocess.DEVNULL,
@@ -147,27 +161,30 @@ class Ranks:
 
     def _watch(self) -> None:
         """Look at the ranks until told to stop. Our own clock stands still while this process does."""
-        beats, age = [0] * len(self._processes), [0.0] * len(self._processes)
+        watched = list(zip(self._processes, self._pulses[1:], strict=True))
+        beats, age = [0] * len(watched), [0.0] * len(watched)
         looked = time.monotonic()
         while not self._closing.wait(LOOK_S):
             now = time.monotonic()
             passed, looked = min(now - looked, 2 * LOOK_S), now
-            for index, (process, pulse) in enumerate(zip(self._processes, self._pulses[1:], strict=True)):
+            for index, (process, pulse) in enumerate(watched):
                 age[index] = age[index] + passed if pulse.beats == beats[index] and pulse.serving else 0.0
                 beats[index] = pulse.beats
-                if (why := self._fault(process, age[index])) and not self._closing.is_set():
+                lost = self._judge(index + 1, process, age[index])
+                if lost is not None and not self._closing.is_set():
+                    self._lose(lost)
                     self._closing.set()
-                    self._lose(index + 1, why)
                     return
 
-    def _fault(self, process: subprocess.Popen[bytes], age: float) -> str:
-        """Return why a rank is lost, or ""."""
+    def _judge(self, rank: int, process: subprocess.Popen[bytes], age: float) -> Lost | None:
+        """Say why a rank is lost, if it is."""
         status = process.poll()
         if status is not None:
-            return f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            return Lost(rank, f"rank {rank} is lost: {how}", status if status == MISCONFIGURED else LOST + rank)
         if 0 < self._silent_s < age:
-            return f"silent for {age:.1f} s (process {process.pid})"
-        return ""
+            return Lost(rank, f"rank {rank} is lost: silent for {age:.1f} s (process {process.pid})", LOST + rank)
+        return None
 
 
 def shared_memory(size: int) -> int:
@@ -181,10 +198,14 @@ def shared_memory(size: int) -> int:
     return descriptor
 
 
-def end_replica(rank: int, why: str) -> None:
+def without_secrets(settings: EngineSettings) -> EngineSettings:
+    """Return the settings for ranks, which know no Redis and none of its passwords."""
+    return msgspec.structs.replace(settings, redis_url="", blob_redis_url=None)
+
+
+def end_replica(lost: Lost) -> None:
     """Log which rank is lost, and end the process."""
     end_process_later(LAST_WORDS_S)
-    _log.error("rank %d is lost: %s; ending this replica, so that another one takes its requests over", rank, why)
+    _log.error("%s; ending this replica, so that another one takes its requests over", lost.why)
     sys.stderr.flush()
-    misconfigured = why == f"ended with status {MISCONFIGURED}"
-    os._exit(MISCONFIGURED if misconfigured else LOST + rank)
+    os._exit(lost.status)

@@ -1,7 +1,6 @@
 """Assembly of a runner around a loaded model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from services.engine.kernels.reference.threshold import threshold_by_search
 from services.engine.kernels.sampling_ops import SamplingOps
@@ -11,9 +10,9 @@ from services.engine.run.decode_rows import DecodeRows
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
-from services.engine.run.runner import DrawsTokens, ModelRunner, Runner
+from services.engine.run.runner import Followers, ModelRunner
 from services.engine.run.sampler import Sampler
-from services.engine.run.step import BuildsSteps, StepBuilder
+from services.engine.run.step import StepBuilder
 from services.engine.settings import EngineSettings, SamplingClass
 from shared.cpu_share import usable_cores
 from shared.errors import ConfigError
@@ -24,20 +23,14 @@ MIN_BLOCK_SIZE = 16  # keys of a matrix instruction
 MASK_THREADS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Parts of an engine that compute steps, on every rank."""
-
-    cache: KVCache
-    blocks: int  # of the cache, for sequences
-    sampler: Sampler
-    graphs: DecodeGraphs | None
-
-
-def parts_for(
-    model: ErnieModel, config: ModelConfig, settings: EngineSettings, agree: Callable[[int], int] = int
-) -> Parts:
-    """Return a loaded model's cache, sampler and captured steps.
+def runner_for(
+    model: ErnieModel,
+    config: ModelConfig,
+    settings: EngineSettings,
+    agree: Callable[[int], int] = int,
+    followers: Followers | None = None,
+) -> tuple[ModelRunner, int]:
+    """Return a loaded model's runner, and its cache's number of blocks.
 
     Args:
         config: of the part of the model that this rank has.
@@ -55,34 +48,10 @@ def parts_for(
     cache = allocate_cache(model, config, settings, sampler.rehearse, int(on_gpu), agree)
     blocks = cache.num_blocks - int(on_gpu)
     graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
-    return Parts(cache, blocks, sampler, graphs)
-
-
-def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> tuple[Runner, int]:
-    """Return a loaded model's runner, and its cache's number of blocks.
-
-    Raises:
-        ConfigError: as `parts_for`.
-    """
-    parts = parts_for(model, config, settings)
-    return runner_of(model, config, settings, parts, parts.sampler, step_builder(model, config, settings)), parts.blocks
-
-
-def step_builder(model: ErnieModel, config: ModelConfig, settings: EngineSettings) -> StepBuilder:
-    return StepBuilder(model, settings.block_size, config.image_patch_id)
-
-
-def runner_of(
-    model: ErnieModel,
-    config: ModelConfig,
-    settings: EngineSettings,
-    parts: Parts,
-    sampler: DrawsTokens,
-    builder: BuildsSteps,
-) -> ModelRunner:
-    """Return the runner that has these parts."""
+    builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
-    return ModelRunner(model, parts.cache, sampler, builder, grammar_masks, parts.graphs, settings.max_num_seqs)
+    parts = model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs
+    return ModelRunner(*parts, followers), blocks
 
 
 def capture_decode(

@@ -66,7 +66,8 @@ class DecodeGraphs:
         self._forward(size)
         torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The libraries by which ranks talk have threads of their own, which may ask the device for something meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(size)
         self._pool = graph.pool()
 

@@ -13,9 +13,9 @@ from services.engine.model.inputs import KVCache, StepInput
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.prompt_scorer import LaunchedScores, Part, PromptScorer, Scored, parts_of
-from services.engine.run.sampler import Drawn, Sampled
+from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import SamplingPlan, plan_sampling
-from services.engine.run.step import BuildsSteps, Model
+from services.engine.run.step import HostStep, Model, StepBuilder
 from services.engine.schedule.scheduler import Plan
 
 
@@ -48,10 +48,14 @@ class Runner(Protocol):
         """
 
 
-class DrawsTokens(Protocol):
-    """Interface of `services.engine.run.sampler.Sampler`."""
+class Followers(Protocol):
+    """Interface of the ranks that do as this one does: see `services.engine.ranks.orders.OrderWriter`."""
 
-    def draw(self, logits: Tensor, plan: SamplingPlan) -> Drawn: ...
+    def step(self, step: HostStep) -> None:
+        """Let them compute a step."""
+
+    def sample(self, plan: SamplingPlan) -> None:
+        """Let them draw from the logits of the last step."""
 
 
 class ModelRunner:
@@ -62,11 +66,12 @@ class ModelRunner:
         self,
         model: Model,
         cache: KVCache,
-        sampler: DrawsTokens,
-        builder: BuildsSteps,
+        sampler: Sampler,
+        builder: StepBuilder,
         grammar_masks: GrammarMasks,
         graphs: DecodeGraphs | None,
         max_seqs: int,
+        followers: Followers | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -74,6 +79,7 @@ class ModelRunner:
         self._builder = builder
         self._grammar_masks = grammar_masks
         self._graphs = graphs
+        self._followers = followers
         self._scorer = PromptScorer(model.project, max_seqs)
 
     @property
@@ -83,6 +89,8 @@ class ModelRunner:
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         step = self._builder.build(plan)
+        if self._followers is not None:
+            self._followers.step(step)
         if self._graphs is not None and self._graphs.captures(step):
             launched = self._start_sampling(plan, self._graphs.run(step))
             meanwhile()
@@ -108,7 +116,20 @@ class ModelRunner:
         return step
 
     def _draw(self, plan: Plan, logits: Tensor) -> Drawn:
-        drawn = self._sampler.draw(logits, plan_sampling(plan.sampling, self._grammar_masks))
+        sampling = plan_sampling(plan.sampling, self._grammar_masks)
+        if self._followers is not None:
+            self._followers.sample(sampling)
+        return self.draw(logits, sampling)
+
+    def logits(self, step: HostStep) -> Tensor:
+        """Compute a step that another rank has planned, the way that `launch` does: exchanges must be of one shape."""
+        if self._graphs is not None and self._graphs.captures(step):
+            return self._graphs.run(step)
+        return self._model.forward(step.to(self._model.device, self._cache.block_size), self._cache)
+
+    def draw(self, logits: Tensor, plan: SamplingPlan) -> Drawn:
+        """Draw the tokens of the last step, and keep them for the next."""
+        drawn = self._sampler.draw(logits, plan)
         if self._graphs is not None:
             self._graphs.keep_tokens(drawn.tokens)
         return drawn

@@ -109,12 +109,6 @@ class HostStep:
         )
 
 
-class BuildsSteps(Protocol):
-    """Interface of `StepBuilder`."""
-
-    def build(self, plan: Plan) -> HostStep: ...
-
-
 class StepBuilder:
     """Builder of the steps of one model and cache."""
 

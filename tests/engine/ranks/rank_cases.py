@@ -14,7 +14,7 @@ from engine_loop import BLOCK, Bench
 from cli import demo
 from services.engine.__main__ import load
 from services.engine.loop.mailbox import Add
-from services.engine.ranks.processes import Ranks
+from services.engine.ranks.processes import Lost, Ranks
 from services.engine.run.runner import Runner
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
@@ -59,8 +59,8 @@ def settings_for(directory: Path, size: int, **changes: Any) -> EngineSettings:
 class Loaded:
     """An engine of so many ranks, the first in this process. A context."""
 
-    def __init__(self, directory: Path, size: int, lose: Callable[[int, str], None] | None = None) -> None:
-        self._settings = settings_for(directory, size)
+    def __init__(self, directory: Path, size: int, lose: Callable[[Lost], None] | None = None, **changes: Any) -> None:
+        self._settings = settings_for(directory, size, **changes)
         self._config = load_model_config(directory)
         self.ranks = Ranks(self._settings, os.environ, lose) if size > 1 else None
         self._stack = ExitStack()

@@ -12,41 +12,28 @@ import pytest
 import torch
 from engine_cases import sequence
 from engine_loop import Bench, Script, prompt
-from small_model import BLOCKS, LONGEST, ON_GPU, PAGE, SEQS, SMALL, SMALL_FACTS, Computed, runner, small_model
+from small_model import ON_GPU, PAGE, SEQS, SMALL, SMALL_FACTS, runner, small_model
 
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.loop.mailbox import Add
 from services.engine.model.ernie import ErnieModel
-from services.engine.model.inputs import KVCache
 from services.engine.ranks.follower import DivergedError, Follower
-from services.engine.ranks.lead import LeadBuilder, LeadRunner, LeadSampler
+from services.engine.ranks.lead import LeadRunner
 from services.engine.ranks.orders import OrderReader, OrderWriter
 from services.engine.ranks.pulse import PAGE as PULSE_BYTES
 from services.engine.ranks.pulse import Pulse
 from services.engine.ranks.ring import Reader, Writer
-from services.engine.run.assembly import sampling_ops
-from services.engine.run.decode_rows import DecodeRows
-from services.engine.run.grammar_masks import GrammarMasks
-from services.engine.run.graphs import DecodeGraphs
-from services.engine.run.runner import ModelRunner
-from services.engine.run.sampler import Sampler
-from services.engine.run.step import StepBuilder
+from services.engine.run.runner import Followers, ModelRunner
 
 RING = 1 << 16
 ENDED_S = 60.0
 
 
-class Machine:
-    """What computes steps on one rank."""
-
-    def __init__(self, model: ErnieModel) -> None:
-        shape = SMALL.num_layers, BLOCKS + 1, PAGE, SMALL.num_kv_heads, SMALL.head_dim
-        self.model = model
-        self.cache = KVCache.allocate(*shape, model.dtype, str(model.device))
-        rows = DecodeRows(model, SEQS, LONGEST, PAGE, BLOCKS, SMALL.image_patch_id)
-        self.graphs = (DecodeGraphs if ON_GPU else Computed)(model, self.cache, rows, SEQS)
-        self.sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), model.device)
+def runner_of(model: ErnieModel, followers: Followers | None = None) -> ModelRunner:
+    made = runner(model, ModelRunner)
+    made._followers = followers
+    return made
 
 
 class Pair:
@@ -55,23 +42,16 @@ class Pair:
     def __init__(self, theirs: ErnieModel) -> None:
         ours, link = self._sockets = socket.socketpair()
         ring = mmap.mmap(-1, RING)
-        self.lead, self.followed = Machine(small_model()), Machine(theirs)
         self.orders = OrderWriter(Writer(ring, [ours]))
+        self.lead, self.followed = runner_of(small_model(), self.orders), runner_of(theirs)
         self.pulse = Pulse(mmap.mmap(-1, PULSE_BYTES), 1)
-        other = self.followed
-        follower = Follower(
-            other.model, other.cache, other.sampler, other.graphs, OrderReader(Reader(ring, link)), self.pulse
-        )
+        follower = Follower(self.followed, theirs, OrderReader(Reader(ring, link)), self.pulse)
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._follow, args=(follower,))
         self._thread.start()
 
     def runner(self) -> LeadRunner:
-        lead = self.lead
-        builder = LeadBuilder(StepBuilder(lead.model, PAGE, SMALL.image_patch_id), self.orders)
-        sampler = LeadSampler(lead.sampler, self.orders)
-        masks = GrammarMasks(SMALL.vocab_size, 1)
-        return LeadRunner(ModelRunner(lead.model, lead.cache, sampler, builder, masks, lead.graphs, SEQS), self.orders)
+        return LeadRunner(self.lead, self.orders)
 
     def end(self) -> None:
         ours, link = self._sockets
@@ -115,8 +95,9 @@ def test_a_follower_does_as_the_lead_does_with_tokens_in_flight(pair: Pair, opti
     assert [bench.answer(str(i)) for i in range(6)] == [alone.answer(str(i)) for i in range(6)]
     pair.end()
     assert pair.pulse.progress[0] == pair.orders.sent
-    assert torch.equal(pair.lead.cache.keys, pair.followed.cache.keys)
-    assert torch.equal(pair.lead.cache.values, pair.followed.cache.values)
+    mine, theirs = pair.lead._cache, pair.followed._cache
+    assert torch.equal(mine.keys, theirs.keys)
+    assert torch.equal(mine.values, theirs.values)
     assert pair.failure is None
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from engine_bench import Reader, eventually, submit
 from engine_cases import generate
@@ -20,12 +21,14 @@ from rank_cases import DRAWN, Loaded, settings_for, write_checkpoint
 from redis.asyncio import Redis
 
 from services.engine.loop.mailbox import Add
-from services.engine.ranks.processes import LOST
+from services.engine.ranks.processes import LOST, Lost, without_secrets
 from services.engine.schedule.sequence import EngineFacts, build
 from shared.bus.keys import Keys
 from shared.config import variable
+from shared.errors import ConfigError
 from shared.messages import Generate
 from shared.model.config import load_model_config
+from shared.service import MISCONFIGURED
 from shared.tether import tethered
 
 pytestmark = pytest.mark.system
@@ -120,6 +123,22 @@ def has_ended(pid: int) -> bool:
 async def gone(pid: int) -> None:
     """Return when a process has ended."""
     await eventually(lambda: asyncio.sleep(0, has_ended(pid)))
+
+
+def test_a_rank_that_cannot_start_is_a_setting_to_correct(directory: Path) -> None:
+    lost: list[Lost] = []
+    with (
+        pytest.raises(ConfigError, match="needs 64 cache blocks"),
+        Loaded(directory, 2, lost.append, num_gpu_blocks_override=63),
+    ):
+        raise AssertionError("it has started")
+    assert [(one.rank, one.status) for one in lost] == [(1, MISCONFIGURED)]
+
+
+def test_ranks_are_not_told_of_redis(directory: Path) -> None:
+    settings = settings_for(directory, 2, blob_redis_url="redis://u:secret@127.0.0.1:1/1")
+    assert b"secret" in msgspec.json.encode(settings)
+    assert b"secret" not in msgspec.json.encode(without_secrets(settings))
 
 
 async def test_requests_outlive_lost_ranks(
