@@ -15,7 +15,7 @@ the request back. A request that an engine has begun ends as all such requests d
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -212,10 +212,13 @@ class EncodeHandler:
             return recorded
         _check_deadline(request)
         encoding: dict[int, asyncio.Task[None]] = {}
+        running.lacks = len(message.media)
 
         def encode(index: int, item: Prepared) -> None:
-            if item.patches is not None:
-                encoding[index] = asyncio.create_task(self._ensure_encoded(item.embedded, item.patches))
+            if item.patches is None:
+                running.lacks -= 1
+            else:
+                encoding[index] = asyncio.create_task(self._ensure_encoded(running, item.embedded, item.patches))
 
         try:
             media, max_tokens = await self._preparer.prepare(message, encode)
@@ -256,15 +259,16 @@ class EncodeHandler:
         for item in media:
             self._metrics.count_media(item.embedded.kind, hit=item.patches is None)
 
-    async def _ensure_encoded(self, embedded: Embedded, patches: Patches) -> None:
-        await self._encoding.join(embedded.key, partial(self._encode, embedded, patches))
+    async def _ensure_encoded(self, running: RunningRequest, embedded: Embedded, patches: Patches) -> None:
+        await self._encoding.join(embedded.key, partial(self._encode, embedded, patches, lambda: running.lacks))
+        running.lacks -= 1
 
-    async def _encode(self, embedded: Embedded, patches: Patches) -> None:
+    async def _encode(self, embedded: Embedded, patches: Patches, lacks: Callable[[], int]) -> None:
         async def stored() -> bool:
             return await self._embeds.find(embedded.kind, embedded.key) is not None
 
         async def encode() -> None:
-            rows = await self._batcher.encode(patches)
+            rows = await self._batcher.encode(patches, lacks)
             with self._metrics.stage("store"):
                 await self._embeds.store(embedded.key, embedded.grid, rows)
             crash_point("mm_encoder.store.after")

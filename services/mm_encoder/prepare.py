@@ -21,6 +21,8 @@ from shared.messages import Encode, Media
 
 T = TypeVar("T")
 
+DECODED_AT_ONCE = 4  # of one request; decoders are first come first served, and others' files should not wait for all
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -91,8 +93,11 @@ class Preparer:
         tokens = text_tokens(message.segments) + sum(_rows(source) for source in sources)
         max_tokens = resolve_max_tokens(tokens, message.request.sampling.max_tokens, self._max_model_len)
 
+        some = asyncio.Semaphore(DECODED_AT_ONCE)
+
         async def decode(index: int, source: Source) -> Prepared:
-            item = await self._decode(source)
+            async with some:
+                item = await self._decode(source)
             ready(index, item)
             return item
 
