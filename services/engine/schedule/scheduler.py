@@ -13,8 +13,8 @@ out of blocks; then the latest arrival is preempted: it gives all of its blocks 
 earliest arrival is never preempted while another runs, so it always progresses, and in turn so does every sequence.
 
 A prompt is computed up to the first media whose embeddings are still being made, and is passed over while it stands
-there. It waits for them with blocks for all of its tokens only where half of the cache is left to others; where it is
-not, later arrivals overtake it until its embeddings are here.
+there. It waits for them with blocks for all of its tokens only where half of the cache, and of the places of running
+sequences, are left to others; where they are not, later arrivals overtake it until its embeddings are here.
 """
 
 from bisect import insort
@@ -266,10 +266,12 @@ class Scheduler:
         return None
 
     def _waits_outside(self, sequence: Sequence, start: int, taken: int) -> bool:
-        """Return whether a sequence that lacks embeddings would have nothing to compute from `start` on, or would take
-        so many blocks that others had less than half of the cache."""
+        """Return whether a sequence that lacks embeddings would have nothing to compute from `start` on, or would leave
+        less than half of the cache or of the places to others."""
         nothing = sequence.embeds.reach(start, sequence.num_tokens) == start
-        return nothing or self._pool.available - taken < self._pool.num_blocks // 2
+        others = sum(not running.embeds.complete for running in self._running)
+        crowded = 2 * (others + 1) > self._limits.max_num_seqs
+        return nothing or crowded or self._pool.available - taken < self._pool.num_blocks // 2
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Return the cached blocks of a prefix, leaving the tokens to compute whose logits are needed."""

@@ -88,7 +88,7 @@ class GenerateHandler:
         tracing: Tracing = OFF,
     ) -> None:
         self.consumer: Consumer[PendingRequest] = Consumer(
-            redis, keys, SERVICE, stream, self, capacity, claim_every_s, self._turns_ahead
+            redis, keys, SERVICE, stream, self, capacity, claim_every_s, self._turns_ahead, self._lacking
         )
         self._max_num_seqs = max_num_seqs
         self._redis = redis
@@ -132,10 +132,15 @@ class GenerateHandler:
 
     def _turns_ahead(self) -> int:
         """Return how many requests may be read while tenants take turns."""
-        waiting = sum(pending.timeline.scheduled is None for pending in self.consumer.requests)
+        requests = self.consumer.requests
+        waiting = sum(pending.timeline.scheduled is None and not pending.lacking for pending in requests)
         ahead = turns_ahead(self._max_num_seqs) if self._max_num_seqs >= 8 else 0
-        free = self._max_num_seqs + ahead - len(self.consumer)
+        free = self._max_num_seqs + ahead - len(self.consumer) + self._lacking()
         return max(0, min(free, turns_ahead(self._max_num_seqs) - waiting))
+
+    def _lacking(self) -> int:
+        """Return the number of requests that wait for embeddings, and should keep no other from being read."""
+        return sum(pending.lacking for pending in self.consumer.requests)
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
 
@@ -329,6 +334,8 @@ class GenerateHandler:
     async def _supply(self, pending: PendingRequest, embeds: Seq[Embeds | None]) -> None:
         """Give the model's thread the embeddings that a sequence lacks, as they are stored, until it has all."""
         arrivals = self._embeds.arrivals(pending.request_id, pending.message.spans, embeds)
+        pending.lacking = True
+        self.consumer.wake()
         try:
             async with aclosing(arrivals):
                 async for arrived in arrivals:
@@ -341,6 +348,8 @@ class GenerateHandler:
                 self._abort(pending, gone.failure)
         except RequestError as error:
             self._abort(pending, error.failure)
+        finally:
+            pending.lacking = False
 
     def _abort(self, pending: PendingRequest, failure: Failure) -> None:
         """End a request that the model's thread has, if it is in flight."""

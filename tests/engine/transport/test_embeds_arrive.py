@@ -1,7 +1,7 @@
 """The engine service with prompts that are ahead of their embeddings, which a stand-in of mm_encoder makes."""
 
+import asyncio
 import json
-from typing import Any
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream, send
 from shared.errors import Failure
-from shared.messages import Encode, Encoded, Finish, Generate, Media, MediaSpan
+from shared.messages import Encode, Encoded, Finish, Media, MediaSpan
 
 ROWS = bytes(6 * CONFIG.hidden_size * 4)
 META = {"grid": [1, 4, 6], "rows": 6, "hidden": CONFIG.hidden_size, "dtype": "float32"}
@@ -36,29 +36,33 @@ class Encoder:
         self._ownership = EntryOwnership(redis, keys, ENCODE, "mm_encoder", "mm-1")
         self._entry_id = ""
         self._source: Encode | None = None
+        self.prompt = generate("none", [])
 
-    async def take(self, **options: Any) -> Generate:
-        """Take a request with two pictures; return its prompt."""
-        message = generate("sees", PROMPT, 5, spans=SPANS, **options)
+    async def take(self, request_id: str = "sees") -> None:
+        """Take a request with two pictures."""
+        message = self.prompt = generate(request_id, PROMPT, 5, spans=SPANS)
         media = tuple(Media("image", "p", url=f"http://{span.key}") for span in SPANS)
         await Records(self._redis, self._keys).submit(ENCODE, Encode(message.request, (b"", b"", b""), media))
         await Lease(self._redis, self._keys, "mm_encoder", "mm-1", 60_000).renew("ready")
         await self._stream.join()
         await self.take_again()
-        return message
+
+    async def take_and_send_ahead(self) -> None:
+        await self.take()
+        assert await self.send_ahead() == "done"
 
     async def take_again(self) -> None:
         [delivery] = await self._stream.read_new(1, 0)
         assert isinstance(delivery.message, Encode)
         self._entry_id, self._source = delivery.entry_id, delivery.message
 
-    async def send_ahead(self, message: Generate) -> str:
+    async def send_ahead(self) -> str:
         assert self._source is not None
-        return await self._ownership.forward_ahead(self._entry_id, self._source, message)
+        return await self._ownership.forward_ahead(self._entry_id, self._source, self.prompt)
 
-    async def hand_on(self, message: Generate) -> str:
+    async def hand_on(self) -> str:
         assert self._source is not None
-        return await self._ownership.forward(self._entry_id, self._source, message)
+        return await self._ownership.forward(self._entry_id, self._source, self.prompt)
 
     async def store(self, key: str, rows: bytes = ROWS, *, tell: bool = True) -> None:
         await self._blobs.put("embeds", key, rows, json.dumps(META).encode())
@@ -106,7 +110,7 @@ async def test_a_prompt_is_computed_as_far_as_its_embeddings_are_there(
 ) -> None:
     runner, reader = SumRunner(64, 4), Reader(redis, keys)
     async with engine(redis, redis_url, runner, lease_ms=600_000) as running:
-        assert await encoder.send_ahead(await encoder.take()) == "done"
+        await encoder.take_and_send_ahead()
         await reached(runner, FIRST)
         await submit(redis, keys, generate("reads", [20, 31], 30))
         [reads] = await reader.finished("reads")
@@ -120,12 +124,31 @@ async def test_a_prompt_is_computed_as_far_as_its_embeddings_are_there(
         await nothing_left(redis, keys, running)
 
 
+async def test_prompts_that_wait_do_not_keep_others_from_being_read(
+    redis: Redis, redis_url: str, keys: Keys, encoder: Encoder
+) -> None:
+    """The engine holds three requests, and of those that wait for embeddings as many as there are."""
+    runner, reader = SumRunner(64, 4), Reader(redis, keys)
+    async with engine(redis, redis_url, runner, max_num_seqs=1, lease_ms=300) as running:
+        for number in range(4):
+            await encoder.take(f"sees {number}")
+            assert await encoder.send_ahead() == "done"
+        await eventually(lambda: asyncio.sleep(0, running.held == 4))
+        await submit(redis, keys, generate("reads", [20, 31], 30))
+        await reader.finished("reads")
+        await encoder.store("cat")
+        await encoder.store("dog")
+        seen = await reader.finished(*(f"sees {number}" for number in range(4)))
+        assert [each.tokens for each in seen] == [continuation(PROMPT, 5)] * 4
+        await nothing_left(redis, keys, running)
+
+
 async def test_embeddings_may_come_in_any_order_and_unannounced(
     redis: Redis, redis_url: str, keys: Keys, encoder: Encoder
 ) -> None:
     runner, reader = SumRunner(64, 4), Reader(redis, keys)
     async with engine(redis, redis_url, runner, lease_ms=300) as running:
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         await reached(runner, FIRST)
         await encoder.store("dog")
         await encoder.store("cat", tell=False)
@@ -139,7 +162,7 @@ async def test_embeddings_that_cannot_be_made_end_the_request(
 ) -> None:
     runner, reader, failure = SumRunner(64, 4), Reader(redis, keys), Failure(500, "the tower failed")
     async with engine(redis, redis_url, runner, lease_ms=300) as running:
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         await encoder.store("cat")
         await reached(runner, SECOND)
         await encoder.fail(failure)
@@ -152,7 +175,7 @@ async def test_a_failure_from_before_the_engine_took_it_ends_the_request(
     redis: Redis, redis_url: str, keys: Keys, encoder: Encoder
 ) -> None:
     reader, failure = Reader(redis, keys), Failure(500, "the tower failed")
-    await encoder.send_ahead(await encoder.take())
+    await encoder.take_and_send_ahead()
     await encoder.fail(failure)
     async with engine(redis, redis_url) as running:
         [sees] = await reader.finished("sees")
@@ -167,18 +190,18 @@ async def test_embeddings_that_nobody_makes_any_more_are_asked_for_again(
     """Nor does a prompt go ahead again then."""
     runner, reader = SumRunner(64, 4), Reader(redis, keys)
     async with engine(redis, redis_url, runner, lease_ms=300) as running:
-        message = await encoder.take()
-        await encoder.send_ahead(message)
+        await encoder.take()
+        await encoder.send_ahead()
         if evicted == "meanwhile":
             await reached(runner, FIRST)
-        assert await encoder.hand_on(message) == "done"
+        assert await encoder.hand_on() == "done"
         await eventually(lambda: redis.xlen(keys.stream(ENCODE)))
         await nothing_left(redis, keys, running)
         await encoder.take_again()
-        assert await encoder.send_ahead(message) == "later"
+        assert await encoder.send_ahead() == "later"
         await encoder.store("cat")
         await encoder.store("dog")
-        assert await encoder.hand_on(message) == "done"
+        assert await encoder.hand_on() == "done"
         [sees] = await reader.finished("sees")
         assert (sees.tokens, sees.epoch) == (continuation(PROMPT, 5), 2)
         await nothing_left(redis, keys, running)
@@ -187,7 +210,7 @@ async def test_embeddings_that_nobody_makes_any_more_are_asked_for_again(
 async def test_damaged_embeddings_are_made_again(redis: Redis, redis_url: str, keys: Keys, encoder: Encoder) -> None:
     runner = SumRunner(64, 4)
     async with engine(redis, redis_url, runner, lease_ms=300) as running:
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         await reached(runner, FIRST)
         await encoder.store("cat", ROWS[1:])
         await nothing_left(redis, keys, running)
@@ -200,7 +223,7 @@ async def test_cancelling_frees_what_a_waiting_prompt_holds(
 ) -> None:
     runner, reader = SumRunner(64, 4), Reader(redis, keys)
     async with engine(redis, redis_url, runner, lease_ms=300) as running:
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         await reached(runner, FIRST)
         await Records(redis, keys).cancel(["sees"])
         [sees] = await reader.finished("sees")
@@ -211,7 +234,7 @@ async def test_cancelling_frees_what_a_waiting_prompt_holds(
 async def test_a_deadline_ends_a_waiting_prompt(redis: Redis, redis_url: str, keys: Keys, encoder: Encoder) -> None:
     runner, reader = SumRunner(64, 4), Reader(redis, keys)
     async with engine(redis, redis_url, runner, lease_ms=300) as running:
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         await reached(runner, FIRST)
         held = running.service._consumer._requests["sees"]
         late = msgspec.structs.replace(held.message.request, deadline=1.0)
@@ -229,7 +252,7 @@ async def test_an_engine_takes_over_a_waiting_prompt(
     runner, reader = SumRunner(64, 4), Reader(redis, keys)
     first = SumRunner(64, 4)
     async with engine(redis, redis_url, first, name="engine-a", lease_ms=60_000):
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         await reached(first, FIRST)
         await Lease(redis, keys, "engine", "engine-a", 1000).release()
         async with engine(redis, redis_url, runner, name="engine-b", lease_ms=200) as running:
@@ -252,7 +275,7 @@ async def test_what_the_prefix_cache_has_needs_no_embeddings(
         await reader.finished("before")
         await encoder.evict("cat")
         await encoder.evict("dog")
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         [sees] = await reader.finished("sees")
         assert sees.tokens == continuation(PROMPT, 5)
         await nothing_left(redis, keys, running)
@@ -265,11 +288,11 @@ async def test_without_chunks_a_prompt_waits_for_all_its_embeddings(
     runner = SumRunner(64, 4)
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": 512}
     async with engine(redis, redis_url, runner, **whole) as running:
-        message = await encoder.take()
-        await encoder.send_ahead(message)
+        await encoder.take()
+        await encoder.send_ahead()
         await nothing_left(redis, keys, running)
         await encoder.take_again()
-        assert await encoder.send_ahead(message) == "later"
+        assert await encoder.send_ahead() == "later"
     assert runner.plans == []
 
 
@@ -279,7 +302,7 @@ async def test_decoding_overlaps_beside_a_waiting_prompt(
     inner, reader = SumRunner(64, 4, overlaps=True), Reader(redis, keys)
     runner = GatedRunner(inner)
     async with engine(redis, redis_url, runner, lease_ms=600_000):
-        await encoder.send_ahead(await encoder.take())
+        await encoder.take_and_send_ahead()
         runner.allow(1)
         await reached(inner, FIRST)
         await submit(redis, keys, generate("reads", [20, 31], 30))
