@@ -133,6 +133,8 @@ def compose(
         capacity=settings.max_num_seqs + waiting_allowance(settings.max_num_seqs),
         max_num_seqs=settings.max_num_seqs,
         claim_every_s=settings.lease_ms / 1000 / CLAIMS_PER_LEASE,
+        recheck_s=settings.lease_ms / 3000,
+        partial_prompts=settings.enable_chunked_prefill,
         tracing=tracing,
     )
     outbox = Outbox(redis, keys, handler.finished, handler.begun)

@@ -1,9 +1,13 @@
 """Handler of `Encode` requests: checks and encodes a request's media, and forwards its prompt to the engine.
 
+A prompt goes ahead to the engine once all of its media have passed their checks, since their sizes are known then; the
+engine computes it as far as embeddings are there. Its entry stays until all are stored, as a promise that they will be.
+
 Every request leaves this stage in one of four ways, with nothing left behind: forwarded, refused (4xx), failed (5xx) or
 dropped (cancelled, or its record is gone). If this process dies first, another replica claims the entry and repeats all
 of it, to the same effect. If another replica owns the entry, because this process was paused or Redis lost it, Redis
-refuses every write made here for the entry.
+refuses every write made here for the entry. A request whose prompt went ahead is the engine's to answer: where its
+embeddings cannot be made, its record tells the engine why.
 
 Uploads stay until the request ends, since embeddings may be evicted before the engine reads them: the engine then sends
 the request back. A request that an engine has begun ends as all such requests do, in the tokens stream.
@@ -11,7 +15,7 @@ the request back. A request that an engine has begun ends as all such requests d
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -207,14 +211,41 @@ class EncodeHandler:
         if running.attempts > 1 and (recorded := await self._ownership.recorded_failure(request.id)) is not None:
             return recorded
         _check_deadline(request)
-        media, max_tokens = await self._preparer.prepare(message)
-        prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
-        running.prompt_tokens, running.hits = len(prompt) // 4, sum(item.patches is None for item in media)
-        await self._send_accepted(record, Accepted(request.id, running.prompt_tokens))
-        await gather_in_order([self._ensure_encoded(item) for item in media])
+        encoding: dict[int, asyncio.Task[None]] = {}
+        running.lacks = len(message.media)
+
+        def encode(index: int, item: Prepared) -> None:
+            if item.patches is None:
+                running.lacks -= 1
+            else:
+                encoding[index] = asyncio.create_task(self._ensure_encoded(running, item.embedded, item.patches))
+
+        try:
+            media, max_tokens = await self._preparer.prepare(message, encode)
+            prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
+            running.prompt_tokens, running.hits = len(prompt) // 4, len(media) - len(encoding)
+            self._count_media(media)
+            await self._send_accepted(record, Accepted(request.id, running.prompt_tokens))
+            generate = Generate(request, prompt, max_tokens, placed)
+            return await self._forward(running, generate, [encoding[index] for index in sorted(encoding)])
+        finally:
+            for task in encoding.values():
+                task.cancel()
+            await asyncio.gather(*encoding.values(), return_exceptions=True)
+
+    async def _forward(
+        self, running: RunningRequest, generate: Generate, encoding: Sequence[asyncio.Task[None]]
+    ) -> Outcome:
+        """Forward a prompt when its embeddings are stored; if some still have to be made, let it go ahead of them."""
+        if not all(task.done() for task in encoding):
+            crash_point("mm_encoder.ahead.before")
+            ahead = await self._ownership.forward_ahead(running.entry_id, running.message, generate)
+            crash_point("mm_encoder.ahead.after")
+            if ahead != "done" and ahead != "later":
+                return ahead
+        await gather_in_order(encoding)
         crash_point("mm_encoder.hand_on.before")
-        generate = Generate(request, prompt, max_tokens, placed)
-        outcome = await self._ownership.forward(running.entry_id, message, generate)
+        outcome = await self._ownership.forward(running.entry_id, running.message, generate)
         crash_point("mm_encoder.hand_on.after")
         return outcome
 
@@ -224,17 +255,20 @@ class EncodeHandler:
             await reply(self._redis, self._keys.deltas(gateway), accepted, DELTAS_LENGTH)
         crash_point("mm_encoder.accepted.after")
 
-    async def _ensure_encoded(self, item: Prepared) -> None:
-        self._metrics.count_media(item.embedded.kind, hit=item.patches is None)
-        if item.patches is not None:
-            await self._encoding.join(item.embedded.key, partial(self._encode, item.embedded, item.patches))
+    def _count_media(self, media: Sequence[Prepared]) -> None:
+        for item in media:
+            self._metrics.count_media(item.embedded.kind, hit=item.patches is None)
 
-    async def _encode(self, embedded: Embedded, patches: Patches) -> None:
+    async def _ensure_encoded(self, running: RunningRequest, embedded: Embedded, patches: Patches) -> None:
+        await self._encoding.join(embedded.key, partial(self._encode, embedded, patches, lambda: running.lacks))
+        running.lacks -= 1
+
+    async def _encode(self, embedded: Embedded, patches: Patches, lacks: Callable[[], int]) -> None:
         async def stored() -> bool:
             return await self._embeds.find(embedded.kind, embedded.key) is not None
 
         async def encode() -> None:
-            rows = await self._batcher.encode(patches)
+            rows = await self._batcher.encode(patches, lacks)
             with self._metrics.stage("store"):
                 await self._embeds.store(embedded.key, embedded.grid, rows)
             crash_point("mm_encoder.store.after")
@@ -246,9 +280,14 @@ class EncodeHandler:
     async def _end(self, running: RunningRequest, failure: Failure | None) -> None:
         """End a request here: delete its uploads, send its failure, if there is one, and remove its entry and record.
 
-        Does nothing if another replica owns the entry.
+        Does nothing if another replica owns the entry. A request whose prompt went ahead is left to its engine.
         """
         request, entry_id = running.message.request, running.entry_id
+        end_ahead = partial(self._ownership.end_ahead, entry_id, request.id, failure, running.poison)
+        crash_point("mm_encoder.leave.before")
+        if await retry_until_available("leave", end_ahead):
+            return
+        crash_point("mm_encoder.leave.after")
         if running.uploads:
             record_failure = partial(self._ownership.record_failure, entry_id, request.id, failure)
             if not await retry_until_available("record failure", record_failure):

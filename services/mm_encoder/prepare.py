@@ -1,10 +1,10 @@
 """Preparation of a request's media: bytes, then sizes, then pixels. All checks that can answer 4xx are made here."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from services.mm_encoder.decoding.decoders import Decoders
 from services.mm_encoder.media.fetch import Fetcher
@@ -20,6 +20,8 @@ from shared.limits import resolve_max_tokens
 from shared.messages import Encode, Media
 
 T = TypeVar("T")
+
+DECODED_AT_ONCE = 4  # of one request; decoders are first come first served, and others' files should not wait for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,13 @@ class Preparer:
         """Start a decoder beside whatever else starts."""
         self._starting = asyncio.create_task(self._decoders.start())
 
-    async def prepare(self, message: Encode) -> tuple[list[Prepared], int]:
+    async def prepare(
+        self, message: Encode, ready: Callable[[int, Prepared], None] = lambda index, item: None
+    ) -> tuple[list[Prepared], int]:
         """Return the media in order, and the most tokens to generate. Pixels are decoded only if the prompt fits.
+
+        `ready` is called with each of the media, and its index, as soon as it has passed its checks. Others may still
+        be refused.
 
         Raises:
             RequestError: 4xx, one of the media is refused; the message names its field. Of several, the first.
@@ -85,7 +92,17 @@ class Preparer:
         sources = await gather_in_order([self._source(media, received) for media in message.media])
         tokens = text_tokens(message.segments) + sum(_rows(source) for source in sources)
         max_tokens = resolve_max_tokens(tokens, message.request.sampling.max_tokens, self._max_model_len)
-        return await gather_in_order([self._decode(source) for source in sources]), max_tokens
+
+        some = asyncio.Semaphore(DECODED_AT_ONCE)
+
+        async def decode(index: int, source: Source) -> Prepared:
+            async with some:
+                item = await self._decode(source)
+            ready(index, item)
+            return item
+
+        decoding = [decode(index, source) for index, source in enumerate(sources)]
+        return await gather_in_order(decoding), max_tokens
 
     async def close(self) -> None:
         await self._decoding.close()
@@ -157,8 +174,8 @@ def _rows(source: Source) -> int:
     return source.found.rows
 
 
-async def gather_in_order(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all coroutines to their end, concurrently; raise the first error by position, not by time."""
+async def gather_in_order(steps: Sequence[Awaitable[T]]) -> list[T]:
+    """Run all awaitables to their end, concurrently; raise the first error by position, not by time."""
     results = await asyncio.gather(*steps, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -81,14 +81,20 @@ class Consumer(Generic[R]):
         capacity: int,
         claim_every_s: float,
         turns_ahead: Callable[[], int] | None = None,
+        aside: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`turns_ahead`: the number of entries to read now while tenants wait for their turns; None: all that fit."""
+        """
+        Args:
+            turns_ahead: the number of entries to read now while tenants wait for their turns; None: all that fit.
+            aside: the number of requests in flight that take no place of `capacity` now.
+        """
         self._service = service
         self._stream = stream
         self._handler = handler
         self._capacity = capacity
         self._claim_every_s = claim_every_s
         self._turns_ahead = turns_ahead
+        self._aside = aside
         # A read reserves all free slots while it waits, so it must not wait longer than entries of the dead should.
         self._block_ms = max(1, min(BLOCK_MS, int(claim_every_s * 1000)))
         self._control = LogReader(redis, {keys.control(): "$"})
@@ -110,7 +116,8 @@ class Consumer(Generic[R]):
     @property
     def free_slots(self) -> int:
         """The number of entries that may be read or claimed now."""
-        return max(0, self._capacity - len(self._requests) - self._reserved) if self._reading else 0
+        taken = len(self._requests) - self._aside() + self._reserved
+        return max(0, self._capacity - taken) if self._reading else 0
 
     @property
     def _readable(self) -> int:

@@ -13,7 +13,8 @@
                                              begin (msgpack Begin), finish (msgpack Finish, at the end) by postproc,
                                              gateways (names, separated by spaces: receivers of its deltas) by gateway,
                                              encode (the Encode it came from, while it is in generate), made (digest of the Generate it
-                                             became), failed (the Failure it is about to end with), returned (times it
+                                             became), ahead (id of the entry of encode under which its embeddings were made
+                                             after that), failed (the Failure it is about to end with), returned (times it
                                              was sent back for encoding), reached (tokens at its last redelivery), over
                                              ("1", its last word is in tokens), all by shared/bus/ownership.py;
                                              entry (key of a work stream, id of its entry there, and its progress then)

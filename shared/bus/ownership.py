@@ -32,6 +32,8 @@ _failures = msgspec.msgpack.Encoder()
 _failure = msgspec.msgpack.Decoder(Failure)
 
 ForwardOutcome = Literal["done", "unwanted", "changed", "lost"]
+AheadOutcome = Literal["done", "later", "unwanted", "changed", "lost"]
+EmbedsState = Literal["coming", "gone"]
 SendBackOutcome = Literal["done", "never", "lost"]
 
 _Arg = str | bytes | int
@@ -74,6 +76,9 @@ class EntryOwnership:
         self._raise_epochs = redis.register_script(read_script("raise_epochs"))
         self._record_progress = redis.register_script(read_script("record_progress"))
         self._forward = redis.register_script(read_script("forward"))
+        self._forward_ahead = redis.register_script(read_script("forward_ahead"))
+        self._end_ahead = redis.register_script(read_script("end_ahead"))
+        self._embeds_state = redis.register_script(read_script("embeds_state"))
         self._send_back = redis.register_script(read_script("send_back"))
         self._record_failure = redis.register_script(read_script("record_failure"))
         self._drop = redis.register_script(read_script("drop"))
@@ -141,16 +146,55 @@ class EntryOwnership:
 
         The record keeps `source`, so that the engine can have the embeddings made again. "unwanted": the record is gone
         or cancelled. "changed": the request was forwarded before with another prompt or other media, from which tokens
-        may have been generated. The entry stays in both cases.
+        may have been generated. The entry stays in both cases. Of a prompt that went ahead the entry is only ended.
         """
-        entry, request_id = to_entry(message), message.request.id
-        outcome: bytes = await self._run_ending(
-            entry_id,
-            self._forward,
-            [self._keys.request(request_id), self._keys.stream(GENERATE)],
-            [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id, entry.get(b"k", b"")],
-        )
+        keys, args = self._forwarding(source, message)
+        outcome: bytes = await self._run_ending(entry_id, self._forward, keys, args)
         return outcome.decode()  # type: ignore[return-value]
+
+    async def forward_ahead(self, entry_id: str, source: Encode, message: Generate) -> AheadOutcome:
+        """Append `message` to `generate` before its embeddings are stored, and keep the entry of `encode` (mm_encoder).
+
+        The record notes the entry: as long as it is there, engines wait for the embeddings. "later": only `forward` may
+        be used, as the request has been sent back before. The other outcomes are those of `forward`.
+        """
+        keys, args = self._forwarding(source, message)
+        consumer = [*self._consumer, entry_id]
+        outcome: bytes = await self._forward_ahead(keys=[self._key, *keys], args=[*consumer, *args])
+        return outcome.decode()  # type: ignore[return-value]
+
+    async def end_ahead(
+        self, entry_id: str, request_id: str, failure: Failure | None, poison: Poison | None = None
+    ) -> bool:
+        """End an entry whose prompt went ahead and whose embeddings will not be made here (mm_encoder).
+
+        `failure` is what the engine then ends the request with. With `poison` the entry goes to the quarantine. Returns
+        False, and does nothing, if no prompt went ahead under this entry.
+        """
+        keys = [self._keys.request(request_id), self._quarantine_key]
+        told = b"" if failure is None else _failures.encode(failure)
+        fields = (0, "") if poison is None else (poison.attempts, poison.reason)
+        ended = bool(await self._run_ending(entry_id, self._end_ahead, keys, [told, QUARANTINE_LENGTH, *fields]))
+        if ended and poison is not None:
+            _log_quarantined(entry_id, poison)
+        return ended
+
+    async def embeds_state(self, request_id: str) -> EmbedsState | Failure:
+        """Return whether embeddings that a prompt lacks are still being made, or why they cannot be (engine)."""
+        keys = [self._keys.request(request_id), self._keys.stream(ENCODE)]
+        state: bytes = await self._embeds_state(keys=keys, args=[])
+        if state in (b"coming", b"gone"):
+            return state.decode()  # type: ignore[return-value]
+        try:
+            return _failure.decode(state)
+        except msgspec.MsgspecError:
+            return unreadable("the failure")
+
+    def _forwarding(self, source: Encode, message: Generate) -> tuple[list[str], list[_Arg]]:
+        """Return the keys and arguments that a script needs to forward a request, beside its entry's."""
+        entry, request_id = to_entry(message), message.request.id
+        args: list[_Arg] = [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id]
+        return [self._keys.request(request_id), self._keys.stream(GENERATE)], [*args, entry.get(b"k", b"")]
 
     async def send_back(self, entry_id: str, request_id: str) -> SendBackOutcome:
         """Replace an entry of `generate` by the Encode that its record keeps: the embeddings are gone (engine).
@@ -245,8 +289,12 @@ class EntryOwnership:
 def _quarantine_fields(entry_id: str, poison: Poison | None) -> tuple[int, str]:
     if poison is None:
         return 0, ""
-    _log.error("entry quarantined", extra={"entry": entry_id, "reason": poison.reason})
+    _log_quarantined(entry_id, poison)
     return poison.attempts, poison.reason
+
+
+def _log_quarantined(entry_id: str, poison: Poison) -> None:
+    _log.error("entry quarantined", extra={"entry": entry_id, "reason": poison.reason})
 
 
 def _fingerprint(message: Generate) -> bytes:

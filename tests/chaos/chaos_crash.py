@@ -104,6 +104,14 @@ class Stage:
             await asyncio.sleep(LOOK_S)
         raise AssertionError(f"nothing came into {stream}\n{self.system.tails()}")
 
+    async def encoded(self) -> None:
+        """Return when nothing is to be encoded; a prompt is forwarded before."""
+        for _ in range(int(PATIENCE_S / LOOK_S)):
+            if not await self.system.redis.xlen(self.system.keys.stream(ENCODE)):
+                return
+            await asyncio.sleep(LOOK_S)
+        raise AssertionError(f"entries stayed in {ENCODE}\n{self.system.tails()}")
+
     async def evict(self) -> None:
         """Remove all embeddings, as Redis or the byte budget would."""
         prefix = self.system.keys.blob("embeds", "")
@@ -270,6 +278,7 @@ async def _without_embeddings(stage: Stage, lose: Callable[[], Awaitable[None]])
     await stage.stop()
     asking = asyncio.create_task(stage.ask("image"))
     await stage.waiting(GENERATE)
+    await stage.encoded()
     await lose()
     await stage.arm()
     await asking

@@ -12,9 +12,10 @@ from llguidance import LLMatcher
 
 from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.scheduler import Chunk, Plan
-from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
+from services.engine.schedule.sequence import EngineFacts, Sequence, build
 from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Generate, MediaSpan, Output, Request, Sampling, pack_ids
 from shared.model.config import ModelConfig, VisionConfig
@@ -96,7 +97,7 @@ def sequence(
     generated: Ordered[int] = (),
     *,
     request_id: str = "r",
-    embeds: tuple[Embeds, ...] = (),
+    embeds: tuple[Embeds | None, ...] = (),
     facts: EngineFacts = FACTS,
     **options: Any,
 ) -> Sequence:

@@ -584,7 +584,7 @@ async def test_media_that_are_there_are_given_to_the_runner(redis: Redis, redis_
         await submit(redis, keys, generate("r", [PATCH + 1, *[PATCH] * 6, PATCH + 2], 3, spans=(SPAN,)))
         [seen] = await reader.finished("r")
     assert seen.begins[0].image_tokens == 6
-    assert [e.data for e in runner.plans[0].chunks[0].sequence.embeds] == [ROWS]
+    assert runner.plans[0].chunks[0].sequence.embeds[0].data == ROWS
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from shared import message_versions, messages
 from shared.bus import leases, streams
-from shared.bus.keys import GENERATE, NEWER, Keys
+from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.records import Record, Records
 from shared.bus.streams import LogReader, WorkStream, send
 from shared.bus.translation import holds_newer, translate_entries, translate_records
@@ -16,6 +16,7 @@ from shared.errors import NewerVersionError, ProtocolError
 from shared.message_versions import Translation, WriteVersion
 from shared.messages import (
     Cancel,
+    Encode,
     Failed,
     Generate,
     Output,
@@ -36,7 +37,7 @@ def _renamed(before: str, after: str) -> Any:
     """From `form` to `layout`, in requests and what has them."""
 
     def rename(kind: str, value: Any) -> Any:
-        if kind == "Generate":
+        if kind in ("Encode", "Generate"):
             return {**value, "request": rename("Request", value["request"])}
         if kind == "Request":
             return {(after if name == before else name): each for name, each in value.items()}
@@ -210,6 +211,26 @@ async def test_a_replica_gives_up_what_it_works_on_for_an_older_one(
     [again] = await older.read_new(9, 0)
     assert (again.message, again.attempts) == (WORK, 1)
     assert (await newer.claim_abandoned(9)).lost == {before}
+
+
+async def test_a_translated_entry_stays_the_one_whose_prompt_went_ahead(
+    redis: Redis, keys: Keys, two_versions: WriteVersion
+) -> None:
+    work = WorkStream(redis, keys, ENCODE, "mm_encoder", "one", 3)
+    await work.join()
+    two_versions.number = 2
+    source = Encode(REQUEST, (b"",), ())
+    await Records(redis, keys).submit(ENCODE, source)
+    [delivery] = await work.read_new(1, 0)
+    assert await work.ownership.forward_ahead(delivery.entry_id, source, Generate(REQUEST, b"", 1)) == "done"
+    noted = await redis.hget(keys.request(REQUEST.id), "entry")
+    two_versions.number = 1
+    await translate_entries(redis, keys, "mm_encoder", "one")
+    [(entry_id, fields)] = await redis.xrange(keys.stream(ENCODE))
+    assert fields[b"v"] == b"1"
+    assert await redis.hget(keys.request(REQUEST.id), "ahead") == entry_id
+    assert (await redis.hget(keys.request(REQUEST.id), "entry")).startswith(keys.stream(GENERATE).encode())
+    assert noted is not None
 
 
 async def test_newer_entries_are_found_on_whichever_page(redis: Redis, keys: Keys) -> None:

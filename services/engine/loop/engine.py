@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.engine.loop.mailbox import Abort, Add, Command, FinishUnstarted, Forget, Mailbox
+from services.engine.loop.mailbox import Abort, Add, Command, FinishUnstarted, Forget, Mailbox, Supply
 from services.engine.loop.step_output import StepOutput, error_finish
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
@@ -55,6 +55,7 @@ class Engine:
         self._watch = watch
         self._unsent = StepOutput()
         self._launched: LaunchedStep | None = None  # launched, not read
+        self._stuck = False  # nothing can be computed before a command comes
         self._ended = 0.0  # when the last step was read
         self._prefilling: set[Sequence] = set()  # started, and without a token yet
         self._last_tokens_at: float | None = None  # when the last step was read, if it gave tokens
@@ -97,7 +98,7 @@ class Engine:
 
     def _receive(self) -> list[Command] | None:
         """Return the commands received; with nothing to compute, wait for some. None: the mailbox was closed."""
-        if self._scheduler.has_work or self._launched is not None:
+        if self._launched is not None or (self._scheduler.has_work and not self._stuck):
             return self._mailbox.receive(wait=False)
         self._send(self._take_unsent())
         return self._mailbox.receive(wait=True)
@@ -105,7 +106,9 @@ class Engine:
     def _next_plan(self) -> Plan | None:
         """Return the next step; None if the one in flight has to be read first."""
         if self._launched is None:
-            return self._scheduler.schedule()
+            plan = self._scheduler.schedule()
+            self._stuck = not plan.chunks and not plan.preempted
+            return plan
         return self._scheduler.schedule_ahead() if self._runner.overlaps else None
 
     def _launch(self, plan: Plan | None) -> LaunchedStep | None:
@@ -155,6 +158,8 @@ class Engine:
         match command:
             case Add(sequence):
                 self._add(sequence)
+            case Supply(request_id, arrived):
+                self._scheduler.supply(request_id, arrived)
             case Abort(request_id, finish):
                 removed = self._remove(request_id)
                 if removed is not None:

@@ -1,8 +1,10 @@
 """Mailbox: commands of the asyncio side to the model's thread."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.sequence import Sequence
 from shared.messages import Begin, Finish
 
@@ -12,6 +14,14 @@ class Add:
     """Run this sequence."""
 
     sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """Continue with embeddings that this request lacked, by index of their span, if it is there."""
+
+    request_id: str
+    arrived: Mapping[int, Embeds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +49,7 @@ class FinishUnstarted:
     finish: Finish
 
 
-Command = Add | Abort | Forget | FinishUnstarted
+Command = Add | Supply | Abort | Forget | FinishUnstarted
 
 
 class Mailbox:

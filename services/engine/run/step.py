@@ -10,8 +10,8 @@ from torch import Tensor
 
 from services.engine.model.inputs import KVCache, StepInput
 from services.engine.run.upload import upload
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.scheduler import Chunk, Plan
-from services.engine.schedule.sequence import Embeds
 
 EMBED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -172,11 +172,11 @@ class StepBuilder:
         parts: list[tuple[Embeds, int]] = []  # with the first row of each that is this step's
         for chunk, first_row in zip(chunks, starts, strict=False):
             stop = chunk.start + chunk.length
-            for span, stored in zip(chunk.sequence.spans, chunk.sequence.embeds, strict=True):
+            for index, span in enumerate(chunk.sequence.spans):
                 begin, end = max(chunk.start, span.offset), min(stop, span.offset + span.length)
                 if begin < end:
                     rows.append(np.arange(begin, end) - chunk.start + first_row)
-                    parts.append((stored, begin - span.offset))
+                    parts.append((chunk.sequence.embeds[index], begin - span.offset))
         ends = np.cumsum([len(part) for part in rows]).tolist()
         embeds = self._allocate_embeds(ends[-1])
         for (stored, start), begin, end in zip(parts, ends, ends[1:], strict=False):

@@ -11,15 +11,22 @@ Order of service is order of arrival, in three rounds a step: sequences that dec
 and then waiting ones. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
 out of blocks; then the latest arrival is preempted: it gives all of its blocks back and waits to be computed again. The
 earliest arrival is never preempted while another runs, so it always progresses, and in turn so does every sequence.
+
+A prompt is computed up to the first media whose embeddings are still being made, and is passed over while it stands
+there. It waits for them with blocks for all of its tokens only where half of the cache, and of the places of running
+sequences, are left to others; where they are not, later arrivals overtake it until its embeddings are here.
 """
 
+from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import msgspec
 
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.sequence import Sequence
 from shared.errors import Failure
@@ -76,6 +83,9 @@ class Limits:
     block_size: int
 
 
+_by_arrival = attrgetter("arrival")
+
+
 class Scheduler:
     """Waiting and running sequences, by arrival. Owns their blocks."""
 
@@ -125,12 +135,21 @@ class Scheduler:
             self._waiting.remove(sequence)
         return sequence
 
+    def supply(self, request_id: str, arrived: Mapping[int, Embeds]) -> None:
+        """Give a sequence embeddings that it lacked, by index of their span. Does nothing if it is gone."""
+        if (sequence := self._sequences.get(request_id)) is not None:
+            sequence.embeds.add(arrived)
+
     def schedule(self) -> Plan:
-        """Plan the next step, when all steps before have been committed. No chunks only if there is nothing to do."""
+        """Plan the next step, when all steps before have been committed.
+
+        A plan without chunks and without preemptions stays the next one until a sequence is added, removed or supplied.
+        """
         assert not any(s.in_flight for s in self._running)
         budget = self._limits.max_num_batched_tokens
-        decoding = [s for s in self._running if s.num_tokens - s.num_computed == 1]
-        prefilling = [s for s in self._running if s.num_tokens - s.num_computed > 1]
+        ready = [s for s in self._running if s.backlog > 0]
+        decoding = [s for s in ready if s.num_tokens - s.num_computed == 1]
+        prefilling = [s for s in ready if s.num_tokens - s.num_computed > 1]
         preempted: list[Sequence] = []
         admitted: list[Sequence] = []
         chunks = [
@@ -164,9 +183,9 @@ class Scheduler:
         samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a row in it all
         the same, which `commit` drops.
         """
-        continuing = [s for s in self._running if s.can_continue]
+        continuing = [s for s in self._running if s.in_flight and s.can_continue]
         budget = self._limits.max_num_batched_tokens - len(continuing)
-        if not continuing or budget < 0 or not all(s.in_flight for s in self._running):
+        if not continuing or budget < 0 or any(s.backlog for s in self._running if not s.in_flight):
             return None
         if self._match_first(budget) is not None:
             return None
@@ -214,33 +233,45 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence to the running ones, if there is room for it."""
-        matched = self._match_first(budget)
-        if matched is None:
+        first = self._match_first(budget)
+        if first is None:
             return None
-        sequence = self._waiting.popleft()
+        sequence, matched = first
+        self._waiting.remove(sequence)
         self._pool.share(matched)
         sequence.blocks.extend(matched)
         sequence.blocks.extend(self._pool.allocate(self._blocks_for(sequence.num_tokens) - len(matched)))
         sequence.num_computed = len(matched) * self._limits.block_size
-        assert not self._running or self._running[-1].arrival < sequence.arrival
-        self._running.append(sequence)
+        insort(self._running, sequence, key=_by_arrival)
         return sequence
 
-    def _match_first(self, budget: int) -> list[int] | None:
-        """Return the cached blocks that the first waiting sequence begins with. None: nothing waits, or there is no
-        room.
+    def _match_first(self, budget: int) -> tuple[Sequence, list[int]] | None:
+        """Return the first waiting sequence that may run, and the cached blocks that it begins with. None: nothing
+        waits, or there is no room.
 
         A block for each running sequence stays free, so that the newcomer is not the next one to be preempted.
         """
-        if budget <= 0 or not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+        if budget <= 0 or len(self._running) >= self._limits.max_num_seqs:
             return None
-        sequence = self._waiting[0]
-        matched = self._match(sequence)
-        fresh = self._blocks_for(sequence.num_tokens) - len(matched)
-        if fresh + self._pool.cost(matched) + len(self._running) > self._pool.available:
-            return None
-        backlog = sequence.num_tokens - len(matched) * self._limits.block_size
-        return matched if self._limits.chunked_prefill or backlog <= budget else None
+        for sequence in self._waiting:
+            matched = self._match(sequence)
+            taken = self._blocks_for(sequence.num_tokens) - len(matched) + self._pool.cost(matched)
+            start = len(matched) * self._limits.block_size
+            if not sequence.embeds.complete and self._waits_outside(sequence, start, taken):
+                continue
+            if taken + len(self._running) > self._pool.available:
+                return None
+            fits = self._limits.chunked_prefill or sequence.num_tokens - start <= budget
+            return (sequence, matched) if fits else None
+        return None
+
+    def _waits_outside(self, sequence: Sequence, start: int, taken: int) -> bool:
+        """Return whether a sequence that lacks embeddings would have nothing to compute from `start` on, or would leave
+        less than half of the cache or of the places to others."""
+        nothing = sequence.embeds.reach(start, sequence.num_tokens) == start
+        others = sum(not running.embeds.complete for running in self._running)
+        crowded = 2 * (others + 1) > self._limits.max_num_seqs
+        return nothing or crowded or self._pool.available - taken < self._pool.num_blocks // 2
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Return the cached blocks of a prefix, leaving the tokens to compute whose logits are needed."""
@@ -260,7 +291,7 @@ class Scheduler:
         while missing > self._pool.available:
             victim = self._running.pop()
             self._free(victim)
-            self._waiting.appendleft(victim)
+            insort(self._waiting, victim, key=_by_arrival)
             preempted.append(victim)
             if victim is sequence:
                 return False
@@ -290,7 +321,7 @@ class Scheduler:
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
     """Return as much of a sequence's backlog as the budget allows."""
-    length = min(sequence.num_tokens - sequence.num_computed, budget)
+    length = min(sequence.backlog, budget)
     reached = sequence.num_computed + length
     return Chunk(sequence, sequence.num_computed, length, samples=reached == sequence.num_tokens)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engine.schedule.blocks import ROOT, block_hash, root_hash
+from services.engine.schedule.embeds import Embeds, PromptEmbeds
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.loops import LoopDetector
 from services.engine.schedule.positions import positions
@@ -35,17 +36,6 @@ class EngineFacts(msgspec.Struct, frozen=True):
     max_model_len: int  # prompt and answer together
     think_close_id: int  # </think>
     tool_call_id: int | None = None  # <tool_call>; None: the vocabulary has no such token
-
-
-class Embeds(msgspec.Struct, frozen=True):
-    """Embeddings of one image or video as the encoder stored them: [rows, hidden] of `dtype`, row-major.
-
-    Kept on the host until the request ends: a preempted sequence is prefilled again, and must not then depend on
-    a blob that may have been evicted.
-    """
-
-    data: bytes
-    dtype: str
 
 
 class SeenTokens:
@@ -89,7 +79,7 @@ class Sequence:
     prompt_positions: NDArray[np.int32]  # [3, prompt_len]
     next_position: int  # of the first generated token
     spans: tuple[MediaSpan, ...]
-    embeds: tuple[Embeds, ...]  # one a span
+    embeds: PromptEmbeds
     eos_ids: tuple[int, ...]
     stop_ids: frozenset[int]  # tokens that end it
     hides_stops: bool  # inside an open <think>, in which of `stop_ids` only `eos_ids` end it
@@ -131,6 +121,11 @@ class Sequence:
     def can_continue(self) -> bool:
         """True if the tokens in flight leave room for another. A token that ends the sequence may be among them."""
         return self.num_generated + self.in_flight < self.max_tokens
+
+    @property
+    def backlog(self) -> int:
+        """The number of tokens that could be computed now."""
+        return self.embeds.reach(self.num_computed, self.num_tokens) - self.num_computed
 
     @property
     def cacheable(self) -> int:
@@ -244,13 +239,14 @@ def build(
     message: Generate,
     epoch: int,
     generated: Ordered[int],
-    embeds: tuple[Embeds, ...],
+    embeds: Ordered[Embeds | None],
     facts: EngineFacts,
     grammar: GrammarState | None = None,
 ) -> Sequence:
     """Build the sequence of a request of which `generated` tokens are known already.
 
     Args:
+        embeds: one a span; None if they are still being made.
         grammar: the request's, at its beginning.
 
     Raises:
@@ -287,7 +283,7 @@ def build(
         prompt_positions=prompt_positions,
         next_position=next_position,
         spans=message.spans,
-        embeds=embeds,
+        embeds=PromptEmbeds(message.spans, embeds),
         eos_ids=model.eos_ids,
         stop_ids=_stop_ids(sampling, model),
         hides_stops=_hides_stops(message),

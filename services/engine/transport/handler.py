@@ -7,21 +7,24 @@ to write for it: it was dropped, sent back for new embeddings, or another engine
 import asyncio
 import time
 from collections.abc import Sequence as Seq
+from contextlib import aclosing
 from functools import partial
 
 from redis.asyncio import Redis
 
-from services.engine.loop.mailbox import Abort, Add, FinishUnstarted, Forget, Mailbox
+from services.engine.loop.mailbox import Abort, Add, FinishUnstarted, Forget, Mailbox, Supply
 from services.engine.loop.step_output import End
 from services.engine.metrics import EngineMetrics
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.grammar_state import GrammarState
-from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
+from services.engine.schedule.sequence import EngineFacts, Sequence, build
 from services.engine.transport import spans
+from services.engine.transport.embeds_loader import EmbedsLoader
 from services.engine.transport.grammars import Grammars
-from services.engine.transport.media import EmbedsGoneError, check_embeds
+from services.engine.transport.media import EmbedsGoneError
 from services.engine.transport.pending import PendingRequest, pending_request
 from services.engine.transport.resume import History, announcement, recover
-from shared.bus.blobs import EMBEDS, MEDIA, Blobs
+from shared.bus.blobs import MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
 from shared.bus.ownership import Poison
@@ -31,7 +34,7 @@ from shared.bus.streams import Delivery, WorkStream
 from shared.crash_points import crash_point
 from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger
-from shared.messages import Finish, MediaSpan, Message
+from shared.messages import Encoded, Finish, Message
 from shared.tracing import OFF, Tracing
 
 SERVICE = "engine"
@@ -61,7 +64,8 @@ def turns_ahead(max_num_seqs: int) -> int:
 class GenerateHandler:
     """`shared.bus.consumer.Handler` of this service, from the `generate` stream to the mailbox of the model's thread.
 
-    `consumer` keeps its requests; `capacity` is the most requests in flight, `max_num_seqs` the most that run.
+    `consumer` keeps its requests; `capacity` is the most requests in flight, `max_num_seqs` the most that run. With
+    `partial_prompts` a prompt begins while embeddings that it needs are still being made.
     """
 
     def __init__(
@@ -79,10 +83,12 @@ class GenerateHandler:
         capacity: int,
         max_num_seqs: int,
         claim_every_s: float,
+        recheck_s: float,
+        partial_prompts: bool = True,
         tracing: Tracing = OFF,
     ) -> None:
         self.consumer: Consumer[PendingRequest] = Consumer(
-            redis, keys, SERVICE, stream, self, capacity, claim_every_s, self._turns_ahead
+            redis, keys, SERVICE, stream, self, capacity, claim_every_s, self._turns_ahead, self._lacking
         )
         self._max_num_seqs = max_num_seqs
         self._redis = redis
@@ -92,6 +98,8 @@ class GenerateHandler:
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
+        self._embeds = EmbedsLoader(blobs, stream.ownership, facts.model.hidden_size, recheck_s)
+        self._partial_prompts = partial_prompts
         self._grammars = grammars
         self._metrics = metrics
         self._tracing = tracing
@@ -115,7 +123,8 @@ class GenerateHandler:
             self._mailbox.put(Abort(request.request_id, Finish("cancelled")))
 
     def on_control(self, message: Message) -> None:
-        """Do nothing: the other messages are not for engines."""
+        if isinstance(message, Encoded):
+            self._embeds.encoded(message.key)
 
     def begun(self) -> None:
         """Note that the first step of a request has been launched: another may be read."""
@@ -123,10 +132,15 @@ class GenerateHandler:
 
     def _turns_ahead(self) -> int:
         """Return how many requests may be read while tenants take turns."""
-        waiting = sum(pending.timeline.scheduled is None for pending in self.consumer.requests)
+        requests = self.consumer.requests
+        waiting = sum(pending.timeline.scheduled is None and not pending.lacking for pending in requests)
         ahead = turns_ahead(self._max_num_seqs) if self._max_num_seqs >= 8 else 0
-        free = self._max_num_seqs + ahead - len(self.consumer)
+        free = self._max_num_seqs + ahead - len(self.consumer) + self._lacking()
         return max(0, min(free, turns_ahead(self._max_num_seqs) - waiting))
+
+    def _lacking(self) -> int:
+        """Return the number of requests that wait for embeddings, and should keep no other from being read."""
+        return sum(pending.lacking for pending in self.consumer.requests)
 
     # ------------------------------------------------------------------------------- loops, each until cancelled
 
@@ -275,13 +289,16 @@ class GenerateHandler:
             command = _finish_unstarted(pending, history, Finish("cancelled"))
         self._mailbox.put(command)
         pending.admitted = True
+        if isinstance(command, Add) and not command.sequence.embeds.complete:
+            await self._supply(pending, command.sequence.embeds.stored)
 
     async def _build_command(self, pending: PendingRequest, history: History) -> Add | FinishUnstarted | None:
         """Return the command for a request; None if it has been sent back to have its embeddings made again."""
         try:
             if pending.late(time.time()):
                 raise RequestError(LATE)
-            embeds = await self._embeds(pending.message.spans)
+            spans = pending.message.spans
+            embeds = await self._embeds.load(pending.request_id, spans, wait=self._partial_prompts) if spans else ()
             asked = pending.message.request.sampling.grammar
             grammar = None if asked is None else await self._grammars.begin(asked)
             sequence = _sequence(pending, history, embeds, self._facts, grammar)
@@ -309,36 +326,42 @@ class GenerateHandler:
             "request sent back to mm_encoder for its embeddings",
             extra={**pending.log_fields, "outcome": outcome},
         )
+        if pending.admitted and self.consumer.holds(pending):
+            self._mailbox.put(Forget(pending.request_id))
         self._release([pending])
         return True
 
-    async def _embeds(self, spans: tuple[MediaSpan, ...]) -> tuple[Embeds, ...]:
-        """Load the embeddings of all spans. Those that do not match their span are deleted, so that nobody finds them.
+    async def _supply(self, pending: PendingRequest, embeds: Seq[Embeds | None]) -> None:
+        """Give the model's thread the embeddings that a sequence lacks, as they are stored, until it has all."""
+        arrivals = self._embeds.arrivals(pending.request_id, pending.message.spans, embeds)
+        pending.lacking = True
+        self.consumer.wake()
+        try:
+            async with aclosing(arrivals):
+                async for arrived in arrivals:
+                    if not self.consumer.holds(pending):
+                        return
+                    if arrived:
+                        self._mailbox.put(Supply(pending.request_id, arrived))
+        except EmbedsGoneError as gone:
+            if self.consumer.holds(pending) and not await self._send_back(pending):
+                self._abort(pending, gone.failure)
+        except RequestError as error:
+            self._abort(pending, error.failure)
+        finally:
+            pending.lacking = False
 
-        Raises:
-            EmbedsGoneError: a blob is gone, or does not match its span.
-        """
-        keys = list(dict.fromkeys(span.key for span in spans))
-        found = await asyncio.gather(
-            *(retry_until_available("blobs", partial(self._blobs.get, EMBEDS, key)) for key in keys)
-        )
-        stored = dict(zip(keys, found, strict=True))
-        embeds = []
-        for span in spans:
-            try:
-                embeds.append(check_embeds(span, stored[span.key], self._facts.model.hidden_size))
-            except EmbedsGoneError as gone:
-                if gone.damaged:
-                    _log.error("embeddings deleted", extra={"key": span.key, "reason": gone.failure.message})
-                    await retry_until_available("blobs", partial(self._blobs.delete, EMBEDS, [span.key]))
-                raise
-        return tuple(embeds)
+    def _abort(self, pending: PendingRequest, failure: Failure) -> None:
+        """End a request that the model's thread has, if it is in flight."""
+        if self.consumer.holds(pending):
+            _log.warning("request refused", extra={**pending.log_fields, "why": failure.message})
+            self._mailbox.put(Abort(pending.request_id, Finish("error", failure=failure)))
 
 
 def _sequence(
     pending: PendingRequest,
     history: History,
-    embeds: tuple[Embeds, ...],
+    embeds: Seq[Embeds | None],
     facts: EngineFacts,
     grammar: GrammarState | None,
 ) -> Sequence:

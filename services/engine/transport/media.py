@@ -3,8 +3,8 @@
 import msgspec
 
 from services.engine.run.step import EMBED_DTYPES
-from services.engine.schedule.sequence import Embeds
-from shared.errors import Failure, RequestError, internal
+from services.engine.schedule.embeds import Embeds
+from shared.errors import RequestError, internal
 from shared.messages import MediaSpan
 
 
@@ -18,23 +18,21 @@ class EmbedsMeta(msgspec.Struct, frozen=True):
 
 
 class EmbedsGoneError(RequestError):
-    """Embeddings that can be made again: evicted before use, or (`damaged`) stored and not those of their span."""
-
-    def __init__(self, failure: Failure, *, damaged: bool) -> None:
-        super().__init__(failure)
-        self.damaged = damaged
+    """Embeddings that can be made again: evicted before use, or stored and not those of their span."""
 
 
-def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes] | None, hidden_size: int) -> Embeds:
+def gone(span: MediaSpan) -> EmbedsGoneError:
+    """Return the error of a span of which nothing is stored."""
+    return EmbedsGoneError(internal(f"{_name(span)} are no longer stored. Send the request again.", status=503).failure)
+
+
+def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes], hidden_size: int) -> Embeds:
     """Return the embeddings of a span.
 
     Raises:
-        EmbedsGoneError: nothing is stored (503), or what does not match the span (500).
+        EmbedsGoneError: what is stored does not match the span (500).
     """
-    what = f"The embeddings of the {span.kind} at token {span.offset}"
-    if stored is None:
-        gone = f"{what} are no longer stored. Send the request again."
-        raise EmbedsGoneError(internal(gone, status=503).failure, damaged=False)
+    what = _name(span)
     data, meta_json = stored
     try:
         meta = msgspec.json.decode(meta_json, type=EmbedsMeta)
@@ -48,5 +46,9 @@ def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes] | None, hidden_siz
     return Embeds(data, meta.dtype)
 
 
+def _name(span: MediaSpan) -> str:
+    return f"The embeddings of the {span.kind} at token {span.offset}"
+
+
 def _damaged(message: str) -> EmbedsGoneError:
-    return EmbedsGoneError(internal(message).failure, damaged=True)
+    return EmbedsGoneError(internal(message).failure)

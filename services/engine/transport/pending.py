@@ -23,6 +23,7 @@ class PendingRequest:
     lost: bool = False  # another engine owned the entry when this one raised the epoch
     replaces: str | None = None  # the entry under which the request was in flight before
     admitted: bool = False  # handed over to the model's thread
+    lacking: bool = False  # the model's thread has it, and waits for embeddings
     cancelled: bool = False  # no client waits for it
     end: End | None = None  # once its Finish is in the stream
     timeline: Timeline = field(default_factory=Timeline)

@@ -1,9 +1,13 @@
-"""Batching queue of the vision tower: waiting items are encoded together, in a thread of its own."""
+"""Batching queue of the vision tower: waiting items are encoded together, in a thread of its own.
+
+Items of requests that lack the least come first, so that a request with many does not hold up one with few. Those that
+were passed over `PATIENCE` times come before all others, in the order of their arrival.
+"""
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -13,11 +17,27 @@ from services.mm_encoder.metrics import Metrics
 from shared.crash_points import crash_point
 from shared.watchdog import Watchdog, unwatched
 
+PATIENCE = 8  # batches
+
 
 class BatchEncoder(Protocol):
     """Interface of `encoder.Encoder`."""
 
     def encode(self, items: Sequence[Patches]) -> list[Tensor]: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One image or video that waits."""
+
+    patches: Patches
+    done: asyncio.Future[Tensor]
+    lacks: Callable[[], int]
+    passed: int = 0  # batches that it was not part of
+
+    @property
+    def place(self) -> int:
+        return 0 if self.passed >= PATIENCE else 1 + self.lacks()
 
 
 class Batcher:
@@ -32,14 +52,17 @@ class Batcher:
         self._metrics = metrics
         self._watchdog = watchdog
         self._thread = ThreadPoolExecutor(1, "tower")
-        self._waiting: deque[tuple[Patches, asyncio.Future[Tensor]]] = deque()
+        self._waiting: list[_Item] = []  # by arrival
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def encode(self, patches: Patches) -> Tensor:
-        """Return [rows, text hidden] on the CPU. An exception of the encoder is raised to all callers of the batch."""
+    async def encode(self, patches: Patches, lacks: Callable[[], int] = lambda: 1) -> Tensor:
+        """Return [rows, text hidden] on the CPU. An exception of the encoder is raised to all callers of the batch.
+
+        `lacks` returns the number of items that the request of this one lacks.
+        """
         done: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._waiting.append((patches, done))
+        self._waiting.append(_Item(patches, done, lacks))
         self._arrived.set()
         return await done
 
@@ -56,7 +79,7 @@ class Batcher:
             if not batch:
                 self._arrived.clear()
                 continue
-            await self._encode([patches for patches, _ in batch], [done for _, done in batch])
+            await self._encode([item.patches for item in batch], [item.done for item in batch])
 
     async def close(self) -> None:
         """Stop after the batch that is being encoded."""
@@ -67,14 +90,18 @@ class Batcher:
         if self._watchdog is not None:
             self._watchdog.stop()
 
-    def _next(self) -> list[tuple[Patches, asyncio.Future[Tensor]]]:
-        batch: list[tuple[Patches, asyncio.Future[Tensor]]] = []
+    def _next(self) -> list[_Item]:
+        batch: list[_Item] = []
         free = self._max_patches
-        while self._waiting and (not batch or len(self._waiting[0][0].rows) <= free):
-            patches, done = self._waiting.popleft()
-            if not done.cancelled():
-                batch.append((patches, done))
-                free -= len(patches.rows)
+        self._waiting = [item for item in self._waiting if not item.done.cancelled()]
+        for item in sorted(self._waiting, key=lambda item: item.place):
+            free -= len(item.patches.rows)
+            if batch and free < 0:
+                break
+            batch.append(item)
+        self._waiting = [item for item in self._waiting if item not in batch]
+        for item in self._waiting:
+            item.passed += 1
         return batch
 
     async def _encode(self, items: list[Patches], futures: list[asyncio.Future[Tensor]]) -> None:

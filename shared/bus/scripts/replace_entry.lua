@@ -11,7 +11,13 @@ local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
 local owner = not pending.err and pending[1] and pending[1][2]
 if owner and owner ~= ARGV[2] and owner ~= ARGV[4] and redis.call('EXISTS', ARGV[5] .. owner) == 1 then return 0 end
 local replaced = add_entry(KEYS[1], ARGV[6], ARGV[7], ARGV[8], ARGV[9])
-if is_a('hash', KEYS[2]) then note_entry(KEYS[2], KEYS[1], replaced) end
+if is_a('hash', KEYS[2]) then
+  if redis.call('HGET', KEYS[2], 'ahead') == ARGV[3] then
+    redis.call('HSET', KEYS[2], 'ahead', replaced)
+  else
+    note_entry(KEYS[2], KEYS[1], replaced)
+  end
+end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 redis.call('XDEL', KEYS[1], ARGV[3])
 return 1

@@ -20,7 +20,8 @@ from services.engine.run.prompt_scorer import Part, PromptScorer, score
 from services.engine.run.runner import ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
-from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
+from services.engine.schedule.embeds import Embeds
+from services.engine.schedule.sequence import EngineFacts, Sequence, build
 from shared.errors import RequestError
 from shared.limits import MAX_PROMPT_LOGPROBS
 from shared.messages import Finish, MediaSpan, PromptLogprobs, unpack_ids

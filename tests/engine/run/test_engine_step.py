@@ -8,8 +8,8 @@ from engine_cases import CONFIG, sequence
 from services.engine.run.decode_rows import BlockTables
 from services.engine.run.graphs import capture_sizes
 from services.engine.run.step import HostStep, StepBuilder
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.scheduler import Chunk, Plan
-from services.engine.schedule.sequence import Embeds
 from shared.messages import MediaSpan
 
 BLOCK = 4

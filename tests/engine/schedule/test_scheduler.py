@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
 from shared.messages import MediaSpan
@@ -56,6 +57,16 @@ class Bench:
         for block in set(held):
             assert self.pool.references(block) == held.count(block)
         return plan
+
+    def step_within_reach(self) -> bool:
+        """Step; return whether there is more to do before embeddings come."""
+        known = {s: s.embeds.stored for s in self.sequences}
+        plan = self.step()
+        for chunk in plan.chunks:
+            for span, embeds in zip(chunk.sequence.spans, known[chunk.sequence], strict=True):
+                inside = chunk.start < span.offset + span.length and span.offset < chunk.stop
+                assert embeds is not None or not inside
+        return bool(plan.chunks or plan.preempted)
 
     def run(self) -> list[Plan]:
         plans = []
@@ -295,3 +306,97 @@ def test_an_end_token_ends_it() -> None:
     assert (finish.reason, finish.stop_token) == ("stop", EOS)
     assert not bench.scheduler.has_work
     assert bench.pool.used == 0
+
+
+EMBEDS = Embeds(b"", "float32")
+
+
+def shown(seed: int, lengths: tuple[int, int], request_id: str, **options: Any) -> Sequence:
+    """A prompt with a picture of 4 tokens after each of these lengths of text; no embeddings are here yet."""
+    first, second = lengths[0], lengths[0] + 4 + lengths[1]
+    spans = tuple(MediaSpan("image", f"{seed} {at}", at, 4, (1, 4, 4)) for at in (first, second))
+    tokens = prompt(seed, second + 6)
+    return sequence(tokens, request_id=request_id, spans=spans, embeds=(None, None), **options)
+
+
+@settings(max_examples=150)
+@given(
+    asked=st.lists(
+        st.tuples(st.integers(0, 2), st.tuples(st.integers(0, 5), st.integers(0, 5)), st.integers(1, 6)),
+        min_size=1,
+        max_size=6,
+    ),
+    arrivals=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 3)), max_size=12),
+    blocks=st.integers(8, 40),
+    seqs=st.integers(1, 6),
+    caching=st.booleans(),
+)
+def test_nothing_is_computed_before_its_embeddings_are_here(
+    asked: list[tuple[int, tuple[int, int], int]],
+    arrivals: list[tuple[int, int, int]],
+    blocks: int,
+    seqs: int,
+    caching: bool,
+) -> None:
+    """Every other request is text; embeddings come in any order, with any number of steps between."""
+    bench = Bench(blocks, limits(max_num_seqs=seqs), caching=caching)
+    texts = [sequence(prompt(9, 5 + i), request_id=f"text {i}", max_tokens=3) for i in range(len(asked))]
+    shows = [shown(seed, lengths, str(i), max_tokens=answer) for i, (seed, lengths, answer) in enumerate(asked)]
+    for text, show in zip(texts, shows, strict=True):
+        bench.add(text, show)
+    last = [(number, index, 50) for number in range(len(shows)) for index in (1, 0)]
+    for number, index, steps in [*arrivals, *last]:
+        for _ in range(steps):
+            if not bench.step_within_reach():
+                break
+        bench.scheduler.supply(str(number), {index: EMBEDS})
+    bench.run()
+    for made in bench.sequences:
+        assert made.generated.tolist() == continuation(made.tokens[: made.prompt_len].tolist(), made.max_tokens)
+
+
+def test_a_prompt_stops_at_its_first_picture_and_others_go_on() -> None:
+    bench = Bench(20, limits())
+    show, text = shown(0, (5, 2), "show", max_tokens=2), sequence(prompt(1, 3), request_id="text", max_tokens=3)
+    bench.add(show, text)
+    plans = [bench.step() for _ in range(3)]
+    assert [(c.sequence, c.start, c.length) for p in plans for c in p.chunks if c.sequence is show] == [(show, 0, 5)]
+    assert bench.finished == [text]
+    assert bench.step().chunks == (), "nothing to do before embeddings come"
+    bench.scheduler.supply("show", {0: EMBEDS})
+    assert [(c.start, c.length) for c in bench.step().chunks] == [(5, 6)]
+    bench.scheduler.supply("show", {1: EMBEDS})
+    bench.run()
+    assert bench.finished == [text, show]
+
+
+def test_prompts_that_wait_for_embeddings_leave_half_of_the_cache_to_others() -> None:
+    bench = Bench(12, limits(), caching=False)
+    shows = [shown(i, (5, 2), f"show {i}", max_tokens=1) for i in range(2)]
+    text = sequence(prompt(1, 12), request_id="text", max_tokens=2)
+    bench.add(*shows, text)
+    assert [chunk.sequence for chunk in bench.step().chunks] == [shows[0], text], "each takes 5 blocks"
+    bench.step()
+    bench.scheduler.supply("show 1", {0: EMBEDS, 1: EMBEDS})
+    for _ in range(4):
+        bench.step()
+    assert bench.finished == [text, shows[1]]
+    bench.scheduler.supply("show 0", {0: EMBEDS, 1: EMBEDS})
+    bench.run()
+
+
+def test_a_prompt_that_waits_does_not_stop_steps_from_being_launched_ahead() -> None:
+    bench = Bench(20, limits())
+    show, text = shown(0, (5, 2), "show", max_tokens=2), sequence(prompt(1, 3), request_id="text", max_tokens=5)
+    bench.add(show, text)
+    first = bench.scheduler.schedule()
+    ahead = bench.scheduler.schedule_ahead()
+    assert ahead is not None
+    assert [chunk.sequence for chunk in ahead.chunks] == [text]
+    bench.scheduler.supply("show", {0: EMBEDS})
+    assert bench.scheduler.schedule_ahead() is None, "its prefill goes on first"
+    for plan in (first, ahead):
+        bench.scheduler.commit(plan, [sampled.token for sampled in bench.runner.launch(plan).read()])
+    bench.scheduler.supply("show", {1: EMBEDS})
+    bench.run()
+    assert text.generated.tolist() == continuation(prompt(1, 3), 5)

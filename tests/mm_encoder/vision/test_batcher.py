@@ -15,7 +15,7 @@ from torch import Tensor
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.store.cache import SingleFlight
-from services.mm_encoder.vision.batcher import Batcher
+from services.mm_encoder.vision.batcher import PATIENCE, Batcher
 
 
 def patches(rows: int) -> Patches:
@@ -62,6 +62,19 @@ async def test_what_waits_is_encoded_together_up_to_the_limit() -> None:
         encoder.go.set()
         assert [int(await task) for task in (first, *rest)] == [4, 60, 40, 2, 500, 8]
     assert encoder.batches == [[4], [60, 40], [2], [500], [8]]
+
+
+async def test_who_lacks_least_comes_first_and_nobody_waits_for_ever() -> None:
+    encoder = Recording()
+    async with running(encoder, 10) as batcher:
+        first = asyncio.create_task(batcher.encode(patches(2)))
+        await begun(encoder)
+        many = [asyncio.create_task(batcher.encode(patches(8), lambda: 50)) for _ in range(2)]
+        few = [asyncio.create_task(batcher.encode(patches(6), lambda: 1)) for _ in range(PATIENCE + 3)]
+        await asyncio.sleep(0)
+        encoder.go.set()
+        await asyncio.gather(first, *many, *few)
+    assert encoder.batches == [[2], *[[6]] * PATIENCE, [8], [8], *[[6]] * 3]
 
 
 async def test_an_error_reaches_its_batch_and_no_other() -> None:

@@ -1,5 +1,6 @@
 """Each step with an entry is done by whoever has it, at once or not at all."""
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -89,6 +90,8 @@ async def test_nothing_is_done_with_what_another_has(encoding: Case) -> None:
     assert await ours.raise_epochs([(entry, "r")]) == {}
     await ours.record_progress(entry, "r", 5)
     assert await ours.forward(entry, SOURCE, READY) == "lost"
+    assert await ours.forward_ahead(entry, SOURCE, READY) == "lost"
+    assert not await ours.end_ahead(entry, "r", NO.failure)
     assert await ours.send_back(entry, "r") == "lost"
     assert not await ours.record_failure(entry, "r", NO.failure)
     assert not await ours.drop(entry, "r")
@@ -104,6 +107,66 @@ async def test_a_redis_that_forgot_all_is_no_error(encoding: Case) -> None:
     assert await encoding.ours.raise_epochs([(encoding.entry, "r")]) == {}
     assert await encoding.ours.forward(encoding.entry, SOURCE, READY) == "lost"
     assert await encoding.redis.keys() == []
+
+
+async def test_a_prompt_goes_ahead_once_and_keeps_its_entry(encoding: Case) -> None:
+    ours, entry, generate = encoding.ours, encoding.entry, encoding.keys.stream(GENERATE)
+    assert await ours.embeds_state("r") == "gone"
+    for _ in range(2):
+        assert await ours.forward_ahead(entry, SOURCE, READY) == "done"
+    assert await ours.embeds_state("r") == "coming"
+    changed = msgspec.structs.replace(READY, spans=(msgspec.structs.replace(SPAN, key="dog"),))
+    assert await ours.forward_ahead(entry, SOURCE, changed) == "changed"
+    assert await ours.forward(entry, SOURCE, changed) == "changed"
+    assert not await encoding.ended()
+    assert await ours.forward(entry, SOURCE, READY) == "done"
+    assert await encoding.ended()
+    assert await encoding.messages(generate) == [READY]
+    assert await ours.embeds_state("r") == "gone"
+    assert await encoding.records.lost(["r"]) == set()
+
+
+@pytest.mark.parametrize("gone", ["record", "cancelled", "type"])
+async def test_nothing_goes_ahead_for_nobody(encoding: Case, gone: str) -> None:
+    if gone == "cancelled":
+        await encoding.records.cancel(["r"])
+    else:
+        await encoding.records.delete(["r"])
+    if gone == "type":
+        await encoding.redis.set(encoding.keys.request("r"), "oops")
+    assert await encoding.ours.forward_ahead(encoding.entry, SOURCE, READY) == "unwanted"
+    assert not await encoding.ours.end_ahead(encoding.entry, "r", None), "it is still to be ended"
+    assert not await encoding.ended()
+    assert await encoding.ours.embeds_state("r") == "gone"
+
+
+async def test_a_failure_is_left_to_the_engine_that_has_the_prompt(encoding: Case) -> None:
+    ours, entry = encoding.ours, encoding.entry
+    assert not await ours.end_ahead(entry, "r", NO.failure), "no prompt went ahead"
+    await ours.forward_ahead(entry, SOURCE, READY)
+    assert await ours.end_ahead(entry, "r", NO.failure, POISON)
+    assert await encoding.ended()
+    assert await ours.embeds_state("r") == NO.failure
+    assert await encoding.redis.xlen(encoding.keys.quarantine(ENCODE)) == 1
+    assert await encoding.messages(encoding.keys.deltas("gw")) == []
+    await encoding.redis.hset(encoding.keys.request("r"), "failed", b"?")
+    assert await ours.embeds_state("r") == unreadable("the failure")
+
+
+async def test_a_prompt_that_was_sent_back_goes_ahead_no_more(redis: Redis, keys: Keys, encoding: Case) -> None:
+    ours, entry = encoding.ours, encoding.entry
+    await ours.forward_ahead(entry, SOURCE, READY)
+    work = WorkStream(redis, keys, GENERATE, "engine", "e", 3)
+    await work.join()
+    [taken] = await work.read_new(1, 0)
+    assert await work.ownership.send_back(taken.entry_id, "r") == "done"
+    assert await ours.forward_ahead(entry, SOURCE, READY) == "done", "its first entry has nothing more to do"
+    assert await ours.end_ahead(entry, "r", NO.failure)
+    assert not await redis.hexists(keys.request("r"), "failed"), "another entry has the request now"
+    [again] = await WorkStream(redis, keys, ENCODE, "mm_encoder", "me", 3).read_new(1, 0)
+    assert await ours.forward_ahead(again.entry_id, SOURCE, READY) == "later"
+    assert await ours.forward(again.entry_id, SOURCE, READY) == "done"
+    assert await encoding.messages(keys.stream(GENERATE)) == [READY]
 
 
 async def test_owned_and_finish(generating: Case) -> None:
