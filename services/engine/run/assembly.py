@@ -8,6 +8,7 @@ from services.engine.run.decode_rows import DecodeRows
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
+from services.engine.run.pieces import GraphRecorder, StepPieces
 from services.engine.run.runner import ModelRunner, Runner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
@@ -35,19 +36,30 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
     sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
     cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
     blocks = cache.num_blocks - int(on_gpu)
-    graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
+    graphs = pieces = None
+    if on_gpu:
+        rows = decode_rows(model, cache, config, settings, spare_block=blocks)
+        pieces = StepPieces(
+            model,
+            cache,
+            rows.last_tokens,
+            blocks,
+            settings.max_num_batched_tokens,
+            config.image_patch_id,
+            GraphRecorder(model.device),
+        )
+        graphs = DecodeGraphs(model, cache, rows, settings.max_num_seqs)
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
-    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs), blocks
+    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs, pieces), blocks
 
 
-def capture_decode(
+def decode_rows(
     model: ErnieModel, cache: KVCache, config: ModelConfig, settings: EngineSettings, spare_block: int
-) -> DecodeGraphs:
-    """Capture the decode steps of every size, with one block of the cache to themselves."""
+) -> DecodeRows:
+    """Allocate the inputs of captured decode steps."""
     longest = blocks_for(settings.max_model_len, cache.block_size)
-    rows = DecodeRows(model, settings.max_num_seqs, longest, cache.block_size, spare_block, config.image_patch_id)
-    return DecodeGraphs(model, cache, rows, settings.max_num_seqs)
+    return DecodeRows(model, settings.max_num_seqs, longest, cache.block_size, spare_block, config.image_patch_id)
 
 
 def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.model.inputs import KVCache, StepInput
+from services.engine.model.inputs import AttentionPart, KVCache, StepInput
 from services.engine.run.graphs import captured_bytes
 from services.engine.run.step import Model
 from services.engine.settings import EngineSettings
@@ -150,12 +150,19 @@ def _largest_step(model: Model, config: ModelConfig, settings: EngineSettings) -
             embed_rows=torch.arange(media, device=device),
             embeds=torch.zeros(media, config.hidden_size, dtype=model.dtype, device=device),
             slots=at,
-            block_tables=torch.arange(blocks, dtype=torch.int32, device=device).expand(sequences, -1).contiguous(),
-            query_start=query_start.to(torch.int32),
-            context_lens=query_start.diff().to(torch.int32),
+            attention=(
+                AttentionPart(
+                    rows=slice(0, tokens),
+                    block_tables=torch.arange(blocks, dtype=torch.int32, device=device)
+                    .expand(sequences, -1)
+                    .contiguous(),
+                    query_start=query_start.to(torch.int32),
+                    context_lens=query_start.diff().to(torch.int32),
+                    max_query_len=length,
+                    max_context_len=length,
+                ),
+            ),
             logit_rows=query_start[1:] - 1,
-            max_query_len=length,
-            max_context_len=length,
         ),
         cache,
     )

@@ -1,5 +1,5 @@
 """Causal attention over the paged cache: one kernel for prefill chunks, and a split-context one for decode. Long
-prompts without cached tokens go to the vendor library: whole_prompt.py.
+prompts without cached tokens, alone in a call, go to the vendor library: whole_prompt.py.
 
 Decode reads each key and value once for the group of query heads that shares them. The device decides into how many
 splits a context is cut, up to a limit that depends on the number of sequences only, so that a captured graph stays
@@ -8,7 +8,6 @@ reduction); with many splits a second launch does.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import triton
@@ -277,33 +276,15 @@ def paged_attention(
     max_context_len: int,
     scale: float,
     lengths: Lengths = (),
+    out: Tensor | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
-    if max_query_len > 1 and library_supports(query) and any(map(is_whole_prompt, lengths)):
-        return _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if len(lengths) == 1 and is_whole_prompt(lengths[0]) and library_supports(query):
+        return out.copy_(whole_prompt(query, keys, values, block_tables[0], scale))
     launch = _decode if max_query_len == 1 else _prefill
     launch(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out)
-    return out
-
-
-def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths: Lengths) -> Tensor:
-    """Attend whole prompts one by one, and the sequences between them with a launch each run."""
-    if len(lengths) == 1:
-        return whole_prompt(query, keys, values, block_tables[0], scale)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    sequence = row = 0
-    for alone, group in groupby(lengths, is_whole_prompt):
-        for run in ([length] for length in group) if alone else [list(group)]:
-            end, rows = sequence + len(run), sum(new for new, _ in run)
-            if alone:
-                chunk = slice(row, row + rows)
-                out[chunk] = whole_prompt(query[chunk], keys, values, block_tables[sequence], scale)
-            else:
-                starts, contexts = query_start[sequence : end + 1], context_lens[sequence:end]
-                longest = max(new for new, _ in run)
-                _prefill(query, keys, values, block_tables[sequence:end], starts, contexts, longest, scale, out)
-            sequence, row = end, row + rows
     return out
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from services.engine.kernels.reference.paged_attention import MIN_PROMPT
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
-MIN_PROMPT = 2048  # tokens; the launches for a shorter prompt cost more than its attention gains
 STEPS = 8  # padded lengths from one power of two to the next
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -24,7 +24,8 @@ BACKENDS = [
 
 
 def is_whole_prompt(length: tuple[int, int]) -> bool:
-    """Return True for a sequence of (new tokens, all tokens) that `whole_prompt` handles: long, and nothing cached."""
+    """Return True for a sequence of (new tokens, all tokens) that `whole_prompt` handles: nothing cached, and long
+    enough that its attention gains more than its launches cost."""
     new, context = length
     return new == context >= MIN_PROMPT
 
