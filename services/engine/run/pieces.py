@@ -22,6 +22,7 @@ CAPTURED_ROWS = 2304  # from here on the device takes longer than the host: 2,04
 # since kernels are compiled once more for numbers of rows that are not.
 SPACING = ((128, 16), (256, 32), (512, 64), (1024, 128), (CAPTURED_ROWS, 256))
 ALIGNMENT = 16
+GRAPH_BYTES = 100 << 10  # of the device, that the driver keeps for a piece
 
 Replay = Callable[[], object]
 Made = TypeVar("Made", bound=tuple[Tensor, ...])
@@ -48,6 +49,18 @@ def padded_rows(rows: int) -> int:
     """Return the number of rows that a step of so many is padded to."""
     spacing = next((spacing for last, spacing in SPACING if rows <= last), ALIGNMENT)
     return -(-rows // spacing) * spacing
+
+
+def pieces_bytes(model: Model, max_rows: int, activations: int) -> int:
+    """Return the device memory that captured pieces keep, at most.
+
+    Args:
+        activations: bytes that a step of `max_rows` rows needs at its peak.
+    """
+    sizes = captured_sizes(max_rows)
+    rows = sizes[-1] * (4 * model.hidden_size * model.dtype.itemsize)  # buffers that all sizes share
+    graphs = len(sizes) * (model.num_layers + 1) * GRAPH_BYTES
+    return rows + activations * min(sizes[-1], max_rows) // max_rows + graphs
 
 
 class PieceInputs:
@@ -153,7 +166,7 @@ class GraphRecorder:
     """Recorder of CUDA graphs with one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Callable[[], Made]) -> tuple[Made, Replay]:

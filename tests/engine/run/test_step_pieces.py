@@ -132,7 +132,7 @@ def test_a_step_replays_each_of_its_pieces_once_and_padding_disturbs_nothing(
     counting = Counting(inner)
     monkeypatch.setattr(parts, kind, lambda *_: counting)
     made = runner(model, ModelRunner, piece_rows=32)
-    pieces, cache = made._pieces, made._cache
+    pieces, cache = made.pieces, made.cache
     assert isinstance(pieces, StepPieces)
     assert counting.recorded == len(pieces.sizes) * (SMALL.num_layers + 1)
     cache.keys.fill_(7)

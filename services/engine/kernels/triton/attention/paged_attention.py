@@ -68,7 +68,7 @@ def _share(tiles, splits, least):
     return tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), splits))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits", "least"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr, acc_ptr, high_ptr, sum_ptr, count_ptr,
     q_stride, q_head_stride, table_stride, splits, least, scale,
@@ -162,7 +162,7 @@ def _merge(
     tl.store(out_ptr + group[:, None] * D + d[None, :], merged.to(out_ptr.dtype.element_ty), out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "least"])
 def _merge_kernel(
     acc_ptr, high_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, splits, least,
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
@@ -186,7 +186,7 @@ def _merge_kernel(
         tl.store(out_ptr + (row * KV_HEADS * G + head) * D + d, merged.to(out_ptr.dtype.element_ty), d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     q_ptr, k, v, tables_ptr, starts_ptr, contexts_ptr, out_ptr,
     q_stride, q_head_stride, table_stride, heads, kv_heads, scale,
