@@ -192,7 +192,7 @@ class Bench:
             settings.max_num_batched_tokens,
             True,
             settings.block_size,
-            prefill_budget(settings, self._runner),
+            prefill_budget(settings, self.runner),
         )
         metrics = EngineMetrics(CollectorRegistry())
         engine = Engine(mailbox, Scheduler(pool, limits), pool, self.runner, sink, metrics)
