@@ -13,9 +13,9 @@ Weights and configuration are those of benchmarks.engine. Prints
                                decode: of the first request of that length after the start, and the median of the
                                tenth to the twelfth
   first_uses                   kernels compiled, and plans made, after the start
-  serving.<clients>            that many clients that ask again as soon as they are answered, 1,024 tokens in and 256
+  serving.<gap>.<clients>      that many clients that ask again as soon as they are answered, 1,024 tokens in and 256
                                out: output tokens a second, and the gap between steps
-  memory, startup_s            of the whole engine; kept_gib: what captured pieces keep
+  memory, startup_s            of the whole engine; kept_gib: what captured steps keep
 """
 
 import argparse
@@ -23,9 +23,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from benchmarks.engine import CONFIG, Bench
@@ -158,18 +160,28 @@ class First:
             self._mailbox.close()
 
 
+def kept() -> dict[str, float]:
+    """Return GiB that graphs keep in pools of their own, and that this process uses beyond what torch knows."""
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "kept_gib": sum(segment["total_size"] for segment in pools) / 2**30,
+        "beyond_torch_gib": (total - free - torch.cuda.memory_reserved()) / 2**30,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantization", default="wint4", choices=("wint4", "wint8", "none"))
     parser.add_argument("--steps", default="0+64,0+256,0+512,0+1024,32+128,32+512,32+1024,128+512,128+1024,256+1024")
     parser.add_argument("--clients", default="32,128,256")
-    parser.add_argument("--max-token-gap-ms", type=float, default=20.0)
+    parser.add_argument("--gaps", default="20,0", help="bounds on the gap in ms (%(default)s; 0: none)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    told = {"max_num_batched_tokens": 8192, "max_token_gap_ms": args.max_token_gap_ms}
+    told = {"max_num_batched_tokens": 8192}
     bench = Bench(args.quantization, 131_072, Sampling(seed=0, temperature=0.0, ignore_eos=True), **told)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "quantization": args.quantization, **told}
-    result |= {"memory": bench.memory, "startup_s": bench.startup_s}
+    result |= {"memory": bench.memory | kept(), "startup_s": bench.startup_s}
     print(json.dumps(result), flush=True)
     times = bench.runner.step_times
     print("measured at the start", times, flush=True)
@@ -179,9 +191,10 @@ def main() -> None:
         first, tenth = first_and_tenth(bench, length)
         result.setdefault("first_ms", {})[length], result.setdefault("tenth_ms", {})[length] = first, tenth
         print(f"prompt {length}: first {first:.1f} ms, tenth {tenth:.1f} ms, first uses {len(uses)}", flush=True)
-    for clients in (int(count) for count in args.clients.split(",") if count):
-        result.setdefault("serving", {})[clients] = found = serving(bench, clients, 3)
-        print(f"{clients} clients: {found}, first uses {len(uses)}", flush=True)
+    for gap, clients in product(args.gaps.split(","), (int(count) for count in args.clients.split(",") if count)):
+        bench.settings = msgspec.structs.replace(bench.settings, max_token_gap_ms=float(gap))
+        result.setdefault("serving", {}).setdefault(gap, {})[clients] = found = serving(bench, clients, 3)
+        print(f"{clients} clients, gap {gap}: {found}, first uses {len(uses)}", flush=True)
     result["first_uses"] = list(uses)
     print("first uses:", uses, flush=True)
     steps = Steps(bench)

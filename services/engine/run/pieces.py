@@ -20,7 +20,7 @@ from services.engine.run.step import HostStep, Model, fill_in_flight
 CAPTURED_ROWS = 2304  # from here on the device takes longer than the host: 2,048 tokens of prompts beside 256 others
 # Sizes are multiples of the second number up to the first one. All larger steps are padded to multiples of ALIGNMENT,
 # since kernels are compiled once more for numbers of rows that are not.
-SPACING = ((128, 16), (256, 32), (512, 64), (1024, 128), (CAPTURED_ROWS, 256))
+SPACING = ((128, 16), (256, 32), (512, 64), (1280, 128), (CAPTURED_ROWS, 256))
 ALIGNMENT = 16
 GRAPH_BYTES = 100 << 10  # of the device, that the driver keeps for a piece
 
