@@ -162,7 +162,8 @@ class First:
 
 def kept() -> dict[str, float]:
     """Return GiB that graphs keep in pools of their own, and that this process uses beyond what torch knows."""
-    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    pools = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
     free, total = torch.cuda.mem_get_info()
     return {
         "kept_gib": sum(segment["total_size"] for segment in pools) / 2**30,
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--gaps", default="20,0", help="bounds on the gap in ms (%(default)s; 0: none)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    told = {"max_num_batched_tokens": 8192}
+    told: dict[str, Any] = {"max_num_batched_tokens": 8192}
     bench = Bench(args.quantization, 131_072, Sampling(seed=0, temperature=0.0, ignore_eos=True), **told)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "quantization": args.quantization, **told}
     result |= {"memory": bench.memory | kept(), "startup_s": bench.startup_s}

@@ -53,6 +53,12 @@ class AttentionBuffers:
     def first(self, rows: int) -> "AttentionBuffers":
         return AttentionBuffers(self.query[:rows], self.attended[:rows])
 
+    def of(self, part: AttentionPart) -> "AttentionBuffers":
+        return AttentionBuffers(self.query[part.rows], self.attended[part.rows])
+
+
+AttentionCall = tuple[AttentionPart, AttentionBuffers]  # a part of a step, and its rows
+
 
 class Stream(NamedTuple):
     """What goes from layer to layer beside a layer's input."""

@@ -104,6 +104,7 @@ class StepPieces:
         self._model, self._cache, self._last_tokens = model, cache, last_tokens
         self._spare_block, self._image_patch_id = spare_block, image_patch_id
         self._recorder = recorder
+        self._layers = tuple(zip(cache.keys.unbind(), cache.values.unbind(), strict=True))
         self.sizes = captured_sizes(max_rows)
         self._heads = model.attention_buffers(self.sizes[-1])
         hidden = (self.sizes[-1], model.hidden_size)
@@ -127,10 +128,10 @@ class StepPieces:
         inputs, replays = self._pieces[size]
         inputs.upload(padded, self._last_tokens, self._image_patch_id)
         self._residual[:size].copy_(self._model.embed(inputs.token_ids, *padded.media(device)))
-        parts, heads = step.attention(device, block_size), self._heads.first(size)
-        for nth, replay in enumerate(replays):
-            if nth > 0:
-                self._model.attend(nth - 1, heads, parts, self._cache)
+        calls = [(part, self._heads.of(part)) for part in step.attention(device, block_size)]
+        replays[0]()
+        for (keys, values), replay in zip(self._layers, replays[1:], strict=True):
+            self._model.attend(calls, keys, values)
             replay()
         return self._x[: len(step.token_ids)]
 

@@ -80,8 +80,9 @@ class Rehearsal:
     def _attend(self, lengths: list[tuple[int, int]]) -> None:
         """Run the first layer's attention alone."""
         step, model = self.step(lengths), self._model
-        parts = step.attention(model.device, self._cache.block_size)
-        model.attend(0, model.attention_buffers(len(step.token_ids)), parts, self._cache)
+        heads = model.attention_buffers(len(step.token_ids))
+        calls = [(part, heads.of(part)) for part in step.attention(model.device, self._cache.block_size)]
+        model.attend(calls, self._cache.keys[0], self._cache.values[0])
 
     def _measure(self, rows: int) -> float:
         """Return the median milliseconds of a step with one prompt of so many tokens."""
