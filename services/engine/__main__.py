@@ -131,7 +131,7 @@ def compose(
 
     def run(loaded: tuple[Runner, int]) -> None:
         runner, num_blocks = loaded
-        report_first_uses(partial(_warn_of_first_use, metrics))
+        report_first_uses(partial(warn_of_first_use, metrics))
         pool = BlockPool(num_blocks, settings.enable_prefix_caching)
         limits = Limits(
             settings.max_num_seqs,
@@ -162,7 +162,8 @@ def prefill_budget(settings: EngineSettings, runner: Runner) -> PrefillBudget | 
     return PrefillBudget(settings.max_token_gap_ms, runner.step_times)
 
 
-def _warn_of_first_use(metrics: EngineMetrics, what: str) -> None:
+def warn_of_first_use(metrics: EngineMetrics, what: str) -> None:
+    """Count and log a kernel or plan that the rehearsal has missed."""
     metrics.first_uses.inc()
     logger(__name__).warning("a request waited for the first use of a kernel or plan", extra={"what": what})
 

@@ -45,7 +45,7 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """Where attention reads and writes: [N, heads, head_dim] each."""
+    """Input and output of attention: [N, heads, head_dim] each."""
 
     query: Tensor
     attended: Tensor
@@ -61,7 +61,7 @@ AttentionCall = tuple[AttentionPart, AttentionBuffers]  # a part of a step, and 
 
 
 class Stream(NamedTuple):
-    """What goes from layer to layer beside a layer's input."""
+    """Companions of a layer's input, from layer to layer."""
 
     cos: Tensor  # [N, head_dim / 2] float32, and so is sin
     sin: Tensor

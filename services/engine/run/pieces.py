@@ -22,7 +22,7 @@ CAPTURED_ROWS = 2304  # from here on the device takes longer than the host: 2,04
 # since kernels are compiled once more for numbers of rows that are not.
 SPACING = ((128, 16), (256, 32), (512, 64), (1280, 128), (CAPTURED_ROWS, 256))
 ALIGNMENT = 16
-GRAPH_BYTES = 100 << 10  # of the device, that the driver keeps for a piece
+GRAPH_BYTES = 200 << 10  # of the device, that the driver keeps for a piece
 
 Replay = Callable[[], object]
 Made = TypeVar("Made", bound=tuple[Tensor, ...])
@@ -58,9 +58,10 @@ def pieces_bytes(model: Model, max_rows: int, activations: int) -> int:
         activations: bytes that a step of `max_rows` rows needs at its peak.
     """
     sizes = captured_sizes(max_rows)
-    rows = sizes[-1] * (4 * model.hidden_size * model.dtype.itemsize)  # buffers that all sizes share
-    graphs = len(sizes) * (model.num_layers + 1) * GRAPH_BYTES
-    return rows + activations * min(sizes[-1], max_rows) // max_rows + graphs
+    shared = sizes[-1] * (4 * model.hidden_size * model.dtype.itemsize)
+    # As many rows again pad the tiles of experts.
+    pool = activations * min(2 * sizes[-1], max_rows) // max_rows
+    return shared + pool + len(sizes) * (model.num_layers + 1) * GRAPH_BYTES
 
 
 class PieceInputs:

@@ -7,10 +7,10 @@ that depend on the number of rows, and one layer's attention, which takes no tim
 
 import statistics
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from services.engine.kernels.reference.paged_attention import MIN_PROMPT
 from services.engine.model.inputs import KVCache
@@ -22,10 +22,11 @@ REPEATS = 3  # of a measured step
 PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
 # New tokens of a sequence: of each class of kernels, a multiple of 16 and another number.
 CHUNKS = (2, 64, 65, 208)
+DECODING, DECODING_CONTEXT = 64, 4096  # sequences, and tokens of each: so many that the device is what takes time
 
 
 class Rehearsal:
-    """Steps of invented sequences, which all have the same blocks: only shapes matter, and spread-out tokens."""
+    """Steps of invented sequences: only shapes matter, and that tokens are spread out. No block is in use yet."""
 
     def __init__(self, model: Model, cache: KVCache, pieces: StepPieces, vocab_size: int, max_seqs: int) -> None:
         self._model, self._cache, self._pieces = model, cache, pieces
@@ -41,13 +42,16 @@ class Rehearsal:
         for size in larger_sizes(self._pieces.sizes[-1], max_rows):
             times[size] = self._measure(size)
         slowest = np.maximum.accumulate(list(times.values())).tolist()
-        return StepTimes(tuple(times), tuple(slowest))
+        return StepTimes(tuple(times), tuple(slowest), self._measure_cached(max_rows, max_context))
 
     def step(self, lengths: list[tuple[int, int]], media: bool = False) -> HostStep:
         """Make a step of sequences with so many new tokens, and so many in all. `media`: the first row is media."""
         size, model = self._cache.block_size, self._model
         at = np.concatenate([np.arange(context - new, context) for new, context in lengths])
-        blocks = np.arange(-(-max(context for _, context in lengths) // size)) % self._cache.num_blocks
+        ends = np.cumsum([0, *(-(-context // size) for _, context in lengths)]).tolist()
+        blocks = [np.arange(first, stop) % self._cache.num_blocks for first, stop in pairwise(ends)]
+        own = [table[place // size] for table, (new, context) in zip(blocks, lengths, strict=True)
+               for place in (np.arange(context - new, context),)]  # fmt: skip
         starts = np.cumsum([0, *(new for new, _ in lengths)])
         embeds = torch.zeros(int(media), model.hidden_size, dtype=model.dtype)
         return HostStep(
@@ -57,8 +61,8 @@ class Rehearsal:
             vision=np.zeros(len(at), np.bool_),
             embed_rows=np.arange(len(embeds)),
             embeds=embeds.pin_memory() if model.device.type == "cuda" else embeds,
-            slots=blocks[at // size] * size + at % size,
-            blocks=[blocks.astype(np.int32).tobytes()] * len(lengths),
+            slots=np.concatenate(own) * size + at % size,
+            blocks=[table.astype(np.int32).tobytes() for table in blocks],
             query_start=starts.astype(np.int32),
             context_lens=np.array([context for _, context in lengths], np.int32),
             logit_rows=starts[1:] - 1,
@@ -89,6 +93,19 @@ class Rehearsal:
         step = self.step([(rows, rows)])
         return measure_ms(lambda: self._model.project(self._pieces.hidden(step)[-1:]))
 
+    def _measure_cached(self, max_rows: int, max_context: int) -> float:
+        """Return the milliseconds that a step takes longer for each token in the cache of a sequence that decodes."""
+        count, context = min(DECODING, self._max_seqs, max_rows), min(DECODING_CONTEXT, max_context)
+        step, model = self.step([(1, context)] * count), self._model
+        heads = model.attention_buffers(count)
+        calls = [(part, heads.of(part)) for part in step.attention(model.device, self._cache.block_size)]
+
+        def attend() -> None:
+            for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
+                model.attend(calls, keys, values)
+
+        return measure_ms(attend) / (count * context)
+
 
 def larger_sizes(captured: int, max_rows: int) -> list[int]:
     """Return numbers of rows beyond those captured that meet every class of kernels, the largest last."""
@@ -99,7 +116,7 @@ def larger_sizes(captured: int, max_rows: int) -> list[int]:
     return [*sizes, max_rows] if max_rows > captured else sizes
 
 
-def measure_ms(run: Callable[[], Tensor]) -> float:
+def measure_ms(run: Callable[[], object]) -> float:
     """Return the median milliseconds that the device needs, after a first time."""
     run()
     if not torch.cuda.is_available():
