@@ -83,6 +83,11 @@ class KVCache:
     def num_blocks(self) -> int:
         return int(self.keys.shape[1])
 
+    def clear(self) -> None:
+        """Set all to zero again."""
+        self.keys.zero_()
+        self.values.zero_()
+
     @staticmethod
     def allocate(
         layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str

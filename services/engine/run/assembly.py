@@ -10,7 +10,7 @@ from services.engine.run.decode_rows import DecodeRows
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
-from services.engine.run.pieces import GraphRecorder, StepPieces
+from services.engine.run.pieces import GraphRecorder, StepPieces, rows_to_capture
 from services.engine.run.rehearsal import Rehearsal
 from services.engine.run.runner import ModelRunner, Runner
 from services.engine.run.sampler import Sampler
@@ -47,7 +47,7 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
             cache,
             rows.last_tokens,
             blocks,
-            settings.max_num_batched_tokens,
+            rows_to_capture(model.device, settings.max_num_batched_tokens),
             config.image_patch_id,
             GraphRecorder(model.device),
         )
@@ -55,6 +55,7 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
         sampler.rehearse_kinds(config.vocab_size)
         rehearsal = Rehearsal(model, cache, pieces, config.vocab_size, settings.max_num_seqs)
         times = rehearsal.run(settings.max_num_batched_tokens, settings.max_model_len)
+        cache.clear()  # what is masked must be no NaN, and nobody knows what was computed
         torch.cuda.empty_cache()
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))

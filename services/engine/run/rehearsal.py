@@ -14,7 +14,7 @@ import torch
 
 from services.engine.kernels.reference.paged_attention import MIN_PROMPT
 from services.engine.model.inputs import KVCache
-from services.engine.run.pieces import ALIGNMENT, StepPieces
+from services.engine.run.pieces import ALIGNMENT, StepPieces, captured_sizes
 from services.engine.run.step import HostStep, Model
 from services.engine.schedule.prefill_budget import StepTimes
 
@@ -38,9 +38,8 @@ class Rehearsal:
         for lengths in self._attentions(max_rows, max_context):
             self._attend(lengths)
         self._pieces.hidden(self.step([(min(16, max_rows), min(16, max_rows))], media=True))
-        times = {size: self._measure(size) for size in self._pieces.sizes}
-        for size in larger_sizes(self._pieces.sizes[-1], max_rows):
-            times[size] = self._measure(size)
+        sizes = captured_sizes(max_rows)  # whether they were captured or not
+        times = {size: self._measure(size) for size in (*sizes, *larger_sizes(sizes[-1], max_rows))}
         slowest = np.maximum.accumulate(list(times.values())).tolist()
         return StepTimes(tuple(times), tuple(slowest), self._measure_cached(max_rows, max_context))
 
