@@ -7,6 +7,7 @@ from services.engine.ranks.orders import OrderWriter
 from services.engine.run.prompt_scorer import Scored
 from services.engine.run.runner import Launched, Runner
 from services.engine.run.sampler import Sampled
+from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Plan
 
 
@@ -20,6 +21,10 @@ class LeadRunner:
     @property
     def overlaps(self) -> bool:
         return self._runner.overlaps
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        return self._runner.step_times
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         return _LeadStep(self._runner.launch(plan, meanwhile), self._orders)

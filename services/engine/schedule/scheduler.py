@@ -8,9 +8,11 @@ Both count a step when it is planned. Its tokens are known when it is read, and 
 that: see `schedule_ahead`.
 
 Order of service is order of arrival, in three rounds a step: sequences that decode, sequences still in their prefill,
-and then waiting ones. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
-out of blocks; then the latest arrival is preempted: it gives all of its blocks back and waits to be computed again. The
-earliest arrival is never preempted while another runs, so it always progresses, and in turn so does every sequence.
+and then waiting ones. With a `PrefillBudget` prefills share what a step has for them by their length instead, and that
+is no more than suits the sequences that decode beside them. A sequence takes blocks for all its known tokens when it is
+admitted, so only decoding can run out of blocks; then the latest arrival is preempted: it gives all of its blocks back
+and waits to be computed again. The earliest arrival is never preempted while another runs, so it always progresses, and
+in turn so does every sequence.
 
 A prompt is computed up to the first media whose embeddings are still being made, and is passed over while it stands
 there. It waits for them with blocks for all of its tokens only where half of the cache, and of the places of running
@@ -27,6 +29,7 @@ import msgspec
 
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.embeds import Embeds
+from services.engine.schedule.prefill_budget import PrefillBudget, reaches, shares
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.sequence import Sequence
 from shared.errors import Failure
@@ -81,6 +84,7 @@ class Limits:
     max_num_batched_tokens: int
     chunked_prefill: bool
     block_size: int
+    prefill: PrefillBudget | None = None  # with chunked_prefill only; None: prefill gets all that is left of a step
 
 
 _by_arrival = attrgetter("arrival")
@@ -147,55 +151,82 @@ class Scheduler:
         """
         assert not any(s.in_flight for s in self._running)
         budget = self._limits.max_num_batched_tokens
-        ready = [s for s in self._running if s.backlog > 0]
-        decoding = [s for s in ready if s.num_tokens - s.num_computed == 1]
-        prefilling = [s for s in ready if s.num_tokens - s.num_computed > 1]
+        decoding = [s for s in self._running if s.backlog > 0 and s.num_tokens - s.num_computed == 1]
         preempted: list[Sequence] = []
-        admitted: list[Sequence] = []
         chunks = [
             _chunk(sequence, 1)
             for sequence in decoding[:budget]
             if sequence not in preempted and self._grow(sequence, preempted)
         ]
-        budget -= len(chunks)
-        for sequence in prefilling:
-            if budget > 0 and sequence not in preempted:
-                chunks.append(_chunk(sequence, budget))
-                budget -= chunks[-1].length
+        prefilling = [s for s in self._running if s.backlog > 0 and s.num_tokens - s.num_computed > 1]
         # After a preemption the victim is first in the queue. It is admitted at once only if others hold its prefix.
-        while waiting := self._admit(budget):
-            admitted.append(waiting)
-            chunks.append(_chunk(waiting, budget))
-            budget -= chunks[-1].length
-        begun = tuple(s for s in admitted if not s.begun)
-        asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
-        hit_tokens = sum(s.num_computed for s in admitted)
-        for sequence in begun:
-            sequence.begun = True
-            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
-        return _count_planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens))
+        return self._with_prefill(chunks, prefilling, tuple(preempted))
 
     def schedule_ahead(self) -> Plan | None:
         """Plan the next step while the one before is not committed; return None where the commit has to come first.
 
         What the step computes must not depend on which tokens are in flight. So it is one token for each sequence that
-        certainly continues, no block has to be taken from another sequence for it, and no prefill is waiting. How it
-        samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a row in it all
-        the same, which `commit` drops.
+        certainly continues, and prefill, whose tokens are known; and no block has to be taken from another sequence for
+        it. How it samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a
+        row in it all the same, which `commit` drops.
         """
         continuing = [s for s in self._running if s.in_flight and s.can_continue]
-        budget = self._limits.max_num_batched_tokens - len(continuing)
-        if not continuing or budget < 0 or any(s.backlog for s in self._running if not s.in_flight):
-            return None
-        if self._match_first(budget) is not None:
+        behind = [s for s in self._running if not s.in_flight and s.backlog > 0]
+        if len(continuing) > self._limits.max_num_batched_tokens or any(self._lacks_blocks(s) for s in behind):
             return None
         growing = [s for s in continuing if s.num_computed == len(s.blocks) * self._limits.block_size]
         if len(growing) > self._pool.available:
             return None
         for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
             sequence.blocks.append(block)
-        chunks = tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)
-        return _count_planned(Plan(chunks, samples_later=any(s.depends_on_tokens for s in continuing)))
+        chunks = [Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing]
+        later = any(s.depends_on_tokens for s in continuing)
+        plan = self._with_prefill(chunks, behind, samples_later=later)
+        return plan if plan.chunks else None
+
+    def _with_prefill(
+        self,
+        chunks: list[Chunk],
+        prefilling: list[Sequence],
+        preempted: tuple[Sequence, ...] = (),
+        samples_later: bool = False,
+    ) -> Plan:
+        """Complete a step by prefill: of running sequences, and of waiting ones that it admits."""
+        admitted: list[Sequence] = []
+        if self._limits.prefill is None or not self._limits.chunked_prefill:
+            budget = self._limits.max_num_batched_tokens - len(chunks)
+            for sequence in prefilling:
+                if budget > 0:
+                    chunks.append(_chunk(sequence, budget))
+                    budget -= chunks[-1].length
+            while first := self._match_first(budget):
+                admitted.append(self._admit(*first))
+                chunks.append(_chunk(admitted[-1], budget))
+                budget -= chunks[-1].length
+        else:
+            cached = sum(chunk.start for chunk in chunks)
+            room = self._limits.prefill.room(len(chunks), cached, self._limits.max_num_batched_tokens)
+            while (first := self._match_first(room)) and self._is_reached(*first, prefilling, room):
+                admitted.append(self._admit(*first))
+                prefilling.append(admitted[-1])
+            given = zip(prefilling, shares([s.backlog for s in prefilling], room), strict=True)
+            chunks += [_chunk(sequence, tokens) for sequence, tokens in given if tokens]
+        begun = tuple(s for s in admitted if not s.begun)
+        asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
+        hit_tokens = sum(s.num_computed for s in admitted)
+        for sequence in begun:
+            sequence.begun = True
+            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
+        return _count_planned(Plan(tuple(chunks), begun, preempted, asked_tokens, hit_tokens, samples_later))
+
+    def _is_reached(self, sequence: Sequence, matched: list[int], prefilling: list[Sequence], room: int) -> bool:
+        """Return True if a waiting sequence, once admitted, would get tokens in this step."""
+        start = len(matched) * self._limits.block_size
+        newcomer = sequence.embeds.reach(start, sequence.num_tokens) - start
+        return reaches([s.backlog for s in prefilling], newcomer, room)
+
+    def _lacks_blocks(self, sequence: Sequence) -> bool:
+        return len(sequence.blocks) < self._blocks_for(sequence.num_tokens)
 
     def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
         """Account for a step that has run.
@@ -231,12 +262,8 @@ class Scheduler:
         sequence.scores.add(start, rows)
         return sequence.scores.complete
 
-    def _admit(self, budget: int) -> Sequence | None:
-        """Move the first waiting sequence to the running ones, if there is room for it."""
-        first = self._match_first(budget)
-        if first is None:
-            return None
-        sequence, matched = first
+    def _admit(self, sequence: Sequence, matched: list[int]) -> Sequence:
+        """Move a waiting sequence to the running ones, with the cached blocks that it begins with; return it."""
         self._waiting.remove(sequence)
         self._pool.share(matched)
         sequence.blocks.extend(matched)
