@@ -72,7 +72,7 @@ def runner_for(
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
     parts = model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs
-    return ModelRunner(*parts, followers, pieces, times), blocks
+    return ModelRunner(*parts, pieces, times, followers), blocks
 
 
 def decode_rows(

@@ -78,9 +78,9 @@ class ModelRunner:
         grammar_masks: GrammarMasks,
         graphs: DecodeGraphs | None,
         max_seqs: int,
-        followers: Followers | None = None,
         pieces: StepPieces | None = None,
         step_times: StepTimes | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.model = model
         self.cache = cache

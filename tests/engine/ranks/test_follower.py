@@ -95,7 +95,7 @@ def test_a_follower_does_as_the_lead_does_with_tokens_in_flight(pair: Pair, opti
     assert [bench.answer(str(i)) for i in range(6)] == [alone.answer(str(i)) for i in range(6)]
     pair.end()
     assert pair.pulse.progress[0] == pair.orders.sent
-    mine, theirs = pair.lead._cache, pair.followed._cache
+    mine, theirs = pair.lead.cache, pair.followed.cache
     assert torch.equal(mine.keys, theirs.keys)
     assert torch.equal(mine.values, theirs.values)
     assert pair.failure is None

@@ -394,8 +394,10 @@ def test_a_prompt_that_waits_does_not_stop_steps_from_being_launched_ahead() -> 
     assert ahead is not None
     assert [chunk.sequence for chunk in ahead.chunks] == [text]
     bench.scheduler.supply("show", {0: EMBEDS})
-    assert bench.scheduler.schedule_ahead() is None, "its prefill goes on first"
-    for plan in (first, ahead):
+    further = bench.scheduler.schedule_ahead()
+    assert further is not None
+    assert [chunk.sequence for chunk in further.chunks] == [text, show], "its prefill goes on beside the other"
+    for plan in (first, ahead, further):
         bench.scheduler.commit(plan, [sampled.token for sampled in bench.runner.launch(plan).read()])
     bench.scheduler.supply("show", {1: EMBEDS})
     bench.run()
