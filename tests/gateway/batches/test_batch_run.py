@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from batch_files import chat_line, jsonl
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from services.gateway.batches.batch import About
 from services.gateway.batches.files import FileLimits, FileStore
@@ -112,6 +113,21 @@ async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Ke
     assert (batch.status, batch.completed, batch.failed) == ("expired", 0, 0)
     errors = b"".join([chunk async for chunk in files.chunks("file-err")])
     assert errors.count(b"batch_expired") == 2
+
+
+async def test_a_redis_that_refuses_ends_the_work_and_not_the_batch(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    await store.create(about(), 1, "", None)
+    await store.claim(1, ())
+    await store.move("batch_1", "in_progress")
+    await redis.delete(keys.file_chunk("file-in", 0))
+    await redis.lpush(keys.file_chunk("file-in", 0), "of another type")
+    requests = Requests()
+    with pytest.raises(ResponseError):
+        await BatchRun(parts(store, files, requests, 8), await store.find("batch_1", "o")).run()
+    assert (await store.find("batch_1", "o")).status == "in_progress"
+    assert requests.asked == []
 
 
 async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys) -> None:
