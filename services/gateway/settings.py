@@ -72,7 +72,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     responses_budget_bytes: Positive = 512 << 20
     # how long files of /v1/files are kept at the most, and batches after their end
     files_keep_s: Annotated[int, Meta(ge=3600)] = 30 * 86400
-    # inputs and outputs of batches in Redis; what is beyond is refused, or waits; tenant_share for one key.
+    # files in Redis; beyond it uploads are refused and results wait. One key of the file has tenant_share of it.
     files_budget_bytes: Positive = 1 << 30
     max_file_bytes: Positive = 100 << 20  # the largest file
     max_batch_lines: Positive = 50_000  # lines of one file

@@ -98,7 +98,8 @@ class FileStore:
         Raises:
             RequestError: 404, there is none, or it is another owner's; 500, it cannot be read.
         """
-        [about] = await self._abouts([file_id])
+        [found] = await self._values([file_id])
+        about = _about(*found)
         if about is None or about.owner != owner:
             raise no_file(file_id)
         return about
@@ -110,8 +111,8 @@ class FileStore:
         return [str(name, "ascii") for name in found]
 
     async def describe(self, file_ids: Sequence[str]) -> list[About]:
-        """Return what those of these files are that there are."""
-        return [about for about in await self._abouts(file_ids) if about is not None]
+        """Return what those of these files are that there are and that can be read."""
+        return [about for values in await self._values(file_ids) if (about := _readable(*values)) is not None]
 
     async def chunks(self, file_id: str) -> AsyncIterator[bytes]:
         """Yield the bytes of a file, a chunk at a time.
@@ -145,18 +146,26 @@ class FileStore:
         """Delete files that are over."""
         await self.delete("")
 
-    async def _abouts(self, file_ids: Sequence[str]) -> list[About | None]:
+    async def _values(self, file_ids: Sequence[str]) -> list[tuple[bytes | None, float | None]]:
+        """Return the description and the expiry of each."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for file_id in file_ids:
                 pipe.hget(self._keys.file(file_id), "about")
                 pipe.zscore(self._keys.files(), file_id)
             found = await pipe.execute()
-        return [_about(about, expiry) for about, expiry in zip(found[::2], found[1::2], strict=True)]
+        return list(zip(found[::2], found[1::2], strict=True))
 
 
 def no_file(name: str) -> RequestError:
     """Return a 404: no such file is kept, or it belongs to another API key."""
     return RequestError(Failure(404, f"There is no file {name[:64]!r}.", param="id", code="file_not_found"))
+
+
+def _readable(about: bytes | None, expiry: float | None) -> About | None:
+    try:
+        return _about(about, expiry)
+    except RequestError:
+        return None
 
 
 def _about(about: bytes | None, expiry: float | None) -> About | None:

@@ -137,13 +137,19 @@ class BatchRun:
                 return states.FAILED
             if not await self._move(states.IN_PROGRESS):
                 return states.CANCELLED
+        try:
+            await self._run_all()
+        except ExceptionGroup as group:  # as which a task group raises even a single error
+            raise group.exceptions[0] from None
+        return states.FAILED if self._errors else states.COMPLETED
+
+    async def _run_all(self) -> None:
         async with asyncio.TaskGroup() as group:
             async for line in self._lines_without_result():
                 size = len(line.body)
                 await self._window.enter(size)
                 task = group.create_task(self._run_line(line))
                 task.add_done_callback(partial(self._leave_window, size))  # also if it is cancelled before it begins
-        return states.FAILED if self._errors else states.COMPLETED
 
     def _leave_window(self, size: int, _task: asyncio.Task[None]) -> None:
         self._window.leave(size)

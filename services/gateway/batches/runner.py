@@ -55,9 +55,26 @@ class BatchRunner:
         except RedisError as error:
             logger.warning("could not look for batches; retrying", extra={"error": str(error)})
             return
-        self._gauge.inc(len(claimed))
         for batch_id in claimed:
-            self._tasks[batch_id] = asyncio.create_task(self._work_on(batch_id), name=batch_id)
+            if self._draining:  # since it was claimed
+                await self._release(batch_id)
+            else:
+                self._start(batch_id)
+
+    def _start(self, batch_id: str) -> None:
+        task = asyncio.create_task(self._work_on(batch_id), name=batch_id)
+        task.add_done_callback(lambda _: self._forget(batch_id))  # also if it is cancelled before it begins
+        self._tasks[batch_id] = task
+        self._gauge.inc()
+
+    def _forget(self, batch_id: str) -> None:
+        del self._tasks[batch_id]
+        self._gauge.dec()
+
+    async def _release(self, batch_id: str) -> None:
+        """Give a lease up. If that fails, it expires."""
+        with contextlib.suppress(RedisError):
+            await self._parts.store.release(batch_id)
 
     async def _work_on(self, batch_id: str) -> None:
         try:
@@ -78,7 +95,4 @@ class BatchRunner:
         except Exception:
             logger.exception("gave a batch up; another try follows", extra={"batch": batch_id})
         finally:
-            del self._tasks[batch_id]
-            self._gauge.dec()
-            with contextlib.suppress(RedisError):
-                await self._parts.store.release(batch_id)
+            await self._release(batch_id)

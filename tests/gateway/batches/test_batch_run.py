@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from batch_files import chat_line, jsonl
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from services.gateway.batches.batch import About
 from services.gateway.batches.files import FileLimits, FileStore
@@ -18,6 +19,7 @@ from services.gateway.batches.run import BatchRun, RunParts
 from services.gateway.batches.store import BatchStore, LeaseLostError
 from services.gateway.batches.upload import FileWriter
 from shared.bus.keys import Keys
+from shared.errors import RequestError
 
 LIMITS = FileLimits(
     keep_s=3600, budget_bytes=1 << 26, owner_bytes=1 << 26, file_bytes=1 << 26, lines=50_000, line_bytes=1 << 20
@@ -113,6 +115,21 @@ async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Ke
     assert errors.count(b"batch_expired") == 2
 
 
+async def test_a_redis_that_refuses_ends_the_work_and_not_the_batch(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    await store.create(about(), 1, "", None)
+    await store.claim(1, ())
+    await store.move("batch_1", "in_progress")
+    await redis.delete(keys.file_chunk("file-in", 0))
+    await redis.lpush(keys.file_chunk("file-in", 0), "of another type")
+    requests = Requests()
+    with pytest.raises(ResponseError):
+        await BatchRun(parts(store, files, requests, 8), await store.find("batch_1", "o")).run()
+    assert (await store.find("batch_1", "o")).status == "in_progress"
+    assert requests.asked == []
+
+
 async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys) -> None:
     files = await stored(redis, keys, jsonl(chat_line("a")))
     paused, other = (BatchStore(redis, keys, files, name, 60_000) for name in ("paused", "other"))
@@ -153,3 +170,20 @@ async def test_files_that_are_over_are_deleted_with_all_that_is_kept_of_them(red
     assert await files.listed("o") == []
     assert await redis.keys("*file*") == [b"test:files:sizes"]
     assert await redis.hgetall(keys.file_sizes()) == {b"all": b"0"}
+
+
+async def test_bytes_that_cannot_be_read_are_the_failure_of_one_file_or_batch(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    for name in ("batch_1", "batch_2"):
+        await store.create(about(name), 1, "", None)
+    await files.write("file-bad", "o", 0, b"x")
+    await files.publish(msgspec.structs.replace(await files.find("file-in", "o"), id="file-bad"))
+    await redis.hset(keys.file("file-bad"), "about", "{")
+    await redis.hset(keys.batch("batch_1"), "total", "many")
+    assert [file.id for file in await files.describe(await files.listed("o"))] == ["file-in"]
+    assert [each.about.id for each in await store.describe(await store.listed("o"))] == ["batch_2"]
+    for find in (lambda: files.find("file-bad", "o"), lambda: store.find("batch_1", "o")):
+        with pytest.raises(RequestError) as refused:
+            await find()
+        assert refused.value.failure.status == 500
