@@ -43,6 +43,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.open = False
         self._transport: asyncio.Transport | None = None
+        self._done: asyncio.Future[None] | None = None  # of the request that is under way, or was last
 
     async def stream(self, head: bytes, body: bytes, answer: Answer) -> None:
         """Send a request and note what comes, until the answer has ended."""
@@ -52,7 +53,7 @@ class Connection(asyncio.Protocol):
         self._rest = b""  # of a line, or what an error's body says
         self._error: str | None = None  # that an event told of
         self._now = 0.0
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._done = asyncio.get_running_loop().create_future()
         self._transport.write(head + body)
         await self._done
 
@@ -76,8 +77,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
-        if self._transport is not None and hasattr(self, "_done"):
-            self._end("the connection was closed before the answer had ended")
+        self._end("the connection was closed before the answer had ended")
 
     # ---------------------------------------------------------------------------------------- the parser's callbacks
 
@@ -113,7 +113,7 @@ class Connection(asyncio.Protocol):
             self._answer.events.append(self._now)
 
     def _end(self, error: str | None) -> None:
-        if self._done.done():
+        if self._done is None or self._done.done():
             return
         self._answer.error = error
         self._answer.ended = time.monotonic()
