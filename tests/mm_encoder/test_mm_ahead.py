@@ -228,7 +228,7 @@ async def ready(*services: MmEncoder) -> None:
 
 
 async def test_an_idle_replica_makes_some_of_the_embeddings(bench: Bench, tower: Tower, directory: Path) -> None:
-    """The last ones, while the replica that has the request stands still with the locks of two passes."""
+    """While the replica that has the request stands still with the locks of two passes, of four of them."""
     other = Bench(bench.redis, bench.keys, directory)
     pictures = [picture(60, 60, seed=seed) for seed in range(8)]
     few = {"tower_max_patches": 32}
@@ -241,7 +241,7 @@ async def test_an_idle_replica_makes_some_of_the_embeddings(bench: Bench, tower:
             async with asyncio.timeout(PATIENCE_S):
                 while sum(await stored(bench, keys)) < 4:  # noqa: ASYNC110 - the event is in Redis
                     await asyncio.sleep(0.01)
-            assert await stored(bench, keys) == [False] * 4 + [True] * 4
+            assert sum(await stored(bench, keys)) == 4
         finally:
             tower.allow()
         assert await bench.generates() == [generate]
