@@ -213,7 +213,7 @@ class EncodeHandler:
         return INTERNAL
 
     async def _work(self, running: RunningRequest) -> Outcome:
-        message, request = running.message, running.message.request
+        request = running.message.request
         record = (await self._records.get([request.id])).get(request.id)
         if isinstance(record, UnreadableRecord):
             _log.error("unreadable record", extra={**request.log_fields, "reason": record.reason})
@@ -225,6 +225,11 @@ class EncodeHandler:
         if running.attempts > 1 and (recorded := await self._ownership.recorded_failure(request.id)) is not None:
             return recorded
         _check_deadline(request)
+        return await self._encode_and_forward(running, record)
+
+    async def _encode_and_forward(self, running: RunningRequest, record: Record) -> Outcome:
+        """Encode each of the media as soon as it has passed its checks, and forward the prompt when all have."""
+        message = running.message
         encoding: dict[int, asyncio.Task[None]] = {}
         room = Room(ROOM_PASSES * self._max_patches)
         running.lacks = len(message.media)
@@ -241,8 +246,8 @@ class EncodeHandler:
             prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
             running.prompt_tokens, running.hits = len(prompt) // 4, len(media) - len(encoding)
             self._count_media(media)
-            await self._send_accepted(record, Accepted(request.id, running.prompt_tokens))
-            generate = Generate(request, prompt, max_tokens, placed)
+            await self._send_accepted(record, Accepted(running.request_id, running.prompt_tokens))
+            generate = Generate(message.request, prompt, max_tokens, placed)
             offers = [Offered(media[i].embedded.key, message.media[i]) for i in sorted(encoding, reverse=True)]
             offer = Offer(tuple(offers)) if room.crowded else None
             return await self._forward(running, generate, [encoding[index] for index in sorted(encoding)], offer)
