@@ -19,7 +19,8 @@ with, and the version.
                 Deltas      postproc                gateway
     control     Cancel      gateway, postproc       all replicas    log: at most once, from when a replica starts; the
                 Drain       operators               one replica     record has the same as a Cancel
-                Encoded     mm_encoder              mm_encoder
+                Encoded     mm_encoder              mm_encoder, engine
+                Offer       mm_encoder              mm_encoder
 
 Sequence numbers. Token `index` counts a request's generated tokens from 0. A delta's `seq` is the number of tokens up
 to and including the last one that added something to it; with the finish, the number of all tokens plus one. However
@@ -440,7 +441,24 @@ class Encoded(msgspec.Struct, frozen=True, tag=True):
     key: str
 
 
-Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Encoded
+class Offered(msgspec.Struct, frozen=True, array_like=True):
+    """Image or video whose embeddings are wanted, part of Offer; `key` is the content hash that they have."""
+
+    key: str
+    media: Media
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True):
+    """Invitation to make some of a request's embeddings.
+
+    Written to `control` by the mm_encoder that has the request, at most once; read by those that have nothing to do.
+    Nobody relies on it: replicas of a build that does not know it skip it.
+    """
+
+    items: tuple[Offered, ...]
+
+
+Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Encoded | Offer
 
 _LATER = 0xC1  # begins a value of a record of a later version than 1; msgpack never uses it
 _NIL = b"\xc0"

@@ -149,6 +149,7 @@ def build(
         batcher=batcher,
         metrics=metrics,
         patch_id=model.image_patch_id,
+        max_patches=settings.tower_max_patches,
         capacity=settings.concurrency,
         claim_every_s=claim_every_s,
         tracing=tracing,

@@ -21,12 +21,15 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from torch import Tensor
 
 from services.mm_encoder import spans
+from services.mm_encoder.helper import Helper
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
 from services.mm_encoder.prompt import Embedded, expand
+from services.mm_encoder.room import Room
 from services.mm_encoder.running import Outcome, RunningRequest, running_request
 from services.mm_encoder.store.cache import Embeds, SingleFlight
 from services.mm_encoder.store.locks import EncodeLocks
@@ -35,9 +38,9 @@ from shared.bus.blobs import MEDIA, Blobs
 from shared.bus.consumer import Consumer
 from shared.bus.keys import Keys
 from shared.bus.ownership import DELTAS_LENGTH, Poison
-from shared.bus.records import Record, Records, UnreadableRecord
+from shared.bus.records import CONTROL_LENGTH, Record, Records, UnreadableRecord
 from shared.bus.retry import retry_until_available
-from shared.bus.streams import Delivery, WorkStream, reply
+from shared.bus.streams import Delivery, WorkStream, reply, send
 from shared.crash_points import crash_point
 from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger
@@ -48,7 +51,10 @@ from shared.messages import (
     Failed,
     Finish,
     Generate,
+    Media,
     Message,
+    Offer,
+    Offered,
     Request,
     TokenRun,
     Tokens,
@@ -56,6 +62,8 @@ from shared.messages import (
 from shared.tracing import OFF, Tracing
 
 SERVICE = "mm_encoder"
+HELP_LACKS = 1 << 20  # requests of this replica come before its help for others
+ROOM_PASSES = 2  # of the tower: media of a request that are its own replica's to encode; others may be another's
 POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
 INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
 CHANGED = internal("The media at a URL changed while the request was in work.", "media_changed", 503).failure
@@ -66,7 +74,8 @@ _log = logger(__name__)
 class EncodeHandler:
     """`shared.bus.consumer.Handler` of this service; `consumer` keeps its requests.
 
-    `patch_id` is the token id of a placeholder; `capacity` is the most requests in flight.
+    `patch_id` is the token id of a placeholder; `max_patches` is the most in a pass of the tower; `capacity` is the
+    most requests in flight.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class EncodeHandler:
         batcher: Batcher,
         metrics: Metrics,
         patch_id: int,
+        max_patches: int,
         capacity: int,
         claim_every_s: float,
         tracing: Tracing = OFF,
@@ -99,6 +109,8 @@ class EncodeHandler:
         self._batcher = batcher
         self._metrics = metrics
         self._patch_id = patch_id
+        self._max_patches = max_patches
+        self.helper = Helper(self._help, lambda: self.consumer.idle)
         self._tracing = tracing
         self._encoding: SingleFlight[None] = SingleFlight()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,6 +149,8 @@ class EncodeHandler:
     def on_control(self, message: Message) -> None:
         if isinstance(message, Encoded):
             self._encode_locks.encoded(message)
+        elif isinstance(message, Offer):
+            self.helper.offer(message)
 
     def _spawn(self, steps: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(steps)
@@ -199,7 +213,7 @@ class EncodeHandler:
         return INTERNAL
 
     async def _work(self, running: RunningRequest) -> Outcome:
-        message, request = running.message, running.message.request
+        request = running.message.request
         record = (await self._records.get([request.id])).get(request.id)
         if isinstance(record, UnreadableRecord):
             _log.error("unreadable record", extra={**request.log_fields, "reason": record.reason})
@@ -211,32 +225,47 @@ class EncodeHandler:
         if running.attempts > 1 and (recorded := await self._ownership.recorded_failure(request.id)) is not None:
             return recorded
         _check_deadline(request)
+        return await self._encode_and_forward(running, record)
+
+    async def _encode_and_forward(self, running: RunningRequest, record: Record) -> Outcome:
+        """Encode each of the media as soon as it has passed its checks, and forward the prompt when all have."""
+        message = running.message
         encoding: dict[int, asyncio.Task[None]] = {}
+        room = Room(ROOM_PASSES * self._max_patches)
         running.lacks = len(message.media)
 
         def encode(index: int, item: Prepared) -> None:
             if item.patches is None:
                 running.lacks -= 1
             else:
-                encoding[index] = asyncio.create_task(self._ensure_encoded(running, item.embedded, item.patches))
+                work = self._ensure_encoded(running, room, item.embedded, item.patches)
+                encoding[index] = asyncio.create_task(work)
 
         try:
             media, max_tokens = await self._preparer.prepare(message, encode)
             prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
             running.prompt_tokens, running.hits = len(prompt) // 4, len(media) - len(encoding)
             self._count_media(media)
-            await self._send_accepted(record, Accepted(request.id, running.prompt_tokens))
-            generate = Generate(request, prompt, max_tokens, placed)
-            return await self._forward(running, generate, [encoding[index] for index in sorted(encoding)])
+            await self._send_accepted(record, Accepted(running.request_id, running.prompt_tokens))
+            generate = Generate(message.request, prompt, max_tokens, placed)
+            offers = [Offered(media[i].embedded.key, message.media[i]) for i in sorted(encoding, reverse=True)]
+            offer = Offer(tuple(offers)) if room.crowded else None
+            return await self._forward(running, generate, [encoding[index] for index in sorted(encoding)], offer)
         finally:
             for task in encoding.values():
                 task.cancel()
             await asyncio.gather(*encoding.values(), return_exceptions=True)
 
     async def _forward(
-        self, running: RunningRequest, generate: Generate, encoding: Sequence[asyncio.Task[None]]
+        self,
+        running: RunningRequest,
+        generate: Generate,
+        encoding: Sequence[asyncio.Task[None]],
+        offer: Offer | None,
     ) -> Outcome:
         """Forward a prompt when its embeddings are stored; if some still have to be made, let it go ahead of them."""
+        if offer is not None:
+            await send(self._redis, self._keys.control(), offer, max_len=CONTROL_LENGTH)
         if not all(task.done() for task in encoding):
             crash_point("mm_encoder.ahead.before")
             ahead = await self._ownership.forward_ahead(running.entry_id, running.message, generate)
@@ -259,19 +288,34 @@ class EncodeHandler:
         for item in media:
             self._metrics.count_media(item.embedded.kind, hit=item.patches is None)
 
-    async def _ensure_encoded(self, running: RunningRequest, embedded: Embedded, patches: Patches) -> None:
-        await self._encoding.join(embedded.key, partial(self._encode, embedded, patches, lambda: running.lacks))
+    async def _ensure_encoded(self, running: RunningRequest, room: Room, embedded: Embedded, patches: Patches) -> None:
+        async with room.of(len(patches.rows)):
+            await self._encoding.join(embedded.key, partial(self._encode, embedded, patches, lambda: running.lacks))
         running.lacks -= 1
+
+    async def _help(self, key: str, media: Media) -> None:
+        """Make the embeddings of another replica's item, unless somebody does or has."""
+
+        async def encode() -> None:
+            if await self._embeds.find(media.kind, key) is not None:
+                return
+            item = await self._preparer.prepare_one(media, key)
+            if item is not None and item.patches is not None:
+                await self._store(item.embedded, await self._batcher.encode(item.patches, lambda: HELP_LACKS))
+
+        await self._encode_locks.encode_if_free(key, encode)
+
+    async def _store(self, embedded: Embedded, rows: Tensor) -> None:
+        with self._metrics.stage("store"):
+            await self._embeds.store(embedded.key, embedded.grid, rows)
+        crash_point("mm_encoder.store.after")
 
     async def _encode(self, embedded: Embedded, patches: Patches, lacks: Callable[[], int]) -> None:
         async def stored() -> bool:
             return await self._embeds.find(embedded.kind, embedded.key) is not None
 
         async def encode() -> None:
-            rows = await self._batcher.encode(patches, lacks)
-            with self._metrics.stage("store"):
-                await self._embeds.store(embedded.key, embedded.grid, rows)
-            crash_point("mm_encoder.store.after")
+            await self._store(embedded, await self._batcher.encode(patches, lacks))
 
         await self._encode_locks.encode_once(embedded.key, stored, encode)
 

@@ -104,6 +104,15 @@ class Preparer:
         decoding = [decode(index, source) for index, source in enumerate(sources)]
         return await gather_in_order(decoding), max_tokens
 
+    async def prepare_one(self, media: Media, key: str) -> Prepared | None:
+        """Return one of the media of a request that another replica has; None if its key is not `key` any more.
+
+        Raises:
+            RequestError: it cannot be had or decoded.
+        """
+        source = await self._source(media, _Received(self._max_request_bytes))
+        return await self._decode(source) if source.key == key else None
+
     async def close(self) -> None:
         await self._decoding.close()
         if self._starting is not None:

@@ -97,6 +97,7 @@ class MmEncoder:
             tasks.create_task(self._consumer.listen_control())
             tasks.create_task(self._sweep())
             tasks.create_task(self._handler.watch())
+            tasks.create_task(self._handler.helper.run())
 
     async def _sweep(self) -> None:
         while True:

@@ -114,6 +114,11 @@ class Consumer(Generic[R]):
         return self._requests.values()
 
     @property
+    def idle(self) -> bool:
+        """True if new requests are wanted and none is in flight."""
+        return self._reading and not self._requests
+
+    @property
     def free_slots(self) -> int:
         """The number of entries that may be read or claimed now."""
         taken = len(self._requests) - self._aside() + self._reserved

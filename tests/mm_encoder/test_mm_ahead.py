@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from encoder_bench import GATEWAY, Bench, EngineStandIn
@@ -14,25 +15,30 @@ from torch import Tensor
 from services.mm_encoder.decoding.decoders import Decoders
 from services.mm_encoder.handler import CHANGED, INTERNAL, POISONED, SERVICE
 from services.mm_encoder.media.patches import Patches
+from services.mm_encoder.service import MmEncoder
 from services.mm_encoder.vision.encoder import Encoder
 from shared.bus.keys import ENCODE, GENERATE
 from shared.bus.ownership import EntryOwnership
+from shared.bus.streams import send
 from shared.errors import Failure
-from shared.messages import Accepted, Media
+from shared.messages import Accepted, Media, Offer, Offered
 
 pytestmark = pytest.mark.system  # files are decoded in processes
 
 
 class Tower:
-    """The vision tower, which runs only as often as it is allowed to."""
+    """The vision tower of the first replica that uses it, which runs only as often as it is allowed to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._passes = threading.Semaphore(0)
         self.failing = False
+        first: list[Encoder] = []
         run = Encoder.encode
 
         def encode(encoder: Encoder, items: Sequence[Patches]) -> list[Tensor]:
-            self._passes.acquire()
+            first.append(encoder)
+            if encoder is first[0]:
+                self._passes.acquire()
             if self.failing:
                 raise RuntimeError("out of memory")
             return run(encoder, items)
@@ -208,3 +214,58 @@ async def test_a_prompt_that_was_sent_back_does_not_go_ahead_again(bench: Bench,
         await bench.settled()
     assert second == first
     assert bench.passes() == 1
+
+
+async def stored(bench: Bench, keys: Sequence[str]) -> list[bool]:
+    return [await bench.blobs.meta("embeds", key) is not None for key in keys]
+
+
+async def ready(*services: MmEncoder) -> None:
+    """Return when all of them read, and hear of offers."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not all(service._consumer.idle for service in services):  # noqa: ASYNC110 - the event is in the service
+            await asyncio.sleep(0.01)
+
+
+async def test_an_idle_replica_makes_some_of_the_embeddings(bench: Bench, tower: Tower, directory: Path) -> None:
+    """While the replica that has the request stands still with the locks of two passes, of four of them."""
+    other = Bench(bench.redis, bench.keys, directory)
+    pictures = [picture(60, 60, seed=seed) for seed in range(8)]
+    few = {"tower_max_patches": 32}
+    async with bench.running(name="mm-1", **few) as one, other.running(name="mm-2", **few) as two:
+        try:
+            await ready(one, two)
+            await bench.submit("a", pictures)
+            [generate] = await bench.went_ahead()
+            keys = [span.key for span in generate.spans]
+            async with asyncio.timeout(PATIENCE_S):
+                while sum(await stored(bench, keys)) < 4:  # noqa: ASYNC110 - the event is in Redis
+                    await asyncio.sleep(0.01)
+            assert sum(await stored(bench, keys)) == 4
+        finally:
+            tower.allow()
+        assert await bench.generates() == [generate]
+    assert await stored(bench, keys) == [True] * 8
+    assert not await bench.redis.exists(bench.keys.encode_locks())
+
+
+async def test_help_with_what_cannot_be_had_comes_to_nothing(
+    bench: Bench, tower: Tower, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor with another picture than was offered."""
+    caplog.set_level("INFO")
+    tower.allow()
+    gone = Offered("0" * 64, Media("image", "p", blob="gone"))
+    changed = Offered("1" * 64, Media("image", "p", blob="changed"))
+    await bench.blobs.put("media", "changed", picture(60, 60))
+    async with bench.running() as service:
+        await ready(service)
+        await send(bench.redis, bench.keys.control(), Offer((changed, gone)))
+        async with asyncio.timeout(PATIENCE_S):
+            while "no help with an item" not in caplog.text:  # noqa: ASYNC110 - the event is in the service
+                await asyncio.sleep(0.01)
+        await bench.submit("a", [picture(90, 60)])
+        await bench.generates()
+        await bench.settled()
+    assert await stored(bench, [gone.key, changed.key]) == [False, False]
+    assert not await bench.redis.exists(bench.keys.encode_locks())

@@ -23,6 +23,8 @@ from shared.messages import (
     Media,
     MediaSpan,
     Message,
+    Offer,
+    Offered,
     Output,
     PromptLogprobs,
     Request,
@@ -94,6 +96,7 @@ MESSAGES: list[Message] = [
     Cancel(("ab12", "cd")),
     Drain("engine", "engine-0"),
     Encoded("hash"),
+    Offer((Offered("hash", Media("image", "messages[0].content[0]", url="https://example.com/a.png")),)),
 ]
 
 

@@ -52,6 +52,14 @@ class EncodeLocks:
         finally:
             await self._release(key)
 
+    async def encode_if_free(self, key: str, encode: Callable[[], Awaitable[None]]) -> None:
+        """Call `encode` under the lock of `key`, unless another replica has it."""
+        if await self._take(key):
+            try:
+                await encode()
+            finally:
+                await self._release(key)
+
     def encoded(self, message: Encoded) -> None:
         """Wake the task that waits here for this key."""
         if (event := self._waiting.get(message.key)) is not None:
@@ -64,11 +72,14 @@ class EncodeLocks:
     async def _acquire(self, key: str) -> bool:
         # Registered before asking: otherwise the message of a release might arrive in between and be missed.
         self._waiting.setdefault(key, asyncio.Event()).clear()
-        if not await self._take_lock(keys=[self._key], args=[key, self._name, self._leases]):
+        if not await self._take(key):
             return False
         self._waiting.pop(key, None)
         crash_point("mm_encoder.take_off.after")
         return True
+
+    async def _take(self, key: str) -> bool:
+        return bool(await self._take_lock(keys=[self._key], args=[key, self._name, self._leases]))
 
     async def _wait_for_release(self, key: str) -> None:
         event = self._waiting[key]
