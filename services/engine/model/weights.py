@@ -1,6 +1,6 @@
 """Reads the decoder from a checkpoint, layer by layer, into the layouts the operations want."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
 from shared.model.tensor_source import TensorSource
 
+Quantize = Callable[[Tensor, Bits], Quantized]
+
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -32,7 +34,7 @@ def load_model(
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is not expected; or
             the quantisation does not fit the model.
     """
-    weights = load_weights(source, config, dtype_of(config), torch.device(device), quantization)
+    weights = load_weights(source, config, dtype_of(config), torch.device(device), quantization, ops.quantize)
     return ErnieModel(config, weights, ops)
 
 
@@ -52,6 +54,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None,
+    quantize: Quantize = quantize,
 ) -> Weights:
     """Every decoder tensor, each read once. At most one layer exists in both its stored and its final form.
 
@@ -62,7 +65,7 @@ def load_weights(
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), both=has_spare_memory(device))
+    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), quantize, both=has_spare_memory(device))
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)
@@ -86,6 +89,7 @@ class _Reader:
     device: torch.device
     dense_bits: Bits | None
     expert_bits: Bits | None
+    quantize: Quantize
     both: bool
 
     def plain(self, name: str, *shape: int) -> Tensor:
@@ -143,7 +147,7 @@ class _Reader:
 
     def _expert(self, prefix: str, size: int) -> SwiGLU:
         gate_up, down = self._projections(prefix, size)
-        return SwiGLU(_pack(gate_up, self.expert_bits), _pack(down, self.expert_bits))
+        return SwiGLU(self._pack(gate_up, self.expert_bits), self._pack(down, self.expert_bits))
 
     def _dense_swiglu(self, prefix: str, size: int) -> SwiGLU:
         gate_up, down = self._projections(prefix, size)
@@ -155,12 +159,11 @@ class _Reader:
         return torch.cat(gate_up), self.plain(f"{prefix}down_proj.weight", hidden, size)
 
     def _dense(self, weight: Tensor) -> Weight:
-        packed = _pack(weight, self.dense_bits)
+        packed = self._pack(weight, self.dense_bits)
         return with_plain(packed) if self.both and isinstance(packed, Quantized) else packed
 
-
-def _pack(weight: Tensor, bits: Bits | None) -> Weight:
-    return weight if bits is None else quantize(weight, bits)
+    def _pack(self, weight: Tensor, bits: Bits | None) -> Weight:
+        return weight if bits is None else self.quantize(weight, bits)
 
 
 def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
@@ -174,10 +177,10 @@ def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
 
 
 def _room(like: Weight, count: int) -> Weight:
-    if isinstance(like, Quantized):
-        data = like.data.new_empty(count, *like.data.shape)
-        return Quantized(data, like.scale.new_empty(count, *like.scale.shape), like.bits, like.in_features)
-    return like.new_empty(count, *like.shape)
+    data, *scales = (part.new_empty(count, *part.shape) for part in _tensors(like))
+    if not isinstance(like, Quantized):
+        return data
+    return Quantized(data, scales[0], like.bits, like.in_features, scales[1] if like.bits == 4 else None)
 
 
 def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:
@@ -187,4 +190,5 @@ def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:
 
 
 def _tensors(weight: Weight) -> tuple[Tensor, ...]:
-    return (weight.data, weight.scale) if isinstance(weight, Quantized) else (weight,)
+    parts = (weight.data, weight.scale, weight.groups) if isinstance(weight, Quantized) else (weight,)
+    return tuple(part for part in parts if part is not None)
