@@ -151,7 +151,8 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         chosen: Quantization | None = None if quantization == "none" else quantization
-        weights = load_weights(DrawnWeights(device), CONFIG, torch.bfloat16, device, chosen)
+        ops = operations("cuda", told.get("batch_invariant", False))
+        weights = load_weights(DrawnWeights(device), CONFIG, torch.bfloat16, device, chosen, quantize=ops.quantize)
         torch.cuda.synchronize()
         loaded = time.perf_counter()
         self.memory = {
@@ -169,7 +170,7 @@ class Bench:
         )
         self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
         self.runner: Runner
-        model = ErnieModel(CONFIG, weights, operations("cuda", self.settings.batch_invariant))
+        model = ErnieModel(CONFIG, weights, ops)
         self.runner, self._blocks = runner_for(model, CONFIG, self.settings)
         torch.cuda.synchronize()
         self.startup_s = {"load": loaded - started, "profile_and_capture": time.perf_counter() - loaded}

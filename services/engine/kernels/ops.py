@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.engine.kernels.quantize import Weight
+from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize
 from services.engine.kernels.reference.embed import embed
 from services.engine.kernels.reference.linear_add_norm import linear_add_norm
 from services.engine.kernels.reference.logits import logits
@@ -25,6 +25,7 @@ class Ops:
     Operations are coarse so that a backend can fuse each into as few launches as it can.
     """
 
+    quantize: Callable[[Tensor, Bits], Quantized] = quantize
     embed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = embed
     rotary_tables: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_tables
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm

@@ -1,6 +1,6 @@
 """Reads the decoder from a checkpoint, layer by layer, into the layouts the operations want."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
 from shared.model.division import divided
 from shared.model.tensor_source import TensorSource
+
+Quantize = Callable[[Tensor, Bits], Quantized]
 
 DECODER_PREFIXES = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 
@@ -41,7 +43,8 @@ def load_model(
             the quantisation does not fit the model.
     """
     own = divided(config, split.size)
-    weights = load_weights(source, config, dtype_of(config), torch.device(device), quantization, split)
+    stored = dtype_of(config)
+    weights = load_weights(source, config, stored, torch.device(device), quantization, split, ops.quantize)
     return ErnieModel(own, weights, ops)
 
 
@@ -62,6 +65,7 @@ def load_weights(
     device: torch.device,
     quantization: Quantization | None,
     split: Split = WHOLE,
+    quantize: Quantize = quantize,
 ) -> Weights:
     """Every decoder tensor, each read once. At most one layer exists in both its stored and its final form.
 
@@ -74,7 +78,8 @@ def load_weights(
     Raises:
         CheckpointError: as `load_model`.
     """
-    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), has_spare_memory(device), split)
+    kept = has_spare_memory(device)
+    read = _Reader(checkpoint, config, dtype, device, *widths(quantization), quantize, kept, split)
     embedding = read.plain("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = tuple(read.layer(i) for i in range(config.num_layers))
     norm = read.plain("model.norm.weight", config.hidden_size)
@@ -98,6 +103,7 @@ class _Reader:
     device: torch.device
     dense_bits: Bits | None
     expert_bits: Bits | None
+    quantize: Quantize
     both: bool
     split: Split
 
@@ -161,7 +167,7 @@ class _Reader:
 
     def _expert(self, prefix: str, size: int) -> SwiGLU:
         gate_up, down = self._projections(prefix, size)
-        return SwiGLU(_pack(gate_up, self.expert_bits), _pack(down, self.expert_bits))
+        return SwiGLU(self._pack(gate_up, self.expert_bits), self._pack(down, self.expert_bits))
 
     def _dense_swiglu(self, prefix: str, size: int) -> SwiGLU:
         gate_up, down = self._projections(prefix, size)
@@ -173,12 +179,11 @@ class _Reader:
         return torch.cat(gate_up), self.part(f"{prefix}down_proj.weight", hidden, size, dim=1)
 
     def _dense(self, weight: Tensor) -> Weight:
-        packed = _pack(weight, self.dense_bits)
+        packed = self._pack(weight, self.dense_bits)
         return with_plain(packed) if self.both and isinstance(packed, Quantized) else packed
 
-
-def _pack(weight: Tensor, bits: Bits | None) -> Weight:
-    return weight if bits is None else quantize(weight, bits)
+    def _pack(self, weight: Tensor, bits: Bits | None) -> Weight:
+        return weight if bits is None else self.quantize(weight, bits)
 
 
 def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
@@ -192,10 +197,10 @@ def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
 
 
 def _room(like: Weight, count: int) -> Weight:
-    if isinstance(like, Quantized):
-        data = like.data.new_empty(count, *like.data.shape)
-        return Quantized(data, like.scale.new_empty(count, *like.scale.shape), like.bits, like.in_features)
-    return like.new_empty(count, *like.shape)
+    data, *scales = (part.new_empty(count, *part.shape) for part in _tensors(like))
+    if not isinstance(like, Quantized):
+        return data
+    return Quantized(data, scales[0], like.bits, like.in_features, scales[1] if like.bits == 4 else None)
 
 
 def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:
@@ -205,4 +210,5 @@ def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:
 
 
 def _tensors(weight: Weight) -> tuple[Tensor, ...]:
-    return (weight.data, weight.scale) if isinstance(weight, Quantized) else (weight,)
+    parts = (weight.data, weight.scale, weight.groups) if isinstance(weight, Quantized) else (weight,)
+    return tuple(part for part in parts if part is not None)

@@ -18,6 +18,7 @@ from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
 from services.engine.kernels.triton.attention import paged_attention, qkv, rotary_tables
 from services.engine.kernels.triton.dense import dequantize, linear, rms_norm, silu_mul
+from services.engine.kernels.triton.dense import quantize as gpu_quantize
 from services.engine.kernels.triton.invariant.ops import invariant_ops
 from services.engine.kernels.triton.moe import (
     add_norm_scores,
@@ -134,6 +135,7 @@ def prefill() -> None:
     grouped.grouped_experts(room(rows, HIDDEN), ids, plain, plain)
     for bits in (4, 8):
         dequantize.dequantize(quantize(room(2, 512, HIDDEN), bits))
+    gpu_quantize.quantize(room(2, 512, HIDDEN), 4)
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)
     tables = torch.zeros(1, 4, dtype=torch.int32)
     paged_attention.paged_attention(

@@ -48,7 +48,7 @@ def test_kernels_compile_for_hopper() -> None:
     routing = {"_choose_kernel", "_router_kernel", "_sort_kernel"}
     sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel", "_gather_kernel"}
     experts = {"_gate_up_kernel", "_down_kernel", "_quantized_gate_up_kernel", "_quantized_down_kernel"}
-    prefill = {"_dequantize_kernel", "_prefill_kernel"}
+    prefill = {"_dequantize_kernel", "_quantize_kernel", "_prefill_kernel"}
     assert set(done.stdout.split()) == sampling | decode | block | routing | sorting | experts | prefill
 
 

@@ -93,7 +93,7 @@ def test_the_published_model(tmp_path: Path) -> None:
     assert weight_bytes(stored, None) == 2 * (checkpoint.parameters + routers)
     sizes = [weight_bytes(stored, "wint4", both=True), weight_bytes(stored, "wint8", both=True)]
     # As an H200 measured them (docs/engine-performance.md), with what the allocator rounds up.
-    measured = pytest.approx([16.52, 29.27, 53.50], rel=0.005)
+    measured = pytest.approx([16.70, 29.27, 53.50], rel=0.005)
     assert [size / 2**30 for size in (*sizes, weight_bytes(stored, None))] == measured
     assert cache_bytes(config) == 57_344
 

@@ -7,6 +7,7 @@ from services.engine.kernels.triton.attention.qkv import qkv
 from services.engine.kernels.triton.attention.rotary_tables import rotary_tables
 from services.engine.kernels.triton.dense.logits import logits
 from services.engine.kernels.triton.dense.mlp import linear_add_norm, mlp_add_norm
+from services.engine.kernels.triton.dense.quantize import quantize
 from services.engine.kernels.triton.dense.rms_norm import rms_norm
 from services.engine.kernels.triton.moe.moe import linear_moe_add_norm
 from services.engine.kernels.triton.sampling.argmax import argmax
@@ -18,6 +19,7 @@ from services.engine.kernels.triton.sampling.threshold import threshold
 def gpu_ops() -> Ops:
     """Return Triton's operations where they pay; lookups and plain products stay torch's."""
     return Ops(
+        quantize=quantize,
         rotary_tables=rotary_tables,
         rms_norm=rms_norm,
         qkv=qkv,

@@ -5,32 +5,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.quantize import GROUP, PLANES, Quantized, Weight
+from services.engine.kernels.quantize import BLOCK, GROUP, Quantized, Weight
 from services.engine.kernels.triton.common.sizes import ceil_div
-from services.engine.kernels.triton.dense.matmul import scales, unpack, widen
+from services.engine.kernels.triton.dense.matmul import scales, storage, unpack, widen
 
-ROWS, WARPS = 32, 4  # of a program's tile, which is as wide as a quantisation group
+ROWS, WARPS = 16, 4  # of a program's tile, which is as wide as a block of the packing
 
 
 @triton.jit
 def _dequantize_kernel(
-    data_ptr, scale_ptr, out_ptr, OUT, IN, data_stride,
-    BITS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
+    data_ptr, scale_ptr, group_ptr, out_ptr, OUT, EACH, IN, data_stride,
+    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * GROUP
+    """Store rows of a stack of weights with EACH rows each, OUT in all."""
+    row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK
     inside = (row < OUT)[:, None]
     dtype = out_ptr.dtype.element_ty
     scale = scales(scale_ptr + row, row < OUT)[:, None]
     data_ptrs = data_ptr + row.to(tl.int64)[:, None] * data_stride
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * IN
     if BITS == 4:
-        lane = tl.arange(0, GROUP // PLANES)[None, :]
-        planes = unpack(tl.load(data_ptrs + first // PLANES + lane, inside, 0), dtype)
-        for j in tl.static_range(PLANES):
-            column = first + j * (GROUP // PLANES) + lane
-            tl.store(out_ptrs + column, (planes[j].to(tl.float32) * scale).to(dtype), inside & (column < IN))
+        lane = tl.arange(0, GROUP)[None, :]
+        block = row // EACH * tl.num_programs(1) + tl.program_id(1)
+        groups = tl.load((group_ptr + block.to(tl.int64) * EACH + row % EACH)[:, None], inside, 0)
+        words = tl.load(data_ptrs + first * GROUP // BLOCK + lane, inside, 0)
+        for j in tl.static_range(BLOCK // GROUP):
+            column = first + j * GROUP + lane
+            values = unpack(words, groups, j, dtype)
+            tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
     else:
-        column = first + tl.arange(0, GROUP)[None, :]
+        column = first + tl.arange(0, BLOCK)[None, :]
         values = widen(tl.load(data_ptrs + column, inside & (column < IN), 0), dtype)
         tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
 
@@ -39,9 +43,9 @@ def dequantize(weight: Quantized) -> Tensor:
     """See the reference: services.engine.kernels.quantize.dequantize."""
     inputs, outputs = weight.in_features, weight.scale.numel()
     out = torch.empty(*weight.scale.shape, inputs, dtype=weight.scale.dtype, device=weight.data.device)
-    _dequantize_kernel[(ceil_div(outputs, ROWS), ceil_div(inputs, GROUP))](
-        weight.data, weight.scale, out, outputs, inputs, weight.data.stride(-2),
-        BITS=weight.bits, ROWS=ROWS, GROUP=GROUP, PLANES=PLANES, num_warps=WARPS,
+    _dequantize_kernel[(ceil_div(outputs, ROWS), ceil_div(inputs, BLOCK))](
+        *storage(weight), out, outputs, weight.scale.shape[-1], inputs, weight.data.stride(-2),
+        BITS=weight.bits, ROWS=ROWS, BLOCK=BLOCK, GROUP=GROUP, num_warps=WARPS,
     )  # fmt: skip
     return out
 

@@ -1,27 +1,38 @@
 """Order in which the inputs of four-bit weights are multiplied where there are many rows.
 
 A matrix instruction multiplies 16 inputs. 16 words of services.engine.kernels.quantize unpack to 16 inputs of each
-plane of their group, so the 64 inputs of one step are not neighbours; activations are stored in memory in the same
+plane of their block, so the 64 inputs of one step are not neighbours; activations are stored in memory in the same
 order.
 """
 
 import triton
 import triton.language as tl
 
-from services.engine.kernels.quantize import GROUP, PLANES
+from services.engine.kernels.quantize import BLOCK, GROUP, PLANES
 
 INSTRUCTION_INPUTS = 16  # inputs of an instruction
-_GROUP, _PLANES, _INPUTS = tl.constexpr(GROUP), tl.constexpr(PLANES), tl.constexpr(INSTRUCTION_INPUTS)
-_LANES = tl.constexpr(GROUP // PLANES)
+_BLOCK, _PLANES, _INPUTS = tl.constexpr(BLOCK), tl.constexpr(PLANES), tl.constexpr(INSTRUCTION_INPUTS)
+_GROUP, _STEP = tl.constexpr(GROUP), tl.constexpr(PLANES * INSTRUCTION_INPUTS)
 
 
 @triton.jit
-def interleaved(column):
-    """Return the input that is multiplied as the `column`th, and just as well the column of an input: plane and words
-    of 16 change places, so that the permutation is its own inverse. Columns are a range that begins at a multiple of
-    16."""
-    at = column % _GROUP
-    place = column - at + at % _LANES // _INPUTS * _LANES + at // _LANES * _INPUTS + at % _INPUTS
+def input_at(column):
+    """Return the input that is multiplied as the `column`th. Columns are a range that begins at a multiple of 16."""
+    at = column % _BLOCK
+    return _sixteens(column - at + at % _STEP // _INPUTS * _GROUP + at // _STEP * _INPUTS + at % _INPUTS)
+
+
+@triton.jit
+def columns_of(first, COUNT: tl.constexpr):
+    """Return the columns as which COUNT inputs from `first` on are multiplied. COUNT is a multiple of 16 that divides
+    `first` and a group."""
+    at, beside = first % _BLOCK, tl.arange(0, COUNT)
+    column = first - at + at % _GROUP // _INPUTS * _STEP + at // _GROUP * _INPUTS
+    return _sixteens(tl.multiple_of(column, _INPUTS) + beside // _INPUTS * _STEP + beside % _INPUTS)
+
+
+@triton.jit
+def _sixteens(place):
     return tl.max_contiguous(tl.multiple_of(place, _INPUTS), _INPUTS)
 
 

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.quantize import GROUP, Quantized, Weight
+from services.engine.kernels.quantize import Quantized, Weight, bits_of, stored_inputs
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.triton.dense.dequantize import plain
-from services.engine.kernels.triton.dense.matmul import dot_tile, gate_or_up, gated, scales, storage, widen
+from services.engine.kernels.triton.dense.matmul import STEP, dot_tile, gate_or_up, gated, scales, steps, storage, widen
 from services.engine.kernels.triton.dense.silu_mul import silu_mul
 
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
@@ -91,18 +91,19 @@ def _unsplit_kernel(
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, scale_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
+    x_ptr, w_ptr, scale_ptr, group_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Store weight times x^T over part program_id(2) of the inputs, which are `share` blocks of BK."""
+    """Store weight times x^T over part program_id(2) of the inputs, which are `share` times BK."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     block = tl.program_id(2) * share
-    last = tl.minimum(block + share, tl.cdiv(IN, BK))
+    last = tl.minimum(block + share, steps(IN, BK, BITS))
     rows, columns = (m < M)[None, :], (n < N)[:, None]
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * w_stride
+    g_ptrs = group_ptr + n[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     # The weight does not depend on the previous kernel: with few rows its load starts before x is there.
     if BITS != 16:
@@ -118,7 +119,7 @@ def _linear_kernel(
     else:
         wait_for_previous_kernel(PDL)
     for nth in range(block, last):
-        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, nth, IN, BK, BITS, EVEN)
+        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, N, BK, BITS, EVEN)
     if BITS != 16:
         acc *= scale
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
@@ -137,7 +138,7 @@ class UnsplitLaunch:
 
 def unsplit_launch(x: Tensor, weight: Weight, gated: bool = False) -> UnsplitLaunch | None:
     """Return the launch, or None where there are too many rows for it."""
-    data, scale, bits = storage(weight)
+    (data, scale, _), bits = storage(weight), bits_of(weight)
     if bits not in UNSPLIT_BITS or len(x) > (UNSPLIT_PLAIN_ROWS if bits == 16 else UNSPLIT_ROWS):
         return None
     (rows, inputs), weight_rows = x.shape, len(data)
@@ -202,7 +203,7 @@ class LinearTiles:
 
     rows: int  # of activations
     outputs: int
-    inputs: int  # at a time; with 4 bits, a group of the packing
+    inputs: int  # at a time
     warps: int
     stages: int
     splits: int = 1  # programs that share the inputs of an output, at most
@@ -220,15 +221,15 @@ def tiled_linear(
     Returns:
         [parts, N, out]: one part, or several in float32.
     """
-    data, scale, bits = storage(weight)
-    (rows, inputs), outputs = x.shape, len(data)
-    share = ceil_div(inputs, tiles.inputs * tiles.splits)
-    parts = ceil_div(inputs, share * tiles.inputs)
+    data, scale, groups = storage(weight)
+    (rows, inputs), outputs, stored = x.shape, len(data), stored_inputs(weight)
+    share = ceil_div(stored, tiles.inputs * tiles.splits)
+    parts = ceil_div(stored, share * tiles.inputs)
     out = torch.empty(parts, rows, outputs, dtype=(dtype or x.dtype) if parts == 1 else torch.float32, device=x.device)
     _linear_kernel[(ceil_div(outputs, tiles.outputs), ceil_div(rows, tiles.rows), parts)](
-        x, data, scale, out, rows, outputs, inputs, share, x.stride(0), data.stride(0),
-        BITS=bits, BM=tiles.rows, BN=tiles.outputs, BK=tiles.inputs,
-        EARLY=early, EVEN=inputs % tiles.inputs == 0 and outputs % tiles.outputs == 0,
+        x, data, scale, groups, out, rows, outputs, inputs, share, x.stride(0), data.stride(0),
+        BITS=bits_of(weight), BM=tiles.rows, BN=tiles.outputs, BK=tiles.inputs,
+        EARLY=early, EVEN=inputs == stored and inputs % tiles.inputs == 0 and outputs % tiles.outputs == 0,
         num_warps=tiles.warps, num_stages=tiles.stages if x.element_size() == 2 else 1, **pdl_options(x),
     )  # fmt: skip
     return out
@@ -238,7 +239,7 @@ def _tiles(rows: int, outputs: int, bits: int) -> LinearTiles:
     """Return the fastest tiles. Few rows: traffic is the weight's, so many programs load it."""
     splits = max(1, min(4, 32768 // outputs))
     if bits == 4:
-        return LinearTiles(min(64, max(16, ceil_pow2(rows))), 32, GROUP, 4, 2, splits)
+        return LinearTiles(min(64, max(16, ceil_pow2(rows))), 32, STEP, 4, 2, splits)
     if rows <= 32:
         return LinearTiles(32, 32, 128, 2, 4, min(2, splits))
     if rows <= 64:

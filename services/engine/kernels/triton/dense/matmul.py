@@ -4,9 +4,9 @@ The weight is the left operand: a tile [BN, BK] of it is loaded, converted to th
 multiplied with [BK, BM] of the activations' transpose. On Hopper the left operand of a matrix instruction may come from
 registers, the right one may not, and few rows of activations cost no more than the instruction's smallest width.
 
-Four bits come as the words of services.engine.kernels.quantize: nibble j of a word belongs to plane j of its group, so
-that a tile of words is four tiles of weights without any shuffling. Scales are per output, and multiply the sum: see
-`scales`.
+Four bits come as the words of services.engine.kernels.quantize: nibble j of a word belongs to plane j of its block, so
+that a tile of words is four tiles of weights without any shuffling. Scales of groups multiply values as they are
+unpacked, by the instruction that makes them numbers; scales of outputs multiply the sum: see `scales`.
 """
 
 import triton
@@ -14,23 +14,36 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from services.engine.kernels.quantize import Quantized, Weight
+from services.engine.kernels.quantize import BIAS, BLOCK, GROUP, PLANES, SHIFT, Quantized, Weight
 
 # Values come as multiples of 2^-6, which `scales` takes back. A bit pattern below 256 is, as a bfloat16, that number
 # times 2^-133: it is linear from the subnormals into the first normal ones. One fused multiplication by 2^127 (0x7F00)
 # and an addition then make any small number without a conversion.
 PER_UNIT = tl.constexpr(64)
+STEP = 256  # four-bit inputs of a step of a product: words of whole lines, half a block
 
-# Two words in, four pairs of bfloat16 out. With their sign bit flipped, nibbles are 8 more than their values; in the
-# upper half of a byte they count sixteen times, and are multiplied by 2^123 (0x7D00). Added is -8 / 64 (0xBE00).
-_UNPACK = tl.constexpr(
-    "{ .reg .b32 s, one, high, less;"
-    "mov.b32 one, 0x7F007F00; mov.b32 high, 0x7D007D00; mov.b32 less, 0xBE00BE00; shr.u32 s, $4, 8;"
-    "lop3.b32 $0, $4, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $1, $4, 0x00F000F0, 0x00800080, 0x6A;"
-    "lop3.b32 $2, s, 0x000F000F, 0x00080008, 0x6A; lop3.b32 $3, s, 0x00F000F0, 0x00800080, 0x6A;"
-    "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, high, less;"
-    "fma.rn.bf16x2 $2, $2, one, less; fma.rn.bf16x2 $3, $3, high, less; }"
-)
+
+def _unpack_asm(plane: int) -> str:
+    """Return the instructions that make two words, and the word of codes of their row, twice, a pair of bfloat16.
+
+    With their sign bit flipped, nibbles are 8 more than their values; in the upper half of a byte they count sixteen
+    times. With s the scale of the plane, below 2 and no subnormal, they are multiplied by s 2^127 or s 2^123, and added
+    is -8 s / 64. Multiplying s by a power of two, and by -1, is adding to its exponent (0x0080 is one), and to its
+    sign; a code becomes a bfloat16 in the same addition.
+    """
+    nibble, sign = (0x00F000F0, 0x00800080) if plane % 2 else (0x000F000F, 0x00080008)
+    factor, one = 1 << (SHIFT - 16), BIAS << (SHIFT - 16)
+    more, less = (one + (0x3D80 if plane % 2 else 0x3F80)) * 0x10001, (one + 0x7E80) * 0x10001
+    return (
+        "{ .reg .b32 w, s, more, less;"
+        f"shr.u32 w, $1, {plane // 2 * 8}; lop3.b32 w, w, {nibble:#x}, {sign:#x}, 0x6A;"
+        f"prmt.b32 s, $2, 0, 0x4{plane}4{plane};"
+        f"mad.lo.u32 more, s, {factor}, {more:#x}; mad.lo.u32 less, s, {factor}, {less:#x};"
+        "fma.rn.bf16x2 $0, w, more, less; }"
+    )
+
+
+_UNPACK = tl.constexpr(tuple(tl.constexpr(_unpack_asm(plane)) for plane in range(PLANES)))
 # Four bytes in, two pairs of bfloat16 out. With its sign bit flipped, a byte is 128 more than its value: less 128 / 64.
 _WIDEN = tl.constexpr(
     "{ .reg .b32 u, one, less; mov.b32 one, 0x7F007F00; mov.b32 less, 0xC000C000; xor.b32 u, $2, 0x80808080;"
@@ -41,21 +54,22 @@ _AFTER_WGMMA = tl.constexpr(
     "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
 )
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+_BIAS, _SHIFT = tl.constexpr(BIAS), tl.constexpr(SHIFT)
+_BLOCK, _GROUP = tl.constexpr(BLOCK), tl.constexpr(GROUP)
 
 
 @triton.jit
-def unpack(words, dtype: tl.constexpr):
-    """Unpack words to four planes of signed four-bit values in units, each of the shape of `words`."""
+def unpack(words, groups, J: tl.constexpr, dtype: tl.constexpr):
+    """Return plane J of words, of their shape: signed four-bit values times the scales of their groups, in units.
+
+    groups: [BN, 1], a row's codes of the block that the words are of.
+    """
     if dtype == tl.bfloat16 and not _INTERPRETED:
         return tl.inline_asm_elementwise(
-            _UNPACK, "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+            _UNPACK[J], "=r,r,r,r", [words, groups], dtype=tl.bfloat16, is_pure=True, pack=2
         )
-    return _plane(words, 0, dtype), _plane(words, 1, dtype), _plane(words, 2, dtype), _plane(words, 3, dtype)
-
-
-@triton.jit
-def _plane(words, J: tl.constexpr, dtype: tl.constexpr):
-    return (((((words >> (4 * J)) & 0xF) ^ 8) - 8).to(tl.float32) / PER_UNIT).to(dtype)
+    scale = ((((groups >> (J * 8)) & 0xFF) + _BIAS) << _SHIFT).to(tl.float32, bitcast=True)
+    return (((((words >> (4 * J)) & 0xF) ^ 8) - 8).to(tl.float32) * scale / PER_UNIT).to(dtype)
 
 
 @triton.jit
@@ -116,25 +130,44 @@ def scales(scale_ptrs, mask):
 
 
 @triton.jit
-def dot_tile(acc, w_ptrs, w_mask, x_ptrs, x_mask, block, IN, BK: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Return acc [BN, BM] plus weight[:, block] times x[:, block]^T, of the `block`th BK inputs.
+def blocks(IN):
+    """Return the blocks of a row of IN four-bit inputs."""
+    return tl.cdiv(IN, _BLOCK)
 
-    w_ptrs [BN, 1] point at rows of stored words or values, x_ptrs [1, BM] at rows of x. `IN` is the length of x's
-    rows. With 4 bits BK is the group of the packing. EVEN: BK divides IN, and w_mask is true everywhere.
+
+@triton.jit
+def steps(IN, BK: tl.constexpr, BITS: tl.constexpr):
+    """Return how many times BK inputs a product has: with 4 bits, all of whole blocks."""
+    return blocks(IN) * (_BLOCK // BK) if BITS == 4 else tl.cdiv(IN, BK)
+
+
+@triton.jit
+def dot_tile(
+    acc, w_ptrs, g_ptrs, w_mask, x_ptrs, x_mask, nth, IN, OUT,
+    BK: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return acc [BN, BM] plus weight[:, nth] times x[:, nth]^T, of the `nth` BK inputs, in the order of `steps`.
+
+    w_ptrs [BN, 1] point at rows of stored words or values, g_ptrs [BN, 1] at the scales of the first block, x_ptrs
+    [1, BM] at rows of x. `IN` is the length of x's rows, `OUT` the weight's number of rows. With 4 bits BK is 4 times
+    the words of a tile, and divides the block of the packing. EVEN: no input and no row is masked.
     """
     if BITS == 4:
         lane = tl.arange(0, BK // 4)
-        planes = unpack(
-            load_stored(w_ptrs + (block * (BK // 4) + lane)[None, :], w_mask, EVEN), x_ptrs.dtype.element_ty
-        )
+        # Each thread gets the scales of what it unpacks only if they are loaded in four bytes at least, and made of
+        # what is loaded with constants alone. Else Triton exchanges what was unpacked between threads.
+        block = nth * BK // _BLOCK
+        groups = load_stored(g_ptrs + block * OUT, w_mask, EVEN)
+        words = load_stored(w_ptrs + (nth * (BK // 4) + lane)[None, :], w_mask, EVEN)
+        first = tl.multiple_of(block * _BLOCK + (nth * BK - block * _BLOCK) // 4, BK // 4)
         # A separate sum, or the compiler makes the large matrix instructions wait for each other.
         part = tl.zeros(acc.shape, tl.float32)
         for j in tl.static_range(4):
-            x = _activations(x_ptrs, x_mask, block * BK + j * (BK // 4) + lane, IN, EVEN)
-            part = tl.dot(planes[j], x, part, input_precision="ieee")
+            x = _activations(x_ptrs, x_mask, first + j * _GROUP + lane, IN, EVEN)
+            part = tl.dot(unpack(words, groups, j, x.dtype), x, part, input_precision="ieee")
         acc += part
     else:
-        column = block * BK + tl.arange(0, BK)
+        column = nth * BK + tl.arange(0, BK)
         w = load_stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
         x = _activations(x_ptrs, x_mask, column, IN, EVEN)
         acc = tl.dot(widen(after_wgmma(w) if BITS == 8 else w, x.dtype), x, acc, input_precision="ieee")
@@ -156,8 +189,9 @@ def gated(acc, BN: tl.constexpr, BM: tl.constexpr):
     return tl.reshape(gate * tl.sigmoid(gate) * up, (BN // 2, BM))
 
 
-def storage(weight: Weight) -> tuple[Tensor, Tensor, int]:
-    """Return stored values, scales and bits. A plain weight stands in for its own scales, which are not read."""
+def storage(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return stored values, scales of outputs and scales of groups. Stored values stand in for scales that there are
+    none of, which are not read."""
     if isinstance(weight, Quantized):
-        return weight.data, weight.scale, weight.bits
-    return weight, weight, 16
+        return weight.data, weight.scale, weight.data if weight.groups is None else weight.groups
+    return weight, weight, weight

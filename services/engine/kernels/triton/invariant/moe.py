@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from services.engine.kernels.quantize import GROUP, Weight
+from services.engine.kernels.quantize import Weight, bits_of
 from services.engine.kernels.reference.moe import MoE
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
-from services.engine.kernels.triton.dense.matmul import storage
+from services.engine.kernels.triton.dense.matmul import STEP
 from services.engine.kernels.triton.dense.rms_norm import add_norm
 from services.engine.kernels.triton.invariant.dense import swiglu
 from services.engine.kernels.triton.invariant.linear import linear
@@ -14,7 +14,7 @@ from services.engine.kernels.triton.moe.moe import combine, text_only
 from services.engine.kernels.triton.moe.router import route_tiles
 from services.engine.kernels.triton.moe.tiles import Plan, Tile
 
-TILES = {4: Tile(64, GROUP, 4, 2), 8: Tile(64, 128, 4, 3), 16: Tile(64, 64, 4, 4)}
+TILES = {4: Tile(64, STEP, 4, 2), 8: Tile(64, 128, 4, 3), 16: Tile(64, 64, 4, 4)}
 MOST_ROWS, FEWEST_ROWS = 64, 16
 
 
@@ -39,6 +39,6 @@ def all_experts(x: Tensor, moe: MoE, vision: Tensor | None, top_k: int) -> tuple
     ids, weights = route_tiles(x, moe.gate, moe.bias, text_only(x) if vision is None else vision, top_k)
     experts = len(moe.text) + len(moe.vision)
     rows = min(MOST_ROWS, max(FEWEST_ROWS, ceil_pow2(ceil_div(ids.numel(), experts))))
-    tile = TILES[storage(moe.text.down)[2]]
+    tile = TILES[bits_of(moe.text.down)]
     routed = tiled_results(x, ids, moe.text, moe.vision, Plan(rows, tile, tile))
     return routed, weights, swiglu(x, moe.shared)

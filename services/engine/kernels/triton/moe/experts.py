@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.quantize import Weight, in_features
+from services.engine.kernels.quantize import Weight, bits_of, in_features, stored_inputs
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.router import SUM_MIN
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
-from services.engine.kernels.triton.dense.matmul import dot_tile, gate_or_up, gated, scales, storage
+from services.engine.kernels.triton.dense.matmul import blocks, dot_tile, gate_or_up, gated, scales, steps, storage
 from services.engine.kernels.triton.moe.grouped import grouped_experts, uses_grouped_gemm
 from services.engine.kernels.triton.moe.router import rank_experts
 from services.engine.kernels.triton.moe.sort import group_pairs
@@ -35,17 +35,20 @@ def _tile_of(pair_ids_ptr, expert_ids_ptr, SORTED: tl.constexpr, BM: tl.constexp
 
 
 @triton.jit
-def _weights_of(expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E: tl.constexpr):
+def _weights_of(
+    expert, TEXT, text_ptr, text_scale_ptr, text_group_ptr, VISION, vision_ptr, vision_scale_ptr, vision_group_ptr,
+    E: tl.constexpr,
+):  # fmt: skip
     """Return width, weight and scales of the expert's pool, and the expert's index there."""
-    width, w_ptr, scale_ptr, index = TEXT, text_ptr, text_scale_ptr, expert
+    width, w_ptr, scale_ptr, group_ptr, index = TEXT, text_ptr, text_scale_ptr, text_group_ptr, expert
     if expert >= E:
-        width, w_ptr, scale_ptr, index = VISION, vision_ptr, vision_scale_ptr, expert - E
-    return width, w_ptr, scale_ptr, index.to(tl.int64)
+        width, w_ptr, scale_ptr, group_ptr, index = VISION, vision_ptr, vision_scale_ptr, vision_group_ptr, expert - E
+    return width, w_ptr, scale_ptr, group_ptr, index.to(tl.int64)
 
 
 @triton.jit
 def gate_up_tile(
-    pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, index, IN, OUT, x_stride, w_stride,
+    pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, group_ptr, index, IN, OUT, x_stride, w_stride,
     K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Store out[pair] = silu(gate) up: BN / 2 outputs of one expert for the pairs [BM], -1 for none."""
@@ -55,9 +58,10 @@ def gate_up_tile(
     rows, columns = (pair >= 0)[None, :], (output < width)[:, None]
     x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + w_row[:, None] * w_stride
+    g_ptrs = group_ptr + (index * blocks(IN) * 2 * width + output + is_up * width)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
-    for block in range(0, tl.cdiv(IN, BK)):
-        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, IN, BK, BITS, EVEN)
+    for nth in range(0, steps(IN, BK, BITS)):
+        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, 2 * width, BK, BITS, EVEN)
     if BITS != 16:
         acc *= scales(scale_ptr + w_row, output < width)[:, None]
     n = first + tl.arange(0, BN // 2)
@@ -68,7 +72,8 @@ def gate_up_tile(
 @triton.jit
 def _gate_up_kernel(
     x_ptr, pair_ids_ptr, expert_ids_ptr, out_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
+    text_ptr, text_scale_ptr, text_group_ptr, vision_ptr, vision_scale_ptr, vision_group_ptr,
+    IN, TEXT, VISION, x_stride, w_stride,
     E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -76,20 +81,31 @@ def _gate_up_kernel(
     expert, pair = _tile_of(pair_ids_ptr, expert_ids_ptr, SORTED, BM)
     if expert >= 2 * E:
         return
-    width, w_ptr, scale_ptr, index = _weights_of(
-        expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E
-    )  # fmt: skip
+    width, w_ptr, scale_ptr, group_ptr, index = _weights_of(
+        expert,
+        TEXT,
+        text_ptr,
+        text_scale_ptr,
+        text_group_ptr,
+        VISION,
+        vision_ptr,
+        vision_scale_ptr,
+        vision_group_ptr,
+        E,
+    )
     if tl.program_id(0) * (BN // 2) >= width:
         return
     gate_up_tile(
-        pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, index, IN, TEXT, x_stride, w_stride, K, BITS, EVEN, BM, BN, BK
+        pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, group_ptr, index, IN, TEXT, x_stride, w_stride,
+        K, BITS, EVEN, BM, BN, BK,
     )  # fmt: skip
 
 
 @triton.jit
 def _choose_gate_up_kernel(
     scores_ptr, bias_ptr, pool_ptr, ids_ptr, weights_ptr, sum_min, x_ptr, out_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, IN, TEXT, VISION, x_stride, w_stride,
+    text_ptr, text_scale_ptr, text_group_ptr, vision_ptr, vision_scale_ptr, vision_group_ptr,
+    IN, TEXT, VISION, x_stride, w_stride,
     E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -104,21 +120,32 @@ def _choose_gate_up_kernel(
     if tl.program_id(0) == 0:
         tl.store(ids_ptr + at, expert)
         tl.store(weights_ptr + at, tl.sum(tl.where(chosen, weight, 0.0), 0))
-    width, w_ptr, scale_ptr, index = _weights_of(
-        expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E
-    )  # fmt: skip
+    width, w_ptr, scale_ptr, group_ptr, index = _weights_of(
+        expert,
+        TEXT,
+        text_ptr,
+        text_scale_ptr,
+        text_group_ptr,
+        VISION,
+        vision_ptr,
+        vision_scale_ptr,
+        vision_group_ptr,
+        E,
+    )
     if tl.program_id(0) * (BN // 2) >= width:
         return
     pair = tl.where(tl.arange(0, BM) == 0, at, -1)
     gate_up_tile(
-        pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, index, IN, TEXT, x_stride, w_stride, K, BITS, EVEN, BM, BN, BK
+        pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, group_ptr, index, IN, TEXT, x_stride, w_stride,
+        K, BITS, EVEN, BM, BN, BK,
     )  # fmt: skip
 
 
 @triton.jit
 def _down_kernel(
     inner_ptr, pair_ids_ptr, expert_ids_ptr, out_ptr,
-    text_ptr, text_scale_ptr, vision_ptr, vision_scale_ptr, H, TEXT, VISION, text_stride, vision_stride,
+    text_ptr, text_scale_ptr, text_group_ptr, vision_ptr, vision_scale_ptr, vision_group_ptr,
+    H, TEXT, VISION, text_stride, vision_stride,
     E: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -126,18 +153,28 @@ def _down_kernel(
     expert, pair = _tile_of(pair_ids_ptr, expert_ids_ptr, SORTED, BM)
     if expert >= 2 * E:
         return
-    width, w_ptr, scale_ptr, index = _weights_of(
-        expert, TEXT, text_ptr, text_scale_ptr, VISION, vision_ptr, vision_scale_ptr, E
-    )  # fmt: skip
+    width, w_ptr, scale_ptr, group_ptr, index = _weights_of(
+        expert,
+        TEXT,
+        text_ptr,
+        text_scale_ptr,
+        text_group_ptr,
+        VISION,
+        vision_ptr,
+        vision_scale_ptr,
+        vision_group_ptr,
+        E,
+    )
     w_stride = tl.where(expert >= E, vision_stride, text_stride)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows, columns = (pair >= 0)[None, :], (n < H)[:, None]
     x_ptrs = inner_ptr + pair.to(tl.int64)[None, :] * TEXT
     w_row = index * H + n
     w_ptrs = w_ptr + w_row[:, None] * w_stride
+    g_ptrs = group_ptr + (index * blocks(width) * H + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
-    for block in range(0, tl.cdiv(width, BK)):
-        acc = dot_tile(acc, w_ptrs, columns, x_ptrs, rows, block, width, BK, BITS, EVEN)
+    for nth in range(0, steps(width, BK, BITS)):
+        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, width, H, BK, BITS, EVEN)
     if BITS != 16:
         acc *= scales(scale_ptr + w_row, n < H)[:, None]
     out = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
@@ -158,7 +195,7 @@ def expert_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool,
     """
     if uses_grouped_gemm(x, ids.shape[1], text, vision):
         return grouped_experts(x, ids, text, vision, media)
-    return tiled_results(x, ids, text, vision, plan(ids.numel(), len(text) + len(vision), storage(text.down)[2]))
+    return tiled_results(x, ids, text, vision, plan(ids.numel(), len(text) + len(vision), bits_of(text.down)))
 
 
 def tiled_results(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool, tiles: Plan) -> Tensor:
@@ -186,7 +223,7 @@ def routed_results(
         [N K, H] in the dtype of x, and their weights [N, K] float32.
     """
     pairs, experts = len(x) * top_k, len(text)
-    tiles = plan(pairs, experts + len(vision), storage(text.down)[2])
+    tiles = plan(pairs, experts + len(vision), bits_of(text.down))
     ids = torch.empty(pairs, dtype=torch.int32, device=x.device)
     weights = torch.empty(len(x), top_k, dtype=torch.float32, device=x.device)
     first = _gate_up_launch(x, tiles.gate_up, text.gate_up, vision.gate_up, pairs, top_k)
@@ -220,17 +257,17 @@ class GateUpLaunch:
 
 
 def _gate_up_launch(x: Tensor, tile: Tile, text: Weight, vision: Weight, pairs: int, top_k: int) -> GateUpLaunch:
-    (text_data, text_scale, bits), (vision_data, vision_scale, _) = storage(text), storage(vision)
+    text_data, vision_data = storage(text)[0], storage(vision)[0]
     hidden, width, vision_width = x.shape[1], text_data.shape[1] // 2, vision_data.shape[1] // 2
     outputs = tile.bn // 2
     return GateUpLaunch(
         torch.empty(pairs, width, dtype=x.dtype, device=x.device),
         ceil_div(width, outputs),
-        (
-            text_data, text_scale, vision_data, vision_scale,
-            hidden, width, vision_width, x.stride(0), text_data.stride(1),
-        ),
-        {"K": top_k, "BITS": bits, **tile.options(x, (hidden,), (width, vision_width), outputs)},
+        (*storage(text), *storage(vision), hidden, width, vision_width, x.stride(0), text_data.stride(1)),
+        {
+            "K": top_k, "BITS": bits_of(text),
+            **tile.options(x, ((hidden, stored_inputs(text)),), (width, vision_width), outputs),
+        },
     )  # fmt: skip
 
 
@@ -245,12 +282,13 @@ def _gate_up(x: Tensor, rows: PairTiles, tile: Tile, text: Weight, vision: Weigh
 
 def _down(inner: Tensor, rows: PairTiles, tile: Tile, text: Weight, vision: Weight) -> Tensor:
     """Return the second product of every pair, [P, H] in the dtype of inner."""
-    (text_data, text_scale, bits), (vision_data, vision_scale, _) = storage(text), storage(vision)
+    text_data, vision_data = storage(text)[0], storage(vision)[0]
     hidden, width, vision_width = text_data.shape[1], inner.shape[1], in_features(vision)
+    sizes = tuple((in_features(weight), stored_inputs(weight)) for weight in (text, vision))
     results = torch.empty(rows.pairs, hidden, dtype=inner.dtype, device=inner.device)
     _down_kernel[(ceil_div(hidden, tile.bn), len(rows.expert_ids))](
-        inner, rows.sorted_pair_ids, rows.expert_ids, results, text_data, text_scale, vision_data, vision_scale,
+        inner, rows.sorted_pair_ids, rows.expert_ids, results, *storage(text), *storage(vision),
         hidden, width, vision_width, text_data.stride(1), vision_data.stride(1),
-        BITS=bits, **tile.options(inner, (width, vision_width), (hidden,), tile.bn), **rows.options,
+        BITS=bits_of(text), **tile.options(inner, sizes, (hidden,), tile.bn), **rows.options,
     )  # fmt: skip
     return results

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.memory_budget import has_spare_memory
-from services.engine.kernels.quantize import Quantized, Weight, in_features
+from services.engine.kernels.quantize import Quantized, Weight, in_features, stored_inputs
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
-from services.engine.kernels.triton.dense.interleave import interleaved
+from services.engine.kernels.triton.dense.interleave import input_at
 from services.engine.kernels.triton.moe import grouped_plain, grouped_quantized
 from services.engine.kernels.triton.moe.sort import SortedPairs, sort_pairs
 
@@ -45,7 +45,7 @@ def _gather_kernel(
     pair = tl.load(pair_ids_ptr + row)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        source = interleaved(column) if INTERLEAVED else column
+        source = input_at(column) if INTERLEAVED else column
         x_ptrs = x_ptr + (pair // K).to(tl.int64)[:, None] * x_stride + source[None, :]
         values = tl.load(x_ptrs, (pair >= 0)[:, None] & (source < H)[None, :], 0.0)
         tl.store(out_ptr + row[:, None] * width + column[None, :], values, (column < width)[None, :])
@@ -86,9 +86,9 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
         products, tile = grouped_quantized, grouped_quantized.tile_rows(text.gate_up.bits, ids.numel() / experts)
     order = sort_pairs(ids.flatten(), experts, tile)
     rows = _gathered(x, order, ids.shape[1], text.gate_up)
-    width = max(_inputs(text.down), _inputs(vision.down))
+    width = max(stored_inputs(text.down), stored_inputs(vision.down))
     inner = torch.empty(len(order.sorted_pair_ids), width, dtype=x.dtype, device=x.device)
-    inners = [inner[:, : _inputs(pool.down)] for pool in pools]
+    inners = [inner[:, : stored_inputs(pool.down)] for pool in pools]
     for nth, pool in enumerate(pools):
         products.gate_up(rows, order, nth, pool.gate_up, inners[nth])
     del rows
@@ -98,15 +98,10 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     return results
 
 
-def _inputs(weight: Weight) -> int:
-    """Return the inputs that a weight stores, padding included."""
-    return weight.stored_inputs if isinstance(weight, Quantized) else weight.shape[-1]
-
-
 def _gathered(x: Tensor, order: SortedPairs, top_k: int, weight: Weight) -> Tensor:
     """Return [rows, inputs of the weight]: x of each row's token, columns in the order in which the weight stores
     inputs."""
-    out = torch.empty(len(order.sorted_pair_ids), _inputs(weight), dtype=x.dtype, device=x.device)
+    out = torch.empty(len(order.sorted_pair_ids), stored_inputs(weight), dtype=x.dtype, device=x.device)
     _gather_kernel[(len(out) // 8,)](
         x, order.sorted_pair_ids, order.tile_bounds, out, x.shape[1], out.shape[1], x.stride(0),
         INTERLEAVED=isinstance(weight, Quantized) and weight.bits == 4,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.engine.kernels.quantize import PLANES, Quantized
+from services.engine.kernels.quantize import BLOCK, PLANES, Quantized
 from services.engine.kernels.triton.common.launch import (
     fitting_stages,
     multiprocessors,
@@ -19,7 +19,7 @@ from services.engine.kernels.triton.common.launch import (
     wait_for_previous_kernel,
 )
 from services.engine.kernels.triton.common.sizes import ceil_div
-from services.engine.kernels.triton.dense.interleave import INSTRUCTION_INPUTS, interleaved, side_by_side
+from services.engine.kernels.triton.dense.interleave import INSTRUCTION_INPUTS, columns_of, side_by_side
 from services.engine.kernels.triton.dense.matmul import (
     after_wgmma,
     at_least_one,
@@ -27,6 +27,7 @@ from services.engine.kernels.triton.dense.matmul import (
     gated,
     load_stored,
     scales,
+    storage,
     unpack,
     widen,
 )
@@ -41,31 +42,45 @@ REST = 1024  # bytes of shared memory beside the stages, at most
 
 @triton.jit
 def _product(
-    x_desc, first_row, w_ptr, scale_ptr, w_row, inside, IN, w_stride,
-    BITS: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
+    x_desc, first_row, w_ptr, scale_ptr, group_ptr, index, n, inside, IN, OUT, w_stride,
+    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Return weight[w_row] times x[first_row ..]^T: [BN, BM] float32, of the rows of the weight that are `inside`.
+    """Return weight[index, n] times x[first_row ..]^T: [BN, BM] float32, of the rows of the weight that are `inside`.
 
-    IN: stored inputs; with 4 bits, x has them interleaved.
+    IN: stored inputs; with 4 bits, x has them interleaved. OUT: rows of each weight.
     """
     PER: tl.constexpr = PLANES if BITS == 4 else 1  # inputs of a stored element
     column = tl.arange(0, BK // PER)
+    w_row = index * OUT + n
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * w_stride + column[None, :]
+    g_ptrs = group_ptr + (index.to(tl.int64) * (IN // BLOCK) * OUT + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, at_least_one(IN), BK):
         at = k // PER
+        if BITS == 4:
+            groups = load_stored(g_ptrs + k // BLOCK * OUT, inside[:, None], EVEN)
         w = after_wgmma(load_stored(w_ptrs + at, inside[:, None] & (at + column < IN // PER)[None, :], EVEN))
         x = x_desc.load([first_row, k])
-        w = side_by_side(unpack(w, x.dtype)) if BITS == 4 else widen(w, x.dtype)
+        if BITS == 4:
+            planes = (
+                unpack(w, groups, 0, x.dtype),
+                unpack(w, groups, 1, x.dtype),
+                unpack(w, groups, 2, x.dtype),
+                unpack(w, groups, 3, x.dtype),
+            )
+            w = side_by_side(planes)
+        else:
+            w = widen(w, x.dtype)
         acc = tl.dot(w, x.T, acc, input_precision="ieee")
     return acc * scales(scale_ptr + w_row, inside)[:, None]
 
 
 @triton.jit(do_not_specialize=["pool"])
 def _quantized_gate_up_kernel(
-    x_desc, w_ptr, scale_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, IN, WIDTH, width, w_stride, out_stride, pool,
-    E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
+    x_desc, w_ptr, scale_ptr, group_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr,
+    IN, WIDTH, width, w_stride, out_stride, pool,
+    E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store out[row] = silu(gate) up, rows in order, and 0 from output WIDTH up to `width`; with 4 bits interleaved."""
@@ -77,21 +92,21 @@ def _quantized_gate_up_kernel(
         tile, n = first + job // columns, job % columns * OUTPUTS
         index = tl.load(expert_ids_ptr + tile) - pool * E
         output, is_up = gate_or_up(n, BN)
-        w_row = index * 2 * WIDTH + output + is_up * WIDTH
         acc = _product(
-            x_desc, tile * BM, w_ptr, scale_ptr, w_row, output < WIDTH, IN, w_stride, BITS, PLANES, EVEN, BM, BN, BK
+            x_desc, tile * BM, w_ptr, scale_ptr, group_ptr,
+            index, output + is_up * WIDTH, output < WIDTH, IN, 2 * WIDTH, w_stride,
+            BITS, PLANES, BLOCK, EVEN, BM, BN, BK,
         )  # fmt: skip
-        n += tl.arange(0, OUTPUTS)
         row = tile * BM + tl.arange(0, BM)
-        place = interleaved(n) if BITS == 4 else n
+        place = columns_of(n, OUTPUTS) if BITS == 4 else n + tl.arange(0, OUTPUTS)
         out_ptrs = out_ptr + row.to(tl.int64)[None, :] * out_stride + place[:, None]
         tl.store(out_ptrs, gated(acc, BN, BM).to(out_ptr.dtype.element_ty), (place < width)[:, None])
 
 
 @triton.jit(do_not_specialize=["pool"])
 def _quantized_down_kernel(
-    x_desc, w_ptr, scale_ptr, pair_ids_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, IN, H, w_stride, pool,
-    E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
+    x_desc, w_ptr, scale_ptr, group_ptr, pair_ids_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, IN, H, w_stride, pool,
+    E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store out[pair] = x[row of the pair] times the expert's weight."""
@@ -100,9 +115,10 @@ def _quantized_down_kernel(
     columns = tl.cdiv(H, BN)
     for job in range(tl.program_id(0), (last - first) * columns, tl.num_programs(0)):
         tile, n = first + job // columns, job % columns * BN + tl.arange(0, BN)
-        w_row = (tl.load(expert_ids_ptr + tile) - pool * E) * H + n
+        index = tl.load(expert_ids_ptr + tile) - pool * E
         acc = _product(
-            x_desc, tile * BM, w_ptr, scale_ptr, w_row, n < H, IN, w_stride, BITS, PLANES, EVEN, BM, BN, BK
+            x_desc, tile * BM, w_ptr, scale_ptr, group_ptr, index, n, n < H, IN, H, w_stride,
+            BITS, PLANES, BLOCK, EVEN, BM, BN, BK,
         )  # fmt: skip
         pair = tl.load(pair_ids_ptr + tile * BM + tl.arange(0, BM))
         out_ptrs = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
@@ -124,7 +140,7 @@ def gate_up(x: Tensor, order: SortedPairs, nth: int, weight: Quantized, inner: T
     (experts, double), inputs, outputs = weight.scale.shape, weight.stored_inputs, WEIGHT_ROWS // 2
     width, written = double // 2, inner.shape[1]
     _quantized_gate_up_kernel[(_programs(order, written, outputs, x),)](
-        TensorDescriptor.from_tensor(x, [order.tile, INPUTS]), weight.data, weight.scale,
+        TensorDescriptor.from_tensor(x, [order.tile, INPUTS]), *storage(weight),
         order.expert_ids, order.tile_bounds, inner, inputs, width, written, weight.data.stride(1), inner.stride(0), nth,
         E=experts, EVEN=inputs % INPUTS == 0 and written == width and width % outputs == 0,
         **_options(weight, order, x),
@@ -135,7 +151,7 @@ def down(inner: Tensor, order: SortedPairs, nth: int, weight: Quantized, results
     """Compute the second product of pool `nth`; see grouped_plain.py."""
     (experts, hidden), inputs = weight.scale.shape, weight.stored_inputs
     _quantized_down_kernel[(_programs(order, hidden, WEIGHT_ROWS, inner),)](
-        TensorDescriptor.from_tensor(inner, [order.tile, INPUTS]), weight.data, weight.scale,
+        TensorDescriptor.from_tensor(inner, [order.tile, INPUTS]), *storage(weight),
         order.sorted_pair_ids, order.expert_ids, order.tile_bounds, results, inputs, hidden, weight.data.stride(1), nth,
         E=experts, EVEN=inputs % INPUTS == 0 and hidden % WEIGHT_ROWS == 0, **_options(weight, order, inner),
     )  # fmt: skip
@@ -152,6 +168,7 @@ def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]
     return {
         "BITS": weight.bits,
         "PLANES": PLANES,
+        "BLOCK": BLOCK,
         "BM": order.tile,
         "BN": WEIGHT_ROWS,
         "BK": INPUTS,

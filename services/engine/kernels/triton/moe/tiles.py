@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from services.engine.kernels.quantize import GROUP
 from services.engine.kernels.triton.common.launch import fitting_stages
+from services.engine.kernels.triton.dense.matmul import STEP
 
 UNSORTED_PAIRS = 12  # up to here pairs are not sorted: each is a tile of its own
 
@@ -21,10 +21,16 @@ class Tile:
     warps: int
     stages: int
 
-    def options(self, x: Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...], bn: int) -> dict[str, Any]:
+    def options(
+        self, x: Tensor, inputs: tuple[tuple[int, int], ...], outputs: tuple[int, ...], bn: int
+    ) -> dict[str, Any]:
         """Return launch options for products of any of these sizes, whose programs have `bn` outputs. EVEN: the tiles
-        cover the sizes exactly, so nothing is masked."""
-        even = not any(n % self.bk for n in inputs) and not any(n % bn for n in outputs)
+        cover the sizes exactly, so nothing is masked.
+
+        Args:
+            inputs: of weights, and those that they store.
+        """
+        even = all(n == stored and n % self.bk == 0 for n, stored in inputs) and not any(n % bn for n in outputs)
         stages = self.stages if x.element_size() == 2 else 1
         return {"EVEN": even, "BN": self.bn, "BK": self.bk, "num_warps": self.warps, "num_stages": stages}
 
@@ -57,14 +63,14 @@ def _fitted(wanted: Plan, bits: int) -> Plan:
 
 def _plan4(pairs: int, rows_per_expert: float) -> Plan:
     if pairs <= UNSORTED_PAIRS:
-        return Plan(8, Tile(32, GROUP, 2, 3), Tile(32, GROUP, 2, 3), sorted=False)
+        return Plan(8, Tile(32, STEP, 2, 3), Tile(64, STEP, 2, 3), sorted=False)
     if rows_per_expert <= 4:
-        return Plan(8, Tile(64, GROUP, 2, 3), Tile(64, GROUP, 4, 3))
+        return Plan(8, Tile(64, STEP, 2, 3), Tile(64, STEP, 2, 3))
     if rows_per_expert <= 8:
-        return Plan(16, Tile(64, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
+        return Plan(16, Tile(64, STEP, 2, 3), Tile(128, STEP, 4, 3))
     if rows_per_expert <= 40:
-        return Plan(32, Tile(128, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
-    return Plan(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
+        return Plan(32, Tile(128, STEP, 4, 3), Tile(128, STEP, 4, 3))
+    return Plan(64, Tile(128, STEP, 4, 2), Tile(128, STEP, 4, 2))
 
 
 def _plan8(pairs: int, rows_per_expert: float) -> Plan:
