@@ -24,8 +24,9 @@ from services.engine.run.runner import Runner
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
+from services.engine.schedule.speculation import Speculation
 from services.engine.service import EngineService
-from services.engine.settings import EngineSettings
+from services.engine.settings import EngineSettings, SpeculativeConfig
 from services.engine.transport.grammars import Compile, Grammars
 from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
 from services.engine.transport.outbox import Outbox
@@ -133,6 +134,7 @@ def compose(
             settings.max_num_batched_tokens,
             settings.enable_chunked_prefill,
             settings.block_size,
+            speculation(settings.speculative_config),
         )
         Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
 
@@ -196,6 +198,13 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
     asked, chosen = config.quantization, settings.quantization
     if asked is not None and chosen not in (None, asked):
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
+
+
+def speculation(config: SpeculativeConfig | None) -> Speculation | None:
+    """Return the scheduler's limits of guessing."""
+    if config is None:
+        return None
+    return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size)
 
 
 def operations(where: str, batch_invariant: bool = False) -> Ops:

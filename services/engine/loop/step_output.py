@@ -44,12 +44,12 @@ class StepOutput:
         if run.finish is not None:
             self.ended.append(_end(run, run.finish))
 
-    def add_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
-        """Add the last token of a sequence."""
-        index = sequence.num_generated - 1
-        token = int(sequence.tokens[sequence.num_tokens - 1])
-        logprobs = None if logprob is None else (logprob,)
-        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
+    def add_tokens(self, sequence: Sequence, logprobs: list[TokenLogprob | None], finish: Finish | None) -> None:
+        """Add the last tokens of a sequence, as many as there are `logprobs`, which a request has for all or none."""
+        index = sequence.num_generated - len(logprobs)
+        tokens = tuple(sequence.generated[index:].tolist())
+        reported = tuple(logprob for logprob in logprobs if logprob is not None) or None
+        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, tokens, reported, finish))
 
     def add_end(self, sequence: Sequence, finish: Finish) -> None:
         """End a sequence without another token."""

@@ -26,7 +26,7 @@ class Launched(Protocol):
         """Start to sample, if that had to wait for the tokens of the step before; to be called before `read`."""
 
     def read(self) -> list[Sampled]:
-        """Return one token for each of `plan.sampling`, in its order. Waits for this step alone."""
+        """Return the tokens of each of `plan.sampling`, in its order. Waits for this step alone."""
 
     def scores(self) -> list[Scored]:
         """Return what it has computed of prompts' own tokens, once it was read."""
@@ -102,7 +102,7 @@ class ModelRunner:
         return step
 
     def _draw(self, plan: Plan, logits: Tensor) -> Drawn:
-        drawn = self._sampler.draw(logits, plan_sampling(plan.sampling, self._grammar_masks))
+        drawn = self._sampler.draw(logits, plan_sampling(plan.rows(), self._grammar_masks))
         if self._graphs is not None:
             self._graphs.keep_tokens(drawn.tokens)
         return drawn

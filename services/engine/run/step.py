@@ -162,7 +162,7 @@ class StepBuilder:
             blocks=[chunk.sequence.blocks.tobytes() for chunk in chunks],
             query_start=starts.astype(np.int32),
             context_lens=np.array([chunk.start + chunk.length for chunk in chunks], np.int32),
-            logit_rows=np.array([stop - 1 for c, stop in zip(chunks, starts[1:], strict=True) if c.samples], np.int64),
+            logit_rows=np.concatenate([logit_rows(c, stop) for c, stop in zip(chunks, starts[1:], strict=True)]),
             max_query_len=max(lengths),
         )
 
@@ -188,6 +188,11 @@ class StepBuilder:
         copied without a wait."""
         pinned = rows > 0 and self._device.type == "cuda"
         return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
+
+
+def logit_rows(chunk: Chunk, stop: int) -> Ints:
+    """Return the rows of a step that a chunk samples from; it ends before row `stop`."""
+    return np.arange(stop - chunk.num_sampled, stop)
 
 
 def slots(chunk: Chunk, block_size: int) -> Ints:

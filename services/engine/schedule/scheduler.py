@@ -16,12 +16,15 @@ earliest arrival is never preempted while another runs, so it always progresses,
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.sequence import Sequence
+from services.engine.schedule.speculation import Speculation, Speculator, accept
 from shared.errors import Failure
 from shared.messages import Finish
 
@@ -34,6 +37,7 @@ class Chunk(msgspec.Struct, frozen=True):
     length: int
     samples: bool  # its last token is the sequence's last
     source: int | None = None  # index among the tokens in flight of the one it computes; None: its tokens are known
+    drafts: int = 0  # its last tokens that are guessed: each is verified by the token drawn in its place
 
     @property
     def stop(self) -> int:
@@ -43,6 +47,22 @@ class Chunk(msgspec.Struct, frozen=True):
     def generated(self) -> int:
         """Number of tokens of the answer before the one it samples."""
         return self.start + self.length - self.sequence.prompt_len
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens that it samples: one behind its known tokens, and one behind each guessed one."""
+        return self.drafts + 1 if self.samples else 0
+
+    def rows(self) -> list["Chunk"]:
+        """Return a chunk for each token that it samples, with its sequence as it is if the guesses before are right."""
+        if not self.drafts:
+            return [self]
+        sequence, rows = self.sequence, list[Chunk]()
+        for known in range(self.stop - self.drafts, self.stop + 1):
+            if rows and self.sequence.depends_on_tokens:
+                sequence = sequence.with_draft()
+            rows.append(Chunk(sequence, known - 1, 1, samples=True))
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +82,17 @@ class Plan:
 
     @property
     def sampling(self) -> list[Chunk]:
-        """Chunks that sample a token, in the order of the tokens."""
+        """Chunks that sample tokens, in the order of the tokens."""
         return [chunk for chunk in self.chunks if chunk.samples]
+
+    @property
+    def drafts(self) -> int:
+        """Number of guessed tokens that it verifies."""
+        return sum(chunk.drafts for chunk in self.chunks)
+
+    def rows(self) -> list[Chunk]:
+        """Return a chunk for each token that is sampled."""
+        return [row for chunk in self.sampling for row in chunk.rows()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +103,16 @@ class Limits:
     max_num_batched_tokens: int
     chunked_prefill: bool
     block_size: int
+    speculation: Speculation | None = None  # None: no token is ever guessed
+
+
+class Progress(NamedTuple):
+    """Tokens that a step has appended to a sequence."""
+
+    sequence: Sequence
+    row: int  # index of the first among the step's tokens
+    appended: int
+    finish: Finish | None  # why the sequence has ended with the last one
 
 
 class Scheduler:
@@ -82,6 +121,7 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self._pool = pool
         self._limits = limits
+        self._speculator = Speculator(limits.speculation)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -148,6 +188,7 @@ class Scheduler:
             admitted.append(waiting)
             chunks.append(_chunk(waiting, budget))
             budget -= chunks[-1].length
+        chunks = self._with_drafts(chunks, budget)
         begun = tuple(s for s in admitted if not s.begun)
         asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
         hit_tokens = sum(s.num_computed for s in admitted)
@@ -163,10 +204,14 @@ class Scheduler:
         certainly continues, no block has to be taken from another sequence for it, and no prefill is waiting. How it
         samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a row in it all
         the same, which `commit` drops.
+
+        Guesses need the token before: where they are in flight, or likely to be worth a step, the commit comes first.
         """
         continuing = [s for s in self._running if s.can_continue]
         budget = self._limits.max_num_batched_tokens - len(continuing)
-        if not continuing or budget < 0 or not all(s.in_flight for s in self._running):
+        if not continuing or budget < 0 or not all(s.in_flight and not s.drafts for s in self._running):
+            return None
+        if any(self._speculator.guess(continuing, len(continuing), budget, after=1)):
             return None
         if self._match_first(budget) is not None:
             return None
@@ -178,31 +223,31 @@ class Scheduler:
         chunks = tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)
         return _count_planned(Plan(chunks, samples_later=any(s.depends_on_tokens for s in continuing)))
 
-    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
+    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[Progress]:
         """Account for a step that has run.
 
         Args:
             plan: the first that was not committed yet.
-            tokens: one for each of `plan.sampling`, in its order.
+            tokens: `num_sampled` for each of `plan.sampling`, in its order.
 
         Returns:
-            (index of the token, its sequence, why that has ended or None) for each token appended. Ended sequences are
-            removed; one removed after the step was planned gets no token.
+            What was appended to each sequence that got a token. Ended sequences are removed; one removed after the step
+            was planned gets no token.
         """
+        progress: list[Progress] = []
+        row, coming = 0, iter(tokens)
         for chunk in plan.chunks:
-            if self._has(chunk.sequence):
-                self._remember(chunk)
-        progress: list[tuple[int, Sequence, Finish | None]] = []
-        for row, (chunk, token) in enumerate(zip(plan.sampling, tokens, strict=True)):
-            sequence = chunk.sequence
-            sequence.in_flight -= 1
-            if not self._has(sequence):
-                continue
-            sequence.append(token)
-            finish = sequence.finish()
-            progress.append((row, sequence, finish))
-            if finish is not None:
-                self.remove(sequence.request_id)
+            sequence, drawn = chunk.sequence, list(islice(coming, chunk.num_sampled))
+            sequence.in_flight -= chunk.samples
+            if self._has(sequence):
+                made = Progress(sequence, row, *accept(sequence, drawn)) if drawn else None
+                self._remember(chunk, sequence.num_computed if chunk.drafts else chunk.stop)
+                if made is not None:
+                    progress.append(made)
+                    if made.finish is not None:
+                        self.remove(sequence.request_id)
+            row += len(drawn)
+        assert next(coming, None) is None, "more tokens than were sampled"
         return progress
 
     def record_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> bool:
@@ -249,6 +294,26 @@ class Scheduler:
         full = sequence.cacheable // self._limits.block_size
         return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
 
+    def _with_drafts(self, chunks: list[Chunk], budget: int) -> list[Chunk]:
+        """Add guessed tokens to the chunks that are one token behind, where that is worth it and nobody else's room."""
+        room = min(budget, self._limits.max_num_seqs - sum(chunk.samples for chunk in chunks))
+        decoding = [chunk.sequence for chunk in chunks if chunk.length == 1 and chunk.samples]
+        guesses = self._speculator.guess(decoding, sum(chunk.length for chunk in chunks), room)
+        for sequence, guessed in zip(decoding, guesses, strict=False):
+            drafts = sequence.possible(guessed)
+            missing = self._blocks_for(sequence.num_tokens + len(drafts)) - len(sequence.blocks)
+            if missing + len(self._running) > self._pool.available:
+                drafts = drafts[: len(sequence.blocks) * self._limits.block_size - sequence.num_tokens]
+            elif missing > 0:
+                sequence.blocks.extend(self._pool.allocate(missing))
+            sequence.draft(drafts)
+        return [
+            Chunk(c.sequence, c.start, c.length + c.sequence.drafts, samples=True, drafts=c.sequence.drafts)
+            if c.sequence.drafts
+            else c
+            for c in chunks
+        ]
+
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """Give a running sequence blocks for all its known tokens, by preempting later arrivals if need be.
 
@@ -267,9 +332,10 @@ class Scheduler:
         sequence.blocks.extend(self._pool.allocate(missing))
         return True
 
-    def _remember(self, chunk: Chunk) -> None:
-        """Register the blocks that a chunk has filled, once their content is in the cache and not before."""
-        first, full = chunk.start // self._limits.block_size, chunk.stop // self._limits.block_size
+    def _remember(self, chunk: Chunk, stop: int) -> None:
+        """Register the blocks that a chunk has filled up to token `stop`, once their content is in the cache and not
+        before."""
+        first, full = chunk.start // self._limits.block_size, stop // self._limits.block_size
         if not self._pool.caching or full == first:
             return
         hashes = chunk.sequence.block_hashes(self._limits.block_size, full)
@@ -297,11 +363,13 @@ def _chunk(sequence: Sequence, budget: int) -> Chunk:
 
 def _count_planned(plan: Plan) -> Plan:
     """Count the plan in its sequences, and return it."""
+    row = 0
     for chunk in plan.chunks:
         chunk.sequence.num_computed = chunk.stop
-    for row, chunk in enumerate(plan.sampling):
-        chunk.sequence.row = row
-        chunk.sequence.in_flight += 1
+        if chunk.samples:
+            chunk.sequence.row = row
+            chunk.sequence.in_flight += 1
+        row += chunk.num_sampled
     return plan
 
 
