@@ -197,7 +197,7 @@ class SumRunner:
                 known = chunk.sequence.tokens[at] if chunk.source is None else self._last[chunk.source]
                 self._cache[block, at % block_size] = known
         out = []
-        for row in plan.rows():
+        for row in plan.draws():
             cached = self._cache[list(row.sequence.blocks)].flatten()[: row.stop]
             out.append(Sampled(next_token(cached.tolist())))
         return out

@@ -84,7 +84,7 @@ class ModelRunner:
         # The caller's work comes first: launching a step, or computing it here, takes longer.
         meanwhile()
         inputs = step.to(self._model.device, self._cache.block_size)
-        if parts := parts_of(plan, step):
+        if parts := parts_of(self._builder.chunks(plan), step):
             return self._launch_scoring(plan, inputs, parts)
         return self._start_sampling(plan, self._model.forward(inputs, self._cache))
 
@@ -102,7 +102,7 @@ class ModelRunner:
         return step
 
     def _draw(self, plan: Plan, logits: Tensor) -> Drawn:
-        drawn = self._sampler.draw(logits, plan_sampling(plan.rows(), self._grammar_masks))
+        drawn = self._sampler.draw(logits, plan_sampling(plan.draws(), self._grammar_masks))
         if self._graphs is not None:
             self._graphs.keep_tokens(drawn.tokens)
         return drawn

@@ -112,15 +112,29 @@ class HostStep:
 class StepBuilder:
     """Builder of the steps of one model and cache."""
 
-    def __init__(self, model: Model, block_size: int, image_patch_id: int) -> None:
+    def __init__(self, model: Model, block_size: int, image_patch_id: int, guesses_apart: bool = False) -> None:
+        """
+        Args:
+            guesses_apart: a guessed token is a row like that of another sequence, over the same blocks, so that a step
+                that verifies guesses is a decode step, which may be captured; else it is a chunk with those before it,
+                which reads their keys once.
+        """
+        self._guesses_apart = guesses_apart
         self._hidden_size, self._dtype, self._device = model.hidden_size, model.dtype, model.device
         self._block_size = block_size
         self._image_patch_id = image_patch_id
 
     def build(self, plan: Plan) -> HostStep:
-        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in plan.chunks):
-            return self._decode(plan.chunks)
-        return self._mixed(plan.chunks)
+        chunks = self.chunks(plan)
+        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in chunks):
+            return self._decode(chunks)
+        return self._mixed(chunks)
+
+    def chunks(self, plan: Plan) -> tuple[Chunk, ...]:
+        """Return the chunks of a plan as they are computed: each has keys and values of its own before any attends."""
+        if not self._guesses_apart or not plan.drafts:
+            return plan.chunks
+        return tuple(part for chunk in plan.chunks for part in chunk.apart())
 
     def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
         """Build a step with one token each of sequences past their prompts: most steps, so in few passes."""

@@ -53,15 +53,20 @@ class Chunk(msgspec.Struct, frozen=True):
         """Number of tokens that it samples: one behind its known tokens, and one behind each guessed one."""
         return self.drafts + 1 if self.samples else 0
 
-    def rows(self) -> list["Chunk"]:
-        """Return a chunk for each token that it samples, with its sequence as it is if the guesses before are right."""
+    def apart(self) -> list["Chunk"]:
+        """Return itself without guesses, else a chunk for each token that it samples."""
         if not self.drafts:
             return [self]
-        sequence, rows = self.sequence, list[Chunk]()
-        for known in range(self.stop - self.drafts, self.stop + 1):
-            if rows and self.sequence.depends_on_tokens:
-                sequence = sequence.with_draft()
-            rows.append(Chunk(sequence, known - 1, 1, samples=True))
+        first = self.stop - self.drafts - 1
+        return [Chunk(self.sequence, start, 1, samples=True) for start in range(first, self.stop)]
+
+    def draws(self) -> list["Chunk"]:
+        """Return a chunk for each token that it samples, its sequence as it is if the guesses before are right."""
+        rows, supposed = self.apart(), self.sequence
+        if supposed.depends_on_tokens:
+            for place in range(1, len(rows)):
+                supposed = supposed.with_draft()
+                rows[place] = msgspec.structs.replace(rows[place], sequence=supposed)
         return rows
 
 
@@ -90,9 +95,9 @@ class Plan:
         """Number of guessed tokens that it verifies."""
         return sum(chunk.drafts for chunk in self.chunks)
 
-    def rows(self) -> list[Chunk]:
+    def draws(self) -> list[Chunk]:
         """Return a chunk for each token that is sampled."""
-        return [row for chunk in self.sampling for row in chunk.rows()]
+        return [draw for chunk in self.sampling for draw in chunk.draws()]
 
 
 @dataclass(frozen=True, slots=True)

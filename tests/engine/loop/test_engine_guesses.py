@@ -82,7 +82,7 @@ def test_guesses_take_nobodys_room() -> None:
     bench = guessed(script, wrong=4, max_num_seqs=5, max_num_batched_tokens=12)
     assert bench.guessed[1] > 0
     for plan in bench.runner.plans:
-        assert len(plan.rows()) <= 5
+        assert len(plan.draws()) <= 5
         assert not plan.drafts or plan.num_tokens <= 12
         assert not plan.drafts or all(chunk.samples for chunk in plan.chunks), "the prompt has all that is left"
     assert bench.answer("long") == continuation(prompt(7, 40), 3)
@@ -137,7 +137,7 @@ class Circling(SumRunner):
     def _run(self, plan: Any) -> Any:
         sampled = super()._run(plan)
         return [s if s.token % self.rare == 0 else type(s)(10 + row.stop % 7) for s, row in
-                zip(sampled, plan.rows(), strict=True)]  # fmt: skip
+                zip(sampled, plan.draws(), strict=True)]  # fmt: skip
 
     rare = 13
 

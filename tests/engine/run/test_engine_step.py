@@ -47,6 +47,32 @@ def test_decoding_is_built_as_any_step_is() -> None:
     assert not quick.samples_all
 
 
+def guessed() -> Plan:
+    """Sequences of which some have guesses, and one in its prefill."""
+    chunks = []
+    for row, (prompt, generated, drafts) in enumerate([(3, 1, 2), (9, 5, 0), (4, 0, 3)]):
+        made = sequence(range(10, 10 + prompt), range(50, 50 + generated), max_tokens=20)
+        made.blocks.extend(range(7 * row, 7 * row + 7))
+        made.draft([60 + row] * drafts)
+        chunks.append(Chunk(made, made.num_tokens - 1, 1 + drafts, samples=True, drafts=drafts))
+    return Plan(tuple(chunks))
+
+
+def test_guesses_are_rows_like_others_or_chunks() -> None:
+    plan, device = guessed(), torch.device("cpu")
+    chunked = StepBuilder(Model(), BLOCK, image_patch_id=52).build(plan)
+    builder = StepBuilder(Model(), BLOCK, image_patch_id=52, guesses_apart=True)
+    apart = builder.build(plan)
+    assert chunked.max_query_len == 4
+    assert (apart.max_query_len, apart.samples_all, len(apart)) == (1, True, 3 + 1 + 4), "as captured decode steps are"
+    for name in ("token_ids", "positions", "vision", "slots", "logit_rows"):
+        np.testing.assert_array_equal(getattr(apart, name), getattr(chunked, name), name)
+    assert apart.token_ids.tolist() == [50, 60, 60, 54, 13, 62, 62, 62]
+    assert apart.context_lens.tolist() == [4, 5, 6, 14, 4, 5, 6, 7]
+    assert apart.blocks == [chunk.sequence.blocks.tobytes() for chunk in builder.chunks(plan)]
+    assert apart.to(device, BLOCK).lengths == tuple((1, length) for length in apart.context_lens)
+
+
 def test_a_step_knows_its_lengths_on_the_host() -> None:
     step = StepBuilder(Model(), BLOCK, image_patch_id=52)._decode(decoding()).to(Model.device, BLOCK)
     assert step.lengths == tuple(zip(step.query_start.diff().tolist(), step.context_lens.tolist(), strict=True))

@@ -43,7 +43,7 @@ class Bench:
         plan = self.scheduler.schedule()
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
         assert len(plan.chunks) <= self.scheduler.num_running <= self.limits.max_num_seqs
-        assert len(plan.rows()) <= self.limits.max_num_seqs, "there is memory for the logits of so many"
+        assert len(plan.draws()) <= self.limits.max_num_seqs, "there is memory for the logits of so many"
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             assert chunk.length > 0
