@@ -5,7 +5,7 @@
 The demo checkpoint, one thread, the engine's loop without Redis, with and without guesses in turns, in seconds of
 computing, so that other work on the machine weighs little. The model is too small to copy a page, so a grammar makes it
 write `copy` (a text of its prompt) and `table` (lines as of a scanned list, which the prompt does not have); `json`
-follows a schema with what the model draws; `free` are questions about Millrace, answered at temperature 1 and on past
+follows a schema with what is likeliest; `free` are questions about Millrace, answered at temperature 1 and on past
 their end. Two minutes on an idle machine; asserts nothing. Packages as for benchmarks.structured.
 
   <kind>.<rows>.gain      time without guesses over time with them, median of rounds
@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry
 from benchmarks.demo_model.prompt import Encoder
 from benchmarks.demo_model.questions import questions
 from benchmarks.demo_model.sample import Sample, user
-from benchmarks.structured import ENDLESS, Report, environment
+from benchmarks.structured import Report, environment
 from services.engine.__main__ import load
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Add, Mailbox
@@ -50,7 +50,13 @@ from shared.model.config import load_model_config
 from shared.model.tokenizer import Tokenizer
 
 DEMO = Path("cli/demo_checkpoint")
-ROWS = (1, 2, 4, 8)
+ROWS = (8, 1)
+READING = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome", "Oslo"]}, "degrees": {"type": "integer", "maximum": 50}},
+    "required": ["city", "degrees"],
+    "additionalProperties": False,
+}
 ROUNDS = 3
 LENGTH = 96  # tokens of an answer, at most
 GUESSING = Speculation(most=8, ngram=3, max_batch=16)
@@ -86,7 +92,8 @@ def table(rng: random.Random) -> Asked:
 
 
 def records(rng: random.Random) -> Asked:
-    return f"Write {rng.randrange(100)} records as JSON.", forms.write(forms.json_schema(ENDLESS), thinking=False)
+    schema = forms.json_schema({"type": "array", "items": READING, "minItems": 50})
+    return f"Write {rng.randrange(100)} records of the weather as JSON.", forms.write(schema, thinking=False)
 
 
 def free(rng: random.Random) -> Asked:
@@ -152,7 +159,7 @@ class Bench:
 
     def _sequence(self, index: int, prompt: Prompt) -> Sequence:
         grammar = None if prompt.grammar is None else Grammar(prompt.grammar, "response_format")
-        sampling = Sampling(seed=index, temperature=1.0, ignore_eos=True, grammar=grammar)
+        sampling = Sampling(seed=index, temperature=float(prompt.grammar is None), ignore_eos=True, grammar=grammar)
         request = Request(f"{index:016x}", "bench", 0, 0.0, sampling, Output(thinking=False))
         state = None if prompt.matcher is None else GrammarState(prompt.matcher.deep_copy())
         return build(Generate(request, pack_ids(prompt.ids), LENGTH, ()), 1, (), (), self._facts, state)

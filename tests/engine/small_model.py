@@ -85,5 +85,5 @@ def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) ->
     rows = DecodeRows(model, SEQS, LONGEST, PAGE, BLOCKS, SMALL.image_patch_id)
     graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
     sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
-    builder = StepBuilder(model, PAGE, SMALL.image_patch_id, guesses_apart=captured)
+    builder = StepBuilder(model, PAGE, SMALL.image_patch_id)
     return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs, SEQS)

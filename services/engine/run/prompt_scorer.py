@@ -5,7 +5,6 @@ a row, and dropped.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence as Ordered
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from services.engine.run.sampler import MIN_LOGPROB
 from services.engine.run.step import HostStep
 from services.engine.run.upload import upload
 from services.engine.schedule.prompt_scores import ScoredRows
-from services.engine.schedule.scheduler import Chunk
+from services.engine.schedule.scheduler import Plan
 from services.engine.schedule.sequence import Sequence
 
 MAX_ROWS = 64  # whose logits exist at a time; and never more than a step may sample, for which there is memory
@@ -41,10 +40,10 @@ class Part(NamedTuple):
     stop: int
 
 
-def parts_of(chunks: Ordered[Chunk], step: HostStep) -> list[Part]:
-    """Return the parts of a step of these chunks that score prompts."""
+def parts_of(plan: Plan, step: HostStep) -> list[Part]:
+    """Return the parts of a step that score prompts."""
     found = []
-    for chunk, row in zip(chunks, step.query_start.tolist(), strict=False):
+    for chunk, row in zip(plan.parts, step.query_start.tolist(), strict=False):
         scores, most = chunk.sequence.scores, chunk.sequence.sampling.prompt_logprobs
         if scores is None or most is None:
             continue

@@ -84,7 +84,7 @@ class ModelRunner:
         # The caller's work comes first: launching a step, or computing it here, takes longer.
         meanwhile()
         inputs = step.to(self._model.device, self._cache.block_size)
-        if parts := parts_of(self._builder.chunks(plan), step):
+        if parts := parts_of(plan, step):
             return self._launch_scoring(plan, inputs, parts)
         return self._start_sampling(plan, self._model.forward(inputs, self._cache))
 

@@ -112,29 +112,16 @@ class HostStep:
 class StepBuilder:
     """Builder of the steps of one model and cache."""
 
-    def __init__(self, model: Model, block_size: int, image_patch_id: int, guesses_apart: bool = False) -> None:
-        """
-        Args:
-            guesses_apart: a guessed token is a row like that of another sequence, over the same blocks, so that a step
-                that verifies guesses is a decode step, which may be captured; else it is a chunk with those before it,
-                which reads their keys once.
-        """
-        self._guesses_apart = guesses_apart
+    def __init__(self, model: Model, block_size: int, image_patch_id: int) -> None:
         self._hidden_size, self._dtype, self._device = model.hidden_size, model.dtype, model.device
         self._block_size = block_size
         self._image_patch_id = image_patch_id
 
     def build(self, plan: Plan) -> HostStep:
-        chunks = self.chunks(plan)
+        chunks = plan.parts
         if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in chunks):
             return self._decode(chunks)
         return self._mixed(chunks)
-
-    def chunks(self, plan: Plan) -> tuple[Chunk, ...]:
-        """Return the chunks of a plan as they are computed: each has keys and values of its own before any attends."""
-        if not self._guesses_apart or not plan.drafts:
-            return plan.chunks
-        return tuple(part for chunk in plan.chunks for part in chunk.apart())
 
     def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
         """Build a step with one token each of sequences past their prompts: most steps, so in few passes."""
@@ -176,7 +163,7 @@ class StepBuilder:
             blocks=[chunk.sequence.blocks.tobytes() for chunk in chunks],
             query_start=starts.astype(np.int32),
             context_lens=np.array([chunk.start + chunk.length for chunk in chunks], np.int32),
-            logit_rows=np.concatenate([logit_rows(c, stop) for c, stop in zip(chunks, starts[1:], strict=True)]),
+            logit_rows=np.array([stop - 1 for c, stop in zip(chunks, starts[1:], strict=True) if c.samples], np.int64),
             max_query_len=max(lengths),
         )
 
@@ -202,11 +189,6 @@ class StepBuilder:
         copied without a wait."""
         pinned = rows > 0 and self._device.type == "cuda"
         return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
-
-
-def logit_rows(chunk: Chunk, stop: int) -> Ints:
-    """Return the rows of a step that a chunk samples from; it ends before row `stop`."""
-    return np.arange(stop - chunk.num_sampled, stop)
 
 
 def slots(chunk: Chunk, block_size: int) -> Ints:

@@ -54,7 +54,7 @@ class Chunk(msgspec.Struct, frozen=True):
         return self.drafts + 1 if self.samples else 0
 
     def apart(self) -> list["Chunk"]:
-        """Return itself without guesses, else a chunk for each token that it samples."""
+        """Return itself without guesses, else a chunk for its known token and for each guess."""
         if not self.drafts:
             return [self]
         first = self.stop - self.drafts - 1
@@ -94,6 +94,13 @@ class Plan:
     def drafts(self) -> int:
         """Number of guessed tokens that it verifies."""
         return sum(chunk.drafts for chunk in self.chunks)
+
+    @property
+    def parts(self) -> tuple[Chunk, ...]:
+        """Chunks as they are computed: a guess is a row like another sequence's, over the same blocks. All keys and
+        values of a layer are written before any row attends, so it finds those before it. So a step that verifies
+        guesses is a decode step."""
+        return tuple(part for chunk in self.chunks for part in chunk.apart())
 
     def draws(self) -> list[Chunk]:
         """Return a chunk for each token that is sampled."""

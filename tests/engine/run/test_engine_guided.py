@@ -63,18 +63,13 @@ def ask(guide: str, generated: Ordered[int] = (), *, index: int = 0, request_id:
 
 
 def run(
-    model: ErnieModel,
-    asked: Ordered[Sequence],
-    kind: type[ModelRunner] = ModelRunner,
-    every: int = 0,
-    captured: bool = True,
-    **bounds: Any,
+    model: ErnieModel, asked: Ordered[Sequence], kind: type[ModelRunner] = ModelRunner, every: int = 0, **bounds: Any
 ) -> Bench:
     """Run all at once, or one `every` so many turns."""
     script: Script = {every * i: [] for i in range(len(asked))}
     for i, one in enumerate(asked):
         script[every * i].append(Add(one))
-    return Bench(script, runner=runner(model, kind, captured), **{"max_num_seqs": SEQS, "block_size": PAGE, **bounds})
+    return Bench(script, runner=runner(model, kind), **{"max_num_seqs": SEQS, "block_size": PAGE, **bounds})
 
 
 def content(answer: Ordered[int], thinking: bool = True) -> list[int]:
@@ -120,8 +115,7 @@ ASKED: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {  # bounds of the engine
     "together and ahead": {},
     "in chunks and preempted": {"max_num_batched_tokens": 5, "blocks": -(-64 // PAGE), "max_num_seqs": 4},
-    "guessed in captured steps": {"speculation": GUESSING, "every": 12},
-    "guessed in chunks": {"speculation": GUESSING, "every": 12, "captured": False},
+    "guessed": {"speculation": GUESSING, "every": 12},
 }
 SHORT = ("stop_token_ids", "cut short")  # there is room for all of them
 

@@ -48,7 +48,7 @@ def test_decoding_is_built_as_any_step_is() -> None:
 
 
 def guessed() -> Plan:
-    """Sequences of which some have guesses, and one in its prefill."""
+    """Sequences of which some have guesses; the last one computes the end of its prompt."""
     chunks = []
     for row, (prompt, generated, drafts) in enumerate([(3, 1, 2), (9, 5, 0), (4, 0, 3)]):
         made = sequence(range(10, 10 + prompt), range(50, 50 + generated), max_tokens=20)
@@ -58,19 +58,16 @@ def guessed() -> Plan:
     return Plan(tuple(chunks))
 
 
-def test_guesses_are_rows_like_others_or_chunks() -> None:
-    plan, device = guessed(), torch.device("cpu")
-    chunked = StepBuilder(Model(), BLOCK, image_patch_id=52).build(plan)
-    builder = StepBuilder(Model(), BLOCK, image_patch_id=52, guesses_apart=True)
-    apart = builder.build(plan)
-    assert chunked.max_query_len == 4
-    assert (apart.max_query_len, apart.samples_all, len(apart)) == (1, True, 3 + 1 + 4), "as captured decode steps are"
-    for name in ("token_ids", "positions", "vision", "slots", "logit_rows"):
-        np.testing.assert_array_equal(getattr(apart, name), getattr(chunked, name), name)
-    assert apart.token_ids.tolist() == [50, 60, 60, 54, 13, 62, 62, 62]
-    assert apart.context_lens.tolist() == [4, 5, 6, 14, 4, 5, 6, 7]
-    assert apart.blocks == [chunk.sequence.blocks.tobytes() for chunk in builder.chunks(plan)]
-    assert apart.to(device, BLOCK).lengths == tuple((1, length) for length in apart.context_lens)
+def test_guesses_are_rows_of_a_decode_step() -> None:
+    plan = guessed()
+    step = StepBuilder(Model(), BLOCK, image_patch_id=62).build(plan)
+    assert (step.max_query_len, step.samples_all, len(step)) == (1, True, 3 + 1 + 4), "as captured steps are"
+    assert step.token_ids.tolist() == [50, 60, 60, 54, 13, 62, 62, 62]
+    assert step.vision.tolist() == [False] * 5 + [True] * 3
+    assert step.positions.tolist() == [[3, 4, 5, 13, 3, 4, 5, 6]] * 3
+    assert step.context_lens.tolist() == [4, 5, 6, 14, 4, 5, 6, 7]
+    assert step.slots.tolist() == [3, 4, 5, 7 * 4 + 13, 14 * 4 + 3, 14 * 4 + 4, 14 * 4 + 5, 14 * 4 + 6]
+    assert step.blocks == [part.sequence.blocks.tobytes() for part in plan.parts]
 
 
 def test_a_step_knows_its_lengths_on_the_host() -> None:
