@@ -13,6 +13,7 @@ from services.engine.loop.mailbox import Abort, Add, Command, FinishUnstarted, F
 from services.engine.loop.step_output import StepOutput, error_finish
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
+from services.engine.run.sampler import Sampled
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.scheduler import Plan, Progress, Scheduler
@@ -128,7 +129,7 @@ class Engine:
         now = time.perf_counter()
         progress = self._scheduler.commit(launched.plan, [s.token for s in sampled])
         for sequence, row, appended, finish in progress:
-            self._unsent.add_tokens(sequence, [s.logprob for s in sampled[row : row + appended]], finish)
+            self._unsent.add_tokens(sequence, sampled[row : row + appended], finish)
         if self._prefilling:
             self._note_first_tokens()
         # A step launched while another ran began when that one ended.
@@ -170,7 +171,7 @@ class Engine:
         if finish is not None:
             # The journal has the whole answer, but its engine died before it sent the finish.
             self._unsent.add_begin(sequence.shard, sequence.begin())
-            self._unsent.add_tokens(sequence, [None], finish)
+            self._unsent.add_tokens(sequence, [Sampled(int(sequence.generated[-1]))], finish)
             return
         refusal = self._scheduler.add(sequence)
         if refusal is not None:

@@ -1,11 +1,13 @@
 """Output of one step, gathered by shard."""
 
 import time
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
+from services.engine.run.sampler import Sampled
 from services.engine.schedule.sequence import Sequence
 from shared.errors import Failure
-from shared.messages import Begin, Finish, FinishReason, TokenLogprob, TokenRun, Tokens
+from shared.messages import Begin, Finish, FinishReason, TokenRun, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,12 @@ class StepOutput:
         if run.finish is not None:
             self.ended.append(_end(run, run.finish))
 
-    def add_tokens(self, sequence: Sequence, logprobs: list[TokenLogprob | None], finish: Finish | None) -> None:
-        """Add the last tokens of a sequence, as many as there are `logprobs`, which a request has for all or none."""
-        index = sequence.num_generated - len(logprobs)
-        tokens = tuple(sequence.generated[index:].tolist())
-        reported = tuple(logprob for logprob in logprobs if logprob is not None) or None
-        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, tokens, reported, finish))
+    def add_tokens(self, sequence: Sequence, sampled: Ordered[Sampled], finish: Finish | None) -> None:
+        """Add the last tokens of a sequence, as they were sampled: all with log-probabilities, or none."""
+        index = sequence.num_generated - len(sampled)
+        tokens = tuple([one.token for one in sampled])
+        logprobs = tuple([one.logprob for one in sampled if one.logprob is not None]) or None
+        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, tokens, logprobs, finish))
 
     def add_end(self, sequence: Sequence, finish: Finish) -> None:
         """End a sequence without another token."""

@@ -26,7 +26,7 @@ class Launched(Protocol):
         """Start to sample, if that had to wait for the tokens of the step before; to be called before `read`."""
 
     def read(self) -> list[Sampled]:
-        """Return the tokens of each of `plan.sampling`, in its order. Waits for this step alone."""
+        """Return one token for each of `plan.draws()`, in its order. Waits for this step alone."""
 
     def scores(self) -> list[Scored]:
         """Return what it has computed of prompts' own tokens, once it was read."""

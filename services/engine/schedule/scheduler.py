@@ -14,9 +14,7 @@ earliest arrival is never preempted while another runs, so it always progresses,
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import msgspec
@@ -47,11 +45,6 @@ class Chunk(msgspec.Struct, frozen=True):
     def generated(self) -> int:
         """Number of tokens of the answer before the one it samples."""
         return self.start + self.length - self.sequence.prompt_len
-
-    @property
-    def num_sampled(self) -> int:
-        """Number of tokens that it samples: one behind its known tokens, and one behind each guessed one."""
-        return self.drafts + 1 if self.samples else 0
 
     def apart(self) -> list["Chunk"]:
         """Return itself without guesses, else a chunk for its known token and for each guess."""
@@ -100,10 +93,14 @@ class Plan:
         """Chunks as they are computed: a guess is a row like another sequence's, over the same blocks. All keys and
         values of a layer are written before any row attends, so it finds those before it. So a step that verifies
         guesses is a decode step."""
+        if not self.drafts:
+            return self.chunks
         return tuple(part for chunk in self.chunks for part in chunk.apart())
 
     def draws(self) -> list[Chunk]:
         """Return a chunk for each token that is sampled."""
+        if not self.drafts:
+            return self.sampling
         return [draw for chunk in self.sampling for draw in chunk.draws()]
 
 
@@ -235,31 +232,35 @@ class Scheduler:
         chunks = tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)
         return _count_planned(Plan(chunks, samples_later=any(s.depends_on_tokens for s in continuing)))
 
-    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[Progress]:
+    def commit(self, plan: Plan, tokens: list[int]) -> list[Progress]:
         """Account for a step that has run.
 
         Args:
             plan: the first that was not committed yet.
-            tokens: `num_sampled` for each of `plan.sampling`, in its order.
+            tokens: as `plan.draws()` has them.
 
         Returns:
             What was appended to each sequence that got a token. Ended sequences are removed; one removed after the step
             was planned gets no token.
         """
         progress: list[Progress] = []
-        row, coming = 0, iter(tokens)
+        row = 0
         for chunk in plan.chunks:
-            sequence, drawn = chunk.sequence, list(islice(coming, chunk.num_sampled))
-            sequence.in_flight -= chunk.samples
-            if self._has(sequence):
-                made = Progress(sequence, row, *accept(sequence, drawn)) if drawn else None
-                self._remember(chunk, sequence.num_computed if chunk.drafts else chunk.stop)
-                if made is not None:
-                    progress.append(made)
-                    if made.finish is not None:
-                        self.remove(sequence.request_id)
-            row += len(drawn)
-        assert next(coming, None) is None, "more tokens than were sampled"
+            sequence, first = chunk.sequence, row
+            if chunk.samples:
+                row += chunk.drafts + 1
+                sequence.in_flight -= 1
+            if not self._has(sequence):
+                continue
+            if not chunk.samples:
+                self._remember(chunk, chunk.stop)
+                continue
+            appended, finish = accept(sequence, tokens[first:row])
+            self._remember(chunk, sequence.num_computed if chunk.drafts else chunk.stop)
+            progress.append(Progress(sequence, first, appended, finish))
+            if finish is not None:
+                self.remove(sequence.request_id)
+        assert row == len(tokens), "as many tokens as are sampled"
         return progress
 
     def record_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> bool:
@@ -381,7 +382,7 @@ def _count_planned(plan: Plan) -> Plan:
         if chunk.samples:
             chunk.sequence.row = row
             chunk.sequence.in_flight += 1
-        row += chunk.num_sampled
+            row += chunk.drafts + 1
     return plan
 
 

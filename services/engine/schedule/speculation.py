@@ -90,14 +90,17 @@ def accept(sequence: Sequence, drawn: Ordered[int]) -> tuple[int, Finish | None]
     Returns:
         How many were appended, and why the sequence has ended or None.
     """
-    guessed = sequence.tokens[sequence.num_tokens :][: sequence.drafts].tolist()
+    if not sequence.drafts:
+        sequence.append(drawn[0])
+        return 1, sequence.finish()
+    known = sequence.num_tokens
+    guessed = sequence.tokens[known : known + sequence.drafts].tolist()
     for appended, token in enumerate(drawn, 1):
         sequence.append(token)
         finish = sequence.finish()
         # After a loop of the thinking, too: whoever counts loops looks once a step.
         if finish is not None or sequence.loops_in_thinking or guessed[appended - 1 : appended] != [token]:
             break
-    if guessed:
-        sequence.num_computed = sequence.num_tokens - 1
-        sequence.drafts = 0
+    sequence.num_computed = sequence.num_tokens - 1
+    sequence.drafts = 0
     return appended, finish
