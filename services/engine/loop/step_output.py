@@ -50,7 +50,9 @@ class StepOutput:
         """Add the last tokens of a sequence, as they were sampled: all with log-probabilities, or none."""
         index = sequence.num_generated - len(sampled)
         tokens = tuple([one.token for one in sampled])
-        logprobs = tuple([one.logprob for one in sampled if one.logprob is not None]) or None
+        logprobs = None
+        if sampled[0].logprob is not None:
+            logprobs = tuple([one.logprob for one in sampled if one.logprob is not None])
         self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, tokens, logprobs, finish))
 
     def add_end(self, sequence: Sequence, finish: Finish) -> None:

@@ -73,6 +73,7 @@ class Plan:
     asked_tokens: int = 0  # looked up in the prefix cache for the admitted sequences
     hit_tokens: int = 0  # of these, found
     samples_later: bool = False  # sampling depends on tokens in flight: it waits for the commit of the step before
+    drafts: int = 0  # guessed tokens that it verifies
 
     @property
     def num_tokens(self) -> int:
@@ -82,11 +83,6 @@ class Plan:
     def sampling(self) -> list[Chunk]:
         """Chunks that sample tokens, in the order of the tokens."""
         return [chunk for chunk in self.chunks if chunk.samples]
-
-    @property
-    def drafts(self) -> int:
-        """Number of guessed tokens that it verifies."""
-        return sum(chunk.drafts for chunk in self.chunks)
 
     @property
     def parts(self) -> tuple[Chunk, ...]:
@@ -204,7 +200,8 @@ class Scheduler:
         for sequence in begun:
             sequence.begun = True
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
-        return _count_planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens))
+        drafts = sum(chunk.drafts for chunk in chunks)
+        return _count_planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens, drafts=drafts))
 
     def schedule_ahead(self) -> Plan | None:
         """Plan the next step while the one before is not committed; return None where the commit has to come first.

@@ -55,7 +55,7 @@ def guessed() -> Plan:
         made.blocks.extend(range(7 * row, 7 * row + 7))
         made.draft([60 + row] * drafts)
         chunks.append(Chunk(made, made.num_tokens - 1, 1 + drafts, samples=True, drafts=drafts))
-    return Plan(tuple(chunks))
+    return Plan(tuple(chunks), drafts=5)
 
 
 def test_guesses_are_rows_of_a_decode_step() -> None:
