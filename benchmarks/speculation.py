@@ -6,7 +6,7 @@ The demo checkpoint, one thread, the engine's loop without Redis, with and witho
 computing, so that other work on the machine weighs little. The model is too small to copy a page, so a grammar makes it
 write `copy` (a text of its prompt) and `table` (lines as of a scanned list, which the prompt does not have); `json`
 follows a schema with what is likeliest; `free` are questions about Millrace, answered at temperature 1 and on past
-their end. Two minutes on an idle machine; asserts nothing. Packages as for benchmarks.structured.
+their end. Five minutes on an idle machine; asserts nothing. Packages as for benchmarks.structured.
 
   <kind>.<rows>.gain      least time without guesses over least time with them
   <kind>.<rows>.steps     steps with guesses over steps without
@@ -56,7 +56,7 @@ READING = {
     "required": ["city", "degrees"],
     "additionalProperties": False,
 }
-ROUNDS = 3
+ROUNDS = 6
 LENGTH = 96  # tokens of an answer, at most
 GUESSING = Speculation(most=8, ngram=3, max_batch=16)
 COLOURS = ("red", "green", "blue", "black")
@@ -71,7 +71,7 @@ class Prompt(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run of some prompts took and gave."""
+    """Figures and answers of a run of some prompts."""
 
     seconds: float  # of computing
     steps: int  # with tokens
@@ -166,7 +166,11 @@ class Bench:
 
 def measure(bench: Bench, kind: str, rows: int) -> dict[str, Any]:
     prompts = bench.prompts(kind, rows)
-    rounds = [(bench.run(prompts, None), bench.run(prompts, GUESSING)) for _ in range(ROUNDS)]
+    rounds = []
+    for number in range(ROUNDS):
+        order = (None, GUESSING) if number % 2 else (GUESSING, None)
+        runs = {speculation: bench.run(prompts, speculation) for speculation in order}
+        rounds.append((runs[None], runs[GUESSING]))
     plain, guessed = rounds[0]
     drafted = value(guessed.metrics.draft_tokens)
     return {
