@@ -1,5 +1,6 @@
 """The decoder: one step over the new tokens of many sequences."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Weight
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
-from services.engine.model.inputs import AttentionBuffers, AttentionPart, KVCache, StepInput, Stream
+from services.engine.model.inputs import AttentionBuffers, AttentionCall, KVCache, StepInput, Stream
 from shared.model.config import ModelConfig
 
 
@@ -74,9 +75,10 @@ class ErnieModel:
         """Run one step up to its logits: return [N, hidden], normed."""
         heads = self.attention_buffers(len(step.token_ids))
         x, stream = self.begin(self.embed(step.token_ids, step.embed_rows, step.embeds), step.positions)
+        calls = [(part, heads.of(part)) for part in step.attention]
         for nth in range(self.num_layers):
             self.project_qkv(nth, x, stream, step.slots, cache, heads.query)
-            self.attend(nth, heads, step.attention, cache)
+            self.attend(calls, cache.keys[nth], cache.values[nth])
             x, stream = self.finish_layer(nth, heads.attended, stream, step.vision)
         return x
 
@@ -110,12 +112,15 @@ class ErnieModel:
         self._ops.qkv(x, layer.qkv, stream.cos, stream.sin, keys, values, slots, query)
 
     @torch.no_grad()
-    def attend(self, nth: int, heads: AttentionBuffers, parts: tuple[AttentionPart, ...], cache: KVCache) -> None:
-        """Write the results of a layer's attention, but for the rows of padding."""
-        keys, values = cache.keys[nth], cache.values[nth]
-        for part in parts:
+    def attend(self, calls: Sequence[AttentionCall], keys: Tensor, values: Tensor) -> None:
+        """Write the results of a layer's attention, but for the rows of padding.
+
+        Args:
+            keys, values: of the layer, [blocks, block_size, kv_heads, head_dim].
+        """
+        for part, heads in calls:
             self._ops.paged_attention(
-                heads.query[part.rows],
+                heads.query,
                 keys,
                 values,
                 part.block_tables,
@@ -125,7 +130,7 @@ class ErnieModel:
                 part.max_context_len,
                 self._scale,
                 part.lengths,
-                heads.attended[part.rows],
+                heads.attended,
             )
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """Where attention reads and writes: [N, heads, head_dim] each."""
+    """Input and output of attention: [N, heads, head_dim] each."""
 
     query: Tensor
     attended: Tensor
@@ -53,9 +53,15 @@ class AttentionBuffers:
     def first(self, rows: int) -> "AttentionBuffers":
         return AttentionBuffers(self.query[:rows], self.attended[:rows])
 
+    def of(self, part: AttentionPart) -> "AttentionBuffers":
+        return AttentionBuffers(self.query[part.rows], self.attended[part.rows])
+
+
+AttentionCall = tuple[AttentionPart, AttentionBuffers]  # a part of a step, and its rows
+
 
 class Stream(NamedTuple):
-    """What goes from layer to layer beside a layer's input."""
+    """Companions of a layer's input, from layer to layer."""
 
     cos: Tensor  # [N, head_dim / 2] float32, and so is sin
     sin: Tensor
@@ -76,6 +82,11 @@ class KVCache:
     @property
     def num_blocks(self) -> int:
         return int(self.keys.shape[1])
+
+    def clear(self) -> None:
+        """Set all to zero again."""
+        self.keys.zero_()
+        self.values.zero_()
 
     @staticmethod
     def allocate(

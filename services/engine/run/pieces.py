@@ -14,14 +14,16 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from services.engine.kernels.memory_budget import has_spare_memory
 from services.engine.model.inputs import KVCache, Stream
 from services.engine.run.step import HostStep, Model, fill_in_flight
 
 CAPTURED_ROWS = 2304  # from here on the device takes longer than the host: 2,048 tokens of prompts beside 256 others
 # Sizes are multiples of the second number up to the first one. All larger steps are padded to multiples of ALIGNMENT,
 # since kernels are compiled once more for numbers of rows that are not.
-SPACING = ((128, 16), (256, 32), (512, 64), (1024, 128), (CAPTURED_ROWS, 256))
+SPACING = ((128, 16), (256, 32), (512, 64), (1280, 128), (CAPTURED_ROWS, 256))
 ALIGNMENT = 16
+GRAPH_BYTES = 200 << 10  # of the device, that the driver keeps for a piece
 
 Replay = Callable[[], object]
 Made = TypeVar("Made", bound=tuple[Tensor, ...])
@@ -48,6 +50,26 @@ def padded_rows(rows: int) -> int:
     """Return the number of rows that a step of so many is padded to."""
     spacing = next((spacing for last, spacing in SPACING if rows <= last), ALIGNMENT)
     return -(-rows // spacing) * spacing
+
+
+def rows_to_capture(device: torch.device, max_rows: int) -> int:
+    """Return the rows of the largest step to capture: none where memory is short, and the cache needs all of it."""
+    return max_rows if has_spare_memory(device) else 0
+
+
+def pieces_bytes(model: Model, max_rows: int, activations: int) -> int:
+    """Return the device memory that captured pieces keep, at most.
+
+    Args:
+        activations: bytes that a step of `max_rows` rows needs at its peak.
+    """
+    sizes = captured_sizes(rows_to_capture(model.device, max_rows))
+    if not sizes:
+        return 0
+    shared = sizes[-1] * (4 * model.hidden_size * model.dtype.itemsize)
+    # As many rows again pad the tiles of experts.
+    pool = activations * min(2 * sizes[-1], max_rows) // max_rows
+    return shared + pool + len(sizes) * (model.num_layers + 1) * GRAPH_BYTES
 
 
 class PieceInputs:
@@ -86,40 +108,41 @@ class StepPieces:
         Args:
             last_tokens: sampled by the last step, at an address that never changes.
             spare_block: a block of the cache that no sequence is ever given.
-            max_rows: of the largest step.
+            max_rows: of the largest step to capture; 0: all are launched whole.
         """
         self._model, self._cache, self._last_tokens = model, cache, last_tokens
         self._spare_block, self._image_patch_id = spare_block, image_patch_id
         self._recorder = recorder
+        self._layers = tuple(zip(cache.keys.unbind(), cache.values.unbind(), strict=True))
         self.sizes = captured_sizes(max_rows)
-        self._heads = model.attention_buffers(self.sizes[-1])
-        hidden = (self.sizes[-1], model.hidden_size)
+        self._most = max(self.sizes, default=0)
+        self._heads = model.attention_buffers(self._most)
+        hidden = (self._most, model.hidden_size)
         self._residual, self._x = (torch.zeros(hidden, dtype=model.dtype, device=model.device) for _ in range(2))
         # The largest first: the smaller ones find enough memory in its pool.
         self._pieces = {size: self._capture(size) for size in reversed(self.sizes)}
 
     def captures(self, step: HostStep) -> bool:
         """Return True if the step's size was captured."""
-        return len(step.token_ids) <= self.sizes[-1]
+        return len(step.token_ids) <= self._most
 
     def hidden(self, step: HostStep) -> Tensor:
         """Return [N, hidden] of the step's rows, valid until the next call. Returns while the device computes."""
-        size, device = padded_rows(len(step.token_ids)), self._model.device
-        block_size = self._cache.block_size
+        rows, device, block_size = len(step.token_ids), self._model.device, self._cache.block_size
+        size = padded_rows(rows)
         padded = step.padded(size, self._spare_block, block_size)
         if not self.captures(step):
-            return self._model.hidden(
-                padded.to(device, block_size, self._last_tokens, self._image_patch_id), self._cache
-            )
+            moved = padded.to(device, block_size, self._last_tokens, self._image_patch_id)
+            return self._model.hidden(moved, self._cache)[:rows]
         inputs, replays = self._pieces[size]
         inputs.upload(padded, self._last_tokens, self._image_patch_id)
         self._residual[:size].copy_(self._model.embed(inputs.token_ids, *padded.media(device)))
-        parts, heads = step.attention(device, block_size), self._heads.first(size)
-        for nth, replay in enumerate(replays):
-            if nth > 0:
-                self._model.attend(nth - 1, heads, parts, self._cache)
+        calls = [(part, self._heads.of(part)) for part in step.attention(device, block_size)]
+        replays[0]()
+        for (keys, values), replay in zip(self._layers, replays[1:], strict=True):
+            self._model.attend(calls, keys, values)
             replay()
-        return self._x[: len(step.token_ids)]
+        return self._x[:rows]
 
     def _capture(self, size: int) -> tuple[PieceInputs, list[Replay]]:
         model, cache, record = self._model, self._cache, self._recorder.record
@@ -153,7 +176,7 @@ class GraphRecorder:
     """Recorder of CUDA graphs with one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Callable[[], Made]) -> tuple[Made, Replay]:

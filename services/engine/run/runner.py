@@ -18,6 +18,7 @@ from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.run.step import HostStep, Model, StepBuilder
 from services.engine.run.upload import upload
+from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Plan
 
 
@@ -42,6 +43,10 @@ class Runner(Protocol):
         """True if a step of `Scheduler.schedule_ahead` may be launched before the previous one is read, and gains by
         it."""
 
+    @property
+    def step_times(self) -> StepTimes | None:
+        """Time of steps with prefill as measured at the start, if it was."""
+
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         """Start a step. One of a plan that `samples_later` waits for `Launched.sample`.
 
@@ -64,14 +69,16 @@ class ModelRunner:
         graphs: DecodeGraphs | None,
         max_seqs: int,
         pieces: StepPieces | None = None,
+        step_times: StepTimes | None = None,
     ) -> None:
-        self._model = model
-        self._cache = cache
+        self.model = model
+        self.cache = cache
         self._sampler = sampler
         self._builder = builder
         self._grammar_masks = grammar_masks
         self._graphs = graphs
-        self._pieces = pieces
+        self.pieces = pieces
+        self.step_times = step_times
         self._scorer = PromptScorer(model.project, max_seqs)
 
     @property
@@ -85,8 +92,8 @@ class ModelRunner:
             launched = self._start_sampling(plan, self._graphs.run(step))
             meanwhile()
             return launched
-        if self._pieces is not None and self._pieces.captures(step):
-            x = self._pieces.hidden(step)
+        if self.pieces is not None and self.pieces.captures(step):
+            x = self.pieces.hidden(step)
             meanwhile()
         else:
             # The caller's work comes first: launching a step, or computing it here, takes longer.
@@ -95,9 +102,9 @@ class ModelRunner:
         return self._finish(plan, step, x)
 
     def _hidden(self, step: HostStep) -> Tensor:
-        if self._pieces is not None:
-            return self._pieces.hidden(step)
-        return self._model.hidden(step.to(self._model.device, self._cache.block_size), self._cache)
+        if self.pieces is not None:
+            return self.pieces.hidden(step)
+        return self.model.hidden(step.to(self.model.device, self.cache.block_size), self.cache)
 
     def _finish(self, plan: Plan, step: HostStep, x: Tensor) -> Launched:
         """Start to sample from the rows of a step that ask for it, and to score those of prompts that do."""
@@ -107,7 +114,7 @@ class ModelRunner:
         launched: Launched = NoTokens()
         if plan.sampling:
             (rows,) = upload([step.logit_rows], x.device)
-            launched = self._start_sampling(plan, self._model.project(x.index_select(0, rows)))
+            launched = self._start_sampling(plan, self.model.project(x.index_select(0, rows)))
         return launched if scores is None else ScoringStep(launched, scores)
 
     def _start_sampling(self, plan: Plan, logits: Tensor) -> Launched:

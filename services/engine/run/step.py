@@ -1,5 +1,6 @@
 """A plan as arrays: the step's inputs, built on the host and moved to the device once each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -8,7 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.engine.model.inputs import AttentionBuffers, AttentionPart, KVCache, StepInput, Stream
+from services.engine.model.inputs import (
+    AttentionBuffers,
+    AttentionCall,
+    AttentionPart,
+    KVCache,
+    StepInput,
+    Stream,
+)
 from services.engine.run.attention_parts import attention_parts
 from services.engine.run.upload import upload
 from services.engine.schedule.scheduler import Chunk, Plan
@@ -50,7 +58,7 @@ class Model(Protocol):
         self, nth: int, x: Tensor, stream: Stream, slots: Tensor, cache: KVCache, query: Tensor
     ) -> None: ...
 
-    def attend(self, nth: int, heads: AttentionBuffers, parts: tuple[AttentionPart, ...], cache: KVCache) -> None: ...
+    def attend(self, calls: Sequence[AttentionCall], keys: Tensor, values: Tensor) -> None: ...
 
     def finish_layer(
         self, nth: int, attended: Tensor, stream: Stream, vision: Tensor | None

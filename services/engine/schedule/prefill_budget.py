@@ -9,10 +9,11 @@ LEAST_ROOM = 128  # tokens of prefill in a step, however many sequences decode: 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Milliseconds of a step, by its number of rows, as measured on this device. Both ascend."""
+    """Milliseconds of a step with prefill, by its number of rows, as measured on this device. Both ascend."""
 
     rows: tuple[int, ...]
     ms: tuple[float, ...]
+    ms_per_cached_token: float = 0.0  # besides, for each token that a sequence which decodes has in the cache
 
     def __post_init__(self) -> None:
         assert len(self.rows) == len(self.ms) > 0
@@ -31,11 +32,18 @@ class PrefillBudget:
     target_ms: float
     times: StepTimes
 
-    def room(self, decoding: int, limit: int) -> int:
-        """Return the tokens of prefill in a step of `limit` tokens in which so many sequences decode."""
+    def room(self, decoding: int, cached: int, limit: int) -> int:
+        """Return the tokens of prefill in a step.
+
+        Args:
+            decoding: sequences that decode in it.
+            cached: tokens that these have in the cache.
+            limit: tokens of the step.
+        """
         if not decoding:
             return limit
-        return max(0, min(limit - decoding, max(LEAST_ROOM, self.times.rows_within(self.target_ms) - decoding)))
+        rows = self.times.rows_within(self.target_ms - cached * self.times.ms_per_cached_token)
+        return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))
 
 
 def shares(backlogs: Ordered[int], room: int) -> list[int]:

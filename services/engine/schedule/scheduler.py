@@ -186,7 +186,8 @@ class Scheduler:
                 chunks.append(_chunk(waiting, budget))
                 budget -= chunks[-1].length
         else:
-            room = self._limits.prefill.room(len(chunks), self._limits.max_num_batched_tokens)
+            cached = sum(chunk.start for chunk in chunks)
+            room = self._limits.prefill.room(len(chunks), cached, self._limits.max_num_batched_tokens)
             while self._reaches_next(prefilling, room) and (waiting := self._admit(room)):
                 admitted.append(waiting)
                 prefilling.append(waiting)

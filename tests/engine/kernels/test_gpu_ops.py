@@ -323,7 +323,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows are many. Tiles are small, and do not divide the widths, which the copy engine can read."""
     monkeypatch.setattr(grouped_plain, "ROWS", 16)
     monkeypatch.setattr(grouped, "ROWS_PER_EXPERT", 1)
-    monkeypatch.setattr(grouped, "QUANTIZED_ROWS_PER_EXPERT", 1)
+    monkeypatch.setattr(grouped, "INT8_ROWS_PER_EXPERT", 1)
     monkeypatch.setattr(grouped, "has_memory_for_copies", lambda device: True)
     for name, outputs in (("GATE_UP", 16), ("DOWN", 32)):
         monkeypatch.setattr(grouped_plain, name, grouped_plain.ProductShape(outputs, 32, 4, 2))

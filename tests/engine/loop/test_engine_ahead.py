@@ -27,7 +27,7 @@ class FixedRoom(PrefillBudget):
         super().__init__(1.0, StepTimes((1,), (1.0,)))
         object.__setattr__(self, "_tokens", tokens)
 
-    def room(self, decoding: int, limit: int) -> int:
+    def room(self, decoding: int, cached: int, limit: int) -> int:
         return max(0, min(limit - decoding, self._tokens)) if decoding else limit
 
 

@@ -11,7 +11,7 @@ from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
 
 LONG = msgspec.structs.replace(FACTS, max_model_len=8192)
-TIMES = StepTimes((16, 512, 1024, 2048), (4.0, 11.0, 19.0, 30.0))
+TIMES = StepTimes((16, 512, 1024, 2048), (4.0, 11.0, 19.0, 30.0), 0.001)
 backlogs = st.lists(st.integers(1, 400), min_size=1, max_size=12)
 rooms = st.integers(0, 500)
 
@@ -41,14 +41,15 @@ def test_a_newcomer_is_admitted_if_it_would_get_tokens(asked: list[int], newcome
     assert reaches(asked, newcomer, room) == (shares([*asked, newcomer], room)[-1] > 0)
 
 
-@given(st.integers(0, 300), st.integers(1, 9000), st.floats(0.1, 100))
-def test_the_room_keeps_a_step_as_short_as_was_asked(decoding: int, limit: int, target: float) -> None:
-    room = PrefillBudget(target, TIMES).room(decoding, limit)
+@given(st.integers(0, 300), st.integers(0, 5000), st.integers(1, 9000), st.floats(0.1, 100))
+def test_the_room_keeps_a_step_as_short_as_was_asked(decoding: int, cached: int, limit: int, target: float) -> None:
+    room = PrefillBudget(target, TIMES).room(decoding, cached, limit)
     assert 0 <= room <= max(0, limit - decoding)
     if not decoding:
         assert room == limit
     elif room > LEAST_ROOM:
-        fitting = [rows for rows, ms in zip(TIMES.rows, TIMES.ms, strict=True) if ms <= target]
+        left = target - cached * TIMES.ms_per_cached_token
+        fitting = [rows for rows, ms in zip(TIMES.rows, TIMES.ms, strict=True) if ms <= left]
         assert decoding + room <= max(fitting)
     else:
         assert room == min(LEAST_ROOM, max(0, limit - decoding))
