@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import engine_service
 from benchmarks.engine_client import Passage
 from benchmarks.steps import GENERATED, PROMPT, WARM_STEPS, step_ms
-from services.engine.__main__ import operations
+from services.engine.__main__ import operations, prefill_budget
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.loop.step_output import StepOutput
@@ -158,23 +158,22 @@ class Bench:
             "weights_gib": torch.cuda.memory_allocated() / 2**30,
             "peak_while_loading_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
-        self._settings = EngineSettings(
+        self.settings = EngineSettings(
             redis_url="unix:///unused",
             model="unused",
-            max_num_batched_tokens=16384,
             max_model_len=max_model_len,
             quantization=quantization,
             enable_prefix_caching=False,
             sampling_class=sampling_class,
-            **{"max_num_seqs": 256, **told},
+            **{"max_num_seqs": 256, "max_num_batched_tokens": 16384, **told},
         )
         self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
-        self._runner: Runner
-        model = ErnieModel(CONFIG, weights, operations("cuda", self._settings.batch_invariant))
-        self._runner, self._blocks = runner_for(model, CONFIG, self._settings)
+        self.runner: Runner
+        model = ErnieModel(CONFIG, weights, operations("cuda", self.settings.batch_invariant))
+        self.runner, self._blocks = runner_for(model, CONFIG, self.settings)
         torch.cuda.synchronize()
         self.startup_s = {"load": loaded - started, "profile_and_capture": time.perf_counter() - loaded}
-        self.memory["cache_tokens"] = self._blocks * self._settings.block_size
+        self.memory["cache_tokens"] = self._blocks * self.settings.block_size
         self.memory["reserved_gib"] = torch.cuda.memory_reserved() / 2**30
 
     def run(self, count: int, length: int, generated: int, profiler: "profile | None" = None) -> tuple[float, Watch]:
@@ -186,11 +185,17 @@ class Bench:
 
     def drive(self, asked: Iterable[Asked], mailbox: Mailbox, sink: Callable[[StepOutput], None]) -> float:
         """Run the engine until `sink` closes the mailbox; return when the first step began."""
-        settings = self._settings
+        settings = self.settings
         pool = BlockPool(self._blocks, caching=False)
-        limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, True, settings.block_size)
+        limits = Limits(
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            True,
+            settings.block_size,
+            prefill_budget(settings, self.runner),
+        )
         metrics = EngineMetrics(CollectorRegistry())
-        engine = Engine(mailbox, Scheduler(pool, limits), pool, self._runner, sink, metrics)
+        engine = Engine(mailbox, Scheduler(pool, limits), pool, self.runner, sink, metrics)
         for sequence in asked:
             mailbox.put(Add(sequence))
         torch.cuda.synchronize()
@@ -212,7 +217,7 @@ class Bench:
 
     def through_redis(self, counts: Sequence[int]) -> list[Passage]:
         loads = [engine_service.load_of(count, self._sampling) for count in counts]
-        return engine_service.measure((self._runner, self._blocks), self._settings, self._facts, loads)
+        return engine_service.measure((self.runner, self._blocks), self.settings, self._facts, loads)
 
     def long_context(self, length: int) -> dict[str, float]:
         seconds, watch = self.run(1, length, GENERATED)

@@ -8,11 +8,13 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from redis.asyncio import Redis
 
+from services.engine.kernels.first_use import report_first_uses
 from services.engine.kernels.ops import Ops
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
@@ -22,6 +24,7 @@ from services.engine.run.assembly import runner_for
 from services.engine.run.rows import rows_depend_on_others
 from services.engine.run.runner import Runner
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.prefill_budget import PrefillBudget
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.schedule.speculation import Speculation
@@ -55,8 +58,9 @@ from shared.watchdog import FirstUse, Watchdog, unwatched
 THINK_CLOSE = "</think>"
 TOOL_CALL = "<tool_call>"
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
-# Kernels are compiled at their first use; a CPU may be far too slow for the model, and is not hung then.
-FIRST_USE = {"cuda": FirstUse(300.0, 0.0, compiles=True), "cpu": FirstUse(0.0, 0.1, compiles=False)}
+# On a GPU every kernel was compiled before the first step that is watched, but for one that the rehearsal forgot; a CPU
+# may be far too slow for the model, and is not hung then.
+FIRST_USE = {"cuda": FirstUse(10.0, 0.0, compiles=True), "cpu": FirstUse(0.0, 0.1, compiles=False)}
 
 Load = Callable[[], tuple[Runner, int]]
 
@@ -128,12 +132,14 @@ def compose(
 
     def run(loaded: tuple[Runner, int]) -> None:
         runner, num_blocks = loaded
+        report_first_uses(partial(warn_of_first_use, metrics))
         pool = BlockPool(num_blocks, settings.enable_prefix_caching)
         limits = Limits(
             settings.max_num_seqs,
             settings.max_num_batched_tokens,
             settings.enable_chunked_prefill,
             settings.block_size,
+            prefill_budget(settings, runner),
             speculation(settings.speculative_config),
         )
         Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
@@ -149,6 +155,19 @@ def compose(
         watchdog=watchdog,
         own_clients=() if blob_redis is redis else (blob_redis,),
     )
+
+
+def prefill_budget(settings: EngineSettings, runner: Runner) -> PrefillBudget | None:
+    """Return the bound on prefill beside sequences that decode, if there is one."""
+    if not settings.max_token_gap_ms or runner.step_times is None or not settings.enable_chunked_prefill:
+        return None
+    return PrefillBudget(settings.max_token_gap_ms, runner.step_times)
+
+
+def warn_of_first_use(metrics: EngineMetrics, what: str) -> None:
+    """Count and log a kernel or plan that the rehearsal has missed."""
+    metrics.first_uses.inc()
+    logger(__name__).warning("a request waited for the first use of a kernel or plan", extra={"what": what})
 
 
 def load(settings: EngineSettings, config: ModelConfig, where: str) -> tuple[Runner, int]:

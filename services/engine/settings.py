@@ -36,6 +36,9 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     # FastDeploy's own launches of this model pass 32, its default is 8.
     max_num_seqs: int = 32  # sequences in one step, 1 to 256
     max_num_batched_tokens: int = 8192  # tokens in one step
+    # Milliseconds that a step with prefill may take beside sequences that decode: the gap between their tokens. Prefill
+    # gets as many tokens as were measured to fit, and short prompts go first; 0, or without a GPU: no bound.
+    max_token_gap_ms: Annotated[float, Meta(ge=0)] = 25.0
     enable_chunked_prefill: bool = True  # split long prompts over several steps
     enable_prefix_caching: bool = True  # reuse cached keys and values of what prompts have in common
     sampling_class: SamplingClass = (

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
+from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Plan
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.service import EngineService
@@ -40,6 +41,10 @@ class GatedRunner:
     @property
     def overlaps(self) -> bool:
         return self._inner.overlaps
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        return self._inner.step_times
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         meanwhile()

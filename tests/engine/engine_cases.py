@@ -13,6 +13,7 @@ from llguidance import LLMatcher
 from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.grammar_state import GrammarState
+from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Chunk, Plan
 from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
 from shared.grammar.compiler import GrammarCompiler
@@ -180,6 +181,7 @@ class SumRunner:
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
         self._last: list[int] = []
         self.overlaps = overlaps
+        self.step_times: StepTimes | None = None
         self.plans: list[Plan] = []
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> Computed:

@@ -13,6 +13,7 @@ from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from shared.messages import Begin, Finish, TokenRun
 
@@ -49,6 +50,10 @@ class Watched:
     @property
     def overlaps(self) -> bool:
         return self._inner.overlaps
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        return self._inner.step_times
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         self.plans.append(plan)

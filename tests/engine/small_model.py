@@ -20,6 +20,7 @@ from services.engine.run.assembly import sampling_ops
 from services.engine.run.decode_rows import DecodeRows
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
+from services.engine.run.pieces import GraphRecorder, Made, Replay, StepPieces
 from services.engine.run.runner import ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
@@ -68,6 +69,19 @@ class Computed(DecodeGraphs):
         return lambda: self._forward(size)
 
 
+class Recomputed:
+    """Recorder for a device that cannot capture: computes again, into the same memory."""
+
+    def record(self, compute: Callable[[], Made]) -> tuple[Made, Replay]:
+        made = compute()
+
+        def replay() -> None:
+            for old, new in zip(made, compute(), strict=True):
+                old.copy_(new)
+
+        return made, replay
+
+
 class StepByStep(ModelRunner):
     """Knows every token before it is told what is next."""
 
@@ -79,11 +93,22 @@ def small_model() -> ErnieModel:
     return ErnieModel(SMALL, weights, gpu_ops() if ON_GPU else Ops())
 
 
-def runner(model: ErnieModel, kind: type[ModelRunner], captured: bool = True) -> ModelRunner:
+def runner(
+    model: ErnieModel, kind: type[ModelRunner], captured: bool = True, piece_rows: int | None = 16
+) -> ModelRunner:
+    """Build a runner.
+
+    Args:
+        piece_rows: of the largest step in captured pieces; larger ones are padded alone. None: without pieces.
+    """
     shape = SMALL.num_layers, BLOCKS + 1, PAGE, SMALL.num_kv_heads, SMALL.head_dim
     cache = KVCache.allocate(*shape, model.dtype, str(DEVICE))
     rows = DecodeRows(model, SEQS, LONGEST, PAGE, BLOCKS, SMALL.image_patch_id)
     graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
+    pieces = None
+    if captured and piece_rows is not None:
+        recorder = GraphRecorder(DEVICE) if ON_GPU else Recomputed()
+        pieces = StepPieces(model, cache, rows.last_tokens, BLOCKS, piece_rows, SMALL.image_patch_id, recorder)
     sampler = Sampler(SMALL.eos_ids, sampling_ops("base", ON_GPU), DEVICE)
     builder = StepBuilder(model, PAGE, SMALL.image_patch_id)
-    return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs, SEQS)
+    return kind(model, cache, sampler, builder, GrammarMasks(SMALL.vocab_size, 1), graphs, SEQS, pieces)

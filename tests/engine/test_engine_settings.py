@@ -83,8 +83,8 @@ def test_a_checkpoint_that_asks_for_it_is_quantised(tmp_path: Path) -> None:
     told = EngineSettings(redis_url="unix:///x", model=str(tmp_path / "model"), max_model_len=64, max_num_seqs=1)
     runner, _ = load_runner(told, config, "cpu")
     assert isinstance(runner, ModelRunner)
-    assert isinstance(runner._model, ErnieModel)
-    layer = runner._model.weights.layers[1]
+    assert isinstance(runner.model, ErnieModel)
+    layer = runner.model.weights.layers[1]
     assert isinstance(layer.mlp, MoE)
     packed = (layer.qkv, layer.mlp.text.gate_up)
     assert [weight.bits for weight in packed if isinstance(weight, Quantized)] == [8, 4]

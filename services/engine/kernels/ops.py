@@ -28,9 +28,9 @@ class Ops:
     embed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = embed
     rotary_tables: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_tables
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    qkv: Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = qkv
+    qkv: Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = qkv
     paged_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, Lengths],
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, Lengths, Tensor | None],
         Tensor,
     ] = paged_attention
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm

@@ -1,5 +1,6 @@
 """The decoder: one step over the new tokens of many sequences."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Weight
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
-from services.engine.model.inputs import KVCache, StepInput
+from services.engine.model.inputs import AttentionBuffers, AttentionCall, KVCache, StepInput, Stream
 from shared.model.config import ModelConfig
 
 
@@ -33,7 +34,11 @@ class Weights:
 
 
 class ErnieModel:
-    """The decoder's forward pass: computes logits and fills the cache. Keeps no state of any request."""
+    """The decoder's forward pass: computes logits and fills the cache. Keeps no state of any request.
+
+    `forward` is a whole step. It consists of pieces between which attention stands, the one part whose shape depends on
+    the sequences of a step and not on the number of its rows; `services.engine.run.pieces` captures those.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
@@ -68,36 +73,79 @@ class ErnieModel:
     @torch.no_grad()
     def hidden(self, step: StepInput, cache: KVCache) -> Tensor:
         """Run one step up to its logits: return [N, hidden], normed."""
-        ops, weights, eps = self._ops, self.weights, self.config.norm_eps
-        cos, sin = ops.rotary_tables(step.positions, self._frequencies, self._axes)
-        residual = ops.embed(weights.embedding, step.token_ids, step.embed_rows, step.embeds)
-        x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
-        norms = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
-        for layer, keys, values, norm in zip(weights.layers, cache.keys, cache.values, norms, strict=True):
-            query = ops.qkv(x, layer.qkv, cos, sin, keys, values, step.slots)
-            attended = self._attention(query, step, keys, values)
-            x, residual = self._after_attention(layer, attended, residual, step.vision, norm)
+        heads = self.attention_buffers(len(step.token_ids))
+        x, stream = self.begin(self.embed(step.token_ids, step.embed_rows, step.embeds), step.positions)
+        calls = [(part, heads.of(part)) for part in step.attention]
+        for nth in range(self.num_layers):
+            self.project_qkv(nth, x, stream, step.slots, cache, heads.query)
+            self.attend(calls, cache.keys[nth], cache.values[nth])
+            x, stream = self.finish_layer(nth, heads.attended, stream, step.vision)
         return x
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.weights.layers)
+
+    def attention_buffers(self, rows: int) -> AttentionBuffers:
+        """Allocate the queries and the results of attention of so many rows. The results are zero: attention leaves
+        those of padding as they are."""
+        shape = rows, self.config.num_heads, self.config.head_dim
+        query, attended = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return AttentionBuffers(query, attended)
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor, embed_rows: Tensor, embeds: Tensor) -> Tensor:
+        """Return the residual stream before the first layer, [N, hidden]; see StepInput."""
+        return self._ops.embed(self.weights.embedding, token_ids, embed_rows, embeds)
+
+    @torch.no_grad()
+    def begin(self, residual: Tensor, positions: Tensor) -> tuple[Tensor, Stream]:
+        """Return the first layer's input, and what goes along with it."""
+        cos, sin = self._ops.rotary_tables(positions, self._frequencies, self._axes)
+        x = self._ops.rms_norm(residual, self.weights.layers[0].attention_norm, self.config.norm_eps)
+        return x, Stream(cos, sin, residual)
+
+    @torch.no_grad()
+    def project_qkv(self, nth: int, x: Tensor, stream: Stream, slots: Tensor, cache: KVCache, query: Tensor) -> None:
+        """Write the queries of a layer, and its keys and values into the cache."""
+        layer, keys, values = self.weights.layers[nth], cache.keys[nth], cache.values[nth]
+        self._ops.qkv(x, layer.qkv, stream.cos, stream.sin, keys, values, slots, query)
+
+    @torch.no_grad()
+    def attend(self, calls: Sequence[AttentionCall], keys: Tensor, values: Tensor) -> None:
+        """Write the results of a layer's attention, but for the rows of padding.
+
+        Args:
+            keys, values: of the layer, [blocks, block_size, kv_heads, head_dim].
+        """
+        for part, heads in calls:
+            self._ops.paged_attention(
+                heads.query,
+                keys,
+                values,
+                part.block_tables,
+                part.query_start,
+                part.context_lens,
+                part.max_query_len,
+                part.max_context_len,
+                self._scale,
+                part.lengths,
+                heads.attended,
+            )
+
+    @torch.no_grad()
+    def finish_layer(self, nth: int, attended: Tensor, stream: Stream, vision: Tensor | None) -> tuple[Tensor, Stream]:
+        """Compute the part of a layer after attention; return the next layer's input, or after the last one the normed
+        rows, and what goes along."""
+        layers = self.weights.layers
+        norm = layers[nth + 1].attention_norm if nth + 1 < len(layers) else self.weights.norm
+        x, residual = self._after_attention(layers[nth], attended.flatten(1), stream.residual, vision, norm)
+        return x, Stream(stream.cos, stream.sin, residual)
 
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
         """Return the logits, [n, vocabulary] float32, of some rows of `hidden`."""
         return self._ops.logits(x, self.weights.head)
-
-    def _attention(self, query: Tensor, step: StepInput, keys: Tensor, values: Tensor) -> Tensor:
-        attended = self._ops.paged_attention(
-            query,
-            keys,
-            values,
-            step.block_tables,
-            step.query_start,
-            step.context_lens,
-            step.max_query_len,
-            step.max_context_len,
-            self._scale,
-            step.lengths,
-        )
-        return attended.flatten(1)
 
     def _after_attention(
         self, layer: Layer, attended: Tensor, residual: Tensor, vision: Tensor | None, norm: Tensor

@@ -1,6 +1,7 @@
 """Inputs of one forward step: tensors planned once on the host. Layers know nothing of scheduling."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +10,27 @@ from services.engine.kernels.reference.paged_attention import Lengths
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionPart:
+    """Sequences of a step that follow each other, and whose attention is one call: `paged_attention` has the fields.
+
+    It is complete by itself: its rows are counted from its own first one.
+    """
+
+    rows: slice  # of the step
+    block_tables: Tensor  # [S, B] int32, padded with 0
+    query_start: Tensor  # [S + 1] int32
+    context_lens: Tensor  # [S] int32
+    max_query_len: int
+    max_context_len: int
+    lengths: Lengths = ()  # of each sequence, as known to the host; () in a captured step
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """One step over N new tokens of S sequences, packed without padding, in sequence order.
 
-    Sequence s owns rows [query_start[s], query_start[s+1]); after the step its cache holds context_lens[s] tokens, of
-    which these rows are the last. Slot = block * block_size + offset in the block.
+    A sequence owns successive rows; after the step its cache holds its context, of which these rows are the last.
+    Slot = block * block_size + offset in the block. Rows past those of all parts are padding.
     """
 
     token_ids: Tensor  # [N] int64
@@ -22,13 +39,33 @@ class StepInput:
     embed_rows: Tensor  # [M] int64: rows of this step that are media
     embeds: Tensor  # [M, hidden] model dtype: their embeddings
     slots: Tensor  # [N] int64: slots of each row's key and value
-    block_tables: Tensor  # [S, B] int32, padded with 0
-    query_start: Tensor  # [S + 1] int32
-    context_lens: Tensor  # [S] int32
+    attention: tuple[AttentionPart, ...]
     logit_rows: Tensor | None  # [R] int64: rows whose logits are wanted; None: of all
-    max_query_len: int
-    max_context_len: int
-    lengths: Lengths = ()  # of each sequence, as known to the host; () in a captured step
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBuffers:
+    """Input and output of attention: [N, heads, head_dim] each."""
+
+    query: Tensor
+    attended: Tensor
+
+    def first(self, rows: int) -> "AttentionBuffers":
+        return AttentionBuffers(self.query[:rows], self.attended[:rows])
+
+    def of(self, part: AttentionPart) -> "AttentionBuffers":
+        return AttentionBuffers(self.query[part.rows], self.attended[part.rows])
+
+
+AttentionCall = tuple[AttentionPart, AttentionBuffers]  # a part of a step, and its rows
+
+
+class Stream(NamedTuple):
+    """Companions of a layer's input, from layer to layer."""
+
+    cos: Tensor  # [N, head_dim / 2] float32, and so is sin
+    sin: Tensor
+    residual: Tensor  # [N, hidden]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +82,11 @@ class KVCache:
     @property
     def num_blocks(self) -> int:
         return int(self.keys.shape[1])
+
+    def clear(self) -> None:
+        """Set all to zero again."""
+        self.keys.zero_()
+        self.values.zero_()
 
     @staticmethod
     def allocate(

@@ -1,5 +1,7 @@
 """Assembly of a runner around a loaded model."""
 
+import torch
+
 from services.engine.kernels.reference.threshold import threshold_by_search
 from services.engine.kernels.sampling_ops import SamplingOps
 from services.engine.model.ernie import ErnieModel
@@ -8,6 +10,8 @@ from services.engine.run.decode_rows import DecodeRows
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
+from services.engine.run.pieces import GraphRecorder, StepPieces, rows_to_capture
+from services.engine.run.rehearsal import Rehearsal
 from services.engine.run.runner import ModelRunner, Runner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
@@ -35,19 +39,36 @@ def runner_for(model: ErnieModel, config: ModelConfig, settings: EngineSettings)
     sampler = Sampler(config.eos_ids, sampling_ops(settings.sampling_class, on_gpu), model.device)
     cache = allocate_cache(model, config, settings, sampler.rehearse, spare=int(on_gpu))
     blocks = cache.num_blocks - int(on_gpu)
-    graphs = capture_decode(model, cache, config, settings, spare_block=blocks) if on_gpu else None
+    graphs = pieces = times = None
+    if on_gpu:
+        rows = decode_rows(model, cache, config, settings, spare_block=blocks)
+        pieces = StepPieces(
+            model,
+            cache,
+            rows.last_tokens,
+            blocks,
+            rows_to_capture(model.device, settings.max_num_batched_tokens),
+            config.image_patch_id,
+            GraphRecorder(model.device),
+        )
+        graphs = DecodeGraphs(model, cache, rows, settings.max_num_seqs)
+        sampler.rehearse_kinds(config.vocab_size)
+        rehearsal = Rehearsal(model, cache, pieces, config.vocab_size, settings.max_num_seqs)
+        times = rehearsal.run(settings.max_num_batched_tokens, settings.max_model_len)
+        cache.clear()  # what is masked must be no NaN, and nobody knows what was computed
+        torch.cuda.empty_cache()
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
-    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs), blocks
+    seqs = settings.max_num_seqs
+    return ModelRunner(model, cache, sampler, builder, grammar_masks, graphs, seqs, pieces, times), blocks
 
 
-def capture_decode(
+def decode_rows(
     model: ErnieModel, cache: KVCache, config: ModelConfig, settings: EngineSettings, spare_block: int
-) -> DecodeGraphs:
-    """Capture the decode steps of every size, with one block of the cache to themselves."""
+) -> DecodeRows:
+    """Allocate the inputs of captured decode steps."""
     longest = blocks_for(settings.max_model_len, cache.block_size)
-    rows = DecodeRows(model, settings.max_num_seqs, longest, cache.block_size, spare_block, config.image_patch_id)
-    return DecodeGraphs(model, cache, rows, settings.max_num_seqs)
+    return DecodeRows(model, settings.max_num_seqs, longest, cache.block_size, spare_block, config.image_patch_id)
 
 
 def sampling_ops(wanted: SamplingClass, on_gpu: bool) -> SamplingOps:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.engine.model.inputs import StepInput
+from services.engine.model.inputs import AttentionPart, StepInput
 from services.engine.run.step import HostStep, Model
 from services.engine.run.upload import upload
 
@@ -64,6 +64,11 @@ class DecodeRows:
         self._uploaded.copy_(host, non_blocking=True)
         self._tables.update(step.blocks)
 
+    @property
+    def last_tokens(self) -> Tensor:
+        """Tokens of the last step, as `keep_tokens` was told, at an address that never changes."""
+        return self._ids[: self._rows]
+
     def keep_tokens(self, tokens: Tensor) -> None:
         """Keep the tokens of a step for the next one.
 
@@ -82,10 +87,16 @@ class DecodeRows:
             embed_rows=self._no_rows,
             embeds=self._no_embeds,
             slots=self._longs[5, :size],
+            attention=(self._attention(size),),
+            logit_rows=None,
+        )
+
+    def _attention(self, size: int) -> AttentionPart:
+        return AttentionPart(
+            rows=slice(0, size),
             block_tables=self._tables.device[:size],
             query_start=self._starts[: size + 1],
             context_lens=self._contexts[:size],
-            logit_rows=None,
             max_query_len=1,
             max_context_len=self._max_context_len,
         )

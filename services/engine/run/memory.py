@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.model.inputs import KVCache, StepInput
+from services.engine.model.inputs import AttentionPart, KVCache, StepInput
 from services.engine.run.graphs import captured_bytes
+from services.engine.run.pieces import pieces_bytes
 from services.engine.run.step import Model
 from services.engine.settings import EngineSettings
 from shared.errors import ConfigError
@@ -108,7 +109,8 @@ def _cuda_cache_bytes(model: Model, config: ModelConfig, settings: EngineSetting
     device = model.device
     gc.collect()
     torch.cuda.empty_cache()
-    unreleasable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    kept = torch.cuda.memory_allocated(device)
+    unreleasable = torch.cuda.memory_reserved(device) - kept
     torch.cuda.reset_peak_memory_stats(device)
     rehearse(_largest_step(model, config, settings))
     torch.cuda.synchronize(device)
@@ -121,6 +123,7 @@ def _cuda_cache_bytes(model: Model, config: ModelConfig, settings: EngineSetting
     )
     torch.cuda.empty_cache()
     graphs = captured_bytes(settings.max_num_seqs, config.vocab_size)
+    graphs += pieces_bytes(model, settings.max_num_batched_tokens, memory.peak - kept)
     return memory.cache_bytes(settings.gpu_memory_utilization, settings.foreign_bytes, graphs)
 
 
@@ -150,12 +153,19 @@ def _largest_step(model: Model, config: ModelConfig, settings: EngineSettings) -
             embed_rows=torch.arange(media, device=device),
             embeds=torch.zeros(media, config.hidden_size, dtype=model.dtype, device=device),
             slots=at,
-            block_tables=torch.arange(blocks, dtype=torch.int32, device=device).expand(sequences, -1).contiguous(),
-            query_start=query_start.to(torch.int32),
-            context_lens=query_start.diff().to(torch.int32),
+            attention=(
+                AttentionPart(
+                    rows=slice(0, tokens),
+                    block_tables=torch.arange(blocks, dtype=torch.int32, device=device)
+                    .expand(sequences, -1)
+                    .contiguous(),
+                    query_start=query_start.to(torch.int32),
+                    context_lens=query_start.diff().to(torch.int32),
+                    max_query_len=length,
+                    max_context_len=length,
+                ),
+            ),
             logit_rows=query_start[1:] - 1,
-            max_query_len=length,
-            max_context_len=length,
         ),
         cache,
     )

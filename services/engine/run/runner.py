@@ -9,13 +9,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from services.engine.model.inputs import KVCache, StepInput
+from services.engine.model.inputs import KVCache
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
-from services.engine.run.prompt_scorer import LaunchedScores, Part, PromptScorer, Scored, parts_of
+from services.engine.run.pieces import StepPieces
+from services.engine.run.prompt_scorer import LaunchedScores, PromptScorer, Scored, parts_of
 from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import plan_sampling
-from services.engine.run.step import Model, StepBuilder
+from services.engine.run.step import HostStep, Model, StepBuilder
+from services.engine.run.upload import upload
+from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Plan
 
 
@@ -40,6 +43,10 @@ class Runner(Protocol):
         """True if a step of `Scheduler.schedule_ahead` may be launched before the previous one is read, and gains by
         it."""
 
+    @property
+    def step_times(self) -> StepTimes | None:
+        """Time of steps with prefill as measured at the start, if it was."""
+
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         """Start a step. One of a plan that `samples_later` waits for `Launched.sample`.
 
@@ -49,8 +56,8 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """Runner of the real model. Replays decode steps that were captured and launches all others. On a GPU nothing in
-    `launch` waits for the device."""
+    """Runner of the real model. Replays decode steps that were captured and the captured pieces of others, and launches
+    the rest. On a GPU nothing in `launch` waits for the device."""
 
     def __init__(
         self,
@@ -61,13 +68,17 @@ class ModelRunner:
         grammar_masks: GrammarMasks,
         graphs: DecodeGraphs | None,
         max_seqs: int,
+        pieces: StepPieces | None = None,
+        step_times: StepTimes | None = None,
     ) -> None:
-        self._model = model
-        self._cache = cache
+        self.model = model
+        self.cache = cache
         self._sampler = sampler
         self._builder = builder
         self._grammar_masks = grammar_masks
         self._graphs = graphs
+        self.pieces = pieces
+        self.step_times = step_times
         self._scorer = PromptScorer(model.project, max_seqs)
 
     @property
@@ -81,21 +92,32 @@ class ModelRunner:
             launched = self._start_sampling(plan, self._graphs.run(step))
             meanwhile()
             return launched
-        # The caller's work comes first: launching a step, or computing it here, takes longer.
-        meanwhile()
-        inputs = step.to(self._model.device, self._cache.block_size)
-        if parts := parts_of(plan, step):
-            return self._launch_scoring(plan, inputs, parts)
-        return self._start_sampling(plan, self._model.forward(inputs, self._cache))
+        if self.pieces is not None and self.pieces.captures(step):
+            x = self.pieces.hidden(step)
+            meanwhile()
+        else:
+            # The caller's work comes first: launching a step, or computing it here, takes longer.
+            meanwhile()
+            x = self._hidden(step)
+        return self._finish(plan, step, x)
 
-    def _launch_scoring(self, plan: Plan, inputs: StepInput, parts: list[Part]) -> Launched:
-        x = self._model.hidden(inputs, self._cache)
-        scores = self._scorer.launch(x, parts)  # first: its logits are gone when those to sample from are computed
-        return ScoringStep(self._start_sampling(plan, self._model.project(x[inputs.logit_rows])), scores)
+    def _hidden(self, step: HostStep) -> Tensor:
+        if self.pieces is not None:
+            return self.pieces.hidden(step)
+        return self.model.hidden(step.to(self.model.device, self.cache.block_size), self.cache)
+
+    def _finish(self, plan: Plan, step: HostStep, x: Tensor) -> Launched:
+        """Start to sample from the rows of a step that ask for it, and to score those of prompts that do."""
+        parts = parts_of(plan, step)
+        # First: its logits are gone when those to sample from are computed.
+        scores = self._scorer.launch(x, parts) if parts else None
+        launched: Launched = NoTokens()
+        if plan.sampling:
+            (rows,) = upload([step.logit_rows], x.device)
+            launched = self._start_sampling(plan, self.model.project(x.index_select(0, rows)))
+        return launched if scores is None else ScoringStep(launched, scores)
 
     def _start_sampling(self, plan: Plan, logits: Tensor) -> Launched:
-        if not plan.sampling:
-            return NoTokens()
         step = SamplingStep(lambda: self._draw(plan, logits))
         if not plan.samples_later:
             step.sample()

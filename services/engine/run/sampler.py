@@ -13,6 +13,8 @@ A step's arrays go to the device in one copy, and the host waits for the device 
 
 from dataclasses import dataclass
 
+import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +96,14 @@ class Sampler:
             logits: as for `draw`.
         """
         self.draw(logits, heaviest(*logits.shape)).read()
+
+    def rehearse_kinds(self, vocab_size: int) -> None:
+        """Run steps of other kinds than the heaviest: all rows greedy, one row of two, and a row alone."""
+        logits = torch.zeros(2, vocab_size, device=self._device)
+        one = heaviest(1, vocab_size)
+        self.draw(logits, SamplingPlan()).read()
+        self.draw(logits, msgspec.structs.replace(one, drawing=np.ones(1, np.int64))).read()
+        self.draw(logits[:1], one).read()
 
     def _adjust(self, logits: Tensor, on_device: DeviceArrays) -> None:
         """Apply every change of single logits, but for the temperature of rows that draw."""

@@ -1,6 +1,7 @@
 """A plan as arrays: the step's inputs, built on the host and moved to the device once each."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,7 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.engine.model.inputs import KVCache, StepInput
+from services.engine.model.inputs import (
+    AttentionBuffers,
+    AttentionCall,
+    AttentionPart,
+    KVCache,
+    StepInput,
+    Stream,
+)
+from services.engine.run.attention_parts import attention_parts
 from services.engine.run.upload import upload
 from services.engine.schedule.scheduler import Chunk, Plan
 from services.engine.schedule.sequence import Embeds
@@ -30,11 +39,30 @@ class Model(Protocol):
     @property
     def hidden_size(self) -> int: ...
 
+    @property
+    def num_layers(self) -> int: ...
+
     def forward(self, step: StepInput, cache: KVCache) -> Tensor: ...
 
     def hidden(self, step: StepInput, cache: KVCache) -> Tensor: ...
 
     def project(self, x: Tensor) -> Tensor: ...
+
+    def attention_buffers(self, rows: int) -> AttentionBuffers: ...
+
+    def embed(self, token_ids: Tensor, embed_rows: Tensor, embeds: Tensor) -> Tensor: ...
+
+    def begin(self, residual: Tensor, positions: Tensor) -> tuple[Tensor, Stream]: ...
+
+    def project_qkv(
+        self, nth: int, x: Tensor, stream: Stream, slots: Tensor, cache: KVCache, query: Tensor
+    ) -> None: ...
+
+    def attend(self, calls: Sequence[AttentionCall], keys: Tensor, values: Tensor) -> None: ...
+
+    def finish_layer(
+        self, nth: int, attended: Tensor, stream: Stream, vision: Tensor | None
+    ) -> tuple[Tensor, Stream]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +91,63 @@ class HostStep:
     def samples_all(self) -> bool:
         return len(self.logit_rows) == len(self.blocks)
 
-    def to(self, device: torch.device, block_size: int) -> StepInput:
-        """Move the step to a device."""
-        assert (self.sources < 0).all(), "the id of a row is still in flight"
-        longest = int(self.context_lens.max())
+    @property
+    def has_in_flight(self) -> bool:
+        return bool((self.sources >= 0).any())
+
+    def padded(self, rows: int, spare_block: int, block_size: int) -> "HostStep":
+        """Return the step with rows behind its own, up to `rows`, that belong to no sequence.
+
+        Args:
+            spare_block: a block of the cache that no sequence is ever given.
+        """
+        missing = rows - len(self.token_ids)
+        slots = np.arange(missing) % block_size + spare_block * block_size
+        return replace(
+            self,
+            token_ids=np.pad(self.token_ids, (0, missing)),
+            positions=np.pad(self.positions, ((0, 0), (0, missing))),
+            vision=np.pad(self.vision, (0, missing)),
+            slots=np.concatenate([self.slots, slots]),
+        )
+
+    def media(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move the rows that are media, and their embeddings, to a device."""
+        (rows,) = upload([self.embed_rows], device)
+        return rows, self.embeds.to(device, non_blocking=True)
+
+    def to(
+        self, device: torch.device, block_size: int, last_tokens: Tensor | None = None, image_patch_id: int = 0
+    ) -> StepInput:
+        """Move the step to a device.
+
+        Args:
+            last_tokens: sampled by the last step, on the device, if the step has tokens in flight; then the ids from
+                `image_patch_id` on are the vision experts'.
+        """
         arrays: dict[str, NDArray[Any]] = {
             "token_ids": self.token_ids,
             "positions": self.positions,
             "embed_rows": self.embed_rows,
             "slots": self.slots,
-            "block_tables": block_tables(self.blocks, -(-longest // block_size)),
-            "query_start": self.query_start,
-            "context_lens": self.context_lens,
             "logit_rows": self.logit_rows,
         }
         if self.vision.any():
             arrays["vision"] = self.vision
         moved: dict[str, Any] = dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
-        lengths = zip(np.diff(self.query_start).tolist(), self.context_lens.tolist(), strict=True)
+        if self.has_in_flight:
+            assert last_tokens is not None, "the id of a row is still in flight"
+            fill_in_flight(moved["token_ids"], self, last_tokens)
+            moved["vision"] = moved["token_ids"] >= image_patch_id
         return StepInput(
             **{"vision": None} | moved,
             embeds=self.embeds.to(device, non_blocking=True),
-            max_query_len=self.max_query_len,
-            max_context_len=longest,
-            lengths=tuple(lengths),
+            attention=self.attention(device, block_size),
         )
+
+    def attention(self, device: torch.device, block_size: int) -> tuple[AttentionPart, ...]:
+        """Move what attention needs to a device."""
+        return attention_parts(self.blocks, self.query_start, self.context_lens, block_size, device)
 
     @staticmethod
     def empty() -> "HostStep":
@@ -150,11 +210,12 @@ class StepBuilder:
     def _mixed(self, chunks: tuple[Chunk, ...]) -> HostStep:
         lengths = [chunk.length for chunk in chunks]
         starts = np.cumsum([0, *lengths])
-        token_ids = np.concatenate([c.sequence.tokens[c.start : c.start + c.length] for c in chunks])
+        no_id = np.zeros(1, np.int64)
+        token_ids = np.concatenate([c.sequence.tokens[c.start : c.stop] if c.source is None else no_id for c in chunks])
         rows, embeds = self._embeds(chunks, starts)
         return HostStep(
             token_ids=token_ids,
-            sources=np.full(len(chunks), -1, np.int64),
+            sources=np.array([-1 if c.source is None else c.source for c in chunks], np.int64),
             positions=np.concatenate([c.sequence.positions(c.start, c.start + c.length) for c in chunks], axis=1),
             vision=token_ids >= self._image_patch_id,
             embed_rows=rows,
@@ -191,20 +252,26 @@ class StepBuilder:
         return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
 
 
+def fill_in_flight(token_ids: Tensor, step: HostStep, last_tokens: Tensor) -> None:
+    """Write the ids of the rows whose tokens the last step samples.
+
+    Args:
+        token_ids: [N], as the host knows them.
+        last_tokens: on the device.
+    """
+    sequences = np.flatnonzero(step.sources >= 0)
+    if len(sequences):
+        rows, sources = upload(
+            [step.query_start[sequences].astype(np.int64), step.sources[sequences]], token_ids.device
+        )
+        token_ids.index_copy_(0, rows, last_tokens.index_select(0, sources))
+
+
 def slots(chunk: Chunk, block_size: int) -> Ints:
     """Return [length] slots of the keys and values of a chunk's tokens."""
     at = np.arange(chunk.start, chunk.start + chunk.length)
     blocks = np.frombuffer(chunk.sequence.blocks, np.int32)
     return blocks[at // block_size].astype(np.int64) * block_size + at % block_size
-
-
-def block_tables(blocks: list[bytes], width: int) -> NDArray[np.int32]:
-    """Return [S, width] padded with 0."""
-    tables = np.zeros((len(blocks), width), np.int32)
-    for table, content in zip(tables, blocks, strict=True):
-        used = np.frombuffer(content, np.int32)[:width]
-        table[: len(used)] = used
-    return tables
 
 
 def copy_rows(stored: Embeds, start: int, target: Tensor) -> None:

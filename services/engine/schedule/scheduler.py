@@ -8,9 +8,11 @@ Both count a step when it is planned. Its tokens are known when it is read, and 
 that: see `schedule_ahead`.
 
 Order of service is order of arrival, in three rounds a step: sequences that decode, sequences still in their prefill,
-and then waiting ones. A sequence takes blocks for all its known tokens when it is admitted, so only decoding can run
-out of blocks; then the latest arrival is preempted: it gives all of its blocks back and waits to be computed again. The
-earliest arrival is never preempted while another runs, so it always progresses, and in turn so does every sequence.
+and then waiting ones. With a `PrefillBudget` prefills share what a step has for them by their length instead, and that
+is no more than suits the sequences that decode beside them. A sequence takes blocks for all its known tokens when it is
+admitted, so only decoding can run out of blocks; then the latest arrival is preempted: it gives all of its blocks back
+and waits to be computed again. The earliest arrival is never preempted while another runs, so it always progresses, and
+in turn so does every sequence.
 """
 
 from collections import deque
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.prefill_budget import PrefillBudget, reaches, shares
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.sequence import Sequence
 from services.engine.schedule.speculation import Speculation, Speculator, accept
@@ -108,6 +111,7 @@ class Limits:
     max_num_batched_tokens: int
     chunked_prefill: bool
     block_size: int
+    prefill: PrefillBudget | None = None  # with chunked_prefill only; None: prefill gets all that is left of a step
     speculation: Speculation | None = None  # None: no token is ever guessed
 
 
@@ -175,25 +179,74 @@ class Scheduler:
         assert not any(s.in_flight for s in self._running)
         budget = self._limits.max_num_batched_tokens
         decoding = [s for s in self._running if s.num_tokens - s.num_computed == 1]
-        prefilling = [s for s in self._running if s.num_tokens - s.num_computed > 1]
         preempted: list[Sequence] = []
-        admitted: list[Sequence] = []
         chunks = [
             _chunk(sequence, 1)
             for sequence in decoding[:budget]
             if sequence not in preempted and self._grow(sequence, preempted)
         ]
-        budget -= len(chunks)
-        for sequence in prefilling:
-            if budget > 0 and sequence not in preempted:
-                chunks.append(_chunk(sequence, budget))
-                budget -= chunks[-1].length
+        prefilling = [s for s in self._running if s.num_tokens - s.num_computed > 1]
         # After a preemption the victim is first in the queue. It is admitted at once only if others hold its prefix.
-        while waiting := self._admit(budget):
-            admitted.append(waiting)
-            chunks.append(_chunk(waiting, budget))
-            budget -= chunks[-1].length
-        chunks = self._with_drafts(chunks, budget)
+        return self._with_prefill(chunks, prefilling, tuple(preempted))
+
+    def schedule_ahead(self) -> Plan | None:
+        """Plan the next step while the one before is not committed; return None where the commit has to come first.
+
+        What the step computes must not depend on which tokens are in flight. So it is one token for each sequence that
+        certainly continues, and prefill, whose tokens are known; and no block has to be taken from another sequence for
+        it. How it samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a
+        row in it all the same, which `commit` drops.
+
+        Guesses need the token before: where they are in flight, or likely to be worth a step, the commit comes first.
+        """
+        continuing = [s for s in self._running if s.in_flight and s.can_continue]
+        behind = [s for s in self._running if not s.in_flight]
+        budget = self._limits.max_num_batched_tokens - len(continuing)
+        if any(s.drafts for s in self._running) or any(
+            self._speculator.guess(continuing, len(continuing), budget, after=1)
+        ):
+            return None
+        if budget < 0 or any(self._lacks_blocks(s) for s in behind):
+            return None
+        growing = [s for s in continuing if s.num_computed == len(s.blocks) * self._limits.block_size]
+        if len(growing) > self._pool.available:
+            return None
+        for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
+            sequence.blocks.append(block)
+        chunks = [Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing]
+        later = any(s.depends_on_tokens for s in continuing)
+        plan = self._with_prefill(chunks, behind, samples_later=later)
+        return plan if plan.chunks else None
+
+    def _with_prefill(
+        self,
+        chunks: list[Chunk],
+        prefilling: list[Sequence],
+        preempted: tuple[Sequence, ...] = (),
+        samples_later: bool = False,
+    ) -> Plan:
+        """Complete a step by prefill: of running sequences, and of waiting ones that it admits."""
+        admitted: list[Sequence] = []
+        if self._limits.prefill is None or not self._limits.chunked_prefill:
+            budget = self._limits.max_num_batched_tokens - len(chunks)
+            for sequence in prefilling:
+                if budget > 0:
+                    chunks.append(_chunk(sequence, budget))
+                    budget -= chunks[-1].length
+            while waiting := self._admit(budget):
+                admitted.append(waiting)
+                chunks.append(_chunk(waiting, budget))
+                budget -= chunks[-1].length
+        else:
+            cached = sum(chunk.start for chunk in chunks)
+            room = self._limits.prefill.room(len(chunks), cached, self._limits.max_num_batched_tokens)
+            while self._reaches_next(prefilling, room) and (waiting := self._admit(room)):
+                admitted.append(waiting)
+                prefilling.append(waiting)
+            backlogs = [s.num_tokens - s.num_computed for s in prefilling]
+            given = zip(prefilling, shares(backlogs, room), strict=True)
+            chunks += [_chunk(sequence, tokens) for sequence, tokens in given if tokens]
+        chunks = self._with_drafts(chunks)
         begun = tuple(s for s in admitted if not s.begun)
         asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
         hit_tokens = sum(s.num_computed for s in admitted)
@@ -201,33 +254,20 @@ class Scheduler:
             sequence.begun = True
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
         drafts = sum(chunk.drafts for chunk in chunks)
-        return _count_planned(Plan(tuple(chunks), begun, tuple(preempted), asked_tokens, hit_tokens, drafts=drafts))
+        return _count_planned(
+            Plan(tuple(chunks), begun, preempted, asked_tokens, hit_tokens, samples_later, drafts=drafts)
+        )
 
-    def schedule_ahead(self) -> Plan | None:
-        """Plan the next step while the one before is not committed; return None where the commit has to come first.
+    def _reaches_next(self, prefilling: list[Sequence], room: int) -> bool:
+        """Return True if the first waiting sequence, once admitted, would get tokens in this step."""
+        if not self._waiting:
+            return False
+        sequence = self._waiting[0]
+        backlog = sequence.num_tokens - len(self._match(sequence)) * self._limits.block_size
+        return reaches([s.num_tokens - s.num_computed for s in prefilling], backlog, room)
 
-        What the step computes must not depend on which tokens are in flight. So it is one token for each sequence that
-        certainly continues, no block has to be taken from another sequence for it, and no prefill is waiting. How it
-        samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a row in it all
-        the same, which `commit` drops.
-
-        Guesses need the token before: where they are in flight, or likely to be worth a step, the commit comes first.
-        """
-        continuing = [s for s in self._running if s.can_continue]
-        budget = self._limits.max_num_batched_tokens - len(continuing)
-        if not continuing or budget < 0 or not all(s.in_flight and not s.drafts for s in self._running):
-            return None
-        if any(self._speculator.guess(continuing, len(continuing), budget, after=1)):
-            return None
-        if self._match_first(budget) is not None:
-            return None
-        growing = [s for s in continuing if s.num_computed == len(s.blocks) * self._limits.block_size]
-        if len(growing) > self._pool.available:
-            return None
-        for sequence, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
-            sequence.blocks.append(block)
-        chunks = tuple(Chunk(s, s.num_computed, 1, samples=True, source=s.row) for s in continuing)
-        return _count_planned(Plan(chunks, samples_later=any(s.depends_on_tokens for s in continuing)))
+    def _lacks_blocks(self, sequence: Sequence) -> bool:
+        return len(sequence.blocks) < self._blocks_for(sequence.num_tokens)
 
     def commit(self, plan: Plan, tokens: list[int]) -> list[Progress]:
         """Account for a step that has run.
@@ -304,11 +344,13 @@ class Scheduler:
         full = sequence.cacheable // self._limits.block_size
         return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
 
-    def _with_drafts(self, chunks: list[Chunk], budget: int) -> list[Chunk]:
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         """Add guessed tokens to the chunks that are one token behind, where that is worth it and nobody else's room."""
-        room = min(budget, self._limits.max_num_seqs - sum(chunk.samples for chunk in chunks))
-        decoding = [chunk.sequence for chunk in chunks if chunk.length == 1 and chunk.samples]
-        guesses = self._speculator.guess(decoding, sum(chunk.length for chunk in chunks), room)
+        rows = sum(chunk.length for chunk in chunks)
+        room = self._limits.max_num_batched_tokens - rows
+        room = min(room, self._limits.max_num_seqs - sum(chunk.samples for chunk in chunks))
+        decoding = [chunk.sequence for chunk in chunks if chunk.length == 1 and chunk.samples and chunk.source is None]
+        guesses = self._speculator.guess(decoding, rows, room)
         for sequence, guessed in zip(decoding, guesses, strict=False):
             drafts = sequence.possible(guessed)
             missing = self._blocks_for(sequence.num_tokens + len(drafts)) - len(sequence.blocks)

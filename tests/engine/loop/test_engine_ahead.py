@@ -15,10 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.loop.mailbox import Abort, Add, Forget
+from services.engine.schedule.prefill_budget import PrefillBudget, StepTimes
 from services.engine.schedule.speculation import Speculation
 from shared.messages import Finish
 
 CANCELLED = Finish("cancelled")
+
+
+class FixedRoom(PrefillBudget):
+    """As many tokens of prefill beside others, however many decode."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(1.0, StepTimes((1,), (1.0,)))
+        object.__setattr__(self, "_tokens", tokens)
+
+    def room(self, decoding: int, cached: int, limit: int) -> int:
+        return max(0, min(limit - decoding, self._tokens)) if decoding else limit
 
 
 def until(tokens: Ordered[int], stops: Ordered[int]) -> list[int]:
@@ -51,6 +63,7 @@ def asked(draw: st.DrawFn) -> dict[str, Any]:
     seqs=st.integers(1, 6),
     caching=st.booleans(),
     chunked=st.booleans(),
+    room=st.sampled_from([None, 1, 5, 12]),
 )
 def test_every_answer_is_right_whoever_comes_and_goes(
     requests: list[dict[str, Any]],
@@ -62,6 +75,7 @@ def test_every_answer_is_right_whoever_comes_and_goes(
     seqs: int,
     caching: bool,
     chunked: bool,
+    room: int | None,
 ) -> None:
     script: Script = defaultdict(list)
     for number, one in enumerate(requests):
@@ -81,6 +95,7 @@ def test_every_answer_is_right_whoever_comes_and_goes(
             max_num_batched_tokens=budget if chunked else 40,
             chunked_prefill=chunked,
             speculation=speculation,
+            prefill=None if room is None else FixedRoom(room),
         )
     for number, one in enumerate(requests):
         whole = until(continuation(one["prompt"], one["max_tokens"]), one["stop_token_ids"])
@@ -164,7 +179,7 @@ def test_a_newcomer_is_taken_in_as_soon_as_it_has_room() -> None:
 
     plans = Bench(script()).runner.plans
     first = next(i for i, plan in enumerate(plans) if len(plan.chunks) == 2)
-    assert all(chunk.source is None for chunk in plans[first].chunks)
+    assert [chunk.source for chunk in plans[first].chunks] == [0, None], "the other one's token is still in flight"
     assert first == 4, "four steps were launched before it came"
     crowded = Bench(script(), max_num_seqs=1)
     assert crowded.ahead == 11 + 1

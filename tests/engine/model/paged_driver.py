@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from services.engine.model.ernie import ErnieModel
-from services.engine.model.inputs import KVCache, StepInput
+from services.engine.model.inputs import AttentionPart, KVCache, StepInput
 
 BLOCK_SIZE = 4
 
@@ -75,12 +75,18 @@ class Driver:
             embed_rows=torch.tensor(rows, dtype=torch.long),
             embeds=torch.stack(embeds).to(self.model.dtype) if embeds else torch.empty(0, hidden).to(self.model.dtype),
             slots=torch.tensor(slots),
-            block_tables=torch.tensor(
-                [sequence.table + [0] * (width - len(sequence.table)) for sequence, _ in work], dtype=torch.int32
+            attention=(
+                AttentionPart(
+                    rows=slice(0, len(ids)),
+                    block_tables=torch.tensor(
+                        [sequence.table + [0] * (width - len(sequence.table)) for sequence, _ in work],
+                        dtype=torch.int32,
+                    ),
+                    query_start=torch.tensor(starts, dtype=torch.int32),
+                    context_lens=torch.tensor(contexts, dtype=torch.int32),
+                    max_query_len=max(count for _, count in work),
+                    max_context_len=max(contexts),
+                ),
             ),
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor(contexts, dtype=torch.int32),
             logit_rows=torch.arange(len(ids)) if logit_rows is None else torch.tensor(logit_rows, dtype=torch.long),
-            max_query_len=max(count for _, count in work),
-            max_context_len=max(contexts),
         )

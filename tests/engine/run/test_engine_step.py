@@ -72,8 +72,9 @@ def test_guesses_are_rows_of_a_decode_step() -> None:
 
 def test_a_step_knows_its_lengths_on_the_host() -> None:
     step = StepBuilder(Model(), BLOCK, image_patch_id=52)._decode(decoding()).to(Model.device, BLOCK)
-    assert step.lengths == tuple(zip(step.query_start.diff().tolist(), step.context_lens.tolist(), strict=True))
-    assert step.lengths == ((1, 4), (1, 14), (1, 8), (1, 7))
+    (part,) = step.attention
+    assert part.lengths == tuple(zip(part.query_start.diff().tolist(), part.context_lens.tolist(), strict=True))
+    assert part.lengths == ((1, 4), (1, 14), (1, 8), (1, 7))
 
 
 @pytest.mark.parametrize(("first_of_vision", "expected"), [(52, True), (99, False)])

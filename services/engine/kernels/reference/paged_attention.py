@@ -5,6 +5,7 @@ from torch import Tensor
 
 Lengths = tuple[tuple[int, int], ...]  # of each sequence: new tokens, and tokens in all
 KEYS = 128  # of a tile
+MIN_PROMPT = 2048  # tokens from which on a prompt without cached tokens may be faster in a call of its own
 
 
 def paged_attention(
@@ -18,6 +19,7 @@ def paged_attention(
     max_context_len: int,
     scale: float,
     lengths: Lengths = (),
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attend each query to the keys at or before its position in its sequence; softmax in float32.
 
@@ -37,11 +39,13 @@ def paged_attention(
         max_query_len, max_context_len: bounds for planning a launch without reading the tensors.
         scale: factor on the scores.
         lengths: the values behind query_start and context_lens, for planning launches, or () where they are unknown.
+        out: [N, heads, D], contiguous; written and returned, if given.
 
     Returns:
         [N, heads, D], contiguous, dtype of query.
     """
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rows_of = query_start.diff()
     single = (rows_of == 1).nonzero().flatten()
     if len(single):

@@ -8,7 +8,16 @@ from services.engine.kernels.reference.linear import linear
 from services.engine.kernels.reference.rotary import rotary
 
 
-def qkv(x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def qkv(
+    x: Tensor,
+    weight: Weight,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    query: Tensor | None = None,
+) -> Tensor:
     """Apply `linear`, `rotary` to its queries and keys, and `kv_write` to its keys and values.
 
     Args:
@@ -17,6 +26,7 @@ def qkv(x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, value
         cos, sin: [N, D / 2] float32.
         keys, values: one layer's cache, [blocks, block_size, kv_heads, D], contiguous; written.
         slots: [N] int64, distinct.
+        query: [N, heads, D], contiguous; written and returned, if given.
 
     Returns:
         the rotated queries, [N, heads, D]; rows may be strided.
@@ -26,4 +36,5 @@ def qkv(x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, value
     rotated = projected[:, :-kv_heads]
     rotary(rotated, cos, sin)
     kv_write(rotated[:, -kv_heads:], projected[:, -kv_heads:], keys, values, slots)
-    return rotated[:, :-kv_heads]
+    queries = rotated[:, :-kv_heads]
+    return queries if query is None else query.copy_(queries)

@@ -1,5 +1,5 @@
 """Causal attention over the paged cache: one kernel for prefill chunks, and a split-context one for decode. Long
-prompts without cached tokens go to the vendor library: whole_prompt.py.
+prompts without cached tokens, alone in a call, go to the vendor library: whole_prompt.py.
 
 Decode reads each key and value once for the group of query heads that shares them. The device decides into how many
 splits a context is cut, up to a limit that depends on the number of sequences only, so that a captured graph stays
@@ -7,8 +7,7 @@ valid as contexts grow. The last program of a group to finish merges the splits'
 reduction); with many splits a second launch does.
 """
 
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -69,7 +68,7 @@ def _share(tiles, splits, least):
     return tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), splits))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits", "least"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr, acc_ptr, high_ptr, sum_ptr, count_ptr,
     q_stride, q_head_stride, table_stride, splits, least, scale,
@@ -163,7 +162,7 @@ def _merge(
     tl.store(out_ptr + group[:, None] * D + d[None, :], merged.to(out_ptr.dtype.element_ty), out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "least"])
 def _merge_kernel(
     acc_ptr, high_ptr, sum_ptr, starts_ptr, contexts_ptr, out_ptr, splits, least,
     KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TILE: tl.constexpr,
@@ -187,7 +186,7 @@ def _merge_kernel(
         tl.store(out_ptr + (row * KV_HEADS * G + head) * D + d, merged.to(out_ptr.dtype.element_ty), d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     q_ptr, k, v, tables_ptr, starts_ptr, contexts_ptr, out_ptr,
     q_stride, q_head_stride, table_stride, heads, kv_heads, scale,
@@ -277,39 +276,27 @@ def paged_attention(
     max_context_len: int,
     scale: float,
     lengths: Lengths = (),
+    out: Tensor | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
-    if max_query_len > 1 and library_supports(query) and any(map(is_whole_prompt, lengths)):
-        return _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    launch = _decode if max_query_len == 1 else _prefill
-    launch(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if len(lengths) == 1 and is_whole_prompt(lengths[0]) and library_supports(query):
+        return out.copy_(whole_prompt(query, keys, values, block_tables[0], scale))
+    arguments = (query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out)
+    if max_query_len == 1:
+        _decode(*arguments, lengths)
+    else:
+        _prefill(*arguments)
     return out
 
 
-def _mixed(query, keys, values, block_tables, query_start, context_lens, scale, lengths: Lengths) -> Tensor:
-    """Attend whole prompts one by one, and the sequences between them with a launch each run."""
-    if len(lengths) == 1:
-        return whole_prompt(query, keys, values, block_tables[0], scale)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    sequence = row = 0
-    for alone, group in groupby(lengths, is_whole_prompt):
-        for run in ([length] for length in group) if alone else [list(group)]:
-            end, rows = sequence + len(run), sum(new for new, _ in run)
-            if alone:
-                chunk = slice(row, row + rows)
-                out[chunk] = whole_prompt(query[chunk], keys, values, block_tables[sequence], scale)
-            else:
-                starts, contexts = query_start[sequence : end + 1], context_lens[sequence:end]
-                longest = max(new for new, _ in run)
-                _prefill(query, keys, values, block_tables[sequence:end], starts, contexts, longest, scale, out)
-            sequence, row = end, row + rows
-    return out
-
-
-def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out) -> None:
+def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out, lengths=()) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     plan, group = FEW_SEQUENCES_PLAN if sequences < MANY_SEQUENCES else MANY_SEQUENCES_PLAN, heads // kv_heads
+    if lengths:
+        # Not captured: a launch is a matter of the host's time, and it has one less.
+        plan = replace(plan, last_merges=True)
     splits, tile = decode_splits(plan, sequences, kv_heads), min(TILE, page)
     least = max(1, plan.share * sequences // tile)
     partials = sequences * heads * splits if splits > 1 else 0

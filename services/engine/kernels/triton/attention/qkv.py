@@ -73,12 +73,14 @@ def _qkv_kernel(
 
 
 def qkv(
-    x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
+    query: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference. All but `x` contiguous, and so is the result."""
     kv_heads, dim = keys.shape[2:]
     heads = len(weight) // dim - 2 * kv_heads
-    query = torch.empty(len(x), heads, dim, dtype=x.dtype, device=x.device)
+    if query is None:
+        query = torch.empty(len(x), heads, dim, dtype=x.dtype, device=x.device)
     launch = unsplit_launch(x, weight)
     if launch is None:
         rotate(partial_linear(x, weight), cos, sin, slots, query, keys, values)

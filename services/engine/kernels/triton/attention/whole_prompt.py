@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from services.engine.kernels.first_use import note_first_use
+from services.engine.kernels.reference.paged_attention import MIN_PROMPT
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
-MIN_PROMPT = 2048  # tokens; the launches for a shorter prompt cost more than its attention gains
 STEPS = 8  # padded lengths from one power of two to the next
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -24,7 +25,8 @@ BACKENDS = [
 
 
 def is_whole_prompt(length: tuple[int, int]) -> bool:
-    """Return True for a sequence of (new tokens, all tokens) that `whole_prompt` handles: long, and nothing cached."""
+    """Return True for a sequence of (new tokens, all tokens) that `whole_prompt` handles: nothing cached, and long
+    enough that its attention gains more than its launches cost."""
     new, context = length
     return new == context >= MIN_PROMPT
 
@@ -47,6 +49,12 @@ def planned_length(length: int) -> int:
     return ceil_div(length, step) * step
 
 
+@cache
+def _note_plan(length: int) -> None:
+    """Note the first prompt of a padded length in this process."""
+    note_first_use(f"library plan for {length} tokens")
+
+
 def whole_prompt(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, scale: float) -> Tensor:
     """Attend all tokens of one sequence to each other.
 
@@ -60,6 +68,7 @@ def whole_prompt(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, sca
     """
     length = len(query)
     planned = planned_length(length)
+    _note_plan(planned)
     missing = ceil_div(planned, keys.shape[1]) - len(table)
     # Block 0 fills in for blocks past the sequence's last: their content does not matter.
     blocks = F.pad(table, (0, missing)) if missing > 0 else table[: len(table) + missing]

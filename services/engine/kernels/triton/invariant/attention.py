@@ -21,8 +21,10 @@ def paged_attention(
     max_context_len: int,
     scale: float,
     lengths: Lengths = (),
+    out: Tensor | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     attend_tiles(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, TILES)
     return out

@@ -12,11 +12,13 @@ from services.engine.kernels.triton.invariant.linear import linear
 
 
 def qkv(
-    x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    x: Tensor, weight: Weight, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
+    query: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference. All but `x` contiguous, and so is the result."""
     kv_heads, dim = keys.shape[2:]
-    query = torch.empty(len(x), len(weight) // dim - 2 * kv_heads, dim, dtype=x.dtype, device=x.device)
+    if query is None:
+        query = torch.empty(len(x), len(weight) // dim - 2 * kv_heads, dim, dtype=x.dtype, device=x.device)
     rotate(linear(x, weight), cos, sin, slots, query, keys, values)
     return query
 

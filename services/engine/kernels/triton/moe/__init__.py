@@ -20,16 +20,16 @@ Times are microseconds a layer on an H200; docs/notebook/engine.md has the exper
                                   128 rows: experts, tiles                  309 at 32, 353 at 256
                          683-     persistent grouped GEMM, all operands by  597 and 661 TFLOP/s instead of 540: 2,434
                                   TMA: grouped, grouped_plain               to 1,930 at 8,192 rows
-              int4 int8  1-1365   as bf16, the weight as left operand,      12 at 1 row, 90 at 32, 153 at 256 (int4)
-                                  dequantised in registers
-                         1366-    persistent grouped GEMM, activations by   int4 as fast as bf16 (1,934 at 8,192 rows)
-                                  TMA, the weight dequantised in            without a bf16 copy of the pools; below, the
-                                  registers: grouped, grouped_quantized     launches before it cost more than it gains
+              int4 int8  1-682    as bf16, the weight as left operand,      12 at 1 row, 90 at 32, 153 at 256 (int4)
+                         (-1365)  dequantised in registers
+                         683-     persistent grouped GEMM, activations by   int4 as fast as bf16 (1,934 at 8,192 rows)
+                         (1366-)  TMA, the weight dequantised in            without a bf16 copy of the pools; 415 to 314
+                                  registers: grouped, grouped_quantized     at 768 rows, 451 to 320 at 1,024 (captured)
     shared    any        1-512    on a second stream beside the routed      6 layers 2,299 to 2,161 at 128 rows
     expert                        experts: moe
                          513-     before them on the same stream: moe       each product fills the device alone
 
-The grouped GEMMs begin at 32 rows an expert (bf16) or 64 (quantised), on average over both pools. They also need spare
-memory for the rows in order (memory_budget), rows aligned to 16 bytes for TMA, and a power of two of experts. Where one
-of these is missing, any number of rows takes the path of few: see `grouped.uses_grouped_gemm`.
+Rows in brackets are those of int8. The grouped GEMMs begin at 32 rows an expert (int8: 64), on average over both pools.
+They also need spare memory for the rows in order (memory_budget), rows aligned to 16 bytes for TMA, and a power of two
+of experts. Where one of these is missing, any number of rows takes the path of few: see `grouped.uses_grouped_gemm`.
 """

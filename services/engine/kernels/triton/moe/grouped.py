@@ -21,9 +21,9 @@ from services.engine.kernels.triton.dense.interleave import interleaved
 from services.engine.kernels.triton.moe import grouped_plain, grouped_quantized
 from services.engine.kernels.triton.moe.sort import SortedPairs, sort_pairs
 
-# Rows of an expert, on average over both pools, from which on the path pays: tiles of rows are full enough, and with
-# quantised weights the products gain more than the launches before them take.
-ROWS_PER_EXPERT, QUANTIZED_ROWS_PER_EXPERT = 32, 64
+# Rows of an expert, on average over both pools, from which on the path pays: tiles of rows are full enough, and the
+# products gain more than the launches before them take.
+ROWS_PER_EXPERT, INT8_ROWS_PER_EXPERT = 32, 64
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def _gather_kernel(
 def uses_grouped_gemm(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
     """Return True if the grouped GEMM applies: rows enough, spare memory, and rows aligned to 16 bytes for TMA."""
     experts = len(text) + len(vision)
-    least = QUANTIZED_ROWS_PER_EXPERT if isinstance(text.gate_up, Quantized) else ROWS_PER_EXPERT
+    in_bytes = isinstance(text.gate_up, Quantized) and text.gate_up.bits == 8
+    least = INT8_ROWS_PER_EXPERT if in_bytes else ROWS_PER_EXPERT
     enough_rows = len(x) * top_k >= least * experts and experts & (experts - 1) == 0
     widths = (x.shape[1], x.stride(0), in_features(text.down), in_features(vision.down))
     aligned = all(width * x.element_size() % 16 == 0 for width in widths)

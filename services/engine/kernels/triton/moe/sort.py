@@ -63,10 +63,11 @@ def _sort_kernel(
     tl.store(pair_ids_ptr + row, pair, inside)
 
 
-@triton.jit
+# Numbers of pairs, tiles and blocks vary from step to step: no variant of a kernel may depend on them.
+@triton.jit(do_not_specialize=["P", "tiles"])
 def _count_kernel(
     ids_ptr, counts_ptr, pair_ids_ptr, expert_ids_ptr, P, tiles,
-    EXPERTS: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store counts[block, expert] of a block of pairs, and empty the block's share of the tiles."""
     wait_for_previous_kernel(PDL)
@@ -76,13 +77,12 @@ def _count_kernel(
     counts = tl.histogram(tl.load(ids_ptr + pair, pair < P, EXPERTS), EXPERTS * 2)
     expert = tl.arange(0, EXPERTS * 2)
     tl.store(counts_ptr + block * EXPERTS + expert, counts, expert < EXPERTS)
-    row = block * TILES * BM + tl.arange(0, TILES * BM)
-    tl.store(pair_ids_ptr + row, -1, row < tiles * BM)
-    tile = block * TILES + tl.arange(0, TILES)
-    tl.store(expert_ids_ptr + tile, EXPERTS, tile < tiles)
+    for tile in range(block, tiles, tl.num_programs(0)):
+        tl.store(pair_ids_ptr + tile * BM + tl.arange(0, BM), -1)
+        tl.store(expert_ids_ptr + tile, EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _offsets_kernel(
     counts_ptr, cursor_ptr, expert_ids_ptr, tile_bounds_ptr, blocks,
     EXPERTS: tl.constexpr, BM: tl.constexpr, BPAD: tl.constexpr, PDL: tl.constexpr,
@@ -104,7 +104,7 @@ def _offsets_kernel(
     tl.store(tile_bounds_ptr + 2, tl.sum(needed, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _place_kernel(
     ids_ptr, cursor_ptr, pair_ids_ptr, P, EXPERTS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def sort_pairs(ids: Tensor, experts: int, tile: int) -> SortedPairs:
     common = {"EXPERTS": experts, **pdl_options(ids)}
     _count_kernel[(blocks,)](
         ids, counts, sorted_pair_ids, expert_ids, pairs, tiles,
-        SIZE=size, BM=tile, TILES=ceil_pow2(ceil_div(tiles, blocks)), num_warps=4, **common,
+        SIZE=size, BM=tile, num_warps=4, **common,
     )  # fmt: skip
     _offsets_kernel[(1,)](
         counts, cursor, expert_ids, tile_bounds, blocks,

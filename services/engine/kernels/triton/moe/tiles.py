@@ -49,7 +49,7 @@ def _plan4(pairs: int, rows_per_expert: float) -> Plan:
         return Plan(8, Tile(64, GROUP, 2, 3), Tile(64, GROUP, 4, 3))
     if rows_per_expert <= 8:
         return Plan(16, Tile(64, GROUP, 2, 3), Tile(128, GROUP, 4, 3))
-    if rows_per_expert <= 24:
+    if rows_per_expert <= 40:
         return Plan(32, Tile(128, GROUP, 4, 3), Tile(128, GROUP, 4, 3))
     return Plan(64, Tile(128, GROUP, 4, 2), Tile(128, GROUP, 4, 2))
 

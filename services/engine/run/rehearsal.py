@@ -1,0 +1,131 @@
+"""Rehearsal of a GPU's steps before the first request: every kernel that traffic can meet is compiled and loaded, every
+plan of a library is made, and the time of steps is measured.
+
+Kernels differ by classes of shapes, not by shapes: docs/notebook/engine.md names them. So a few steps meet all classes
+that depend on the number of rows, and one layer's attention, which takes no time, meets those of sequences one by one.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from services.engine.kernels.reference.paged_attention import MIN_PROMPT
+from services.engine.model.inputs import KVCache
+from services.engine.run.pieces import ALIGNMENT, StepPieces, captured_sizes
+from services.engine.run.step import HostStep, Model
+from services.engine.schedule.prefill_budget import StepTimes
+
+REPEATS = 3  # of a measured step
+PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
+# New tokens of a sequence: of each class of kernels, a multiple of 16 and another number.
+CHUNKS = (2, 64, 65, 208)
+DECODING, DECODING_CONTEXT = 64, 4096  # sequences, and tokens of each: so many that the device is what takes time
+
+
+class Rehearsal:
+    """Steps of invented sequences: only shapes matter, and that tokens are spread out. No block is in use yet."""
+
+    def __init__(self, model: Model, cache: KVCache, pieces: StepPieces, vocab_size: int, max_seqs: int) -> None:
+        self._model, self._cache, self._pieces = model, cache, pieces
+        self._random = np.random.default_rng(0)
+        self._vocab_size, self._max_seqs = vocab_size, max_seqs
+
+    def run(self, max_rows: int, max_context: int) -> StepTimes:
+        """Rehearse steps of up to `max_rows` rows; return the time of those with prefill, by their number of rows."""
+        for lengths in self._attentions(max_rows, max_context):
+            self._attend(lengths)
+        self._pieces.hidden(self.step([(min(16, max_rows), min(16, max_rows))], media=True))
+        sizes = captured_sizes(max_rows)  # whether they were captured or not
+        times = {size: self._measure(size) for size in (*sizes, *larger_sizes(sizes[-1], max_rows))}
+        slowest = np.maximum.accumulate(list(times.values())).tolist()
+        return StepTimes(tuple(times), tuple(slowest), self._measure_cached(max_rows, max_context))
+
+    def step(self, lengths: list[tuple[int, int]], media: bool = False) -> HostStep:
+        """Make a step of sequences with so many new tokens, and so many in all. `media`: the first row is media."""
+        size, model = self._cache.block_size, self._model
+        at = np.concatenate([np.arange(context - new, context) for new, context in lengths])
+        ends = np.cumsum([0, *(-(-context // size) for _, context in lengths)]).tolist()
+        blocks = [np.arange(first, stop) % self._cache.num_blocks for first, stop in pairwise(ends)]
+        own = [table[place // size] for table, (new, context) in zip(blocks, lengths, strict=True)
+               for place in (np.arange(context - new, context),)]  # fmt: skip
+        starts = np.cumsum([0, *(new for new, _ in lengths)])
+        embeds = torch.zeros(int(media), model.hidden_size, dtype=model.dtype)
+        return HostStep(
+            token_ids=self._random.integers(0, self._vocab_size, len(at)),
+            sources=np.full(len(lengths), -1),
+            positions=np.broadcast_to(at, (3, len(at))).copy(),
+            vision=np.zeros(len(at), np.bool_),
+            embed_rows=np.arange(len(embeds)),
+            embeds=embeds.pin_memory() if model.device.type == "cuda" else embeds,
+            slots=np.concatenate(own) * size + at % size,
+            blocks=[table.astype(np.int32).tobytes() for table in blocks],
+            query_start=starts.astype(np.int32),
+            context_lens=np.array([context for _, context in lengths], np.int32),
+            logit_rows=starts[1:] - 1,
+            max_query_len=max(new for new, _ in lengths),
+        )
+
+    def _attentions(self, max_rows: int, max_context: int) -> Iterator[list[tuple[int, int]]]:
+        """Yield sequences of every class that attention knows."""
+        for count in range(1, min(self._max_seqs, max_rows) + 1):
+            yield [(1, min(40, max_context))] * count
+        for new in CHUNKS:
+            if new <= min(max_rows, max_context):
+                yield [(new, new)]
+                yield [(new, min(new + 100, max_context))]
+        longest = min(max_rows, max_context)
+        for length in range(MIN_PROMPT, longest + 1, PLANNED):
+            yield [(length, length)]
+
+    def _attend(self, lengths: list[tuple[int, int]]) -> None:
+        """Run the first layer's attention alone."""
+        step, model = self.step(lengths), self._model
+        heads = model.attention_buffers(len(step.token_ids))
+        calls = [(part, heads.of(part)) for part in step.attention(model.device, self._cache.block_size)]
+        model.attend(calls, self._cache.keys[0], self._cache.values[0])
+
+    def _measure(self, rows: int) -> float:
+        """Return the median milliseconds of a step with one prompt of so many tokens."""
+        step = self.step([(rows, rows)])
+        return measure_ms(lambda: self._model.project(self._pieces.hidden(step)[-1:]))
+
+    def _measure_cached(self, max_rows: int, max_context: int) -> float:
+        """Return the milliseconds that a step takes longer for each token in the cache of a sequence that decodes."""
+        count, context = min(DECODING, self._max_seqs, max_rows), min(DECODING_CONTEXT, max_context)
+        step, model = self.step([(1, context)] * count), self._model
+        heads = model.attention_buffers(count)
+        calls = [(part, heads.of(part)) for part in step.attention(model.device, self._cache.block_size)]
+
+        def attend() -> None:
+            for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
+                model.attend(calls, keys, values)
+
+        return measure_ms(attend) / (count * context)
+
+
+def larger_sizes(captured: int, max_rows: int) -> list[int]:
+    """Return numbers of rows beyond those captured that meet every class of kernels, the largest last."""
+    sizes, size = [], captured + ALIGNMENT
+    while size < max_rows:
+        sizes.append(size)
+        size = 2 * size // ALIGNMENT * ALIGNMENT
+    return [*sizes, max_rows] if max_rows > captured else sizes
+
+
+def measure_ms(run: Callable[[], object]) -> float:
+    """Return the median milliseconds that the device needs, after a first time."""
+    run()
+    if not torch.cuda.is_available():
+        return 0.0
+    took = []
+    for _ in range(REPEATS):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        started.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        took.append(started.elapsed_time(ended))
+    return float(statistics.median(took))

@@ -1,0 +1,77 @@
+"""Share of a step that prefill gets: how many tokens beside sequences that decode, and whose."""
+
+from bisect import bisect_right
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+LEAST_ROOM = 128  # tokens of prefill in a step, however many sequences decode: prompts must go on
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Milliseconds of a step with prefill, by its number of rows, as measured on this device. Both ascend."""
+
+    rows: tuple[int, ...]
+    ms: tuple[float, ...]
+    ms_per_cached_token: float = 0.0  # besides, for each token that a sequence which decodes has in the cache
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) == len(self.ms) > 0
+        assert sorted(self.rows) == list(self.rows)
+        assert sorted(self.ms) == list(self.ms)
+
+    def rows_within(self, ms: float) -> int:
+        """Return the most rows of a step that takes no longer; of all measured steps the least, if none does."""
+        return self.rows[max(0, bisect_right(self.ms, ms) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBudget:
+    """Bound on a step in which sequences decode, so that their tokens come in time."""
+
+    target_ms: float
+    times: StepTimes
+
+    def room(self, decoding: int, cached: int, limit: int) -> int:
+        """Return the tokens of prefill in a step.
+
+        Args:
+            decoding: sequences that decode in it.
+            cached: tokens that these have in the cache.
+            limit: tokens of the step.
+        """
+        if not decoding:
+            return limit
+        rows = self.times.rows_within(self.target_ms - cached * self.times.ms_per_cached_token)
+        return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))
+
+
+def shares(backlogs: Ordered[int], room: int) -> list[int]:
+    """Return the tokens that each prefill gets in a step.
+
+    A half of the room is the earliest arrival's, so that every prompt comes to its end in bounded time. The rest goes
+    to those that need the fewest tokens, so that none waits for a longer one.
+
+    Args:
+        backlogs: tokens to compute, by arrival.
+        room: tokens in all.
+    """
+    given, rest, left = _reserve(backlogs, room)
+    for nth in sorted(range(len(rest)), key=lambda nth: rest[nth]):
+        more = min(rest[nth], left)
+        given[nth] += more
+        left -= more
+    return given
+
+
+def reaches(backlogs: Ordered[int], newcomer: int, room: int) -> bool:
+    """Return True if a prefill that comes last would get tokens in this step."""
+    _, rest, left = _reserve(backlogs, room)
+    return sum(tokens for tokens in rest if tokens <= newcomer) < left
+
+
+def _reserve(backlogs: Ordered[int], room: int) -> tuple[list[int], list[int], int]:
+    """Return what each gets before the shortest do, what it needs beyond, and the room that is left."""
+    reserved = min(backlogs[0], -(-room // 2)) if backlogs else 0
+    given = [reserved if nth == 0 else 0 for nth in range(len(backlogs))]
+    return given, [tokens - own for tokens, own in zip(backlogs, given, strict=True)], room - reserved

@@ -1,0 +1,128 @@
+"""The rehearsal meets every class of launches, and what it has missed is told."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from small_model import SEQS, SMALL, runner, small_model
+
+from services.engine.__main__ import prefill_budget, warn_of_first_use
+from services.engine.kernels.first_use import note_first_use, report_first_uses
+from services.engine.kernels.triton.attention import whole_prompt
+from services.engine.metrics import EngineMetrics
+from services.engine.model.ernie import ErnieModel
+from services.engine.run.pieces import ALIGNMENT, captured_sizes
+from services.engine.run.rehearsal import Rehearsal, larger_sizes
+from services.engine.run.runner import ModelRunner
+from services.engine.schedule.prefill_budget import StepTimes
+from services.engine.settings import EngineSettings
+
+
+class Spied(ErnieModel):
+    """Notes the numbers of sequences and the lengths that attention was called with, and the rows of whole steps."""
+
+    def __init__(self, model: ErnieModel) -> None:
+        super().__init__(model.config, model.weights, model._ops)
+        self.counts: set[int] = set()
+        self.lengths: set[tuple[int, int]] = set()
+        self.rows: set[int] = set()
+
+    def attend(self, calls: Any, keys: Any, values: Any) -> None:
+        for part, _ in calls:
+            if part.max_query_len == 1:
+                self.counts.add(len(part.lengths))
+            self.lengths.update(part.lengths)
+        super().attend(calls, keys, values)
+
+    def embed(self, token_ids: Any, embed_rows: Any, embeds: Any) -> Any:
+        self.rows.add(len(token_ids))
+        return super().embed(token_ids, embed_rows, embeds)
+
+
+@pytest.mark.parametrize("piece_rows", [0, 64])
+def test_every_number_of_sequences_and_every_size_is_met(piece_rows: int) -> None:
+    """Whether steps are captured, or launched whole where memory is short."""
+    model = Spied(small_model())
+    made = runner(model, ModelRunner, piece_rows=piece_rows)
+    assert made.pieces is not None
+    model.counts.clear()
+    model.lengths.clear()
+    model.rows.clear()
+    times = Rehearsal(model, made.cache, made.pieces, SMALL.vocab_size, SEQS).run(300, 250)
+    assert model.counts == set(range(1, SEQS + 1))
+    assert {(2, 2), (65, 165), (208, 208), (208, 250)} <= model.lengths
+    assert model.rows == set(captured_sizes(300))
+    assert times.rows == captured_sizes(300)
+
+
+def test_every_plan_of_the_library_is_made() -> None:
+    """Of each padded length that a prompt of one step can have, a prompt is tried."""
+    model = small_model()
+    made = runner(model, ModelRunner, piece_rows=64)
+    assert made.pieces is not None
+    tried = Rehearsal(model, made.cache, made.pieces, SMALL.vocab_size, SEQS)._attentions(8192, 131072)
+    whole = {lengths[0][0] for lengths in tried if whole_prompt.is_whole_prompt(lengths[0])}
+    possible = {whole_prompt.planned_length(length) for length in range(2048, 8193)}
+    assert {whole_prompt.planned_length(length) for length in whole} == possible
+
+
+@pytest.mark.parametrize(("captured", "most"), [(2304, 8192), (2304, 16384), (2304, 2400)])
+def test_larger_sizes_double_up_to_the_largest(captured: int, most: int) -> None:
+    sizes = larger_sizes(captured, most)
+    assert sizes[0] == captured + ALIGNMENT
+    assert sizes[-1] == most
+    assert all(later <= 2 * size for size, later in pairwise(sizes))
+
+
+def test_a_step_that_was_all_captured_has_no_larger_size() -> None:
+    assert larger_sizes(64, 64) == []
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    found: list[str] = []
+    report_first_uses(found.append)
+    yield found
+    report_first_uses(None)
+
+
+def test_a_kernel_compiled_after_the_start_is_told(told: list[str]) -> None:
+    from triton import knobs
+
+    hook: Any = knobs.runtime.jit_post_compile_hook
+    hook(key="k", repr="r", fn=SimpleNamespace(name="_sort_kernel"), compile={}, is_manual_warmup=False)
+    assert told == ["_sort_kernel"]
+
+
+def test_a_plan_of_the_library_is_told_once(told: list[str]) -> None:
+    whole_prompt._note_plan.cache_clear()
+    for length in (2048, 2304, 2048):
+        whole_prompt._note_plan(length)
+    assert told == ["library plan for 2048 tokens", "library plan for 2304 tokens"]
+
+
+def test_a_first_use_is_counted_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
+    report_first_uses(lambda what: warn_of_first_use(metrics, what))
+    note_first_use("_sort_kernel")
+    report_first_uses(None)
+    note_first_use("nobody asked for this one")
+    assert registry.get_sample_value("millrace_kernel_first_uses_total") == 1
+    assert [(record.levelname, record.what) for record in caplog.records] == [("WARNING", "_sort_kernel")]  # type: ignore[attr-defined]
+
+
+def test_a_bound_on_the_gap_needs_measured_times() -> None:
+    made = runner(small_model(), ModelRunner)
+    told = EngineSettings(redis_url="unix:///x", model="m", max_token_gap_ms=20.0)
+    assert prefill_budget(told, made) is None, "nothing was measured"
+    made.step_times = StepTimes((64, 512), (5.0, 12.0), 0.001)
+    budget = prefill_budget(told, made)
+    assert budget is not None
+    assert budget.room(10, 0, 8192) == 502
+    assert budget.room(0, 0, 8192) == 8192
+    off = EngineSettings(redis_url="unix:///x", model="m", max_token_gap_ms=0)
+    assert prefill_budget(off, made) is None

@@ -1,0 +1,112 @@
+"""What a step has for prefill, and who gets it."""
+
+import msgspec
+from engine_cases import FACTS, SumRunner, continuation, sequence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.prefill_budget import LEAST_ROOM, PrefillBudget, StepTimes, reaches, shares
+from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.sequence import Sequence
+
+LONG = msgspec.structs.replace(FACTS, max_model_len=8192)
+TIMES = StepTimes((16, 512, 1024, 2048), (4.0, 11.0, 19.0, 30.0), 0.001)
+backlogs = st.lists(st.integers(1, 400), min_size=1, max_size=12)
+rooms = st.integers(0, 500)
+
+
+@given(backlogs, rooms)
+def test_no_room_is_left_while_a_prompt_waits_for_it(asked: list[int], room: int) -> None:
+    given_ = shares(asked, room)
+    assert all(0 <= tokens <= backlog for tokens, backlog in zip(given_, asked, strict=True))
+    assert sum(given_) == min(room, sum(asked))
+
+
+@given(backlogs, rooms)
+def test_half_of_the_room_is_the_earliest_arrivals(asked: list[int], room: int) -> None:
+    assert shares(asked, room)[0] >= min(asked[0], room / 2)
+
+
+@given(backlogs, rooms)
+def test_of_the_others_no_one_waits_for_a_longer_one(asked: list[int], room: int) -> None:
+    others = list(zip(asked, shares(asked, room), strict=True))[1:]
+    for backlog, tokens in others:
+        if tokens:
+            assert all(theirs == needed for needed, theirs in others if needed < backlog)
+
+
+@given(backlogs, st.integers(1, 400), rooms)
+def test_a_newcomer_is_admitted_if_it_would_get_tokens(asked: list[int], newcomer: int, room: int) -> None:
+    assert reaches(asked, newcomer, room) == (shares([*asked, newcomer], room)[-1] > 0)
+
+
+@given(st.integers(0, 300), st.integers(0, 5000), st.integers(1, 9000), st.floats(0.1, 100))
+def test_the_room_keeps_a_step_as_short_as_was_asked(decoding: int, cached: int, limit: int, target: float) -> None:
+    room = PrefillBudget(target, TIMES).room(decoding, cached, limit)
+    assert 0 <= room <= max(0, limit - decoding)
+    if not decoding:
+        assert room == limit
+    elif room > LEAST_ROOM:
+        left = target - cached * TIMES.ms_per_cached_token
+        fitting = [rows for rows, ms in zip(TIMES.rows, TIMES.ms, strict=True) if ms <= left]
+        assert decoding + room <= max(fitting)
+    else:
+        assert room == min(LEAST_ROOM, max(0, limit - decoding))
+
+
+class Bench:
+    """A scheduler with such a budget: each step with sequences that decode has 512 rows."""
+
+    def __init__(self) -> None:
+        self._pool = BlockPool(4000, caching=False)
+        limits = Limits(64, 4096, True, 4, PrefillBudget(12.0, TIMES))
+        self.scheduler = Scheduler(self._pool, limits)
+        self._runner = SumRunner(4000, 4)
+
+    def add(self, name: str, length: int, answer: int) -> Sequence:
+        prompt = [10 + nth * nth % 90 for nth in range(length)]
+        made = sequence(prompt, request_id=name, max_tokens=answer, facts=LONG)
+        assert self.scheduler.add(made) is None
+        return made
+
+    def step(self) -> Plan:
+        plan = self.scheduler.schedule()
+        self.scheduler.commit(plan, [sampled.token for sampled in self._runner.launch(plan).read()])
+        return plan
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    bench = Bench()
+    bench.add("decodes", 5, 100)
+    bench.step()
+    long = bench.add("long", 3000, 1)
+    plans = [bench.step()]
+    assert [chunk.length for chunk in plans[0].chunks] == [1, 511]
+    short = bench.add("short", 200, 1)
+    plans += [bench.step() for _ in range(10)]
+    served = [
+        next(i for i, plan in enumerate(plans) if made in [c.sequence for c in plan.sampling]) for made in (short, long)
+    ]
+    assert served == [1, 6], "it comes in the step after, and the other one no later than its tokens need"
+    assert all(plan.num_tokens <= 512 for plan in plans)
+
+
+def test_without_anyone_decoding_a_prompt_gets_the_whole_step() -> None:
+    bench = Bench()
+    made = bench.add("long", 4096, 2)
+    assert [chunk.length for chunk in bench.step().chunks] == [4096]
+    assert made.generated.tolist() == continuation(made.tokens[:4096].tolist(), 1)
+
+
+def test_a_long_prompt_goes_on_however_many_short_ones_come() -> None:
+    bench = Bench()
+    bench.add("decodes", 5, 100)
+    bench.step()
+    long = bench.add("long", 2000, 1)
+    steps = 0
+    while long.num_generated == 0:
+        bench.add(f"short {steps}", 500, 1)
+        bench.step()
+        steps += 1
+    assert steps <= 8, "half of 511 tokens a step"
