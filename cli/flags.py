@@ -28,7 +28,7 @@ _NOT_YET = """
     static-decode-blocks prealloc-dec-block-slot-num-threshold swap-space max-num-partial-prefills
     max-long-partial-prefills long-prefill-token-threshold max-encoder-cache max-processor-cache tool-parser-plugin
     chat-template load-choices graph-optimization-config guided-decoding-backend
-    guided-decoding-disable-any-whitespace speculative-config max-logprobs logprobs-mode
+    guided-decoding-disable-any-whitespace max-logprobs logprobs-mode
     logits-processors enable-early-stop early-stop-config lm_head-fp32 seed dynamic-load-weight
     disable-custom-all-reduce splitwise-role ips use-warmup router enable-eplb cache-queue-port config
 """
@@ -249,6 +249,13 @@ def _parser() -> _Parser:
         action="store_true",
         help="on a GPU, give a request the same text whatever is computed beside it, at a cost "
         "(docs/guarantees.md); CPUs always do",
+    )
+    engine.add_argument(
+        "--speculative-config",
+        type=_json(dict[str, Any]),
+        metavar="JSON",
+        help='{"method": "ngram", "num_speculative_tokens": 8}: guess tokens and verify several in a step; '
+        "changes no answer (off)",
     )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")

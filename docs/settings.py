@@ -26,6 +26,7 @@ from values_schema import COMMON, OF_ONE_SERVICE, OWNED, SERVICES  # noqa: E402
 from cli.autoscaler.policy import Rules  # noqa: E402
 from cli.autoscaler.settings import AutoscalerSettings  # noqa: E402
 from cli.flags import VARIABLES, flags  # noqa: E402
+from services.engine.settings import SpeculativeConfig  # noqa: E402
 from services.mm_encoder.media.processor_settings import ProcessorSettings  # noqa: E402
 from shared.config import CommonSettings  # noqa: E402
 
@@ -261,6 +262,7 @@ def text() -> str:
             section(service, f"Of `services/{service}/settings.py`, besides those of all.", struct, service, common)
             for service, struct in SERVICES.items()
         ),
+        section("speculative_config", "vLLM's and FastDeploy's keys, of one JSON object.", SpeculativeConfig, None),
         section("mm_processor_kwargs", "FastDeploy's keys, of one JSON object.", ProcessorSettings, None),
         "## Flags of `millrace serve` that are no setting of a service\n\n"
         + table(("flag", "default", "meaning"), [(f"`{name}`", given, told) for name, given, told in other_flags()]),

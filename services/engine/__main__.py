@@ -35,8 +35,9 @@ from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.prefill_budget import PrefillBudget
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
+from services.engine.schedule.speculation import Speculation
 from services.engine.service import EngineService
-from services.engine.settings import EngineSettings
+from services.engine.settings import EngineSettings, SpeculativeConfig
 from services.engine.transport.grammars import Compile, Grammars
 from services.engine.transport.handler import SERVICE, GenerateHandler, waiting_allowance
 from services.engine.transport.outbox import Outbox
@@ -153,6 +154,7 @@ def compose(
             settings.enable_chunked_prefill,
             settings.block_size,
             prefill_budget(settings, runner),
+            speculation(settings.speculative_config),
         )
         with ranks or contextlib.nullcontext():
             Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
@@ -257,6 +259,13 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
     asked, chosen = config.quantization, settings.quantization
     if asked is not None and chosen not in (None, asked):
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
+
+
+def speculation(config: SpeculativeConfig | None) -> Speculation | None:
+    """Return the scheduler's limits of guessing."""
+    if config is None:
+        return None
+    return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size)
 
 
 def operations(where: str, batch_invariant: bool = False, gather: Gather | None = None) -> Ops:

@@ -32,6 +32,8 @@ class EngineMetrics:
         self.prefix_queries = counter("prefix_cache_queries", "Tokens looked for in the prefix cache")
         self.prefix_hits = counter("prefix_cache_hits", "Of these, tokens found")
         self.preemptions = counter("num_preemptions", "Times a sequence lost its blocks to an earlier one")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens guessed and verified by a step")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Of these, tokens that were drawn as well")
         self.first_uses = counter("kernel_first_uses", "Kernels compiled, or plans made, after the engine was ready")
         self.loops = counter("thinking_loops", "Times that the thinking was closed since it repeated itself")
         self.finished = Counter("millrace_engine_finished", "Requests ended", ["reason"], registry=registry)

@@ -2,12 +2,22 @@
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
-from shared.config import CommonSettings, Count, LoadFormat
+from shared.config import CommonSettings, Count, LoadFormat, Positive
 from shared.errors import ConfigError
 
 SamplingClass = Literal["base", "rejection"]
+
+
+class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's and FastDeploy's keys of speculative decoding, those that have a meaning here."""
+
+    method: Literal["ngram"]  # guess what followed the same tokens before, in prompt and answer
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=255)]  # guessed tokens of a sequence in a step, at most
+    prompt_lookup_min: Annotated[int, Meta(ge=1, le=64)] = 3  # tokens that must have come before in the same order
+    disable_by_batch_size: Positive = 16  # more sequences than this that decode in a step are not guessed for
 
 
 class EngineSettings(CommonSettings, frozen=True, kw_only=True):
@@ -42,6 +52,8 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     batch_invariant: bool = False
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
     torch_threads: Count = 0  # threads of torch on a CPU, shared by ranks; 0: one for each core we may use
+    # speculative decoding, which changes no answer (docs/speculation.md); unset: none
+    speculative_config: SpeculativeConfig | None = None
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound
     kv_cache_bytes: int = 1 << 30  # the KV cache on a CPU, at most; never more than max_num_seqs full contexts
 
@@ -56,6 +68,12 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
         for name in ("tensor_parallel_size", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        guesses = self.speculative_config.num_speculative_tokens if self.speculative_config else 0
+        if guesses >= self.max_num_seqs:
+            raise ConfigError(
+                f"speculative_config has num_speculative_tokens {guesses}; a step samples max_num_seqs "
+                f"({self.max_num_seqs}) tokens at most, of which one is no guess"
+            )
         if self.foreign_bytes < 0:
             raise ConfigError(f"foreign_bytes is {self.foreign_bytes}; it must be at least 0")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 1:

@@ -176,7 +176,7 @@ def test_api_keys_of_the_environment() -> None:
         ("--demo --max-model", "--max-model"),  # no abbreviations
         ("--demo --bogus 3", "--bogus: no such flag"),
         ("--demo extra", "extra: no such flag"),
-        ("--demo --speculative-config={}", "--speculative-config: a flag of FastDeploy"),
+        ("--demo --speculative-config mtp", "--speculative-config"),
         ("--demo --data-parallel-size 2", "--data-parallel-size: a flag of FastDeploy"),
     ],
 )

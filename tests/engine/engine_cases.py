@@ -200,9 +200,7 @@ class SumRunner:
                 known = chunk.sequence.tokens[at] if chunk.source is None else self._last[chunk.source]
                 self._cache[block, at % block_size] = known
         out = []
-        for chunk in plan.chunks:
-            if chunk.samples:
-                context = chunk.start + chunk.length
-                cached = self._cache[list(chunk.sequence.blocks)].flatten()[:context]
-                out.append(Sampled(next_token(cached.tolist())))
+        for row in plan.draws():
+            cached = self._cache[list(row.sequence.blocks)].flatten()[: row.stop]
+            out.append(Sampled(next_token(cached.tolist())))
         return out

@@ -1,5 +1,7 @@
 """Settings that cannot be honoured are errors that name them; the number of torch's threads."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,19 @@ from engine_cases import CONFIG
 from msgspec.structs import replace
 
 from cli.demo import write_demo
-from services.engine.__main__ import contradictions, device, quantization
+from services.engine.__main__ import contradictions, device, quantization, speculation
 from services.engine.__main__ import load as load_runner
 from services.engine.kernels.quantize import Quantized
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.runner import ModelRunner
-from services.engine.settings import EngineSettings
+from services.engine.schedule.speculation import Speculation
+from services.engine.settings import EngineSettings, SpeculativeConfig
 from shared.config import load
 from shared.errors import ConfigError
 from shared.model.config import load_model_config
+
+GUESSING = SpeculativeConfig(method="ngram", num_speculative_tokens=8)
 
 
 def settings(**changes: Any) -> EngineSettings:
@@ -42,6 +47,7 @@ def test_the_defaults_are_allowed() -> None:
         ({"kv_cache_bytes": 0}, "kv_cache_bytes"),
         ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill"),
+        ({"max_num_seqs": 8, "speculative_config": GUESSING}, "num_speculative_tokens 8"),
     ],
 )
 def test_a_value_out_of_range_is_named(changes: dict[str, Any], named: str) -> None:
@@ -101,6 +107,24 @@ def test_quantization_is_read_from_the_environment() -> None:
     assert load(EngineSettings, told | {"MILLRACE_QUANTIZATION": "none"}).quantization == "none"
     with pytest.raises(ConfigError, match="MILLRACE_QUANTIZATION"):
         load(EngineSettings, told | {"MILLRACE_QUANTIZATION": "wint2"})
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ('{"method": "mtp", "num_speculative_tokens": 1}', "SPECULATIVE_CONFIG: Invalid enum value 'mtp'"),
+        ('{"method": "ngram", "num_speculative_tokens": 5, "model": "d"}', "unknown field `model`"),
+        ('{"method": "ngram"}', "missing required field `num_speculative_tokens`"),
+        ('{"method": "ngram", "num_speculative_tokens": 32}', "num_speculative_tokens 32"),
+        ('{"method": "ngram", "num_speculative_tokens": 31, "prompt_lookup_min": 2, "disable_by_batch_size": 4}', None),
+        ("null", None),
+    ],
+)
+def test_speculation_is_asked_for_by_the_names_of_the_field(told: str, said: str | None) -> None:
+    environment = {"MILLRACE_REDIS_URL": "unix:///x", "MILLRACE_MODEL": "m", "MILLRACE_SPECULATIVE_CONFIG": told}
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=re.escape(said)):
+        limits = speculation(load(EngineSettings, environment).speculative_config)
+        assert limits == (None if told == "null" else Speculation(most=31, ngram=2, max_batch=4))
 
 
 def test_whole_prompts_are_allowed_where_a_step_holds_a_context() -> None:

@@ -13,9 +13,10 @@ from services.engine.loop.mailbox import Abort, Add, Command, FinishUnstarted, F
 from services.engine.loop.step_output import StepOutput, error_finish
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
+from services.engine.run.sampler import Sampled
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.prompt_scores import ScoredRows
-from services.engine.schedule.scheduler import Plan, Scheduler
+from services.engine.schedule.scheduler import Plan, Progress, Scheduler
 from services.engine.schedule.sequence import Sequence
 from shared.crash_points import crash_point
 from shared.messages import TokenRun
@@ -130,14 +131,14 @@ class Engine:
             self._add_scores(sequence, start, rows)
         now = time.perf_counter()
         progress = self._scheduler.commit(launched.plan, [s.token for s in sampled])
-        for row, sequence, finish in progress:
-            self._unsent.add_token(sequence, sampled[row].logprob, finish)
+        for sequence, row, appended, finish in progress:
+            self._unsent.add_tokens(sequence, sampled[row : row + appended], finish)
         if self._prefilling:
             self._note_first_tokens()
         # A step launched while another ran began when that one ended.
         self._metrics.step_seconds.observe(now - max(launched.started, self._ended))
         self._ended = now
-        self._count_tokens([sequence for _, sequence, _ in progress], now)
+        self._count_tokens(launched.plan, progress, now)
 
     def _add_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> None:
         """Record scores of a prompt, and announce them when they are complete: before the prompt's first token."""
@@ -175,7 +176,7 @@ class Engine:
         if finish is not None:
             # The journal has the whole answer, but its engine died before it sent the finish.
             self._unsent.add_begin(sequence.shard, sequence.begin())
-            self._unsent.add_token(sequence, None, finish)
+            self._unsent.add_tokens(sequence, [Sampled(int(sequence.generated[-1]))], finish)
             return
         refusal = self._scheduler.add(sequence)
         if refusal is not None:
@@ -200,13 +201,15 @@ class Engine:
             sequence.timeline.first_token = now
             self._prefilling.remove(sequence)
 
-    def _count_tokens(self, progress: list[Sequence], now: float) -> None:
+    def _count_tokens(self, plan: Plan, progress: list[Progress], now: float) -> None:
         """Count the tokens; observe the time since the last step with some, if a sequence continues from it."""
-        if self._last_tokens_at is not None and any(sequence.num_generated > 1 for sequence in progress):
+        if self._last_tokens_at is not None and any(made.sequence.num_generated > 1 for made in progress):
             self._metrics.inter_token.observe(now - self._last_tokens_at)
         self._last_tokens_at = now if progress else None
-        self._metrics.generation_tokens.inc(len(progress))
-        self._metrics.loops.inc(sum(sequence.loops_in_thinking for sequence in progress))
+        self._metrics.generation_tokens.inc(sum(made.appended for made in progress))
+        self._metrics.draft_tokens.inc(plan.drafts)
+        self._metrics.accepted_tokens.inc(sum(made.appended - 1 for made in progress))
+        self._metrics.loops.inc(sum(made.sequence.loops_in_thinking for made in progress))
 
     def _count_plan(self, plan: Plan) -> None:
         metrics = self._metrics

@@ -1,11 +1,13 @@
 """Output of one step, gathered by shard."""
 
 import time
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
+from services.engine.run.sampler import Sampled
 from services.engine.schedule.sequence import Sequence
 from shared.errors import Failure
-from shared.messages import Begin, Finish, FinishReason, TokenLogprob, TokenRun, Tokens
+from shared.messages import Begin, Finish, FinishReason, TokenRun, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,14 @@ class StepOutput:
         if run.finish is not None:
             self.ended.append(_end(run, run.finish))
 
-    def add_token(self, sequence: Sequence, logprob: TokenLogprob | None, finish: Finish | None) -> None:
-        """Add the last token of a sequence."""
-        index = sequence.num_generated - 1
-        token = int(sequence.tokens[sequence.num_tokens - 1])
-        logprobs = None if logprob is None else (logprob,)
-        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, (token,), logprobs, finish))
+    def add_tokens(self, sequence: Sequence, sampled: Ordered[Sampled], finish: Finish | None) -> None:
+        """Add the last tokens of a sequence, as they were sampled: all with log-probabilities, or none."""
+        index = sequence.num_generated - len(sampled)
+        tokens = tuple([one.token for one in sampled])
+        logprobs = None
+        if sampled[0].logprob is not None:
+            logprobs = tuple([one.logprob for one in sampled if one.logprob is not None])
+        self.add_run(sequence.shard, TokenRun(sequence.request_id, sequence.epoch, index, tokens, logprobs, finish))
 
     def add_end(self, sequence: Sequence, finish: Finish) -> None:
         """End a sequence without another token."""

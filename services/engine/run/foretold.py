@@ -18,6 +18,7 @@ from services.engine.model.weights import dtype_of, load_weights
 from services.engine.run.footprint import cache_bytes, weight_bytes
 from services.engine.run.graphs import captured_bytes
 from services.engine.run.memory import CONTEXT_BYTES, DeviceMemory, block_bytes, blocks_for
+from services.engine.run.pieces import pieces_bytes
 from services.engine.settings import EngineSettings
 from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
@@ -76,10 +77,13 @@ def foretell(config: ModelConfig, settings: EngineSettings, card: int, ranks: in
     own = divided(config, ranks)
     asked = settings.quantization
     quantization: Quantization | None = None if asked is None or asked == "none" else asked
-    both = quantization is not None and card >= SPARE_MEMORY_BYTES
+    spare = card >= SPARE_MEMORY_BYTES
+    both = quantization is not None and spare
     weights = weight_bytes(_shapes(own), quantization, both=both)
     activations = step_bytes(own, settings, dequantizes=quantization is not None and not both)
+    rows, row_bytes = settings.max_num_batched_tokens, own.hidden_size * dtype_of(own).itemsize
     graphs = captured_bytes(settings.max_num_seqs, own.vocab_size) + (EXCHANGE_BYTES if ranks > 1 else 0)
+    graphs += pieces_bytes(rows if spare else 0, rows, activations, row_bytes, own.num_layers)
     memory = DeviceMemory(card, CONTEXT_BYTES, weights + activations, unreleasable=0)
     left = memory.cache_bytes(settings.gpu_memory_utilization, settings.foreign_bytes, graphs)
     block = block_bytes(own, settings.block_size, dtype_of(own))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.engine.model.inputs import AttentionPart, KVCache, StepInput
 from services.engine.run.graphs import captured_bytes
-from services.engine.run.pieces import pieces_bytes
+from services.engine.run.pieces import pieces_bytes, rows_to_capture
 from services.engine.run.step import Model
 from services.engine.settings import EngineSettings
 from shared.errors import ConfigError
@@ -129,7 +129,9 @@ def _cuda_cache_bytes(model: Model, config: ModelConfig, settings: EngineSetting
     )
     torch.cuda.empty_cache()
     graphs = captured_bytes(settings.max_num_seqs, config.vocab_size)
-    graphs += pieces_bytes(model, settings.max_num_batched_tokens, memory.peak - kept)
+    rows, row_bytes = settings.max_num_batched_tokens, model.hidden_size * model.dtype.itemsize
+    captured = rows_to_capture(device, rows)
+    graphs += pieces_bytes(captured, rows, memory.peak - kept, row_bytes, config.num_layers)
     return memory.cache_bytes(settings.gpu_memory_utilization, settings.foreign_bytes, graphs)
 
 

@@ -57,19 +57,20 @@ def rows_to_capture(device: torch.device, max_rows: int) -> int:
     return max_rows if has_spare_memory(device) else 0
 
 
-def pieces_bytes(model: Model, max_rows: int, activations: int) -> int:
+def pieces_bytes(captured_rows: int, max_rows: int, activations: int, row_bytes: int, num_layers: int) -> int:
     """Return the device memory that captured pieces keep, at most.
 
     Args:
+        captured_rows: of the largest step to capture, as `rows_to_capture` returns them.
         activations: bytes that a step of `max_rows` rows needs at its peak.
+        row_bytes: of a row between two layers.
     """
-    sizes = captured_sizes(rows_to_capture(model.device, max_rows))
+    sizes = captured_sizes(captured_rows)
     if not sizes:
         return 0
-    shared = sizes[-1] * (4 * model.hidden_size * model.dtype.itemsize)
     # As many rows again pad the tiles of experts.
     pool = activations * min(2 * sizes[-1], max_rows) // max_rows
-    return shared + pool + len(sizes) * (model.num_layers + 1) * GRAPH_BYTES
+    return 4 * sizes[-1] * row_bytes + pool + len(sizes) * (num_layers + 1) * GRAPH_BYTES
 
 
 class PieceInputs:

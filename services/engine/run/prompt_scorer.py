@@ -43,7 +43,7 @@ class Part(NamedTuple):
 def parts_of(plan: Plan, step: HostStep) -> list[Part]:
     """Return the parts of a step that score prompts."""
     found = []
-    for chunk, row in zip(plan.chunks, step.query_start.tolist(), strict=False):
+    for chunk, row in zip(plan.parts, step.query_start.tolist(), strict=False):
         scores, most = chunk.sequence.scores, chunk.sequence.sampling.prompt_logprobs
         if scores is None or most is None:
             continue

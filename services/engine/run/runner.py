@@ -29,7 +29,7 @@ class Launched(Protocol):
         """Start to sample, if that had to wait for the tokens of the step before; to be called before `read`."""
 
     def read(self) -> list[Sampled]:
-        """Return one token for each of `plan.sampling`, in its order. Waits for this step alone."""
+        """Return one token for each of `plan.draws()`, in its order. Waits for this step alone."""
 
     def scores(self) -> list[Scored]:
         """Return what it has computed of prompts' own tokens, once it was read."""
@@ -138,7 +138,7 @@ class ModelRunner:
         return step
 
     def _draw(self, plan: Plan, logits: Tensor) -> Drawn:
-        sampling = plan_sampling(plan.sampling, self._grammar_masks)
+        sampling = plan_sampling(plan.draws(), self._grammar_masks)
         if self._followers is not None:
             self._followers.sample(sampling)
         return self.draw(logits, sampling)

@@ -14,7 +14,8 @@ from services.engine.run.grammar_masks import GrammarMasks, Masks, forbid
 from services.engine.run.philox import uniform
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.scheduler import Chunk
-from services.engine.schedule.sequence import Ids, Sequence
+from services.engine.schedule.seen_tokens import Ids
+from services.engine.schedule.sequence import Sequence
 
 GREEDY_BELOW = 1e-5  # temperatures under this take the most likely token
 SMALLEST_TOP_P = 1e-5  # 0 would leave no token at all

@@ -178,9 +178,10 @@ class StepBuilder:
         self._image_patch_id = image_patch_id
 
     def build(self, plan: Plan) -> HostStep:
-        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in plan.chunks):
-            return self._decode(plan.chunks)
-        return self._mixed(plan.chunks)
+        chunks = plan.parts
+        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in chunks):
+            return self._decode(chunks)
+        return self._mixed(chunks)
 
     def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
         """Build a step with one token each of sequences past their prompts: most steps, so in few passes."""

@@ -30,6 +30,13 @@ class GrammarState:
         """True if the answer is whole and nothing but an end token may follow."""
         return self.matcher.is_stopped()
 
+    def allowed(self, tokens: list[int]) -> int:
+        """Return how many of the tokens could follow one after the other."""
+        return self.matcher.validate_tokens(tokens) if tokens and not self.matcher.is_stopped() else 0
+
+    def copy(self) -> "GrammarState":
+        return GrammarState(self.matcher.deep_copy())
+
     def advance(self, token: int) -> None:
         """Append a token."""
         if not self.matcher.is_stopped():

@@ -1,5 +1,7 @@
 """Loops of the thinking: a model that writes the same tokens again and again has stopped thinking."""
 
+from copy import copy
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,11 @@ class LoopDetector:
         self._same = np.zeros(longest, np.int64)  # [longest]
         self._last: NDArray[np.int64] = np.full(longest, -1, np.int64)  # the last tokens, the newest first
         self.found = False
+
+    def copy(self) -> "LoopDetector":
+        copied = copy(self)
+        copied._same, copied._last = self._same.copy(), self._last.copy()
+        return copied
 
     def add(self, token: int) -> None:
         """Append a token."""

@@ -21,9 +21,10 @@ sequences, are left to others; where they are not, later arrivals overtake it un
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,6 +33,7 @@ from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.prefill_budget import PrefillBudget, reaches, shares
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.sequence import Sequence
+from services.engine.schedule.speculation import Speculation, Speculator, accept
 from shared.errors import Failure
 from shared.messages import Finish
 
@@ -44,6 +46,7 @@ class Chunk(msgspec.Struct, frozen=True):
     length: int
     samples: bool  # its last token is the sequence's last
     source: int | None = None  # index among the tokens in flight of the one it computes; None: its tokens are known
+    drafts: int = 0  # its last tokens that are guessed: each is verified by the token drawn in its place
 
     @property
     def stop(self) -> int:
@@ -53,6 +56,22 @@ class Chunk(msgspec.Struct, frozen=True):
     def generated(self) -> int:
         """Number of tokens of the answer before the one it samples."""
         return self.start + self.length - self.sequence.prompt_len
+
+    def apart(self) -> list["Chunk"]:
+        """Return itself without guesses, else a chunk for its known token and for each guess."""
+        if not self.drafts:
+            return [self]
+        first = self.stop - self.drafts - 1
+        return [Chunk(self.sequence, start, 1, samples=True) for start in range(first, self.stop)]
+
+    def draws(self) -> list["Chunk"]:
+        """Return a chunk for each token that it samples, its sequence as it is if the guesses before are right."""
+        rows, supposed = self.apart(), self.sequence
+        if supposed.depends_on_tokens:
+            for place in range(1, len(rows)):
+                supposed = supposed.with_draft()
+                rows[place] = msgspec.structs.replace(rows[place], sequence=supposed)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +84,7 @@ class Plan:
     asked_tokens: int = 0  # looked up in the prefix cache for the admitted sequences
     hit_tokens: int = 0  # of these, found
     samples_later: bool = False  # sampling depends on tokens in flight: it waits for the commit of the step before
+    drafts: int = 0  # guessed tokens that it verifies
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +92,23 @@ class Plan:
 
     @property
     def sampling(self) -> list[Chunk]:
-        """Chunks that sample a token, in the order of the tokens."""
+        """Chunks that sample tokens, in the order of the tokens."""
         return [chunk for chunk in self.chunks if chunk.samples]
+
+    @property
+    def parts(self) -> tuple[Chunk, ...]:
+        """Chunks as they are computed: a guess is a row like another sequence's, over the same blocks. All keys and
+        values of a layer are written before any row attends, so it finds those before it. So a step that verifies
+        guesses is a decode step."""
+        if not self.drafts:
+            return self.chunks
+        return tuple(part for chunk in self.chunks for part in chunk.apart())
+
+    def draws(self) -> list[Chunk]:
+        """Return a chunk for each token that is sampled."""
+        if not self.drafts:
+            return self.sampling
+        return [draw for chunk in self.sampling for draw in chunk.draws()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +120,16 @@ class Limits:
     chunked_prefill: bool
     block_size: int
     prefill: PrefillBudget | None = None  # with chunked_prefill only; None: prefill gets all that is left of a step
+    speculation: Speculation | None = None  # None: no token is ever guessed
+
+
+class Progress(NamedTuple):
+    """Tokens that a step has appended to a sequence."""
+
+    sequence: Sequence
+    row: int  # index of the first among the step's tokens
+    appended: int
+    finish: Finish | None  # why the sequence has ended with the last one
 
 
 _by_arrival = attrgetter("arrival")
@@ -96,6 +141,7 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self._pool = pool
         self._limits = limits
+        self._speculator = Speculator(limits.speculation)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -169,10 +215,17 @@ class Scheduler:
         certainly continues, and prefill, whose tokens are known; and no block has to be taken from another sequence for
         it. How it samples may depend on them: then it `samples_later`. A sequence that turns out to have ended has a
         row in it all the same, which `commit` drops.
+
+        Guesses need the token before: where they are in flight, or likely to be worth a step, the commit comes first.
         """
         continuing = [s for s in self._running if s.in_flight and s.can_continue]
         behind = [s for s in self._running if not s.in_flight and s.backlog > 0]
-        if len(continuing) > self._limits.max_num_batched_tokens or any(self._lacks_blocks(s) for s in behind):
+        budget = self._limits.max_num_batched_tokens - len(continuing)
+        if any(s.drafts for s in self._running) or any(
+            self._speculator.guess(continuing, len(continuing), budget, after=1)
+        ):
+            return None
+        if budget < 0 or any(self._lacks_blocks(s) for s in behind):
             return None
         growing = [s for s in continuing if s.num_computed == len(s.blocks) * self._limits.block_size]
         if len(growing) > self._pool.available:
@@ -211,13 +264,17 @@ class Scheduler:
                 prefilling.append(admitted[-1])
             given = zip(prefilling, shares([s.backlog for s in prefilling], room), strict=True)
             chunks += [_chunk(sequence, tokens) for sequence, tokens in given if tokens]
+        chunks = self._with_drafts(chunks)
         begun = tuple(s for s in admitted if not s.begun)
         asked_tokens = sum(s.num_tokens for s in admitted) if self._pool.caching else 0
         hit_tokens = sum(s.num_computed for s in admitted)
         for sequence in begun:
             sequence.begun = True
             sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_len)
-        return _count_planned(Plan(tuple(chunks), begun, preempted, asked_tokens, hit_tokens, samples_later))
+        drafts = sum(chunk.drafts for chunk in chunks)
+        return _count_planned(
+            Plan(tuple(chunks), begun, preempted, asked_tokens, hit_tokens, samples_later, drafts=drafts)
+        )
 
     def _is_reached(self, sequence: Sequence, matched: list[int], prefilling: list[Sequence], room: int) -> bool:
         """Return True if a waiting sequence, once admitted, would get tokens in this step."""
@@ -228,31 +285,35 @@ class Scheduler:
     def _lacks_blocks(self, sequence: Sequence) -> bool:
         return len(sequence.blocks) < self._blocks_for(sequence.num_tokens)
 
-    def commit(self, plan: Plan, tokens: Iterable[int]) -> list[tuple[int, Sequence, Finish | None]]:
+    def commit(self, plan: Plan, tokens: list[int]) -> list[Progress]:
         """Account for a step that has run.
 
         Args:
             plan: the first that was not committed yet.
-            tokens: one for each of `plan.sampling`, in its order.
+            tokens: as `plan.draws()` has them.
 
         Returns:
-            (index of the token, its sequence, why that has ended or None) for each token appended. Ended sequences are
-            removed; one removed after the step was planned gets no token.
+            What was appended to each sequence that got a token. Ended sequences are removed; one removed after the step
+            was planned gets no token.
         """
+        progress: list[Progress] = []
+        row = 0
         for chunk in plan.chunks:
-            if self._has(chunk.sequence):
-                self._remember(chunk)
-        progress: list[tuple[int, Sequence, Finish | None]] = []
-        for row, (chunk, token) in enumerate(zip(plan.sampling, tokens, strict=True)):
-            sequence = chunk.sequence
-            sequence.in_flight -= 1
+            sequence, first = chunk.sequence, row
+            if chunk.samples:
+                row += chunk.drafts + 1
+                sequence.in_flight -= 1
             if not self._has(sequence):
                 continue
-            sequence.append(token)
-            finish = sequence.finish()
-            progress.append((row, sequence, finish))
+            if not chunk.samples:
+                self._remember(chunk, chunk.stop)
+                continue
+            appended, finish = accept(sequence, tokens[first:row])
+            self._remember(chunk, sequence.num_computed if chunk.drafts else chunk.stop)
+            progress.append(Progress(sequence, first, appended, finish))
             if finish is not None:
                 self.remove(sequence.request_id)
+        assert row == len(tokens), "as many tokens as are sampled"
         return progress
 
     def record_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> bool:
@@ -307,6 +368,28 @@ class Scheduler:
         full = sequence.cacheable // self._limits.block_size
         return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
 
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Add guessed tokens to the chunks that are one token behind, where that is worth it and nobody else's room."""
+        rows = sum(chunk.length for chunk in chunks)
+        room = self._limits.max_num_batched_tokens - rows
+        room = min(room, self._limits.max_num_seqs - sum(chunk.samples for chunk in chunks))
+        decoding = [chunk.sequence for chunk in chunks if chunk.length == 1 and chunk.samples and chunk.source is None]
+        guesses = self._speculator.guess(decoding, rows, room)
+        for sequence, guessed in zip(decoding, guesses, strict=False):
+            drafts = sequence.possible(guessed)
+            missing = self._blocks_for(sequence.num_tokens + len(drafts)) - len(sequence.blocks)
+            if missing + len(self._running) > self._pool.available:
+                drafts = drafts[: len(sequence.blocks) * self._limits.block_size - sequence.num_tokens]
+            elif missing > 0:
+                sequence.blocks.extend(self._pool.allocate(missing))
+            sequence.draft(drafts)
+        return [
+            Chunk(c.sequence, c.start, c.length + c.sequence.drafts, samples=True, drafts=c.sequence.drafts)
+            if c.sequence.drafts
+            else c
+            for c in chunks
+        ]
+
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """Give a running sequence blocks for all its known tokens, by preempting later arrivals if need be.
 
@@ -325,9 +408,10 @@ class Scheduler:
         sequence.blocks.extend(self._pool.allocate(missing))
         return True
 
-    def _remember(self, chunk: Chunk) -> None:
-        """Register the blocks that a chunk has filled, once their content is in the cache and not before."""
-        first, full = chunk.start // self._limits.block_size, chunk.stop // self._limits.block_size
+    def _remember(self, chunk: Chunk, stop: int) -> None:
+        """Register the blocks that a chunk has filled up to token `stop`, once their content is in the cache and not
+        before."""
+        first, full = chunk.start // self._limits.block_size, stop // self._limits.block_size
         if not self._pool.caching or full == first:
             return
         hashes = chunk.sequence.block_hashes(self._limits.block_size, full)
@@ -355,11 +439,13 @@ def _chunk(sequence: Sequence, budget: int) -> Chunk:
 
 def _count_planned(plan: Plan) -> Plan:
     """Count the plan in its sequences, and return it."""
+    row = 0
     for chunk in plan.chunks:
         chunk.sequence.num_computed = chunk.stop
-    for row, chunk in enumerate(plan.sampling):
-        chunk.sequence.row = row
-        chunk.sequence.in_flight += 1
+        if chunk.samples:
+            chunk.sequence.row = row
+            chunk.sequence.in_flight += 1
+            row += chunk.drafts + 1
     return plan
 
 

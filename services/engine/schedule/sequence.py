@@ -6,6 +6,7 @@ is in the state of one that has generated them here.
 
 from array import array
 from collections.abc import Sequence as Ordered
+from copy import copy
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engine.schedule.blocks import ROOT, block_hash, root_hash
+from services.engine.schedule.drafter import Drafter
 from services.engine.schedule.embeds import Embeds, PromptEmbeds
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.loops import LoopDetector
 from services.engine.schedule.positions import positions
 from services.engine.schedule.prompt_scores import PromptScores
+from services.engine.schedule.seen_tokens import Ids, SeenTokens
 from services.engine.schedule.thinking import UNLIMITED, ThinkingBudget
 from services.engine.schedule.timeline import Timeline
 from shared.errors import context_length, internal, invalid
@@ -25,7 +28,6 @@ from shared.limits import check_prompt_logprobs
 from shared.messages import Begin, Finish, Generate, MediaSpan, Sampling, unpack_ids
 from shared.model.config import ModelConfig
 
-Ids = NDArray[np.int64]
 Bits = NDArray[np.uint8]  # [bytes]: bit b of byte i is token 8 i + b
 
 
@@ -36,32 +38,6 @@ class EngineFacts(msgspec.Struct, frozen=True):
     max_model_len: int  # prompt and answer together
     think_close_id: int  # </think>
     tool_call_id: int | None = None  # <tool_call>; None: the vocabulary has no such token
-
-
-class SeenTokens:
-    """Distinct tokens of prompt and answer, and how often each was generated: the input of penalties."""
-
-    def __init__(self, prompt: Ids, capacity: int) -> None:
-        distinct = np.unique(prompt)
-        self._ids = np.empty(len(distinct) + capacity, np.int64)
-        self._counts = np.zeros(len(distinct) + capacity, np.int64)
-        self._ids[: len(distinct)] = distinct
-        self._slots = {token: slot for slot, token in enumerate(distinct.tolist())}
-
-    def add(self, token: int) -> None:
-        """Count one generated token."""
-        slot = self._slots.setdefault(token, len(self._slots))
-        self._ids[slot] = token
-        self._counts[slot] += 1
-
-    @property
-    def ids(self) -> Ids:
-        return self._ids[: len(self._slots)]
-
-    @property
-    def counts(self) -> Ids:
-        """[len(ids)] times generated; 0 for those of the prompt alone."""
-        return self._counts[: len(self._slots)]
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +70,8 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values are in the cache, or will be when the planned steps have run
     in_flight: int = 0  # tokens that planned steps sample and that are not known yet
     row: int = 0  # index of its token among those of the last planned step
+    drafts: int = 0  # guessed tokens that a planned step verifies; they stand behind the known ones
+    drafter: Drafter | None = None  # made when guesses are first wanted
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache when first scheduled
     begun: bool = False  # Begin has been emitted
@@ -160,6 +138,28 @@ class Sequence:
     def open_grammar(self) -> GrammarState | None:
         """The grammar, where it restricts the next token."""
         return None if self.thinking or self.grammar is None or self.grammar.complete else self.grammar
+
+    def possible(self, drafts: list[int]) -> list[int]:
+        """Return guessed tokens as far as they could come: a grammar allows them, or they end in its beginning."""
+        if self.grammar is None:
+            return drafts
+        if not self.thinking:
+            return drafts[: self.grammar.allowed(drafts)]
+        return drafts[: drafts.index(self.think_close_id) + 1] if self.think_close_id in drafts else drafts
+
+    def draft(self, tokens: list[int]) -> None:
+        """Put guessed tokens behind the known ones."""
+        self.drafts = len(tokens)
+        self.tokens[self.num_tokens : self.num_tokens + len(tokens)] = tokens
+
+    def with_draft(self) -> "Sequence":
+        """Return the sequence as it is if its next token is the one that is guessed; this one stays as it is."""
+        supposed = copy(self)
+        supposed.grammar = self.grammar and self.grammar.copy()
+        supposed.loops = self.loops and self.loops.copy()
+        supposed.seen = self.seen and self.seen.copy()
+        supposed.append(int(self.tokens[self.num_tokens]))
+        return supposed
 
     def append(self, token: int) -> None:
         """Append a token to the answer."""

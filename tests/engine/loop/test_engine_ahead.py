@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from engine_cases import continuation, sequence
 from engine_loop import Bench, Script, prompt
+from guesses import GUESSING, guessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.loop.mailbox import Abort, Add, Forget
 from services.engine.schedule.prefill_budget import PrefillBudget, StepTimes
+from services.engine.schedule.speculation import Speculation
 from shared.messages import Finish
 
 CANCELLED = Finish("cancelled")
@@ -50,9 +52,12 @@ def asked(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(
     requests=st.lists(asked(), min_size=1, max_size=10),
+    speculation=st.sampled_from([None, GUESSING]),
+    wrong=st.integers(0, 5),
+    overlaps=st.booleans(),
     blocks=st.integers(9, 24),
     budget=st.integers(1, 24),
     seqs=st.integers(1, 6),
@@ -61,7 +66,16 @@ def asked(draw: st.DrawFn) -> dict[str, Any]:
     room=st.sampled_from([None, 1, 5, 12]),
 )
 def test_every_answer_is_right_whoever_comes_and_goes(
-    requests: list[dict[str, Any]], blocks: int, budget: int, seqs: int, caching: bool, chunked: bool, room: int | None
+    requests: list[dict[str, Any]],
+    speculation: Speculation | None,
+    wrong: int,
+    overlaps: bool,
+    blocks: int,
+    budget: int,
+    seqs: int,
+    caching: bool,
+    chunked: bool,
+    room: int | None,
 ) -> None:
     script: Script = defaultdict(list)
     for number, one in enumerate(requests):
@@ -71,15 +85,18 @@ def test_every_answer_is_right_whoever_comes_and_goes(
         gone = {Abort: Abort(str(number), CANCELLED), Forget: Forget(str(number))}.get(one["gone"])
         if gone is not None:
             script[one["turn"] + one["after"]].append(gone)
-    bench = Bench(
-        script,
-        blocks=blocks,
-        caching=caching,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=budget if chunked else 40,
-        chunked_prefill=chunked,
-        prefill=None if room is None else FixedRoom(room),
-    )
+    with guessing(wrong=wrong):
+        bench = Bench(
+            script,
+            overlaps=overlaps,
+            blocks=blocks,
+            caching=caching,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget if chunked else 40,
+            chunked_prefill=chunked,
+            speculation=speculation,
+            prefill=None if room is None else FixedRoom(room),
+        )
     for number, one in enumerate(requests):
         whole = until(continuation(one["prompt"], one["max_tokens"]), one["stop_token_ids"])
         answer = bench.answer(str(number))

@@ -60,7 +60,7 @@ class MaskedRunner(SumRunner):
         return step
 
     def _draw(self, plan: Plan, free: list[int]) -> list[Sampled]:
-        made = plan_sampling(plan.sampling, self._masks)
+        made = plan_sampling(plan.draws(), self._masks)
         masks = dict(zip(made.masked_rows.tolist(), made.masks, strict=True))
         closing = set(made.thinking[made.must_close].tolist())
         tokens = [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_bench import Reader, Seen, engine, submit
 from engine_cases import generate
+from guesses import among, guessing
 from near_ties import NEAR_TIE, judging
 from oracle import Model, hf_generate, save_with_transformers
 from redis.asyncio import Redis
@@ -16,7 +17,7 @@ from redis.asyncio import Redis
 from services.engine.__main__ import build, load
 from services.engine.run.runner import Runner
 from services.engine.schedule.sequence import EngineFacts
-from services.engine.settings import EngineSettings
+from services.engine.settings import EngineSettings, SpeculativeConfig
 from shared.bus.blobs import Blobs
 from shared.bus.keys import Keys
 from shared.bus.records import Records
@@ -148,7 +149,41 @@ async def test_greedy_tokens_survive_preemption(oracle: Oracle, redis: Redis, re
         assert running.metric("kv_cache_usage_perc") == 0
 
 
+async def test_guessed_tokens_are_transformers_too_from_any_token_on(
+    oracle: Oracle, redis: Redis, redis_url: str, keys: Keys
+) -> None:
+    guesses = SpeculativeConfig(method="ngram", num_speculative_tokens=4)
+    runner, blocks, told = oracle.runner(redis_url, speculative_config=guesses)
+    reader, records = Reader(redis, keys), Records(redis, keys)
+    await oracle.store(redis, keys)
+    texts = [case.ids + case.expected for case in oracle.cases]
+    with guessing(among(texts), wrong=4):
+        async with engine(redis, redis_url, runner, blocks=blocks, facts=oracle.facts(), **told) as running:
+            await submit(redis, keys, *(case.message(case.name) for case in oracle.cases))
+            check(oracle.cases, await reader.finished(*(case.name for case in oracle.cases)))
+            case = oracle.cases[4]
+            for cut in range(LENGTH):
+                name = f"cut {cut}"
+                await resume(redis, keys, records, case.message(name), case.expected[:cut])
+                reader.seen[name] = Seen(case.expected[:cut])
+                [resumed] = await reader.finished(name)
+                assert resumed.tokens == case.expected
+            drafted, right = (running.metric(f"spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
+            assert drafted > right > LENGTH
+    assert any(len(run.tokens) > 2 for _, message in reader.messages for run in message.runs)
+
+
 SEEDED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.2}
+
+
+async def resume(redis: Redis, keys: Keys, records: Records, message: Generate, known: list[int]) -> None:
+    """Submit a request of which these tokens are in the journal. The record knows an earlier owner before the entry can
+    be taken, as after a crash."""
+    name = message.request.id
+    await records.submit("elsewhere", message)
+    await redis.hincrby(keys.request(name), "epoch", 1)
+    await records.write_journal([(name, 0, known)])
+    await redis.xadd(keys.stream("generate"), dict((await redis.xrange(keys.stream("elsewhere")))[-1][1]))
 
 
 @pytest.fixture
@@ -190,11 +225,8 @@ async def test_seeded_draws_are_the_same_alone_among_others_and_resumed(
         for cut in range(LENGTH):
             name, whole = f"cut {cut}", alone[case.name]
             reader.seen[name] = Seen(whole[:cut])
-            # The record knows an earlier owner before the entry can be taken, as after a crash.
-            await Records(redis, keys).submit("elsewhere", case.message(name, seed=found[case.name][0], **SEEDED))
-            await redis.hincrby(keys.request(name), "epoch", 1)
-            await records.write_journal([(name, 0, whole[:cut])])
-            await redis.xadd(keys.stream("generate"), dict((await redis.xrange(keys.stream("elsewhere")))[-1][1]))
+            message = case.message(name, seed=found[case.name][0], **SEEDED)
+            await resume(redis, keys, records, message, whole[:cut])
             [resumed] = await reader.finished(name)
             assert resumed.tokens == whole
             # The first Begin shuts out the former owner before what it left is read; the second says where we go on.

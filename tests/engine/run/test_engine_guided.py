@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from engine_cases import EOS, THINK_CLOSE, TOOL_CALL, TOOL_CALL_END, ByteTokenizer, compile_grammar, sequence
 from engine_loop import Bench, Script, prompt
+from guesses import GUESSING, among, guessing
 from small_model import PAGE, SEQS, SMALL_FACTS, StepByStep, runner, small_model
 
 from services.engine.loop.mailbox import Add
@@ -61,8 +62,13 @@ def ask(guide: str, generated: Ordered[int] = (), *, index: int = 0, request_id:
     return sequence(tokens, generated, request_id=request_id, facts=SMALL_FACTS, grammar=made, **options)
 
 
-def run(model: ErnieModel, asked: Ordered[Sequence], kind: type[ModelRunner] = ModelRunner, **bounds: Any) -> Bench:
-    script: Script = {0: [Add(one) for one in asked]}
+def run(
+    model: ErnieModel, asked: Ordered[Sequence], kind: type[ModelRunner] = ModelRunner, every: int = 0, **bounds: Any
+) -> Bench:
+    """Run all at once, or one `every` so many turns."""
+    script: Script = {every * i: [] for i in range(len(asked))}
+    for i, one in enumerate(asked):
+        script[every * i].append(Add(one))
     return Bench(script, runner=runner(model, kind), **{"max_num_seqs": SEQS, "block_size": PAGE, **bounds})
 
 
@@ -109,8 +115,15 @@ ASKED: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {  # bounds of the engine
     "together and ahead": {},
     "in chunks and preempted": {"max_num_batched_tokens": 5, "blocks": -(-64 // PAGE), "max_num_seqs": 4},
+    "guessed": {"speculation": GUESSING, "every": 12},
 }
 SHORT = ("stop_token_ids", "cut short")  # there is room for all of them
+
+
+def reported(bench: Bench, request_id: str) -> list[float]:
+    """Return the log-probabilities of an answer's tokens, and of the most likely ones."""
+    found = [each for run in bench.runs[request_id] for each in run.logprobs or ()]
+    return [value for each in found for value in (each.logprob, *(top for _, top in each.top))]
 
 
 def requests(options: dict[str, Any], again: str = "") -> list[Sequence]:
@@ -127,9 +140,14 @@ def test_a_whole_answer_is_valid_and_the_same_in_every_kind_of_step(model: Ernie
         assert finish.failure is None
         if finish.reason == "stop" and (finish.stop_token in (None, EOS)):
             check(guide, content(answer, options.get("thinking", True)))
+    texts = [one.tokens[: one.prompt_len].tolist() + alone[one.request_id].answer(one.request_id)
+             for one in requests(options)]  # fmt: skip
     for way, bounds in WAYS.items():
-        bench = run(model, requests(options), **bounds)
+        with guessing(among(texts)):
+            bench = run(model, requests(options), **bounds)
+        assert "speculation" not in bounds or min(bench.guessed) > 10
         for guide in GUIDES:
+            assert reported(bench, guide) == pytest.approx(reported(alone[guide], guide), abs=1e-3)
             said = bench.answer(guide), bench.finish(guide)
             assert said == (alone[guide].answer(guide), alone[guide].finish(guide)), (way, guide)
         assert "blocks" not in bounds or name in SHORT or any(plan.preempted for plan in bench.runner.plans)

@@ -47,6 +47,29 @@ def test_decoding_is_built_as_any_step_is() -> None:
     assert not quick.samples_all
 
 
+def guessed() -> Plan:
+    """Sequences of which some have guesses; the last one computes the end of its prompt."""
+    chunks = []
+    for row, (prompt, generated, drafts) in enumerate([(3, 1, 2), (9, 5, 0), (4, 0, 3)]):
+        made = sequence(range(10, 10 + prompt), range(50, 50 + generated), max_tokens=20)
+        made.blocks.extend(range(7 * row, 7 * row + 7))
+        made.draft([60 + row] * drafts)
+        chunks.append(Chunk(made, made.num_tokens - 1, 1 + drafts, samples=True, drafts=drafts))
+    return Plan(tuple(chunks), drafts=5)
+
+
+def test_guesses_are_rows_of_a_decode_step() -> None:
+    plan = guessed()
+    step = StepBuilder(Model(), BLOCK, image_patch_id=62).build(plan)
+    assert (step.max_query_len, step.samples_all, len(step)) == (1, True, 3 + 1 + 4), "as captured steps are"
+    assert step.token_ids.tolist() == [50, 60, 60, 54, 13, 62, 62, 62]
+    assert step.vision.tolist() == [False] * 5 + [True] * 3
+    assert step.positions.tolist() == [[3, 4, 5, 13, 3, 4, 5, 6]] * 3
+    assert step.context_lens.tolist() == [4, 5, 6, 14, 4, 5, 6, 7]
+    assert step.slots.tolist() == [3, 4, 5, 7 * 4 + 13, 14 * 4 + 3, 14 * 4 + 4, 14 * 4 + 5, 14 * 4 + 6]
+    assert step.blocks == [part.sequence.blocks.tobytes() for part in plan.parts]
+
+
 def test_a_step_knows_its_lengths_on_the_host() -> None:
     step = StepBuilder(Model(), BLOCK, image_patch_id=52)._decode(decoding()).to(Model.device, BLOCK)
     (part,) = step.attention

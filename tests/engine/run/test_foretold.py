@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.engine import CONFIG
 from benchmarks.memory import CONTEXT, GIB, LARGEST, SEQUENCES, SHARE
+from services.engine.run.footprint import cache_bytes
 from services.engine.run.foretold import Foretold, fewest_ranks, foretell
 from services.engine.settings import EngineSettings
 from services.mm_encoder.vision.memory import device_bytes
@@ -40,8 +41,11 @@ def test_the_launch_on_24_gb() -> None:
     )
     plan = foretell(CONFIG, told, int(measured["card_gib"] * GIB))
     assert plan.encoder == measured["foretold_of_the_tower_gib"] * GIB
-    assert plan.weights == pytest.approx(measured["engine"]["weights_gib"] * GIB, rel=0.01)
-    assert plan.tokens == pytest.approx(measured["engine"]["cache_tokens"], rel=0.02)
+    # Measured when wint4 had one scale a row. Scales of groups take 0.2 GiB more (on an H200 16.702 where 16.490 were).
+    scales = plan.weights - measured["engine"]["weights_gib"] * GIB
+    assert scales == pytest.approx(0.2 * GIB, rel=0.1)
+    tokens = measured["engine"]["cache_tokens"] - scales / cache_bytes(CONFIG)
+    assert plan.tokens == pytest.approx(tokens, rel=0.02)
 
 
 def parts(plan: Foretold) -> int:

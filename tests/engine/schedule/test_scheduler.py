@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from engine_cases import EOS, SumRunner, continuation, sequence
+from guesses import GUESSING, guessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
+from services.engine.schedule.speculation import Speculation
 from shared.messages import MediaSpan
 
 BLOCK = 4
@@ -42,13 +44,14 @@ class Bench:
         plan = self.scheduler.schedule()
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
         assert len(plan.chunks) <= self.scheduler.num_running <= self.limits.max_num_seqs
+        assert len(plan.draws()) <= self.limits.max_num_seqs, "there is memory for the logits of so many"
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             assert chunk.length > 0
-            assert chunk.stop == chunk.sequence.num_computed
+            assert chunk.stop == chunk.sequence.num_computed <= chunk.sequence.num_tokens + chunk.drafts
             assert len(chunk.sequence.blocks) * BLOCK >= chunk.start + chunk.length
         progress = self.scheduler.commit(plan, [sampled.token for sampled in self.runner.launch(plan).read()])
-        self.finished += [ended for _, ended, finish in progress if finish]
+        self.finished += [made.sequence for made in progress if made.finish]
         for victim in set(plan.preempted) - {chunk.sequence for chunk in plan.chunks}:
             assert (victim.num_computed, len(victim.blocks)) == (0, 0)
         self.pool.check()
@@ -93,17 +96,26 @@ requests = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers
     seqs=st.integers(1, 6),
     caching=st.booleans(),
     stagger=st.integers(0, 3),
+    speculation=st.sampled_from([None, GUESSING]),
 )
 def test_everyone_gets_the_right_answer_whatever_the_room(
-    asked: list[tuple[int, int, int]], blocks: int, budget: int, seqs: int, caching: bool, stagger: int
+    asked: list[tuple[int, int, int]],
+    blocks: int,
+    budget: int,
+    seqs: int,
+    caching: bool,
+    stagger: int,
+    speculation: Speculation | None,
 ) -> None:
-    bench = Bench(blocks, limits(max_num_seqs=seqs, max_num_batched_tokens=budget), caching=caching)
-    for number, (seed, length, answer) in enumerate(asked):
-        bench.add(sequence(prompt(seed, length), request_id=str(number), max_tokens=answer))
-        for _ in range(stagger):
-            if bench.scheduler.has_work:
-                bench.step()
-    bench.run()
+    bounds = limits(max_num_seqs=seqs, max_num_batched_tokens=budget, speculation=speculation)
+    bench = Bench(blocks, bounds, caching=caching)
+    with guessing():
+        for number, (seed, length, answer) in enumerate(asked):
+            bench.add(sequence(prompt(seed, length), request_id=str(number), max_tokens=answer))
+            for _ in range(stagger):
+                if bench.scheduler.has_work:
+                    bench.step()
+        bench.run()
     assert len(bench.finished) == len(asked)
     for made, (seed, length, answer) in zip(bench.sequences, asked, strict=True):
         assert made.generated.tolist() == continuation(prompt(seed, length), answer)
@@ -300,7 +312,7 @@ def test_an_end_token_ends_it() -> None:
     bench.add(made)
     plan = bench.scheduler.schedule()
     bench.runner.launch(plan)
-    [(_, ended, finish)] = bench.scheduler.commit(plan, [EOS])
+    [(ended, _, _, finish)] = bench.scheduler.commit(plan, [EOS])
     assert ended is made
     assert finish is not None
     assert (finish.reason, finish.stop_token) == ("stop", EOS)

@@ -1,0 +1,52 @@
+"""Guesses for the engine's tests: of tokens that come anyway, and wrong here and there."""
+
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from engine_cases import VOCAB, continuation
+
+from services.engine.schedule import speculation
+from services.engine.schedule.drafter import Ids
+from services.engine.schedule.speculation import Speculation
+
+GUESSING = Speculation(most=5, ngram=2, max_batch=8)
+Continue = Callable[[Ordered[int], int], list[int]]  # so many tokens that follow these
+
+
+class Guesses:
+    """Stands in for a Drafter that is sure of itself."""
+
+    def __init__(self, tokens: Ids, follow_up: Continue, wrong: int) -> None:
+        self._tokens, self._follow_up, self._wrong = tokens, follow_up, wrong
+        self._known = 0
+
+    def follow(self, known: int) -> None:
+        assert known >= self._known
+        self._known = known
+
+    def guess(self, most: int, after: int = 0) -> list[tuple[int, float]]:
+        right = self._follow_up(self._tokens[: self._known].tolist(), after + most)
+        guessed = [
+            (token + 1) % VOCAB if self._wrong and (self._known + step) % self._wrong == 0 else token
+            for step, token in enumerate(right)
+        ]
+        return [(token, 1.0) for token in guessed[after:]]
+
+
+@contextmanager
+def guessing(follow_up: Continue = continuation, wrong: int = 3) -> Iterator[None]:
+    """Guess by `follow_up` (the sum model, if it is left out); one of `wrong` guesses is wrong, none if that is 0."""
+    with patch.object(speculation, "Drafter", lambda tokens, ngram: Guesses(tokens, follow_up, wrong)):
+        yield
+
+
+def among(answers: Iterable[list[int]]) -> Continue:
+    """Return what follows tokens in those whole texts, of prompt and answer, that begin with them; of the first one."""
+    texts = list(answers)
+
+    def follow_up(known: Ordered[int], count: int) -> list[int]:
+        return next((text[len(known) :][:count] for text in texts if text[: len(known)] == list(known)), [])
+
+    return follow_up
