@@ -80,7 +80,9 @@ def main() -> int:
     began, busy = float(sys.stdin.readline()), time.process_time()
     uvloop.run(client.run(began))
     cpu = (time.process_time() - busy) / (time.monotonic() - began)
-    sys.stdout.buffer.write(msgspec.json.encode(Part(client.answers, cpu)))
+    # Not sys.stdout: where Python is told to be unbuffered, it writes as much as the pipe takes at once, and no more.
+    with open(sys.stdout.fileno(), "wb", closefd=False) as out:
+        out.write(msgspec.json.encode(Part(client.answers, cpu)))
     return 0
 
 

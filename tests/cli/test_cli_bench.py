@@ -17,6 +17,7 @@ import pytest
 from server_thread import served
 
 from cli.bench.client import Client
+from cli.bench.command import run as run_processes
 from cli.bench.figures import figures, first_of, first_table, quantile, table
 from cli.bench.load import Answer, Arrival, Load, Part, even, poisson, shares
 from cli.main import main
@@ -78,6 +79,17 @@ def test_arrivals_are_of_the_rate_and_the_same_for_a_seed() -> None:
     assert abs(len(drawn) - 5000) < 5 * 5000**0.5
     assert {arrival.prompt for arrival in drawn} <= set(range(200, 8001))
     assert all(before.at < after.at < 100.0 for before, after in pairwise(drawn))
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_clients_saw_comes_whole_however_much_it_is(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with scripted(pieces=(WORD * 2000 + END + USAGE + DONE,)) as (url, _):
+        load = msgspec.structs.replace(LOAD, url=f"{url}/v1/completions", clients=2, requests=8)
+        parts, _ = run_processes(shares(load, 2))
+    assert [len(one.events) for part in parts for one in part.answers] == [2000] * 8
+    assert len(msgspec.json.encode(parts[0])) > 1 << 16, "what a pipe holds"
 
 
 def test_a_load_is_divided_without_loss() -> None:
