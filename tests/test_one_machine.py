@@ -50,7 +50,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_the_commands_that_start_it_are_accepted(tmp_path: Path) -> None:
     found = [*commands(PAGE), *commands(UNIT)]
-    assert len(found) == 3
+    assert len(found) == 4
     for words in found:
         flags = words[words.index("serve") + 1 :]
         flags[flags.index("--model") + 1] = str(tmp_path)
