@@ -71,6 +71,7 @@ CHART = {
     "api_keys_file": "`apiKeysFile.*`",
     "device": "`SERVICE.gpus`",
     "crash_at": "",
+    "listen_fd": "",
 }
 HEADER = """# Settings
 

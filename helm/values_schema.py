@@ -44,7 +44,7 @@ CHECKED: dict[str, dict[str, Any]] = {
 }
 # Settings that the chart sets from other values; the last is for tests.
 OWNED = {"redis_url", "blob_redis_url", "model", "name", "namespace", "metrics_port", "metrics_host", "drain_s"}
-OWNED |= {"host", "port", "served_model_names", "api_keys", "api_keys_file", "device", "crash_at"}
+OWNED |= {"host", "port", "listen_fd", "served_model_names", "api_keys", "api_keys_file", "device", "crash_at"}
 COMMON = frozenset(CommonSettings.__struct_fields__)
 OF_ONE_SERVICE = ("log_level",)  # common settings that may differ between services
 

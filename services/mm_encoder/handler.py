@@ -249,7 +249,8 @@ class EncodeHandler:
             await self._send_accepted(record, Accepted(running.request_id, running.prompt_tokens))
             generate = Generate(message.request, prompt, max_tokens, placed)
             offers = [Offered(media[i].embedded.key, message.media[i]) for i in sorted(encoding, reverse=True)]
-            offer = Offer(tuple(offers)) if room.crowded else None
+            # Not again after a replica died with it: what crashes one must not be carried to all that are idle.
+            offer = Offer(tuple(offers)) if room.crowded and running.attempts == 1 else None
             return await self._forward(running, generate, [encoding[index] for index in sorted(encoding)], offer)
         finally:
             for task in encoding.values():

@@ -119,7 +119,7 @@ class NamespaceTool(msgspec.Struct, frozen=True):
 
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
-    description: str | None = None
+    description: Annotated[str, Meta(max_length=1024)] | None = None  # the model reads it with each function
 
 
 # ------------------------------------------------------------------------------------------------------ input items
