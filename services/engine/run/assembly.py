@@ -69,10 +69,18 @@ def runner_for(
         times = rehearsal.run(settings.max_num_batched_tokens, settings.max_model_len)
         cache.clear()  # what is masked must be no NaN, and nobody knows what was computed
         torch.cuda.empty_cache()
+        keep_room_for_logits(model, settings.max_num_seqs)
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
     parts = model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs
     return ModelRunner(*parts, pieces, times, followers), blocks
+
+
+def keep_room_for_logits(model: ErnieModel, rows: int) -> None:
+    """Let the allocator keep what the logits of two steps need: an allocation from the device may wait for it."""
+    x = torch.zeros(rows, model.hidden_size, dtype=model.dtype, device=model.device)
+    logits = [model.project(x) for _ in range(2)]
+    del logits
 
 
 def decode_rows(

@@ -7,6 +7,7 @@ shape.
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from services.engine.model.inputs import KVCache
@@ -125,7 +126,7 @@ class ModelRunner:
         parts = parts_of(plan, step)
         # First: its logits are gone when those to sample from are computed.
         scores = self._scorer.launch(x, parts) if parts else None
-        launched: Launched = NoTokens()
+        launched: Launched = NoTokens(x)
         if plan.sampling:
             (rows,) = upload([step.logit_rows], x.device)
             launched = self._start_sampling(plan, self.model.project(x.index_select(0, rows)))
@@ -198,10 +199,18 @@ class ScoringStep:
 class NoTokens:
     """A step in which no sequence samples."""
 
+    def __init__(self, x: Tensor) -> None:
+        """`x`: what it computes. Without a wait for it the loop would launch one such step after the other."""
+        self._computed = torch.cuda.Event() if x.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._computed is not None:
+            self._computed.record()
+
     def sample(self) -> None:
         """Do nothing."""
 
     def read(self) -> list[Sampled]:
+        if self._computed is not None:
+            self._computed.synchronize()
         return []
 
     def scores(self) -> list[Scored]:

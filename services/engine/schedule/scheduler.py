@@ -21,8 +21,9 @@ sequences, are left to others; where they are not, later arrivals overtake it un
 
 from bisect import insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -259,9 +260,9 @@ class Scheduler:
         else:
             cached = sum(chunk.start for chunk in chunks)
             room = self._limits.prefill.room(len(chunks), cached, self._limits.max_num_batched_tokens)
-            while (first := self._match_first(room)) and self._is_reached(*first, prefilling, room):
+            while first := self._match_first(room, partial(_is_reached, prefilling, room)):
                 admitted.append(self._admit(*first))
-                prefilling.append(admitted[-1])
+                insort(prefilling, admitted[-1], key=_by_arrival)
             given = zip(prefilling, shares([s.backlog for s in prefilling], room), strict=True)
             chunks += [_chunk(sequence, tokens) for sequence, tokens in given if tokens]
         chunks = self._with_drafts(chunks)
@@ -275,12 +276,6 @@ class Scheduler:
         return _count_planned(
             Plan(tuple(chunks), begun, preempted, asked_tokens, hit_tokens, samples_later, drafts=drafts)
         )
-
-    def _is_reached(self, sequence: Sequence, matched: list[int], prefilling: list[Sequence], room: int) -> bool:
-        """Return True if a waiting sequence, once admitted, would get tokens in this step."""
-        start = len(matched) * self._limits.block_size
-        newcomer = sequence.embeds.reach(start, sequence.num_tokens) - start
-        return reaches([s.backlog for s in prefilling], newcomer, room)
 
     def _lacks_blocks(self, sequence: Sequence) -> bool:
         return len(sequence.blocks) < self._blocks_for(sequence.num_tokens)
@@ -333,11 +328,17 @@ class Scheduler:
         insort(self._running, sequence, key=_by_arrival)
         return sequence
 
-    def _match_first(self, budget: int) -> tuple[Sequence, list[int]] | None:
+    def _match_first(
+        self, budget: int, reached: Callable[[Sequence, int], bool] = lambda sequence, start: True
+    ) -> tuple[Sequence, list[int]] | None:
         """Return the first waiting sequence that may run, and the cached blocks that it begins with. None: nothing
         waits, or there is no room.
 
         A block for each running sequence stays free, so that the newcomer is not the next one to be preempted.
+
+        Args:
+            reached: tells of a sequence, and of its first token to compute, if it would get tokens in this step. Where
+                it would not, later arrivals may.
         """
         if budget <= 0 or len(self._running) >= self._limits.max_num_seqs:
             return None
@@ -346,6 +347,8 @@ class Scheduler:
             taken = self._blocks_for(sequence.num_tokens) - len(matched) + self._pool.cost(matched)
             start = len(matched) * self._limits.block_size
             if not sequence.embeds.complete and self._waits_outside(sequence, start, taken):
+                continue
+            if not reached(sequence, start):
                 continue
             if taken + len(self._running) > self._pool.available:
                 return None
@@ -435,6 +438,14 @@ def _chunk(sequence: Sequence, budget: int) -> Chunk:
     length = min(sequence.backlog, budget)
     reached = sequence.num_computed + length
     return Chunk(sequence, sequence.num_computed, length, samples=reached == sequence.num_tokens)
+
+
+def _is_reached(prefilling: list[Sequence], room: int, sequence: Sequence, start: int) -> bool:
+    """Return True if a waiting sequence, once admitted, would get tokens in this step; the earliest always does."""
+    if not prefilling or sequence.arrival < prefilling[0].arrival:
+        return True
+    newcomer = sequence.embeds.reach(start, sequence.num_tokens) - start
+    return reaches([s.backlog for s in prefilling], newcomer, room)
 
 
 def _count_planned(plan: Plan) -> Plan:

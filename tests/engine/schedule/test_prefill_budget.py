@@ -92,6 +92,23 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert all(plan.num_tokens <= 512 for plan in plans)
 
 
+def test_a_short_prompt_passes_a_long_one_that_still_waits() -> None:
+    bench = Bench()
+    bench.add("decodes", 5, 100)
+    bench.step()
+    bench.add("long", 3000, 1)
+    bench.step()
+    longer, short = bench.add("longer", 3500, 1), bench.add("short", 50, 1)
+    assert short in [chunk.sequence for chunk in bench.step().sampling]
+    assert longer.num_computed == 0
+    steps = 0
+    while longer.num_generated == 0:
+        bench.add(f"short {steps}", 400, 1)
+        bench.step()
+        steps += 1
+    assert steps <= 26, "each of the long ones gets half of 511 tokens a step while it is the earliest"
+
+
 def test_without_anyone_decoding_a_prompt_gets_the_whole_step() -> None:
     bench = Bench()
     made = bench.add("long", 4096, 2)
