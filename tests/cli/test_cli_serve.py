@@ -302,7 +302,6 @@ def test_the_launch_fastdeploy_documents(tmp_path: Path, quantization: str) -> N
         ([], "usage: millrace serve"),
         (["dance"], "no such command: dance"),
         (["serve"], "--model"),
-        (["serve", "--demo", "--speculative-config", "{}"], "--speculative-config: a flag of FastDeploy"),
         (["serve", "--model", "."], "config.json"),
     ],
 )
