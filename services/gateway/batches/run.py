@@ -114,6 +114,8 @@ class BatchRun:
 
     async def _run_until_end(self) -> str:
         """Run lines until all have a result, or the batch is cancelled, or its time is over; return how it ends."""
+        if self._batch.status == states.FINALIZING:
+            return states.COMPLETED  # also after its time: every line has a result, and no other end may follow
         left_s = self._about.expires_at - time.time()
         if self._cancelling.is_set() or left_s <= 0:
             return states.CANCELLED if self._cancelling.is_set() else states.EXPIRED
@@ -129,8 +131,6 @@ class BatchRun:
     # ------------------------------------------------------------------------------------------------ lines
 
     async def _run_lines(self) -> str:
-        if self._batch.status == states.FINALIZING:
-            return states.COMPLETED
         if self._batch.status == states.VALIDATING:
             await self._validate()
             if self._errors:

@@ -115,6 +115,22 @@ async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Ke
     assert errors.count(b"batch_expired") == 2
 
 
+async def test_a_batch_that_was_finalizing_when_its_gateway_died_completes_after_its_window(
+    redis: Redis, keys: Keys
+) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    over = msgspec.structs.replace(about(), expires_at=int(time.time()) - 1)
+    await store.create(over, 1, "", None)
+    await store.claim(1, ())
+    await store.move("batch_1", "in_progress")
+    assert await store.finish_line(about(), 1, "completed", b"{}\n")
+    await store.move("batch_1", "finalizing")
+    await BatchRun(parts(store, files, Requests(), 8), await store.find("batch_1", "o")).run()
+    assert (await store.find("batch_1", "o")).status == "completed"
+    assert await store.claim(1, ()) == [], "it is claimed for ever"
+
+
 async def test_a_redis_that_refuses_ends_the_work_and_not_the_batch(redis: Redis, keys: Keys) -> None:
     files = await stored(redis, keys, jsonl(chat_line("a")))
     store = BatchStore(redis, keys, files, "g", 60_000)
