@@ -19,7 +19,6 @@ from shared.errors import Failure, RequestError, unreadable
 
 HERE = Path(__file__).parent
 MOST_BATCHES = 2000  # of one API key, with those that have ended and are kept
-ANY_SIZE = 1 << 60  # the budget of what must be written
 _LOST = -2
 
 
@@ -143,8 +142,8 @@ class BatchStore:
         """Return the bitmap of the lines that have a result."""
         return await command(self._redis, "GET", self._keys.batch_done(batch_id)) or b""
 
-    async def finish_line(self, about: About, number: int, counter: str, result: bytes, *, must: bool = False) -> bool:
-        """Keep the result of a line, once; return False if there is no room for it, unless it `must` be written.
+    async def finish_line(self, about: About, number: int, counter: str, result: bytes) -> bool:
+        """Keep the result of a line, once; return False if there is no room for it.
 
         `counter`: completed, failed or expired. All but the completed go to the file of errors.
 
@@ -154,10 +153,9 @@ class BatchStore:
         keys = [self._keys.batch(about.id), self._keys.batch_lease(about.id), self._keys.batch_done(about.id)]
         file_id = about.output_file_id if counter == states.COMPLETED else about.error_file_id
         limits = self._files.limits
-        budget = (ANY_SIZE, ANY_SIZE) if must else (limits.budget_bytes, limits.owner_bytes)
-        args: Args = [self._files.prefix, file_id, about.owner, about.expires_at + limits.keep_s, *budget]
+        args: Args = [self._files.prefix, file_id, about.owner, about.expires_at + limits.keep_s]
         pieces = [result[at : at + CHUNK] for at in range(0, len(result), CHUNK)]
-        args += [self._gateway, number, counter, *pieces]
+        args += [limits.budget_bytes, limits.owner_bytes, self._gateway, number, counter, *pieces]
         taken = await self._finish_line(keys=[*self._files.index, *keys], args=args)
         if taken == _LOST:
             raise LeaseLostError(about.id)

@@ -115,6 +115,28 @@ async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Ke
     assert errors.count(b"batch_expired") == 2
 
 
+async def test_expired_lines_take_no_room_that_files_do_not_have(redis: Redis, keys: Keys) -> None:
+    whole = await stored(redis, keys, jsonl(*(chat_line(str(n)) for n in range(100))))
+    over = msgspec.structs.replace(about(), expires_at=int(time.time()) - 1)
+    taken = int(await redis.hget(keys.file_sizes(), "all") or 0)
+    rooms = {"batch_1": (taken + 3000, LIMITS.owner_bytes), "batch_2": (LIMITS.budget_bytes, 10)}
+    for batch_id, (budget, share) in rooms.items():
+        limits = msgspec.structs.replace(LIMITS, budget_bytes=budget, owner_bytes=share)
+        files = FileStore(redis, keys, limits)
+        store = BatchStore(redis, keys, files, "g", 60_000)
+        named = msgspec.structs.replace(over, id=batch_id, error_file_id=f"file-of-{batch_id}")
+        await store.create(named, 100, "", None)
+        await store.claim(1, ())
+        await BatchRun(parts(store, files, Requests(), 8), await store.find(batch_id, "o")).run()
+    first, second = [await store.find(batch_id, "o") for batch_id in rooms]
+    assert first.status == second.status == "expired"
+    assert int(await redis.hget(keys.file_sizes(), "all") or 0) <= taken + 3000
+    assert 0 < first.expired < 100
+    assert first.resource()["error_file_id"] == "file-of-batch_1"
+    assert (await whole.find("file-of-batch_1", "o")).bytes > 0
+    assert (second.expired, second.resource()["error_file_id"]) == (0, None), "a file that there is not"
+
+
 async def test_a_batch_that_was_finalizing_when_its_gateway_died_completes_after_its_window(
     redis: Redis, keys: Keys
 ) -> None:
