@@ -257,10 +257,10 @@ async def test_forms_that_are_refused(server: Running, redis: Redis) -> None:
     assert await form(server, b"{}", "application/json") == (415, "Content-Type")
     assert await form(server, b"nothing of the kind") == (400, "file")
     assert await form(server, part("x", b"y" * 5000) + end) == (400, "x")
-    assert await form(server, purpose + file + part("expires_after[seconds]", b"1") + end) == (
-        400,
-        "expires_after[seconds]",
-    )
+    assert await form(server, purpose + file + end, origin="http://[") == (403, "Origin")
+    for seconds in (b"1", b"0000000036009999", b"9" * 5000):
+        kept = part("expires_after[seconds]", seconds)
+        assert (await form(server, purpose + file + kept + end))[0] == 400, seconds[:20]
     assert len([file async for file in server.client.files.list()]) == 2
     assert int(await redis.hget("test:files:sizes", "all") or 0) == sum(
         [file.bytes + 1024 async for file in server.client.files.list()]
@@ -308,6 +308,7 @@ async def test_a_result_waits_for_room(
         ({"endpoint": "/v1/messages"}, "endpoint"),
         ({"completion_window": "1 day"}, "completion_window"),
         ({"completion_window": "8d"}, "completion_window"),
+        ({"completion_window": "24h\n"}, "completion_window"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after"),
     ],
