@@ -1,7 +1,9 @@
 """Work on one batch in a real Redis, with answers of the test's own: what is in memory, and who may write."""
 
 import asyncio
+import json
 import time
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,8 +15,8 @@ from redis.exceptions import ResponseError
 
 from services.gateway.batches.batch import About
 from services.gateway.batches.files import FileLimits, FileStore
-from services.gateway.batches.lines import Line
-from services.gateway.batches.requests import Reply
+from services.gateway.batches.lines import Line, answered
+from services.gateway.batches.requests import LineRequests, Reply
 from services.gateway.batches.run import BatchRun, RunParts
 from services.gateway.batches.store import BatchStore, LeaseLostError
 from services.gateway.batches.upload import FileWriter
@@ -93,6 +95,24 @@ async def test_ten_thousand_lines_are_read_no_further_than_they_run(redis: Redis
     lines_of_a_chunk = count / (await files.size("file-in") or 1) * (1 << 20)
     for place, asked in enumerate(second):
         assert asked >= place * lines_of_a_chunk - slots - 2, "a chunk was read too early"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [(200, b'{"a": 1}', 200), (200, b"data: {}\n\n", 500), (200, b"", 500), (503, b"full", 503)],
+)
+async def test_an_answer_that_is_not_json_is_kept_as_an_error(status: int, body: bytes, told: int) -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    keyring, slots = Mock(), Mock()
+    keyring.by_owner.return_value = Mock(tenant=None, share=None)
+    slots.slot.return_value = nullcontext()
+    reply = await LineRequests(app, keyring, slots, Mock()).ask(about(), Line(1, "a", b"{}"))
+    assert reply.status == told
+    if told == 500:
+        assert "error" in json.loads(answered("batch_1", Line(1, "a", b"{}"), 500, "r", reply.body))["response"]["body"]
 
 
 async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Keys) -> None:
