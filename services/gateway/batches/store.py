@@ -53,7 +53,7 @@ class BatchStore:
         keys = [self._keys.batch(about.id), self._keys.batches(), self._keys.batches_of(about.owner)]
         limit = "" if most_lines is None else most_lines
         args: Args = [self._keys.batch(""), about.id, msgspec.json.encode(about), time.time()]
-        args += [lines, tenant, limit, MOST_BATCHES]
+        args += [lines, tenant, limit, MOST_BATCHES, about.owner]
         refused, count = await self._create(keys=keys, args=args)
         if refused == b"batches":
             raise too_many(f"This API key has {count} batches, of {MOST_BATCHES} at most, with those that are kept.")
@@ -103,10 +103,14 @@ class BatchStore:
 
     # ------------------------------------------------------------------------------------------ for who works on it
 
-    async def claim(self, most: int, held: Collection[str]) -> list[str]:
-        """Take the leases of batches that nobody works on; `held` are those that this gateway works on."""
-        args: Args = [self._keys.batch(""), self._gateway, self.lease_ms, most, *held]
-        return [str(name, "ascii") for name in await self._claim(keys=[self._keys.batches()], args=args)]
+    async def claim(self, places: int, held: Collection[str]) -> tuple[list[str], list[str]]:
+        """Take the leases of batches that nobody works on, for a gateway that works on `held`.
+
+        Returns those, and those of `held` that it must give up for them: their owner has more than its part.
+        """
+        args: Args = [self._keys.batch(""), self._gateway, self.lease_ms, places, *held]
+        claimed, given_up = await self._claim(keys=[self._keys.batches()], args=args)
+        return [str(name, "ascii") for name in claimed], [str(name, "ascii") for name in given_up]
 
     async def renew(self, batch_id: str) -> str:
         """Renew a lease; return the batch's status.

@@ -82,7 +82,7 @@ async def test_ten_thousand_lines_are_read_no_further_than_they_run(redis: Redis
     requests = Requests()
     store = BatchStore(redis, keys, files, "g", 60_000)
     await store.create(about(), count, "", None)
-    assert await store.claim(1, ()) == ["batch_1"]
+    assert await store.claim(1, ()) == (["batch_1"], [])
     batch = await store.find("batch_1", "o")
     await BatchRun(parts(store, files, requests, slots), batch).run()
     batch = await store.find("batch_1", "o")
@@ -170,7 +170,7 @@ async def test_a_batch_that_was_finalizing_when_its_gateway_died_completes_after
     await store.move("batch_1", "finalizing")
     await BatchRun(parts(store, files, Requests(), 8), await store.find("batch_1", "o")).run()
     assert (await store.find("batch_1", "o")).status == "completed"
-    assert await store.claim(1, ()) == [], "it is claimed for ever"
+    assert await store.claim(1, ()) == ([], []), "it is claimed for ever"
 
 
 async def test_a_redis_that_refuses_ends_the_work_and_not_the_batch(redis: Redis, keys: Keys) -> None:
@@ -192,10 +192,10 @@ async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys
     files = await stored(redis, keys, jsonl(chat_line("a")))
     paused, other = (BatchStore(redis, keys, files, name, 60_000) for name in ("paused", "other"))
     await paused.create(about(), 1, "", None)
-    assert await paused.claim(5, ()) == ["batch_1"]
-    assert await other.claim(5, ()) == []
+    assert await paused.claim(5, ()) == (["batch_1"], [])
+    assert await other.claim(5, ()) == ([], [])
     await redis.delete(keys.batch_lease("batch_1"))  # it has expired
-    assert await other.claim(5, ()) == ["batch_1"]
+    assert await other.claim(5, ()) == (["batch_1"], [])
     with pytest.raises(LeaseLostError):
         await paused.finish_line(about(), 1, "completed", b"late\n")
     with pytest.raises(LeaseLostError):
@@ -207,12 +207,46 @@ async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys
     assert await files.size("file-out") is None
 
 
+async def test_an_owner_has_its_part_of_the_places_while_others_wait(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    held: list[str] = []
+
+    async def create(owner: str, *names: str) -> None:
+        for name in names:
+            await store.create(msgspec.structs.replace(about(name), owner=owner), 1, "", None)
+            await redis.zadd(keys.batches(), {name: len(await redis.zrange(keys.batches(), 0, -1))})
+
+    async def look() -> tuple[list[str], list[str]]:
+        claimed, given_up = await store.claim(4, held)
+        for name in given_up:
+            held.remove(name)
+            await store.release(name)
+        held.extend(claimed)
+        assert len(held) <= 4
+        return claimed, given_up
+
+    await create("many", "m1", "m2", "m3", "m4", "m5", "m6")
+    assert await look() == (["m1", "m2", "m3", "m4"], []), "nobody else waits"
+    await create("other", "o1")
+    assert await look() == (["o1"], ["m4"])
+    assert await look() == ([], [])
+    await create("other", "o2", "o3")
+    assert await look() == (["o2"], ["m3"])
+    await create("third", "t1")
+    assert await look() == (["t1"], ["o2"]), "a third of four"
+    assert await look() == ([], [])
+    held.remove("t1")
+    await store.forget("t1")
+    assert await look() == (["o2"], []), "the parts are two again"
+
+
 async def test_what_a_lost_reply_makes_redis_do_again_changes_nothing(redis: Redis, keys: Keys) -> None:
     files = await stored(redis, keys, jsonl(chat_line("a")))
     store = BatchStore(redis, keys, files, "g", 60_000)
     for _ in range(2):
         await store.create(about(), 1, "", None)
-        assert await store.claim(5, ()) == ["batch_1"]
+        assert await store.claim(5, ()) == (["batch_1"], [])
         assert await store.move("batch_1", "in_progress")
         assert await store.finish_line(about(), 1, "completed", b"{}\n")
         await files.write("file-up", "o", 0, b"piece")

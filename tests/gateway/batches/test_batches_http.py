@@ -15,6 +15,7 @@ from gateway_stages import Running, Stages, running, until
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 
+from services.gateway.batches.runner import MOST_AT_A_TIME
 from shared.bus.keys import GENERATE, Keys
 from shared.messages import BATCH_PRIORITY, Request
 
@@ -171,6 +172,18 @@ async def test_another_gateway_goes_on_and_sends_no_line_twice(
     assert batch.status == "completed"
     assert len(await lines_of(server, batch.output_file_id)) == 4
     assert await redis.xlen(keys.stream(GENERATE)) == 4
+
+
+async def test_a_key_that_holds_every_place_makes_room_for_another(server: Running, stages: Stages) -> None:
+    for _ in range(MOST_AT_A_TIME):
+        await create(server, jsonl(chat_line("a")))
+    begun = [await stages.request() for _ in range(MOST_AT_A_TIME)]
+    client = server.client.with_options(api_key="key-2")
+    other = Running(server.gateway, server.url, server.registry, client)
+    batch = await create(other, jsonl(chat_line("a")))
+    await stages.answer(await stages.request(), "yes")
+    assert (await ended(other, batch.id)).status == "completed"
+    assert await stages.redis.xlen(stages.keys.stream(GENERATE)) == len(begun) + 1, "what was given up runs on, once"
 
 
 async def test_files_and_batches_are_their_owners_alone(server: Running, stages: Stages) -> None:
