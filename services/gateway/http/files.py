@@ -47,8 +47,10 @@ class FileRoutes(msgspec.Struct, frozen=True):
         """
         self._check_origin(request)
         self._check_length(request)
+        owner = context_of(request).owner
         reader = FormReader(request.headers.get("content-type", ""))
-        writer = FileWriter(self.store, new_file_id(), context_of(request).owner)
+        await self.store.check_count(owner)
+        writer = FileWriter(self.store, new_file_id(), owner)
         with self.intake.admission.arrival(), self.intake.memory.reservation() as reservation:
             reservation.grow(BUFFER_BYTES)
             try:

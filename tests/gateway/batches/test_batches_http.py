@@ -301,6 +301,19 @@ async def test_limits_of_files(checkpoint: Path, redis_url: str, redis: Redis) -
         assert await upload(server, b"x\n" * 4)
 
 
+async def test_a_key_has_so_many_files_at_most(
+    server: Running, redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.batches.files.MOST_FILES", 2)
+    first, _ = [await upload(server, b"x") for _ in range(2)]
+    with pytest.raises(openai.APIStatusError) as refused:
+        await upload(server, b"x")
+    assert (refused.value.status_code, refused.value.code) == (413, "too_many_files")
+    await server.client.with_options(api_key="key-2").files.create(file=("in.jsonl", b"x"), purpose="batch")
+    await redis.zadd(keys.files(), {first: 1})  # it is over
+    await upload(server, b"x")
+
+
 async def test_a_result_waits_for_room(
     checkpoint: Path, redis_url: str, stages: Stages, caplog: pytest.LogCaptureFixture
 ) -> None:
