@@ -49,8 +49,8 @@
     {ns}:batches                     zset    gateway              gateway            batches that have not ended, by creation
     {ns}:batches:of:{owner}          zset    gateway              gateway            batches of an API key, by creation
     {ns}:batch:{id}                  hash    gateway              gateway            until `files_keep_s` after its end
-                                             fields: about (JSON), status, total, completed, failed, expired (lines), tenant, errors
-                                             (JSON), and the times of its statuses
+                                             fields: about (JSON), status, total, completed, failed, expired (lines), tenant, owner,
+                                             errors (JSON), and the times of its statuses
     {ns}:batch:{id}:done             string  gateway              gateway            until its end; bitmap of lines with a result
     {ns}:batch:{id}:lease            string  gateway              gateway            the gateway that works on it; expires unless renewed
     {ns}:flights                     hash    mm_encoder           mm_encoder         field deleted when its embeddings are stored

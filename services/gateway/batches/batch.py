@@ -26,7 +26,7 @@ BEFORE = {
 }
 ENDS = (COMPLETED, FAILED, EXPIRED, CANCELLED)
 TIMES = tuple(f"{status}_at" for status in BEFORE)
-FIELDS = ("about", "status", "total", "completed", "failed", "errors", *TIMES)  # of the hash
+FIELDS = ("about", "status", "total", "completed", "failed", "expired", "errors", *TIMES)  # of the hash
 
 
 class About(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -53,6 +53,7 @@ class Batch(msgspec.Struct, frozen=True):
     total: int
     completed: int
     failed: int
+    expired: int = 0  # lines of the file of errors that say so
     errors: tuple[LineError, ...] = ()
     times: Mapping[str, int] = {}
 
@@ -63,8 +64,7 @@ class Batch(msgspec.Struct, frozen=True):
     def resource(self) -> dict[str, object]:
         """Return the batch as OpenAI's clients read it. Its files are named once it has ended, if they have a line."""
         about = self.about
-        has_late = self.status == EXPIRED and self.completed + self.failed < self.total
-        has_errors = self.ended and (bool(self.failed) or has_late)
+        has_errors = self.ended and bool(self.failed or self.expired)
         errors = {"object": "list", "data": self.errors} if self.errors else None
         return {
             "id": about.id,
@@ -99,6 +99,7 @@ def decode(values: Mapping[str, bytes]) -> Batch:
         total=int(values["total"]),
         completed=int(values.get("completed", 0)),
         failed=int(values.get("failed", 0)),
+        expired=int(values.get("expired", 0)),
         errors=_errors.decode(values.get("errors", b"[]")),
         times={name: int(values[name]) for name in TIMES if name in values},
     )

@@ -1,7 +1,7 @@
 -- Create a batch, unless its tenant has too many lines under way or its owner too many batches.
 -- KEYS: batch, batches that have not ended, batches of the owner
 -- ARGV: prefix of batches, batch, what it is as JSON, time of creation, its lines, tenant, most lines of the tenant
--- (empty: any number), most batches of an owner
+-- (empty: any number), most batches of an owner, owner
 -- Returns {limit that refuses or '', the number that there is}.
 local function lines_under_way()
   local lines = 0
@@ -25,7 +25,8 @@ if ARGV[7] ~= '' then
   local lines = lines_under_way()
   if lines + ARGV[5] > tonumber(ARGV[7]) then return {'batch_lines', lines} end
 end
-redis.call('HSET', KEYS[1], 'about', ARGV[3], 'status', 'validating', 'total', ARGV[5], 'tenant', ARGV[6])
+redis.call('HSET', KEYS[1], 'about', ARGV[3], 'status', 'validating', 'total', ARGV[5], 'tenant', ARGV[6],
+  'owner', ARGV[9])
 redis.call('ZADD', KEYS[2], ARGV[4], ARGV[2])
 redis.call('ZADD', KEYS[3], ARGV[4], ARGV[2])
 return {'', 0}

@@ -20,6 +20,7 @@ from shared.errors import Failure, RequestError, unreadable
 HERE = Path(__file__).parent
 CHUNK = 1 << 20
 PREFIX = "file-"
+MOST_FILES = 10_000  # of one API key, output included, beyond which it uploads no more
 UPLOAD_S = 3600  # for which a file may be incomplete: its gateway has died, if it is then
 
 Args = list[str | int | float | bytes]  # of a script
@@ -73,6 +74,18 @@ class FileStore:
     def prefix(self) -> str:
         """Prefix of the keys of files, for scripts."""
         return self._keys.file("")
+
+    async def check_count(self, owner: str) -> None:
+        """Check that an owner may upload one more file.
+
+        Raises:
+            RequestError: 413, it has too many.
+        """
+        await self.sweep()
+        count = await command(self._redis, "ZCARD", self._keys.files_of(owner))
+        if count >= MOST_FILES:
+            text = f"This API key has {count} files, of {MOST_FILES} at most. Delete files that are not needed."
+            raise RequestError(Failure(413, text, param="file", code="too_many_files"))
 
     async def write(self, file_id: str, owner: str, offset: int, piece: bytes) -> None:
         """Append to an upload that has `offset` bytes.

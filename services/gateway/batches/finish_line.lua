@@ -1,7 +1,7 @@
 -- Keep the result of a line, once: append it to the output or to the errors, and count it.
 -- KEYS: index of files by expiry, hash of sizes, batch, its lease, its bitmap of lines
 -- ARGV: prefix of files, file, owner, expiry of the file, budget, share of an owner, gateway that must hold the lease,
--- number of the line, field that counts it (completed or failed), piece...
+-- number of the line, field that counts it (completed, failed or expired), piece...
 -- Returns -1, -2 if the lease is another's, or the bytes that files take, if there is no room.
 -- requires: file_space
 if redis.call('GET', KEYS[4]) ~= ARGV[7] then return -2 end

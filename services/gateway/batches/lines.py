@@ -52,14 +52,16 @@ class _Envelope(msgspec.Struct, frozen=True):
 
 
 class _Body(msgspec.Struct, frozen=True):
-    """Fields that ask for what a line has no place for."""
+    """Fields that ask for what a line has no place for, each to be read for itself: the other may be malformed."""
 
-    stream: bool | None = None
-    background: bool | None = None
+    stream: msgspec.Raw = msgspec.Raw(b"null")
+    background: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _envelope = msgspec.json.Decoder(_Envelope)
-_body = msgspec.json.Decoder(_Body, strict=False)  # as lenient as the APIs
+_body = msgspec.json.Decoder(_Body)
+_flag = msgspec.json.Decoder(bool | None, strict=False)  # as lenient as the APIs
+_any = msgspec.json.Decoder(msgspec.Raw)
 
 
 class LineSplitter:
@@ -144,9 +146,18 @@ def check_body(body: bytes) -> None:
         asked = _body.decode(replace_lone_surrogates(body))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return  # which its API refuses in its own words
-    for field in ("stream", "background"):
-        if getattr(asked, field):
+    for field, value in (("stream", asked.stream), ("background", asked.background)):
+        if _is_true(value):
             raise invalid(f"`{field}` cannot be true in a batch.", field, "unsupported_parameter")
+
+
+def is_json(body: bytes) -> bool:
+    """Tell whether a body may be a part of a line."""
+    try:
+        _any.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return b"\n" not in body
 
 
 def answered(batch_id: str, line: Line, status: int, request_id: str, body: bytes) -> bytes:
@@ -158,6 +169,13 @@ def answered(batch_id: str, line: Line, status: int, request_id: str, body: byte
 def unanswered(batch_id: str, line: Line, code: str, message: str) -> bytes:
     """Return the line of a request that was not run."""
     return _written(batch_id, line, None, {"code": code, "message": message})
+
+
+def _is_true(value: msgspec.Raw) -> bool:
+    try:
+        return bool(_flag.decode(value))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False  # it is none, which its API says in its own words
 
 
 def _written(batch_id: str, line: Line, response: Any, error: Any) -> bytes:

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import ASGIApp, Message
 
 from services.gateway.batches.batch import About
-from services.gateway.batches.lines import Line, check_body
+from services.gateway.batches.lines import Line, check_body, is_json
 from services.gateway.errors import UNAUTHORIZED, UNEXPECTED, openai_body
 from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext, attach_context
@@ -97,6 +97,9 @@ class LineRequests:
         except Exception:
             logger.exception("a request of a batch failed", extra={"batch": about.id, "line": line.number})
         if not reply.status:
+            return _refused(UNEXPECTED)
+        if reply.status not in AGAIN and not is_json(reply.body):
+            logger.error("an answer to a line of a batch is not JSON", extra={"batch": about.id, "line": line.number})
             return _refused(UNEXPECTED)
         reply.request_id = context.request_id
         return reply

@@ -114,6 +114,8 @@ class BatchRun:
 
     async def _run_until_end(self) -> str:
         """Run lines until all have a result, or the batch is cancelled, or its time is over; return how it ends."""
+        if self._batch.status == states.FINALIZING:
+            return states.COMPLETED  # also after its time: every line has a result, and no other end may follow
         left_s = self._about.expires_at - time.time()
         if self._cancelling.is_set() or left_s <= 0:
             return states.CANCELLED if self._cancelling.is_set() else states.EXPIRED
@@ -129,8 +131,6 @@ class BatchRun:
     # ------------------------------------------------------------------------------------------------ lines
 
     async def _run_lines(self) -> str:
-        if self._batch.status == states.FINALIZING:
-            return states.COMPLETED
         if self._batch.status == states.VALIDATING:
             await self._validate()
             if self._errors:
@@ -231,10 +231,14 @@ class BatchRun:
         await self._requests.cancel(self._about, numbers)
 
     async def _expire_lines(self) -> None:
+        """Say of each line that it has no answer, as long as files have room for that: nothing waits any more."""
         async for line in self._lines_without_result():
             result = unanswered(self._about.id, line, "batch_expired", EXPIRED_TEXT)
-            write = partial(self._store.finish_line, self._about, line.number, states.EXPIRED, result, must=True)
-            await retry_until_available("keep the result of a line", write)
+            write = partial(self._store.finish_line, self._about, line.number, states.EXPIRED, result)
+            if not await retry_until_available("keep the result of a line", write):
+                fields = {"batch": self._about.id, "line": line.number}
+                logger.warning("no room in files for lines that have expired; they are left out", extra=fields)
+                return
             self._count.labels(states.EXPIRED).inc()
 
     async def _publish(self) -> None:

@@ -43,7 +43,9 @@ class BatchRunner:
     async def drain(self) -> None:
         """Give all batches up, so that others go on with them at once. Requests that run go on."""
         self._draining = True
-        tasks = list(self._tasks.values())
+        await self._give_up(list(self._tasks.values()))
+
+    async def _give_up(self, tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -51,10 +53,11 @@ class BatchRunner:
     async def _begin(self) -> None:
         try:
             await self._parts.files.sweep()
-            claimed = await self._parts.store.claim(MOST_AT_A_TIME - len(self._tasks), list(self._tasks))
+            claimed, given_up = await self._parts.store.claim(MOST_AT_A_TIME, list(self._tasks))
         except RedisError as error:
             logger.warning("could not look for batches; retrying", extra={"error": str(error)})
             return
+        await self._give_up([self._tasks[batch_id] for batch_id in given_up if batch_id in self._tasks])
         for batch_id in claimed:
             if self._draining:  # since it was claimed
                 await self._release(batch_id)

@@ -19,7 +19,6 @@ from shared.errors import Failure, RequestError, unreadable
 
 HERE = Path(__file__).parent
 MOST_BATCHES = 2000  # of one API key, with those that have ended and are kept
-ANY_SIZE = 1 << 60  # the budget of what must be written
 _LOST = -2
 
 
@@ -54,7 +53,7 @@ class BatchStore:
         keys = [self._keys.batch(about.id), self._keys.batches(), self._keys.batches_of(about.owner)]
         limit = "" if most_lines is None else most_lines
         args: Args = [self._keys.batch(""), about.id, msgspec.json.encode(about), time.time()]
-        args += [lines, tenant, limit, MOST_BATCHES]
+        args += [lines, tenant, limit, MOST_BATCHES, about.owner]
         refused, count = await self._create(keys=keys, args=args)
         if refused == b"batches":
             raise too_many(f"This API key has {count} batches, of {MOST_BATCHES} at most, with those that are kept.")
@@ -104,10 +103,14 @@ class BatchStore:
 
     # ------------------------------------------------------------------------------------------ for who works on it
 
-    async def claim(self, most: int, held: Collection[str]) -> list[str]:
-        """Take the leases of batches that nobody works on; `held` are those that this gateway works on."""
-        args: Args = [self._keys.batch(""), self._gateway, self.lease_ms, most, *held]
-        return [str(name, "ascii") for name in await self._claim(keys=[self._keys.batches()], args=args)]
+    async def claim(self, places: int, held: Collection[str]) -> tuple[list[str], list[str]]:
+        """Take the leases of batches that nobody works on, for a gateway that works on `held`.
+
+        Returns those, and those of `held` that it must give up for them: their owner has more than its part.
+        """
+        args: Args = [self._keys.batch(""), self._gateway, self.lease_ms, places, *held]
+        claimed, given_up = await self._claim(keys=[self._keys.batches()], args=args)
+        return [str(name, "ascii") for name in claimed], [str(name, "ascii") for name in given_up]
 
     async def renew(self, batch_id: str) -> str:
         """Renew a lease; return the batch's status.
@@ -143,8 +146,8 @@ class BatchStore:
         """Return the bitmap of the lines that have a result."""
         return await command(self._redis, "GET", self._keys.batch_done(batch_id)) or b""
 
-    async def finish_line(self, about: About, number: int, counter: str, result: bytes, *, must: bool = False) -> bool:
-        """Keep the result of a line, once; return False if there is no room for it, unless it `must` be written.
+    async def finish_line(self, about: About, number: int, counter: str, result: bytes) -> bool:
+        """Keep the result of a line, once; return False if there is no room for it.
 
         `counter`: completed, failed or expired. All but the completed go to the file of errors.
 
@@ -154,10 +157,9 @@ class BatchStore:
         keys = [self._keys.batch(about.id), self._keys.batch_lease(about.id), self._keys.batch_done(about.id)]
         file_id = about.output_file_id if counter == states.COMPLETED else about.error_file_id
         limits = self._files.limits
-        budget = (ANY_SIZE, ANY_SIZE) if must else (limits.budget_bytes, limits.owner_bytes)
-        args: Args = [self._files.prefix, file_id, about.owner, about.expires_at + limits.keep_s, *budget]
+        args: Args = [self._files.prefix, file_id, about.owner, about.expires_at + limits.keep_s]
         pieces = [result[at : at + CHUNK] for at in range(0, len(result), CHUNK)]
-        args += [self._gateway, number, counter, *pieces]
+        args += [limits.budget_bytes, limits.owner_bytes, self._gateway, number, counter, *pieces]
         taken = await self._finish_line(keys=[*self._files.index, *keys], args=args)
         if taken == _LOST:
             raise LeaseLostError(about.id)

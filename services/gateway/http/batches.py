@@ -29,7 +29,7 @@ UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 LONGEST_S = 7 * 86400
 
 _NAME = re.compile(rf"{PREFIX}[0-9a-f]{{24}}")
-_WINDOW = r"^([1-9][0-9]{0,5})([smhd])$"
+_WINDOW = r"^([1-9][0-9]{0,5})([smhd])\Z"
 
 Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
 

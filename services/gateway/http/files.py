@@ -25,6 +25,7 @@ MOST_LISTED = 10_000  # and as many without `limit`, as OpenAI does
 BUFFER_BYTES = 2 << 20  # of an upload that are here at a time, beside a long line
 FORM_BYTES = 1 << 20  # of a form, beside its file
 LEAST_KEEP_S = 60
+MOST_DIGITS = 12  # of a number in a form
 
 _NAME = re.compile(rf"{PREFIX}[0-9a-f]{{24}}")
 
@@ -46,8 +47,10 @@ class FileRoutes(msgspec.Struct, frozen=True):
         """
         self._check_origin(request)
         self._check_length(request)
+        owner = context_of(request).owner
         reader = FormReader(request.headers.get("content-type", ""))
-        writer = FileWriter(self.store, new_file_id(), context_of(request).owner)
+        await self.store.check_count(owner)
+        writer = FileWriter(self.store, new_file_id(), owner)
         with self.intake.admission.arrival(), self.intake.memory.reservation() as reservation:
             reservation.grow(BUFFER_BYTES)
             try:
@@ -97,7 +100,8 @@ class FileRoutes(msgspec.Struct, frozen=True):
             raise invalid("`expires_after[anchor]` must be created_at.", "expires_after[anchor]")
         most = self.store.limits.keep_s
         given = fields.get("expires_after[seconds]", str(most))
-        if not given.isascii() or not given.isdigit() or not LEAST_KEEP_S <= int(given[:12]) <= most:
+        is_number = given.isascii() and given.isdigit() and len(given) <= MOST_DIGITS
+        if not is_number or not LEAST_KEEP_S <= int(given) <= most:
             text = f"`expires_after[seconds]` must be a number from {LEAST_KEEP_S} to {most}."
             raise invalid(text, "expires_after[seconds]")
         return int(given)
@@ -111,7 +115,8 @@ class FileRoutes(msgspec.Struct, frozen=True):
         origin = request.headers.get("origin")
         if origin is None or origin in self.origins or "*" in self.origins:
             return
-        if urlsplit(origin).netloc != request.headers.get("host"):
+        host = _host(origin)
+        if host is None or host != request.headers.get("host"):
             text = f"Web pages of {origin[:64]!r} may not upload files (allowed_origins)."
             raise RequestError(Failure(403, text, param="Origin", code="origin_not_allowed"))
 
@@ -173,6 +178,14 @@ class FileRoutes(msgspec.Struct, frozen=True):
             async for chunk in self.store.chunks(about.id):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+def _host(origin: str) -> str | None:
+    """Return host and port of an origin; None if it is none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def new_file_id() -> str:

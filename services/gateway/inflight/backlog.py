@@ -14,7 +14,7 @@ from shared.bus.client import command
 from shared.bus.keys import ENCODE, GENERATE, WAITING, Keys
 from shared.bus.lua import read_script
 from shared.bus.pipeline_view import QUEUES
-from shared.messages import Share
+from shared.messages import BATCH_PRIORITY, Share
 
 FRESH_S = 0.25  # age up to which a count is used; until then, requests that other gateways accept are not counted
 
@@ -64,10 +64,16 @@ class Backlog:
         self._length += count
 
     async def _wait_s(self, rest_s: float, share: Share | None) -> float | None:
-        """Return the seconds until a new request begins; None if nobody knows. A tenant passes the queues of others."""
+        """Return the seconds until a new request begins; None if nobody knows.
+
+        A tenant passes the queues of others; without a key file all pass the lines of batches.
+        """
         wait_s = self._pace.wait_s(self._waiting)
-        if share is None or wait_s is None or wait_s <= rest_s:
+        if wait_s is None or wait_s <= rest_s:
             return wait_s
+        if share is None:  # nor need others be in a queue: without tenants nobody takes turns
+            lines = await command(self._redis, "LLEN", self._keys.turn(GENERATE, BATCH_PRIORITY, ""))
+            return self._pace.wait_s(max(0, self._waiting - lines))
         own = await command(self._redis, "LLEN", self._keys.turn(GENERATE, share.priority, share.name))
         return self._pace.wait_s(min(self._waiting, own))
 

@@ -189,7 +189,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     # Prefixes are shared within a salt only.
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None  # as the header X-Request-ID
+    request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}\Z")] | None = None  # as the header X-Request-ID
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):

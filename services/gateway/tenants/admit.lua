@@ -32,7 +32,7 @@ end
 local function crowded(key, open, limits)
   if limits.concurrent and redis.call('HLEN', open) + #asked.ids > limits.concurrent then return 'concurrent' end
   local queued = number(key, 'queued')
-  if limits.queued and queued > 0 and queued + asked.tokens > limits.queued then return 'queued' end
+  if limits.queued and queued > 0 and queued + asked.queued > limits.queued then return 'queued' end
 end
 
 local function refused(key, open, limits)
@@ -72,7 +72,7 @@ for i = 1, #KEYS, 2 do
       end
     end
     for n, id in ipairs(asked.ids) do
-      local tokens = n == 1 and asked.tokens or 0
+      local tokens = n == 1 and asked.queued or 0
       redis.call('HSET', open, id, string.format('%d:%.0f', tokens, now))
       count_queued(key, tokens)
     end

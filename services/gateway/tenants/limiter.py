@@ -20,7 +20,7 @@ from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.retry import retry_until_available
 from shared.errors import RequestError
-from shared.messages import Share
+from shared.messages import BATCH_PRIORITY, Share
 
 HERE = Path(__file__).parent
 EVERYONE = ""  # name of all requests together, with or without a tenant
@@ -68,6 +68,7 @@ class _Wanted(msgspec.Struct, frozen=True):
 
     ids: tuple[str, ...]
     tokens: int
+    queued: int  # those of them that wait before others: none of a line of a batch, which all pass
     media: int
     limits: tuple[dict[str, int], ...]
 
@@ -124,7 +125,8 @@ class Limiter:
         if not names:
             return None
         limits = tuple(self._limits(tenant if name else None) for name in names)
-        wanted = _Wanted(tuple(ids), tokens, media_bytes, limits)
+        is_line = quota is not None and quota.share is not None and quota.share.priority == BATCH_PRIORITY
+        wanted = _Wanted(tuple(ids), tokens, 0 if is_line else tokens, media_bytes, limits)
         args: list[str | bytes] = [self._keys.request(""), msgspec.json.encode(wanted)]
         verdict = await self._admit(keys=self._redis_keys(names), args=args)
         limit, place, retry_ms, *rates = verdict

@@ -86,7 +86,14 @@ def test_results_are_lines_of_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b'{"stream": true}', b'{"x": 1, "background": true}', b'{"stream": "true", "x": "\\ud800"}']
+    "body",
+    [
+        b'{"stream": true}',
+        b'{"x": 1, "background": true}',
+        b'{"stream": "true", "x": "\\ud800"}',
+        b'{"stream": true, "background": "maybe"}',
+        b'{"stream": [], "background": 1}',
+    ],
 )
 def test_a_line_has_one_answer(body: bytes) -> None:
     with pytest.raises(RequestError):

@@ -1,7 +1,9 @@
 """Work on one batch in a real Redis, with answers of the test's own: what is in memory, and who may write."""
 
 import asyncio
+import json
 import time
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,8 +15,8 @@ from redis.exceptions import ResponseError
 
 from services.gateway.batches.batch import About
 from services.gateway.batches.files import FileLimits, FileStore
-from services.gateway.batches.lines import Line
-from services.gateway.batches.requests import Reply
+from services.gateway.batches.lines import Line, answered
+from services.gateway.batches.requests import LineRequests, Reply
 from services.gateway.batches.run import BatchRun, RunParts
 from services.gateway.batches.store import BatchStore, LeaseLostError
 from services.gateway.batches.upload import FileWriter
@@ -80,7 +82,7 @@ async def test_ten_thousand_lines_are_read_no_further_than_they_run(redis: Redis
     requests = Requests()
     store = BatchStore(redis, keys, files, "g", 60_000)
     await store.create(about(), count, "", None)
-    assert await store.claim(1, ()) == ["batch_1"]
+    assert await store.claim(1, ()) == (["batch_1"], [])
     batch = await store.find("batch_1", "o")
     await BatchRun(parts(store, files, requests, slots), batch).run()
     batch = await store.find("batch_1", "o")
@@ -93,6 +95,24 @@ async def test_ten_thousand_lines_are_read_no_further_than_they_run(redis: Redis
     lines_of_a_chunk = count / (await files.size("file-in") or 1) * (1 << 20)
     for place, asked in enumerate(second):
         assert asked >= place * lines_of_a_chunk - slots - 2, "a chunk was read too early"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [(200, b'{"a": 1}', 200), (200, b"data: {}\n\n", 500), (200, b"", 500), (503, b"full", 503)],
+)
+async def test_an_answer_that_is_not_json_is_kept_as_an_error(status: int, body: bytes, told: int) -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    keyring, slots = Mock(), Mock()
+    keyring.by_owner.return_value = Mock(tenant=None, share=None)
+    slots.slot.return_value = nullcontext()
+    reply = await LineRequests(app, keyring, slots, Mock()).ask(about(), Line(1, "a", b"{}"))
+    assert reply.status == told
+    if told == 500:
+        assert "error" in json.loads(answered("batch_1", Line(1, "a", b"{}"), 500, "r", reply.body))["response"]["body"]
 
 
 async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Keys) -> None:
@@ -115,6 +135,44 @@ async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Ke
     assert errors.count(b"batch_expired") == 2
 
 
+async def test_expired_lines_take_no_room_that_files_do_not_have(redis: Redis, keys: Keys) -> None:
+    whole = await stored(redis, keys, jsonl(*(chat_line(str(n)) for n in range(100))))
+    over = msgspec.structs.replace(about(), expires_at=int(time.time()) - 1)
+    taken = int(await redis.hget(keys.file_sizes(), "all") or 0)
+    rooms = {"batch_1": (taken + 3000, LIMITS.owner_bytes), "batch_2": (LIMITS.budget_bytes, 10)}
+    for batch_id, (budget, share) in rooms.items():
+        limits = msgspec.structs.replace(LIMITS, budget_bytes=budget, owner_bytes=share)
+        files = FileStore(redis, keys, limits)
+        store = BatchStore(redis, keys, files, "g", 60_000)
+        named = msgspec.structs.replace(over, id=batch_id, error_file_id=f"file-of-{batch_id}")
+        await store.create(named, 100, "", None)
+        await store.claim(1, ())
+        await BatchRun(parts(store, files, Requests(), 8), await store.find(batch_id, "o")).run()
+    first, second = [await store.find(batch_id, "o") for batch_id in rooms]
+    assert first.status == second.status == "expired"
+    assert int(await redis.hget(keys.file_sizes(), "all") or 0) <= taken + 3000
+    assert 0 < first.expired < 100
+    assert first.resource()["error_file_id"] == "file-of-batch_1"
+    assert (await whole.find("file-of-batch_1", "o")).bytes > 0
+    assert (second.expired, second.resource()["error_file_id"]) == (0, None), "a file that there is not"
+
+
+async def test_a_batch_that_was_finalizing_when_its_gateway_died_completes_after_its_window(
+    redis: Redis, keys: Keys
+) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    over = msgspec.structs.replace(about(), expires_at=int(time.time()) - 1)
+    await store.create(over, 1, "", None)
+    await store.claim(1, ())
+    await store.move("batch_1", "in_progress")
+    assert await store.finish_line(about(), 1, "completed", b"{}\n")
+    await store.move("batch_1", "finalizing")
+    await BatchRun(parts(store, files, Requests(), 8), await store.find("batch_1", "o")).run()
+    assert (await store.find("batch_1", "o")).status == "completed"
+    assert await store.claim(1, ()) == ([], []), "it is claimed for ever"
+
+
 async def test_a_redis_that_refuses_ends_the_work_and_not_the_batch(redis: Redis, keys: Keys) -> None:
     files = await stored(redis, keys, jsonl(chat_line("a")))
     store = BatchStore(redis, keys, files, "g", 60_000)
@@ -134,10 +192,10 @@ async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys
     files = await stored(redis, keys, jsonl(chat_line("a")))
     paused, other = (BatchStore(redis, keys, files, name, 60_000) for name in ("paused", "other"))
     await paused.create(about(), 1, "", None)
-    assert await paused.claim(5, ()) == ["batch_1"]
-    assert await other.claim(5, ()) == []
+    assert await paused.claim(5, ()) == (["batch_1"], [])
+    assert await other.claim(5, ()) == ([], [])
     await redis.delete(keys.batch_lease("batch_1"))  # it has expired
-    assert await other.claim(5, ()) == ["batch_1"]
+    assert await other.claim(5, ()) == (["batch_1"], [])
     with pytest.raises(LeaseLostError):
         await paused.finish_line(about(), 1, "completed", b"late\n")
     with pytest.raises(LeaseLostError):
@@ -149,12 +207,46 @@ async def test_a_gateway_that_was_paused_writes_nothing(redis: Redis, keys: Keys
     assert await files.size("file-out") is None
 
 
+async def test_an_owner_has_its_part_of_the_places_while_others_wait(redis: Redis, keys: Keys) -> None:
+    files = await stored(redis, keys, jsonl(chat_line("a")))
+    store = BatchStore(redis, keys, files, "g", 60_000)
+    held: list[str] = []
+
+    async def create(owner: str, *names: str) -> None:
+        for name in names:
+            await store.create(msgspec.structs.replace(about(name), owner=owner), 1, "", None)
+            await redis.zadd(keys.batches(), {name: len(await redis.zrange(keys.batches(), 0, -1))})
+
+    async def look() -> tuple[list[str], list[str]]:
+        claimed, given_up = await store.claim(4, held)
+        for name in given_up:
+            held.remove(name)
+            await store.release(name)
+        held.extend(claimed)
+        assert len(held) <= 4
+        return claimed, given_up
+
+    await create("many", "m1", "m2", "m3", "m4", "m5", "m6")
+    assert await look() == (["m1", "m2", "m3", "m4"], []), "nobody else waits"
+    await create("other", "o1")
+    assert await look() == (["o1"], ["m4"])
+    assert await look() == ([], [])
+    await create("other", "o2", "o3")
+    assert await look() == (["o2"], ["m3"])
+    await create("third", "t1")
+    assert await look() == (["t1"], ["o2"]), "a third of four"
+    assert await look() == ([], [])
+    held.remove("t1")
+    await store.forget("t1")
+    assert await look() == (["o2"], []), "the parts are two again"
+
+
 async def test_what_a_lost_reply_makes_redis_do_again_changes_nothing(redis: Redis, keys: Keys) -> None:
     files = await stored(redis, keys, jsonl(chat_line("a")))
     store = BatchStore(redis, keys, files, "g", 60_000)
     for _ in range(2):
         await store.create(about(), 1, "", None)
-        assert await store.claim(5, ()) == ["batch_1"]
+        assert await store.claim(5, ()) == (["batch_1"], [])
         assert await store.move("batch_1", "in_progress")
         assert await store.finish_line(about(), 1, "completed", b"{}\n")
         await files.write("file-up", "o", 0, b"piece")

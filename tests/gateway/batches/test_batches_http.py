@@ -15,6 +15,7 @@ from gateway_stages import Running, Stages, running, until
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 
+from services.gateway.batches.runner import MOST_AT_A_TIME
 from shared.bus.keys import GENERATE, Keys
 from shared.messages import BATCH_PRIORITY, Request
 
@@ -173,6 +174,18 @@ async def test_another_gateway_goes_on_and_sends_no_line_twice(
     assert await redis.xlen(keys.stream(GENERATE)) == 4
 
 
+async def test_a_key_that_holds_every_place_makes_room_for_another(server: Running, stages: Stages) -> None:
+    for _ in range(MOST_AT_A_TIME):
+        await create(server, jsonl(chat_line("a")))
+    begun = [await stages.request() for _ in range(MOST_AT_A_TIME)]
+    client = server.client.with_options(api_key="key-2")
+    other = Running(server.gateway, server.url, server.registry, client)
+    batch = await create(other, jsonl(chat_line("a")))
+    await stages.answer(await stages.request(), "yes")
+    assert (await ended(other, batch.id)).status == "completed"
+    assert await stages.redis.xlen(stages.keys.stream(GENERATE)) == len(begun) + 1, "what was given up runs on, once"
+
+
 async def test_files_and_batches_are_their_owners_alone(server: Running, stages: Stages) -> None:
     async with answering(stages):
         batch = await ended(server, (await create(server, jsonl(chat_line("a")))).id)
@@ -257,10 +270,10 @@ async def test_forms_that_are_refused(server: Running, redis: Redis) -> None:
     assert await form(server, b"{}", "application/json") == (415, "Content-Type")
     assert await form(server, b"nothing of the kind") == (400, "file")
     assert await form(server, part("x", b"y" * 5000) + end) == (400, "x")
-    assert await form(server, purpose + file + part("expires_after[seconds]", b"1") + end) == (
-        400,
-        "expires_after[seconds]",
-    )
+    assert await form(server, purpose + file + end, origin="http://[") == (403, "Origin")
+    for seconds in (b"1", b"0000000036009999", b"9" * 5000):
+        kept = part("expires_after[seconds]", seconds)
+        assert (await form(server, purpose + file + kept + end))[0] == 400, seconds[:20]
     assert len([file async for file in server.client.files.list()]) == 2
     assert int(await redis.hget("test:files:sizes", "all") or 0) == sum(
         [file.bytes + 1024 async for file in server.client.files.list()]
@@ -288,6 +301,19 @@ async def test_limits_of_files(checkpoint: Path, redis_url: str, redis: Redis) -
         assert await upload(server, b"x\n" * 4)
 
 
+async def test_a_key_has_so_many_files_at_most(
+    server: Running, redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.batches.files.MOST_FILES", 2)
+    first, _ = [await upload(server, b"x") for _ in range(2)]
+    with pytest.raises(openai.APIStatusError) as refused:
+        await upload(server, b"x")
+    assert (refused.value.status_code, refused.value.code) == (413, "too_many_files")
+    await server.client.with_options(api_key="key-2").files.create(file=("in.jsonl", b"x"), purpose="batch")
+    await redis.zadd(keys.files(), {first: 1})  # it is over
+    await upload(server, b"x")
+
+
 async def test_a_result_waits_for_room(
     checkpoint: Path, redis_url: str, stages: Stages, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,6 +334,7 @@ async def test_a_result_waits_for_room(
         ({"endpoint": "/v1/messages"}, "endpoint"),
         ({"completion_window": "1 day"}, "completion_window"),
         ({"completion_window": "8d"}, "completion_window"),
+        ({"completion_window": "24h\n"}, "completion_window"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after"),
     ],

@@ -11,7 +11,7 @@ from services.gateway.metrics import GatewayMetrics
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.streams import WorkStream
 from shared.errors import RequestError
-from shared.messages import Share
+from shared.messages import BATCH_PRIORITY, Share
 
 
 def test_the_pace_is_that_of_the_window() -> None:
@@ -64,6 +64,12 @@ async def test_who_would_be_late_is_refused_but_not_who_passes_the_queue(redis: 
     await redis.rpush(keys.turn(GENERATE, 1, "heavy"), *map(str, range(99)))
     with pytest.raises(TooLateError):
         await backlog.admit(1, 49.0, Share("heavy"))
+    with pytest.raises(TooLateError):
+        await backlog.admit(1, 49.0)
+    await redis.rpush(keys.turn(GENERATE, BATCH_PRIORITY, ""), *map(str, range(50)))
+    await backlog.admit(1, 26.0)
+    with pytest.raises(TooLateError, match="would wait for 25 s"):
+        await backlog.admit(1, 24.0)
 
 
 async def test_a_full_queue(redis: Redis, keys: Keys) -> None:

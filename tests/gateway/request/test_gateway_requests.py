@@ -174,6 +174,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ),
     ({"cache_salt": ""}, 400, "cache_salt", ">= 1"),
     ({"request_id": "a b"}, 400, "request_id", "x21"),
+    ({"request_id": "a\n"}, 400, "request_id", "x21"),
     ({"priority": 1}, 400, "priority", "not supported"),
     ({"verbosity": "low"}, 400, "verbosity", "not supported"),
     ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", "cannot be given with `stream` true"),

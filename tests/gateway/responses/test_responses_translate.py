@@ -40,6 +40,7 @@ def said(message: Message) -> Any:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
+    ({"tools": [{**SPACE, "name": "agents\n"}]}, "tools[0].name"),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input[0].content[0].image_url",

@@ -12,6 +12,7 @@ from services.gateway.tenants.metrics import TenantMetrics
 from shared.bus.client import command
 from shared.bus.keys import Keys
 from shared.errors import RequestError
+from shared.messages import BATCH_PRIORITY, Share
 
 
 def tenant(name: str = "alice", models: tuple[str, ...] = (), **limits: int) -> Tenant:
@@ -29,10 +30,16 @@ class Gateway:
         self._count = 0
 
     async def ask(
-        self, who: Tenant | None, *ids: str, tokens: int = 10, media: int = 0, model: str = "m"
+        self,
+        who: Tenant | None,
+        *ids: str,
+        tokens: int = 10,
+        media: int = 0,
+        model: str = "m",
+        share: Share | None = None,
     ) -> Reservation | None:
         self._count += 1
-        quota = Quota(who)
+        quota = Quota(who, share)
         try:
             return await self.limiter.admit(quota, model, ids or (f"{id(self)}-{self._count}",), tokens, media)
         finally:
@@ -162,6 +169,17 @@ async def test_queued_tokens_until_an_answer_begins(redis: Redis, keys: Keys) ->
     await gateway.ask(None, tokens=400)
     text = await gateway.refused(None, tokens=1)
     assert text.startswith("The server has a limit of 1000 tokens")
+
+
+async def test_lines_of_batches_take_nobody_s_place_among_queued_tokens(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, queued=1000)
+    alice, line = tenant(queued_tokens=300, tokens_per_min=2000), Share("alice", priority=BATCH_PRIORITY)
+    await gateway.ask(alice, tokens=900, share=line)
+    await gateway.ask(alice, tokens=900, share=line)
+    assert "2000 tokens a minute" in await gateway.refused(alice, tokens=300, share=line)
+    await gateway.ask(alice, tokens=100, share=Share("alice"))
+    assert "300 tokens of prompts" in await gateway.refused(tenant(queued_tokens=300), tokens=250)
+    await gateway.ask(None, tokens=900)
 
 
 async def test_a_prompt_above_the_limit_is_let_in_when_nothing_waits(redis: Redis, keys: Keys) -> None:

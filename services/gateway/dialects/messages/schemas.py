@@ -26,7 +26,7 @@ Effort = Literal["low", "medium", "high", "xhigh", "max"]
 
 class Base64Source(msgspec.Struct, frozen=True, tag_field="type", tag="base64"):
     data: str
-    media_type: Annotated[str, Meta(pattern=r"^[\w.+-]+/[\w.+-]+$", max_length=100)]
+    media_type: Annotated[str, Meta(pattern=r"^[\w.+-]+/[\w.+-]+\Z", max_length=100)]
 
 
 class URLSource(msgspec.Struct, frozen=True, tag_field="type", tag="url"):
@@ -113,7 +113,7 @@ class Turn(msgspec.Struct, frozen=True):
 class Tool(msgspec.Struct, frozen=True):
     """A tool that the client runs. Those that Anthropic's servers run, or define, have another `type`."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}\Z")]
     input_schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None

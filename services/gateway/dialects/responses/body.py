@@ -117,7 +117,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
 class NamespaceTool(msgspec.Struct, frozen=True):
     """Functions under a name in common."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
     tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
     description: Annotated[str, Meta(max_length=1024)] | None = None  # the model reads it with each function
 
