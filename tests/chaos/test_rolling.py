@@ -30,4 +30,5 @@ async def test_a_rolling_restart_of_every_service_fails_no_request(world: World,
         load.over = True
         await asyncio.gather(*clients)
         assert not load.failures, "\n".join([*load.failures, system.tails()])
-        assert await wait_until_clean(system, PATIENCE_S) == []
+        left = await wait_until_clean(system, PATIENCE_S)
+        assert not left, "\n".join(left)
