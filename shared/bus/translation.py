@@ -53,7 +53,8 @@ async def translate_entries(redis: Redis, keys: Keys, service: str, name: str) -
                 if entry := translated_entry(fields):
                     args = [group, consumer, raw_id, NEWER, keys.replica_prefix(group)]
                     named = [keys.stream(stream), keys.request(entry[b"r"].decode(errors="replace"))]
-                    await replace(keys=named, args=[*args, entry[b"v"], entry[b"m"], entry[b"r"], entry.get(b"k", b"")])
+                    values = [entry[b"v"], entry[b"m"], entry[b"r"], entry.get(b"k", b"")]
+                    await replace(keys=named, args=[*args, *values, int(stream == ENCODE)])
 
 
 async def holds_newer(redis: Redis, keys: Keys, shards: Collection[int], versions: Collection[int]) -> bool:

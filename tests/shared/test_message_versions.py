@@ -223,6 +223,12 @@ async def test_a_translated_entry_stays_the_one_whose_prompt_went_ahead(
     await Records(redis, keys).submit(ENCODE, source)
     [delivery] = await work.read_new(1, 0)
     assert await work.ownership.forward_ahead(delivery.entry_id, source, Generate(REQUEST, b"", 1)) == "done"
+    # An id is a time, so that of an entry in the other stream may be the same.
+    [(_, prompt)] = await redis.xrange(keys.stream(GENERATE))
+    await redis.delete(keys.stream(GENERATE))
+    later = int(delivery.entry_id.split("-")[0]) + 1_000_000
+    await redis.execute_command("XSETID", keys.stream(ENCODE), f"{later}-0")
+    await redis.xadd(keys.stream(GENERATE), prompt, id=f"{later}-1")
     noted = await redis.hget(keys.request(REQUEST.id), "entry")
     two_versions.number = 1
     await translate_entries(redis, keys, "mm_encoder", "one")
