@@ -126,11 +126,13 @@ class ModelRunner:
         parts = parts_of(plan, step)
         # First: its logits are gone when those to sample from are computed.
         scores = self._scorer.launch(x, parts) if parts else None
-        launched: Launched = NoTokens(x)
-        if plan.sampling:
-            (rows,) = upload([step.logit_rows], x.device)
-            launched = self._start_sampling(plan, self.model.project(x.index_select(0, rows)))
+        launched: Launched = self._start_sampling(plan, self._project(step, x)) if plan.sampling else NoTokens(x)
         return launched if scores is None else ScoringStep(launched, scores)
+
+    def _project(self, step: HostStep, x: Tensor) -> Tensor:
+        """Return the logits of the rows of `_hidden` that the step asks for."""
+        (rows,) = upload([step.logit_rows], x.device)
+        return self.model.project(x.index_select(0, rows))
 
     def _start_sampling(self, plan: Plan, logits: Tensor) -> Launched:
         step = SamplingStep(lambda: self._draw(plan, logits))
@@ -148,9 +150,7 @@ class ModelRunner:
         """Compute a step that another rank has planned, the way that `launch` does: exchanges must be of one shape."""
         if self._graphs is not None and self._graphs.captures(step):
             return self._graphs.run(step)
-        x = self._hidden(step)
-        (rows,) = upload([step.logit_rows], x.device)
-        return self.model.project(x.index_select(0, rows))
+        return self._project(step, self._hidden(step))
 
     def draw(self, logits: Tensor, plan: SamplingPlan) -> Drawn:
         """Draw the tokens of the last step, and keep them for the next."""

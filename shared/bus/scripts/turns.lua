@@ -2,8 +2,8 @@
 -- tokens. Whose counter is lowest is next, in the highest class in which anybody waits; what a request costs, over the
 -- weight of its tenant, is added. Who has been idle begins at the counter of the last one served, so nobody saves up.
 --
--- The field k of an entry is its place: "class weight tokens most name": class 0 (high) to 3 (of batches), tokens of the prompt, and
--- the most of the answer. An answer costs twice as much a token; until it has ended, the mean of its tenant counts.
+-- The field k of an entry is its place: "class weight tokens most name": class 0 (high) to 3 (of batches), tokens of the
+-- prompt, and the most of the answer. An answer costs twice as much a token; until it has ended, the mean of its tenant counts.
 --
 -- KEYS: work stream, ...
 -- Keys beside the stream, which expire, and for which nothing is lost when they are gone:

@@ -75,6 +75,15 @@ class Bench:
         self.scheduler.commit(plan, [sampled.token for sampled in self._runner.launch(plan).read()])
         return plan
 
+    def steps_beside_short_ones(self, made: Sequence, length: int) -> int:
+        """Return the number of steps until a sequence has a token, with a new prompt of `length` tokens in each."""
+        steps = 0
+        while made.num_generated == 0:
+            self.add(f"short {steps}", length, 1)
+            self.step()
+            steps += 1
+        return steps
+
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     bench = Bench()
@@ -101,12 +110,9 @@ def test_a_short_prompt_passes_a_long_one_that_still_waits() -> None:
     longer, short = bench.add("longer", 3500, 1), bench.add("short", 50, 1)
     assert short in [chunk.sequence for chunk in bench.step().sampling]
     assert longer.num_computed == 0
-    steps = 0
-    while longer.num_generated == 0:
-        bench.add(f"short {steps}", 400, 1)
-        bench.step()
-        steps += 1
-    assert steps <= 26, "each of the long ones gets half of 511 tokens a step while it is the earliest"
+    assert bench.steps_beside_short_ones(longer, 400) <= 26, (
+        "each of the long ones gets half of 511 tokens a step while it is the earliest"
+    )
 
 
 def test_without_anyone_decoding_a_prompt_gets_the_whole_step() -> None:
@@ -121,9 +127,4 @@ def test_a_long_prompt_goes_on_however_many_short_ones_come() -> None:
     bench.add("decodes", 5, 100)
     bench.step()
     long = bench.add("long", 2000, 1)
-    steps = 0
-    while long.num_generated == 0:
-        bench.add(f"short {steps}", 500, 1)
-        bench.step()
-        steps += 1
-    assert steps <= 8, "half of 511 tokens a step"
+    assert bench.steps_beside_short_ones(long, 500) <= 8, "half of 511 tokens a step"
