@@ -7,6 +7,7 @@ close. A failed task of the service, or a `serve` that returns by itself, ends t
 """
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -109,7 +110,7 @@ def run(
     """Run a service through all phases, until a signal stops it; close `redis`. Returns the process's exit status."""
 
     async def live() -> int:
-        life = Life(name, service, settings, redis, facts)
+        life = Life(name, service, settings, redis, facts, keep_from_collector)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, life, number)
         try:
@@ -121,10 +122,16 @@ def run(
         return runner.run(live())
 
 
+def keep_from_collector() -> None:
+    """Let the garbage collector never look at what is there already, which stays: a look takes an engine 0.2 s."""
+    gc.collect()
+    gc.freeze()
+
+
 class Life:
     """Life cycle of one service in one event loop. Set `stop` to end it.
 
-    `facts` are those on which it must agree with every replica that lives.
+    `facts` are those on which it must agree with every replica that lives; `when_started` is called before it is ready.
     """
 
     def __init__(
@@ -134,10 +141,12 @@ class Life:
         settings: CommonSettings,
         redis: Redis,
         facts: Mapping[str, str] = MappingProxyType({}),
+        when_started: Callable[[], None] = lambda: None,
     ) -> None:
         keys = Keys(settings.namespace)
         self.stop = asyncio.Event()
         self._service = service
+        self._when_started = when_started
         self._me = Drain(name, settings.name)
         self._redis = redis
         self._keys = keys
@@ -180,6 +189,7 @@ class Life:
             return
         if await self._stopped_during(self._service.startup()):
             return
+        self._when_started()
         await self._enter("ready")
         if not await self._stopped_during(self._service.serve()):
             raise RuntimeError("serve returned although nothing had stopped it")

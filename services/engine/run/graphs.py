@@ -44,11 +44,14 @@ class DecodeGraphs:
             step.max_query_len == 1 and step.samples_all and not len(step.embed_rows) and len(step) <= self._sizes[-1]
         )
 
+    def padded(self, count: int) -> int:
+        """Return the size that so many rows of a step, at most as many as the largest, are padded to."""
+        return next(size for size in self._sizes if size >= count)
+
     def run(self, step: HostStep) -> Tensor:
         """Return [len(step), vocabulary] logits, valid until the next run. Returns while the device computes."""
         self._rows.upload_step(step)
-        size = next(size for size in self._sizes if size >= len(step))
-        return self._replays[size]()[: len(step)]
+        return self._replays[self.padded(len(step))]()[: len(step)]
 
     def keep_tokens(self, tokens: Tensor) -> None:
         """Keep a step's tokens on the device for the next one.

@@ -75,10 +75,11 @@ class LaunchedScores:
 class PromptScorer:
     """Scorer of one model's prompts."""
 
-    def __init__(self, project: Callable[[Tensor], Tensor], max_rows: int) -> None:
-        """`project` returns [n, vocabulary] float32 logits of [n, hidden] rows; it is given `max_rows` at most."""
+    def __init__(self, project: Callable[[Tensor], Tensor], max_rows: int, padded: Callable[[int], int] = int) -> None:
+        """`project` returns [n, vocabulary] float32 logits of [n, hidden] rows; it is given `max_rows` at most, and
+        only numbers of rows that `padded` returns."""
         self._project = project
-        self._max_rows = min(max_rows, MAX_ROWS)
+        self._max_rows, self._padded = min(max_rows, MAX_ROWS), padded
 
     def launch(self, x: Tensor, parts: list[Part]) -> LaunchedScores:
         """Score the prompts of a step. Returns while the device computes.
@@ -89,7 +90,9 @@ class PromptScorer:
         rows = np.concatenate([np.arange(part.stop - part.start) + part.first for part in parts])
         targets = np.concatenate([part.sequence.tokens[part.start + 1 : part.stop + 1] for part in parts])
         count = max(part.most for part in parts)
-        on_device = upload([rows, targets], x.device)
+        last = len(rows) % self._max_rows
+        missing = self._padded(last) - last if last else 0
+        on_device = upload([np.pad(rows, (0, missing)), np.pad(targets, (0, missing))], x.device)
         slices = zip(*(torch.split(tensor, self._max_rows) for tensor in on_device), strict=True)
         scored = [score(self._project(x[where]), wanted, count) for where, wanted in slices]
         logprobs, ids, ranks = (torch.cat(tensors) for tensors in zip(*scored, strict=True))

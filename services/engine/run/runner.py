@@ -7,6 +7,7 @@ shape.
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,10 @@ class ModelRunner:
         self._followers = followers
         self.pieces = pieces
         self.step_times = step_times
-        self._scorer = PromptScorer(model.project, max_seqs)
+        # The vendor library has a kernel for every few numbers of logits. Its first use waits for the device, and is
+        # behind us for the sizes that were captured.
+        self._padded = int if graphs is None else graphs.padded
+        self._scorer = PromptScorer(model.project, max_seqs, self._padded)
 
     @property
     def overlaps(self) -> bool:
@@ -131,8 +135,9 @@ class ModelRunner:
 
     def _project(self, step: HostStep, x: Tensor) -> Tensor:
         """Return the logits of the rows of `_hidden` that the step asks for."""
-        (rows,) = upload([step.logit_rows], x.device)
-        return self.model.project(x.index_select(0, rows))
+        count = len(step.logit_rows)
+        (rows,) = upload([np.pad(step.logit_rows, (0, self._padded(count) - count))], x.device)
+        return self.model.project(x.index_select(0, rows))[:count]
 
     def _start_sampling(self, plan: Plan, logits: Tensor) -> Launched:
         step = SamplingStep(lambda: self._draw(plan, logits))

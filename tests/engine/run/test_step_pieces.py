@@ -17,6 +17,7 @@ from small_model import BLOCKS, DEVICE, PAGE, SEQS, SMALL, SMALL_FACTS, runner, 
 from services.engine.loop.mailbox import Add
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.attention_parts import attention_parts, cut
+from services.engine.run.graphs import capture_sizes
 from services.engine.run.pieces import ALIGNMENT, CAPTURED_ROWS, StepPieces, captured_sizes, padded_rows
 from services.engine.run.runner import ModelRunner
 from services.engine.run.step import HostStep
@@ -90,6 +91,21 @@ def test_pieces_say_what_whole_steps_say(model: ErnieModel, whole: Bench, budget
         assert bench.answer(name) == whole.answer(name)
         assert bench.finish(name) == whole.finish(name)
     assert bench.begins["f"][-1].prompt_logprobs is not None
+
+
+def test_logits_are_of_a_size_that_was_captured(model: ErnieModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's first product of another size would wait for the device."""
+    made, sizes, project = runner(model, ModelRunner), set[int](), ErnieModel.project
+
+    def noted(model: ErnieModel, x: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(x))
+        return project(model, x)
+
+    monkeypatch.setattr(ErnieModel, "project", noted)
+    scored = text_request("f", 5, 30, max_tokens=2, prompt_logprobs=1)
+    prompts = [text_request(f"p{nth}", nth, 3 + nth, max_tokens=2) for nth in range(3)]
+    Bench({0: prompts, 4: [scored]}, runner=made, max_num_seqs=SEQS, block_size=PAGE, max_num_batched_tokens=128)
+    assert sizes == {1, 4} <= set(capture_sizes(SEQS))
 
 
 class Counting:
