@@ -29,6 +29,7 @@ from services.gateway.batches.store import BatchStore, LeaseLostError
 from services.gateway.batches.window import Place, Window
 from shared import log
 from shared.bus.retry import retry_until_available
+from shared.crash_points import crash_point
 from shared.errors import RequestError
 
 INLINE_BYTES = 64 << 10  # a longer line is decoded in a thread
@@ -224,8 +225,7 @@ class BatchRun:
 
     async def _keep(self, number: int, counter: str, result: bytes, place: Place) -> bool:
         """Keep a result, and wait until files have room for it; return False if too many wait already."""
-        write = partial(self._store.finish_line, self._about, number, counter, result)
-        while not await retry_until_available("keep the result of a line", write):
+        while not await self._finish_line(number, counter, result):
             if self._has_room.is_set():
                 fields = {"batch": self._about.id, "line": number}
                 logger.warning("no room in files for a result; the batch waits until there is some", extra=fields)
@@ -234,8 +234,17 @@ class BatchRun:
                 return False
             await asyncio.sleep(NO_ROOM_S)
         self._has_room.set()
-        self._count.labels(counter).inc()
         return True
+
+    async def _finish_line(self, number: int, counter: str, result: bytes) -> bool:
+        """Keep a result; return False if files have no room for it."""
+        write = partial(self._store.finish_line, self._about, number, counter, result)
+        crash_point("gateway.batch_result.before")
+        kept = await retry_until_available("keep the result of a line", write)
+        crash_point("gateway.batch_result.after")
+        if kept:
+            self._count.labels(counter).inc()
+        return kept
 
     # ------------------------------------------------------------------------------------------------ the end
 
@@ -247,18 +256,18 @@ class BatchRun:
             if len(numbers) == CANCEL_PAGE:
                 await self._requests.cancel(self._about, numbers)
                 numbers.clear()
+        crash_point("gateway.batch_cancel.before")
         await self._requests.cancel(self._about, numbers)
+        crash_point("gateway.batch_cancel.after")
 
     async def _expire_lines(self) -> None:
         """Say of each line that it has no answer, as long as files have room for that: nothing waits any more."""
         async for line in self._lines_without_result():
             result = unanswered(self._about.id, line, "batch_expired", EXPIRED_TEXT)
-            write = partial(self._store.finish_line, self._about, line.number, states.EXPIRED, result)
-            if not await retry_until_available("keep the result of a line", write):
+            if not await self._finish_line(line.number, states.EXPIRED, result):
                 fields = {"batch": self._about.id, "line": line.number}
                 logger.warning("no room in files for lines that have expired; they are left out", extra=fields)
                 return
-            self._count.labels(states.EXPIRED).inc()
 
     async def _publish(self) -> None:
         """Let the owner see the files of output and errors, those that have a line."""
@@ -270,12 +279,17 @@ class BatchRun:
             now = int(time.time())
             filename = f"{about.id}_{name}.jsonl"
             file = FileAbout(file_id, about.owner, filename, OUTPUT, size, 0, now, now + about.output_keep_s)
+            crash_point("gateway.batch_publish.before")
             await retry_until_available("publish a file", partial(self._files.publish, file))
+            crash_point("gateway.batch_publish.after")
 
     async def _move(self, status: str) -> bool:
         keep_s = self._files.limits.keep_s if status in states.ENDS else 0
         move = partial(self._store.move, self._about.id, status, self._errors, keep_s)
-        return await retry_until_available("write the status of a batch", move)
+        crash_point("gateway.batch_status.before")
+        moved = await retry_until_available("write the status of a batch", move)
+        crash_point("gateway.batch_status.after")
+        return moved
 
 
 async def _read(reader: LineReader, number: int, raw: bytes) -> Line:
