@@ -46,8 +46,8 @@ class FileWriter:
         while len(self._rest) >= CHUNK:
             await self._flush()
 
-    async def close(self, filename: str, keep_s: int) -> About:
-        """Store the rest, and let the owner see the file.
+    async def close(self, filename: str, keep_s: int, trace: str | None = None) -> About:
+        """Store the rest, and let the owner see the file; `trace` is the traceparent of the upload.
 
         Raises:
             RequestError: 400, the file has no line; 413, it is too long, or there is no room for it.
@@ -58,7 +58,8 @@ class FileWriter:
             raise invalid("`file` has no line.", "file")
         await self._flush()
         now = int(time.time())
-        about = About(self._id, self._owner, filename, INPUT, self._written, self._lines.filled, now, now + keep_s)
+        lines = self._lines.filled
+        about = About(self._id, self._owner, filename, INPUT, self._written, lines, now, now + keep_s, trace)
         if not await self._store.publish(about):
             raise RequestError(Failure(408, "The upload took too long.", type="timeout_error", code="timeout"))
         return about

@@ -76,6 +76,11 @@ class BatchRoutes(msgspec.Struct, frozen=True):
             input_file = await self.files.find(asked.input_file_id, request)
             if input_file.purpose != INPUT:
                 raise invalid(f"`input_file_id` names a file whose purpose is {input_file.purpose}.", "input_file_id")
+            span = context_of(request).span
+            if span is not None:
+                span.set({"millrace.batch.id": about.id, "millrace.batch.lines": input_file.lines})
+                if input_file.trace is not None:
+                    span.link(input_file.trace)
             tenant = context_of(request).quota.tenant
             name, most = ("", None) if tenant is None else (tenant.name, tenant.limits.batch_lines)
             await self.files.store.keep(input_file.id, about.expires_at)
@@ -87,6 +92,7 @@ class BatchRoutes(msgspec.Struct, frozen=True):
     async def _about(self, asked: BatchRequest, window_s: int, request: Request) -> About:
         now = int(time.time())
         keep_s = self.files.store.limits.keep_s
+        span = context_of(request).span
         return About(
             id=PREFIX + secrets.token_hex(12),
             owner=context_of(request).owner,
@@ -99,6 +105,7 @@ class BatchRoutes(msgspec.Struct, frozen=True):
             expires_at=now + window_s,
             output_keep_s=_output_keep_s(asked.output_expires_after, keep_s),
             metadata=asked.metadata,
+            trace=None if span is None else span.traceparent,
         )
 
     async def describe(self, name: str, request: Request) -> Response:

@@ -47,7 +47,7 @@ class FileRoutes(msgspec.Struct, frozen=True):
         """
         self._check_origin(request)
         self._check_length(request)
-        owner = context_of(request).owner
+        owner, span = context_of(request).owner, context_of(request).span
         reader = FormReader(request.headers.get("content-type", ""))
         await self.store.check_count(owner)
         writer = FileWriter(self.store, new_file_id(), owner)
@@ -56,10 +56,13 @@ class FileRoutes(msgspec.Struct, frozen=True):
                 await self._receive(request, reader, writer, reservation)
                 keep_s = self._keep_s(reader.form.fields)
                 reservation.resize(2 * writer.held)  # which `close` copies
-                about = await writer.close(reader.form.filename or "", keep_s)
+                trace = None if span is None else span.traceparent
+                about = await writer.close(reader.form.filename or "", keep_s, trace)
             except BaseException:
                 await asyncio.shield(writer.discard())
                 raise
+        if span is not None:
+            span.set({"millrace.file.id": about.id, "millrace.file.bytes": about.bytes})
         return json_response(about.resource())
 
     def _check_length(self, request: Request) -> None:
