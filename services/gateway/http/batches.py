@@ -46,7 +46,7 @@ class BatchRequest(msgspec.Struct, frozen=True):
 
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
-    completion_window: Annotated[str, Meta(pattern=_WINDOW)]
+    completion_window: Annotated[str, Meta(extra_json_schema={"pattern": _WINDOW})]
     metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
 
@@ -159,9 +159,11 @@ def _check(asked: BatchRequest) -> int:
     """
     if len(asked.metadata or {}) > MOST_METADATA:
         raise invalid(f"`metadata` has more than {MOST_METADATA} entries.", "metadata")
-    window_s = int(asked.completion_window[:-1]) * UNITS_S[asked.completion_window[-1]]
-    if window_s > LONGEST_S:
-        raise invalid(f"`completion_window` may be {LONGEST_S // 86400}d at most.", "completion_window")
+    window = re.match(_WINDOW, asked.completion_window)
+    window_s = 0 if window is None else int(window[1]) * UNITS_S[window[2]]
+    if not 0 < window_s <= LONGEST_S:
+        text = f"`completion_window` must be a time such as 90s, 30m, 24h or 7d, of {LONGEST_S // 86400}d at most."
+        raise invalid(text, "completion_window")
     return window_s
 
 
