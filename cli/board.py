@@ -16,7 +16,7 @@ NOTHING = "-"
 
 def draw(view: PipelineView) -> RenderableType:
     """Draw the whole board."""
-    return Group(_head(view), _stages(view), _replicas(view), _streams(view), _redis(view))
+    return Group(_head(view), _stages(view), _replicas(view), _streams(view), *_batches(view), _redis(view))
 
 
 def duration(seconds: float | None) -> str:
@@ -152,6 +152,17 @@ def _streams(view: PipelineView) -> RenderableType:
         table.add_row(f"tokens:{shard.shard}", str(shard.length), duration(shard.oldest_s), owner)
     table.add_row("control", str(view.control_length), NOTHING, "every replica")
     return Group(table, Text())
+
+
+def _batches(view: PipelineView) -> list[RenderableType]:
+    """Draw the batches that have not ended; nothing where there are none."""
+    batches = view.batches
+    if not batches.count:
+        return []
+    table = _table("batches", "in work", "waiting", "lines", "done", "oldest")
+    figures = (batches.working, batches.waiting, batches.lines, batches.done)
+    table.add_row(str(batches.count), *map(str, figures), duration(batches.oldest_s))
+    return [table, Text()]
 
 
 def _redis(view: PipelineView) -> RenderableType:

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from cli.connection import no_answer, parser
 from shared.bus.client import connect
 from shared.bus.keys import Keys
-from shared.bus.pipeline_view import HELD, PipelineView, StageView, problems, read
+from shared.bus.pipeline_view import HELD, BatchesView, PipelineView, StageView, problems, read
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 
@@ -44,7 +44,8 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     if given.json:
         print(msgspec.json.encode(Status(not found, found, view)).decode())
     else:
-        print("\n".join([*map(line, view.stages), *(f"! {problem}" for problem in found)]))
+        lines = [*map(line, view.stages), *batches_line(view.batches)]
+        print("\n".join([*lines, *(f"! {problem}" for problem in found)]))
     return UNWELL if found else WELL
 
 
@@ -72,3 +73,11 @@ def line(stage: StageView) -> str:
     held = sum(replica.load.get(HELD[stage.service], 0) for replica in stage.replicas)
     waiting = f", {stage.queue.waiting} waiting" if stage.queue else ""
     return f"{stage.service:10} {counts}; {held:.0f} in work{waiting}"
+
+
+def batches_line(batches: BatchesView) -> list[str]:
+    """Write the batches that have not ended as a line; none where there are none."""
+    if not batches.count:
+        return []
+    results = f"{batches.done} of {batches.lines} lines have a result"
+    return [f"{'batches':10} {batches.working} in work, {batches.waiting} waiting; {results}"]

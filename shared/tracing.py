@@ -45,6 +45,10 @@ class Span:
         """Add or replace attributes."""
         self._span.set_attributes(attributes)
 
+    def link(self, trace: str) -> None:
+        """Point to the span of another trace, by its traceparent."""
+        self._span.add_link(_span_context(trace))
+
     def event(self, name: str, at: float) -> None:
         """Add an event."""
         self._span.add_event(name, timestamp=_nanoseconds(at))
@@ -74,6 +78,13 @@ class Tracing:
         from opentelemetry.trace import SpanKind
 
         span = self._tracer.start_span(name, _context(caller), SpanKind.SERVER, attributes)
+        return Span(span) if span.get_span_context().is_valid else None
+
+    def work(self, name: str, attributes: Attributes) -> Span | None:
+        """Begin the span of work that no caller waits for, in a new trace."""
+        if self._tracer is None:
+            return None
+        span = self._tracer.start_span(name, _context(None), attributes=attributes)
         return Span(span) if span.get_span_context().is_valid else None
 
     def follows(self, trace: str | None) -> TypeGuard[str]:
@@ -143,6 +154,12 @@ def _context(traceparent: str | None) -> "Context":
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return TraceContextTextMapPropagator().extract({"traceparent": traceparent or ""}, Context())
+
+
+def _span_context(traceparent: str) -> "otel.SpanContext":
+    from opentelemetry.trace import get_current_span
+
+    return get_current_span(_context(traceparent)).get_span_context()
 
 
 def _fail(span: "otel.Span", kind: str) -> None:

@@ -37,6 +37,7 @@ class Received:
     end: int
     attributes: dict[str, Any]
     events: tuple[Event, ...]
+    links: tuple[str, ...]  # ids of spans
     failed: bool
 
 
@@ -133,6 +134,7 @@ def _spans(body: bytes) -> Iterator[Received]:
                     span.end_time_unix_nano,
                     _attributes(span.attributes),
                     tuple(Event(event.name, event.time_unix_nano) for event in span.events),
+                    tuple(link.span_id.hex() for link in span.links),
                     span.status.code == span.status.STATUS_CODE_ERROR,
                 )
 

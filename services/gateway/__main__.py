@@ -200,7 +200,7 @@ def compose(
     known = [*paths(app), *console.PATHS, *reference.ASSETS]
     edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, tracing)
     line_slots = asyncio.Semaphore(settings.batch_concurrency)
-    line_requests = LineRequests(app, keyring, slots, pipeline)
+    line_requests = LineRequests(app, keyring, slots, pipeline, tracing)
     parts = RunParts(batches, files, line_requests, line_slots, settings.batch_concurrency, metrics.batch_lines)
     return Gateway(
         own_clients=[] if blob_redis is redis else [blob_redis],

@@ -98,6 +98,7 @@ class RequestStates:
             state.phase = RequestPhase.ENDED
             output.fail(state, LOST)
             output.ended.append(state)
+            output.to_delete.append(request_id)
             output.take_delta(state)
 
     def fail_unreadable(self, request_id: str, gateways: Iterable[str], reason: str, output: TurnOutput) -> None:

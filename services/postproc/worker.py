@@ -8,6 +8,7 @@ Everything is written under the fence of this replica's shards. A worker that wa
 writes nothing: its next write fails, and it drops all state and starts again with the shards that it then owns.
 """
 
+import asyncio
 import math
 from collections.abc import Callable
 
@@ -61,6 +62,8 @@ class Worker:
         self._tracing = tracing
         self._shard_of_stream = {keys.tokens(shard): shard for shard in range(settings.shards)}
         self._sweep_at = -math.inf
+        self._turns: asyncio.Task[None] | None = None
+        self._draining = False
 
     # ------------------------------------------------------------------------------------------------ phases
 
@@ -72,11 +75,23 @@ class Worker:
         await self._shards.check_count()
 
     async def serve(self) -> None:
-        while True:
+        """Run turns until cancelled. The turn that runs then goes on: `drain` waits for its end."""
+        self._turns = asyncio.create_task(self._run_turns())
+        await asyncio.shield(self._turns)
+
+    async def _run_turns(self) -> None:
+        while not self._draining:
             await self.run_turn()
 
     async def drain(self) -> None:
-        """Hand the shards over, with nothing in their streams that was read here: who is older could not read it."""
+        """Hand the shards over, with nothing in their streams that was read here: who is older could not read it.
+
+        What a turn has folded is trimmed here, so the turn first writes all that follows from it: its deltas, and the
+        ends of its requests.
+        """
+        self._draining = True
+        if self._turns is not None:
+            await self._turns
         try:
             for shard, owned in self._shards.items():
                 await self._trim_shard(shard, owned, journal_before=next_entry(owned.last), exactly=True)
@@ -85,7 +100,10 @@ class Worker:
         await retry_until_available("hand over", self._shards.hand_over)
 
     async def close(self) -> None:
-        """Close nothing: the maker of the Redis client closes it."""
+        """Stop where a drain was cut off. The maker of the Redis client closes it."""
+        if self._turns is not None:
+            self._turns.cancel()
+            await asyncio.wait([self._turns])
 
     def load(self) -> dict[str, float]:
         return {"open": float(len(self._states)), "shards": float(len(self._shards)), **self._metrics.load()}
@@ -237,7 +255,7 @@ class Worker:
         owned.steps = 0
 
     async def _sweep(self) -> None:
-        """Once a lease, fail the requests whose record Redis has lost."""
+        """Once a lease, fail the requests whose record Redis has lost, and delete what it has kept of them."""
         if self._clock() < self._sweep_at:
             return
         self._sweep_at = self._clock() + self._settings.lease_ms / 1000
@@ -246,4 +264,5 @@ class Worker:
         output = TurnOutput()
         self._states.fail_lost([request_id for request_id in idle if request_id not in alive], output)
         await self._send(output)
+        await self._end(output)
         self._count(output)

@@ -1,7 +1,7 @@
 """Snapshot of the whole pipeline as Redis knows it: read in two round trips, without writing, into plain values.
 
 Ages are by Redis's clock, which also made the ids of the entries. The size of a snapshot grows with the number of
-replicas and shards only: entries are counted and dated inside Redis, and never fetched.
+replicas and shards only: entries and batches are counted and dated inside Redis, and never fetched.
 """
 
 from collections.abc import Sequence
@@ -86,6 +86,20 @@ class ShardView(msgspec.Struct, frozen=True):
     epoch: int
 
 
+class BatchesView(msgspec.Struct, frozen=True):
+    """Batches that have not ended, and their lines."""
+
+    working: int = 0  # batches that a gateway works on
+    waiting: int = 0
+    lines: int = 0
+    done: int = 0  # lines with a result
+    oldest_s: float | None = None
+
+    @property
+    def count(self) -> int:
+        return self.working + self.waiting
+
+
 class BlobsView(msgspec.Struct, frozen=True):
     """Number and size of the blobs, by their index."""
 
@@ -117,6 +131,7 @@ class PipelineView(msgspec.Struct, frozen=True):
     control_length: int
     blobs: BlobsView
     redis: RedisView | None  # None: INFO was not asked for, or is forbidden to this user
+    batches: BatchesView = BatchesView()
 
     def stage(self, service: str) -> StageView:
         return next(stage for stage in self.stages if stage.service == service)
@@ -155,6 +170,7 @@ async def read(redis: Redis, keys: Keys, blob_redis: Redis | None = None, *, ser
         control_length=first["control"],
         blobs=BlobsView(blobs["blobs"], int(blobs["blob bytes"] or 0)),
         redis=_redis(first.get("info")),
+        batches=_batches(first["batches"], now),
     )
 
 
@@ -211,6 +227,7 @@ def _first_questions(keys: Keys, server: bool) -> _Questions:
         questions[f"consumers {stream}"] = ("XINFO CONSUMERS", keys.stream(stream), service)
         questions[f"quarantine {stream}"] = ("XLEN", keys.quarantine(stream))
     questions["shards"] = ("HGETALL", keys.shards())
+    questions["batches"] = ("EVAL", read_script("batches_view"), 1, keys.batches(), keys.batch(""))
     return questions | _blob_questions(keys)
 
 
@@ -279,6 +296,11 @@ def _queue(stream: str, answers: dict[str, Any], now: float) -> QueueView:
         quarantined=answers[f"quarantine {stream}"],
         added=added,
     )
+
+
+def _batches(answer: list[Any], now: float) -> BatchesView:
+    working, waiting, lines, done, first = answer
+    return BatchesView(working, waiting, lines, done, max(0.0, now - float(first)) if first else None)
 
 
 def _shard(shard: int, recorded: str, answer: list[Any], alive: set[str], now: float) -> ShardView:

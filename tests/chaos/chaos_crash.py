@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from chaos_batches import run_batch
 from chaos_client import Broken, Client, Manner, Transcript
 from chaos_leftovers import GROUPS, wait_until_clean
 from chaos_quiet import Answered
@@ -87,6 +88,11 @@ class Stage:
         got = await self._client().ask(ask, how, REQUEST_TIMEOUT_S)
         wrong = got.differs(expected) if how.leaves_after is None else got.begins(expected)
         assert not wrong, f"{kind}: {wrong}\n{self.system.tails()}"
+
+    async def run_batch(self, kind: str, *, cancel: bool = False) -> None:
+        """Ask for it in each line of a batch, and check the results."""
+        ask, expected = self._expected[kind]
+        await run_batch(self.system, self._http, ask, expected, cancel=cancel)
 
     async def ask_badly(self) -> None:
         """With a picture that is none: a 400 and nothing else."""
@@ -223,6 +229,17 @@ async def whole(stage: Stage) -> None:
 async def logprobs(stage: Stage) -> None:
     await stage.arm()
     await stage.ask("logprobs")
+
+
+async def batch(stage: Stage) -> None:
+    await stage.arm()
+    await stage.run_batch("long")
+
+
+async def cancelled_batch(stage: Stage) -> None:
+    """In the middle."""
+    await stage.arm()
+    await stage.run_batch("long", cancel=True)
 
 
 async def stop_string(stage: Stage) -> None:

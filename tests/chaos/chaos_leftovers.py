@@ -29,6 +29,9 @@ LASTING = (
     "blob:embeds:",
     "blobs",
     "tenant:",
+    "batch:",  # for files_keep_s after its end, and what it has beside itself is looked for by chaos_batches
+    "batches:of:",
+    "files:sizes",
 )
 # What may be there when it is about to go: answers kept for clients that come back, and streams of dead gateways.
 LATEST_S = {

@@ -32,6 +32,8 @@ def test_the_command(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None
         for service in SERVICES:
             await Lease(client, Keys("test"), service, f"{service}-0", HOUR_MS).renew("ready", {HELD[service]: 3})
         await Lease(client, Keys("test"), "engine", "engine-1", HOUR_MS).renew("starting")
+        await client.hset(Keys("test").batch("batch_1"), mapping={"total": 9, "completed": 4})
+        await client.zadd(Keys("test").batches(), {"batch_1": 1})
         await client.aclose()
 
     flags = ["status", "--redis-url", redis_url, "--namespace", "test"]
@@ -39,7 +41,9 @@ def test_the_command(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "! gateway: no replica is ready" in capsys.readouterr().out
     asyncio.run(prepare())
     assert main(flags) == 0
-    assert "engine     1 ready, 1 starting; 3 in work, 0 waiting" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert "engine     1 ready, 1 starting; 3 in work, 0 waiting" in lines
+    assert lines[-1] == "batches    0 in work, 1 waiting; 4 of 9 lines have a result"
     assert main([*flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["healthy"], said["problems"]) == (True, [])

@@ -13,6 +13,7 @@ import termios
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from machine import PATIENCE_S
 from rich.console import Console
@@ -22,6 +23,7 @@ from cli.main import main
 from shared.bus import client as redis_client
 from shared.bus.pipeline_view import (
     SERVICES,
+    BatchesView,
     BlobsView,
     ConsumerView,
     PipelineView,
@@ -69,6 +71,14 @@ def drawn(view: PipelineView, width: int = 140) -> list[str]:
 
 def row(lines: list[str], name: str, place: int = 0) -> list[str]:
     return [line.split() for line in lines if line.split()[:1] == [name]][place]
+
+
+def test_batches_are_drawn_where_there_are_any() -> None:
+    assert not [line for line in drawn(VIEW) if "batches" in line]
+    lines = drawn(msgspec.structs.replace(VIEW, batches=BatchesView(2, 1, 50_000, 1200, 7200)))
+    [place] = [place for place, line in enumerate(lines) if line.startswith("batches")]
+    assert lines[place].split() == ["batches", "in", "work", "waiting", "lines", "done", "oldest"]
+    assert lines[place + 1].split() == ["3", "2", "1", "50000", "1200", "2.0", "h"]
 
 
 def test_a_stage_in_a_row() -> None:

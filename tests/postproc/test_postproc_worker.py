@@ -933,6 +933,7 @@ async def test_a_request_that_redis_forgot_ends_in_an_error(system: System) -> N
     [delta] = await system.deltas()
     assert delta.failure is not None
     assert (delta.request_id, delta.failure.status, delta.start) == ("r1", 503, shown)
+    assert await system.left() == {"test:request:r2", "test:journal:r2"}, "a journal without its record"
 
 
 async def test_while_redis_does_not_answer_the_worker_waits_and_loses_nothing(
@@ -1014,6 +1015,49 @@ async def test_a_paused_owner_that_wakes_writes_nothing(
     assert held(paused) == {"open": 0.0, "shards": 0.0}
     await system.show("g1")
     assert system.shown["r1"] == system.shown["r2"] == whole()
+
+
+@pytest.mark.parametrize("what", WRITES)
+async def test_a_turn_that_is_running_ends_before_the_shards_go(
+    system: System, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The process is told to end right before a write. What it has read by then is in no stream any more."""
+    await system.submit(request(retain_s=60.0), request("r2"), request("r3", stop=("cat",)))
+    worker = await system.worker("p1", trim_every=1)
+    await worker.run_turn()
+    await system.begin("r1", "r2", "r3")
+    for one in ("r1", "r2", "r3"):
+        await system.generate(one, 0, len(TOKENS))
+    await system.finish("r1", len(TOKENS))
+    await system.finish("r2", len(TOKENS))
+    write = worker._outbox._write
+    stopped, go_on = asyncio.Event(), asyncio.Event()
+
+    async def stopping(point: str, attempt: Any) -> Any:
+        if point == what:
+            stopped.set()
+            await go_on.wait()
+        return await write(point, attempt)
+
+    monkeypatch.setattr(worker._outbox, "_write", stopping)
+    serving = asyncio.create_task(worker.serve())
+    async with asyncio.timeout(PATIENCE_S):
+        await stopped.wait()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    go_on.set()
+    await worker.drain()
+    await system.die("p1")
+    other = await system.worker("p2")
+    await other.run_turn()
+    await system.finish("r3", len(TOKENS), Finish("cancelled"))
+    await other.run_turn()
+    assert held(other) == {"open": 0.0, "shards": 1.0}
+    shown = await system.show()
+    assert shown["r1"] == shown["r2"] == whole()
+    assert shown["r3"].finish_reason == "stop"
+    assert await system.left() == {"test:request:r1", "test:journal:r1"}
+    assert 0 < await system.redis.ttl("test:request:r1") <= 60
 
 
 async def test_replicas_share_shards_and_hand_them_over(system: System) -> None:

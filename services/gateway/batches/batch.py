@@ -43,6 +43,7 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True):
     expires_at: int
     output_keep_s: int  # seconds for which output and errors are kept after the end
     metadata: dict[str, str] | None = None
+    trace: str | None = None  # traceparent of its creation
 
 
 class Batch(msgspec.Struct, frozen=True):

@@ -50,10 +50,11 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True):
     lines: int
     created_at: int  # unix seconds
     expires_at: int
+    trace: str | None = None  # traceparent of its upload
 
     def resource(self) -> dict[str, object]:
         """Return the file as OpenAI's clients read it."""
-        hidden = {"owner", "lines"}
+        hidden = {"owner", "lines", "trace"}
         shown = {name: value for name, value in msgspec.structs.asdict(self).items() if name not in hidden}
         return {**shown, "object": "file", "status": "processed", "status_details": None}
 

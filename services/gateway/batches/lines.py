@@ -93,10 +93,65 @@ class LineSplitter:
             yield self.count, line
 
     def _add(self, piece: bytes) -> None:
-        if len(self._rest) + len(piece) > self._max_bytes:
-            text = f"Line {self.count + 1} of the file is longer than the limit of {self._max_bytes} bytes."
-            raise RequestError(Failure(413, text, param="file", code="line_too_long"))
+        _check_length(len(self._rest) + len(piece), self._max_bytes, self.count + 1)
         self._rest += piece
+
+
+class LineCounter:
+    """Counter of the same lines, however the bytes were cut. It holds none of them."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._head: bytes | None = b""  # of the file, until a byte order mark can be told
+        self._length = 0  # of the line that has begun
+        self._is_blank = True
+        self.count = 0  # lines that have ended, blank ones included
+        self.filled = 0  # those that are not blank
+
+    def feed(self, data: bytes) -> None:
+        """Count the lines that end in the next bytes of the file.
+
+        Raises:
+            RequestError: 413, a line is too long.
+        """
+        if self._head is not None:
+            data = self._head + data
+            self._head = data if len(data) < len(BOM) else None
+        if self._head is None:
+            self._split(data)
+
+    def end(self) -> None:
+        """Count the line that has begun: the file has ended."""
+        self._split(self._head or b"")
+        self._end_line()
+
+    def _split(self, data: bytes) -> None:
+        *ended, rest = data.split(b"\n")
+        for piece in ended:
+            self._add(piece)
+            self._end_line()
+        self._add(rest)
+
+    def _add(self, piece: bytes) -> None:
+        is_first = not self.count and not self._length
+        self._length += len(piece)
+        _check_length(self._length, self._max_bytes, self.count + 1)
+        self._is_blank &= not (piece.removeprefix(BOM) if is_first else piece).strip()
+
+    def _end_line(self) -> None:
+        self.count += 1
+        self.filled += not self._is_blank
+        self._length, self._is_blank = 0, True
+
+
+def _check_length(length: int, most: int, number: int) -> None:
+    """
+    Raises:
+        RequestError: 413.
+    """
+    if length > most:
+        text = f"Line {number} of the file is longer than the limit of {most} bytes."
+        raise RequestError(Failure(413, text, param="file", code="line_too_long"))
 
 
 class LineReader:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message
 from services.gateway.batches.batch import About
 from services.gateway.batches.lines import Line, check_body, is_json
 from services.gateway.errors import UNAUTHORIZED, UNEXPECTED, openai_body
+from services.gateway.http import spans
 from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.inflight.headers import key_digest
@@ -23,6 +24,7 @@ from services.gateway.tenants.slots import TenantSlots
 from shared import log
 from shared.errors import Failure, RequestError
 from shared.messages import BATCH_PRIORITY, Share
+from shared.tracing import OFF, Span, Tracing
 
 AGAIN = (429, 503)  # statuses of what may go better later
 
@@ -41,11 +43,14 @@ class Reply(msgspec.Struct):
 class LineRequests:
     """Sender of the requests of lines."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, slots: TenantSlots, pipeline: Pipeline) -> None:
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring, slots: TenantSlots, pipeline: Pipeline, tracing: Tracing = OFF
+    ) -> None:
         self._app = app
         self._keyring = keyring
         self._slots = slots
         self._pipeline = pipeline
+        self._tracing = tracing
 
     async def ask(self, about: About, line: Line) -> Reply:
         """Return the answer to a line, or its error. If the wait is cancelled, the request goes on."""
@@ -89,13 +94,19 @@ class LineRequests:
             else:
                 reply.body += message.get("body", b"")
 
-        context = RequestContext(secrets.token_hex(16), about.owner, None, send, quota, until=about.expires_at)
+        span = self._start_span(about, line)
+        context = RequestContext(secrets.token_hex(16), about.owner, span, send, quota, until=about.expires_at)
         scope = _scope(about, line)
         attach_context(scope, context)
         try:
             await self._app(scope, receive, send)
         except Exception:
             logger.exception("a request of a batch failed", extra={"batch": about.id, "line": line.number})
+            if span is not None:
+                span.fail(UNEXPECTED.kind)
+        finally:
+            if span is not None and reply.status not in AGAIN:  # what is sent again has its span then
+                spans.end(span, str(reply.status) if reply.status else None)
         if not reply.status:
             return _refused(UNEXPECTED)
         if reply.status not in AGAIN and not is_json(reply.body):
@@ -103,6 +114,15 @@ class LineRequests:
             return _refused(UNEXPECTED)
         reply.request_id = context.request_id
         return reply
+
+    def _start_span(self, about: About, line: Line) -> Span | None:
+        """Begin the trace of a line, which points to its batch: one trace of all lines would be too large to read."""
+        span = self._tracing.work("batch line", spans.TRACED[about.endpoint].initial())
+        if span is not None:
+            span.set({"millrace.batch.id": about.id, "millrace.batch.line": line.number})
+            if about.trace is not None:
+                span.link(about.trace)
+        return span
 
 
 def _key(about: About, number: int) -> str:

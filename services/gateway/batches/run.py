@@ -26,9 +26,10 @@ from services.gateway.batches.lines import (
 )
 from services.gateway.batches.requests import AGAIN, LineRequests, Reply
 from services.gateway.batches.store import BatchStore, LeaseLostError
-from services.gateway.batches.window import Window
+from services.gateway.batches.window import Place, Window
 from shared import log
 from shared.bus.retry import retry_until_available
+from shared.crash_points import crash_point
 from shared.errors import RequestError
 
 INLINE_BYTES = 64 << 10  # a longer line is decoded in a thread
@@ -64,6 +65,8 @@ class BatchRun:
         self._count = parts.lines
         self._batch = batch
         self._about = batch.about
+        self._has_room = asyncio.Event()  # files have, as far as is known
+        self._has_room.set()
         self._cancelling = asyncio.Event()
         self._errors: list[LineError] = []  # why the batch has failed
         self._is_over = False  # its end is being written, and with it goes the lease
@@ -146,13 +149,12 @@ class BatchRun:
     async def _run_all(self) -> None:
         async with asyncio.TaskGroup() as group:
             async for line in self._lines_without_result():
-                size = len(line.body)
-                await self._window.enter(size)
-                task = group.create_task(self._run_line(line))
-                task.add_done_callback(partial(self._leave_window, size))  # also if it is cancelled before it begins
+                place = await self._window.enter(len(line.body))
+                task = group.create_task(self._run_line(line, place))
+                task.add_done_callback(partial(self._leave_window, place))  # also if it is cancelled before it begins
 
-    def _leave_window(self, size: int, _task: asyncio.Task[None]) -> None:
-        self._window.leave(size)
+    def _leave_window(self, place: Place, _task: asyncio.Task[None]) -> None:
+        self._window.leave(place)
 
     async def _validate(self) -> None:
         reader = LineReader(self._about.endpoint)
@@ -185,16 +187,24 @@ class BatchRun:
         except RequestError as error:
             self._errors.append(LineError("input_file_not_found", error.failure.message, param="input_file_id"))
 
-    async def _run_line(self, line: Line) -> None:
-        reply = await self._ask(line)
-        is_good = 200 <= reply.status < 300
-        result = answered(self._about.id, line, reply.status, reply.request_id, reply.body)
+    async def _run_line(self, line: Line, place: Place) -> None:
         try:
-            await self._keep(line.number, states.COMPLETED if is_good else states.FAILED, result)
+            while not await self._ask_and_keep(line, place):
+                await self._has_room.wait()
         except LeaseLostError:
             return  # which `_keep_lease` is about to learn, too
         forget = partial(self._requests.forget, self._about, line.number)
         await retry_until_available("shorten the life of an answer", forget)
+
+    async def _ask_and_keep(self, line: Line, place: Place) -> bool:
+        """Return False if the result was given up, since neither files nor memory have room for it.
+
+        Its answer is kept under the line's key: who asks again gets it.
+        """
+        reply = await self._ask(line)
+        is_good = 200 <= reply.status < 300
+        result = answered(self._about.id, line, reply.status, reply.request_id, reply.body)
+        return await self._keep(line.number, states.COMPLETED if is_good else states.FAILED, result, place)
 
     async def _ask(self, line: Line) -> Reply:
         """Return the answer to a line; what is refused for now is sent again."""
@@ -207,16 +217,34 @@ class BatchRun:
         return reply
 
     async def _ask_once(self, line: Line) -> Reply:
-        async with self._slots:  # not while it waits: a tenant at its limit must not keep the batches of others waiting
-            return await self._requests.ask(self._about, line)
+        while True:
+            await self._has_room.wait()
+            async with self._slots:  # not while it waits: a tenant at its limit must not keep others' batches waiting
+                if self._has_room.is_set():
+                    return await self._requests.ask(self._about, line)
 
-    async def _keep(self, number: int, counter: str, result: bytes) -> None:
-        write = partial(self._store.finish_line, self._about, number, counter, result)
-        while not await retry_until_available("keep the result of a line", write):
-            fields = {"batch": self._about.id, "line": number}
-            logger.warning("no room in files for a result; the batch waits until there is some", extra=fields)
+    async def _keep(self, number: int, counter: str, result: bytes, place: Place) -> bool:
+        """Keep a result, and wait until files have room for it; return False if too many wait already."""
+        while not await self._finish_line(number, counter, result):
+            if self._has_room.is_set():
+                fields = {"batch": self._about.id, "line": number}
+                logger.warning("no room in files for a result; the batch waits until there is some", extra=fields)
+            self._has_room.clear()
+            if not place.result and not self._window.hold(place, len(result)):
+                return False
             await asyncio.sleep(NO_ROOM_S)
-        self._count.labels(counter).inc()
+        self._has_room.set()
+        return True
+
+    async def _finish_line(self, number: int, counter: str, result: bytes) -> bool:
+        """Keep a result; return False if files have no room for it."""
+        write = partial(self._store.finish_line, self._about, number, counter, result)
+        crash_point("gateway.batch_result.before")
+        kept = await retry_until_available("keep the result of a line", write)
+        crash_point("gateway.batch_result.after")
+        if kept:
+            self._count.labels(counter).inc()
+        return kept
 
     # ------------------------------------------------------------------------------------------------ the end
 
@@ -228,18 +256,18 @@ class BatchRun:
             if len(numbers) == CANCEL_PAGE:
                 await self._requests.cancel(self._about, numbers)
                 numbers.clear()
+        crash_point("gateway.batch_cancel.before")
         await self._requests.cancel(self._about, numbers)
+        crash_point("gateway.batch_cancel.after")
 
     async def _expire_lines(self) -> None:
         """Say of each line that it has no answer, as long as files have room for that: nothing waits any more."""
         async for line in self._lines_without_result():
             result = unanswered(self._about.id, line, "batch_expired", EXPIRED_TEXT)
-            write = partial(self._store.finish_line, self._about, line.number, states.EXPIRED, result)
-            if not await retry_until_available("keep the result of a line", write):
+            if not await self._finish_line(line.number, states.EXPIRED, result):
                 fields = {"batch": self._about.id, "line": line.number}
                 logger.warning("no room in files for lines that have expired; they are left out", extra=fields)
                 return
-            self._count.labels(states.EXPIRED).inc()
 
     async def _publish(self) -> None:
         """Let the owner see the files of output and errors, those that have a line."""
@@ -251,12 +279,17 @@ class BatchRun:
             now = int(time.time())
             filename = f"{about.id}_{name}.jsonl"
             file = FileAbout(file_id, about.owner, filename, OUTPUT, size, 0, now, now + about.output_keep_s)
+            crash_point("gateway.batch_publish.before")
             await retry_until_available("publish a file", partial(self._files.publish, file))
+            crash_point("gateway.batch_publish.after")
 
     async def _move(self, status: str) -> bool:
         keep_s = self._files.limits.keep_s if status in states.ENDS else 0
         move = partial(self._store.move, self._about.id, status, self._errors, keep_s)
-        return await retry_until_available("write the status of a batch", move)
+        crash_point("gateway.batch_status.before")
+        moved = await retry_until_available("write the status of a batch", move)
+        crash_point("gateway.batch_status.after")
+        return moved
 
 
 async def _read(reader: LineReader, number: int, raw: bytes) -> Line:

@@ -9,6 +9,7 @@ from redis.exceptions import RedisError
 from services.gateway.batches.run import BatchRun, RunParts
 from services.gateway.batches.store import LeaseLostError
 from shared import log
+from shared.crash_points import crash_point
 from shared.errors import RequestError
 
 MOST_AT_A_TIME = 8  # batches of one gateway; each holds a chunk of its input, and a window of its lines
@@ -59,6 +60,7 @@ class BatchRunner:
             return
         await self._give_up([self._tasks[batch_id] for batch_id in given_up if batch_id in self._tasks])
         for batch_id in claimed:
+            crash_point("gateway.batch_claim.after")
             if self._draining:  # since it was claimed
                 await self._release(batch_id)
             else:

@@ -6,21 +6,30 @@ import time
 from redis.exceptions import RedisError
 
 from services.gateway.batches.files import CHUNK, INPUT, About, FileStore
-from services.gateway.batches.lines import LineSplitter
+from services.gateway.batches.lines import LineCounter
 from shared.errors import Failure, RequestError, invalid
 
 
 class FileWriter:
-    """One upload."""
+    """One upload. It holds the bytes that make no whole chunk yet, and a chunk while that is written."""
 
     def __init__(self, store: FileStore, file_id: str, owner: str) -> None:
         self._store = store
         self._id = file_id
         self._owner = owner
-        self._splitter = LineSplitter(store.limits.line_bytes)
-        self._lines = 0
+        self._lines = LineCounter(store.limits.line_bytes)
         self._written = 0
         self._rest = bytearray()
+
+    @property
+    def held(self) -> int:
+        """Bytes that are here and not stored."""
+        return len(self._rest)
+
+    def needs(self, data: bytes) -> int:
+        """Return the bytes that are held while `write` takes these."""
+        held = len(self._rest) + len(data)
+        return held + CHUNK if held >= CHUNK else held
 
     async def write(self, data: bytes) -> None:
         """Take the next bytes.
@@ -32,24 +41,25 @@ class FileWriter:
         limits = self._store.limits
         if self._written + len(self._rest) > limits.file_bytes:
             raise _too_large(f"The file is larger than the limit of {limits.file_bytes} bytes.")
-        self._lines += sum(1 for _ in self._splitter.feed(data))
+        self._lines.feed(data)
         self._check_lines()
         while len(self._rest) >= CHUNK:
             await self._flush()
 
-    async def close(self, filename: str, keep_s: int) -> About:
-        """Store the rest, and let the owner see the file.
+    async def close(self, filename: str, keep_s: int, trace: str | None = None) -> About:
+        """Store the rest, and let the owner see the file; `trace` is the traceparent of the upload.
 
         Raises:
             RequestError: 400, the file has no line; 413, it is too long, or there is no room for it.
         """
-        self._lines += sum(1 for _ in self._splitter.end())
+        self._lines.end()
         self._check_lines()
-        if not self._lines:
+        if not self._lines.filled:
             raise invalid("`file` has no line.", "file")
         await self._flush()
         now = int(time.time())
-        about = About(self._id, self._owner, filename, INPUT, self._written, self._lines, now, now + keep_s)
+        lines = self._lines.filled
+        about = About(self._id, self._owner, filename, INPUT, self._written, lines, now, now + keep_s, trace)
         if not await self._store.publish(about):
             raise RequestError(Failure(408, "The upload took too long.", type="timeout_error", code="timeout"))
         return about
@@ -61,11 +71,12 @@ class FileWriter:
 
     def _check_lines(self) -> None:
         limit = self._store.limits.lines
-        if self._lines > limit or self._splitter.count > limit + 1:  # one more: nothing, behind the last line end
+        if self._lines.filled > limit or self._lines.count > limit + 1:  # one more: nothing, behind the last line end
             raise _too_large(f"The file has more than {limit} lines.")
 
     async def _flush(self) -> None:
-        piece = bytes(self._rest[:CHUNK])
+        with memoryview(self._rest) as held:
+            piece = bytes(held[:CHUNK])
         if piece:
             await self._store.write(self._id, self._owner, self._written, piece)
         self._written += len(piece)

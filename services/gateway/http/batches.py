@@ -46,7 +46,7 @@ class BatchRequest(msgspec.Struct, frozen=True):
 
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
-    completion_window: Annotated[str, Meta(pattern=_WINDOW)]
+    completion_window: Annotated[str, Meta(extra_json_schema={"pattern": _WINDOW})]
     metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
 
@@ -76,6 +76,11 @@ class BatchRoutes(msgspec.Struct, frozen=True):
             input_file = await self.files.find(asked.input_file_id, request)
             if input_file.purpose != INPUT:
                 raise invalid(f"`input_file_id` names a file whose purpose is {input_file.purpose}.", "input_file_id")
+            span = context_of(request).span
+            if span is not None:
+                span.set({"millrace.batch.id": about.id, "millrace.batch.lines": input_file.lines})
+                if input_file.trace is not None:
+                    span.link(input_file.trace)
             tenant = context_of(request).quota.tenant
             name, most = ("", None) if tenant is None else (tenant.name, tenant.limits.batch_lines)
             await self.files.store.keep(input_file.id, about.expires_at)
@@ -87,6 +92,7 @@ class BatchRoutes(msgspec.Struct, frozen=True):
     async def _about(self, asked: BatchRequest, window_s: int, request: Request) -> About:
         now = int(time.time())
         keep_s = self.files.store.limits.keep_s
+        span = context_of(request).span
         return About(
             id=PREFIX + secrets.token_hex(12),
             owner=context_of(request).owner,
@@ -99,6 +105,7 @@ class BatchRoutes(msgspec.Struct, frozen=True):
             expires_at=now + window_s,
             output_keep_s=_output_keep_s(asked.output_expires_after, keep_s),
             metadata=asked.metadata,
+            trace=None if span is None else span.traceparent,
         )
 
     async def describe(self, name: str, request: Request) -> Response:
@@ -152,9 +159,11 @@ def _check(asked: BatchRequest) -> int:
     """
     if len(asked.metadata or {}) > MOST_METADATA:
         raise invalid(f"`metadata` has more than {MOST_METADATA} entries.", "metadata")
-    window_s = int(asked.completion_window[:-1]) * UNITS_S[asked.completion_window[-1]]
-    if window_s > LONGEST_S:
-        raise invalid(f"`completion_window` may be {LONGEST_S // 86400}d at most.", "completion_window")
+    window = re.match(_WINDOW, asked.completion_window)
+    window_s = 0 if window is None else int(window[1]) * UNITS_S[window[2]]
+    if not 0 < window_s <= LONGEST_S:
+        text = f"`completion_window` must be a time such as 90s, 30m, 24h or 7d, of {LONGEST_S // 86400}d at most."
+        raise invalid(text, "completion_window")
     return window_s
 
 

@@ -20,7 +20,7 @@ class RequestContext(msgspec.Struct):
     """
 
     request_id: str  # X-Request-ID
-    owner: str  # digest of its API key; empty if the path needs none
+    owner: str  # name or digest of its API key (Caller.owner); empty if the path needs none
     span: Span | None  # of a request for an answer that is traced
     write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
     quota: Quota = msgspec.field(default_factory=Quota)  # its tenant, and headers about limits

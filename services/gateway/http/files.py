@@ -18,11 +18,11 @@ from services.gateway.http.body import PROGRESS_BYTES
 from services.gateway.http.context import context_of
 from services.gateway.http.form import FormReader, read_form
 from services.gateway.http.intake import Intake
+from services.gateway.http.memory import Reservation
 from services.gateway.http.paging import listing, read_page
 from shared.errors import Failure, RequestError, invalid
 
 MOST_LISTED = 10_000  # and as many without `limit`, as OpenAI does
-BUFFER_BYTES = 2 << 20  # of an upload that are here at a time, beside a long line
 FORM_BYTES = 1 << 20  # of a form, beside its file
 LEAST_KEEP_S = 60
 MOST_DIGITS = 12  # of a number in a form
@@ -47,19 +47,22 @@ class FileRoutes(msgspec.Struct, frozen=True):
         """
         self._check_origin(request)
         self._check_length(request)
-        owner = context_of(request).owner
+        owner, span = context_of(request).owner, context_of(request).span
         reader = FormReader(request.headers.get("content-type", ""))
         await self.store.check_count(owner)
         writer = FileWriter(self.store, new_file_id(), owner)
-        with self.intake.admission.arrival(), self.intake.memory.reservation() as reservation:
-            reservation.grow(BUFFER_BYTES)
+        with self.intake.admission.arrival(), self.intake.memory.reservation(large=True) as reservation:
             try:
-                await self._receive(request, reader, writer)
+                await self._receive(request, reader, writer, reservation)
                 keep_s = self._keep_s(reader.form.fields)
-                about = await writer.close(reader.form.filename or "", keep_s)
+                reservation.resize(2 * writer.held)  # which `close` copies
+                trace = None if span is None else span.traceparent
+                about = await writer.close(reader.form.filename or "", keep_s, trace)
             except BaseException:
                 await asyncio.shield(writer.discard())
                 raise
+        if span is not None:
+            span.set({"millrace.file.id": about.id, "millrace.file.bytes": about.bytes})
         return json_response(about.resource())
 
     def _check_length(self, request: Request) -> None:
@@ -72,13 +75,17 @@ class FileRoutes(msgspec.Struct, frozen=True):
             text = f"The file is larger than the limit of {limit} bytes."
             raise RequestError(Failure(413, text, param="file", code="file_too_large"))
 
-    async def _receive(self, request: Request, reader: FormReader, writer: FileWriter) -> None:
+    async def _receive(
+        self, request: Request, reader: FormReader, writer: FileWriter, reservation: Reservation
+    ) -> None:
         stall_s = self.intake.limits.stall_s
         progress = 0
         try:
             async with asyncio.timeout(self.timeout_s), asyncio.timeout(stall_s) as stall:
                 async for content in read_form(request, reader):
+                    reservation.resize(writer.needs(content))
                     await writer.write(content)
+                    reservation.resize(writer.held)
                     progress += len(content)
                     if progress >= PROGRESS_BYTES:
                         progress = 0

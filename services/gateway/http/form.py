@@ -1,5 +1,6 @@
 """Reader of a form with one file (multipart/form-data), whose content is passed on while it arrives."""
 
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ MAX_FIELDS = 16
 MAX_FIELD_BYTES = 4096
 MAX_NAME_CHARS = 255
 FILE = "file"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Form(msgspec.Struct):
@@ -89,6 +92,8 @@ class FormReader:
             raise invalid(f"`{self._name[:64]}` stands twice in the form.", self._name[:64])
         if self._name == FILE:
             given = options.get(b"filename", b"").decode("utf-8", "replace")
+            if _CONTROL.search(given):
+                raise invalid("The name of `file` has control characters.", FILE)
             self.form.filename = given[-MAX_NAME_CHARS:] or FILE
         elif len(self.form.fields) >= MAX_FIELDS:
             raise invalid(f"The form has more than {MAX_FIELDS} fields.", self._name[:64])

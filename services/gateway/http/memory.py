@@ -21,21 +21,24 @@ class BodyMemory:
         self._held = 0
 
     @contextmanager
-    def reservation(self) -> Iterator["Reservation"]:
-        """Hold nothing at first, and nothing any more when the block is left, however that happens."""
-        reserved = Reservation(self)
+    def reservation(self, *, large: bool = False) -> Iterator["Reservation"]:
+        """Hold nothing at first, and nothing any more when the block is left, however that happens.
+
+        `large`: what is held counts among large bodies however little it is, since there is more to come.
+        """
+        reserved = Reservation(self, large)
         try:
             yield reserved
         finally:
             reserved.release()
 
-    def check(self, size: int, more: int) -> None:
+    def check(self, size: int, more: int, large: bool) -> None:
         """Check that a body of `size` bytes fits if it needs `more` of them now.
 
         Raises:
             RequestError: 429.
         """
-        limit = self._limit if size <= SMALL_BYTES else self._limit * LARGE_SHARE
+        limit = self._limit * LARGE_SHARE if large or size > SMALL_BYTES else self._limit
         if self._held + more > limit:
             self._rejections.labels("max_bodies_bytes").inc()
             raise too_many(
@@ -52,8 +55,9 @@ class BodyMemory:
 class Reservation:
     """Share of one body."""
 
-    def __init__(self, memory: BodyMemory) -> None:
+    def __init__(self, memory: BodyMemory, large: bool) -> None:
         self._memory = memory
+        self._large = large
         self._size = 0
 
     def check(self, announced: int) -> None:
@@ -64,7 +68,7 @@ class Reservation:
         Raises:
             RequestError: 429.
         """
-        self._memory.check(announced, announced)
+        self._memory.check(announced, announced, self._large)
 
     def grow(self, count: int) -> None:
         """Hold `count` bytes more.
@@ -72,11 +76,20 @@ class Reservation:
         Raises:
             RequestError: 429.
         """
-        self._memory.check(self._size + count, count)
-        self._size += count
-        self._memory.change(count)
+        self.resize(self._size + count)
+
+    def resize(self, size: int) -> None:
+        """Hold `size` bytes.
+
+        Raises:
+            RequestError: 429, it is more than before, and too much.
+        """
+        more = size - self._size
+        if more > 0:
+            self._memory.check(size, more, self._large)
+        self._size = size
+        self._memory.change(more)
 
     def release(self) -> None:
         """Hold nothing any more."""
-        self._memory.change(-self._size)
-        self._size = 0
+        self.resize(0)

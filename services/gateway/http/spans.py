@@ -1,4 +1,6 @@
-"""Attributes of the span of a request for an answer, by OpenTelemetry's conventions for HTTP and generative AI."""
+"""Attributes of the span of a request for an answer, by OpenTelemetry's conventions for HTTP and generative AI; and of
+those that lead from an upload to the answers of a batch's lines.
+"""
 
 import msgspec
 
@@ -11,9 +13,9 @@ class Traced(msgspec.Struct, frozen=True):
     """API whose requests have spans."""
 
     path: str
-    operation: str  # gen_ai.operation.name
-    dialect: str  # its name
-    prefix: str  # of the ids of its answers
+    operation: str = ""  # gen_ai.operation.name; empty: it asks for no answer
+    dialect: str = ""  # its name
+    prefix: str = ""  # of the ids of its answers
 
     @property
     def name(self) -> str:
@@ -22,13 +24,10 @@ class Traced(msgspec.Struct, frozen=True):
 
     def initial(self) -> dict[str, str]:
         """Return the attributes that a span begins with."""
-        return {
-            "http.request.method": "POST",
-            "http.route": self.path,
-            "url.path": self.path,
-            "gen_ai.operation.name": self.operation,
-            "gen_ai.provider.name": "millrace",
-        }
+        http = {"http.request.method": "POST", "http.route": self.path, "url.path": self.path}
+        if not self.operation:
+            return http
+        return {**http, "gen_ai.operation.name": self.operation, "gen_ai.provider.name": "millrace"}
 
 
 _ALL = (
@@ -37,7 +36,8 @@ _ALL = (
     Traced("/v1/messages", "chat", "messages", "msg_"),
     Traced("/v1/responses", "chat", "responses", "resp_"),
 )
-TRACED = {each.path: each for each in _ALL}
+_OF_BATCHES = (Traced("/v1/files"), Traced("/v1/batches"))
+TRACED = {each.path: each for each in (*_ALL, *_OF_BATCHES)}
 _PREFIXES = {each.dialect: each.prefix for each in _ALL}
 FIRST_TOKEN, CLIENT_LEFT = "first_token", "client_left"  # events
 

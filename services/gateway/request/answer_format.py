@@ -16,7 +16,7 @@ class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     include_usage: bool = False
     token_ids: bool = False
     logprobs: bool = False
-    owner: str = ""  # digest of the API key; empty: the server has no keys, and everybody may read the answer
+    owner: str = ""  # name or digest of the API key; empty: there are no keys, and everybody may read the answer
     key: str = ""  # digest of the Idempotency-Key; empty: none was given, so a disconnect cancels the request
     continuous_usage: bool = False  # in every chunk of a stream
     dialect: str = ""  # name of the API in whose words the answer is written

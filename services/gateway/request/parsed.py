@@ -52,7 +52,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         return self.n // max(1, len(self.prompts))
 
     def answer_format(self, owner: str, key: str) -> AnswerFormat:
-        """Return the format of its answer; `owner` and `key` are digests of the API key and the Idempotency-Key."""
+        """Return the format of its answer; `owner` has the API key, and `key` is the Idempotency-Key's digest."""
         return AnswerFormat(
             model=self.model,
             n=self.n,

@@ -22,7 +22,7 @@ _Version = tuple[int, int, int]  # of a file: inode, time of the last change in 
 class Caller(msgspec.Struct, frozen=True):
     """Owner of a request: whose answers it may read, and whose limits hold."""
 
-    owner: str  # digest of its API key; empty: no key is needed
+    owner: str  # its tenant as `_owner` writes it, else the digest of its API key; empty: no key is needed
     tenant: Tenant | None = None  # None: the key is one of the settings, which has no limits
     share: Share | None = None  # its place in the order of service; None: there is no key file
 
@@ -62,17 +62,19 @@ class Keyring:
         matches = [hmac.compare_digest(given, known) for known in self._plain]
         tenant = self._tenants.get(given)
         if tenant is not None or any(matches):
-            return Caller(given.hex(), tenant, None if self._path is None else _share(tenant))
+            return self._caller(given.hex() if tenant is None else _owner(tenant), tenant)
         return None
 
     def by_owner(self, owner: str) -> Caller | None:
-        """Return the caller whose digest this is, by what it may do now; None if its key is not valid any more."""
+        """Return the caller with this owner, by what it may do now; None if it has no valid key any more."""
         if self.is_open:
             return Caller(owner)
-        given = bytes.fromhex(owner)
-        tenant = self._tenants.get(given)
-        if tenant is None and given not in self._plain:
+        tenant = next((tenant for tenant in self._tenants.values() if _owner(tenant) == owner), None)
+        if tenant is None and owner not in (known.hex() for known in self._plain):
             return None
+        return self._caller(owner, tenant)
+
+    def _caller(self, owner: str, tenant: Tenant | None) -> Caller:
         return Caller(owner, tenant, None if self._path is None else _share(tenant))
 
     def reload(self) -> None:
@@ -92,6 +94,11 @@ class Keyring:
     def _count(self, outcome: str) -> None:
         if self._reloads is not None:
             self._reloads.labels(outcome).inc()
+
+
+def _owner(tenant: Tenant) -> str:
+    """Return the owner of what a tenant has stored: the same for all of its keys, and like no digest of a key."""
+    return f"@{tenant.name}"
 
 
 def _share(tenant: Tenant | None) -> Share:

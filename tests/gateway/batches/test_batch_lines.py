@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.batches.lines import Line, LineSplitter, answered, check_body, unanswered
+from services.gateway.batches.lines import BOM, Line, LineCounter, LineSplitter, answered, check_body, unanswered
 from services.gateway.http.form import FormReader
 from shared.errors import RequestError
 
@@ -28,6 +28,31 @@ def test_every_cut_of_a_file_has_the_same_lines(lines: list[bytes], end: bytes, 
     wanted = [(number, line.strip()) for number, line in enumerate(lines or [b""], 1) if line.strip()]
     assert found == wanted
     assert splitter.count == max(1, len(lines))
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([b"", BOM, BOM[:2], b" ", b"\r", b"x"]), max_size=3).map(b"".join), max_size=5),
+    st.lists(st.integers(0, 60)),
+)
+def test_lines_are_counted_as_they_are_divided(lines: list[bytes], cuts: list[int]) -> None:
+    splitter, counter = LineSplitter(100), LineCounter(100)
+    filled = 0
+    for piece in pieces(b"\n".join(lines), cuts):
+        filled += len(list(splitter.feed(piece)))
+        counter.feed(piece)
+    filled += len(list(splitter.end()))
+    counter.end()
+    assert (counter.count, counter.filled) == (splitter.count, filled)
+
+
+@pytest.mark.parametrize("cut", range(14))
+def test_a_line_that_is_counted_is_as_long_as_one_that_is_divided(cut: int) -> None:
+    data = BOM + b"0123456\n0123456789" + b"!"
+    counter = LineCounter(10)
+    counter.feed(data[:cut])
+    with pytest.raises(RequestError) as refused:
+        counter.feed(data[cut:])
+    assert refused.value.failure.message.startswith("Line 2 ")
 
 
 def test_a_long_line_is_refused_before_it_has_ended() -> None:

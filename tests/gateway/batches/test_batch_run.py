@@ -135,6 +135,52 @@ async def test_lines_that_run_when_the_window_ends_expire(redis: Redis, keys: Ke
     assert errors.count(b"batch_expired") == 2
 
 
+async def test_results_that_find_no_room_in_files_are_bounded(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those beyond the window are given up and asked for again; no other line is asked for meanwhile."""
+
+    class Long(Requests):
+        async def ask(self, about: About, line: Line) -> Reply:
+            await super().ask(about, line)
+            return Reply(200, "r", b'"' + b"x" * 900 + b'"')
+
+    most = 4000
+    monkeypatch.setattr("services.gateway.batches.window.MOST_BYTES", most)
+    monkeypatch.setattr("services.gateway.batches.run.NO_ROOM_S", 0.001)
+    count, slots = 30, 8
+    whole = await stored(redis, keys, jsonl(*(chat_line(str(n)) for n in range(count))))
+    taken = int(await redis.hget(keys.file_sizes(), "all") or 0)
+    full = FileStore(redis, keys, msgspec.structs.replace(LIMITS, budget_bytes=taken + 500))
+    store, requests = BatchStore(redis, keys, full, "g", 60_000), Long()
+    await store.create(about(), count, "", None)
+    await store.claim(1, ())
+    run = BatchRun(parts(store, full, requests, slots), await store.find("batch_1", "o"))
+    refused, finish_line = asyncio.Event(), store.finish_line
+    tries: list[int] = []
+    held: list[int] = []
+
+    async def finishing(about: About, number: int, counter: str, result: bytes) -> bool:
+        done = await finish_line(about, number, counter, result)
+        held.append(run._window.bytes)
+        tries.append(number)
+        if len(tries) > 100:
+            refused.set()
+        return done
+
+    monkeypatch.setattr(store, "finish_line", finishing)
+    running = asyncio.create_task(run.run())
+    await refused.wait()
+    asked = list(requests.asked)
+    assert len(asked) == len(set(asked)) <= slots
+    assert max(held) <= most
+    full.limits = whole.limits
+    await running
+    assert (await store.find("batch_1", "o")).completed == count
+    assert b"".join([chunk async for chunk in full.chunks("file-out")]).count(b"\n") == count
+    assert count < len(requests.asked) < 2 * count, "those that were given up"
+
+
 async def test_expired_lines_take_no_room_that_files_do_not_have(redis: Redis, keys: Keys) -> None:
     whole = await stored(redis, keys, jsonl(*(chat_line(str(n)) for n in range(100))))
     over = msgspec.structs.replace(about(), expires_at=int(time.time()) - 1)

@@ -41,6 +41,34 @@ def of(server: Running, name: str) -> Running:
     return made
 
 
+async def test_a_key_with_two_hashes_has_one_share(
+    checkpoint: Path, redis_url: str, stages: Stages, key_file: Path
+) -> None:
+    """Half of the budget of files, whichever key is used; the second reads what the first has made, and goes on."""
+    hashes = [written_digest("old"), written_digest("new")]
+    write(key_file, alice={"hashes": hashes}, bob={})
+    content = b"x" * 3000
+    async with running(checkpoint, redis_url, api_keys_file=str(key_file), files_budget_bytes=16_000) as server:
+        old, new, bob = (server.client.with_options(api_key=key) for key in ("old", "new", "key-of-bob"))
+        file = await old.files.create(file=("in", content), purpose="batch")
+        with pytest.raises(openai.APIStatusError) as refused:
+            await new.files.create(file=("in", content * 2), purpose="batch")
+        assert refused.value.code == "files_budget_exceeded"
+        await bob.files.create(file=("in", content * 2), purpose="batch")
+        assert (await new.files.content(file.id)).content == content
+        await new.files.delete(file.id)
+        await server.gateway._batches.drain()
+        batch = await create(Running(server.gateway, server.url, server.registry, old), LINES)
+        write(key_file, alice={"hashes": hashes[1:]})
+        await until(lambda: server.gateway._keyring.find("old") is None)
+        server.gateway._batches._draining = False
+        async with answering(stages):
+            after = Running(server.gateway, server.url, server.registry, new)
+            batch = await ended(after, batch.id)
+        assert batch.request_counts is not None
+        assert batch.request_counts.completed == 3, "lines of a batch whose first key is gone"
+
+
 async def test_the_allowance_of_lines(server: Running, stages: Stages) -> None:
     alice = of(server, "alice")
     first = await create(alice, LINES)

@@ -267,6 +267,8 @@ async def test_forms_that_are_refused(server: Running, redis: Redis) -> None:
     assert await form(server, file + file + purpose + end) == (400, "file")
     assert await form(server, part("purpose", b"vision") + file + end) == (400, "purpose")
     assert await form(server, purpose + part("file", b" \r\n\n", "a") + end) == (400, "file")
+    for name in ("a\x00b", "a\x1b[31m", "a\x7f", "a\x85"):
+        assert await form(server, purpose + part("file", b"x", name) + end) == (400, "file"), ascii(name)
     assert await form(server, b"{}", "application/json") == (415, "Content-Type")
     assert await form(server, b"nothing of the kind") == (400, "file")
     assert await form(server, part("x", b"y" * 5000) + end) == (400, "x")
@@ -335,6 +337,7 @@ async def test_a_result_waits_for_room(
         ({"completion_window": "1 day"}, "completion_window"),
         ({"completion_window": "8d"}, "completion_window"),
         ({"completion_window": "24h\n"}, "completion_window"),
+        ({"completion_window": "0h"}, "completion_window"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after"),
     ],

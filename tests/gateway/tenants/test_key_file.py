@@ -65,7 +65,10 @@ def test_keys_of_the_settings_and_of_the_file_open(tmp_path: Path) -> None:
     assert new is not None
     assert old is not None
     assert new.tenant is old.tenant is not None
-    assert new.owner != old.owner != plain.owner
+    assert new.owner == old.owner != plain.owner
+    assert keyring.by_owner(new.owner) == new
+    assert keyring.by_owner(plain.owner) == plain
+    assert keyring.by_owner("@bob") is keyring.by_owner("00") is None
     assert keyring.find("other") is None
     assert keyring.find(written_digest("new")) is None
 

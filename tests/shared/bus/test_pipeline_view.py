@@ -14,7 +14,7 @@ from shared.bus.blobs import Blobs
 from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease, Shards
-from shared.bus.pipeline_view import FULL, LONG_WAIT_S, BlobsView, PipelineView, RedisView, problems, read
+from shared.bus.pipeline_view import FULL, LONG_WAIT_S, BatchesView, BlobsView, PipelineView, RedisView, problems, read
 from shared.bus.streams import WorkStream
 from shared.messages import Generate, Output, Request, Sampling, to_entry
 
@@ -110,6 +110,22 @@ async def test_shards_and_their_owners(redis: Redis, keys: Keys) -> None:
     ]
     assert view.shards[1].oldest_s is not None
     assert "tokens:2 has no living owner" in problems(view)
+
+
+async def test_batches_that_have_not_ended(redis: Redis, keys: Keys) -> None:
+    assert (await read(redis, keys)).batches == BatchesView()
+    now = float((await redis.time())[0])
+    for place, counts in enumerate(({"total": 9, "completed": 2, "failed": 1}, {"total": 5}, {"total": "?"})):
+        await redis.hset(keys.batch(f"batch_{place}"), mapping=counts)  # type: ignore[arg-type]
+        await redis.zadd(keys.batches(), {f"batch_{place}": now - 100 + place})
+    await redis.zadd(keys.batches(), {"batch_gone": now - 500})
+    await redis.set(keys.batch_lease("batch_0"), "gateway-0")
+    batches = (await read(redis, keys)).batches
+    assert (batches.working, batches.waiting, batches.lines, batches.done) == (1, 2, 14, 3)
+    assert 100 <= (batches.oldest_s or 0) < 100 + PATIENCE_S
+    await redis.delete(keys.batches())
+    await redis.set(keys.batches(), "something else")
+    assert (await read(redis, keys)).batches.count == 0
 
 
 async def test_blobs_may_be_elsewhere(redis: Redis, redis_url: str, keys: Keys) -> None:
