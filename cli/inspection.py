@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
+from services.engine.model.integers import rounded_scales
 from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
 from services.gateway.request.chat import ChatFormat, Rendering, template_variables
 from services.gateway.request.media import MediaItem
@@ -116,6 +117,7 @@ def inspect(directory: Path) -> Report:
     if config and checkpoint:
         report.memory = _attempt(report, lambda: _memory(checkpoint, config))
         _attempt(report, lambda: _vision(checkpoint, config))
+        report.warnings += rounded_scales(checkpoint, config)
     if config and tokenizer:
         report.warnings += _attempt(report, lambda: check_vocabulary(directory, config, tokenizer)) or ()
         report.tokens = _tokens(config, tokenizer)

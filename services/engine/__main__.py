@@ -23,6 +23,7 @@ from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
+from services.engine.model.integers import rounded_scales
 from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import load_model
 from services.engine.ranks.exchange import make_safe
@@ -222,6 +223,8 @@ def load_part(
     fix_order_of_sums(os.environ)
     ops = operations(where, settings.batch_invariant, gather)
     weights = weights_of(settings, where)
+    if isinstance(weights, Checkpoint):
+        warn_each(logger(__name__), rounded_scales(weights, config))
     model = load_model(weights, config, where, chosen_quantization(config, settings.quantization), ops, split)
     if where == "cpu" and split.rank == 0 and rows_depend_on_others(model.dtype):
         told = "this CPU rounds a row's sums by what is computed beside it"

@@ -113,6 +113,12 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self._directory}: {error}") from error
 
+    def scale_dtypes(self) -> set[str]:
+        """Return the dtypes in which the scales of stored integers are stored."""
+        ends = (".weight_scale", ".scales")
+        names = (source.parts[0].stored for name, source in self._sources.items() if name.endswith(ends))
+        return {self._files.dtype(stored) for stored in names}
+
     def _is_integers(self, name: str) -> bool:
         return (
             self._layout is not None and f"{name.removesuffix('.weight')}.{SUFFIXES[self._layout][0]}" in self._sources
@@ -127,8 +133,7 @@ class Checkpoint:
 
     def _check(self, name: str, source: _Source, shape: tuple[int, ...]) -> None:
         """Compare shape and dtype in the headers with those that the caller expects."""
-        found = _joined([self._files.part_shape(part) for part in source.parts])
-        found = found[::-1] if source.transposed else found
+        found = self.shape(name)
         dtypes = {self._files.dtype(part.stored) for part in source.parts} - DTYPES
         if found == shape and not dtypes:
             return
@@ -141,6 +146,12 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Return True if a tensor of this original name is stored."""
         return name in self._sources
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor by its original name, which is stored."""
+        source = self._sources[name]
+        found = _joined([self._files.part_shape(part) for part in source.parts])
+        return found[::-1] if source.transposed else found
 
     def check_all_used(self, prefixes: Sequence[str]) -> None:
         """Check that all tensors below `prefixes` have been read.

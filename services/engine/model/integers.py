@@ -4,8 +4,9 @@ What `millrace quantize` wrote comes back as the numbers that quantising would g
 points and scales are kept; scales in another dtype than the model's are rounded to it, as other engines do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ from torch import Tensor
 from services.engine.kernels.quantize import FOREIGN_GROUPS, GROUP, Bits, Quantized, coded4, factored, foreign4
 from services.engine.model.split import Split
 from shared.errors import CheckpointError
+from shared.model.checkpoint import Checkpoint
+from shared.model.config import ModelConfig
+from shared.model.config_file import Quantization
 from shared.model.stored_integers import StoredIntegers
+
+_STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,13 @@ def integers_of(stored: StoredIntegers, dtype: torch.dtype, name: str, own: bool
     if both is None:
         raise CheckpointError(f"weight {name}: its scales are not as millrace quantize writes them; quantise it again")
     return Integers(values, both[1], zero, both[0], stored.bits, stored.group)
+
+
+def rounded_scales(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    """Describe scales that are stored in another dtype than the model's, and rounded to it."""
+    wider = checkpoint.scale_dtypes() - {_STORED_DTYPES[config.dtype]}
+    if wider and config.dtype != "float32" and config.stored not in get_args(Quantization):
+        yield f"scales of quantised weights are stored as {', '.join(sorted(wider))} and rounded to {config.dtype}"
 
 
 def joined(weights: Sequence[Integers], names: Sequence[str]) -> Integers:
