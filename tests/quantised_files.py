@@ -60,7 +60,7 @@ def with_library(**weights: Any) -> tuple[Quantise, dict[str, Any]]:
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
 
     def quantise(weight: Tensor) -> tuple[Tensors, Tensor]:
-        groups = weight.unflatten(-1, (-1, args.group_size or weight.shape[-1]))
+        groups = weight.view(len(weight), -1, args.group_size or weight.shape[-1])
         scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
         stored = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
         packed = PackedQuantizationCompressor.compress(stored, scheme)
@@ -80,7 +80,7 @@ def with_library(**weights: Any) -> tuple[Quantise, dict[str, Any]]:
 
 def _integers(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q and the groups' scales and zero points as [in, ..], and the weight they stand for, [out, in]."""
-    grouped = weight.T.float().unflatten(0, (-1, group))
+    grouped = weight.T.float().reshape(-1, group, len(weight))
     low, high = grouped.amin(1), grouped.amax(1)
     scale = (grouped.abs().amax(1) / 7 if symmetric else (high - low) / 15).half().clamp(min=1e-4)
     zero = torch.full_like(low, 8) if symmetric else (-low / scale.float()).round().clamp(1, 15)

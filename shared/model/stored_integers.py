@@ -170,4 +170,4 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
 
 def _even_first(unpacked: Tensor) -> Tensor:
     """Put AWQ's outputs in order."""
-    return unpacked.unflatten(-1, (-1, 8))[..., list(_EVEN_FIRST)].flatten(-2)
+    return unpacked.reshape(len(unpacked), -1, 8)[..., list(_EVEN_FIRST)].flatten(-2)

@@ -27,7 +27,7 @@ def stored_layout(config: dict[str, Any]) -> Layout | None:
     method = config.get("quant_method")
     if method in _AUTO_ROUND:
         packing = str(config.get("packing_format") or config.get("backend") or "")
-        return next((layout for layout in ("gptq", "awq") if layout in packing), None)  # type: ignore[return-value]
+        return "gptq" if "gptq" in packing else "awq" if "awq" in packing else None
     if method == "gptq" and config.get("checkpoint_format") == "gptq_v2":
         return "gptq_v2"
     return method if method in get_args(Layout) else None

@@ -17,6 +17,7 @@ from cli.quantize import PROJECTION, write_quantised
 from services.engine.__main__ import build
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dequantize, quantize
+from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer
 from services.engine.model.stored_form import quantization_config, stored_form
 from services.engine.model.weights import load_model
@@ -46,9 +47,8 @@ def load(directory: Path, quantization: Quantization | None = None) -> ErnieMode
 
 
 def weights_of(layer: Layer) -> list[Quantized]:
-    mlp = [layer.mlp.gate_up, layer.mlp.down] if hasattr(layer.mlp, "gate_up") else []
-    pools = [layer.mlp.text, layer.mlp.vision, layer.mlp.shared] if hasattr(layer.mlp, "text") else []
-    weights = [layer.qkv, layer.out, *mlp, *(weight for pool in pools for weight in (pool.gate_up, pool.down))]
+    blocks = [layer.mlp.text, layer.mlp.vision, layer.mlp.shared] if isinstance(layer.mlp, MoE) else [layer.mlp]
+    weights = [layer.qkv, layer.out, *(weight for block in blocks for weight in (block.gate_up, block.down))]
     return [weight for weight in weights if isinstance(weight, Quantized)]
 
 

@@ -1,7 +1,7 @@
 """Reads the decoder from a checkpoint, layer by layer, into the layouts the operations want."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -227,7 +227,7 @@ def _room(like: Weight, count: int) -> Weight:
     if not isinstance(like, Quantized):
         return like.new_empty(count, *like.shape)
     data, scale, *groups = (part.new_empty(count, *part.shape) for part in _tensors(like))
-    return Quantized(data, scale, like.bits, like.in_features, *groups, subgroups=like.subgroups)
+    return replace(like, data=data, scale=scale, groups=groups[0] if groups else None)
 
 
 def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:

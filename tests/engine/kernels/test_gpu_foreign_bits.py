@@ -73,36 +73,36 @@ def test_linear(rows: int, shape: tuple[int, int], group: int, dtype: torch.dtyp
 @pytest.mark.parametrize("rows", [1, 24])
 def test_experts_by_pairs_and_by_sorted_tiles(rows: int, group: int) -> None:
     dtype, (hidden, widths, count) = DTYPES[0], (192, (160, 96), 4)
-    pools = [
+    text, vision = (
         ExpertPool(
             foreign(count, 2 * width, hidden, group=group, dtype=dtype, seed=width)[0],
             foreign(count, hidden, width, group=group, dtype=dtype, seed=width + 1)[0],
         )
         for width in widths
-    ]
+    )
     x = torch.randn(rows, hidden).to(dtype).to(DEVICE)
     ids = torch.stack([torch.randperm(2 * count)[:2] for _ in range(rows)]).to(torch.int32).to(DEVICE)
     weights = torch.rand(rows, 2).to(DEVICE)
-    results = gpu_experts.expert_results(x, ids, *pools)
+    results = gpu_experts.expert_results(x, ids, text, vision)
     actual = (results.view(rows, 2, hidden) * weights.unsqueeze(-1)).sum(1)
-    close(actual, experts(x, ids, weights, *pools))
+    close(actual, experts(x, ids, weights, text, vision))
 
 
 @GROUPS
 def test_experts_as_a_grouped_product(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, (hidden, widths, count, rows) = DTYPES[0], (192, (160, 96), 2, 40)
     monkeypatch.setattr(grouped, "ROWS_PER_EXPERT", 1)
-    pools = [
+    text, vision = (
         ExpertPool(
             foreign(count, 2 * width, hidden, group=group, dtype=dtype, seed=width)[0],
             foreign(count, hidden, width, group=group, dtype=dtype, seed=width + 1)[0],
         )
         for width in widths
-    ]
+    )
     x = torch.randn(rows, hidden).to(dtype).to(DEVICE)
     ids = torch.stack([torch.randperm(2 * count)[:2] for _ in range(rows)]).to(torch.int32).to(DEVICE)
-    assert grouped.uses_grouped_gemm(x, 2, *pools)
+    assert grouped.uses_grouped_gemm(x, 2, text, vision)
     weights = torch.rand(rows, 2).to(DEVICE)
-    results = gpu_experts.expert_results(x, ids, *pools)
+    results = gpu_experts.expert_results(x, ids, text, vision)
     actual = (results.view(rows, 2, hidden) * weights.unsqueeze(-1)).sum(1)
-    close(actual, experts(x, ids, weights, *pools))
+    close(actual, experts(x, ids, weights, text, vision))

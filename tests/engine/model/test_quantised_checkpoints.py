@@ -46,7 +46,8 @@ def load(directory: Path, split: Split = WHOLE, ops: Ops | None = None) -> Ernie
 def logits(model: ErnieModel) -> Tensor:
     positions = torch.arange(len(IDS)).expand(3, -1)
     hidden = model.config.hidden_size
-    return Driver(model).run(Paged(IDS, positions, {at: torch.full((hidden,), 0.1 * at) for at in (3, 6)}), 3)
+    found: Tensor = Driver(model).run(Paged(IDS, positions, {at: torch.full((hidden,), 0.1 * at) for at in (3, 6)}), 3)
+    return found
 
 
 @pytest.fixture
