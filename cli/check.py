@@ -108,6 +108,8 @@ def _model(model: ModelConfig) -> Iterator[Row]:
         "vision tower",
         f"{vision.depth} layers of {vision.hidden_size}, {vision.num_heads} heads, patches of {vision.patch_size}",
     )
+    if model.stored:
+        yield "quantization", f"{model.stored}, in the files; they are served as they are"
     if model.quantization:
         yield "quantization", f"{model.quantization}, as config.json asks; --quantization decides otherwise"
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
+from services.engine.model.integers import rounded_scales
 from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
 from services.gateway.request.chat import ChatFormat, Rendering, template_variables
 from services.gateway.request.media import MediaItem
@@ -21,6 +22,7 @@ from services.mm_encoder.vision.weights import load_weights as load_vision
 from shared.errors import CheckpointError, RequestError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig, load_model_config
+from shared.model.config_file import Quantization
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.generation import GenerationDefaults, load_generation_defaults
 from shared.model.tokenizer import REQUIRED, Tokenizer
@@ -52,7 +54,7 @@ T = TypeVar("T")
 class Memory(msgspec.Struct, frozen=True):
     """Bytes on a device, of the weights and the cache."""
 
-    decoder: dict[str, int]  # weights, by format: the stored dtype, wint8, wint4
+    decoder: dict[str, int]  # weights, by format: as stored, and where that is not quantised, wint8 and wint4
     decoder_large_card: dict[str, int]  # the same on a card of 64 GiB or more, with dense projections in both forms
     head: int  # of these, an lm_head that is dropped if it equals the embedding: headers do not tell
     vision: int  # the vision model's weights
@@ -115,6 +117,7 @@ def inspect(directory: Path) -> Report:
     if config and checkpoint:
         report.memory = _attempt(report, lambda: _memory(checkpoint, config))
         _attempt(report, lambda: _vision(checkpoint, config))
+        report.warnings += rounded_scales(checkpoint, config)
     if config and tokenizer:
         report.warnings += _attempt(report, lambda: check_vocabulary(directory, config, tokenizer)) or ()
         report.tokens = _tokens(config, tokenizer)
@@ -139,16 +142,13 @@ def _attempt(report: Report, read: Callable[[], T]) -> T | None:
 def _memory(checkpoint: Checkpoint, config: ModelConfig) -> Memory:
     stored = decoder_shapes(checkpoint, config)
     token = cache_bytes(config)
+    forms: dict[str, Quantization | None] = {config.stored or config.dtype: None}
+    if config.stored is None:
+        forms |= {"wint8": "wint8", "wint4": "wint4"}
     return Memory(
-        decoder={
-            config.dtype: weight_bytes(stored, None),
-            "wint8": weight_bytes(stored, "wint8"),
-            "wint4": weight_bytes(stored, "wint4"),
-        },
+        decoder={name: weight_bytes(stored, form) for name, form in forms.items()},
         decoder_large_card={
-            config.dtype: weight_bytes(stored, None),
-            "wint8": weight_bytes(stored, "wint8", both=True),
-            "wint4": weight_bytes(stored, "wint4", both=True),
+            name: weight_bytes(stored, form, both=name != config.dtype) for name, form in forms.items()
         },
         head=0 if stored.head is stored.embedding else stored.head.nbytes,
         vision=vision_bytes(config),

@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:  # of a library: this is a plain source tre
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace check DIR [--json]
        millrace plan --model DIR (--card NAME | --memory SIZE | --table) [flags]
+       millrace quantize --model DIR --output DIR --quantization wint4|wint8
        millrace bench serve --url URL --model NAME [flags]
        millrace top | status | autoscale [flags]
        millrace keys new | hash | usage [flags]
@@ -26,6 +27,7 @@ USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
   serve      run Redis and the four services on this machine
   check      say what a model directory would be served as, from headers only; the exit status says whether it will be
   plan       say what a deployment would hold on a card, and how many cards it needs, without one
+  quantize   write a model directory with quantised weights, from which a start reads less
   bench      measure a server, this one or another's: tokens a second, times to the first and between tokens
   top        watch a running pipeline: stages, replicas, streams, Redis
   status     the same once, as text or JSON; the exit status says whether all is well
@@ -112,6 +114,12 @@ def _plan(words: Sequence[str]) -> int:
     return main(words)
 
 
+def _quantize(words: Sequence[str]) -> int:
+    from cli.quantize import main
+
+    return main(words)
+
+
 def _bench(words: Sequence[str]) -> int:
     from cli.bench.command import main
 
@@ -163,6 +171,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "check": _check,
     "plan": _plan,
+    "quantize": _quantize,
     "bench": _bench,
     "top": _top,
     "status": _status,

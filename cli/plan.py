@@ -1,4 +1,5 @@
-"""Command `millrace plan`: say what a deployment would hold on a card, without one. Needs config.json alone.
+"""Command `millrace plan`: say what a deployment would hold on a card, without one. Needs config.json alone, and of
+weights that are quantised already the headers of their files.
 
 Exit status: 0 it fits, 1 its cache could not hold one sequence of --max-model-len.
 """
@@ -18,7 +19,8 @@ from services.engine.settings import EngineSettings
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.vision.memory import device_bytes
 from shared.errors import ConfigError
-from shared.model.config import ModelConfig, load_model_config
+from shared.model.checkpoint import Checkpoint
+from shared.model.config import ModelConfig, chosen_quantization, load_model_config
 from shared.model.config_file import Quantization
 
 FITS, DOES_NOT_FIT = 0, 1
@@ -89,11 +91,16 @@ def main(words: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a flag is wrong, or no number of cards can share the model.
-        CheckpointError: config.json cannot be read.
+        CheckpointError: config.json cannot be read, or the files of quantised weights.
     """
     given = _parser().parse_args(words)
     config = load_model_config(given.model)
+    quantization, checkpoint = chosen_quantization(config, given.quantization), None
+    if config.stored is not None:
+        checkpoint = Checkpoint(given.model, headers_only=True)
     if given.table:
+        if checkpoint is not None:
+            raise ConfigError(f"--table compares formats, and these weights are quantised already ({config.stored})")
         print("\n".join(table(config)))
         return FITS
     launch = Launch(**{name: getattr(given, name) for name in Launch.__struct_fields__})
@@ -102,9 +109,8 @@ def main(words: Sequence[str]) -> int:
             f"--max-model-len: {launch.max_model_len} is more than the {config.max_position_embeddings} positions this "
             "model has"
         )
-    quantization = config.quantization if given.quantization is None else given.quantization
-    plan = foretell(config, launch.settings(config, quantization), given.memory, given.tensor_parallel_size)
-    for label, text in rows(config, launch, plan, quantization, given.tensor_parallel_size):
+    plan = foretell(config, launch.settings(config, quantization), given.memory, given.tensor_parallel_size, checkpoint)
+    for label, text in rows(config, launch, plan, quantization, given.tensor_parallel_size, checkpoint):
         print(f"{label:{LABEL}}{text}")
     return FITS if plan.sequences(launch.max_model_len) else DOES_NOT_FIT
 
@@ -140,11 +146,16 @@ def _parser() -> Parser:
 
 
 def rows(
-    config: ModelConfig, launch: Launch, plan: Foretold, quantization: Quantization | None, ranks: int
+    config: ModelConfig,
+    launch: Launch,
+    plan: Foretold,
+    quantization: Quantization | None,
+    ranks: int,
+    checkpoint: Checkpoint | None,
 ) -> Iterator[tuple[str, str]]:
     """Yield the plan of one card for people, a fact a row."""
     yield "card", f"{_gib(plan.card)}, of which {launch.gpu_memory_utilization:.0%} may be used; {ranks} of them"
-    yield "weights", f"{_gib(plan.weights)}, {quantization or config.dtype}"
+    yield "weights", f"{_gib(plan.weights)}, {config.stored or quantization or config.dtype}"
     yield "mm_encoder", f"{_gib(plan.encoder)}: weights, its largest pass, CUDA's context"
     yield "activations", f"{_gib(plan.activations)}: steps of {launch.max_num_batched_tokens} tokens, workspaces"
     yield "graphs", _gib(plan.graphs) + (": captured steps, buffers between cards" if ranks > 1 else ": captured steps")
@@ -158,9 +169,11 @@ def rows(
         missing = -(-launch.max_model_len // plan.block_size) * plan.block - plan.cache
         yield "cache", f"{_gib(missing)} too little for one sequence of {launch.max_model_len} tokens"
     yield "left", f"{_gib(plan.reserve)} of each card"
-    for name, form in FORMATS.items():
-        fewest = fewest_ranks(config, launch.settings(config, form), plan.card, RANKS)
-        yield "" if name != "wint4" else "cards needed", f"{name}: {fewest or f'more than {RANKS[-1]}'}"
+    label, forms = "cards needed", FORMATS if config.stored is None else {config.stored: None}
+    for name, form in forms.items():
+        fewest = fewest_ranks(config, launch.settings(config, form), plan.card, RANKS, checkpoint)
+        yield label, f"{name}: {fewest or f'more than {RANKS[-1]}'}"
+        label = ""
     yield "verdict", "fits" if fitting else "does not fit: quantise, shorten the context, or add cards"
 
 

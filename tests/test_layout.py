@@ -143,7 +143,7 @@ def services_stand_below_the_cli(modules: Modules) -> list[str]:
 
 
 def torch_in_shared_is_the_checkpoint_reader(modules: Modules) -> list[str]:
-    readers = [f"shared.model.{name}" for name in ("checkpoint", "drawn_weights", "tensor_source")]
+    readers = [f"shared.model.{name}" for name in ("checkpoint", "drawn_weights", "stored_integers", "tensor_source")]
     return direct(
         modules,
         lambda name: within(name, "shared") and name not in readers,

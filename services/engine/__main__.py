@@ -23,6 +23,7 @@ from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
+from services.engine.model.integers import rounded_scales
 from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import load_model
 from services.engine.ranks.exchange import make_safe
@@ -51,8 +52,7 @@ from shared.errors import CheckpointError, ConfigError
 from shared.grammar.compiler import GrammarCompiler
 from shared.log import logger, warn_each
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import ModelConfig, load_model_config
-from shared.model.config_file import Quantization
+from shared.model.config import ModelConfig, chosen_quantization, load_model_config
 from shared.model.division import divided
 from shared.model.drawn_weights import DrawnWeights
 from shared.model.foreign_checkpoints import refuse_foreign
@@ -91,6 +91,7 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
             f"max_model_len is {settings.max_model_len}; the model's positions end at {model.max_position_embeddings}"
         )
     divided(model, settings.tensor_parallel_size)
+    chosen_quantization(model, settings.quantization)
     tokenizer = Tokenizer.load(directory)
     warn_each(logger(__name__), check_vocabulary(directory, model, tokenizer))
     think_close_id = tokenizer.token_id(THINK_CLOSE)
@@ -222,7 +223,9 @@ def load_part(
     fix_order_of_sums(os.environ)
     ops = operations(where, settings.batch_invariant, gather)
     weights = weights_of(settings, where)
-    model = load_model(weights, config, where, quantization(settings, config), ops, split)
+    if isinstance(weights, Checkpoint):
+        warn_each(logger(__name__), rounded_scales(weights, config))
+    model = load_model(weights, config, where, chosen_quantization(config, settings.quantization), ops, split)
     if where == "cpu" and split.rank == 0 and rows_depend_on_others(model.dtype):
         told = "this CPU rounds a row's sums by what is computed beside it"
         if settings.batch_invariant:
@@ -245,13 +248,6 @@ def weights_of(settings: EngineSettings, where: str) -> TensorSource:
     checkpoint = Checkpoint(Path(settings.model))
     warn_each(logger(__name__), checkpoint.warnings)
     return checkpoint
-
-
-def quantization(settings: EngineSettings, config: ModelConfig) -> Quantization | None:
-    """Choose the quantisation that was set, else the one that config.json asks for."""
-    if settings.quantization is None:
-        return config.quantization
-    return None if settings.quantization == "none" else settings.quantization
 
 
 def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[str]:

@@ -16,9 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import CheckpointError
+from shared.model.config_file import read_object
 from shared.model.foreign_checkpoints import refuse_foreign
+from shared.model.stored_integers import StoredIntegers, read_integers
+from shared.model.stored_quantization import SUFFIXES, stored_groups, stored_layout
 
 DTYPES = {"BF16", "F16", "F32", "F64"}
+_TORCH_DTYPES = {
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
 INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
 
 
@@ -56,6 +66,9 @@ class Checkpoint:
         self._headers_only = headers_only
         self._files = _Files(directory)
         self._sources = _sources(self._files)
+        asked = (read_object(directory / "config.json") or {}).get("quantization_config")
+        self._layout = stored_layout(asked) if isinstance(asked, dict) else None
+        self._groups = stored_groups(asked) if isinstance(asked, dict) else ()
         self._asked: set[str] = set()
         self.warnings = tuple(f"{directory}: {text}" for text in _remarks(self._files))
 
@@ -66,6 +79,10 @@ class Checkpoint:
             CheckpointError: it is missing, has another shape, or is not of floating point.
         """
         source = self._sources.get(name)
+        if source is None and self._is_integers(name):
+            raise CheckpointError(
+                f"{self._directory}: tensor {name} is stored quantised; this one is read in floating point only"
+            )
         if source is None:
             raise CheckpointError(f"{self._directory}: tensor {name} is missing")
         self._asked.add(name)
@@ -76,10 +93,47 @@ class Checkpoint:
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return tensor.T if source.transposed else tensor
 
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> StoredIntegers | None:
+        """Return a weight that is stored quantised, unpacked on `device`; None if it is stored in floating point.
+
+        Args:
+            name: original name of the weight in floating point.
+
+        Raises:
+            CheckpointError: it does not have the shape, or is not quantised in a way that is read.
+        """
+        if self._layout is None or not self._is_integers(name):
+            return None
+        module, (integers, others) = name.removesuffix(".weight"), SUFFIXES[self._layout]
+        stored = {part: f"{module}.{part}" for part in (integers, *others) if f"{module}.{part}" in self._sources}
+        self._asked.update(stored.values())
+        parts = {part: self._part(self._sources[full].parts[0]).to(device) for part, full in stored.items()}
+        try:
+            return read_integers(self._layout, self._groups, module, parts, shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._directory}: {error}") from error
+
+    def scale_dtypes(self) -> set[str]:
+        """Return the dtypes in which the scales of stored integers are stored."""
+        ends = (".weight_scale", ".scales")
+        names = (source.parts[0].stored for name, source in self._sources.items() if name.endswith(ends))
+        return {self._files.dtype(stored) for stored in names}
+
+    def _is_integers(self, name: str) -> bool:
+        return (
+            self._layout is not None and f"{name.removesuffix('.weight')}.{SUFFIXES[self._layout][0]}" in self._sources
+        )
+
+    def _part(self, part: _Part) -> torch.Tensor:
+        """Return a stored tensor as it is, without values where headers are all that is read."""
+        if not self._headers_only:
+            return self._files.read(part)
+        dtype = _TORCH_DTYPES.get(self._files.dtype(part.stored), torch.uint8)
+        return torch.empty(self._files.part_shape(part), dtype=dtype, device="meta")
+
     def _check(self, name: str, source: _Source, shape: tuple[int, ...]) -> None:
         """Compare shape and dtype in the headers with those that the caller expects."""
-        found = _joined([self._files.part_shape(part) for part in source.parts])
-        found = found[::-1] if source.transposed else found
+        found = self.shape(name)
         dtypes = {self._files.dtype(part.stored) for part in source.parts} - DTYPES
         if found == shape and not dtypes:
             return
@@ -92,6 +146,12 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Return True if a tensor of this original name is stored."""
         return name in self._sources
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor by its original name, which is stored."""
+        source = self._sources[name]
+        found = _joined([self._files.part_shape(part) for part in source.parts])
+        return found[::-1] if source.transposed else found
 
     def check_all_used(self, prefixes: Sequence[str]) -> None:
         """Check that all tensors below `prefixes` have been read.
@@ -202,6 +262,8 @@ _POOL = r"(?P<mlp>.+\.mlp\.)(?P<pool>text|vision)_moe\."
 _NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
 _NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
 _NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
+# One expert at a time, as quantised checkpoints of transformers' model have them.
+_NATIVE_EXPERT = re.compile(r"(?P<mlp>\.mlp\.)(?P<pool>text|vision)_moe\.(?P<experts>experts\.)(?P<expert>\d+)(?=\.)")
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
 # Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
 _IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
@@ -216,10 +278,11 @@ def _sources(files: _Files) -> dict[str, _Source]:
     """Return the source of each original tensor, by name."""
     sources: dict[str, _Source] = {}
     halves: dict[str, dict[int, _Part]] = {}
+    experts = 1 + max((int(m["expert"]) for m in map(_NATIVE_EXPERT.search, files.names()) if m), default=-1)
     for stored in files.names():
         if _IGNORED.fullmatch(stored):
             continue
-        name = _original_prefix(stored)
+        name = _original_expert(_original_prefix(stored), experts)
         if match := _NATIVE_BIAS.fullmatch(name):
             bias = f"{match['mlp']}moe_statics.e_score_correction_bias"
             halves.setdefault(bias, {})[_pool(match)] = _Part(stored)
@@ -256,6 +319,11 @@ def _original_prefix(stored: str) -> str:
     if name.startswith("vision_tower."):
         name = "vision_model." + name.removeprefix("vision_tower.")
     return name if name.startswith(("vision_model.", "lm_head.")) else f"model.{name}"
+
+
+def _original_expert(name: str, count: int) -> str:
+    """Return the original name of what belongs to one expert: the vision pool's follow the `count` of text."""
+    return _NATIVE_EXPERT.sub(lambda m: f"{m['mlp']}{m['experts']}{int(m['expert']) + _pool(m) * count}", name)
 
 
 def _pool(match: re.Match[str]) -> int:

@@ -7,11 +7,11 @@ embedding and the experts, which have several spellings, in rope.py and experts.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from shared.model.config_file import (
     Quantization,
     QuantizationFields,
@@ -28,6 +28,7 @@ from shared.model.config_file import (
 )
 from shared.model.experts import dense_layers, num_experts
 from shared.model.rope import rope_fields, rope_theta, time_freqs
+from shared.model.stored_quantization import stored_format
 
 HUB_TYPE, NATIVE_TYPE = "ernie4_5_moe_vl", "ernie4_5_vl_moe"
 
@@ -101,6 +102,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     dtype: str  # "bfloat16", "float32", "float16"
     vision: VisionConfig
     quantization: Quantization | None = None  # requested by config.json: quantise the stored weights while loading
+    stored: str | None = None  # how the stored weights are quantised already (`stored_format`)
     warnings: tuple[str, ...] = ()  # fields ignored or set by default; each names the file and the field
 
 
@@ -121,6 +123,22 @@ def load_model_config(directory: Path) -> ModelConfig:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return msgspec.structs.replace(config, warnings=tuple(f"{path}: {text}" for text in warnings))
+
+
+def chosen_quantization(config: ModelConfig, asked: Literal["none"] | Quantization | None) -> Quantization | None:
+    """Return how weights are quantised as they load: as is asked, else as config.json asks; None: not at all.
+
+    Raises:
+        ConfigError: the weights are quantised already, in another form than is asked.
+    """
+    if config.stored is None:
+        return config.quantization if asked is None else None if asked == "none" else asked
+    if asked not in (None, "none", config.stored):
+        raise ConfigError(
+            f"quantization is {asked}, but the model's weights are quantised already ({config.stored}) and are served "
+            "as they are; leave it out"
+        )
+    return None
 
 
 def online_quantization(quantization_config: object) -> Quantization | None:
@@ -188,6 +206,7 @@ def _model_config(raw: dict[str, Any], generation: dict[str, Any], warnings: lis
         eos_ids=_eos_ids([*shared.values(), defaults]),
         dtype=_dtype(shared, warnings),
         quantization=_quantization(raw.get("quantization_config"), warnings),
+        stored=_stored(raw.get("quantization_config"), warnings),
         vision=_vision(convert(_sub_object(raw, "vision_config"), VisionFields, "vision_config"), root),
         image_patch_id=ids["image_patch"],
         image_start_id=ids["image_start"],
@@ -270,6 +289,14 @@ def _quantization(value: Any, warnings: list[str]) -> Quantization | None:
     if quantization is not None and (cache := value.get("kv_cache_quant_type")) is not None:
         warnings.append(f"quantization_config.kv_cache_quant_type {cache!r} is not applied; the cache is not quantised")
     return quantization
+
+
+def _stored(value: Any, warnings: list[str]) -> str | None:
+    """Name the form of weights that are quantised already. What cannot be read is refused with the weights."""
+    stored = stored_format(value)
+    if stored is not None and value.get("kv_cache_scheme") is not None:
+        warnings.append("quantization_config.kv_cache_scheme is not applied; the cache is not quantised")
+    return stored
 
 
 def _vision(vision: VisionFields, root: RootFields) -> VisionConfig:

@@ -28,6 +28,9 @@ class DrawnWeights:
         self._generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.empty(*shape, device=self._device).normal_(0, STD, generator=self._generator)
 
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        """Return None: nothing is quantised."""
+
     def has(self, name: str) -> bool:
         """Return True but for the head, which is the embedding where a configuration ties them."""
         return not name.startswith("lm_head")

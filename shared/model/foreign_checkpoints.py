@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.errors import CheckpointError
 from shared.model.config import online_quantization
+from shared.model.stored_quantization import SUFFIXES, stored_layout, unusable
 from shared.model.unreadable_files import read_by_services, unreadable_files
 
 INDEX = "model.safetensors.index.json"
@@ -218,6 +219,17 @@ _METHODS = {
 def _quantised_by_config(found: _Signs) -> str | None:
     if not found.quantization:
         return None
+    layout = stored_layout(found.quantization)
+    if layout is not None:
+        if asked := unusable(found.quantization):
+            return f"config.json's quantization_config: {asked}; {_UNQUANTISED}"
+        suffix = SUFFIXES[layout][0]
+        if found.shapes and not found.tensor(end=(f".{suffix}",)):
+            return (
+                f"config.json's quantization_config says that weights are quantised by {layout}, and there is no "
+                f"tensor *.{suffix}; remove the field if they are not"
+            )
+        return None
     method = found.quantization.get("quant_method")
     name = _METHODS.get(method, method) if isinstance(method, str) else "a method it does not name"
     return f"config.json's quantization_config says that the weights are quantised by {name}; {_UNQUANTISED}"
@@ -238,6 +250,8 @@ _SUFFIXES = {
 
 
 def _quantised_by_name(found: _Signs) -> str | None:
+    if stored_layout(found.quantization) is not None:
+        return None
     for suffix, method in _SUFFIXES.items():
         if name := found.tensor(end=(suffix,)):
             return (

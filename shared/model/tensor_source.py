@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from shared.model.stored_integers import StoredIntegers
 
 
 class TensorSource(Protocol):
@@ -14,6 +17,13 @@ class TensorSource(Protocol):
 
         Raises:
             CheckpointError: it is missing, has another shape, or is not of floating point.
+        """
+
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> StoredIntegers | None:
+        """Return a weight that is stored quantised, on `device`; None if it is not.
+
+        Raises:
+            CheckpointError: it has another shape, or is not quantised in a way that is read.
         """
 
     def has(self, name: str) -> bool:

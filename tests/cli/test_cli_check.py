@@ -9,9 +9,9 @@ from typing import Any
 
 import hub_files
 import pytest
+import quantised_files
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AwqConfig, GPTQConfig
 
 from cli.check import LABEL
 from cli.demo import write_demo
@@ -19,7 +19,6 @@ from cli.main import main
 
 Tensors = dict[str, torch.Tensor]
 pytestmark = pytest.mark.system  # the chat template is rendered in a process
-EXPERT = ".mlp.experts."
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"
 
@@ -92,39 +91,38 @@ def fastdeploy_wint4(directory: Path) -> None:
     configure(directory, quantization_config=mixed)
 
 
-def packed(*suffixes: str) -> Callable[[str, torch.Tensor], Tensors]:
-    """Experts as int32 words and what belongs to them."""
-
-    def stored(name: str, tensor: torch.Tensor) -> Tensors:
-        if EXPERT not in name:
-            return {name: tensor}
-        base = name.removesuffix("weight")
-        return {f"{base}{suffix}": torch.zeros(len(tensor), 4, dtype=torch.int32) for suffix in suffixes}
-
-    return stored
-
-
 def awq(directory: Path) -> None:
-    rewrite(directory, packed("qweight", "qzeros", "scales"))
-    configure(directory, quantization_config=AwqConfig(bits=4).to_dict())
+    quantise, config = quantised_files.awq(32)
+    quantised(directory, quantise, config)
 
 
-def gptq(directory: Path) -> None:
-    rewrite(directory, packed("qweight", "qzeros", "scales", "g_idx"))
-    configure(directory, quantization_config=GPTQConfig(bits=4).to_dict())
+def gptq_by_activations(directory: Path) -> None:
+    quantise, config = quantised_files.gptq(32, symmetric=True)
+    quantised(directory, quantise, config | {"desc_act": True})
 
 
 def compressed_tensors(directory: Path) -> None:
-    rewrite(directory, packed("weight_packed", "weight_scale", "weight_shape"))
-    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
-    configure(
-        directory,
-        quantization_config={
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "config_groups": {"group_0": group},
-        },
-    )
+    form = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}
+    quantised(directory, *quantised_files.with_library(**form))
+
+
+def compressed_tensors_without_a_scale(directory: Path) -> None:
+    compressed_tensors(directory)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.9.up_proj.weight_scale"]
+    save_file(tensors, directory / "model.safetensors")
+
+
+def compressed_tensors_of_activations(directory: Path) -> None:
+    quantise, config = quantised_files.with_library(num_bits=8, strategy="channel")
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    quantised(directory, quantise, config)
+
+
+def quantised(directory: Path, quantise: quantised_files.Quantise, config: dict[str, Any]) -> None:
+    written, _ = quantised_files.write_quantised(directory, directory.parent / "forms", quantise, config)
+    shutil.rmtree(directory)
+    shutil.move(written, directory)
 
 
 def mlx(directory: Path) -> None:
@@ -223,9 +221,11 @@ DIRECTORIES: list[tuple[Callable[[Path], None], bool, str]] = [
     (hub_nested, True, ""),
     (paddle, False, "tensor ernie."),
     (fastdeploy_wint4, False, "was quantised by FastDeploy ahead of time"),
-    (awq, False, "the weights are quantised by AWQ"),
-    (gptq, False, "the weights are quantised by GPTQ"),
-    (compressed_tensors, False, "the weights are quantised by compressed-tensors"),
+    (awq, True, "scales of quantised weights are stored as F16 and rounded to bfloat16"),
+    (gptq_by_activations, False, "desc_act is True; what is read is False"),
+    (compressed_tensors, True, ""),
+    (compressed_tensors_without_a_scale, False, "experts.9.up_proj.weight_scale is missing"),
+    (compressed_tensors_of_activations, False, "config_groups.group_0.input_activations is {'num_bits': 8}"),
     (mlx, False, "is in MLX's format"),
     (gguf, False, "is GGUF, llama.cpp's format"),
     (truncated_shard, False, f"{SECOND} is no complete safetensors file"),
@@ -257,7 +257,7 @@ def test_what_people_have_on_disk(
     assert (status, report["served"]) == (0 if served else 1, served)
     remarks = report["warnings"] if served else report["errors"]
     assert len(remarks) == bool(said), remarks
-    assert all(said in remark and str(demo) in remark for remark in remarks)
+    assert all(said in remark and (str(demo) in remark or change is awq) for remark in remarks)
 
 
 def test_what_will_be_served(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,9 @@ class Drawn:
         values = torch.randn(shape, generator=self._generator)
         return (1 + 0.1 * values if "norm" in name else 0.3 * values).to(DEVICE)
 
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        """Nothing is stored quantised."""
+
     def has(self, name: str) -> bool:
         return not name.startswith("lm_head")
 

@@ -12,6 +12,10 @@ with the least squared error is taken: a group's largest weights are clipped whe
 Four int4 values share an int16 word, in two's complement: of each BLOCK of inputs, word l holds inputs l, 128 + l,
 256 + l and 384 + l, the first in its lowest bits. So a tile of words is four tiles of weights, each of inputs in order
 and of one group. The codes of a block's groups share an int32, the first in its lowest bits.
+
+Four bits that others have quantised keep their own scales and zero points: W is (q - zero) * scale, q and zero in
+0..15, for groups of 32, 64 or 128 inputs. The values are stored as q - 8, as ours are; a word for each group has the
+scale in its upper half and -zero / UNITS in its lower, both in the dtype of the activations. Row scales are 1.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +32,8 @@ GROUP = BLOCK // PLANES  # inputs that share a scale
 CANDIDATES = 8  # scales that are tried for a group; more gain nothing (docs/notebook/engine.md)
 LOWEST, HIGHEST = -8, 7  # of four bits
 TOP = 31 / 16  # the largest group scale
+UNITS = 64  # products of four bits are of the values divided by it: see triton/dense/matmul.py
+FOREIGN_GROUPS = (32, 64, 128)  # inputs that share a scale of others
 SHIFT, BIAS = 19, 112 << 4  # a code is bits 19 to 26 of the float32 that it stands for, less BIAS
 
 
@@ -39,8 +45,12 @@ class Quantized:
     scale: Tensor  # [.., out], in the dtype of the activations
     bits: Bits
     in_features: int
-    groups: Tensor | None = None  # of 4 bits: scales of groups, [.., blocks, out] int32, contiguous
+    # Of 4 bits, contiguous: codes of our scales, [.., blocks, out] int32; or words of others' scales and zero points,
+    # [.., PLANES subgroups blocks, out] int32, or int64 of float32. Of each block, the first groups of its planes come
+    # first, then the second ones.
+    groups: Tensor | None = None
     plain: Tensor | None = None  # dequantised, [.., out, in], where memory allows
+    subgroups: int = 0  # groups of a plane, which has GROUP inputs; 0: the scales are our codes
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +68,9 @@ class Quantized:
     def __getitem__(self, index: int) -> "Quantized":
         """Return the weight at `index` of the first dimension, without a copy."""
         groups = None if self.groups is None else self.groups[index]
-        return Quantized(self.data[index], self.scale[index], self.bits, self.in_features, groups)
+        return Quantized(
+            self.data[index], self.scale[index], self.bits, self.in_features, groups, subgroups=self.subgroups
+        )
 
 
 Weight = Tensor | Quantized
@@ -113,9 +125,85 @@ def dequantize(weight: Quantized) -> Tensor:
     dtype, scale = weight.scale.dtype, weight.scale.unsqueeze(-1)
     if weight.groups is None:
         return weight.data.to(dtype) * scale
+    if weight.subgroups:
+        return _dequantize_foreign(weight, weight.groups)
     scales = group_scales(weight.groups)
     values = _split(_unpack(weight.data), -1, GROUP).float() * scales.unsqueeze(-1)
     return (values.flatten(-2)[..., : weight.in_features].to(dtype) * scale).contiguous()
+
+
+def _dequantize_foreign(weight: Quantized, words: Tensor) -> Tensor:
+    each = GROUP // weight.subgroups
+    pairs = _split(words.transpose(-1, -2), -1, weight.subgroups, PLANES).transpose(-1, -2)
+    zero, scale = pairs.contiguous().view(weight.scale.dtype).float().reshape(*pairs.shape, 2, 1).unbind(-2)
+    values = _split(_unpack(weight.data), *pairs.shape[-3:], each).float()
+    exact = ((values - LOWEST) + zero * UNITS) * scale
+    return exact.flatten(-4)[..., : weight.in_features].to(weight.scale.dtype).contiguous()
+
+
+def foreign4(values: Tensor, scale: Tensor, zero: Tensor, group: int) -> Quantized:
+    """Return four bits that others have quantised, in our packing.
+
+    Args:
+        values: [.., out, in] int8, -8..7: q - 8.
+        scale: [.., out, groups], in the dtype of the activations.
+        zero: [.., out, groups] integers, 0..15.
+        group: inputs that share a scale, one of FOREIGN_GROUPS. The last group may be shorter.
+    """
+    pairs = torch.stack([-zero.to(scale.dtype) / UNITS, scale], -1)
+    words = pairs.view(torch.int64 if scale.dtype == torch.float32 else torch.int32).squeeze(-1)
+    groups, inputs = -(-values.shape[-1] // BLOCK) * BLOCK // group, values.shape[-1]
+    words = F.pad(words, (0, groups - words.shape[-1]))
+    subgroups = GROUP // group
+    ordered = _split(words, -1, PLANES, subgroups).transpose(-1, -2).flatten(-3)
+    ones = scale.new_ones(scale.shape[:-1])
+    return Quantized(pack(values), ones, 4, inputs, ordered.transpose(-1, -2).contiguous(), subgroups=subgroups)
+
+
+def coded4(values: Tensor, row: Tensor, scales: Tensor) -> Quantized:
+    """Return four bits with scales of ours, in our packing.
+
+    Args:
+        values: [.., out, in] int8, -8..7.
+        row: [.., out], in the dtype of the activations.
+        scales: [.., out, groups] float32, each that of a code.
+    """
+    codes = (scales.contiguous().view(torch.int32) >> SHIFT) - BIAS
+    padded = F.pad(codes, (0, -codes.shape[-1] % PLANES))
+    return Quantized(pack(values), row, 4, values.shape[-1], pack_codes(padded))
+
+
+def factored(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return row scales [.., out] in `dtype` and group scales [.., out, groups] float32, each that of a code, whose
+    products are `scales`; None if there are none.
+
+    Args:
+        scales: [.., out, groups] float32: products that were exact, so that they are the same numbers again. Where a
+            row has several such pairs, the one with the largest code is returned.
+    """
+    largest = scales.amax(-1)
+    # Of the row's largest scale, whose exponent may be that of TOP: other exponents are other row scales.
+    mantissas = torch.arange(31, 15, -1, device=scales.device).view(-1, *(1 for _ in largest.shape)) / 16
+    rows = (largest / mantissas).to(dtype).float().unsqueeze(-1)
+    ratios = scales / rows
+    fits = (_is_code(ratios) & (ratios * rows == scales)).all(-1)
+    if not scales.is_meta and not bool((fits.any(0) | (largest == 0)).all()):
+        return None
+    row = rows.squeeze(-1).gather(0, fits.int().argmax(0, keepdim=True))[0]
+    zeros = (largest == 0).unsqueeze(-1)
+    codes = torch.where(zeros, 1, scales / torch.where(zeros, 1, row.unsqueeze(-1)))
+    return torch.where(largest == 0, 0, row).to(dtype), codes
+
+
+def _is_code(scales: Tensor) -> Tensor:
+    bits = scales.contiguous().view(torch.int32)
+    code = (bits >> SHIFT) - BIAS
+    return (bits & ((1 << SHIFT) - 1) == 0) & (code >= 0) & (code < 256)
+
+
+def values_of(weight: Quantized) -> Tensor:
+    """Return the stored values, [.., out, in] int8."""
+    return weight.data if weight.bits == 8 else _unpack(weight.data)[..., : weight.in_features]
 
 
 def group_scales(words: Tensor) -> Tensor:

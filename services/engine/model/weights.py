@@ -1,18 +1,20 @@
 """Reads the decoder from a checkpoint, layer by layer, into the layouts the operations want."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from services.engine.kernels.memory_budget import has_spare_memory
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize, with_plain
+from services.engine.kernels.quantize import Bits, Quantized, Weight, bits_of, quantize, with_plain
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer, Weights
+from services.engine.model.integers import Integers, integers_of, joined
 from services.engine.model.split import WHOLE, Split
 from shared.errors import CheckpointError
 from shared.model.config import ModelConfig
@@ -115,6 +117,25 @@ class _Reader:
         whole = self.checkpoint.get(name, shape)
         return self.split.part(whole, dim).to(self.device, self.dtype).contiguous()
 
+    def projection(self, name: str, *shape: int, dim: int) -> Tensor | Integers:
+        """Read this rank's part of a weight [out, in], in floating point or as the integers that are stored."""
+        outputs, inputs = shape
+        stored = self.checkpoint.integers(name, (outputs, inputs), self.device)
+        if stored is None:
+            return self.part(name, *shape, dim=dim)
+        own = self.config.stored in get_args(Quantization)
+        return integers_of(stored, self.dtype, name, own).part(self.split, dim, name)
+
+    def rows(self, names: Sequence[str], sizes: Sequence[int], inputs: int) -> Tensor | Integers:
+        """Read weights that are multiplied as one, and join their outputs."""
+        read = [self.projection(name, size, inputs, dim=0) for name, size in zip(names, sizes, strict=True)]
+        stored = [weight for weight in read if isinstance(weight, Integers)]
+        if len(stored) == len(read):
+            return joined(stored, names)
+        if stored:
+            raise CheckpointError(f"of {', '.join(names)}, which are multiplied as one, only some are stored quantised")
+        return torch.cat([weight for weight in read if isinstance(weight, Tensor)])
+
     def precise(self, name: str, *shape: int) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, torch.float32)
 
@@ -131,17 +152,11 @@ class _Reader:
         config, prefix = self.config, f"model.layers.{index}."
         hidden, attention = config.hidden_size, f"{prefix}self_attn."
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv = torch.cat(
-            [
-                self.part(f"{attention}q_proj.weight", q_size, hidden, dim=0),
-                self.part(f"{attention}k_proj.weight", kv_size, hidden, dim=0),
-                self.part(f"{attention}v_proj.weight", kv_size, hidden, dim=0),
-            ]
-        )
+        qkv = self.rows([f"{attention}{x}_proj.weight" for x in "qkv"], (q_size, kv_size, kv_size), hidden)
         return Layer(
             attention_norm=self.plain(f"{prefix}input_layernorm.weight", hidden),
             qkv=self._dense(qkv),
-            out=self._dense(self.part(f"{attention}o_proj.weight", hidden, q_size, dim=1)),
+            out=self._dense(self.projection(f"{attention}o_proj.weight", hidden, q_size, dim=1)),
             mlp_norm=self.plain(f"{prefix}post_attention_layernorm.weight", hidden),
             mlp=self._mlp(index, f"{prefix}mlp."),
         )
@@ -153,17 +168,20 @@ class _Reader:
         count, hidden = config.num_experts, config.hidden_size
         # Stored as [hidden, experts], unlike every other projection.
         gates = [self.precise(f"{prefix}gate.{name}", hidden, count).T for name in ("weight", "weight_1")]
+        pools = [self._pool(prefix, 0, config.text_expert_size), self._pool(prefix, count, config.vision_expert_size)]
+        if len({_format(weight) for pool in pools for weight in (pool.gate_up, pool.down)}) > 1:
+            raise CheckpointError(f"the experts of {prefix}experts are not all quantised alike")
         return MoE(
             gate=torch.cat(gates),
             bias=self.precise(f"{prefix}moe_statics.e_score_correction_bias", 2, count).flatten(),
-            text=self._pool(prefix, 0, config.text_expert_size),
-            vision=self._pool(prefix, count, config.vision_expert_size),
+            text=pools[0],
+            vision=pools[1],
             shared=self._dense_swiglu(f"{prefix}shared_experts.", config.shared_expert_size),
         )
 
     def _pool(self, prefix: str, first: int, size: int) -> ExpertPool:
         count = self.config.num_experts
-        return _stack((self._expert(f"{prefix}experts.{first + e}.", size) for e in range(count)), count)
+        return _stack((self._expert(f"{prefix}experts.{first + e}.", size) for e in range(count)), count, prefix)
 
     def _expert(self, prefix: str, size: int) -> SwiGLU:
         gate_up, down = self._projections(prefix, size)
@@ -173,34 +191,43 @@ class _Reader:
         gate_up, down = self._projections(prefix, size)
         return SwiGLU(self._dense(gate_up), self._dense(down))
 
-    def _projections(self, prefix: str, size: int) -> tuple[Tensor, Tensor]:
+    def _projections(self, prefix: str, size: int) -> tuple[Tensor | Integers, Tensor | Integers]:
         hidden = self.config.hidden_size
-        gate_up = [self.part(f"{prefix}{name}_proj.weight", size, hidden, dim=0) for name in ("gate", "up")]
-        return torch.cat(gate_up), self.part(f"{prefix}down_proj.weight", hidden, size, dim=1)
+        gate_up = self.rows([f"{prefix}{name}_proj.weight" for name in ("gate", "up")], (size, size), hidden)
+        return gate_up, self.projection(f"{prefix}down_proj.weight", hidden, size, dim=1)
 
-    def _dense(self, weight: Tensor) -> Weight:
+    def _dense(self, weight: Tensor | Integers) -> Weight:
         packed = self._pack(weight, self.dense_bits)
         return with_plain(packed) if self.both and isinstance(packed, Quantized) else packed
 
-    def _pack(self, weight: Tensor, bits: Bits | None) -> Weight:
+    def _pack(self, weight: Tensor | Integers, bits: Bits | None) -> Weight:
+        if isinstance(weight, Integers):
+            return weight.packed()
         return weight if bits is None else self.quantize(weight, bits)
 
 
-def _stack(experts: Iterator[SwiGLU], count: int) -> ExpertPool:
+def _stack(experts: Iterator[SwiGLU], count: int, prefix: str) -> ExpertPool:
     """One expert at a time into its place, so that no second copy of the pool ever exists."""
     first = next(experts)
     pool = ExpertPool(_room(first.gate_up, count), _room(first.down, count))
     _put(pool, 0, first)
     for e, expert in enumerate(experts, 1):
+        if (_format(expert.gate_up), _format(expert.down)) != (_format(first.gate_up), _format(first.down)):
+            raise CheckpointError(f"the experts of {prefix}experts are not all quantised alike")
         _put(pool, e, expert)
     return pool
 
 
+def _format(weight: Weight) -> tuple[int, int]:
+    """Return what the kernels are told of a weight's format: bits of a value, and others' groups in a plane."""
+    return (weight.bits, weight.subgroups) if isinstance(weight, Quantized) else (bits_of(weight), 0)
+
+
 def _room(like: Weight, count: int) -> Weight:
-    data, *scales = (part.new_empty(count, *part.shape) for part in _tensors(like))
     if not isinstance(like, Quantized):
-        return data
-    return Quantized(data, scales[0], like.bits, like.in_features, scales[1] if like.bits == 4 else None)
+        return like.new_empty(count, *like.shape)
+    data, scale, *groups = (part.new_empty(count, *part.shape) for part in _tensors(like))
+    return replace(like, data=data, scale=scale, groups=groups[0] if groups else None)
 
 
 def _put(pool: ExpertPool, index: int, expert: SwiGLU) -> None:

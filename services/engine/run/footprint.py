@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from services.engine.kernels.quantize import Bits, Weight, quantize, with_plain
+from services.engine.kernels.quantize import Bits, Quantized, Weight, quantize, with_plain
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import Layer, Weights
 from services.engine.model.split import WHOLE, Split
@@ -30,7 +30,7 @@ def decoder_shapes(checkpoint: Checkpoint, config: ModelConfig, split: Split = W
 
 
 def weight_bytes(stored: Weights, quantization: Quantization | None, *, both: bool = False) -> int:
-    """Count what `stored` takes once it is loaded.
+    """Count what `stored` takes once it is loaded; what is stored quantised stays so.
 
     Args:
         both: dense projections are kept in both forms, as on a device with much memory.
@@ -71,7 +71,9 @@ def _routed(layer: Layer) -> tuple[Weight, ...]:
 
 
 def _bytes(weight: Weight, bits: Bits | None, both: bool) -> int:
-    assert isinstance(weight, Tensor)
+    if isinstance(weight, Quantized):
+        plain = weight.scale.numel() * weight.in_features * weight.scale.element_size() if both else 0
+        return weight.nbytes + plain
     return _format_bytes(tuple(weight.shape), weight.dtype, bits, both)
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from services.engine.kernels.memory_budget import SPARE_MEMORY_BYTES
 from services.engine.model.ernie import Weights
+from services.engine.model.split import Split
 from services.engine.model.weights import dtype_of, load_weights
-from services.engine.run.footprint import cache_bytes, weight_bytes
+from services.engine.run.footprint import cache_bytes, decoder_shapes, weight_bytes
 from services.engine.run.graphs import captured_bytes
 from services.engine.run.memory import CONTEXT_BYTES, DeviceMemory, block_bytes, blocks_for
 from services.engine.run.pieces import pieces_bytes
 from services.engine.settings import EngineSettings
+from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
 from shared.model.division import divided
@@ -61,6 +63,9 @@ class Shapes:
     def get(self, name: str, shape: Sequence[int]) -> Tensor:
         return torch.empty(*shape, device="meta")
 
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        """Return None: nothing is quantised."""
+
     def has(self, name: str) -> bool:
         return not name.startswith("lm_head")
 
@@ -68,19 +73,27 @@ class Shapes:
         """Do nothing: no tensor exists before it is asked for."""
 
 
-def foretell(config: ModelConfig, settings: EngineSettings, card: int, ranks: int = 1) -> Foretold:
+def foretell(
+    config: ModelConfig, settings: EngineSettings, card: int, ranks: int = 1, checkpoint: Checkpoint | None = None
+) -> Foretold:
     """Foretell the memory of each of `ranks` cards with `card` bytes.
+
+    Args:
+        checkpoint: weights that are quantised already, opened with headers_only.
 
     Raises:
         ConfigError: the ranks cannot share the model equally.
+        CheckpointError: they cannot share the groups of quantised weights; or as `load_weights`.
     """
     own = divided(config, ranks)
     asked = settings.quantization
     quantization: Quantization | None = None if asked is None or asked == "none" else asked
     spare = card >= SPARE_MEMORY_BYTES
-    both = quantization is not None and spare
-    weights = weight_bytes(_shapes(own), quantization, both=both)
-    activations = step_bytes(own, settings, dequantizes=quantization is not None and not both)
+    quantised = quantization is not None or checkpoint is not None
+    both = quantised and spare
+    shapes = _shapes(own) if checkpoint is None else decoder_shapes(checkpoint, config, Split(0, ranks))
+    weights = weight_bytes(shapes, quantization, both=both)
+    activations = step_bytes(own, settings, dequantizes=quantised and not both)
     rows, row_bytes = settings.max_num_batched_tokens, own.hidden_size * dtype_of(own).itemsize
     graphs = captured_bytes(settings.max_num_seqs, own.vocab_size) + (EXCHANGE_BYTES if ranks > 1 else 0)
     graphs += pieces_bytes(rows if spare else 0, rows, activations, row_bytes, own.num_layers)
@@ -108,10 +121,16 @@ def _shapes(config: ModelConfig) -> Weights:
     return load_weights(Shapes(), config, dtype_of(config), torch.device("meta"), None)
 
 
-def fewest_ranks(config: ModelConfig, settings: EngineSettings, card: int, possible: Sequence[int]) -> int | None:
+def fewest_ranks(
+    config: ModelConfig,
+    settings: EngineSettings,
+    card: int,
+    possible: Sequence[int],
+    checkpoint: Checkpoint | None = None,
+) -> int | None:
     """Return the fewest of `possible` cards whose cache holds a sequence of max_model_len; None: not even the most."""
     for ranks in possible:
-        if foretell(config, settings, card, ranks).sequences(settings.max_model_len):
+        if foretell(config, settings, card, ranks, checkpoint).sequences(settings.max_model_len):
             return ranks
     return None
 

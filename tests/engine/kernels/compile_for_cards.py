@@ -3,9 +3,9 @@
     python compile_for_cards.py CAPABILITY BYTES [BITS ...]
 
 CAPABILITY is 80, 86, 89, 90 or 120, BYTES the shared memory that a program may have on such a card, BITS formats of the
-weights (4, 8, 16). A line of JSON for each kernel that was compiled: [name, bytes of shared memory, stages, format,
-rows]. Needs no GPU, and no memory: tensors have no values. A program of its own: Triton is told once a process whether
-it compiles or interprets.
+weights: 4, 8, 16; or 32, 64, 128, the groups of four bits that others have quantised. A line of JSON for each kernel
+that was compiled: [name, bytes of shared memory, stages, format, rows]. Needs no GPU, and no memory: tensors have no
+values. A program of its own: Triton is told once a process whether it compiles or interprets.
 """
 
 import json
@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.quantize import Bits, Weight, quantize
+from services.engine.kernels.quantize import FOREIGN_GROUPS, Bits, Weight, foreign4, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
@@ -99,14 +99,17 @@ def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def weight(bits: int, *shape: int) -> Weight:
     formats: dict[int, Bits] = {4: 4, 8: 8}
+    if bits in FOREIGN_GROUPS:
+        groups = room(*shape[:-1], -(-shape[-1] // bits))
+        return foreign4(room(*shape, dtype=torch.int8), groups, groups.to(torch.int32), bits)
     return quantize(room(*shape), formats[bits]) if bits in formats else room(*shape)
 
 
 class Layer:
-    """Weights of a layer of the published model, whose experts have `bits`."""
+    """Weights of a layer of the published model, whose experts have the format `bits`."""
 
     def __init__(self, bits: int) -> None:
-        dense = 16 if bits == 16 else 8
+        dense = 8 if bits == 4 else bits
         self._qkv = weight(dense, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN)
         self._out = weight(dense, HIDDEN, HEADS * DIM)
         pools = [

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from services.engine.kernels.quantize import Bits, Quantized, quantize
+from services.engine.kernels.quantize import Bits, Quantized, foreign4, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
@@ -29,6 +29,7 @@ from services.engine.kernels.triton.moe import (
     moe,
     router,
     sort,
+    tiles,
 )
 from services.engine.kernels.triton.sampling import mask_logits, pick, threshold
 
@@ -71,6 +72,7 @@ def main() -> None:
     decode(SEQUENCES)
     prefill()
     invariant()
+    foreign()
 
 
 def overwrites_operands(asm: dict[str, Any]) -> bool:
@@ -154,6 +156,22 @@ def invariant() -> None:
             text, vision = pools(weight.bits) if isinstance(weight, Quantized) else plain_pools()
             block = MoE(gate, bias, text, vision, SwiGLU(weight, weight))
             ops.linear_moe_add_norm(x, weight, x, norm, block, None, 6, norm, 1e-5)
+
+
+def foreign() -> None:
+    """Every product of four bits that others have quantised, in the smallest groups, with tiles of each kind."""
+
+    def weight(*shape: int) -> Quantized:
+        scale = torch.zeros(*shape[:-1], shape[-1] // 32, dtype=torch.bfloat16)
+        return foreign4(torch.zeros(*shape, dtype=torch.int8), scale, scale.int(), 32)
+
+    text, vision = (ExpertPool(weight(2, 2 * width, HIDDEN), weight(2, HIDDEN, width)) for width in (1536, 512))
+    for rows in (4, 64, 256):
+        x, ids = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(rows, 6, dtype=torch.int32)
+        experts.tiled_results(x, ids, text, vision, tiles.plan(6 * rows, 4, 4))
+        linear.linear(x, weight(512, HIDDEN))
+    grouped.grouped_experts(x, ids, text, vision)
+    dequantize.dequantize(weight(512, HIDDEN))
 
 
 def plain_pools() -> tuple[ExpertPool, ExpertPool]:

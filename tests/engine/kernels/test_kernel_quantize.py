@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.quantize import Quantized, dense, dequantize, quantize
+from services.engine.kernels.quantize import Quantized, dense, dequantize, factored, group_scales, quantize
 
 
 def naive8(weight: np.ndarray) -> np.ndarray:
@@ -157,3 +157,21 @@ def test_dense_is_the_weight_itself_where_it_is_not_quantized() -> None:
     weight = torch.randn(2, 4)
     assert dense(weight) is weight
     assert torch.equal(dense(quantize(weight, 8)), dequantize(quantize(weight, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_scales_are_found_again_in_their_products(dtype: torch.dtype) -> None:
+    """float32 holds the products exactly; a row of several groups has hardly ever two such pairs."""
+    weight = (torch.randn(500, 2560) * torch.rand(500, 1) * 0.05).to(dtype)
+    weight[3] = 0
+    q = quantize(weight, 4)
+    assert q.groups is not None
+    scales = group_scales(q.groups)
+    products = scales * q.scale.float().unsqueeze(-1)
+    both = factored(products, dtype)
+    assert both is not None
+    assert torch.equal(both[1] * both[0].float().unsqueeze(-1), products)
+    same = both[0] == q.scale
+    assert int(same.sum()) >= 498
+    assert torch.equal(both[1][same & (q.scale > 0)], scales[same & (q.scale > 0)])
+    assert factored(products * 1.001, dtype) is None

@@ -76,6 +76,9 @@ class Published(Checkpoint):
         self.parameters += tensor.numel()
         return tensor
 
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        """Nothing is stored quantised."""
+
     def has(self, name: str) -> bool:
         return False
 

@@ -246,6 +246,9 @@ class AnyShape:
         self.asked.append(name)
         return torch.ones(*shape)
 
+    def integers(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        """Nothing is stored quantised."""
+
     def has(self, name: str) -> bool:
         return True
 

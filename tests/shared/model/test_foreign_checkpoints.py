@@ -20,6 +20,13 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5368709
 HUB = "baidu/ERNIE-4.5-VL-28B-A3B-Thinking"
 
 
+def packed_by(group: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors, with these fields of its group and of its weights."""
+    form = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": form | weights} | (group or {})}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
 def directory(path: Path, tensors: list[str], config: dict[str, Any] | None = None) -> Path:
     """A directory whose one safetensors file has tensors of these names."""
     save_file({name: torch.zeros(2, 2) for name in tensors}, path / "model.safetensors")
@@ -71,11 +78,25 @@ def test_an_index_is_enough(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("quantization", "called"),
     [
-        (AwqConfig(bits=4).to_dict(), "AWQ"),
-        (GPTQConfig(bits=4).to_dict(), "GPTQ"),
+        (AwqConfig(bits=4).to_dict(), "quantised by awq, and there is no tensor *.qweight"),
+        (GPTQConfig(bits=4).to_dict(), "quantised by gptq, and there is no tensor *.qweight"),
+        (GPTQConfig(bits=4, desc_act=True).to_dict(), "desc_act is True; what is read is False"),
+        (GPTQConfig(bits=3).to_dict(), "bits is 3; what is read is 4"),
+        (GPTQConfig(bits=4, group_size=16).to_dict(), "group_size is 16"),
+        (AwqConfig(bits=4, version="gemv").to_dict(), "version is 'gemv'"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:exllamav2"}, "AutoRound"),
+        ({"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round:auto_gptq"}, "bits is 2"),
         (BitsAndBytesConfig(load_in_4bit=True).to_dict(), "bitsandbytes"),
         (FineGrainedFP8Config().to_dict(), "FP8"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "config_groups is None"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "format is 'float-quantized'"),
+        (packed_by(num_bits=3), "config_groups.group_0.weights.num_bits is 3; what is read is 4 or 8"),
+        (packed_by(type="float"), "weights.type is 'float'"),
+        (packed_by(group_size=16), "weights.group_size is 16; what is read is 128 or 64 or 32"),
+        (packed_by(num_bits=8), "weights.strategy is 'group'; what is read is 'channel'"),
+        (packed_by(actorder="group"), "weights.actorder is 'group'"),
+        (packed_by({"input_activations": {"num_bits": 8}}), "config_groups.group_0.input_activations is {'num_bits'"),
+        (packed_by(), "quantised by compressed-tensors, and there is no tensor *.weight_packed"),
         ({"quant_method": "quark"}, "quark"),
         ({"group_size": 64, "bits": 4}, "a method it does not name"),
         ({"quantization": "wint4", "is_quantized": True}, "FastDeploy has quantised"),

@@ -184,7 +184,6 @@ def test_what_is_legal_loads_with_one_line(
             },
             None,
         ),
-        ({"quant_method": "awq", "bits": 4}, None),
         ([], None),
     ],
 )

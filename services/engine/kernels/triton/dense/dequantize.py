@@ -7,7 +7,15 @@ from torch import Tensor
 
 from services.engine.kernels.quantize import BLOCK, GROUP, Quantized, Weight
 from services.engine.kernels.triton.common.sizes import ceil_div
-from services.engine.kernels.triton.dense.matmul import scales, storage, unpack, widen
+from services.engine.kernels.triton.dense.matmul import (
+    scales,
+    storage,
+    subgroup_words,
+    subgroups_of,
+    unpack,
+    unpack_foreign,
+    widen,
+)
 
 ROWS, WARPS = 16, 4  # of a program's tile, which is as wide as a block of the packing
 
@@ -15,7 +23,7 @@ ROWS, WARPS = 16, 4  # of a program's tile, which is as wide as a block of the p
 @triton.jit
 def _dequantize_kernel(
     data_ptr, scale_ptr, group_ptr, out_ptr, OUT, EACH, IN, data_stride,
-    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, SUBGROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Store rows of a stack of weights with EACH rows each, OUT in all."""
     row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK
@@ -25,14 +33,23 @@ def _dequantize_kernel(
     data_ptrs = data_ptr + row.to(tl.int64)[:, None] * data_stride
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * IN
     if BITS == 4:
-        lane = tl.arange(0, GROUP)[None, :]
-        block = row // EACH * tl.num_programs(1) + tl.program_id(1)
-        groups = tl.load((group_ptr + block.to(tl.int64) * EACH + row % EACH)[:, None], inside, 0)
-        words = tl.load(data_ptrs + first * GROUP // BLOCK + lane, inside, 0)
-        for j in tl.static_range(BLOCK // GROUP):
-            column = first + j * GROUP + lane
-            values = unpack(words, groups, j, dtype)
-            tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
+        PLANES: tl.constexpr = BLOCK // GROUP
+        block = (row // EACH * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        group_ptrs = (group_ptr + block * subgroup_words(SUBGROUPS) * EACH + row % EACH)[:, None]
+        TILES: tl.constexpr = SUBGROUPS if SUBGROUPS else 1
+        for tile in tl.static_range(TILES):
+            lane = tile * (GROUP // TILES) + tl.arange(0, GROUP // TILES)[None, :]
+            words = tl.load(data_ptrs + first // PLANES + lane, inside, 0)
+            if SUBGROUPS == 0:
+                groups = tl.load(group_ptrs, inside, 0)
+            for j in tl.static_range(PLANES):
+                column = first + j * GROUP + lane
+                if SUBGROUPS == 0:
+                    values = unpack(words, groups, j, dtype)
+                else:
+                    groups = tl.load(group_ptrs + (tile * PLANES + j) * EACH, inside, 0)
+                    values = unpack_foreign(words, groups, j, dtype)
+                tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
     else:
         column = first + tl.arange(0, BLOCK)[None, :]
         values = widen(tl.load(data_ptrs + column, inside & (column < IN), 0), dtype)
@@ -45,7 +62,7 @@ def dequantize(weight: Quantized) -> Tensor:
     out = torch.empty(*weight.scale.shape, inputs, dtype=weight.scale.dtype, device=weight.data.device)
     _dequantize_kernel[(ceil_div(outputs, ROWS), ceil_div(inputs, BLOCK))](
         *storage(weight), out, outputs, weight.scale.shape[-1], inputs, weight.data.stride(-2),
-        BITS=weight.bits, ROWS=ROWS, BLOCK=BLOCK, GROUP=GROUP, num_warps=WARPS,
+        BITS=weight.bits, SUBGROUPS=subgroups_of(weight), ROWS=ROWS, BLOCK=BLOCK, GROUP=GROUP, num_warps=WARPS,
     )  # fmt: skip
     return out
 

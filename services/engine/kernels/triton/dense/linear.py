@@ -22,7 +22,17 @@ from services.engine.kernels.quantize import Quantized, Weight, bits_of, stored_
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.triton.dense.dequantize import plain
-from services.engine.kernels.triton.dense.matmul import STEP, dot_tile, gate_or_up, gated, scales, steps, storage, widen
+from services.engine.kernels.triton.dense.matmul import (
+    STEP,
+    dot_tile,
+    gate_or_up,
+    gated,
+    scales,
+    steps,
+    storage,
+    subgroups_of,
+    widen,
+)
 from services.engine.kernels.triton.dense.silu_mul import silu_mul
 
 LIBRARY_ROWS = 512  # from here on a product is bound by arithmetic
@@ -92,7 +102,7 @@ def _unsplit_kernel(
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, group_ptr, out_ptr, M, N, IN, share, x_stride, w_stride,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BITS: tl.constexpr, SUBGROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EARLY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store weight times x^T over part program_id(2) of the inputs, which are `share` times BK."""
@@ -119,7 +129,7 @@ def _linear_kernel(
     else:
         wait_for_previous_kernel(PDL)
     for nth in range(block, last):
-        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, N, BK, BITS, EVEN)
+        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, N, BK, BITS, SUBGROUPS, EVEN)
     if BITS != 16:
         acc *= scale
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
@@ -228,7 +238,7 @@ def tiled_linear(
     out = torch.empty(parts, rows, outputs, dtype=(dtype or x.dtype) if parts == 1 else torch.float32, device=x.device)
     _linear_kernel[(ceil_div(outputs, tiles.outputs), ceil_div(rows, tiles.rows), parts)](
         x, data, scale, groups, out, rows, outputs, inputs, share, x.stride(0), data.stride(0),
-        BITS=bits_of(weight), BM=tiles.rows, BN=tiles.outputs, BK=tiles.inputs,
+        BITS=bits_of(weight), SUBGROUPS=subgroups_of(weight), BM=tiles.rows, BN=tiles.outputs, BK=tiles.inputs,
         EARLY=early, EVEN=inputs == stored and inputs % tiles.inputs == 0 and outputs % tiles.outputs == 0,
         num_warps=tiles.warps, num_stages=tiles.stages if x.element_size() == 2 else 1, **pdl_options(x),
     )  # fmt: skip

@@ -14,12 +14,21 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from services.engine.kernels.quantize import BIAS, BLOCK, GROUP, PLANES, SHIFT, Quantized, Weight
+from services.engine.kernels.quantize import (
+    BIAS,
+    BLOCK,
+    GROUP,
+    PLANES,
+    SHIFT,
+    UNITS,
+    Quantized,
+    Weight,
+)
 
 # Values come as multiples of 2^-6, which `scales` takes back. A bit pattern below 256 is, as a bfloat16, that number
 # times 2^-133: it is linear from the subnormals into the first normal ones. One fused multiplication by 2^127 (0x7F00)
 # and an addition then make any small number without a conversion.
-PER_UNIT = tl.constexpr(64)
+PER_UNIT = tl.constexpr(UNITS)
 STEP = 256  # four-bit inputs of a step of a product: words of whole lines, half a block
 
 
@@ -43,7 +52,24 @@ def _unpack_asm(plane: int) -> str:
     )
 
 
+def _unpack_foreign_asm(plane: int) -> str:
+    """Return the instructions that make two words, and the word of their row's scale and zero point, twice, a pair of
+    bfloat16.
+
+    A nibble is made the number q / 64 as above, and -zero / 64 is added, without a rounding. The product with the scale
+    is a fused multiplication, with -0 added, since cards before Hopper have no other.
+    """
+    nibble, sign, up = (0x00F000F0, 0x00800080, 0x7D00) if plane % 2 else (0x000F000F, 0x00080008, 0x7F00)
+    return (
+        "{ .reg .b32 w, s, z, up, none;"
+        f"shr.u32 w, $1, {plane // 2 * 8}; lop3.b32 w, w, {nibble:#x}, {sign:#x}, 0x6A;"
+        f"prmt.b32 s, $2, 0, 0x3232; prmt.b32 z, $2, 0, 0x1010; mov.b32 up, {up * 0x10001:#x};"
+        "mov.b32 none, 0x80008000; fma.rn.bf16x2 w, w, up, z; fma.rn.bf16x2 $0, w, s, none; }"
+    )
+
+
 _UNPACK = tl.constexpr(tuple(tl.constexpr(_unpack_asm(plane)) for plane in range(PLANES)))
+_UNPACK_FOREIGN = tl.constexpr(tuple(tl.constexpr(_unpack_foreign_asm(plane)) for plane in range(PLANES)))
 # Four bytes in, two pairs of bfloat16 out. With its sign bit flipped, a byte is 128 more than its value: less 128 / 64.
 _WIDEN = tl.constexpr(
     "{ .reg .b32 u, one, less; mov.b32 one, 0x7F007F00; mov.b32 less, 0xC000C000; xor.b32 u, $2, 0x80808080;"
@@ -55,7 +81,7 @@ _AFTER_WGMMA = tl.constexpr(
 )
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 _BIAS, _SHIFT = tl.constexpr(BIAS), tl.constexpr(SHIFT)
-_BLOCK, _GROUP = tl.constexpr(BLOCK), tl.constexpr(GROUP)
+_BLOCK, _GROUP, _PLANES = tl.constexpr(BLOCK), tl.constexpr(GROUP), tl.constexpr(PLANES)
 
 
 @triton.jit
@@ -70,6 +96,34 @@ def unpack(words, groups, J: tl.constexpr, dtype: tl.constexpr):
         )
     scale = ((((groups >> (J * 8)) & 0xFF) + _BIAS) << _SHIFT).to(tl.float32, bitcast=True)
     return (((((words >> (4 * J)) & 0xF) ^ 8) - 8).to(tl.float32) * scale / PER_UNIT).to(dtype)
+
+
+@triton.jit
+def unpack_foreign(words, scales, J: tl.constexpr, dtype: tl.constexpr):
+    """Return plane J of words, of their shape: values less their zero point, times their scale, in units.
+
+    scales: [BN, 1], words of a row's scale and zero point for all inputs of the plane that `words` has.
+    """
+    if dtype == tl.bfloat16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            _UNPACK_FOREIGN[J], "=r,r,r,r", [words, scales], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    if scales.dtype == tl.int64:
+        zero, scale = scales.to(tl.int32).to(tl.float32, bitcast=True), (scales >> 32).to(tl.int32)
+        scale = scale.to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        zero = scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        zero = (scales << 16).to(tl.float32, bitcast=True)
+        scale = (scales >> 16 << 16).to(tl.float32, bitcast=True)
+    return (((((words >> (4 * J)) & 0xF) ^ 8).to(tl.float32) / PER_UNIT + zero) * scale).to(dtype)
+
+
+@triton.jit
+def subgroup_words(SUBGROUPS: tl.constexpr):
+    """Return the words of scales of a block's row."""
+    return _PLANES * SUBGROUPS if SUBGROUPS else 1
 
 
 @triton.jit
@@ -144,7 +198,7 @@ def steps(IN, BK: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def dot_tile(
     acc, w_ptrs, g_ptrs, w_mask, x_ptrs, x_mask, nth, IN, OUT,
-    BK: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
+    BK: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Return acc [BN, BM] plus weight[:, nth] times x[:, nth]^T, of the `nth` BK inputs, in the order of `steps`.
 
@@ -152,7 +206,7 @@ def dot_tile(
     [1, BM] at rows of x. `IN` is the length of x's rows, `OUT` the weight's number of rows. With 4 bits BK is 4 times
     the words of a tile, and divides the block of the packing. EVEN: no input and no row is masked.
     """
-    if BITS == 4:
+    if BITS == 4 and SUBGROUPS == 0:
         lane = tl.arange(0, BK // 4)
         # Each thread gets the scales of what it unpacks only if they are loaded in four bytes at least, and made of
         # what is loaded with constants alone. Else Triton exchanges what was unpacked between threads.
@@ -165,6 +219,21 @@ def dot_tile(
         for j in tl.static_range(4):
             x = _activations(x_ptrs, x_mask, first + j * _GROUP + lane, IN, EVEN)
             part = tl.dot(unpack(words, groups, j, x.dtype), x, part, input_precision="ieee")
+        acc += part
+    elif BITS == 4:
+        EACH: tl.constexpr = min(BK // 4, _GROUP // SUBGROUPS)  # words whose inputs of a plane are of one group
+        lane = tl.arange(0, EACH)
+        part = tl.zeros(acc.shape, tl.float32)
+        for tile in tl.static_range(BK // 4 // EACH):
+            word = nth * (BK // 4) + tile * EACH
+            block = word // _GROUP
+            words = load_stored(w_ptrs + (word + lane)[None, :], w_mask, EVEN)
+            groups = g_ptrs + word * SUBGROUPS // _GROUP * _PLANES * OUT
+            first = tl.multiple_of(block * _BLOCK + word - block * _GROUP, EACH)
+            for j in tl.static_range(4):
+                x = _activations(x_ptrs, x_mask, first + j * _GROUP + lane, IN, EVEN)
+                w = unpack_foreign(words, load_stored(groups + j * OUT, w_mask, EVEN), j, x.dtype)
+                part = tl.dot(w, x, part, input_precision="ieee")
         acc += part
     else:
         column = nth * BK + tl.arange(0, BK)
@@ -187,6 +256,11 @@ def gated(acc, BN: tl.constexpr, BM: tl.constexpr):
     """Return silu(gate) up of a tile [BN, BM] with the rows of `gate_or_up`: [BN / 2, BM], in order."""
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
     return tl.reshape(gate * tl.sigmoid(gate) * up, (BN // 2, BM))
+
+
+def subgroups_of(weight: Weight) -> int:
+    """Return the groups of a plane of four bits that others have quantised, 0 of any other weight."""
+    return weight.subgroups if isinstance(weight, Quantized) else 0
 
 
 def storage(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,17 @@ from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.router import SUM_MIN
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
-from services.engine.kernels.triton.dense.matmul import blocks, dot_tile, gate_or_up, gated, scales, steps, storage
+from services.engine.kernels.triton.dense.matmul import (
+    blocks,
+    dot_tile,
+    gate_or_up,
+    gated,
+    scales,
+    steps,
+    storage,
+    subgroup_words,
+    subgroups_of,
+)
 from services.engine.kernels.triton.moe.grouped import grouped_experts, uses_grouped_gemm
 from services.engine.kernels.triton.moe.router import rank_experts
 from services.engine.kernels.triton.moe.sort import group_pairs
@@ -49,7 +59,8 @@ def _weights_of(
 @triton.jit
 def gate_up_tile(
     pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, group_ptr, index, IN, OUT, x_stride, w_stride,
-    K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Store out[pair] = silu(gate) up: BN / 2 outputs of one expert for the pairs [BM], -1 for none."""
     first = tl.program_id(0) * (BN // 2)
@@ -58,10 +69,10 @@ def gate_up_tile(
     rows, columns = (pair >= 0)[None, :], (output < width)[:, None]
     x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + w_row[:, None] * w_stride
-    g_ptrs = group_ptr + (index * blocks(IN) * 2 * width + output + is_up * width)[:, None]
+    g_ptrs = group_ptr + (index * blocks(IN) * subgroup_words(SUBGROUPS) * 2 * width + output + is_up * width)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for nth in range(0, steps(IN, BK, BITS)):
-        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, 2 * width, BK, BITS, EVEN)
+        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, 2 * width, BK, BITS, SUBGROUPS, EVEN)
     if BITS != 16:
         acc *= scales(scale_ptr + w_row, output < width)[:, None]
     n = first + tl.arange(0, BN // 2)
@@ -74,8 +85,8 @@ def _gate_up_kernel(
     x_ptr, pair_ids_ptr, expert_ids_ptr, out_ptr,
     text_ptr, text_scale_ptr, text_group_ptr, vision_ptr, vision_scale_ptr, vision_group_ptr,
     IN, TEXT, VISION, x_stride, w_stride,
-    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, SORTED: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous_kernel(PDL)
     expert, pair = _tile_of(pair_ids_ptr, expert_ids_ptr, SORTED, BM)
@@ -97,7 +108,7 @@ def _gate_up_kernel(
         return
     gate_up_tile(
         pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, group_ptr, index, IN, TEXT, x_stride, w_stride,
-        K, BITS, EVEN, BM, BN, BK,
+        K, BITS, SUBGROUPS, EVEN, BM, BN, BK,
     )  # fmt: skip
 
 
@@ -106,8 +117,8 @@ def _choose_gate_up_kernel(
     scores_ptr, bias_ptr, pool_ptr, ids_ptr, weights_ptr, sum_min, x_ptr, out_ptr,
     text_ptr, text_scale_ptr, text_group_ptr, vision_ptr, vision_scale_ptr, vision_group_ptr,
     IN, TEXT, VISION, x_stride, w_stride,
-    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First product of one pair, by a program that routes the pair's row itself."""
     wait_for_previous_kernel(PDL)
@@ -137,7 +148,7 @@ def _choose_gate_up_kernel(
     pair = tl.where(tl.arange(0, BM) == 0, at, -1)
     gate_up_tile(
         pair, x_ptr, out_ptr, width, w_ptr, scale_ptr, group_ptr, index, IN, TEXT, x_stride, w_stride,
-        K, BITS, EVEN, BM, BN, BK,
+        K, BITS, SUBGROUPS, EVEN, BM, BN, BK,
     )  # fmt: skip
 
 
@@ -146,7 +157,7 @@ def _down_kernel(
     inner_ptr, pair_ids_ptr, expert_ids_ptr, out_ptr,
     text_ptr, text_scale_ptr, text_group_ptr, vision_ptr, vision_scale_ptr, vision_group_ptr,
     H, TEXT, VISION, text_stride, vision_stride,
-    E: tl.constexpr, BITS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
+    E: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, SORTED: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous_kernel(PDL)
@@ -171,10 +182,10 @@ def _down_kernel(
     x_ptrs = inner_ptr + pair.to(tl.int64)[None, :] * TEXT
     w_row = index * H + n
     w_ptrs = w_ptr + w_row[:, None] * w_stride
-    g_ptrs = group_ptr + (index * blocks(width) * H + n)[:, None]
+    g_ptrs = group_ptr + (index * blocks(width) * subgroup_words(SUBGROUPS) * H + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for nth in range(0, steps(width, BK, BITS)):
-        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, width, H, BK, BITS, EVEN)
+        acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, width, H, BK, BITS, SUBGROUPS, EVEN)
     if BITS != 16:
         acc *= scales(scale_ptr + w_row, n < H)[:, None]
     out = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
@@ -265,7 +276,7 @@ def _gate_up_launch(x: Tensor, tile: Tile, text: Weight, vision: Weight, pairs: 
         ceil_div(width, outputs),
         (*storage(text), *storage(vision), hidden, width, vision_width, x.stride(0), text_data.stride(1)),
         {
-            "K": top_k, "BITS": bits_of(text),
+            "K": top_k, "BITS": bits_of(text), "SUBGROUPS": subgroups_of(text),
             **tile.options(x, ((hidden, stored_inputs(text)),), (width, vision_width), outputs),
         },
     )  # fmt: skip
@@ -289,6 +300,7 @@ def _down(inner: Tensor, rows: PairTiles, tile: Tile, text: Weight, vision: Weig
     _down_kernel[(ceil_div(hidden, tile.bn), len(rows.expert_ids))](
         inner, rows.sorted_pair_ids, rows.expert_ids, results, *storage(text), *storage(vision),
         hidden, width, vision_width, text_data.stride(1), vision_data.stride(1),
-        BITS=bits_of(text), **tile.options(inner, sizes, (hidden,), tile.bn), **rows.options,
+        BITS=bits_of(text), SUBGROUPS=subgroups_of(text),
+        **tile.options(inner, sizes, (hidden,), tile.bn), **rows.options,
     )  # fmt: skip
     return results

@@ -28,7 +28,10 @@ from services.engine.kernels.triton.dense.matmul import (
     load_stored,
     scales,
     storage,
+    subgroup_words,
+    subgroups_of,
     unpack,
+    unpack_foreign,
     widen,
 )
 from services.engine.kernels.triton.moe.sort import SortedPairs
@@ -43,7 +46,7 @@ REST = 1024  # bytes of shared memory beside the stages, at most
 @triton.jit
 def _product(
     x_desc, first_row, w_ptr, scale_ptr, group_ptr, index, n, inside, IN, OUT, w_stride,
-    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    BITS: tl.constexpr, SUBGROUPS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return weight[index, n] times x[first_row ..]^T: [BN, BM] float32, of the rows of the weight that are `inside`.
@@ -54,21 +57,36 @@ def _product(
     column = tl.arange(0, BK // PER)
     w_row = index * OUT + n
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * w_stride + column[None, :]
-    g_ptrs = group_ptr + (index.to(tl.int64) * (IN // BLOCK) * OUT + n)[:, None]
+    g_ptrs = group_ptr + (index.to(tl.int64) * (IN // BLOCK) * subgroup_words(SUBGROUPS) * OUT + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, at_least_one(IN), BK):
         at = k // PER
         if BITS == 4:
-            groups = load_stored(g_ptrs + k // BLOCK * OUT, inside[:, None], EVEN)
+            if SUBGROUPS == 0:
+                groups = load_stored(g_ptrs + k // BLOCK * OUT, inside[:, None], EVEN)
+            else:
+                s_ptrs = g_ptrs + at * SUBGROUPS // (BLOCK // PLANES) * PLANES * OUT
+                s0 = load_stored(s_ptrs, inside[:, None], EVEN)
+                s1 = load_stored(s_ptrs + OUT, inside[:, None], EVEN)
+                s2 = load_stored(s_ptrs + 2 * OUT, inside[:, None], EVEN)
+                s3 = load_stored(s_ptrs + 3 * OUT, inside[:, None], EVEN)
         w = after_wgmma(load_stored(w_ptrs + at, inside[:, None] & (at + column < IN // PER)[None, :], EVEN))
         x = x_desc.load([first_row, k])
         if BITS == 4:
-            planes = (
-                unpack(w, groups, 0, x.dtype),
-                unpack(w, groups, 1, x.dtype),
-                unpack(w, groups, 2, x.dtype),
-                unpack(w, groups, 3, x.dtype),
-            )
+            if SUBGROUPS == 0:
+                planes = (
+                    unpack(w, groups, 0, x.dtype),
+                    unpack(w, groups, 1, x.dtype),
+                    unpack(w, groups, 2, x.dtype),
+                    unpack(w, groups, 3, x.dtype),
+                )
+            else:
+                planes = (
+                    unpack_foreign(w, s0, 0, x.dtype),
+                    unpack_foreign(w, s1, 1, x.dtype),
+                    unpack_foreign(w, s2, 2, x.dtype),
+                    unpack_foreign(w, s3, 3, x.dtype),
+                )
             w = side_by_side(planes)
         else:
             w = widen(w, x.dtype)
@@ -80,8 +98,8 @@ def _product(
 def _quantized_gate_up_kernel(
     x_desc, w_ptr, scale_ptr, group_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr,
     IN, WIDTH, width, w_stride, out_stride, pool,
-    E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store out[row] = silu(gate) up, rows in order, and 0 from output WIDTH up to `width`; with 4 bits interleaved."""
     wait_for_previous_kernel(PDL)
@@ -95,7 +113,7 @@ def _quantized_gate_up_kernel(
         acc = _product(
             x_desc, tile * BM, w_ptr, scale_ptr, group_ptr,
             index, output + is_up * WIDTH, output < WIDTH, IN, 2 * WIDTH, w_stride,
-            BITS, PLANES, BLOCK, EVEN, BM, BN, BK,
+            BITS, SUBGROUPS, PLANES, BLOCK, EVEN, BM, BN, BK,
         )  # fmt: skip
         row = tile * BM + tl.arange(0, BM)
         place = columns_of(n, OUTPUTS) if BITS == 4 else n + tl.arange(0, OUTPUTS)
@@ -106,8 +124,8 @@ def _quantized_gate_up_kernel(
 @triton.jit(do_not_specialize=["pool"])
 def _quantized_down_kernel(
     x_desc, w_ptr, scale_ptr, group_ptr, pair_ids_ptr, expert_ids_ptr, tile_bounds_ptr, out_ptr, IN, H, w_stride, pool,
-    E: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BITS: tl.constexpr, SUBGROUPS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store out[pair] = x[row of the pair] times the expert's weight."""
     wait_for_previous_kernel(PDL)
@@ -118,7 +136,7 @@ def _quantized_down_kernel(
         index = tl.load(expert_ids_ptr + tile) - pool * E
         acc = _product(
             x_desc, tile * BM, w_ptr, scale_ptr, group_ptr, index, n, n < H, IN, H, w_stride,
-            BITS, PLANES, BLOCK, EVEN, BM, BN, BK,
+            BITS, SUBGROUPS, PLANES, BLOCK, EVEN, BM, BN, BK,
         )  # fmt: skip
         pair = tl.load(pair_ids_ptr + tile * BM + tl.arange(0, BM))
         out_ptrs = out_ptr + pair.to(tl.int64)[None, :] * H + n[:, None]
@@ -167,6 +185,7 @@ def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]
     stage = INPUTS * (order.tile * x.element_size() + WEIGHT_ROWS * weight.bits // 8)
     return {
         "BITS": weight.bits,
+        "SUBGROUPS": subgroups_of(weight),
         "PLANES": PLANES,
         "BLOCK": BLOCK,
         "BM": order.tile,

@@ -1,0 +1,147 @@
+"""`millrace quantize`: files from which a start has the numbers of quantising as it loads, and which others read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import quantised_files  # noqa: F401 - makes transformers importable, which the library imports
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
+from safetensors.torch import load_file, save_file
+
+from cli.demo import Dtype, write_demo
+from cli.main import main
+from cli.quantize import PROJECTION, write_quantised
+from services.engine.__main__ import build
+from services.engine.kernels.ops import Ops
+from services.engine.kernels.quantize import Quantized, dequantize, quantize
+from services.engine.kernels.reference.moe import MoE
+from services.engine.model.ernie import ErnieModel, Layer
+from services.engine.model.stored_form import quantization_config, stored_form
+from services.engine.model.weights import load_model
+from services.engine.settings import EngineSettings
+from shared.errors import CheckpointError, ConfigError
+from shared.model.checkpoint import INDEX, Checkpoint
+from shared.model.config import load_model_config
+from shared.model.config_file import Quantization
+
+BOTH = pytest.mark.parametrize("quantization", ["wint8", "wint4"])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quantize") / "demo"
+    write_demo(directory)
+    return directory
+
+
+def quantised(model: Path, output: Path, quantization: Quantization) -> Path:
+    assert main(["quantize", "--model", str(model), "--output", str(output), "--quantization", quantization]) == 0
+    return output
+
+
+def load(directory: Path, quantization: Quantization | None = None) -> ErnieModel:
+    return load_model(Checkpoint(directory), load_model_config(directory), "cpu", quantization, Ops())
+
+
+def weights_of(layer: Layer) -> list[Quantized]:
+    blocks = [layer.mlp.text, layer.mlp.vision, layer.mlp.shared] if isinstance(layer.mlp, MoE) else [layer.mlp]
+    weights = [layer.qkv, layer.out, *(weight for block in blocks for weight in (block.gate_up, block.down))]
+    return [weight for weight in weights if isinstance(weight, Quantized)]
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_start_has_the_numbers_of_quantising_as_it_loads(
+    tmp_path: Path, quantization: Quantization, dtype: Dtype
+) -> None:
+    write_demo(tmp_path / "demo", dtype=dtype)
+    at_start = load(tmp_path / "demo", quantization)
+    stored = load(quantised(tmp_path / "demo", tmp_path / "q", quantization))
+    count = 0
+    for layer, other in zip(at_start.weights.layers, stored.weights.layers, strict=True):
+        for weight, found in zip(weights_of(layer), weights_of(other), strict=True):
+            assert weight.bits == found.bits
+            if dtype == "float32":  # products of the two scales are rounded
+                torch.testing.assert_close(dequantize(found), dequantize(weight), rtol=1e-6, atol=0)
+            else:
+                assert torch.equal(dequantize(found), dequantize(weight))
+                assert found.subgroups == 0
+            count += 1
+    assert count == 4 + 3 * 8
+    assert torch.equal(at_start.weights.embedding, stored.weights.embedding)
+
+
+@BOTH
+def test_the_directory(demo: Path, tmp_path: Path, quantization: Quantization) -> None:
+    output = tmp_path / "somewhere" / "new"
+    write_quantised(demo, output, quantization, torch.device("cpu"), file_bytes=300_000)
+    files = sorted(path.name for path in output.glob("*.safetensors"))
+    assert len(files) > 5
+    assert set(json.loads((output / INDEX).read_bytes())["weight_map"].values()) == set(files)
+    # Of one tensor more than the limit at most, the embedding.
+    assert max((output / name).stat().st_size for name in files) < 300_000 + 2048 * 128 * 2 + 100_000
+    kept = {path.name for path in demo.iterdir()} - {path.name for path in demo.glob("*.safetensors")}
+    assert {path.name for path in output.iterdir()} == kept | set(files)
+    same = kept - {INDEX, "config.json"}
+    assert all((output / name).read_bytes() == (demo / name).read_bytes() for name in same)
+    assert {path.name for path in output.parent.iterdir()} == {"new"}, "nothing is left over"
+    read, written = (sum(path.stat().st_size for path in d.glob("*.safetensors")) for d in (demo, output))
+    assert written < 0.8 * read
+    assert load_model_config(output).stored == quantization
+
+
+@pytest.mark.parametrize(("quantization", "dense", "experts"), [("wint4", 8, 4), ("wint8", 8, 8)])
+def test_the_library_reads_them(demo: Path, quantization: Quantization, dense: int, experts: int) -> None:
+    """By the groups of quantization_config that its matcher finds for the modules' names, ours and transformers'."""
+    config = QuantizationConfig.model_validate(quantization_config(quantization))
+    names = [match["module"] for match in map(PROJECTION.fullmatch, Checkpoint(demo).names()) if match]
+    assert len(names) == 4 * 4 + 3 + 3 * 3 * 17
+    for name in names:
+        bits = experts if ".experts." in name else dense
+        for spelt in (name, name.replace("model.layers", "model.language_model.layers")):
+            schemes = [s for s in config.config_groups.values() if any(match_name(spelt, t) for t in s.targets)]
+            assert [scheme.weights.num_bits for scheme in schemes] == [bits], spelt
+            assert not any(match_name(spelt, ignored) for ignored in config.ignore or ())
+    for ignored in ("lm_head", "model.layers.1.mlp.gate", "vision_model.blocks.0.mlp.fc1"):
+        assert any(match_name(ignored, pattern) for pattern in config.ignore or ())
+    for scheme in config.config_groups.values():
+        weight = quantize((torch.randn(24, 640) * 0.02).bfloat16(), scheme.weights.num_bits)
+        read = PackedQuantizationCompressor.decompress(stored_form(weight), scheme)["weight"]
+        assert torch.equal(read.to(torch.bfloat16), dequantize(weight))
+
+
+def test_what_cannot_be_asked(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = quantised(demo, tmp_path / "done", "wint8")
+    capsys.readouterr()
+    for words, said in (
+        (["--model", str(demo), "--output", str(done), "--quantization", "wint4"], "is there already"),
+        (
+            ["--model", str(done), "--output", str(tmp_path / "x"), "--quantization", "wint4"],
+            "already (wint8)",
+        ),
+        (["--model", str(demo), "--output", str(tmp_path / "x"), "--quantization", "wint2"], "invalid choice"),
+        (["--model", "/nowhere", "--output", str(tmp_path / "x"), "--quantization", "wint4"], "is not a directory"),
+    ):
+        assert main(["quantize", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done"]
+
+
+def test_scales_of_somebody_else_in_a_file_of_ours_are_an_error(demo: Path, tmp_path: Path) -> None:
+    output = quantised(demo, tmp_path / "q", "wint4")
+    (path,) = output.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight_scale"] *= 1.0001
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight: .* quantise it again"):
+        load(output)
+
+
+def test_another_quantization_than_the_files_is_refused(demo: Path, tmp_path: Path) -> None:
+    output = quantised(demo, tmp_path / "q", "wint4")
+    settings = EngineSettings(redis_url="unix:///unused", model=str(output), quantization="wint8", device="cpu")
+    with pytest.raises(ConfigError, match=r"quantization is wint8, .* quantised already \(wint4\)"):
+        build(settings, None)  # type: ignore[arg-type]
