@@ -1,4 +1,4 @@
-"""Directory of one `millrace serve` for what nobody needs after it: Redis's socket and data, and metrics.
+"""Directory of one `millrace serve` for what nobody needs after it: Redis's socket and data, metrics, and segments.
 
 A `millrace serve` that is killed leaves it behind, and the next one of the same user removes it.
 """
@@ -16,14 +16,15 @@ LOCK = "lock"  # of a directory in use; the kernel lets go of it with the proces
 
 
 @contextlib.contextmanager
-def scratch_directory(prefix: str) -> Iterator[Path]:
+def scratch_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """Yield an empty directory and delete it afterwards; first remove those that nobody uses any more.
 
-    `prefix`: what its name begins with, "millrace-" and more.
+    `prefix`: what its name begins with, "millrace-" and more. Without a `parent` it is in the temporary directory.
     """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
     if sys.platform == "linux":  # elsewhere a Redis may have outlived its `millrace serve` (shared/tether.py)
-        _remove_abandoned(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        _remove_abandoned(parent)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name:
         directory = Path(name)
         with (directory / "locking").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

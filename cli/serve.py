@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from shared.tether import tethered
 PYTHON = (sys.executable, "-P", "-m")
 METRICS = "metrics"  # in our scratch directory
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
+SHARED_MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
 EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for all interfaces
@@ -68,6 +70,9 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
+        if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
+            in_memory = stack.enter_context(scratch_directory("millrace-segments-", SHARED_MEMORY))
+            environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
         (directory / METRICS).mkdir()
         for each in environs.values():

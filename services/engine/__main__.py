@@ -60,6 +60,7 @@ from shared.model.tensor_source import TensorSource
 from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary
 from shared.reproducible import fix_order_of_sums
+from shared.segments import Reader, Segments
 from shared.service import launch
 from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog, end_process, unwatched
@@ -125,6 +126,7 @@ def compose(
     keys = Keys(settings.namespace)
     blob_redis = connect_blobs(settings, redis)
     mailbox = Mailbox()
+    segments = Segments(Path(settings.segments_dir)) if settings.segments_dir else None
     handler = GenerateHandler(
         redis=redis,
         keys=keys,
@@ -140,8 +142,10 @@ def compose(
         claim_every_s=settings.lease_ms / 1000 / CLAIMS_PER_LEASE,
         recheck_s=settings.lease_ms / 3000,
         partial_prompts=settings.enable_chunked_prefill,
+        segments=segments,
         tracing=tracing,
     )
+    reader = None if segments is None else Reader(segments, settings.name)
     outbox = Outbox(redis, keys, handler.finished, handler.begun)
     watch = unwatched if watchdog is None else watchdog.watch
 
@@ -170,6 +174,7 @@ def compose(
         capacity=settings.max_num_seqs,
         watchdog=watchdog,
         own_clients=() if blob_redis is redis else (blob_redis,),
+        reader=reader,
     )
 
 

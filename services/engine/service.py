@@ -18,6 +18,7 @@ from services.engine.loop.thread import ModelThread
 from services.engine.metrics import EngineMetrics
 from services.engine.transport.handler import GenerateHandler
 from services.engine.transport.outbox import Outbox
+from shared.segments import Reader
 from shared.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ class EngineService(Generic[T]):
     """`shared.service.Service` of this service.
 
     The model's thread calls `load`, then `run` with the result, which returns once the mailbox is closed. `capacity` is
-    the number of requests that run at once, as the lease publishes it. `own_clients` are closed with the service.
+    the number of requests that run at once, as the lease publishes it. `own_clients` and `reader` are closed with the
+    service.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class EngineService(Generic[T]):
         capacity: int,
         own_clients: Sequence[Redis],
         watchdog: Watchdog | None = None,
+        reader: Reader | None = None,
     ) -> None:
+        self._reader = reader
         self._watchdog = watchdog
         self._handler = handler
         self._consumer = handler.consumer
@@ -92,6 +96,8 @@ class EngineService(Generic[T]):
             self._watchdog.stop()
         for client in self._own_clients:
             await client.aclose()
+        if self._reader is not None:
+            self._reader.close()
 
     def load(self) -> dict[str, float]:
         self._metrics.update_waiting(len(self._consumer))

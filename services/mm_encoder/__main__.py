@@ -29,6 +29,7 @@ from services.mm_encoder.service import MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.store.cache import Embeds
 from services.mm_encoder.store.locks import EncodeLocks
+from services.mm_encoder.store.segments import SegmentStore
 from services.mm_encoder.vision.batcher import Batcher
 from services.mm_encoder.vision.encoder import Encoder
 from services.mm_encoder.vision.weights import load_weights
@@ -36,6 +37,7 @@ from shared import config, log, service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
 from shared.bus.keys import ENCODE, Keys
+from shared.bus.leases import live
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
 from shared.cpu_share import torch_threads
@@ -87,7 +89,7 @@ def build(
     metrics = Metrics(registry)
     blob_redis = connect_blobs(settings, redis)
     blobs = Blobs(blob_redis, keys, settings.blob_ttl_s, settings.blob_budget_bytes)
-    embeds = Embeds(blobs)
+    embeds = Embeds(blobs, _segments(settings, redis, keys))
     limits = VideoLimits(
         max_pixels=settings.media_max_pixels,
         max_seconds=settings.video_max_seconds,
@@ -160,10 +162,25 @@ def build(
         preparer=preparer,
         batcher=batcher,
         metrics=metrics,
+        embeds=embeds,
         capacity=settings.concurrency,
         sweep_every_s=claim_every_s,
         own_clients=() if blob_redis is redis else (blob_redis,),
     )
+
+
+def _segments(settings: MmEncoderSettings, redis: Redis, keys: Keys) -> SegmentStore | None:
+    """
+    Raises:
+        ConfigError: the directory cannot be used.
+    """
+
+    async def engines() -> list[str]:
+        return [replica.name for replica in await live(redis, keys, "engine")]
+
+    if not settings.segments_dir:
+        return None
+    return SegmentStore(Path(settings.segments_dir), settings.segments_bytes, settings.blob_ttl_s, engines)
 
 
 # By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,

@@ -246,9 +246,10 @@ class EncodeHandler:
             prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
             running.prompt_tokens, running.hits = len(prompt) // 4, len(media) - len(encoding)
             self._count_media(media)
+            offers = [Offered(media[i].embedded.key, message.media[i]) for i in sorted(encoding, reverse=True)]
+            del media  # and with it each one's pixels once they are encoded
             await self._send_accepted(record, Accepted(running.request_id, running.prompt_tokens))
             generate = Generate(message.request, prompt, max_tokens, placed)
-            offers = [Offered(media[i].embedded.key, message.media[i]) for i in sorted(encoding, reverse=True)]
             # Not again after a replica died with it: what crashes one must not be carried to all that are idle.
             offer = Offer(tuple(offers)) if room.crowded and running.attempts == 1 else None
             return await self._forward(running, generate, [encoding[index] for index in sorted(encoding)], offer)

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from services.mm_encoder.handler import EncodeHandler
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Preparer
+from services.mm_encoder.store.cache import Embeds
 from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.vision.batcher import Batcher
 from shared.bus.retry import retry_until_available
@@ -23,7 +24,8 @@ from shared.bus.retry import retry_until_available
 class MmEncoder:
     """`shared.service.Service` of this service.
 
-    `own_clients` are closed with it; locks of dead replicas are released every `sweep_every_s`.
+    `own_clients` are closed with it; locks of dead replicas are released, and old segments
+    removed, every `sweep_every_s`.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class MmEncoder:
         preparer: Preparer,
         batcher: Batcher,
         metrics: Metrics,
+        embeds: Embeds,
         capacity: int,
         sweep_every_s: float,
         own_clients: Sequence[Redis],
@@ -44,6 +47,7 @@ class MmEncoder:
         self._preparer = preparer
         self._batcher = batcher
         self._metrics = metrics
+        self._embeds = embeds
         self._capacity = capacity
         self._sweep_every_s = sweep_every_s
         self._own_clients = own_clients
@@ -102,4 +106,5 @@ class MmEncoder:
     async def _sweep(self) -> None:
         while True:
             await retry_until_available("sweep locks", self._encode_locks.release_dead)
+            await self._embeds.sweep()
             await asyncio.sleep(self._sweep_every_s)

@@ -25,6 +25,10 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     load_format: LoadFormat = "auto"  # auto: weights as the checkpoint has them; dummy: drawn at random
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()  # sizes of images, and frames of videos; see below
     device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
+    # A directory in memory, as /dev/shm/millrace, in which this host's engines have embeddings from us without Redis;
+    # empty: all go through Redis. `millrace serve` makes one.
+    segments_dir: str = ""
+    segments_bytes: Positive = 2 << 30  # the most in that directory, and never more than half of its file system
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
     concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long

@@ -14,7 +14,7 @@ from chaos_crash import STEP_TIMEOUT_S
 from chaos_garbage import strew
 from chaos_next_build import write_next_build
 from chaos_rush import rush
-from chaos_system import LEASE_MS, LOOK_S, ROOT, SERVICES, Replica, System
+from chaos_system import LEASE_MS, LOOK_S, ROOT, SEGMENTS, SERVICES, Replica, System
 from machine import PATIENCE_S
 from redis_refusals import REFUSALS
 
@@ -218,6 +218,19 @@ class Faults:
                 await redis.set(key, (await redis.get(key) or b"")[:-8], keepttl=True)
             else:
                 await redis.unlink(key)
+        return len(chosen) + self._evict_segments()
+
+    def _evict_segments(self) -> int:
+        """Remove half of the segments, or put others in their place that are too short."""
+        found = sorted(path for path in self._system.directory.glob(f"{SEGMENTS}/*") if path.is_file())
+        chosen = [path for path in found if self._rng.random() < 0.5]
+        for path in chosen:
+            if self._rng.random() < 0.7:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                damaged = path.with_suffix(".damaged")
+                damaged.write_bytes(path.read_bytes()[:-8])
+                damaged.rename(path)
         return len(chosen)
 
     # ------------------------------------------------------------------------------------------------- mending

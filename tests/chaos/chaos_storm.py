@@ -23,7 +23,7 @@ from chaos_leftovers import wait_until_clean
 from chaos_model import write_model
 from chaos_quiet import ONE_OF_EACH, Answered, quiet_answers
 from chaos_requests import Ask, files_to_serve, pool
-from chaos_system import REQUEST_TIMEOUT_S, System, running
+from chaos_system import REQUEST_TIMEOUT_S, SEGMENTS, System, running
 from chaos_tenants import write_key_file
 from machine import PATIENCE_S
 from redis.exceptions import RedisError
@@ -175,10 +175,14 @@ async def storm(
     replicas: Mapping[str, int] = TWO_OF_EACH,
     ranks: int = 1,
 ) -> Totals:
-    """A system of its own for one seed; its logs stay in `directory`. Clients of two replicas are tenants."""
+    """A system of its own for one seed; its logs stay in `directory`.
+
+    Clients of two replicas are tenants. Embeddings of even seeds are handed over in segments.
+    """
     gateway = {"api_keys_file": write_key_file(directory)} if replicas["gateway"] > 1 else {}
-    engine = {"tensor_parallel_size": ranks}
-    async with running(directory, world.model, replicas, gateway=gateway, engine=engine) as system:
+    segments = {"segments_dir": str(directory / SEGMENTS)} if seed % 2 == 0 else {}
+    engine = {"tensor_parallel_size": ranks, **segments}
+    async with running(directory, world.model, replicas, gateway=gateway, engine=engine, mm_encoder=segments) as system:
         return await Storm(world, seed, system, clients).blow(seconds)
 
 

@@ -32,6 +32,7 @@ LOOK_S = 0.05
 LEASE_MS = 1500
 SHARDS = 2
 RETAIN_S = 60.0
+SEGMENTS = "segments"  # directory of embeddings, in that of a system which has them there
 REQUEST_TIMEOUT_S = 300.0  # never reached, on however busy a machine
 # Small enough that everything that happens to long answers happens to short ones.
 SETTINGS: Mapping[str, Mapping[str, object]] = {

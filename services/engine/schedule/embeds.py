@@ -12,10 +12,10 @@ class Embeds(msgspec.Struct, frozen=True):
     """Embeddings of one image or video as the encoder stored them: [rows, hidden] of `dtype`, row-major.
 
     Kept on the host until the request ends: a preempted sequence is prefilled again, and must not then depend on
-    a blob that may have been evicted.
+    a blob that may have been evicted. A segment that is mapped stays, too.
     """
 
-    data: bytes
+    data: bytes | memoryview
     dtype: str
 
 

@@ -18,15 +18,24 @@ from shared.bus.retry import retry_until_available
 from shared.errors import Failure, RequestError
 from shared.log import logger
 from shared.messages import MediaSpan
+from shared.segments import Segments
 
 _log = logger(__name__)
 
 
 class EmbedsLoader:
-    """Reader of the blobs of kind "embeds", for prompts of one model."""
+    """Reader of the blobs of kind "embeds", for prompts of one model; of one that is empty a segment has the bytes."""
 
-    def __init__(self, blobs: Blobs, ownership: EntryOwnership, hidden_size: int, recheck_s: float) -> None:
+    def __init__(
+        self,
+        blobs: Blobs,
+        ownership: EntryOwnership,
+        hidden_size: int,
+        recheck_s: float,
+        segments: Segments | None = None,
+    ) -> None:
         self._blobs = blobs
+        self._segments = segments
         self._ownership = ownership
         self._hidden_size = hidden_size
         self._recheck_s = recheck_s
@@ -112,9 +121,7 @@ class EmbedsLoader:
         """
         places = list(indices)
         keys = list(dict.fromkeys(spans[index].key for index in places))
-        blobs = await asyncio.gather(
-            *(retry_until_available("blobs", partial(self._blobs.get, EMBEDS, key)) for key in keys)
-        )
+        blobs = await asyncio.gather(*map(self._read, keys))
         stored = dict(zip(keys, blobs, strict=True))
         found = {}
         for index in places:
@@ -127,6 +134,14 @@ class EmbedsLoader:
                     await retry_until_available("blobs", partial(self._blobs.delete, EMBEDS, [span.key]))
                     raise
         return found
+
+    async def _read(self, key: str) -> tuple[bytes | memoryview, bytes] | None:
+        """Return what is stored under a key, and its meta. None: it is gone, or in a segment that is."""
+        blob = await retry_until_available("blobs", partial(self._blobs.get, EMBEDS, key))
+        if blob is None or blob[0]:
+            return blob
+        mapped = None if self._segments is None else await asyncio.to_thread(self._segments.read, key)
+        return None if mapped is None else (mapped, blob[1])
 
 
 class _Wait:

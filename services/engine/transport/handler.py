@@ -35,6 +35,7 @@ from shared.crash_points import crash_point
 from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger
 from shared.messages import Encoded, Finish, Message
+from shared.segments import Segments
 from shared.tracing import OFF, Tracing
 
 SERVICE = "engine"
@@ -85,6 +86,7 @@ class GenerateHandler:
         claim_every_s: float,
         recheck_s: float,
         partial_prompts: bool = True,
+        segments: Segments | None = None,
         tracing: Tracing = OFF,
     ) -> None:
         self.consumer: Consumer[PendingRequest] = Consumer(
@@ -98,7 +100,7 @@ class GenerateHandler:
         self._blobs = blobs
         self._mailbox = mailbox
         self._facts = facts
-        self._embeds = EmbedsLoader(blobs, stream.ownership, facts.model.hidden_size, recheck_s)
+        self._embeds = EmbedsLoader(blobs, stream.ownership, facts.model.hidden_size, recheck_s, segments)
         self._partial_prompts = partial_prompts
         self._grammars = grammars
         self._metrics = metrics

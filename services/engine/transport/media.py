@@ -26,7 +26,7 @@ def gone(span: MediaSpan) -> EmbedsGoneError:
     return EmbedsGoneError(internal(f"{_name(span)} are no longer stored. Send the request again.", status=503).failure)
 
 
-def check_embeds(span: MediaSpan, stored: tuple[bytes, bytes], hidden_size: int) -> Embeds:
+def check_embeds(span: MediaSpan, stored: tuple[bytes | memoryview, bytes], hidden_size: int) -> Embeds:
     """Return the embeddings of a span.
 
     Raises:

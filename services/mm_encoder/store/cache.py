@@ -1,5 +1,7 @@
 """Content-addressed embeddings: one blob for all requests and replicas that show the same media in the same way.
 
+Where all engines see this host's segments, the blob is empty and says so, and a segment has the bytes.
+
 The key covers the source's bytes, everything that decides its patches, and the weights. A key is computed once at a
 time: `SingleFlight` ensures it within a process, `locks.py` among replicas.
 """
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from services.mm_encoder.media.patches import Grid
 from services.mm_encoder.prompt import Embedded
+from services.mm_encoder.store.segments import SegmentStore
 from shared.bus.blobs import EMBEDS, Blobs
 from shared.messages import MediaKind
 
@@ -28,6 +31,7 @@ class EmbedMeta(msgspec.Struct, frozen=True):
     rows: int
     hidden: int
     dtype: str
+    segment: bool = False  # a segment has the bytes; for mm_encoder, as an engine sees it by the empty blob
 
 
 def content_key(data: bytes, signature: bytes, identity: bytes) -> str:
@@ -37,10 +41,11 @@ def content_key(data: bytes, signature: bytes, identity: bytes) -> str:
 
 
 class Embeds:
-    """Store of embeddings: the blobs of kind "embeds"."""
+    """Store of embeddings: the blobs of kind "embeds", and segments, if this replica has any."""
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: Blobs, segments: SegmentStore | None = None) -> None:
         self._blobs = blobs
+        self._segments = segments
 
     async def find(self, kind: MediaKind, key: str) -> Embedded | None:
         """Return the embeddings stored under `key`, renewing their TTL so that they outlast the way to the engine.
@@ -54,6 +59,8 @@ class Embeds:
             found = msgspec.json.decode(meta, type=EmbedMeta)
         except msgspec.MsgspecError:
             return None
+        if found.segment and not await self._is_within_reach(key, found):
+            return None
         return Embedded(kind, key, found.grid, found.rows)
 
     async def store(self, key: str, grid: Grid, rows: Tensor) -> None:
@@ -64,7 +71,25 @@ class Embeds:
         """
         meta = EmbedMeta(grid, rows.shape[0], rows.shape[1], str(rows.dtype).removeprefix("torch."))
         data = rows.contiguous().flatten().view(torch.uint8).numpy().data
+        if self._segments is not None and await self._segments.reaches_all() and await self._segments.write(key, data):
+            data, meta = memoryview(b""), msgspec.structs.replace(meta, segment=True)
         await self._blobs.put(EMBEDS, key, data, msgspec.json.encode(meta))
+
+    async def sweep(self) -> None:
+        """Remove segments that nobody may use any more."""
+        if self._segments is not None:
+            await self._segments.sweep()
+
+    async def _is_within_reach(self, key: str, meta: EmbedMeta) -> bool:
+        """Return True if all engines can have the bytes of a segment; give them to Redis if some cannot see it."""
+        if self._segments is None or not self._segments.holds(key):
+            return False
+        if await self._segments.reaches_all():
+            return True
+        if (data := self._segments.read(key)) is None:
+            return False
+        await self._blobs.put(EMBEDS, key, data, msgspec.json.encode(msgspec.structs.replace(meta, segment=False)))
+        return True
 
 
 class SingleFlight(Generic[T]):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from shared.bus.records import Records
 from shared.bus.streams import WorkStream, send
 from shared.errors import Failure
 from shared.messages import Encode, Encoded, Finish, Media, MediaSpan
+from shared.segments import Segments, is_marked, reader_path
 
 ROWS = bytes(6 * CONFIG.hidden_size * 4)
 META = {"grid": [1, 4, 6], "rows": 6, "hidden": CONFIG.hidden_size, "dtype": "float32"}
@@ -313,3 +315,39 @@ async def test_decoding_overlaps_beside_a_waiting_prompt(
         await reader.finished("sees")
     ahead = [c for p in inner.plans for c in p.chunks if c.source is not None and c.sequence.request_id == "reads"]
     assert len(ahead) == 29, "each token but the first was launched before the one before was read"
+
+
+async def test_embeddings_of_this_host_are_mapped(
+    redis: Redis, redis_url: str, keys: Keys, encoder: Encoder, tmp_path: Path
+) -> None:
+    runner, reader, segments = SumRunner(64, 4), Reader(redis, keys), Segments(tmp_path)
+    async with engine(redis, redis_url, runner, lease_ms=300, segments_dir=str(tmp_path), name="e") as running:
+        assert is_marked(reader_path(segments, "e"))
+        segments.path("cat").write_bytes(ROWS)
+        await encoder.store("cat", b"")
+        await encoder.store("dog")
+        await encoder.take_and_send_ahead()
+        [sees] = await reader.finished("sees")
+        assert sees.tokens == continuation(PROMPT, 5)
+        held = {chunk.sequence.embeds for plan in runner.plans for chunk in plan.chunks}
+        assert [type(each.data) for embeds in held for each in (embeds[0], embeds[1])] == [memoryview, bytes]
+        await nothing_left(redis, keys, running)
+    assert not is_marked(reader_path(segments, "e"))
+
+
+@pytest.mark.parametrize("gone", ["the segment", "the directory", "some of its bytes"])
+async def test_a_segment_that_is_gone_is_made_again(
+    redis: Redis, redis_url: str, keys: Keys, encoder: Encoder, tmp_path: Path, gone: str
+) -> None:
+    runner, segments = SumRunner(64, 4), Segments(tmp_path)
+    if gone == "some of its bytes":
+        segments.path("cat").write_bytes(ROWS[1:])
+    directory = "" if gone == "the directory" else str(tmp_path)
+    async with engine(redis, redis_url, runner, lease_ms=300, segments_dir=directory) as running:
+        await encoder.take()
+        await encoder.store("cat", b"")
+        await encoder.store("dog")
+        assert await encoder.hand_on() == "done"
+        await eventually(lambda: redis.xlen(keys.stream(ENCODE)))
+        await nothing_left(redis, keys, running)
+    assert await redis.hget(keys.request("sees"), "returned") == b"1"

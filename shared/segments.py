@@ -1,0 +1,106 @@
+"""Segments: embeddings as files of a directory in memory, handed over between processes of one host without a copy.
+
+mm_encoder writes a segment whole before it gives it its name, so that a name always has all of its bytes. It also
+removes segments (services/mm_encoder/store/segments.py); whoever has mapped one keeps its memory. A segment may be gone
+at any time, as a blob may: its reader has it made again.
+
+Each engine that reads here has a file in `readers/` and keeps it locked. The kernel lets go of the lock when the
+process ends, however it does. So an encoder knows whether a reader sees this very directory, whichever host it is on.
+"""
+
+import fcntl
+import hashlib
+import mmap
+import os
+from pathlib import Path
+
+from shared.config import variable
+from shared.errors import ConfigError
+
+READERS = "readers"
+_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: all pages at once, which costs a third of touching each
+
+
+class Segments:
+    """Directory of segments, made if there is none.
+
+    Raises:
+        ConfigError: it cannot be made, or is another user's.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            (directory / READERS).mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)  # others of this machine may not read what users have sent
+        except OSError as error:
+            raise ConfigError(f"{variable('segments_dir')}: {directory} cannot be used: {error.strerror}") from error
+
+    def path(self, key: str) -> Path:
+        """Return the file of a segment, whatever is in `key`."""
+        return self.directory / hashlib.sha256(key.encode()).hexdigest()
+
+    def read(self, key: str) -> memoryview | None:
+        """Map a segment, which is then the one used last; None if it is gone. The memory is freed with the view."""
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            os.utime(fd)
+            mapped = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | _POPULATE, prot=mmap.PROT_READ)
+        except (OSError, ValueError):  # ValueError: it is empty
+            return None
+        finally:
+            os.close(fd)
+        return memoryview(mapped)
+
+
+class Reader:
+    """Mark in a directory that a replica named `name` reads there, until `close` or the end of this process.
+
+    Raises:
+        ConfigError: it cannot be set.
+    """
+
+    def __init__(self, segments: Segments, name: str) -> None:
+        path = reader_path(segments, name)
+        try:
+            self._fd = _locked(path)
+        except OSError as error:
+            raise ConfigError(f"{variable('segments_dir')}: {path} cannot be locked: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let go of the mark."""
+        os.close(self._fd)
+
+
+def _locked(path: Path) -> int:
+    """Return the descriptor of a locked file that still has this name."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_SH)  # waits for `is_marked`, at most
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)
+
+
+def reader_path(segments: Segments, name: str) -> Path:
+    """Return the file that a reader locks."""
+    return segments.directory / READERS / hashlib.sha256(name.encode()).hexdigest()
+
+
+def is_marked(path: Path) -> bool:
+    """Return True if a living process has this file locked; remove it if none has."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False

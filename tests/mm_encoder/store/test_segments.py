@@ -1,0 +1,171 @@
+"""Segments: what a directory may hold, for how long, and who is known to see it."""
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from services.mm_encoder.store.segments import UNFINISHED_S, SegmentStore
+from shared.errors import ConfigError
+from shared.segments import READERS, Reader, Segments
+
+TTL_S = 3600
+DATA = memoryview(bytes(range(100)))
+
+
+class Engines:
+    """Names of the engines that live."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    async def __call__(self) -> list[str]:
+        return self.names
+
+
+@pytest.fixture
+def engines() -> Engines:
+    return Engines()
+
+
+@pytest.fixture
+def store(tmp_path: Path, engines: Engines) -> SegmentStore:
+    return SegmentStore(tmp_path / "segments", 300, TTL_S, engines)
+
+
+@pytest.fixture
+def segments(store: SegmentStore, tmp_path: Path) -> Segments:
+    """As an engine has it."""
+    return Segments(tmp_path / "segments")
+
+
+def used_ago(segments: Segments, key: str, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(segments.path(key), (then, then))
+
+
+def names(segments: Segments) -> set[str]:
+    return {path.name for path in segments.directory.iterdir()} - {READERS}
+
+
+async def test_an_engine_reads_what_was_written(store: SegmentStore, segments: Segments) -> None:
+    assert segments.read("cat") is None
+    assert not store.holds("cat")
+    assert await store.write("cat", DATA)
+    assert store.holds("cat")
+    assert segments.read("cat") == DATA
+    assert segments.path("cat").stat().st_mode & 0o077 == 0
+    assert segments.directory.stat().st_mode & 0o077 == 0
+
+
+async def test_what_is_mapped_stays(store: SegmentStore, segments: Segments) -> None:
+    await store.write("cat", DATA)
+    mapped = segments.read("cat")
+    await store.write("cat", DATA[1:])
+    segments.path("cat").unlink()
+    assert mapped == DATA
+
+
+@pytest.mark.parametrize("key", ["", "..", "../../etc/passwd", "a/b", "\0"])
+async def test_a_key_is_no_path(store: SegmentStore, segments: Segments, key: str) -> None:
+    assert segments.path(key).parent == segments.directory
+    assert await store.write(key, DATA)
+    assert segments.read(key) == DATA
+
+
+async def test_an_empty_file_is_no_segment(segments: Segments) -> None:
+    segments.path("cat").touch()
+    assert segments.read("cat") is None
+
+
+async def test_what_was_used_longest_ago_makes_room(store: SegmentStore, segments: Segments) -> None:
+    for age, key in ((10, "cat"), (20, "dog"), (30, "cow")):
+        assert await store.write(key, DATA)
+        used_ago(segments, key, age)
+    segments.read("cow")
+    assert await store.write("hen", DATA)
+    assert [key for key in ("cat", "dog", "cow", "hen") if store.holds(key)] == ["cat", "cow", "hen"]
+    assert await store.write("all", memoryview(bytes(300)))
+    assert names(segments) == {segments.path("all").name}
+
+
+async def test_more_than_the_budget_is_not_written(store: SegmentStore, segments: Segments) -> None:
+    await store.write("cat", DATA)
+    assert not await store.write("dog", memoryview(bytes(301)))
+    assert names(segments) == {segments.path("cat").name}
+
+
+async def test_the_budget_is_half_of_the_file_system_at_most(tmp_path: Path, engines: Engines) -> None:
+    whole = os.statvfs(tmp_path)
+    store = SegmentStore(tmp_path / "segments", 1 << 60, TTL_S, engines)
+    assert store._budget == whole.f_frsize * whole.f_blocks // 2
+
+
+async def test_a_full_file_system_is_no_failure(
+    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "write", full)
+    assert not await store.write("cat", DATA)
+    assert names(segments) == set()
+
+
+async def test_what_is_old_is_removed(store: SegmentStore, segments: Segments) -> None:
+    for key, age in (("cat", TTL_S - 60), ("dog", TTL_S + 60)):
+        await store.write(key, DATA)
+        used_ago(segments, key, age)
+    for name, age in ((".new-young", 0.0), (".new-old", UNFINISHED_S + 60)):
+        path = segments.directory / name
+        path.write_bytes(DATA)
+        os.utime(path, (time.time() - age, time.time() - age))
+    await store.sweep()
+    assert names(segments) == {segments.path("cat").name, ".new-young"}
+
+
+async def test_who_sees_the_directory(store: SegmentStore, segments: Segments, engines: Engines) -> None:
+    assert not await store.reaches_all(), "there is no engine"
+    engines.names = ["a", "b"]
+    a = Reader(segments, "a")
+    assert not await store.reaches_all()
+    b = Reader(segments, "b")
+    assert await store.reaches_all()
+    again = Reader(segments, "b")
+    b.close()
+    assert await store.reaches_all(), "one that was started again under its name"
+    again.close()
+    assert not await store.reaches_all()
+    await store.sweep()
+    a.close()
+    assert len(list((segments.directory / READERS).iterdir())) == 1
+    await store.sweep()
+    assert list((segments.directory / READERS).iterdir()) == []
+
+
+@pytest.mark.system
+def test_a_dead_engine_sees_nothing(store: SegmentStore, segments: Segments, engines: Engines) -> None:
+    engines.names = ["a"]
+    program = (
+        "import sys; from pathlib import Path; from shared.segments import *\n"
+        "reader = Reader(Segments(Path(sys.argv[1])), 'a'); print('marked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(segments.directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"marked\n"
+        assert asyncio.run(store.reaches_all())
+        process.kill()
+    assert not asyncio.run(store.reaches_all())
+
+
+@pytest.mark.parametrize("make", [Segments, lambda path: SegmentStore(path, 1, 1, Engines())])
+def test_a_place_that_cannot_be_used(tmp_path: Path, make: type[Segments]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"MILLRACE_SEGMENTS_DIR: .*file/segments cannot be used"):
+        make(tmp_path / "file" / "segments")
