@@ -24,10 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import redis
@@ -109,29 +109,28 @@ class System:
         seconds = {name: cpu_seconds(p.pid) for name, p in self.processes.items()}
         return seconds | {"redis": cpu_seconds(self.redis_pid)}
 
+    @contextlib.contextmanager
+    def engine(self, board: Board, token: int, **options: float) -> Iterator[None]:
+        """Run the synthetic engine as a process."""
+        command = [sys.executable, "-m", "benchmarks.synthetic_engine", "--redis-url", self.redis_url]
+        command += ["--namespace", NAMESPACE, "--board", str(board.path), "--token", str(token)]
+        for name, value in options.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        process = subprocess.Popen(command)
+        try:
+            yield
+            if process.wait(60):
+                raise SystemExit("the synthetic engine failed; its output is above")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
     def stop(self) -> None:
         for process in self.processes.values():
             process.terminate()
         for process in self.processes.values():
             process.wait(30)
-
-
-@contextlib.contextmanager
-def engine(system: System, board: Board, token: int, **options: float) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the synthetic engine as a process."""
-    command = [sys.executable, "-m", "benchmarks.synthetic_engine", "--redis-url", system.redis_url]
-    command += ["--namespace", NAMESPACE, "--board", str(board.path), "--token", str(token)]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    process = subprocess.Popen(command)
-    try:
-        yield process
-        if process.wait(60):
-            raise SystemExit("the synthetic engine failed; its output is above")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def body(tokens: int) -> bytes:
@@ -147,6 +146,19 @@ def body(tokens: int) -> bytes:
     ).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
+
+
+class Measured(Protocol):
+    """System, or a process in its place."""
+
+    port: int
+
+    def cpu(self) -> dict[str, float]:
+        """Return the CPU seconds so far, by process."""
+
+    @property
+    def engine(self) -> Callable[..., contextlib.AbstractContextManager[None]]:
+        """Run what emits the tokens."""
 
 
 class Reader:
@@ -199,11 +211,11 @@ def percentiles(values: NDArray[np.float64]) -> dict[str, float]:
     return {f"p{q}": round(float(np.percentile(values, q)) * 1e3, 2) for q in (50, 99)}
 
 
-def throughput(system: System, board: Board, token: int, streams: int, tokens: int, **pace: float) -> dict[str, Any]:
+def throughput(system: Measured, board: Board, token: int, streams: int, tokens: int, **pace: float) -> dict[str, Any]:
     """Measure one batch of streams, paced or in closed loop."""
-    reader = Reader(system.port, streams, tokens)
     board.cpu_s = 0.0
-    with engine(system, board, token, streams=streams, tokens=tokens, **pace):
+    with system.engine(board, token, streams=streams, tokens=tokens, **pace):
+        reader = Reader(system.port, streams, tokens)
         before = system.cpu()
         reader.send()
         reader.read_all(board)
@@ -225,7 +237,7 @@ def throughput(system: System, board: Board, token: int, streams: int, tokens: i
 def first_token(system: System, board: Board, token: int, rounds: int) -> dict[str, float]:
     """Measure one request at a time, from sent to first token read, with an engine that takes no time."""
     waits = []
-    with engine(system, board, token, streams=1, tokens=1, rounds=rounds):
+    with system.engine(board, token, streams=1, tokens=1, rounds=rounds):
         for _ in range(rounds):
             reader = Reader(system.port, 1, 1)
             start = time.monotonic()

@@ -166,6 +166,9 @@ class AnswerWriter(msgspec.Struct, frozen=True):
 
 
 def _events_of(deltas: Sequence[tuple[int, Delta]], open_request: OpenRequest, events: EventWriter) -> bytes:
+    if len(deltas) == 1:  # nearly always
+        [(index, one)] = deltas
+        return events.delta(index, one, open_request.events_to_skip(index))
     return b"".join(events.delta(index, one, open_request.events_to_skip(index)) for index, one in deltas)
 
 

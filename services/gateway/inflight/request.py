@@ -168,6 +168,7 @@ class OpenRequest:
         self._events_sent = [position.events for position in self.positions]
         self._awake = False  # there is something to write, or to look at
         self._waiting: asyncio.Future[None] | None = None  # of the client's task
+        self._loop: asyncio.AbstractEventLoop | None = None  # which costs a call of the system to ask for, each time
         self._unended = answer_format.n
         if not self._unaccepted:
             self.accepted.set()
@@ -265,7 +266,8 @@ class OpenRequest:
     async def next_deltas(self) -> list[tuple[int, Delta]]:
         """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`."""
         if not (self._pending or self._awake) and self.failure is None:
-            self._waiting = asyncio.get_running_loop().create_future()
+            self._loop = self._loop or asyncio.get_running_loop()
+            self._waiting = self._loop.create_future()
             await self._waiting
         self._awake = False
         deltas, self._pending, self._pending_size = self._pending, [], 0
@@ -293,7 +295,8 @@ class OpenRequest:
     def _queue(self, choice: Choice, delta: Delta, now: float) -> None:
         choice.advance(delta.seq, now)
         self.idle_since = now
-        self.accept(choice)
+        if self._unaccepted:
+            self.accept(choice)
         if self._pending_size > self._max_pending:
             self.overflowed.set()
         self._pending.append((choice.index, delta))
@@ -311,6 +314,9 @@ def _size(delta: Delta) -> int:
 
     The prompt's ids are not counted: they come once a choice, and may come for all choices at the same moment.
     """
-    detail = 64 * len(delta.logprobs) * (1 + max((len(one.top) for one in delta.logprobs), default=0))
-    calls = sum(len(call.arguments) for call in delta.tool_calls)
-    return 64 + len(delta.content) + len(delta.reasoning) + calls + 8 * len(delta.token_ids) + detail
+    size = 64 + len(delta.content) + len(delta.reasoning) + 8 * len(delta.token_ids)
+    if delta.tool_calls:
+        size += sum(len(call.arguments) for call in delta.tool_calls)
+    if delta.logprobs:
+        size += 64 * len(delta.logprobs) * (1 + max(len(one.top) for one in delta.logprobs))
+    return size
