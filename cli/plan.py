@@ -96,10 +96,12 @@ def main(words: Sequence[str]) -> int:
     given = _parser().parse_args(words)
     config = load_model_config(given.model)
     quantization, checkpoint = chosen_quantization(config, given.quantization), None
-    if config.stored is not None:
+    if config.stored == "wint4" or config.stored == "wint8":  # loaded to what quantising at a start makes
+        quantization = config.stored
+    elif config.stored is not None:
         checkpoint = Checkpoint(given.model, headers_only=True)
     if given.table:
-        if checkpoint is not None:
+        if config.stored is not None:
             raise ConfigError(f"--table compares formats, and these weights are quantised already ({config.stored})")
         print("\n".join(table(config)))
         return FITS
@@ -169,7 +171,7 @@ def rows(
         missing = -(-launch.max_model_len // plan.block_size) * plan.block - plan.cache
         yield "cache", f"{_gib(missing)} too little for one sequence of {launch.max_model_len} tokens"
     yield "left", f"{_gib(plan.reserve)} of each card"
-    label, forms = "cards needed", FORMATS if config.stored is None else {config.stored: None}
+    label, forms = "cards needed", FORMATS if config.stored is None else {config.stored: quantization}
     for name, form in forms.items():
         fewest = fewest_ranks(config, launch.settings(config, form), plan.card, RANKS, checkpoint)
         yield label, f"{name}: {fewest or f'more than {RANKS[-1]}'}"

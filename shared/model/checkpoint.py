@@ -68,7 +68,7 @@ class Checkpoint:
         self._sources = _sources(self._files)
         asked = (read_object(directory / "config.json") or {}).get("quantization_config")
         self._layout = stored_layout(asked) if isinstance(asked, dict) else None
-        self._groups = stored_groups(asked) if isinstance(asked, dict) else ()
+        self._groups = stored_groups(asked) if isinstance(asked, dict) else {}
         self._asked: set[str] = set()
         self.warnings = tuple(f"{directory}: {text}" for text in _remarks(self._files))
 

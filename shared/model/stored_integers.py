@@ -29,18 +29,18 @@ class StoredIntegers:
 
     values: Tensor  # [out, in] int8: q - 2^(bits - 1)
     scale: Tensor  # [out, groups], floating point
-    zero: Tensor | None  # [out, groups] int8, in the numbers of q; None: 2^(bits - 1), a symmetric weight
+    zero: Tensor | None  # [out, groups] int16, in the numbers of q; None: 2^(bits - 1), a symmetric weight
     bits: Literal[4, 8]
     group: int  # inputs that share a scale; 0: all of an output
 
 
 def read_integers(
-    layout: Layout, groups: Sequence[int], name: str, parts: Parts, shape: tuple[int, int]
+    layout: Layout, groups: Mapping[int, Sequence[int]], name: str, parts: Parts, shape: tuple[int, int]
 ) -> StoredIntegers:
     """Unpack a weight.
 
     Args:
-        groups: what config.json says of the inputs that share a scale of four bits.
+        groups: by bits, what config.json says of the inputs that share a scale.
         name: of the module, for errors.
         parts: its tensors by the suffixes of the layout; on the meta device, what is checked are shapes and dtypes.
         shape: [out, in].
@@ -53,8 +53,8 @@ def read_integers(
         raise CheckpointError(f"tensor {name}.{part} is missing")
     stored = _READERS[layout](name, parts, shape)
     # A row that is no longer than a group has one scale, as one without groups has.
-    longer = [group for group in groups if group >= shape[1]]
-    return replace(stored, group=min(longer)) if stored.bits == 4 and stored.group == 0 and longer else stored
+    longer = [group for group in groups.get(stored.bits, ()) if group >= shape[1]]
+    return replace(stored, group=min(longer)) if stored.group == 0 and longer else stored
 
 
 def _compressed_tensors(name: str, parts: Parts, shape: tuple[int, int]) -> StoredIntegers:
@@ -64,13 +64,13 @@ def _compressed_tensors(name: str, parts: Parts, shape: tuple[int, int]) -> Stor
     if zero is not None:
         _expect(f"{name}.weight_zero_point", zero, (-(-shape[0] * bits // 32), scale.shape[1]), torch.int32)
         zero = _unpacked(zero.T, bits)[:, : shape[0]].T
-    return _checked(name, _unpacked(packed, bits)[:, : shape[1]], scale, zero, bits, group)
+    return _integers(_unpacked(packed, bits)[:, : shape[1]], scale, zero, bits, group)
 
 
 def _awq(name: str, parts: Parts, shape: tuple[int, int]) -> StoredIntegers:
     bits, scale, group, packed_zero = _transposed(name, parts, shape, 1)
     values, zero = (_even_first(_unpacked(packed, bits)).T for packed in (parts["qweight"], packed_zero))
-    return _checked(name, values, scale, zero, bits, group)
+    return _integers(values, scale, zero, bits, group)
 
 
 def _gptq(name: str, parts: Parts, shape: tuple[int, int], less: int = 1) -> StoredIntegers:
@@ -82,8 +82,8 @@ def _gptq(name: str, parts: Parts, shape: tuple[int, int], less: int = 1) -> Sto
             f"tensor {name}.g_idx puts inputs into groups by their activations (desc_act); only groups of neighbours "
             "are read"
         )
-    zero = _unpacked(packed_zero, bits).T + less
-    return _checked(name, _unpacked(parts["qweight"].T, bits), scale, zero, bits, group)
+    zero = _unpacked(packed_zero, bits).T.to(torch.int16) + less
+    return _integers(_unpacked(parts["qweight"].T, bits), scale, zero, bits, group)
 
 
 def _gptq_v2(name: str, parts: Parts, shape: tuple[int, int]) -> StoredIntegers:
@@ -149,15 +149,10 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _checked(
-    name: str, unsigned: Tensor, scale: Tensor, zero: Tensor | None, bits: Literal[4, 8], group: int
-) -> StoredIntegers:
-    if bits == 8 and (zero is not None or scale.shape[1] > 1):
-        asked = "zero points" if zero is not None else f"scales for groups of {group} inputs"
-        raise CheckpointError(f"weight {name} has {asked} and 8 bits; of 8 bits, one scale an output is read")
+def _integers(unsigned: Tensor, scale: Tensor, zero: Tensor | None, bits: Literal[4, 8], group: int) -> StoredIntegers:
     # Bytes wrap: 0 .. 255 less 128 are -128 .. 127.
     values = (unsigned - (1 << (bits - 1))).view(torch.int8)
-    return StoredIntegers(values, scale, None if zero is None else zero.to(torch.int8), bits, group)
+    return StoredIntegers(values, scale, None if zero is None else zero.to(torch.int16), bits, group)
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:

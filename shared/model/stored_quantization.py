@@ -41,14 +41,13 @@ def stored_format(config: object) -> str | None:
     return own if own in ("wint4", "wint8") else stored_layout(config)
 
 
-def stored_groups(config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the inputs that share a scale of four bits, by these fields. Widths below them have one scale, too."""
-    if stored_layout(config) != "compressed-tensors":
-        asked = [config.get("group_size", config.get("q_group_size"))]
-    else:
+def stored_groups(config: dict[str, Any]) -> dict[int, list[int]]:
+    """Return the inputs that share a scale, by bits, as these fields say. Rows below them have one scale, too."""
+    asked = [(config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size")))]
+    if stored_layout(config) == "compressed-tensors":
         weights = [_object(_object(group).get("weights")) for group in _object(config.get("config_groups")).values()]
-        asked = [w.get("group_size") for w in weights if w.get("num_bits") == 4 and w.get("strategy") == "group"]
-    return tuple(group for group in GROUPS if group in asked)
+        asked = [(w.get("num_bits"), w.get("group_size")) for w in weights if w.get("strategy") == "group"]
+    return {bits: [group for n, group in asked if n == bits and group in GROUPS] for bits in (4, 8)}
 
 
 def unusable(config: dict[str, Any]) -> str | None:
@@ -68,7 +67,7 @@ def _facts(config: dict[str, Any]) -> Iterator[Fact]:
     if layout == "compressed-tensors":
         yield from _compressed_tensors(config)
         return
-    yield "bits", config.get("bits", config.get("w_bit")), (4,)
+    yield "bits", config.get("bits", config.get("w_bit")), (4,) if layout == "awq" else (4, 8)
     yield "group_size", config.get("group_size", config.get("q_group_size")), (*GROUPS, -1)
     if layout == "awq" and config.get("quant_method") == "awq":
         yield "version", str(config.get("version", "gemm")).lower(), ("gemm",)
@@ -96,11 +95,9 @@ def _compressed_tensors(config: dict[str, Any]) -> Iterator[Fact]:
         yield f"{at}.output_activations", _object(group).get("output_activations"), (None,)
         yield f"{at}.weights.type", weights.get("type", "int"), ("int",)
         yield f"{at}.weights.num_bits", weights.get("num_bits"), (4, 8)
-        in_bytes = weights.get("num_bits") == 8
-        yield f"{at}.weights.strategy", weights.get("strategy"), ("channel",) if in_bytes else ("group", "channel")
+        yield f"{at}.weights.strategy", weights.get("strategy"), ("group", "channel")
         if weights.get("strategy") == "group":
             yield f"{at}.weights.group_size", weights.get("group_size"), GROUPS
-        yield f"{at}.weights.symmetric", weights.get("symmetric", True), (True,) if in_bytes else (True, False)
         order = weights.get("actorder")
         yield f"{at}.weights.actorder", None if order in ("static", "weight", False) else order, (None,)
 

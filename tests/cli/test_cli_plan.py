@@ -5,9 +5,17 @@ from pathlib import Path
 
 import hub_files
 import pytest
+from quantised_files import with_library, write_quantised
 
+from cli.demo import write_demo
 from cli.main import main
 from cli.plan import CARDS, RANKS, table
+from services.engine.kernels.ops import Ops
+from services.engine.model.weights import load_model
+from services.engine.run.footprint import weight_bytes
+from services.engine.run.foretold import foretell
+from services.engine.settings import EngineSettings
+from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +76,33 @@ def test_what_does_not_fit_is_told_with_what_is_missing(model: Path, capsys: pyt
 def test_a_wrong_flag_is_named(model: Path, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), *flags]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_weights_that_are_quantised_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the headers of their files, what loading them takes; of ours, what quantising at the start does."""
+    write_demo(tmp_path / "demo")
+    form = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    theirs, _ = write_quantised(tmp_path / "demo", tmp_path / "theirs", *with_library(**form))
+    config = load_model_config(theirs)
+    weights = load_model(Checkpoint(theirs), config, "cpu", None, Ops()).weights
+    settings = EngineSettings(redis_url="", model="", max_model_len=4096)
+    foretold = foretell(config, settings, 8 << 30, checkpoint=Checkpoint(theirs, headers_only=True))
+    # Headers do not tell that the stored head is the embedding.
+    assert foretold.weights == weight_bytes(weights, None) + weights.embedding.nbytes
+    memory = ["--memory", "8GiB", "--max-model-len", "4096"]
+    assert main(["plan", "--model", str(theirs), *memory]) == 0
+    said = capsys.readouterr().out
+    assert "GiB, compressed-tensors\n" in said
+    assert "cards needed    compressed-tensors: 1" in said
+    for flags, named in ((["--quantization", "wint8"], "quantised already"), (["--table"], "--table compares formats")):
+        given = flags if "--table" in flags else [*memory, *flags]
+        assert main(["plan", "--model", str(theirs), *given]) == 2
+        assert named in capsys.readouterr().err
+
+    words = ["--model", str(tmp_path / "demo"), "--output", str(tmp_path / "ours"), "--quantization", "wint4"]
+    assert main(["quantize", *words]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--model", str(tmp_path / "demo"), *memory, "--quantization", "wint4"]) == 0
+    at_start = capsys.readouterr().out.split("cards needed")[0]
+    assert main(["plan", "--model", str(tmp_path / "ours"), *memory]) == 0
+    assert capsys.readouterr().out.split("cards needed")[0] == at_start

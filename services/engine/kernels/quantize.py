@@ -13,9 +13,10 @@ Four int4 values share an int16 word, in two's complement: of each BLOCK of inpu
 256 + l and 384 + l, the first in its lowest bits. So a tile of words is four tiles of weights, each of inputs in order
 and of one group. The codes of a block's groups share an int32, the first in its lowest bits.
 
-Four bits that others have quantised keep their own scales and zero points: W is (q - zero) * scale, q and zero in
-0..15, for groups of 32, 64 or 128 inputs. The values are stored as q - 8, as ours are; a word for each group has the
-scale in its upper half and -zero / UNITS in its lower, both in the dtype of the activations. Row scales are 1.
+What others have quantised keeps its own scales and zero points: W is (q - zero) * scale, q and zero in 0..15, or 0..255
+of 8 bits, for groups of 32, 64 or 128 inputs. The values are stored as q - 8, or q - 128, as ours are; a word for each
+group has the scale in its upper half and -zero / UNITS in its lower, both in the dtype of the activations. Row scales
+are 1.
 """
 
 from dataclasses import dataclass, replace
@@ -45,12 +46,12 @@ class Quantized:
     scale: Tensor  # [.., out], in the dtype of the activations
     bits: Bits
     in_features: int
-    # Of 4 bits, contiguous: codes of our scales, [.., blocks, out] int32; or words of others' scales and zero points,
-    # [.., PLANES subgroups blocks, out] int32, or int64 of float32. Of each block, the first groups of its planes come
-    # first, then the second ones.
+    # Contiguous: codes of our scales of 4 bits, [.., blocks, out] int32; or words of others' scales and zero points,
+    # [.., groups, out] int32, or int64 of float32: of 4 bits of whole blocks, and of each block the first groups of its
+    # planes come first, then the second ones.
     groups: Tensor | None = None
     plain: Tensor | None = None  # dequantised, [.., out, in], where memory allows
-    subgroups: int = 0  # groups of a plane, which has GROUP inputs; 0: the scales are our codes
+    subgroups: int = 0  # others' groups of GROUP inputs; 0: the scales are ours
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +135,10 @@ def dequantize(weight: Quantized) -> Tensor:
 
 def _dequantize_foreign(weight: Quantized, words: Tensor) -> Tensor:
     each = GROUP // weight.subgroups
+    if weight.bits == 8:
+        pairs = words.transpose(-1, -2).contiguous().unsqueeze(-1).view(weight.scale.dtype).float()
+        zero, scale = pairs.repeat_interleave(each, -2)[..., : weight.in_features, :].unbind(-1)
+        return ((weight.data.float() + 128 + zero * UNITS) * scale).to(weight.scale.dtype)
     pairs = _split(words.transpose(-1, -2), -1, weight.subgroups, PLANES).transpose(-1, -2)
     zero, scale = pairs.contiguous().view(weight.scale.dtype).float().reshape(*pairs.shape, 2, 1).unbind(-2)
     values = _split(_unpack(weight.data), *pairs.shape[-3:], each).float()
@@ -141,22 +146,22 @@ def _dequantize_foreign(weight: Quantized, words: Tensor) -> Tensor:
     return exact.flatten(-4)[..., : weight.in_features].to(weight.scale.dtype).contiguous()
 
 
-def foreign4(values: Tensor, scale: Tensor, zero: Tensor, group: int) -> Quantized:
-    """Return four bits that others have quantised, in our packing.
+def foreign(values: Tensor, scale: Tensor, zero: Tensor, group: int, bits: Bits) -> Quantized:
+    """Return a weight that others have quantised, in our packing.
 
     Args:
-        values: [.., out, in] int8, -8..7: q - 8.
+        values: [.., out, in] int8: q - 8, or q - 128 of 8 bits.
         scale: [.., out, groups], in the dtype of the activations.
-        zero: [.., out, groups] integers, 0..15.
+        zero: [.., out, groups] integers, of the range of q.
         group: inputs that share a scale, one of FOREIGN_GROUPS. The last group may be shorter.
     """
     pairs = torch.stack([-zero.to(scale.dtype) / UNITS, scale], -1)
     words = pairs.view(torch.int64 if scale.dtype == torch.float32 else torch.int32).squeeze(-1)
-    groups, inputs = -(-values.shape[-1] // BLOCK) * BLOCK // group, values.shape[-1]
-    words = F.pad(words, (0, groups - words.shape[-1]))
-    subgroups = GROUP // group
+    inputs, subgroups, ones = values.shape[-1], GROUP // group, scale.new_ones(scale.shape[:-1])
+    if bits == 8:
+        return Quantized(values, ones, 8, inputs, words.transpose(-1, -2).contiguous(), subgroups=subgroups)
+    words = F.pad(words, (0, -(-inputs // BLOCK) * BLOCK // group - words.shape[-1]))
     ordered = _split(words, -1, PLANES, subgroups).transpose(-1, -2).flatten(-3)
-    ones = scale.new_ones(scale.shape[:-1])
     return Quantized(pack(values), ones, 4, inputs, ordered.transpose(-1, -2).contiguous(), subgroups=subgroups)
 
 

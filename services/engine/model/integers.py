@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from services.engine.kernels.quantize import FOREIGN_GROUPS, GROUP, Bits, Quantized, coded4, factored, foreign4
+from services.engine.kernels.quantize import FOREIGN_GROUPS, GROUP, Bits, Quantized, coded4, factored, foreign
 from services.engine.model.split import Split
 from shared.errors import CheckpointError
 from shared.model.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ class Integers:
 
     values: Tensor  # [out, in] int8
     scale: Tensor  # [out, groups]: of others in the dtype of the activations; else float32, each that of a code
-    zero: Tensor | None  # [out, groups] int8; None: symmetric
+    zero: Tensor | None  # [out, groups] int16; None: symmetric
     row: Tensor | None  # [out], in the dtype of the activations; None: 1
     bits: Bits
     group: int  # inputs that share a scale; 0: all of an output
@@ -63,20 +63,21 @@ class Integers:
     def packed(self) -> Quantized:
         """Return the weight in the kernels' packing."""
         values, inputs = self.values.contiguous(), self.values.shape[1]
-        if self.bits == 8:
-            return Quantized(values, self.scale[:, 0].contiguous(), 8, inputs)
         if self.row is not None:
             return coded4(values, self.row.contiguous(), self.scale.contiguous())
         if self.group:
-            return foreign4(values, self.scale, self._zero(), self.group)
-        groups = -(-inputs // GROUP)
+            return foreign(values, self.scale, self._zero(), self.group, self.bits)
+        groups, row = -(-inputs // GROUP), self.scale[:, 0].contiguous()
+        if self.zero is None and self.bits == 8:
+            return Quantized(values, row, 8, inputs)
         if self.zero is None:
             ones = torch.ones(len(values), groups, device=values.device)
-            return coded4(values, self.scale[:, 0].contiguous(), ones)
-        return foreign4(values, self.scale.expand(-1, groups), self._zero().expand(-1, groups), GROUP)
+            return coded4(values, row, ones)
+        return foreign(values, self.scale.expand(-1, groups), self._zero().expand(-1, groups), GROUP, self.bits)
 
     def _zero(self) -> Tensor:
-        return torch.full_like(self.scale, 8, dtype=torch.int8) if self.zero is None else self.zero
+        half = 1 << (self.bits - 1)
+        return torch.full_like(self.scale, half, dtype=torch.int16) if self.zero is None else self.zero
 
 
 def integers_of(stored: StoredIntegers, dtype: torch.dtype, name: str, own: bool) -> Integers:

@@ -3,9 +3,9 @@
     python compile_for_cards.py CAPABILITY BYTES [BITS ...]
 
 CAPABILITY is 80, 86, 89, 90 or 120, BYTES the shared memory that a program may have on such a card, BITS formats of the
-weights: 4, 8, 16; or 32, 64, 128, the groups of four bits that others have quantised. A line of JSON for each kernel
-that was compiled: [name, bytes of shared memory, stages, format, rows]. Needs no GPU, and no memory: tensors have no
-values. A program of its own: Triton is told once a process whether it compiles or interprets.
+weights: 4, 8, 16; or 432, 464, 4128, 832, ..: bits and groups of what others have quantised. A line of JSON for each
+kernel that was compiled: [name, bytes of shared memory, stages, format, rows]. Needs no GPU, and no memory: tensors
+have no values. A program of its own: Triton is told once a process whether it compiles or interprets.
 """
 
 import json
@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.quantize import FOREIGN_GROUPS, Bits, Weight, foreign4, quantize
+from services.engine.kernels.quantize import Bits, Weight, foreign, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
@@ -99,9 +99,10 @@ def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def weight(bits: int, *shape: int) -> Weight:
     formats: dict[int, Bits] = {4: 4, 8: 8}
-    if bits in FOREIGN_GROUPS:
-        groups = room(*shape[:-1], -(-shape[-1] // bits))
-        return foreign4(room(*shape, dtype=torch.int8), groups, groups.to(torch.int32), bits)
+    if bits > 16:
+        own, group = (4 if str(bits)[0] == "4" else 8), int(str(bits)[1:])
+        groups = room(*shape[:-1], -(-shape[-1] // group))
+        return foreign(room(*shape, dtype=torch.int8), groups, groups.to(torch.int32), group, formats[own])
     return quantize(room(*shape), formats[bits]) if bits in formats else room(*shape)
 
 

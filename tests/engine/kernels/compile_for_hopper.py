@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from services.engine.kernels.quantize import Bits, Quantized, foreign4, quantize
+from services.engine.kernels.quantize import Bits, Quantized, foreign, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
@@ -72,7 +72,8 @@ def main() -> None:
     decode(SEQUENCES)
     prefill()
     invariant()
-    foreign()
+    foreign_pools(4)
+    foreign_pools(8)
 
 
 def overwrites_operands(asm: dict[str, Any]) -> bool:
@@ -158,17 +159,17 @@ def invariant() -> None:
             ops.linear_moe_add_norm(x, weight, x, norm, block, None, 6, norm, 1e-5)
 
 
-def foreign() -> None:
-    """Every product of four bits that others have quantised, in the smallest groups, with tiles of each kind."""
+def foreign_pools(bits: Bits) -> None:
+    """Every product of what others have quantised, in the smallest groups, with tiles of each kind."""
 
     def weight(*shape: int) -> Quantized:
         scale = torch.zeros(*shape[:-1], shape[-1] // 32, dtype=torch.bfloat16)
-        return foreign4(torch.zeros(*shape, dtype=torch.int8), scale, scale.int(), 32)
+        return foreign(torch.zeros(*shape, dtype=torch.int8), scale, scale.int(), 32, bits)
 
     text, vision = (ExpertPool(weight(2, 2 * width, HIDDEN), weight(2, HIDDEN, width)) for width in (1536, 512))
     for rows in (4, 64, 256):
         x, ids = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(rows, 6, dtype=torch.int32)
-        experts.tiled_results(x, ids, text, vision, tiles.plan(6 * rows, 4, 4))
+        experts.tiled_results(x, ids, text, vision, tiles.plan(6 * rows, 4, bits))
         linear.linear(x, weight(512, HIDDEN))
     grouped.grouped_experts(x, ids, text, vision)
     dequantize.dequantize(weight(512, HIDDEN))

@@ -1,4 +1,4 @@
-"""Four bits that others have quantised, with their scales and zero points, by every product of Triton's.
+"""Four and eight bits that others have quantised, with their scales and zero points, by every product of Triton's.
 
 Without a GPU this runs in Triton's interpreter.
 """
@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from services.engine.kernels.quantize import FOREIGN_GROUPS, Quantized, dequantize, foreign4
+from services.engine.kernels.quantize import FOREIGN_GROUPS, Bits, Quantized, dequantize
+from services.engine.kernels.quantize import foreign as packed
 from services.engine.kernels.reference.experts import ExpertPool, experts
 from services.engine.kernels.triton.dense import dequantize as gpu_dequantize
 from services.engine.kernels.triton.dense import linear as gpu_linear
@@ -23,20 +24,21 @@ from services.engine.kernels.triton.moe import grouped
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cannot multiply matrices of bfloat16, and cuts off instead of rounding to it.
 DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
-GROUPS = pytest.mark.parametrize("group", FOREIGN_GROUPS)
-SHARED = pytest.mark.parametrize("dtype", DTYPES)
+FORMS = pytest.mark.parametrize(("bits", "group"), [(bits, group) for bits in (4, 8) for group in FOREIGN_GROUPS])
 
 
-def foreign(*shape: int, group: int, dtype: torch.dtype, seed: int = 0) -> tuple[Quantized, Tensor]:
+def foreign(*shape: int, bits: Bits, group: int, dtype: torch.dtype, seed: int = 0) -> tuple[Quantized, Tensor]:
     """A weight, and what its values, scales and zero points stand for, in float64."""
     generator = torch.Generator().manual_seed(seed + sum(shape) + group)
     groups = -(-shape[-1] // group)
-    q = torch.randint(0, 16, shape, generator=generator)
-    zero = torch.randint(0, 16, (*shape[:-1], groups), generator=generator)
-    scale = (torch.rand(*shape[:-1], groups, generator=generator) * 0.05 + 0.001).to(dtype)
+    q = torch.randint(0, 1 << bits, shape, generator=generator)
+    zero = torch.randint(0, 1 << bits, (*shape[:-1], groups), generator=generator)
+    scale = (torch.rand(*shape[:-1], groups, generator=generator) * 0.8 + 0.02) / (1 << bits)
+    scale = scale.to(dtype)
     exact = (q - zero.repeat_interleave(group, -1)[..., : shape[-1]]).double()
     exact *= scale.double().repeat_interleave(group, -1)[..., : shape[-1]]
-    weight = foreign4((q - 8).to(torch.int8).to(DEVICE), scale.to(DEVICE), zero.to(DEVICE), group)
+    values = (q - (1 << (bits - 1))).to(torch.int8).to(DEVICE)
+    weight = packed(values, scale.to(DEVICE), zero.to(DEVICE), group, bits)
     return weight, exact.to(DEVICE)
 
 
@@ -46,13 +48,13 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert error < limit, f"relative error {error:.2e}"
 
 
-@GROUPS
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 512), (2, 3, 1056), (3, 40)])
 def test_dequantised_are_the_checkpoint_s_numbers_rounded_once(
-    shape: tuple[int, ...], group: int, dtype: torch.dtype
+    shape: tuple[int, ...], group: int, bits: Bits, dtype: torch.dtype
 ) -> None:
-    weight, exact = foreign(*shape, group=group, dtype=dtype)
+    weight, exact = foreign(*shape, bits=bits, group=group, dtype=dtype)
     assert torch.equal(dequantize(weight), exact.to(dtype))
     if DEVICE == "cuda" or dtype == torch.float32:
         assert torch.equal(gpu_dequantize.dequantize(weight), exact.to(dtype))
@@ -60,23 +62,23 @@ def test_dequantised_are_the_checkpoint_s_numbers_rounded_once(
         assert torch.equal(dequantize(weight[1]), exact[1].to(dtype))
 
 
-@pytest.mark.parametrize("group", FOREIGN_GROUPS)
-@SHARED
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 512)), (17, (100, 672)), (70, (64, 1024))])
-def test_linear(rows: int, shape: tuple[int, int], group: int, dtype: torch.dtype) -> None:
-    weight, exact = foreign(*shape, group=group, dtype=dtype)
+def test_linear(rows: int, shape: tuple[int, int], group: int, bits: Bits, dtype: torch.dtype) -> None:
+    weight, exact = foreign(*shape, bits=bits, group=group, dtype=dtype)
     x = torch.randn(rows, shape[1]).to(dtype).to(DEVICE)
     close(gpu_linear.linear(x, weight), x.double() @ exact.T)
 
 
-@GROUPS
+@FORMS
 @pytest.mark.parametrize("rows", [1, 24])
-def test_experts_by_pairs_and_by_sorted_tiles(rows: int, group: int) -> None:
+def test_experts_by_pairs_and_by_sorted_tiles(rows: int, group: int, bits: Bits) -> None:
     dtype, (hidden, widths, count) = DTYPES[0], (192, (160, 96), 4)
     text, vision = (
         ExpertPool(
-            foreign(count, 2 * width, hidden, group=group, dtype=dtype, seed=width)[0],
-            foreign(count, hidden, width, group=group, dtype=dtype, seed=width + 1)[0],
+            foreign(count, 2 * width, hidden, bits=bits, group=group, dtype=dtype, seed=width)[0],
+            foreign(count, hidden, width, bits=bits, group=group, dtype=dtype, seed=width + 1)[0],
         )
         for width in widths
     )
@@ -88,14 +90,15 @@ def test_experts_by_pairs_and_by_sorted_tiles(rows: int, group: int) -> None:
     close(actual, experts(x, ids, weights, text, vision))
 
 
-@GROUPS
-def test_experts_as_a_grouped_product(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@FORMS
+def test_experts_as_a_grouped_product(group: int, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, (hidden, widths, count, rows) = DTYPES[0], (192, (160, 96), 2, 40)
     monkeypatch.setattr(grouped, "ROWS_PER_EXPERT", 1)
+    monkeypatch.setattr(grouped, "INT8_ROWS_PER_EXPERT", 1)
     text, vision = (
         ExpertPool(
-            foreign(count, 2 * width, hidden, group=group, dtype=dtype, seed=width)[0],
-            foreign(count, hidden, width, group=group, dtype=dtype, seed=width + 1)[0],
+            foreign(count, 2 * width, hidden, bits=bits, group=group, dtype=dtype, seed=width)[0],
+            foreign(count, hidden, width, bits=bits, group=group, dtype=dtype, seed=width + 1)[0],
         )
         for width in widths
     )

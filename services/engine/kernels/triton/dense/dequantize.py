@@ -8,13 +8,14 @@ from torch import Tensor
 from services.engine.kernels.quantize import BLOCK, GROUP, Quantized, Weight
 from services.engine.kernels.triton.common.sizes import ceil_div
 from services.engine.kernels.triton.dense.matmul import (
+    group_words,
     scales,
     storage,
-    subgroup_words,
     subgroups_of,
     unpack,
     unpack_foreign,
     widen,
+    widen_foreign,
 )
 
 ROWS, WARPS = 16, 4  # of a program's tile, which is as wide as a block of the packing
@@ -35,7 +36,8 @@ def _dequantize_kernel(
     if BITS == 4:
         PLANES: tl.constexpr = BLOCK // GROUP
         block = (row // EACH * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-        group_ptrs = (group_ptr + block * subgroup_words(SUBGROUPS) * EACH + row % EACH)[:, None]
+        words_of_block: tl.constexpr = PLANES * SUBGROUPS if SUBGROUPS else 1
+        group_ptrs = (group_ptr + block * words_of_block * EACH + row % EACH)[:, None]
         TILES: tl.constexpr = SUBGROUPS if SUBGROUPS else 1
         for tile in tl.static_range(TILES):
             lane = tile * (GROUP // TILES) + tl.arange(0, GROUP // TILES)[None, :]
@@ -50,6 +52,15 @@ def _dequantize_kernel(
                     groups = tl.load(group_ptrs + (tile * PLANES + j) * EACH, inside, 0)
                     values = unpack_foreign(words, groups, j, dtype)
                 tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
+    elif SUBGROUPS:
+        words_before = (row // EACH).to(tl.int64) * group_words(IN, BITS, SUBGROUPS) * EACH
+        group_ptrs = (group_ptr + words_before + row % EACH)[:, None]
+        for tile in tl.static_range(BLOCK * SUBGROUPS // GROUP):
+            column = first + tile * (GROUP // SUBGROUPS) + tl.arange(0, GROUP // SUBGROUPS)[None, :]
+            at = (first * SUBGROUPS // GROUP + tile).to(tl.int64)
+            groups = tl.load(group_ptrs + at * EACH, inside & (first + tile * (GROUP // SUBGROUPS) < IN), 0)
+            values = widen_foreign(tl.load(data_ptrs + column, inside & (column < IN), 0), groups, dtype)
+            tl.store(out_ptrs + column, (values.to(tl.float32) * scale).to(dtype), inside & (column < IN))
     else:
         column = first + tl.arange(0, BLOCK)[None, :]
         values = widen(tl.load(data_ptrs + column, inside & (column < IN), 0), dtype)

@@ -147,9 +147,10 @@ class UnsplitLaunch:
 
 
 def unsplit_launch(x: Tensor, weight: Weight, gated: bool = False) -> UnsplitLaunch | None:
-    """Return the launch, or None where there are too many rows for it."""
+    """Return the launch, or None where there are too many rows for it, or scales of groups."""
     (data, scale, _), bits = storage(weight), bits_of(weight)
-    if bits not in UNSPLIT_BITS or len(x) > (UNSPLIT_PLAIN_ROWS if bits == 16 else UNSPLIT_ROWS):
+    few = len(x) <= (UNSPLIT_PLAIN_ROWS if bits == 16 else UNSPLIT_ROWS)
+    if not few or bits not in UNSPLIT_BITS or subgroups_of(weight):
         return None
     (rows, inputs), weight_rows = x.shape, len(data)
     bm, bn = min(32, max(8, ceil_pow2(rows))), 16
@@ -204,7 +205,7 @@ def _unsplit_linear(x: Tensor, launch: UnsplitLaunch, gated: bool) -> Tensor:
 
 def _split_linear(x: Tensor, weight: Quantized) -> Tensor:
     tiles = _tiles(len(x), len(weight), weight.bits)
-    return tiled_linear(x, weight, tiles, early=weight.bits == 8 and len(x) <= EARLY_ROWS)
+    return tiled_linear(x, weight, tiles, early=weight.bits == 8 and not weight.subgroups and len(x) <= EARLY_ROWS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,13 @@ _WIDEN = tl.constexpr(
     "prmt.b32 $0, u, 0, 0x4140; prmt.b32 $1, u, 0, 0x4342;"
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, one, less; }"
 )
+# The same, with the word of scale and zero point of their row, four times: as in `_unpack_foreign_asm`.
+_WIDEN_FOREIGN = tl.constexpr(
+    "{ .reg .b32 u, v, s, z, one, none; mov.b32 one, 0x7F007F00; mov.b32 none, 0x80008000; xor.b32 v, $2, 0x80808080;"
+    "prmt.b32 s, $3, 0, 0x3232; prmt.b32 z, $3, 0, 0x1010; prmt.b32 u, v, 0, 0x4140; prmt.b32 v, v, 0, 0x4342;"
+    "fma.rn.bf16x2 u, u, one, z; fma.rn.bf16x2 v, v, one, z;"
+    "fma.rn.bf16x2 $0, u, s, none; fma.rn.bf16x2 $1, v, s, none; }"
+)
 _AFTER_WGMMA = tl.constexpr(
     "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
 )
@@ -108,6 +115,13 @@ def unpack_foreign(words, scales, J: tl.constexpr, dtype: tl.constexpr):
         return tl.inline_asm_elementwise(
             _UNPACK_FOREIGN[J], "=r,r,r,r", [words, scales], dtype=tl.bfloat16, is_pure=True, pack=2
         )
+    zero, scale = _zero_and_scale(scales, dtype)
+    return (((((words >> (4 * J)) & 0xF) ^ 8).to(tl.float32) / PER_UNIT + zero) * scale).to(dtype)
+
+
+@triton.jit
+def _zero_and_scale(scales, dtype: tl.constexpr):
+    """Return the halves of words in float32; the zero points are negative, in units."""
     if scales.dtype == tl.int64:
         zero, scale = scales.to(tl.int32).to(tl.float32, bitcast=True), (scales >> 32).to(tl.int32)
         scale = scale.to(tl.float32, bitcast=True)
@@ -117,13 +131,26 @@ def unpack_foreign(words, scales, J: tl.constexpr, dtype: tl.constexpr):
     else:
         zero = (scales << 16).to(tl.float32, bitcast=True)
         scale = (scales >> 16 << 16).to(tl.float32, bitcast=True)
-    return (((((words >> (4 * J)) & 0xF) ^ 8).to(tl.float32) / PER_UNIT + zero) * scale).to(dtype)
+    return zero, scale
 
 
 @triton.jit
-def subgroup_words(SUBGROUPS: tl.constexpr):
-    """Return the words of scales of a block's row."""
-    return _PLANES * SUBGROUPS if SUBGROUPS else 1
+def widen_foreign(values, scales, dtype: tl.constexpr):
+    """Convert int8 to `dtype`, in units: less their zero point, times their scale, of words as in `unpack_foreign`."""
+    if dtype == tl.bfloat16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            _WIDEN_FOREIGN, "=r,=r,r,r,r,r,r", [values, scales], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    zero, scale = _zero_and_scale(scales, dtype)
+    return (((values.to(tl.float32) + 128) / PER_UNIT + zero) * scale).to(dtype)
+
+
+@triton.jit
+def group_words(IN, BITS: tl.constexpr, SUBGROUPS: tl.constexpr):
+    """Return the words of scales that a row of IN inputs has."""
+    if SUBGROUPS == 0:
+        return blocks(IN)
+    return blocks(IN) * _PLANES * SUBGROUPS if BITS == 4 else tl.cdiv(IN, _GROUP // SUBGROUPS)
 
 
 @triton.jit
@@ -235,6 +262,15 @@ def dot_tile(
                 w = unpack_foreign(words, load_stored(groups + j * OUT, w_mask, EVEN), j, x.dtype)
                 part = tl.dot(w, x, part, input_precision="ieee")
         acc += part
+    elif SUBGROUPS:
+        EACH: tl.constexpr = min(BK, _GROUP // SUBGROUPS)  # inputs of one group
+        for tile in tl.static_range(BK // EACH):
+            first = nth * BK + tile * EACH
+            column = first + tl.arange(0, EACH)
+            groups = load_stored(g_ptrs + first * SUBGROUPS // _GROUP * OUT, w_mask & (first < IN), EVEN)
+            w = load_stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
+            x = _activations(x_ptrs, x_mask, column, IN, EVEN)
+            acc = tl.dot(widen_foreign(after_wgmma(w), groups, x.dtype), x, acc, input_precision="ieee")
     else:
         column = nth * BK + tl.arange(0, BK)
         w = load_stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
@@ -259,7 +295,7 @@ def gated(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 
 def subgroups_of(weight: Weight) -> int:
-    """Return the groups of a plane of four bits that others have quantised, 0 of any other weight."""
+    """Return the groups of GROUP inputs of a weight that others have quantised, 0 of any other."""
     return weight.subgroups if isinstance(weight, Quantized) else 0
 
 

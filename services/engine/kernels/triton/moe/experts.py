@@ -20,14 +20,13 @@ from services.engine.kernels.reference.router import SUM_MIN
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 from services.engine.kernels.triton.dense.matmul import (
-    blocks,
     dot_tile,
     gate_or_up,
     gated,
+    group_words,
     scales,
     steps,
     storage,
-    subgroup_words,
     subgroups_of,
 )
 from services.engine.kernels.triton.moe.grouped import grouped_experts, uses_grouped_gemm
@@ -69,7 +68,7 @@ def gate_up_tile(
     rows, columns = (pair >= 0)[None, :], (output < width)[:, None]
     x_ptrs = x_ptr + (pair // K).to(tl.int64)[None, :] * x_stride
     w_ptrs = w_ptr + w_row[:, None] * w_stride
-    g_ptrs = group_ptr + (index * blocks(IN) * subgroup_words(SUBGROUPS) * 2 * width + output + is_up * width)[:, None]
+    g_ptrs = group_ptr + (index * group_words(IN, BITS, SUBGROUPS) * 2 * width + output + is_up * width)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for nth in range(0, steps(IN, BK, BITS)):
         acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, IN, 2 * width, BK, BITS, SUBGROUPS, EVEN)
@@ -182,7 +181,7 @@ def _down_kernel(
     x_ptrs = inner_ptr + pair.to(tl.int64)[None, :] * TEXT
     w_row = index * H + n
     w_ptrs = w_ptr + w_row[:, None] * w_stride
-    g_ptrs = group_ptr + (index * blocks(width) * subgroup_words(SUBGROUPS) * H + n)[:, None]
+    g_ptrs = group_ptr + (index * group_words(width, BITS, SUBGROUPS) * H + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for nth in range(0, steps(width, BK, BITS)):
         acc = dot_tile(acc, w_ptrs, g_ptrs, columns, x_ptrs, rows, nth, width, H, BK, BITS, SUBGROUPS, EVEN)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.engine.kernels.quantize import BLOCK, PLANES, Quantized
+from services.engine.kernels.quantize import BLOCK, GROUP, PLANES, Quantized
 from services.engine.kernels.triton.common.launch import (
     fitting_stages,
     multiprocessors,
@@ -25,14 +25,15 @@ from services.engine.kernels.triton.dense.matmul import (
     at_least_one,
     gate_or_up,
     gated,
+    group_words,
     load_stored,
     scales,
     storage,
-    subgroup_words,
     subgroups_of,
     unpack,
     unpack_foreign,
     widen,
+    widen_foreign,
 )
 from services.engine.kernels.triton.moe.sort import SortedPairs
 
@@ -57,7 +58,7 @@ def _product(
     column = tl.arange(0, BK // PER)
     w_row = index * OUT + n
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * w_stride + column[None, :]
-    g_ptrs = group_ptr + (index.to(tl.int64) * (IN // BLOCK) * subgroup_words(SUBGROUPS) * OUT + n)[:, None]
+    g_ptrs = group_ptr + (index.to(tl.int64) * group_words(IN, BITS, SUBGROUPS) * OUT + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, at_least_one(IN), BK):
         at = k // PER
@@ -88,6 +89,9 @@ def _product(
                     unpack_foreign(w, s3, 3, x.dtype),
                 )
             w = side_by_side(planes)
+        elif SUBGROUPS:
+            s_ptrs = g_ptrs + k * SUBGROUPS // (BLOCK // PLANES) * OUT
+            w = widen_foreign(w, load_stored(s_ptrs, inside[:, None], EVEN), x.dtype)
         else:
             w = widen(w, x.dtype)
         acc = tl.dot(w, x.T, acc, input_precision="ieee")
@@ -158,9 +162,9 @@ def gate_up(x: Tensor, order: SortedPairs, nth: int, weight: Quantized, inner: T
     (experts, double), inputs, outputs = weight.scale.shape, weight.stored_inputs, WEIGHT_ROWS // 2
     width, written = double // 2, inner.shape[1]
     _quantized_gate_up_kernel[(_programs(order, written, outputs, x),)](
-        TensorDescriptor.from_tensor(x, [order.tile, INPUTS]), *storage(weight),
+        TensorDescriptor.from_tensor(x, [order.tile, _step(weight)]), *storage(weight),
         order.expert_ids, order.tile_bounds, inner, inputs, width, written, weight.data.stride(1), inner.stride(0), nth,
-        E=experts, EVEN=inputs % INPUTS == 0 and written == width and width % outputs == 0,
+        E=experts, EVEN=inputs % _step(weight) == 0 and written == width and width % outputs == 0,
         **_options(weight, order, x),
     )  # fmt: skip
 
@@ -169,10 +173,15 @@ def down(inner: Tensor, order: SortedPairs, nth: int, weight: Quantized, results
     """Compute the second product of pool `nth`; see grouped_plain.py."""
     (experts, hidden), inputs = weight.scale.shape, weight.stored_inputs
     _quantized_down_kernel[(_programs(order, hidden, WEIGHT_ROWS, inner),)](
-        TensorDescriptor.from_tensor(inner, [order.tile, INPUTS]), *storage(weight),
+        TensorDescriptor.from_tensor(inner, [order.tile, _step(weight)]), *storage(weight),
         order.sorted_pair_ids, order.expert_ids, order.tile_bounds, results, inputs, hidden, weight.data.stride(1), nth,
-        E=experts, EVEN=inputs % INPUTS == 0 and hidden % WEIGHT_ROWS == 0, **_options(weight, order, inner),
+        E=experts, EVEN=inputs % _step(weight) == 0 and hidden % WEIGHT_ROWS == 0, **_options(weight, order, inner),
     )  # fmt: skip
+
+
+def _step(weight: Quantized) -> int:
+    """Return the inputs of a stage. Of 8 bits they share a scale."""
+    return min(INPUTS, GROUP // weight.subgroups) if weight.bits == 8 and weight.subgroups else INPUTS
 
 
 def _programs(order: SortedPairs, outputs: int, each: int, x: Tensor) -> int:
@@ -182,7 +191,7 @@ def _programs(order: SortedPairs, outputs: int, each: int, x: Tensor) -> int:
 
 def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]:
     stages = 3 if weight.bits == 4 and order.tile == LARGE_TILE else 4
-    stage = INPUTS * (order.tile * x.element_size() + WEIGHT_ROWS * weight.bits // 8)
+    stage = _step(weight) * (order.tile * x.element_size() + WEIGHT_ROWS * weight.bits // 8)
     return {
         "BITS": weight.bits,
         "SUBGROUPS": subgroups_of(weight),
@@ -190,7 +199,7 @@ def _options(weight: Quantized, order: SortedPairs, x: Tensor) -> dict[str, Any]
         "BLOCK": BLOCK,
         "BM": order.tile,
         "BN": WEIGHT_ROWS,
-        "BK": INPUTS,
+        "BK": _step(weight),
         "num_warps": max(4, order.tile // 32),
         "num_stages": fitting_stages(stages, stage, REST) if x.element_size() == 2 else 1,
         **pdl_options(x),
