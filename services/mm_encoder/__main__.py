@@ -40,7 +40,7 @@ from shared.bus.keys import ENCODE, Keys
 from shared.bus.leases import live
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
-from shared.cpu_share import torch_threads
+from shared.cpu_share import compute_threads, torch_threads, usable_cores
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
@@ -52,6 +52,7 @@ from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog
 from shared.workers.process import worker_environ
 
+FRAME_THREADS = 4  # of a decoder process, at most
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
 GPU_FIRST_USE = FirstUse(60.0, 0.0, compiles=True)
@@ -102,6 +103,7 @@ def build(
         font,
         settings.video_own_times,
         settings.decoder_memory_bytes,
+        min(FRAME_THREADS, compute_threads(usable_cores(), 2 * settings.preprocess_threads)),
     )
     encoder = Encoder(weights, model, device, settings.tower_max_patches, normal.image_mean, normal.image_std)
     preparer = Preparer(

@@ -37,7 +37,8 @@ def run(link: Link) -> None:
     give_way()
     lower_priority(NICE)
     limit_memory(setup.memory_bytes)
-    processor = Processor(setup.settings, setup.limits, setup.vision, setup.font, own_times=setup.own_times)
+    told = (setup.settings, setup.limits, setup.vision, setup.font)
+    processor = Processor(*told, own_times=setup.own_times, threads=setup.threads)
     gc.freeze()  # the collector then looks at what tasks make alone
     link.send(to_encoder.encode(Ready()))
     while (received := link.receive()) is not None:

@@ -60,10 +60,11 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-        turned = ImageOps.exif_transpose(image)
-        if turned.mode in grey.MODES:
-            turned = grey.eight_bits(turned, getattr(image, "tag_v2", {}))
-        return _on_white(turned).convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in grey.MODES:
+            image = grey.eight_bits(image, getattr(image, "tag_v2", {}))
+        opaque = _on_white(image)
+        return opaque if opaque.mode == "RGB" else opaque.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # as above

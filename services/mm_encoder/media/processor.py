@@ -5,12 +5,13 @@ A request that cannot fit is refused between the two, before any pixel is decode
 
 import hashlib
 import io
+from functools import partial
 
 import msgspec
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from services.mm_encoder.media import frames as sampling
 from services.mm_encoder.media import timestamps
@@ -20,6 +21,7 @@ from services.mm_encoder.media.patches import Grid, fill_rows
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.refusal import refuse
 from services.mm_encoder.media.resize import smart_resize
+from services.mm_encoder.media.turns import Turns
 from services.mm_encoder.media.video import VideoFacts, VideoLimits, decode, probe
 from shared.messages import Media, VideoOptions
 from shared.model.config import VisionConfig
@@ -54,6 +56,7 @@ class Processor:
     """FastDeploy's preprocessing for one model and one set of settings.
 
     If `own_times`, the frames of a video of variable rate show their own times; else the reference's, by the average.
+    `threads` resize frames of a video.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Processor:
         font: bytes,
         *,
         own_times: bool = True,
+        threads: int = 1,
     ) -> None:
+        self._turns = Turns(threads)
         self._settings = settings
         self._limits = limits
         self._patch = vision.patch_size
@@ -142,17 +147,25 @@ class Processor:
         convert = VideoReformatter()
         by_frame = rows.reshape(len(plan.indices), -1, rows.shape[1])
         times = plan.facts.frame_times(self._own_times)
-        for wanted, decoded in decode(data, plan.facts, set(plan.indices), self._limits):
-            if size is None:  # the first frame decides for all; the number of tokens stays
-                size = plan.size[::-1] if decoded.turn in SIDEWAYS else plan.size
-            image = upright(decoded.frame, decoded.turn, convert)
-            font = ImageFont.truetype(io.BytesIO(self._font), timestamps.font_size(image.width, image.height))
-            timestamps.paint(image, times[decoded.index], font)
-            first, *others = (place for place, shown in enumerate(plan.indices) if shown == wanted)
-            fill_rows(by_frame[first], resized(image, *size), self._patch, self._merge)
-            by_frame[others] = by_frame[first]
+        with self._turns.all_done() as in_turn:
+            for wanted, decoded in decode(data, plan.facts, set(plan.indices), self._limits):
+                if size is None:  # the first frame decides for all; the number of tokens stays
+                    size = plan.size[::-1] if decoded.turn in SIDEWAYS else plan.size
+                image = upright(decoded.frame, decoded.turn, convert)
+                font = ImageFont.truetype(io.BytesIO(self._font), timestamps.font_size(image.width, image.height))
+                timestamps.paint(image, times[decoded.index], font)
+                places = [place for place, shown in enumerate(plan.indices) if shown == wanted]
+                in_turn(partial(self._fill_frame, by_frame, places, image, size))
         assert size is not None, "decode yields every wanted frame or raises"
         return len(plan.indices), size[0] // self._patch, size[1] // self._patch
+
+    def _fill_frame(
+        self, by_frame: NDArray[np.uint8], places: list[int], image: Image.Image, size: tuple[int, int]
+    ) -> None:
+        """Fill the rows of a frame at all places where it is shown."""
+        first, *others = places
+        fill_rows(by_frame[first], resized(image, *size), self._patch, self._merge)
+        by_frame[others] = by_frame[first]
 
     def _sampling(self, options: VideoOptions) -> sampling.FrameSampling:
         try:

@@ -327,3 +327,14 @@ def test_signatures_tell_everything_that_changes_patches() -> None:
     assert len(set(different)) == len(different)
     same = Media("video", "q", url="http://x", video=VideoOptions(fps=2.0))
     assert processor.signature(same) == processor.signature(plain), "2 is the server's rate"
+
+
+def test_threads_change_nothing() -> None:
+    data, media = video_bytes(video_frames(40)), Media("video", "p")
+    rows = []
+    for threads in (1, 3):
+        processor = Processor(SMALL, LIMITS, VISION, FONT, threads=threads)
+        plan = processor.plan(media, data)
+        rows.append(np.zeros(plan.rows, np.uint8))
+        processor.fill(plan, data, rows[-1])
+    assert np.array_equal(*rows)

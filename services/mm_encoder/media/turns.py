@@ -1,0 +1,43 @@
+"""Threads for the frames of a video: Pillow lets go of Python's lock while it resizes one, and others are decoded then.
+
+An image is resized by one thread: which of the two directions Pillow takes first, and with it the rounding in between,
+differs from size to size, so that bands of an image would not give its pixels to the bit.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+
+class Turns:
+    """Threads of one process, for one video at a time; one thread is the caller's own."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "frames") if threads > 1 else None
+
+    @contextmanager
+    def all_done(self) -> Iterator[Callable[[Callable[[], None]], None]]:
+        """Yield a function that has work done, now or soon, and wait for all of it at the end of the block.
+
+        At most a piece for each thread is under way: whoever adds one more waits for the first. An error of one is
+        raised where another is added, or at the end.
+        """
+        running: deque[Future[None]] = deque()
+
+        def add(work: Callable[[], None]) -> None:
+            if self._pool is None:
+                work()
+                return
+            if len(running) == self._threads:
+                running.popleft().result()
+            running.append(self._pool.submit(work))
+
+        try:
+            yield add
+            for future in running:
+                future.result()
+        finally:
+            for future in running:
+                future.exception()
