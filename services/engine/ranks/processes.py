@@ -98,7 +98,7 @@ class Ranks:
         limit.daemon = True
         limit.start()
         try:
-            self._exchange.check()
+            self._exchange.check(self._environ)
         finally:
             limit.cancel()
         return self._exchange
