@@ -3,19 +3,23 @@
     python -m benchmarks.ranks [--sizes 1,2] [--quantization wint4,none] [--output FILE.json]
 
 Weights are drawn, on every rank the same ones. Each engine runs in a process of its own, since NCCL and memory are a
-process's; asserts nothing. Measured of each, under SIZE.QUANTIZATION:
+process's, and is given up after --limit seconds, when all its threads say where they are; asserts nothing. What is in
+FILE.json already stays. Measured of each, under SIZE.QUANTIZATION:
 
   decode_ms, prefill_tok_s   as in benchmarks.engine
   startup_s, cache_tokens    until the runner is there, captured steps included, and how much the caches hold
   scores                     log-probabilities of the tokens of a prompt: by how much two sizes differ is printed
   tokens                     of greedy answers: how many agree with those of one rank until the first that does not
-  contexts                   tokens of cache with --full-size: 131,072 positions and 128 sequences
-  lost_s                     with --faults: seconds from the death (kill) or halt (stop) of rank 1, while all decode, to
-                             that of the engine, its exit status, and seconds until rank 1 is gone when rank 0 is killed
-  exchange_us                with --exchange: one exchange of so many rows, captured, without anything around it
+  SIGNAL to RANK             with --faults: seconds from then, while all decode, until no process of the engine is left,
+                             and rank 0's exit status
+  kernels                    with --profile: of a decode step on the first rank, longest first
+  exchange_us                with --exchange: one exchange of so many rows, captured, with nothing around it: by NCCL,
+                             and by writing to the other card's memory (null where that does not work), with the number
+                             of those that gave anything else than NCCL's (wrong)
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -23,9 +27,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +38,12 @@ import numpy as np
 import torch
 
 from benchmarks.engine import CONFIG, Bench, Watch, numbers, shapes
-from benchmarks.steps import PROMPT
+from benchmarks.steps import GENERATED, PROMPT
 from cli.demo import hub_config
 from services.engine.__main__ import load
 from services.engine.loop.mailbox import Mailbox
 from services.engine.loop.step_output import StepOutput
-from services.engine.ranks.exchange import Exchange, listen, make_safe, rank_device
+from services.engine.ranks.exchange import Exchange, Shortcut, listen, make_safe, rank_device
 from services.engine.ranks.processes import Ranks
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.settings import EngineSettings
@@ -48,20 +53,24 @@ from shared.model.config import load_model_config
 SCORED, ANSWERED, ANSWERS = 512, 64, 8
 EXCHANGED_ROWS = (1, 8, 32, 128, 256, 1024, 8192)
 LONG = 4000  # tokens of answers during which a rank is lost
-PATIENCE_S = 300.0
+MEASURE, DECODE, DONE = "measure", "decode", "done"  # what an engine is asked for, and the end of its answer
+LAST_WORDS_S = 10.0
+UNPRINTED = ("scores", "tokens", "kernels")
 
 
 def write_config(directory: Path, device: str) -> None:
     """Write a config.json with the published model's sizes; on a CPU, which tries the program only, a small one's."""
     told = hub_config("bfloat16") | {
         "vocab_size": CONFIG.vocab_size,
-        "im_patch_id": 100_295,
-        "image_start_token_id": CONFIG.image_start_id,
-        "image_end_token_id": CONFIG.image_end_id,
-        "video_start_token_id": CONFIG.video_start_id,
-        "video_end_token_id": CONFIG.video_end_id,
+        # The last ones: no token of a prompt, and hardly one of an answer.
+        "im_patch_id": CONFIG.vocab_size - 5,
+        "image_start_token_id": CONFIG.vocab_size - 4,
+        "image_end_token_id": CONFIG.vocab_size - 3,
+        "video_start_token_id": CONFIG.vocab_size - 2,
+        "video_end_token_id": CONFIG.vocab_size - 1,
     }
     if device == "cuda":
+        half, of_time = CONFIG.head_dim // 2, CONFIG.time_freqs
         told |= {
             "hidden_size": CONFIG.hidden_size,
             "intermediate_size": CONFIG.intermediate_size,
@@ -69,7 +78,8 @@ def write_config(directory: Path, device: str) -> None:
             "num_attention_heads": CONFIG.num_heads,
             "num_key_value_heads": CONFIG.num_kv_heads,
             "max_position_embeddings": CONFIG.max_position_embeddings,
-            "freq_allocation": CONFIG.time_freqs,
+            "freq_allocation": of_time,
+            "rope_scaling": {"type": "default", "mrope_section": [*[(half - of_time) // 2] * 2, of_time]},
             "rope_theta": CONFIG.rope_theta,
             "moe_num_experts": [CONFIG.num_experts] * 2,
             "moe_intermediate_size": [CONFIG.text_expert_size, CONFIG.vision_expert_size],
@@ -88,20 +98,22 @@ class Ranked(Bench):
             "max_model_len": 32768,
             "max_num_seqs": 256,
             "enable_prefix_caching": False,
+            "max_token_gap_ms": 0.0,  # else the first have ended before the last begin
+            "step_timeout_s": 10.0,
             **told,
         }
-        self._settings = EngineSettings(
+        self.settings = EngineSettings(
             redis_url="unix:///unused", model=str(directory), load_format="dummy", device=device,  # type: ignore[arg-type]
             quantization=quantization, tensor_parallel_size=size, **settings,  # type: ignore[arg-type]
         )  # fmt: skip
         config = load_model_config(directory)
         self._sampling = Sampling(seed=0, temperature=0.0, ignore_eos=True)
-        self._facts = EngineFacts(config, self._settings.max_model_len, think_close_id=3)
-        self.ranks = Ranks(self._settings, os.environ) if size > 1 else None
+        self._facts = EngineFacts(config, self.settings.max_model_len, think_close_id=3)
+        self.ranks = Ranks(self.settings, os.environ) if size > 1 else None
         started = time.perf_counter()
-        self._runner, self._blocks = load(self._settings, config, device, self.ranks)
+        self.runner, self._blocks = load(self.settings, config, device, self.ranks)
         self.startup_s = {"load_and_capture": round(time.perf_counter() - started, 1)}
-        self.memory = {"cache_tokens": self._blocks * self._settings.block_size}
+        self.memory = {"cache_tokens": self._blocks * self.settings.block_size}
 
     def scores(self) -> list[float]:
         """Return the log-probabilities of a prompt's own tokens."""
@@ -139,36 +151,56 @@ class Ranked(Bench):
         return answers
 
 
-def measure(directory: Path, size: int, quantization: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one engine, in this process."""
-    told = {"max_model_len": 131_072, "max_num_seqs": 128, "gpu_memory_utilization": 0.51} if args.full_size else {}
-    bench = Ranked(directory, size, quantization, args.device, **told, **json.loads(args.settings))
-    found: dict[str, Any] = {"startup_s": bench.startup_s, "memory": bench.memory}
-    bench.run(1, min(PROMPT, args.prompt), 4)
-    found["scores"], found["tokens"] = bench.scores(), bench.tokens()
-    found["decode_ms"] = {str(n): round(bench.run(n, args.prompt, 72)[1].step_ms(), 3) for n in args.batches}
-    found["prefill_tok_s"] = {f"{n}x{length}": round(bench.prefill_tok_s(n, length)) for n, length in args.prefills}
+def run_engine(directory: Path, size: int, quantization: str, args: argparse.Namespace) -> None:
+    """Load an engine in this process, and do with it what the lines of standard input ask for."""
+    bench = Ranked(directory, size, quantization, args.device, **json.loads(args.settings))
+    tell({"startup_s": bench.startup_s, "memory": bench.memory}, done=True)
+    for line in sys.stdin:
+        if line.strip() == MEASURE:
+            measure(bench, args)
+        elif line.strip() == DECODE:
+            decode_for_long(bench)
     if bench.ranks is not None:
         bench.ranks.close()
-    return found
 
 
-def decode_for_long(directory: Path, size: int, quantization: str, args: argparse.Namespace) -> dict[str, Any]:
+def tell(found: dict[str, Any], done: bool = False) -> None:
+    """Give the process that has started this one some results."""
+    print(json.dumps({**found, DONE: done}), flush=True)
+
+
+def measure(bench: Ranked, args: argparse.Namespace) -> None:
+    """Measure one engine; tell each figure at once."""
+    bench.run(1, min(PROMPT, args.prompt), 4)
+    tell({"scores": bench.scores(), "tokens": bench.tokens()})
+    decode_ms, prefill_tok_s, kernels = dict[str, float](), dict[str, int](), dict[str, Any]()
+    for count in args.batches:
+        decode_ms[str(count)] = round(bench.run(count, args.prompt, GENERATED)[1].step_ms(), 3)
+        tell({"decode_ms": decode_ms})
+    for count, length in args.prefills:
+        prefill_tok_s[f"{count}x{length}"] = round(bench.prefill_tok_s(count, length))
+        tell({"prefill_tok_s": prefill_tok_s})
+    for count in args.profile:
+        kernels[str(count)] = bench.kernels(count)
+        tell({"kernels": kernels})
+    tell({}, done=True)
+
+
+def decode_for_long(bench: Ranked) -> None:
     """Decode until a rank is lost; say when it may be."""
-    bench = Ranked(directory, size, quantization, args.device, **json.loads(args.settings))
     mailbox = Mailbox()
     watch = Watch(mailbox, 8)
 
     def hear(step_output: StepOutput) -> None:
         if not watch.stamps:
-            print("decoding", flush=True)
+            tell({}, done=True)
         watch(step_output)
 
-    bench.drive([bench.sequence(index, 100, LONG) for index in range(8)], mailbox, hear)
-    return {}
+    with bench.ranks or contextlib.nullcontext():
+        bench.drive([bench.sequence(index, 100, LONG) for index in range(8)], mailbox, hear)
 
 
-def exchange_us(directory: Path, size: int, quantization: str, args: argparse.Namespace) -> dict[str, float]:
+def exchange_us(directory: Path, size: int, quantization: str, args: argparse.Namespace) -> None:
     """Measure exchanges alone, on this rank and those that it starts."""
     rank, meeting = args.rank, args.port
     others = []
@@ -179,19 +211,42 @@ def exchange_us(directory: Path, size: int, quantization: str, args: argparse.Na
     device = rank_device(args.device, rank)
     exchange = Exchange(rank, size, meeting, device, lambda: None)
     exchange.least(0)
-    found = {str(rows): _exchange_us(exchange, rows, device) for rows in EXCHANGED_ROWS}
+    ways = {"nccl": exchange.gather}
+    found: dict[str, Any] = {"nccl": {}, "direct": None}
+    if device.type == "cuda":
+        from services.engine.ranks.direct import connect  # Triton exists for Linux only
+
+        direct = connect(rank, size, device, exchange.least)
+        if direct is not None:
+            torch.cuda.manual_seed(rank)
+            ways["direct"], found["direct"] = direct.gather, {}
+            found["wrong"] = sum(_differ(exchange, direct, rows, device) for rows in EXCHANGED_ROWS)
+    for rows in EXCHANGED_ROWS:
+        for name, gather in ways.items():
+            found[name][str(rows)] = _exchange_us(gather, rows, device)
+            print(rank, name, rows, found[name][str(rows)], file=sys.stderr, flush=True)
     for other in others:
         other.wait()
-    return found
+    if rank == 0:
+        tell(found, done=True)
 
 
-def _exchange_us(exchange: Exchange, rows: int, device: torch.device, inside: int = 56) -> float:
+def _differ(exchange: Exchange, direct: Shortcut, rows: int, device: torch.device, times: int = 20) -> int:
+    """Return how many direct exchanges of drawn rows gave something else."""
+    wrong = 0
+    for _ in range(times):
+        own = torch.randn(rows, CONFIG.hidden_size, device=device).bfloat16()
+        wrong += not torch.equal(direct.gather(own), exchange.gather(own))
+    return wrong
+
+
+def _exchange_us(gather: Callable[[torch.Tensor], torch.Tensor], rows: int, device: torch.device) -> float:
     """Return the microseconds of one of the exchanges of a step, captured where the device can."""
-    own = torch.zeros(rows, CONFIG.hidden_size, dtype=torch.bfloat16, device=device)
+    own, inside = torch.zeros(rows, CONFIG.hidden_size, dtype=torch.bfloat16, device=device), 56
 
     def step() -> None:
         for _ in range(inside):
-            exchange.gather(own)
+            gather(own)
 
     run: Callable[[], None] = step
     step()
@@ -213,9 +268,8 @@ def _exchange_us(exchange: Exchange, rows: int, device: torch.device, inside: in
     return round(1e6 * statistics.median(times) / inside, 1)
 
 
-PARTS: dict[str, Callable[[Path, int, str, argparse.Namespace], dict[str, Any]]] = {
-    "measure": measure,
-    "faults": decode_for_long,
+PARTS: dict[str, Callable[[Path, int, str, argparse.Namespace], None]] = {
+    "engine": run_engine,
     "exchange": exchange_us,
 }
 
@@ -223,39 +277,77 @@ PARTS: dict[str, Callable[[Path, int, str, argparse.Namespace], dict[str, Any]]]
 # --------------------------------------------------------------------------------------------- the processes measured
 
 
-def start(part: str, directory: Path, size: int, quantization: str) -> "subprocess.Popen[str]":
-    """Start this program again, for one part."""
-    arguments = ["--part", part, "--directory", str(directory), "--sizes", str(size), "--quantization", quantization]
-    command = [sys.executable, "-m", "benchmarks.ranks", *sys.argv[1:], *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+class Part:
+    """This program, started again for one part."""
+
+    def __init__(self, part: str, directory: Path, size: int, quantization: str, card: int | None = None) -> None:
+        """`card`: the only one that it sees."""
+        told = ["--part", part, "--directory", str(directory), "--sizes", str(size), "--quantization", quantization]
+        environ = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+        if card is not None:
+            environ["CUDA_VISIBLE_DEVICES"] = str(card)
+        self.size, self.name = size, f"{size}.{quantization}"
+        self.found: dict[str, Any] = {}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.ranks", *sys.argv[1:], *told],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environ,
+        )  # fmt: skip
+
+    def ask(self, what: str, limit: float) -> None:
+        """Have the process do something, unless it is ''; collect what it tells until that is done."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        given_up = threading.Timer(limit, self.give_up, [f"{what} took more than {limit:g} s"])
+        given_up.start()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(what and what + "\n")
+            self.process.stdin.flush()
+        done = False
+        while not done and (line := self.process.stdout.readline()):
+            if line.startswith("{"):
+                told = json.loads(line)
+                done = told.pop(DONE)
+                self.found |= told
+        given_up.cancel()
+        if not done:
+            self.found.setdefault("failed", self.process.wait())
+
+    def give_up(self, why: str) -> None:
+        """End the processes, which print their threads' stacks."""
+        self.found["failed"] = why
+        for pid in (*children(self.process.pid), self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_WORDS_S)
+        self.process.kill()
+        self.process.wait()
+
+    def lose(self, number: signal.Signals, who: str, limit: float) -> dict[str, Any]:
+        """Signal rank 1, or rank 0, while they decode; return how long all need to end, and with what status."""
+        self.ask(DECODE, limit)
+        if "failed" in self.found:
+            return {"failed": self.found["failed"]}
+        first, *_ = children(self.process.pid)
+        time.sleep(1)  # some steps
+        os.kill(self.process.pid if who == "rank 0" else first, number)
+        started = time.perf_counter()
+        while time.perf_counter() - started < limit and (self.process.poll() is None or _lives(first)):
+            time.sleep(0.01)
+        seconds = round(time.perf_counter() - started, 2)
+        self.process.kill()
+        return {"all_gone_s": seconds, "status": self.process.wait()}
 
 
-def result_of(process: "subprocess.Popen[str]") -> Any:
-    """Return what a part has found; where it failed, its exit status."""
-    said, _ = process.communicate()
-    lines = [line for line in said.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines and process.returncode == 0 else {"failed": process.returncode}
-
-
-def lose(directory: Path, size: int, quantization: str, number: signal.Signals, who: str) -> dict[str, Any]:
-    """Signal rank 1, or rank 0, while they decode; return how long the other needs to end, and with what status."""
-    engine = start("faults", directory, size, quantization)
-    assert engine.stdout is not None
-    while (line := engine.stdout.readline()) and "decoding" not in line:
-        pass
-    [first, *_] = sorted(
-        int(pid) for file in Path(f"/proc/{engine.pid}/task").glob("*/children") for pid in file.read_text().split()
-    )
-    time.sleep(1)  # some steps
-    os.kill(engine.pid if who == "rank 0" else first, number)
-    started = time.perf_counter()
-    while time.perf_counter() - started < PATIENCE_S:
-        if engine.poll() is not None and not _lives(first):
-            break
-        time.sleep(0.01)
-    seconds = round(time.perf_counter() - started, 2)
-    engine.kill()
-    return {"all_gone_s": seconds, "status": engine.wait()}
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started, the oldest first."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for file in files for child in file.read_text().split())
 
 
 def _lives(pid: int) -> bool:
@@ -284,8 +376,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default="1,8,32,64,128,256")
     parser.add_argument("--prefills", type=shapes, default="1x1024,1x8192,16x1024")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens, of decode_ms (%(default)s)")
-    parser.add_argument("--full-size", action="store_true", help="131,072 positions, 128 sequences, as if on 80 GB")
-    parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--profile", type=numbers, default="", help="batches, of kernels")
+    parser.add_argument("--no-engines", action="store_true", help="neither load nor measure any")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one engine (%(default)s)")
+    parser.add_argument(
+        "--together", action="store_true", help="load all engines at once; --settings must have them fit on the cards"
+    )
+    parser.add_argument("--faults", action="store_true", help="with --together: lose a rank of each engine in the end")
     parser.add_argument("--exchange", action="store_true")
     parser.add_argument("--settings", default="{}", help="others of the engine, as JSON")
     parser.add_argument("--device", default="cuda")
@@ -295,41 +392,71 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_all(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every size and quantisation, each in a process of its own."""
-    result: dict[str, Any] = {}
-    several = [size for size in args.sizes if size > 1]
+def measure_all(directory: Path, args: argparse.Namespace) -> None:
+    """Measure every size and quantisation, each in a process of its own; then lose ranks of those that have several."""
+    results = Results(args.output)
     if args.exchange:
-        for size in several:
-            _note(args, result, f"{size}.exchange_us", result_of(start("exchange", directory, size, "none")))
-    for quantization in args.quantization.split(","):
-        for size in args.sizes:
-            name = f"{size}.{quantization}"
-            found = result_of(start("measure", directory, size, quantization))
-            first = result.get(f"{args.sizes[0]}.{quantization}")
-            if first is not None and "scores" in found and "scores" in first:
-                found["against_one"] = compare(first, found)
-            _note(args, result, name, found)
-    if args.faults:
-        for size in several:
-            part = partial(lose, directory, size, args.quantization.split(",")[0])
-            for who, number in (("rank 1", signal.SIGKILL), ("rank 1", signal.SIGSTOP), ("rank 0", signal.SIGKILL)):
-                _note(args, result, f"{size}.{number.name} to {who}", part(number, who))
-    return result
+        for size in (size for size in args.sizes if size > 1):
+            part = Part("exchange", directory, size, "none")
+            part.ask("", args.limit)
+            results.note(f"{size}.exchange_us", part.found)
+    asked = [] if args.no_engines else [(q, size) for q in args.quantization.split(",") for size in args.sizes]
+    if not args.together:
+        for quantization, size in asked:
+            part = Part("engine", directory, size, quantization)
+            measure_part(part, args, results)
+            part.end()
+        return
+    parts = [Part("engine", directory, size, q, nth // len(args.sizes) if size == 1 else None)
+             for nth, (q, size) in enumerate(asked)]  # fmt: skip
+    alone, several = ([part for part in parts if (part.size == 1) == one] for one in (True, False))
+    with ThreadPoolExecutor() as at_once:
+        list(at_once.map(lambda part: part.ask("", args.limit), parts))
+        list(at_once.map(lambda part: measure_part(part, args, results, loaded=True), alone))
+        for part in alone:
+            part.end()
+        for part in several:
+            measure_part(part, args, results, loaded=True)
+        cases = [("rank 1", signal.SIGKILL), ("rank 1", signal.SIGSTOP), ("rank 0", signal.SIGKILL)]
+        lost = [(f"{number.name} to {who}: {part.name}", at_once.submit(part.lose, number, who, args.limit))
+                for part, (who, number) in zip(several, cases, strict=False) if args.faults]  # fmt: skip
+        for name, one in lost:
+            results.note(name, one.result())
+    for part in several:
+        part.end()
 
 
-def _note(args: argparse.Namespace, result: dict[str, Any], name: str, found: Any) -> None:
-    result[name] = found
-    print(name, json.dumps({key: value for key, value in found.items() if key not in ("scores", "tokens")}), flush=True)
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+def measure_part(part: Part, args: argparse.Namespace, results: "Results", loaded: bool = False) -> None:
+    """Measure an engine, and compare it with that of one rank."""
+    if not loaded:
+        part.ask("", args.limit)
+    if "failed" not in part.found:
+        part.ask(MEASURE, args.limit)
+    one = results.all.get(f"1.{part.name.partition('.')[2]}", {})
+    if "scores" in one and "scores" in part.found:
+        part.found["against_one"] = compare(one, part.found)
+    results.note(part.name, part.found)
+
+
+class Results:
+    """Findings, on standard output and in a file."""
+
+    def __init__(self, output: Path | None) -> None:
+        self._output = output
+        self.all: dict[str, Any] = json.loads(output.read_text()) if output is not None and output.exists() else {}
+
+    def note(self, name: str, found: dict[str, Any]) -> None:
+        self.all[name] = found
+        print(name, json.dumps({key: value for key, value in found.items() if key not in UNPRINTED}), flush=True)
+        if self._output is not None:
+            self._output.write_text(json.dumps(self.all, indent=1) + "\n")
 
 
 def main() -> None:
     args = parse()
     make_safe(os.environ)
     if args.part:
-        print(json.dumps(PARTS[args.part](args.directory, args.sizes[0], args.quantization, args)), flush=True)
+        PARTS[args.part](args.directory, args.sizes[0], args.quantization, args)
         os._exit(0)  # threads of libraries may be in C++
     with tempfile.TemporaryDirectory(prefix="millrace-ranks-") as scratch:
         write_config(Path(scratch), args.device)

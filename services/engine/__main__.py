@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from services.engine.kernels.first_use import report_first_uses
 from services.engine.kernels.ops import Ops
-from services.engine.kernels.reference.parallel import Gather, parallel_ops
+from services.engine.kernels.reference.parallel import parallel_ops
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Mailbox
 from services.engine.metrics import EngineMetrics
@@ -26,7 +26,7 @@ from services.engine.model.ernie import ErnieModel
 from services.engine.model.integers import rounded_scales
 from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import load_model
-from services.engine.ranks.exchange import make_safe
+from services.engine.ranks.exchange import Exchange, make_safe
 from services.engine.ranks.lead import LeadRunner
 from services.engine.ranks.processes import Ranks
 from services.engine.run.assembly import runner_for
@@ -207,26 +207,26 @@ def load(settings: EngineSettings, config: ModelConfig, where: str, ranks: Ranks
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.push(ranks)
         exchange = ranks.start(where)
-        model = load_part(settings, config, where, Split(0, settings.tensor_parallel_size), exchange.gather)
+        model = load_part(settings, config, where, Split(0, settings.tensor_parallel_size), exchange)
         runner, blocks = runner_for(model, model.config, settings, exchange.least, ranks.orders)
         unless_loaded.pop_all()
     return LeadRunner(runner, ranks.orders), blocks
 
 
 def load_part(
-    settings: EngineSettings, config: ModelConfig, where: str, split: Split = WHOLE, gather: Gather | None = None
+    settings: EngineSettings, config: ModelConfig, where: str, split: Split = WHOLE, exchange: Exchange | None = None
 ) -> ErnieModel:
     """Load a rank's part of the model.
 
     Args:
-        gather: gives what this rank computes to the others; None if there are no others.
+        exchange: with the other ranks; None if there are none.
 
     Raises:
         ConfigError, CheckpointError: as `load`.
     """
     torch.set_num_threads(compute_threads(torch_threads(settings.torch_threads, torch.get_num_threads()), split.size))
     fix_order_of_sums(os.environ)
-    ops = operations(where, settings.batch_invariant, gather)
+    ops = operations(where, settings.batch_invariant, exchange)
     weights = weights_of(settings, where)
     if isinstance(weights, Checkpoint):
         warn_each(logger(__name__), rounded_scales(weights, config))
@@ -269,17 +269,19 @@ def speculation(config: SpeculativeConfig | None) -> Speculation | None:
     return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size)
 
 
-def operations(where: str, batch_invariant: bool = False, gather: Gather | None = None) -> Ops:
-    """Return the model's operations for a device; with `gather`, those of one rank of several."""
+def operations(where: str, batch_invariant: bool = False, exchange: Exchange | None = None) -> Ops:
+    """Return the model's operations for a device; with `exchange`, those of one rank of several."""
     if where != "cuda":
-        return Ops() if gather is None else parallel_ops(gather)
+        return Ops() if exchange is None else parallel_ops(exchange.gather)
     # Triton exists for Linux only, and the CPU needs none.
     from services.engine.kernels.triton import parallel
     from services.engine.kernels.triton.invariant.ops import invariant_ops
     from services.engine.kernels.triton.ops import gpu_ops
 
     ops, products = (invariant_ops(), parallel.INVARIANT) if batch_invariant else (gpu_ops(), parallel.FASTEST)
-    return ops if gather is None else parallel.parallel_ops(ops, gather, products)
+    if exchange is None:
+        return ops
+    return parallel.parallel_ops(ops, exchange.gather, products, exchange.mailbox)
 
 
 def device(settings: EngineSettings) -> str:

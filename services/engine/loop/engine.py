@@ -109,6 +109,7 @@ class Engine:
         if self._launched is None:
             plan = self._scheduler.schedule()
             self._stuck = not plan.chunks and not plan.preempted
+            self._count_preemptions(plan)
             return plan
         return self._scheduler.schedule_ahead() if self._runner.overlaps else None
 
@@ -217,8 +218,11 @@ class Engine:
         metrics.cached_tokens.inc(sum(s.cached_tokens for s in plan.begun))
         metrics.prefix_queries.inc(plan.asked_tokens)
         metrics.prefix_hits.inc(plan.hit_tokens)
-        metrics.preemptions.inc(len(plan.preempted))
         metrics.step_tokens.observe(plan.num_tokens)
+
+    def _count_preemptions(self, plan: Plan) -> None:
+        """Count the sequences that lost their blocks, of a plan that has nothing left to compute, too."""
+        self._metrics.preemptions.inc(len(plan.preempted))
         for sequence in plan.preempted:
             sequence.timeline.preemptions += 1
 

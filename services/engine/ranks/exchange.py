@@ -3,24 +3,31 @@
 Every rank gets the parts of all and adds them itself, in the order of ranks. Of two ranks that moves no more bytes than
 a sum on the way would; of four it does, so many rows are summed by NCCL, whose order depends on where in the message a
 row is, unless sums must not depend on it.
+
+Cards that reach each other's memory exchange by a kernel of ours (`services.engine.ranks.direct`), which is faster than
+NCCL: at the start all ranks try it, and use it if it works for all.
 """
 
 import socket
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from services.engine.kernels.mailbox import Mailbox
 from shared.errors import ConfigError
+from shared.log import logger
 
 # A rank waits for the others as long as it takes: the watchdogs know what is too long.
 FOREVER = timedelta(days=30)
 MEETING_S = 600.0  # until all processes have started; libraries may have to be read from a slow disk
 SUMMED_BYTES = 1 << 20  # of a part, from which on NCCL sums those of more than two ranks
 ADVICE = "NCCL_P2P_DISABLE=1 in the environment has NCCL go around links between cards that do not work"
+_log = logger(__name__)
 _SAID = 1 << 16  # numbers that each rank says to try the link
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 # Multicast over NVLink is left off: not every host lets processes use it, and some hang.
@@ -33,6 +40,19 @@ SAFE = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
+
+
+# Named so from torch 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Shortcut(Protocol):
+    """Faster way to the parts of all ranks."""
+
+    rows: Mailbox | None  # by which kernels exchange few rows
+
+    def gather(self, own: Tensor) -> Tensor:
+        """See `Exchange.gather`."""
 
 
 def make_safe(environ: MutableMapping[str, str]) -> None:
@@ -95,9 +115,14 @@ class Exchange:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
         self._device = device
+        self._shortcut: Shortcut | None = None
 
-    def check(self) -> None:
-        """Try the link: what the ranks say must arrive as it was said. May hang where cards cannot reach each other.
+    def check(self, environ: Mapping[str, str]) -> None:
+        """Try the link: what the ranks say must arrive as it was said. Choose the way for what follows. May hang where
+        cards cannot reach each other.
+
+        Args:
+            environ: ours; NCCL_P2P_DISABLE is about our own use of the links, too.
 
         Raises:
             ConfigError: it does not.
@@ -105,14 +130,28 @@ class Exchange:
         said = torch.arange(self._size * _SAID, dtype=torch.float32, device=self._device).view(self._size, 1, _SAID)
         if not torch.equal(self.gather(said[self._rank].clone()), said):
             raise ConfigError(f"what a rank says does not arrive at another as it was said; {ADVICE}")
+        if self._device.type == "cuda":
+            from services.engine.ranks.direct import connect  # Triton exists for Linux only
+
+            disabled = environ.get("NCCL_P2P_DISABLE", "0") != "0"
+            self._shortcut = None if disabled else connect(self._rank, self._size, self._device, self.least)
+            _log.info("ranks exchange by %s", "NCCL" if self._shortcut is None else "writing to each other's memory")
+
+    @property
+    def mailbox(self) -> Mailbox | None:
+        """Memory by which kernels exchange few rows; None if they cannot."""
+        return None if self._shortcut is None else self._shortcut.rows
 
     def gather(self, own: Tensor) -> Tensor:
         """Return [parts, N, H] whose sum over the first dimension is that of all ranks' [N, H]."""
         if self._sums and own.is_cuda and own.nbytes >= SUMMED_BYTES:
             dist.all_reduce(own)
             return own.unsqueeze(0)
-        parts = own.new_empty(self._size, *own.shape)
-        dist.all_gather_single(parts.view(-1, *own.shape[1:]), own.contiguous())
+        if self._shortcut is not None:
+            parts = self._shortcut.gather(own.contiguous())
+        else:
+            parts = own.new_empty(self._size, *own.shape)
+            _all_gather(parts.view(-1, *own.shape[1:]), own.contiguous())
         self._ended()
         return parts
 

@@ -85,20 +85,27 @@ class Ranks:
         shared = mmap.mmap(self._memory, PAGE + RING_BYTES)
         self._pulses = [Pulse(shared, rank) for rank in range(size)]
         ring = mmap.mmap(self._memory, RING_BYTES, offset=PAGE)
-        meeting = listen()
-        self._links = [self._start(rank, meeting.getsockname()[1]) for rank in range(1, size)]
-        os.close(self._memory)
+        ends = [socket.socketpair() for _ in range(1, size)]
+        self._links = [ours for ours, _ in ends]
         self.orders = OrderWriter(Writer(ring, self._links))
-        self.orders.set_up(msgspec.json.encode(without_secrets(self._settings)))
-        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
-        ended, invariant = self._pulses[0].exchange, self._settings.batch_invariant
-        self._exchange = Exchange(0, size, meeting, rank_device(where, 0), ended, invariant=invariant)
+        with listen() as meeting:
+            try:
+                for rank, (_, theirs) in enumerate(ends, 1):
+                    self._start(rank, theirs, meeting.getsockname()[1])
+            finally:
+                os.close(self._memory)
+                for _, theirs in ends:
+                    theirs.close()
+            self.orders.set_up(msgspec.json.encode(without_secrets(self._settings)))
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+            ended, invariant = self._pulses[0].exchange, self._settings.batch_invariant
+            self._exchange = Exchange(0, size, meeting, rank_device(where, 0), ended, invariant=invariant)
         why = f"the first exchange between the ranks has not ended within {LINK_S:g} s; {ADVICE}"
         limit = threading.Timer(LINK_S, self._lose, [Lost(0, why, MISCONFIGURED)])
         limit.daemon = True
         limit.start()
         try:
-            self._exchange.check()
+            self._exchange.check(self._environ)
         finally:
             limit.cancel()
         return self._exchange
@@ -119,9 +126,13 @@ class Ranks:
         self._closing.set()
         for link in self._links:
             link.settimeout(CLOSE_S)
-        with contextlib.suppress(OSError):  # a rank has gone already
+        try:
             if self._processes:
                 self.orders.end()
+        except OSError:  # a rank has gone already: the others are told by the end of their sockets
+            for link in self._links:
+                with contextlib.suppress(OSError):
+                    link.shutdown(socket.SHUT_RDWR)
         deadline = time.monotonic() + CLOSE_S
         for process in self._processes:
             try:
@@ -142,22 +153,19 @@ class Ranks:
         told = (f"rank {rank}: {orders} orders, {exchanges} exchanges" for (orders, exchanges), rank in progress)
         return f"{'; '.join(told)}; rank 0: {self.orders.sent} orders, {self._pulses[0].progress[1]} exchanges"
 
-    def _start(self, rank: int, port: int) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            handed = self._memory, theirs.fileno()
-            arguments = map(str, (*handed, rank, self._settings.tensor_parallel_size, port))
-            environ = worker_environ(self._environ)
-            make_safe(environ)
-            process = subprocess.Popen(
-                tethered([sys.executable, "-P", "-m", MODULE, *arguments]),
-                env=environ,
-                pass_fds=handed,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from a terminal is for rank 0, which drains first
-            )
+    def _start(self, rank: int, link: socket.socket, port: int) -> None:
+        handed = self._memory, link.fileno()
+        arguments = map(str, (*handed, rank, self._settings.tensor_parallel_size, port))
+        environ = worker_environ(self._environ)
+        make_safe(environ)
+        process = subprocess.Popen(
+            tethered([sys.executable, "-P", "-m", MODULE, *arguments]),
+            env=environ,
+            pass_fds=handed,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt from a terminal is for rank 0, which drains first
+        )
         self._processes.append(process)
-        return ours
 
     def _watch(self) -> None:
         """Look at the ranks until told to stop. Our own clock stands still while this process does."""

@@ -7,6 +7,7 @@ the memory, and the end of either process is seen by the other as the end of the
 
 import contextlib
 import mmap
+import select
 import socket
 import struct
 from collections import deque
@@ -63,6 +64,9 @@ class _Reader:
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
+        # MSG_DONTWAIT would wait on a socket with a timeout.
+        self._said = select.poll()
+        self._said.register(link, select.POLLIN)
         self._unread: deque[int] = deque()
         self._used = 0
 
@@ -73,15 +77,13 @@ class _Reader:
 
     def make_room(self, size: int, room: int) -> None:
         """Note what was read; wait until `size` bytes are free."""
-        self._note(socket.MSG_DONTWAIT)
+        if self._said.poll(0):
+            self._note()
         while self._used + size > room:
-            self._note(0)
+            self._note()
 
-    def _note(self, flags: int) -> None:
-        try:
-            read = self._link.recv(4096, flags)
-        except BlockingIOError:
-            return
+    def _note(self) -> None:
+        read = self._link.recv(4096)
         if not read:
             raise BrokenPipeError("the reader has ended")
         for _ in read:

@@ -369,7 +369,7 @@ class Scheduler:
         if not self._pool.caching:
             return []
         full = sequence.cacheable // self._limits.block_size
-        return self._pool.match(sequence.block_hashes(self._limits.block_size, full))
+        return self._pool.match(sequence.block_hash(self._limits.block_size, nth) for nth in range(full))
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         """Add guessed tokens to the chunks that are one token behind, where that is worth it and nobody else's room."""
@@ -417,9 +417,8 @@ class Scheduler:
         first, full = chunk.start // self._limits.block_size, stop // self._limits.block_size
         if not self._pool.caching or full == first:
             return
-        hashes = chunk.sequence.block_hashes(self._limits.block_size, full)
-        for i in range(first, full):
-            self._pool.remember(chunk.sequence.blocks[i], hashes[i])
+        for nth in range(first, full):
+            self._pool.remember(chunk.sequence.blocks[nth], chunk.sequence.block_hash(self._limits.block_size, nth))
 
     def _has(self, sequence: Sequence) -> bool:
         return self._sequences.get(sequence.request_id) is sequence

@@ -196,15 +196,15 @@ class Sequence:
         out[:, inside:] = np.arange(first, first + stop - start - inside)
         return out
 
-    def block_hashes(self, block_size: int, blocks: int) -> list[bytes]:
-        """Return the content hashes of the first `blocks` blocks, all of whose tokens are known."""
-        assert blocks * block_size <= self.num_tokens
-        while len(self._hashes) < blocks:
+    def block_hash(self, block_size: int, nth: int) -> bytes:
+        """Return the content hash of a block, all of whose tokens are known. Each is computed once."""
+        assert (nth + 1) * block_size <= self.num_tokens
+        while len(self._hashes) <= nth:
             start = len(self._hashes) * block_size
             parent = self._hashes[-1] if self._hashes else self.root
             content = self.tokens[start : start + block_size].tobytes()
             self._hashes.append(block_hash(parent, content, media_in(self.spans, start, start + block_size)))
-        return self._hashes[:blocks]
+        return self._hashes[nth]
 
     def begin(self) -> Begin:
         """Return the message that tells postproc that the engine has taken the request."""

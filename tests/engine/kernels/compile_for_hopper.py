@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from services.engine.kernels.mailbox import Mailbox
 from services.engine.kernels.quantize import Bits, Quantized, foreign, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
@@ -19,6 +20,8 @@ from services.engine.kernels.reference.moe import MoE
 from services.engine.kernels.triton.attention import paged_attention, qkv, rotary_tables
 from services.engine.kernels.triton.dense import dequantize, linear, rms_norm, silu_mul
 from services.engine.kernels.triton.dense import quantize as gpu_quantize
+from services.engine.kernels.triton.exchange import push
+from services.engine.kernels.triton.exchange.add_norm import exchange_add_norm
 from services.engine.kernels.triton.invariant.ops import invariant_ops
 from services.engine.kernels.triton.moe import (
     add_norm_scores,
@@ -64,7 +67,7 @@ def main() -> None:
     driver.set_active(NoDriver())
     attention, sampled = (paged_attention, qkv, rms_norm, rotary_tables), (pick, threshold)
     products = (experts, grouped, grouped_plain, grouped_quantized, linear)
-    for module in (*attention, *products, add_norm_scores, router, silu_mul, sort, *sampled):
+    for module in (*attention, *products, add_norm_scores, push, router, silu_mul, sort, *sampled):
         module.pdl_options = lambda tensor: {"PDL": True, "launch_pdl": True}  # type: ignore[attr-defined]
     sampling()
     decode(1)
@@ -74,6 +77,7 @@ def main() -> None:
     invariant()
     foreign_pools(4)
     foreign_pools(8)
+    exchange()
 
 
 def overwrites_operands(asm: dict[str, Any]) -> bool:
@@ -173,6 +177,18 @@ def foreign_pools(bits: Bits) -> None:
         linear.linear(x, weight(512, HIDDEN))
     grouped.grouped_experts(x, ids, text, vision)
     dequantize.dequantize(weight(512, HIDDEN))
+
+
+def exchange() -> None:
+    """The ends of a block on one rank of two."""
+    ints, rows = torch.zeros(2, dtype=torch.int64), 8
+    late = torch.zeros(1, dtype=torch.int32)
+    mailbox = Mailbox(0, 1 << 20, ints, ints, torch.zeros(256, dtype=torch.int64), late, ints)
+    own, norm = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(HIDDEN).bfloat16()
+    push.push(own, own.new_zeros(2, rows, HIDDEN), mailbox)
+    results = own.new_zeros(rows * 6, HIDDEN), torch.zeros(rows, 6), own.unsqueeze(0)
+    moe.sum_experts(*results, own.dtype)
+    exchange_add_norm(*results, own, norm, 1e-5, mailbox)
 
 
 def plain_pools() -> tuple[ExpertPool, ExpertPool]:

@@ -49,7 +49,8 @@ def test_kernels_compile_for_hopper() -> None:
     sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel", "_gather_kernel"}
     experts = {"_gate_up_kernel", "_down_kernel", "_quantized_gate_up_kernel", "_quantized_down_kernel"}
     prefill = {"_dequantize_kernel", "_quantize_kernel", "_prefill_kernel"}
-    assert set(done.stdout.split()) == sampling | decode | block | routing | sorting | experts | prefill
+    exchange = {"_push_kernel", "_sum_experts_kernel", "_exchange_add_norm_kernel"}
+    assert set(done.stdout.split()) == sampling | decode | block | routing | sorting | experts | prefill | exchange
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by the tests of each kernel")

@@ -14,10 +14,11 @@ from guesses import GUESSING, guessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.loop.mailbox import Abort, Add, Forget
+from services.engine.loop.mailbox import Abort, Add, Forget, Supply
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.prefill_budget import PrefillBudget, StepTimes
 from services.engine.schedule.speculation import Speculation
-from shared.messages import Finish
+from shared.messages import Finish, MediaSpan
 
 CANCELLED = Finish("cancelled")
 
@@ -193,6 +194,18 @@ def test_blocks_run_short() -> None:
     assert bench.ahead > 12
     for i in range(3):
         assert bench.answer(str(i)) == continuation(prompt(i, 5), 12)
+
+
+def test_a_preemption_that_leaves_nothing_to_compute_is_counted() -> None:
+    """A prompt keeps its blocks while it waits for a picture; the answer beside it, a later one, needs one more."""
+    spans = (MediaSpan("image", "picture", 5, 4, (1, 4, 4)),)
+    show = sequence(prompt(0, 17), request_id="show", spans=spans, embeds=(None,), max_tokens=1)
+    text = sequence(prompt(1, 3), request_id="text", max_tokens=30)
+    picture = Supply("show", {0: Embeds(b"", "float32")})
+    bench = Bench({0: [Add(show), Add(text)], 1000: [picture]}, blocks=10, caching=False)
+    assert not any(plan.preempted for plan in bench.runner.plans)
+    assert bench.metric("num_preemptions_total") == text.timeline.preemptions == 1
+    assert bench.answer("text") == continuation(prompt(1, 3), 30)
 
 
 def test_a_runner_that_does_not_overlap_is_read_at_once() -> None:

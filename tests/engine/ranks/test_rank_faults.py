@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from rank_cases import DRAWN, Loaded, settings_for, write_checkpoint
 from redis.asyncio import Redis
 
 from services.engine.loop.mailbox import Add
-from services.engine.ranks.processes import LOST, Lost, without_secrets
+from services.engine.ranks.processes import LOST, MODULE, Lost, Ranks, without_secrets
 from services.engine.schedule.sequence import EngineFacts, build
 from shared.bus.keys import Keys
 from shared.config import variable
@@ -133,6 +134,25 @@ def test_a_rank_that_cannot_start_is_a_setting_to_correct(directory: Path) -> No
     ):
         raise AssertionError("it has started")
     assert [(one.rank, one.status) for one in lost] == [(1, MISCONFIGURED)]
+
+
+def test_what_keeps_a_rank_from_starting_is_said(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def first_only(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError("no room for another process")
+        waits = "import socket, sys; sys.exit(len(socket.socket(fileno=int(sys.argv[1])).recv(1)))"
+        started.append(start([sys.executable, "-c", waits, command[command.index(MODULE) + 2]], **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", first_only)
+    ranks = Ranks(settings_for(directory, 3), os.environ)
+    with pytest.raises(OSError, match="no room for another process"):
+        ranks.start("cpu")
+    ranks.close()
+    assert started[0].returncode == 0, "it ends with its socket"
 
 
 def test_ranks_are_not_told_of_redis(directory: Path) -> None:

@@ -66,6 +66,14 @@ def test_a_writer_that_has_ended_is_the_end(ends: Ends) -> None:
     assert ends.readers[0].read() is None
 
 
+def test_a_reader_that_has_said_nothing_is_not_waited_for_while_there_is_room(ends: Ends) -> None:
+    for ours in ends.sockets[::2]:
+        ours.settimeout(0.01)  # a wait would be an error
+    for _ in range(3):
+        ends.writer.write([b"next"])
+    assert [ends.readers[0].read() for _ in range(3)] == [bytearray(b"next")] * 3
+
+
 def test_a_reader_that_has_ended_is_an_error_and_no_wait(ends: Ends) -> None:
     for theirs in ends.sockets[1::2]:
         theirs.close()

@@ -8,7 +8,8 @@ from guesses import GUESSING, guessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule import sequence as sequences
+from services.engine.schedule.blocks import BlockPool, block_hash
 from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
@@ -237,6 +238,27 @@ def test_blocks_of_a_running_sequence_are_shared_once_computed() -> None:
     assert together.hit_tokens == 0, "not before the first step has computed them"
     bench.add(sequence(prompt(0, 9), request_id="c"))
     assert bench.step().hit_tokens == 8
+
+
+def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no further than the cache knows it, until it is computed."""
+    hashed: list[bytes] = []
+
+    def count(parent: bytes, token_ids: bytes, media: list[tuple[int, int, str]]) -> bytes:
+        hashed.append(token_ids)
+        return block_hash(parent, token_ids, media)
+
+    monkeypatch.setattr(sequences, "block_hash", count)
+    bench = Bench(12, limits())
+    first, second = sequence(prompt(0, 5), request_id="a", max_tokens=9), sequence(prompt(1, 41), max_tokens=1)
+    own = [second.tokens[start : start + BLOCK].tobytes() for start in range(0, 40, BLOCK)]
+    bench.add(first, second)
+    for _ in range(8):
+        assert [chunk.sequence for chunk in bench.step().chunks] == [first], "there are not enough blocks for both"
+        assert [block for block in hashed if block in own] == own[:1]
+    bench.run()
+    assert bench.finished == [first, second]
+    assert [block for block in hashed if block in own] == own
 
 
 def test_an_answer_is_a_prefix_too() -> None:

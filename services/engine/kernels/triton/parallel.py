@@ -1,15 +1,16 @@
 """Operations of one rank of tensor parallelism on CUDA devices: see services.engine.kernels.reference.parallel.
 
 The kernel that adds the residual stream and norms sums the ranks' parts, too, in float32 and in their order, as it sums
-parts of a product: beyond the exchange itself a block has one launch more, which puts its experts together.
+parts of a product: beyond the exchange itself a block has one launch more, which puts its experts together. Few rows of
+cards that reach each other's memory take one launch for all of it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from services.engine.kernels.mailbox import Mailbox
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Weight
 from services.engine.kernels.reference.mlp import SwiGLU
@@ -17,11 +18,12 @@ from services.engine.kernels.reference.moe import MoE
 from services.engine.kernels.reference.parallel import Gather
 from services.engine.kernels.triton.dense.linear import gated_linear, linear
 from services.engine.kernels.triton.dense.rms_norm import add_norm
+from services.engine.kernels.triton.exchange.add_norm import exchange_add_norm, fits
 from services.engine.kernels.triton.invariant import dense as invariant_dense
 from services.engine.kernels.triton.invariant.linear import linear as invariant_linear
 from services.engine.kernels.triton.invariant.moe import all_experts as invariant_experts
 from services.engine.kernels.triton.moe.add_norm_scores import MAX_ROWS, add_norm_scores
-from services.engine.kernels.triton.moe.moe import all_experts, combine
+from services.engine.kernels.triton.moe.moe import all_experts, sum_experts
 
 Experts = Callable[[Tensor, MoE, Tensor | None, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
@@ -45,8 +47,12 @@ INVARIANT = Products(
 )
 
 
-def parallel_ops(ops: Ops, gather: Gather, products: Products = FASTEST) -> Ops:
-    """Return `ops` for one rank's weights."""
+def parallel_ops(ops: Ops, gather: Gather, products: Products = FASTEST, mailbox: Mailbox | None = None) -> Ops:
+    """Return `ops` for one rank's weights.
+
+    Args:
+        mailbox: by which few rows are exchanged on the way, if cards reach each other's memory.
+    """
 
     def linear_add_norm(x: Tensor, weight: Weight, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return add_norm(gather(products.linear(x, weight)), residual, norm, eps)
@@ -70,10 +76,10 @@ def parallel_ops(ops: Ops, gather: Gather, products: Products = FASTEST) -> Ops:
             x, residual, scores = add_norm_scores(attended, residual, moe_norm, eps, moe.gate)
         else:
             x, residual = add_norm(attended, residual, moe_norm, eps)
-        # This rank's part alone: nothing is added to it yet, and its norm is nobody's.
-        nothing = torch.zeros_like(residual)
-        _, own = combine(*products.experts(x, moe, vision, top_k, scores), nothing, norm, eps)
-        return add_norm(gather(own), residual, norm, eps)
+        results = products.experts(x, moe, vision, top_k, scores)
+        if mailbox is not None and fits(mailbox, residual):
+            return exchange_add_norm(*results, residual, norm, eps, mailbox)
+        return add_norm(gather(sum_experts(*results, x.dtype)), residual, norm, eps)
 
     return replace(
         ops, linear_add_norm=linear_add_norm, mlp_add_norm=mlp_add_norm, linear_moe_add_norm=linear_moe_add_norm

@@ -26,6 +26,20 @@ SIDE_STREAM_ROWS = 512  # with more rows each product fills the device alone
 
 
 @triton.jit
+def experts_sum(
+    routed_ptr, weights_ptr, shared_ptr, row, column, inside, H, shared_stride, K: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """Return the weighted results of a row's experts and the shared one's, summed: float32, 0 past H."""
+    summed = tl.zeros(column.shape, tl.float32)
+    for part in tl.static_range(SHARED):
+        summed += tl.load(shared_ptr + part * shared_stride + row * H + column, inside, 0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        weight = tl.load(weights_ptr + row * K + k)
+        summed += weight * tl.load(routed_ptr + (row * K + k) * H + column, inside, 0.0).to(tl.float32)
+    return summed
+
+
+@triton.jit
 def _combine_kernel(
     routed_ptr, weights_ptr, shared_ptr, residual_ptr, norm_ptr, out_ptr, total_ptr, H, eps,
     shared_stride, K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,16 +47,23 @@ def _combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < H
-    summed = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SHARED):
-        summed += tl.load(shared_ptr + part * shared_stride + row * H + column, inside, 0.0).to(tl.float32)
-    for k in tl.static_range(K):
-        weight = tl.load(weights_ptr + row * K + k)
-        summed += weight * tl.load(routed_ptr + (row * K + k) * H + column, inside, 0.0).to(tl.float32)
+    summed = experts_sum(routed_ptr, weights_ptr, shared_ptr, row, column, inside, H, shared_stride, K, SHARED)
     exact = tl.load(residual_ptr + row * H + column, inside, 0.0).to(tl.float32)
     x = (exact + summed).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + row * H + column, x, inside)
     tl.store(out_ptr + row * H + column, rounded_norm(x, norm_ptr, column, inside, H, eps), inside)
+
+
+@triton.jit
+def _sum_experts_kernel(
+    routed_ptr, weights_ptr, shared_ptr, out_ptr, H, shared_stride, K: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    summed = experts_sum(routed_ptr, weights_ptr, shared_ptr, row, column, inside, H, shared_stride, K, SHARED)
+    tl.store(out_ptr + row * H + column, summed.to(out_ptr.dtype.element_ty), inside)
 
 
 def linear_moe_add_norm(
@@ -130,3 +151,15 @@ def combine(
         K=weights.shape[1], SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return out, total
+
+
+def sum_experts(routed: Tensor, weights: Tensor, shared: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weigh and sum the routed results and add the shared expert, as `combine` does: [N, H]."""
+    _, rows, width = shared.shape
+    out, block = torch.empty(rows, width, dtype=dtype, device=shared.device), ceil_pow2(width)
+    # No programmatic dependent launch: see `combine`.
+    _sum_experts_kernel[(rows,)](
+        routed, weights, shared, out, width, shared.stride(0),
+        K=weights.shape[1], SHARED=len(shared), BLOCK=block, num_warps=row_warps(block),
+    )  # fmt: skip
+    return out
