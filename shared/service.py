@@ -93,8 +93,6 @@ def launch(
     except (ConfigError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return MISCONFIGURED
-    gc.collect()
-    gc.freeze()  # what is here stays: the collector then looks at what requests make alone, and does not pause streams
     try:
         return run(name, service, loaded, redis, loop_factory, agreed)
     finally:
