@@ -11,7 +11,7 @@ from engine_cases import CONFIG
 from msgspec.structs import replace
 
 from cli.demo import write_demo
-from services.engine.__main__ import contradictions, device, quantization, speculation
+from services.engine.__main__ import contradictions, device, speculation
 from services.engine.__main__ import load as load_runner
 from services.engine.kernels.quantize import Quantized
 from services.engine.kernels.reference.moe import MoE
@@ -21,7 +21,7 @@ from services.engine.schedule.speculation import Speculation
 from services.engine.settings import EngineSettings, SpeculativeConfig
 from shared.config import load
 from shared.errors import ConfigError
-from shared.model.config import load_model_config
+from shared.model.config import chosen_quantization, load_model_config
 
 GUESSING = SpeculativeConfig(method="ngram", num_speculative_tokens=8)
 
@@ -71,7 +71,7 @@ def test_the_setting_of_quantization_goes_before_what_the_checkpoint_asks_for(
     setting: Any, asked: Any, served: str | None, said: int
 ) -> None:
     config = replace(CONFIG, quantization=asked)
-    assert quantization(settings(quantization=setting), config) == served
+    assert chosen_quantization(config, setting) == served
     lines = [*contradictions(settings(quantization=setting), config)]
     assert len(lines) == said
     assert all("wint4" in line and str(setting) in line for line in lines)
