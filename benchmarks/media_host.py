@@ -79,7 +79,7 @@ def bare_image(data: bytes, size: tuple[int, int]) -> float:
 def bare_video(data: bytes, wanted: set[int], size: tuple[int, int]) -> float:
     """Return the CPU seconds of PyAV and Pillow alone."""
     started = time.process_time()
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in wanted:
                 frame.to_image().resize(size, BICUBIC)
