@@ -15,6 +15,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -185,10 +186,7 @@ def serving(directory: Path) -> Iterator[tuple[str, str, Memory]]:
     finally:
         process.terminate()
         process.wait()
-        for file in segments.rglob("*"):
-            if file.is_file():
-                file.unlink()
-        subprocess.run(["rm", "-r", str(segments)], check=False)
+        shutil.rmtree(segments)
 
 
 def stage_seconds(metrics: str) -> dict[str, float]:

@@ -7,13 +7,13 @@ from functools import partial
 from typing import TypeVar
 
 from services.mm_encoder.decoding.decoders import Decoders
-from services.mm_encoder.media.fetch import Fetcher
+from services.mm_encoder.media.fetch import Fetched, Fetcher, Unchanged
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, Processor, VideoPlan
 from services.mm_encoder.media.refusal import named, over_limit
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prompt import Embedded, text_tokens
-from services.mm_encoder.store.cache import Embeds, SingleFlight, content_key
+from services.mm_encoder.store.cache import Embeds, SingleFlight, content_digest, content_key
 from shared.bus.blobs import MEDIA, Blobs
 from shared.errors import RequestError, internal
 from shared.limits import resolve_max_tokens
@@ -122,24 +122,43 @@ class Preparer:
 
     async def _source(self, media: Media, received: "_Received") -> Source:
         try:
-            data = await self._bytes(media)
-            received.add(len(data))
-            signature = self._processor.signature(media)
-            key = await asyncio.to_thread(content_key, data, signature, self._identity)
-            found = await self._embeds.find(media.kind, key)
-            if found is not None:
-                return Source(media, key, found, None, b"")
-            with self._metrics.stage("plan"):
-                return Source(media, key, None, await self._decoders.plan(media, data), data)
+            if media.url is None:
+                data = await self._upload(media)
+                return await self._look_up(media, data, await asyncio.to_thread(content_digest, data), received)
+            return await self._from_url(media, media.url, received)
         except RequestError as error:
             raise named(error, media.param) from error
 
-    async def _bytes(self, media: Media) -> bytes:
-        if media.url is not None:
-            with self._metrics.stage("fetch"):
-                data = await self._fetcher.fetch(media.url)
-            self._metrics.count_fetched(len(data))
-            return data
+    async def _from_url(self, media: Media, url: str, received: "_Received") -> Source:
+        """Return the source at a URL. If its server says that it has not changed, embeddings are looked for first."""
+        fetched = await self._fetch(url)
+        if isinstance(fetched, Unchanged):
+            key = content_key(fetched.digest, self._processor.signature(media), self._identity)
+            if (found := await self._embeds.find(media.kind, key)) is not None:
+                received.add(fetched.size)
+                return Source(media, key, found, None, b"")
+            fetched = await self._fetch(url, anew=True)
+            assert isinstance(fetched, Fetched), "nothing is known of what is wanted anew"
+        digest = await asyncio.to_thread(content_digest, fetched.data)
+        self._fetcher.remember(fetched, digest)
+        return await self._look_up(media, fetched.data, digest, received)
+
+    async def _look_up(self, media: Media, data: bytes, digest: bytes, received: "_Received") -> Source:
+        """Return a source by its bytes: its embeddings if they are stored, else how to process it."""
+        received.add(len(data))
+        key = content_key(digest, self._processor.signature(media), self._identity)
+        if (found := await self._embeds.find(media.kind, key)) is not None:
+            return Source(media, key, found, None, b"")
+        with self._metrics.stage("plan"):
+            return Source(media, key, None, await self._decoders.plan(media, data), data)
+
+    async def _fetch(self, url: str, *, anew: bool = False) -> Fetched | Unchanged:
+        with self._metrics.stage("fetch"):
+            fetched = await self._fetcher.fetch(url, anew=anew)
+        self._metrics.count_fetched(len(fetched.data) if isinstance(fetched, Fetched) else 0)
+        return fetched
+
+    async def _upload(self, media: Media) -> bytes:
         assert media.blob is not None, "media has a URL or a blob"
         blob = await self._blobs.get(MEDIA, media.blob)
         if blob is None:

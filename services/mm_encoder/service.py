@@ -24,8 +24,8 @@ from shared.bus.retry import retry_until_available
 class MmEncoder:
     """`shared.service.Service` of this service.
 
-    `own_clients` are closed with it; locks of dead replicas are released, and old segments
-    removed, every `sweep_every_s`.
+    `own_clients` are closed with it; locks of dead replicas are released, and old segments removed, every
+    `sweep_every_s`.
     """
 
     def __init__(

@@ -4,12 +4,17 @@ Per hop, redirects included: the name is resolved once, every address it resolve
 the operator named, and the connection goes to exactly such an address (TLS and Host keep the name). Bytes are counted
 while they stream, and one deadline covers all hops. Every failure before a response, a refused address included, has
 the same message, so that a client cannot use this process to scan a network.
+
+Of what came with a strong ETag the digest is remembered, so that the server can say that it has not changed, and need
+not send it again. It is asked each time. A weak ETag, or a date, stands for bytes that may differ.
 """
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpcore
@@ -28,6 +33,8 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _V4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 _UNREACHABLE = "The media's URL cannot be reached, or its address is not allowed."
 _MAX_URL = 8192
+_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
+_REMEMBERED = 4096  # URLs
 _HEADERS = (("User-Agent", "millrace"), ("Accept", "*/*"), ("Accept-Encoding", "identity"))
 
 
@@ -103,6 +110,22 @@ class _PinnedBackend(httpcore.AsyncNetworkBackend):
         return await self._inner.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Body of a URL; `validator` is the URL that had it, behind all redirects, and its ETag, if that is strong."""
+
+    data: bytes
+    validator: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """Digest and size of a body that its server says is as it was."""
+
+    digest: bytes
+    size: int
+
+
 class Fetcher:
     """HTTP client for media. One per process; close it at the end."""
 
@@ -118,6 +141,7 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
         self._timeout_s = timeout_s
+        self._remembered: dict[str, tuple[str, Unchanged]] = {}  # by URL, with its ETag; the oldest first
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(trust_env=False),
             max_connections=64,
@@ -125,37 +149,50 @@ class Fetcher:
             network_backend=_PinnedBackend(resolver, networks),
         )
 
-    async def fetch(self, url: str) -> bytes:
-        """Return the body at `url`.
+    async def fetch(self, url: str, *, anew: bool = False) -> Fetched | Unchanged:
+        """Return the body at `url`; what was remembered of it if it has not changed, unless it is wanted `anew`.
 
         Raises:
             RequestError: the URL is not allowed, not reachable, not 200, too large, too slow or redirects too often.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._follow(_parse(url))
+                return await self._follow(_parse(url), anew)
         except TimeoutError as error:
             raise over_limit("The time to fetch the media", "media_timeout_s", self._timeout_s) from error
 
     async def close(self) -> None:
         await self._pool.aclose()
 
-    async def _follow(self, url: httpx.URL) -> bytes:
+    def remember(self, fetched: Fetched, digest: bytes) -> None:
+        """Remember the digest of a body, if its server can say later that it is the same."""
+        if fetched.validator is None:
+            return
+        url, etag = fetched.validator
+        self._remembered.pop(url, None)
+        self._remembered[url] = etag, Unchanged(digest, len(fetched.data))
+        if len(self._remembered) > _REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+
+    async def _follow(self, url: httpx.URL, anew: bool) -> Fetched | Unchanged:
         for _ in range(self._max_redirects + 1):
-            body = await self._get(url)
-            if isinstance(body, bytes):
+            body = await self._get(url, None if anew else self._remembered.get(str(url)))
+            if not isinstance(body, httpx.URL):
                 return body
             url = body
         what = "The number of redirects of the media's URL"
         raise over_limit(what, "media_max_redirects", self._max_redirects)
 
-    async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
-        """Return the body, or the URL that the response redirects to."""
+    async def _get(self, url: httpx.URL, known: tuple[str, Unchanged] | None) -> Fetched | Unchanged | httpx.URL:
+        """Return the body, `known` if that is what it still is, or the URL that the response redirects to."""
         wait = {"connect": self._timeout_s, "read": self._timeout_s, "write": self._timeout_s, "pool": self._timeout_s}
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
+        headers += [] if known is None else [("If-None-Match", known[0])]
         try:
             async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
+                if known is not None and response.status == 304:
+                    return known[1]
                 return await self._read(response, url)
         except (AddressRefusedError, httpcore.ConnectError, OSError, UnicodeError) as error:
             raise refuse(_UNREACHABLE) from error  # UnicodeError: not a host name
@@ -164,7 +201,7 @@ class Fetcher:
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise refuse("The media's server closed the connection early or did not answer in HTTP.") from error
 
-    async def _read(self, response: httpcore.Response, url: httpx.URL) -> bytes | httpx.URL:
+    async def _read(self, response: httpcore.Response, url: httpx.URL) -> Fetched | httpx.URL:
         headers = httpx.Headers(response.headers)
         if response.status in _REDIRECTS and "location" in headers:
             return _parse(headers["location"], base=url)
@@ -180,7 +217,8 @@ class Fetcher:
             body += chunk
             if len(body) > self._max_bytes:
                 raise self._too_large()
-        return bytes(body)
+        etag = headers.get("etag", "")
+        return Fetched(bytes(body), (str(url), etag) if _STRONG_ETAG.fullmatch(etag) else None)
 
     def _too_large(self) -> RequestError:
         return over_limit("The media's size in bytes", "media_max_bytes", self._max_bytes)

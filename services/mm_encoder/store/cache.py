@@ -34,10 +34,15 @@ class EmbedMeta(msgspec.Struct, frozen=True):
     segment: bool = False  # a segment has the bytes; for mm_encoder, as an engine sees it by the empty blob
 
 
-def content_key(data: bytes, signature: bytes, identity: bytes) -> str:
-    """Return the key of a source, of how it is processed (`signature`) and of the weights (`identity`)."""
-    parts = (hashlib.sha256(part).digest() for part in (data, signature, identity))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def content_digest(data: bytes) -> bytes:
+    """Return the digest of a source's bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def content_key(digest: bytes, signature: bytes, identity: bytes) -> str:
+    """Return the key of a source of this digest, of how it is processed (`signature`) and the weights (`identity`)."""
+    parts = (hashlib.sha256(part).digest() for part in (signature, identity))
+    return hashlib.sha256(b"".join((digest, *parts))).hexdigest()
 
 
 class Embeds:

@@ -65,17 +65,18 @@ class SegmentStore:
 
     async def sweep(self) -> None:
         """Remove what is too old, and what dead processes left."""
-        await asyncio.to_thread(self._sweep, 0)
+        with contextlib.suppress(OSError):  # somebody has removed the directory
+            await asyncio.to_thread(self._sweep, 0)
 
     def _write(self, key: str, data: memoryview) -> bool:
         if len(data) > self._budget:
             return False
-        self._sweep(len(data))
         unfinished = self._segments.directory / f"{_UNFINISHED}{secrets.token_hex(8)}"
         try:
+            self._sweep(len(data))
             _write_all(unfinished, data)
             unfinished.rename(self._segments.path(key))
-        except OSError:  # the file system is full, of other things
+        except OSError:  # the file system is full, of other things, or somebody has removed the directory
             unfinished.unlink(missing_ok=True)
             return False
         return True

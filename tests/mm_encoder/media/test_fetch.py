@@ -9,7 +9,7 @@ import pytest
 from loopback import Site, running_site
 from machine import PATIENCE_S
 
-from services.mm_encoder.media.fetch import Fetcher, allowed
+from services.mm_encoder.media.fetch import Fetched, Fetcher, Unchanged, allowed
 from shared.errors import RequestError
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
@@ -41,9 +41,11 @@ async def refusal(url: str, **options: object) -> RequestError:
 async def body(url: str, **options: object) -> bytes:
     ours = fetcher(**options)
     try:
-        return await ours.fetch(url)
+        fetched = await ours.fetch(url)
     finally:
         await ours.close()
+    assert isinstance(fetched, Fetched)
+    return fetched.data
 
 
 async def test_the_body_comes_back(site: Site) -> None:
@@ -300,3 +302,58 @@ async def test_proxies_of_the_environment_are_not_used(site: Site, monkeypatch: 
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert await body(site.serve("/", b"picture")) == b"picture"
+
+
+NOT_MODIFIED = b"HTTP/1.1 304 Not Modified\r\nConnection: close\r\n\r\n"
+
+
+async def again(site: Site, url: str, path: str, **options: object) -> Fetched | Unchanged:
+    """Fetch a URL, remember it, and fetch it again from a server that says only that `path` has not changed."""
+    ours = fetcher()
+    try:
+        first = await ours.fetch(url)
+        assert isinstance(first, Fetched)
+        ours.remember(first, b"digest")
+        assert "If-None-Match" not in "".join(site.heads)
+        site.answers[path] = NOT_MODIFIED
+        return await ours.fetch(url, **options)  # type: ignore[arg-type]
+    finally:
+        await ours.close()
+
+
+async def test_what_has_not_changed_is_not_sent_again(site: Site) -> None:
+    url = site.redirect("/", site.serve("/a", b"picture", ETag='"1"'))
+    assert await again(site, url, "/a") == Unchanged(b"digest", 7)
+    assert "If-None-Match" not in site.heads[2], "the one that redirects has no body to be known"
+    assert 'If-None-Match: "1"\r\n' in site.heads[3]
+
+
+@pytest.mark.parametrize("etag", ['W/"1"', "1", '""', '"1', '"\x01"', "", f'"{"1" * 257}"'])
+async def test_only_a_strong_etag_stands_for_bytes(site: Site, etag: str) -> None:
+    url = site.serve("/a", b"picture", ETag=etag, Last_Modified="Sun, 29 Nov 2026 12:00:00 GMT")
+    with pytest.raises(RequestError, match="answered with status 304"):
+        await again(site, url, "/a")
+    assert "If-" not in "".join(site.heads)
+
+
+async def test_what_is_wanted_anew_is_asked_for_without_the_etag(site: Site) -> None:
+    with pytest.raises(RequestError, match="answered with status 304"):
+        await again(site, site.serve("/a", b"picture", ETag='"1"'), "/a", anew=True)
+
+
+async def test_what_has_changed_is_sent(site: Site) -> None:
+    ours = fetcher()
+    url = site.serve("/a", b"picture", ETag='"1"')
+    ours.remember(Fetched(b"old", (url, '"0"')), b"digest")
+    assert await ours.fetch(url) == Fetched(b"picture", (url, '"1"'))
+    assert 'If-None-Match: "0"' in site.heads[0]
+    await ours.close()
+
+
+async def test_a_bounded_number_of_urls_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.mm_encoder.media.fetch._REMEMBERED", 2)
+    ours = fetcher()
+    for name in ("a", "b", "a", "c"):
+        ours.remember(Fetched(b"x", (name, '"1"')), b"digest")
+    assert list(ours._remembered) == ["a", "c"]
+    await ours.close()

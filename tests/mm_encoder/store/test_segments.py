@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +116,13 @@ async def test_a_full_file_system_is_no_failure(
     monkeypatch.setattr(os, "write", full)
     assert not await store.write("cat", DATA)
     assert names(segments) == set()
+
+
+async def test_a_directory_that_was_removed_is_no_failure(store: SegmentStore, segments: Segments) -> None:
+    shutil.rmtree(segments.directory)
+    assert not await store.write("cat", DATA)
+    assert segments.read("cat") is None
+    await store.sweep()
 
 
 async def test_what_is_old_is_removed(store: SegmentStore, segments: Segments) -> None:
