@@ -115,7 +115,8 @@ def connect(
     least: Callable[[int], int],
     make: Callable[[int, int, torch.device], Direct] = allocate,
 ) -> Direct | None:
-    """Return the direct exchange if it works for all ranks. All must call this.
+    """Return the direct exchange if it works for all ranks. All must call this. Flags are written by atomic operations,
+    which not every link carries: then nothing arrives in the trial.
 
     Args:
         least: returns the least of all ranks' numbers.

@@ -13,11 +13,13 @@ from services.engine.kernels.ops import Ops
 from services.engine.kernels.triton import parallel
 from services.engine.kernels.triton.dense.rms_norm import add_norm
 from services.engine.kernels.triton.exchange.add_norm import exchange_add_norm
+from services.engine.kernels.triton.exchange.blocks import FOREVER
 from services.engine.kernels.triton.exchange.push import BLOCK_BYTES
 from services.engine.kernels.triton.moe.moe import sum_experts
 from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.ranks import direct
 from services.engine.ranks.direct import Direct, connect
+from services.engine.ranks.exchange import Exchange, listen
 
 RANKS, PROGRAMS, WIDTH, EXPERTS, CPU = 2, 4, 1536, 2, torch.device("cpu")
 ROOM = PROGRAMS * BLOCK_BYTES
@@ -112,6 +114,9 @@ class Found(Direct):
         super().__init__(*[Mailbox(0, 0, none, none, none, none, none)] * 2)
         self._works = gathers, adds
 
+    def gather(self, own: Tensor, limit: int = FOREVER) -> Tensor:
+        return torch.full_like(own, 7.0).unsqueeze(0)
+
     def gathers(self) -> bool:
         return self._works[0]
 
@@ -150,3 +155,19 @@ def test_memory_of_the_other_cards_is_used_if_all_ranks_can(monkeypatch: pytest.
 def test_cards_that_do_not_reach_each_other_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda rank, other: False)
     assert choose(not_called, "1") is None
+
+
+def test_an_exchange_takes_the_shortcut_that_it_has() -> None:
+    ended, part = list[None](), torch.ones(2, 3)
+    exchange = Exchange(0, 1, listen(), CPU, lambda: ended.append(None))
+    try:
+        exchange.check({})
+        assert exchange.mailbox is None
+        tried = len(ended)
+        assert exchange.gather(part).equal(part.unsqueeze(0))
+        found = exchange._shortcut = Found()
+        assert exchange.mailbox is found.rows
+        assert exchange.gather(part).equal(torch.full((1, 2, 3), 7.0))
+        assert len(ended) == tried + 2, "both are signs of life"
+    finally:
+        exchange.close()
