@@ -281,8 +281,8 @@ def operations(where: str, batch_invariant: bool = False, exchange: Exchange | N
     if exchange is None:
         return ops
     # A kernel for few rows alone may round otherwise than that for many.
-    mailbox = None if batch_invariant else exchange.mailbox
-    return parallel.parallel_ops(ops, exchange.gather, products, mailbox)
+    peer_memory = None if batch_invariant else exchange.peer_memory
+    return parallel.parallel_ops(ops, exchange.gather, products, peer_memory)
 
 
 def device(settings: EngineSettings) -> str:
