@@ -26,7 +26,7 @@ from shared.log import logger
 FOREVER = timedelta(days=30)
 MEETING_S = 600.0  # until all processes have started; libraries may have to be read from a slow disk
 SUMMED_BYTES = 1 << 20  # of a part, from which on NCCL sums those of more than two ranks
-ADVICE = "NCCL_P2P_DISABLE=1 in the environment has NCCL go around links between cards that do not work"
+ADVICE = "NCCL_P2P_DISABLE=1 in the environment has ranks go around links between cards that do not work"
 _log = logger(__name__)
 _SAID = 1 << 16  # numbers that each rank says to try the link
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
