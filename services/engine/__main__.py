@@ -281,7 +281,9 @@ def operations(where: str, batch_invariant: bool = False, exchange: Exchange | N
     ops, products = (invariant_ops(), parallel.INVARIANT) if batch_invariant else (gpu_ops(), parallel.FASTEST)
     if exchange is None:
         return ops
-    return parallel.parallel_ops(ops, exchange.gather, products, exchange.mailbox)
+    # A kernel for few rows alone may round otherwise than that for many.
+    peer_memory = None if batch_invariant else exchange.peer_memory
+    return parallel.parallel_ops(ops, exchange.gather, products, peer_memory)
 
 
 def device(settings: EngineSettings) -> str:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._symmetric_memory import _SymmetricMemory
 
-from services.engine.kernels.mailbox import Mailbox
+from services.engine.kernels.peer_memory import PeerMemory
 from services.engine.kernels.triton.exchange.add_norm import exchange_add_norm
 from services.engine.kernels.triton.exchange.blocks import FOREVER
 from services.engine.kernels.triton.exchange.push import BLOCK_BYTES, push
@@ -30,7 +30,7 @@ _log = logger(__name__)
 class Direct:
     """One rank's end."""
 
-    def __init__(self, parts: Mailbox, rows: Mailbox) -> None:
+    def __init__(self, parts: PeerMemory, rows: PeerMemory) -> None:
         """
         Args:
             parts: of as many programs as blocks.
@@ -38,7 +38,7 @@ class Direct:
         """
         self._parts = parts
         self._rows = rows
-        self.rows: Mailbox | None = rows  # that kernels may use
+        self.rows: PeerMemory | None = rows  # that kernels may use
 
     def gather(self, own: Tensor, limit: int = FOREVER) -> Tensor:
         """See `Exchange.gather`.
@@ -57,8 +57,8 @@ class Direct:
         nothing = torch.zeros(1, WIDTH, device=self._parts.late.device)
         self.gather(nothing, FEW_LOOKS)
         self._add(nothing, FEW_LOOKS)
-        for mailbox in (self._parts, self._rows):
-            mailbox.late.zero_()
+        for peers in (self._parts, self._rows):
+            peers.late.zero_()
 
     def gathers(self) -> bool:
         """Return True if what the ranks write arrives."""
@@ -96,7 +96,7 @@ def allocate(rank: int, size: int, device: torch.device) -> Direct:
     return direct
 
 
-def _share(rank: int, size: int, device: torch.device, room: int, programs: int) -> Mailbox:
+def _share(rank: int, size: int, device: torch.device, room: int, programs: int) -> PeerMemory:
     start = -(-8 * programs * size // _ALIGNMENT) * _ALIGNMENT  # of the data, behind the flags
     name = dist.group.WORLD.group_name
     memory = _SymmetricMemory.empty_strided_p2p((start + 2 * size * room,), [1], torch.uint8, device, name)
@@ -105,7 +105,7 @@ def _share(rank: int, size: int, device: torch.device, room: int, programs: int)
     addresses = _SymmetricMemory.rendezvous(memory).buffer_ptrs
     flags = torch.tensor(addresses, dtype=torch.int64, device=device)
     counts, late = (torch.zeros(n, dtype=of, device=device) for n, of in ((programs, torch.int64), (1, torch.int32)))
-    return Mailbox(rank, room, flags + start, flags, counts, late, memory)
+    return PeerMemory(rank, room, flags + start, flags, counts, late, memory)
 
 
 def connect(
@@ -115,7 +115,8 @@ def connect(
     least: Callable[[int], int],
     make: Callable[[int, int, torch.device], Direct] = allocate,
 ) -> Direct | None:
-    """Return the direct exchange if it works for all ranks. All must call this.
+    """Return the direct exchange if it works for all ranks. All must call this. Flags are written by atomic operations,
+    which not every link carries: then nothing arrives in the trial.
 
     Args:
         least: returns the least of all ranks' numbers.

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from services.engine.kernels.mailbox import Mailbox
+from services.engine.kernels.peer_memory import PeerMemory
 from shared.errors import ConfigError
 from shared.log import logger
 
@@ -26,7 +26,7 @@ from shared.log import logger
 FOREVER = timedelta(days=30)
 MEETING_S = 600.0  # until all processes have started; libraries may have to be read from a slow disk
 SUMMED_BYTES = 1 << 20  # of a part, from which on NCCL sums those of more than two ranks
-ADVICE = "NCCL_P2P_DISABLE=1 in the environment has NCCL go around links between cards that do not work"
+ADVICE = "NCCL_P2P_DISABLE=1 in the environment has ranks go around links between cards that do not work"
 _log = logger(__name__)
 _SAID = 1 << 16  # numbers that each rank says to try the link
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -49,7 +49,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Shortcut(Protocol):
     """Faster way to the parts of all ranks."""
 
-    rows: Mailbox | None  # by which kernels exchange few rows
+    rows: PeerMemory | None  # by which kernels exchange few rows
 
     def gather(self, own: Tensor) -> Tensor:
         """See `Exchange.gather`."""
@@ -138,7 +138,7 @@ class Exchange:
             _log.info("ranks exchange by %s", "NCCL" if self._shortcut is None else "writing to each other's memory")
 
     @property
-    def mailbox(self) -> Mailbox | None:
+    def peer_memory(self) -> PeerMemory | None:
         """Memory by which kernels exchange few rows; None if they cannot."""
         return None if self._shortcut is None else self._shortcut.rows
 

@@ -27,7 +27,7 @@ from shared.model.config_file import Quantization
 from shared.model.division import divided
 
 WORKSPACE_BYTES = 288 << 20  # of libraries, and what the allocator rounds up: measured, less the arithmetic
-EXCHANGE_BYTES = 512 << 20  # of a rank that is not alone: NCCL's channels and buffers; an allowance, not measured
+EXCHANGE_BYTES = 512 << 20  # of a rank that is not alone: NCCL's buffers and peer memory; an allowance
 _WIDE = 4  # bytes of a logit, a cosine
 SAMPLED_COPIES = 6  # of a step's logits, while the heaviest plan samples from them
 

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from services.engine.kernels.mailbox import Mailbox
+from services.engine.kernels.peer_memory import PeerMemory
 from services.engine.kernels.quantize import Bits, Quantized, foreign, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
@@ -183,12 +183,12 @@ def exchange() -> None:
     """The ends of a block on one rank of two."""
     ints, rows = torch.zeros(2, dtype=torch.int64), 8
     late = torch.zeros(1, dtype=torch.int32)
-    mailbox = Mailbox(0, 1 << 20, ints, ints, torch.zeros(256, dtype=torch.int64), late, ints)
+    peers = PeerMemory(0, 1 << 20, ints, ints, torch.zeros(256, dtype=torch.int64), late, ints)
     own, norm = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(HIDDEN).bfloat16()
-    push.push(own, own.new_zeros(2, rows, HIDDEN), mailbox)
+    push.push(own, own.new_zeros(2, rows, HIDDEN), peers)
     results = own.new_zeros(rows * 6, HIDDEN), torch.zeros(rows, 6), own.unsqueeze(0)
     moe.sum_experts(*results, own.dtype)
-    exchange_add_norm(*results, own, norm, 1e-5, mailbox)
+    exchange_add_norm(*results, own, norm, 1e-5, peers)
 
 
 def plain_pools() -> tuple[ExpertPool, ExpertPool]:

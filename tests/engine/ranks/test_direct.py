@@ -8,16 +8,18 @@ import torch
 from split_block import HIDDEN, INPUTS, OUT, block, draw, half, moe
 from torch import Tensor
 
-from services.engine.kernels.mailbox import Mailbox
 from services.engine.kernels.ops import Ops
+from services.engine.kernels.peer_memory import PeerMemory
 from services.engine.kernels.triton import parallel
 from services.engine.kernels.triton.dense.rms_norm import add_norm
 from services.engine.kernels.triton.exchange.add_norm import exchange_add_norm
+from services.engine.kernels.triton.exchange.blocks import FOREVER
 from services.engine.kernels.triton.exchange.push import BLOCK_BYTES
 from services.engine.kernels.triton.moe.moe import sum_experts
 from services.engine.kernels.triton.ops import gpu_ops
 from services.engine.ranks import direct
 from services.engine.ranks.direct import Direct, connect
+from services.engine.ranks.exchange import Exchange, listen
 
 RANKS, PROGRAMS, WIDTH, EXPERTS, CPU = 2, 4, 1536, 2, torch.device("cpu")
 ROOM = PROGRAMS * BLOCK_BYTES
@@ -27,7 +29,7 @@ alone = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's 
 
 
 def memory_of(size: int) -> Tensor:
-    """Two mailboxes of each rank."""
+    """Memory of all ranks, for two exchanges."""
     return share(torch.zeros(size, 2, PROGRAMS * size * 8 + 2 * size * ROOM, dtype=torch.uint8))
 
 
@@ -37,12 +39,12 @@ def share(tensor: Tensor) -> Tensor:
 
 
 def end_of(rank: int, memory: Tensor) -> Direct:
-    def mailbox(nth: int) -> Mailbox:
+    def peers(nth: int) -> PeerMemory:
         flags = torch.tensor([rows[nth].data_ptr() for rows in memory])
         counts, late = torch.zeros(PROGRAMS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-        return Mailbox(rank, ROOM, flags + PROGRAMS * len(memory) * 8, flags, counts, late, memory)
+        return PeerMemory(rank, ROOM, flags + PROGRAMS * len(memory) * 8, flags, counts, late, memory)
 
-    return Direct(mailbox(0), mailbox(1))
+    return Direct(peers(0), peers(1))
 
 
 def exchange(rank: int, memory: Tensor, right: Tensor) -> None:
@@ -69,7 +71,7 @@ def exchange(rank: int, memory: Tensor, right: Tensor) -> None:
 
 def blocks_agree(end: Direct, rank: int) -> bool:
     """Return True if blocks of experts, whose rows go each way, are as one rank computes them."""
-    ops = parallel.parallel_ops(gpu_ops(), end.gather, mailbox=end.rows)
+    ops = parallel.parallel_ops(gpu_ops(), end.gather, peer_memory=end.rows)
     agree = True
     for rows in (PROGRAMS, PROGRAMS + 1):
         x, residual = draw(rows, INPUTS, seed=12), draw(rows, HIDDEN, seed=13)
@@ -109,8 +111,11 @@ class Found(Direct):
 
     def __init__(self, gathers: bool = True, adds: bool = True) -> None:
         none = torch.empty(0)
-        super().__init__(*[Mailbox(0, 0, none, none, none, none, none)] * 2)
+        super().__init__(*[PeerMemory(0, 0, none, none, none, none, none)] * 2)
         self._works = gathers, adds
+
+    def gather(self, own: Tensor, limit: int = FOREVER) -> Tensor:
+        return torch.full_like(own, 7.0).unsqueeze(0)
 
     def gathers(self) -> bool:
         return self._works[0]
@@ -150,3 +155,19 @@ def test_memory_of_the_other_cards_is_used_if_all_ranks_can(monkeypatch: pytest.
 def test_cards_that_do_not_reach_each_other_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda rank, other: False)
     assert choose(not_called, "1") is None
+
+
+def test_an_exchange_takes_the_shortcut_that_it_has() -> None:
+    ended, part = list[None](), torch.ones(2, 3)
+    exchange = Exchange(0, 1, listen(), CPU, lambda: ended.append(None))
+    try:
+        exchange.check({})
+        assert exchange.peer_memory is None
+        tried = len(ended)
+        assert exchange.gather(part).equal(part.unsqueeze(0))
+        found = exchange._shortcut = Found()
+        assert exchange.peer_memory is found.rows
+        assert exchange.gather(part).equal(torch.full((1, 2, 3), 7.0))
+        assert len(ended) == tried + 2, "both are signs of life"
+    finally:
+        exchange.close()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from services.engine.kernels.mailbox import Mailbox
 from services.engine.kernels.ops import Ops
+from services.engine.kernels.peer_memory import PeerMemory
 from services.engine.kernels.quantize import Weight
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
@@ -47,11 +47,11 @@ INVARIANT = Products(
 )
 
 
-def parallel_ops(ops: Ops, gather: Gather, products: Products = FASTEST, mailbox: Mailbox | None = None) -> Ops:
+def parallel_ops(ops: Ops, gather: Gather, products: Products = FASTEST, peer_memory: PeerMemory | None = None) -> Ops:
     """Return `ops` for one rank's weights.
 
     Args:
-        mailbox: by which few rows are exchanged on the way, if cards reach each other's memory.
+        peer_memory: by which few rows are exchanged on the way, if cards reach each other's memory.
     """
 
     def linear_add_norm(x: Tensor, weight: Weight, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -77,8 +77,8 @@ def parallel_ops(ops: Ops, gather: Gather, products: Products = FASTEST, mailbox
         else:
             x, residual = add_norm(attended, residual, moe_norm, eps)
         results = products.experts(x, moe, vision, top_k, scores)
-        if mailbox is not None and fits(mailbox, residual):
-            return exchange_add_norm(*results, residual, norm, eps, mailbox)
+        if peer_memory is not None and fits(peer_memory, residual):
+            return exchange_add_norm(*results, residual, norm, eps, peer_memory)
         return add_norm(gather(sum_experts(*results, x.dtype)), residual, norm, eps)
 
     return replace(

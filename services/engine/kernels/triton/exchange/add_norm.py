@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.mailbox import Mailbox
+from services.engine.kernels.peer_memory import PeerMemory
 from services.engine.kernels.triton.common.sizes import ceil_pow2
 from services.engine.kernels.triton.dense.rms_norm import rounded_norm, row_warps
 from services.engine.kernels.triton.exchange.blocks import FOREVER, received, send, wait
@@ -37,9 +37,9 @@ def _exchange_add_norm_kernel(
     tl.store(out_ptr + at, rounded_norm(x, norm_ptr, column, inside, H, eps), inside)
 
 
-def fits(mailbox: Mailbox, residual: Tensor) -> bool:
-    """Return True if a mailbox has room for so many rows."""
-    return residual.nbytes <= mailbox.room and len(residual) <= len(mailbox.counts)
+def fits(peers: PeerMemory, residual: Tensor) -> bool:
+    """Return True if it has room for so many rows."""
+    return residual.nbytes <= peers.room and len(residual) <= len(peers.counts)
 
 
 def exchange_add_norm(
@@ -49,11 +49,11 @@ def exchange_add_norm(
     residual: Tensor,
     norm: Tensor,
     eps: float,
-    mailbox: Mailbox,
+    peers: PeerMemory,
     limit: int = FOREVER,
 ) -> tuple[Tensor, Tensor]:
     """Return `add_norm` of what `sum_experts` gives on all ranks. All must call it with the same shapes, in the same
-    order, and rows of one width in all calls that share a mailbox.
+    order, and rows of one width in all calls that share memory.
 
     Args:
         routed, weights, shared: as of `combine`.
@@ -64,9 +64,9 @@ def exchange_add_norm(
     # No programmatic dependent launch: see `combine`.
     _exchange_add_norm_kernel[(rows,)](
         routed, weights, shared, residual, norm, out, total,
-        mailbox.data, mailbox.flags, mailbox.counts, mailbox.late, width, eps, shared.stride(0),
-        mailbox.room // residual.element_size(), limit,
-        K=weights.shape[1], SHARED=len(shared), RANK=mailbox.rank, SIZE=mailbox.size, BLOCK=block,
+        peers.data, peers.flags, peers.counts, peers.late, width, eps, shared.stride(0),
+        peers.room // residual.element_size(), limit,
+        K=weights.shape[1], SHARED=len(shared), RANK=peers.rank, SIZE=peers.size, BLOCK=block,
         num_warps=row_warps(block),
     )  # fmt: skip
     return out, total

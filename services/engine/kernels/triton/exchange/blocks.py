@@ -1,9 +1,9 @@
-"""Exchange of blocks between the same programs of a launch on several cards (`services.engine.kernels.mailbox`).
+"""Exchange of blocks between the same programs of a launch on several cards (`services.engine.kernels.peer_memory`).
 
 A program writes its block into the memory of all other cards, says so by a flag there, and waits for theirs in its own
 memory. It numbers its exchanges, in memory, so a captured launch can be replayed. Successive exchanges use two halves
 by turns: who writes the one after the next has been told of the next one, which the program on the other card begins
-when it has read this one. For this, a program's block is at the same place in all launches that share a mailbox.
+when it has read this one. For this, a program's block is at the same place in all launches that share memory.
 """
 
 import triton

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kernels.mailbox import Mailbox
+from services.engine.kernels.peer_memory import PeerMemory
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div
 from services.engine.kernels.triton.exchange.blocks import FOREVER, received, send, wait
@@ -34,17 +34,17 @@ def _push_kernel(
             tl.store(parts_ptr + other * part_stride + at, part, inside)
 
 
-def push(own: Tensor, parts: Tensor, mailbox: Mailbox, limit: int = FOREVER) -> None:
+def push(own: Tensor, parts: Tensor, peers: PeerMemory, limit: int = FOREVER) -> None:
     """Write the parts of all ranks to `parts`. All must call it with the same shapes, in the same order.
 
     Args:
-        own: this rank's part, contiguous, of as many bytes as the mailbox has room for.
+        own: this rank's part, contiguous, of as many bytes as there is room for.
         parts: [ranks, *own.shape], each contiguous.
         limit: looks for the other ranks; what is written may not be theirs behind so many.
     """
     block = BLOCK_BYTES // own.element_size()
     _push_kernel[(ceil_div(own.numel(), block),)](
-        own, parts, mailbox.data, mailbox.flags, mailbox.counts, mailbox.late, own.numel(), parts.stride(0),
-        mailbox.room // own.element_size(), limit,
-        RANK=mailbox.rank, SIZE=mailbox.size, BLOCK=block, num_warps=_WARPS, **pdl_options(own),
+        own, parts, peers.data, peers.flags, peers.counts, peers.late, own.numel(), parts.stride(0),
+        peers.room // own.element_size(), limit,
+        RANK=peers.rank, SIZE=peers.size, BLOCK=block, num_warps=_WARPS, **pdl_options(own),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Mailbox:
+class PeerMemory:
     """One rank's view."""
 
     rank: int
@@ -16,7 +16,7 @@ class Mailbox:
     flags: Tensor  # [ranks] int64, addresses of programs x ranks flags of each rank, int64, which begin as 0
     counts: Tensor  # [programs] int64, of exchanges so far, of this rank alone; they begin as 0
     late: Tensor  # [1] int32, becomes 1 if another rank was not there after so many looks as were allowed
-    memory: Tensor  # of this rank, which lives as long as this does
+    own: Tensor  # the memory of this rank, which lives as long as this does
 
     @property
     def size(self) -> int:
