@@ -40,10 +40,11 @@ PASS = 32_768  # patches: the encoder's default
 SEQUENCES, CONTEXT, SHARE = 32, 32_768, 0.9
 
 
-def tower(pipe: Connection) -> None:
-    """Run the encoder's process: load, report that, and encode an image at each message; False ends it."""
+def tower(pipe: Connection, card: int) -> None:
+    """Run the encoder's process as on a card of so many bytes: load, report that, and encode an image at each message;
+    False ends it."""
     weights = load_weights(DrawnWeights(torch.device("cpu")), CONFIG, "cuda")
-    encoder = Encoder(weights, CONFIG, "cuda", PASS, CLIP_MEAN, CLIP_STD)
+    encoder = Encoder(weights, CONFIG, "cuda", PASS, CLIP_MEAN, CLIP_STD, card_bytes=card)
     pixels = CONFIG.vision.in_channels * CONFIG.vision.patch_size**2
     rows = np.random.default_rng(0).integers(0, 256, (GRID[1] * GRID[2], pixels), np.uint8)
     pipe.send(0.0)
@@ -56,10 +57,10 @@ def tower(pipe: Connection) -> None:
 class Tower:
     """The encoder's process, as the engine's process sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, card: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=tower, args=(theirs,), daemon=True)
+        self._process = context.Process(target=tower, args=(theirs, card), daemon=True)
         self._process.start()
         theirs.close()
         self._pipe.recv()
@@ -92,11 +93,11 @@ def measure(card: int, encoder_first: bool) -> dict[str, Any]:
     """
     torch.cuda.set_per_process_memory_fraction(card / torch.cuda.mem_get_info()[1])
     foreign = device_bytes(CONFIG, LARGEST)
-    encoder = Tower() if encoder_first else None
+    encoder = Tower(card) if encoder_first else None
     greedy = Sampling(seed=0, temperature=0.0, ignore_eos=True)
     bench = Bench("wint4", CONTEXT, greedy, max_num_seqs=SEQUENCES, gpu_memory_utilization=SHARE, foreign_bytes=foreign)
     alone = used()
-    encoder = encoder or Tower()
+    encoder = encoder or Tower(card)
     loaded = used()
     over, images = Event(), list[float]()
     busy = Thread(target=encoder.encode_until, args=(over, images))

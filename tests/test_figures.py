@@ -9,6 +9,7 @@ OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 PIPELINE = (ROOT / "docs" / "pipeline-performance.md").read_text()
 ENGINE = (ROOT / "docs" / "engine-performance.md").read_text()
 H200 = json.loads((ROOT / "benchmarks" / "results" / "engine-h200.json").read_text())
+ENCODER = json.loads((ROOT / "benchmarks" / "results" / "encoder-h200.json").read_text())
 MIXED = json.loads((ROOT / "benchmarks" / "results" / "mixed-steps-h200.json").read_text())
 
 
@@ -67,3 +68,11 @@ def test_weights_and_start_up_are_what_was_measured() -> None:
     )
     assert quoted is not None
     assert [int(text) for text in quoted.groups()] == [int(measured[2]), round(float(measured[3]))]
+
+
+def test_the_vision_tower_takes_what_was_measured() -> None:
+    for name, case in ENCODER["cases"].items():
+        patches, ours, theirs, times = map(number, row(PIPELINE, name, "## The vision tower"))
+        assert patches == case["patches"]
+        assert [ours, theirs] == [round(case["ours_ms"], 1), round(case["transformers_ms"], 1)]
+        assert times == round(case["ratio"], 2)

@@ -5,18 +5,24 @@ not grow with the length of a video.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from services.mm_encoder.media.patches import Grid, Patches
+from services.mm_encoder.vision.graphs import PassGraphs, capture_sizes
+from services.mm_encoder.vision.memory import graph_patches, rows_at_once
 from services.mm_encoder.vision.normalise import normalise
+from services.mm_encoder.vision.ops import Ops
 from services.mm_encoder.vision.resampler import run_resampler
-from services.mm_encoder.vision.rows import by_rows
+from services.mm_encoder.vision.rows import spans
+from services.mm_encoder.vision.tables import Tables, host_tables, to_device, upload
 from services.mm_encoder.vision.tower import run_tower
+from services.mm_encoder.vision.transfer import Download, Results, stage
 from services.mm_encoder.vision.weights import VisionWeights
-from shared.model.config import ModelConfig
+from shared.model.config import ModelConfig, VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +73,103 @@ class Encoder:
         max_patches: int,
         mean: Sequence[float],
         std: Sequence[float],
+        *,
+        ops: Ops | None = None,
+        at_once: int | None = None,
+        card_bytes: int | None = None,
     ) -> None:
+        """`ops`, `at_once`, which is the rows computed at a time, and the card's memory are by default the device's."""
         self._weights = weights
         self._config = config
-        self._device = device
+        self._vision = config.vision
+        self._device = torch.device(device)
         self._max_patches = max_patches
         self._dtype = weights.tower.patch_embed.dtype
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
+        self._ops = ops or _operations(self._device, self._dtype, self._vision)
+        self._largest = 0  # rows of a pass so far
+        card = card_bytes or _card_bytes(self._device)
+        self._at_once = at_once or rows_at_once(card)
+        self._graphs = self._capture(graph_patches(card)) if self._ops.captured else None
+
+    @torch.inference_mode()
+    def _capture(self, most: int) -> PassGraphs:
+        with _current(self._device):
+            return PassGraphs(self._embed, self._run, self._vision, self._device, capture_sizes(most))
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Patches]) -> list[Tensor]:
         """Return [rows, text hidden] in the model's dtype on the CPU, for each item."""
-        done: list[list[Tensor]] = [[] for _ in items]
-        temporal = self._config.vision.temporal_merge_size
-        for pieces in plan_passes([item.grid for item in items], self._max_patches, temporal):
-            rows = torch.cat([torch.from_numpy(items[p.item].rows[p.start : p.stop]) for p in pieces])
-            out = self._run(rows, [p.grid for p in pieces]).cpu()
-            merged = self._config.vision.spatial_merge_size**2
-            sizes = [-(-p.grid[0] // temporal) * p.grid[1] * p.grid[2] // merged for p in pieces]
-            for piece, part in zip(pieces, torch.split(out, sizes), strict=True):
-                done[piece.item].append(part)
-        return [torch.cat(parts) for parts in done]
+        with _current(self._device):
+            return self._encode(items)
 
-    def _run(self, rows: Tensor, grids: Sequence[Grid]) -> Tensor:
-        vision = self._config.vision
-        x = by_rows(lambda some: normalise(some.to(self._device), self._mean, self._std, self._dtype), rows)
-        x = run_tower(x, grids, self._weights.tower, vision)
-        return run_resampler(x, grids, self._weights.resampler, vision, self._config.norm_eps)
+    def _encode(self, items: Sequence[Patches]) -> list[Tensor]:
+        """Launch pass after pass; while the device computes one, put away the results of the one before."""
+        results = Results(self._embeddings(item.grid) for item in items)
+        before: tuple[Download, list[Piece]] | None = None
+        for pieces in plan_passes([item.grid for item in items], self._max_patches, self._vision.temporal_merge_size):
+            rows = stage([items[piece.item].rows[piece.start : piece.stop] for piece in pieces], self._device)
+            launched = Download(self._launch(rows, [piece.grid for piece in pieces])), pieces
+            if before is not None:
+                self._put_away(*before, results)
+            before = launched
+        if before is not None:
+            self._put_away(*before, results)
+        return results.whole()
+
+    def _launch(self, rows: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Return the embeddings of a pass, while the device computes them."""
+        tables = host_tables(grids, self._vision)
+        if self._graphs is not None and self._graphs.takes(tables):
+            return self._graphs.run(rows, tables)
+        if self._device.type == "cuda" and len(rows) > self._largest:
+            torch.cuda.empty_cache()  # a larger pass has no use for what smaller ones left there
+            self._largest = len(rows)
+        patches = self._embed(upload(rows, self._device))  # after which the pixels' memory is free
+        return self._run(patches, to_device(tables, self._vision, self._device))
+
+    def _embed(self, rows: Tensor) -> Tensor:
+        """Return [N, hidden] in the model's dtype for pixels."""
+        weight = self._weights.tower.patch_embed
+        patches = weight.new_empty(len(rows), len(weight))
+        for some in spans(len(rows), self._at_once):
+            torch.mm(normalise(rows[some], self._mean, self._std, self._dtype), weight.T, out=patches[some])
+        return patches
+
+    def _run(self, patches: Tensor, tables: Tables) -> Tensor:
+        """Return the embeddings of embedded patches, whose memory is overwritten."""
+        config, at_once = self._config, self._at_once
+        x = run_tower(patches, tables, self._weights.tower, self._vision, self._ops, at_once)
+        return run_resampler(x, tables, self._weights.resampler, self._vision, config.norm_eps, at_once)
+
+    def _put_away(self, download: Download, pieces: Sequence[Piece], results: Results) -> None:
+        sizes = [self._embeddings(piece.grid) for piece in pieces]
+        for piece, rows in zip(pieces, torch.split(download.wait(), sizes), strict=True):
+            results.add(piece.item, rows)
+
+    def _embeddings(self, grid: Grid) -> int:
+        """Return the rows of the result for a grid."""
+        t, h, w = grid
+        return -(-t // self._vision.temporal_merge_size) * h * w // self._vision.spatial_merge_size**2
+
+
+def _operations(device: torch.device, dtype: torch.dtype, vision: VisionConfig) -> Ops:
+    """Return the operations for a device: kernels on a GPU, for the numbers and sizes that they are made for."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return Ops()
+    # Triton exists for Linux only, and the CPU needs none.
+    from services.mm_encoder.vision.kernels.attention import supports
+    from services.mm_encoder.vision.kernels.gpu import gpu_ops
+
+    return gpu_ops() if supports(vision.hidden_size // vision.num_heads) else Ops()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU this thread's current one, which Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _card_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU; 0 for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

@@ -1,41 +1,27 @@
 """Resampler: the tower's output to rows of the language model's width, one per 2 x 2 patches of two frames."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from services.mm_encoder.vision.rows import by_rows
+from services.mm_encoder.vision.tables import Tables
 from services.mm_encoder.vision.weights import Merger, Resampler
 from shared.model.config import VisionConfig
 
 
 def run_resampler(
-    x: Tensor, grids: Sequence[tuple[int, int, int]], weights: Resampler, config: VisionConfig, rms_eps: float
+    x: Tensor, tables: Tables, weights: Resampler, config: VisionConfig, rms_eps: float, at_once: int
 ) -> Tensor:
-    """Map [N, hidden] in merge-block order to [rows, text hidden]; a single frame is paired with itself."""
+    """Map [N, hidden] in merge-block order to [rows, text hidden], `at_once` rows at a time."""
     eps, block = config.norm_eps, config.spatial_merge_size**2
-    x = by_rows(lambda rows: _merge(rows, weights.spatial, eps), x.reshape(-1, block * x.shape[1]))
+    x = by_rows(lambda rows: _merge(rows, weights.spatial, eps), x.reshape(-1, block * x.shape[1]), at_once)
 
     def finish(places: Tensor) -> Tensor:
         joined = _merge(x[places].flatten(1), weights.temporal, eps)
         return _rms_norm(F.linear(joined, weights.out.weight, weights.out.bias), weights.norm, rms_eps)
 
-    return by_rows(finish, _pairs(grids, block, config.temporal_merge_size).to(x.device))
-
-
-def _pairs(grids: Sequence[tuple[int, int, int]], block: int, temporal: int) -> Tensor:
-    """Return [rows, temporal]: the indices of the vectors that each row joins, at one place of consecutive frames."""
-    found, start = [], 0
-    for t, h, w in grids:
-        each = h * w // block
-        frames = torch.arange(start, start + t * each).view(t, each)
-        if t == 1:
-            frames = frames.expand(temporal, each)
-        found.append(frames.reshape(-1, temporal, each).transpose(1, 2).flatten(0, 1))
-        start += t * each
-    return torch.cat(found)
+    return by_rows(finish, tables.pairs, at_once)
 
 
 def _merge(x: Tensor, merger: Merger, eps: float) -> Tensor:

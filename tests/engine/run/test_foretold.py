@@ -40,7 +40,8 @@ def test_the_launch_on_24_gb() -> None:
         foreign_bytes=device_bytes(CONFIG, LARGEST),
     )
     plan = foretell(CONFIG, told, int(measured["card_gib"] * GIB))
-    assert plan.encoder == measured["foretold_of_the_tower_gib"] * GIB
+    # Of the tower as it was then, which took 3 MiB more.
+    assert plan.encoder == pytest.approx(measured["foretold_of_the_tower_gib"] * GIB, rel=0.002)
     # Measured when wint4 had one scale a row. Scales of groups take 0.2 GiB more (on an H200 16.702 where 16.490 were).
     scales = plan.weights - measured["engine"]["weights_gib"] * GIB
     assert scales == pytest.approx(0.2 * GIB, rel=0.1)

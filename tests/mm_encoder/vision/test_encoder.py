@@ -11,11 +11,13 @@ from oracle import Model, save_with_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import services.mm_encoder.vision.rows
-import services.mm_encoder.vision.tower
+from benchmarks.engine import CONFIG
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Grid, Patches
+from services.mm_encoder.vision import ops
 from services.mm_encoder.vision.encoder import Encoder, plan_passes
+from services.mm_encoder.vision.graphs import capture_sizes, padded
 from services.mm_encoder.vision.normalise import normalise
+from services.mm_encoder.vision.tables import HostTables, host_tables, to_device
 from services.mm_encoder.vision.weights import load_weights
 from shared.errors import CheckpointError
 from shared.model.checkpoint import Checkpoint
@@ -40,9 +42,9 @@ def config(directory: Path, judge: Model) -> ModelConfig:
     return load_model_config(directory)
 
 
-def encoder(directory: Path, config: ModelConfig, max_patches: int = 100_000) -> Encoder:
+def encoder(directory: Path, config: ModelConfig, max_patches: int = 100_000, at_once: int | None = None) -> Encoder:
     weights = load_weights(Checkpoint(directory), config, "cpu")
-    return Encoder(weights, config, "cpu", max_patches, CLIP_MEAN, CLIP_STD)
+    return Encoder(weights, config, "cpu", max_patches, CLIP_MEAN, CLIP_STD, at_once=at_once)
 
 
 def media(grids: list[Grid], seed: int = 0) -> list[Patches]:
@@ -108,6 +110,34 @@ def test_embeddings_are_the_same_bits_in_any_company(directory: Path, config: Mo
     assert all(torch.equal(one, other) for one, other in zip(alone, reversed_order, strict=True))
 
 
+def test_rows_that_fill_a_graph_up_change_nothing(directory: Path, judge: Model, config: ModelConfig) -> None:
+    items, ours = [*media(IMAGES), *media(VIDEOS, seed=1)], encoder(directory, config)
+    host = host_tables([item.grid for item in items], config.vision)
+    rows = torch.from_numpy(np.concatenate([item.rows for item in items]))
+    expected = ours._run(ours._embed(rows), to_device(host, config.vision, torch.device("cpu")))
+    fuller = HostTables(
+        host.frames,
+        padded(host.places, len(rows) + 20),
+        padded(host.tiles, 90),
+        padded(host.pairs, len(host.pairs) + 5),
+    )
+    found = ours._run(ours._embed(torch.cat([rows, rows[:20]])), to_device(fuller, config.vision, torch.device("cpu")))
+    assert (found[: len(expected)] - expected).abs().max() <= 1e-5
+
+
+def test_sizes_of_graphs_are_a_quarter_of_a_power_of_two_apart() -> None:
+    assert capture_sizes(1024) == [256, 512, 768, 1024]
+    assert capture_sizes(8192)[4:] == [1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192]
+
+
+def test_tiles_cover_each_frame_and_no_row_of_another() -> None:
+    tiles = host_tables([(2, 2, 2), (1, 16, 16), (1, 2, 130)], CONFIG.vision).tiles.tolist()
+    assert tiles == [
+        *([0, 0, 4], [4, 4, 8], [8, 8, 264], [136, 8, 264]),
+        *([264, 264, 524], [392, 264, 524], [520, 264, 524]),
+    ]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16, 50])
 def test_how_many_rows_are_in_work_changes_nothing(
     directory: Path, judge: Model, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, rows: int
@@ -115,9 +145,8 @@ def test_how_many_rows_are_in_work_changes_nothing(
     """From parts of a frame to several frames at a time."""
     images, videos = media(IMAGES), media(VIDEOS, seed=1)
     expected = judged(judge, images) + judged(judge, videos)
-    monkeypatch.setattr(services.mm_encoder.vision.rows, "ROWS", rows)
-    monkeypatch.setattr(services.mm_encoder.vision.tower, "ROWS", rows)
-    agree(encoder(directory, config).encode([*images, *videos]), expected)
+    monkeypatch.setattr(ops, "ROWS", rows)
+    agree(encoder(directory, config, at_once=rows).encode([*images, *videos]), expected)
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(
