@@ -82,7 +82,7 @@ def bare_video(data: bytes, wanted: set[int], size: tuple[int, int]) -> float:
     with av.open(io.BytesIO(data), "r") as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in wanted:
-                frame.to_image().resize(size, BICUBIC)
+                frame.to_image().resize(size, BICUBIC)  # type: ignore[no-untyped-call]
             if index >= max(wanted):
                 break
     return time.process_time() - started
