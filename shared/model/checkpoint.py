@@ -107,6 +107,7 @@ class Checkpoint:
         module, (integers, others) = name.removesuffix(".weight"), SUFFIXES[self._layout]
         stored = {part: f"{module}.{part}" for part in (integers, *others) if f"{module}.{part}" in self._sources}
         self._asked.update(stored.values())
+        stored.pop("weight_shape", None)  # says what `shape` does
         parts = {part: self._part(self._sources[full].parts[0]).to(device) for part, full in stored.items()}
         try:
             return read_integers(self._layout, self._groups, module, parts, shape)

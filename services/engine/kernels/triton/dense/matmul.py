@@ -149,8 +149,12 @@ def widen_foreign(values, scales, dtype: tl.constexpr):
 def group_words(IN, BITS: tl.constexpr, SUBGROUPS: tl.constexpr):
     """Return the words of scales that a row of IN inputs has."""
     if SUBGROUPS == 0:
-        return blocks(IN)
-    return blocks(IN) * _PLANES * SUBGROUPS if BITS == 4 else tl.cdiv(IN, _GROUP // SUBGROUPS)
+        words = blocks(IN)
+    elif BITS == 4:
+        words = blocks(IN) * _PLANES * SUBGROUPS
+    else:
+        words = tl.cdiv(IN, _GROUP // SUBGROUPS)
+    return words
 
 
 @triton.jit

@@ -58,7 +58,8 @@ def _product(
     column = tl.arange(0, BK // PER)
     w_row = index * OUT + n
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * w_stride + column[None, :]
-    g_ptrs = group_ptr + (index.to(tl.int64) * group_words(IN, BITS, SUBGROUPS) * OUT + n)[:, None]
+    words = group_words(IN, BITS, SUBGROUPS) if SUBGROUPS else IN // BLOCK
+    g_ptrs = group_ptr + (index.to(tl.int64) * words * OUT + n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, at_least_one(IN), BK):
         at = k // PER
