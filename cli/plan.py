@@ -96,8 +96,8 @@ def main(words: Sequence[str]) -> int:
     given = _parser().parse_args(words)
     config = load_model_config(given.model)
     quantization, checkpoint = chosen_quantization(config, given.quantization), None
-    if config.stored == "wint4" or config.stored == "wint8":  # loaded to what quantising at a start makes
-        quantization = config.stored
+    if config.stored in FORMATS:  # ours, which loads to what quantising at a start makes
+        quantization = FORMATS[config.stored]
     elif config.stored is not None:
         checkpoint = Checkpoint(given.model, headers_only=True)
     if given.table:

@@ -19,6 +19,8 @@ from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dequantize, quantize
 from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer
+from services.engine.model.integers import integers_of
+from services.engine.model.split import Split
 from services.engine.model.stored_form import quantization_config, stored_form
 from services.engine.model.weights import load_model
 from services.engine.settings import EngineSettings
@@ -26,6 +28,7 @@ from shared.errors import CheckpointError, ConfigError
 from shared.model.checkpoint import INDEX, Checkpoint
 from shared.model.config import load_model_config
 from shared.model.config_file import Quantization
+from shared.model.stored_integers import read_integers
 
 BOTH = pytest.mark.parametrize("quantization", ["wint8", "wint4"])
 
@@ -111,6 +114,15 @@ def test_the_library_reads_them(demo: Path, quantization: Quantization, dense: i
         weight = quantize((torch.randn(24, 640) * 0.02).bfloat16(), scheme.weights.num_bits)
         read = PackedQuantizationCompressor.decompress(stored_form(weight), scheme)["weight"]
         assert torch.equal(read.to(torch.bfloat16), dequantize(weight))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_ranks_have_parts_of_the_whole_s_numbers(dim: int) -> None:
+    weight = quantize((torch.randn(8, 512) * 0.02).bfloat16(), 4)
+    stored = read_integers("compressed-tensors", {4: [128]}, "x", stored_form(weight), (8, 512))
+    whole = integers_of(stored, torch.bfloat16, "x", own=True)
+    parts = [dequantize(whole.part(Split(rank, 2), dim, "x").packed()) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim), dequantize(weight))
 
 
 def test_what_cannot_be_asked(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

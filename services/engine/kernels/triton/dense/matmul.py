@@ -267,10 +267,10 @@ def dot_tile(
                 part = tl.dot(w, x, part, input_precision="ieee")
         acc += part
     elif SUBGROUPS:
-        EACH: tl.constexpr = min(BK, _GROUP // SUBGROUPS)  # inputs of one group
-        for tile in tl.static_range(BK // EACH):
-            first = nth * BK + tile * EACH
-            column = first + tl.arange(0, EACH)
+        ALIKE: tl.constexpr = min(BK, _GROUP // SUBGROUPS)  # inputs of one group
+        for tile in tl.static_range(BK // ALIKE):
+            first = nth * BK + tile * ALIKE
+            column = first + tl.arange(0, ALIKE)
             groups = load_stored(g_ptrs + first * SUBGROUPS // _GROUP * OUT, w_mask & (first < IN), EVEN)
             w = load_stored(w_ptrs + column[None, :], w_mask & (column < IN)[None, :], EVEN)
             x = _activations(x_ptrs, x_mask, column, IN, EVEN)
