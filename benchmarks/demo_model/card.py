@@ -8,6 +8,7 @@ from benchmarks.demo_model.questions import SETS
 from cli.demo_tokenizer import write_json
 
 Counts = dict[str, dict[str, list[int]]]  # format: set: [right answers, questions]
+WAYS = ("without thinking", "pictures of other sizes")  # other ways to ask, in bf16: in place of a format
 BEGIN, END = "<!-- figures: make eval -->\n", "<!-- end of figures -->\n"
 
 # What was aimed at, in percent, and the sets that it is measured on.
@@ -39,10 +40,12 @@ def read(directory: Path) -> Counts:
 
 def figures(counts: Counts) -> str:
     """The card's tables. The aims are for bf16, what the checkpoint is served in unless told otherwise."""
-    parts = [table(counts)]
-    if "bf16" in counts:
-        parts += ["Against what was aimed at:", aims(counts["bf16"])]
-        parts += [f"Mean of kinds against bf16's, in points: {differences(counts)}."] if len(counts) > 1 else []
+    formats, ways = ({name: each for name, each in counts.items() if (name in WAYS) == way} for way in (False, True))
+    parts = [table(formats)]
+    if "bf16" in formats:
+        parts += ["Against what was aimed at:", aims(formats["bf16"])]
+        parts += [f"Mean of kinds against bf16's, in points: {differences(formats)}."] if len(formats) > 1 else []
+    parts += ["Asked in other ways, in bf16 (pictures of other sizes are JPEG files):", table(ways)] if ways else []
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -51,7 +54,7 @@ def table(counts: Counts) -> str:
     names, first = list(counts), next(iter(counts.values()))
     lines = ["| kind | n | " + " | ".join(names) + " |", "|---|--:|" + "--:|" * len(names)]
     lines += [
-        f"| {name} | {first[name][1]} | {' | '.join(_cell(*counts[each][name]) for each in names)} |"
+        f"| {name} | {first[name][1]} | {' | '.join(_cell(*counts[each].get(name, ())) for each in names)} |"
         for name in SETS
         if name in first
     ]
@@ -82,7 +85,9 @@ def mean(counts: dict[str, list[int]]) -> float:
     return 100 * sum(right / count for right, count in counts.values()) / len(counts)
 
 
-def _cell(right: int, count: int) -> str:
+def _cell(right: int = 0, count: int = 0) -> str:
+    if not count:
+        return ""
     low, high = interval(right, count)
     return f"{100 * right / count:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 

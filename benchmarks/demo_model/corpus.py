@@ -50,6 +50,7 @@ SECOND = dict(zip(GENERATORS, (27, 26, 6, 11, 9, 7, 9, 4, 5, 5, 2, 4), strict=Tr
 THIRD = dict(zip(GENERATORS, (26, 24, 7, 13, 7, 4, 13, 3, 6, 4, 2, 4), strict=True))
 FOURTH = dict(zip(GENERATORS, (16, 18, 22, 9, 14, 4, 8, 2, 6, 3, 1, 9), strict=True))
 PHASES = (FIRST, SECOND, THIRD, FOURTH)
+PICTURES = ("scenes", "words", "charts", "pairs")
 
 
 def sample(rng: random.Random, size: draw.Size, *, held_out: bool, only: str | None = None, phase: int = 0) -> Sample:

@@ -1,5 +1,6 @@
 """Drawing: coloured shapes, text and bars on small canvases."""
 
+import io
 import math
 import random
 from functools import lru_cache
@@ -9,11 +10,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.demo_model.sample import Pixels
+from services.mm_encoder.media.resize import smart_resize
 
 Size = tuple[int, int]  # width, height
 
 # All are multiples of 28 with at most 18 blocks, so that the encoder shows the pixels as they were drawn.
 CANVASES: tuple[Size, ...] = ((112, 112), (112, 112), (112, 112), (140, 84), (84, 140), (112, 84), (84, 112), (168, 84))
+
+SHOWN_PIXELS = 14112  # the most that the encoder shows of a picture: 18 blocks
+BLOCK = 28
+LETTERS, LETTERS_SHARE = 90, 0.4  # the tallest: in pixels on a doubled canvas, as a share of larger pictures' sides
 
 COLOURS = {
     "red": (220, 30, 35),
@@ -58,6 +64,34 @@ def canvas(size: Size, fill: tuple[int, int, int]) -> Image.Image:
 def pixels(image: Image.Image) -> Pixels:
     """The picture at its size."""
     return np.asarray(image.reduce(2), dtype=np.uint8)
+
+
+def own_size(rng: random.Random, size: Size) -> Size:
+    """A size that a picture may have elsewhere and that the encoder shows as `size`, a little distorted."""
+    while True:
+        if rng.random() < 0.3:  # as large as it is, to whole blocks
+            wide, tall = (float(side + rng.randint(-BLOCK // 2, BLOCK // 2)) for side in size)
+        else:  # the pixels that are shown before its sides are cut to whole blocks, or up to nine times as many
+            low = max(size[0], SHOWN_PIXELS / (size[1] + BLOCK))
+            times = rng.uniform(1, 3)
+            wide = rng.uniform(low, min(size[0] + BLOCK, SHOWN_PIXELS / size[1]))
+            wide, tall = times * wide, times * SHOWN_PIXELS / wide
+        own = (round(wide), round(tall))
+        if shown_size(own) == size:
+            return own
+
+
+def shown_size(own: Size) -> Size:
+    """The size in which the encoder shows a picture."""
+    tall, wide = smart_resize(own[1], own[0], factor=BLOCK, min_pixels=3136, max_pixels=SHOWN_PIXELS)
+    return wide, tall
+
+
+def jpeg(picture: Pixels, quality: int) -> bytes:
+    """A JPEG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
@@ -114,7 +148,8 @@ def write(
     probe = font(face, 40).getbbox(text)
     largest = 40 * min(width / (probe[2] - probe[0]), height / (probe[3] - probe[1]))
     size = max(10, int(largest * rng.uniform(0.62, 0.97)))
-    left, top, right, bottom = font(face, min(size, 90)).getbbox(text)
+    chosen = font(face, min(size, max(LETTERS, int(LETTERS_SHARE * math.sqrt(width * height)))))
+    left, top, right, bottom = chosen.getbbox(text)
     x = box[0] + rng.uniform(0, max(0, width - (right - left))) - left
     y = box[1] + rng.uniform(0, max(0, height - (bottom - top))) - top
-    pen.text((x, y), text, font=font(face, min(size, 90)), fill=fill)
+    pen.text((x, y), text, font=chosen, fill=fill)

@@ -1,6 +1,7 @@
 """Asks a server held-out questions of each kind: python -m benchmarks.demo_model.evaluate (--url URL | --model DIR).
 
-With `--model` it serves the checkpoint itself, once for each of `--formats`, and prints the table of them all.
+With `--model` it serves the checkpoint itself, once for each of `--formats`, and prints the table of them all. In bf16
+it asks in other ways, too: without thinking, and with pictures of other sizes.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from benchmarks.demo_model.questions import SETS, Question, questions
 from cli.demo_tokenizer import write_json
 
 FORMATS = ("float32", "bf16", "wint8", "wint4")
+WAYS: tuple[dict[str, Any], ...] = ({"thinking": False}, {"own_size": True})  # each is one of card.WAYS
 # Pictures as large as those of training: 18 blocks of 28 x 28 pixels.
 PROCESSOR = {"image_max_pixels": 14112, "video_min_pixels": 3136, "video_max_pixels": 14112}
 CONCURRENT = 32
@@ -52,7 +54,10 @@ def main(arguments: list[str]) -> int:
     for name in () if options.url else options.formats:
         with served(options.model, name, options.port) as url:
             counts[name] = asyncio.run(ask_all(url, asked, options.out, name))
-            print(f"{name} is done", flush=True)
+            for way, how in zip(card.WAYS, WAYS, strict=True) if name == "bf16" and not options.no_thinking else ():
+                others = list(questions(options.questions, options.seed, only=options.only, **how))
+                counts[way] = asyncio.run(ask_all(url, others, options.out, way))
+        print(f"{name} is done", flush=True)
     print(card.figures(counts))
     if options.card:
         card.write(options.card, counts)

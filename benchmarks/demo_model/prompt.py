@@ -77,7 +77,8 @@ class Encoder:
             ids += self._tokens(text)
         ids.append(self._pieces.eos_id())
         placed, _ = positions(len(ids), spans, MERGE, MERGE)
-        return Encoded(sample.kind, np.array(ids), answer_at, placed, tuple(media))
+        kind = sample.kind if sample.thinking else f"{sample.kind}, no thinking"
+        return Encoded(kind, np.array(ids), answer_at, placed, tuple(media))
 
     def _tokens(self, text: str) -> list[int]:
         if (token := self._added.get(text)) is not None:

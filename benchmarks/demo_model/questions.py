@@ -62,23 +62,29 @@ class Question:
         return content == self.sample.answer
 
 
-def questions(per_set: int, seed: int, *, thinking: bool = True, only: str | None = None) -> Iterator[Question]:
-    """The questions of all sets, the same ones for a seed whatever their number."""
+def questions(
+    per_set: int, seed: int, *, thinking: bool = True, own_size: bool = False, only: str | None = None
+) -> Iterator[Question]:
+    """The questions of all sets, the same ones for a seed whatever their number.
+
+    With `own_size` only those about pictures, which are then JPEG files of sizes that the encoder shows on a canvas.
+    """
     for name, (generator, belongs) in SETS.items():
-        if only not in (None, name):
+        if only not in (None, name) or (own_size and generator not in corpus.PICTURES):
             continue
         rng = random.Random(f"questions {seed} {name}")
         count = 0
         while count < per_set:
-            sample = corpus.sample(rng, rng.choice(draw.CANVASES), held_out=True, only=generator)
+            size = rng.choice(draw.CANVASES)
+            sample = corpus.sample(rng, draw.own_size(rng, size) if own_size else size, held_out=True, only=generator)
             if belongs(sample.kind):
                 count += 1
-                yield Question(name, sample, _body(sample, thinking))
+                yield Question(name, sample, _body(sample, thinking, as_jpeg=own_size))
 
 
-def _body(sample: Sample, thinking: bool) -> dict[str, Any]:
+def _body(sample: Sample, thinking: bool, as_jpeg: bool) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "messages": [_message(message) for message in sample.messages],
+        "messages": [_message(message, as_jpeg) for message in sample.messages],
         "temperature": 0,
         "max_tokens": 400,
         "chat_template_kwargs": {"enable_thinking": thinking},
@@ -86,8 +92,8 @@ def _body(sample: Sample, thinking: bool) -> dict[str, Any]:
     return body | ({"tools": list(sample.tools)} if sample.tools else {})
 
 
-def _message(message: Message) -> dict[str, Any]:
-    made: dict[str, Any] = {"role": message.role, "content": [_part(part) for part in message.parts]}
+def _message(message: Message, as_jpeg: bool) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": message.role, "content": [_part(part, as_jpeg) for part in message.parts]}
     if message.role != "user":
         made["content"] = "".join(part for part in message.parts if isinstance(part, str))
     if message.role == "tool":
@@ -106,12 +112,13 @@ def _message(message: Message) -> dict[str, Any]:
     return made
 
 
-def _part(part: Part) -> dict[str, Any]:
+def _part(part: Part, as_jpeg: bool) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if isinstance(part, list):
         return {"type": "video_url", "video_url": {"url": _data_url("video/mp4", video_bytes(part))}}
-    return {"type": "image_url", "image_url": {"url": _data_url("image/png", picture_bytes(part))}}
+    url = _data_url("image/jpeg", draw.jpeg(part, 85)) if as_jpeg else _data_url("image/png", picture_bytes(part))
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _data_url(kind: str, data: bytes) -> str:

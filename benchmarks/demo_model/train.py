@@ -99,12 +99,13 @@ class Trainer:
             if self._step % 50 == 0:
                 self._report(window)
             self._plan(started)
-            if self._step % options.eval_every == 0:
-                self.evaluate(held_out)
-                self._save(options.out)
             begun = time.monotonic()
             if begun - started > options.minutes * 60 or self._step in (options.steps, options.until):
                 break
+            if self._step % options.eval_every == 0:
+                self.evaluate(held_out)
+                self._save(options.out)
+                begun = time.monotonic()
         self.evaluate(held_out)
         self._save(options.out)
 

@@ -1,13 +1,21 @@
 """The judge of the demo's answers: what it takes for right, and the interval it prints."""
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from benchmarks.demo_model.card import AIMS, BEGIN, END, figures, interval, read, write
+from benchmarks.demo_model import corpus, draw
+from benchmarks.demo_model.card import AIMS, BEGIN, END, WAYS, figures, interval, read, write
+from benchmarks.demo_model.evaluate import PROCESSOR
 from benchmarks.demo_model.questions import SETS, Question, questions
+from services.mm_encoder.media.resize import smart_resize
+
+LIMITS = {"factor": draw.BLOCK, "min_pixels": 3136, "max_pixels": PROCESSOR["image_max_pixels"]}
 
 
 def first(name: str) -> Question:
@@ -48,6 +56,22 @@ def test_wilsons_interval() -> None:
     assert [round(each, 4) for each in interval(0, 20)] == [0.0, 0.1611]
 
 
+def pictures(question: Question) -> list[Image.Image]:
+    parts = [part for message in question.body["messages"] for part in message["content"] if isinstance(part, dict)]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
+    return [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for url in urls]
+
+
+def test_pictures_of_other_sizes_are_shown_on_a_canvas_of_training() -> None:
+    asked = list(questions(6, 3, own_size=True))
+    assert {each.set_name for each in asked} == {name for name, (made, _) in SETS.items() if made in corpus.PICTURES}
+    sizes = [picture.size for each in asked for picture in pictures(each)]
+    assert {smart_resize(tall, wide, **LIMITS)[::-1] for wide, tall in sizes} <= set(draw.CANVASES)
+    assert sum(size in draw.CANVASES for size in sizes) < len(sizes) / 4
+    assert len({size for size in sizes if size[0] * size[1] > LIMITS["max_pixels"]}) > len(asked) / 3
+
+
 CHECKPOINT = Path(__file__).parents[2] / "cli" / "demo_checkpoint"
 
 
@@ -66,4 +90,16 @@ def test_figures_are_written_into_the_card_and_nothing_else_changes(tmp_path: Pa
     assert read(tmp_path) == counts
     assert "wint8 -0.53." in after
     assert after.count(", missed |") == sum(aim > 90 for _, aim, _ in AIMS)
+    assert "Asked in other ways" not in after
     assert (after.split(BEGIN)[0], after.split(END)[1]) == (before.split(BEGIN)[0], before.split(END)[1])
+
+
+def test_other_ways_to_ask_have_a_table_of_their_own() -> None:
+    counts = {name: {each: [9, 10] for each in SETS} for name in ("bf16", WAYS[0])}
+    counts[WAYS[1]] = {"charts": [3, 10]}
+    formats, ways = figures(counts).split("Asked in other ways")
+    assert "| kind | n | bf16 |" in formats
+    assert not any(way in formats for way in WAYS)
+    assert f"| kind | n | {WAYS[0]} | {WAYS[1]} |" in ways
+    assert "| charts | 10 | 90.0 (59.6 to 98.2) | 30.0 (10.8 to 60.3) |" in ways
+    assert "| JSON | 10 | 90.0 (59.6 to 98.2) |  |" in ways
