@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> int:
         with served(options.model, name, options.port) as url:
             counts[name] = asyncio.run(ask_all(url, asked, options.out, name))
             for way, how in zip(card.WAYS, WAYS, strict=True) if name == "bf16" and not options.no_thinking else ():
-                others = list(questions(options.questions, options.seed, only=options.only, **how))
-                counts[way] = asyncio.run(ask_all(url, others, options.out, way))
+                if others := list(questions(options.questions, options.seed, only=options.only, **how)):
+                    counts[way] = asyncio.run(ask_all(url, others, options.out, way))
         print(f"{name} is done", flush=True)
     print(card.figures(counts))
     if options.card:
