@@ -213,9 +213,9 @@ def exchange_us(directory: Path, size: int, quantization: str, args: argparse.Na
     ways = {"nccl": exchange.gather}
     found: dict[str, Any] = {"nccl": {}, "direct": None}
     if device.type == "cuda":
-        from services.engine.ranks.direct import connect  # Triton exists for Linux only
+        from services.engine.ranks.direct import Form, connect  # Triton exists for Linux only
 
-        direct = connect(rank, size, device, exchange.least)
+        direct = connect(rank, size, device, Form.of(CONFIG), exchange.least)
         if direct is not None:
             torch.cuda.manual_seed(rank)
             ways["direct"], found["direct"] = direct.gather, {}

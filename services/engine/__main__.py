@@ -206,7 +206,7 @@ def load(settings: EngineSettings, config: ModelConfig, where: str, ranks: Ranks
     make_safe(os.environ)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.push(ranks)
-        exchange = ranks.start(where)
+        exchange = ranks.start(where, config)
         model = load_part(settings, config, where, Split(0, settings.tensor_parallel_size), exchange)
         runner, blocks = runner_for(model, model.config, settings, exchange.least, ranks.orders)
         unless_loaded.pop_all()

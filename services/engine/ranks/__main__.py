@@ -62,8 +62,8 @@ def _load(settings: EngineSettings, split: Split, port: int, orders: OrderReader
     settings = msgspec.structs.replace(settings, foreign_bytes=0)  # an encoder is on the first card only
     here = rank_device(where, split.rank)
     exchange = Exchange(split.rank, split.size, port, here, pulse.exchange, invariant=settings.batch_invariant)
-    exchange.check(os.environ)
     config = load_model_config(Path(settings.model))
+    exchange.check(os.environ, config)
     model = load_part(settings, config, where, split, exchange)
     runner, _ = runner_for(model, model.config, settings, exchange.least)
     return Follower(runner, model, orders, pulse)

@@ -21,6 +21,7 @@ from torch import Tensor
 from services.engine.kernels.peer_memory import PeerMemory
 from shared.errors import ConfigError
 from shared.log import logger
+from shared.model.config import ModelConfig
 
 # A rank waits for the others as long as it takes: the watchdogs know what is too long.
 FOREVER = timedelta(days=30)
@@ -117,12 +118,13 @@ class Exchange:
         self._device = device
         self._shortcut: Shortcut | None = None
 
-    def check(self, environ: Mapping[str, str]) -> None:
+    def check(self, environ: Mapping[str, str], config: ModelConfig) -> None:
         """Try the link: what the ranks say must arrive as it was said. Choose the way for what follows. May hang where
         cards cannot reach each other.
 
         Args:
             environ: ours; NCCL_P2P_DISABLE is about our own use of the links, too.
+            config: of the model, whose kernels are tried.
 
         Raises:
             ConfigError: it does not.
@@ -131,10 +133,11 @@ class Exchange:
         if not torch.equal(self.gather(said[self._rank].clone()), said):
             raise ConfigError(f"what a rank says does not arrive at another as it was said; {ADVICE}")
         if self._device.type == "cuda":
-            from services.engine.ranks.direct import connect  # Triton exists for Linux only
+            from services.engine.ranks.direct import Form, connect  # Triton exists for Linux only
 
             disabled = environ.get("NCCL_P2P_DISABLE", "0") != "0"
-            self._shortcut = None if disabled else connect(self._rank, self._size, self._device, self.least)
+            if not disabled:
+                self._shortcut = connect(self._rank, self._size, self._device, Form.of(config), self.least)
             _log.info("ranks exchange by %s", "NCCL" if self._shortcut is None else "writing to each other's memory")
 
     @property

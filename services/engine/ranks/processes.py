@@ -27,6 +27,7 @@ from services.engine.ranks.pulse import PAGE, Pulse
 from services.engine.ranks.ring import Writer
 from services.engine.settings import EngineSettings
 from shared.log import logger
+from shared.model.config import ModelConfig
 from shared.service import MISCONFIGURED
 from shared.tether import tethered
 from shared.watchdog import LAST_WORDS_S, end_process_later
@@ -35,7 +36,9 @@ from shared.workers.process import worker_environ
 MODULE = "services.engine.ranks"
 LOST = 40  # and the rank's number: exit status of a replica that has lost it
 RING_BYTES = 64 << 20  # for the orders; a prompt of images has more, and waits
-LINK_S = 60.0  # for the first exchange, once all have met; NCCL looks for its ways then
+LINK_S = (
+    60.0  # for the first exchanges, once all have met: NCCL looks for its ways, then ours is tried (`direct.LOOKS`)
+)
 LOOK_S = 0.1
 CLOSE_S = 5.0  # for a rank to end when told to
 CULPRIT_S = 3.0  # until the end of a rank, which has failed our step, is known
@@ -72,13 +75,14 @@ class Ranks:
         self._closing = threading.Event()
         self._silent_s = settings.step_timeout_s / 2
 
-    def start(self, where: str) -> Exchange:
+    def start(self, where: str, config: ModelConfig) -> Exchange:
         """Start the processes, and wait until they have come to meet us.
 
         The calling thread must live as long as they are to: on Linux they end with it.
 
         Args:
             where: the kind of device that each has one of.
+            config: of the model.
         """
         size = self._settings.tensor_parallel_size
         self._memory = shared_memory(PAGE + RING_BYTES)
@@ -105,7 +109,7 @@ class Ranks:
         limit.daemon = True
         limit.start()
         try:
-            self._exchange.check(self._environ)
+            self._exchange.check(self._environ, config)
         finally:
             limit.cancel()
         return self._exchange

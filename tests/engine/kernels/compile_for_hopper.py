@@ -189,6 +189,8 @@ def exchange() -> None:
     results = own.new_zeros(rows * 6, HIDDEN), torch.zeros(rows, 6), own.unsqueeze(0)
     moe.sum_experts(*results, own.dtype)
     exchange_add_norm(*results, own, norm, 1e-5, peers)
+    for parts in range(2, linear.MOST_SPLITS + 1):
+        exchange_add_norm(*results[:2], torch.zeros(parts, rows, HIDDEN), own, norm, 1e-5, peers)
 
 
 def plain_pools() -> tuple[ExpertPool, ExpertPool]:

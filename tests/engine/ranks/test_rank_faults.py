@@ -150,7 +150,7 @@ def test_what_keeps_a_rank_from_starting_is_said(directory: Path, monkeypatch: p
     monkeypatch.setattr(subprocess, "Popen", first_only)
     ranks = Ranks(settings_for(directory, 3), os.environ)
     with pytest.raises(OSError, match="no room for another process"):
-        ranks.start("cpu")
+        ranks.start("cpu", load_model_config(directory))
     ranks.close()
     assert started[0].returncode == 0, "it ends with its socket"
 

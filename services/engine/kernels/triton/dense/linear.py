@@ -40,6 +40,7 @@ PLAIN_ROWS = 96  # from here on the library is faster, if the weight is kept deq
 EARLY_ROWS = 32  # up to here a weight is loaded before the previous kernel has ended
 UNSPLIT_ROWS, UNSPLIT_PLAIN_ROWS = 16, 32  # up to here a program has all inputs: quantised, plain
 UNSPLIT_BITS = (8, 16)
+MOST_SPLITS = 4  # programs that share the inputs of an output, and so parts of a product
 PARTS, PART = 2, 128  # warps of such a program, and inputs of a warp at a time
 
 
@@ -248,7 +249,7 @@ def tiled_linear(
 
 def _tiles(rows: int, outputs: int, bits: int) -> LinearTiles:
     """Return the fastest tiles. Few rows: traffic is the weight's, so many programs load it."""
-    splits = max(1, min(4, 32768 // outputs))
+    splits = max(1, min(MOST_SPLITS, 32768 // outputs))
     if bits == 4:
         return LinearTiles(min(64, max(16, ceil_pow2(rows))), 32, STEP, 4, 2, splits)
     if rows <= 32:

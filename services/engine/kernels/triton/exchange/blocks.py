@@ -29,13 +29,16 @@ def send(own, at, inside, count, program, data_ptrs, flag_ptrs, room, RANK: tl.c
 
 @triton.jit
 def wait(count, program, counts_ptr, flag_ptrs, late_ptr, limit, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Wait for the blocks of the other cards, which nobody overwrites before this program's next exchange."""
+    """Wait for the blocks of the other cards, which nobody overwrites before this program's next exchange. Where looks
+    are limited, the first program that has waited in vain ends the waiting of all, also of those that begin later."""
     seen = tl.load(flag_ptrs + RANK).to(tl.pointer_type(tl.int64))
     looked = 0
     for other in tl.static_range(SIZE):
         if other != RANK:
             flag = seen + program * SIZE + other
-            while (tl.atomic_add(flag, 0, sem="acquire", scope="sys") < count) & ((limit == 0) | (looked < limit)):
+            while (tl.atomic_add(flag, 0, sem="acquire", scope="sys") < count) & (
+                (limit == 0) | ((looked < limit) & (tl.load(late_ptr, limit != 0, 0, volatile=True) == 0))
+            ):
                 looked += 1
     tl.debug_barrier()
     tl.store(counts_ptr + program, count)
