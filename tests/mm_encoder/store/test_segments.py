@@ -177,3 +177,43 @@ def test_a_place_that_cannot_be_used(tmp_path: Path, make: type[Segments]) -> No
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"MILLRACE_SEGMENTS_DIR: .*file/segments cannot be used"):
         make(tmp_path / "file" / "segments")
+
+
+@pytest.mark.parametrize("make", [Segments, lambda path: SegmentStore(path, 1, 1, Engines())])
+@pytest.mark.parametrize(("mode", "said"), [(0o777, "777"), (0o1777, "1777"), (0o770, "770"), (0o720, "720")])
+def test_where_others_may_write_nothing_is_done(tmp_path: Path, make: type[Segments], mode: int, said: str) -> None:
+    """As in a pod's volume that has an fsGroup; a directory in it is made."""
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"MILLRACE_SEGMENTS_DIR: .*others may write in it \(mode {said}\); name a "):
+        make(open_to_all)
+    assert open_to_all.stat().st_mode & 0o7777 == mode
+    assert list(open_to_all.iterdir()) == []
+    make(open_to_all / "ours")
+    assert (open_to_all / "ours").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_others_may_read_is_left_so(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours").chmod(0o755)
+    Segments(tmp_path / "ours")
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o755
+
+
+def test_another_users_directory_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    we = os.geteuid()
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: we + 1)
+    with pytest.raises(ConfigError, match=f"it belongs to user {we}, and we are {we + 1}"):
+        Segments(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("link", ["ours", f"ours/{READERS}"])
+def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / link).parent.mkdir(mode=0o700, exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="it is a symbolic link"):
+        Segments(tmp_path / "ours")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
