@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from services.mm_encoder.store.segments import UNFINISHED_S, SegmentStore
+from services.mm_encoder.store.segments import RECENT_S, UNFINISHED_S, SegmentStore
 from shared.errors import ConfigError
 from shared.segments import READERS, Reader, Segments
 
 TTL_S = 3600
+BUDGET = 1000
 DATA = memoryview(bytes(range(100)))
 
 
@@ -36,7 +38,7 @@ def engines() -> Engines:
 
 @pytest.fixture
 def store(tmp_path: Path, engines: Engines) -> SegmentStore:
-    return SegmentStore(tmp_path / "segments", 300, TTL_S, engines)
+    return SegmentStore(tmp_path / "segments", BUDGET, TTL_S, engines)
 
 
 @pytest.fixture
@@ -85,20 +87,77 @@ async def test_an_empty_file_is_no_segment(segments: Segments) -> None:
 
 
 async def test_what_was_used_longest_ago_makes_room(store: SegmentStore, segments: Segments) -> None:
-    for age, key in ((10, "cat"), (20, "dog"), (30, "cow")):
-        assert await store.write(key, DATA)
-        used_ago(segments, key, age)
-    segments.read("cow")
-    assert await store.write("hen", DATA)
-    assert [key for key in ("cat", "dog", "cow", "hen") if store.holds(key)] == ["cat", "cow", "hen"]
-    assert await store.write("all", memoryview(bytes(300)))
-    assert names(segments) == {segments.path("all").name}
+    for number in range(10):
+        assert await store.write(str(number), DATA)
+        used_ago(segments, str(number), RECENT_S + 100 - number)
+    assert segments.read("0") == DATA
+    assert store.holds("1")
+    assert await store.write("new", DATA)
+    left = [key for key in (*map(str, range(10)), "new") if store.holds(key)]
+    assert left == ["0", "1", "5", "6", "7", "8", "9", "new"], "and room for an eighth more"
+
+
+async def test_what_may_not_have_been_read_yet_stays(store: SegmentStore, segments: Segments) -> None:
+    for number in range(10):
+        assert await store.write(str(number), DATA)
+    assert not await store.write("big", memoryview(bytes(101)))
+    used_ago(segments, "0", RECENT_S + 10)
+    another = SegmentStore(segments.directory, BUDGET, TTL_S, Engines())
+    assert not await another.write("big", memoryview(bytes(101)))
+    assert store.holds("0"), "it would not have been enough"
+    used_ago(segments, "0", RECENT_S + 10)
+    assert await SegmentStore(segments.directory, BUDGET, TTL_S, Engines()).write("big", memoryview(bytes(100)))
+    assert names(segments) == {segments.path(key).name for key in (*map(str, range(1, 10)), "big")}
+
+
+async def test_many_writes_at_once_stay_within_the_budget(store: SegmentStore, segments: Segments) -> None:
+    written = await asyncio.gather(*(store.write(str(number), DATA) for number in range(30)))
+    assert sum(written) == 10
+    assert [store.holds(str(number)) for number in range(30)] == written
+
+
+async def test_what_other_encoders_write_counts(store: SegmentStore, segments: Segments) -> None:
+    """At most an eighth of the budget is written between two looks at the directory."""
+    another = SegmentStore(segments.directory, BUDGET, TTL_S, Engines())
+    written = [await each.write(f"{each} {number}", DATA) for number in range(10) for each in (store, another)]
+    assert 10 <= sum(written) <= 12
+
+
+async def test_a_full_directory_is_not_listed_for_every_write(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looks, scandir = SegmentStore(tmp_path / "segments", 10_000, TTL_S, engines), 0, os.scandir
+
+    def look(path: str) -> object:
+        nonlocal looks
+        looks += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    segments = Segments(tmp_path / "segments")
+    for number in range(200):
+        assert await store.write(str(number), DATA)
+        used_ago(segments, str(number), RECENT_S + 1000 - number)
+    assert len(names(segments)) >= 80
+    assert looks <= 30
 
 
 async def test_more_than_the_budget_is_not_written(store: SegmentStore, segments: Segments) -> None:
     await store.write("cat", DATA)
-    assert not await store.write("dog", memoryview(bytes(301)))
+    used_ago(segments, "cat", RECENT_S + 10)
+    assert not await store.write("dog", memoryview(bytes(BUDGET + 1)))
     assert names(segments) == {segments.path("cat").name}
+
+
+async def test_a_file_system_keeps_some_room(
+    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was removed may still be mapped, and takes its memory."""
+    disk = SimpleNamespace(f_frsize=1, f_bavail=100 + BUDGET // 8 - 1)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    assert not await store.write("cat", DATA)
+    disk.f_bavail += 1
+    assert await store.write("cat", DATA)
 
 
 async def test_the_budget_is_half_of_the_file_system_at_most(tmp_path: Path, engines: Engines) -> None:
@@ -129,12 +188,24 @@ async def test_what_is_old_is_removed(store: SegmentStore, segments: Segments) -
     for key, age in (("cat", TTL_S - 60), ("dog", TTL_S + 60)):
         await store.write(key, DATA)
         used_ago(segments, key, age)
-    for name, age in ((".new-young", 0.0), (".new-old", UNFINISHED_S + 60)):
+    for name, ago in ((".new-young", 0.0), (".new-old", UNFINISHED_S + 60)):
         path = segments.directory / name
         path.write_bytes(DATA)
-        os.utime(path, (time.time() - age, time.time() - age))
+        os.utime(path, (time.time() - ago, time.time() - ago))
     await store.sweep()
     assert names(segments) == {segments.path("cat").name, ".new-young"}
+
+
+@pytest.mark.parametrize("name", ["sem.other", "A" * 64, "a" * 63, "a" * 65, "new-1", ".new"])
+async def test_files_of_others_are_left_alone(store: SegmentStore, segments: Segments, name: str) -> None:
+    path = segments.directory / name
+    path.write_bytes(bytes(BUDGET))
+    os.utime(path, (1, 1))
+    await store.sweep()
+    for number in range(11):
+        await store.write(str(number), DATA)
+    assert path.read_bytes() == bytes(BUDGET)
+    assert len(names(segments)) == 11
 
 
 async def test_who_sees_the_directory(store: SegmentStore, segments: Segments, engines: Engines) -> None:
