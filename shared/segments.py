@@ -35,11 +35,11 @@ class Segments:
         self.directory = directory
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            reason = _make(directory) or _make(directory / READERS)
+            for path in (directory, directory / READERS):
+                if reason := _make(path):
+                    raise ConfigError(f"{variable('segments_dir')}: {path} cannot be used: {reason}")
         except OSError as error:
-            reason = error.strerror
-        if reason:
-            raise ConfigError(f"{variable('segments_dir')}: {directory} cannot be used: {reason}")
+            raise ConfigError(f"{variable('segments_dir')}: {directory} cannot be used: {error.strerror}") from error
 
     def path(self, key: str) -> Path:
         """Return the file of a segment, whatever is in `key`."""

@@ -21,6 +21,7 @@ from shared.segments import READERS, Segments, is_marked, reader_path
 SHARE = 0.5  # of the file system
 RECENT_S = 60.0  # since a segment was written, found or mapped; until then none is removed for want of room
 PART = 8  # of the budget: at most so much is written between two looks at what others wrote, and so much stays free
+FULL_S = 1.0  # no room was found; so long nobody looks again
 UNFINISHED_S = 60.0  # since the last write; then its writer has died
 _UNFINISHED = ".new-"
 _OURS = re.compile(rf"[0-9a-f]{{64}}|{re.escape(_UNFINISHED)}.*")
@@ -54,7 +55,7 @@ class SegmentStore:
         self._engines = engines
         self._lock = threading.Lock()  # of what follows
         self._room = 0  # bytes that may be written before the directory is listed again
-        self._full_until = 0.0  # by the monotonic clock; until then listing it again would find no room either
+        self._full_until = 0.0  # by the monotonic clock
 
     async def reaches_all(self) -> bool:
         """Return True if there are engines, and all that live read in this directory."""
@@ -98,15 +99,22 @@ class SegmentStore:
 
     def _has_room(self, needed: int) -> bool:
         """Take `needed` bytes of the room; return False if there is not as much."""
-        disk = os.statvfs(self._segments.directory)
-        if needed > self._budget or needed + self._budget // PART > disk.f_frsize * disk.f_bavail:
+        if needed > self._budget:
             return False
-        if needed > self._room and time.monotonic() >= self._full_until:
+        if needed > min(self._room, self._on_disk()):
+            if time.monotonic() < self._full_until:
+                return False
             self._make_room(needed)
-        if needed > self._room:
-            return False
+            if needed > min(self._room, self._on_disk()):
+                self._full_until = time.monotonic() + FULL_S
+                return False
         self._room -= needed
         return True
+
+    def _on_disk(self) -> int:
+        """Return how many bytes the file system has for us."""
+        disk = os.statvfs(self._segments.directory)
+        return disk.f_frsize * disk.f_bavail - self._budget // PART
 
     def _make_room(self, needed: int) -> None:
         """List the directory, and remove what was used longest ago if `needed` bytes do not fit.
@@ -116,7 +124,7 @@ class SegmentStore:
         """
         now = time.time()
         files = sorted(self._files(), key=lambda file: file.used)
-        free, gained = self._budget - sum(file.size for file in files), 0
+        free, gained = min(self._budget - sum(file.size for file in files), self._on_disk()), 0
         victims: list[_File] = []
         if free < needed:
             for file in files:
@@ -129,8 +137,6 @@ class SegmentStore:
             for file in victims:
                 file.path.unlink(missing_ok=True)
             free += gained
-        else:
-            self._full_until = time.monotonic() + 1.0
         self._room = max(0, min(free, max(needed, self._budget // PART)))
 
     def _sweep(self) -> None:

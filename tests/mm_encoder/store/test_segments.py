@@ -153,11 +153,27 @@ async def test_a_file_system_keeps_some_room(
     store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was removed may still be mapped, and takes its memory."""
-    disk = SimpleNamespace(f_frsize=1, f_bavail=100 + BUDGET // 8 - 1)
+    disk = SimpleNamespace(f_frsize=1, f_blocks=2 * BUDGET, f_bavail=100 + BUDGET // 8 - 1)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
     assert not await store.write("cat", DATA)
     disk.f_bavail += 1
-    assert await store.write("cat", DATA)
+    assert await SegmentStore(segments.directory, BUDGET, TTL_S, Engines()).write("cat", DATA)
+
+
+async def test_a_full_file_system_has_old_segments_removed(
+    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for age, key in enumerate(("cat", "dog", "cow")):
+        assert await store.write(key, DATA)
+        used_ago(segments, key, RECENT_S + 10 + age)
+
+    def disk(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_frsize=1, f_blocks=2 * BUDGET, f_bavail=300 + BUDGET // 8 - 100 * len(names(segments)))
+
+    monkeypatch.setattr(os, "statvfs", disk)
+    assert await store.write("hen", DATA)
+    assert store.holds("hen")
+    assert not store.holds("cow")
 
 
 async def test_the_budget_is_half_of_the_file_system_at_most(tmp_path: Path, engines: Engines) -> None:
