@@ -1,16 +1,20 @@
 """Cost of handing embeddings from mm_encoder to an engine: through Redis in memory, on disk, and as segments.
 
-    python -m benchmarks.handover [--runs 20] [--output FILE.json]
+Segments also in a cache that is full: of 4,096 files, the oldest of which make room. They are sparse: what it takes to
+free their pages is not in the figures.
+
+    python -m benchmarks.handover [--runs 20] [--ways WAY ...] [--output FILE.json]
 
 Both ends run here, one after the other, with the services' own classes; Redis is a process. For each size and way,
 medians of `store` (mm_encoder has a tensor -> embeddings are announced) and `load` (announced -> the engine's thread
-could read them) in milliseconds, and CPU milliseconds of our process and of Redis for both together. Asserts only that
-the bytes are the same.
+could read them) in milliseconds, the longest store, and CPU milliseconds of our process and of Redis for both
+together. Asserts only that the bytes are the same.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -35,9 +39,11 @@ from shared.segments import Reader, Segments
 
 HIDDEN = 2560  # bf16
 SIZES = {"448 x 448": (1, 32, 32), "1080p": (1, 78, 138), "a video of 16,384 tokens": (64, 64, 32)}
-WAYS = ("Redis in memory", "Redis on disk", "segments")
+WAYS = ("Redis in memory", "Redis on disk", "segments", "segments, full")
 KEYS = Keys("bench")
-KEPT = 4  # keys used in turns, as a cache that is full
+KEPT = 4  # keys used in turns, which bounds the memory that this takes
+BUDGET = 2 << 30  # of segments
+FILES = 4096  # of a cache that is full
 
 
 @contextmanager
@@ -56,7 +62,7 @@ async def measure(url: str, pid: int, memory: Path | None, grid: tuple[int, int,
 
     blobs, segments = Blobs(redis, KEYS, 3600, 4 << 30), None if memory is None else Segments(memory)
     reader = None if segments is None else Reader(segments, "e")
-    embeds = Embeds(blobs, None if memory is None else SegmentStore(memory, 2 << 30, 3600, engines))
+    embeds = Embeds(blobs, None if memory is None else SegmentStore(memory, BUDGET, 3600, engines))
     loader = EmbedsLoader(blobs, EntryOwnership(redis, KEYS, GENERATE, "engine", "e"), HIDDEN, 1.0, segments)
     rows = torch.randn(grid[0] * grid[1] * grid[2] // (4 if grid[0] == 1 else 8), HIDDEN, dtype=torch.bfloat16)
     expected = rows.view(torch.uint8).numpy().tobytes()
@@ -78,21 +84,35 @@ async def measure(url: str, pid: int, memory: Path | None, grid: tuple[int, int,
         reader.close()
     await redis.aclose()
     medians = {"store ms": statistics.median(stored), "load ms": statistics.median(loaded)}
+    medians |= {"longest store ms": max(stored)}
     medians |= {"our CPU ms": used[0] / runs, "Redis CPU ms": used[1] / runs}
     return {"MB": len(expected) / 1e6} | {name: round(seconds * 1000, 1) for name, seconds in medians.items()}
+
+
+def fill(memory: Path) -> None:
+    """Fill a directory with segments that were used ten minutes ago."""
+    segments, then = Segments(memory), time.time() - 600
+    for number in range(FILES):
+        path = segments.path(f"old {number}")
+        with path.open("wb") as file:
+            file.truncate(BUDGET // FILES)
+        os.utime(path, (then, then))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     results = []
-    for way in WAYS:
+    for way in args.ways:
         with server(way != "Redis in memory") as started, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
             assert started.pid is not None
-            place = Path(memory) if way == "segments" else None
+            place = Path(memory) if way.startswith("segments") else None
             for name, grid in SIZES.items():
+                if way == "segments, full":
+                    fill(Path(memory))
                 found = asyncio.run(measure(started.url, started.pid, place, grid, args.runs))
                 results.append({"way": way, "size": name, **found})
                 print(", ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)

@@ -101,7 +101,7 @@ class Memory:
             while not over.wait(LOOK_S):
                 self.most |= self.look()
 
-        thread = threading.Thread(target=watch)
+        thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
             yield
@@ -132,12 +132,14 @@ def links(files: dict[str, bytes]) -> Iterator[str]:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=directory))
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 def body(files: dict[str, bytes], base: str) -> bytes:

@@ -39,6 +39,7 @@ PYTHON = (sys.executable, "-P", "-m")
 METRICS = "metrics"  # in our scratch directory
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 SHARED_MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
+SHARED_BYTES = 1 << 29  # free in it, at least, for embeddings to go through it: Docker gives 64 MB, four large pictures
 POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
 EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for all interfaces
@@ -70,7 +71,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
-        if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
+        if _is_worth_sharing(SHARED_MEMORY):
             in_memory = stack.enter_context(scratch_directory("millrace-segments-", SHARED_MEMORY))
             environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
@@ -88,6 +89,14 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
             redis.stop()
             report("redis      stopped")
         return status
+
+
+def _is_worth_sharing(memory: Path) -> bool:
+    """Return True if embeddings should go through this file system: it is ours to write in, and has room."""
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        return False
+    disk = os.statvfs(memory)
+    return disk.f_frsize * disk.f_bavail >= SHARED_BYTES
 
 
 def _own_redis(launch: Launch, scratch: Path) -> RedisServer:

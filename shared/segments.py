@@ -8,31 +8,36 @@ Each engine that reads here has a file in `readers/` and keeps it locked. The ke
 process ends, however it does. So an encoder knows whether a reader sees this very directory, whichever host it is on.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
 import os
+import stat
 from pathlib import Path
 
 from shared.config import variable
 from shared.errors import ConfigError
 
 READERS = "readers"
+_INSTEAD = "name a directory in it, which we then make"
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: all pages at once, which costs a third of touching each
 
 
 class Segments:
-    """Directory of segments, made if there is none.
+    """Directory of segments, made if there is none, for this user alone. One that is there is left as it is.
 
     Raises:
-        ConfigError: it cannot be made, or is another user's.
+        ConfigError: it cannot be made, is a link or another user's, or others may write in it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            (directory / READERS).mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.chmod(0o700)  # others of this machine may not read what users have sent
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            for path in (directory, directory / READERS):
+                if reason := _make(path):
+                    raise ConfigError(f"{variable('segments_dir')}: {path} cannot be used: {reason}")
         except OSError as error:
             raise ConfigError(f"{variable('segments_dir')}: {directory} cannot be used: {error.strerror}") from error
 
@@ -54,6 +59,20 @@ class Segments:
         finally:
             os.close(fd)
         return memoryview(mapped)
+
+
+def _make(directory: Path) -> str | None:
+    """Make a directory that only this user may use; return what keeps us from using it if it is there already."""
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is a symbolic link" if stat.S_ISLNK(found.st_mode) else "it is no directory"
+    if found.st_uid != os.geteuid():
+        return f"it belongs to user {found.st_uid}, and we are {os.geteuid()}; {_INSTEAD}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write in it (mode {stat.S_IMODE(found.st_mode):o}); {_INSTEAD}"
+    return None
 
 
 class Reader:

@@ -26,9 +26,10 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     mm_processor_kwargs: ProcessorSettings = ProcessorSettings()  # sizes of images, and frames of videos; see below
     device: str = "auto"  # torch's name of a device; auto: the first GPU, or the CPU where there is none
     # A directory in memory, as /dev/shm/millrace, in which this host's engines have embeddings from us without Redis;
-    # empty: all go through Redis. `millrace serve` makes one.
+    # empty: all go through Redis. `millrace serve` makes one. We make it for us alone; one that is there
+    # must be ours, and nobody else may write in it.
     segments_dir: str = ""
-    segments_bytes: Positive = 2 << 30  # the most in that directory, and never more than half of its file system
+    segments_bytes: Positive = 2 << 30  # the most there, and half of its file system; the rest goes through Redis
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
     concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long

@@ -12,6 +12,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from system import System, running, started
 
 from cli.demo import hub_config, write_demo
 from cli.main import main
+from cli.serve import _is_worth_sharing
 from shared.bus.keys import Keys
 
 STRANGERS = ("shared/__init__.py", "services/__init__.py", "cli/__init__.py", "torch.py", "redis.py")
@@ -51,6 +53,17 @@ def model(demo: System) -> list[str]:
 def chat(system: System, **options: Any) -> httpx.Response:
     body = {**HELLO, "max_tokens": 4, **options}
     return httpx.post(f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize(("free", "shared"), [(64 << 20, False), ((1 << 29) - 4096, False), (1 << 29, True)])
+def test_embeddings_go_through_memory_that_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, shared: bool
+) -> None:
+    """Docker's /dev/shm has 64 MB."""
+    disk = SimpleNamespace(f_frsize=4096, f_blocks=1 << 40, f_bavail=free // 4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    assert _is_worth_sharing(tmp_path) is shared
+    assert not _is_worth_sharing(tmp_path / "none")
 
 
 def test_the_demo_writes_its_checkpoint_and_answers(demo: System) -> None:

@@ -46,6 +46,10 @@ async def show(bench: Bench, request_id: str, count: int) -> str:
     return span.key
 
 
+async def as_engines_read(bench: Bench, host: Host, key: str) -> bytes | None:
+    return await in_redis(bench, key) or host.read(key)
+
+
 async def in_redis(bench: Bench, key: str) -> bytes:
     blob = await bench.blobs.get("embeds", key)
     assert blob is not None
@@ -124,3 +128,21 @@ async def test_a_segment_that_does_not_fit_goes_through_redis(bench: Bench, host
         key = await show(bench, "a", 1)
         assert await in_redis(bench, key) != b""
         assert host.read(key) is None
+
+
+async def test_more_pictures_than_the_budget_holds_are_announced_once(bench: Bench, host: Host) -> None:
+    """Several requests at once, each with more than fits: none takes away what engines have yet to map."""
+    await host.engine_lives("e")
+    async with bench.running():
+        size = len(await in_redis(bench, await show(bench, "a", 1)))
+    bench.registry = CollectorRegistry()
+    async with bench.running(segments_dir=str(host.segments.directory), segments_bytes=size * 5 // 2):
+        for request in range(3):
+            await bench.submit(f"many {request}", [picture(60, 60, seed=4 * request + n) for n in range(1, 5)])
+        generates = (await bench.generates(4))[1:]
+        await bench.settled()
+        keys = {span.key for generate in generates for span in generate.spans}
+        assert len(keys) == 12
+        assert {len(await as_engines_read(bench, host, key) or b"") for key in keys} == {size}
+        assert sum(host.read(key) is not None for key in keys) == 2
+        assert bench.count("millrace_mm_stage_seconds_count", stage="store") == 12

@@ -141,7 +141,7 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
         self._timeout_s = timeout_s
-        self._remembered: dict[str, tuple[str, Unchanged]] = {}  # by URL, with its ETag; the oldest first
+        self._remembered: dict[str, tuple[str, Unchanged]] = {}  # by URL, with its ETag; the one used last is last
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(trust_env=False),
             max_connections=64,
@@ -169,8 +169,12 @@ class Fetcher:
         if fetched.validator is None:
             return
         url, etag = fetched.validator
+        self._put_last(url, (etag, Unchanged(digest, len(fetched.data))))
+
+    def _put_last(self, url: str, known: tuple[str, Unchanged]) -> None:
+        """Remember this of a URL, and forget the one that was used longest ago if there are too many."""
         self._remembered.pop(url, None)
-        self._remembered[url] = etag, Unchanged(digest, len(fetched.data))
+        self._remembered[url] = known
         if len(self._remembered) > _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
@@ -192,6 +196,7 @@ class Fetcher:
         try:
             async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
                 if known is not None and response.status == 304:
+                    self._put_last(str(url), known)
                     return known[1]
                 return await self._read(response, url)
         except (AddressRefusedError, httpcore.ConnectError, OSError, UnicodeError) as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """Threads of one process, for one video at a time; one thread is the caller's own."""
+    """Threads of one process, for one video at a time: so many beside the caller's, or with 1 the caller's alone."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads

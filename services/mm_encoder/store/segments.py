@@ -1,12 +1,16 @@
 """Writer of segments: embeddings in memory that this host's engines map, within a number of bytes and an age.
 
-Beside the budget they never take more than half of their file system, which others need, too.
+What was used within the last minute may have been announced to an engine that has yet to map it. It stays, and what
+then has no room goes through Redis. Files take no more than `budget`, and than half of their file system; files that
+were removed take memory beside it until engines that have mapped them let go, so a write also looks at what is free.
 """
 
 import asyncio
 import contextlib
 import os
+import re
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -15,8 +19,12 @@ from pathlib import Path
 from shared.segments import READERS, Segments, is_marked, reader_path
 
 SHARE = 0.5  # of the file system
+RECENT_S = 60.0  # since a segment was written, found or mapped; until then none is removed for want of room
+PART = 8  # of the budget: at most so much is written between two looks at what others wrote, and so much stays free
+FULL_S = 1.0  # no room was found; so long nobody looks again
 UNFINISHED_S = 60.0  # since the last write; then its writer has died
 _UNFINISHED = ".new-"
+_OURS = re.compile(rf"[0-9a-f]{{64}}|{re.escape(_UNFINISHED)}.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,10 @@ class _File:
     path: Path
     size: int
     used: float  # unix seconds
+
+    @property
+    def finished(self) -> bool:
+        return not self.path.name.startswith(_UNFINISHED)
 
 
 class SegmentStore:
@@ -41,6 +53,9 @@ class SegmentStore:
         self._budget = min(budget, int(SHARE * disk.f_frsize * disk.f_blocks))
         self._ttl_s = ttl_s
         self._engines = engines
+        self._lock = threading.Lock()  # of what follows
+        self._room = 0  # bytes that may be written before the directory is listed again
+        self._full_until = 0.0  # by the monotonic clock
 
     async def reaches_all(self) -> bool:
         """Return True if there are engines, and all that live read in this directory."""
@@ -66,43 +81,93 @@ class SegmentStore:
     async def sweep(self) -> None:
         """Remove what is too old, and what dead processes left."""
         with contextlib.suppress(OSError):  # somebody has removed the directory
-            await asyncio.to_thread(self._sweep, 0)
+            await asyncio.to_thread(self._sweep)
 
     def _write(self, key: str, data: memoryview) -> bool:
-        if len(data) > self._budget:
-            return False
         unfinished = self._segments.directory / f"{_UNFINISHED}{secrets.token_hex(8)}"
         try:
-            self._sweep(len(data))
-            _write_all(unfinished, data)
+            with self._lock:
+                if not self._has_room(len(data)):
+                    return False
+                _create(unfinished, len(data))
+            _fill(unfinished, data)
             unfinished.rename(self._segments.path(key))
         except OSError:  # the file system is full, of other things, or somebody has removed the directory
             unfinished.unlink(missing_ok=True)
             return False
         return True
 
-    def _sweep(self, needed: int) -> None:
-        """Remove what is too old, and of the rest what was used longest ago until `needed` bytes fit."""
-        now, free = time.time(), self._budget - needed
-        for file in sorted(self._files(), key=lambda file: file.used, reverse=True):
-            longest = UNFINISHED_S if file.path.name.startswith(_UNFINISHED) else self._ttl_s
-            free -= file.size
-            if free < 0 or now - file.used > longest:
+    def _has_room(self, needed: int) -> bool:
+        """Take `needed` bytes of the room; return False if there is not as much."""
+        if needed > self._budget:
+            return False
+        if needed > min(self._room, self._on_disk()):
+            if time.monotonic() < self._full_until:
+                return False
+            self._make_room(needed)
+            if needed > min(self._room, self._on_disk()):
+                self._full_until = time.monotonic() + FULL_S
+                return False
+        self._room -= needed
+        return True
+
+    def _on_disk(self) -> int:
+        """Return how many bytes the file system has for us."""
+        disk = os.statvfs(self._segments.directory)
+        return disk.f_frsize * disk.f_bavail - self._budget // PART
+
+    def _make_room(self, needed: int) -> None:
+        """List the directory, and remove what was used longest ago if `needed` bytes do not fit.
+
+        Then some more is removed, so that a directory that is full is not listed for every write. Nothing is if what
+        may be removed is not enough.
+        """
+        now = time.time()
+        files = sorted(self._files(), key=lambda file: file.used)
+        free, gained = min(self._budget - sum(file.size for file in files), self._on_disk()), 0
+        victims: list[_File] = []
+        if free < needed:
+            for file in files:
+                if free + gained >= needed + self._budget // PART or now - file.used <= RECENT_S:
+                    break
+                if file.finished:
+                    victims.append(file)
+                    gained += file.size
+        if free + gained >= needed:
+            for file in victims:
+                file.path.unlink(missing_ok=True)
+            free += gained
+        self._room = max(0, min(free, max(needed, self._budget // PART)))
+
+    def _sweep(self) -> None:
+        now = time.time()
+        for file in self._files():
+            if now - file.used > (self._ttl_s if file.finished else UNFINISHED_S):
                 file.path.unlink(missing_ok=True)
         for mark in (self._segments.directory / READERS).iterdir():
             is_marked(mark)
 
     def _files(self) -> Iterable[_File]:
+        """Yield our files; what others have put there is not ours to count, let alone to remove."""
         for entry in os.scandir(self._segments.directory):
             with contextlib.suppress(FileNotFoundError):  # another encoder sweeps, too
-                if entry.is_file(follow_symlinks=False):
+                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     stat = entry.stat(follow_symlinks=False)
                     yield _File(Path(entry.path), stat.st_size, stat.st_mtime)
 
 
-def _write_all(path: Path, data: memoryview) -> None:
-    """Write a new file. By `write`, since a full file system is an error then; written memory would be a signal."""
+def _create(path: Path, size: int) -> None:
+    """Make a file of this size, so that whoever lists the directory counts all of it."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _fill(path: Path, data: memoryview) -> None:
+    """Write a file's bytes. By `write`, since a full file system is an error then; written memory would be a signal."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         while data:
             data = data[os.write(fd, data) :]

@@ -357,3 +357,16 @@ async def test_a_bounded_number_of_urls_is_remembered(monkeypatch: pytest.Monkey
         ours.remember(Fetched(b"x", (name, '"1"')), b"digest")
     assert list(ours._remembered) == ["a", "c"]
     await ours.close()
+
+
+async def test_the_url_asked_for_longest_ago_is_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.mm_encoder.media.fetch._REMEMBERED", 2)
+    ours = fetcher()
+    url = site.serve("/hot", b"x")
+    site.answers["/hot"] = NOT_MODIFIED
+    ours.remember(Fetched(b"x", (url, '"1"')), b"digest")
+    for name in ("a", "b", "c"):
+        ours.remember(Fetched(b"x", (name, '"1"')), b"digest")
+        assert await ours.fetch(url) == Unchanged(b"digest", 1)
+    assert list(ours._remembered) == ["c", url]
+    await ours.close()

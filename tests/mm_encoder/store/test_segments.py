@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from services.mm_encoder.store.segments import UNFINISHED_S, SegmentStore
+from services.mm_encoder.store.segments import RECENT_S, UNFINISHED_S, SegmentStore
 from shared.errors import ConfigError
 from shared.segments import READERS, Reader, Segments
 
 TTL_S = 3600
+BUDGET = 1000
 DATA = memoryview(bytes(range(100)))
 
 
@@ -36,7 +38,7 @@ def engines() -> Engines:
 
 @pytest.fixture
 def store(tmp_path: Path, engines: Engines) -> SegmentStore:
-    return SegmentStore(tmp_path / "segments", 300, TTL_S, engines)
+    return SegmentStore(tmp_path / "segments", BUDGET, TTL_S, engines)
 
 
 @pytest.fixture
@@ -85,20 +87,93 @@ async def test_an_empty_file_is_no_segment(segments: Segments) -> None:
 
 
 async def test_what_was_used_longest_ago_makes_room(store: SegmentStore, segments: Segments) -> None:
-    for age, key in ((10, "cat"), (20, "dog"), (30, "cow")):
-        assert await store.write(key, DATA)
-        used_ago(segments, key, age)
-    segments.read("cow")
-    assert await store.write("hen", DATA)
-    assert [key for key in ("cat", "dog", "cow", "hen") if store.holds(key)] == ["cat", "cow", "hen"]
-    assert await store.write("all", memoryview(bytes(300)))
-    assert names(segments) == {segments.path("all").name}
+    for number in range(10):
+        assert await store.write(str(number), DATA)
+        used_ago(segments, str(number), RECENT_S + 100 - number)
+    assert segments.read("0") == DATA
+    assert store.holds("1")
+    assert await store.write("new", DATA)
+    left = [key for key in (*map(str, range(10)), "new") if store.holds(key)]
+    assert left == ["0", "1", "5", "6", "7", "8", "9", "new"], "and room for an eighth more"
+
+
+async def test_what_may_not_have_been_read_yet_stays(store: SegmentStore, segments: Segments) -> None:
+    for number in range(10):
+        assert await store.write(str(number), DATA)
+    assert not await store.write("big", memoryview(bytes(101)))
+    used_ago(segments, "0", RECENT_S + 10)
+    another = SegmentStore(segments.directory, BUDGET, TTL_S, Engines())
+    assert not await another.write("big", memoryview(bytes(101)))
+    assert store.holds("0"), "it would not have been enough"
+    used_ago(segments, "0", RECENT_S + 10)
+    assert await SegmentStore(segments.directory, BUDGET, TTL_S, Engines()).write("big", memoryview(bytes(100)))
+    assert names(segments) == {segments.path(key).name for key in (*map(str, range(1, 10)), "big")}
+
+
+async def test_many_writes_at_once_stay_within_the_budget(store: SegmentStore, segments: Segments) -> None:
+    written = await asyncio.gather(*(store.write(str(number), DATA) for number in range(30)))
+    assert sum(written) == 10
+    assert [store.holds(str(number)) for number in range(30)] == written
+
+
+async def test_what_other_encoders_write_counts(store: SegmentStore, segments: Segments) -> None:
+    """At most an eighth of the budget is written between two looks at the directory."""
+    another = SegmentStore(segments.directory, BUDGET, TTL_S, Engines())
+    written = [await each.write(f"{each} {number}", DATA) for number in range(10) for each in (store, another)]
+    assert 10 <= sum(written) <= 12
+
+
+async def test_a_full_directory_is_not_listed_for_every_write(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looks, scandir = SegmentStore(tmp_path / "segments", 10_000, TTL_S, engines), 0, os.scandir
+
+    def look(path: str) -> object:
+        nonlocal looks
+        looks += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    segments = Segments(tmp_path / "segments")
+    for number in range(200):
+        assert await store.write(str(number), DATA)
+        used_ago(segments, str(number), RECENT_S + 1000 - number)
+    assert len(names(segments)) >= 80
+    assert looks <= 30
 
 
 async def test_more_than_the_budget_is_not_written(store: SegmentStore, segments: Segments) -> None:
     await store.write("cat", DATA)
-    assert not await store.write("dog", memoryview(bytes(301)))
+    used_ago(segments, "cat", RECENT_S + 10)
+    assert not await store.write("dog", memoryview(bytes(BUDGET + 1)))
     assert names(segments) == {segments.path("cat").name}
+
+
+async def test_a_file_system_keeps_some_room(
+    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was removed may still be mapped, and takes its memory."""
+    disk = SimpleNamespace(f_frsize=1, f_blocks=2 * BUDGET, f_bavail=100 + BUDGET // 8 - 1)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    assert not await store.write("cat", DATA)
+    disk.f_bavail += 1
+    assert await SegmentStore(segments.directory, BUDGET, TTL_S, Engines()).write("cat", DATA)
+
+
+async def test_a_full_file_system_has_old_segments_removed(
+    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for age, key in enumerate(("cat", "dog", "cow")):
+        assert await store.write(key, DATA)
+        used_ago(segments, key, RECENT_S + 10 + age)
+
+    def disk(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_frsize=1, f_blocks=2 * BUDGET, f_bavail=300 + BUDGET // 8 - 100 * len(names(segments)))
+
+    monkeypatch.setattr(os, "statvfs", disk)
+    assert await store.write("hen", DATA)
+    assert store.holds("hen")
+    assert not store.holds("cow")
 
 
 async def test_the_budget_is_half_of_the_file_system_at_most(tmp_path: Path, engines: Engines) -> None:
@@ -129,12 +204,24 @@ async def test_what_is_old_is_removed(store: SegmentStore, segments: Segments) -
     for key, age in (("cat", TTL_S - 60), ("dog", TTL_S + 60)):
         await store.write(key, DATA)
         used_ago(segments, key, age)
-    for name, age in ((".new-young", 0.0), (".new-old", UNFINISHED_S + 60)):
+    for name, ago in ((".new-young", 0.0), (".new-old", UNFINISHED_S + 60)):
         path = segments.directory / name
         path.write_bytes(DATA)
-        os.utime(path, (time.time() - age, time.time() - age))
+        os.utime(path, (time.time() - ago, time.time() - ago))
     await store.sweep()
     assert names(segments) == {segments.path("cat").name, ".new-young"}
+
+
+@pytest.mark.parametrize("name", ["sem.other", "A" * 64, "a" * 63, "a" * 65, "new-1", ".new"])
+async def test_files_of_others_are_left_alone(store: SegmentStore, segments: Segments, name: str) -> None:
+    path = segments.directory / name
+    path.write_bytes(bytes(BUDGET))
+    os.utime(path, (1, 1))
+    await store.sweep()
+    for number in range(11):
+        await store.write(str(number), DATA)
+    assert path.read_bytes() == bytes(BUDGET)
+    assert len(names(segments)) == 11
 
 
 async def test_who_sees_the_directory(store: SegmentStore, segments: Segments, engines: Engines) -> None:
@@ -177,3 +264,43 @@ def test_a_place_that_cannot_be_used(tmp_path: Path, make: type[Segments]) -> No
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"MILLRACE_SEGMENTS_DIR: .*file/segments cannot be used"):
         make(tmp_path / "file" / "segments")
+
+
+@pytest.mark.parametrize("make", [Segments, lambda path: SegmentStore(path, 1, 1, Engines())])
+@pytest.mark.parametrize(("mode", "said"), [(0o777, "777"), (0o1777, "1777"), (0o770, "770"), (0o720, "720")])
+def test_where_others_may_write_nothing_is_done(tmp_path: Path, make: type[Segments], mode: int, said: str) -> None:
+    """As in a pod's volume that has an fsGroup; a directory in it is made."""
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"MILLRACE_SEGMENTS_DIR: .*others may write in it \(mode {said}\); name a "):
+        make(open_to_all)
+    assert open_to_all.stat().st_mode & 0o7777 == mode
+    assert list(open_to_all.iterdir()) == []
+    make(open_to_all / "ours")
+    assert (open_to_all / "ours").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_others_may_read_is_left_so(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours").chmod(0o755)
+    Segments(tmp_path / "ours")
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o755
+
+
+def test_another_users_directory_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    we = os.geteuid()
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: we + 1)
+    with pytest.raises(ConfigError, match=f"it belongs to user {we}, and we are {we + 1}"):
+        Segments(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("link", ["ours", f"ours/{READERS}"])
+def test_links_are_not_followed(tmp_path: Path, link: str) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / link).parent.mkdir(mode=0o700, exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="it is a symbolic link"):
+        Segments(tmp_path / "ours")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
