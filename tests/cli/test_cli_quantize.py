@@ -29,6 +29,7 @@ from shared.model.checkpoint import INDEX, Checkpoint
 from shared.model.config import load_model_config
 from shared.model.config_file import Quantization
 from shared.model.stored_integers import read_integers
+from shared.model.stored_quantization import Scheme
 
 BOTH = pytest.mark.parametrize("quantization", ["wint8", "wint4"])
 
@@ -119,7 +120,7 @@ def test_the_library_reads_them(demo: Path, quantization: Quantization, dense: i
 @pytest.mark.parametrize("dim", [0, 1])
 def test_ranks_have_parts_of_the_whole_s_numbers(dim: int) -> None:
     weight = quantize((torch.randn(8, 512) * 0.02).bfloat16(), 4)
-    stored = read_integers("compressed-tensors", {4: [128]}, "x", stored_form(weight), (8, 512))
+    stored = read_integers("compressed-tensors", [Scheme(4, 128, True)], "x", stored_form(weight), (8, 512))
     whole = integers_of(stored, torch.bfloat16, "x", own=True)
     parts = [dequantize(whole.part(Split(rank, 2), dim, "x").packed()) for rank in range(2)]
     assert torch.equal(torch.cat(parts, dim), dequantize(weight))
