@@ -265,7 +265,9 @@ _NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
 _NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
 _NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
 # One expert at a time, as quantised checkpoints of transformers' model have them.
-_NATIVE_EXPERT = re.compile(r"(?P<mlp>\.mlp\.)(?P<pool>text|vision)_moe\.(?P<experts>experts\.)(?P<expert>[0-9]{1,6})(?=\.)")
+_NATIVE_EXPERT = re.compile(
+    r"(?P<mlp>\.mlp\.)(?P<pool>text|vision)_moe\.(?P<experts>experts\.)(?P<expert>[0-9]{1,6})(?=\.)"
+)
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
 # Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
 _IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")

@@ -306,7 +306,7 @@ def test_what_is_named_a_little_like_it_is_not_ignored(tmp_path: Path, name: str
 def test_an_expert_s_number_of_thousands_of_digits_is_an_unexpected_tensor(tmp_path: Path) -> None:
     stored = f"model.layers.1.mlp.text_moe.experts.{'9' * 5000}.up_proj.weight"
     save_file({stored: torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="unexpected tensors model.layers.1.mlp.text_moe.experts.9999"):
+    with pytest.raises(CheckpointError, match=r"unexpected tensors model\.layers\.1\.mlp\.text_moe\.experts\.9999"):
         Checkpoint(tmp_path).check_all_used(["model."])
 
 
