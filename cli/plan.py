@@ -90,16 +90,16 @@ def main(words: Sequence[str]) -> int:
     """Run the command and return the exit status.
 
     Raises:
-        ConfigError: a flag is wrong, or no number of cards can share the model.
-        CheckpointError: config.json cannot be read, or the files of quantised weights.
+        ConfigError: a flag is wrong, or so many cards cannot share the model.
+        CheckpointError: config.json cannot be read, or the files of quantised weights, or so many cards cannot share
+            the groups of these.
     """
     given = _parser().parse_args(words)
     config = load_model_config(given.model)
     quantization, checkpoint = chosen_quantization(config, given.quantization), None
-    if config.stored in FORMATS:  # ours, which loads to what quantising at a start makes
-        quantization = FORMATS[config.stored]
-    elif config.stored is not None:
+    if config.stored is not None:
         checkpoint = Checkpoint(given.model, headers_only=True)
+        quantization = FORMATS.get(config.stored)  # of ours, which loads to what quantising at a start makes
     if given.table:
         if config.stored is not None:
             raise ConfigError(f"--table compares formats, and these weights are quantised already ({config.stored})")

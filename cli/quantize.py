@@ -9,21 +9,24 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cli.check import GIB
 from cli.connection import Parser
 from cli.demo_tokenizer import write_json
+from cli.whole_directory import refuse_used, whole_directory
 from services.engine.kernels.quantize import Bits, Quantized, quantize
 from services.engine.model.stored_form import quantization_config, stored_form
 from services.engine.model.weights import dtype_of, widths
-from shared.errors import ConfigError
+from services.engine.run.footprint import decoder_shapes
+from services.mm_encoder.vision.weights import load_weights as load_vision
+from shared.errors import CheckpointError, ConfigError
 from shared.model.checkpoint import INDEX, Checkpoint
 from shared.model.config import load_model_config
 from shared.model.config_file import Quantization
@@ -41,7 +44,8 @@ def main(words: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a flag is wrong, the output is there already, or the weights are quantised already.
-        CheckpointError: the model directory is incomplete or malformed.
+        CheckpointError: the model directory is incomplete or malformed, or a weight is not finite.
+        OSError: the output cannot be written.
     """
     given = _parser().parse_args(words)
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,24 +73,23 @@ def _directory(text: str) -> Path:
 def write_quantised(
     model: Path, output: Path, quantization: Quantization, device: torch.device, file_bytes: int = FILE_BYTES
 ) -> None:
-    """Write the directory, atomically: until all of it is there, it has another name.
+    """Write the directory; it has no config.json until all else is there.
 
     Raises:
-        ConfigError, CheckpointError: as `main`.
+        ConfigError, CheckpointError, OSError: as `main`.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output: {output} is there already; name a directory that is not")
-    if (stored := load_model_config(model).stored) is not None:
-        raise ConfigError(f"--model: the weights of {model} are quantised already ({stored})")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        fresh = Path(scratch, "new")
-        fresh.mkdir(mode=0o755)
+    refuse_used(output)
+    config = load_model_config(model)
+    if config.stored is not None:
+        raise ConfigError(f"--model: the weights of {model} are quantised already ({config.stored})")
+    headers = Checkpoint(model, headers_only=True)
+    decoder_shapes(headers, config)
+    load_vision(headers, config, "meta")
+    with whole_directory(output, last="config.json") as fresh:
         files = _write_files(fresh, _tensors(model, quantization, device), file_bytes)
         _copy_others(model, fresh)
-        config = json.loads((model / "config.json").read_bytes())
-        write_json(fresh / "config.json", config | {"quantization_config": quantization_config(quantization)})
-        fresh.replace(output)
+        written = json.loads((model / "config.json").read_bytes())
+        write_json(fresh / "config.json", written | {"quantization_config": quantization_config(quantization)})
     print(f"{output}: {quantization}, {sum(files) / GIB:.2f} GiB in {len(files)} files")
 
 
@@ -100,10 +103,18 @@ def _tensors(model: Path, quantization: Quantization, device: torch.device) -> I
         match = PROJECTION.fullmatch(name)
         bits = None if match is None else expert_bits if match["expert"] else dense_bits
         if match is None or bits is None:
-            yield name, tensor.contiguous()
+            yield name, _finite(name, tensor.contiguous())
             continue
-        weight = compute(tensor.to(device, dtype).contiguous(), bits)
+        weight = compute(_finite(name, tensor.to(device, dtype).contiguous()), bits)
         yield from ((f"{match['module']}.{part}", stored.cpu()) for part, stored in stored_form(weight).items())
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"tensor {name} has values that are not finite in {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    return tensor
 
 
 def _quantize(device: torch.device) -> Quantize:
@@ -118,7 +129,7 @@ def _write_files(directory: Path, tensors: Iterator[tuple[str, Tensor]], file_by
     """Write tensors to files of about a size, and the index; return the bytes of each file."""
     files: list[dict[str, int]] = []
     for some in _batches(tensors, file_bytes):
-        save_file(some, directory / f"{len(files)}.part", metadata={"format": "pt"})
+        _save(some, directory / f"{len(files)}.part")
         files.append({name: tensor.nbytes for name, tensor in some.items()})
     weight_map: dict[str, str] = {}
     for number, sizes in enumerate(files):
@@ -129,6 +140,19 @@ def _write_files(directory: Path, tensors: Iterator[tuple[str, Tensor]], file_by
     totals = [sum(sizes.values()) for sizes in files]
     write_json(directory / INDEX, {"metadata": {"total_size": sum(totals)}, "weight_map": weight_map})
     return totals
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """
+    Raises:
+        OSError: the disk is full, or the like, of which the library has an error of its own.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (match := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
 
 
 def _batches(tensors: Iterator[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from shared.errors import CheckpointError
 from shared.model.config_file import read_object
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.stored_integers import StoredIntegers, read_integers
-from shared.model.stored_quantization import SUFFIXES, stored_groups, stored_layout
+from shared.model.stored_quantization import SUFFIXES, stored_layout, stored_schemes
 
 DTYPES = {"BF16", "F16", "F32", "F64"}
 _TORCH_DTYPES = {
@@ -68,7 +68,7 @@ class Checkpoint:
         self._sources = _sources(self._files)
         asked = (read_object(directory / "config.json") or {}).get("quantization_config")
         self._layout = stored_layout(asked) if isinstance(asked, dict) else None
-        self._groups = stored_groups(asked) if isinstance(asked, dict) else {}
+        self._schemes = stored_schemes(asked) if isinstance(asked, dict) else []
         self._asked: set[str] = set()
         self.warnings = tuple(f"{directory}: {text}" for text in _remarks(self._files))
 
@@ -107,10 +107,11 @@ class Checkpoint:
         module, (integers, others) = name.removesuffix(".weight"), SUFFIXES[self._layout]
         stored = {part: f"{module}.{part}" for part in (integers, *others) if f"{module}.{part}" in self._sources}
         self._asked.update(stored.values())
-        stored.pop("weight_shape", None)  # says what `shape` does
-        parts = {part: self._part(self._sources[full].parts[0]).to(device) for part, full in stored.items()}
+        parts = {part: self._part(self._sources[full].parts[0]) for part, full in stored.items()}
+        # Its numbers are compared here: of a GPU, each comparison would be waited for.
+        parts = {part: tensor if part == "weight_shape" else tensor.to(device) for part, tensor in parts.items()}
         try:
-            return read_integers(self._layout, self._groups, module, parts, shape)
+            return read_integers(self._layout, self._schemes, module, parts, shape)
         except CheckpointError as error:
             raise CheckpointError(f"{self._directory}: {error}") from error
 
@@ -264,7 +265,9 @@ _NATIVE_GATE = re.compile(_POOL + r"gate\.weight")
 _NATIVE_BIAS = re.compile(_POOL + r"gate\.moe_statics\.e_score_correction_bias")
 _NATIVE_EXPERTS = re.compile(_POOL + r"experts\.(?P<kind>gate_up|down)_proj")
 # One expert at a time, as quantised checkpoints of transformers' model have them.
-_NATIVE_EXPERT = re.compile(r"(?P<mlp>\.mlp\.)(?P<pool>text|vision)_moe\.(?P<experts>experts\.)(?P<expert>\d+)(?=\.)")
+_NATIVE_EXPERT = re.compile(
+    r"(?P<mlp>\.mlp\.)(?P<pool>text|vision)_moe\.(?P<experts>experts\.)(?P<expert>[0-9]{1,6})(?=\.)"
+)
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
 # Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
 _IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")

@@ -7,7 +7,7 @@ each less one in the first version of its format. AWQ stores [in, out] and packs
 the even ones first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import CheckpointError
-from shared.model.stored_quantization import GROUPS, Layout
+from shared.model.stored_quantization import GROUPS, Layout, Scheme
 
 Parts = Mapping[str, Tensor]
 
@@ -35,12 +35,12 @@ class StoredIntegers:
 
 
 def read_integers(
-    layout: Layout, groups: Mapping[int, Sequence[int]], name: str, parts: Parts, shape: tuple[int, int]
+    layout: Layout, schemes: Collection[Scheme], name: str, parts: Parts, shape: tuple[int, int]
 ) -> StoredIntegers:
     """Unpack a weight.
 
     Args:
-        groups: by bits, what config.json says of the inputs that share a scale.
+        schemes: what config.json describes, of whichever weights.
         name: of the module, for errors.
         parts: its tensors by the suffixes of the layout; on the meta device, what is checked are shapes and dtypes.
         shape: [out, in].
@@ -53,12 +53,27 @@ def read_integers(
         raise CheckpointError(f"tensor {name}.{part} is missing")
     stored = _READERS[layout](name, parts, shape)
     # A row that is no longer than a group has one scale, as one without groups has.
-    longer = [group for group in groups.get(stored.bits, ()) if group >= shape[1]]
-    return replace(stored, group=min(longer)) if stored.group == 0 and longer else stored
+    longer = [scheme.group for scheme in schemes if scheme.bits == stored.bits and scheme.group >= shape[1]]
+    if stored.group == 0 and longer:
+        stored = replace(stored, group=min(longer))
+    if stored.zero is None and not _symmetric(schemes, stored):
+        raise CheckpointError(f"tensor {name}.weight_zero_point is missing: config.json says symmetric false")
+    return stored
+
+
+def _symmetric(schemes: Collection[Scheme], stored: StoredIntegers) -> bool:
+    """Return False if config.json gives zero points to weights of these bits and groups, or at least of these bits."""
+    alike = [scheme for scheme in schemes if scheme.bits == stored.bits]
+    closest = [scheme for scheme in alike if scheme.group == stored.group] or alike
+    return not closest or any(scheme.symmetric for scheme in closest)
 
 
 def _compressed_tensors(name: str, parts: Parts, shape: tuple[int, int]) -> StoredIntegers:
     packed, scale, zero = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
+    if (said := parts.get("weight_shape")) is not None:
+        _expect(f"{name}.weight_shape", said, (2,), torch.int32 if said.dtype == torch.int32 else torch.int64)
+        if not said.is_meta and said.tolist() != list(shape):
+            raise CheckpointError(f"tensor {name}.weight_shape is {said.tolist()}; the model's weight is {list(shape)}")
     bits = _bits(f"{name}.weight_packed", packed, shape, 1)
     group = _group(f"{name}.weight_scale", scale, shape)
     if zero is not None:
@@ -77,6 +92,8 @@ def _gptq(name: str, parts: Parts, shape: tuple[int, int], less: int = 1) -> Sto
     bits, scale, group, packed_zero = _transposed(name, parts, shape, 0)
     order = parts.get("g_idx")
     neighbours = torch.arange(shape[1], device=scale.device) // (group or shape[1])
+    if order is not None:
+        _expect(f"{name}.g_idx", order, (shape[1],), torch.int64 if order.dtype == torch.int64 else torch.int32)
     if order is not None and not order.is_meta and bool((order != neighbours).any()):
         raise CheckpointError(
             f"tensor {name}.g_idx puts inputs into groups by their activations (desc_act); only groups of neighbours "

@@ -4,6 +4,7 @@ A field that asks for something else is refused by its name and value, before a 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Layout = Literal["compressed-tensors", "awq", "gptq", "gptq_v2"]
@@ -41,13 +42,26 @@ def stored_format(config: object) -> str | None:
     return own if own in ("wint4", "wint8") else stored_layout(config)
 
 
-def stored_groups(config: dict[str, Any]) -> dict[int, list[int]]:
-    """Return the inputs that share a scale, by bits, as these fields say. Rows below them have one scale, too."""
-    asked = [(config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size")))]
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Way of quantising that fields describe, of some weights at least."""
+
+    bits: int
+    group: int  # inputs that share a scale; 0: all of an output. Rows below it have one scale, too
+    symmetric: bool  # False: zero points are stored
+
+
+def stored_schemes(config: dict[str, Any]) -> list[Scheme]:
+    """Return what these fields describe, but for what `unusable` refuses."""
+    asked = [(config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size")), True)]
     if stored_layout(config) == "compressed-tensors":
         weights = [_object(_object(group).get("weights")) for group in _object(config.get("config_groups")).values()]
-        asked = [(w.get("num_bits"), w.get("group_size")) for w in weights if w.get("strategy") == "group"]
-    return {bits: [group for n, group in asked if n == bits and group in GROUPS] for bits in (4, 8)}
+        asked = [(w.get("num_bits"), w.get("group_size"), w.get("symmetric", True)) for w in weights]
+    return [
+        Scheme(bits, group if group in GROUPS else 0, bool(symmetric))
+        for bits, group, symmetric in asked
+        if bits in (4, 8)
+    ]
 
 
 def unusable(config: dict[str, Any]) -> str | None:
@@ -95,6 +109,7 @@ def _compressed_tensors(config: dict[str, Any]) -> Iterator[Fact]:
         yield f"{at}.output_activations", _object(group).get("output_activations"), (None,)
         yield f"{at}.weights.type", weights.get("type", "int"), ("int",)
         yield f"{at}.weights.num_bits", weights.get("num_bits"), (4, 8)
+        yield f"{at}.weights.symmetric", weights.get("symmetric", True), (True, False)
         yield f"{at}.weights.strategy", weights.get("strategy"), ("group", "channel")
         if weights.get("strategy") == "group":
             yield f"{at}.weights.group_size", weights.get("group_size"), GROUPS

@@ -11,10 +11,12 @@ from cli.demo import write_demo
 from cli.main import main
 from cli.plan import CARDS, RANKS, table
 from services.engine.kernels.ops import Ops
+from services.engine.model.split import Split
 from services.engine.model.weights import load_model
 from services.engine.run.footprint import weight_bytes
 from services.engine.run.foretold import foretell
 from services.engine.settings import EngineSettings
+from shared.errors import CheckpointError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 
@@ -106,3 +108,36 @@ def test_weights_that_are_quantised_already(tmp_path: Path, capsys: pytest.Captu
     at_start = capsys.readouterr().out.split("cards needed")[0]
     assert main(["plan", "--model", str(tmp_path / "ours"), *memory]) == 0
     assert capsys.readouterr().out.split("cards needed")[0] == at_start
+
+
+def test_groups_of_ours_that_ranks_would_divide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine would refuse is refused, and is no number of cards that are needed."""
+    monkeypatch.setattr("cli.demo.EXPERT_SIZES", (192, 32))
+    write_demo(tmp_path / "demo")
+    words = ["--model", str(tmp_path / "demo"), "--output", str(tmp_path / "ours"), "--quantization", "wint4"]
+    assert main(["quantize", *words]) == 0
+    ours = tmp_path / "ours"
+    with pytest.raises(CheckpointError, match=r"groups of 128 inputs, .* the 96 inputs") as refused:
+        load_model(Checkpoint(ours), load_model_config(ours), "cpu", None, Ops(), Split(0, 2))
+    capsys.readouterr()
+    plan = ["plan", "--model", str(ours), "--max-model-len", "4096", "--memory"]
+    assert main([*plan, "8GiB", "--tensor-parallel-size", "2"]) == 2
+    assert str(refused.value) in capsys.readouterr().err
+    assert main([*plan, "8GiB"]) == 0
+    assert "cards needed    wint4: 1\n" in capsys.readouterr().out
+    assert main([*plan, "1GiB"]) == 1
+    said = capsys.readouterr().out
+    assert "cards needed    wint4: more than 4\n" in said
+    assert "verdict         does not fit" in said
+
+
+def test_cards_that_cannot_share_the_heads_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = hub_files.thinking()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    assert main(["plan", "--model", str(tmp_path), "--memory", "24GB"]) == 1
+    said = capsys.readouterr().out
+    assert "bf16: more than 4\n" in said
+    assert main(["plan", "--model", str(tmp_path), "--memory", "24GB", "--tensor-parallel-size", "2"]) == 2
+    assert "1 key-value heads" in capsys.readouterr().err

@@ -1,6 +1,10 @@
 """`millrace quantize`: files from which a start has the numbers of quantising as it loads, and which others read."""
 
+import errno
 import json
+import resource
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +13,14 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cli.demo import Dtype, write_demo
 from cli.main import main
-from cli.quantize import PROJECTION, write_quantised
+from cli.quantize import PROJECTION, _save, write_quantised
+from cli.whole_directory import UNFINISHED, whole_directory
 from services.engine.__main__ import build
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.quantize import Quantized, dequantize, quantize
@@ -29,6 +36,7 @@ from shared.model.checkpoint import INDEX, Checkpoint
 from shared.model.config import load_model_config
 from shared.model.config_file import Quantization
 from shared.model.stored_integers import read_integers
+from shared.model.stored_quantization import Scheme
 
 BOTH = pytest.mark.parametrize("quantization", ["wint8", "wint4"])
 
@@ -119,7 +127,7 @@ def test_the_library_reads_them(demo: Path, quantization: Quantization, dense: i
 @pytest.mark.parametrize("dim", [0, 1])
 def test_ranks_have_parts_of_the_whole_s_numbers(dim: int) -> None:
     weight = quantize((torch.randn(8, 512) * 0.02).bfloat16(), 4)
-    stored = read_integers("compressed-tensors", {4: [128]}, "x", stored_form(weight), (8, 512))
+    stored = read_integers("compressed-tensors", [Scheme(4, 128, True)], "x", stored_form(weight), (8, 512))
     whole = integers_of(stored, torch.bfloat16, "x", own=True)
     parts = [dequantize(whole.part(Split(rank, 2), dim, "x").packed()) for rank in range(2)]
     assert torch.equal(torch.cat(parts, dim), dequantize(weight))
@@ -140,6 +148,114 @@ def test_what_cannot_be_asked(demo: Path, tmp_path: Path, capsys: pytest.Capture
         assert main(["quantize", *words]) == 2
         assert said in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done"]
+
+
+@pytest.mark.parametrize("place", ["empty", "link", "dangling", "."])
+def test_a_place_that_is_there_is_filled(
+    demo: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("new")
+    monkeypatch.chdir(tmp_path / "empty")
+    inode = (tmp_path / "empty").stat().st_ino
+    output = quantised(demo, Path(place) if place == "." else tmp_path / place, "wint8")
+    assert load_model_config(output).stored == "wint8"
+    assert (tmp_path / "empty").stat().st_ino == inode, "a mount point cannot be replaced"
+    assert not (output / UNFINISHED).exists()
+    assert {path.name for path in output.iterdir()} >= {"config.json", INDEX, "tokenizer_config.json"}
+
+
+def test_what_a_killed_one_left_is_replaced(demo: Path, tmp_path: Path) -> None:
+    left = tmp_path / "q" / UNFINISHED / "files" / "0.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    (tmp_path / "q" / UNFINISHED / "lock").touch()
+    output = quantised(demo, tmp_path / "q", "wint8")
+    assert not {path.name for path in output.iterdir()} & {UNFINISHED, "0.part"}
+
+
+def test_nobody_else_writes_meanwhile(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "q", "a") as fresh:
+        (fresh / "a").touch()
+        with pytest.raises(ConfigError, match=r"another command is writing .*/q"), whole_directory(tmp_path / "q", "a"):
+            pass
+    assert [path.name for path in (tmp_path / "q").iterdir()] == ["a"]
+
+
+def test_the_last_file_is_not_there_before_the_others(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_directory(tmp_path, "a") as fresh:
+            (fresh / "a").touch()
+            (fresh / "z").touch()
+            (tmp_path / "z" / "full").mkdir(parents=True)
+
+    with pytest.raises(IsADirectoryError):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["z"]
+
+
+def of_one_file(demo: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Copy the model, with its tensors changed and without an index."""
+    shutil.copytree(demo, target)
+    (target / INDEX).unlink()
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(target.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+PROJ = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop(PROJ), f"tensor {PROJ} is missing"),
+        (lambda tensors: tensors.update({PROJ: tensors[PROJ].flatten()}), f"tensor {PROJ} .* has shape"),
+        (lambda tensors: tensors.pop("vision_model.ln.weight"), r"tensor vision_model\.ln\.weight is missing"),
+        (
+            lambda tensors: tensors[PROJ][0].fill_(torch.inf),
+            f"tensor {PROJ} has values that are not finite in bfloat16",
+        ),
+        (lambda tensors: tensors["model.norm.weight"].fill_(torch.nan), r"tensor model\.norm\.weight has values"),
+    ],
+)
+def test_a_model_that_would_not_load_is_not_quantised(
+    demo: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
+    model = of_one_file(demo, tmp_path / "model", change)
+    with pytest.raises(CheckpointError, match=said):
+        write_quantised(model, tmp_path / "q", "wint4", torch.device("cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_told_as_elsewhere(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("cli.quantize.save_file", full)
+    words = ["--model", str(demo), "--output", str(tmp_path / "q"), "--quantization", "wint4"]
+    assert main(["quantize", *words]) == 2
+    assert "the disk has no room for" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_library_s_error_of_a_file_that_cannot_grow(tmp_path: Path) -> None:
+    """By the limit of a file's size, since disks are not full on request."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            _save({"x": torch.zeros(100_000)}, tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_scales_of_somebody_else_in_a_file_of_ours_are_an_error(demo: Path, tmp_path: Path) -> None:

@@ -186,13 +186,15 @@ def factored(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None
         scales: [.., out, groups] float32: products that were exact, so that they are the same numbers again. Where a
             row has several such pairs, the one with the largest code is returned.
     """
+    if scales.is_meta:  # nothing to find, and of thousands of experts it would take a minute
+        return scales[..., 0].to(dtype), scales
     largest = scales.amax(-1)
     # Of the row's largest scale, whose exponent may be that of TOP: other exponents are other row scales.
     mantissas = torch.arange(31, 15, -1, device=scales.device).view(-1, *(1 for _ in largest.shape)) / 16
     rows = (largest / mantissas).to(dtype).float().unsqueeze(-1)
     ratios = scales / rows
     fits = (_is_code(ratios) & (ratios * rows == scales)).all(-1)
-    if not scales.is_meta and not bool((fits.any(0) | (largest == 0)).all()):
+    if not bool((fits.any(0) | (largest == 0)).all()):
         return None
     row = rows.squeeze(-1).gather(0, fits.int().argmax(0, keepdim=True))[0]
     zeros = (largest == 0).unsqueeze(-1)

@@ -8,6 +8,7 @@ start, the most that its largest step takes, is foretold here by what such a ste
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from services.engine.run.graphs import captured_bytes
 from services.engine.run.memory import CONTEXT_BYTES, DeviceMemory, block_bytes, blocks_for
 from services.engine.run.pieces import pieces_bytes
 from services.engine.settings import EngineSettings
+from shared.errors import CheckpointError, ConfigError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig
 from shared.model.config_file import Quantization
@@ -79,7 +81,8 @@ def foretell(
     """Foretell the memory of each of `ranks` cards with `card` bytes.
 
     Args:
-        checkpoint: weights that are quantised already, opened with headers_only.
+        checkpoint: weights that are quantised already, opened with headers_only. Of ours, which load to what
+            quantising at a start makes, they say only whether ranks can share the groups.
 
     Raises:
         ConfigError: the ranks cannot share the model equally.
@@ -91,7 +94,12 @@ def foretell(
     spare = card >= SPARE_MEMORY_BYTES
     quantised = quantization is not None or checkpoint is not None
     both = quantised and spare
-    shapes = _shapes(own) if checkpoint is None else decoder_shapes(checkpoint, config, Split(0, ranks))
+    ours = config.stored in get_args(Quantization)
+    shapes = None
+    if checkpoint is not None and (ranks > 1 or not ours):
+        shapes = decoder_shapes(checkpoint, config, Split(0, ranks))
+    if shapes is None or ours:
+        shapes = _shapes(own)
     weights = weight_bytes(shapes, quantization, both=both)
     activations = step_bytes(own, settings, dequantizes=quantised and not both)
     rows, row_bytes = settings.max_num_batched_tokens, own.hidden_size * dtype_of(own).itemsize
@@ -128,9 +136,21 @@ def fewest_ranks(
     possible: Sequence[int],
     checkpoint: Checkpoint | None = None,
 ) -> int | None:
-    """Return the fewest of `possible` cards whose cache holds a sequence of max_model_len; None: not even the most."""
+    """Return the fewest of `possible` cards whose cache holds a sequence of max_model_len; None: not even the most.
+
+    Numbers that cannot share the model are passed over.
+
+    Raises:
+        CheckpointError: one card cannot load it.
+    """
     for ranks in possible:
-        if foretell(config, settings, card, ranks, checkpoint).sequences(settings.max_model_len):
+        try:
+            foretold = foretell(config, settings, card, ranks, checkpoint)
+        except (ConfigError, CheckpointError):
+            if ranks == 1:
+                raise
+            continue
+        if foretold.sequences(settings.max_model_len):
             return ranks
     return None
 

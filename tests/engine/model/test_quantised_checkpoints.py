@@ -127,7 +127,13 @@ def changed(quantised: Path, suffix: str, change: Callable[[Tensor], Tensor | No
         ("int4 g32", "weight_scale", lambda _: None, r"weight_scale is missing"),
         ("int4 g32", "q_proj.weight_packed", lambda _: None, r"q_proj\.weight is missing"),
         ("int4 g32 zero points", "weight_zero_point", lambda t: t[:, 1:].contiguous(), "weight_zero_point has shape"),
+        ("int4 g32 zero points", "weight_zero_point", lambda _: None, r"weight_zero_point is missing: .*symmetric"),
+        ("int8 channel zero points", "weight_zero_point", lambda _: None, r"weight_zero_point is missing: .*symmetric"),
+        ("int4 g32", "weight_shape", lambda t: t + 8, r"weight_shape is \[\d+, \d+\]; the model's weight is"),
+        ("int4 g32", "weight_shape", lambda _: torch.zeros(3, 3), r"weight_shape has shape \[3, 3\]"),
         ("GPTQ", "g_idx", lambda t: t.flip(0).contiguous(), r"g_idx puts inputs into groups .*desc_act"),
+        ("GPTQ", "g_idx", lambda t: t[:3].contiguous(), r"g_idx has shape \[3\] .*, not \[\d+\] of torch.int32"),
+        ("GPTQ", "g_idx", lambda t: t.float(), r"g_idx has .* dtype float32"),
         ("AWQ", "qzeros", lambda _: None, "qzeros is missing"),
     ],
 )

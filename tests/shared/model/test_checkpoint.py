@@ -303,6 +303,13 @@ def test_what_is_named_a_little_like_it_is_not_ignored(tmp_path: Path, name: str
     assert checkpoint.has(name)
 
 
+def test_an_expert_s_number_of_thousands_of_digits_is_an_unexpected_tensor(tmp_path: Path) -> None:
+    stored = f"model.layers.1.mlp.text_moe.experts.{'9' * 5000}.up_proj.weight"
+    save_file({stored: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected tensors model\.layers\.1\.mlp\.text_moe\.experts\.9999"):
+        Checkpoint(tmp_path).check_all_used(["model."])
+
+
 def test_headers_only_checks_as_reading_does(demo: Path) -> None:
     headers = Checkpoint(demo, headers_only=True)
     for name, tensor in stored(demo).items():
