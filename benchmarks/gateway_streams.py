@@ -71,10 +71,15 @@ class Writer:
 
 
 def requests_per_s(system: System | Writer, board: Board, token: int, streams: int, rounds: int) -> float:
-    """Measure answers of one token, `streams` at a time, each on a connection of its own."""
-    with system.engine(board, token, streams=streams, tokens=1, rounds=rounds):
-        started = time.monotonic()
-        for _ in range(rounds):
+    """Measure answers of one token, `streams` at a time, each on a connection of its own.
+
+    A round before them is not measured: the synthetic engine starts meanwhile.
+    """
+    started = 0.0
+    with system.engine(board, token, streams=streams, tokens=1, rounds=1 + rounds):
+        for number in range(1 + rounds):
+            if number == 1:
+                started = time.monotonic()
             reader = Reader(system.port, streams, 1)
             reader.send()
             reader.read_all(board)

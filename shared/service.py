@@ -299,7 +299,10 @@ class Life:
         if not self._joined:
             return status
         try:
-            await self._lease.release()
+            async with asyncio.timeout(self._renewal_s):
+                await self._lease.release()
+        except TimeoutError:
+            _log.warning("lease not released; it will expire", extra={"reason": "no answer in time"})
         except RedisError as error:
             _log.warning("lease not released; it will expire", extra={"reason": str(error)})
         return status

@@ -101,6 +101,7 @@ class Worker:
 
     async def close(self) -> None:
         """Stop where a drain was cut off. The maker of the Redis client closes it."""
+        self._draining = True  # also if there was none: a turn that ends in spite of being cancelled is the last one
         if self._turns is not None:
             self._turns.cancel()
             await asyncio.wait([self._turns])

@@ -1,6 +1,7 @@
 """The worker against a real Redis. The test is the engine, which writes steps, and the gateway, which reads deltas."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -1198,6 +1199,29 @@ async def test_serve_works_until_cancelled(system: System) -> None:
     await worker.drain()
     await worker.close()
     assert shown == whole()
+
+
+async def test_close_ends_turns_even_if_one_goes_on_when_it_is_cancelled(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await system.worker()
+    began = asyncio.Event()
+    turns: list[int] = []
+
+    async def turn() -> None:
+        turns.append(1)
+        began.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(worker, "run_turn", turn)
+    serving = asyncio.create_task(worker.serve())
+    async with asyncio.timeout(PATIENCE_S):
+        await began.wait()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await worker.close()
+    assert turns == [1]
 
 
 async def test_with_a_tokenizer_as_checkpoints_have_it(system: System, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,10 @@ import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
+from redis_proxy import Proxy
 
 from shared.bus import leases
+from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.streams import send
 from shared.bus.translation import holds_newer
@@ -163,6 +166,32 @@ async def test_drain_has_a_deadline(redis: Redis, keys: Keys, caplog: pytest.Log
     assert await running == 0
     assert service.seen[-1] == ("close", "draining")
     assert "not drained within drain_s" in caplog.text
+
+
+async def test_a_redis_that_never_answers_does_not_keep_it_from_ending(
+    redis: Redis, keys: Keys, redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = socket.socket(socket.AF_UNIX)  # the kernel takes connections, and nobody reads from them
+    silent.bind(str(tmp_path / "silent"))
+    silent.listen(100)
+    proxy = Proxy(tmp_path / "proxy", Path(redis_url.removeprefix("unix://")))
+    await proxy.start()
+    ours = connect(proxy.url)
+    service = Recorder(redis, keys, drain=forever)
+    life = Life("engine", service, settings(drain_s=0.01), ours)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    life._renewal_s = 0.01
+    proxy.target = tmp_path / "silent"
+    assert proxy.swallow()
+    life.stop.set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await running == 0
+    assert service.seen[-1][0] == "close"
+    assert "lease not released; it will expire" in caplog.text
+    await ours.aclose()
+    await proxy.close()
+    silent.close()
 
 
 async def test_lease_is_renewed_and_outlives_failures(

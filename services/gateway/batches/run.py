@@ -67,6 +67,7 @@ class BatchRun:
         self._about = batch.about
         self._has_room = asyncio.Event()  # files have, as far as is known
         self._has_room.set()
+        self._again = asyncio.Lock()  # of lines whose result was given up
         self._cancelling = asyncio.Event()
         self._errors: list[LineError] = []  # why the batch has failed
         self._is_over = False  # its end is being written, and with it goes the lease
@@ -189,8 +190,10 @@ class BatchRun:
 
     async def _run_line(self, line: Line, place: Place) -> None:
         try:
-            while not await self._ask_and_keep(line, place):
-                await self._has_room.wait()
+            if not await self._ask_and_keep(line, place):
+                async with self._again:  # one at a time: each asks anew, and room for one is no room for all
+                    while not await self._ask_and_keep(line, place):
+                        pass
         except LeaseLostError:
             return  # which `_keep_lease` is about to learn, too
         forget = partial(self._requests.forget, self._about, line.number)
@@ -233,6 +236,8 @@ class BatchRun:
             if not place.result and not self._window.hold(place, len(result)):
                 return False
             await asyncio.sleep(NO_ROOM_S)
+        # In one step: a line that is refused from now on holds its result and tries again, as somebody must.
+        self._window.let_go(place)
         self._has_room.set()
         return True
 

@@ -26,6 +26,11 @@ class FileWriter:
         """Bytes that are here and not stored."""
         return len(self._rest)
 
+    @property
+    def has_stored(self) -> bool:
+        """True once a chunk is stored."""
+        return self._written > 0
+
     def needs(self, data: bytes) -> int:
         """Return the bytes that are held while `write` takes these."""
         held = len(self._rest) + len(data)

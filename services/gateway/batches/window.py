@@ -43,9 +43,15 @@ class Window:
         self.bytes += size
         return True
 
-    def leave(self, place: Place) -> None:
-        """Give the room of a line and its result back."""
-        self._lines -= 1
+    def let_go(self, place: Place) -> None:
+        """Give the room of a result back, if one is held: it waits no more."""
         self._results -= place.result > 0
-        self.bytes -= place.size + place.result
+        self.bytes -= place.result
+        place.result = 0
         self._left.set()
+
+    def leave(self, place: Place) -> None:
+        """Give the room of a line back, and of its result."""
+        self._lines -= 1
+        self.bytes -= place.size
+        self.let_go(place)

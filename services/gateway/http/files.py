@@ -55,7 +55,8 @@ class FileRoutes(msgspec.Struct, frozen=True):
             try:
                 await self._receive(request, reader, writer, reservation)
                 keep_s = self._keep_s(reader.form.fields)
-                reservation.resize(2 * writer.held)  # which `close` copies
+                if not writer.has_stored:
+                    reservation.resize(2 * writer.held)  # which `close` copies
                 trace = None if span is None else span.traceparent
                 about = await writer.close(reader.form.filename or "", keep_s, trace)
             except BaseException:
@@ -83,9 +84,9 @@ class FileRoutes(msgspec.Struct, frozen=True):
         try:
             async with asyncio.timeout(self.timeout_s), asyncio.timeout(stall_s) as stall:
                 async for content in read_form(request, reader):
-                    reservation.resize(writer.needs(content))
+                    if not writer.has_stored:  # what the first chunk takes is held until the end: no refusal after it
+                        reservation.resize(writer.needs(content))
                     await writer.write(content)
-                    reservation.resize(writer.held)
                     progress += len(content)
                     if progress >= PROGRESS_BYTES:
                         progress = 0

@@ -2,6 +2,7 @@
 
 import hmac
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from shared.log import logger
 from shared.messages import Share
 
 _log = logger(__name__)
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 _Version = tuple[int, int, int]  # of a file: inode, time of the last change in ns, size
 
@@ -66,10 +69,15 @@ class Keyring:
         return None
 
     def by_owner(self, owner: str) -> Caller | None:
-        """Return the caller with this owner, by what it may do now; None if it has no valid key any more."""
+        """Return the caller with this owner, by what it may do now; None if it has no valid key any more.
+
+        The digest of a key that has moved from the settings into the file is its tenant's: its batches go on.
+        """
         if self.is_open:
             return Caller(owner)
         tenant = next((tenant for tenant in self._tenants.values() if _owner(tenant) == owner), None)
+        if tenant is None and _DIGEST.fullmatch(owner):
+            tenant = self._tenants.get(bytes.fromhex(owner))
         if tenant is None and owner not in (known.hex() for known in self._plain):
             return None
         return self._caller(owner, tenant)

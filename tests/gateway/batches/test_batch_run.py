@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 from batch_files import chat_line, jsonl
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -141,8 +142,14 @@ async def test_results_that_find_no_room_in_files_are_bounded(
     """Those beyond the window are given up and asked for again; no other line is asked for meanwhile."""
 
     class Long(Requests):
+        again = most_again = 0
+
         async def ask(self, about: About, line: Line) -> Reply:
+            is_again = line.number in self.asked
+            self.again += is_again
+            self.most_again = max(self.most_again, self.again)
             await super().ask(about, line)
+            self.again -= is_again
             return Reply(200, "r", b'"' + b"x" * 900 + b'"')
 
     most = 4000
@@ -179,6 +186,49 @@ async def test_results_that_find_no_room_in_files_are_bounded(
     assert (await store.find("batch_1", "o")).completed == count
     assert b"".join([chunk async for chunk in full.chunks("file-out")]).count(b"\n") == count
     assert count < len(requests.asked) < 2 * count, "those that were given up"
+    assert requests.most_again == 1, "room for one is no room for all"
+
+
+async def test_a_result_that_was_written_is_not_one_that_waits_for_room(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its line ends, another is refused: that one holds its result and tries again, as nobody else does."""
+    written, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Requests):
+        async def ask(self, about: About, line: Line) -> Reply:
+            await super().ask(about, line)
+            if line.number == 2:
+                await written.wait()
+            return Reply(200, "r", b'"' + b"x" * 900 + b'"')
+
+        async def forget(self, _about: About, number: int) -> None:
+            if number == 1:
+                written.set()
+                await go_on.wait()
+
+    monkeypatch.setattr("services.gateway.batches.window.MOST_BYTES", 1500)
+    monkeypatch.setattr("services.gateway.batches.run.NO_ROOM_S", 0.001)
+    files = await stored(redis, keys, jsonl(chat_line("a"), chat_line("b")))
+    store, requests = BatchStore(redis, keys, files, "g", 60_000), Slow()
+    await store.create(about(), 2, "", None)
+    await store.claim(1, ())
+    finish_line = store.finish_line
+    tries: list[int] = []
+
+    async def finishing(about: About, number: int, counter: str, result: bytes) -> bool:
+        tries.append(number)
+        if tries.count(number) == 1:
+            return False
+        if number == 2:
+            go_on.set()
+        return await finish_line(about, number, counter, result)
+
+    monkeypatch.setattr(store, "finish_line", finishing)
+    async with asyncio.timeout(PATIENCE_S):
+        await BatchRun(parts(store, files, requests, 2), await store.find("batch_1", "o")).run()
+    assert (await store.find("batch_1", "o")).completed == 2
+    assert (tries, requests.asked) == ([1, 1, 2, 2], [1, 2])
 
 
 async def test_expired_lines_take_no_room_that_files_do_not_have(redis: Redis, keys: Keys) -> None:

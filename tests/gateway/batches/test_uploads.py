@@ -89,6 +89,29 @@ async def test_what_uploads_have_sent_is_counted_until_it_is_stored(server: Runn
     assert held(server) == 0
 
 
+async def test_an_upload_that_has_stored_a_chunk_is_not_refused_any_more(checkpoint: Path, redis_url: str) -> None:
+    """Whatever others take meanwhile: what its first chunk took stays its own until its end."""
+    small = {"max_body_bytes": 3_000_000, "max_text_bytes": 3_000_000, "max_bodies_bytes": 4_000_000}
+    patient = {"body_stall_s": PATIENCE_S, "body_timeout_s": PATIENCE_S}
+    async with running(checkpoint, redis_url, **patient, **small) as server:
+        filler = b"x" * (CHUNK + 1000)
+        reader, writer = await begin(server, filler)
+        await until(lambda: 2 * CHUNK < held(server) < 2 * CHUNK + 300_000)
+        first = held(server)
+        _, other = await begin(server, b"x" * 600_000)
+        await until(lambda: held(server) == first + 600_000)
+        third_reader, third = await begin(server, b"x" * 600_000)
+        assert (await third_reader.readline()).startswith(b"HTTP/1.1 429"), "there is room for another"
+        third.close()
+        rest = 3_000_000 - len(FILE) - len(PURPOSE) - len(filler)
+        writer.write(b"x" * rest + PURPOSE)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        for each in (writer, other):
+            each.close()
+        await until(server.idle)
+        assert held(server) == 0
+
+
 async def test_a_long_line_takes_no_memory(redis: Redis, keys: Keys) -> None:
     """16 MiB of one line go by while no more than a chunk, its copies, and a piece are here."""
     limits = FileLimits(3600, 1 << 26, 1 << 26, 1 << 26, 50_000, 16 << 20)

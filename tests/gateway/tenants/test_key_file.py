@@ -69,8 +69,22 @@ def test_keys_of_the_settings_and_of_the_file_open(tmp_path: Path) -> None:
     assert keyring.by_owner(new.owner) == new
     assert keyring.by_owner(plain.owner) == plain
     assert keyring.by_owner("@bob") is keyring.by_owner("00") is None
+    for unknown in ("", "@", "zz", "0" * 64, "g" * 64, "é" * 64):
+        assert keyring.by_owner(unknown) is None
     assert keyring.find("other") is None
     assert keyring.find(written_digest("new")) is None
+
+
+def test_what_a_key_of_the_settings_has_begun_goes_on_when_it_moves_into_the_file(tmp_path: Path) -> None:
+    before = Keyring(["plain"]).find("plain")
+    moved = Keyring([], write(tmp_path / "keys", entry("alice", "plain")))
+    now = moved.find("plain")
+    assert before is not None
+    assert now is not None
+    found = moved.by_owner(before.owner)
+    assert found is not None
+    assert (found.owner, found.tenant, found.share) == (before.owner, now.tenant, now.share)
+    assert Keyring([], write(tmp_path / "keys", entry("alice", "another"))).by_owner(before.owner) is None
 
 
 def test_a_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
