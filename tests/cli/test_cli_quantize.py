@@ -133,6 +133,25 @@ def test_ranks_have_parts_of_the_whole_s_numbers(dim: int) -> None:
     assert torch.equal(torch.cat(parts, dim), dequantize(weight))
 
 
+@pytest.mark.parametrize(
+    ("schemes", "read"),
+    [
+        ([Scheme(4, 128, symmetric=False)], False),
+        ([Scheme(4, 32, symmetric=False)], False),  # of these bits, where none has these groups
+        ([Scheme(4, 128, symmetric=True), Scheme(4, 32, symmetric=False)], True),
+        ([Scheme(4, 128, symmetric=False), Scheme(4, 32, symmetric=True)], False),
+        ([Scheme(8, 0, symmetric=False)], True),
+    ],
+)
+def test_zero_points_are_missing_where_the_closest_scheme_has_them(schemes: list[Scheme], read: bool) -> None:
+    parts = stored_form(quantize((torch.randn(8, 512) * 0.02).bfloat16(), 4))
+    if read:
+        assert read_integers("compressed-tensors", schemes, "x", parts, (8, 512)).zero is None
+        return
+    with pytest.raises(CheckpointError, match=r"x\.weight_zero_point is missing"):
+        read_integers("compressed-tensors", schemes, "x", parts, (8, 512))
+
+
 def test_what_cannot_be_asked(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = quantised(demo, tmp_path / "done", "wint8")
     capsys.readouterr()

@@ -94,6 +94,7 @@ def test_an_index_is_enough(tmp_path: Path, name: str) -> None:
         (packed_by(type="float"), "weights.type is 'float'"),
         (packed_by(group_size=16), "weights.group_size is 16; what is read is 128 or 64 or 32"),
         (packed_by(strategy="tensor"), "weights.strategy is 'tensor'; what is read is 'group' or 'channel'"),
+        (packed_by(symmetric="no"), "weights.symmetric is 'no'; what is read is True or False"),
         (packed_by(actorder="group"), "weights.actorder is 'group'"),
         (packed_by({"input_activations": {"num_bits": 8}}), "config_groups.group_0.input_activations is {'num_bits'"),
         (packed_by(), "quantised by compressed-tensors, and there is no tensor *.weight_packed"),
