@@ -52,7 +52,7 @@ async def run(args: argparse.Namespace) -> None:
     asked: asyncio.Queue[asyncio.Transport] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", args.port), backlog=4096) as listener:
-        await loop.create_server(lambda: Connection(asked), sock=listener)
+        await loop.create_server(lambda: Connection(asked), sock=listener, backlog=4096)  # else 100
         for _ in range(args.rounds):
             await one_round(args, board, event, [await asked.get() for _ in range(args.streams)])
         await asyncio.Event().wait()
