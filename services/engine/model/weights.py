@@ -168,12 +168,13 @@ class _Reader:
         count, hidden = config.num_experts, config.hidden_size
         # Stored as [hidden, experts], unlike every other projection.
         gates = [self.precise(f"{prefix}gate.{name}", hidden, count).T for name in ("weight", "weight_1")]
+        bias = self.precise(f"{prefix}moe_statics.e_score_correction_bias", 2, count).flatten()
         pools = [self._pool(prefix, 0, config.text_expert_size), self._pool(prefix, count, config.vision_expert_size)]
         if len({_format(weight) for pool in pools for weight in (pool.gate_up, pool.down)}) > 1:
             raise CheckpointError(f"the experts of {prefix}experts are not all quantised alike")
         return MoE(
             gate=torch.cat(gates),
-            bias=self.precise(f"{prefix}moe_statics.e_score_correction_bias", 2, count).flatten(),
+            bias=bias,
             text=pools[0],
             vision=pools[1],
             shared=self._dense_swiglu(f"{prefix}shared_experts.", config.shared_expert_size),
