@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,20 +98,29 @@ def shows(said: str, expected: str) -> bool:
     return re.search(pattern, "".join(said.split()), re.DOTALL) is not None
 
 
-@pytest.mark.parametrize("step", ASKED, ids=lambda step: f"{step.page}: {step.command[:60]}")
-def test_a_command_says_what_the_page_says(served: System, step: Step) -> None:
+def run(step: Step, system: System) -> str:
+    """Run a command, and return what it says."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", here(step.command, served)],
+        ["bash", "-c", here(step.command, system)],
         cwd=ROOT,
-        env={**os.environ, "PATH": path, "TMPDIR": str(served.directory)},
+        env={**os.environ, "PATH": path, "TMPDIR": str(system.directory)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("step", ASKED, ids=lambda step: f"{step.page}: {step.command[:60]}")
+def test_a_command_says_what_the_page_says(served: System, step: Step) -> None:
     assert step.said
-    assert shows(done.stdout, step.said), done.stdout
+    said, until = run(step, served), time.monotonic() + PATIENCE_S
+    # What is in work stands in leases, which are renewed now and then: right after an answer they may still have it.
+    while step.command.endswith("millrace status") and not shows(said, step.said) and time.monotonic() < until:
+        said = run(step, served)
+    assert shows(said, step.said), said
 
 
 def test_the_page_shows_what_the_terminal_does_from_start_to_end(served: System) -> None:
