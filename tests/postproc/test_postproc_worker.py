@@ -979,21 +979,19 @@ async def test_while_redis_does_not_answer_the_worker_waits_and_loses_nothing(
 WRITES = ("deltas", "cancel", "journal", "retain", "delete", "trim")
 
 
-@pytest.mark.parametrize("what", WRITES)
-async def test_a_paused_owner_that_wakes_writes_nothing(
-    system: System, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    """It stops right before a write, another takes over and ends everything, and then it goes on."""
-    await system.submit(request(retain_s=60.0), request("r2"), request("r3", "g3", stop=("cat",)))
-    paused = await system.worker("p1", trim_every=1)
-    await paused.run_turn()
+async def end_two_of_three(system: System, worker: Worker) -> None:
+    """Let the worker know three requests, and leave it their tokens and the ends of two to read."""
+    await worker.run_turn()
     await system.begin("r1", "r2", "r3")
     for one in ("r1", "r2", "r3"):
         await system.generate(one, 0, len(TOKENS))
-    await system.attach("r3", "g2", 0)
     await system.finish("r1", len(TOKENS))
     await system.finish("r2", len(TOKENS))
-    write = paused._outbox._write
+
+
+def stop_before(worker: Worker, what: str, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Let the worker stop right before a write; return the event that says it has, and the one that lets it go on."""
+    write = worker._outbox._write
     stopped, go_on = asyncio.Event(), asyncio.Event()
 
     async def stopping(point: str, attempt: Any) -> Any:
@@ -1002,7 +1000,20 @@ async def test_a_paused_owner_that_wakes_writes_nothing(
             await go_on.wait()
         return await write(point, attempt)
 
-    monkeypatch.setattr(paused._outbox, "_write", stopping)
+    monkeypatch.setattr(worker._outbox, "_write", stopping)
+    return stopped, go_on
+
+
+@pytest.mark.parametrize("what", WRITES)
+async def test_a_paused_owner_that_wakes_writes_nothing(
+    system: System, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It stops right before a write, another takes over and ends everything, and then it goes on."""
+    await system.submit(request(retain_s=60.0), request("r2"), request("r3", "g3", stop=("cat",)))
+    paused = await system.worker("p1", trim_every=1)
+    await end_two_of_three(system, paused)
+    await system.attach("r3", "g2", 0)
+    stopped, go_on = stop_before(paused, what, monkeypatch)
     task = asyncio.create_task(paused.run_turn())
     await stopped.wait()
     await system.die("p1")
@@ -1025,22 +1036,8 @@ async def test_a_turn_that_is_running_ends_before_the_shards_go(
     """The process is told to end right before a write. What it has read by then is in no stream any more."""
     await system.submit(request(retain_s=60.0), request("r2"), request("r3", stop=("cat",)))
     worker = await system.worker("p1", trim_every=1)
-    await worker.run_turn()
-    await system.begin("r1", "r2", "r3")
-    for one in ("r1", "r2", "r3"):
-        await system.generate(one, 0, len(TOKENS))
-    await system.finish("r1", len(TOKENS))
-    await system.finish("r2", len(TOKENS))
-    write = worker._outbox._write
-    stopped, go_on = asyncio.Event(), asyncio.Event()
-
-    async def stopping(point: str, attempt: Any) -> Any:
-        if point == what:
-            stopped.set()
-            await go_on.wait()
-        return await write(point, attempt)
-
-    monkeypatch.setattr(worker._outbox, "_write", stopping)
+    await end_two_of_three(system, worker)
+    stopped, go_on = stop_before(worker, what, monkeypatch)
     serving = asyncio.create_task(worker.serve())
     async with asyncio.timeout(PATIENCE_S):
         await stopped.wait()

@@ -71,41 +71,39 @@ def test_linear(rows: int, shape: tuple[int, int], group: int, bits: Bits, dtype
     close(gpu_linear.linear(x, weight), x.double() @ exact.T)
 
 
-@FORMS
-@pytest.mark.parametrize("rows", [1, 24])
-def test_experts_by_pairs_and_by_sorted_tiles(rows: int, group: int, bits: Bits) -> None:
-    dtype, (hidden, widths, count) = DTYPES[0], (192, (160, 96), 4)
+def drawn_experts(rows: int, count: int, group: int, bits: Bits) -> tuple[Tensor, Tensor, ExpertPool, ExpertPool]:
+    """Return rows, the two experts of each, and pools of `count` experts for text and for vision."""
+    dtype, hidden = DTYPES[0], 192
     text, vision = (
         ExpertPool(
             foreign(count, 2 * width, hidden, bits=bits, group=group, dtype=dtype, seed=width)[0],
             foreign(count, hidden, width, bits=bits, group=group, dtype=dtype, seed=width + 1)[0],
         )
-        for width in widths
+        for width in (160, 96)
     )
     x = torch.randn(rows, hidden).to(dtype).to(DEVICE)
     ids = torch.stack([torch.randperm(2 * count)[:2] for _ in range(rows)]).to(torch.int32).to(DEVICE)
-    weights = torch.rand(rows, 2).to(DEVICE)
+    return x, ids, text, vision
+
+
+def check_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool) -> None:
+    """Compare the weighted results of the experts with the reference's."""
+    weights = torch.rand(len(x), 2).to(DEVICE)
     results = gpu_experts.expert_results(x, ids, text, vision)
-    actual = (results.view(rows, 2, hidden) * weights.unsqueeze(-1)).sum(1)
+    actual = (results.view(len(x), 2, -1) * weights.unsqueeze(-1)).sum(1)
     close(actual, experts(x, ids, weights, text, vision))
+
+
+@FORMS
+@pytest.mark.parametrize("rows", [1, 24])
+def test_experts_by_pairs_and_by_sorted_tiles(rows: int, group: int, bits: Bits) -> None:
+    check_experts(*drawn_experts(rows, 4, group, bits))
 
 
 @FORMS
 def test_experts_as_a_grouped_product(group: int, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype, (hidden, widths, count, rows) = DTYPES[0], (192, (160, 96), 2, 40)
     monkeypatch.setattr(grouped, "ROWS_PER_EXPERT", 1)
     monkeypatch.setattr(grouped, "INT8_ROWS_PER_EXPERT", 1)
-    text, vision = (
-        ExpertPool(
-            foreign(count, 2 * width, hidden, bits=bits, group=group, dtype=dtype, seed=width)[0],
-            foreign(count, hidden, width, bits=bits, group=group, dtype=dtype, seed=width + 1)[0],
-        )
-        for width in widths
-    )
-    x = torch.randn(rows, hidden).to(dtype).to(DEVICE)
-    ids = torch.stack([torch.randperm(2 * count)[:2] for _ in range(rows)]).to(torch.int32).to(DEVICE)
+    x, ids, text, vision = drawn_experts(40, 2, group, bits)
     assert grouped.uses_grouped_gemm(x, 2, text, vision)
-    weights = torch.rand(rows, 2).to(DEVICE)
-    results = gpu_experts.expert_results(x, ids, text, vision)
-    actual = (results.view(rows, 2, hidden) * weights.unsqueeze(-1)).sum(1)
-    close(actual, experts(x, ids, weights, text, vision))
+    check_experts(x, ids, text, vision)
