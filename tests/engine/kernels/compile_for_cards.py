@@ -1,6 +1,6 @@
 """Compiles the kernels of a decoder layer for a card as their wrappers launch them; prints what each takes.
 
-    python compile_for_cards.py CAPABILITY BYTES [BITS ...]
+    PYTHONPATH=.:tests python tests/engine/kernels/compile_for_cards.py CAPABILITY BYTES [BITS ...]
 
 CAPABILITY is 80, 86, 89, 90 or 120, BYTES the shared memory that a program may have on such a card, BITS formats of the
 weights: 4, 8, 16; or 432, 464, 4128, 832, ..: bits and groups of what others have quantised. A line of JSON for each
@@ -13,8 +13,8 @@ import sys
 from typing import Any
 
 import torch
+from no_driver import NoDriver
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -34,22 +34,6 @@ TEXT, VISION, SHARED = 1536, 512, 3072
 # Rows of a step, on either side of what wrappers choose by: see linear.py, tiles.py, grouped.py.
 DECODE, PREFILL = (1, 16, 32, 64, 128, 256), (64, 1024, 2048, 8192)
 HOPPER = 90
-
-
-class NoDriver:
-    """Driver with the answers that compiling needs."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Compiler:

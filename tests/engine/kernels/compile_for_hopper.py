@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 import torch
+from no_driver import NoDriver
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -40,19 +40,6 @@ AFTER_WGMMA = "wgmma.wait_group.sync.aligned 0; mov"
 SEQUENCES, HIDDEN, HEADS, KV_HEADS, DIM = 20, 2560, 20, 4, 128
 
 
-class NoDriver:
-    """Driver with the answers that compiling needs."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def main() -> None:
     launch = JITFunction.run
 
@@ -64,7 +51,7 @@ def main() -> None:
         return kernel
 
     JITFunction.run = compile_only
-    driver.set_active(NoDriver())
+    driver.set_active(NoDriver(90))
     attention, sampled = (paged_attention, qkv, rms_norm, rotary_tables), (pick, threshold)
     products = (experts, grouped, grouped_plain, grouped_quantized, linear)
     for module in (*attention, *products, add_norm_scores, push, router, silu_mul, sort, *sampled):

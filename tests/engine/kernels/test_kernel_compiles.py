@@ -3,12 +3,11 @@ shared memory than a card has."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import compiled
 
 from services.engine.kernels.triton.common import launch
 from services.engine.kernels.triton.common.launch import fitting_stages
@@ -25,16 +24,11 @@ OF_EVERY_FORMAT = {
     *("_choose_gate_up_kernel", "_gate_up_kernel", "_down_kernel", "_sort_kernel", "_gather_kernel"),
     *("_threshold_kernel", "_tally_kernel", "_mask_kernel"),
 }
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by the tests of each kernel")
 def test_kernels_compile_for_hopper() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, SCRIPT], cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    names = compiled(SCRIPT)
     sampling = {"_tally_kernel", "_threshold_kernel", "_slices_kernel", "_find_kernel", "_mask_kernel"}
     decode = {"_qkv_kernel", "_decode_kernel", "_merge_kernel", "_unsplit_kernel", "_linear_kernel", "_rotate_kernel"}
     block = {
@@ -50,22 +44,13 @@ def test_kernels_compile_for_hopper() -> None:
     experts = {"_gate_up_kernel", "_down_kernel", "_quantized_gate_up_kernel", "_quantized_down_kernel"}
     prefill = {"_dequantize_kernel", "_quantize_kernel", "_prefill_kernel"}
     exchange = {"_push_kernel", "_sum_experts_kernel", "_exchange_add_norm_kernel"}
-    assert set(done.stdout.split()) == sampling | decode | block | routing | sorting | experts | prefill | exchange
+    assert set(names) == sampling | decode | block | routing | sorting | experts | prefill | exchange
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by the tests of each kernel")
 @pytest.mark.parametrize(("card", "bits"), ALL if os.environ.get("CARDS") == "all" else USUAL)
 def test_kernels_have_the_shared_memory_that_they_take(card: int, bits: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, CARDS, str(card), str(SHARED_BYTES[card]), str(bits)],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},  # they are not assembled
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = [json.loads(line) for line in compiled(CARDS, card, SHARED_BYTES[card], bits, cache=tmp_path)]
     assert [kernel for kernel in kernels if kernel[1] > SHARED_BYTES[card]] == []
     grouped = {"_quantized_gate_up_kernel", "_quantized_down_kernel"} if bits != 16 else set()
     unsplit = {"_qkv_kernel", "_unsplit_kernel"} if bits > 16 else set()  # have a scale an output, or none

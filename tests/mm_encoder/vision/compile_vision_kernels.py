@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
+from no_driver import NoDriver
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -23,22 +23,6 @@ from services.mm_encoder.vision.tables import Tables
 from services.mm_encoder.vision.weights import Linear
 
 ROWS, HEADS, WIDTH, INNER = 1024, 16, 1280, 5120
-
-
-class NoDriver:
-    """Driver with the answers that compiling needs."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def main() -> None:

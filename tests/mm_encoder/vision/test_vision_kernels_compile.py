@@ -1,16 +1,13 @@
 """The interpreter runs what the compiler refuses, and what takes more shared memory than a card has."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import compiled
 
 SCRIPT = Path(__file__).parent / "compile_vision_kernels.py"
-ROOT = Path(__file__).parents[3]
 # Of a program, by capability: the least that a card has, and Hopper, which has a way of its own.
 SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}
 KERNELS = {"_attention_kernel", "_rotate_kernel", "_add_norm_kernel", "_quick_gelu_kernel"}
@@ -20,16 +17,7 @@ KERNELS = {"_attention_kernel", "_rotate_kernel", "_add_norm_kernel", "_quick_ge
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by the tests of each kernel")
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_kernels_compile_for_a_card(capability: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, str(capability)],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},  # they are not assembled
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = [json.loads(line) for line in compiled(SCRIPT, capability, cache=tmp_path)]
     assert {name for name, *_ in kernels} == KERNELS
     programs = 2 if capability == 90 else 1  # that share a multiprocessor, in attention
     assert all(programs * shared <= SHARED_BYTES[capability] for _, shared, *_ in kernels)
