@@ -23,11 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipeline import MARK, Reader, System, cpu_seconds, free_port, throughput
+from benchmarks.pipeline import MARK, Reader, System, cpu_seconds, free_port, started, throughput
 from benchmarks.synthetic_engine import REPORT_TOKENS, Board
 from cli.demo import write_demo
-from cli.redis_server import RedisServer
-from shared.model.tokenizer import Tokenizer
 from shared.open_files import raise_file_limit
 
 OFFERED = 25_600  # tokens a second, at most
@@ -108,17 +106,11 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Measure every number of streams on one system."""
     model = root / "model"
     write_demo(model)
-    token = Tokenizer.load(model).encode_text(MARK)[-1]
-    board = Board(root / "board")
-    with RedisServer(root / "redis") as server:
-        most = {"MILLRACE_MAX_CONNECTIONS_PER_ADDRESS": "4096"}
-        system = System(server, model, free_port(), 1, gateway=most)
-        try:
-            throughput(system, board, token, 64, 100, steps_per_s=MOST_STEPS_PER_S)  # warm-up
-            both: dict[str, System | Writer] = {"gateway": system, "writer": Writer()}
-            found = {str(streams): rows(both, board, token, streams, args.ahead) for streams in args.streams}
-        finally:
-            system.stop()
+    most = {"MILLRACE_MAX_CONNECTIONS_PER_ADDRESS": "4096"}
+    with started(root, model, 1, gateway=most) as (system, board, token):
+        throughput(system, board, token, 64, 100, steps_per_s=MOST_STEPS_PER_S)  # warm-up
+        both: dict[str, System | Writer] = {"gateway": system, "writer": Writer()}
+        found = {str(streams): rows(both, board, token, streams, args.ahead) for streams in args.streams}
     machine = {"python": platform.python_version(), "cpus": os.cpu_count(), "load": os.getloadavg()}
     return {"machine": machine, "streams": found}
 

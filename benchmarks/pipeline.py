@@ -248,28 +248,42 @@ def first_token(system: System, board: Board, token: int, rounds: int) -> dict[s
     return percentiles(np.array(waits[len(waits) // 10 :])) | {"mean": round(statistics.mean(waits) * 1e3, 2)}
 
 
+@contextlib.contextmanager
+def started(
+    root: Path,
+    model: Path,
+    shards: int,
+    postproc: str = "services.postproc",
+    gateway: Mapping[str, str] = MappingProxyType({}),
+    persistence: bool = False,
+) -> Iterator[tuple[System, Board, int]]:
+    """Start a system; yield it, the board that its engines read, and the token that they give."""
+    token = Tokenizer.load(model).encode_text(MARK)[-1]
+    board = Board(root / "board")
+    with RedisServer(root / "redis", persistence=persistence) as server:
+        system = System(server, model, free_port(), shards, postproc, gateway)
+        try:
+            yield system, board, token
+        finally:
+            system.stop()
+
+
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Run all measurements on one system."""
     model = root / "model"
     write_demo(model)
-    token = Tokenizer.load(model).encode_text(MARK)[-1]
-    board = Board(root / "board")
-    with RedisServer(root / "redis") as server:
-        system = System(server, model, free_port(), args.shards)
-        try:
-            n, tokens = args.streams, args.tokens
-            throughput(system, board, token, n, 50, steps_per_s=args.steps_per_s)  # warm-up
-            return {
-                "machine": {"python": platform.python_version(), "cpus": os.cpu_count(), "streams": n},
-                "first_token_ms": first_token(system, board, token, args.rounds),
-                "paced": {
-                    "offered_tokens_per_s": round(n * args.steps_per_s),
-                    **throughput(system, board, token, n, tokens, steps_per_s=args.steps_per_s),
-                },
-                "flat_out": throughput(system, board, token, n, tokens, window=n * args.ahead),
-            }
-        finally:
-            system.stop()
+    with started(root, model, args.shards) as (system, board, token):
+        n, tokens = args.streams, args.tokens
+        throughput(system, board, token, n, 50, steps_per_s=args.steps_per_s)  # warm-up
+        return {
+            "machine": {"python": platform.python_version(), "cpus": os.cpu_count(), "streams": n},
+            "first_token_ms": first_token(system, board, token, args.rounds),
+            "paced": {
+                "offered_tokens_per_s": round(n * args.steps_per_s),
+                **throughput(system, board, token, n, tokens, steps_per_s=args.steps_per_s),
+            },
+            "flat_out": throughput(system, board, token, n, tokens, window=n * args.ahead),
+        }
 
 
 SHIPPED, BARE = "services.postproc", "benchmarks.bare_postproc"
@@ -278,15 +292,9 @@ WAYS = {"guarantees, on disk": (SHIPPED, True), "guarantees": (SHIPPED, False), 
 
 def paced_cost(args: argparse.Namespace, root: Path, model: Path, postproc: str, on_disk: bool) -> dict[str, float]:
     """Return CPU us per token by process, of a system started for it."""
-    token = Tokenizer.load(model).encode_text(MARK)[-1]
-    board = Board(root / "board")
-    with RedisServer(root / "redis", persistence=on_disk) as server:
-        system = System(server, model, free_port(), args.shards, postproc)
-        try:
-            throughput(system, board, token, args.streams, 50, steps_per_s=args.steps_per_s)  # warm-up
-            paced = throughput(system, board, token, args.streams, args.tokens, steps_per_s=args.steps_per_s)
-        finally:
-            system.stop()
+    with started(root, model, args.shards, postproc, persistence=on_disk) as (system, board, token):
+        throughput(system, board, token, args.streams, 50, steps_per_s=args.steps_per_s)  # warm-up
+        paced = throughput(system, board, token, args.streams, args.tokens, steps_per_s=args.steps_per_s)
     cost: dict[str, float] = paced["cpu_us_per_token"]
     return cost
 

@@ -1,6 +1,6 @@
 """Compiles the vision tower's kernels for a card as their wrappers launch them at the published size.
 
-    python compile_vision_kernels.py CAPABILITY
+    PYTHONPATH=.:tests python tests/mm_encoder/vision/compile_vision_kernels.py CAPABILITY
 
 Prints a line of JSON for each: [name, bytes of shared memory, whether it uses Hopper's matrix instructions, whether one
 of these may still run when what follows it begins]. Needs no GPU, and no memory: tensors have no values. A program of
