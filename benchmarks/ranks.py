@@ -8,11 +8,13 @@ FILE.json already stays. Measured of each, under SIZE.QUANTIZATION:
 
   decode_ms, prefill_tok_s   as in benchmarks.engine
   startup_s, cache_tokens    until the runner is there, captured steps included, and how much the caches hold
-  scores                     log-probabilities of the tokens of a prompt: by how much two sizes differ is printed
+  scores                     log-probabilities of the tokens of a prompt: by how much two sizes differ is printed, and
+                             by how much those of one do beside seven other prompts (noise), where sums are rounded
+                             otherwise
   tokens                     of greedy answers: how many agree with those of one rank until the first that does not
   SIGNAL to RANK             with --faults: seconds from then, while all decode, until no process of the engine is left,
                              and rank 0's exit status
-  kernels                    with --profile: of a decode step on the first rank, longest first
+  kernels                    with --profile: of a decode step and of the prefills on the first rank, longest first
   exchange_us                with --exchange: one exchange of so many rows, captured, with nothing around it: by NCCL,
                              and by writing to the other card's memory (null where that does not work), with the number
                              of those that gave anything else than NCCL's (wrong)
@@ -51,6 +53,7 @@ from shared.messages import Sampling
 from shared.model.config import load_model_config
 
 SCORED, ANSWERED, ANSWERS = 512, 64, 8
+BESIDE = 7  # prompts
 EXCHANGED_ROWS = (1, 8, 32, 128, 256, 1024, 8192)
 LONG = 4000  # tokens of answers during which a rank is lost
 MEASURE = "measure"  # what an engine is asked for
@@ -114,21 +117,23 @@ class Ranked(Bench):
         self.startup_s = {"load_and_capture": round(time.perf_counter() - started, 1)}
         self.memory = {"cache_tokens": self._blocks * self.settings.block_size}
 
-    def scores(self) -> list[float]:
-        """Return the log-probabilities of a prompt's own tokens."""
+    def scores(self, beside: int = 0) -> list[float]:
+        """Return the log-probabilities of a prompt's own tokens, computed beside so many other prompts."""
         found: list[float] = []
-        mailbox = Mailbox()
+        mailbox, left = Mailbox(), 1 + beside
 
         def hear(step_output: StepOutput) -> None:
+            nonlocal left
             for message in step_output.messages().values():
                 for begin in message.begins:
-                    if begin.prompt_logprobs is not None:
+                    if begin.prompt_logprobs is not None and int(begin.request_id, 16) == 0:
                         found.extend(np.frombuffer(begin.prompt_logprobs.logprobs, np.float32).tolist())
-            if step_output.ended:
+            left -= len(step_output.ended)
+            if left == 0:
                 mailbox.close()
 
         self._sampling = Sampling(seed=0, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
-        self.drive([self.sequence(0, SCORED, 1)], mailbox, hear)
+        self.drive([self.sequence(index, SCORED, 1) for index in range(1 + beside)], mailbox, hear)
         self._sampling = Sampling(seed=0, temperature=0.0, ignore_eos=True)
         return found
 
@@ -171,7 +176,8 @@ def tell(found: dict[str, Any], done: bool = False) -> None:
 def measure(bench: Ranked, args: argparse.Namespace) -> None:
     """Measure one engine; tell each figure at once."""
     bench.run(1, min(PROMPT, args.prompt), 4)
-    tell({"scores": bench.scores(), "tokens": bench.tokens()})
+    scores = bench.scores()
+    tell({"scores": scores, "noise": apart(scores, bench.scores(BESIDE)), "tokens": bench.tokens()})
     decode_ms, prefill_tok_s, kernels = dict[str, float](), dict[str, int](), dict[str, Any]()
     for count in args.batches:
         decode_ms[str(count)] = round(bench.run(count, args.prompt, GENERATED)[1].step_ms(), 3)
@@ -181,6 +187,9 @@ def measure(bench: Ranked, args: argparse.Namespace) -> None:
         tell({"prefill_tok_s": prefill_tok_s})
     for count in args.profile:
         kernels[str(count)] = bench.kernels(count)
+        tell({"kernels": kernels})
+    for count, length in args.prefills if args.profile else ():
+        kernels[f"{count}x{length}"] = bench.prefill_kernels(count, length)
         tell({"kernels": kernels})
     tell({}, done=True)
 
@@ -275,14 +284,17 @@ PARTS: dict[str, Callable[[Path, int, str, argparse.Namespace], None]] = {
 
 def compare(one: dict[str, Any], several: dict[str, Any]) -> dict[str, Any]:
     """Return by how much the numbers of two engines differ."""
-    pairs = list(zip(one["scores"], several["scores"], strict=True))
-    apart = [abs(a - b) for a, b in pairs]
-    distance = {"mean": statistics.fmean(apart), "most": max(apart)}
     same = [
         next((i for i, (a, b) in enumerate(zip(*both, strict=True)) if a != b), ANSWERED)
         for both in zip(one["tokens"], several["tokens"], strict=True)
     ]
-    return {"scores_apart": distance, "tokens_before_the_first_other": same}
+    return {"scores_apart": apart(one["scores"], several["scores"]), "tokens_before_the_first_other": same}
+
+
+def apart(some: list[float], others: list[float]) -> dict[str, float]:
+    """Return by how much numbers differ."""
+    distances = [abs(a - b) for a, b in zip(some, others, strict=True)]
+    return {"mean": statistics.fmean(distances), "most": max(distances)}
 
 
 def parse() -> argparse.Namespace:

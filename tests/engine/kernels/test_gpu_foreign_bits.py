@@ -56,7 +56,7 @@ def test_dequantised_are_the_checkpoint_s_numbers_rounded_once(
 ) -> None:
     weight, exact = foreign(*shape, bits=bits, group=group, dtype=dtype)
     assert torch.equal(dequantize(weight), exact.to(dtype))
-    if DEVICE == "cuda" or dtype == torch.float32:
+    if dtype == torch.float32 or (DEVICE == "cuda" and dtype == torch.bfloat16):  # no model is served in float16
         assert torch.equal(gpu_dequantize.dequantize(weight), exact.to(dtype))
     if len(shape) == 3:
         assert torch.equal(dequantize(weight[1]), exact[1].to(dtype))

@@ -53,8 +53,7 @@ def _unpack_asm(plane: int) -> str:
 
 
 def _unpack_foreign_asm(plane: int) -> str:
-    """Return the instructions that make two words, and the word of their row's scale and zero point, twice, a pair of
-    bfloat16.
+    """Return the instructions that make two words, and the word of scale and zero point of each, a pair of bfloat16.
 
     A nibble is made the number q / 64 as above, and -zero / 64 is added, without a rounding. The product with the scale
     is a fused multiplication, with -0 added, since cards before Hopper have no other.
@@ -63,7 +62,7 @@ def _unpack_foreign_asm(plane: int) -> str:
     return (
         "{ .reg .b32 w, s, z, up, none;"
         f"shr.u32 w, $1, {plane // 2 * 8}; lop3.b32 w, w, {nibble:#x}, {sign:#x}, 0x6A;"
-        f"prmt.b32 s, $2, 0, 0x3232; prmt.b32 z, $2, 0, 0x1010; mov.b32 up, {up * 0x10001:#x};"
+        f"prmt.b32 s, $2, $3, 0x7632; prmt.b32 z, $2, $3, 0x5410; mov.b32 up, {up * 0x10001:#x};"
         "mov.b32 none, 0x80008000; fma.rn.bf16x2 w, w, up, z; fma.rn.bf16x2 $0, w, s, none; }"
     )
 
@@ -76,12 +75,14 @@ _WIDEN = tl.constexpr(
     "prmt.b32 $0, u, 0, 0x4140; prmt.b32 $1, u, 0, 0x4342;"
     "fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, one, less; }"
 )
-# The same, with the word of scale and zero point of their row, four times: as in `_unpack_foreign_asm`.
+# The same, with the word of scale and zero point of each byte: as in `_unpack_foreign_asm`. Four bytes that a thread
+# has one after the other may be of several rows.
 _WIDEN_FOREIGN = tl.constexpr(
     "{ .reg .b32 u, v, s, z, one, none; mov.b32 one, 0x7F007F00; mov.b32 none, 0x80008000; xor.b32 v, $2, 0x80808080;"
-    "prmt.b32 s, $3, 0, 0x3232; prmt.b32 z, $3, 0, 0x1010; prmt.b32 u, v, 0, 0x4140; prmt.b32 v, v, 0, 0x4342;"
-    "fma.rn.bf16x2 u, u, one, z; fma.rn.bf16x2 v, v, one, z;"
-    "fma.rn.bf16x2 $0, u, s, none; fma.rn.bf16x2 $1, v, s, none; }"
+    "prmt.b32 u, v, 0, 0x4140; prmt.b32 s, $3, $4, 0x7632; prmt.b32 z, $3, $4, 0x5410;"
+    "fma.rn.bf16x2 u, u, one, z; fma.rn.bf16x2 u, u, s, none;"
+    "prmt.b32 v, v, 0, 0x4342; prmt.b32 s, $5, $6, 0x7632; prmt.b32 z, $5, $6, 0x5410;"
+    "fma.rn.bf16x2 v, v, one, z; fma.rn.bf16x2 $1, v, s, none; mov.b32 $0, u; }"
 )
 _AFTER_WGMMA = tl.constexpr(
     "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
