@@ -4,6 +4,7 @@ The memory of both is the card's own. What this cannot show is the order of writ
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import pytest
 import torch
@@ -45,30 +46,39 @@ class Block:
     """What the ranks know before the end of a block of experts, and what they should find."""
 
     def __init__(self, rows: int, parts: int) -> None:
-        self.routed = torch.empty(RANKS, rows * EXPERTS, WIDTH, dtype=torch.bfloat16, device="cuda")
-        self.weights = torch.empty(RANKS, rows, EXPERTS, device="cuda")
-        dtype = torch.bfloat16 if parts == 1 else torch.float32
-        self.shared = torch.empty(RANKS, parts, rows, WIDTH, dtype=dtype, device="cuda")
-        self.residual = torch.empty(rows, WIDTH, dtype=torch.bfloat16, device="cuda")
-        self.norm = torch.empty(WIDTH, dtype=torch.bfloat16, device="cuda")
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        # Each of a place of its own, as ranks have them: what begins at another multiple of bytes has kernels compiled.
+        self.results = [
+            (
+                empty(rows * EXPERTS, WIDTH),
+                empty(rows, EXPERTS, dtype=torch.float32),
+                empty(parts, rows, WIDTH, dtype=torch.bfloat16 if parts == 1 else torch.float32),
+            )
+            for _ in range(RANKS)
+        ]
+        self.residual, self.norm = empty(rows, WIDTH), empty(WIDTH)
         self.draw()
 
     def draw(self) -> None:
         """Draw new numbers, in place."""
-        for tensor in (self.routed, self.weights, self.shared, self.residual, self.norm):
+        for tensor in (*chain(*self.results), self.residual, self.norm):
             tensor.normal_()
+
+    def rows(self, count: int) -> list[Tensor]:
+        """So many rows of each rank."""
+        return [routed[:count] for routed, _, _ in self.results]
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Both results, by the launches that one rank needs for each."""
-        ranks = zip(self.routed, self.weights, self.shared, strict=True)
-        sums = [sum_experts(*results, torch.bfloat16) for results in ranks]
+        sums = [sum_experts(*results, torch.bfloat16) for results in self.results]
         return add_norm(torch.stack(sums), self.residual, self.norm, EPS)
 
     def end(self, rank: int, at: Direct) -> tuple[Tensor, Tensor]:
         """Both results on one rank."""
         assert at.rows is not None
-        results = self.routed[rank], self.weights[rank], self.shared[rank]
-        return exchange_add_norm(*results, self.residual, self.norm, EPS, at.rows, LOOKS)
+        return exchange_add_norm(*self.results[rank], self.residual, self.norm, EPS, at.rows, LOOKS)
 
 
 def streams() -> list[torch.cuda.Stream]:
@@ -105,10 +115,10 @@ def test_the_end_of_a_block_is_that_of_separate_launches(parts: int) -> None:
         found = []
         for rank, (end, stream) in enumerate(zip(both, own_streams, strict=True)):
             with torch.cuda.stream(stream):
-                found.append((*block.end(rank, end), end.gather(block.routed[rank, :rows], LOOKS)))
+                found.append((*block.end(rank, end), end.gather(block.rows(rows)[rank], LOOKS)))
         torch.cuda.synchronize()
         for of_rank in found:
-            assert all(map(torch.equal, of_rank, (*block.expected(), block.routed[:, :rows])))
+            assert all(map(torch.equal, of_rank, (*block.expected(), torch.stack(block.rows(rows)))))
     assert on_time(both)
 
 
