@@ -155,6 +155,7 @@ class Life:
         self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
         self._facts = facts
         self._joined = False
+        self._lease_s = settings.lease_ms / 1000
         self._renew_s = settings.lease_ms / 3000
         self._renewal_s = max(_RETRY_S, settings.lease_ms / 2000)
         self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
@@ -217,7 +218,7 @@ class Life:
         Raises:
             ConfigError: a living replica and this one read no version in common.
         """
-        give_up_at = time.monotonic() + self._raise_after_s
+        joined = newer_postproc_at = time.monotonic()
         while True:
             fleet = await retry_until_available("fleet", self._lease.fleet)
             for replica in fleet:
@@ -229,15 +230,17 @@ class Life:
             newest = max([VERSION, *(replica.newest for replica in fleet)])
             if newest == VERSION:
                 return
+            now = time.monotonic()
+            if any(replica.service == "postproc" and replica.newest > VERSION for replica in fleet):
+                newer_postproc_at = now
             if all(replica.writes <= VERSION for replica in fleet):
                 newer = range(VERSION + 1, newest + 1)
-                # Tokens become readable by being journaled.
-                journaled = any(replica.service == "postproc" and replica.newest > VERSION for replica in fleet)
-                shards = self._shards if journaled else ()
+                # Tokens become readable by being journaled, unless all who could read them are dead.
+                shards = self._shards if now - newer_postproc_at < self._dead_after_s else ()
                 look = partial(holds_newer, self._redis, self._keys, shards, newer)
                 if not await retry_until_available("newer", look):
                     return
-                if time.monotonic() >= give_up_at:
+                if now - joined >= self._raise_after_s:
                     _log.error("newer replicas do not translate what they wrote; its requests will fail if they die")
                     return
             await asyncio.sleep(self._renew_s / 2)
@@ -245,22 +248,24 @@ class Life:
     async def _settle_version(self) -> None:
         """Write the newest version that everybody reads.
 
-        What is kept in a newer one is translated before we say so, and again until all say so.
+        What is kept in a newer one is translated before we say so, and again until all say so. What we had begun to
+        write in a newer one has to be written by then.
         """
         if OLDEST == VERSION:
             return
-        before, fleet = WRITES.number, await self._lease.fleet()
+        before, fleet = WRITES.settled, await self._lease.fleet()
         needed = min([VERSION, *(replica.newest for replica in fleet)])
         if WRITES.settle(needed, time.monotonic(), self._raise_after_s):
             self._translated = False
-        if WRITES.number != before:
-            _log.info("another version of messages is written", extra={"version": WRITES.number})
+        if WRITES.settled != before:
+            _log.info("another version of messages is written", extra={"version": WRITES.settled})
+        announced = WRITES.announced
         if not self._translated:
             await translate_records(self._redis, self._keys)
             await translate_entries(self._redis, self._keys, self._me.service, self._me.replica)
-            self._translated = all(replica.writes <= WRITES.number for replica in fleet)
-        if self._lease.writes != WRITES.number:
-            self._lease.writes = WRITES.number
+            self._translated = max([announced, *(replica.writes for replica in fleet)]) <= WRITES.settled
+        if self._lease.writes != announced:
+            self._lease.writes = announced
             await self._lease.renew(self._state)
 
     async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
@@ -324,10 +329,12 @@ class Life:
         if not self._joined:
             return True
         load = {} if self._state == "starting" else self._service.load()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._renewal_s):
                 await self._lease.renew(self._state, load)
             await self._settle_version()
+            WRITES.trusted_until = began + self._lease_s
         except SignInError:
             raise
         except TimeoutError:

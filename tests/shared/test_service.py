@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +365,30 @@ async def test_it_waits_until_a_newer_replica_has_left_nothing_that_it_cannot_re
     assert not service.serving.is_set()
     await redis.delete(keys.tokens(0))
     await service.serving.wait()
+    life.stop.set()
+    assert await running == 0
+
+
+@pytest.mark.parametrize(("dead_after_s", "looked_at"), [(3600.0, [0, 1, 2, 3]), (0.0, [])])
+async def test_tokens_are_waited_for_while_a_newer_postproc_may_only_be_late_with_its_lease(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch, dead_after_s: float, looked_at: list[int]
+) -> None:
+    looks = []
+
+    async def look(redis: Redis, keys: Keys, shards: Collection[int], versions: Collection[int]) -> bool:
+        looks.append((list(shards), list(versions)))
+        return False
+
+    monkeypatch.setattr("shared.service.holds_newer", look)
+    newer = leases.Replica("gateway", "g", "ready", newest=VERSION + 1, writes=VERSION)
+    await redis.sadd(keys.replicas("gateway"), "g")  # type: ignore[misc]
+    await redis.set(keys.replica("gateway", "g"), msgspec.json.encode(newer))
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(shards=4), redis)
+    life._dead_after_s = dead_after_s
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    assert looks == [(looked_at, [VERSION + 1])]
     life.stop.set()
     assert await running == 0
 
