@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from shared import message_versions, messages, service
@@ -149,7 +150,10 @@ class Idle:
 
     async def startup(self) -> None: ...
 
-    serve = drain = close = startup
+    async def serve(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    drain = close = startup
 
     def load(self) -> dict[str, float]:
         return {}
@@ -184,6 +188,7 @@ async def test_a_lease_says_the_older_version_when_what_was_begun_in_the_newer_i
 
     async def written_and_said() -> tuple[bytes, int]:
         await life._renew()
+        await life._settle_version()
         [gateway] = await leases.live(redis, keys, "gateway")
         return to_entry(WORK)[b"v"], gateway.writes
 
@@ -205,9 +210,40 @@ async def test_a_version_is_announced_before_it_is_written(
     seen = []
     for _ in range(3):
         await life._renew()
+        await life._settle_version()
         [gateway] = await leases.live(redis, keys, "gateway")
         seen.append((two_versions.number, gateway.writes))
     assert seen == [(1, 2), (2, 2), (2, 2)]
+
+
+async def test_a_lease_is_renewed_while_much_is_translated(
+    redis: Redis, keys: Keys, two_versions: WriteVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translating, renewed, renewals = asyncio.Event(), asyncio.Event(), 0
+    renew = leases.Lease.renew
+
+    async def translate(*_: Any) -> None:
+        translating.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def counted(*given: Any) -> None:
+        nonlocal renewals
+        await renew(*given)
+        renewals += translating.is_set()
+        if renewals == 3:
+            renewed.set()
+
+    monkeypatch.setattr(service, "translate_records", translate)
+    monkeypatch.setattr(leases.Lease, "renew", counted)
+    await Engines(redis, keys).start("old", 1)
+    two_versions.settled = 2
+    settings = CommonSettings(redis_url="", model="", namespace="test", name="g", lease_ms=300)
+    life = Life("gateway", Idle(), settings, redis)
+    running = asyncio.create_task(life.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await renewed.wait()
+    life.stop.set()
+    assert await running == 0
 
 
 ENCODERS = {"to_entry", "record_value", "encode_request", "encode_begin", "encode_finish", "encode_logprob"}
