@@ -607,6 +607,11 @@ def translated_record_value(kind: str, data: bytes) -> bytes | None:
     return _marked(WRITES.number, translate(kind, packed, version, WRITES.number))
 
 
+def record_version(data: bytes) -> int:
+    """Return the version of a value of a record."""
+    return _split(data)[0]
+
+
 def record_value(message: Message) -> bytes:
     """Return a message as a value of a record."""
     return _to_record(message)

@@ -8,6 +8,7 @@ close. A failed task of the service, or a `serve` that returns by itself, ends t
 
 import asyncio
 import gc
+import math
 import os
 import signal
 import sys
@@ -155,12 +156,14 @@ class Life:
         self._lease = Lease(redis, keys, name, settings.name, settings.lease_ms, *about)
         self._facts = facts
         self._joined = False
+        self._lease_s = settings.lease_ms / 1000
         self._renew_s = settings.lease_ms / 3000
         self._renewal_s = max(_RETRY_S, settings.lease_ms / 2000)
         self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
         self._dead_after_s = DEAD_AFTER * settings.lease_ms / 1000
         self._drain_s = settings.drain_s
         self._shards = range(settings.shards)
+        self._renewed_at = -math.inf
         self._translated = True
         self._state = "starting"
 
@@ -169,7 +172,8 @@ class Life:
         status = 0
         try:
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(self._keep_renewing()), group.create_task(self._listen())]
+                loops = (self._keep_renewing(), self._keep_settling(), self._listen())
+                background = [group.create_task(each) for each in loops]
                 await self._phases()
                 for task in background:
                     task.cancel()
@@ -217,7 +221,8 @@ class Life:
         Raises:
             ConfigError: a living replica and this one read no version in common.
         """
-        give_up_at = time.monotonic() + self._raise_after_s
+        newest = VERSION
+        joined = newer_at = newer_postproc_at = time.monotonic()
         while True:
             fleet = await retry_until_available("fleet", self._lease.fleet)
             for replica in fleet:
@@ -226,18 +231,22 @@ class Life:
                         f"this replica reads versions {OLDEST} to {VERSION} of our messages, and {replica.service}:"
                         f"{replica.name} {replica.oldest} to {replica.newest}; upgrade by one version at a time"
                     )
-            newest = max([VERSION, *(replica.newest for replica in fleet)])
-            if newest == VERSION:
+            now = time.monotonic()
+            newer_services = {replica.service for replica in fleet if replica.newest > VERSION}
+            newest = max([newest, *(replica.newest for replica in fleet)])
+            newer_at = now if newer_services else newer_at
+            newer_postproc_at = now if "postproc" in newer_services else newer_postproc_at
+            # Those that were seen and are not may only be late with their leases.
+            if newest == VERSION or now - newer_at > self._dead_after_s:
                 return
             if all(replica.writes <= VERSION for replica in fleet):
                 newer = range(VERSION + 1, newest + 1)
-                # Tokens become readable by being journaled.
-                journaled = any(replica.service == "postproc" and replica.newest > VERSION for replica in fleet)
-                shards = self._shards if journaled else ()
+                # Tokens become readable by being journaled, unless all who could read them are dead.
+                shards = self._shards if now - newer_postproc_at < self._dead_after_s else ()
                 look = partial(holds_newer, self._redis, self._keys, shards, newer)
                 if not await retry_until_available("newer", look):
                     return
-                if time.monotonic() >= give_up_at:
+                if now - joined >= self._raise_after_s:
                     _log.error("newer replicas do not translate what they wrote; its requests will fail if they die")
                     return
             await asyncio.sleep(self._renew_s / 2)
@@ -245,22 +254,24 @@ class Life:
     async def _settle_version(self) -> None:
         """Write the newest version that everybody reads.
 
-        What is kept in a newer one is translated before we say so, and again until all say so.
+        What is kept in a newer one is translated before we say so, and again until all say so. What we had begun to
+        write in a newer one has to be written by then.
         """
-        if OLDEST == VERSION:
-            return
-        before, fleet = WRITES.number, await self._lease.fleet()
+        before, seen_until = WRITES.settled, self._renewed_at + self._lease_s
+        fleet = await self._lease.fleet()
         needed = min([VERSION, *(replica.newest for replica in fleet)])
         if WRITES.settle(needed, time.monotonic(), self._raise_after_s):
             self._translated = False
-        if WRITES.number != before:
-            _log.info("another version of messages is written", extra={"version": WRITES.number})
+        WRITES.trusted_until = seen_until
+        if WRITES.settled != before:
+            _log.info("another version of messages is written", extra={"version": WRITES.settled})
+        announced = WRITES.announced
         if not self._translated:
             await translate_records(self._redis, self._keys)
             await translate_entries(self._redis, self._keys, self._me.service, self._me.replica)
-            self._translated = all(replica.writes <= WRITES.number for replica in fleet)
-        if self._lease.writes != WRITES.number:
-            self._lease.writes = WRITES.number
+            self._translated = max([announced, *(replica.writes for replica in fleet)]) <= WRITES.settled
+        if self._lease.writes != announced:
+            self._lease.writes = announced
             await self._lease.renew(self._state)
 
     async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
@@ -319,15 +330,28 @@ class Life:
             while not await self._renew():
                 suspect(self._redis)
 
+    async def _keep_settling(self) -> None:
+        """Settle the version of messages as often; beside the lease, as there may be much to translate."""
+        while OLDEST < VERSION:
+            await asyncio.sleep(self._renew_s)
+            try:
+                if self._joined:
+                    await self._settle_version()
+            except SignInError:
+                raise
+            except RedisError as error:
+                _log.warning("version of messages not settled", extra={"reason": str(error)})
+
     async def _renew(self) -> bool:
         """Return False if there was no answer in time."""
         if not self._joined:
             return True
         load = {} if self._state == "starting" else self._service.load()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._renewal_s):
                 await self._lease.renew(self._state, load)
-            await self._settle_version()
+            self._renewed_at = began
         except SignInError:
             raise
         except TimeoutError:

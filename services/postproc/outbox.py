@@ -14,6 +14,7 @@ from shared.bus.records import Records
 from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire, WireScript
 from shared.crash_points import crash_point
+from shared.message_versions import versioned_write
 from shared.messages import Delta, Deltas, to_entry
 
 HERE = Path(__file__).parent  # where the scripts are
@@ -35,6 +36,7 @@ class Outbox:
         self._send_script = WireScript(Wire(redis), read_script("send_deltas", HERE))
         self._trim_script = redis.register_script(read_script("trim_tokens", HERE))
 
+    @versioned_write
     async def send(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Send one message to every gateway in `deltas`."""
         entries = [to_entry(Deltas(tuple(items))) for items in deltas.values()]

@@ -48,6 +48,7 @@ class Blobs:
         self._common: list[str | int | bytes] = [keys.blob_prefix(), CHUNK]
         self._index_blob = redis.register_script(read_script("index_blob"))
         self._pin_blobs = redis.register_script(read_script("pin_blobs"))
+        self._write_pinned = redis.register_script(read_script("write_pinned"))
         self._touch_blob = redis.register_script(read_script("touch_blob"))
         self._delete_blobs = redis.register_script(read_script("delete_blobs"))
 
@@ -66,7 +67,7 @@ class Blobs:
             )
         entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget]
         await self._index_blob(keys=self._index, args=entry)
-        chunks = await self._write_chunks(kind, key, view, self._ttl_s)
+        chunks = await self._write_chunks(kind, key, view)
         await self._index_blob(keys=self._index, args=[*entry, chunks, meta])
 
     @property
@@ -77,30 +78,37 @@ class Blobs:
     async def pin_uploads(self, uploads: Mapping[str, bytes], keep_s: float) -> int | None:
         """Store uploads of one request, which are not evicted until they are deleted, or for `keep_s`.
 
-        Returns the bytes that other uploads take, if there is no room beside them; then nothing was stored.
+        Returns the bytes that other uploads take, if there is no room beside them; then nothing was stored. A Redis
+        that has lost the beginning when it is given the end is given all again.
         """
         expiry_s = math.ceil(keep_s)
         sizes = [part for key, data in uploads.items() for part in (self._keys.blob_member(MEDIA, key), len(data))]
         limits = [self._ttl_s, self._budget, self.upload_limit, expiry_s]
-        taken = int(await self._pin_blobs(keys=self._index, args=[*self._common, *limits, *sizes]))
-        if taken >= 0:
-            return taken
-        for key, data in uploads.items():
-            chunks = await self._write_chunks(MEDIA, key, memoryview(data), expiry_s)
-            async with self._redis.pipeline(transaction=True) as pipe:
-                blob = self._keys.blob(MEDIA, key)
-                pipe.hset(blob, mapping={"size": len(data), "chunks": chunks, "meta": b""})
-                pipe.expire(blob, expiry_s)
-                await pipe.execute()
-        return None
+        while True:
+            taken = int(await self._pin_blobs(keys=self._index, args=[*self._common, *limits, *sizes]))
+            if taken >= 0:
+                return taken
+            if all([await self._write_upload(key, data, expiry_s) for key, data in uploads.items()]):
+                return None
 
-    async def _write_chunks(self, kind: str, key: str, view: memoryview, ttl_s: int) -> int:
+    async def _write_upload(self, key: str, data: bytes, expiry_s: int) -> bool:
+        """Write a pinned blob; return False if Redis has lost that it is pinned, and maybe its first chunks."""
+        size, chunks = len(data), max(1, math.ceil(len(data) / CHUNK))
+        about = [*self._common, self._keys.blob_member(MEDIA, key), expiry_s, size, chunks]
+        for n in range(chunks):
+            args = [*about, n, data[n * CHUNK : (n + 1) * CHUNK]]
+            if not await self._write_pinned(keys=self._index, args=args):
+                return False
+        return True
+
+    async def _write_chunks(self, kind: str, key: str, view: memoryview) -> int:
         """Write the bytes of a blob; return the number of chunks."""
         chunks = range((len(view) + CHUNK - 1) // CHUNK)
         for batch in _batches(chunks):
             async with self._redis.pipeline(transaction=False) as pipe:
                 for n in batch:
-                    pipe.set(self._keys.blob_chunk(kind, key, n), bytes(view[n * CHUNK : (n + 1) * CHUNK]), ex=ttl_s)
+                    chunk = bytes(view[n * CHUNK : (n + 1) * CHUNK])
+                    pipe.set(self._keys.blob_chunk(kind, key, n), chunk, ex=self._ttl_s)
                 await pipe.execute()
         return len(chunks)
 

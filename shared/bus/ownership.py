@@ -18,6 +18,7 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.lua import read_script
 from shared.errors import Failure, unreadable
 from shared.log import logger
+from shared.message_versions import versioned_write
 from shared.messages import Encode, Failed, Generate, Request, Tokens, record_value, to_entry
 from shared.redis_errors import is_wrong_type
 
@@ -141,6 +142,7 @@ class EntryOwnership:
         keys = [self._key, self._keys.request(request_id)]
         await self._record_progress(keys=keys, args=[*self._consumer, entry_id, tokens])
 
+    @versioned_write
     async def forward(self, entry_id: str, source: Encode, message: Generate) -> ForwardOutcome:
         """Replace an entry of `encode` by `message` in `generate` (mm_encoder).
 
@@ -152,6 +154,7 @@ class EntryOwnership:
         outcome: bytes = await self._run_ending(entry_id, self._forward, keys, args)
         return outcome.decode()  # type: ignore[return-value]
 
+    @versioned_write
     async def forward_ahead(self, entry_id: str, source: Encode, message: Generate) -> AheadOutcome:
         """Append `message` to `generate` before its embeddings are stored, and keep the entry of `encode` (mm_encoder).
 
@@ -235,6 +238,7 @@ class EntryOwnership:
         """End an entry that needs no answer, and delete its record. Returns whether this replica owned the entry."""
         return bool(await self._run_ending(entry_id, self._drop, [self._keys.request(request_id)], []))
 
+    @versioned_write
     async def end_with_failed(
         self, entry_id: str, failed: Failed, gateway: str = "", poison: Poison | None = None
     ) -> bool:
@@ -250,6 +254,7 @@ class EntryOwnership:
         args += [DELTAS_LENGTH, QUARANTINE_LENGTH, *_quarantine_fields(entry_id, poison)]
         return bool(await self._run_ending(entry_id, self._end_with_failed, names, args))
 
+    @versioned_write
     async def end_with_tokens(
         self, entry_id: str, request: Request, last: Tokens, poison: Poison | None = None
     ) -> bool:

@@ -18,6 +18,7 @@ from shared.bus.keys import Keys
 from shared.bus.leases import Fence
 from shared.bus.lua import read_script
 from shared.errors import ProtocolError
+from shared.message_versions import versioned_write
 from shared.messages import (
     Begin,
     Cancel,
@@ -97,6 +98,7 @@ class Records:
         self._attach = redis.register_script(read_script("attach"))
         self._detach = redis.register_script(read_script("detach"))
 
+    @versioned_write
     async def submit(self, stream: str, message: Encode | Generate) -> None:
         """Create the record and append the work entry to `stream`, in one script (gateway)."""
         request, entry = message.request, to_entry(message)
@@ -105,6 +107,7 @@ class Records:
             args=[encode_request(request), request.gateway, entry[b"v"], entry[b"m"], request.id, entry.get(b"k", b"")],
         )
 
+    @versioned_write
     async def submit_once(
         self, stream: str, messages: Sequence[Encode | Generate], digest: str, body_hash: str, ttl_s: int
     ) -> Submission | None:
@@ -169,6 +172,7 @@ class Records:
         places = await self._lost_entries(keys=[*map(self._keys.request, request_ids)], args=[])
         return {request_ids[place - 1] for place in places}
 
+    @versioned_write
     async def cancel(self, request_ids: Sequence[str], fence: Fence | None = None) -> None:
         """Mark existing records without a finish as cancelled, and broadcast `Cancel` if this marked any."""
         entry = to_entry(Cancel(tuple(request_ids)))
@@ -190,6 +194,7 @@ class Records:
 
     # ------------------------------------------------------------------------------------------- written by postproc
 
+    @versioned_write
     async def write_journal(
         self,
         writes: Sequence[tuple[str, int, Sequence[int]]],
@@ -235,6 +240,7 @@ class Records:
             found = await command(self._redis, "LRANGE", self._keys.logprobs(request_id), 0, -1)
         return [decode_logprob(data) for data in found]
 
+    @versioned_write
     async def retain(self, ended: Sequence[tuple[str, Finish, float]], fence: Fence) -> None:
         """Keep complete answers, each (request id, finish, seconds), for that many seconds."""
         args = [part for _, finish, s in ended for part in (encode_finish(finish), max(1, int(1000 * s)))]

@@ -18,7 +18,7 @@ from shared.bus.translation import translate_entries
 from shared.bus.wire import Wire
 from shared.errors import NewerVersionError, ProtocolError, unreadable
 from shared.log import logger
-from shared.message_versions import VERSION, WRITES
+from shared.message_versions import VERSION, WRITES, versioned_write
 from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry
 from shared.metrics import Hop
 from shared.redis_errors import is_wrong_type
@@ -298,12 +298,14 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
+@versioned_write
 async def send(redis: Redis, key: str, message: Message, *, max_len: int | None = None) -> str:
     """Append one message, trimming the stream approximately to `max_len`; return the entry id."""
     trim = () if max_len is None else ("MAXLEN", "~", max_len)
     return str(await command(redis, "XADD", key, *trim, "*", *_flat(message)), "ascii")
 
 
+@versioned_write
 async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
     """Append one message to a stream that its reader creates, unless the reader has deleted it.
 
@@ -325,6 +327,7 @@ class LogWriter:
         self._wire = Wire(redis)
         self._key = key
 
+    @versioned_write
     async def send(self, message: Message) -> None:
         """Append one message; twice, when the connection breaks at the wrong moment."""
         await self._wire.call("XADD", self._key, "*", *_flat(message))

@@ -4,7 +4,7 @@ All of it is idempotent, and harmless beside other writers and translators.
 """
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 
 from redis.asyncio import Redis
 
@@ -12,7 +12,7 @@ from shared.bus.client import command
 from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.lua import read_script
 from shared.errors import ProtocolError
-from shared.messages import translated_entry, translated_record_value
+from shared.messages import record_version, translated_entry, translated_record_value
 
 KINDS = {"request": "Request", "begin": "Begin", "finish": "Finish", "encode": "Encode"}  # by field of a record
 GROUPS = {ENCODE: "mm_encoder", GENERATE: "engine"}  # the service that reads a work stream, as its consumer group
@@ -25,16 +25,15 @@ async def translate_records(redis: Redis, keys: Keys) -> None:
     A field that has changed meanwhile stays as it is.
     """
     replace = redis.register_script(read_script("replace_fields"))
-    async for key in redis.scan_iter(match=keys.request("*"), count=PAGE, _type="hash"):
-        values = dict(zip(KINDS, await command(redis, "HMGET", key, *KINDS), strict=True))
+    async for key, values in _records(redis, keys):
         args: list[str | bytes] = []
         for field, value in values.items():
-            if value is not None and (after := translated_record_value(KINDS[field], value)) is not None:
+            if (after := translated_record_value(KINDS[field], value)) is not None:
                 args += [field, value, after]
         if args:
             await replace(keys=[key], args=args)
-    async for key in redis.scan_iter(match=keys.logprobs("*"), count=PAGE, _type="list"):
-        for index, value in enumerate(await command(redis, "LRANGE", key, 0, -1)):
+    async for key, logprobs in _logprobs(redis, keys):
+        for index, value in enumerate(logprobs):
             if (after := translated_record_value("TokenLogprob", value)) is not None:
                 await command(redis, "LSET", key, index, after)
 
@@ -58,7 +57,7 @@ async def translate_entries(redis: Redis, keys: Keys, service: str, name: str) -
 
 
 async def holds_newer(redis: Redis, keys: Keys, shards: Collection[int], versions: Collection[int]) -> bool:
-    """Return whether a work stream or one of these tokens streams has an entry of one of these versions."""
+    """Return whether a record, a work stream or one of these tokens streams has anything of one of these versions."""
     look = redis.register_script(read_script("find_version"))
     for stream in (*map(keys.stream, GROUPS), *map(keys.tokens, shards)):
         after = "-"
@@ -66,4 +65,23 @@ async def holds_newer(redis: Redis, keys: Keys, shards: Collection[int], version
             found, after = await look(keys=[stream], args=[after, PAGE, *versions])
             if found:
                 return True
+    async for _, values in _records(redis, keys):
+        if any(record_version(value) in versions for value in values.values()):
+            return True
+    async for _, logprobs in _logprobs(redis, keys):
+        if any(record_version(value) in versions for value in logprobs):
+            return True
     return False
+
+
+async def _records(redis: Redis, keys: Keys) -> AsyncIterator[tuple[bytes, dict[str, bytes]]]:
+    """Yield the key of each record, and its fields that have a version."""
+    async for key in redis.scan_iter(match=keys.request("*"), count=PAGE, _type="hash"):
+        values = zip(KINDS, await command(redis, "HMGET", key, *KINDS), strict=True)
+        yield key, {field: value for field, value in values if value is not None}
+
+
+async def _logprobs(redis: Redis, keys: Keys) -> AsyncIterator[tuple[bytes, list[bytes]]]:
+    """Yield the key of each list of log-probabilities, and its elements."""
+    async for key in redis.scan_iter(match=keys.logprobs("*"), count=PAGE, _type="list"):
+        yield key, await command(redis, "LRANGE", key, 0, -1)

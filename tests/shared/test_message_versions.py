@@ -1,17 +1,23 @@
 """Versions of messages, with a build that has two: the table and the numbers are replaced."""
 
+import ast
+import asyncio
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 
-from shared import message_versions, messages
+from shared import message_versions, messages, service
 from shared.bus import leases, streams
 from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.records import Record, Records
 from shared.bus.streams import LogReader, WorkStream, send
 from shared.bus.translation import holds_newer, translate_entries, translate_records
+from shared.config import CommonSettings
 from shared.errors import NewerVersionError, ProtocolError
 from shared.message_versions import Translation, WriteVersion
 from shared.messages import (
@@ -28,6 +34,7 @@ from shared.messages import (
     from_entry,
     to_entry,
 )
+from shared.service import Life
 
 REQUEST = Request("r", "g", 0, 0.0, Sampling(seed=1), Output(thinking=False), form=b"f")
 WORK = Generate(REQUEST, b"", 1)
@@ -52,8 +59,7 @@ def two_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteVersion]:
     writes = WriteVersion()
     table = {2: Translation(_renamed("layout", "form"), _renamed("form", "layout"))}
     monkeypatch.setattr(message_versions, "TRANSLATIONS", table)
-    monkeypatch.setattr(message_versions, "VERSION", 2)
-    for module in (messages, leases, streams):
+    for module in (message_versions, messages, leases, streams, service):
         monkeypatch.setattr(module, "VERSION", 2)
         monkeypatch.setattr(module, "WRITES", writes)
     return writes
@@ -63,18 +69,35 @@ def test_a_version_rises_late_and_falls_at_once(two_versions: WriteVersion) -> N
     assert two_versions.number == 1
     assert not two_versions.settle(2, 0.0, 10.0)
     assert not two_versions.settle(1, 5.0, 10.0), "one that needs the old version was there"
-    for now, number in ((6.0, 1), (15.9, 1), (16.0, 2), (17.0, 2)):
+    for now, announced, number in ((6.0, 1, 1), (15.9, 1, 1), (16.0, 2, 1), (17.0, 2, 2), (18.0, 2, 2)):
         assert not two_versions.settle(2, now, 10.0)
-        assert two_versions.number == number
-    assert two_versions.settle(1, 18.0, 10.0)
-    assert two_versions.number == 1
+        assert (two_versions.announced, two_versions.number) == (announced, number), now
+    assert two_versions.settle(1, 19.0, 10.0)
+    assert (two_versions.announced, two_versions.number) == (1, 1)
+
+
+def test_who_comes_between_the_announcement_and_the_rise_undoes_it(two_versions: WriteVersion) -> None:
+    two_versions.settle(2, 0.0, 10.0)
+    two_versions.settle(2, 10.0, 10.0)
+    assert two_versions.announced == 2
+    assert not two_versions.settle(1, 11.0, 10.0)
+    assert (two_versions.announced, two_versions.number) == (1, 1)
+
+
+def test_who_was_halted_for_longer_than_its_lease_writes_what_everybody_reads(two_versions: WriteVersion) -> None:
+    """An older replica that came meanwhile could not see its lease, and did not wait for it."""
+    two_versions.settled = 2
+    two_versions.trusted_until = time.monotonic() + 3600
+    assert to_entry(WORK)[b"v"] == b"2"
+    two_versions.trusted_until = time.monotonic()
+    assert to_entry(WORK)[b"v"] == b"1"
 
 
 def test_both_versions_are_read(two_versions: WriteVersion) -> None:
     old = to_entry(WORK)
     assert (old[b"v"], b"layout" in old[b"m"], b"form" in old[b"m"]) == (b"1", True, False)
     record = encode_request(REQUEST)
-    two_versions.number = 2
+    two_versions.settled = 2
     new = to_entry(WORK)
     assert (new[b"v"], b"layout" in new[b"m"]) == (b"2", False)
     assert from_entry(old) == from_entry(new) == WORK
@@ -103,12 +126,16 @@ async def test_records_are_translated_for_an_older_replica(
     redis: Redis, keys: Keys, two_versions: WriteVersion
 ) -> None:
     records = Records(redis, keys)
-    two_versions.number = 2
+    two_versions.settled = 2
     await records.submit(GENERATE, WORK)
     await records.write_journal([("r", 0, [5])], logprobs=[("r", [TokenLogprob(-1.0)])])
-    two_versions.number = 1
+    await redis.delete(keys.stream(GENERATE))
+    await redis.hset(keys.request("of nobody"), "cancelled", "1")  # type: ignore[misc]
+    two_versions.settled = 1
+    assert await holds_newer(redis, keys, [], [2])
     for _ in range(2):
         await translate_records(redis, keys)
+    assert not await holds_newer(redis, keys, [], [2])
     data = await redis.hget(keys.request("r"), "request")  # type: ignore[misc]
     assert b"layout" in data
     assert data[0] != 0xC1
@@ -116,6 +143,134 @@ async def test_records_are_translated_for_an_older_replica(
     assert isinstance(record, Record)
     assert record.request == REQUEST
     assert await records.read_logprobs("r") == [TokenLogprob(-1.0)]
+
+
+class Idle:
+    """A service of which only the life matters."""
+
+    async def startup(self) -> None: ...
+
+    async def serve(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    drain = close = startup
+
+    def load(self) -> dict[str, float]:
+        return {}
+
+
+class Stopped:
+    """A registered script that waits before it is sent, with all its arguments encoded."""
+
+    def __init__(self, script: Any) -> None:
+        self.script = script
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, **given: Any) -> Any:
+        self.reached.set()
+        await self.go_on.wait()
+        return await self.script(**given)
+
+
+async def test_a_lease_says_the_older_version_when_what_was_begun_in_the_newer_is_written_and_translated(
+    redis: Redis, keys: Keys, two_versions: WriteVersion
+) -> None:
+    life = Life("gateway", Idle(), CommonSettings(redis_url="", model="", namespace="test", name="g"), redis)
+    await life._lease.join("ready")
+    life._joined = True
+    two_versions.settled = 2
+    await life._renew()
+    records, engines = Records(redis, keys), Engines(redis, keys)
+    stopped = records._submit = Stopped(records._submit)  # type: ignore[assignment]
+    submitting = asyncio.create_task(records.submit(GENERATE, WORK))
+    await stopped.reached.wait()
+    await engines.start("old", 1)
+
+    async def written_and_said() -> tuple[bytes, int]:
+        await life._renew()
+        await life._settle_version()
+        [gateway] = await leases.live(redis, keys, "gateway")
+        return to_entry(WORK)[b"v"], gateway.writes
+
+    for _ in range(3):
+        assert await written_and_said() == (b"1", 2), "the submission was encoded before"
+    stopped.go_on.set()
+    await submitting
+    assert await written_and_said() == (b"1", 1)
+    assert not await holds_newer(redis, keys, [], [2])
+    assert b"layout" in await redis.hget(keys.request("r"), "request")  # type: ignore[misc,operator]
+
+
+async def test_a_version_is_announced_before_it_is_written(
+    redis: Redis, keys: Keys, two_versions: WriteVersion
+) -> None:
+    life = Life("gateway", Idle(), CommonSettings(redis_url="", model="", namespace="test", name="g"), redis)
+    await life._lease.join("ready")
+    life._joined, life._raise_after_s = True, 0.0
+    seen = []
+    for _ in range(3):
+        await life._renew()
+        await life._settle_version()
+        [gateway] = await leases.live(redis, keys, "gateway")
+        seen.append((two_versions.number, gateway.writes))
+    assert seen == [(1, 2), (2, 2), (2, 2)]
+
+
+async def test_a_lease_is_renewed_while_much_is_translated(
+    redis: Redis, keys: Keys, two_versions: WriteVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translating, renewed, renewals = asyncio.Event(), asyncio.Event(), 0
+    renew = leases.Lease.renew
+
+    async def translate(*_: Any) -> None:
+        translating.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def counted(*given: Any) -> None:
+        nonlocal renewals
+        await renew(*given)
+        renewals += translating.is_set()
+        if renewals == 3:
+            renewed.set()
+
+    monkeypatch.setattr(service, "translate_records", translate)
+    monkeypatch.setattr(leases.Lease, "renew", counted)
+    await Engines(redis, keys).start("old", 1)
+    two_versions.settled = 2
+    settings = CommonSettings(redis_url="", model="", namespace="test", name="g", lease_ms=300)
+    life = Life("gateway", Idle(), settings, redis)
+    running = asyncio.create_task(life.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await renewed.wait()
+    life.stop.set()
+    assert await running == 0
+
+
+ENCODERS = {"to_entry", "record_value", "encode_request", "encode_begin", "encode_finish", "encode_logprob"}
+HELPERS = {"_flat", "_forwarding"}  # encode for their callers
+READERS = {"translated_entry"}  # encodes what it has read, for the translation
+
+
+def _encoding(source: str) -> Iterator[tuple[str, bool]]:
+    """Each function that encodes a message, and whether it is a `versioned_write`."""
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and function.name not in HELPERS | READERS:
+            called = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+            names = {each.id if isinstance(each, ast.Name) else getattr(each, "attr", "") for each in called}
+            if names & (ENCODERS | HELPERS):
+                decorators = {getattr(each, "id", "") for each in function.decorator_list}
+                yield function.name, "versioned_write" in decorators
+
+
+def test_whoever_encodes_a_message_is_a_versioned_write() -> None:
+    """Otherwise it might be written after all had been translated."""
+    planted = "async def late(m):\n    e = to_entry(m)\n    await retry(lambda: add(e))\n"
+    assert list(_encoding(planted)) == [("late", False)]
+    root = Path(message_versions.__file__).parents[1]
+    files = [path for top in ("shared", "services", "cli") for path in sorted((root / top).rglob("*.py"))]
+    found = [(path.name, *each) for path in files for each in _encoding(path.read_text())]
+    assert [each for each in found if not each[2]] == []
+    assert {("records.py", "submit", True), ("outbox.py", "send", True)} < set(found)
 
 
 class Engines:
@@ -153,7 +308,7 @@ async def test_a_newer_entry_is_left_to_newer_replicas_and_is_no_delivery(redis:
 async def test_a_newer_replica_claims_what_was_left_to_it(redis: Redis, keys: Keys, two_versions: WriteVersion) -> None:
     engines = Engines(redis, keys)
     newer = await engines.start("newer", 2)
-    two_versions.number = 2
+    two_versions.settled = 2
     entry_id = await send(redis, keys.stream(GENERATE), WORK)
     await redis.xreadgroup("engine", NEWER, {keys.stream(GENERATE): ">"})
     await redis.xclaim(keys.stream(GENERATE), "engine", NEWER, 0, [entry_id], retrycount=0, justid=True)
@@ -181,12 +336,12 @@ async def test_who_leaves_translates_what_nobody_else_works_on(
 ) -> None:
     engines = Engines(redis, keys)
     leaving, other = await engines.start("leaving", 2), await engines.start("other", 2)
-    two_versions.number = 2
+    two_versions.settled = 2
     for n in range(4):
         await send(redis, keys.stream(GENERATE), Generate(REQUEST, bytes(4 * n), 1))
     await leaving.read_new(1, 0)
     await other.read_new(1, 0)
-    two_versions.number = 1
+    two_versions.settled = 1
     await leaving.leave()
     entries = [fields for _, fields in await redis.xrange(keys.stream(GENERATE))]
     assert [fields[b"v"] for fields in entries] == [b"2", b"1", b"1", b"1"], "the other works on the first"
@@ -198,11 +353,11 @@ async def test_a_replica_gives_up_what_it_works_on_for_an_older_one(
 ) -> None:
     engines = Engines(redis, keys)
     newer, older = await engines.start("one", 2), await engines.start("older", 1)
-    two_versions.number = 2
+    two_versions.settled = 2
     before = await send(redis, keys.stream(GENERATE), WORK)
     await newer.read_new(1, 0)
     assert await holds_newer(redis, keys, [], [2])
-    two_versions.number = 1
+    two_versions.settled = 1
     await translate_entries(redis, keys, "gateway", "g")
     assert await holds_newer(redis, keys, [], [2]), "a replica that lives works on it"
     for _ in range(2):
@@ -218,7 +373,7 @@ async def test_a_translated_entry_stays_the_one_whose_prompt_went_ahead(
 ) -> None:
     work = WorkStream(redis, keys, ENCODE, "mm_encoder", "one", 3)
     await work.join()
-    two_versions.number = 2
+    two_versions.settled = 2
     source = Encode(REQUEST, (b"",), ())
     await Records(redis, keys).submit(ENCODE, source)
     [delivery] = await work.read_new(1, 0)
@@ -230,7 +385,7 @@ async def test_a_translated_entry_stays_the_one_whose_prompt_went_ahead(
     await redis.execute_command("XSETID", keys.stream(ENCODE), f"{later}-0")
     await redis.xadd(keys.stream(GENERATE), prompt, id=f"{later}-1")
     noted = await redis.hget(keys.request(REQUEST.id), "entry")
-    two_versions.number = 1
+    two_versions.settled = 1
     await translate_entries(redis, keys, "mm_encoder", "one")
     [(entry_id, fields)] = await redis.xrange(keys.stream(ENCODE))
     assert fields[b"v"] == b"1"

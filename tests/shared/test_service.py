@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ async def test_lease_is_renewed_and_outlives_failures(
     redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Recorder(redis, keys)
-    life = Life("engine", service, settings(lease_ms=60), redis)
+    life = Life("engine", service, settings(lease_ms=600), redis)
     running = asyncio.create_task(life.run())
     await service.serving.wait()
     renew, outage = leases.Lease.renew, asyncio.Event()
@@ -369,6 +369,64 @@ async def test_it_waits_until_a_newer_replica_has_left_nothing_that_it_cannot_re
     assert await running == 0
 
 
+@pytest.mark.parametrize(("dead_after_s", "looked_at"), [(3600.0, [0, 1, 2, 3]), (0.0, [])])
+async def test_tokens_are_waited_for_while_a_newer_postproc_may_only_be_late_with_its_lease(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch, dead_after_s: float, looked_at: list[int]
+) -> None:
+    looks = []
+
+    async def look(redis: Redis, keys: Keys, shards: Collection[int], versions: Collection[int]) -> bool:
+        looks.append((list(shards), list(versions)))
+        return False
+
+    monkeypatch.setattr("shared.service.holds_newer", look)
+    newer = leases.Replica("gateway", "g", "ready", newest=VERSION + 1, writes=VERSION)
+    await redis.sadd(keys.replicas("gateway"), "g")  # type: ignore[misc]
+    await redis.set(keys.replica("gateway", "g"), msgspec.json.encode(newer))
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(shards=4), redis)
+    life._dead_after_s = dead_after_s
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    assert looks == [(looked_at, [VERSION + 1])]
+    life.stop.set()
+    assert await running == 0
+
+
+async def test_a_newer_replica_that_was_seen_may_only_be_late_with_its_lease(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has written is there, and it translates it when it wakes."""
+    seen, gone, looks_since, translated = asyncio.Event(), asyncio.Event(), 0, False
+
+    async def look(*_: object) -> bool:
+        nonlocal looks_since
+        seen.set()
+        looks_since += not await redis.exists(lease)
+        if looks_since == 2:
+            gone.set()
+        return not translated
+
+    monkeypatch.setattr("shared.service.holds_newer", look)
+    lease = keys.replica("gateway", "g")
+    await redis.sadd(keys.replicas("gateway"), "g")  # type: ignore[misc]
+    newer = leases.Replica("gateway", "g", "ready", newest=VERSION + 1, writes=VERSION)
+    await redis.set(lease, msgspec.json.encode(newer))
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(lease_ms=600), redis)
+    life._dead_after_s = life._raise_after_s = 3600.0
+    running = asyncio.create_task(life.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await seen.wait()
+        await redis.delete(lease)
+        await gone.wait()
+        assert not service.serving.is_set()
+        translated = True
+        await service.serving.wait()
+    life.stop.set()
+    assert await running == 0
+
+
 async def test_it_does_not_wait_for_ever_for_a_newer_replica(
     redis: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,7 +436,8 @@ async def test_it_does_not_wait_for_ever_for_a_newer_replica(
     for key in (keys.stream(GENERATE), keys.tokens(0)):
         await redis.xadd(key, {"v": VERSION + 1, "m": b"?"})
     service = Recorder(redis, keys)
-    life = Life("engine", service, settings(lease_ms=30), redis)
+    life = Life("engine", service, settings(), redis)
+    life._raise_after_s = 0.0
     running = asyncio.create_task(life.run())
     await service.serving.wait()
     assert "newer replicas do not translate" in caplog.text

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import msgspec
 from prometheus_client import Counter
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, TooLateError, too_many, unknown_request, uploads_too_large
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.headers import IdempotencyKey
+from services.gateway.inflight.leftovers import Leftovers
 from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, choice_id
 from services.gateway.request import answer_format
 from services.gateway.request.answer_format import AnswerFormat
@@ -23,9 +23,8 @@ from services.gateway.request.parsed import ParsedRequest
 from services.gateway.request.sampling import choice_seed
 from services.gateway.tenants.headers import retry_headers
 from services.gateway.tenants.limiter import Limiter, Quota
-from shared import log
 from shared.bus import keys
-from shared.bus.blobs import MEDIA, Blobs, upload_keys
+from shared.bus.blobs import Blobs, upload_keys
 from shared.bus.keys import Keys
 from shared.bus.ownership import DELTAS_LENGTH
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
@@ -36,9 +35,6 @@ from shared.messages import Attach, Encode, Failed, Generate, Media, Request, pa
 
 UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
 MOST_RETRY_MS = 120_000  # clients give up where they are told to wait longer
-CLEAN_UP_S = 2.0  # limit on removing what a failed submission left behind; after that, Redis expires it
-
-logger = log.logger(__name__)
 
 
 class PipelineOptions(msgspec.Struct, frozen=True):
@@ -104,6 +100,7 @@ class Pipeline:
         self._records = records
         self._limiter = limiter
         self._rejections = rejections
+        self._leftovers = Leftovers(records, blobs)
 
     async def submit(self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata) -> str | None:
         """Send every choice of `open_request`, or none if a request was sent before under the same Idempotency-Key.
@@ -113,7 +110,7 @@ class Pipeline:
         Raises:
             RequestError: 409, the key was used for another body; 403 or 429, the limits of its tenant or of the queue;
                 503, Redis does not answer.
-            RedisError: it could not be sent; nothing of it is left behind that Redis does not expire.
+            RedisError: it could not be sent; what is left of it in Redis is removed once that answers.
         """
         async with self._submit_timeout():
             await self._admit_in_time(parsed.n, metadata)
@@ -202,7 +199,11 @@ class Pipeline:
 
     async def forget(self, open_request: OpenRequest) -> None:
         """Delete all that is kept of a request that no stage works on."""
-        await self._discard([choice.request_id for choice in open_request.choices], open_request.uploads)
+        await self._leftovers.remove([choice.request_id for choice in open_request.choices], open_request.uploads)
+
+    async def remove_leftovers(self) -> None:
+        """Remove what could not be removed while Redis was away."""
+        await self._leftovers.remove_again()
 
     def is_attached(self, record: Record) -> bool:
         """Return True if the deltas of this record's request are sent to this gateway."""
@@ -317,10 +318,10 @@ class Pipeline:
                 earlier = await self._records.submit_once(stream, works, digest, body_digest, ttl_s)
             crash_point("gateway.submit.after")
         except BaseException:
-            await self._discard([work.request.id for work in works], uploads)
+            await self._leftovers.remove([work.request.id for work in works], uploads)
             raise
         if earlier is not None:
-            await self._discard([], uploads)
+            await self._leftovers.remove([], uploads)
         return earlier
 
     async def _pin(self, uploads: dict[str, bytes], rest_s: float) -> None:
@@ -382,21 +383,6 @@ class Pipeline:
 
     def _shard(self, request_id: str) -> int:
         return zlib.crc32(request_id.encode()) % self._options.shards
-
-    async def _discard(self, request_ids: list[str], uploads: Iterable[str]) -> None:
-        """Remove the records and blobs that a failed submission may have left.
-
-        If its entry was written after all, the stage that takes it finds no record and drops it. If Redis does not
-        answer, records and blobs expire.
-        """
-        try:
-            async with asyncio.timeout(CLEAN_UP_S):
-                await self._records.delete(request_ids)
-                if uploads:
-                    await self._blobs.delete(MEDIA, list(uploads))
-        except (RedisError, TimeoutError) as error:
-            fields = {"request_ids": request_ids, "error": str(error)}
-            logger.warning("could not remove what a failed submission left in Redis; it will expire", extra=fields)
 
 
 def _answer_format(record: Record) -> AnswerFormat:

@@ -76,7 +76,7 @@ class OpenRequests:
 
         Raises:
             RequestError: it is refused; nothing of it is left behind.
-            RedisError: it could not be submitted; what is left of it in Redis expires.
+            RedisError: it could not be submitted.
         """
         answer_format = parsed.answer_format(metadata.owner, metadata.key.digest if metadata.key else "")
         open_request = OpenRequest(
@@ -269,6 +269,7 @@ class OpenRequests:
 
         A request whose deltas are sent elsewhere, or that has ended without our knowledge, is attached again.
         """
+        await self._pipeline.remove_leftovers()
         now = self._clock()
         silent = [
             choice

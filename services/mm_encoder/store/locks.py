@@ -14,6 +14,7 @@ from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.records import CONTROL_LENGTH
 from shared.crash_points import crash_point
+from shared.message_versions import versioned_write
 from shared.messages import Encoded, to_entry
 
 HERE = Path(__file__).parent  # where the scripts are
@@ -91,6 +92,7 @@ class EncodeLocks:
         finally:
             self._waiting.pop(key, None)
 
+    @versioned_write
     async def _release(self, key: str) -> None:
         crash_point("mm_encoder.land.before")
         entry = to_entry(Encoded(key))

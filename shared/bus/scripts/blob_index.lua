@@ -13,7 +13,7 @@ end
 
 local function delete_blob(member)
   local size = size_of(member)
-  for n = 0, math.ceil(size / ARGV[2]) - 1 do
+  for n = 0, math.max(math.ceil(size / ARGV[2]), 1) - 1 do
     redis.call('UNLINK', ARGV[1] .. member .. ':' .. n)
   end
   redis.call('UNLINK', ARGV[1] .. member)

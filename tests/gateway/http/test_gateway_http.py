@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from gateway_stages import USAGE, Running, Stages, running, until
 from machine import PATIENCE_S
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
 
 from services.gateway.errors import SHUTTING_DOWN
 from services.gateway.http.app import AppParts, Models, RequestLimits, build_app
@@ -605,6 +606,35 @@ async def test_a_failure_to_clean_up_is_not_another_answer(server: Running, redi
         await ask(server, LOOK)
     assert failed.value.status_code == 503
     await until(lambda: server.gateway.load().items() >= {"requests": 0, "choices": 0}.items())
+
+
+async def test_what_could_not_be_removed_while_redis_was_away_is_removed_later(
+    checkpoint: Path, redis_url: str, redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else knows of an upload whose request was not submitted."""
+    away, submitting = True, Records.submit
+
+    async def submit(self: Records, stream: str, message: Any) -> None:
+        await submitting(self, stream, message)
+        raise ConnectionError("its reply was lost")
+
+    async def delete(*_: Any) -> None:
+        if away:
+            raise ConnectionError("away")
+        await deleting(*_)
+
+    deleting = Records.delete
+    monkeypatch.setattr(Records, "submit", submit)
+    monkeypatch.setattr(Records, "delete", delete)
+    async with running(checkpoint, redis_url, watch_s=0.05, limit_mm_per_prompt={"image": 2}) as server:
+        for _ in range(2):
+            with pytest.raises(openai.APIStatusError):
+                await ask(server, LOOK)
+        assert len(await redis.keys(keys.request("*"))) == 2
+        away = False
+        await until(lambda: not server.gateway._open_requests._pipeline._leftovers)
+        assert not await redis.keys(keys.request("*"))
+        assert not await redis.keys(keys.blob("media", "*"))
 
 
 async def test_answers_go_on_when_the_stream_was_overwritten(

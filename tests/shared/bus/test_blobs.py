@@ -1,11 +1,12 @@
 import array
 import asyncio
 import os
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
-from shared.bus.blobs import CHUNK, Blobs
+from shared.bus.blobs import CHUNK, MEDIA, Blobs
 from shared.bus.keys import Keys
 from shared.errors import RequestError
 
@@ -191,3 +192,42 @@ async def test_uploads_of_a_dead_gateway_expire_and_use_does_not_renew_them(
     await redis.zincrby(keys.blob_pins(), -60 * 1e6, "media:a-0")  # a minute later
     assert await blobs.pin_uploads({"b-0": bytes(5 * CHUNK)}, 60) is None
     assert await budget_used(redis, keys) == 5 * CHUNK
+
+
+class Forgetful:
+    """A Redis that comes back without its data before one of the chunks is written."""
+
+    def __init__(self, blobs: Blobs, redis: Redis, before: int) -> None:
+        self.write, self.redis, self.left = blobs._write_pinned, redis, before
+        blobs._write_pinned = self  # type: ignore[assignment]
+
+    async def __call__(self, **given: Any) -> Any:
+        if self.left == 0:
+            await self.redis.flushall()
+        self.left -= 1
+        return await self.write(**given)
+
+
+@pytest.mark.parametrize("before", range(4))
+async def test_an_upload_is_whole_and_can_be_deleted_though_redis_lost_the_beginning(
+    redis: Redis, keys: Keys, blobs: Blobs, before: int
+) -> None:
+    forgetful = Forgetful(blobs, redis, before)
+    first, second = os.urandom(2 * CHUNK), os.urandom(CHUNK + 1)
+    assert await blobs.pin_uploads({"a-0": first, "a-1": second}, 60) is None
+    assert forgetful.left < 0
+    assert await blobs.get(MEDIA, "a-0") == (first, b"")
+    assert await blobs.get(MEDIA, "a-1") == (second, b"")
+    assert await budget_used(redis, keys) == 3 * CHUNK + 1
+    await blobs.delete(MEDIA, ["a-0", "a-1"])
+    assert set(await redis.keys()) == {keys.blob_sizes().encode()}, "the sums alone"
+
+
+async def test_an_upload_that_was_deleted_is_not_written_to_its_end(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    """Its request was given up in the middle, and a command that was sent before arrives late."""
+    script = blobs._write_pinned
+    assert await blobs.pin_uploads({"a-0": bytes(CHUNK)}, 60) is None
+    await blobs.delete(MEDIA, ["a-0"])
+    args = [keys.blob_prefix(), CHUNK, keys.blob_member(MEDIA, "a-0"), 60, CHUNK, 1, 0, bytes(CHUNK)]
+    assert await script(keys=[keys.blobs(), keys.blob_sizes(), keys.blob_pins()], args=args) == 0
+    assert set(await redis.keys()) == {keys.blob_sizes().encode()}
