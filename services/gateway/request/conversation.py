@@ -3,11 +3,13 @@
 What a model once said is never refused: arguments may be no JSON, calls may lack an id, content may be empty.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}\Z")]  # as long as Anthropic's may be
 Pixels = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Frames = Annotated[int, Meta(ge=-1, le=100_000)]  # -1: no bound, as in the reference server
 
@@ -149,15 +151,31 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Function(msgspec.Struct, frozen=True):
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}\Z")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
 class Tool(msgspec.Struct, frozen=True):
-    function: Function
+    """A function. Some clients write it without `function` around it: as the Responses API has it, or Anthropic's."""
+
+    function: Function = cast(Function, None)  # never None once it is made
     type: Literal["function"] | None = None
+    name: ToolName | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Bring the short forms into the long one."""
+        if self.function is not None:
+            return
+        if self.name is None:
+            raise ValueError("Object missing required field `function`")
+        schema = self.input_schema if self.parameters is None else self.parameters
+        force_setattr(self, "function", Function(self.name, self.description, schema, self.strict))
 
 
 def stated_medium(part: ShownImagePart | ShownVideoPart) -> tuple[str, str | ImageURL | VideoURL | list[str]]:

@@ -138,7 +138,7 @@ def check_tools(request: ChatRequest) -> None:
 
 def _check_tool(tool: Tool, path: str) -> int:
     check_depth(tool.function.parameters, path)
-    size = len(msgspec.json.encode(tool))
+    size = len(msgspec.json.encode(tool.function))
     if size > MAX_SCHEMA_BYTES:
         raise invalid(f"`{path}`: the tool has {size} bytes of JSON; the limit is {MAX_SCHEMA_BYTES}.", path)
     return size
