@@ -29,10 +29,12 @@ from services.gateway.console.observer import RequestObserver
 from services.gateway.dialects.chat import ChatDialect
 from services.gateway.dialects.completions import CompletionsDialect
 from services.gateway.dialects.dialect import Dialect
-from services.gateway.dialects.messages.dialect import MessagesDialect, count_body, read_count
+from services.gateway.dialects.messages import dialect as messages
+from services.gateway.dialects.messages.dialect import MessagesDialect
 from services.gateway.dialects.messages.schemas import CountRequest
 from services.gateway.dialects.prompt_logprobs import TokenTexts
-from services.gateway.dialects.responses.responses import ResponsesDialect
+from services.gateway.dialects.responses.body import ResponsesRequest
+from services.gateway.dialects.responses.responses import ResponsesDialect, count_body
 from services.gateway.errors import FailureBodies
 from services.gateway.grammars.check import GrammarCheck
 from services.gateway.http.admission import Admission
@@ -172,7 +174,17 @@ def compose(
         store=store,
         turns=EarlierTurnsReader(Ends(store, pipeline, open_requests), settings.max_body_bytes),
     )
-    counter = TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, read_count, count_body)
+    counters = [
+        TokenCounter(handler, "/v1/messages/count_tokens", CountRequest, messages.read_count, messages.count_body),
+        TokenCounter(
+            handler,
+            "/v1/responses/input_tokens",
+            ResponsesRequest,
+            responses_dialect.read,
+            count_body,
+            responses.counting_session,
+        ),
+    ]
     files = FileStore(redis, keys, _file_limits(settings))
     batches = BatchStore(redis, keys, files, address, settings.lease_ms)
     file_routes = FileRoutes(files, intake, settings.request_timeout_s, settings.allowed_origins)
@@ -187,7 +199,7 @@ def compose(
             batches=BatchRoutes(batches, file_routes, intake, batch_work),
             served=models,
             tokens=TokenRoutes(handler, TokenTexts(parser.tokenizer), template),
-            counters=[counter],
+            counters=counters,
             ready=partial(readiness, redis, keys, admission),
             count_refusal=ended.count_refusal,
             bodies=bodies,

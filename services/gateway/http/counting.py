@@ -14,7 +14,7 @@ from starlette.types import Receive, Send
 from services.gateway.errors import LOST
 from services.gateway.http.answer import write_json
 from services.gateway.http.context import RequestContext, context_of
-from services.gateway.http.handler import RequestHandler
+from services.gateway.http.handler import RequestHandler, Session
 from services.gateway.http.patience import ClientPatience
 from services.gateway.inflight.headers import read_timeout
 from services.gateway.inflight.pipeline import RequestMetadata
@@ -31,6 +31,7 @@ class TokenCounter(msgspec.Struct, frozen=True):
     schema: type[msgspec.Struct]
     read: Callable[[bytes], Statement]
     write: Callable[[int], bytes]
+    session: Callable[[], Session] | None = None  # of an API whose requests go on from earlier ones
 
     async def count(self, request: Request, receive: Receive, send: Send) -> None:
         """Write the number of the prompt's tokens.
@@ -42,9 +43,15 @@ class TokenCounter(msgspec.Struct, frozen=True):
         handler = self.handler
         deadline = time.time() + read_timeout(request.headers, handler.request_timeout_s)
         context = context_of(request)
-        async with handler.intake.receive(request) as (body, _):
+        async with handler.intake.receive(request) as (body, reservation):
             patience = ClientPatience(receive, deadline)
-            draft, rendered = await handler.render(body, lambda: handler.parser.read(self.read(body)), patience)
+            read, more = self.read, 0
+            if self.session is not None:
+                dialect, more = await patience.wait(self.session().begin(body, context.owner, reservation))
+                read = dialect.read
+            draft, rendered = await handler.render(
+                body, lambda: handler.parser.read(_not_kept(read(body))), patience, more
+            )
             context.warnings = draft.stated.warnings
             tokens = await handler.compute(len(rendered), lambda: handler.parser.count_text(draft, rendered))
             if draft.media:
@@ -61,3 +68,8 @@ class TokenCounter(msgspec.Struct, frozen=True):
             if open_request.prompt_tokens is None:  # an answer has begun, and the count was lost on its way
                 raise RequestError(LOST)
             return open_request.prompt_tokens
+
+
+def _not_kept(stated: Statement) -> Statement:
+    """Return a request of which nothing is left when it has been counted."""
+    return msgspec.structs.replace(stated, keep_s=0.0, outlives=False)

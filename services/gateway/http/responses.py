@@ -1,6 +1,7 @@
 """Routes of stored responses: read, stream again, cancel, delete, and list the input."""
 
 import re
+import sys
 from typing import Any
 
 import msgspec
@@ -65,6 +66,11 @@ class StoredResponses(msgspec.Struct, frozen=True):
     def session(self) -> ResponseSession:
         """Return what one request of POST /v1/responses needs."""
         return ResponseSession(self.dialect, self.writer, self.ends, self.turns)
+
+    def counting_session(self) -> ResponseSession:
+        """Return the same for one that is counted, of which nothing is kept, however long it is."""
+        dialect = msgspec.structs.replace(self.dialect, max_stored_bytes=sys.maxsize)
+        return ResponseSession(dialect, self.writer, self.ends, self.turns)
 
     async def retrieve(self, name: str, request: Request) -> Response:
         """Return a response as it is now.

@@ -4,7 +4,15 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.request.conversation import MediaPart, Message, ThinkingPart, Tool, ToolCall, reasoning_of
+from services.gateway.request.conversation import (
+    MediaPart,
+    Message,
+    ThinkingPart,
+    Tool,
+    ToolCall,
+    part_text,
+    reasoning_of,
+)
 from services.gateway.request.media import MediaItem
 from services.gateway.request.prefill import read_prefill
 from services.gateway.request.schemas import ChatRequest
@@ -174,7 +182,7 @@ def _content(message: Message, path: str, kinds: dict[str, MediaKind]) -> str | 
     if isinstance(content, dict):
         return msgspec.json.encode(content).decode()
     parts: list[dict[str, object]] = [
-        _media_part(kinds[f"{path}[{i}]"]) if isinstance(part, MediaPart) else {"type": "text", "text": part.text}
+        _media_part(kinds[f"{path}[{i}]"]) if isinstance(part, MediaPart) else {"type": "text", "text": part_text(part)}
         for i, part in enumerate(content)
         if not isinstance(part, ThinkingPart)
     ]

@@ -3,11 +3,14 @@
 What a model once said is never refused: arguments may be no JSON, calls may lack an id, content may be empty.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}\Z")]  # as long as Anthropic's may be
+Pixels = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Frames = Annotated[int, Meta(ge=-1, le=100_000)]  # -1: no bound, as in the reference server
 
 
@@ -37,11 +40,20 @@ class ThinkingPart(msgspec.Struct, frozen=True, tag_field="type", tag="thinking"
     thinking: Any = None
 
 
-class ImageURL(msgspec.Struct, frozen=True):
+class PixelRange(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes that one image, or each frame of one video, is brought to: within the server's, before the request's."""
+
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    resized_height: Any = None  # these are known, and refused by validate.py
+    resized_width: Any = None
+
+
+class ImageURL(PixelRange, frozen=True):
     url: str
 
 
-class ImagePart(msgspec.Struct, frozen=True, tag_field="type", tag="image_url"):
+class ImagePart(PixelRange, frozen=True, tag_field="type", tag="image_url"):
     image_url: str | ImageURL
 
 
@@ -49,24 +61,47 @@ class InputImagePart(ImagePart, frozen=True, tag_field="type", tag="input_image"
     """The same, as OpenAI's Responses API writes it."""
 
 
-class VideoURL(msgspec.Struct, frozen=True):
-    """A video and the sampling of its frames; a value left out is the server's."""
+class BareImagePart(PixelRange, frozen=True, tag_field="type", tag="image"):
+    """The same, as Qwen's and Hugging Face's clients write it."""
 
-    url: str
+    image: str | ImageURL
+
+
+class Sampling(PixelRange, frozen=True, kw_only=True):
+    """The sampling of a video's frames; a value left out is the request's, or the server's."""
+
     fps: Annotated[float, Meta(ge=-1, le=1000)] | None = None
     min_frames: Frames | None = None
     max_frames: Frames | None = None
     target_frames: Frames | None = None
     frames_sample: Literal["leading", "middle", "rand"] | None = None
-    subtitles: Any = None  # known, and refused by validate.py
+    subtitles: Any = None  # these are known, and refused by validate.py
+    total_pixels: Any = None
+    nframes: Any = None
+    video_start: Any = None
+    video_end: Any = None
 
 
-class VideoPart(msgspec.Struct, frozen=True, tag_field="type", tag="video_url"):
+class VideoURL(Sampling, frozen=True):
+    url: str
+
+
+class VideoPart(Sampling, frozen=True, tag_field="type", tag="video_url"):
     video_url: str | VideoURL
 
 
+class InputVideoPart(VideoPart, frozen=True, tag_field="type", tag="input_video"):
+    """The same, as our Responses API writes it."""
+
+
+class BareVideoPart(Sampling, frozen=True, tag_field="type", tag="video"):
+    """The same, as Qwen's clients write it. A list of frames in place of a video is refused by media.py."""
+
+    video: str | VideoURL | list[str]
+
+
 class FileData(msgspec.Struct, frozen=True):
-    """An image or a video as a file input of LiteLLM or OpenAI: a data URL, or a link and its media type."""
+    """An image or a video as a file input of LiteLLM or OpenAI: base64, a data URL, or a link and its media type."""
 
     file_data: str | None = None
     file_id: str | None = None
@@ -77,7 +112,9 @@ class FilePart(msgspec.Struct, frozen=True, tag_field="type", tag="file"):
     file: FileData
 
 
-MediaPart = ImagePart | InputImagePart | VideoPart | FilePart
+ShownImagePart = ImagePart | InputImagePart | BareImagePart
+ShownVideoPart = VideoPart | InputVideoPart | BareVideoPart
+MediaPart = ShownImagePart | ShownVideoPart | FilePart
 WrittenPart = TextPart | InputTextPart | OutputTextPart | RefusalPart
 Part = MediaPart | WrittenPart | ThinkingPart
 
@@ -103,7 +140,7 @@ class Message(msgspec.Struct, frozen=True):
     """One turn of the conversation. validate.py checks which fields its role may have."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | dict[str, Any] | None = None
+    content: str | list[Part | str] | dict[str, Any] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     function_call: FunctionCall | None = None  # the older form of `tool_calls`
@@ -114,15 +151,48 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Function(msgspec.Struct, frozen=True):
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}\Z")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
 class Tool(msgspec.Struct, frozen=True):
-    function: Function
+    """A function. Some clients write it without `function` around it: as the Responses API has it, or Anthropic's."""
+
+    function: Function = cast(Function, None)  # never None once it is made
     type: Literal["function"] | None = None
+    name: ToolName | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Bring the short forms into the long one."""
+        if self.function is not None:
+            return
+        if self.name is None:
+            raise ValueError("Object missing required field `function`")
+        schema = self.input_schema if self.parameters is None else self.parameters
+        force_setattr(self, "function", Function(self.name, self.description, schema, self.strict))
+
+
+def stated_medium(part: ShownImagePart | ShownVideoPart) -> tuple[str, str | ImageURL | VideoURL | list[str]]:
+    """Return the field of a part that has its image or video, and what it has there."""
+    match part:
+        case BareImagePart(image=given):
+            return "image", given
+        case BareVideoPart(video=given):
+            return "video", given
+        case ImagePart(image_url=given):
+            return "image_url", given
+    return "video_url", part.video_url
+
+
+def part_text(part: WrittenPart | str) -> str:
+    """Return the text of a part, which some clients write as the text alone."""
+    return part if isinstance(part, str) else part.text
 
 
 def text_of(value: Any, levels: int = 4) -> str:

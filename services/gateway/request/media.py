@@ -4,19 +4,31 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 from msgspec.structs import asdict, replace
 
-from services.gateway.request.conversation import FilePart, ImagePart, MediaPart, VideoPart, VideoURL
+from services.gateway.request.conversation import (
+    FileData,
+    FilePart,
+    ImageURL,
+    MediaPart,
+    ShownImagePart,
+    VideoURL,
+    stated_medium,
+)
 from services.gateway.request.media_kind import kind_of
 from services.gateway.request.schemas import ChatRequest, MediaKwargs
-from shared.errors import invalid
+from shared.errors import RequestError, invalid
 from shared.messages import MediaKind, VideoOptions
 
 MAX_URL_CHARS = 8192
 
+_BARE = "data:;base64,"  # before base64 that is alone
+_BOUNDS = ("min_pixels", "max_pixels")
+_OPTIONS = (*_BOUNDS, *VideoOptions.__struct_fields__)
 _MAX_HEAD_CHARS = 300  # of a data URL, up to its comma
 # Deleted: what folds lines. Replaced: the alphabet of URLs and file names (RFC 4648, section 5).
 _FOLDS, _URL_SAFE = b" \t\r\n\f\v", bytes.maketrans(b"-_", b"+/")
@@ -78,25 +90,29 @@ class MediaRules(msgspec.Struct, frozen=True):
                 raise invalid(f"{text} (the setting limit_mm_per_prompt; earlier turns count, too).", where)
         return items
 
-    def _read_part(self, part: ImagePart | VideoPart | FilePart, path: str) -> MediaItem:
+    def _read_part(self, part: MediaPart, path: str) -> MediaItem:
         if isinstance(part, FilePart):
-            return self._read_file(part, path)
-        if isinstance(part, ImagePart):
-            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-            return self._with_source(MediaItem("image", path, "image_url"), url)
-        video = part.video_url
-        if isinstance(video, str):
-            return self._with_source(MediaItem("video", path, "video_url"), video)
-        return self._with_source(MediaItem("video", path, "video_url", video=_video_options(video)), video.url)
+            return self._read_file(part.file, path)
+        field, given = stated_medium(part)
+        item = MediaItem("image" if isinstance(part, ShownImagePart) else "video", path, field)
+        if isinstance(given, list):
+            raise _frames(item.param)
+        own = _own_options(part, given)
+        video = VideoOptions(**{name: own.pop(name) for name in VideoOptions.__struct_fields__ if name in own})
+        return self._with_source(replace(item, video=video, **own), given if isinstance(given, str) else given.url)
 
-    def _read_file(self, part: FilePart, path: str) -> MediaItem:
-        """Read a file part. Its media type decides the kind; a link has none of its own, so `format` must give it.
+    def _read_file(self, file: FileData, path: str) -> MediaItem:
+        """Read a file. Its media type decides the kind; a link has none of its own, so `format` must give it.
 
-        Bytes of an unknown type decide by themselves.
+        Bytes of an unknown type, or of none, decide by themselves.
         """
-        source = part.file.file_data or part.file.file_id or ""
+        where, source = f"{path}.file", file.file_data or file.file_id or ""
         data = _data_url(source)
-        major = (data.media_type if data else (part.file.format or "").lower()).partition("/")[0]
+        if data is None and not _LINK.fullmatch(source):
+            if file.file_data is None:
+                raise _uploaded(f"{where}.file_id", file.file_id)
+            source, data = f"{_BARE}{source}", DataURL("", len(_BARE))
+        major = (data.media_type if data else (file.format or "").lower()).partition("/")[0]
         if data and major not in ("image", "video"):
             unknown = self._with_source(MediaItem("image", path, "file"), source)
             major = kind_of(unknown.data or b"") or ""
@@ -104,9 +120,7 @@ class MediaRules(msgspec.Struct, frozen=True):
             return self._with_source(MediaItem("image", path, "file"), source)
         if major == "video":
             return self._with_source(MediaItem("video", path, "file"), source)
-        raise invalid(
-            f"`{path}.file` must be an image or a video: a data URL, or a link with `format`.", f"{path}.file"
-        )
+        raise invalid(f"`{where}` must be an image or a video: base64, a data URL, or a link with `format`.", where)
 
     def _with_source(self, item: MediaItem, url: str) -> MediaItem:
         """Return `item` with its URL or its bytes."""
@@ -121,6 +135,8 @@ class MediaRules(msgspec.Struct, frozen=True):
 
     def _decode_upload(self, kind: MediaKind, url: str, where: str) -> bytes:
         head = _data_url(url)
+        if head is not None and kind == "video" and "," in url[head.start :]:
+            raise _frames(where)
         if head is None:
             raise invalid(f"`{where}` is not a data URL of the form data:{kind}/...;base64,...", where)
         # Checked before decoding: four characters of base64 are three bytes. Folds may add to them.
@@ -145,7 +161,7 @@ def _with_sizes(item: MediaItem, sizes: MediaKwargs | None) -> MediaItem:
     if sizes is None:
         return item
     if item.kind == "image":
-        return replace(item, min_pixels=sizes.image_min_pixels, max_pixels=sizes.image_max_pixels)
+        return _within(item, sizes.image_min_pixels, sizes.image_max_pixels)
     options = VideoOptions(
         fps=sizes.video_fps,
         min_frames=sizes.video_min_frames,
@@ -159,9 +175,32 @@ def _with_sizes(item: MediaItem, sizes: MediaKwargs | None) -> MediaItem:
         own.setdefault("fps", None)
     if (own.get("fps") or 0) > 0:
         own.setdefault("target_frames", None)
-    return replace(
-        item, video=replace(options, **own), min_pixels=sizes.video_min_pixels, max_pixels=sizes.video_max_pixels
-    )
+    return _within(replace(item, video=replace(options, **own)), sizes.video_min_pixels, sizes.video_max_pixels)
+
+
+def _within(item: MediaItem, min_pixels: int | None, max_pixels: int | None) -> MediaItem:
+    """Return `item` with the bounds that it does not say itself."""
+    own = {name: value for name in _BOUNDS if (value := getattr(item, name)) is not None}
+    return replace(item, **{"min_pixels": min_pixels, "max_pixels": max_pixels, **own})
+
+
+def _own_options(part: MediaPart, given: str | ImageURL | VideoURL) -> dict[str, Any]:
+    """Return the sizes and the sampling that a part states: beside its link, or with it, which wins."""
+    holders = [part] if isinstance(given, str) else [part, given]
+    stated = [(name, getattr(holder, name, None)) for holder in holders for name in _OPTIONS]
+    return {name: value for name, value in stated if value is not None}
+
+
+def _frames(where: str) -> RequestError:
+    text = f"`{where}` is a list of frames, which this server does not take: send the video, or the frames as images."
+    return invalid(text, where, "unsupported_parameter")
+
+
+def _uploaded(where: str, file_id: str | None) -> RequestError:
+    if file_id is None:
+        return invalid(f"Missing required field `{where}`.", where, "missing_required_parameter")
+    text = f"`{where}`: files that were uploaded are for batches alone; send the bytes in `file_data`."
+    return invalid(text, where, "unsupported_parameter")
 
 
 def _data_url(url: str) -> DataURL | None:
@@ -192,13 +231,3 @@ def _decode_base64(text: str) -> bytes:
         plain = (unquote(text) if "%" in text else text).encode("ascii", "strict")
     digits = plain.translate(_URL_SAFE, _FOLDS).rstrip(b"=")
     return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
-
-
-def _video_options(video: VideoURL) -> VideoOptions:
-    return VideoOptions(
-        fps=video.fps,
-        min_frames=video.min_frames,
-        max_frames=video.max_frames,
-        target_frames=video.target_frames,
-        frames_sample=video.frames_sample,
-    )

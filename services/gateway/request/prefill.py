@@ -2,7 +2,7 @@
 
 import msgspec
 
-from services.gateway.request.conversation import MediaPart, ThinkingPart, reasoning_of
+from services.gateway.request.conversation import MediaPart, ThinkingPart, part_text, reasoning_of
 from services.gateway.request.schemas import ChatRequest
 from shared.errors import invalid
 
@@ -31,7 +31,7 @@ def read_prefill(request: ChatRequest) -> Prefill | None:
         raise invalid(f"`{FIELD}` needs a last message of the assistant that is text alone.", FIELD)
     if isinstance(last.content, list):
         parts = [part for part in last.content if not isinstance(part, MediaPart | ThinkingPart)]
-        content = "".join(part.text for part in parts)
+        content = "".join(map(part_text, parts))
     else:
         content = last.content or ""
     return Prefill(reasoning_of(last).strip("\n"), content)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from services.gateway.request.conversation import Frames, Message, Tool
 from services.gateway.request.model_names import MAX_CHARS
@@ -50,7 +51,9 @@ class TextFormat(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
 
 
 class JsonObjectFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_object"):
-    """Any JSON object."""
+    """Any JSON object, or one by a schema, as llama.cpp's clients ask for it."""
+
+    schema: dict[str, Any] | None = None
 
 
 class NamedSchema(msgspec.Struct, frozen=True):
@@ -63,7 +66,18 @@ class NamedSchema(msgspec.Struct, frozen=True):
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, tag_field="type", tag="json_schema"):
-    json_schema: NamedSchema
+    """JSON by a schema, which llama.cpp's clients may state without a name."""
+
+    json_schema: NamedSchema = cast(NamedSchema, None)  # never None once it is made
+    schema: dict[str, Any] | bool | None = None
+
+    def __post_init__(self) -> None:
+        """Bring the short form into the long one."""
+        if self.json_schema is not None:
+            return
+        if self.schema is None:
+            raise ValueError("Object missing required field `json_schema`")
+        force_setattr(self, "json_schema", NamedSchema(self.schema))
 
 
 class StructuralTagFormat(msgspec.Struct, frozen=True, tag_field="type", tag="structural_tag"):

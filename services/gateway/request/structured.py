@@ -11,7 +11,7 @@ A call may take the place of an answer with a grammar where tools are offered, a
 The grammar is only written here; `services/gateway/grammars/check.py` has it tried.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -74,6 +74,7 @@ def requested_grammar(request: ChatRequest, control: Mapping[str, int], thinking
     asked = [*_of_response_format(request.response_format), *_of_fields(request)]
     if request.structured_outputs is not None:
         asked += _of_structured_outputs(request.structured_outputs)
+    asked = _distinct(asked)
     if len(asked) > 1:
         first, second = (one.param for one in asked[:2])
         raise invalid(f"Only one of `{first}` and `{second}` may be given.", second)
@@ -117,11 +118,19 @@ def _checked(param: str, write: Callable[[], str]) -> Grammar:
     return Grammar(text, param)
 
 
+def _distinct(asked: Sequence[_Asked]) -> list[_Asked]:
+    """Return what is asked for, each once: guidance states one grammar in the fields of older and newer servers."""
+    statements = [one._replace(param="") for one in asked]
+    return [one for place, one in enumerate(asked) if statements[place] not in statements[:place]]
+
+
 def _of_response_format(response_format: ResponseFormat | None) -> Iterator[_Asked]:
     param = "response_format"
     match response_format:
-        case JsonObjectFormat():
+        case JsonObjectFormat(None):
             yield _Asked(param, "json_object", True)
+        case JsonObjectFormat(schema):
+            yield _Asked(param, "json", schema)
         case JsonSchemaFormat(json_schema):
             yield _Asked(param, "json", json_schema.schema)
         case StructuralTagFormat():

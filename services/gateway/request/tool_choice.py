@@ -1,7 +1,7 @@
 """Which tools the model may or must call, from the forms in which clients say so, and the grammar of such calls.
 
     auto, none, required        as strings, or as {"type": ...}; `any` is Mistral's word for required
-    {"type": "function", ...}   one tool, by name: exactly one call of it
+    {"type": "function", ...}   one tool, by name: exactly one call of it; `tool` is Anthropic's word for function
     {"type": "allowed_tools"}   a mode, and the tools that it is about; the others are offered and cannot be called
 
 A call is written in the model's own format (docs/parsing.md), its arguments by the tool's schema. So the arguments of
@@ -42,7 +42,7 @@ def read_tool_choice(request: ChatRequest) -> ToolChoice:
     """
     tools = tuple(request.tools or ())
     given = "auto" if request.tool_choice is None else request.tool_choice
-    if isinstance(given, dict) and given.get("type") == "function":
+    if isinstance(given, dict) and (given.get("type") in ("function", "tool") or "function" in given):
         return ToolChoice("required", _find(tools, [given], "tool_choice"), named=True, limited=len(tools) > 1)
     if isinstance(given, dict) and given.get("type") == "allowed_tools":
         return _read_allowed(tools, given)

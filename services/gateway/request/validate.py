@@ -5,7 +5,15 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.request.conversation import MediaPart, Message, Part, Tool, VideoPart, VideoURL
+from services.gateway.request.conversation import (
+    MediaPart,
+    Message,
+    Part,
+    ShownImagePart,
+    ShownVideoPart,
+    Tool,
+    stated_medium,
+)
 from services.gateway.request.schemas import ChatRequest, GenerationRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import invalid
@@ -15,6 +23,9 @@ MAX_SCHEMA_BYTES = 64 << 10  # of one tool
 MAX_TOOLS_BYTES = 512 << 10  # of all of them
 MAX_KWARGS_BYTES = 16 << 10
 MAX_DEPTH = 32
+
+_OF_VIDEOS = ("subtitles", "total_pixels", "nframes", "video_start", "video_end")
+_REFUSED_OF_MEDIA = ("resized_height", "resized_width", *_OF_VIDEOS)
 
 IMAGE_PLACEHOLDER = "<|IMAGE_PLACEHOLDER|>"
 
@@ -100,10 +111,16 @@ def _check_content(message: Message, path: str) -> None:
             _check_part(part, f"{path}[{i}]")
 
 
-def _check_part(part: Part, path: str) -> None:
-    if isinstance(part, VideoPart) and isinstance(part.video_url, VideoURL) and part.video_url.subtitles:
-        field = f"{path}.video_url.subtitles"
-        raise invalid(f"`{field}` is not supported by this server.", field, "unsupported_parameter")
+def _check_part(part: Part | str, path: str) -> None:
+    """Check that neither a part nor the object with its link asks for what this server cannot do with it."""
+    if not isinstance(part, ShownImagePart | ShownVideoPart):
+        return
+    field, given = stated_medium(part)
+    for holder, where in ((part, path), (given, f"{path}.{field}")):
+        for name in _REFUSED_OF_MEDIA:
+            if getattr(holder, name, None):
+                refused = f"{where}.{name}"
+                raise invalid(f"`{refused}` is not supported by this server.", refused, "unsupported_parameter")
 
 
 def check_tools(request: ChatRequest) -> None:
@@ -121,7 +138,7 @@ def check_tools(request: ChatRequest) -> None:
 
 def _check_tool(tool: Tool, path: str) -> int:
     check_depth(tool.function.parameters, path)
-    size = len(msgspec.json.encode(tool))
+    size = len(msgspec.json.encode(tool.function))
     if size > MAX_SCHEMA_BYTES:
         raise invalid(f"`{path}`: the tool has {size} bytes of JSON; the limit is {MAX_SCHEMA_BYTES}.", path)
     return size

@@ -183,7 +183,7 @@ class Processor:
         low = fewest if media.min_pixels is None else media.min_pixels
         high = most if media.max_pixels is None else media.max_pixels
         if not fewest <= low <= high <= most:
-            asked = f"mm_processor_kwargs asks for {kind}_min_pixels = {low} and {kind}_max_pixels = {high}"
+            asked = f"The request asks for {kind}_min_pixels = {low} and {kind}_max_pixels = {high}"
             raise refuse(f"{asked}; this server has them from {fewest} to {most}, the first at most the second.")
         return low, high
 

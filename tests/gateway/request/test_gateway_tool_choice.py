@@ -228,3 +228,44 @@ def test_a_schema_without_a_type_is_an_objects(parser: WholeParser, compiler: Gr
         assert accepts(compiler, made, spell(call("f", '{"a": 1}')))
         for wrong in ("{}", "null", "[]"):
             assert not accepts(compiler, made, spell(call("f", wrong)))
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", "name": "weather", "description": "Now", "parameters": CITY, "strict": True},
+        {"name": "weather", "description": "Now", "parameters": CITY, "strict": True},
+        {"name": "weather", "description": "Now", "input_schema": CITY, "strict": True},
+    ],
+)
+def test_a_tool_in_another_apis_form_is_the_same(parser: WholeParser, tool: dict[str, Any]) -> None:
+    """Cursor writes tools of the Responses API's and of Anthropic's form to the chat API."""
+    function = {"name": "weather", "description": "Now", "parameters": CITY, "strict": True}
+    expected = parse(parser, tools=[{"type": "function", "function": function}])
+    made = parse(parser, tools=[tool])
+    assert (made.segments, made.sampling.grammar) == (expected.segments, expected.sampling.grammar)
+    assert made.sampling.grammar is not None
+
+
+@pytest.mark.parametrize("tool", [{}, {"type": "function"}, {"type": "function", "parameters": CITY}])
+def test_a_tool_without_a_name_lacks_its_function(parser: WholeParser, tool: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse(parser, tools=[CLOCK, tool])
+    assert (refused.value.failure.param, refused.value.failure.code) == (
+        "tools[1].function",
+        "missing_required_parameter",
+    )
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"type": "tool", "name": "weather"}, {"type": "function", "name": "weather"}, {"function": {"name": "weather"}}],
+)
+def test_a_tool_named_in_another_apis_form_is_the_same(parser: WholeParser, choice: dict[str, Any]) -> None:
+    assert parse(parser, tool_choice=choice).sampling.grammar == parse(parser, tool_choice=NAMED).sampling.grammar
+
+
+def test_names_of_tools_may_be_as_long_as_anthropics(parser: WholeParser) -> None:
+    assert parse(parser, tools=[{"type": "function", "function": {"name": "n" * 128}}])
+    with pytest.raises(RequestError):
+        parse(parser, tools=[{"type": "function", "function": {"name": "n" * 129}}])

@@ -193,7 +193,7 @@ def _result(path: str, block: ToolResultBlock) -> PlacedMessage:
 def _with_parts(
     role: Literal["user", "tool"], path: str, parts: list[Placed], call: str | None = None
 ) -> PlacedMessage:
-    own_lines = [
+    own_lines: list[Part | str] = [
         TextPart(f"\n{one.part.text}")
         if isinstance(one.part, TextPart) and before is not None and isinstance(before.part, TextPart)
         else one.part

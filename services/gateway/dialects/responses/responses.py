@@ -83,6 +83,11 @@ class ResponsesDialect(msgspec.Struct, frozen=True):
         return openai_body(failure)
 
 
+def count_body(tokens: int) -> bytes:
+    """Return the body of the answer to POST /v1/responses/input_tokens."""
+    return msgspec.json.encode({"object": "response.input_tokens", "input_tokens": tokens})
+
+
 def _too_large(size: int, limit: int) -> Failure:
     text = (
         f"This request has {size} bytes; the server keeps {limit} of one response at most: send it with `store` false."
