@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import engine_service
 from benchmarks.engine_client import Passage
 from benchmarks.steps import GENERATED, PROMPT, WARM_STEPS, step_ms
-from services.engine.__main__ import operations, prefill_budget
+from services.engine.__main__ import operations, prefill_budget, speculation
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.loop.step_output import StepOutput
@@ -169,7 +169,7 @@ class Bench:
             # With a bound on gaps, the first of many prompts have been answered before the last are computed.
             **{"max_num_seqs": 256, "max_num_batched_tokens": 16384, "max_token_gap_ms": 0.0, **told},
         )
-        self._facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
+        self.facts = EngineFacts(CONFIG, max_model_len, think_close_id=3)
         self.runner: Runner
         model = ErnieModel(CONFIG, weights, ops)
         self.runner, self._blocks = runner_for(model, CONFIG, self.settings)
@@ -185,7 +185,13 @@ class Bench:
         started = self.drive([self.sequence(index, length, generated) for index in range(count)], mailbox, watch)
         return watch.stamps[-1][0] - started, watch
 
-    def drive(self, asked: Iterable[Asked], mailbox: Mailbox, sink: Callable[[StepOutput], None]) -> float:
+    def drive(
+        self,
+        asked: Iterable[Asked],
+        mailbox: Mailbox,
+        sink: Callable[[StepOutput], None],
+        metrics: EngineMetrics | None = None,
+    ) -> float:
         """Run the engine until `sink` closes the mailbox; return when the first step began."""
         settings = self.settings
         pool = BlockPool(self._blocks, caching=False)
@@ -195,8 +201,9 @@ class Bench:
             True,
             settings.block_size,
             prefill_budget(settings, self.runner),
+            speculation(settings.speculative_config, self.runner),
         )
-        metrics = EngineMetrics(CollectorRegistry())
+        metrics = metrics or EngineMetrics(CollectorRegistry())
         engine = Engine(mailbox, Scheduler(pool, limits), pool, self.runner, sink, metrics)
         for sequence in asked:
             mailbox.put(Add(sequence))
@@ -209,7 +216,7 @@ class Bench:
     def sequence(self, index: int, length: int, generated: int) -> Asked:
         prompt = np.random.default_rng(index).integers(1000, 100000, length).tolist()
         request = Request(f"{index:016x}", "bench", 0, 0.0, self._sampling, Output(thinking=False))
-        return build(Generate(request, pack_ids(prompt), generated, ()), 1, (), (), self._facts)
+        return build(Generate(request, pack_ids(prompt), generated, ()), 1, (), (), self.facts)
 
     def decode_ms(self, count: int) -> float:
         return self.run(count, PROMPT, GENERATED)[1].step_ms()
@@ -220,7 +227,7 @@ class Bench:
 
     def through_redis(self, counts: Sequence[int]) -> list[Passage]:
         loads = [engine_service.load_of(count, self._sampling) for count in counts]
-        return engine_service.measure((self.runner, self._blocks), self.settings, self._facts, loads)
+        return engine_service.measure((self.runner, self._blocks), self.settings, self.facts, loads)
 
     def long_context(self, length: int) -> dict[str, float]:
         seconds, watch = self.run(1, length, GENERATED)

@@ -1,27 +1,38 @@
-"""Speculative decoding on a CPU: tokens for the time against none, by kind of text and number of sequences.
+"""Speculative decoding: tokens for the time against none, by kind of text and number of sequences.
 
     python -m benchmarks.speculation [--output FILE]
+    python -m benchmarks.speculation --device cuda [--quantization wint4,none] [--output FILE]
 
-The demo checkpoint, one thread, the engine's loop without Redis, with and without guesses in turns, in seconds of
-computing, so that other work on the machine weighs little. The model is too small to copy a page, so a grammar makes it
-write `copy` (a text of its prompt) and `table` (lines as of a scanned list, which the prompt does not have); `json`
-follows a schema with what is likeliest; `free` are questions about Millrace, answered at temperature 1 and on past
-their end. Five minutes on an idle machine; asserts nothing. Packages as for benchmarks.structured.
+The engine's loop without Redis, with and without guesses in turns. Asserts nothing.
+
+On a CPU: the demo checkpoint, one thread, in seconds of computing, so that other work on the machine weighs little. The
+model is too small to copy a page, so a grammar makes it write `copy` (a text of its prompt) and `table` (lines as of a
+scanned list, which the prompt does not have); `json` follows a schema with what is likeliest; `free` are questions
+about Millrace, answered at temperature 1 and on past their end. Five minutes on an idle machine.
+
+On a GPU: random weights of the published size, which say what a script has (benchmarks/scripted_answers.py): `free` is
+how a page of the documentation goes on, and `json` records that follow each other. In seconds from the first tokens to
+the last. `drawn` are the model's own tokens, of two that are allowed: whether they are the same, which they must be
+with --batch-invariant. Two minutes a format and 80 GB (bf16: 141). Packages as for benchmarks.structured.
 
   <kind>.<rows>.gain      least time without guesses over least time with them
   <kind>.<rows>.steps     steps with guesses over steps without
   <kind>.<rows>.right     share of guesses that were right; null: there were none
   <kind>.<rows>.same      whether all answers are the same tokens
   <kind>.<rows>.tokens    of all answers
+  <kind>.<rows>.ms        a token of each sequence: without guesses, with them
+  decode_ms.<rows>        of captured steps, as the engine has measured them at its start
+  wait_ms.<rows>          that a step without guesses takes longer if each waits for the one before; a GPU's figures
+                          have the format in front of all this
 """
 
 import argparse
+import json
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from llguidance import LLMatcher
 from prometheus_client import CollectorRegistry
@@ -29,18 +40,18 @@ from prometheus_client import CollectorRegistry
 from benchmarks.demo_model.prompt import Encoder
 from benchmarks.demo_model.questions import questions
 from benchmarks.demo_model.sample import Sample, user
+from benchmarks.engine import Bench, numbers
+from benchmarks.scripted_answers import DRAWN, Run, ScriptedBench, Sink
 from benchmarks.structured import Report, environment
-from services.engine.__main__ import load
+from services.engine.__main__ import load, speculation
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Add, Mailbox
-from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.grammar_state import GrammarState
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts, Sequence, build
-from services.engine.schedule.speculation import Speculation
-from services.engine.settings import EngineSettings
+from services.engine.settings import EngineSettings, SpeculativeConfig
 from shared.grammar import forms
 from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Generate, Grammar, Output, Request, Sampling, pack_ids
@@ -56,11 +67,14 @@ READING = {
     "required": ["city", "degrees"],
     "additionalProperties": False,
 }
-ROUNDS = 6
+ROUNDS = {"cpu": 6, "cuda": 3}
 LENGTH = 96  # tokens of an answer, at most
-GUESSING = Speculation(most=8, ngram=3, max_batch=16)
+LONGER = 160  # the same of scripted answers, whose prompts' steps are not measured
+SETTINGS = {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
+GUESSES = SpeculativeConfig(method="ngram", num_speculative_tokens=8)
 COLOURS = ("red", "green", "blue", "black")
 
+Format = Literal["none", "wint8", "wint4"]
 Asked = tuple[str, str | None]  # a question, and the grammar of its answer
 
 
@@ -68,15 +82,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     grammar: str | None  # of the answer
     matcher: LLMatcher | None  # at its beginning
-
-
-class Run(NamedTuple):
-    """Figures and answers of a run of some prompts."""
-
-    seconds: float  # of computing
-    steps: int  # with tokens
-    tokens: dict[str, list[int]]
-    metrics: EngineMetrics
 
 
 def copy(rng: random.Random) -> Asked:
@@ -103,25 +108,15 @@ def free(rng: random.Random) -> Asked:
 KINDS: dict[str, Callable[[random.Random], Asked]] = {"copy": copy, "table": table, "json": records, "free": free}
 
 
-class Sink:
-    """Listener that keeps every answer's tokens, and ends the run when all have ended."""
+class Answering(Protocol):
+    """A model that answers prompts of a kind, with guesses or without."""
 
-    def __init__(self, mailbox: Mailbox, requests: int) -> None:
-        self._mailbox, self._left = mailbox, requests
-        self.tokens: dict[str, list[int]] = defaultdict(list)
-        self.steps = 0
+    def prompts(self, kind: str, rows: int) -> list[Any]: ...
 
-    def __call__(self, output: StepOutput) -> None:
-        self.steps += 1
-        for message in output.messages().values():
-            for run in message.runs:
-                self.tokens[run.request_id] += run.tokens
-        self._left -= len(output.ended)
-        if self._left == 0:
-            self._mailbox.close()
+    def run(self, prompts: list[Any], guesses: bool) -> Run: ...
 
 
-class Bench:
+class DemoBench:
     """The engine's loop over the demo checkpoint."""
 
     def __init__(self) -> None:
@@ -144,18 +139,18 @@ class Bench:
             made.append(Prompt(encoded.ids[: encoded.answer_at].tolist(), grammar, matcher))
         return made
 
-    def run(self, prompts: list[Prompt], speculation: Speculation | None) -> Run:
+    def run(self, prompts: list[Prompt], guesses: bool) -> Run:
         settings, mailbox = self._settings, Mailbox()
         sink = Sink(mailbox, len(prompts))
         pool = BlockPool(self._blocks, caching=False)
         most, budget, block = settings.max_num_seqs, settings.max_num_batched_tokens, settings.block_size
-        limits = Limits(most, budget, True, block, speculation=speculation)
+        limits = Limits(most, budget, True, block, None, speculation(GUESSES if guesses else None, self._runner))
         scheduler, metrics = Scheduler(pool, limits), EngineMetrics(CollectorRegistry())
         for index, prompt in enumerate(prompts):
             mailbox.put(Add(self._sequence(index, prompt)))
         started = time.process_time()
         Engine(mailbox, scheduler, pool, self._runner, sink, metrics).run()
-        return Run(time.process_time() - started, sink.steps, sink.tokens, metrics)
+        return Run(time.process_time() - started, len(sink.stamps), sink.tokens, metrics)
 
     def _sequence(self, index: int, prompt: Prompt) -> Sequence:
         grammar = None if prompt.grammar is None else Grammar(prompt.grammar, "response_format")
@@ -165,33 +160,76 @@ class Bench:
         return build(Generate(request, pack_ids(prompt.ids), LENGTH, ()), 1, (), (), self._facts, state)
 
 
-def measure(bench: Bench, kind: str, rows: int) -> dict[str, Any]:
+def measure(bench: Answering, kind: str, rows: int, rounds: int) -> dict[str, Any]:
     prompts = bench.prompts(kind, rows)
-    rounds = []
-    for number in range(ROUNDS):
-        order = (None, GUESSING) if number % 2 else (GUESSING, None)
-        runs = {speculation: bench.run(prompts, speculation) for speculation in order}
-        rounds.append((runs[None], runs[GUESSING]))
-    plain, guessed = rounds[0]
-    drafted = value(guessed.metrics.draft_tokens)
+    pairs = []
+    for number in range(rounds):
+        order = (False, True) if number % 2 else (True, False)
+        runs = {guesses: bench.run(prompts, guesses) for guesses in order}
+        pairs.append((runs[False], runs[True]))
+    plain, guessed = pairs[0]
+    least = [min(pair[with_guesses].seconds for pair in pairs) for with_guesses in (0, 1)]
+    drafted, tokens = value(guessed.metrics.draft_tokens), sum(map(len, plain.tokens.values()))
     return {
-        "gain": round(min(run.seconds for run, _ in rounds) / min(run.seconds for _, run in rounds), 2),
+        "gain": round(least[0] / least[1], 3),
         "steps": round(guessed.steps / plain.steps, 3),
         "right": round(value(guessed.metrics.accepted_tokens) / drafted, 3) if drafted else None,
-        "same": all(guessed.tokens == without.tokens == with_them.tokens for without, with_them in rounds),
-        "tokens": sum(map(len, plain.tokens.values())),
+        "same": all(plain.tokens == without.tokens == with_them.tokens for without, with_them in pairs),
+        "tokens": tokens,
+        "ms": [round(1000 * seconds * rows / tokens, 3) for seconds in least],
     }
+
+
+def measure_format(report: Report, name: Format, args: argparse.Namespace) -> None:
+    """Measure one format of the published model on a GPU."""
+    told = {"speculative_config": GUESSES, "batch_invariant": args.batch_invariant, **SETTINGS, **args.settings}
+    bench = ScriptedBench(Bench(name, 4096, Sampling(seed=0), **told), args.length)
+    found: dict[str, Any] = report.result.setdefault("bf16" if name == "none" else name, {})
+    times = bench.bench.runner.step_times
+    assert times is not None
+    assert times.decode is not None
+    report.add(found, "startup_s", bench.bench.startup_s)
+    report.add(found, "decode_ms", dict(zip(times.decode.rows, times.decode.ms, strict=True)))
+    bench.run(bench.prompts("copy", 1), guesses=True)
+    report.add(found, "wait_ms", {rows: round(wait_ms(bench, rows), 3) for rows in args.rows})
+    for kind in args.kinds:
+        figures: dict[str, Any] = found.setdefault(kind, {})
+        for rows in args.rows:
+            report.add(figures, f"{rows}", measure(bench, kind, rows, args.rounds))
+
+
+def wait_ms(bench: ScriptedBench, rows: int) -> float:
+    """Return the milliseconds by which a step without guesses is longer if it waits for the one before."""
+    prompts = bench.prompts("free", rows)
+    ahead, waiting = (bench.run(prompts, guesses=False, waits=waits) for waits in (False, True))
+    return 1000 * (waiting.seconds / waiting.steps - ahead.seconds / ahead.steps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quantization", default="wint4,none", help="on a GPU (%(default)s); none is bf16")
+    parser.add_argument("--batch-invariant", action="store_true", help="the operations of that mode")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), help="of texts; unset: all")
+    parser.add_argument("--rows", type=numbers, help="sequences; unset: 1,2,4,8, on a GPU and 16")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--length", type=int, default=LONGER, help="of answers, on a GPU (%(default)s)")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the engine, on a GPU, as JSON")
     parser.add_argument("--output", type=Path, help="the JSON file")
     args = parser.parse_args()
-    report, bench = Report(args.output, environment("cpu")), Bench()
-    for kind in KINDS:
-        found: dict[str, Any] = report.result.setdefault(kind, {})
-        for rows in ROWS:
-            report.add(found, f"{rows}", measure(bench, kind, rows))
+    args.rounds = args.rounds or ROUNDS[args.device]
+    args.rows = args.rows or (ROWS if args.device == "cpu" else (*ROWS, 16))
+    args.kinds = args.kinds or (KINDS if args.device == "cpu" else (*KINDS, DRAWN))
+    report = Report(args.output, environment(args.device))
+    if args.device == "cuda":
+        for name in args.quantization.split(","):
+            measure_format(report, name, args)
+        return
+    bench = DemoBench()
+    for kind in args.kinds:
+        figures: dict[str, Any] = report.result.setdefault(kind, {})
+        for rows in args.rows:
+            report.add(figures, f"{rows}", measure(bench, kind, rows, args.rounds))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def compose(
             settings.enable_chunked_prefill,
             settings.block_size,
             prefill_budget(settings, runner),
-            speculation(settings.speculative_config),
+            speculation(settings.speculative_config, runner),
         )
         with ranks or contextlib.nullcontext():
             Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
@@ -262,11 +262,12 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
         yield f"config.json asks for quantization {asked} and the setting for {chosen}; the setting wins"
 
 
-def speculation(config: SpeculativeConfig | None) -> Speculation | None:
+def speculation(config: SpeculativeConfig | None, runner: Runner) -> Speculation | None:
     """Return the scheduler's limits of guessing."""
     if config is None:
         return None
-    return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size)
+    times = None if runner.step_times is None else runner.step_times.decode
+    return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size, times)
 
 
 def operations(where: str, batch_invariant: bool = False, exchange: Exchange | None = None) -> Ops:

@@ -14,9 +14,9 @@ from redis.asyncio import Redis
 from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
-from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Plan
 from services.engine.schedule.sequence import EngineFacts
+from services.engine.schedule.step_times import StepTimes
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
 from shared.bus.keys import GENERATE, Keys

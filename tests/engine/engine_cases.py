@@ -14,9 +14,9 @@ from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.grammar_state import GrammarState
-from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Chunk, Plan
 from services.engine.schedule.sequence import EngineFacts, Sequence, build
+from services.engine.schedule.step_times import StepTimes
 from shared.grammar.compiler import GrammarCompiler
 from shared.messages import Generate, MediaSpan, Output, Request, Sampling, pack_ids
 from shared.model.config import ModelConfig, VisionConfig

@@ -13,8 +13,8 @@ from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
-from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.step_times import StepTimes
 from shared.messages import Begin, Finish, TokenRun
 
 BLOCK = 4

@@ -96,6 +96,10 @@ def small_model() -> ErnieModel:
     return ErnieModel(SMALL, weights, gpu_ops() if ON_GPU else Ops())
 
 
+def decode_rows(model: ErnieModel) -> DecodeRows:
+    return DecodeRows(model, SEQS, LONGEST, PAGE, BLOCKS, SMALL.image_patch_id)
+
+
 def runner(
     model: ErnieModel, kind: type[ModelRunner], captured: bool = True, piece_rows: int | None = 16
 ) -> ModelRunner:
@@ -106,7 +110,7 @@ def runner(
     """
     shape = SMALL.num_layers, BLOCKS + 1, PAGE, SMALL.num_kv_heads, SMALL.head_dim
     cache = KVCache.allocate(*shape, model.dtype, str(DEVICE))
-    rows = DecodeRows(model, SEQS, LONGEST, PAGE, BLOCKS, SMALL.image_patch_id)
+    rows = decode_rows(model)
     graphs = (DecodeGraphs if ON_GPU else Computed)(model, cache, rows, SEQS) if captured else None
     pieces = None
     if captured and piece_rows is not None:

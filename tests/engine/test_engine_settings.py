@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import CONFIG
+from engine_cases import CONFIG, SumRunner
 from msgspec.structs import replace
 
 from cli.demo import write_demo
@@ -123,7 +123,7 @@ def test_quantization_is_read_from_the_environment() -> None:
 def test_speculation_is_asked_for_by_the_names_of_the_field(told: str, said: str | None) -> None:
     environment = {"MILLRACE_REDIS_URL": "unix:///x", "MILLRACE_MODEL": "m", "MILLRACE_SPECULATIVE_CONFIG": told}
     with nullcontext() if said is None else pytest.raises(ConfigError, match=re.escape(said)):
-        limits = speculation(load(EngineSettings, environment).speculative_config)
+        limits = speculation(load(EngineSettings, environment).speculative_config, SumRunner(1, 1))
         assert limits == (None if told == "null" else Speculation(most=31, ngram=2, max_batch=4))
 
 

@@ -33,25 +33,27 @@ class DecodeGraphs:
     def __init__(self, model: Model, cache: KVCache, rows: DecodeRows, max_num_seqs: int) -> None:
         """Capture. Launches of every size are compiled on the way, so this takes a while."""
         self._model, self._cache, self._rows = model, cache, rows
-        self._sizes = capture_sizes(max_num_seqs)
+        self.sizes = capture_sizes(max_num_seqs)
         self._pool: Any = None
         rows.upload_step(HostStep.empty())
-        self._replays = {size: self._capture(size) for size in reversed(self._sizes)}
+        self._replays = {size: self._capture(size) for size in reversed(self.sizes)}
 
     def captures(self, step: HostStep) -> bool:
         """Return True if a step was captured: every sequence decodes and samples, and none of its rows is media."""
-        return (
-            step.max_query_len == 1 and step.samples_all and not len(step.embed_rows) and len(step) <= self._sizes[-1]
-        )
+        return step.max_query_len == 1 and step.samples_all and not len(step.embed_rows) and len(step) <= self.sizes[-1]
 
     def padded(self, count: int) -> int:
         """Return the size that so many rows of a step, at most as many as the largest, are padded to."""
-        return next(size for size in self._sizes if size >= count)
+        return next(size for size in self.sizes if size >= count)
 
     def run(self, step: HostStep) -> Tensor:
         """Return [len(step), vocabulary] logits, valid until the next run. Returns while the device computes."""
         self._rows.upload_step(step)
         return self._replays[self.padded(len(step))]()[: len(step)]
+
+    def replay(self, rows: int) -> Tensor:
+        """Compute the last step again, as one of so many rows."""
+        return self._replays[self.padded(rows)]()
 
     def keep_tokens(self, tokens: Tensor) -> None:
         """Keep a step's tokens on the device for the next one.

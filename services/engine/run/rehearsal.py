@@ -14,9 +14,10 @@ import torch
 
 from services.engine.kernels.reference.paged_attention import MIN_PROMPT
 from services.engine.model.inputs import KVCache
+from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, StepPieces, captured_sizes
 from services.engine.run.step import HostStep, Model
-from services.engine.schedule.prefill_budget import StepTimes
+from services.engine.schedule.step_times import DecodeTimes, StepTimes
 
 REPEATS = 3  # of a measured step
 PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
@@ -42,6 +43,15 @@ class Rehearsal:
         times = {size: self._measure(size) for size in (*sizes, *larger_sizes(sizes[-1], max_rows))}
         slowest = np.maximum.accumulate(list(times.values())).tolist()
         return StepTimes(tuple(times), tuple(slowest), self._measure_cached(max_rows, max_context))
+
+    def measure_decodes(self, graphs: DecodeGraphs, max_rows: int, ms_per_cached_token: float) -> DecodeTimes:
+        """Measure captured decode steps of up to `max_rows` rows, each of which chooses experts of its own."""
+        sizes = [size for size in graphs.sizes if size <= max_rows]
+        times = []
+        for size in sizes:
+            graphs.run(self.step([(1, 1)] * size))
+            times.append(measure_ms(lambda size=size: graphs.replay(size)))  # type: ignore[misc]
+        return DecodeTimes(tuple(sizes), tuple(times), ms_per_cached_token)
 
     def step(self, lengths: list[tuple[int, int]], media: bool = False) -> HostStep:
         """Make a step of sequences with so many new tokens, and so many in all. `media`: the first row is media."""

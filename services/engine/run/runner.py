@@ -20,8 +20,8 @@ from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import SamplingPlan, plan_sampling
 from services.engine.run.step import HostStep, Model, StepBuilder
 from services.engine.run.upload import upload
-from services.engine.schedule.prefill_budget import StepTimes
 from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.step_times import StepTimes
 
 
 class Launched(Protocol):

@@ -1,28 +1,11 @@
 """Share of a step that prefill gets: how many tokens beside sequences that decode, and whose."""
 
-from bisect import bisect_right
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
+from services.engine.schedule.step_times import StepTimes
+
 LEAST_ROOM = 128  # tokens of prefill in a step, however many sequences decode: prompts must go on
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """Milliseconds of a step with prefill, by its number of rows, as measured on this device. Both ascend."""
-
-    rows: tuple[int, ...]
-    ms: tuple[float, ...]
-    ms_per_cached_token: float = 0.0  # besides, for each token that a sequence which decodes has in the cache
-
-    def __post_init__(self) -> None:
-        assert len(self.rows) == len(self.ms) > 0
-        assert sorted(self.rows) == list(self.rows)
-        assert sorted(self.ms) == list(self.ms)
-
-    def rows_within(self, ms: float) -> int:
-        """Return the most rows of a step that takes no longer; of all measured steps the least, if none does."""
-        return self.rows[max(0, bisect_right(self.ms, ms) - 1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -311,6 +311,11 @@ class Scheduler:
         assert row == len(tokens), "as many tokens as are sampled"
         return progress
 
+    def learn(self, plan: Plan, ms: float) -> None:
+        """Learn from a step that was read `ms` after the one before how long guesses take."""
+        if plan.drafts and all(chunk.samples and chunk.length == chunk.drafts + 1 for chunk in plan.chunks):
+            self._speculator.learn(plan.num_tokens, sum(chunk.stop * chunk.length for chunk in plan.chunks), ms)
+
     def record_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> bool:
         """Record scores of a prompt from a step that has run; return True if this completes them."""
         if not self._has(sequence) or sequence.scores is None:

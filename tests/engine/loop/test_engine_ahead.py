@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from services.engine.loop.mailbox import Abort, Add, Forget, Supply
 from services.engine.schedule.embeds import Embeds
-from services.engine.schedule.prefill_budget import PrefillBudget, StepTimes
+from services.engine.schedule.prefill_budget import PrefillBudget
 from services.engine.schedule.speculation import Speculation
+from services.engine.schedule.step_times import StepTimes
 from shared.messages import Finish, MediaSpan
 
 CANCELLED = Finish("cancelled")

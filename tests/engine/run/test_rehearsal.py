@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from small_model import SEQS, SMALL, runner, small_model
+from small_model import ON_GPU, SEQS, SMALL, Computed, decode_rows, runner, small_model
 
-from services.engine.__main__ import prefill_budget, warn_of_first_use
+from services.engine.__main__ import prefill_budget, speculation, warn_of_first_use
 from services.engine.kernels.first_use import note_first_use, report_first_uses
 from services.engine.kernels.triton.attention import whole_prompt
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
+from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, captured_sizes
 from services.engine.run.rehearsal import Rehearsal, larger_sizes
 from services.engine.run.runner import ModelRunner
-from services.engine.schedule.prefill_budget import StepTimes
-from services.engine.settings import EngineSettings
+from services.engine.schedule.speculation import Speculation
+from services.engine.schedule.step_times import StepTimes
+from services.engine.settings import EngineSettings, SpeculativeConfig
+
+GUESSES = SpeculativeConfig(method="ngram", num_speculative_tokens=8)
 
 
 class Spied(ErnieModel):
@@ -56,6 +60,18 @@ def test_every_number_of_sequences_and_every_size_is_met(piece_rows: int) -> Non
     assert {(2, 2), (65, 165), (208, 208), (208, 250)} <= model.lengths
     assert model.rows == set(captured_sizes(300))
     assert times.rows == captured_sizes(300)
+
+
+def test_decode_steps_of_every_captured_size_are_measured() -> None:
+    model = small_model()
+    made = runner(model, ModelRunner)
+    assert made.pieces is not None
+    graphs = (DecodeGraphs if ON_GPU else Computed)(model, made.cache, decode_rows(model), SEQS)
+    times = Rehearsal(model, made.cache, made.pieces, SMALL.vocab_size, SEQS).measure_decodes(graphs, 4, 0.5)
+    assert (times.rows, times.ms_per_cached_token) == ((1, 2, 4), 0.5)
+    assert speculation(GUESSES, made) == Speculation(8, 3, 16), "nothing was measured"
+    made.step_times = StepTimes((64,), (5.0,), decode=times)
+    assert speculation(GUESSES, made) == Speculation(8, 3, 16, times)
 
 
 def test_every_plan_of_the_library_is_made() -> None:

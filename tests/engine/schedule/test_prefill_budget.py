@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.engine.schedule.blocks import BlockPool
-from services.engine.schedule.prefill_budget import LEAST_ROOM, PrefillBudget, StepTimes, reaches, shares
+from services.engine.schedule.prefill_budget import LEAST_ROOM, PrefillBudget, reaches, shares
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
+from services.engine.schedule.step_times import StepTimes
 
 LONG = msgspec.structs.replace(FACTS, max_model_len=8192)
 TIMES = StepTimes((16, 512, 1024, 2048), (4.0, 11.0, 19.0, 30.0), 0.001)

@@ -5,7 +5,23 @@ from engine_cases import sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engine.schedule.speculation import GAIN, Speculation, Speculator, worthwhile
+from services.engine.schedule.speculation import (
+    GAIN,
+    MOST_WAIT_MS,
+    WAIT_MS,
+    Measured,
+    Speculation,
+    Speculator,
+    SquareRoot,
+    worthwhile,
+)
+from services.engine.schedule.step_times import DecodeTimes
+
+TIMES = DecodeTimes((1, 2, 4, 8, 16), (1.4, 1.8, 2.2, 2.8, 3.6), 0.0001)
+
+
+def by_root(chances: list[list[float]], rows: int, room: int) -> list[int]:
+    return worthwhile(chances, rows, room, SquareRoot(), [1] * len(chances))
 
 
 def falling(chance: float, count: int) -> list[float]:
@@ -18,20 +34,20 @@ def falling(chance: float, count: int) -> list[float]:
     [(1.0, 8), (0.95, 8), (0.7, 3), (0.6, 2), (0.5, 0), (0.0, 0)],
 )
 def test_the_surer_the_more(chance: float, taken: int) -> None:
-    assert worthwhile([falling(chance, 8)], 1, 100) == [taken]
+    assert by_root([falling(chance, 8)], 1, 100) == [taken]
 
 
 def test_the_surest_come_first() -> None:
-    assert worthwhile([falling(0.1, 5), falling(1.0, 5), []], 3, 100) == [0, 5, 0]
+    assert by_root([falling(0.1, 5), falling(1.0, 5), []], 3, 100) == [0, 5, 0]
 
 
 def test_there_is_room_for_so_many() -> None:
-    assert sum(worthwhile([[1.0] * 9, [1.0] * 9], 2, 7)) == 7
+    assert sum(by_root([[1.0] * 9, [1.0] * 9], 2, 7)) == 7
 
 
 def test_a_large_batch_hardly_gains_by_one_of_its_sequences() -> None:
-    assert worthwhile([[0.8], *[[]] * 3], 4, 100) == [0, 0, 0, 0]
-    assert worthwhile([[0.8]] * 4, 4, 100) == [1, 1, 1, 1]
+    assert by_root([[0.8], *[[]] * 3], 4, 100) == [0, 0, 0, 0]
+    assert by_root([[0.8]] * 4, 4, 100) == [1, 1, 1, 1]
 
 
 @given(
@@ -40,7 +56,7 @@ def test_a_large_batch_hardly_gains_by_one_of_its_sequences() -> None:
 )
 def test_no_step_is_expected_to_be_slower(chances: list[list[float]], room: int) -> None:
     rows = len(chances)
-    counts = worthwhile(chances, rows, room)
+    counts = by_root(chances, rows, room)
     assert all(0 <= count <= len(each) for count, each in zip(counts, chances, strict=True))
     assert sum(counts) <= room
     expected = sum(sum(each[:count]) for count, each in zip(counts, chances, strict=True))
@@ -67,3 +83,39 @@ def test_large_batches_are_left_alone(sequences: int, limits: Speculation | None
             speculator.guess([one], 1, 9)
     assert [len(tokens) for tokens in speculator.guess(made, sequences, 99)] == guessed
     assert all(one.drafter is None for one in made) == (limits is None), "what is off costs nothing"
+
+
+# ------------------------------------------------------------------------------------------------- by the measured time
+
+
+@pytest.mark.parametrize(
+    ("chance", "context", "taken"),
+    [
+        (1.0, 10, 7),  # eight rows: the ninth would be one of sixteen
+        (0.9, 10, 7),
+        (0.6, 10, 3),
+        (0.5, 10, 0),
+        (1.0, 20_000, 7),
+        (0.8, 20_000, 0),  # each row reads all of its context again, which is longer than all else
+    ],
+)
+def test_a_step_is_as_long_as_it_was_measured(chance: float, context: int, taken: int) -> None:
+    assert worthwhile([falling(chance, 8)], 1, 100, Measured(TIMES), [context]) == [taken]
+
+
+def test_a_step_beyond_those_measured_is_as_long_by_the_row() -> None:
+    assert TIMES.of(32, 0) == 7.2
+    assert TIMES.of(9, 1000) == 3.6 + 0.1
+
+
+def test_waiting_is_measured_and_counts() -> None:
+    """A host that needs longer than a step makes guesses pay for it."""
+    cost = Measured(TIMES)
+    for _ in range(100):
+        cost.learn(8, 100, TIMES.of(8, 100) + 2.0)
+    assert cost.wait_ms == pytest.approx(2.0, abs=0.01)
+    assert worthwhile([falling(0.7, 8)], 1, 100, cost, [10]) == [0]
+    cost.learn(8, 100, 1000.0)
+    assert cost.wait_ms < 2.0 + MOST_WAIT_MS / 16, "a pause of the process is no rule"
+    cost.learn(8, 100, 0.1)
+    assert cost.wait_ms > WAIT_MS

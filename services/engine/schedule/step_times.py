@@ -1,0 +1,47 @@
+"""Time of steps as measured on this device at the start."""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTimes:
+    """Milliseconds of a captured decode step, by the number of rows that it is padded to. Rows ascend."""
+
+    rows: tuple[int, ...]
+    ms: tuple[float, ...]
+    ms_per_cached_token: float = 0.0  # besides, for each token in the cache that a row attends to
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) == len(self.ms) > 0
+        assert sorted(self.rows) == list(self.rows)
+
+    def of(self, rows: int, cached: int) -> float:
+        """Return the milliseconds of a step; one that is larger than all that were measured is as long by the row as
+        the largest.
+
+        Args:
+            cached: tokens in the cache that its rows attend to, in all.
+        """
+        nth = bisect_left(self.rows, rows)
+        ms = self.ms[nth] if nth < len(self.ms) else self.ms[-1] * rows / self.rows[-1]
+        return ms + cached * self.ms_per_cached_token
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Milliseconds of a step with prefill, by its number of rows. Both ascend."""
+
+    rows: tuple[int, ...]
+    ms: tuple[float, ...]
+    ms_per_cached_token: float = 0.0  # besides, for each token that a sequence which decodes has in the cache
+    decode: DecodeTimes | None = None  # of steps without prefill, where they were measured
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) == len(self.ms) > 0
+        assert sorted(self.rows) == list(self.rows)
+        assert sorted(self.ms) == list(self.ms)
+
+    def rows_within(self, ms: float) -> int:
+        """Return the most rows of a step that takes no longer; of all measured steps the least, if none does."""
+        return self.rows[max(0, bisect_right(self.ms, ms) - 1)]
