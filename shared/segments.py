@@ -20,6 +20,7 @@ from shared.config import variable
 from shared.errors import ConfigError
 
 READERS = "readers"
+CARDS = "cards"  # pages of engines: shared/card_page.py
 _INSTEAD = "name a directory in it, which we then make"
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: all pages at once, which costs a third of touching each
 
@@ -35,7 +36,7 @@ class Segments:
         self.directory = directory
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            for path in (directory, directory / READERS):
+            for path in (directory, directory / READERS, directory / CARDS):
                 if reason := _make(path):
                     raise ConfigError(f"{variable('segments_dir')}: {path} cannot be used: {reason}")
         except OSError as error:
@@ -85,7 +86,7 @@ class Reader:
     def __init__(self, segments: Segments, name: str) -> None:
         path = reader_path(segments, name)
         try:
-            self._fd = _locked(path)
+            self._fd = locked_file(path)
         except OSError as error:
             raise ConfigError(f"{variable('segments_dir')}: {path} cannot be locked: {error.strerror}") from error
 
@@ -94,7 +95,7 @@ class Reader:
         os.close(self._fd)
 
 
-def _locked(path: Path) -> int:
+def locked_file(path: Path) -> int:
     """Return the descriptor of a locked file that still has this name."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -16,6 +16,7 @@ import uvloop
 
 from cli.bench.http_stream import Pool
 from cli.bench.load import Answer, Arrival, Load, Part
+from cli.bench.pictures import Pictures
 
 PAUSE_S = 0.1  # of a client whose request has failed
 
@@ -26,6 +27,7 @@ class Client:
     def __init__(self, load: Load) -> None:
         self._load = load
         self._pool = Pool(load.url, load.key)
+        self._pictures = Pictures(load.picture) if load.picture is not None else None
         self._rng = random.Random()  # not by a seed: a server that knows a prompt again would not compute it
         self.answers: list[Answer] = []
 
@@ -58,9 +60,14 @@ class Client:
 
     async def _ask(self, length: int) -> Answer:
         low, high = self._load.ids
+        asked: dict[str, object]
+        if self._pictures is not None:
+            asked = {"messages": self._pictures.question(self._load.seen), "logprobs": True}
+        else:
+            asked = {"prompt": self._rng.choices(range(low, high + 1), k=length)}
         body = {
+            **asked,
             "model": self._load.model,
-            "prompt": self._rng.choices(range(low, high + 1), k=length),
             "max_tokens": self._load.output,
             "temperature": 0,
             "ignore_eos": True,

@@ -1,7 +1,7 @@
 """Command `millrace bench serve`: measure any server of OpenAI's API as its users meet it, over HTTP.
 
-Prompts are token ids drawn at random, so they have their length at every server and are in nobody's cache. Exit
-status: 1 if a request failed.
+Prompts are token ids drawn at random, so they have their length at every server and are in nobody's cache; or each is
+a question about a picture. Exit status: 1 if a request failed.
 """
 
 import argparse
@@ -40,13 +40,19 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         ConfigError: a flag is wrong.
     """
     given = _parser().parse_args(words)
+    if given.seen and not given.picture:
+        raise ConfigError("--seen: say of which --picture")
+    if given.first and given.picture:
+        raise ConfigError("--picture: --first is of prompts of ids")
     base = Load(
-        url=_completions(given.url),
+        url=_endpoint(given.url, "chat/completions" if given.picture else "completions"),
         model=given.model,
         key=environ.get(KEY, ""),
         prompt=given.input,
         output=given.output,
         ids=given.ids,
+        picture=given.picture,
+        seen=given.seen,
     )
     report: dict[str, object] = {"date": datetime.now(UTC).date().isoformat(), "command": " ".join(words)}
     if given.first:
@@ -101,6 +107,10 @@ def _parser() -> Parser:
         metavar="N-N",
         help="token ids that prompts are drawn from (1000-100000)",
     )
+    parser.add_argument(
+        "--picture", type=_size, metavar="WxH", help="ask about a new picture of this size in place of a prompt of ids"
+    )
+    parser.add_argument("--seen", action="store_true", help="with --picture: about one that the server has seen before")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of times and lengths (%(default)s)")
     parser.add_argument(
         "--processes",
@@ -178,11 +188,11 @@ def _tell(process: subprocess.Popen[bytes], line: bytes) -> None:
         return
 
 
-def _completions(url: str) -> str:
-    """Return the URL of /v1/completions of a server."""
+def _endpoint(url: str, path: str) -> str:
+    """Return the URL of an endpoint of a server."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url: {url} does not begin with http:// or https://")
-    return url.rstrip("/").removesuffix("/v1") + "/v1/completions"
+    return url.rstrip("/").removesuffix("/v1") + f"/v1/{path}"
 
 
 def _count(text: str) -> int:
@@ -201,6 +211,11 @@ def _range(text: str) -> Range:
     if found[0] > found[1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a range from a number to one that is no less")
     return found
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return _count(width), _count(height)
 
 
 def _positive(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Streams of `POST /v1/completions` over connections that are kept, read as they arrive and stamped at once.
+"""Streams of completions and chats over connections that are kept, read as they arrive and stamped at once.
 
 A client library between socket and stamp would be what is measured at ten thousand events a second.
 """
@@ -17,9 +17,24 @@ from cli.bench.load import Answer
 MOST_OF_AN_ERROR = 300  # bytes
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
 class _Choice(msgspec.Struct):
     text: str = ""
+    delta: _Delta | None = None
     finish_reason: str | None = None
+    logprobs: dict[str, object] | None = None
+
+    @property
+    def has_token(self) -> bool:
+        """True unless it only says who speaks, or why the answer ended. One without text, which has part of a
+        character, is known in a chat by its log-probability."""
+        if self.delta is not None:
+            return bool(self.delta.content or self.delta.reasoning_content or self.logprobs)
+        return bool(self.text) or self.finish_reason is None
 
 
 class _Usage(msgspec.Struct):
@@ -108,8 +123,7 @@ class Connection(asyncio.Protocol):
             self._error = error[:MOST_OF_AN_ERROR].decode(errors="replace")
         if event.usage is not None:
             self._answer.tokens = event.usage.completion_tokens
-        # An event that only says why the answer ended has no token. One without text has: part of a character.
-        if any(choice.text or choice.finish_reason is None for choice in event.choices):
+        if any(choice.has_token for choice in event.choices):
             self._answer.events.append(self._now)
 
     def _end(self, error: str | None) -> None:

@@ -21,7 +21,7 @@ class Arrival(msgspec.Struct, frozen=True):
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one client process: a closed loop of `clients`, or the `arrivals` at their times."""
 
-    url: str  # of /v1/completions
+    url: str  # of /v1/completions, or of /v1/chat/completions with a picture
     model: str
     key: str
     prompt: Range  # tokens
@@ -31,6 +31,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     requests: int | None = None  # in a closed loop; None: until `seconds` have passed
     seconds: float | None = None  # what is open then is given up
     arrivals: tuple[Arrival, ...] = ()
+    picture: tuple[int, int] | None = None  # width and height of one that each request asks about, with few words
+    seen: bool = False  # it is always the same picture
 
 
 class Answer(msgspec.Struct):

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from shared.bus.client import connect_blobs
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
+from shared.card_page import CardPage, OwnPage
 from shared.cpu_share import compute_threads, torch_threads
 from shared.errors import CheckpointError, ConfigError
 from shared.grammar.compiler import GrammarCompiler
@@ -152,17 +154,19 @@ def compose(
     def run(loaded: tuple[Runner, int]) -> None:
         runner, num_blocks = loaded
         report_first_uses(partial(warn_of_first_use, metrics))
+        own_page = card_page(settings, segments)
+        page = None if own_page is None else own_page.page
         pool = BlockPool(num_blocks, settings.enable_prefix_caching)
         limits = Limits(
             settings.max_num_seqs,
             settings.max_num_batched_tokens,
             settings.enable_chunked_prefill,
             settings.block_size,
-            prefill_budget(settings, runner),
+            prefill_budget(settings, runner, page),
             speculation(settings.speculative_config, runner),
         )
-        with ranks or contextlib.nullcontext():
-            Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch).run()
+        with ranks or contextlib.nullcontext(), own_page or contextlib.nullcontext():
+            Engine(mailbox, Scheduler(pool, limits), pool, runner, outbox.put, metrics, watch, page).run()
 
     return EngineService(
         handler=handler,
@@ -178,11 +182,19 @@ def compose(
     )
 
 
-def prefill_budget(settings: EngineSettings, runner: Runner) -> PrefillBudget | None:
+def card_page(settings: EngineSettings, segments: Segments | None) -> OwnPage | None:
+    """Return our page for encoders on the same GPU, where this host's encoders share memory with us."""
+    if segments is None or device(settings) != "cuda":
+        return None
+    return OwnPage(segments, settings.name, str(torch.cuda.get_device_properties("cuda").uuid))
+
+
+def prefill_budget(settings: EngineSettings, runner: Runner, page: CardPage | None = None) -> PrefillBudget | None:
     """Return the bound on prefill beside sequences that decode, if there is one."""
     if not settings.max_token_gap_ms or runner.step_times is None or not settings.enable_chunked_prefill:
         return None
-    return PrefillBudget(settings.max_token_gap_ms, runner.step_times)
+    budget = PrefillBudget(settings.max_token_gap_ms, runner.step_times)
+    return budget if page is None else replace(budget, encoder_works=page.encoder_works)
 
 
 def warn_of_first_use(metrics: EngineMetrics, what: str) -> None:

@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.store.segments import SegmentStore
 from services.mm_encoder.vision.batcher import Batcher
 from services.mm_encoder.vision.encoder import Encoder
+from services.mm_encoder.vision.pace import Pace, SharedPace
 from services.mm_encoder.vision.weights import load_weights
 from shared import config, log, service
 from shared.bus.blobs import Blobs
@@ -40,6 +41,7 @@ from shared.bus.keys import ENCODE, Keys
 from shared.bus.leases import live
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream
+from shared.card_page import CardPages
 from shared.cpu_share import compute_threads, torch_threads, usable_cores
 from shared.errors import ConfigError
 from shared.model.checkpoint import Checkpoint
@@ -48,11 +50,14 @@ from shared.model.drawn_weights import DrawnWeights
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.open_files import raise_file_limit
 from shared.reproducible import fix_order_of_sums
+from shared.segments import Segments
 from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog
 from shared.workers.process import worker_environ
 
 FRAME_THREADS = 4  # of a decoder process, at most
+BATCH_PATCHES = 8192  # encoded together, at most: more are no faster, and each would wait for all
+MPS_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"  # CUDA's
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
 GPU_FIRST_USE = FirstUse(60.0, 0.0, compiles=True)
@@ -73,6 +78,7 @@ def build(
     refuse_foreign(directory)
     model = load_model_config(directory)
     settings.mm_processor_kwargs.check_model(model.vision)
+    limit_multiprocessors(settings, os.environ)
     device = _device(settings.device)
     torch.set_num_threads(torch_threads(settings.torch_threads, torch.get_num_threads()))
     # Drawn on the CPU, where a tower's weights are hashed.
@@ -105,7 +111,15 @@ def build(
         settings.decoder_memory_bytes,
         min(FRAME_THREADS, compute_threads(usable_cores(), 2 * settings.preprocess_threads)),
     )
-    encoder = Encoder(weights, model, device, settings.tower_max_patches, normal.image_mean, normal.image_std)
+    encoder = Encoder(
+        weights,
+        model,
+        device,
+        settings.tower_max_patches,
+        normal.image_mean,
+        normal.image_std,
+        pace=pace(settings, device, metrics),
+    )
     preparer = Preparer(
         processor=Processor(
             settings.mm_processor_kwargs, limits, model.vision, font, own_times=settings.video_own_times
@@ -139,7 +153,7 @@ def build(
     if settings.step_timeout_s > 0:
         first_use = CPU_FIRST_USE if device == "cpu" else GPU_FIRST_USE
         watchdog = Watchdog(settings.step_timeout_s, first_use, metrics.step_age.set)
-    batcher = Batcher(encoder, settings.tower_max_patches, metrics, watchdog)
+    batcher = Batcher(encoder, min(settings.tower_max_patches, BATCH_PATCHES), metrics, watchdog)
     claim_every_s = settings.lease_ms / 1000 / CLAIMS_PER_LEASE
     handler = EncodeHandler(
         redis=redis,
@@ -183,6 +197,22 @@ def _segments(settings: MmEncoderSettings, redis: Redis, keys: Keys) -> SegmentS
     if not settings.segments_dir:
         return None
     return SegmentStore(Path(settings.segments_dir), settings.segments_bytes, settings.blob_ttl_s, engines)
+
+
+def limit_multiprocessors(settings: MmEncoderSettings, environ: MutableMapping[str, str]) -> None:
+    """Tell CUDA, which has not started yet, what part of the GPU is ours under MPS; a value of its own is kept."""
+    if settings.mps_percent:
+        environ.setdefault(MPS_VARIABLE, str(settings.mps_percent))
+
+
+def pace(settings: MmEncoderSettings, device: str, metrics: Metrics) -> Pace | None:
+    """Return how passes are sent, where an engine may use the same GPU and share memory with us."""
+    where = torch.device(device)
+    if where.type != "cuda" or not settings.segments_dir or not settings.shared_card_ms:
+        return None
+    pages = CardPages(Segments(Path(settings.segments_dir)), str(torch.cuda.get_device_properties(where).uuid))
+    piece_s, pieces = settings.shared_card_ms / 1e3, settings.shared_card_decode_pieces
+    return SharedPace(pages.refresh, piece_s, pieces, metrics.count_piece)
 
 
 # By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,

@@ -41,6 +41,12 @@ class Metrics:
             registry=registry,
         )
         at_zero(self._ends, *get_args(DecoderEnd))
+        self._pieces = Counter(
+            "millrace_mm_pieces", "Pieces of passes, of a GPU that an engine uses, too", registry=registry
+        )
+        self._piece_waits = Counter(
+            "millrace_mm_piece_wait_seconds", "Seconds that pieces waited for steps of the engine", registry=registry
+        )
         self._seconds = Histogram(
             "millrace_mm_stage_seconds",
             "Seconds of one step of one image or video",
@@ -66,6 +72,11 @@ class Metrics:
     def count_fetched(self, size: int) -> None:
         """Count the bytes of one download."""
         self._bytes.inc(size)
+
+    def count_piece(self, waited_s: float) -> None:
+        """Count a piece of a pass, and how long the next one waited."""
+        self._pieces.inc()
+        self._piece_waits.inc(waited_s)
 
     def count_decoder_end(self, reason: DecoderEnd) -> None:
         """Count a file over its time, or one that makes its decoder crash."""

@@ -31,6 +31,13 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     segments_dir: str = ""
     segments_bytes: Positive = 2 << 30  # the most there, and half of its file system; the rest goes through Redis
     tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
+    # Milliseconds of a pass sent to the GPU at once if an engine of our `segments_dir` uses it as well, so that
+    # steps which tokens wait for are not held up; 0: passes whole. See docs/operations.md on sharing a GPU.
+    shared_card_ms: Annotated[float, Meta(ge=0)] = 2.0
+    shared_card_decode_pieces: Count = 0  # the most during a decode step: with 1 tokens come first; 0: any number
+    mps_percent: Annotated[int, Meta(ge=0, le=100)] = (
+        0  # share of the multiprocessors, in percent, under CUDA MPS; 0: all
+    )
     concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use

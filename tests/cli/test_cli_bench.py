@@ -1,6 +1,8 @@
 """`millrace bench serve`: its figures by hand, its reading against scripted streams, the command against a server."""
 
 import asyncio
+import base64
+import io
 import json
 import math
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 from server_thread import served
 
 from cli.bench.client import Client
@@ -169,7 +172,7 @@ def test_events_with_tokens_count_however_the_stream_is_cut() -> None:
 
 def test_a_request_is_the_same_for_every_server() -> None:
     with scripted() as (url, handler):
-        run(url, requests=20, key="secret")
+        run(url, requests=100, key="secret")  # so many that every id is drawn
     assert len(handler.connections) <= 2  # one a client, kept
     assert {seen["authorization"] for seen in handler.headers_seen} == {"Bearer secret"}
     prompts = [body.pop("prompt") for body in handler.bodies]
@@ -183,8 +186,34 @@ def test_a_request_is_the_same_for_every_server() -> None:
                 **{"stream": True, "stream_options": {"include_usage": True}},
             }
         ]
-        * 20
+        * 100
     )
+
+
+ROLE = b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}\n\n'
+THOUGHT = b'data: {"choices": [{"delta": {"reasoning_content": "w"}, "finish_reason": null}]}\n\n'
+SAID = b'data: {"choices": [{"delta": {"content": "w"}, "logprobs": null, "finish_reason": null}]}\n\n'
+WORDLESS = b'data: {"choices": [{"delta": {}, "logprobs": {"content": [{"token": ""}]}, "finish_reason": null}]}\n\n'
+STOPPED = b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\n'
+
+
+def test_a_picture_is_asked_about_in_a_chat_and_is_new_each_time() -> None:
+    with scripted(pieces=(ROLE, THOUGHT, SAID, WORDLESS, STOPPED, USAGE, DONE)) as (url, handler):
+        answers = run(url, picture=(32, 24))
+        new = [picture_of(body) for body in handler.bodies]
+        run(url, picture=(32, 24), seen=True)
+        seen = [picture_of(body) for body in handler.bodies[len(new) :]]
+    assert [(len(one.events), one.tokens, one.error) for one in answers] == [(3, 3, None)] * 4
+    assert len(set(new)) == len(new) == len(seen) == 4
+    assert len(set(seen)) == 1
+    assert len({Image.open(io.BytesIO(data)).tobytes() for data in new + seen}) == 1, "they differ by a comment"
+    assert Image.open(io.BytesIO(new[0])).size == (32, 24)
+
+
+def picture_of(body: dict[str, Any]) -> bytes:
+    assert "prompt" not in body
+    [message] = body["messages"]
+    return base64.b64decode(message["content"][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +285,9 @@ def cells(*numbers: int) -> list[str]:
         (["--url", "http://h", "--model", "m", "--clients", "1", "--input", "9-3"], "'9-3'"),
         (["--url", "http://h", "--model", "m", "--rate", "0"], "'0'"),
         (["--url", "http://h", "--model", "m", "--rate", "2", "--requests", "3"], "--requests"),
+        (["--url", "http://h", "--model", "m", "--clients", "1", "--picture", "64"], "''"),
+        (["--url", "http://h", "--model", "m", "--clients", "1", "--seen"], "--seen"),
+        (["--url", "http://h", "--model", "m", "--first", "5", "--picture", "64x64"], "--picture"),
     ],
 )
 def test_a_wrong_flag_is_named(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

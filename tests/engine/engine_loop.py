@@ -15,6 +15,7 @@ from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.step_times import StepTimes
+from shared.card_page import CardPage
 from shared.messages import Begin, Finish, TokenRun
 
 BLOCK = 4
@@ -72,6 +73,7 @@ class Bench:
         blocks: int = 64,
         caching: bool = True,
         resumed: int | Mapping[str, int] = 0,
+        page: CardPage | None = None,
         **bounds: Any,
     ) -> None:
         usual = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "chunked_prefill": True, "block_size": BLOCK}
@@ -86,7 +88,7 @@ class Bench:
         self.step_outputs: list[dict[str, int]] = []  # tokens of each that has some
         metrics = EngineMetrics(self.registry)
         scheduler = Scheduler(self.pool, limits)
-        Engine(ScriptedMailbox(script), scheduler, self.pool, self.runner, self._hear, metrics).run()
+        Engine(ScriptedMailbox(script), scheduler, self.pool, self.runner, self._hear, metrics, page=page).run()
         assert self.pool.used == 0
         assert not scheduler.has_work
 

@@ -18,6 +18,7 @@ from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.prompt_scores import ScoredRows
 from services.engine.schedule.scheduler import Plan, Progress, Scheduler
 from services.engine.schedule.sequence import Sequence
+from shared.card_page import CardPage
 from shared.crash_points import crash_point
 from shared.messages import TokenRun
 from shared.watchdog import Watch, unwatched
@@ -46,7 +47,9 @@ class Engine:
         emit: Emit,
         metrics: EngineMetrics,
         watch: Watch = unwatched,
+        page: CardPage | None = None,
     ) -> None:
+        """`page`: of a GPU that encoders may use, too."""
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._pool = pool
@@ -54,6 +57,7 @@ class Engine:
         self._emit = emit
         self._metrics = metrics
         self._watch = watch
+        self._page = page
         self._unsent = StepOutput()
         self._launched: LaunchedStep | None = None  # launched, not read
         self._stuck = False  # nothing can be computed before a command comes
@@ -88,7 +92,18 @@ class Engine:
         if launched is not None:
             launched.launched.sample()
         self._launched = launched
+        self._announce(plan)
         crash_point("engine.step.after")
+
+    def _announce(self, plan: Plan | None) -> None:
+        """Tell encoders on the same GPU whether sequences wait for the step that it computes now."""
+        if self._page is None:
+            return
+        decodes, prefills = (False, False) if plan is None else plan.kinds
+        if decodes:
+            self._page.begin_step(prefills)
+        else:
+            self._page.end_step()
 
     def _step_size(self, plan: Plan | None) -> tuple[str, int]:
         """Return the kind and the rows of what `_step` waits for: the step that it launches, or that it reads."""

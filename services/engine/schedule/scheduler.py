@@ -92,6 +92,12 @@ class Plan:
         return sum(chunk.length for chunk in self.chunks)
 
     @property
+    def kinds(self) -> tuple[bool, bool]:
+        """Return whether sequences decode in it, and whether it computes prefill."""
+        decodes = [chunk.length == 1 + chunk.drafts for chunk in self.chunks]
+        return any(decodes), not all(decodes)
+
+    @property
     def sampling(self) -> list[Chunk]:
         """Chunks that sample tokens, in the order of the tokens."""
         return [chunk for chunk in self.chunks if chunk.samples]

@@ -16,6 +16,7 @@ from services.mm_encoder.vision.graphs import PassGraphs, capture_sizes
 from services.mm_encoder.vision.memory import graph_patches, rows_at_once
 from services.mm_encoder.vision.normalise import normalise
 from services.mm_encoder.vision.ops import Ops
+from services.mm_encoder.vision.pace import WHOLE, Pace, PassPace, pass_operations, pass_pace
 from services.mm_encoder.vision.resampler import run_resampler
 from services.mm_encoder.vision.rows import spans
 from services.mm_encoder.vision.tables import Tables, host_tables, to_device, upload
@@ -77,8 +78,12 @@ class Encoder:
         ops: Ops | None = None,
         at_once: int | None = None,
         card_bytes: int | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        """`ops`, `at_once`, which is the rows computed at a time, and the card's memory are by default the device's."""
+        """`ops`, `at_once`, which is the rows computed at a time, and the card's memory are by default the device's.
+
+        `pace`: if others use the device, too.
+        """
         self._weights = weights
         self._config = config
         self._vision = config.vision
@@ -88,6 +93,7 @@ class Encoder:
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(std, dtype=torch.float32, device=device)
         self._ops = ops or _operations(self._device, self._dtype, self._vision)
+        self._pace = pace or Pace()
         self._largest = 0  # rows of a pass so far
         card = card_bytes or _card_bytes(self._device)
         self._at_once = at_once or rows_at_once(card)
@@ -106,6 +112,7 @@ class Encoder:
 
     def _encode(self, items: Sequence[Patches]) -> list[Tensor]:
         """Launch pass after pass; while the device computes one, put away the results of the one before."""
+        self._pace.begin()
         results = Results(self._embeddings(item.grid) for item in items)
         before: tuple[Download, list[Piece]] | None = None
         for pieces in plan_passes([item.grid for item in items], self._max_patches, self._vision.temporal_merge_size):
@@ -121,13 +128,18 @@ class Encoder:
     def _launch(self, rows: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Return the embeddings of a pass, while the device computes them."""
         tables = host_tables(grids, self._vision)
-        if self._graphs is not None and self._graphs.takes(tables):
-            return self._graphs.run(rows, tables)
+        operations = pass_operations(tables, self._vision)
+        if self._graphs is not None and self._graphs.takes(tables) and self._pace.sends_whole(operations):
+            out = self._graphs.run(rows, tables)
+            self._pace.spend(operations)
+            return out
         if self._device.type == "cuda" and len(rows) > self._largest:
             torch.cuda.empty_cache()  # a larger pass has no use for what smaller ones left there
             self._largest = len(rows)
         patches = self._embed(upload(rows, self._device))  # after which the pixels' memory is free
-        return self._run(patches, to_device(tables, self._vision, self._device))
+        # Torch's own attention takes frames whole, whatever tiles there are.
+        pace = pass_pace(self._pace, tables, self._vision) if self._ops.captured else WHOLE
+        return self._run(patches, to_device(tables, self._vision, self._device), pace)
 
     def _embed(self, rows: Tensor) -> Tensor:
         """Return [N, hidden] in the model's dtype for pixels."""
@@ -137,10 +149,10 @@ class Encoder:
             torch.mm(normalise(rows[some], self._mean, self._std, self._dtype), weight.T, out=patches[some])
         return patches
 
-    def _run(self, patches: Tensor, tables: Tables) -> Tensor:
+    def _run(self, patches: Tensor, tables: Tables, pace: PassPace = WHOLE) -> Tensor:
         """Return the embeddings of embedded patches, whose memory is overwritten."""
         config, at_once = self._config, self._at_once
-        x = run_tower(patches, tables, self._weights.tower, self._vision, self._ops, at_once)
+        x = run_tower(patches, tables, self._weights.tower, self._vision, self._ops, at_once, pace)
         return run_resampler(x, tables, self._weights.resampler, self._vision, config.norm_eps, at_once)
 
     def _put_away(self, download: Download, pieces: Sequence[Piece], results: Results) -> None:

@@ -4,7 +4,7 @@ Frames are independent, so a pass may hold any mix of frames; the tables say to 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -35,6 +35,10 @@ class Tables:
     cos: Tensor  # [N, head_dim / 2] fp32, of the angle that each pair of dimensions is rotated by
     sin: Tensor
     pairs: Tensor
+
+    def some(self, tiles: slice) -> "Tables":
+        """Return the tables with some of the tiles."""
+        return replace(self, tiles=self.tiles[tiles])
 
 
 def host_tables(grids: Grids, config: VisionConfig) -> HostTables:

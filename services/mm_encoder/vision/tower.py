@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.mm_encoder.vision.ops import Ops
+from services.mm_encoder.vision.pace import WHOLE, PassPace
 from services.mm_encoder.vision.rows import spans
 from services.mm_encoder.vision.tables import Tables
 from services.mm_encoder.vision.weights import Block, Linear, Tower
 from shared.model.config import VisionConfig
 
 
-def run_tower(x: Tensor, tables: Tables, weights: Tower, config: VisionConfig, ops: Ops, at_once: int) -> Tensor:
+def run_tower(
+    x: Tensor, tables: Tables, weights: Tower, config: VisionConfig, ops: Ops, at_once: int, pace: PassPace = WHOLE
+) -> Tensor:
     """Map [N, hidden] embedded patches, in merge-block order, to [N, hidden], in place, `at_once` rows at a time."""
     width, eps, blocks = config.hidden_size, config.norm_eps, weights.blocks
     qkv = x.new_empty(len(x), 3 * width)
@@ -25,7 +28,9 @@ def run_tower(x: Tensor, tables: Tables, weights: Tower, config: VisionConfig, o
     for number, block in enumerate(blocks, 1):
         following = blocks[number] if number < len(blocks) else None
         ops.rotate(qkv, config.num_heads, tables)
-        attended = ops.attend(qkv, config.num_heads, tables)
+        for tiles, operations in pace.attention:
+            attended = ops.attend(qkv, config.num_heads, tables.some(tiles))
+            pace.pace.spend(operations)
         norm = weights.norm if following is None else following.norm1
         for rows in spans(len(x), at_once):
             normed = ops.add_norm(x[rows], _mlp(x[rows], attended[rows], block, eps, ops), norm, eps)
@@ -34,6 +39,7 @@ def run_tower(x: Tensor, tables: Tables, weights: Tower, config: VisionConfig, o
             else:
                 _project(normed, following.qkv, qkv[rows])
             del normed
+            pace.spend(rows)
     return x
 
 

@@ -18,9 +18,11 @@ from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, captured_sizes
 from services.engine.run.rehearsal import Rehearsal, larger_sizes
 from services.engine.run.runner import ModelRunner
+from services.engine.schedule.prefill_budget import LEAST_ROOM
 from services.engine.schedule.speculation import Speculation
 from services.engine.schedule.step_times import StepTimes
 from services.engine.settings import EngineSettings, SpeculativeConfig
+from shared.card_page import SIZE, CardPage
 
 GUESSES = SpeculativeConfig(method="ngram", num_speculative_tokens=8)
 
@@ -140,5 +142,13 @@ def test_a_bound_on_the_gap_needs_measured_times() -> None:
     assert budget is not None
     assert budget.room(10, 0, 8192) == 502
     assert budget.room(0, 0, 8192) == 8192
+    page = CardPage(bytearray(SIZE))
+    shared = prefill_budget(told, made, page)
+    assert shared is not None
+    assert shared.room(10, 0, 8192) == 502, "no encoder works"
+    page.note_work()
+    assert shared.room(10, 0, 8192) == 502, "0.65 of 20 ms are enough for a step of 12"
+    assert shared.room(10, 2000, 8192) == LEAST_ROOM
+    assert shared.room(0, 0, 8192) == 8192, "nobody waits for tokens"
     off = EngineSettings(redis_url="unix:///x", model="m", max_token_gap_ms=0)
     assert prefill_budget(off, made) is None

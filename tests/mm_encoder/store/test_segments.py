@@ -14,7 +14,7 @@ import pytest
 
 from services.mm_encoder.store.segments import RECENT_S, UNFINISHED_S, SegmentStore
 from shared.errors import ConfigError
-from shared.segments import READERS, Reader, Segments
+from shared.segments import CARDS, READERS, Reader, Segments
 
 TTL_S = 3600
 BUDGET = 1000
@@ -53,7 +53,7 @@ def used_ago(segments: Segments, key: str, seconds: float) -> None:
 
 
 def names(segments: Segments) -> set[str]:
-    return {path.name for path in segments.directory.iterdir()} - {READERS}
+    return {path.name for path in segments.directory.iterdir()} - {READERS, CARDS}
 
 
 async def test_an_engine_reads_what_was_written(store: SegmentStore, segments: Segments) -> None:

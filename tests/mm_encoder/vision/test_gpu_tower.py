@@ -3,6 +3,7 @@ interpreter. On a GPU also whole passes, launched and as graphs, and the memory 
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,8 +22,11 @@ from services.mm_encoder.vision import ops
 from services.mm_encoder.vision.encoder import Encoder
 from services.mm_encoder.vision.graphs import padded
 from services.mm_encoder.vision.kernels import attention, rowwise
+from services.mm_encoder.vision.kernels.gpu import gpu_ops
 from services.mm_encoder.vision.memory import LARGE_GRAPH_PATCHES, ROWS, pass_bytes
+from services.mm_encoder.vision.pace import Pace, pass_operations, pass_pace
 from services.mm_encoder.vision.tables import Tables, host_tables, to_device
+from services.mm_encoder.vision.tower import run_tower
 from services.mm_encoder.vision.weights import Linear, load_weights
 from shared.model.drawn_weights import DrawnWeights
 
@@ -144,6 +148,42 @@ def test_quick_gelu(rows: int, width: int, dtype: torch.dtype) -> None:
     close(x, expected.to(dtype))
 
 
+class Pieces(Pace):
+    """A pace that cuts as often as can be, and counts."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.operations = 0.0
+
+    def cut(self, costs: Sequence[float]) -> list[slice]:
+        return [slice(at, at + 1) for at in range(len(costs))]
+
+    def sends_whole(self, operations: float) -> bool:
+        return False
+
+    def spend(self, operations: float) -> None:
+        self.sent += 1
+        self.operations += operations
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_in_pieces_has_the_same_bits(dtype: torch.dtype) -> None:
+    """Attention tile by tile, and a few rows at a time: as a whole pass, and no other memory."""
+    vision = replace(CONFIG.vision, hidden_size=HEADS * 80, num_heads=HEADS, depth=2, intermediate_size=96)
+    config = replace(CONFIG, vision=vision, dtype=str(dtype).removeprefix("torch."))
+    weights = load_weights(DrawnWeights(torch.device("cpu")), config, DEVICE).tower
+    host = host_tables(FRAMES, vision)
+    own = to_device(host, vision, torch.device(DEVICE))
+    rows = draw(sum(own.frames), vision.hidden_size, dtype=dtype)
+    whole, cut, pace = rows.clone(), rows.clone(), Pieces()
+    run_tower(whole, own, weights, vision, gpu_ops(), 100)
+    run_tower(cut, own, weights, vision, gpu_ops(), 100, pass_pace(pace, host, vision))
+    assert not torch.equal(whole, rows)
+    assert torch.equal(cut, whole)
+    assert pace.sent == vision.depth * (len(host.tiles) + -(-len(rows) // 100))
+    assert pace.operations == pytest.approx(pass_operations(host, vision))
+
+
 def media(grids: list[Grid], seed: int = 0) -> list[Patches]:
     chance = np.random.default_rng(seed)
     return [Patches(chance.integers(0, 256, (t * h * w, 588), np.uint8), (t, h, w)) for t, h, w in grids]
@@ -187,6 +227,17 @@ def test_a_graph_computes_what_launches_do(encoder: Encoder, grids: list[Grid]) 
         found = torch.cat(encoder.encode(items))
         assert (found - result).float().norm() <= 2e-2 * result.float().norm()
         encoder.encode(media([(1, 16, 62), (1, 4, 4)], seed=2))
+
+
+@ON_A_CARD
+def test_an_encoder_that_sends_pieces_gives_the_same_bits(encoder: Encoder) -> None:
+    items = media([(1, 100, 98), (2, 32, 32)])
+    graphs, encoder._graphs = encoder._graphs, None
+    whole = encoder.encode(items)
+    encoder._graphs, encoder._pace = graphs, Pieces()
+    cut = encoder.encode(items)
+    encoder._pace = Pace()
+    assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
 
 
 @ON_A_CARD

@@ -1,0 +1,193 @@
+"""A GPU that engine and encoder share, as served: text, pictures, and both at once.
+
+    python -m benchmarks.shared_card --model DIR [--ways NAME ...] [--seconds S] [--output FILE.json] [-- FLAG ...]
+
+Starts `millrace serve` once for each way of sharing, with the flags behind `--`, and measures it over HTTP as
+`millrace bench serve` does: closed loops of clients, text of 1,024 random tokens with 256 of answer, and new pictures
+with 32. `--load-format dummy` among the flags needs no weights. Needs a GPU; asserts nothing. With --output the figures
+are kept as JSON:
+
+  ways.<name>.<case>.text, .pictures   the figures of `millrace bench serve`, and requests answered a second
+  ways.<name>.<case>.counters          growth of some metrics meanwhile
+  device, flags, date
+
+The ways:
+
+  whole    passes are sent whole, and the driver shares the GPU (MILLRACE_SHARED_CARD_MS=0)
+  pieces   as it is by default
+  mps      under CUDA MPS, which is started and ended here; the encoder may use MPS_PERCENT of the multiprocessors
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from cli.bench.command import run
+from cli.bench.figures import figures
+from cli.bench.load import Load, shares
+
+PORT, METRICS_PORT = 8180, 8181
+READY = b"; Ctrl-C stops"
+PATIENCE_S = 240.0  # of a start
+MPS_PERCENT = 60
+LARGE, SMALL = (1920, 1080), (448, 448)
+# By case: text clients, picture clients, the pictures' size, whether these were seen, and a share of --seconds.
+CASES: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
+    "text": (16, 0, LARGE, False, 1.0),
+    "1080p": (0, 8, LARGE, False, 1.0),
+    "text and 1080p": (16, 8, LARGE, False, 1.5),
+    "one 1080p": (0, 1, LARGE, False, 0.5),
+    "one 1080p, seen": (0, 1, LARGE, True, 0.3),
+    "448": (0, 32, SMALL, False, 0.7),
+    "text and 448": (16, 32, SMALL, False, 1.0),
+}
+COUNTED = ("millrace_mm_", "millrace_engine_step_seconds", "millrace_inter_token", "millrace_kernel_first_uses")
+
+
+def environment(way: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what `millrace serve` is started with."""
+    more: dict[str, dict[str, str]] = {
+        "whole": {"MILLRACE_SHARED_CARD_MS": "0"},
+        "pieces": {},
+        "mps": {"MILLRACE_MPS_PERCENT": str(MPS_PERCENT)},
+    }
+    return {**environ, **more[way]}
+
+
+@contextmanager
+def mps() -> Iterator[dict[str, str]]:
+    """Run CUDA's Multi-Process Service; yield what its clients need to know."""
+    with tempfile.TemporaryDirectory(prefix="mps-") as directory:
+        where = {"CUDA_MPS_PIPE_DIRECTORY": directory, "CUDA_MPS_LOG_DIRECTORY": directory}
+        control, environ = "nvidia-cuda-mps-control", {**os.environ, **where}
+        subprocess.run([control, "-d"], env=environ, check=True)
+        try:
+            yield where
+        finally:
+            subprocess.run([control], input=b"quit\n", env=environ, timeout=30, check=True)
+
+
+@contextmanager
+def served(flags: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[float]:
+    """Run `millrace serve`; yield the seconds it took to be ready."""
+    command = [sys.executable, "-P", "-m", "cli.main", "serve", "--host", "127.0.0.1", "--port", str(PORT)]
+    began = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen([*command, *flags], env=dict(environ), stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while READY not in log.read_bytes():
+            if process.poll() is not None or time.monotonic() - began > PATIENCE_S:
+                raise SystemExit(f"it did not become ready:\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield time.monotonic() - began
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def counters() -> dict[str, float]:
+    """Return the service's metrics that are of interest here."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    rows = (line.rsplit(" ", 1) for line in lines if line.startswith(COUNTED) and "_created" not in line)
+    return {name: float(value) for name, value in rows}
+
+
+def measure(case: str, seconds: float, last_id: int) -> dict[str, Any]:
+    """Measure one case; return its figures."""
+    text, pictures, size, seen, share = CASES[case]
+    common = Load(
+        url=f"http://127.0.0.1:{PORT}/v1/completions",
+        model="m",
+        key="",
+        prompt=(1024, 1024),
+        output=256,
+        ids=(1000, last_id),
+        seconds=seconds * share,
+    )
+    chats = msgspec.structs.replace(
+        common, url=common.url.replace("completions", "chat/completions"), output=32, picture=size, seen=seen
+    )
+    loads = {
+        "text": shares(msgspec.structs.replace(common, clients=text), 2) if text else [],
+        "pictures": shares(msgspec.structs.replace(chats, clients=pictures), 2) if pictures else [],
+    }
+    before = counters()
+    parts, begin = run([load for some in loads.values() for load in some])
+    made: dict[str, Any] = {"counters": {name: now - before.get(name, 0) for name, now in counters().items()}}
+    for what, some in loads.items():
+        if some:
+            found = figures(f"{case}: {what}", parts[: len(some)], begin, common.seconds)
+            parts = parts[len(some) :]
+            made[what] = {**msgspec.to_builtins(found), "requests_s": found.answered / found.seconds}
+    return made
+
+
+def line(way: str, case: str, what: str, row: Mapping[str, Any]) -> str:
+    return (
+        f"{way:7}{case:18}{what:9}{row['output_tok_s']:7,.0f} tok/s {row['requests_s']:6.1f} requests/s  first token "
+        f"{row['ttft_p50']:7.1f} {row['ttft_p99']:7.1f}  gap {row['gap_p50']:5.1f} {row['gap_p99']:6.1f} "
+        f"{row['gap_p999']:6.1f}  failed {row['failed']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of the model")
+    parser.add_argument("--ways", nargs="+", choices=("whole", "pieces", "mps"), default=["whole", "pieces"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a case of the usual length (10)")
+    parser.add_argument("--last-id", type=int, default=100_000, help="that prompts are drawn from (100000)")
+    parser.add_argument("--output", type=Path, help="the JSON file")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="directory of the servers' logs")
+    parser.add_argument("flags", nargs="*", help="of `millrace serve`, behind --")
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    result: dict[str, Any] = {"ways": {}, "device": device, "flags": args.flags}
+    result["date"] = datetime.now(UTC).date().isoformat()
+    for way in args.ways:
+        with ExitStack() as stack:
+            environ = environment(way, os.environ)
+            if way == "mps":
+                environ |= stack.enter_context(mps())
+            flags = [
+                "--model",
+                args.model,
+                "--served-model-name",
+                "m",
+                "--metrics-port",
+                str(METRICS_PORT),
+                *args.flags,
+            ]
+            ready = stack.enter_context(served(flags, environ, args.logs / f"serve-{way}.log"))
+            print(f"{way}: ready after {ready:.1f} s", flush=True)
+            figures_of: dict[str, Any] = {"ready_s": ready}
+            result["ways"][way] = figures_of
+            for case in args.cases:
+                figures_of[case] = made = measure(case, args.seconds, args.last_id)
+                for what in ("text", "pictures"):
+                    if what in made:
+                        print(line(way, case, what, made[what]), flush=True)
+                if args.output is not None:
+                    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

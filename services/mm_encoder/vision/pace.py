@@ -1,0 +1,210 @@
+"""Pace of passes on a GPU that an engine shares: passes are sent in pieces, and some of these wait.
+
+The driver lets two processes take turns of some 2 ms while both have work, and whenever one has none for a moment, as
+an engine between its launches, the other has a turn. Beside whole passes a decode step of 4 ms takes 15, and one with
+prefill, which is planned to take as long as a gap may be, 60. So few pieces are sent during a step with prefill that
+sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/engine/schedule/prefill_budget.py). With
+none at all the tower would starve. Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
+
+Cuts change no result: the same operations on the same rows are launched, with waits between them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from services.mm_encoder.vision.tables import QUERIES, HostTables
+from shared.card_page import PREFILL, CardPage
+from shared.model.config import VisionConfig
+
+PREFILL_PIECES = 2  # during a step with prefill, and the one that was sent before it began
+POLL_S = 0.0002
+PATIENCE_S = 5.0  # for all waits of a batch: it is watched, and one that hangs ends the process
+SLOWEST = 2e13  # operations a second; the first pieces show how many more a GPU does
+GRAPH_PIECES = 4  # a graph of so many is one piece: launched one by one its operations take the host longer
+
+
+class Mark(Protocol):
+    """Point in a GPU's work."""
+
+    def wait(self) -> None:
+        """Return when the GPU has come to it."""
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Return the time from another to this one; the GPU has come to both."""
+
+
+class GpuMark:
+    """Mark in the work of the current GPU."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.event.record()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, GpuMark)
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
+
+
+class Pace:
+    """Pace of a GPU that nobody shares: all is sent at once."""
+
+    def begin(self) -> None:
+        """Begin a batch."""
+
+    def cut(self, costs: Sequence[float]) -> list[slice]:
+        """Divide what one launch could do, by the operations of each of its parts."""
+        return [slice(0, len(costs))]
+
+    def sends_whole(self, operations: float) -> bool:
+        """Return True if a pass that is a graph is not to be cut."""
+        return True
+
+    def spend(self, operations: float) -> None:
+        """Note what has been sent, and wait until more may be."""
+
+
+class SharedPace(Pace):
+    """Pace of a GPU that engines use, too."""
+
+    def __init__(
+        self,
+        pages: Callable[[], Iterable[CardPage]],
+        piece_s: float,
+        decode_pieces: int,
+        count_piece: Callable[[float], None],
+        mark: Callable[[], Mark] = GpuMark,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Make one.
+
+        Args:
+            pages: returns those of the engines that live.
+            piece_s: seconds of a piece, if the GPU does nothing else.
+            decode_pieces: the most during a step without prefill; 0: any number.
+            count_piece: is told for each piece how many seconds the next has waited.
+        """
+        self._all_pages = pages
+        self._piece_s = piece_s
+        self._decode_pieces = decode_pieces
+        self._count_piece = count_piece
+        self._mark = mark
+        self._clock = clock
+        self._sleep = sleep
+        self._rate = SLOWEST
+        self._pages: list[CardPage] = []
+        self._steps: list[tuple[int, int]] = []  # of each page: the last step seen, and the pieces sent during it
+
+    def begin(self) -> None:
+        self._pages = list(self._all_pages())
+        self._steps = [(0, 0)] * len(self._pages)
+        self._spent = 0.0
+        self._patience_s = PATIENCE_S
+        self._sent: list[tuple[Mark, Mark, float]] = []  # pieces under way: begin, end, operations
+        if self._pages:
+            self._began = self._mark()
+
+    def cut(self, costs: Sequence[float]) -> list[slice]:
+        if not self._pages:
+            return super().cut(costs)
+        cuts, start, total = [], 0, 0.0
+        for place, cost in enumerate(costs):
+            if total and total + cost > self._piece:
+                cuts.append(slice(start, place))
+                start, total = place, 0.0
+            total += cost
+        return [*cuts, slice(start, len(costs))]
+
+    def sends_whole(self, operations: float) -> bool:
+        return not self._pages or operations <= GRAPH_PIECES * self._piece
+
+    def spend(self, operations: float) -> None:
+        self._spent += operations
+        if not self._pages or self._spent < self._piece:
+            return
+        self._sent.append((self._began, self._mark(), self._spent))
+        self._spent = 0.0
+        for page in self._pages:
+            page.note_work()
+        # The GPU goes on with this piece while we wait for the one before; unless every step is to have few.
+        ahead = 0 if self._decode_pieces and any(page.step() for page in self._pages) else 1
+        while len(self._sent) > ahead:
+            began, ended, done = self._sent.pop(0)
+            ended.wait()
+            self._rate = max(self._rate, done / max(ended.seconds_since(began), 1e-6))
+        self._wait()
+        self._began = self._mark()
+
+    @property
+    def _piece(self) -> float:
+        return self._rate * self._piece_s
+
+    def _wait(self) -> None:
+        """Wait while an engine computes a step during which enough was sent."""
+        began = self._clock()
+        self._steps = [
+            self._with_piece(*last, page.step()) for last, page in zip(self._steps, self._pages, strict=True)
+        ]
+        while (waited := self._clock() - began) < self._patience_s and self._is_held():
+            self._sleep(POLL_S)
+        self._patience_s -= waited
+        self._count_piece(waited)
+
+    @staticmethod
+    def _with_piece(last: int, sent: int, step: int) -> tuple[int, int]:
+        return step, sent + 1 if step == last else 1
+
+    def _is_held(self) -> bool:
+        both = zip(self._steps, self._pages, strict=True)
+        return any(step and sent >= self._allowed(step) and page.step() == step for (step, sent), page in both)
+
+    def _allowed(self, step: int) -> float:
+        return PREFILL_PIECES if step & PREFILL else self._decode_pieces or math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class PassPace:
+    """Pace of one pass of the tower."""
+
+    pace: Pace
+    attention: tuple[tuple[slice, float], ...]  # tiles that are attended in one launch, and its operations
+    row: float  # operations of all products of a layer, for a row
+
+    def spend(self, rows: slice) -> None:
+        """Note that the products of these rows were sent."""
+        self.pace.spend((rows.stop - rows.start) * self.row)
+
+
+WHOLE = PassPace(Pace(), ((slice(None), 0.0),), 0.0)
+
+
+def pass_pace(pace: Pace, host: HostTables, config: VisionConfig) -> PassPace:
+    """Return the pace of a pass."""
+    costs = _attention_costs(host, config)
+    attention = tuple((tiles, sum(costs[tiles])) for tiles in pace.cut(costs))
+    return PassPace(pace, attention, _row_operations(config))
+
+
+def pass_operations(host: HostTables, config: VisionConfig) -> float:
+    """Return the operations of a pass of the tower."""
+    layer = len(host.places) * _row_operations(config) + sum(_attention_costs(host, config))
+    return config.depth * layer
+
+
+def _attention_costs(host: HostTables, config: VisionConfig) -> list[float]:
+    keys = host.tiles[:, 2] - host.tiles[:, 1]
+    costs: list[float] = (keys.double() * (4 * QUERIES * config.hidden_size)).tolist()
+    return costs
+
+
+def _row_operations(config: VisionConfig) -> float:
+    width = config.hidden_size
+    return 2.0 * width * (4 * width + 2 * config.intermediate_size)

@@ -1,0 +1,117 @@
+"""Engine and encoder as they are composed find each other on one GPU, and nowhere else."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from services.engine import __main__ as engine
+from services.engine.settings import EngineSettings
+from services.mm_encoder import __main__ as mm_encoder
+from services.mm_encoder.metrics import Metrics
+from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.vision.pace import Mark, Pace, SharedPace
+from shared import config
+from shared.card_page import CardPage
+from shared.errors import ConfigError
+from shared.segments import Segments
+
+MANY = [1e12] * 50  # parts of a pass
+CUDA = {"device": "cuda"}
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, which nobody computes on."""
+    monkeypatch.setattr(engine, "device", lambda settings: settings.device)
+    monkeypatch.setattr(mm_encoder, "SharedPace", Unmarked)
+    ids = {"cuda": "first", "cuda:0": "first", "cuda:1": "second"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: SimpleNamespace(uuid=ids[str(which)]))
+
+
+class Nowhere(Mark):
+    def wait(self) -> None:
+        return
+
+    def seconds_since(self, earlier: Mark) -> float:
+        return 1.0
+
+
+class Unmarked(SharedPace):
+    """A pace without marks in a GPU's work."""
+
+    def __init__(
+        self,
+        pages: Callable[[], Iterable[CardPage]],
+        piece_s: float,
+        decode_pieces: int,
+        count_piece: Callable[[float], None],
+    ) -> None:
+        super().__init__(pages, piece_s, decode_pieces, count_piece, mark=Nowhere)
+
+
+def engine_settings(directory: Path, **more: Any) -> EngineSettings:
+    return EngineSettings(redis_url="unix:///x", model="m", name="e", segments_dir=str(directory), **more)
+
+
+def encoder_pace(directory: Path | str, device: str = "cuda", **more: Any) -> Pace | None:
+    settings = MmEncoderSettings(redis_url="unix:///x", model="m", segments_dir=str(directory), **more)
+    return mm_encoder.pace(settings, device, Metrics(CollectorRegistry()))
+
+
+def is_cut(pace: Pace | None) -> bool:
+    assert pace is not None
+    pace.begin()
+    return len(pace.cut(MANY)) > 1
+
+
+@pytest.mark.usefixtures("gpus")
+def test_passes_are_cut_while_an_engine_of_the_same_gpu_lives(tmp_path: Path) -> None:
+    pace, other_gpu = encoder_pace(tmp_path / "s"), encoder_pace(tmp_path / "s", "cuda:1")
+    elsewhere = encoder_pace(tmp_path / "other")
+    assert not is_cut(pace), "no engine"
+    page = engine.card_page(engine_settings(tmp_path / "s", **CUDA), Segments(tmp_path / "s"))
+    assert page is not None
+    with page:
+        assert is_cut(pace)
+        assert not is_cut(other_gpu)
+        assert not is_cut(elsewhere), "nor one of another host"
+    assert not is_cut(pace), "it has ended"
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("device", "settings"), [("cpu", {}), ("cuda", {"shared_card_ms": 0.0}), ("cuda", {"segments_dir": ""})]
+)
+def test_passes_are_whole_without_a_gpu_or_if_told(device: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    directory = settings.get("segments_dir", tmp_path / "s")
+    more = {name: value for name, value in settings.items() if name != "segments_dir"}
+    assert encoder_pace(directory, device, **more) is None
+
+
+def test_an_engine_without_a_gpu_or_a_directory_has_no_page(tmp_path: Path) -> None:
+    assert engine.card_page(engine_settings(tmp_path / "s", device="cpu"), Segments(tmp_path / "s")) is None
+    assert engine.card_page(engine_settings(tmp_path / "s", device="cpu"), None) is None
+
+
+def test_the_part_of_the_gpu_under_mps_is_cudas_own_setting() -> None:
+    def told(percent: int, environ: dict[str, str]) -> dict[str, str]:
+        settings = MmEncoderSettings(redis_url="unix:///x", model="m", mps_percent=percent)
+        mm_encoder.limit_multiprocessors(settings, environ)
+        return environ
+
+    assert told(0, {}) == {}
+    assert told(60, {}) == {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "60"}
+    own = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "30"}
+    assert told(60, dict(own)) == own
+
+
+@pytest.mark.parametrize(("name", "value"), [("MPS_PERCENT", "101"), ("SHARED_CARD_MS", "-1")])
+def test_what_is_out_of_range_is_refused(name: str, value: str) -> None:
+    environ = {"MILLRACE_MODEL": "m", "MILLRACE_REDIS_URL": "unix:///x", f"MILLRACE_{name}": value}
+    with pytest.raises(ConfigError, match=name):
+        config.load(MmEncoderSettings, environ)
