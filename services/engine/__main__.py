@@ -186,7 +186,11 @@ def card_page(settings: EngineSettings, segments: Segments | None) -> OwnPage | 
     """Return our page for encoders on the same GPU, where this host's encoders share memory with us."""
     if segments is None or device(settings) != "cuda":
         return None
-    return OwnPage(segments, settings.name, str(torch.cuda.get_device_properties("cuda").uuid))
+    try:
+        return OwnPage(segments, settings.name, str(torch.cuda.get_device_properties("cuda").uuid))
+    except OSError as error:  # somebody has removed the directory
+        logger(__name__).warning("encoders on this GPU cannot see when tokens wait", extra={"error": str(error)})
+        return None
 
 
 def prefill_budget(settings: EngineSettings, runner: Runner, page: CardPage | None = None) -> PrefillBudget | None:

@@ -56,7 +56,6 @@ from shared.watchdog import FirstUse, Watchdog
 from shared.workers.process import worker_environ
 
 FRAME_THREADS = 4  # of a decoder process, at most
-BATCH_PATCHES = 8192  # encoded together, at most: more are no faster, and each would wait for all
 MPS_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"  # CUDA's
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
@@ -153,7 +152,7 @@ def build(
     if settings.step_timeout_s > 0:
         first_use = CPU_FIRST_USE if device == "cpu" else GPU_FIRST_USE
         watchdog = Watchdog(settings.step_timeout_s, first_use, metrics.step_age.set)
-    batcher = Batcher(encoder, min(settings.tower_max_patches, BATCH_PATCHES), metrics, watchdog)
+    batcher = Batcher(encoder, settings.tower_max_patches, metrics, watchdog)
     claim_every_s = settings.lease_ms / 1000 / CLAIMS_PER_LEASE
     handler = EncodeHandler(
         redis=redis,

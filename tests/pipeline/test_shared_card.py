@@ -1,5 +1,6 @@
 """Engine and encoder as they are composed find each other on one GPU, and nowhere else."""
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,14 @@ def test_passes_are_whole_without_a_gpu_or_if_told(device: str, settings: dict[s
     directory = settings.get("segments_dir", tmp_path / "s")
     more = {name: value for name, value in settings.items() if name != "segments_dir"}
     assert encoder_pace(directory, device, **more) is None
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_directory_that_is_gone_does_not_end_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    segments = Segments(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s")
+    assert engine.card_page(engine_settings(tmp_path / "s", **CUDA), segments) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_an_engine_without_a_gpu_or_a_directory_has_no_page(tmp_path: Path) -> None:

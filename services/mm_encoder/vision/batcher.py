@@ -18,6 +18,7 @@ from shared.crash_points import crash_point
 from shared.watchdog import Watchdog, unwatched
 
 PATIENCE = 8  # batches
+ENOUGH = 8192  # patches of a batch: more together are encoded no faster, and each item would wait for all
 
 
 class BatchEncoder(Protocol):
@@ -41,14 +42,14 @@ class _Item:
 
 
 class Batcher:
-    """Runner of an encoder for many callers. `max_patches` bounds a batch; a larger item is a batch of its own."""
+    """Runner of an encoder for many callers. `max_patches` and ENOUGH bound a batch; a larger item is one alone."""
 
     def __init__(
         self, encoder: BatchEncoder, max_patches: int, metrics: Metrics, watchdog: Watchdog | None = None
     ) -> None:
         """`watchdog` watches the thread from `start` to the end of `close`."""
         self._encoder = encoder
-        self._max_patches = max_patches
+        self._max_patches = min(max_patches, ENOUGH)
         self._metrics = metrics
         self._watchdog = watchdog
         self._thread = ThreadPoolExecutor(1, "tower")

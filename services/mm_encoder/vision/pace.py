@@ -6,7 +6,8 @@ prefill, which is planned to take as long as a gap may be, 60. So few pieces are
 sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/engine/schedule/prefill_budget.py). With
 none at all the tower would starve. Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
 
-Cuts change no result: the same operations on the same rows are launched, with waits between them.
+Cuts change no bit: the same operations on the same rows are launched, with waits between them. A pass that would be a
+graph, which is padded, may round otherwise when it is cut, as it does in other company.
 """
 
 import math

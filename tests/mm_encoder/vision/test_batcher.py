@@ -15,7 +15,7 @@ from torch import Tensor
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.store.cache import SingleFlight
-from services.mm_encoder.vision.batcher import PATIENCE, Batcher
+from services.mm_encoder.vision.batcher import ENOUGH, PATIENCE, Batcher
 
 
 def patches(rows: int) -> Patches:
@@ -62,6 +62,18 @@ async def test_what_waits_is_encoded_together_up_to_the_limit() -> None:
         encoder.go.set()
         assert [int(await task) for task in (first, *rest)] == [4, 60, 40, 2, 500, 8]
     assert encoder.batches == [[4], [60, 40], [2], [500], [8]]
+
+
+async def test_no_batch_is_larger_than_makes_it_faster() -> None:
+    encoder = Recording()
+    async with running(encoder, 100 * ENOUGH) as batcher:
+        first = asyncio.create_task(batcher.encode(patches(4)))
+        await begun(encoder)
+        rest = [asyncio.create_task(batcher.encode(patches(rows))) for rows in (10, ENOUGH - 10, 2, ENOUGH + 2)]
+        await asyncio.sleep(0)
+        encoder.go.set()
+        await asyncio.gather(first, *rest)
+    assert encoder.batches == [[4], [10, ENOUGH - 10], [2], [ENOUGH + 2]]
 
 
 async def test_who_lacks_least_comes_first_and_nobody_waits_for_ever() -> None:

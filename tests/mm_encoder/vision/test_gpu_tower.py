@@ -168,7 +168,7 @@ class Pieces(Pace):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pass_in_pieces_has_the_same_bits(dtype: torch.dtype) -> None:
-    """Attention tile by tile, and a few rows at a time: as a whole pass, and no other memory."""
+    """Attention tile by tile, with a pause after it and after each span of rows."""
     vision = replace(CONFIG.vision, hidden_size=HEADS * 80, num_heads=HEADS, depth=2, intermediate_size=96)
     config = replace(CONFIG, vision=vision, dtype=str(dtype).removeprefix("torch."))
     weights = load_weights(DrawnWeights(torch.device("cpu")), config, DEVICE).tower
