@@ -2,12 +2,12 @@
 
     python -m benchmarks.engine [--quantization wint4] [--output FILE.json]
 
-Weights are drawn on the device from N(0, 0.02), tensor by tensor through the loader that reads checkpoints, so that
-routing spreads over all experts and loading has the memory it has in service; each quantisation is loaded once. Every
-token is a text token, as in the text model that vLLM was measured with: random weights draw an id from image_patch_id
-on 3 times in 100, each of which would visit the vision pool. Needs a CUDA device of 80 GB (141 GB for bf16 with 256
-sequences) and some four minutes; asserts nothing. With --output the figures are kept as JSON, written after each
-quantisation (`wint4`, `wint8`, `bf16`) under
+Weights are drawn on the device (`shared.model.drawn_weights`), tensor by tensor through the loader that reads
+checkpoints, so that routing spreads over all experts and loading has the memory it has in service; each quantisation is
+loaded once. Every token is a text token, as in the text model that vLLM was measured with: random weights draw an id
+from image_patch_id on 3 times in 100, each of which would visit the vision pool. Needs a CUDA device of 80 GB (141 GB
+for bf16 with 256 sequences) and some four minutes; asserts nothing. With --output the figures are kept as JSON, written
+after each quantisation (`wint4`, `wint8`, `bf16`) under
 
   decode_ms.<quant>.<batch>            N prompts of 1,024 tokens, greedy or by --sampling: ms a step, which is the mean
                                        time between emissions with a token of each
@@ -56,7 +56,7 @@ from services.engine.settings import EngineSettings, SamplingClass
 from shared.messages import Generate, Output, Request, Sampling, pack_ids
 from shared.model.config import ModelConfig, VisionConfig
 from shared.model.config_file import Quantization
-from shared.model.drawn_weights import DrawnWeights
+from shared.model.drawn_weights import ATTENTION_STD, DrawnWeights
 
 PROFILED_STEPS = 8
 
@@ -140,10 +140,12 @@ class Bench:
         max_model_len: int,
         sampling: Sampling,
         sampling_class: SamplingClass = "rejection",
+        attention_std: float = ATTENTION_STD,
         **told: Any,
     ) -> None:
         """
         Args:
+            attention_std: see `shared.model.drawn_weights`.
             told: other settings of the engine.
         """
         self._sampling = sampling
@@ -152,7 +154,8 @@ class Bench:
         started = time.perf_counter()
         chosen: Quantization | None = None if quantization == "none" else quantization
         ops = operations("cuda", told.get("batch_invariant", False))
-        weights = load_weights(DrawnWeights(device), CONFIG, torch.bfloat16, device, chosen, quantize=ops.quantize)
+        drawn = DrawnWeights(device, attention_std=attention_std)
+        weights = load_weights(drawn, CONFIG, torch.bfloat16, device, chosen, quantize=ops.quantize)
         torch.cuda.synchronize()
         loaded = time.perf_counter()
         self.memory = {

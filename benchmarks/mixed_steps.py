@@ -8,6 +8,7 @@ Weights and configuration are those of benchmarks.engine. Prints
   step_ms.<decodes>+<tokens>   milliseconds of a step of so many tokens of one prompt beside so many sequences with a
                                context of 1,024, by device events around it, the median of five: launched whole, and in
                                pieces; host_ms is how long launching took the host
+  routing.<tokens>             how evenly a prompt of so many tokens visits the experts: see benchmarks.routing
   agreement                    of a prompt alone: the largest difference between both, relative to the largest value
   first_ms, tenth_ms           from a request to its only token, by the length of its prompt, beside 8 sequences that
                                decode: of the first request of that length after the start, and the median of the
@@ -31,13 +32,16 @@ import msgspec
 import torch
 
 from benchmarks.engine import CONFIG, Bench
+from benchmarks.routing import expert_loads, spread
 from services.engine.kernels.first_use import report_first_uses
+from services.engine.kernels.triton.moe import moe
 from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.loop.step_output import StepOutput
 from services.engine.run.rehearsal import Rehearsal
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.sequence import Sequence
 from shared.messages import Sampling
+from shared.model.drawn_weights import ATTENTION_STD, STD
 
 CONTEXT = 1024
 REPEATS = 5
@@ -53,6 +57,11 @@ class Steps:
         assert runner.pieces is not None
         self._model, self._cache, self._pieces = runner.model, runner.cache, runner.pieces
         self._shapes = Rehearsal(self._model, self._cache, self._pieces, CONFIG.vocab_size, 256)
+
+    def routing(self, tokens: int) -> dict[str, float]:
+        step, model = self._shapes.step([(tokens, tokens)]), self._model
+        moved = step.to(model.device, self._cache.block_size)
+        return spread(expert_loads(lambda: model.hidden(moved, self._cache), moe, CONFIG.num_experts))
 
     def compare(self, decodes: int, tokens: int) -> dict[str, float]:
         lengths = [(1, CONTEXT)] * decodes + ([(tokens, tokens)] if tokens else [])
@@ -171,12 +180,20 @@ def main() -> None:
     parser.add_argument("--quantization", default="wint4", choices=("wint4", "wint8", "none"))
     parser.add_argument("--steps", default="0+64,0+256,0+512,0+1024,32+128,32+512,32+1024,128+512,128+1024,256+1024")
     parser.add_argument("--clients", default="32,128,256")
+    parser.add_argument(
+        "--attention-std",
+        type=float,
+        default=ATTENTION_STD,
+        help=f"of what attention's results are projected by, {STD} until 2026-11-29 (%(default)s)",
+    )
     parser.add_argument("--gaps", default="25,0", help="bounds on the gap in ms (%(default)s; 0: none)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     told: dict[str, Any] = {"max_num_batched_tokens": 8192}
-    bench = Bench(args.quantization, 131_072, Sampling(seed=0, temperature=0.0, ignore_eos=True), **told)
+    sampling = Sampling(seed=0, temperature=0.0, ignore_eos=True)
+    bench = Bench(args.quantization, 131_072, sampling, attention_std=args.attention_std, **told)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "quantization": args.quantization, **told}
+    result["attention_std"] = args.attention_std
     result |= {"memory": bench.memory | kept(), "startup_s": bench.startup_s}
     print(json.dumps(result), flush=True)
     times = bench.runner.step_times
@@ -194,6 +211,9 @@ def main() -> None:
     result["first_uses"] = list(uses)
     print("first uses:", uses, flush=True)
     steps = Steps(bench)
+    for tokens in (512, 1024):
+        result.setdefault("routing", {})[tokens] = found = steps.routing(tokens)
+        print(f"routing of {tokens} tokens: {found}", flush=True)
     for decodes, tokens in (map(int, pair.split("+")) for pair in args.steps.split(",") if pair):
         result.setdefault("step_ms", {})[f"{decodes}+{tokens}"] = found = steps.compare(decodes, tokens)
         print(f"{decodes}+{tokens}: {found}", flush=True)

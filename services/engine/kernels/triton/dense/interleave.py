@@ -16,10 +16,17 @@ _GROUP, _STEP = tl.constexpr(GROUP), tl.constexpr(PLANES * INSTRUCTION_INPUTS)
 
 
 @triton.jit
-def input_at(column):
-    """Return the input that is multiplied as the `column`th. Columns are a range that begins at a multiple of 16."""
-    at = column % _BLOCK
-    return _sixteens(column - at + at % _STEP // _INPUTS * _GROUP + at // _STEP * _INPUTS + at % _INPUTS)
+def columns_and_inputs(first, INTERLEAVED: tl.constexpr):
+    """Return the columns of the block of inputs that begins at `first`, and the input that is multiplied as each.
+
+    Both are [steps, planes, inputs of an instruction], so that the compiler sees which inputs are neighbours.
+    """
+    step = tl.arange(0, _BLOCK // _STEP)[:, None, None]
+    plane = tl.arange(0, _PLANES)[None, :, None]
+    beside = tl.arange(0, _INPUTS)[None, None, :]
+    columns = first + step * _STEP + plane * _INPUTS + beside
+    inputs = first + plane * _GROUP + step * _INPUTS + beside if INTERLEAVED else columns
+    return columns, inputs
 
 
 @triton.jit

@@ -14,23 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.memory_budget import has_spare_memory
-from services.engine.kernels.quantize import Quantized, Weight, in_features, stored_inputs
+from services.engine.kernels.quantize import BLOCK, Quantized, Weight, in_features, stored_inputs
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
-from services.engine.kernels.triton.dense.interleave import input_at
+from services.engine.kernels.triton.common.sizes import ceil_div
+from services.engine.kernels.triton.dense.interleave import columns_and_inputs
 from services.engine.kernels.triton.moe import grouped_plain, grouped_quantized
 from services.engine.kernels.triton.moe.sort import SortedPairs, sort_pairs
 
 # Rows of an expert, on average over both pools, from which on the path pays: tiles of rows are full enough, and the
 # products gain more than the launches before them take.
 ROWS_PER_EXPERT, INT8_ROWS_PER_EXPERT = 32, 64
+GATHERED_ROWS = 8  # of a program that copies a block of inputs
 
 
 @triton.jit
 def _gather_kernel(
     x_ptr, pair_ids_ptr, tile_bounds_ptr, out_ptr, H, width, x_stride,
-    INTERLEAVED: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store out[row] = x of the row's token, and 0 behind it up to `width`.
 
@@ -41,14 +43,16 @@ def _gather_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     if first >= tl.load(tile_bounds_ptr + 2) * BM:
         return
-    row = first + tl.arange(0, ROWS)
+    row = (first + tl.arange(0, ROWS))[:, None, None, None]
     pair = tl.load(pair_ids_ptr + row)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        source = input_at(column) if INTERLEAVED else column
-        x_ptrs = x_ptr + (pair // K).to(tl.int64)[:, None] * x_stride + source[None, :]
-        values = tl.load(x_ptrs, (pair >= 0)[:, None] & (source < H)[None, :], 0.0)
-        tl.store(out_ptr + row[:, None] * width + column[None, :], values, (column < width)[None, :])
+    column, source = columns_and_inputs(tl.program_id(1) * BLOCK, INTERLEAVED)
+    x_ptrs = x_ptr + (pair // K).to(tl.int64) * x_stride + source[None]
+    out_ptrs = out_ptr + row * width + column[None]
+    if EVEN:
+        tl.store(out_ptrs, tl.load(x_ptrs, pair >= 0, 0.0))
+    else:
+        values = tl.load(x_ptrs, (pair >= 0) & (source < H)[None], 0.0)
+        tl.store(out_ptrs, values, (column < width)[None])
 
 
 def uses_grouped_gemm(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
@@ -102,9 +106,10 @@ def _gathered(x: Tensor, order: SortedPairs, top_k: int, weight: Weight) -> Tens
     """Return [rows, inputs of the weight]: x of each row's token, columns in the order in which the weight stores
     inputs."""
     out = torch.empty(len(order.sorted_pair_ids), stored_inputs(weight), dtype=x.dtype, device=x.device)
-    _gather_kernel[(len(out) // 8,)](
-        x, order.sorted_pair_ids, order.tile_bounds, out, x.shape[1], out.shape[1], x.stride(0),
-        INTERLEAVED=isinstance(weight, Quantized) and weight.bits == 4,
-        K=top_k, BM=order.tile, ROWS=8, BLOCK=256, num_warps=4, **pdl_options(x),
+    hidden, width = x.shape[1], out.shape[1]
+    _gather_kernel[(len(out) // GATHERED_ROWS, ceil_div(width, BLOCK))](
+        x, order.sorted_pair_ids, order.tile_bounds, out, hidden, width, x.stride(0),
+        INTERLEAVED=isinstance(weight, Quantized) and weight.bits == 4, EVEN=width == hidden and width % BLOCK == 0,
+        K=top_k, BM=order.tile, ROWS=GATHERED_ROWS, BLOCK=BLOCK, num_warps=4, **pdl_options(x),
     )  # fmt: skip
     return out

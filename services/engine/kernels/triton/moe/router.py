@@ -16,7 +16,7 @@ from services.engine.kernels.triton.common.last_block import counters, is_last_b
 from services.engine.kernels.triton.common.launch import pdl_options, wait_for_previous_kernel
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
-TILED_ROWS = 1024  # above, the vendor library is faster
+TILED_ROWS = 256  # above, the vendor library is faster
 ROWS, EXPERTS, INPUTS = 16, 32, 256  # of a program's tile on the matrix units
 
 
