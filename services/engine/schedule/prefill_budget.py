@@ -13,7 +13,7 @@ class PrefillBudget:
     """Bound on a step in which sequences decode, so that their tokens come in time."""
 
     target_ms: float
-    times: StepTimes
+    times: StepTimes | None  # None: not measured, so that there is no bound but that of every step
 
     def room(self, decoding: int, cached: int, limit: int) -> int:
         """Return the tokens of prefill in a step.
@@ -23,8 +23,8 @@ class PrefillBudget:
             cached: tokens that these have in the cache.
             limit: tokens of the step.
         """
-        if not decoding:
-            return limit
+        if not decoding or self.times is None:
+            return limit - decoding
         rows = self.times.rows_within(self.target_ms - cached * self.times.ms_per_cached_token)
         return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))
 
