@@ -44,6 +44,7 @@ from benchmarks.engine import Bench, numbers
 from benchmarks.scripted_answers import DRAWN, Run, ScriptedBench, Sink
 from benchmarks.structured import Report, environment
 from services.engine.__main__ import load, speculation
+from services.engine.device_defaults import CPU_TOKENS
 from services.engine.loop.engine import Engine
 from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.metrics import EngineMetrics
@@ -122,7 +123,7 @@ class DemoBench:
     def __init__(self) -> None:
         self._settings = EngineSettings(
             redis_url="unix:///unused", model=str(DEMO), max_model_len=1024, torch_threads=1, device="cpu",
-            enable_prefix_caching=False,
+            enable_prefix_caching=False, max_num_batched_tokens=CPU_TOKENS,
         )  # fmt: skip
         config, tokenizer = load_model_config(DEMO), Tokenizer.load(DEMO)
         self._facts = EngineFacts(config, 1024, think_close_id=3)

@@ -162,7 +162,12 @@ def _parser() -> _Parser:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-model-len", type=_count(1), metavar="TOKENS", help="prompt and answer together")
     limits.add_argument("--max-num-seqs", type=_count(1, 256), metavar="N", help="sequences in one batch, 1 to 256")
-    limits.add_argument("--max-num-batched-tokens", type=_count(1), metavar="TOKENS", help="tokens in one step")
+    limits.add_argument(
+        "--max-num-batched-tokens",
+        type=_count(0),
+        metavar="TOKENS",
+        help="tokens in one step (0: by device, 512 on a CPU, 2048 on a small GPU, else 8192)",
+    )
     limits.add_argument(
         "--max-concurrency", type=_count(1), metavar="N", help="requests at once; more are told to wait"
     )
@@ -254,8 +259,8 @@ def _parser() -> _Parser:
         "--speculative-config",
         type=_json(dict[str, Any]),
         metavar="JSON",
-        help='{"method": "ngram", "num_speculative_tokens": 8}: guess tokens and verify several in a step; '
-        "changes no answer (off)",
+        help='{"method": "ngram", "num_speculative_tokens": 8}: guess tokens and verify several in a step, which '
+        "changes no answer; 0 tokens: none (on one GPU 8, else none)",
     )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")

@@ -14,6 +14,7 @@ import msgspec
 
 from cli.check import GIB, LABEL
 from cli.connection import Parser
+from services.engine.device_defaults import decide
 from services.engine.run.foretold import Foretold, fewest_ranks, foretell
 from services.engine.settings import EngineSettings
 from services.mm_encoder.settings import MmEncoderSettings
@@ -106,6 +107,8 @@ def main(words: Sequence[str]) -> int:
         print("\n".join(table(config)))
         return FITS
     launch = Launch(**{name: getattr(given, name) for name in Launch.__struct_fields__})
+    decided = decide(launch.settings(config, quantization), given.memory)
+    launch = msgspec.structs.replace(launch, max_num_batched_tokens=decided.max_num_batched_tokens)
     if launch.max_model_len > config.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len: {launch.max_model_len} is more than the {config.max_position_embeddings} positions this "
@@ -132,7 +135,7 @@ def _parser() -> Parser:
     parser.add_argument("--max-model-len", type=int, default=32_768, metavar="TOKENS", help="as of serve (%(default)s)")
     parser.add_argument("--max-num-seqs", type=int, default=32, metavar="N", help="as of serve (%(default)s)")
     parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=8192, metavar="N", help="as of serve (%(default)s)"
+        "--max-num-batched-tokens", type=int, default=0, metavar="N", help="as of serve; 0: by the card (%(default)s)"
     )
     parser.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="as of serve (%(default)s)"

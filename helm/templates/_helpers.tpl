@@ -122,14 +122,14 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- else if not (has $devices (list 1 2 4)) -}}
 {{- fail (printf "engine.gpus is %d; an engine computes on 1, 2 or 4, and more GPUs are for more engines (engine.replicas)" $gpus) -}}
 {{- end -}}
-{{- $step := int ($engine.max_num_batched_tokens | default 8192) -}}
+{{- $step := int ($engine.max_num_batched_tokens | default 0) -}}
 {{- $guesses := int (dig "num_speculative_tokens" 0 ($engine.speculative_config | default dict)) -}}
 {{- $sequences := int ($engine.max_num_seqs | default 32) -}}
 {{- if ge $guesses $sequences -}}
 {{- fail (printf "engine.settings.speculative_config has num_speculative_tokens %d; a step samples max_num_seqs (%d) tokens at most, of which one is no guess" $guesses $sequences) -}}
 {{- end -}}
 {{- $context := int (.Values.settings.max_model_len | default 32768) -}}
-{{- if and (eq (toString $engine.enable_chunked_prefill) "false") (lt $step $context) -}}
+{{- if and (eq (toString $engine.enable_chunked_prefill) "false") (gt $step 0) (lt $step $context) -}}
 {{- fail (printf "engine.settings.enable_chunked_prefill is false, so a prompt must fit into one step: max_num_batched_tokens is %d, and settings.max_model_len %d" $step $context) -}}
 {{- end -}}
 {{- $body := int64 (.Values.gateway.settings.max_body_bytes | default 134217728) -}}

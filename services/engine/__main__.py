@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from redis.asyncio import Redis
 
+from services.engine.device_defaults import decide, decided
 from services.engine.kernels.first_use import report_first_uses
 from services.engine.kernels.ops import Ops
 from services.engine.kernels.reference.parallel import parallel_ops
@@ -101,6 +102,9 @@ def build(settings: EngineSettings, redis: Redis, *, tracing: Tracing = OFF) -> 
     if think_close_id is None:
         raise CheckpointError(f"the tokenizer of {directory} has no {THINK_CLOSE}")
     where = device(settings)
+    asked, settings = settings, decide(settings, card_bytes(where))
+    for text in decided(asked, settings):
+        logger(__name__).info(text)
     facts = EngineFacts(model, settings.max_model_len, think_close_id, tokenizer.control.get(TOOL_CALL))
     ranks = Ranks(settings, os.environ) if settings.tensor_parallel_size > 1 else None
     metrics, watchdog = EngineMetrics(), None
@@ -194,8 +198,8 @@ def card_page(settings: EngineSettings, segments: Segments | None) -> OwnPage | 
 
 
 def prefill_budget(settings: EngineSettings, runner: Runner, page: CardPage | None = None) -> PrefillBudget | None:
-    """Return the bound on prefill beside sequences that decode, if there is one."""
-    if not settings.max_token_gap_ms or runner.step_times is None or not settings.enable_chunked_prefill:
+    """Return how prompts share a step, and the bound on that beside sequences that decode; None: by arrival."""
+    if not settings.max_token_gap_ms or not settings.enable_chunked_prefill:
         return None
     budget = PrefillBudget(settings.max_token_gap_ms, runner.step_times)
     return budget if page is None else replace(budget, encoder_works=page.encoder_works)
@@ -280,7 +284,7 @@ def contradictions(settings: EngineSettings, config: ModelConfig) -> Iterator[st
 
 def speculation(config: SpeculativeConfig | None, runner: Runner) -> Speculation | None:
     """Return the scheduler's limits of guessing."""
-    if config is None:
+    if config is None or not config.num_speculative_tokens:
         return None
     times = None if runner.step_times is None else runner.step_times.decode
     return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size, times)
@@ -320,6 +324,13 @@ def device(settings: EngineSettings) -> str:
             "needs one"
         )
     return "cuda"
+
+
+def card_bytes(where: str) -> int | None:
+    """Return the memory of the first GPU, of which this process may use a part; None on a CPU."""
+    if where == "cpu":
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction(0))
 
 
 def main() -> int:

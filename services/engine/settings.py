@@ -15,7 +15,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """vLLM's and FastDeploy's keys of speculative decoding, those that have a meaning here."""
 
     method: Literal["ngram"]  # guess what followed the same tokens before, in prompt and answer
-    num_speculative_tokens: Annotated[int, Meta(ge=1, le=255)]  # guessed tokens of a sequence in a step, at most
+    num_speculative_tokens: Annotated[int, Meta(ge=0, le=255)]  # guessed tokens of a sequence in a step; 0: none
     prompt_lookup_min: Annotated[int, Meta(ge=1, le=64)] = 3  # tokens that must have come before in the same order
     disable_by_batch_size: Positive = 16  # more sequences than this that decode in a step are not guessed for
 
@@ -36,9 +36,11 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     quantization: Literal["none", "wint8", "wint4"] | None = None
     # FastDeploy's own launches of this model pass 32, its default is 8.
     max_num_seqs: int = 32  # sequences in one step, 1 to 256
-    max_num_batched_tokens: int = 8192  # tokens in one step
+    # Tokens in one step; 0: by device, which is 512 on a CPU, 2048 on a GPU of less than 32 GiB, and else 8192.
+    max_num_batched_tokens: Count = 0
     # Milliseconds that a step with prefill may take beside sequences that decode: the gap between their tokens. Prefill
-    # gets as many tokens as were measured to fit, and short prompts go first; 0, or without a GPU: no bound.
+    # gets as many tokens as were measured to fit, and short prompts go first; 0: no bound, and prompts go by arrival. A
+    # CPU measures nothing: there steps are bounded by their tokens.
     max_token_gap_ms: Annotated[float, Meta(ge=0)] = 25.0
     enable_chunked_prefill: bool = True  # split long prompts over several steps
     enable_prefix_caching: bool = True  # reuse cached keys and values of what prompts have in common
@@ -52,7 +54,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     batch_invariant: bool = False
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
     torch_threads: Count = 0  # threads of torch on a CPU, shared by ranks; 0: one for each core we may use
-    # speculative decoding, which changes no answer (docs/speculation.md); unset: none
+    # Speculative decoding, which changes no answer (docs/speculation.md); unset: on one GPU up to 8 guesses, else none.
     speculative_config: SpeculativeConfig | None = None
     segments_dir: str = ""  # mm_encoder's directory of that name, where this host has one and we see it; empty: none
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound
@@ -66,7 +68,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
             raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be 1 to 256")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
-        for name in ("tensor_parallel_size", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "max_model_len"):
+        for name in ("tensor_parallel_size", "block_size", "kv_cache_bytes", "max_model_len"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         guesses = self.speculative_config.num_speculative_tokens if self.speculative_config else 0
@@ -79,7 +81,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
             raise ConfigError(f"foreign_bytes is {self.foreign_bytes}; it must be at least 0")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 1:
             raise ConfigError(f"num_gpu_blocks_override is {self.num_gpu_blocks_override}; it must be at least 1")
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+        if not self.enable_chunked_prefill and 0 < self.max_num_batched_tokens < self.max_model_len:
             raise ConfigError(
                 f"enable_chunked_prefill is false, so a prompt must fit into one step: max_num_batched_tokens is "
                 f"{self.max_num_batched_tokens} and max_model_len {self.max_model_len}"

@@ -39,6 +39,14 @@ def test_the_page_is_current(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(f"    {line}" in page for line in capsys.readouterr().out.splitlines())
 
 
+@pytest.mark.parametrize(("card", "tokens"), [("RTX-4090", 2048), ("L20", 8192), ("H200", 8192)])
+def test_the_tokens_of_a_step_are_those_the_engine_would_choose(
+    model: Path, card: str, tokens: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", str(model), "--card", card, "--quantization", "wint4"]) == 0
+    assert f": steps of {tokens} tokens, workspaces\n" in capsys.readouterr().out
+
+
 def test_fastdeploys_table_holds_with_no_more_cards(model: Path) -> None:
     rows = [line.split("|")[2:5] for line in table(load_model_config(model))[2:]]
     assert len(rows) == len(CARDS)

@@ -140,9 +140,10 @@ def test_contradictions_are_refused(values: Values, said: str) -> None:
 GUESSING = {"method": "ngram", "num_speculative_tokens": 8}
 # What a service's own check says of settings, and what Helm says before; `max_model_len` is of all services.
 TOGETHER = [
-    ("engine", {"enable_chunked_prefill": False}, 1, "is 8192, and settings.max_model_len 32768"),
+    ("engine", {"enable_chunked_prefill": False}, 1, None),
     ("engine", {"enable_chunked_prefill": False, "max_num_batched_tokens": 32767}, 1, "is 32767"),
     ("engine", {"enable_chunked_prefill": False, "max_num_batched_tokens": 32768}, 1, None),
+    ("engine", {"max_num_batched_tokens": 0, "speculative_config": GUESSING | {"num_speculative_tokens": 0}}, 1, None),
     ("engine", {"speculative_config": GUESSING}, 1, None),
     ("engine", {"speculative_config": GUESSING, "max_num_seqs": 8}, 1, "num_speculative_tokens 8; a step samples"),
     ("gateway", {"max_body_bytes": 192 << 20}, 0, "three quarters of max_bodies_bytes, 201326592"),

@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from services.engine.device_defaults import decide
 from services.engine.kernels.memory_budget import SPARE_MEMORY_BYTES
 from services.engine.model.ernie import Weights
 from services.engine.model.split import Split
@@ -88,7 +89,7 @@ def foretell(
         ConfigError: the ranks cannot share the model equally.
         CheckpointError: they cannot share the groups of quantised weights; or as `load_weights`.
     """
-    own = divided(config, ranks)
+    own, settings = divided(config, ranks), decide(settings, card)
     asked = settings.quantization
     quantization: Quantization | None = None if asked is None or asked == "none" else asked
     spare = card >= SPARE_MEMORY_BYTES

@@ -16,7 +16,7 @@ class PrefillBudget:
     """Bound on a step in which sequences decode, so that their tokens come in time."""
 
     target_ms: float
-    times: StepTimes
+    times: StepTimes | None  # None: not measured, so that there is no bound but that of every step
     encoder_works: Callable[[], bool] = lambda: False  # on the same GPU
 
     def room(self, decoding: int, cached: int, limit: int) -> int:
@@ -27,8 +27,8 @@ class PrefillBudget:
             cached: tokens that these have in the cache.
             limit: tokens of the step.
         """
-        if not decoding:
-            return limit
+        if not decoding or self.times is None:
+            return limit - decoding
         target_ms = self.target_ms * (BESIDE_ENCODER if self.encoder_works() else 1.0)
         rows = self.times.rows_within(target_ms - cached * self.times.ms_per_cached_token)
         return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))

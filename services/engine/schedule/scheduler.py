@@ -146,6 +146,7 @@ class Scheduler:
     """Waiting and running sequences, by arrival. Owns their blocks."""
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        assert limits.max_num_batched_tokens > 0, "decided by the device before"
         self._pool = pool
         self._limits = limits
         self._speculator = Speculator(limits.speculation)
