@@ -95,7 +95,7 @@ class LineRequests:
                 reply.body += message.get("body", b"")
 
         span = self._start_span(about, line)
-        context = RequestContext(secrets.token_hex(16), about.owner, span, send, quota, until=about.expires_at)
+        context = RequestContext(secrets.token_hex(16), about.owner, span, send, quota=quota, until=about.expires_at)
         scope = _scope(about, line)
         attach_context(scope, context)
         try:

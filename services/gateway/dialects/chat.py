@@ -70,6 +70,8 @@ class ChatDialect(msgspec.Struct, frozen=True):
 class ChatEvents:
     """Formatter of one stream of chunks."""
 
+    __slots__ = ("_chunks", "_ids", "_include_usage")
+
     def __init__(self, request: OpenRequest, head: AnswerHead, event_ids: bool) -> None:
         form = request.answer_format
         self._include_usage = form.include_usage

@@ -73,6 +73,15 @@ class ChunkWriter:
     that delta.
     """
 
+    __slots__ = (
+        "_choice_prefixes",
+        "_continuous_usage",
+        "_first_chunks_wait",
+        "_prefix",
+        "_suffix",
+        "_token_ids",
+    )
+
     def __init__(
         self,
         head: AnswerHead,
@@ -89,6 +98,7 @@ class ChunkWriter:
         self._suffix = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._token_ids = token_ids
         self._continuous_usage = continuous_usage
+        self._first_chunks_wait = token_ids or continuous_usage
 
     def first_chunks(self, id_line: bytes) -> bytes:
         """Return the first chunk of each choice, the last one with an id; nothing if they wait for the first delta."""
@@ -101,7 +111,7 @@ class ChunkWriter:
         """Return a delta's chunks except the first `skip`: reasoning, content, a fragment of each tool call, finish."""
         start = self._choice_prefixes[index]
         if is_text(delta) and not (skip or self._first_chunks_wait):  # nearly all
-            return b"".join([next(ids.advance(index, delta, 1)), start, *_texts(delta), _NO_DETAILS, self._suffix])
+            return b"%b%b%b%b%b" % (ids.advance_one(index, delta), start, _text(delta), _NO_DETAILS, self._suffix)
         suffix = self._usage_suffix(delta.usage) if self._continuous_usage else self._suffix
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
         chunks = [start + piece + _NO_DETAILS + suffix for piece in pieces]
@@ -118,10 +128,6 @@ class ChunkWriter:
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk without choices that ends the stream if the client asked for usage."""
         return self._prefix + b',"choices":[],"usage":' + _json.encode(usage) + b"}\n\n"
-
-    @property
-    def _first_chunks_wait(self) -> bool:
-        return self._token_ids or self._continuous_usage
 
     def _late_first_chunk(self, delta: Delta) -> bytes:
         """Return the rest of a first chunk that waited for its choice's first delta."""
@@ -147,11 +153,20 @@ def _detailed(piece: bytes, delta: Delta) -> bytes:
 def _texts(delta: Delta) -> list[bytes]:
     pieces = []
     if delta.reasoning:
-        text = quote(delta.reasoning)
-        pieces.append(b'"reasoning_content":' + text + b',"reasoning":' + text)
+        pieces.append(_reasoning(delta.reasoning))
     if delta.content:
         pieces.append(b'"content":' + quote(delta.content))
     return pieces
+
+
+def _text(delta: Delta) -> bytes:
+    """Return the only piece of a delta that is reasoning or content."""
+    return b'"content":' + quote(delta.content) if delta.content else _reasoning(delta.reasoning)
+
+
+def _reasoning(text: str) -> bytes:
+    quoted = quote(text)
+    return b'"reasoning_content":' + quoted + b',"reasoning":' + quoted
 
 
 def _split_calls(calls: Sequence[ToolDelta]) -> list[ToolDelta]:

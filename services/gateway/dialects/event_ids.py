@@ -17,6 +17,10 @@ class NoEventIds:
         """Return nothing."""
         return b""
 
+    def advance_one(self, _index: int, _delta: Delta) -> bytes:
+        """Return nothing."""
+        return b""
+
     def advance(self, _index: int, _delta: Delta, events: int) -> Iterator[bytes]:
         """Return nothing for each event."""
         return repeat(b"", events)
@@ -40,10 +44,14 @@ class EventIds:
         """Return the `id` field of an event at the current position."""
         return b"id: %b\n" % b".".join(self._ids)
 
+    def advance_one(self, index: int, delta: Delta) -> bytes:
+        """Return the `id` field of the only event of a delta of choice `index`, or of its last."""
+        self._ids[index] = b"%d" % delta.seq
+        return self.line()
+
     def advance(self, index: int, delta: Delta, events: int) -> Iterator[bytes]:
         """Yield the `id` field of each event of a delta of choice `index`."""
         for event in range(1, events):
             self._ids[index] = b"%d-%d-%d" % (delta.start, delta.seq, event)
             yield self.line()
-        self._ids[index] = b"%d" % delta.seq
-        yield self.line()
+        yield self.advance_one(index, delta)

@@ -1,14 +1,14 @@
 """Merging of deltas for a client that reads slowly."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from shared.messages import Delta
 
 
-def merge_text(deltas: list[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+def merge_text(deltas: Iterable[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
     """Merge neighbouring deltas of plain text of the same choice, so that a stream that lags has less to write."""
-    if len(deltas) == 1:
-        return deltas
     merged: list[tuple[int, Delta]] = []
     run: list[Delta] = []
     for index, delta in deltas:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -11,16 +11,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Send
 
 from services.gateway.dialects.collected import CollectedChoice
-from services.gateway.dialects.dialect import Dialect, Dialects, EventWriter
-from services.gateway.dialects.merge import merge_text
+from services.gateway.dialects.dialect import Dialect, Dialects
 from services.gateway.errors import RETRY_AFTER_S, UNKNOWN_API, FailureBody, error_response, openai_body
 from services.gateway.http.context import RequestContext
+from services.gateway.http.stream import StreamWriter
 from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.answer_format import AnswerFormat
 from shared import log
 from shared.errors import Failure, RequestError
-from shared.messages import Delta
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -118,27 +117,14 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         events = dialect.events(open_request, self.system_fingerprint, event_ids)
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         context.ask_client = lambda: open_request.keep_alive(time.time())
-        write = context.write
+        writer = StreamWriter(open_request, events, context.write, context.body)
         if open_request.resumed:
             open_request.mark_client_has_id()
         elif first := events.begin():
-            await _write(write, first)
+            await writer.send(first)
             open_request.mark_client_has_id()
-        await self._write_deltas(open_request, events, write)
-        await _write(write, events.end(open_request), more=False)
-
-    async def _write_deltas(self, open_request: OpenRequest, events: EventWriter, write: Send) -> None:
-        while not open_request.done:
-            deltas = merge_text(await open_request.next_deltas())
-            if deltas:
-                if any(one.prompt_logprobs for _, one in deltas):
-                    body = await asyncio.to_thread(_events_of, deltas, open_request, events)
-                else:
-                    body = _events_of(deltas, open_request, events)
-                await write({"type": "http.response.body", "body": body, "more_body": True})
-                open_request.mark_client_has_id()
-            elif not open_request.done:
-                await _write(write, events.keep_alive)
+        await writer.run()
+        await writer.send(events.end(open_request), more=False)
 
     async def _write_whole(self, open_request: OpenRequest, send: Send) -> None:
         collected = [CollectedChoice() for _ in open_request.choices]
@@ -165,15 +151,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
         return dialect
 
 
-def _events_of(deltas: Sequence[tuple[int, Delta]], open_request: OpenRequest, events: EventWriter) -> bytes:
-    if len(deltas) == 1:  # nearly always
-        [(index, one)] = deltas
-        return events.delta(index, one, open_request.events_to_skip(index))
-    return b"".join(events.delta(index, one, open_request.events_to_skip(index)) for index, one in deltas)
-
-
-async def _write(send: Send, body: bytes, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+async def _write(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -185,7 +164,7 @@ async def write_json(send: Send, body: bytes, status: int, headers: list[tuple[b
     """Write a body as the whole response."""
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
-    await _write(send, body, more=False)
+    await _write(send, body)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -197,4 +176,4 @@ async def write_failure(failure: Failure, send: Send, headers: Mapping[str, str]
     """Write a failure as the whole response."""
     response = error_response(failure, headers, body)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await _write(send, bytes(response.body), more=False)
+    await _write(send, bytes(response.body))

@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope, Send
 
+from services.gateway.http.direct import DirectBody
 from services.gateway.tenants.limiter import Quota
 from shared.tracing import Span
 
@@ -23,6 +24,7 @@ class RequestContext(msgspec.Struct):
     owner: str  # name or digest of its API key (Caller.owner); empty if the path needs none
     span: Span | None  # of a request for an answer that is traced
     write: Send  # the server's own, for bodies: once a response has begun, nobody on the way to it looks at them
+    body: DirectBody | None = None  # the same without waiting; None: the server has only `write`
     quota: Quota = msgspec.field(default_factory=Quota)  # its tenant, and headers about limits
     warnings: tuple[str, ...] = ()  # X-Millrace-Warning
     # Deadline in unix seconds of a request that no connection waits for, and until when its answer is kept.

@@ -13,6 +13,7 @@ from services.gateway.console import routes as console
 from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
+from services.gateway.http.direct import find_body
 from services.gateway.http.protocol import HEALTH_PATHS
 from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
@@ -71,7 +72,7 @@ class Edge:
         scope["path"] = scope["path"].rstrip("/") or "/"  # both forms are one path, to the rules about keys too
         headers = Headers(scope=scope)
         span = self._start_span(scope, headers)
-        context = RequestContext(_request_id(headers), "", span, send)
+        context = RequestContext(_request_id(headers), "", span, send, find_body(scope))
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:

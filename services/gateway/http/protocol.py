@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from services.gateway.errors import FailureBodies, error_response
 from services.gateway.http.connections import Connections, network_of
 from services.gateway.http.context import find_context
+from services.gateway.http.direct import attach_body
 from shared.errors import Failure
 
 # Paths that are answered whatever state the server is in.
@@ -38,6 +39,26 @@ _HEAD_TOO_LARGE = Failure(
 
 class TooManyHeadersError(Exception):
     """Head or trailers of too many fields."""
+
+
+class ChunkedBody:
+    """Body of a response in chunks (services/gateway/http/direct.py:DirectBody)."""
+
+    __slots__ = ("_cycle", "_flow", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._write = cycle.transport.write
+
+    @property
+    def is_ready(self) -> bool:
+        cycle = self._cycle
+        return not (self._flow.write_paused or cycle.response_complete or not cycle.chunked_encoding)
+
+    def write(self, data: bytes) -> None:
+        if data and not self._cycle.disconnected:  # an empty chunk would be the end
+            self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -205,6 +226,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if path not in HEALTH_PATHS:
                 app = error_response(self._refusal, body=self._bodies.of(path))
         self._running = cycle
+        attach_body(cycle.scope, ChunkedBody(cycle))  # type: ignore[arg-type]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
     def _is_busy(self) -> bool:

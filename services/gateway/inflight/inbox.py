@@ -62,8 +62,7 @@ class Inbox:
                 logger.warning("could not read deltas; retrying", extra={"error": str(error)})
                 await asyncio.sleep(RETRY_S)
                 continue
-            for _key, _entry_id, message in entries:
-                self._open_requests.dispatch(message)
+            self._open_requests.dispatch([message for _key, _entry_id, message in entries])
             await self._open_requests.request_missing()
 
     async def watch(self, every_s: float) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT, USAGE_AT_END
 from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.pipeline import Pipeline, RequestMetadata, StoredRequest
-from services.gateway.inflight.request import Choice, OpenRequest, StreamPosition
+from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, StreamPosition
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.parsed import ParsedRequest
@@ -22,7 +22,8 @@ from shared.errors import Failure, RequestError, unreadable
 from shared.messages import Accepted, Delta, Deltas, Failed, Message
 
 MISSING_CHECKS = 2  # checks in a row without a record before a request is lost: its last deltas may be on their way
-NOT_FOUND = "request_not_found"  # code of the answer to an Attach for which there is no record
+
+_ENDED = ChoiceState.ENDED  # looked up for every delta
 
 READ_S = 60.0  # limit on reading an answer that is kept
 
@@ -213,14 +214,24 @@ class OpenRequests:
 
     # ------------------------------------------------------------------------------------------------ messages
 
-    def dispatch(self, message: Message) -> None:
-        """Give a message of our stream to the requests that it is for; drop it if there are none any more."""
+    def dispatch(self, messages: Iterable[Message]) -> None:
+        """Give messages of our stream to the requests that they are for; drop those for which there are none any more.
+
+        What several messages bring for one client is written at once.
+        """
+        deltas: dict[str, list[Delta]] = {}
+        for message in messages:
+            if isinstance(message, Deltas):
+                for delta in message.items:
+                    deltas.setdefault(delta.request_id, []).append(delta)
+            else:
+                self._deliver(deltas)
+                deltas.clear()
+                self._note(message)
+        self._deliver(deltas)
+
+    def _note(self, message: Message) -> None:
         match message:
-            case Deltas(items):
-                now = self._clock()
-                for delta in items:
-                    for choice in self._readers.get(delta.request_id, ()):
-                        self._deliver(choice, delta, now)
             case Accepted(request_id, prompt_tokens):
                 for choice in self._readers.get(request_id, ()):
                     choice.open_request.mark_prompt(prompt_tokens)
@@ -231,19 +242,26 @@ class OpenRequests:
             case _:
                 logger.warning("dropped a message of an unexpected type", extra={"type": type(message).__name__})
 
-    def _deliver(self, choice: Choice, delta: Delta, now: float) -> None:
-        if choice.ended:
+    def _deliver(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
+        now, readers = self._clock(), self._readers
+        for request_id, added in deltas.items():
+            for choice in readers.get(request_id, ()):
+                if choice.state is _ENDED:
+                    continue
+                open_request = choice.open_request
+                if open_request.first_token_at is None:
+                    self._mark_first_token(open_request, added, now)
+                if open_request.add(choice, added, now) and not choice.awaits_catch_up:
+                    choice.mark_catch_up()
+                    self._incomplete.append(choice)
+
+    def _mark_first_token(self, open_request: OpenRequest, deltas: Iterable[Delta], now: float) -> None:
+        if all(delta.failure is not None for delta in deltas):
             return
-        open_request = choice.open_request
-        if delta.failure is not None and delta.failure.code == NOT_FOUND:
-            open_request.fail(choice, LOST)
-            return
-        if delta.failure is None and open_request.mark_first_token(now) and not open_request.rejoined:
+        open_request.mark_first_token(now)
+        if not open_request.rejoined:
             self._pipeline.mark_begun(open_request)
             self._metrics.first_token.observe(now - open_request.created)
-        if open_request.add(choice, delta, now) and not choice.awaits_catch_up:
-            choice.mark_catch_up()
-            self._incomplete.append(choice)
 
     async def request_missing(self) -> None:
         """Request again the deltas that were lost on their way."""

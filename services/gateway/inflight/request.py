@@ -5,22 +5,27 @@ sends, and the task that writes to the client as it writes.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 import msgspec
 
+from services.gateway.errors import LOST
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.tenants.limiter import Reservation
 from shared.errors import Failure, internal
 from shared.messages import Delta, Usage
 
+NOT_FOUND = "request_not_found"  # code of the answer to an Attach for which there is no record
 BEYOND_END = Failure(
     400,
     "The header Last-Event-ID names an event behind the end of this stream.",
     param="Last-Event-ID",
     code="invalid_value",
 )
+
+# Writes (choice, delta) to the client without waiting; False if that cannot be, and nothing was written.
+WriteNow = Callable[[Sequence[tuple[int, Delta]]], bool]
 
 
 class StreamPosition(msgspec.Struct, frozen=True):
@@ -37,6 +42,9 @@ class ChoiceState(Enum):
     NEW = 0  # only this gateway knows it
     SUBMITTED = 1  # the other stages know it: it waits, runs, or its answer is kept
     ENDED = 2  # its finish or its failure has arrived
+
+
+_ENDED = ChoiceState.ENDED  # looked up for every delta
 
 
 class Choice:
@@ -108,7 +116,7 @@ class Choice:
         self.seq = seq
         self.until = 0
         self.awaits_catch_up = False
-        self.mark_present(now)
+        self.checked_at, self.missing_checks = now, 0
 
     def end(self, finish_reason: str | None = None, usage: Usage | None = None) -> None:
         """Note its finish, or without a reason its failure."""
@@ -119,6 +127,38 @@ class Choice:
 
 class OpenRequest:
     """An HTTP request with its choices, and a queue of deltas: the inbox fills it, the client's task empties it."""
+
+    __slots__ = (
+        "_awake",
+        "_counted",
+        "_events_sent",
+        "_max_pending",
+        "_pending",
+        "_pending_size",
+        "_unaccepted",
+        "_unended",
+        "_waiting",
+        "_write_now",
+        "accepted",
+        "answer_format",
+        "choices",
+        "client_has_id",
+        "created",
+        "deadline",
+        "failure",
+        "first_token_at",
+        "id",
+        "idle_since",
+        "kept",
+        "overflowed",
+        "positions",
+        "prompt_tokens",
+        "rejoined",
+        "reservation",
+        "resumed",
+        "stream",
+        "uploads",
+    )
 
     def __init__(
         self,
@@ -163,12 +203,13 @@ class OpenRequest:
         self.overflowed = asyncio.Event()  # set once more than `max_pending` bytes wait for the client
         self._unaccepted = set(range(answer_format.n)) if unchecked else set()
         self._pending: list[tuple[int, Delta]] = []
+        self._counted = 0  # of these, the first that are counted in `_pending_size`
         self._pending_size = 0
         self._max_pending = max_pending
         self._events_sent = [position.events for position in self.positions]
         self._awake = False  # there is something to write, or to look at
         self._waiting: asyncio.Future[None] | None = None  # of the client's task
-        self._loop: asyncio.AbstractEventLoop | None = None  # which costs a call of the system to ask for, each time
+        self._write_now: WriteNow | None = None  # while the client's task waits
         self._unended = answer_format.n
         if not self._unaccepted:
             self.accepted.set()
@@ -214,21 +255,81 @@ class OpenRequest:
         if not self._unaccepted:
             self.accepted.set()
 
-    def add(self, choice: Choice, delta: Delta, now: float) -> bool:
-        """Queue a delta for a choice that has not ended, if it is the next one; a delta seen before is dropped.
+    def add(self, choice: Choice, deltas: Iterable[Delta], now: float) -> bool:
+        """Take deltas for a choice that has not ended, and pass on the next ones; those seen before are dropped.
 
-        Returns True if deltas before it are missing, so that they have to be requested again.
+        Returns True if deltas before them are missing, so that they have to be requested again.
         """
+        missing = False
+        for delta in deltas:
+            if choice.state is not _ENDED:
+                missing |= self._add(choice, delta, now)
+        if self._pending:
+            self._pass_on()
+        return missing
+
+    def fail(self, choice: Choice | None, failure: Failure) -> None:
+        """End the whole request: `choice` failed, or (None) the gateway gives up on all of them."""
+        if choice is not None and not choice.ended:
+            self._end(choice)
+        if self.failure is None:
+            self.failure = failure
+        self.accepted.set()
+        self._wake()
+
+    def mark_first_token(self, now: float) -> None:
+        """Note that the first token has arrived."""
+        self.first_token_at = now
+
+    def keep_alive(self, now: float) -> None:
+        """Wake the client's task, so that it sends a sign of life."""
+        self.idle_since = now
+        self._wake()
+
+    # ----------------------------------------------------------------------------------------- for the client's task
+
+    async def next_deltas(self, write_now: WriteNow | None = None) -> list[tuple[int, Delta]]:
+        """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`.
+
+        `write_now` may take deltas meanwhile, except the last ones: it writes them, or returns False, and keeps none.
+        """
+        if not (self._pending or self._awake) and self.failure is None:
+            self._waiting = asyncio.get_running_loop().create_future()
+            self._write_now = write_now
+            try:
+                await self._waiting
+            finally:
+                self._write_now = None
+        self._awake = False
+        deltas, self._pending, self._counted, self._pending_size = self._pending, [], 0, 0
+        return deltas
+
+    def events_to_skip(self, index: int) -> int:
+        """Return how many events of the next delta of a choice the client has already, once; then 0."""
+        if not self.resumed:
+            return 0
+        events, self._events_sent[index] = self._events_sent[index], 0
+        return events
+
+    def mark_client_has_id(self) -> None:
+        """Note that the client has been sent the request's id, or resumed by it."""
+        self.client_has_id = True
+
+    def _add(self, choice: Choice, delta: Delta, now: float) -> bool:
         if delta.failure is not None:
-            self.fail(choice, delta.failure)
+            self.fail(choice, LOST if delta.failure.code == NOT_FOUND else delta.failure)
             return False
         last = delta.finish_reason is not None
         if delta.seq > choice.seq:
-            if delta.start != choice.seq or choice.until not in (0, delta.seq):
+            if delta.start != choice.seq or (choice.until and choice.until != delta.seq):
                 # A delta that overlaps was made for another reader of the same answer. Ours may still be on its way;
                 # if it is not, the next delta reveals the gap. After the last delta there is no next.
                 return delta.start > choice.seq or last
-            self._queue(choice, delta, now)
+            choice.advance(delta.seq, now)
+            self.idle_since = now
+            if self._unaccepted:
+                self.accept(choice)
+            self._pending.append((choice.index, delta))
         elif not last:
             return False
         elif delta.seq < choice.seq:
@@ -240,68 +341,42 @@ class OpenRequest:
             self._wake()
         return False
 
-    def fail(self, choice: Choice | None, failure: Failure) -> None:
-        """End the whole request: `choice` failed, or (None) the gateway gives up on all of them."""
-        if choice is not None and not choice.ended:
-            self._end(choice)
-        if self.failure is None:
-            self.failure = failure
-        self.accepted.set()
-        self._wake()
-
-    def mark_first_token(self, now: float) -> bool:
-        """Note that a token has arrived; return True if it is the first."""
-        if self.first_token_at is not None:
-            return False
-        self.first_token_at = now
-        return True
-
-    def keep_alive(self, now: float) -> None:
-        """Wake the client's task, so that it sends a sign of life."""
-        self.idle_since = now
-        self._wake()
-
-    # ----------------------------------------------------------------------------------------- for the client's task
-
-    async def next_deltas(self) -> list[tuple[int, Delta]]:
-        """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`."""
-        if not (self._pending or self._awake) and self.failure is None:
-            self._loop = self._loop or asyncio.get_running_loop()
-            self._waiting = self._loop.create_future()
-            await self._waiting
-        self._awake = False
-        deltas, self._pending, self._pending_size = self._pending, [], 0
-        return deltas
-
-    def events_to_skip(self, index: int) -> int:
-        """Return how many events of the next delta of a choice the client has already, once; then 0."""
-        events, self._events_sent[index] = self._events_sent[index], 0
-        return events
-
-    def mark_client_has_id(self) -> None:
-        """Note that the client has been sent the request's id, or resumed by it."""
-        self.client_has_id = True
-
     def _end(self, choice: Choice, finish_reason: str | None = None, usage: Usage | None = None) -> None:
         self._unended -= not choice.ended
         choice.end(finish_reason, usage)
 
     def _wake(self) -> None:
-        """Wake the client's task. As asyncio.Event, of which a stream would need one for every token."""
+        """Wake the client's task. As asyncio.Event, which cannot wake it with an error."""
         self._awake = True
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    def _queue(self, choice: Choice, delta: Delta, now: float) -> None:
-        choice.advance(delta.seq, now)
-        self.idle_since = now
-        if self._unaccepted:
-            self.accept(choice)
-        if self._pending_size > self._max_pending:
-            self.overflowed.set()
-        self._pending.append((choice.index, delta))
-        self._pending_size += _size(delta)
+    def _break(self, error: Exception) -> None:
+        """Have the client's task raise what `write_now` raised."""
+        self._write_now = None
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(error)
+
+    def _pass_on(self) -> None:
+        """Pass on what is pending: to the client at once if that needs no waiting, else to the client's task."""
+        if self._write_now is not None and self._unended and not self._awake:
+            try:
+                if self._write_now(self._pending):
+                    self._pending.clear()
+                    return
+            except Exception as error:
+                self._break(error)
+                return
+        self._count_pending()
         self._wake()
+
+    def _count_pending(self) -> None:
+        """Count the bytes of what waits for the client's task."""
+        for _, delta in self._pending[self._counted :]:
+            if self._pending_size > self._max_pending:
+                self.overflowed.set()
+            self._pending_size += _size(delta)
+        self._counted = len(self._pending)
 
 
 def choice_id(request_id: str, index: int) -> str:

@@ -115,7 +115,7 @@ def test_names_of_tokens_are_those_of_openai(data: bytes, name: str) -> None:
 async def test_an_api_that_only_a_newer_gateway_has_is_a_failure_that_says_so(stream: bool) -> None:
     """Two builds stand side by side in an update, and read each other's records."""
     request = OpenRequest("1" * 16, AnswerFormat(dialect="of tomorrow"), stream, 0, 0, 1 << 20, 0)
-    request.add(request.choices[0], Delta("1" * 16, 1, finish_reason="stop", usage=USAGE), 0)
+    request.add(request.choices[0], [Delta("1" * 16, 1, finish_reason="stop", usage=USAGE)], 0)
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

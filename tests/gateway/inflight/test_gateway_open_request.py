@@ -24,7 +24,7 @@ def test_a_choice_is_new_then_submitted_then_ended() -> None:
     assert choice.state is ChoiceState.NEW
     request.mark_submitted()
     assert choice.state is ChoiceState.SUBMITTED
-    request.add(choice, Delta("r", 1, finish_reason="stop", usage=USAGE), 1.0)
+    request.add(choice, [Delta("r", 1, finish_reason="stop", usage=USAGE)], 1.0)
     assert (choice.state, choice.finish_reason, choice.usage) == (ChoiceState.ENDED, "stop", USAGE)
 
 
@@ -38,7 +38,7 @@ def test_an_end_that_is_faster_than_the_submission_stays() -> None:
 def test_a_failure_after_the_finish_takes_nothing_back() -> None:
     request, choice = opened()
     request.mark_submitted()
-    request.add(choice, Delta("r", 1, finish_reason="stop", usage=USAGE), 1.0)
+    request.add(choice, [Delta("r", 1, finish_reason="stop", usage=USAGE)], 1.0)
     request.fail(choice, BROKEN)
     assert (choice.finish_reason, choice.usage, request.failure) == ("stop", USAGE, BROKEN)
 

@@ -1,0 +1,29 @@
+"""Body of a response, written without waiting: what a server offers beside the `send` of ASGI."""
+
+from typing import Protocol
+
+from starlette.types import Scope
+
+_KEY = "body"
+
+
+class DirectBody(Protocol):
+    """Body of one response, beside the `send` of ASGI, which may wait."""
+
+    @property
+    def is_ready(self) -> bool:
+        """True if the head was sent and the client does not lag: what is written goes out at once."""
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body without waiting, behind all that was sent; nothing if the client has left."""
+
+
+def attach_body(scope: Scope, body: DirectBody) -> None:
+    """Put a response's body into the ASGI scope of its request."""
+    scope.setdefault("state", {})[_KEY] = body
+
+
+def find_body(scope: Scope) -> DirectBody | None:
+    """Return the body that the server attached, if it has."""
+    body: DirectBody | None = scope.get("state", {}).get(_KEY)
+    return body
