@@ -12,7 +12,7 @@ from services.gateway.dialects.responses.answered import Answered, output_items
 from services.gateway.dialects.responses.tools import namespaces
 from services.gateway.http.memory import Reservation
 from services.gateway.responses.ends import Ends
-from shared.errors import RequestError, invalid
+from shared.errors import Failure, RequestError, invalid
 
 KIND = "item_reference"
 MARK = b'"item_reference"'
@@ -22,14 +22,19 @@ MAX_RESPONSES = 256  # that one input may name
 _ID = re.compile(r"(?:rs|msg|fc)_([0-9a-f]{16})(?:-\d{1,9})?")
 
 
-async def resolve(items: list[Any], ends: Ends, owner: str, reservation: Reservation) -> list[Any]:
-    """Return the items with the ones that they stand for in place of references; the reservation grows with these.
+async def resolve(
+    items: list[Any], ends: Ends, owner: str, max_bytes: int, reservation: Reservation
+) -> tuple[list[Any], int]:
+    """Return the items with the ones that they stand for in place of references, and the bytes of these.
+
+    The reservation grows with them; they have `max_bytes` at most.
 
     Raises:
-        RequestError: 400 naming an id that is of no item, or of none that is kept; 429, no memory.
+        RequestError: 400 naming an id that is of no item, or of none that is kept; 413, too large; 429, no memory.
     """
     responses: dict[str, dict[str, dict[str, Any]]] = {}
     resolved = []
+    total = 0
     for index, item in enumerate(items):
         if not (isinstance(item, dict) and item.get("type") == KIND):
             resolved.append(item)
@@ -46,9 +51,14 @@ async def resolve(items: list[Any], ends: Ends, owner: str, reservation: Reserva
         if name not in responses[request_id]:
             raise _unknown(name, index)
         whole = responses[request_id][name]
-        reservation.grow(len(msgspec.json.encode(whole)))
+        size = len(msgspec.json.encode(whole))
+        total += size
+        if total > max_bytes:
+            text = f"`input`: the items that it refers to have more than {max_bytes} bytes."
+            raise RequestError(Failure(413, text, param="input", code="request_too_large"))
+        reservation.grow(size)
         resolved.append(whole)
-    return resolved
+    return resolved, total
 
 
 async def _outputs(request_id: str, ends: Ends, owner: str) -> dict[str, dict[str, Any]]:

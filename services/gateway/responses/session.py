@@ -61,9 +61,9 @@ class ResponseSession:
         self._input = bytes(asked.input)
         dialect, more = self._dialect, 0
         if references.MARK in self._input and (items := await _decode(self._input)) is not None:
-            resolved = await references.resolve(items, self._ends, owner, reservation)
+            resolved, more = await references.resolve(items, self._ends, owner, self._turns.max_bytes, reservation)
             self._input = msgspec.json.encode(resolved)
-            dialect, more = msgspec.structs.replace(dialect, resolved=resolved), len(self._input)
+            dialect = msgspec.structs.replace(dialect, resolved=resolved)
         if asked.previous_response_id is not None:
             self._earlier = await self._turns.read(asked.previous_response_id, owner, reservation)
         return msgspec.structs.replace(dialect, history=self._earlier.items), self._earlier.size + more

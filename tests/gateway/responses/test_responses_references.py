@@ -72,6 +72,15 @@ async def test_a_reference_to_nothing_is_named(server: Running, name: str | None
     assert (refused.value.param, refused.value.code) == ("input[1].id", "item_not_found")
 
 
+async def test_a_reference_that_is_repeated_is_bounded(checkpoint: Path, redis_url: str, stages: Stages) -> None:
+    async with running(checkpoint, redis_url, max_body_bytes=8000) as server:
+        first, _ = await answered(server, stages, [QUESTION])
+        again: list[Any] = [reference(first.output[1])] * 100  # each shorter than the item
+        with pytest.raises(openai.APIStatusError) as refused:
+            await server.client.responses.create(input=again)
+    assert (refused.value.status_code, refused.value.param) == (413, "input")
+
+
 async def test_another_keys_items_are_nothing(server: Running, stages: Stages) -> None:
     first, _ = await answered(server, stages, [QUESTION])
     with pytest.raises(openai.BadRequestError) as refused:
