@@ -25,7 +25,7 @@ IN_PYTHON = {
     "benchmarks": ("benchmarks",),
     "lm_eval": ("lm_eval",),
 }
-IN_NODE = ("openai", "ai_sdk")
+IN_NODE = ("openai", "ai_sdk", "ai_sdk_own")
 TIMEOUT_S = 2 * PATIENCE_S
 
 pytestmark = pytest.mark.skipif(ENVIRONMENTS is None, reason="make test-clients makes the packages' environments")

@@ -135,7 +135,7 @@ class MediaRules(msgspec.Struct, frozen=True):
 
     def _decode_upload(self, kind: MediaKind, url: str, where: str) -> bytes:
         head = _data_url(url)
-        if head is not None and kind == "video" and "," in url[head.start :]:
+        if head is not None and kind == "video" and url.find(",", head.start) >= 0:
             raise _frames(where)
         if head is None:
             raise invalid(f"`{where}` is not a data URL of the form data:{kind}/...;base64,...", where)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Send
@@ -17,6 +18,7 @@ from services.gateway.http.context import RequestContext
 from services.gateway.http.memory import Reservation
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.surrogates import replace_lone_surrogates
+from services.gateway.responses import references
 from services.gateway.responses.ends import Ends, end_of
 from services.gateway.responses.store import StoredHead
 from services.gateway.responses.turns import EarlierTurns, EarlierTurnsReader
@@ -57,9 +59,14 @@ class ResponseSession:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return self._dialect, 0  # which refuses it in its own words
         self._input = bytes(asked.input)
+        dialect, more = self._dialect, 0
+        if references.MARK in self._input and (items := await _decode(self._input)) is not None:
+            resolved, more = await references.resolve(items, self._ends, owner, self._turns.max_bytes, reservation)
+            self._input = msgspec.json.encode(resolved)
+            dialect = msgspec.structs.replace(dialect, resolved=resolved)
         if asked.previous_response_id is not None:
             self._earlier = await self._turns.read(asked.previous_response_id, owner, reservation)
-        return msgspec.structs.replace(self._dialect, history=self._earlier.items), self._earlier.size
+        return msgspec.structs.replace(dialect, history=self._earlier.items), self._earlier.size + more
 
     async def opened(self, open_request: OpenRequest) -> None:
         """Store the beginning of a response, before its client knows its id.
@@ -156,6 +163,16 @@ class ResponseSession:
 
 def _read(body: bytes) -> _Asked:
     return _asked.decode(replace_lone_surrogates(body))
+
+
+async def _decode(given: bytes) -> list[Any] | None:
+    """Return the items of an input; None if it has none, or the dialect will refuse it in its own words."""
+    decode = msgspec.json.decode
+    try:
+        items = decode(given) if len(given) <= INLINE_BYTES else await asyncio.to_thread(decode, given)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return items if isinstance(items, list) else None
 
 
 def _collected(choice: CollectedChoice, open_request: OpenRequest) -> Answered:

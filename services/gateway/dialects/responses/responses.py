@@ -30,12 +30,13 @@ def forget(_answered: Answered) -> None:
 
 
 class ResponsesDialect(msgspec.Struct, frozen=True):
-    """POST /v1/responses. The last three fields are those of one request."""
+    """POST /v1/responses. The last four fields are those of one request."""
 
     defaults: GenerationDefaults
     keep_s: float  # time for which a stored response is kept
     max_stored_bytes: int  # the longest body whose response is kept
     history: Sequence[dict[str, Any]] = ()  # items of the earlier turns
+    resolved: Sequence[dict[str, Any]] | None = None  # its input, if that had references to items
     after: int = -1  # number of the last event that the reader has
     ended: Callable[[Answered], None] = forget  # is told the answer once it is complete
 
@@ -47,6 +48,8 @@ class ResponsesDialect(msgspec.Struct, frozen=True):
         """Understand a body."""
         body = replace_lone_surrogates(body)
         request = decode_body(body)
+        if self.resolved is not None:
+            request = msgspec.structs.replace(request, input=list(self.resolved))
         stored = request.store is not False
         if request.background and not stored:
             raise invalid("`background` needs `store`: its answer is read later.", "background")

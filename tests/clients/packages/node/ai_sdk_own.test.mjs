@@ -1,0 +1,57 @@
+// The AI SDK's own models of OpenAI (the Responses API) and of Anthropic: text, objects, a tool's loop, an image.
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { createAnthropic } from "@ai-sdk/anthropic";
+import { createOpenAI } from "@ai-sdk/openai";
+import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
+
+import { API_KEY, BASE_URL, City, FACT, FACT_QUESTION, MODEL, Report, WEATHER_QUESTION } from "./asks.mjs";
+
+const options = { baseURL: BASE_URL, apiKey: API_KEY };
+const models = { responses: createOpenAI(options)(MODEL), messages: createAnthropic(options)(MODEL) };
+// A small white picture.
+const WHITE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR4nGP8//8/AzbAhFV00EoAAFbUAw037MyjAAAAAElFTkSuQmCC";
+
+for (const [name, model] of Object.entries(models)) {
+  const ask = (prompt, fields = {}) => ({ model, prompt, maxRetries: 0, maxOutputTokens: 400, ...fields });
+  const weather = (asked) => ({ get_weather: tool({ description: "Current weather", inputSchema: City,
+    execute: async ({ city }) => (asked.push(city), `It is sunny in ${city}.`) }) });
+
+  test(`${name}: text`, async () => {
+    const { text, usage, warnings } = await generateText(ask(FACT_QUESTION));
+    assert.equal(text, FACT);
+    assert.ok(usage.outputTokens > 0);
+    assert.deepEqual(warnings, []);
+  });
+
+  test(`${name}: streamed text`, async () => {
+    const kinds = new Set(), result = streamText(ask(FACT_QUESTION));
+    for await (const part of result.fullStream) kinds.add(part.type);
+    assert.equal(await result.text, FACT);
+    for (const kind of ["reasoning-start", "text-delta", "finish"]) assert.ok(kinds.has(kind), kind);
+    assert.ok(!kinds.has("error"));
+  });
+
+  test(`${name}: an object`, async () => {
+    const { object } = await generateObject(ask(WEATHER_QUESTION, { schema: Report }));
+    Report.parse(object);
+  });
+
+  test(`${name}: a tool's loop, streamed`, async () => {
+    const asked = [], errors = [];
+    const result = streamText(ask(WEATHER_QUESTION, { tools: weather(asked), stopWhen: stepCountIs(3), onError: ({ error }) => errors.push(error) }));
+    await result.consumeStream();
+    assert.deepEqual(errors, []);
+    assert.equal(asked[0], "Paris");
+    assert.ok((await result.steps).length >= 2);
+  });
+
+  test(`${name}: an image and a file`, async () => {
+    const content = [{ type: "text", text: "What is this?" }, { type: "image", image: WHITE },
+      { type: "file", data: WHITE, mediaType: "image/png", filename: "a.png" }];
+    const plain = await generateText(ask("What is this?", { maxOutputTokens: 32 }));
+    const { usage } = await generateText(ask(undefined, { messages: [{ role: "user", content }], maxOutputTokens: 32 }));
+    assert.ok(usage.inputTokens > plain.usage.inputTokens);
+  });
+}
