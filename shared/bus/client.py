@@ -146,6 +146,7 @@ def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary 
     class Linked(base):  # type: ignore[misc,valid-type]  # the base depends on the URL
         link = shared_link
         generation = 0
+        opened = 0  # times that it was connected
 
         async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
             if self.is_connected:
@@ -159,6 +160,15 @@ def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary 
                     self.link.refused(str(error))
                 raise
             self.link.accepted()
+            self.opened += 1
+
+        async def ensure_connected(self) -> None:
+            """Connect, unless it is connected to the server that is the right one now."""
+            self.link.check()
+            if self.generation < self.link.generation:
+                await self.disconnect(nowait=True)
+            if not self.is_connected:
+                await self.connect_check_health(check_health=False)
 
         async def _connect(self) -> None:
             if primary is not None:
@@ -166,11 +176,7 @@ def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary 
             await super()._connect()
 
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-            self.link.check()
-            if self.generation < self.link.generation:
-                await self.disconnect(nowait=True)
-            if not self.is_connected:
-                await self.connect_check_health(check_health=False)
+            await self.ensure_connected()
             if check_health:
                 await self.check_health()
             words = [command.encode()] if isinstance(command, str) else command

@@ -1,8 +1,10 @@
 """Work streams (consumer groups, delivery at least once) and logs (plain XREAD, replayable)."""
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,6 +27,7 @@ from shared.redis_errors import is_wrong_type
 
 TURNS_PAGE = 64  # entries that one script puts among those that wait
 TURNS_BLOCK_MS = 50  # wait of a replica with room, while others may put entries among those that wait
+LOST_S = 3.0  # Redis promises to lose no more than two seconds with its host (`appendfsync everysec`)
 _MOST_PENDING = 10_000  # more entries than one replica ever holds
 
 _log = logger(__name__)
@@ -321,16 +324,28 @@ async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
 
 
 class LogWriter:
-    """Writer of message after message to one stream, over a connection of its own. Calls must not overlap."""
+    """Writer of message after message to one stream, over a connection of its own. Calls must not overlap.
+
+    A server that comes back, or takes over, may have lost what it had acknowledged last. So over a new connection the
+    messages of the last LOST_S are sent again, before the next one: readers drop what they have.
+    """
 
     def __init__(self, redis: Redis, key: str) -> None:
-        self._wire = Wire(redis)
+        self._wire = Wire(redis, self._recent_words)
         self._key = key
+        self._recent: deque[tuple[float, Message]] = deque()
 
     @versioned_write
     async def send(self, message: Message) -> None:
         """Append one message; twice, when the connection breaks at the wrong moment."""
         await self._wire.call("XADD", self._key, "*", *_flat(message))
+        now = monotonic()
+        self._recent.append((now, message))
+        while now - self._recent[0][0] > LOST_S:
+            self._recent.popleft()
+
+    def _recent_words(self) -> list[list[str | bytes]]:
+        return [["XADD", self._key, "*", *_flat(message)] for _, message in self._recent]
 
 
 class LogReader:

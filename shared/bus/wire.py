@@ -6,7 +6,7 @@ checking it, events for metrics, conversion of replies (docs/pipeline-performanc
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha1
 from typing import Any
 
@@ -26,9 +26,12 @@ Word = str | bytes | int | float
 class Wire:
     """Connection from a client's pool, taken at the first call and kept. Calls must not overlap."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, again: Callable[[], Iterable[Sequence[Word]]] = tuple) -> None:
+        """`again` returns the commands that are sent before any other when the wire is connected anew."""
         self._redis = redis
         self._pool = redis.connection_pool
+        self._again = again
+        self._opened = 0  # times that the connection had been opened when `again` was called
         self._connection: AbstractConnection | None = None
 
     async def call(self, *words: Word, wait_s: float = 0.0) -> Any:
@@ -45,8 +48,25 @@ class Wire:
         if connection is None:
             connection = self._connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
         return await connection.retry.call_with_retry(
-            lambda: _exchange(connection, words, LIMIT_S + wait_s), lambda error: self._break(connection, error)
+            lambda: self._exchange(connection, words, LIMIT_S + wait_s), lambda error: self._break(connection, error)
         )
+
+    async def _exchange(self, connection: Any, words: Sequence[Word], limit_s: float) -> Any:
+        """Send a command and read its reply, connecting first if necessary. Anything but a reply closes the connection.
+
+        Raises:
+            RedisTimeoutError: it took longer than `limit_s`.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                await connection.ensure_connected()
+                if self._opened != connection.opened:
+                    for each in self._again():
+                        await _talk(connection, each)
+                    self._opened = connection.opened
+                return await _talk(connection, words)
+        except TimeoutError:
+            raise RedisTimeoutError(f"no reply to {words[0]!r} within {limit_s} s") from None
 
     async def _break(self, connection: AbstractConnection, error: Exception) -> None:
         """Close a connection that failed, and suspect all others when it fell silent."""
@@ -77,12 +97,7 @@ class WireScript:
             return await self._wire.call("EVAL", self._text, *words)  # loads it, too
 
 
-async def _exchange(connection: AbstractConnection, words: tuple[Word, ...], limit_s: float) -> Any:
-    """Send a command and read its reply, connecting first if necessary. Anything but a reply closes the connection."""
-    try:
-        async with asyncio.timeout(limit_s):
-            packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # annotated as a tuple of one
-            await connection.send_packed_command(packed, check_health=False)
-            return await connection.read_response()
-    except TimeoutError:
-        raise RedisTimeoutError(f"no reply to {words[0]!r} within {limit_s} s") from None
+async def _talk(connection: AbstractConnection, words: Sequence[Word]) -> Any:
+    packed = hiredis.pack_command(tuple(words))  # type: ignore[arg-type]  # annotated as a tuple of one
+    await connection.send_packed_command(packed, check_health=False)
+    return await connection.read_response()

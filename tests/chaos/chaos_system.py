@@ -317,12 +317,8 @@ class System:
 
     async def fail_over(self) -> None:
         """Move to another server, which has all data; the address then leads there, and open links to the old one."""
-        old, new = self.server, self._another_server()
-        await asyncio.to_thread(new.start)
+        old, new = self.server, await self._replicated()
         before, after = connect(old.url), connect(new.url)
-        await after.replicaof("127.0.0.1", old.port or 0)
-        while (await after.info("replication"))["master_link_status"] != "up":  # noqa: ASYNC110
-            await asyncio.sleep(LOOK_S)
         await command(before, "FAILOVER", "TO", "127.0.0.1", new.port or 0)
         while (await after.info("replication"))["role"] != "master":  # noqa: ASYNC110
             await asyncio.sleep(LOOK_S)
@@ -331,6 +327,27 @@ class System:
         for client in (before, after):
             await client.aclose()
         await asyncio.to_thread(old.kill)
+
+    async def fail_over_late(self) -> None:
+        """Move to another server, which lacks some steps of engines that the old one had acknowledged when it died."""
+        old, new = self.server, await self._replicated()
+        after = connect(new.url)
+        await after.replicaof("NO", "ONE")
+        await after.aclose()
+        await self.generating()
+        await asyncio.to_thread(old.kill)
+        self.server, self.proxy.target = new, new.unix_socket
+
+    async def _replicated(self) -> RedisServer:
+        """Start another server that has what ours has, and follows it."""
+        new = self._another_server()
+        await asyncio.to_thread(new.start)
+        after = connect(new.url)
+        await after.replicaof("127.0.0.1", self.server.port or 0)
+        while (await after.info("replication"))["master_link_status"] != "up":  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        await after.aclose()
+        return new
 
     async def pause_redis(self, seconds: float) -> None:
         """As a host that swaps, or a snapshot that forks, would."""

@@ -1,4 +1,4 @@
-"""A Redis that comes back without its data: every client is told long before its time is up, and the services go on."""
+"""A Redis that comes back without its data, or without the last of them: all are told or answered, and it goes on."""
 
 import asyncio
 import random
@@ -45,4 +45,17 @@ async def test_every_client_is_told_and_the_services_go_on(world: World, tmp_pat
         await system.ready(system.replicas)
         for kind in ("long", "image"):
             assert await ask(system, kind, expected, True) == "", system.tails()
+        assert await wait_until_clean(system, PATIENCE_S) == []
+
+
+async def test_tokens_that_a_failover_has_lost_are_said_again(world: World, tmp_path: Path) -> None:
+    """A request that only the dead server knew is lost, and its client told; one that goes on lacks nothing."""
+    expected = by_kind(world.answered)
+    async with running(tmp_path / "system", world.model, ONE_OF_EACH) as system:
+        asking = [asyncio.create_task(ask(system, kind, expected, n != 1)) for n, kind in enumerate(ASKED)]
+        await system.generating()
+        await system.fail_over_late()
+        ends = await asyncio.gather(*asking)
+        assert [end for end in ends if end and "lost this request" not in end] == [], system.tails()
+        assert "" in ends, ends
         assert await wait_until_clean(system, PATIENCE_S) == []

@@ -247,7 +247,7 @@ async def test_a_lease_is_renewed_while_much_is_translated(
 
 
 ENCODERS = {"to_entry", "record_value", "encode_request", "encode_begin", "encode_finish", "encode_logprob"}
-HELPERS = {"_flat", "_forwarding"}  # encode for their callers
+HELPERS = {"_flat", "_forwarding", "_recent_words"}  # encode for their callers
 READERS = {"translated_entry"}  # encodes what it has read, for the translation
 
 

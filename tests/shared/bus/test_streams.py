@@ -6,10 +6,12 @@ from machine import PATIENCE_MS, PATIENCE_S
 from redis.asyncio import Redis
 
 from shared import metrics
+from shared.bus import streams
+from shared.bus.client import command
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease
-from shared.bus.streams import ClaimResult, LogReader, WorkStream, reply, send
-from shared.messages import Cancel, Encode, Failed, Generate, Message, Output, Request, Sampling, to_entry
+from shared.bus.streams import LOST_S, ClaimResult, LogReader, LogWriter, WorkStream, reply, send
+from shared.messages import Cancel, Encode, Failed, Generate, Message, Output, Request, Sampling, from_entry, to_entry
 
 NOTHING = ClaimResult([], [], set(), 0)
 
@@ -437,3 +439,22 @@ async def test_a_log_is_timed_for_the_stage_that_it_leads_to(redis: Redis) -> No
     assert hops("a test's log") == before
     await LogReader(redis, {"log": "0"}, hop="a test's log").read(9, 0)
     assert hops("a test's log") == before + 2
+
+
+async def test_what_a_server_may_have_lost_is_sent_again_before_what_is_new(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(streams, "monotonic", lambda: clock[0])
+    log = LogWriter(redis, keys.tokens(0))
+    for name in ("old", "a", "b"):
+        await log.send(Cancel((name,)))
+        clock[0] += LOST_S - 0.5
+    clock[0] -= LOST_S - 0.5
+    before = await redis.xlen(keys.tokens(0))
+    await redis.delete(keys.tokens(0))  # it has lost all of them
+    await command(redis, "CLIENT", "KILL", "SKIPME", "yes")
+    await log.send(Cancel(("c",)))
+    await log.send(Cancel(("d",)))
+    found = [from_entry(fields) for _, fields in await redis.xrange(keys.tokens(0))]
+    assert (before, found) == (3, [Cancel((name,)) for name in ("a", "b", "c", "d")])
