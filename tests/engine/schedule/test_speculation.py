@@ -127,4 +127,4 @@ def test_a_copy_is_guessed_however_long_steps_have_waited() -> None:
     for _ in range(100):
         cost.learn(8, 100, 1000.0)
     assert cost.wait_ms == pytest.approx(MOST_WAIT_MS, abs=0.01)
-    assert worthwhile([falling(1.0, 8)], 1, 100, cost, [10]) == [7]
+    assert worthwhile([falling(1.0, 8)], 1, 100, cost, [10]) == [8]
