@@ -31,6 +31,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
 CHECKED: dict[str, dict[str, Any]] = {
     "tensor_parallel_size": {"minimum": 1},
     "max_num_seqs": {"minimum": 1, "maximum": 256},
+    "max_num_batched_tokens": {"minimum": 0},
     "block_size": {"minimum": 1},
     "kv_cache_bytes": {"minimum": 1},
     "foreign_bytes": {"minimum": 0},

@@ -37,7 +37,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     # FastDeploy's own launches of this model pass 32, its default is 8.
     max_num_seqs: int = 32  # sequences in one step, 1 to 256
     # Tokens in one step; 0: by device, which is 512 on a CPU, 2048 on a GPU of less than 32 GiB, and else 8192.
-    max_num_batched_tokens: Count = 0
+    max_num_batched_tokens: int = 0
     # Milliseconds that a step with prefill may take beside sequences that decode: the gap between their tokens. Prefill
     # gets as many tokens as were measured to fit, and short prompts go first; 0: no bound, and prompts go by arrival. A
     # CPU measures nothing: there steps are bounded by their tokens.
@@ -77,8 +77,9 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
                 f"speculative_config has num_speculative_tokens {guesses}; a step samples max_num_seqs "
                 f"({self.max_num_seqs}) tokens at most, of which one is no guess"
             )
-        if self.foreign_bytes < 0:
-            raise ConfigError(f"foreign_bytes is {self.foreign_bytes}; it must be at least 0")
+        for name in ("max_num_batched_tokens", "foreign_bytes"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 0")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 1:
             raise ConfigError(f"num_gpu_blocks_override is {self.num_gpu_blocks_override}; it must be at least 1")
         if not self.enable_chunked_prefill and 0 < self.max_num_batched_tokens < self.max_model_len:

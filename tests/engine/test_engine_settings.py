@@ -40,6 +40,7 @@ def test_the_defaults_are_allowed() -> None:
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"max_num_seqs": 257}, "max_num_seqs"),
+        ({"max_num_batched_tokens": -1}, "max_num_batched_tokens"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization"),
         ({"block_size": 0}, "block_size"),
@@ -139,7 +140,6 @@ def test_whole_prompts_are_allowed_where_a_step_holds_a_context() -> None:
         ("DEVICE", "tpu"),
         ("MAX_NUM_SEQS", "x"),
         ("TORCH_THREADS", "-1"),
-        ("MAX_NUM_BATCHED_TOKENS", "-1"),
     ],
 )
 def test_another_choice_is_refused_at_the_door(name: str, value: str) -> None:

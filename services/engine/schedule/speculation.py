@@ -19,7 +19,8 @@ from shared.messages import Finish
 # Tokens for the time, against no guesses, that guesses must promise: the estimates may be off, and the host works more.
 GAIN = 1.1
 # Milliseconds that a step takes longer for having waited until the one before was read; measured from the first such
-# step on. The mean forgets all but the last few, and no pause of the process counts for more than MOST_WAIT_MS.
+# step on. The mean forgets all but the last few, and no pause of the process counts for more than MOST_WAIT_MS. With
+# that a sequence that copies is still guessed for on a fast card, so that a mean which is too high is corrected.
 WAIT_MS, MOST_WAIT_MS, REMEMBERED = 0.4, 4.0, 16
 
 

@@ -119,3 +119,12 @@ def test_waiting_is_measured_and_counts() -> None:
     assert cost.wait_ms < 2.0 + MOST_WAIT_MS / 16, "a pause of the process is no rule"
     cost.learn(8, 100, 0.1)
     assert cost.wait_ms > WAIT_MS
+
+
+def test_a_copy_is_guessed_however_long_steps_have_waited() -> None:
+    """Otherwise nothing would ever be measured again."""
+    cost = Measured(TIMES)
+    for _ in range(100):
+        cost.learn(8, 100, 1000.0)
+    assert cost.wait_ms == pytest.approx(MOST_WAIT_MS, abs=0.01)
+    assert worthwhile([falling(1.0, 8)], 1, 100, cost, [10]) == [8]
