@@ -54,7 +54,7 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     batch_invariant: bool = False
     num_gpu_blocks_override: int | None = None  # blocks of the KV cache; unset: as many as memory allows
     torch_threads: Count = 0  # threads of torch on a CPU, shared by ranks; 0: one for each core we may use
-    # Speculative decoding, which changes no answer (docs/speculation.md); unset: on one GPU up to 8 guesses, else none.
+    # Speculative decoding, which changes no answer (docs/speculation.md); unset: none.
     speculative_config: SpeculativeConfig | None = None
     segments_dir: str = ""  # mm_encoder's directory of that name, where this host has one and we see it; empty: none
     step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a step is taken to hang; 0: no bound

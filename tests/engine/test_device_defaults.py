@@ -10,11 +10,10 @@ from redis.asyncio import Redis
 
 from cli.demo import write_demo
 from services.engine import __main__ as service
-from services.engine.device_defaults import CARD_TOKENS, CPU_TOKENS, GUESSES, SMALL_CARD_TOKENS, decide
-from services.engine.settings import EngineSettings, SpeculativeConfig
+from services.engine.device_defaults import CARD_TOKENS, CPU_TOKENS, SMALL_CARD_TOKENS, decide
+from services.engine.settings import EngineSettings
 
 CPU, A30, L20, H200 = None, int(23.5 * 2**30), int(44.5 * 2**30), int(139.8 * 2**30)
-OFF = SpeculativeConfig(method="ngram", num_speculative_tokens=0)
 
 
 def settings(**told: Any) -> EngineSettings:
@@ -38,24 +37,6 @@ def test_the_tokens_of_a_step(card: int | None, told: dict[str, Any], tokens: in
     decided = decide(settings(**told), card)
     assert decided.max_num_batched_tokens == tokens
     assert decide(decided, card) == decided
-
-
-@pytest.mark.parametrize(
-    ("card", "told", "guesses"),
-    [
-        (CPU, {}, 0),
-        (H200, {}, GUESSES),
-        (A30, {"max_num_seqs": 4}, 3),
-        (H200, {"max_num_seqs": 1}, 0),
-        (H200, {"tensor_parallel_size": 2}, 0),
-        (H200, {"speculative_config": OFF}, 0),
-        (CPU, {"speculative_config": replace(OFF, num_speculative_tokens=3)}, 3),
-        (H200, {"speculative_config": replace(OFF, num_speculative_tokens=3), "tensor_parallel_size": 2}, 3),
-    ],
-)
-def test_guesses(card: int | None, told: dict[str, Any], guesses: int) -> None:
-    decided = decide(settings(**told), card).speculative_config
-    assert (decided.num_speculative_tokens if decided else 0) == guesses
 
 
 @pytest.mark.parametrize(("told", "said"), [({}, [f"max_num_batched_tokens is {CPU_TOKENS} on this device"]),

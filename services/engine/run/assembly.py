@@ -68,7 +68,7 @@ def runner_for(
         sampler.rehearse_kinds(config.vocab_size)
         rehearsal = Rehearsal(model, cache, pieces, config.vocab_size, settings.max_num_seqs)
         times = rehearsal.run(settings.max_num_batched_tokens, settings.max_model_len)
-        if settings.speculative_config is not None:
+        if settings.speculative_config is not None and settings.speculative_config.num_speculative_tokens:
             most = min(settings.max_num_seqs, settings.max_num_batched_tokens)
             times = replace(times, decode=rehearsal.measure_decodes(graphs, most, times.ms_per_cached_token))
         cache.clear()  # what is masked must be no NaN, and nobody knows what was computed
