@@ -346,7 +346,7 @@ class OpenRequest:
         choice.end(finish_reason, usage)
 
     def _wake(self) -> None:
-        """Wake the client's task. As asyncio.Event, which cannot wake it with an error."""
+        """Wake the client's task. As an asyncio.Event would, which cannot raise an error there."""
         self._awake = True
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
