@@ -61,12 +61,24 @@ class Wire:
             async with asyncio.timeout(limit_s):
                 await connection.ensure_connected()
                 if self._opened != connection.opened:
-                    for each in self._again():
-                        await _talk(connection, each)
-                    self._opened = connection.opened
-                return await _talk(connection, words)
+                    await self._send_again(connection)
+                await connection.send_packed_command(_packed([words]), check_health=False)
+                return await connection.read_response()
         except TimeoutError:
             raise RedisTimeoutError(f"no reply to {words[0]!r} within {limit_s} s") from None
+
+    async def _send_again(self, connection: Any) -> None:
+        """Send at once whatever comes before all else over a new connection, and read the replies."""
+        commands = list(self._again())
+        if commands:
+            try:
+                await connection.send_packed_command(_packed(commands), check_health=False)
+                for _ in commands:
+                    await connection.read_response()
+            except BaseException:
+                await connection.disconnect(nowait=True)  # some replies have not been read
+                raise
+        self._opened = connection.opened
 
     async def _break(self, connection: AbstractConnection, error: Exception) -> None:
         """Close a connection that failed, and suspect all others when it fell silent."""
@@ -97,7 +109,5 @@ class WireScript:
             return await self._wire.call("EVAL", self._text, *words)  # loads it, too
 
 
-async def _talk(connection: AbstractConnection, words: Sequence[Word]) -> Any:
-    packed = hiredis.pack_command(tuple(words))  # type: ignore[arg-type]  # annotated as a tuple of one
-    await connection.send_packed_command(packed, check_health=False)
-    return await connection.read_response()
+def _packed(commands: Sequence[Sequence[Word]]) -> bytes:
+    return b"".join(hiredis.pack_command(tuple(words)) for words in commands)  # type: ignore[arg-type]  # "of one"

@@ -328,15 +328,25 @@ class System:
             await client.aclose()
         await asyncio.to_thread(old.kill)
 
-    async def fail_over_late(self) -> None:
-        """Move to another server, which lacks some steps of engines that the old one had acknowledged when it died."""
+    async def fail_over_late(self) -> float:
+        """Move to another server, which lacks steps of engines that the old one had acknowledged, and nobody had read.
+
+        Returns the seconds for which it lacks them.
+        """
         old, new = self.server, await self._replicated()
         after = connect(new.url)
+        for postproc in self.of("postproc"):
+            postproc.pause()
         await after.replicaof("NO", "ONE")
+        began = time.monotonic()
         await after.aclose()
         await self.generating()
         await asyncio.to_thread(old.kill)
+        lost_s = time.monotonic() - began
         self.server, self.proxy.target = new, new.unix_socket
+        for postproc in self.of("postproc"):
+            postproc.wake()
+        return lost_s
 
     async def _replicated(self) -> RedisServer:
         """Start another server that has what ours has, and follows it."""

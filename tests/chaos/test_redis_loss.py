@@ -13,6 +13,8 @@ from chaos_storm import ONE_OF_EACH, World
 from chaos_system import REQUEST_TIMEOUT_S, System, running
 from machine import PATIENCE_S
 
+from shared.bus.streams import LOST_S
+
 ASKED = ("long", "long", "long", "choices", "image", "tools")
 
 
@@ -54,8 +56,11 @@ async def test_tokens_that_a_failover_has_lost_are_said_again(world: World, tmp_
     async with running(tmp_path / "system", world.model, ONE_OF_EACH) as system:
         asking = [asyncio.create_task(ask(system, kind, expected, n != 1)) for n, kind in enumerate(ASKED)]
         await system.generating()
-        await system.fail_over_late()
+        lost_s = await system.fail_over_late()
         ends = await asyncio.gather(*asking)
-        assert [end for end in ends if end and "lost this request" not in end] == [], system.tails()
-        assert "" in ends, ends
+        wrong = [end for end in ends if end and "lost this request" not in end]
+        if lost_s > LOST_S:  # on a machine so busy that a step takes seconds; that is told
+            wrong = [end for end in wrong if "of the answer were lost" not in end]
+        assert wrong == [], system.tails()
+        assert "" in ends or lost_s > LOST_S, ends
         assert await wait_until_clean(system, PATIENCE_S) == []

@@ -207,3 +207,13 @@ async def test_a_script_is_loaded_where_it_is_missing(wire: Wire, redis: Redis) 
         await redis.script_flush()
     commands = await redis.info("commandstats")
     assert (commands["cmdstat_evalsha"]["calls"], commands["cmdstat_eval"]["calls"]) == (4, 2)
+
+
+async def test_an_error_in_what_is_sent_again_leaves_no_reply_for_the_next_command(redis: Redis) -> None:
+    again = [("SET", "list", "no list"), ("LPUSH", "list", "x"), ("SET", "late", "x")]
+    wire = Wire(redis, lambda: again)
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await wire.call("GET", "list")
+    again[1] = ("SET", "other", "x")
+    assert await wire.call("GET", "list") == b"no list"
+    assert await wire.call("MGET", "other", "late") == [b"x", b"x"]
