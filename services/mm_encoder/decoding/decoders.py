@@ -38,7 +38,7 @@ MODULE = "services.mm_encoder.decoding"
 SLICE_S = 2  # of computing, in the quick lane
 QUICK_WORK = 200_000_000  # pixels to decode; what has more begins in the slow lane
 FASTEST = 1_500_000_000  # pixels a second; decoders of real pictures make 20 to 600 million
-SMALL_BYTES = 1 << 20  # copied faster than a thread is found for it
+SMALL_BYTES = 1 << 20  # copied, and hashed, faster than a thread is found for it
 # For decoders, of glibc, which else gives pages of pixels back after each picture, and has the next one find new ones.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 

@@ -70,8 +70,8 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize with Pillow's bicubic filter."""
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    """Resize with Pillow's bicubic filter. An image of that size is returned itself; Pillow would copy it."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
