@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from services.mm_encoder.decoding.decoders import Decoders
+from services.mm_encoder.decoding.decoders import SMALL_BYTES, Decoders
 from services.mm_encoder.media.fetch import Fetched, Fetcher, Unchanged
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, Processor, VideoPlan
@@ -124,7 +124,7 @@ class Preparer:
         try:
             if media.url is None:
                 data = await self._upload(media)
-                return await self._look_up(media, data, await asyncio.to_thread(content_digest, data), received)
+                return await self._look_up(media, data, await _digest(data), received)
             return await self._from_url(media, media.url, received)
         except RequestError as error:
             raise named(error, media.param) from error
@@ -139,7 +139,7 @@ class Preparer:
                 return Source(media, key, found, None, b"")
             fetched = await self._fetch(url, anew=True)
             assert isinstance(fetched, Fetched), "nothing is known of what is wanted anew"
-        digest = await asyncio.to_thread(content_digest, fetched.data)
+        digest = await _digest(fetched.data)
         self._fetcher.remember(fetched, digest)
         return await self._look_up(media, fetched.data, digest, received)
 
@@ -193,6 +193,11 @@ class _Received:
         self._sum += size
         if self._sum > self._limit:
             raise over_limit("The size in bytes of all media", "media_request_max_bytes", self._limit)
+
+
+async def _digest(data: bytes) -> bytes:
+    """Return the digest of a source's bytes, in a thread if there are many."""
+    return content_digest(data) if len(data) <= SMALL_BYTES else await asyncio.to_thread(content_digest, data)
 
 
 def _rows(source: Source) -> int:

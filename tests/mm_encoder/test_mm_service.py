@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from encoder_bench import GATEWAY, LIMITS, Bench, EngineStandIn, taken_by_a_dead_replica
@@ -55,7 +56,7 @@ def judged_image(judge: Model, data: bytes) -> Tensor:
     height, width = smart_resize(
         image.height, image.width, factor=28, min_pixels=3136, max_pixels=LIMITS.image_max_pixels
     )
-    rows = torch.from_numpy(patch_rows(resized(image, height, width), 14, 2))
+    rows = torch.from_numpy(patch_rows(np.asarray(resized(image, height, width)), 14, 2))
     pixels = normalise(rows, torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD), torch.float32)
     with torch.no_grad():
         grid = torch.tensor([[1, height // 14, width // 14]])

@@ -7,13 +7,11 @@ to or not, wait for each other only.
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
-from services.mm_encoder.decoding import shared_memory
 from services.mm_encoder.decoding.messages import (
     Filled,
     FillTask,
@@ -25,6 +23,7 @@ from services.mm_encoder.decoding.messages import (
     from_decoder,
     to_decoder,
 )
+from services.mm_encoder.decoding.shared_memory import SharedMemory
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, VideoPlan
 from services.mm_encoder.media.refusal import over_limit, refuse
@@ -39,7 +38,9 @@ MODULE = "services.mm_encoder.decoding"
 SLICE_S = 2  # of computing, in the quick lane
 QUICK_WORK = 200_000_000  # pixels to decode; what has more begins in the slow lane
 FASTEST = 1_500_000_000  # pixels a second; decoders of real pictures make 20 to 600 million
-SMALL_BYTES = 1 << 20  # copied faster than a thread is found for it
+SMALL_BYTES = 1 << 20  # copied, and hashed, faster than a thread is found for it
+# For decoders, of glibc, which else gives pages of pixels back after each picture, and has the next one find new ones.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 
 _log = logger(__name__)
 
@@ -66,8 +67,10 @@ class Decoders:
     ) -> None:
         """`processes` is the most in each lane."""
         first = to_decoder.encode(setup)
+        environ = _MALLOC | dict(environ)
         self._quick = WorkerPool(MODULE, first, environ, processes)
         self._slow = WorkerPool(MODULE, first, environ, processes)
+        self._memory = SharedMemory()
         self._limits = limits
         self._metrics = metrics
 
@@ -100,12 +103,9 @@ class Decoders:
         if plan.work > limit.cpu_s * FASTEST:
             raise _too_slow(limit)
         with _no_resources_fail_the_request():
-            fd = shared_memory.create(plan.rows[0] * plan.rows[1])
-            try:
-                rows = shared_memory.as_rows(fd, plan.rows)
-                reply = await self._with_file(FillTask(len(data), limit.cpu_s, plan), limit, data, fd)
-            finally:
-                os.close(fd)
+            block = self._memory.take(plan.rows[0] * plan.rows[1])
+            reply = await self._with_file(FillTask(len(data), limit.cpu_s, plan), limit, data, block.fd)
+            rows = self._memory.as_rows(block, plan.rows)
         assert isinstance(reply, Filled)
         return Patches(rows, reply.grid)
 
@@ -115,12 +115,15 @@ class Decoders:
         await self._slow.close()
 
     async def _with_file(self, task: Task, limit: TimeLimit, data: bytes, *others: int) -> Reply:
-        small = len(data) <= SMALL_BYTES
-        fd = shared_memory.create_with(data) if small else await asyncio.to_thread(shared_memory.create_with, data)
-        try:
-            return _checked(await self._in_time(task, limit, [fd, *others]))
-        finally:
-            os.close(fd)
+        """Do a task with the file in memory that is kept for the next, unless the task fails: its process may live."""
+        block = self._memory.take(max(1, len(data)))
+        if len(data) <= SMALL_BYTES:
+            block.write(data)
+        else:
+            await asyncio.to_thread(block.write, data)
+        reply = _checked(await self._in_time(task, limit, [block.fd, *others]))
+        self._memory.give_back(block)
+        return reply
 
     async def _in_time(self, task: Task, limit: TimeLimit, fds: list[int]) -> Reply:
         try:

@@ -8,9 +8,7 @@ FastDeploy drops the transparency.
 
 import io
 
-import numpy as np
 import pi_heif
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from services.mm_encoder.media import grey
@@ -71,9 +69,9 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
         raise refuse("The image's data is truncated or broken.") from error
 
 
-def resized(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Resize with Pillow's bicubic filter to [height, width, 3] uint8."""
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize with Pillow's bicubic filter. An image of that size is returned itself; Pillow would copy it."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_BAND_BYTES = 512 << 10
 
 
 Grid = tuple[int, int, int]
@@ -21,15 +23,7 @@ class Patches:
 
 
 def patch_rows(pixels: NDArray[np.uint8], patch: int, merge: int) -> NDArray[np.uint8]:
-    """Cut one frame into rows: [H, W, C] to [H/patch * W/patch, C * patch * patch]."""
-    height, width, channels = pixels.shape
-    rows = np.empty((height // patch * (width // patch), channels * patch * patch), np.uint8)
-    fill_rows(rows, pixels, patch, merge)
-    return rows
-
-
-def fill_rows(rows: NDArray[np.uint8], pixels: NDArray[np.uint8], patch: int, merge: int) -> None:
-    """Cut one frame into `rows`, which are contiguous and of the shape that `patch_rows` returns.
+    """Cut one frame into rows: [H, W, C] to [H/patch * W/patch, C * patch * patch].
 
     Rows go block row, block column, row in block, column in block, a block being `merge` x `merge` patches, so that
     the patches of one token are neighbours; inside a row: channel, y, x.
@@ -37,5 +31,26 @@ def fill_rows(rows: NDArray[np.uint8], pixels: NDArray[np.uint8], patch: int, me
     height, width, channels = pixels.shape
     tall, wide = height // patch, width // patch
     blocks = pixels.reshape(tall // merge, merge, patch, wide // merge, merge, patch, channels)
-    ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
-    rows.reshape(ordered.shape)[...] = ordered
+    return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(tall * wide, -1)
+
+
+def fill_rows(rows: NDArray[np.uint8], image: Image.Image, patch: int, merge: int) -> None:
+    """Cut an RGB image into `rows`, contiguous, as `patch_rows` does with its pixels.
+
+    Band by band, in the processor's cache: a copy of the pixels as Pillow has them, 4 bytes each; of those the three
+    channels; and of these the lines of patches, `patch` bytes at a time.
+    """
+    wide, side = image.width // (merge * patch), merge * patch
+    line = np.dtype(f"V{patch}")
+    bands = rows.view(line).reshape(image.height // side, wide, merge, merge, 3, patch)
+    at_once = max(1, _BAND_BYTES // (4 * image.width * side))
+    channels = np.empty((at_once * side, 3, image.width), np.uint8)
+    for first in range(0, len(bands), at_once):
+        some = bands[first : first + at_once]
+        height = len(some) * side
+        band = image.crop((0, first * side, image.width, first * side + height))
+        pixels = np.frombuffer(band.tobytes("raw", "RGBX"), "<u4").reshape(height, image.width)
+        for channel in range(3):
+            np.right_shift(pixels, 8 * channel, out=channels[:height, channel], casting="unsafe")
+        lines = channels[:height].view(line).reshape(len(some), merge, patch, 3, wide, merge)
+        some[...] = lines.transpose(0, 4, 1, 5, 3, 2)

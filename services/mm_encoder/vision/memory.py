@@ -16,6 +16,7 @@ ROWS = 3072  # rows computed at a time (rows.py): enough to fill a device, with 
 MANY_ROWS = 16384  # on a large card
 LARGE_CARD = 40 << 30
 GRAPH_PATCHES, LARGE_GRAPH_PATCHES = 1024, 8192  # the most in a pass that is captured
+# 0.74 GiB were measured, and 0.18 that the allocator kept. A share of the card below 1 leaves what is missing here.
 CONTEXT_BYTES = 512 << 20
 _WIDE, _NARROW = 4, 2  # bytes of a rotary angle's cosine; of everything else
 

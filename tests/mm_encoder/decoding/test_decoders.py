@@ -119,6 +119,19 @@ async def test_a_process_makes_what_the_processor_makes(kind: MediaKind) -> None
     assert made.rows.flags.writeable, "torch warns otherwise"
 
 
+async def test_pictures_that_live_at_once_have_memory_of_their_own() -> None:
+    files = [picture(120, 90, seed=seed) for seed in range(6)]
+    processor = Processor(SETTINGS, LIMITS, VISION, FONT)
+    expected = [patches_of(processor, processor.plan(Media("image", "p"), data), data).rows for data in files]
+    async with running() as decoders:
+        first = [await decode(decoders, data) for data in files[:3]]
+        del first[1]
+        others = await asyncio.gather(*(decode(decoders, data) for data in files[3:]))
+    made = [first[0], first[1], *others]
+    for patches, rows in zip(made, [expected[0], *expected[2:]], strict=True):
+        assert np.array_equal(patches.rows, rows)
+
+
 async def test_a_crash_is_the_refusal_of_the_file_that_causes_it(tmp_path: Path) -> None:
     async with running(planted=tmp_path) as decoders:
         failure = await refusal(decoders, b"crash")

@@ -16,7 +16,7 @@ from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe im
 
 from services.mm_encoder.media.image import open_image, rgb_pixels
 from services.mm_encoder.media.jpeg import count_scans
-from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches
+from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, fill_rows, patch_rows
 from services.mm_encoder.media.processor import Processor
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.timestamps import font_file
@@ -67,6 +67,18 @@ def test_rows_equal_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
     assert np.array_equal(patches.rows, as_uint8(rows))
     ours = normalise(torch.from_numpy(patches.rows), MEAN, STD, torch.float32)
     assert torch.allclose(ours, torch.from_numpy(rows), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "patch", "merge"),
+    [((1, 1), 14, 2), ((3, 5), 14, 2), ((10, 40), 14, 2), ((2, 200), 14, 2), ((5, 3), 8, 1), ((4, 3), 7, 3)],
+)
+def test_bands_of_an_image_are_cut_as_its_pixels(blocks: tuple[int, int], patch: int, merge: int) -> None:
+    pixels = noise(blocks[0] * patch * merge, blocks[1] * patch * merge)
+    expected = patch_rows(pixels, patch, merge)
+    rows = np.full_like(expected, 7)
+    fill_rows(rows, Image.fromarray(pixels), patch, merge)
+    assert np.array_equal(rows, expected)
 
 
 def test_max_pixels_is_honoured(tmp_path: Path) -> None:
