@@ -1,5 +1,7 @@
 """Engine and encoder as they are composed find each other on one GPU, and nowhere else."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -95,11 +97,35 @@ def test_passes_are_whole_without_a_gpu_or_if_told(device: str, settings: dict[s
 
 
 @pytest.mark.usefixtures("gpus")
-def test_a_directory_that_is_gone_does_not_end_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wrong", ["gone", "full", "cut"])
+def test_a_page_that_cannot_be_does_not_end_the_engine(
+    wrong: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is gone, the file system full, or the file shorter than what was written."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     segments = Segments(tmp_path / "s")
-    shutil.rmtree(tmp_path / "s")
+    if wrong == "gone":
+        shutil.rmtree(tmp_path / "s")
+    else:
+        monkeypatch.setattr(os, "pwrite", full if wrong == "full" else lambda *_: 0)
     assert engine.card_page(engine_settings(tmp_path / "s", **CUDA), segments) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_directory_that_goes_later_ends_neither(tmp_path: Path) -> None:
+    pace = encoder_pace(tmp_path / "s")
+    own = engine.card_page(engine_settings(tmp_path / "s", **CUDA), Segments(tmp_path / "s"))
+    assert own is not None
+    with own:
+        assert is_cut(pace)
+        shutil.rmtree(tmp_path / "s")
+        own.page.begin_step(True)
+        assert own.page.step()
+        assert not is_cut(pace)
 
 
 def test_an_engine_without_a_gpu_or_a_directory_has_no_page(tmp_path: Path) -> None:
