@@ -211,7 +211,9 @@ def pace(settings: MmEncoderSettings, device: str, metrics: Metrics) -> Pace | N
         return None
     pages = CardPages(Segments(Path(settings.segments_dir)), str(torch.cuda.get_device_properties(where).uuid))
     piece_s, pieces = settings.shared_card_ms / 1e3, settings.shared_card_decode_pieces
-    return SharedPace(pages.refresh, piece_s, pieces, metrics.count_piece)
+    # Of the time that a batch is watched for the tower may need the other half.
+    patience_s = settings.step_timeout_s / 2 or math.inf
+    return SharedPace(pages.refresh, piece_s, pieces, metrics.count_piece, patience_s)
 
 
 # By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,

@@ -1,6 +1,7 @@
 """Engine and encoder as they are composed find each other on one GPU, and nowhere else."""
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -53,8 +54,10 @@ class Unmarked(SharedPace):
         piece_s: float,
         decode_pieces: int,
         count_piece: Callable[[float], None],
+        patience_s: float,
     ) -> None:
-        super().__init__(pages, piece_s, decode_pieces, count_piece, mark=Nowhere)
+        super().__init__(pages, piece_s, decode_pieces, count_piece, patience_s, mark=Nowhere)
+        self.patience_s = patience_s
 
 
 def engine_settings(directory: Path, **more: Any) -> EngineSettings:
@@ -126,6 +129,16 @@ def test_a_directory_that_goes_later_ends_neither(tmp_path: Path) -> None:
         own.page.begin_step(True)
         assert own.page.step()
         assert not is_cut(pace)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("timeout_s", "patience_s"), [(20.0, 10.0), (3.0, 1.5), (0.0, math.inf)])
+def test_waits_of_a_batch_leave_half_of_the_time_that_it_is_watched(
+    timeout_s: float, patience_s: float, tmp_path: Path
+) -> None:
+    pace = encoder_pace(tmp_path / "s", step_timeout_s=timeout_s)
+    assert isinstance(pace, Unmarked)
+    assert pace.patience_s == patience_s
 
 
 def test_an_engine_without_a_gpu_or_a_directory_has_no_page(tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ from shared.model.config import VisionConfig
 
 PREFILL_PIECES = 2  # during a step with prefill, and the one that was sent before it began
 POLL_S = 0.0002
-PATIENCE_S = 5.0  # for all waits of a batch: it is watched, and one that hangs ends the process
+PATIENCE_S = 5.0  # for all waits of a pass; the rest of it is sent as if nobody waited for tokens
 SLOWEST = 2e13  # operations a second; the first pieces show how many more a GPU does
+# Tiles of attention that are never parted. A row of their table has 12 bytes, and a kernel is compiled anew for a table
+# that does not begin at a multiple of 16.
+ALIGNED_TILES = 4
 GRAPH_PIECES = 4  # a graph of so many is one piece: launched one by one its operations take the host longer
 
 
@@ -60,6 +63,9 @@ class Pace:
     def begin(self) -> None:
         """Begin a batch."""
 
+    def begin_pass(self, left: int) -> None:
+        """Begin a pass of it. `left`: those that are left, with this one."""
+
     def cut(self, costs: Sequence[float]) -> list[slice]:
         """Divide what one launch could do, by the operations of each of its parts."""
         return [slice(0, len(costs))]
@@ -81,6 +87,7 @@ class SharedPace(Pace):
         piece_s: float,
         decode_pieces: int,
         count_piece: Callable[[float], None],
+        patience_s: float = math.inf,
         mark: Callable[[], Mark] = GpuMark,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -92,11 +99,13 @@ class SharedPace(Pace):
             piece_s: seconds of a piece, if the GPU does nothing else.
             decode_pieces: the most during a step without prefill; 0: any number.
             count_piece: is told for each piece how many seconds the next has waited.
+            patience_s: for all waits of a batch: it is watched, and one that hangs ends the process.
         """
         self._all_pages = pages
         self._piece_s = piece_s
         self._decode_pieces = decode_pieces
         self._count_piece = count_piece
+        self._batch_patience_s = patience_s
         self._mark = mark
         self._clock = clock
         self._sleep = sleep
@@ -108,10 +117,13 @@ class SharedPace(Pace):
         self._pages = list(self._all_pages())
         self._steps = [(0, 0)] * len(self._pages)
         self._spent = 0.0
-        self._patience_s = PATIENCE_S
+        self._left_s = self._batch_patience_s
         self._sent: list[tuple[Mark, Mark, float]] = []  # pieces under way: begin, end, operations
         if self._pages:
             self._began = self._mark()
+
+    def begin_pass(self, left: int) -> None:
+        self._patience_s = min(PATIENCE_S, self._left_s / left)
 
     def cut(self, costs: Sequence[float]) -> list[slice]:
         if not self._pages:
@@ -157,6 +169,7 @@ class SharedPace(Pace):
         while (waited := self._clock() - began) < self._patience_s and self._is_held():
             self._sleep(POLL_S)
         self._patience_s -= waited
+        self._left_s -= waited
         self._count_piece(waited)
 
     @staticmethod
@@ -190,8 +203,10 @@ WHOLE = PassPace(Pace(), ((slice(None), 0.0),), 0.0)
 def pass_pace(pace: Pace, host: HostTables, config: VisionConfig) -> PassPace:
     """Return the pace of a pass."""
     costs = _attention_costs(host, config)
-    attention = tuple((tiles, sum(costs[tiles])) for tiles in pace.cut(costs))
-    return PassPace(pace, attention, _row_operations(config))
+    parts = [slice(start, start + ALIGNED_TILES) for start in range(0, len(costs), ALIGNED_TILES)]
+    cuts = pace.cut([sum(costs[tiles]) for tiles in parts])
+    attention = [slice(parts[cut.start].start, min(parts[cut.stop - 1].stop, len(costs))) for cut in cuts]
+    return PassPace(pace, tuple((tiles, sum(costs[tiles])) for tiles in attention), _row_operations(config))
 
 
 def pass_operations(host: HostTables, config: VisionConfig) -> float:
