@@ -44,7 +44,7 @@ class CardPage:
 
     @property
     def head(self) -> bytes:
-        """What tells a page, and of which GPU it is."""
+        """Bytes that tell a page, and of which GPU it is."""
         return bytes(self._words[:STEP])
 
     def begin_step(self, prefill: bool) -> None:

@@ -1,6 +1,7 @@
 """Engine and encoder as they are composed find each other on one GPU, and nowhere else."""
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from benchmarks.shared_card import CONSTANTS, Sharing
 from services.engine import __main__ as engine
 from services.engine.settings import EngineSettings
 from services.mm_encoder import __main__ as mm_encoder
@@ -24,6 +26,7 @@ from shared.card_page import CardPage
 from shared.errors import ConfigError
 from shared.segments import Segments
 
+ROOT = Path(__file__).resolve().parents[2]
 MANY = [1e12] * 50  # parts of a pass
 CUDA = {"device": "cuda"}
 
@@ -156,6 +159,19 @@ def test_the_part_of_the_gpu_under_mps_is_cudas_own_setting() -> None:
     assert told(60, {}) == {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "60"}
     own = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "30"}
     assert told(60, dict(own)) == own
+
+
+def test_the_benchmark_takes_the_settings_that_its_results_name() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/shared-card-h200.json").read_text(encoding="utf-8"))
+    [second] = [value for name, value in rows.items() if name.startswith("second run")]
+    named = {key for row in second for key in row} - {"case", "text", "pictures", "counters", "note"}
+    assert named == {*Sharing._fields, "engine_share", "prefill_pieces"}
+    assert named <= {*Sharing._fields, *CONSTANTS}
+    told = {"MILLRACE_MODEL": "m", "MILLRACE_REDIS_URL": "unix:///x"}
+    asked = Sharing(3.0, 1, 60)
+    for way, found in (("mps", (3.0, 1, 60)), ("pieces", (3.0, 1, 0)), ("whole", (0.0, 0, 0))):
+        made = config.load(MmEncoderSettings, told | asked.of(way).environment())
+        assert (made.shared_card_ms, made.shared_card_decode_pieces, made.mps_percent) == found
 
 
 @pytest.mark.parametrize(("name", "value"), [("MPS_PERCENT", "101"), ("SHARED_CARD_MS", "-1")])

@@ -3,8 +3,9 @@
 The driver lets two processes take turns of some 2 ms while both have work, and whenever one has none for a moment, as
 an engine between its launches, the other has a turn. Beside whole passes a decode step of 4 ms takes 15, and one with
 prefill, which is planned to take as long as a gap may be, 60. So few pieces are sent during a step with prefill that
-sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/engine/schedule/prefill_budget.py). With
-none at all the tower would starve. Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
+sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/engine/schedule/prefill_budget.py), if
+they are of 2 ms and of one encoder: a second one on the GPU sends as many. With none at all the tower would starve.
+Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
 
 Cuts change no bit: the same operations on the same rows are launched, with waits between them. A pass that would be a
 graph, which is padded, may round otherwise when it is cut, as it does in other company.
