@@ -115,9 +115,8 @@ class Encoder:
         self._pace.begin()
         results = Results(self._embeddings(item.grid) for item in items)
         before: tuple[Download, list[Piece]] | None = None
-        passes = plan_passes([item.grid for item in items], self._max_patches, self._vision.temporal_merge_size)
-        for left, pieces in zip(range(len(passes), 0, -1), passes, strict=True):
-            self._pace.begin_pass(left)
+        for pieces in plan_passes([item.grid for item in items], self._max_patches, self._vision.temporal_merge_size):
+            self._pace.begin_pass()
             rows = stage([items[piece.item].rows[piece.start : piece.stop] for piece in pieces], self._device)
             launched = Download(self._launch(rows, [piece.grid for piece in pieces])), pieces
             if before is not None:

@@ -64,8 +64,8 @@ class Pace:
     def begin(self) -> None:
         """Begin a batch."""
 
-    def begin_pass(self, left: int) -> None:
-        """Begin a pass of it. `left`: those that are left, with this one."""
+    def begin_pass(self) -> None:
+        """Begin a pass of it."""
 
     def cut(self, costs: Sequence[float]) -> list[slice]:
         """Divide what one launch could do, by the operations of each of its parts."""
@@ -88,7 +88,6 @@ class SharedPace(Pace):
         piece_s: float,
         decode_pieces: int,
         count_piece: Callable[[float], None],
-        patience_s: float = math.inf,
         mark: Callable[[], Mark] = GpuMark,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -100,13 +99,11 @@ class SharedPace(Pace):
             piece_s: seconds of a piece, if the GPU does nothing else.
             decode_pieces: the most during a step without prefill; 0: any number.
             count_piece: is told for each piece how many seconds the next has waited.
-            patience_s: for all waits of a batch: it is watched, and one that hangs ends the process.
         """
         self._all_pages = pages
         self._piece_s = piece_s
         self._decode_pieces = decode_pieces
         self._count_piece = count_piece
-        self._batch_patience_s = patience_s
         self._mark = mark
         self._clock = clock
         self._sleep = sleep
@@ -118,13 +115,12 @@ class SharedPace(Pace):
         self._pages = list(self._all_pages())
         self._steps = [(0, 0)] * len(self._pages)
         self._spent = 0.0
-        self._left_s = self._batch_patience_s
         self._sent: list[tuple[Mark, Mark, float]] = []  # pieces under way: begin, end, operations
         if self._pages:
             self._began = self._mark()
 
-    def begin_pass(self, left: int) -> None:
-        self._patience_s = min(PATIENCE_S, self._left_s / left)
+    def begin_pass(self) -> None:
+        self._patience_s = PATIENCE_S
 
     def cut(self, costs: Sequence[float]) -> list[slice]:
         if not self._pages:
@@ -169,8 +165,8 @@ class SharedPace(Pace):
         ]
         while (waited := self._clock() - began) < self._patience_s and self._is_held():
             self._sleep(POLL_S)
+        waited = min(waited, self._patience_s)  # what is more was a halt of the process
         self._patience_s -= waited
-        self._left_s -= waited
         self._count_piece(waited)
 
     @staticmethod
