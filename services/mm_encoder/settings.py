@@ -44,7 +44,8 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
-    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a batch is taken to hang; 0: no bound
+    # Seconds after which a batch is taken to hang, besides those in which it waited for an engine; 0: no bound.
+    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
     media_max_bytes: Positive = 256 << 20  # the largest image or video
     media_request_max_bytes: Positive = 512 << 20  # all media of one request together
     media_max_pixels: Positive = 64_000_000  # the largest image or video frame, by its header
