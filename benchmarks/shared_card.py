@@ -1,6 +1,7 @@
 """A GPU that engine and encoder share, as served: text, pictures, and both at once.
 
-    python -m benchmarks.shared_card --model DIR [--ways NAME ...] [--seconds S] [--output FILE.json] [-- FLAG ...]
+    python -m benchmarks.shared_card --model DIR [--ways NAME ...] [--piece-ms MS] [--decode-pieces N]
+        [--mps-percent P] [--seconds S] [--output FILE.json] [-- FLAG ...]
 
 Starts `millrace serve` once for each way of sharing, with the flags behind `--`, and measures it over HTTP as
 `millrace bench serve` does: closed loops of clients, text of 1,024 random tokens with 256 of answer, and new pictures
@@ -9,13 +10,17 @@ are kept as JSON:
 
   ways.<name>.<case>.text, .pictures   the figures of `millrace bench serve`, and requests answered a second
   ways.<name>.<case>.counters          growth of some metrics meanwhile
+  ways.<name>.settings                 piece_ms, decode_pieces and mps_percent
+  constants                            what the code has and no setting changes: engine_share (BESIDE_ENCODER),
+                                       prefill_pieces and batch_patches (ENOUGH)
   device, flags, date
 
 The ways:
 
   whole    passes are sent whole, and the driver shares the GPU (MILLRACE_SHARED_CARD_MS=0)
-  pieces   as it is by default
-  mps      under CUDA MPS, which is started and ended here; the encoder may use MPS_PERCENT of the multiprocessors
+  pieces   of --piece-ms, with --decode-pieces; as it is by default without these
+  mps      the same under CUDA MPS, which is started and ended here; the encoder may use --mps-percent of the
+           multiprocessors
 """
 
 import argparse
@@ -30,7 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -38,11 +43,14 @@ import torch
 from cli.bench.command import run
 from cli.bench.figures import figures
 from cli.bench.load import Load, shares
+from services.engine.schedule.prefill_budget import BESIDE_ENCODER
+from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.vision.batcher import ENOUGH
+from services.mm_encoder.vision.pace import PREFILL_PIECES
 
 PORT, METRICS_PORT = 8180, 8181
 READY = b"; Ctrl-C stops"
 PATIENCE_S = 240.0  # of a start
-MPS_PERCENT = 60
 LARGE, SMALL = (1920, 1080), (448, 448)
 # By case: text clients, picture clients, the pictures' size, whether these were seen, and a share of --seconds.
 CASES: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
@@ -57,14 +65,29 @@ CASES: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
 COUNTED = ("millrace_mm_", "millrace_engine_step_seconds", "millrace_inter_token", "millrace_kernel_first_uses")
 
 
-def environment(way: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what `millrace serve` is started with."""
-    more: dict[str, dict[str, str]] = {
-        "whole": {"MILLRACE_SHARED_CARD_MS": "0"},
-        "pieces": {},
-        "mps": {"MILLRACE_MPS_PERCENT": str(MPS_PERCENT)},
-    }
-    return {**environ, **more[way]}
+CONSTANTS = {"engine_share": BESIDE_ENCODER, "prefill_pieces": PREFILL_PIECES, "batch_patches": ENOUGH}
+
+
+class Sharing(NamedTuple):
+    """Settings of an encoder that shares the GPU."""
+
+    piece_ms: float
+    decode_pieces: int
+    mps_percent: int
+
+    def of(self, way: str) -> "Sharing":
+        """Return the same, as far as a way has it."""
+        if way == "whole":
+            return Sharing(0.0, 0, 0)
+        return self if way == "mps" else self._replace(mps_percent=0)
+
+    def environment(self) -> dict[str, str]:
+        """Return what `millrace serve` reads."""
+        return {
+            "MILLRACE_SHARED_CARD_MS": str(self.piece_ms),
+            "MILLRACE_SHARED_CARD_DECODE_PIECES": str(self.decode_pieces),
+            "MILLRACE_MPS_PERCENT": str(self.mps_percent),
+        }
 
 
 @contextmanager
@@ -155,16 +178,26 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--seconds", type=float, default=10.0, help="of a case of the usual length (10)")
     parser.add_argument("--last-id", type=int, default=100_000, help="that prompts are drawn from (100000)")
+    usual = MmEncoderSettings(redis_url="", model="")
+    parser.add_argument("--piece-ms", type=float, default=usual.shared_card_ms, help="of a pass sent at once (2)")
+    parser.add_argument(
+        "--decode-pieces",
+        type=int,
+        default=usual.shared_card_decode_pieces,
+        help="the most beside a decode step; 0: any number (0)",
+    )
+    parser.add_argument("--mps-percent", type=int, default=60, help="of the multiprocessors, in the way mps (60)")
     parser.add_argument("--output", type=Path, help="the JSON file")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="directory of the servers' logs")
     parser.add_argument("flags", nargs="*", help="of `millrace serve`, behind --")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    result: dict[str, Any] = {"ways": {}, "device": device, "flags": args.flags}
+    result: dict[str, Any] = {"ways": {}, "device": device, "flags": args.flags, "constants": CONSTANTS}
     result["date"] = datetime.now(UTC).date().isoformat()
     for way in args.ways:
         with ExitStack() as stack:
-            environ = environment(way, os.environ)
+            sharing = Sharing(args.piece_ms, args.decode_pieces, args.mps_percent).of(way)
+            environ = {**os.environ, **sharing.environment()}
             if way == "mps":
                 environ |= stack.enter_context(mps())
             flags = [
@@ -178,7 +211,7 @@ def main() -> None:
             ]
             ready = stack.enter_context(served(flags, environ, args.logs / f"serve-{way}.log"))
             print(f"{way}: ready after {ready:.1f} s", flush=True)
-            figures_of: dict[str, Any] = {"ready_s": ready}
+            figures_of: dict[str, Any] = {"ready_s": ready, "settings": sharing._asdict()}
             result["ways"][way] = figures_of
             for case in args.cases:
                 figures_of[case] = made = measure(case, args.seconds, args.last_id)

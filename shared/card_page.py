@@ -28,7 +28,7 @@ from shared.segments import CARDS, Segments, is_marked, locked_file
 
 MAGIC = b"mrcard01"
 SIZE = 64
-STEP, ENCODER = 3, 4  # words of 8 bytes
+STEP, ENCODER = 3, 4  # words of 8 bytes; the head is before
 STALE_NS = 100_000_000  # four times what a step is planned to take at most
 PREFILL = 1
 
@@ -41,6 +41,11 @@ class CardPage:
     def __init__(self, mapped: mmap.mmap | bytearray, clock: Clock = time.monotonic_ns) -> None:
         self._words = memoryview(mapped).cast("Q")
         self._clock = clock
+
+    @property
+    def head(self) -> bytes:
+        """Bytes that tell a page, and of which GPU it is."""
+        return bytes(self._words[:STEP])
 
     def begin_step(self, prefill: bool) -> None:
         """Say that a step has begun that sequences wait for. `prefill`: it computes prefill of others, too."""
@@ -68,20 +73,35 @@ class CardPage:
 
 
 class OwnPage:
-    """An engine's page in a directory of segments, there until its block ends, or the process. `card`: a GPU's UUID."""
+    """An engine's page in a directory of segments, there until its block ends, or the process.
+
+    Raises:
+        OSError: it cannot be made.
+    """
 
     def __init__(self, segments: Segments, name: str, card: str) -> None:
-        self._fd = locked_file(segments.directory / CARDS / hashlib.sha256(name.encode()).hexdigest())
-        # Written over, not made anew: whoever has mapped it for an engine that had this name must not lose its memory.
-        os.pwrite(self._fd, (MAGIC + _card_id(card)).ljust(SIZE, b"\0"), 0)
-        self.page = CardPage(mmap.mmap(self._fd, SIZE))
+        """`card`: a GPU's UUID."""
+        self._path = segments.directory / CARDS / hashlib.sha256(name.encode()).hexdigest()
+        self._fd = locked_file(self._path)
+        try:
+            # Written over, not made anew: whoever has mapped it for an engine that had this name must not lose its
+            # memory. And written, not mapped first: a file system that is full is an error here, and a signal there.
+            os.pwrite(self._fd, (MAGIC + _card_id(card)).ljust(SIZE, b"\0"), 0)
+            self.page = CardPage(mmap.mmap(self._fd, SIZE))
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # what is mapped has the file open, too
         os.close(self._fd)
+        is_marked(self._path)  # which removes it, unless an engine of the same name has it
 
 
 class CardPages:
@@ -99,20 +119,20 @@ class CardPages:
             for path in filter(is_marked, self._directory.iterdir()):
                 which = path, path.stat().st_ino
                 page = self._found.get(which) or self._map(path)
-                if page is not None:
+                if page is not None and page.head == self._head:  # an engine of this name may be on another GPU now
                     found[which] = page
         self._found = found
         return list(found.values())
 
-    def _map(self, path: Path) -> CardPage | None:
+    @staticmethod
+    def _map(path: Path) -> CardPage | None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            mapped = mmap.mmap(fd, SIZE)
+            return CardPage(mmap.mmap(fd, SIZE))
         except ValueError:  # it is shorter: not written yet
             return None
         finally:
             os.close(fd)
-        return CardPage(mapped) if mapped[: len(self._head)] == self._head else None
 
 
 def _card_id(card: str) -> bytes:

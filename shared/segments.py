@@ -118,7 +118,8 @@ def is_marked(path: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
+        if os.fstat(fd).st_nlink:  # else this name is another file's by now
+            path.unlink(missing_ok=True)
     except OSError:
         return True
     finally:

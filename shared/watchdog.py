@@ -16,7 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.log import logger
 
@@ -138,6 +138,11 @@ class Watchdog:
         # The watchdog's clock knows of halts, the machine's is finer.
         awake = self._awake_s - step.started + 2 * self._look_s
         self._bounds.record(kind, rows, min(self._clock() - started, awake))
+
+    def excuse(self, seconds: float) -> None:
+        """Let the step under way, in whose thread this is called, take longer: by what it waited for others."""
+        if (step := self._step) is not None:
+            self._step = replace(step, bound_s=step.bound_s + seconds)
 
     def _run(self) -> None:
         while not self._stopped.wait(self._look_s):

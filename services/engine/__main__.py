@@ -192,7 +192,7 @@ def card_page(settings: EngineSettings, segments: Segments | None) -> OwnPage | 
         return None
     try:
         return OwnPage(segments, settings.name, str(torch.cuda.get_device_properties("cuda").uuid))
-    except OSError as error:  # somebody has removed the directory
+    except (OSError, ValueError) as error:  # somebody has removed the directory or cut the file, or memory is full
         logger(__name__).warning("encoders on this GPU cannot see when tokens wait", extra={"error": str(error)})
         return None
 

@@ -110,6 +110,10 @@ def build(
         settings.decoder_memory_bytes,
         min(FRAME_THREADS, compute_threads(usable_cores(), 2 * settings.preprocess_threads)),
     )
+    watchdog = None
+    if settings.step_timeout_s > 0:
+        first_use = CPU_FIRST_USE if device == "cpu" else GPU_FIRST_USE
+        watchdog = Watchdog(settings.step_timeout_s, first_use, metrics.step_age.set)
     encoder = Encoder(
         weights,
         model,
@@ -117,7 +121,7 @@ def build(
         settings.tower_max_patches,
         normal.image_mean,
         normal.image_std,
-        pace=pace(settings, device, metrics),
+        pace=pace(settings, device, metrics, watchdog),
     )
     preparer = Preparer(
         processor=Processor(
@@ -148,10 +152,6 @@ def build(
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
-    watchdog = None
-    if settings.step_timeout_s > 0:
-        first_use = CPU_FIRST_USE if device == "cpu" else GPU_FIRST_USE
-        watchdog = Watchdog(settings.step_timeout_s, first_use, metrics.step_age.set)
     batcher = Batcher(encoder, settings.tower_max_patches, metrics, watchdog)
     claim_every_s = settings.lease_ms / 1000 / CLAIMS_PER_LEASE
     handler = EncodeHandler(
@@ -204,14 +204,20 @@ def limit_multiprocessors(settings: MmEncoderSettings, environ: MutableMapping[s
         environ.setdefault(MPS_VARIABLE, str(settings.mps_percent))
 
 
-def pace(settings: MmEncoderSettings, device: str, metrics: Metrics) -> Pace | None:
+def pace(settings: MmEncoderSettings, device: str, metrics: Metrics, watchdog: Watchdog | None = None) -> Pace | None:
     """Return how passes are sent, where an engine may use the same GPU and share memory with us."""
     where = torch.device(device)
     if where.type != "cuda" or not settings.segments_dir or not settings.shared_card_ms:
         return None
     pages = CardPages(Segments(Path(settings.segments_dir)), str(torch.cuda.get_device_properties(where).uuid))
     piece_s, pieces = settings.shared_card_ms / 1e3, settings.shared_card_decode_pieces
-    return SharedPace(pages.refresh, piece_s, pieces, metrics.count_piece)
+
+    def count_piece(waited_s: float) -> None:
+        metrics.count_piece(waited_s)
+        if watchdog is not None and waited_s:
+            watchdog.excuse(waited_s)
+
+    return SharedPace(pages.refresh, piece_s, pieces, count_piece)
 
 
 # By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,

@@ -30,9 +30,12 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     # must be ours, and nobody else may write in it.
     segments_dir: str = ""
     segments_bytes: Positive = 2 << 30  # the most there, and half of its file system; the rest goes through Redis
-    tower_max_patches: Positive = 32768  # the most in one pass of the vision tower; a larger image has its own
+    # The most in one pass of the vision tower; a larger image has its own. Items are encoded together up to 8,192
+    # (ENOUGH in vision/batcher.py), if that is less.
+    tower_max_patches: Positive = 32768
     # Milliseconds of a pass sent to the GPU at once if an engine of our `segments_dir` uses it as well, so that
-    # steps which tokens wait for are not held up; 0: passes whole. See docs/operations.md on sharing a GPU.
+    # steps which tokens wait for are not held up; 0: passes whole. The engine's steps beside it fit 2 ms and one
+    # encoder a GPU. See docs/operations.md on sharing a GPU.
     shared_card_ms: Annotated[float, Meta(ge=0)] = 2.0
     shared_card_decode_pieces: Count = 0  # the most during a decode step: with 1 tokens come first; 0: any number
     mps_percent: Annotated[int, Meta(ge=0, le=100)] = (
@@ -41,7 +44,8 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     concurrency: Positive = 8  # requests in flight
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
-    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0  # seconds after which a batch is taken to hang; 0: no bound
+    # Seconds after which a batch is taken to hang, besides those in which it waited for an engine; 0: no bound.
+    step_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
     media_max_bytes: Positive = 256 << 20  # the largest image or video
     media_request_max_bytes: Positive = 512 << 20  # all media of one request together
     media_max_pixels: Positive = 64_000_000  # the largest image or video frame, by its header

@@ -1,5 +1,8 @@
 """Engine and encoder as they are composed find each other on one GPU, and nowhere else."""
 
+import errno
+import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from benchmarks.shared_card import CONSTANTS, Sharing
 from services.engine import __main__ as engine
 from services.engine.settings import EngineSettings
 from services.mm_encoder import __main__ as mm_encoder
@@ -20,7 +24,9 @@ from shared import config
 from shared.card_page import CardPage
 from shared.errors import ConfigError
 from shared.segments import Segments
+from shared.watchdog import Watchdog
 
+ROOT = Path(__file__).resolve().parents[2]
 MANY = [1e12] * 50  # parts of a pass
 CUDA = {"device": "cuda"}
 
@@ -95,11 +101,62 @@ def test_passes_are_whole_without_a_gpu_or_if_told(device: str, settings: dict[s
 
 
 @pytest.mark.usefixtures("gpus")
-def test_a_directory_that_is_gone_does_not_end_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wrong", ["gone", "full", "cut"])
+def test_a_page_that_cannot_be_does_not_end_the_engine(
+    wrong: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is gone, the file system full, or the file shorter than what was written."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     segments = Segments(tmp_path / "s")
-    shutil.rmtree(tmp_path / "s")
+    if wrong == "gone":
+        shutil.rmtree(tmp_path / "s")
+    else:
+        monkeypatch.setattr(os, "pwrite", full if wrong == "full" else lambda *_: 0)
     assert engine.card_page(engine_settings(tmp_path / "s", **CUDA), segments) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_directory_that_goes_later_ends_neither(tmp_path: Path) -> None:
+    pace = encoder_pace(tmp_path / "s")
+    own = engine.card_page(engine_settings(tmp_path / "s", **CUDA), Segments(tmp_path / "s"))
+    assert own is not None
+    with own:
+        assert is_cut(pace)
+        shutil.rmtree(tmp_path / "s")
+        own.page.begin_step(True)
+        assert own.page.step()
+        assert not is_cut(pace)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_batch_may_take_longer_by_what_it_waits(tmp_path: Path) -> None:
+    """Else the watchdog would take a long video beside a busy engine to hang."""
+    registry, expired = CollectorRegistry(), []
+    now = 0.0
+    watchdog = Watchdog(
+        10.0, mm_encoder.CPU_FIRST_USE, lambda age: None, lambda step, age: expired.append(age), lambda: now
+    )
+    settings = MmEncoderSettings(redis_url="unix:///x", model="m", segments_dir=str(tmp_path / "s"))
+    pace = mm_encoder.pace(settings, "cuda", Metrics(registry), watchdog)
+    assert isinstance(pace, SharedPace)
+    with watchdog.watch("encode", 1):
+        for _ in range(100):
+            pace._count_piece(0.1)
+        for _ in range(99):
+            now += 0.2
+            watchdog.look()
+        assert expired == []
+        for _ in range(10):
+            now += 0.2
+            watchdog.look()
+        assert expired
+    watchdog.stop()
+    assert registry.get_sample_value("millrace_mm_pieces_total") == 100
+    assert registry.get_sample_value("millrace_mm_piece_wait_seconds_total") == pytest.approx(10.0)
 
 
 def test_an_engine_without_a_gpu_or_a_directory_has_no_page(tmp_path: Path) -> None:
@@ -117,6 +174,19 @@ def test_the_part_of_the_gpu_under_mps_is_cudas_own_setting() -> None:
     assert told(60, {}) == {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "60"}
     own = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "30"}
     assert told(60, dict(own)) == own
+
+
+def test_the_benchmark_takes_the_settings_that_its_results_name() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/shared-card-h200.json").read_text(encoding="utf-8"))
+    [second] = [value for name, value in rows.items() if name.startswith("second run")]
+    named = {key for row in second for key in row} - {"case", "text", "pictures", "counters", "note"}
+    assert named == {*Sharing._fields, "engine_share", "prefill_pieces"}
+    assert named <= {*Sharing._fields, *CONSTANTS}
+    told = {"MILLRACE_MODEL": "m", "MILLRACE_REDIS_URL": "unix:///x"}
+    asked = Sharing(3.0, 1, 60)
+    for way, found in (("mps", (3.0, 1, 60)), ("pieces", (3.0, 1, 0)), ("whole", (0.0, 0, 0))):
+        made = config.load(MmEncoderSettings, told | asked.of(way).environment())
+        assert (made.shared_card_ms, made.shared_card_decode_pieces, made.mps_percent) == found
 
 
 @pytest.mark.parametrize(("name", "value"), [("MPS_PERCENT", "101"), ("SHARED_CARD_MS", "-1")])

@@ -1,5 +1,6 @@
 """The page that an engine and encoders of its GPU share, across processes and the death of either."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared.card_page import ENCODER, MAGIC, PREFILL, SIZE, STALE_NS, STEP, CardPage, CardPages, OwnPage
-from shared.segments import CARDS, Segments
+from shared.segments import CARDS, Segments, is_marked, locked_file
 
 ENGINE = """
 import sys
@@ -143,6 +144,77 @@ def test_engines_of_other_gpus_are_not_ours_to_wait_for(tmp_path: Path) -> None:
         assert one.page.encoder_works()
         assert CardPages(segments, "GPU-3").refresh() == []
     assert CardPages(segments, "GPU-1").refresh() == []
+
+
+def test_an_engine_that_comes_again_on_another_gpu_is_no_longer_ours(tmp_path: Path) -> None:
+    """It writes over the file of its name, which a living engine of the same name may have kept."""
+    segments = Segments(tmp_path / "segments")
+    pages, others = CardPages(segments, "GPU-1"), CardPages(segments, "GPU-2")
+    with OwnPage(segments, "e", "GPU-1"):
+        assert (len(pages.refresh()), len(others.refresh())) == (1, 0)
+        with OwnPage(segments, "e", "GPU-2") as own:
+            assert pages.refresh() == []
+            [page] = others.refresh()
+            page.note_work()
+            assert own.page.encoder_works()
+
+
+def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
+    segments = Segments(tmp_path / "segments")
+    for number in range(3):
+        with OwnPage(segments, f"e{number}", "GPU-1") as own:
+            assert len(files(segments.directory)) == 1
+        assert files(segments.directory) == []
+        own.page.end_step()
+    with OwnPage(segments, "e", "GPU-1"):
+        with OwnPage(segments, "e", "GPU-1"):
+            pass
+        assert len(files(segments.directory)) == 1, "the other one still has it"
+    shutil.rmtree(segments.directory)
+    other = Segments(tmp_path / "other")
+    with OwnPage(other, "e", "GPU-1"):
+        shutil.rmtree(other.directory)
+
+
+def test_a_page_that_finds_no_memory_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is full can still name a file."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    segments = Segments(tmp_path / "segments")
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space"):
+            OwnPage(segments, "e", "GPU-1")
+    assert files(segments.directory) == []
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    with OwnPage(segments, "e", "GPU-1"):
+        assert len(CardPages(segments, "GPU-1").refresh()) == 1
+
+
+def test_a_file_that_has_its_name_no_more_does_not_take_it_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two look for the dead at once: one removes the file, and an engine makes it anew before the other locks."""
+    path = tmp_path / "e"
+    path.touch()
+    real, made = os.open, []
+
+    def slow(*args: object, **more: object) -> int:
+        fd = real(*args, **more)  # type: ignore[arg-type]
+        if not made:
+            monkeypatch.setattr(os, "open", real)
+            assert not is_marked(path)
+            made.append(locked_file(path))
+        return fd
+
+    monkeypatch.setattr(os, "open", slow)
+    is_marked(path)
+    assert path.exists()
+    assert is_marked(path)
+    os.close(made[0])
 
 
 def test_what_is_no_page_is_passed_over(tmp_path: Path) -> None:

@@ -89,6 +89,20 @@ def test_a_step_that_outlasts_its_bound_hangs(bench: Bench) -> None:
     bench.watchdog.stop()
 
 
+def test_a_step_that_waited_for_others_may_take_longer_by_that(bench: Bench) -> None:
+    bench.watchdog.excuse(5.0)
+    with bench.watchdog.watch("encode", 4):
+        bench.watchdog.excuse(3.0)
+        bench.watchdog.excuse(4.0)
+        bench.pass_time(16.5, looks=33)
+        assert bench.expired == []
+        bench.pass_time(1.0, looks=2)
+        assert [step.bound_s for step, _ in bench.expired] == [17.0]
+    with bench.watchdog.watch("decode", 4):
+        bench.pass_time(11.0, looks=22)
+        assert len(bench.expired) > 1, "the next one has no excuse"
+
+
 def test_between_steps_nothing_hangs(bench: Bench) -> None:
     for _ in range(50):
         with bench.watchdog.watch("decode", 1):

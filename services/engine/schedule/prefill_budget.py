@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from services.engine.schedule.step_times import StepTimes
 
 LEAST_ROOM = 128  # tokens of prefill in a step, however many sequences decode: prompts must go on
-# Of the target, while an encoder uses the same GPU: it sends three pieces of 2 ms during a step.
+# Of the target, while an encoder uses the same GPU: one alone sends three pieces during a step, of 2 ms by default.
 BESIDE_ENCODER = 0.65
 
 

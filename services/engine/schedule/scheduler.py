@@ -319,8 +319,11 @@ class Scheduler:
         return progress
 
     def learn(self, plan: Plan, ms: float) -> None:
-        """Learn from a step that was read `ms` after the one before how long guesses take."""
-        if plan.drafts and all(chunk.samples and chunk.length == chunk.drafts + 1 for chunk in plan.chunks):
+        """Learn from a step that was read `ms` after the one before how long guesses take. Not for steps beside other
+        work of the device."""
+        if not plan.drafts:
+            self._speculator.forget()
+        elif all(chunk.samples and chunk.length == chunk.drafts + 1 for chunk in plan.chunks):
             self._speculator.learn(plan.num_tokens, sum(chunk.stop * chunk.length for chunk in plan.chunks), ms)
 
     def record_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> bool:

@@ -19,9 +19,9 @@ from shared.messages import Finish
 # Tokens for the time, against no guesses, that guesses must promise: the estimates may be off, and the host works more.
 GAIN = 1.1
 # Milliseconds that a step takes longer for having waited until the one before was read; measured from the first such
-# step on. The mean forgets all but the last few, and no pause of the process counts for more than MOST_WAIT_MS. With
-# that a sequence that copies is still guessed for on a fast card, so that a mean which is too high is corrected.
-WAIT_MS, MOST_WAIT_MS, REMEMBERED = 0.4, 4.0, 16
+# step on. The mean forgets all but the last few, and no pause of the process counts for more than MOST_WAIT_MS. What is
+# above WAIT_MS is forgotten over QUIET steps without guesses, too: else guessing, once stopped, would never be tried.
+WAIT_MS, MOST_WAIT_MS, REMEMBERED, QUIET = 0.4, 4.0, 16, 256
 
 
 class Speculation(msgspec.Struct, frozen=True):
@@ -64,6 +64,10 @@ class Measured:
         waited = min(max(ms - self._times.of(rows, cached), 0.0), MOST_WAIT_MS)
         self.wait_ms += (waited - self.wait_ms) / REMEMBERED
 
+    def forget(self) -> None:
+        """Forget a little of a long wait, for a step without guesses."""
+        self.wait_ms -= max(self.wait_ms - WAIT_MS, 0.0) / QUIET
+
 
 Cost = SquareRoot | Measured
 
@@ -104,6 +108,11 @@ class Speculator:
         """Learn from a step that verified guesses how long they take; see `Measured.learn`."""
         if isinstance(self._cost, Measured):
             self._cost.learn(rows, cached, ms)
+
+    def forget(self) -> None:
+        """Count a step without guesses; see `Measured.forget`."""
+        if isinstance(self._cost, Measured):
+            self._cost.forget()
 
 
 def worthwhile(chances: Ordered[Ordered[float]], rows: int, room: int, cost: Cost, contexts: Ordered[int]) -> list[int]:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.segments import READERS, Segments, is_marked, reader_path
+from shared.segments import CARDS, READERS, Segments, is_marked, reader_path
 
 SHARE = 0.5  # of the file system
 RECENT_S = 60.0  # since a segment was written, found or mapped; until then none is removed for want of room
@@ -144,8 +144,9 @@ class SegmentStore:
         for file in self._files():
             if now - file.used > (self._ttl_s if file.finished else UNFINISHED_S):
                 file.path.unlink(missing_ok=True)
-        for mark in (self._segments.directory / READERS).iterdir():
-            is_marked(mark)
+        for directory in (READERS, CARDS):
+            for mark in (self._segments.directory / directory).iterdir():
+                is_marked(mark)
 
     def _files(self) -> Iterable[_File]:
         """Yield our files; what others have put there is not ours to count, let alone to remove."""

@@ -116,6 +116,7 @@ class Encoder:
         results = Results(self._embeddings(item.grid) for item in items)
         before: tuple[Download, list[Piece]] | None = None
         for pieces in plan_passes([item.grid for item in items], self._max_patches, self._vision.temporal_merge_size):
+            self._pace.begin_pass()
             rows = stage([items[piece.item].rows[piece.start : piece.stop] for piece in pieces], self._device)
             launched = Download(self._launch(rows, [piece.grid for piece in pieces])), pieces
             if before is not None:

@@ -3,8 +3,9 @@
 The driver lets two processes take turns of some 2 ms while both have work, and whenever one has none for a moment, as
 an engine between its launches, the other has a turn. Beside whole passes a decode step of 4 ms takes 15, and one with
 prefill, which is planned to take as long as a gap may be, 60. So few pieces are sent during a step with prefill that
-sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/engine/schedule/prefill_budget.py). With
-none at all the tower would starve. Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
+sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/engine/schedule/prefill_budget.py), if
+they are of 2 ms and of one encoder: a second one on the GPU sends as many. With none at all the tower would starve.
+Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
 
 Cuts change no bit: the same operations on the same rows are launched, with waits between them. A pass that would be a
 graph, which is padded, may round otherwise when it is cut, as it does in other company.
@@ -24,8 +25,11 @@ from shared.model.config import VisionConfig
 
 PREFILL_PIECES = 2  # during a step with prefill, and the one that was sent before it began
 POLL_S = 0.0002
-PATIENCE_S = 5.0  # for all waits of a batch: it is watched, and one that hangs ends the process
+PATIENCE_S = 5.0  # for all waits of a pass; the rest of it is sent as if nobody waited for tokens
 SLOWEST = 2e13  # operations a second; the first pieces show how many more a GPU does
+# Tiles of attention that are never parted. A row of their table has 12 bytes, and a kernel is compiled anew for a table
+# that does not begin at a multiple of 16.
+ALIGNED_TILES = 4
 GRAPH_PIECES = 4  # a graph of so many is one piece: launched one by one its operations take the host longer
 
 
@@ -59,6 +63,9 @@ class Pace:
 
     def begin(self) -> None:
         """Begin a batch."""
+
+    def begin_pass(self) -> None:
+        """Begin a pass of it."""
 
     def cut(self, costs: Sequence[float]) -> list[slice]:
         """Divide what one launch could do, by the operations of each of its parts."""
@@ -108,10 +115,12 @@ class SharedPace(Pace):
         self._pages = list(self._all_pages())
         self._steps = [(0, 0)] * len(self._pages)
         self._spent = 0.0
-        self._patience_s = PATIENCE_S
         self._sent: list[tuple[Mark, Mark, float]] = []  # pieces under way: begin, end, operations
         if self._pages:
             self._began = self._mark()
+
+    def begin_pass(self) -> None:
+        self._patience_s = PATIENCE_S
 
     def cut(self, costs: Sequence[float]) -> list[slice]:
         if not self._pages:
@@ -156,6 +165,7 @@ class SharedPace(Pace):
         ]
         while (waited := self._clock() - began) < self._patience_s and self._is_held():
             self._sleep(POLL_S)
+        waited = min(waited, self._patience_s)  # what is more was a halt of the process
         self._patience_s -= waited
         self._count_piece(waited)
 
@@ -190,8 +200,10 @@ WHOLE = PassPace(Pace(), ((slice(None), 0.0),), 0.0)
 def pass_pace(pace: Pace, host: HostTables, config: VisionConfig) -> PassPace:
     """Return the pace of a pass."""
     costs = _attention_costs(host, config)
-    attention = tuple((tiles, sum(costs[tiles])) for tiles in pace.cut(costs))
-    return PassPace(pace, attention, _row_operations(config))
+    parts = [slice(start, start + ALIGNED_TILES) for start in range(0, len(costs), ALIGNED_TILES)]
+    cuts = pace.cut([sum(costs[tiles]) for tiles in parts])
+    attention = [slice(parts[cut.start].start, min(parts[cut.stop - 1].stop, len(costs))) for cut in cuts]
+    return PassPace(pace, tuple((tiles, sum(costs[tiles])) for tiles in attention), _row_operations(config))
 
 
 def pass_operations(host: HostTables, config: VisionConfig) -> float:

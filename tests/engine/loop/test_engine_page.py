@@ -1,10 +1,11 @@
 """What an engine tells encoders on its GPU: of each step that sequences wait for, when it runs."""
 
+import pytest
 from engine_cases import continuation, sequence
 from engine_loop import Bench, prompt
 
 from services.engine.loop.mailbox import Add
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.scheduler import Plan, Scheduler
 from shared.card_page import SIZE, CardPage
 
 
@@ -22,6 +23,13 @@ class Told(CardPage):
     def end_step(self) -> None:
         super().end_step()
         self.steps.append(None)
+
+
+class Beside(Told):
+    """Of a GPU on which an encoder works."""
+
+    def encoder_works(self) -> bool:
+        return True
 
 
 def kind(plan: Plan) -> bool | None:
@@ -48,3 +56,15 @@ def test_every_step_that_tokens_wait_for_is_told() -> None:
         assert page.step() == 0, "at rest nobody waits"
         first = sequence(prompt(0, 5), request_id="0", max_tokens=20)
         second = sequence(prompt(1, 40), request_id="1", max_tokens=4)
+
+
+@pytest.mark.parametrize(("page", "learns"), [(None, True), (Told(), True), (Beside(), False)])
+def test_nothing_is_learnt_of_steps_beside_an_encoder(
+    page: CardPage | None, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are slow for another reason than guesses."""
+    learnt: list[Plan] = []
+    monkeypatch.setattr(Scheduler, "learn", lambda self, plan, ms: learnt.append(plan))
+    bench = Bench({0: [Add(sequence(prompt(0, 5), request_id="0", max_tokens=9))]}, page=page)
+    assert len(bench.answer("0")) == 9
+    assert learnt == (bench.runner.plans if learns else [])

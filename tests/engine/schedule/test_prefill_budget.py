@@ -129,3 +129,8 @@ def test_a_long_prompt_goes_on_however_many_short_ones_come() -> None:
     bench.step()
     long = bench.add("long", 2000, 1)
     assert bench.steps_beside_short_ones(long, 500) <= 8, "half of 511 tokens a step"
+
+
+@given(st.integers(0, 30), st.integers(30, 9000), st.booleans())
+def test_without_measured_times_a_step_is_full_and_no_fuller(decoding: int, limit: int, beside: bool) -> None:
+    assert PrefillBudget(25.0, None, lambda: beside).room(decoding, 5, limit) == limit - decoding

@@ -5,9 +5,12 @@ from engine_cases import sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.speculation import (
     GAIN,
     MOST_WAIT_MS,
+    QUIET,
     WAIT_MS,
     Measured,
     Speculation,
@@ -128,3 +131,55 @@ def test_a_copy_is_guessed_however_long_steps_have_waited() -> None:
         cost.learn(8, 100, 1000.0)
     assert cost.wait_ms == pytest.approx(MOST_WAIT_MS, abs=0.01)
     assert worthwhile([falling(1.0, 8)], 1, 100, cost, [10]) == [8]
+
+
+def test_guesses_are_tried_again_after_steps_that_were_slow() -> None:
+    """Other work of the device makes some steps slow. Guessing comes back once it is over."""
+    cost, chances = Measured(TIMES), [falling(0.7, 8)]
+
+    def guessed() -> int:
+        [count] = worthwhile(chances, 1, 100, cost, [10])
+        return count
+
+    usual = guessed()
+    assert usual > 0
+    while guessed():
+        cost.learn(1 + guessed(), 100, 15.0)
+    quiet = 0
+    while not guessed():
+        cost.forget()
+        quiet += 1
+        assert quiet < 4 * QUIET
+    while guessed() < usual:
+        cost.learn(1 + guessed(), 100, TIMES.of(1 + guessed(), 100) + WAIT_MS)
+
+
+def test_a_wait_that_is_long_is_rarely_tried() -> None:
+    cost, tried = Measured(TIMES), 0
+    for _ in range(10_000):
+        [count] = worthwhile([falling(0.7, 8)], 1, 100, cost, [10])
+        if count:
+            cost.learn(1 + count, 100, TIMES.of(1 + count, 100) + 3.0)
+            tried += 1
+        else:
+            cost.forget()
+    assert 0 < tried < 300
+
+
+def test_a_wait_below_the_usual_is_not_forgotten() -> None:
+    cost = Measured(TIMES)
+    for _ in range(100):
+        cost.learn(8, 100, TIMES.of(8, 100))
+    short = cost.wait_ms
+    assert short < WAIT_MS / 2
+    cost.forget()
+    assert cost.wait_ms == short
+
+
+def test_the_scheduler_tells_of_every_step_without_guesses() -> None:
+    scheduler = Scheduler(BlockPool(8, False), Limits(4, 16, True, 4, speculation=Speculation(3, 2, 4, TIMES)))
+    cost = scheduler._speculator._cost
+    assert isinstance(cost, Measured)
+    cost.wait_ms = 2.0
+    scheduler.learn(Plan(()), 5.0)
+    assert WAIT_MS < cost.wait_ms < 2.0

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.mm_encoder.store.segments import RECENT_S, UNFINISHED_S, SegmentStore
+from shared.card_page import OwnPage
 from shared.errors import ConfigError
 from shared.segments import CARDS, READERS, Reader, Segments
 
@@ -241,6 +242,16 @@ async def test_who_sees_the_directory(store: SegmentStore, segments: Segments, e
     assert len(list((segments.directory / READERS).iterdir())) == 1
     await store.sweep()
     assert list((segments.directory / READERS).iterdir()) == []
+
+
+async def test_a_sweep_removes_the_pages_of_dead_engines(store: SegmentStore, segments: Segments) -> None:
+    """Beside encoders that look for none: on CPUs, or with whole passes."""
+    dead = segments.directory / CARDS / "dead"
+    dead.touch()
+    with OwnPage(segments, "a", "GPU-1"):
+        await store.sweep()
+        [living] = (segments.directory / CARDS).iterdir()
+    assert living != dead
 
 
 @pytest.mark.system

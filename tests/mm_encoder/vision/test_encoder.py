@@ -17,6 +17,7 @@ from services.mm_encoder.vision import ops
 from services.mm_encoder.vision.encoder import Encoder, plan_passes
 from services.mm_encoder.vision.graphs import capture_sizes, padded
 from services.mm_encoder.vision.normalise import normalise
+from services.mm_encoder.vision.pace import Pace
 from services.mm_encoder.vision.tables import HostTables, host_tables, to_device
 from services.mm_encoder.vision.weights import load_weights
 from shared.errors import CheckpointError
@@ -50,6 +51,27 @@ def encoder(directory: Path, config: ModelConfig, max_patches: int = 100_000, at
 def media(grids: list[Grid], seed: int = 0) -> list[Patches]:
     draw = np.random.default_rng(seed)
     return [Patches(draw.integers(0, 256, (t * h * w, 588), dtype=np.uint8), (t, h, w)) for t, h, w in grids]
+
+
+class Told(Pace):
+    """A pace that remembers."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def begin(self) -> None:
+        self.begun.append("batch")
+
+    def begin_pass(self) -> None:
+        self.begun.append("pass")
+
+
+def test_the_pace_hears_of_each_pass(directory: Path, config: ModelConfig, judge: Model) -> None:
+    told = encoder(directory, config, 100)
+    told._pace = pace = Told()
+    for _ in range(2):
+        told.encode(media([(10, 4, 6), (1, 4, 4)]))
+    assert pace.begun == 2 * ["batch", "pass", "pass", "pass"]
 
 
 def pixels(items: list[Patches], dtype: torch.dtype = torch.float32) -> Tensor:
