@@ -6,6 +6,7 @@ checking it, events for metrics, conversion of replies (docs/pipeline-performanc
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha1
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.bus.client import REPLY_S, suspect
 
 LIMIT_S = REPLY_S  # for the reply, beyond the time the command itself may block
+AGAIN_BYTES = 64 << 10  # of commands that are sent again at once, within LIMIT_S
 
 Word = str | bytes | int | float
 
@@ -27,10 +29,11 @@ class Wire:
     """Connection from a client's pool, taken at the first call and kept. Calls must not overlap."""
 
     def __init__(self, redis: Redis, again: Callable[[], Iterable[Sequence[Word]]] = tuple) -> None:
-        """`again` returns the commands that are sent before any other when the wire is connected anew."""
+        """`again` returns the commands that are sent before any other when the wire is connected anew, in order."""
         self._redis = redis
         self._pool = redis.connection_pool
         self._again = again
+        self._left = deque[bytes]()  # of these, in Redis' protocol
         self._opened = 0  # times that the connection had been opened when `again` was called
         self._connection: AbstractConnection | None = None
 
@@ -55,30 +58,37 @@ class Wire:
         """Send a command and read its reply, connecting first if necessary. Anything but a reply closes the connection.
 
         Raises:
-            RedisTimeoutError: it took longer than `limit_s`.
+            RedisTimeoutError: it took longer than `limit_s`, or a part of what is sent before it longer than LIMIT_S.
         """
         try:
             async with asyncio.timeout(limit_s):
                 await connection.ensure_connected()
-                if self._opened != connection.opened:
+            while self._left or self._opened != connection.opened:
+                async with asyncio.timeout(LIMIT_S):
                     await self._send_again(connection)
-                await connection.send_packed_command(_packed([words]), check_health=False)
+            async with asyncio.timeout(limit_s):
+                await connection.send_packed_command(_packed(words), check_health=False)
                 return await connection.read_response()
         except TimeoutError:
             raise RedisTimeoutError(f"no reply to {words[0]!r} within {limit_s} s") from None
 
     async def _send_again(self, connection: Any) -> None:
-        """Send at once whatever comes before all else over a new connection, and read the replies."""
-        commands = list(self._again())
-        if commands:
-            try:
-                await connection.send_packed_command(_packed(commands), check_health=False)
-                for _ in commands:
-                    await connection.read_response()
-            except BaseException:
-                await connection.disconnect(nowait=True)  # some replies have not been read
-                raise
-        self._opened = connection.opened
+        """Send a part of whatever comes before all else over a new connection: all of the part, or nothing.
+
+        Where it fails the next call goes on with this part, over the same connection or another: from the first one
+        on, a Redis that is slow or full would never have taken all of it.
+        """
+        if self._opened != connection.opened:
+            self._opened = connection.opened
+            self._left = self._left or deque(_packed(words) for words in self._again())
+        size = count = 0
+        while count < len(self._left) and size < AGAIN_BYTES:
+            size += len(self._left[count])
+            count += 1
+        if count:
+            await _send_together(connection, [self._left[nth] for nth in range(count)])
+        for _ in range(count):
+            self._left.popleft()
 
     async def _break(self, connection: AbstractConnection, error: Exception) -> None:
         """Close a connection that failed, and suspect all others when it fell silent."""
@@ -109,5 +119,29 @@ class WireScript:
             return await self._wire.call("EVAL", self._text, *words)  # loads it, too
 
 
-def _packed(commands: Sequence[Sequence[Word]]) -> bytes:
-    return b"".join(hiredis.pack_command(tuple(words)) for words in commands)  # type: ignore[arg-type]  # "of one"
+async def _send_together(connection: Any, commands: Sequence[bytes]) -> None:
+    """Send commands as one transaction.
+
+    Raises:
+        RedisError: none of them was run, or one has failed.
+    """
+    replies: list[Any] = []
+    try:
+        await connection.send_packed_command([_packed(["MULTI"]), *commands, _packed(["EXEC"])], check_health=False)
+        for _ in range(len(commands) + 2):
+            try:
+                replies.append(await connection.read_response())
+            except ResponseError as error:
+                replies.append(error)
+    except BaseException:
+        await connection.disconnect(nowait=True)  # some replies have not been read
+        raise
+    run = replies[-1] if isinstance(replies[-1], list) else []
+    for reply in (*replies, *run):
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def _packed(words: Sequence[Word]) -> bytes:
+    packed: bytes = hiredis.pack_command(tuple(words))  # type: ignore[arg-type]  # "of one"
+    return packed

@@ -1,6 +1,7 @@
 """The token path's connections, against a real Redis."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
@@ -210,10 +212,55 @@ async def test_a_script_is_loaded_where_it_is_missing(wire: Wire, redis: Redis) 
 
 
 async def test_an_error_in_what_is_sent_again_leaves_no_reply_for_the_next_command(redis: Redis) -> None:
-    again = [("SET", "list", "no list"), ("LPUSH", "list", "x"), ("SET", "late", "x")]
-    wire = Wire(redis, lambda: again)
+    await redis.set("list", "no list")
+    wire = Wire(redis, lambda: [("SET", "early", "x"), ("LPUSH", "list", "x"), ("SET", "late", "x")])
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         await wire.call("GET", "list")
-    again[1] = ("SET", "other", "x")
-    assert await wire.call("GET", "list") == b"no list"
-    assert await wire.call("MGET", "other", "late") == [b"x", b"x"]
+    await redis.delete("list")
+    assert await wire.call("LRANGE", "list", 0, -1) == [b"x"]
+    assert await wire.call("MGET", "early", "late") == [b"x", b"x"]
+
+
+async def test_what_is_sent_again_goes_on_where_a_full_redis_stopped_it(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, each once: from the first one on, a Redis without room for all of it would never take all."""
+    monkeypatch.setattr(wire_module, "AGAIN_BYTES", 1)
+    names = [f"{nth:03}" for nth in range(40)]
+    wire = Wire(redis, lambda: [("RPUSH", "taken", name, "x" * 50_000) for name in names])
+    used = int((await redis.info("memory"))["used_memory"])
+    await redis.config_set("maxmemory", used + 700_000)
+    taken: list[str] = []
+    try:
+        while len(taken) < len(names):
+            with contextlib.suppress(OutOfMemoryError):
+                assert await wire.call("EXISTS", "taken") == 1
+            found = [name.decode() for name in await redis.lrange("taken", 0, -1) if len(name) == 3]
+            assert found, "Redis has room for some"
+            taken += found
+            await redis.delete("taken")
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert taken == names
+    assert wire._opened == 1
+
+
+async def test_a_link_that_breaks_again_goes_on_with_the_part_that_it_broke(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire_module, "AGAIN_BYTES", 1)
+    send_together, sent = wire_module._send_together, list[list[bytes]]()
+
+    async def breaks_once(connection: AbstractConnection, commands: list[bytes]) -> None:
+        await send_together(connection, commands)
+        sent.append(commands)
+        if sent.count(commands) == 1:
+            await connection.disconnect(nowait=True)
+            raise TimeoutError("no reply in time")
+
+    monkeypatch.setattr(wire_module, "_send_together", breaks_once)
+    wire = Wire(redis, lambda: [("RPUSH", "taken", nth) for nth in range(3)])
+    for _ in range(3):
+        with contextlib.suppress(TimeoutError):
+            await wire.call("PING")
+    assert await wire.call("LRANGE", "taken", 0, -1) == [b"0", b"0", b"1", b"1", b"2", b"2"]
