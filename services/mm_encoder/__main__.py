@@ -220,14 +220,9 @@ def pace(settings: MmEncoderSettings, device: str, metrics: Metrics, watchdog: W
     return SharedPace(pages.refresh, piece_s, pieces, count_piece)
 
 
-# By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,
-# a third of the time. So decoders keep up to 128 MB.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
-
-
 def _decoders_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of decoder processes: that of workers, with one thread for numpy's products."""
-    return {**worker_environ(environ), **_KEEP_MEMORY, "OPENBLAS_NUM_THREADS": "1"}
+    return {**worker_environ(environ), "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _device(wanted: str) -> str:
@@ -247,7 +242,7 @@ def _device(wanted: str) -> str:
 
 def main() -> int:
     """Run the service until it is stopped; return the exit status."""
-    raise_file_limit()  # pixels of a file that wait for the tower hold one open
+    raise_file_limit()  # pixels of a file that wait for the tower hold two open
     return service.launch(SERVICE, MmEncoderSettings, build, os.environ)
 
 

@@ -16,7 +16,7 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-KEPT_BYTES = 64 << 20  # of blocks that nobody uses
+KEPT_BYTES, KEPT_BLOCKS = 64 << 20, 64  # that nobody uses; a block holds two descriptors
 LEAST_BYTES = 64 << 10
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: all pages at once, instead of one by one when they are missed
 
@@ -61,7 +61,7 @@ class SharedMemory:
     def give_back(self, block: Block) -> None:
         """Keep a block for the next who takes one. No other process may write to it any more."""
         self._kept.append(block)
-        while sum(block.size for block in self._kept) > KEPT_BYTES:
+        while len(self._kept) > KEPT_BLOCKS or sum(block.size for block in self._kept) > KEPT_BYTES:
             del self._kept[0]
 
     def as_rows(self, block: Block, shape: tuple[int, int]) -> NDArray[np.uint8]:

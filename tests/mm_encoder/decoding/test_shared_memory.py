@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from services.mm_encoder.decoding import shared_memory
-from services.mm_encoder.decoding.shared_memory import KEPT_BYTES, LEAST_BYTES, Block, SharedMemory
+from services.mm_encoder.decoding.shared_memory import KEPT_BLOCKS, KEPT_BYTES, LEAST_BYTES, Block, SharedMemory
 
 
 async def given_back() -> None:
@@ -69,6 +69,19 @@ async def test_a_block_is_for_sizes_near_its_own() -> None:
     assert memory.take(5 * LEAST_BYTES) is not block
     assert memory.take(4 * LEAST_BYTES) is block
     assert memory.take(4 * LEAST_BYTES) is not block
+
+
+async def test_few_small_blocks_are_kept() -> None:
+    """Each holds descriptors, of which a process has a limited number."""
+    memory = SharedMemory()
+    blocks = [memory.take(1) for _ in range(KEPT_BLOCKS + 1)]
+    numbers = [block.fd for block in blocks]
+    for block in blocks:
+        memory.give_back(block)
+    del blocks, block
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(numbers[0])
+    assert [memory.take(1).fd for _ in range(KEPT_BLOCKS)] == numbers[:0:-1]
 
 
 async def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
