@@ -79,6 +79,7 @@ def test_what_does_not_fit_is_told_with_what_is_missing(model: Path, capsys: pyt
         (["--memory", "48"], "'48' is not a size"),
         (["--card", "L20", "--max-model-len", "200000"], "--max-model-len: 200000 is more than the 131072"),
         (["--card", "L20", "--max-num-seqs", "999"], "max_num_seqs is 999"),
+        (["--card", "L20", "--max-num-batched-tokens", "-5"], "max_num_batched_tokens is -5"),
         (["--card", "L20", "--tensor-parallel-size", "3"], "--tensor-parallel-size"),
         ([], "--card"),
     ],

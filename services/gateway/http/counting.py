@@ -44,10 +44,12 @@ class TokenCounter(msgspec.Struct, frozen=True):
         deadline = time.time() + read_timeout(request.headers, handler.request_timeout_s)
         context = context_of(request)
         async with handler.intake.receive(request) as (body, reservation):
+            await handler.check(body)
             patience = ClientPatience(receive, deadline)
             read, more = self.read, 0
             if self.session is not None:
-                dialect, more = await patience.wait(self.session().begin(body, context.owner, reservation))
+                beginning = self.session().begin(body, context.owner, reservation, handler.compute)
+                dialect, more = await patience.wait(beginning)
                 read = dialect.read
             draft, rendered = await handler.render(
                 body, lambda: handler.parser.read(_not_kept(read(body))), patience, more

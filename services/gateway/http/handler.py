@@ -39,11 +39,18 @@ T = TypeVar("T")
 D = TypeVar("D", Draft, Draft | ParsedRequest)
 
 
+class Compute(Protocol):
+    """Caller of functions whose work grows with a number of bytes."""
+
+    async def __call__(self, size: int, function: Callable[[], T]) -> T:
+        """Return what the function returns."""
+
+
 class Session(Protocol):
     """Steps around one request, of an API that keeps something between requests."""
 
-    async def begin(self, body: bytes, owner: str, reservation: Reservation) -> tuple[Dialect, int]:
-        """Return the dialect that reads this body, and the bytes that it will read beside it.
+    async def begin(self, body: bytes, owner: str, reservation: Reservation, compute: Compute) -> tuple[Dialect, int]:
+        """Return the dialect that reads this body, whose structure was checked, and the bytes that it will read beside.
 
         Raises:
             RequestError: the request is refused.
@@ -86,10 +93,11 @@ class RequestHandler(msgspec.Struct, frozen=True):
         deadline = context.until or created + read_timeout(request.headers, self.request_timeout_s)
         event_ids = read_event_ids(request.headers)
         async with self.intake.receive(request) as (body, reservation):
+            await self.check(body)
             patience = ClientPatience(receive, deadline)
             more = 0
             if session is not None:
-                dialect, more = await patience.wait(session.begin(body, context.owner, reservation))
+                dialect, more = await patience.wait(session.begin(body, context.owner, reservation, self.compute))
             parsed, key = await self._parse(dialect, body, request.headers, context.owner, patience, more)
             del body, dialect  # which may have read much beside it
             if context.until is not None:
@@ -152,23 +160,26 @@ class RequestHandler(msgspec.Struct, frozen=True):
     async def render(
         self, body: bytes, read: Callable[[], D], patience: ClientPatience, more: int = 0
     ) -> tuple[D, str]:
-        """Return a request, as `read` understands its `body`, and its rendered prompt; "" if it has no conversation.
+        """Return a request, as `read` understands its checked `body`, and its prompt; "" if it has no conversation.
 
         `more`: bytes that `read` reads beside the body.
 
         Raises:
             RequestError: the request is refused.
         """
-
-        def checked() -> D:
-            check_structure(body, self.max_text_bytes)
-            return read()
-
-        draft = await self.compute(len(body) + more, checked)
+        draft = await self.compute(len(body) + more, read)
         if not isinstance(draft, Draft):
             return draft, ""
         with draft.stated.own_names():
             return draft, await patience.wait(self.templates.render(draft.rendering))
+
+    async def check(self, body: bytes) -> None:
+        """Check the structure of a body.
+
+        Raises:
+            RequestError: 413 or 400, naming the limit.
+        """
+        await self.compute(len(body), lambda: check_structure(body, self.max_text_bytes))
 
     async def compute(self, size: int, function: Callable[[], T]) -> T:
         """Call a function whose work grows with `size`: in a thread if that is large, one at a time if very large."""

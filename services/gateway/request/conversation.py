@@ -100,7 +100,7 @@ class BareVideoPart(Sampling, frozen=True, tag_field="type", tag="video"):
     video: str | VideoURL | list[str]
 
 
-class FileData(msgspec.Struct, frozen=True):
+class FileData(Sampling, frozen=True):
     """An image or a video as a file input of LiteLLM or OpenAI: base64, a data URL, or a link and its media type."""
 
     file_data: str | None = None
@@ -108,7 +108,7 @@ class FileData(msgspec.Struct, frozen=True):
     format: str | None = None
 
 
-class FilePart(msgspec.Struct, frozen=True, tag_field="type", tag="file"):
+class FilePart(Sampling, frozen=True, tag_field="type", tag="file"):
     file: FileData
 
 
@@ -178,9 +178,11 @@ class Tool(msgspec.Struct, frozen=True):
         force_setattr(self, "function", Function(self.name, self.description, schema, self.strict))
 
 
-def stated_medium(part: ShownImagePart | ShownVideoPart) -> tuple[str, str | ImageURL | VideoURL | list[str]]:
+def stated_medium(part: MediaPart) -> tuple[str, str | ImageURL | VideoURL | FileData | list[str]]:
     """Return the field of a part that has its image or video, and what it has there."""
     match part:
+        case FilePart(file=given):
+            return "file", given
         case BareImagePart(image=given):
             return "image", given
         case BareVideoPart(video=given):

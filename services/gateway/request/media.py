@@ -12,7 +12,6 @@ from msgspec.structs import asdict, replace
 
 from services.gateway.request.conversation import (
     FileData,
-    FilePart,
     ImageURL,
     MediaPart,
     ShownImagePart,
@@ -91,20 +90,24 @@ class MediaRules(msgspec.Struct, frozen=True):
         return items
 
     def _read_part(self, part: MediaPart, path: str) -> MediaItem:
-        if isinstance(part, FilePart):
-            return self._read_file(part.file, path)
         field, given = stated_medium(part)
-        item = MediaItem("image" if isinstance(part, ShownImagePart) else "video", path, field)
         if isinstance(given, list):
-            raise _frames(item.param)
+            raise _frames(f"{path}.{field}")
+        if isinstance(given, FileData):
+            kind, source = self._read_file(given, path)
+        else:
+            kind = "image" if isinstance(part, ShownImagePart) else "video"
+            source = given if isinstance(given, str) else given.url
         own = _own_options(part, given)
-        video = VideoOptions(**{name: own.pop(name) for name in VideoOptions.__struct_fields__ if name in own})
-        return self._with_source(replace(item, video=video, **own), given if isinstance(given, str) else given.url)
+        sampling = {name: own.pop(name) for name in VideoOptions.__struct_fields__ if name in own}
+        item = MediaItem(kind, path, field, video=VideoOptions(**sampling if kind == "video" else {}), **own)
+        return self._with_source(item, source)
 
-    def _read_file(self, file: FileData, path: str) -> MediaItem:
-        """Read a file. Its media type decides the kind; a link has none of its own, so `format` must give it.
+    def _read_file(self, file: FileData, path: str) -> tuple[MediaKind, str]:
+        """Return the kind of a file, and its link or data URL.
 
-        Bytes of an unknown type, or of none, decide by themselves.
+        Its media type decides the kind; a link has none of its own, so `format` must give it. Bytes of an unknown type,
+        or of none, decide by themselves.
         """
         where, source = f"{path}.file", file.file_data or file.file_id or ""
         data = _data_url(source)
@@ -117,9 +120,9 @@ class MediaRules(msgspec.Struct, frozen=True):
             unknown = self._with_source(MediaItem("image", path, "file"), source)
             major = kind_of(unknown.data or b"") or ""
         if major == "image":
-            return self._with_source(MediaItem("image", path, "file"), source)
+            return "image", source
         if major == "video":
-            return self._with_source(MediaItem("video", path, "file"), source)
+            return "video", source
         raise invalid(f"`{where}` must be an image or a video: base64, a data URL, or a link with `format`.", where)
 
     def _with_source(self, item: MediaItem, url: str) -> MediaItem:
@@ -184,7 +187,7 @@ def _within(item: MediaItem, min_pixels: int | None, max_pixels: int | None) -> 
     return replace(item, **{"min_pixels": min_pixels, "max_pixels": max_pixels, **own})
 
 
-def _own_options(part: MediaPart, given: str | ImageURL | VideoURL) -> dict[str, Any]:
+def _own_options(part: MediaPart, given: str | ImageURL | VideoURL | FileData) -> dict[str, Any]:
     """Return the sizes and the sampling that a part states: beside its link, or with it, which wins."""
     holders = [part] if isinstance(given, str) else [part, given]
     stated = [(name, getattr(holder, name, None)) for holder in holders for name in _OPTIONS]

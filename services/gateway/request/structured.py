@@ -25,7 +25,13 @@ from services.gateway.request.schemas import (
     StructuralTagFormat,
     StructuredOutputs,
 )
-from services.gateway.request.tool_choice import arguments_schema, call_format, optional_calls, read_tool_choice
+from services.gateway.request.tool_choice import (
+    arguments_schema,
+    call_format,
+    object_schema,
+    optional_calls,
+    read_tool_choice,
+)
 from services.gateway.request.validate import check_depth
 from shared.errors import invalid
 from shared.grammar import forms, structural_tag
@@ -127,15 +133,21 @@ def _distinct(asked: Sequence[_Asked]) -> list[_Asked]:
 def _of_response_format(response_format: ResponseFormat | None) -> Iterator[_Asked]:
     param = "response_format"
     match response_format:
-        case JsonObjectFormat(None):
-            yield _Asked(param, "json_object", True)
         case JsonObjectFormat(schema):
-            yield _Asked(param, "json", schema)
+            stated = _object_schema(schema, f"{param}.schema") if schema else None
+            yield _Asked(param, "json_object", True) if stated is None else _Asked(param, "json", stated)
         case JsonSchemaFormat(json_schema):
             yield _Asked(param, "json", json_schema.schema)
         case StructuralTagFormat():
             fields = msgspec.structs.asdict(response_format)
             yield _Asked(param, "structural_tag", {name: value for name, value in fields.items() if value is not None})
+
+
+def _object_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
+    try:
+        return object_schema(schema, "what it describes")
+    except ValueError as error:
+        raise invalid(f"`{param}`: {error}.", param) from None
 
 
 def _of_fields(request: ChatRequest) -> Iterator[_Asked]:

@@ -42,7 +42,7 @@ def read_tool_choice(request: ChatRequest) -> ToolChoice:
     """
     tools = tuple(request.tools or ())
     given = "auto" if request.tool_choice is None else request.tool_choice
-    if isinstance(given, dict) and (given.get("type") in ("function", "tool") or "function" in given):
+    if isinstance(given, dict) and _is_of_one_tool(given):
         return ToolChoice("required", _find(tools, [given], "tool_choice"), named=True, limited=len(tools) > 1)
     if isinstance(given, dict) and given.get("type") == "allowed_tools":
         return _read_allowed(tools, given)
@@ -79,6 +79,11 @@ def _calls(tags: list[Tag], once: bool) -> Format:
     """
     calls = SeparatedTags(tags, "\n", True, once)
     return calls if once else InOrder([calls, Regex("\n?")])
+
+
+def _is_of_one_tool(given: dict[str, Any]) -> bool:
+    kind = given.get("type")
+    return kind in ("function", "tool") or (kind is None and "function" in given)
 
 
 def _read_allowed(tools: Sequence[Tool], given: dict[str, Any]) -> ToolChoice:
@@ -141,7 +146,16 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     schema = tool.function.parameters
     if not schema:
         return _NO_ARGUMENTS
+    return object_schema(schema, f"the arguments of {tool.function.name}")
+
+
+def object_schema(schema: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return a schema of an object; where it does not say so, it describes any value.
+
+    Raises:
+        ValueError: it describes something else; `what` is in the error's text.
+    """
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise ValueError(f"the arguments of {tool.function.name} must be an object, not {kind!r:.50}")
+        raise ValueError(f"{what} must be an object, not {kind!r:.50}")
     return {**schema, "type": "object"}

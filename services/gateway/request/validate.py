@@ -9,8 +9,6 @@ from services.gateway.request.conversation import (
     MediaPart,
     Message,
     Part,
-    ShownImagePart,
-    ShownVideoPart,
     Tool,
     stated_medium,
 )
@@ -113,7 +111,7 @@ def _check_content(message: Message, path: str) -> None:
 
 def _check_part(part: Part | str, path: str) -> None:
     """Check that neither a part nor the object with its link asks for what this server cannot do with it."""
-    if not isinstance(part, ShownImagePart | ShownVideoPart):
+    if not isinstance(part, MediaPart):
         return
     field, given = stated_medium(part)
     for holder, where in ((part, path), (given, f"{path}.{field}")):

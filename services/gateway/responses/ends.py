@@ -38,6 +38,17 @@ class Ends(msgspec.Struct, frozen=True):
     pipeline: Pipeline
     open_requests: OpenRequests
 
+    async def find_said(self, request_id: str, head: StoredHead) -> Answered | StoredRequest:
+        """Return the same as `find`, without log-probabilities: no prompt has them.
+
+        Raises:
+            RequestError: 503, Redis or the stages do not answer.
+        """
+        if (end := await self.store.end(request_id, logprobs=False)) is not None:
+            return end
+        found = await self.find(request_id, head)
+        return msgspec.structs.replace(found, logprobs=()) if isinstance(found, Answered) else found
+
     async def find(self, request_id: str, head: StoredHead) -> Answered | StoredRequest:
         """Return how a response has ended, or its request if it runs.
 

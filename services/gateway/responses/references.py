@@ -4,11 +4,14 @@ The AI SDK sends them for all that the model said, unless it is told that nothin
 """
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta, Raw
 
-from services.gateway.dialects.responses.answered import Answered, output_items
+from services.gateway.dialects.responses.answered import Answered, output_items, said_bytes
+from services.gateway.dialects.responses.body import MAX_ITEMS
 from services.gateway.dialects.responses.tools import namespaces
 from services.gateway.http.memory import Reservation
 from services.gateway.responses.ends import Ends
@@ -22,53 +25,107 @@ MAX_RESPONSES = 256  # that one input may name
 _ID = re.compile(r"(?:rs|msg|fc)_([0-9a-f]{16})(?:-\d{1,9})?")
 
 
+class Input(msgspec.Struct, frozen=True):
+    """Items of an input as they were sent, and the ids that some of them are, by index."""
+
+    items: list[Raw]
+    names: dict[int, Any]
+
+
+class _Item(msgspec.Struct, frozen=True):
+    type: str = ""
+    id: Any = None
+
+
+_items = msgspec.json.Decoder(Annotated[list[Raw], Meta(max_length=MAX_ITEMS)])
+_item = msgspec.json.Decoder(_Item)
+
+
+def read(given: bytes) -> Input | None:
+    """Return the items of an input, JSON; None if it has none, or the dialect will refuse it in its own words."""
+    try:
+        items = _items.decode(given)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return Input(items, {index: item.id for index, raw in enumerate(items) if (item := _read_item(raw)).type == KIND})
+
+
 async def resolve(
-    items: list[Any], ends: Ends, owner: str, max_bytes: int, reservation: Reservation
-) -> tuple[list[Any], int]:
+    given: Input, ends: Ends, owner: str, max_bytes: int, reservation: Reservation
+) -> tuple[list[bytes | Raw], int]:
     """Return the items with the ones that they stand for in place of references, and the bytes of these.
 
-    The reservation grows with them; they have `max_bytes` at most.
+    The reservation grows with every response that they are of, before its items are made; of these only those that are
+    named are kept, without log-probabilities. All have `max_bytes` at most, each as often as it is named.
 
     Raises:
         RequestError: 400 naming an id that is of no item, or of none that is kept; 413, too large; 429, no memory.
     """
-    responses: dict[str, dict[str, dict[str, Any]]] = {}
-    resolved = []
     total = 0
-    for index, item in enumerate(items):
-        if not (isinstance(item, dict) and item.get("type") == KIND):
-            resolved.append(item)
-            continue
-        name = item.get("id")
-        found = _ID.fullmatch(name) if isinstance(name, str) else None
-        if found is None:
-            raise _unknown(name, index)
-        request_id = found[1]
-        if request_id not in responses:
-            if len(responses) == MAX_RESPONSES:
-                raise invalid(f"`input` names items of more than {MAX_RESPONSES} responses.", "input")
-            responses[request_id] = await _outputs(request_id, ends, owner)
-        if name not in responses[request_id]:
-            raise _unknown(name, index)
-        whole = responses[request_id][name]
-        size = len(msgspec.json.encode(whole))
+
+    def charge(size: int) -> None:
+        nonlocal total
         total += size
         if total > max_bytes:
-            text = f"`input`: the items that it refers to have more than {max_bytes} bytes."
+            text = f"`input`: what it refers to has more than {max_bytes} bytes."
             raise RequestError(Failure(413, text, param="input", code="request_too_large"))
         reservation.grow(size)
-        resolved.append(whole)
+
+    kept: dict[str, bytes] = {}
+    for request_id, names in _by_response(given.names).items():
+        said, spaces = await _said(request_id, ends, owner)
+        charge(said_bytes(said))
+        outputs = output_items(request_id, said, spaces) if said.status in ("completed", "incomplete") else []
+        kept |= {item["id"]: msgspec.json.encode(item) for item in outputs if item["id"] in names}
+        for name, index in names.items():
+            if name not in kept:
+                raise _unknown(name, index)
+    resolved: list[bytes | Raw] = list(given.items)
+    used = set()
+    for index, name in given.names.items():
+        if name in used:
+            charge(len(kept[name]))
+        used.add(name)
+        resolved[index] = kept[name]
     return resolved, total
 
 
-async def _outputs(request_id: str, ends: Ends, owner: str) -> dict[str, dict[str, Any]]:
-    """Return the output items of a response by their ids; none if it is not kept or has no answer."""
+def join(items: list[bytes | Raw]) -> bytes:
+    """Return items as a list, JSON."""
+    return b"[" + b",".join(items) + b"]"
+
+
+def _read_item(raw: Raw) -> _Item:
+    try:
+        return _item.decode(raw)
+    except msgspec.MsgspecError:
+        return _Item()
+
+
+def _by_response(names: Mapping[int, Any]) -> dict[str, dict[str, int]]:
+    """Return ids by the response that they are of, each with the index where it stands first.
+
+    Raises:
+        RequestError: 400, one is of no item, or they are of too many responses.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for index, name in names.items():
+        match = _ID.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            raise _unknown(name, index)
+        found.setdefault(match[1], {}).setdefault(name, index)
+    if len(found) > MAX_RESPONSES:
+        raise invalid(f"`input` names items of more than {MAX_RESPONSES} responses.", "input")
+    return found
+
+
+async def _said(request_id: str, ends: Ends, owner: str) -> tuple[Answered, frozenset[str]]:
+    """Return what the model said in a response, and the namespaces of its tools; a cancelled one if none is kept."""
     head = await ends.store.head(request_id, owner)
-    end = None if head is None else await ends.find(request_id, head)
-    if head is None or not isinstance(end, Answered) or end.status not in ("completed", "incomplete"):
-        return {}
-    echoed = msgspec.json.decode(head.form.kept)
-    return {item["id"]: item for item in output_items(request_id, end, namespaces(echoed["tools"]))}
+    end = None if head is None else await ends.find_said(request_id, head)
+    if head is None or not isinstance(end, Answered):
+        return Answered(cancelled=True), frozenset()
+    return end, namespaces(msgspec.json.decode(head.form.kept)["tools"])
 
 
 def _unknown(name: Any, index: int) -> RequestError:

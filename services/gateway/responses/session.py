@@ -1,8 +1,6 @@
 """One request of POST /v1/responses: earlier turns before it, and a stored response behind it."""
 
-import asyncio
 import time
-from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Send
@@ -13,8 +11,8 @@ from services.gateway.dialects.responses.events import replay
 from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.dialects.responses.responses import NAME, ResponsesDialect, collected, head_of
 from services.gateway.http.answer import STREAM_HEADERS, AnswerWriter, write_json
-from services.gateway.http.body import INLINE_BYTES
 from services.gateway.http.context import RequestContext
+from services.gateway.http.handler import Compute
 from services.gateway.http.memory import Reservation
 from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.surrogates import replace_lone_surrogates
@@ -48,22 +46,27 @@ class ResponseSession:
         self._end: Answered | None = None  # once it is known
         self._is_kept = False
 
-    async def begin(self, body: bytes, owner: str, reservation: Reservation) -> tuple[ResponsesDialect, int]:
+    async def begin(
+        self, body: bytes, owner: str, reservation: Reservation, compute: Compute
+    ) -> tuple[ResponsesDialect, int]:
         """Return the dialect for a body, and the bytes of the earlier turns.
 
         Raises:
             RequestError: 4xx, those turns cannot be had.
         """
         try:
-            asked = _read(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_read, body)
+            asked = await compute(len(body), lambda: _read(body))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return self._dialect, 0  # which refuses it in its own words
-        self._input = bytes(asked.input)
+        self._input = given = bytes(asked.input)
         dialect, more = self._dialect, 0
-        if references.MARK in self._input and (items := await _decode(self._input)) is not None:
-            resolved, more = await references.resolve(items, self._ends, owner, self._turns.max_bytes, reservation)
-            self._input = msgspec.json.encode(resolved)
-            dialect = msgspec.structs.replace(dialect, resolved=resolved)
+        if references.MARK in given:
+            found = await compute(len(given), lambda: references.read(given))
+            if found is not None and found.names:
+                limit = self._turns.max_bytes
+                items, more = await references.resolve(found, self._ends, owner, limit, reservation)
+                self._input = await compute(len(given) + more, lambda: references.join(items))
+                dialect = msgspec.structs.replace(dialect, resolved=self._input)
         if asked.previous_response_id is not None:
             self._earlier = await self._turns.read(asked.previous_response_id, owner, reservation)
         return msgspec.structs.replace(dialect, history=self._earlier.items), self._earlier.size + more
@@ -163,16 +166,6 @@ class ResponseSession:
 
 def _read(body: bytes) -> _Asked:
     return _asked.decode(replace_lone_surrogates(body))
-
-
-async def _decode(given: bytes) -> list[Any] | None:
-    """Return the items of an input; None if it has none, or the dialect will refuse it in its own words."""
-    decode = msgspec.json.decode
-    try:
-        items = decode(given) if len(given) <= INLINE_BYTES else await asyncio.to_thread(decode, given)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return items if isinstance(items, list) else None
 
 
 def _collected(choice: CollectedChoice, open_request: OpenRequest) -> Answered:

@@ -68,15 +68,16 @@ class ResponseStore:
         """Store the end of a response."""
         await self._blobs.put(END, request_id, answered.encode(end))
 
-    async def end(self, request_id: str) -> Answered | None:
-        """Return the end of a response; None if none is stored.
+    async def end(self, request_id: str, logprobs: bool = True) -> Answered | None:
+        """Return the end of a response, with its log-probabilities or without; None if none is stored.
 
         Raises:
             RequestError: 500, it cannot be read.
         """
         found = await self._blobs.get(END, request_id)
         try:
-            return None if found is None else answered.decode(found[0])
+            decode = answered.decode if logprobs else answered.decode_said
+            return None if found is None else decode(found[0])
         except msgspec.MsgspecError as error:
             raise RequestError(unreadable("the answer")) from error
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.dialects.responses.answered import Answered, output_items
+from services.gateway.dialects.responses.answered import Answered, output_items, said_bytes
 from services.gateway.dialects.responses.body import MAX_ITEMS
 from services.gateway.dialects.responses.resource import PREFIX
 from services.gateway.dialects.responses.tools import namespaces
@@ -51,27 +51,32 @@ class EarlierTurnsReader(msgspec.Struct, frozen=True):
             given = await self.ends.store.items(turn)
             if one is None or given is None:
                 raise _unknown(name, "" if turn == last else f", of which {PREFIX}{turn} is an earlier turn,")
-            size += len(given)
+            said = await self._said(turn, one)
+            more = len(given) + said_bytes(said)
+            size += more
             self._check_size(size)
-            reservation.grow(len(given))
-            items += [*msgspec.json.decode(given), *await self._output(turn, one)]
+            reservation.grow(more)
+            items += [*msgspec.json.decode(given), *output_items(turn, said, _namespaces(one))]
         if len(items) > MAX_ITEMS:
             raise invalid(f"`{FIELD}`: the conversation has {len(items)} items; the limit is {MAX_ITEMS}.", FIELD)
         return EarlierTurns(tuple(items), turns, size)
 
-    async def _output(self, request_id: str, head: StoredHead) -> list[dict[str, Any]]:
-        end = await self.ends.find(request_id, head)
+    async def _said(self, request_id: str, head: StoredHead) -> Answered:
+        end = await self.ends.find_said(request_id, head)
         if not isinstance(end, Answered):
             raise invalid(f"`{FIELD}`: that response has not ended yet.", FIELD, "previous_response_not_completed")
         if end.status not in ("completed", "incomplete"):
             raise invalid(f"`{FIELD}`: that response is {end.status}.", FIELD, "previous_response_not_completed")
-        echoed = msgspec.json.decode(head.form.kept)
-        return output_items(request_id, end, namespaces(echoed["tools"]))
+        return end
 
     def _check_size(self, size: int) -> None:
         if size > self.max_bytes:
             text = f"`{FIELD}`: the conversation has more than {self.max_bytes} bytes."
             raise RequestError(Failure(413, text, param=FIELD, code="request_too_large"))
+
+
+def _namespaces(head: StoredHead) -> frozenset[str]:
+    return namespaces(msgspec.json.decode(head.form.kept)["tools"])
 
 
 def _unknown(name: str, which: str = "") -> RequestError:

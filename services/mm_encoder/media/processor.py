@@ -174,17 +174,24 @@ class Processor:
             raise refuse(f"The video's options are invalid: {error}.") from error
 
     def _pixels(self, media: Media) -> tuple[int, int]:
-        """Return the fewest and the most pixels of an image or frame: the request's, within the server's."""
+        """Return the fewest and the most pixels of an image or frame: the request's, within the server's.
+
+        If it asks for a most alone, below the server's fewest, nothing is enlarged.
+        """
         settings, kind = self._settings, media.kind
         if kind == "image":
             fewest, most = settings.image_min_pixels, settings.image_max_pixels
         else:
             fewest, most = settings.video_min_pixels, settings.video_max_pixels
-        low = fewest if media.min_pixels is None else media.min_pixels
         high = most if media.max_pixels is None else media.max_pixels
+        if media.min_pixels is None and high < fewest:
+            fewest = (self._patch * self._merge) ** 2
+        low = fewest if media.min_pixels is None else media.min_pixels
         if not fewest <= low <= high <= most:
-            asked = f"The request asks for {kind}_min_pixels = {low} and {kind}_max_pixels = {high}"
-            raise refuse(f"{asked}; this server has them from {fewest} to {most}, the first at most the second.")
+            stated = {"min_pixels": media.min_pixels, "max_pixels": media.max_pixels}
+            asked = " and ".join(f"{name} = {value}" for name, value in stated.items() if value is not None)
+            text = f"The request asks for {asked} of {kind}s; this server has them from {fewest} to {most}"
+            raise refuse(f"{text}, the first at most the second.")
         return low, high
 
     def _resize(self, height: int, width: int, low: int, high: int) -> tuple[int, int]:

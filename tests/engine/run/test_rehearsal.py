@@ -76,6 +76,17 @@ def test_decode_steps_of_every_captured_size_are_measured() -> None:
     assert speculation(GUESSES, made) == Speculation(8, 3, 16, times)
 
 
+def test_a_decode_step_takes_no_longer_than_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    made = runner(model, ModelRunner)
+    assert made.pieces is not None
+    graphs = (DecodeGraphs if ON_GPU else Computed)(model, made.cache, decode_rows(model), SEQS)
+    measured = iter((20.0, 5.0, 6.0))
+    monkeypatch.setattr("services.engine.run.rehearsal.measure_ms", lambda run: next(measured))
+    times = Rehearsal(model, made.cache, made.pieces, SMALL.vocab_size, SEQS).measure_decodes(graphs, 4, 0.5)
+    assert times.ms == (5.0, 5.0, 6.0)
+
+
 def test_every_plan_of_the_library_is_made() -> None:
     """Of each padded length that a prompt of one step can have, a prompt is tried."""
     model = small_model()

@@ -71,6 +71,7 @@ SAMPLED = VideoOptions(fps=1, min_frames=2, max_frames=9, frames_sample="middle"
         {"type": "video_url", "video_url": VIDEO, **OPTIONS, "min_pixels": 4000, "max_pixels": 9000},
         {"type": "video", "video": VIDEO, **OPTIONS, "min_pixels": 4000, "max_pixels": 9000},
         {"type": "video", "video": {"url": VIDEO, **OPTIONS, "max_pixels": 9000}, "fps": 7, "min_pixels": 4000},
+        {"type": "file", "file": {"file_data": VIDEO, **OPTIONS, "max_pixels": 9000}, "fps": 7, "min_pixels": 4000},
     ],
 )
 def test_options_beside_a_link_are_those_with_it_which_win(parser: WholeParser, part: dict[str, Any]) -> None:
@@ -84,12 +85,14 @@ def test_options_beside_a_link_are_those_with_it_which_win(parser: WholeParser, 
         {"type": "image_url", "image_url": {"url": IMAGE}, "max_pixels": 9000},
         {"type": "image_url", "image_url": {"url": IMAGE, "max_pixels": 9000}},
         {"type": "image", "image": IMAGE, "max_pixels": 9000},
+        {"type": "file", "file": {"file_data": IMAGE}, "max_pixels": 9000, "fps": 3},
+        {"type": "file", "file": {"file_data": IMAGE.partition(",")[2], "max_pixels": 9000}},
     ],
 )
 def test_a_parts_own_sizes_win_over_the_requests(parser: WholeParser, part: dict[str, Any]) -> None:
     sizes = {"image_min_pixels": 4000, "image_max_pixels": 8000}
     item = media(parser, part, mm_processor_kwargs=sizes)
-    assert (item.min_pixels, item.max_pixels) == (4000, 9000)
+    assert (item.min_pixels, item.max_pixels, item.video) == (4000, 9000, VideoOptions())
 
 
 @pytest.mark.parametrize("name", ["total_pixels", "nframes", "video_start", "video_end", "resized_height", "subtitles"])
@@ -98,6 +101,10 @@ def test_what_cannot_be_done_with_a_video_is_refused_by_name(parser: WholeParser
     assert refused_field(parser, beside) == f"messages[0].content[0].{name}"
     within = {"type": "video_url", "video_url": {"url": VIDEO, name: 8}}
     assert refused_field(parser, within) == f"messages[0].content[0].video_url.{name}"
+    beside = {"type": "file", "file": {"file_data": VIDEO}, name: 8}
+    assert refused_field(parser, beside) == f"messages[0].content[0].{name}"
+    within = {"type": "file", "file": {"file_data": VIDEO, name: 8}}
+    assert refused_field(parser, within) == f"messages[0].content[0].file.{name}"
 
 
 def test_a_list_of_frames_is_refused_for_what_it_is(parser: WholeParser) -> None:

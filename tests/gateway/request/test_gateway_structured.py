@@ -33,9 +33,20 @@ def test_a_schema_in_any_response_format_is_enforced(parser: WholeParser, shaped
 
 
 def test_any_object_is_another_grammar(parser: WholeParser) -> None:
-    for shaped in ({"type": "json_object"}, {"type": "json_object", "schema": None}):
+    for schema in ({}, {"schema": None}, {"schema": {}}, {"schema": {"type": "object"}}):
+        shaped = {"type": "json_object", **schema}
         assert grammar(parser, response_format=shaped).text == grammar(parser, guided_json={"type": "object"}).text
     assert grammar(parser, guided_json=SCHEMA).text != grammar(parser, guided_json={"type": "object"}).text
+
+
+def test_an_object_is_one_whatever_its_schema_leaves_out(parser: WholeParser) -> None:
+    shaped = {"type": "json_object", "schema": {"required": ["a"]}}
+    whole = {"required": ["a"], "type": "object"}
+    assert grammar(parser, response_format=shaped).text == grammar(parser, guided_json=whole).text
+    assert grammar(parser, response_format=shaped, guided_json=whole).text == grammar(parser, guided_json=whole).text
+    with pytest.raises(RequestError, match="must be an object, not 'array'") as refused:
+        grammar(parser, response_format={"type": "json_object", "schema": {"type": "array"}})
+    assert refused.value.failure.param == "response_format.schema"
 
 
 def test_a_schema_that_is_missing_is_named(parser: WholeParser) -> None:

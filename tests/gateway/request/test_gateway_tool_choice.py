@@ -269,3 +269,12 @@ def test_names_of_tools_may_be_as_long_as_anthropics(parser: WholeParser) -> Non
     assert parse(parser, tools=[{"type": "function", "function": {"name": "n" * 128}}])
     with pytest.raises(RequestError):
         parse(parser, tools=[{"type": "function", "function": {"name": "n" * 129}}])
+
+
+@pytest.mark.parametrize("function", [None, {"name": ""}, {"name": "weather"}])
+@pytest.mark.parametrize("mode", ["auto", "none", "required"])
+def test_a_type_says_what_a_choice_is(parser: WholeParser, mode: str, function: Any) -> None:
+    stated = parse(parser, tool_choice={"type": mode, "function": function})
+    assert stated.sampling.grammar == parse(parser, tool_choice=mode).sampling.grammar
+    named = parse(parser, tool_choice={"function": {"name": "weather"}})
+    assert named.sampling.grammar == parse(parser, tool_choice=NAMED).sampling.grammar

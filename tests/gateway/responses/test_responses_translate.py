@@ -209,6 +209,25 @@ def test_media_are_named_where_they_stand(parser: WholeParser) -> None:
     assert (second.param, second.kind) == ("input[0].output[1].file_url", "image")
 
 
+def test_what_stands_beside_a_link_works_or_is_refused_by_name(parser: WholeParser) -> None:
+    link = "https://a.b/c.mp4"
+    parts = [
+        {"type": "input_image", "image_url": IMAGE, "max_pixels": 9000},
+        {"type": "input_video", "video_url": link, "fps": 2, "max_pixels": 9000},
+        {"type": "input_video", "video_url": {"url": link, "fps": 2}, "fps": 3, "max_pixels": 9000},
+        {"type": "input_file", "file_url": link, "fps": 2, "max_pixels": 9000},
+        {"type": "input_file", "file_data": IMAGE, "max_pixels": 9000},
+    ]
+    for part, fps in zip(parts, (None, 2, 2, 2, None), strict=True):
+        [item] = parsed(parser, {"input": [{"role": "user", "content": [part]}]}).media
+        assert (item.max_pixels, item.video.fps) == (9000, fps)
+        refused = {**part, "resized_height": 7}
+        with pytest.raises(RequestError) as error:
+            parsed(parser, {"input": [{"role": "user", "content": [refused]}]})
+        assert error.value.failure.param == "input[0].content[0].resized_height"
+        assert error.value.failure.code == "unsupported_parameter"
+
+
 def test_items_are_listed_as_openai_lists_them() -> None:
     items = [
         {"role": "user", "content": "Hi"},

@@ -55,10 +55,18 @@ def test_an_image_is_decoded_to_the_size_of_its_plan(processor: Processor) -> No
     assert grid[1] * grid[2] == plan.rows[0]
 
 
-@pytest.mark.parametrize(("low", "high"), [(None, 784 * 101), (3000, None), (None, 3000), (784 * 20, 784 * 10)])
+@pytest.mark.parametrize(("low", "high"), [(None, 784 * 101), (3000, None), (3000, 3100), (784 * 20, 784 * 10)])
 def test_sizes_beyond_the_servers_are_refused(processor: Processor, low: int | None, high: int | None) -> None:
     media = Media("image", "p", min_pixels=low, max_pixels=high)
     for ask in (lambda: processor.signature(media), lambda: processor.plan(media, FILES["image"])):
-        with pytest.raises(RequestError, match=r"mm_processor_kwargs .* from 3136 to 78400") as refused:
+        with pytest.raises(RequestError, match=r"_pixels = .* of images; .* from 3136 to 78400") as refused:
             ask()
         assert refused.value.failure.status == 400
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_most_below_the_servers_fewest_enlarges_nothing(processor: Processor, kind: MediaKind) -> None:
+    plan = processor.plan(Media(kind, "p", max_pixels=784 * 3), FILES[kind])
+    assert plan.rows[0] == 2 * 4 * max(1, len(getattr(plan, "indices", ()))), "300 x 200 as 28 x 56"
+    with pytest.raises(RequestError, match=f"asks for max_pixels = 783 of {kind}s; this server has them from 784 to"):
+        processor.plan(Media(kind, "p", max_pixels=783), FILES[kind])

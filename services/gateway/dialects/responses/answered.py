@@ -62,6 +62,24 @@ def decode(data: bytes) -> Answered:
     return msgspec.msgpack.decode(data, type=Answered)
 
 
+_said_fields = [(f.name, f.type, f.default) for f in msgspec.structs.fields(Answered) if f.name != "logprobs"]
+_said = msgspec.msgpack.Decoder(msgspec.defstruct("_Said", _said_fields))
+
+
+def decode_said(data: bytes) -> Answered:
+    """Decode the same without log-probabilities, which are hundreds of times as large as the text.
+
+    Raises:
+        msgspec.MsgspecError: they are damaged.
+    """
+    return Answered(**msgspec.structs.asdict(_said.decode(data)))
+
+
+def said_bytes(answered: Answered) -> int:
+    """Return the bytes of JSON of what the model said."""
+    return len(msgspec.json.encode((answered.reasoning, answered.content, answered.calls, answered.later)))
+
+
 def failed(failure: Failure) -> Answered:
     """Return the end that a failure is."""
     return Answered(cancelled=True) if failure.code == CANCELLED.code else Answered(failure=failure)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
-from services.gateway.request.conversation import VideoURL
+from services.gateway.request.conversation import PixelRange, Sampling, VideoURL
 from services.gateway.request.model_names import MAX_CHARS
 from services.gateway.request.schemas import (
     MAX_TOOLS,
@@ -145,12 +145,14 @@ class RefusalText(msgspec.Struct, frozen=True, tag_field="type", tag="refusal"):
     refusal: str
 
 
-class InputImage(msgspec.Struct, frozen=True, tag_field="type", tag="input_image"):
+class InputImage(PixelRange, frozen=True, tag_field="type", tag="input_image"):
+    """An image. What it is to be brought to is an extension, here and in the next two, as the chat API has it."""
+
     image_url: str | None = None
     file_id: str | None = None
 
 
-class InputFile(msgspec.Struct, frozen=True, tag_field="type", tag="input_file"):
+class InputFile(Sampling, frozen=True, tag_field="type", tag="input_file"):
     """An image or a video as a file."""
 
     file_data: str | None = None
@@ -159,8 +161,8 @@ class InputFile(msgspec.Struct, frozen=True, tag_field="type", tag="input_file")
     filename: str | None = None
 
 
-class InputVideo(msgspec.Struct, frozen=True, tag_field="type", tag="input_video"):
-    """An extension: a video, with the sampling of its frames if the object has it, as in the chat API."""
+class InputVideo(Sampling, frozen=True, tag_field="type", tag="input_video"):
+    """An extension: a video, with the sampling of its frames beside its link or in the object with it."""
 
     video_url: str | VideoURL
 

@@ -34,9 +34,9 @@ class ResponsesDialect(msgspec.Struct, frozen=True):
 
     defaults: GenerationDefaults
     keep_s: float  # time for which a stored response is kept
-    max_stored_bytes: int  # the longest body whose response is kept
+    max_stored_bytes: int  # the longest body and input whose response is kept
     history: Sequence[dict[str, Any]] = ()  # items of the earlier turns
-    resolved: Sequence[dict[str, Any]] | None = None  # its input, if that had references to items
+    resolved: bytes | None = None  # its input, JSON, if that had references to items
     after: int = -1  # number of the last event that the reader has
     ended: Callable[[Answered], None] = forget  # is told the answer once it is complete
 
@@ -49,12 +49,13 @@ class ResponsesDialect(msgspec.Struct, frozen=True):
         body = replace_lone_surrogates(body)
         request = decode_body(body)
         if self.resolved is not None:
-            request = msgspec.structs.replace(request, input=list(self.resolved))
+            request = msgspec.structs.replace(request, input=msgspec.json.decode(self.resolved))
         stored = request.store is not False
         if request.background and not stored:
             raise invalid("`background` needs `store`: its answer is read later.", "background")
-        if stored and len(body) > self.max_stored_bytes:
-            raise RequestError(_too_large(len(body), self.max_stored_bytes))
+        size = max(len(body), len(self.resolved or b""))
+        if stored and size > self.max_stored_bytes:
+            raise RequestError(_too_large(size, self.max_stored_bytes))
         said = translate(request, self.history)
         kept = msgspec.json.encode(echo(request, self.defaults))
         return Statement(
