@@ -19,7 +19,7 @@ logger = log.logger(__name__)
 
 
 class Left(NamedTuple):
-    """What requests may have left."""
+    """Records and uploads that requests may have left."""
 
     request_ids: Sequence[str]
     uploads: Sequence[str]

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import errno
 import gzip
 import json
@@ -521,6 +522,34 @@ async def test_a_client_that_does_not_read_is_cut_off(
                 break
         assert await stages.cancelled() == {request.id}
         await nothing_left(server, redis, keys)
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_is_cut_off_at_its_deadline(
+    checkpoint: Path, redis_url: str, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    """However little waits for it, and although its connection stays; nothing of it stays here."""
+    async with running(checkpoint, redis_url) as server:
+        body = json.dumps({"messages": HI, "stream": True}).encode()
+        port = int(server.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        request = await stages.request()
+        [choice] = server.gateway._open_requests._choices()
+        seq = 0
+        while not choice.open_request._pending:
+            seq += 1
+            await stages.say(request, Delta(request.id, seq, content="x" * 50_000))
+            await until(lambda: choice.seq == seq)  # noqa: B023  (awaited at once)
+            for _ in range(9):  # turns in which the client's task takes what it can write
+                await asyncio.sleep(0)
+        server.ahead_s = 3600
+        assert await stages.cancelled() == {request.id}
+        await nothing_left(server, redis, keys)
+        await until(lambda: server.metric("millrace_connections") == 0)
+        with contextlib.suppress(ConnectionResetError):
+            assert b"[DONE]" not in await reader.read()
         writer.close()
 
 
