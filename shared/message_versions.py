@@ -59,6 +59,7 @@ class WriteVersion:
         # time.monotonic() until which whoever comes sees our lease, and waits for us. A process that was halted for
         # longer cannot know who has come.
         self.trusted_until = math.inf
+        self.said = OLDEST  # what our lease says for certain; 0 while that changes
         self._higher_since: float | None = None
         self._rising_to = OLDEST
         self._fallen_from = OLDEST
@@ -101,7 +102,8 @@ class WriteVersion:
             return lowered
         self._higher_since = now if self._higher_since is None else self._higher_since
         if now - self._higher_since >= grace_s:
-            if self._rising_to == target:  # announced at the last look, so that nobody can have come without seeing it
+            # Announced at an earlier look, so that nobody can have come without seeing it.
+            if self._rising_to == target <= self.said:
                 self.settled, self._higher_since = target, None
             self._rising_to = target
         return False

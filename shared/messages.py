@@ -462,6 +462,8 @@ Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Can
 
 _LATER = 0xC1  # begins a value of a record of a later version than 1; msgpack never uses it
 _NIL = b"\xc0"
+# What decoding and translating damaged bytes raises.
+_UNREADABLE = (msgspec.MsgspecError, LookupError, TypeError, AttributeError, ValueError)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -473,7 +475,17 @@ _logprob_decoder: msgspec.msgpack.Decoder[TokenLogprob | None] = msgspec.msgpack
 
 def to_entry(message: Message) -> dict[bytes, bytes]:
     """Return the fields of a stream entry that carries `message`, in the version that everybody reads."""
-    version, data = _encode(message)
+    return _to_entry(message, WRITES.number)
+
+
+def to_entries(messages: Iterable[Message]) -> tuple[bytes, list[dict[bytes, bytes]]]:
+    """Return the fields of entries that are written together, all of one version, and that (`v`)."""
+    version = WRITES.number  # once: it may fall between two of them
+    return b"%d" % version, [_to_entry(message, version) for message in messages]
+
+
+def _to_entry(message: Message, version: int) -> dict[bytes, bytes]:
+    data = _encode(message, version)
     entry = {b"v": b"%d" % version, b"m": data}
     if not isinstance(message, Encode | Generate):
         return entry
@@ -503,7 +515,7 @@ def from_entry(fields: Mapping[bytes, bytes]) -> Message:
         if version < VERSION:
             data = translate(msgspec.msgpack.decode(data, type=_Tagged).type, data, version, VERSION)
         return _decoder.decode(data)
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"unreadable stream entry: {error}") from error
 
 
@@ -534,10 +546,10 @@ class _Tagged(msgspec.Struct):
     type: str
 
 
-def _encode(message: msgspec.Struct) -> tuple[int, bytes]:
-    """Return (version, bytes) of a message or a part of one."""
-    data, version = _encoder.encode(message), WRITES.number
-    return version, data if version == VERSION else translate(type(message).__name__, data, VERSION, version)
+def _encode(message: msgspec.Struct, version: int) -> bytes:
+    """Return the bytes of a message or a part of one."""
+    data = _encoder.encode(message)
+    return data if version == VERSION else translate(type(message).__name__, data, VERSION, version)
 
 
 def encode_request(request: Request) -> bytes:
@@ -600,11 +612,17 @@ def translated_record_value(kind: str, data: bytes) -> bytes | None:
     """Return a value of a record in the version that everybody reads; None if it is in that version, or an older one.
 
     `kind` is the name of its type.
+
+    Raises:
+        ProtocolError: it cannot be read.
     """
-    version, packed = _split(data)
-    if not WRITES.number < version <= VERSION:
+    number, (version, packed) = WRITES.number, _split(data)
+    if not number < version <= VERSION:
         return None
-    return _marked(WRITES.number, translate(kind, packed, version, WRITES.number))
+    try:
+        return _marked(number, translate(kind, packed, version, number))
+    except _UNREADABLE as error:
+        raise ProtocolError(f"unreadable request record: {error}") from error
 
 
 def record_version(data: bytes) -> int:
@@ -618,7 +636,8 @@ def record_value(message: Message) -> bytes:
 
 
 def _to_record(value: msgspec.Struct) -> bytes:
-    return _marked(*_encode(value))
+    version = WRITES.number
+    return _marked(version, _encode(value, version))
 
 
 def _marked(version: int, data: bytes) -> bytes:
@@ -640,5 +659,5 @@ def _of_record(kind: str, decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T
         if version < VERSION and packed != _NIL:
             packed = translate(kind, packed, version, VERSION)
         return decoder.decode(packed)
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"unreadable request record: {error}") from error

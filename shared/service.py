@@ -270,9 +270,10 @@ class Life:
             await translate_records(self._redis, self._keys)
             await translate_entries(self._redis, self._keys, self._me.service, self._me.replica)
             self._translated = max([announced, *(replica.writes for replica in fleet)]) <= WRITES.settled
-        if self._lease.writes != announced:
-            self._lease.writes = announced
+        if WRITES.said != announced:
+            WRITES.said, self._lease.writes = 0, announced
             await self._lease.renew(self._state)
+            WRITES.said = announced
 
     async def _stopped_during(self, phase: Coroutine[None, None, None]) -> bool:
         """Run a phase to its end, or cancel it when `stop` is set; return whether it is."""

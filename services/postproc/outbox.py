@@ -15,7 +15,7 @@ from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire, WireScript
 from shared.crash_points import crash_point
 from shared.message_versions import versioned_write
-from shared.messages import Delta, Deltas, to_entry
+from shared.messages import Delta, Deltas, to_entries
 
 HERE = Path(__file__).parent  # where the scripts are
 
@@ -39,10 +39,9 @@ class Outbox:
     @versioned_write
     async def send(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Send one message to every gateway in `deltas`."""
-        entries = [to_entry(Deltas(tuple(items))) for items in deltas.values()]
-        packed = [entry[b"m"] for entry in entries]
+        version, entries = to_entries(Deltas(tuple(items)) for items in deltas.values())
         keys = [*map(self._keys.deltas, deltas)]
-        words: list[str | bytes | int] = [self._deltas_max_len, entries[0][b"v"], *packed]
+        words: list[str | bytes | int] = [self._deltas_max_len, version, *(entry[b"m"] for entry in entries)]
         await self._write("deltas", lambda: self._shards.fence.run(self._send_script, keys, words))
 
     async def journal(self, states: list[RequestState]) -> int:

@@ -36,6 +36,7 @@ from shared.messages import (
     encode_logprob,
     encode_request,
     pack_ids,
+    to_entries,
     to_entry,
     unpack_ids,
 )
@@ -118,8 +119,9 @@ class Records:
         requests has no record any more.
         """
         mine = Submission(body_hash, tuple(message.request.id for message in messages))
-        entries = [(encode_request(message.request), to_entry(message)) for message in messages]
-        fields = [part for request, entry in entries for part in (request, entry[b"m"])]
+        version, entries = to_entries(messages)
+        requests = [encode_request(message.request) for message in messages]
+        fields = [part for request, entry in zip(requests, entries, strict=True) for part in (request, entry[b"m"])]
         known = await self._submit_once(
             keys=[
                 self._keys.idempotency(digest),
@@ -130,9 +132,9 @@ class Records:
                 msgspec.json.encode(mine),
                 ttl_s,
                 self._keys.request(""),
-                entries[0][1][b"v"],
+                version,
                 messages[0].request.gateway,
-                entries[0][1].get(b"k", b""),
+                entries[0].get(b"k", b""),
                 *fields,
             ],
         )

@@ -327,7 +327,8 @@ class LogWriter:
     """Writer of message after message to one stream, over a connection of its own. Calls must not overlap.
 
     A server that comes back, or takes over, may have lost what it had acknowledged last. So over a new connection the
-    messages of the last LOST_S are sent again, before the next one: readers drop what they have.
+    messages of the LOST_S before the last one are sent again, before the next one: readers drop what they have. However
+    old they are: nobody knows when in between, or for how long, the server was away.
     """
 
     def __init__(self, redis: Redis, key: str) -> None:

@@ -22,20 +22,22 @@ PAGE = 1000
 async def translate_records(redis: Redis, keys: Keys) -> None:
     """Translate what records and log-probabilities have in a newer version than this process writes now.
 
-    A field that has changed meanwhile stays as it is.
+    A field that has changed meanwhile stays as it is. So does one that is damaged: whoever reads it ends its request.
     """
     replace = redis.register_script(read_script("replace_fields"))
     async for key, values in _records(redis, keys):
         args: list[str | bytes] = []
         for field, value in values.items():
-            if (after := translated_record_value(KINDS[field], value)) is not None:
-                args += [field, value, after]
+            with contextlib.suppress(ProtocolError):
+                if (after := translated_record_value(KINDS[field], value)) is not None:
+                    args += [field, value, after]
         if args:
             await replace(keys=[key], args=args)
     async for key, logprobs in _logprobs(redis, keys):
         for index, value in enumerate(logprobs):
-            if (after := translated_record_value("TokenLogprob", value)) is not None:
-                await command(redis, "LSET", key, index, after)
+            with contextlib.suppress(ProtocolError):
+                if (after := translated_record_value("TokenLogprob", value)) is not None:
+                    await command(redis, "LSET", key, index, after)
 
 
 async def translate_entries(redis: Redis, keys: Keys, service: str, name: str) -> None:

@@ -4,12 +4,16 @@ import ast
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
 
 from shared import message_versions, messages, service
 from shared.bus import leases, streams
@@ -32,6 +36,7 @@ from shared.messages import (
     decode_request,
     encode_request,
     from_entry,
+    record_version,
     to_entry,
 )
 from shared.service import Life
@@ -72,6 +77,7 @@ def test_a_version_rises_late_and_falls_at_once(two_versions: WriteVersion) -> N
     for now, announced, number in ((6.0, 1, 1), (15.9, 1, 1), (16.0, 2, 1), (17.0, 2, 2), (18.0, 2, 2)):
         assert not two_versions.settle(2, now, 10.0)
         assert (two_versions.announced, two_versions.number) == (announced, number), now
+        two_versions.said = announced
     assert two_versions.settle(1, 19.0, 10.0)
     assert (two_versions.announced, two_versions.number) == (1, 1)
 
@@ -80,6 +86,7 @@ def test_who_comes_between_the_announcement_and_the_rise_undoes_it(two_versions:
     two_versions.settle(2, 0.0, 10.0)
     two_versions.settle(2, 10.0, 10.0)
     assert two_versions.announced == 2
+    two_versions.said = 2
     assert not two_versions.settle(1, 11.0, 10.0)
     assert (two_versions.announced, two_versions.number) == (1, 1)
 
@@ -103,6 +110,29 @@ def test_both_versions_are_read(two_versions: WriteVersion) -> None:
     assert from_entry(old) == from_entry(new) == WORK
     assert decode_request(record) == decode_request(encode_request(REQUEST)) == REQUEST
     assert encode_request(REQUEST)[:2] == b"\xc1\x02"
+
+
+class Clock:
+    """A process that is halted for a minute whenever it looks at the time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 60
+        return self.now
+
+
+async def test_what_is_written_at_once_is_of_one_version(
+    redis: Redis, keys: Keys, two_versions: WriteVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_versions.settled, two_versions.trusted_until = 2, 90.0
+    monkeypatch.setattr(message_versions, "time", SimpleNamespace(monotonic=Clock()))
+    works = [Generate(msgspec.structs.replace(REQUEST, id=name), b"", 1) for name in "rs"]
+    await Records(redis, keys).submit_once(GENERATE, works, "digest", "body", 9)
+    entries = [fields for _, fields in await redis.xrange(keys.stream(GENERATE))]
+    assert {fields[b"v"] for fields in entries} == {b"2"}
+    assert [b"layout" in fields[b"m"] for fields in entries] == [False, False]
 
 
 @pytest.mark.parametrize("m", [b"", b"\xc1", b"\x81\xa4type\xa8Generate", b"\x80"])
@@ -143,6 +173,23 @@ async def test_records_are_translated_for_an_older_replica(
     assert isinstance(record, Record)
     assert record.request == REQUEST
     assert await records.read_logprobs("r") == [TokenLogprob(-1.0)]
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xff damaged \xc1", b"\x05", b"\xa1a", b"\x80"])
+async def test_what_is_damaged_keeps_nothing_else_from_being_translated(
+    redis: Redis, keys: Keys, two_versions: WriteVersion, damaged: bytes
+) -> None:
+    records = Records(redis, keys)
+    two_versions.settled = 2
+    await records.submit(GENERATE, WORK)
+    await records.write_journal([("r", 0, [5])], logprobs=[("r", [TokenLogprob(-1.0)])])
+    for name in map(str, range(9)):  # some of them are looked at before the good one
+        await redis.hset(keys.request(name), "request", b"\xc1\x02" + damaged)  # type: ignore[misc]
+        await redis.rpush(keys.logprobs(name), b"\xc1\x02" + damaged)  # type: ignore[misc]
+    two_versions.settled = 1
+    await translate_records(redis, keys)
+    assert b"layout" in await redis.hget(keys.request("r"), "request")  # type: ignore[misc,operator]
+    assert record_version(await redis.lindex(keys.logprobs("r"), 0)) == 1  # type: ignore[misc,arg-type]
 
 
 class Idle:
@@ -216,6 +263,30 @@ async def test_a_version_is_announced_before_it_is_written(
     assert seen == [(1, 2), (2, 2), (2, 2)]
 
 
+async def test_a_version_that_could_not_be_announced_is_not_written(
+    redis: Redis, keys: Keys, two_versions: WriteVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Life("gateway", Idle(), CommonSettings(redis_url="", model="", namespace="test", name="g"), redis)
+    await life._lease.join("ready")
+    life._joined, life._raise_after_s = True, 0.0
+
+    async def renew(*_: Any) -> None:
+        raise ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(life._lease, "renew", renew)
+        for _ in range(3):
+            with suppress(ConnectionError):
+                await life._settle_version()
+    assert two_versions.settled == 1
+    await life._renew()
+    await life._settle_version()
+    [gateway] = await leases.live(redis, keys, "gateway")
+    assert (two_versions.number, gateway.writes) == (1, 2)
+    await life._settle_version()
+    assert two_versions.number == 2
+
+
 async def test_a_lease_is_renewed_while_much_is_translated(
     redis: Redis, keys: Keys, two_versions: WriteVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +317,15 @@ async def test_a_lease_is_renewed_while_much_is_translated(
     assert await running == 0
 
 
-ENCODERS = {"to_entry", "record_value", "encode_request", "encode_begin", "encode_finish", "encode_logprob"}
+ENCODERS = {
+    "to_entry",
+    "to_entries",
+    "record_value",
+    "encode_request",
+    "encode_begin",
+    "encode_finish",
+    "encode_logprob",
+}
 HELPERS = {"_flat", "_forwarding", "_recent_words"}  # encode for their callers
 READERS = {"translated_entry"}  # encodes what it has read, for the translation
 

@@ -89,6 +89,8 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             if writing.done():
                 writing.result()
                 return True
+            if open_request.overflowed.is_set() and context.body is not None:
+                context.body.abort()
             return False
         finally:
             for task in (writing, *leaving):

@@ -17,6 +17,9 @@ class DirectBody(Protocol):
     def write(self, data: bytes) -> None:
         """Write a part of the body without waiting, behind all that was sent; nothing if the client has left."""
 
+    def abort(self) -> None:
+        """Close the connection of a client that does not read, without what it has not read."""
+
 
 def attach_body(scope: Scope, body: DirectBody) -> None:
     """Put a response's body into the ASGI scope of its request."""

@@ -44,12 +44,13 @@ class TooManyHeadersError(Exception):
 class ChunkedBody:
     """Body of a response in chunks (services/gateway/http/direct.py:DirectBody)."""
 
-    __slots__ = ("_cycle", "_flow", "_write")
+    __slots__ = ("_cycle", "_flow", "_write", "abort")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._flow = cycle.flow
         self._write = cycle.transport.write
+        self.abort = cycle.transport.abort
 
     @property
     def is_ready(self) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
@@ -17,13 +18,21 @@ MOST = 10_000  # that are remembered while Redis is away; what others left expir
 logger = log.logger(__name__)
 
 
+class Left(NamedTuple):
+    """Records and uploads that requests may have left."""
+
+    request_ids: Sequence[str]
+    uploads: Sequence[str]
+    runs: bool  # if the requests are there they stay: somebody may have come back to them
+
+
 class Leftovers:
     """Requests that were not submitted, or that no stage works on any more, and that may have left something."""
 
     def __init__(self, records: Records, blobs: Blobs) -> None:
         self._records = records
         self._blobs = blobs
-        self._left: deque[tuple[Sequence[str], Sequence[str]]] = deque(maxlen=MOST)
+        self._left: deque[Left] = deque(maxlen=MOST)
 
     def __len__(self) -> int:
         return len(self._left)
@@ -33,26 +42,48 @@ class Leftovers:
 
         If an entry was written after all, the stage that takes it finds no record and drops it.
         """
-        await self._remove(list(request_ids), list(uploads))
+        await self._remove(Left(list(request_ids), list(uploads), runs=False))
+
+    async def remove_unless_submitted(self, request_ids: Iterable[str], uploads: Iterable[str]) -> None:
+        """Remove the blobs of these keys, in the same way, unless one of these requests has a record.
+
+        Then it was submitted, and runs: under its Idempotency-Key its client may already read it over another
+        connection.
+        """
+        await self._remove(Left(list(request_ids), list(uploads), runs=True))
 
     async def remove_again(self) -> None:
         """Remove what could not be removed before, or stop at the first that still cannot be."""
         for _ in range(len(self._left)):
-            if not await self._remove(*self._left.popleft()):
+            if not await self._remove(self._left.popleft()):
                 return
 
-    async def _remove(self, request_ids: Sequence[str], uploads: Sequence[str]) -> bool:
+    async def _remove(self, left: Left) -> bool:
         """Return False if Redis did not answer."""
         try:
             async with asyncio.timeout(CLEAN_UP_S):
-                await self._records.delete(request_ids)
-                await self._blobs.delete(MEDIA, uploads)
+                await self._try(left)
         except (RedisError, TimeoutError) as error:
-            fields = {"request_ids": request_ids, "error": str(error)}
             if isinstance(error, RedisError) and action_for(error) is Action.END:
+                fields = {"request_ids": left.request_ids, "error": str(error)}
                 logger.warning("could not remove what a failed submission left in Redis; it will expire", extra=fields)
                 return True
-            logger.warning("could not remove what a failed submission left in Redis; retrying", extra=fields)
-            self._left.append((request_ids, uploads))
+            self._postpone(left, str(error))
             return False
+        except asyncio.CancelledError:
+            self._postpone(left, "the submission took too long with this, or its client left")
+            raise
         return True
+
+    def _postpone(self, left: Left, reason: str) -> None:
+        fields = {"request_ids": left.request_ids, "error": reason}
+        logger.warning("could not remove what a failed submission left in Redis; retrying", extra=fields)
+        self._left.append(left)
+
+    async def _try(self, left: Left) -> None:
+        if left.runs:
+            if await self._records.exists(left.request_ids):
+                return
+        else:
+            await self._records.delete(left.request_ids)
+        await self._blobs.delete(MEDIA, left.uploads)

@@ -110,7 +110,8 @@ class Pipeline:
         Raises:
             RequestError: 409, the key was used for another body; 403 or 429, the limits of its tenant or of the queue;
                 503, Redis does not answer.
-            RedisError: it could not be sent; what is left of it in Redis is removed once that answers.
+            RedisError: it could not be sent, or that is not known; what is left of it in Redis is removed once that
+                answers, except a request that has a key and was sent after all: it runs, for whoever repeats it.
         """
         async with self._submit_timeout():
             await self._admit_in_time(parsed.n, metadata)
@@ -318,7 +319,8 @@ class Pipeline:
                 earlier = await self._records.submit_once(stream, works, digest, body_digest, ttl_s)
             crash_point("gateway.submit.after")
         except BaseException:
-            await self._leftovers.remove([work.request.id for work in works], uploads)
+            remove = self._leftovers.remove if metadata.key is None else self._leftovers.remove_unless_submitted
+            await remove([work.request.id for work in works], uploads)
             raise
         if earlier is not None:
             await self._leftovers.remove([], uploads)

@@ -200,7 +200,8 @@ class OpenRequest:
         self.first_token_at: float | None = None  # unix seconds
         self.client_has_id = False  # so that the client could resume
         self.accepted = asyncio.Event()  # set once every choice's media are good, or the request has failed
-        self.overflowed = asyncio.Event()  # set once more than `max_pending` bytes wait for the client
+        # Set once more than `max_pending` bytes wait for the client, or its deadline is long over.
+        self.overflowed = asyncio.Event()
         self._unaccepted = set(range(answer_format.n)) if unchecked else set()
         self._pending: list[tuple[int, Delta]] = []
         self._counted = 0  # of these, the first that are counted in `_pending_size`

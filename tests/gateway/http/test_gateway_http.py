@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import errno
 import gzip
 import json
@@ -524,6 +525,34 @@ async def test_a_client_that_does_not_read_is_cut_off(
         writer.close()
 
 
+async def test_a_client_that_does_not_read_is_cut_off_at_its_deadline(
+    checkpoint: Path, redis_url: str, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    """However little waits for it, and although its connection stays; nothing of it stays here."""
+    async with running(checkpoint, redis_url) as server:
+        body = json.dumps({"messages": HI, "stream": True}).encode()
+        port = int(server.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        request = await stages.request()
+        [choice] = server.gateway._open_requests._choices()
+        seq = 0
+        while not choice.open_request._pending:
+            seq += 1
+            await stages.say(request, Delta(request.id, seq, content="x" * 50_000))
+            await until(lambda: choice.seq == seq)  # noqa: B023  (awaited at once)
+            for _ in range(9):  # turns in which the client's task takes what it can write
+                await asyncio.sleep(0)
+        server.ahead_s = 3600
+        assert await stages.cancelled() == {request.id}
+        await nothing_left(server, redis, keys)
+        await until(lambda: server.metric("millrace_connections") == 0)
+        with contextlib.suppress(ConnectionResetError):
+            assert b"[DONE]" not in await reader.read()
+        writer.close()
+
+
 async def test_a_request_past_its_deadline(checkpoint: Path, redis_url: str, stages: Stages) -> None:
     async with running(checkpoint, redis_url, request_timeout_s=50) as server:
         asked = ask(server)
@@ -626,13 +655,14 @@ async def test_what_could_not_be_removed_while_redis_was_away_is_removed_later(
     deleting = Records.delete
     monkeypatch.setattr(Records, "submit", submit)
     monkeypatch.setattr(Records, "delete", delete)
-    async with running(checkpoint, redis_url, watch_s=0.05, limit_mm_per_prompt={"image": 2}) as server:
+    async with running(checkpoint, redis_url, limit_mm_per_prompt={"image": 2}) as server:
         for _ in range(2):
             with pytest.raises(openai.APIStatusError):
                 await ask(server, LOOK)
         assert len(await redis.keys(keys.request("*"))) == 2
         away = False
-        await until(lambda: not server.gateway._open_requests._pipeline._leftovers)
+        await server.gateway._open_requests.check_records()
+        assert not server.gateway._open_requests._pipeline._leftovers
         assert not await redis.keys(keys.request("*"))
         assert not await redis.keys(keys.blob("media", "*"))
 

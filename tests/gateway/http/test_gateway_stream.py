@@ -47,6 +47,9 @@ class Client:
         self.at_once.append(data)
         self.all.append(data)
 
+    def abort(self) -> None:
+        raise AssertionError
+
     async def send(self, message: Any) -> None:
         await self.reads.wait()
         self.all.append(message["body"])

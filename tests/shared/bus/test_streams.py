@@ -441,8 +441,9 @@ async def test_a_log_is_timed_for_the_stage_that_it_leads_to(redis: Redis) -> No
     assert hops("a test's log") == before + 2
 
 
+@pytest.mark.parametrize("away_s", [0.0, 3600.0])
 async def test_what_a_server_may_have_lost_is_sent_again_before_what_is_new(
-    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch, away_s: float
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(streams, "monotonic", lambda: clock[0])
@@ -453,6 +454,7 @@ async def test_what_a_server_may_have_lost_is_sent_again_before_what_is_new(
     clock[0] -= LOST_S - 0.5
     before = await redis.xlen(keys.tokens(0))
     await redis.delete(keys.tokens(0))  # it has lost all of them
+    clock[0] += away_s
     await command(redis, "CLIENT", "KILL", "SKIPME", "yes")
     await log.send(Cancel(("c",)))
     await log.send(Cancel(("d",)))
