@@ -201,7 +201,7 @@ class System:
         # Its own directory's path may be too long for a socket.
         self._sockets = Path(tempfile.mkdtemp(prefix="chaos-"))
         self._persistence = persistence
-        self._servers = 0
+        self._servers: list[RedisServer] = []
         self.server = self._another_server()
         self.proxy = Proxy(self._sockets / "proxy.sock", self.server.unix_socket)
         plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
@@ -220,15 +220,16 @@ class System:
         self.redis: Redis = connect(self.proxy.url)
 
     def _another_server(self) -> RedisServer:
-        self._servers += 1
-        name = f"redis-{self._servers}"
-        return RedisServer(
+        name = f"redis-{len(self._servers)}"
+        server = RedisServer(
             self.directory / name,
             port=free_port(),
             unix_socket=self._sockets / f"{name}.sock",
             persistence=self._persistence,
             dies_with_us=True,
         )
+        self._servers.append(server)
+        return server
 
     def add(self, service: str) -> Replica:
         """A place for one more, with nothing in it yet."""
@@ -317,7 +318,7 @@ class System:
 
     async def fail_over(self) -> None:
         """Move to another server, which has all data; the address then leads there, and open links to the old one."""
-        old, new = self.server, await self._replicated()
+        old, new = self.server, await self.replicated()
         before, after = connect(old.url), connect(new.url)
         await command(before, "FAILOVER", "TO", "127.0.0.1", new.port or 0)
         while (await after.info("replication"))["role"] != "master":  # noqa: ASYNC110
@@ -328,12 +329,12 @@ class System:
             await client.aclose()
         await asyncio.to_thread(old.kill)
 
-    async def fail_over_late(self) -> float:
-        """Move to another server, which lacks steps of engines that the old one had acknowledged, and nobody had read.
+    async def fail_over_late(self, new: RedisServer) -> float:
+        """Move to a replica, which lacks steps of engines that the old one had acknowledged, and nobody had read.
 
         Returns the seconds for which it lacks them.
         """
-        old, new = self.server, await self._replicated()
+        old = self.server
         after = connect(new.url)
         for postproc in self.of("postproc"):
             postproc.pause()
@@ -348,7 +349,7 @@ class System:
             postproc.wake()
         return lost_s
 
-    async def _replicated(self) -> RedisServer:
+    async def replicated(self) -> RedisServer:
         """Start another server that has what ours has, and follows it."""
         new = self._another_server()
         await asyncio.to_thread(new.start)
@@ -373,7 +374,8 @@ class System:
             replica.kill()
         await self.redis.aclose()
         await self.proxy.close()
-        await asyncio.to_thread(self.server.kill)
+        for server in self._servers:
+            await asyncio.to_thread(server.kill)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def tails(self) -> str:

@@ -26,7 +26,6 @@ MISSING_CHECKS = 2  # checks in a row without a record before a request is lost:
 _ENDED = ChoiceState.ENDED  # looked up for every delta
 
 READ_S = 60.0  # limit on reading an answer that is kept
-LAST_WORDS_S = 5.0  # beyond the deadline, for a client that lags to read how its answer ended
 
 logger = log.logger(__name__)
 
@@ -273,16 +272,11 @@ class OpenRequests:
     # ------------------------------------------------------------------------------------------------ supervision
 
     def tick(self) -> None:
-        """Fail requests past their deadline, and send a sign of life to clients that have heard nothing for long.
-
-        A client that has not read its end LAST_WORDS_S later does not read.
-        """
+        """Fail requests past their deadline, and send a sign of life to clients that have heard nothing for long."""
         now = self._clock()
         for open_request in {choice.open_request for choice in self._choices()}:
             if now >= open_request.deadline:
-                open_request.fail(None, TIMED_OUT)
-                if now >= open_request.deadline + LAST_WORDS_S:
-                    open_request.overflowed.set()
+                open_request.time_out(TIMED_OUT, now)
             elif now - open_request.idle_since >= self._limits.keep_alive_s:
                 open_request.keep_alive(now)
 

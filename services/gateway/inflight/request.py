@@ -17,6 +17,7 @@ from shared.errors import Failure, internal
 from shared.messages import Delta, Usage
 
 NOT_FOUND = "request_not_found"  # code of the answer to an Attach for which there is no record
+LAST_WORDS_S = 5.0  # for a client that lags to read that its request timed out
 BEYOND_END = Failure(
     400,
     "The header Last-Event-ID names an event behind the end of this stream.",
@@ -135,6 +136,7 @@ class OpenRequest:
         "_max_pending",
         "_pending",
         "_pending_size",
+        "_timed_out_at",
         "_unaccepted",
         "_unended",
         "_waiting",
@@ -198,6 +200,7 @@ class OpenRequest:
         self.failure: Failure | None = None
         self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
         self.first_token_at: float | None = None  # unix seconds
+        self._timed_out_at: float | None = None
         self.client_has_id = False  # so that the client could resume
         self.accepted = asyncio.Event()  # set once every choice's media are good, or the request has failed
         # Set once more than `max_pending` bytes wait for the client, or its deadline is long over.
@@ -277,6 +280,14 @@ class OpenRequest:
             self.failure = failure
         self.accepted.set()
         self._wake()
+
+    def time_out(self, failure: Failure, now: float) -> None:
+        """End the whole request, past its deadline. A client that has not read that LAST_WORDS_S later is cut off."""
+        if self._timed_out_at is None:
+            self._timed_out_at = now
+            self.fail(None, failure)
+        elif now >= self._timed_out_at + LAST_WORDS_S:
+            self.overflowed.set()
 
     def mark_first_token(self, now: float) -> None:
         """Note that the first token has arrived."""
