@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,6 @@ from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.vision.pace import Mark, Pace, SharedPace
 from shared import config
-from shared.card_page import CardPage
 from shared.errors import ConfigError
 from shared.segments import Segments
 from shared.watchdog import Watchdog
@@ -35,7 +34,7 @@ CUDA = {"device": "cuda"}
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them, which nobody computes on."""
     monkeypatch.setattr(engine, "device", lambda settings: settings.device)
-    monkeypatch.setattr(mm_encoder, "SharedPace", Unmarked)
+    monkeypatch.setattr(mm_encoder, "SharedPace", partial(SharedPace, mark=Nowhere))
     ids = {"cuda": "first", "cuda:0": "first", "cuda:1": "second"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: SimpleNamespace(uuid=ids[str(which)]))
 
@@ -46,19 +45,6 @@ class Nowhere(Mark):
 
     def seconds_since(self, earlier: Mark) -> float:
         return 1.0
-
-
-class Unmarked(SharedPace):
-    """A pace without marks in a GPU's work."""
-
-    def __init__(
-        self,
-        pages: Callable[[], Iterable[CardPage]],
-        piece_s: float,
-        decode_pieces: int,
-        count_piece: Callable[[float], None],
-    ) -> None:
-        super().__init__(pages, piece_s, decode_pieces, count_piece, mark=Nowhere)
 
 
 def engine_settings(directory: Path, **more: Any) -> EngineSettings:

@@ -506,15 +506,20 @@ async def test_only_what_still_runs_is_cancelled(server: Running, stages: Stages
     assert await stages.cancelled() == {second.id}
 
 
+async def unread_stream(server: Running) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Ask for a stream over a connection that buffers little of it."""
+    body = json.dumps({"messages": HI, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]), limit=1024)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    return reader, writer
+
+
 async def test_a_client_that_does_not_read_is_cut_off(
     checkpoint: Path, redis_url: str, stages: Stages, redis: Redis, keys: Keys
 ) -> None:
     async with running(checkpoint, redis_url, max_pending_bytes=100_000) as server:
-        body = json.dumps({"messages": HI, "stream": True}).encode()
-        port = int(server.url.rpartition(":")[2])
-        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        _, writer = await unread_stream(server)
         request = await stages.request()
         for seq in range(1, 400):
             await stages.say(request, Delta(request.id, seq, content="x" * 50_000))
@@ -530,11 +535,7 @@ async def test_a_client_that_does_not_read_is_cut_off_at_its_deadline(
 ) -> None:
     """However little waits for it, and although its connection stays; nothing of it stays here."""
     async with running(checkpoint, redis_url) as server:
-        body = json.dumps({"messages": HI, "stream": True}).encode()
-        port = int(server.url.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        reader, writer = await unread_stream(server)
         request = await stages.request()
         [choice] = server.gateway._open_requests._choices()
         seq = 0

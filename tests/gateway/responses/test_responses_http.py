@@ -1,7 +1,6 @@
 """The `openai` client's `responses`, with a stand-in for the other stages: what is kept, where it is read, by whom."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,6 @@ OPEN_RESPONSES = {
     "prompt_cache_key",
 }
 TOOLS: list[Any] = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}]
-
-
-@pytest.fixture
-async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, api_keys=("key-1", "key-2")) as started:
-        yield started
-
-
-@pytest.fixture
-async def other(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, name="other", api_keys=("key-1", "key-2")) as started:
-        yield started
 
 
 async def answered(server: Running, stages: Stages, *deltas: Delta, **body: Any) -> Response:

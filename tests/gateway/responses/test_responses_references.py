@@ -1,7 +1,7 @@
 """Items that stand for the output of stored responses, as the AI SDK sends them instead of what the model said."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,18 +28,6 @@ RATED: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logpr
 OTHERS = tuple((f"other {rank}", b"other", -2.0) for rank in range(20))
 ENTRIES = (ShownLogprob("hm", b"hm", -1.0, OTHERS), ShownLogprob("Hello", b"Hello", -1.0, OTHERS))
 SAID = Delta("", 3, reasoning="hm", content="Hello", tool_calls=(ToolDelta(0, "c", "f", '{"a": 1}'),))
-
-
-@pytest.fixture
-async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, api_keys=("key-1", "key-2")) as started:
-        yield started
-
-
-@pytest.fixture
-async def other(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
-    async with running(checkpoint, redis_url, name="other", api_keys=("key-1", "key-2")) as started:
-        yield started
 
 
 async def answered(server: Running, stages: Stages, given: list[Any], **body: Any) -> tuple[Response, list[int]]:

@@ -3,15 +3,14 @@ import assert from "node:assert/strict";
 import test from "node:test";
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { Output, generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
+import { Output, generateObject, generateText, streamObject, streamText } from "ai";
 
-import { API_KEY, BASE_URL, City, FACT, FACT_QUESTION, MODEL, Report, WEATHER_QUESTION } from "./asks.mjs";
+import { runToolLoop, weather } from "./ai_sdk_tools.mjs";
+import { API_KEY, BASE_URL, FACT, FACT_QUESTION, MODEL, Report, WEATHER_QUESTION } from "./asks.mjs";
 
 const provider = createOpenAICompatible({ name: "millrace", baseURL: BASE_URL, apiKey: API_KEY, includeUsage: true,
   supportsStructuredOutputs: true });
 const ask = (prompt, fields = {}) => ({ model: provider(MODEL), prompt, maxRetries: 0, maxOutputTokens: 400, ...fields });
-const weather = (asked) => ({ get_weather: tool({ description: "Current weather", inputSchema: City,
-  execute: async ({ city }) => (asked.push(city), `It is sunny in ${city}.`) }) });
 
 test("generateText and its reasoning", async () => {
   const { text, reasoningText, usage } = await generateText(ask(FACT_QUESTION));
@@ -57,11 +56,4 @@ for (const toolChoice of ["auto", "required", { type: "tool", toolName: "get_wea
     assert.deepEqual(asked, ["Paris"]);
   });
 
-test("a tool's loop, streamed", async () => {
-  const asked = [], errors = [];
-  const result = streamText(ask(WEATHER_QUESTION, { tools: weather(asked), stopWhen: stepCountIs(3), onError: ({ error }) => errors.push(error) }));
-  await result.consumeStream();
-  assert.deepEqual(errors, []);
-  assert.equal(asked[0], "Paris");
-  assert.ok((await result.steps).length >= 2);
-});
+test("a tool's loop, streamed", () => runToolLoop(ask));

@@ -4,9 +4,10 @@ import test from "node:test";
 
 import { createAnthropic } from "@ai-sdk/anthropic";
 import { createOpenAI } from "@ai-sdk/openai";
-import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
+import { generateObject, generateText, streamText } from "ai";
 
-import { API_KEY, BASE_URL, City, FACT, FACT_QUESTION, MODEL, Report, WEATHER_QUESTION } from "./asks.mjs";
+import { runToolLoop } from "./ai_sdk_tools.mjs";
+import { API_KEY, BASE_URL, FACT, FACT_QUESTION, MODEL, Report, WEATHER_QUESTION } from "./asks.mjs";
 
 const options = { baseURL: BASE_URL, apiKey: API_KEY };
 const models = { responses: createOpenAI(options)(MODEL), messages: createAnthropic(options)(MODEL) };
@@ -15,8 +16,6 @@ const WHITE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR4nGP8//8/A
 
 for (const [name, model] of Object.entries(models)) {
   const ask = (prompt, fields = {}) => ({ model, prompt, maxRetries: 0, maxOutputTokens: 400, ...fields });
-  const weather = (asked) => ({ get_weather: tool({ description: "Current weather", inputSchema: City,
-    execute: async ({ city }) => (asked.push(city), `It is sunny in ${city}.`) }) });
 
   test(`${name}: text`, async () => {
     const { text, usage, warnings } = await generateText(ask(FACT_QUESTION));
@@ -38,14 +37,7 @@ for (const [name, model] of Object.entries(models)) {
     Report.parse(object);
   });
 
-  test(`${name}: a tool's loop, streamed`, async () => {
-    const asked = [], errors = [];
-    const result = streamText(ask(WEATHER_QUESTION, { tools: weather(asked), stopWhen: stepCountIs(3), onError: ({ error }) => errors.push(error) }));
-    await result.consumeStream();
-    assert.deepEqual(errors, []);
-    assert.equal(asked[0], "Paris");
-    assert.ok((await result.steps).length >= 2);
-  });
+  test(`${name}: a tool's loop, streamed`, () => runToolLoop(ask));
 
   test(`${name}: an image and a file`, async () => {
     const content = [{ type: "text", text: "What is this?" }, { type: "image", image: WHITE },
