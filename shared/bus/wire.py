@@ -143,5 +143,5 @@ async def _send_together(connection: Any, commands: Sequence[bytes]) -> None:
 
 
 def _packed(words: Sequence[Word]) -> bytes:
-    packed: bytes = hiredis.pack_command(tuple(words))  # type: ignore[arg-type]  # "of one"
+    packed: bytes = hiredis.pack_command(tuple(words))  # type: ignore[arg-type]  # annotated as a tuple of one
     return packed

@@ -92,7 +92,7 @@ class SharedPace(Pace):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Make one.
+        """Begin at the slowest rate.
 
         Args:
             pages: returns those of the engines that live.
