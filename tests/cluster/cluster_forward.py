@@ -19,7 +19,8 @@ POLL_S = 0.01
 
 @contextmanager
 def forwarded(settings: client.Configuration, namespace: str, pod: str, port: int) -> Iterator[str]:
-    """The URL at which the port answers. Network policies do not apply to it."""
+    """The URL at which the port answers. Network policies do not apply to it. Its tunnels end with the block."""
+    carried: dict[socket.socket, threading.Thread] = {}
 
     class Handler(BaseRequestHandler):
         def handle(self) -> None:
@@ -34,7 +35,14 @@ def forwarded(settings: client.Configuration, namespace: str, pod: str, port: in
                 api.close()  # type: ignore[no-untyped-call]
 
     class Server(ThreadingTCPServer):
-        daemon_threads = True
+        def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+            arguments = (request, client_address)
+            carried[request] = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True)
+            carried[request].start()
+
+        def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+            super().shutdown_request(request)
+            del carried[request]
 
         def handle_error(self, request: object, client_address: object) -> None:
             """The client sees a broken connection, and says what it was for."""
@@ -47,6 +55,10 @@ def forwarded(settings: client.Configuration, namespace: str, pod: str, port: in
         finally:
             server.shutdown()
             thread.join()
+            for near, carrying in list(carried.items()):
+                with suppress(OSError):
+                    near.shutdown(socket.SHUT_RDWR)  # else a client that keeps its connection keeps its tunnel
+                carrying.join(END_S)  # a pod that reads no more keeps its tunnel until the API server ends it
 
 
 def _end(tunnel: PortForward) -> None:

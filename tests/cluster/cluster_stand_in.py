@@ -144,7 +144,10 @@ class StandIn:
                 if message.type == WSMsgType.BINARY and message.data[0] == DATA:
                     writer.write(message.data[1:])
                     await writer.drain()
-        finally:  # also when the server ends first, which cancels this
+        except asyncio.CancelledError:  # the server ends first, and its loop waits for nobody who reads no more
+            writer.transport.abort()
+            raise
+        finally:
             writer.close()
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
