@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from stream_server import serving
+
 Handler = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -29,25 +31,18 @@ class Site:
         return self.serve(path, b"", status, Location=to)
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            self.heads.append(head)
-            path = head.split()[1]
-            if path in self.handlers:
-                await self.handlers[path](path, writer)
-            else:
-                writer.write(self.answers.get(path, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"))
-                await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.heads.append(head)
+        path = head.split()[1]
+        if path in self.handlers:
+            await self.handlers[path](path, writer)
+        else:
+            writer.write(self.answers.get(path, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"))
+            await writer.drain()
 
 
 @asynccontextmanager
 async def running_site() -> AsyncIterator[Site]:
     site = Site()
-    server = await asyncio.start_server(site.handle, "127.0.0.1", 0)
-    site.port = server.sockets[0].getsockname()[1]
-    async with server:
+    async with serving(site.handle) as site.port:
         yield site

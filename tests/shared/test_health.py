@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
+from stream_server import serving
 
 from shared.bus.keys import Keys
 from shared.bus.leases import Lease, Replica
@@ -54,13 +55,11 @@ async def test_without_redis_a_replica_is_not_ready_and_yet_not_to_be_restarted(
 
 
 async def test_a_redis_that_accepts_and_says_nothing_is_no_answer(tmp_path: Path) -> None:
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
-        writer.close()
 
-    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
-    async with server:
-        told = settings(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    async with serving(say_nothing) as port:
+        told = settings(f"redis://127.0.0.1:{port}")
         assert await look(told, "engine", Probe.LIVE, SILENT_S) is None
         assert "TimeoutError" in str(await look(told, "engine", Probe.READY, SILENT_S))
 
