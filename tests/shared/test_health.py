@@ -54,7 +54,7 @@ async def test_without_redis_a_replica_is_not_ready_and_yet_not_to_be_restarted(
     assert "Redis does not answer" in str(await look(told, "engine", Probe.READY, SILENT_S))
 
 
-async def test_a_redis_that_accepts_and_says_nothing_is_no_answer(tmp_path: Path) -> None:
+async def test_a_redis_that_accepts_and_says_nothing_is_no_answer() -> None:
     async def say_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
 
