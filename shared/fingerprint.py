@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shared.config import CommonSettings
 from shared.errors import CheckpointError
-from shared.model.tokenizer import SENTENCEPIECE_FILES
+from shared.model.tokenizer_files import SENTENCEPIECE_FILES
 
 FILES = {
     "config.json": ("config.json", "preprocessor_config.json"),

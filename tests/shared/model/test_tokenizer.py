@@ -17,7 +17,8 @@ from transformers.tokenization_utils_base import generate_merges
 from cli.demo import write_demo
 from cli.demo_tokenizer import CORPUS
 from shared.errors import CheckpointError
-from shared.model.tokenizer import VISIBLE, Tokenizer
+from shared.model.tokenizer import Tokenizer
+from shared.model.tokenizer_files import VISIBLE
 
 assert oracle  # makes transformers importable
 
