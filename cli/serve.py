@@ -6,16 +6,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from socket import socket
-from types import FrameType
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from cli import signals
 from cli.connection import scratch_prefix, scratch_socket
 from cli.environment import check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, unread_variables
@@ -187,7 +187,7 @@ class System:
         """Run until a signal comes or a process cannot be kept running, and return the exit status."""
         loop = asyncio.get_running_loop()
         # Not the loop's own handlers, which die with the loop: the steps after it must not be cut short either.
-        self._handle_signals(lambda number, _: loop.call_soon_threadsafe(self._on_signal, number))
+        signals.hand_over(lambda number, _: loop.call_soon_threadsafe(self._on_signal, number))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
         redis = asyncio.create_task(self._keep_redis())
         watchers = [asyncio.create_task(each) for each in (self._watch(), self._stop_requested.wait())]
@@ -201,7 +201,7 @@ class System:
         orderly = [all(await asyncio.gather(*map(self._stop, stage))) for stage in self._stages]
         redis.cancel()  # only now: the services cannot end in order without it
         await asyncio.gather(*tasks, *watchers, redis, return_exceptions=True)
-        self._handle_signals(signal.SIG_IGN)
+        signals.handle(signal.SIG_IGN)
         if self._killed:
             return 128 + signal.SIGINT
         return 0 if all(orderly) and not failed else 1
@@ -268,13 +268,6 @@ class System:
     @property
     def _all_ready(self) -> bool:
         return all(child.ready for child in self._children)
-
-    @staticmethod
-    def _handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-        """Handle what asks us to end: Ctrl-C, `kill`, and a terminal that closes, unless `nohup` has started us."""
-        kept_by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        for number in (signal.SIGINT, signal.SIGTERM, *(() if kept_by_nohup else (signal.SIGHUP,))):
-            signal.signal(number, handler)
 
     def _on_signal(self, number: int) -> None:
         now = time.monotonic()

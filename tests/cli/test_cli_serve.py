@@ -131,7 +131,12 @@ def test_ctrl_c_again_when_all_has_stopped_changes_nothing(model: list[str], tmp
 
 def test_a_terminal_that_is_closed_ends_it_in_order(model: list[str], tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    with started(model, tmp_path, output=theirs, prepare=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)) as system:
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests by `nohup` has it ignored
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    with started(model, tmp_path, output=theirs, prepare=prepare) as system:
         os.close(theirs)
         said = b""
         while b"Ctrl-C stops" not in said:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ from machine import PATIENCE_S
 
 from cli import supervisor
 from cli.output import silence, write
-from cli.serve import System
 from cli.supervisor import Child, GaveUp
 
 
@@ -196,16 +194,3 @@ def test_a_full_disk_costs_lines_and_no_stream(tmp_path: Path) -> None:
         assert os.readlink(f"/proc/self/fd/{full.fileno()}") == "/dev/full"
         silence(full)
     write(None, "where there is no stream")
-
-
-@pytest.mark.parametrize("started_by_nohup", [True, False])
-def test_a_closed_terminal_is_a_reason_to_end_unless_nohup_said_no(started_by_nohup: bool) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if started_by_nohup else signal.SIG_DFL)
-        System._handle_signals(print)
-        assert (signal.getsignal(signal.SIGHUP) is print) is not started_by_nohup
-        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is print
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
