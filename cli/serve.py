@@ -84,10 +84,13 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         if redis:
             stack.enter_context(redis)
             report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
-        status = asyncio.run(System(launch, redis, environs, listener, metrics_at).run())
+        system = System(launch, redis, environs, listener, metrics_at)
+        status = asyncio.run(system.run())
         if redis:
             redis.stop()
             report("redis      stopped")
+        for failure in system.failures:  # last, where a person looks
+            report(failure)
         return status
 
 
@@ -174,6 +177,7 @@ class System:
             for service, environ in environs.items()
         ]
         self._children = [child for stage in self._stages for child in stage]
+        self.failures: list[str] = []  # why it ended, if nobody asked it to
         self._first_signal: float | None = None
         self._killed = False
         self._stop_requested = asyncio.Event()
@@ -290,7 +294,8 @@ class System:
     def _explain(self, done: set[asyncio.Task[Any]]) -> None:
         for task in done:
             if error := task.exception():
-                report(f"{error}" or type(error).__name__)
+                self.failures.append(f"{error}" or type(error).__name__)
+                report(f"{error.what if isinstance(error, GaveUp) else self.failures[-1]}; stopping all")
         if self._redis and not self._redis.running:
             report("without Redis nothing can end in order; ending the remaining processes at once")
             self._kill_all()

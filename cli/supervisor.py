@@ -18,7 +18,11 @@ LAST_LINES = 20
 
 
 class GaveUp(MillraceError):
-    """Error of a service that cannot be kept running; the message ends with the last lines of its log."""
+    """Error of a service that cannot be kept running: what happened, and the last lines of its log."""
+
+    def __init__(self, what: str, last_lines: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([f"{what}. Its last lines:", *last_lines]) if last_lines else what)
+        self.what = what
 
 
 class Child:
@@ -111,9 +115,9 @@ class Child:
                 return
             quick = 1 if self.age_s >= STEADY_S else quick + 1
             if not self._ready_name:
-                raise GaveUp(self._last_words(f"{self.service} {ending} before it was ready"))
+                raise self._gave_up(f"{self.service} {ending} before it was ready")
             if quick > RESTARTS:
-                raise GaveUp(self._last_words(f"{self.service} {ending}, for the {quick}th time in a row"))
+                raise self._gave_up(f"{self.service} {ending}, for the {quick}th time in a row")
             delay = min(BACKOFF_S[0] * 2 ** (quick - 1), BACKOFF_S[1])
             self._report(f"{self.service} {ending}; starting it again in {delay:g} s")
             await self._pause(delay)
@@ -157,6 +161,6 @@ class Child:
         except TimeoutError:
             return
 
-    def _last_words(self, what: str) -> str:
+    def _gave_up(self, what: str) -> GaveUp:
         lines = [line.decode(errors="replace") for line in self._last_lines]
-        return "\n  ".join([f"{what}. Its last lines:" if lines else f"{what}, and logged nothing", *lines])
+        return GaveUp(what if lines else f"{what}, and logged nothing", lines)
