@@ -58,6 +58,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError, CheckpointError: this launch cannot work; no service was started.
     """
+    signals.end_by_exception_or_later()
     if not services_are_found():
         raise ConfigError(f"Millrace is not installed, only its source is here: {how_to_install()}")
     check_ports(launch, environ)

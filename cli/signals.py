@@ -28,14 +28,16 @@ def end_at_once() -> None:
 
 def end_by_exception() -> None:
     """Let them raise a KeyboardInterrupt, so that what was begun is cleaned up."""
+    handle(signal.default_int_handler)  # which asyncio replaces by one that cancels the command's task
+
+
+def end_by_exception_or_later() -> None:
+    """Let them raise a KeyboardInterrupt and be kept for `hand_over`: it is printed and lost where a finaliser runs."""
     handle(_interrupt)
 
 
 def hand_over(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Have them handled so, and those that came since `end_by_exception`: who is still here has lost the exception.
-
-    It is printed and lost where a finaliser ran.
-    """
+    """Have them handled so from now on, and those that were kept: who is still here has lost their exception."""
     handle(handler)
     while _received:
         handler(_received.pop(0), None)

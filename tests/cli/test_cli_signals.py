@@ -45,7 +45,7 @@ def test_a_closed_terminal_is_a_reason_to_end_unless_nohup_said_no(started_by_no
 @pytest.mark.parametrize("number", ENDING)
 def test_one_whose_exception_is_lost_is_handed_over(number: signal.Signals) -> None:
     handed: list[int] = []
-    signals.end_by_exception()
+    signals.end_by_exception_or_later()
     with pytest.raises(KeyboardInterrupt):  # as where a finaliser runs
         signal.raise_signal(number)
     signals.hand_over(lambda number, _: handed.append(number))
