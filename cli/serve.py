@@ -20,7 +20,7 @@ from cli.connection import scratch_prefix, scratch_socket
 from cli.environment import check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
-from cli.output import write
+from cli.output import WRITER
 from cli.redis_server import RedisServer
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
@@ -49,7 +49,7 @@ SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-
 
 def report(line: str) -> None:
     """Print a line for the person who started us, if there is one. (The services' logs go to standard error.)"""
-    write(sys.stdout, f"millrace: {line}\n")
+    WRITER.put(sys.stdout, f"millrace: {line}\n")
 
 
 def serve(launch: Launch, environ: Mapping[str, str]) -> int:

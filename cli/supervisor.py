@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from cli.output import write
+from cli.output import WRITER
 from shared.errors import MillraceError
 
 STEADY_S = 30.0  # a process that lived this long did not die of the same cause as the one before
@@ -152,7 +152,7 @@ class Child:
 
     def _pass_on_lines(self, lines: list[bytes]) -> None:
         self._last_lines.extend(lines)
-        write(sys.stderr, "".join(line.decode(errors="replace") + "\n" for line in lines))
+        WRITER.put(sys.stderr, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
     async def _pause(self, seconds: float) -> None:
         try:
