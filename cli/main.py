@@ -6,13 +6,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from cli import signals
 from cli.installation import how_to_install
 from cli.output import silence
-
-try:
-    from shared.errors import CheckpointError, ConfigError
-except ModuleNotFoundError as error:  # of a library: this is a plain source tree
-    sys.exit(f"millrace: error: {error.name} is not installed: {how_to_install()}")
 
 USAGE = """usage: millrace serve (--model DIR | --demo) [flags]
        millrace check DIR [--json]
@@ -44,6 +40,11 @@ OUR_PACKAGES = ("cli", "services", "shared")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 2 if it cannot work as asked."""
+    signals.end_at_once()
+    try:
+        from shared.errors import CheckpointError, ConfigError
+    except ModuleNotFoundError as error:  # of a library: this is a plain source tree
+        sys.exit(f"millrace: error: {error.name} is not installed: {how_to_install()}")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -51,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"millrace: error: no such command: {words[0]}\n{USAGE}", end="", file=sys.stderr)
         return 2
-    _end_as_by_ctrl_c()
     try:
         status = COMMANDS[words[0]](words[1:])
         if sys.stdout is not None:  # as it is where it was closed before we were started
@@ -83,11 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _end_as_by_ctrl_c() -> None:
-    """Let SIGTERM and a terminal that closes end what has no event loop yet, unless `nohup` has started it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+def _run(command: Callable[..., int], *arguments: object) -> int:
+    """Run a command whose modules are there."""
+    signals.end_by_exception()
+    return command(*arguments)
 
 
 # Each imports what it needs when called: a mistyped flag is reported at once, and no command needs another's extra.
@@ -99,36 +98,38 @@ def _serve(words: Sequence[str]) -> int:
     launch = parse(words, os.environ)
     from cli.serve import serve
 
-    return serve(launch, os.environ)
+    return _run(serve, launch, os.environ)
 
 
 def _check(words: Sequence[str]) -> int:
     from cli.check import main
 
-    return main(words)
+    return _run(main, words)
 
 
 def _plan(words: Sequence[str]) -> int:
     from cli.plan import main
 
-    return main(words)
+    return _run(main, words)
 
 
 def _quantize(words: Sequence[str]) -> int:
     from cli.quantize import main
 
-    return main(words)
+    return _run(main, words)
 
 
 def _bench(words: Sequence[str]) -> int:
     from cli.bench.command import main
+    from shared.errors import ConfigError
 
     if words[:1] != ["serve"]:
         raise ConfigError("say what to measure: millrace bench serve --url URL --model NAME")
-    return main(words[1:], os.environ)
+    return _run(main, words[1:], os.environ)
 
 
 def _version(words: Sequence[str]) -> int:
+    from shared.errors import ConfigError
     from shared.version import MILLRACE_VERSION
 
     if words:
@@ -140,31 +141,31 @@ def _version(words: Sequence[str]) -> int:
 def _status(words: Sequence[str]) -> int:
     from cli.status import main
 
-    return main(words, os.environ)
+    return _run(main, words, os.environ)
 
 
 def _quarantine(words: Sequence[str]) -> int:
     from cli.quarantine import main
 
-    return main(words, os.environ)
+    return _run(main, words, os.environ)
 
 
 def _keys(words: Sequence[str]) -> int:
     from cli.keys import main
 
-    return main(words, os.environ)
+    return _run(main, words, os.environ)
 
 
 def _top(words: Sequence[str]) -> int:
     from cli.top import main
 
-    return main(words, os.environ)
+    return _run(main, words, os.environ)
 
 
 def _autoscale(words: Sequence[str]) -> int:
     from cli.autoscaler.__main__ import main
 
-    return main(words, os.environ)
+    return _run(main, words, os.environ)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

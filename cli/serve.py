@@ -6,21 +6,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from socket import socket
-from types import FrameType
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from cli import signals
 from cli.connection import scratch_prefix, scratch_socket
 from cli.environment import check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
-from cli.output import write
+from cli.output import WRITER
 from cli.redis_server import RedisServer
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
@@ -49,7 +49,7 @@ SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-
 
 def report(line: str) -> None:
     """Print a line for the person who started us, if there is one. (The services' logs go to standard error.)"""
-    write(sys.stdout, f"millrace: {line}\n")
+    WRITER.put(sys.stdout, f"millrace: {line}\n")
 
 
 def serve(launch: Launch, environ: Mapping[str, str]) -> int:
@@ -58,6 +58,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError, CheckpointError: this launch cannot work; no service was started.
     """
+    signals.end_by_exception_or_later()
     if not services_are_found():
         raise ConfigError(f"Millrace is not installed, only its source is here: {how_to_install()}")
     check_ports(launch, environ)
@@ -84,10 +85,13 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         if redis:
             stack.enter_context(redis)
             report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
-        status = asyncio.run(System(launch, redis, environs, listener, metrics_at).run())
+        system = System(launch, redis, environs, listener, metrics_at)
+        status = asyncio.run(system.run())
         if redis:
             redis.stop()
             report("redis      stopped")
+        for failure in system.failures:  # last, where a person looks
+            report(failure)
         return status
 
 
@@ -174,6 +178,7 @@ class System:
             for service, environ in environs.items()
         ]
         self._children = [child for stage in self._stages for child in stage]
+        self.failures: list[str] = []  # why it ended, if nobody asked it to
         self._first_signal: float | None = None
         self._killed = False
         self._stop_requested = asyncio.Event()
@@ -187,7 +192,7 @@ class System:
         """Run until a signal comes or a process cannot be kept running, and return the exit status."""
         loop = asyncio.get_running_loop()
         # Not the loop's own handlers, which die with the loop: the steps after it must not be cut short either.
-        self._handle_signals(lambda number, _: loop.call_soon_threadsafe(self._on_signal, number))
+        signals.hand_over(lambda number, _: loop.call_soon_threadsafe(self._on_signal, number))
         tasks = [asyncio.create_task(child.run()) for child in self._children]
         redis = asyncio.create_task(self._keep_redis())
         watchers = [asyncio.create_task(each) for each in (self._watch(), self._stop_requested.wait())]
@@ -201,7 +206,7 @@ class System:
         orderly = [all(await asyncio.gather(*map(self._stop, stage))) for stage in self._stages]
         redis.cancel()  # only now: the services cannot end in order without it
         await asyncio.gather(*tasks, *watchers, redis, return_exceptions=True)
-        self._handle_signals(signal.SIG_IGN)
+        signals.handle(signal.SIG_IGN)
         if self._killed:
             return 128 + signal.SIGINT
         return 0 if all(orderly) and not failed else 1
@@ -269,13 +274,6 @@ class System:
     def _all_ready(self) -> bool:
         return all(child.ready for child in self._children)
 
-    @staticmethod
-    def _handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-        """Handle what asks us to end: Ctrl-C, `kill`, and a terminal that closes, unless `nohup` has started us."""
-        kept_by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        for number in (signal.SIGINT, signal.SIGTERM, *(() if kept_by_nohup else (signal.SIGHUP,))):
-            signal.signal(number, handler)
-
     def _on_signal(self, number: int) -> None:
         now = time.monotonic()
         if self._first_signal is None:
@@ -297,7 +295,8 @@ class System:
     def _explain(self, done: set[asyncio.Task[Any]]) -> None:
         for task in done:
             if error := task.exception():
-                report(f"{error}" or type(error).__name__)
+                self.failures.append(f"{error}" or type(error).__name__)
+                report(f"{error.what if isinstance(error, GaveUp) else self.failures[-1]}; stopping all")
         if self._redis and not self._redis.running:
             report("without Redis nothing can end in order; ending the remaining processes at once")
             self._kill_all()

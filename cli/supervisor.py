@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from cli.output import write
+from cli.output import WRITER
 from shared.errors import MillraceError
 
 STEADY_S = 30.0  # a process that lived this long did not die of the same cause as the one before
@@ -18,7 +18,11 @@ LAST_LINES = 20
 
 
 class GaveUp(MillraceError):
-    """Error of a service that cannot be kept running; the message ends with the last lines of its log."""
+    """Error of a service that cannot be kept running: what happened, and the last lines of its log."""
+
+    def __init__(self, what: str, last_lines: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([f"{what}. Its last lines:", *last_lines]) if last_lines else what)
+        self.what = what
 
 
 class Child:
@@ -111,9 +115,9 @@ class Child:
                 return
             quick = 1 if self.age_s >= STEADY_S else quick + 1
             if not self._ready_name:
-                raise GaveUp(self._last_words(f"{self.service} {ending} before it was ready"))
+                raise self._gave_up(f"{self.service} {ending} before it was ready")
             if quick > RESTARTS:
-                raise GaveUp(self._last_words(f"{self.service} {ending}, for the {quick}th time in a row"))
+                raise self._gave_up(f"{self.service} {ending}, for the {quick}th time in a row")
             delay = min(BACKOFF_S[0] * 2 ** (quick - 1), BACKOFF_S[1])
             self._report(f"{self.service} {ending}; starting it again in {delay:g} s")
             await self._pause(delay)
@@ -148,7 +152,7 @@ class Child:
 
     def _pass_on_lines(self, lines: list[bytes]) -> None:
         self._last_lines.extend(lines)
-        write(sys.stderr, "".join(line.decode(errors="replace") + "\n" for line in lines))
+        WRITER.put(sys.stderr, "".join(line.decode(errors="replace") + "\n" for line in lines))
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -157,6 +161,6 @@ class Child:
         except TimeoutError:
             return
 
-    def _last_words(self, what: str) -> str:
+    def _gave_up(self, what: str) -> GaveUp:
         lines = [line.decode(errors="replace") for line in self._last_lines]
-        return "\n  ".join([f"{what}. Its last lines:" if lines else f"{what}, and logged nothing", *lines])
+        return GaveUp(what if lines else f"{what}, and logged nothing", lines)

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 from machine import PATIENCE_S
 
 from cli import supervisor
-from cli.output import silence, write
-from cli.serve import System
+from cli.output import WRITER
 from cli.supervisor import Child, GaveUp
 
 
@@ -42,6 +40,7 @@ async def test_what_dies_before_it_was_ready_is_given_up_with_its_last_lines(
     assert words.startswith("engine ended with status 1 before it was ready")
     assert "loading" in words
     assert "no such tensor" in words
+    WRITER.flush(PATIENCE_S)
     assert "no such tensor\n" in capfd.readouterr().err
 
 
@@ -159,6 +158,7 @@ raise SystemExit(1)
 async def test_lines_of_any_length_and_without_an_end_are_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GaveUp):
         await child("print('a' * 200_000); print('b', end='')", []).run()
+    WRITER.flush(PATIENCE_S)
     assert capfd.readouterr().err == "a" * 200_000 + "\nb\n"
 
 
@@ -166,17 +166,23 @@ async def test_whoever_asked_is_told_which_process_has_ended(capfd: pytest.Captu
     ended: list[int] = []
     with pytest.raises(GaveUp):
         await Child("engine", [sys.executable, "-c", "import os; print(os.getpid())"], {}, print, ended.append).run()
+    WRITER.flush(PATIENCE_S)
     assert ended == [int(capfd.readouterr().err)]
 
 
-async def test_lines_that_nobody_reads_any_more_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gone", [True, False])
+async def test_lines_that_nobody_reads_hold_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """A terminal that was closed, and one in which somebody has pressed Ctrl-S."""
     reader, writer = os.pipe()
-    os.close(reader)
+    if gone:
+        os.close(reader)
     up = tmp_path / "up"
     script = f"""
 import signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-print("said" * 100_000, flush=True)
+print("said" * 1_000_000, flush=True)
 open({str(up)!r}, "w").write("up")
 signal.pause()
 """
@@ -188,24 +194,6 @@ signal.pause()
         one.mark_ready()
         assert await one.stop(PATIENCE_S)
         await running
-
-
-def test_a_full_disk_costs_lines_and_no_stream(tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        write(full, "lost")
-        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == "/dev/full"
-        silence(full)
-    write(None, "where there is no stream")
-
-
-@pytest.mark.parametrize("started_by_nohup", [True, False])
-def test_a_closed_terminal_is_a_reason_to_end_unless_nohup_said_no(started_by_nohup: bool) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if started_by_nohup else signal.SIG_DFL)
-        System._handle_signals(print)
-        assert (signal.getsignal(signal.SIGHUP) is print) is not started_by_nohup
-        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is print
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not gone:
+            os.close(reader)
+        WRITER.flush(PATIENCE_S)

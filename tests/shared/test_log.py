@@ -38,6 +38,10 @@ def test_words_stay_bare() -> None:
     assert line("m", path="messages[0].content").endswith(" msg=m path=messages[0].content")
 
 
+def test_a_message_is_not_said_twice() -> None:
+    assert line("Started", color_message="\x1b[36mStarted\x1b[0m").endswith(" msg=Started")
+
+
 def test_exception_in_one_line() -> None:
     try:
         raise ValueError("two\nlines")

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from shared.errors import CheckpointError, ConfigError
 from shared.log import logger
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class ModelThread(Generic[T]):
             reached = self._ended
             self._run(loaded)
             self._settle(reached, None)
+        except (CheckpointError, ConfigError) as failure:  # the service says it, as the reason why it cannot start
+            self._settle(reached, failure)
         except BaseException as failure:
             _log.exception("the model's thread failed; the engine stops")
             self._settle(reached, failure)
