@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 
 from shared import config, crash_points, fingerprint, log, metrics, tracing
 from shared.bus.client import MAX_BLOCK_MS, connect, suspect
+from shared.bus.eviction import check_eviction
 from shared.bus.keys import Keys
 from shared.bus.leases import UNREADABLE, Difference, Lease
 from shared.bus.retry import retry_until_available
@@ -204,9 +205,10 @@ class Life:
         """Write the first lease. A fleet that has just been killed may leave leases behind that differ; wait for these.
 
         Raises:
-            ConfigError: replicas that live differ from this one.
+            ConfigError: replicas that live differ from this one, or Redis may evict what they need.
         """
         _log.info(self._state)
+        await retry_until_available("eviction", lambda: check_eviction(self._redis))
         give_up_at = time.monotonic() + self._dead_after_s
         while differences := await retry_until_available("join", lambda: self._lease.join(self._state)):
             if time.monotonic() >= give_up_at:

@@ -83,13 +83,13 @@ millrace/redis-passwords: {{ .Values.redis.passwordGeneration | quote }}
 {{- with index .previous .user }} #{{ . | sha256sum }}{{ end -}}
 {{- end -}}
 
-{{/* The users of the chart's Valkey. Services may do all that is not administration, within the release's keys. Without
+{{/* The users of the chart's Valkey. Services may do all that is not administration, within the release's keys, and INFO. Without
      passwords it serves to tell whether the users' rights have changed. */}}
 {{- define "millrace.redisAcl" -}}
 {{- $keys := printf "~%s:*" (include "millrace.namespace" .root) -}}
 user default on nopass resetkeys resetchannels -@all +ping
 {{- range list "gateway" "mm-encoder" "engine" "postproc" }}
-user {{ . }} on {{ include "millrace.redisPasswords" (merge (dict "user" .) $) }} {{ $keys }} resetchannels +@all -@admin -@dangerous
+user {{ . }} on {{ include "millrace.redisPasswords" (merge (dict "user" .) $) }} {{ $keys }} resetchannels +@all -@admin -@dangerous +info
 {{- end }}
 user scaler on {{ include "millrace.redisPasswords" (merge (dict "user" "scaler") .) }} {{ $keys }} resetchannels -@all +@connection +info +xlen
 user monitor on {{ include "millrace.redisPasswords" (merge (dict "user" "monitor") .) }} {{ $keys }} resetchannels -@all +@connection +info +config|get +slowlog|len +slowlog|get +latency|latest +type +scard +xinfo

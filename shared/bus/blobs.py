@@ -11,9 +11,10 @@ entry and chunks that expire like any other. The blob itself becomes visible wit
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
 
 from shared.bus.client import command
 from shared.bus.keys import Keys
@@ -26,6 +27,7 @@ EMBEDS = "embeds"  # kind of the encoder's output, kept for later requests with 
 CHUNK = 1 << 20
 UPLOADS_SHARE = 0.5  # of the budget; beyond it, embeddings would be evicted before they are read
 _BATCH = 4  # chunks in one pipeline: they occupy Redis for about 2 ms
+_MOST_CALLS = 64  # in one pipeline, of uploads that are smaller than a chunk
 
 
 T = TypeVar("T")
@@ -88,18 +90,39 @@ class Blobs:
             taken = int(await self._pin_blobs(keys=self._index, args=[*self._common, *limits, *sizes]))
             if taken >= 0:
                 return taken
-            if all([await self._write_upload(key, data, expiry_s) for key, data in uploads.items()]):
+            if await self._write_uploads(uploads, expiry_s):
                 return None
 
-    async def _write_upload(self, key: str, data: bytes, expiry_s: int) -> bool:
-        """Write a pinned blob; return False if Redis has lost that it is pinned, and maybe its first chunks."""
-        size, chunks = len(data), max(1, math.ceil(len(data) / CHUNK))
-        about = [*self._common, self._keys.blob_member(MEDIA, key), expiry_s, size, chunks]
-        for n in range(chunks):
-            args = [*about, n, data[n * CHUNK : (n + 1) * CHUNK]]
-            if not await self._write_pinned(keys=self._index, args=args):
+    async def _write_uploads(self, uploads: Mapping[str, bytes], expiry_s: int) -> bool:
+        """Write pinned blobs; return False if Redis has lost that one is pinned, and maybe its first chunks.
+
+        Several chunks are in flight, over one connection, so Redis writes them in order: the last chunk of a blob,
+        which makes it visible, behind all others. A blob is pinned once, before its first chunk; so whoever finds it
+        pinned at its last one has lost none.
+        """
+        calls = (call for key, data in uploads.items() for call in self._upload_calls(key, data, expiry_s))
+        for batch in _batches_of_bytes(calls):
+            if not all(await self._write_together(batch)):
                 return False
         return True
+
+    def _upload_calls(self, key: str, data: bytes, expiry_s: int) -> Iterator[tuple[list[Any], memoryview]]:
+        """Yield the arguments of the calls that write a blob, and the bytes of each."""
+        view, chunks = memoryview(data), max(1, math.ceil(len(data) / CHUNK))
+        about = [*self._common, self._keys.blob_member(MEDIA, key), expiry_s, len(data), chunks]
+        for n in range(chunks):
+            yield [*about, n], view[n * CHUNK : (n + 1) * CHUNK]
+
+    async def _write_together(self, batch: Sequence[tuple[list[Any], memoryview]]) -> list[int]:
+        """Return what each call of a batch returns. Sent again as a whole when the connection breaks."""
+        while True:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for about, data in batch:
+                    pipe.evalsha(self._write_pinned.sha, len(self._index), *self._index, *about, data)
+                try:
+                    return await pipe.execute()
+                except NoScriptError:  # a Redis that is new, or has lost its scripts with its data
+                    await command(self._redis, "SCRIPT LOAD", read_script("write_pinned"))
 
     async def _write_chunks(self, kind: str, key: str, view: memoryview) -> int:
         """Write the bytes of a blob; return the number of chunks."""
@@ -140,6 +163,20 @@ class Blobs:
         args = [*self._common, self._keys.blob_member(kind, key), self._ttl_s]
         found = await self._touch_blob(keys=self._index, args=args)
         return (int(found[0]), bytes(found[1])) if found else None
+
+
+def _batches_of_bytes(calls: Iterable[tuple[list[Any], memoryview]]) -> Iterator[list[tuple[list[Any], memoryview]]]:
+    """Yield calls, in order, as many together as have the bytes of a batch of chunks."""
+    batch: list[tuple[list[Any], memoryview]] = []
+    size = 0
+    for call in calls:
+        if batch and (size + len(call[1]) > _BATCH * CHUNK or len(batch) == _MOST_CALLS):
+            yield batch
+            batch, size = [], 0
+        batch.append(call)
+        size += len(call[1])
+    if batch:
+        yield batch
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:

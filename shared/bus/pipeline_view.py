@@ -11,6 +11,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
+from shared.bus.eviction import KEEPS_ALL
 from shared.bus.keys import ENCODE, GENERATE, NEWER, SERVICES, WAITING, Keys
 from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
@@ -119,6 +120,7 @@ class RedisView(msgspec.Struct, frozen=True):
     ops_per_s: int
     evicted: int
     kept_on_disk: bool
+    policy: str = KEEPS_ALL  # by which it evicts when it is full
 
 
 class PipelineView(msgspec.Struct, frozen=True):
@@ -184,7 +186,10 @@ def problems(view: PipelineView) -> list[str]:
     if view.stage("postproc").ready:
         found += [f"tokens:{shard.shard} has no living owner" for shard in view.shards if shard.owner is None]
     if view.redis and view.redis.max_bytes and view.redis.used_bytes > FULL * view.redis.max_bytes:
-        found.append(f"Redis uses {view.redis.used_bytes / view.redis.max_bytes:.0%} of its memory; full, it refuses")
+        full = "it refuses" if view.redis.policy == KEEPS_ALL else "it evicts"
+        found.append(f"Redis uses {view.redis.used_bytes / view.redis.max_bytes:.0%} of its memory; full, {full}")
+    if view.redis and view.redis.max_bytes and view.redis.policy != KEEPS_ALL:
+        found.append(f"Redis evicts keys when it is full ({view.redis.policy}, {view.redis.evicted} so far)")
     return found
 
 
@@ -325,4 +330,5 @@ def _redis(info: dict[str, Any] | None) -> RedisView | None:
         ops_per_s=int(info["instantaneous_ops_per_sec"]),
         evicted=int(info["evicted_keys"]),
         kept_on_disk=bool(info["aof_enabled"]),
+        policy=str(info.get("maxmemory_policy", KEEPS_ALL)),
     )

@@ -78,6 +78,7 @@ async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, 
 
 
 async def test_a_service_may_not_administer_nor_leave_its_release(client: Redis) -> None:
+    assert (await client.info("memory"))["maxmemory_policy"] == "noeviction", "by which it sees that nothing is evicted"
     for words in (
         ("FLUSHALL",),
         ("CONFIG", "GET", "*"),

@@ -40,13 +40,38 @@ class ThinkingPart(msgspec.Struct, frozen=True, tag_field="type", tag="thinking"
     thinking: Any = None
 
 
-class PixelRange(msgspec.Struct, frozen=True, kw_only=True):
+class MediaFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that some API knows beside an image or a video, or in the object with its link.
+
+    Where a class below gives one a type it works; where it is `Any` it is refused, by media.py.
+    """
+
+    fps: Any = None
+    min_frames: Any = None
+    max_frames: Any = None
+    target_frames: Any = None
+    frames_sample: Any = None
+    resized_height: Any = None  # from here on: of Qwen's clients
+    resized_width: Any = None
+    total_pixels: Any = None
+    nframes: Any = None
+    video_start: Any = None
+    video_end: Any = None
+    sample_fps: Any = None
+    raw_fps: Any = None
+    enable_rotate: Any = None
+    subtitles: Any = None  # FastDeploy
+    min_dynamic_patch: Any = None  # SGLang, LMDeploy
+    max_dynamic_patch: Any = None
+    image_pixel_limit: Any = None  # Volcengine
+
+
+class PixelRange(MediaFields, frozen=True, kw_only=True):
     """Sizes that one image, or each frame of one video, is brought to: within the server's, before the request's."""
 
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
-    resized_height: Any = None  # these are known, and refused by validate.py
-    resized_width: Any = None
+    detail: Literal["auto", "low", "high", "original"] | None = None  # low: as `max_pixels` of 512 x 512
 
 
 class ImageURL(PixelRange, frozen=True):
@@ -75,11 +100,6 @@ class Sampling(PixelRange, frozen=True, kw_only=True):
     max_frames: Frames | None = None
     target_frames: Frames | None = None
     frames_sample: Literal["leading", "middle", "rand"] | None = None
-    subtitles: Any = None  # these are known, and refused by validate.py
-    total_pixels: Any = None
-    nframes: Any = None
-    video_start: Any = None
-    video_end: Any = None
 
 
 class VideoURL(Sampling, frozen=True):
@@ -101,7 +121,10 @@ class BareVideoPart(Sampling, frozen=True, tag_field="type", tag="video"):
 
 
 class FileData(Sampling, frozen=True):
-    """An image or a video as a file input of LiteLLM or OpenAI: base64, a data URL, or a link and its media type."""
+    """An image or a video as a file input of LiteLLM or OpenAI: base64, a data URL, or a link and its media type.
+
+    Which of both is known when it is read, so media.py refuses the sampling of an image.
+    """
 
     file_data: str | None = None
     file_id: str | None = None
@@ -190,6 +213,12 @@ def stated_medium(part: MediaPart) -> tuple[str, str | ImageURL | VideoURL | Fil
         case ImagePart(image_url=given):
             return "image_url", given
     return "video_url", part.video_url
+
+
+def stated_fields(holder: MediaFields) -> dict[str, Any]:
+    """Return what is stated beside a medium, or in the object with its link, in fields that some API knows."""
+    values = ((name, getattr(holder, name, None)) for name in Sampling.__struct_fields__)
+    return {name: value for name, value in values if value is not None}
 
 
 def part_text(part: WrittenPart | str) -> str:

@@ -4,21 +4,19 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import unquote
 
 import msgspec
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from services.gateway.request.conversation import (
     FileData,
-    ImageURL,
     MediaPart,
     ShownImagePart,
-    VideoURL,
     stated_medium,
 )
 from services.gateway.request.media_kind import kind_of
+from services.gateway.request.media_options import own_options, resolve_options
 from services.gateway.request.schemas import ChatRequest, MediaKwargs
 from shared.errors import RequestError, invalid
 from shared.messages import MediaKind, VideoOptions
@@ -26,8 +24,6 @@ from shared.messages import MediaKind, VideoOptions
 MAX_URL_CHARS = 8192
 
 _BARE = "data:;base64,"  # before base64 that is alone
-_BOUNDS = ("min_pixels", "max_pixels")
-_OPTIONS = (*_BOUNDS, *VideoOptions.__struct_fields__)
 _MAX_HEAD_CHARS = 300  # of a data URL, up to its comma
 # Deleted: what folds lines. Replaced: the alphabet of URLs and file names (RFC 4648, section 5).
 _FOLDS, _URL_SAFE = b" \t\r\n\f\v", bytes.maketrans(b"-_", b"+/")
@@ -71,7 +67,8 @@ class MediaRules(msgspec.Struct, frozen=True):
         """Return all media of the conversation, in order.
 
         Raises:
-            RequestError: 400 naming the part: too many, not a data URL, wrong media type, too large, another scheme.
+            RequestError: 400 naming the part: too many, not a data URL, wrong media type, too large, another scheme; or
+                a field beside it that cannot be honoured.
         """
         parts = [
             (part, f"messages[{i}].content[{j}]")
@@ -80,7 +77,7 @@ class MediaRules(msgspec.Struct, frozen=True):
             for j, part in enumerate(message.content)
             if isinstance(part, MediaPart)
         ]
-        items = [_with_sizes(self._read_part(part, path), request.mm_processor_kwargs) for part, path in parts]
+        items = [self._read_part(part, path, request.mm_processor_kwargs) for part, path in parts]
         for kind, limit in self.limits.items():
             found = [item for item in items if item.kind == kind]
             if len(found) > limit:
@@ -89,7 +86,7 @@ class MediaRules(msgspec.Struct, frozen=True):
                 raise invalid(f"{text} (the setting limit_mm_per_prompt; earlier turns count, too).", where)
         return items
 
-    def _read_part(self, part: MediaPart, path: str) -> MediaItem:
+    def _read_part(self, part: MediaPart, path: str, sizes: MediaKwargs | None) -> MediaItem:
         field, given = stated_medium(part)
         if isinstance(given, list):
             raise _frames(f"{path}.{field}")
@@ -98,9 +95,9 @@ class MediaRules(msgspec.Struct, frozen=True):
         else:
             kind = "image" if isinstance(part, ShownImagePart) else "video"
             source = given if isinstance(given, str) else given.url
-        own = _own_options(part, given)
-        sampling = {name: own.pop(name) for name in VideoOptions.__struct_fields__ if name in own}
-        item = MediaItem(kind, path, field, video=VideoOptions(**sampling if kind == "video" else {}), **own)
+        own = own_options(part, given, kind, path, field)
+        options = resolve_options(own, kind, sizes)
+        item = MediaItem(kind, path, field, None, None, options.video, options.min_pixels, options.max_pixels)
         return self._with_source(item, source)
 
     def _read_file(self, file: FileData, path: str) -> tuple[MediaKind, str]:
@@ -157,41 +154,6 @@ class MediaRules(msgspec.Struct, frozen=True):
         if _is_of_another_kind(kind, head.media_type, data):
             raise invalid(f"`{where}` has the media type {head.media_type:.100}; it must be {kind}/*.", where)
         return data
-
-
-def _with_sizes(item: MediaItem, sizes: MediaKwargs | None) -> MediaItem:
-    """Return `item` with what the request says of all media of its kind, and the part does not."""
-    if sizes is None:
-        return item
-    if item.kind == "image":
-        return _within(item, sizes.image_min_pixels, sizes.image_max_pixels)
-    options = VideoOptions(
-        fps=sizes.video_fps,
-        min_frames=sizes.video_min_frames,
-        max_frames=sizes.video_max_frames,
-        target_frames=sizes.video_target_frames,
-        frames_sample=sizes.video_frames_sample,
-    )
-    own = {name: value for name, value in asdict(item.video).items() if value is not None}
-    # There is one way to say how many frames: the part's excludes the request's.
-    if (own.get("target_frames") or 0) > 0:
-        own.setdefault("fps", None)
-    if (own.get("fps") or 0) > 0:
-        own.setdefault("target_frames", None)
-    return _within(replace(item, video=replace(options, **own)), sizes.video_min_pixels, sizes.video_max_pixels)
-
-
-def _within(item: MediaItem, min_pixels: int | None, max_pixels: int | None) -> MediaItem:
-    """Return `item` with the bounds that it does not say itself."""
-    own = {name: value for name in _BOUNDS if (value := getattr(item, name)) is not None}
-    return replace(item, **{"min_pixels": min_pixels, "max_pixels": max_pixels, **own})
-
-
-def _own_options(part: MediaPart, given: str | ImageURL | VideoURL | FileData) -> dict[str, Any]:
-    """Return the sizes and the sampling that a part states: beside its link, or with it, which wins."""
-    holders = [part] if isinstance(given, str) else [part, given]
-    stated = [(name, getattr(holder, name, None)) for holder in holders for name in _OPTIONS]
-    return {name: value for name, value in stated if value is not None}
 
 
 def _frames(where: str) -> RequestError:

@@ -5,13 +5,7 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.request.conversation import (
-    MediaPart,
-    Message,
-    Part,
-    Tool,
-    stated_medium,
-)
+from services.gateway.request.conversation import MediaPart, Message, Tool
 from services.gateway.request.schemas import ChatRequest, GenerationRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
 from shared.errors import invalid
@@ -21,9 +15,6 @@ MAX_SCHEMA_BYTES = 64 << 10  # of one tool
 MAX_TOOLS_BYTES = 512 << 10  # of all of them
 MAX_KWARGS_BYTES = 16 << 10
 MAX_DEPTH = 32
-
-_OF_VIDEOS = ("subtitles", "total_pixels", "nframes", "video_start", "video_end")
-_REFUSED_OF_MEDIA = ("resized_height", "resized_width", *_OF_VIDEOS)
 
 IMAGE_PLACEHOLDER = "<|IMAGE_PLACEHOLDER|>"
 
@@ -106,19 +97,6 @@ def _check_content(message: Message, path: str) -> None:
             if isinstance(part, MediaPart) and message.role not in ("user", "tool", "function"):
                 field = f"{path}[{i}].type"
                 raise invalid(f"`{field}`: a message of the role {message.role} may have only text.", field)
-            _check_part(part, f"{path}[{i}]")
-
-
-def _check_part(part: Part | str, path: str) -> None:
-    """Check that neither a part nor the object with its link asks for what this server cannot do with it."""
-    if not isinstance(part, MediaPart):
-        return
-    field, given = stated_medium(part)
-    for holder, where in ((part, path), (given, f"{path}.{field}")):
-        for name in _REFUSED_OF_MEDIA:
-            if getattr(holder, name, None):
-                refused = f"{where}.{name}"
-                raise invalid(f"`{refused}` is not supported by this server.", refused, "unsupported_parameter")
 
 
 def check_tools(request: ChatRequest) -> None:

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Raw
 
-from services.gateway.dialects.responses.answered import Answered, output_items, said_bytes
+from services.gateway.dialects.responses.answered import Answered, ItemForm, output_items, said_bytes
 from services.gateway.dialects.responses.body import MAX_ITEMS
-from services.gateway.dialects.responses.tools import namespaces
 from services.gateway.http.memory import Reservation
 from services.gateway.responses.ends import Ends
 from shared.errors import Failure, RequestError, invalid
@@ -73,9 +72,9 @@ async def resolve(
 
     kept: dict[str, bytes] = {}
     for request_id, names in _by_response(given.names).items():
-        said, spaces = await _said(request_id, ends, owner)
+        said, form = await _said(request_id, ends, owner)
         charge(said_bytes(said))
-        outputs = output_items(request_id, said, spaces) if said.status in ("completed", "incomplete") else []
+        outputs = output_items(request_id, said, form) if said.status in ("completed", "incomplete") else []
         kept |= {item["id"]: msgspec.json.encode(item) for item in outputs if item["id"] in names}
         for name, index in names.items():
             if name not in kept:
@@ -119,13 +118,13 @@ def _by_response(names: Mapping[int, Any]) -> dict[str, dict[str, int]]:
     return found
 
 
-async def _said(request_id: str, ends: Ends, owner: str) -> tuple[Answered, frozenset[str]]:
-    """Return what the model said in a response, and the namespaces of its tools; a cancelled one if none is kept."""
+async def _said(request_id: str, ends: Ends, owner: str) -> tuple[Answered, ItemForm]:
+    """Return what the model said in a response, and the form of its items; a cancelled one if none is kept."""
     head = await ends.store.head(request_id, owner)
     end = None if head is None else await ends.find_said(request_id, head)
     if head is None or not isinstance(end, Answered):
-        return Answered(cancelled=True), frozenset()
-    return end, namespaces(msgspec.json.decode(head.form.kept)["tools"])
+        return Answered(cancelled=True), ItemForm()
+    return end, head.item_form
 
 
 def _unknown(name: Any, index: int) -> RequestError:

@@ -10,7 +10,7 @@ A response without an end runs, or its end is in its record and journal (`servic
 import msgspec
 
 from services.gateway.dialects.responses import answered
-from services.gateway.dialects.responses.answered import Answered
+from services.gateway.dialects.responses.answered import Answered, ItemForm, item_form
 from services.gateway.dialects.responses.resource import PREFIX
 from services.gateway.request.answer_format import AnswerFormat
 from shared import log
@@ -31,6 +31,11 @@ class StoredHead(msgspec.Struct, frozen=True):
     created: float  # unix seconds
     form: AnswerFormat
     ancestors: tuple[str, ...] = ()  # request ids of the earlier turns, oldest first
+
+    @property
+    def item_form(self) -> ItemForm:
+        """The form of its output items."""
+        return item_form(msgspec.json.decode(self.form.kept))
 
 
 class ResponseStore:

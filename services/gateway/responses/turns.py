@@ -7,7 +7,6 @@ import msgspec
 from services.gateway.dialects.responses.answered import Answered, output_items, said_bytes
 from services.gateway.dialects.responses.body import MAX_ITEMS
 from services.gateway.dialects.responses.resource import PREFIX
-from services.gateway.dialects.responses.tools import namespaces
 from services.gateway.http.memory import Reservation
 from services.gateway.responses.ends import Ends
 from services.gateway.responses.store import StoredHead, request_id_of
@@ -56,7 +55,7 @@ class EarlierTurnsReader(msgspec.Struct, frozen=True):
             size += more
             self._check_size(size)
             reservation.grow(more)
-            items += [*msgspec.json.decode(given), *output_items(turn, said, _namespaces(one))]
+            items += [*msgspec.json.decode(given), *output_items(turn, said, one.item_form)]
         if len(items) > MAX_ITEMS:
             raise invalid(f"`{FIELD}`: the conversation has {len(items)} items; the limit is {MAX_ITEMS}.", FIELD)
         return EarlierTurns(tuple(items), turns, size)
@@ -73,10 +72,6 @@ class EarlierTurnsReader(msgspec.Struct, frozen=True):
         if size > self.max_bytes:
             text = f"`{FIELD}`: the conversation has more than {self.max_bytes} bytes."
             raise RequestError(Failure(413, text, param=FIELD, code="request_too_large"))
-
-
-def _namespaces(head: StoredHead) -> frozenset[str]:
-    return namespaces(msgspec.json.decode(head.form.kept)["tools"])
 
 
 def _unknown(name: str, which: str = "") -> RequestError:

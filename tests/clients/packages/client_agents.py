@@ -14,6 +14,7 @@ from agents import (
 )
 from asks import API_KEY, BASE_URL, FACT, FACT_QUESTION, MODEL, WEATHER_QUESTION, Report
 from openai import AsyncOpenAI
+from openai.types.shared import Reasoning
 
 QUIET = RunConfig(tracing_disabled=True)
 
@@ -56,6 +57,21 @@ def test_text_streamed(agent):
     events, result = asyncio.run(read())
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == FACT
     assert result.final_output == FACT
+
+
+def test_a_summary_of_the_reasoning_goes_back_with_the_next_turn():
+    async def both():
+        client = AsyncOpenAI(base_url=f"{BASE_URL}/v1", api_key=API_KEY, max_retries=0)
+        settings = ModelSettings(reasoning=Reasoning(summary="detailed"))
+        asked = Agent(name="a", model=OpenAIResponsesModel(model=MODEL, openai_client=client), model_settings=settings)
+        first = await Runner.run(asked, FACT_QUESTION, run_config=QUIET)
+        turns = [*first.to_input_list(), {"role": "user", "content": FACT_QUESTION}]
+        return first, await Runner.run(asked, turns, run_config=QUIET)
+
+    first, second = asyncio.run(both())
+    [item] = [item.raw_item for item in first.new_items if item.type == "reasoning_item"]
+    assert item.summary[0].text
+    assert second.final_output
 
 
 def test_an_output_type(agent):

@@ -31,6 +31,18 @@ def test_the_stream_helper(responses):
     assert (text, final.output_text) == (FACT, FACT)
 
 
+def test_a_summary_is_the_reasoning(responses):
+    asked = {"model": MODEL, "input": FACT_QUESTION, "temperature": 0}
+    plain = responses.create(**asked).output[0].content[0].text
+    with responses.stream(**asked, reasoning={"summary": "auto"}) as stream:
+        events = list(stream)
+    told = "".join(event.delta for event in events if event.type == "response.reasoning_summary_text.delta")
+    item = events[-1].response.output[0]
+    assert plain
+    assert told == plain
+    assert ([part.text for part in item.summary], item.content) == ([plain], [])
+
+
 def test_parsed(responses):
     made = responses.parse(model=MODEL, input=WEATHER_QUESTION, text_format=Report, max_output_tokens=400)
     assert isinstance(made.output_parsed, Report)

@@ -85,7 +85,7 @@ def test_options_beside_a_link_are_those_with_it_which_win(parser: WholeParser, 
         {"type": "image_url", "image_url": {"url": IMAGE}, "max_pixels": 9000},
         {"type": "image_url", "image_url": {"url": IMAGE, "max_pixels": 9000}},
         {"type": "image", "image": IMAGE, "max_pixels": 9000},
-        {"type": "file", "file": {"file_data": IMAGE}, "max_pixels": 9000, "fps": 3},
+        {"type": "file", "file": {"file_data": IMAGE}, "max_pixels": 9000},
         {"type": "file", "file": {"file_data": IMAGE.partition(",")[2], "max_pixels": 9000}},
     ],
 )

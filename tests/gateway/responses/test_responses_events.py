@@ -4,6 +4,7 @@ import itertools
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ ECHO: dict[str, Any] = {
     "metadata": {"a": "b"},
 }
 HEAD = Head("0123456789abcdef", 123, "demo", ECHO)
+SUMMARY_HEAD = Head("0123456789abcdef", 123, "demo", {**ECHO, "reasoning": {"effort": None, "summary": "auto"}})
 USAGE = Usage(10, 20, 5, 3, 2, 1)
 EVENT = TypeAdapter(ResponseStreamEvent)
 CALLS = (ToolDelta(0, "c0", "f", '{"a": 1}'), ToolDelta(1, "c1", "g", "{}"))
@@ -76,10 +78,10 @@ class Ended:
         self.failure = failure
 
 
-def written(deltas: list[Delta], after: int = -1, logprobs: bool = False) -> list[dict[str, Any]]:
+def written(deltas: list[Delta], after: int = -1, logprobs: bool = False, head: Head = HEAD) -> list[dict[str, Any]]:
     """The events of a stream, each checked against openai's types."""
     ends: list[Answered] = []
-    events = ResponseEvents(HEAD, logprobs, after, ends.append)
+    events = ResponseEvents(head, logprobs, after, ends.append)
     data = events.begin() + b"".join(events.delta(0, delta, 0) for delta in deltas) + events.end(Ended())  # type: ignore[arg-type]
     assert len(ends) == 1
     return parsed(data)
@@ -152,6 +154,50 @@ def test_the_events_of_an_answer_in_their_order() -> None:
         *(*message, "output_text.delta", "output_text.done", *ends),
         "completed",
     ]
+
+
+def test_a_summary_is_the_reasoning_itself_in_the_events_and_the_place_of_a_summary() -> None:
+    plain, told = written(TOKENS), written(TOKENS, head=SUMMARY_HEAD)
+    assert [event["type"].removeprefix("response.") for event in told[2:8]] == [
+        *("output_item.added", "reasoning_summary_part.added"),
+        *("reasoning_summary_text.delta", "reasoning_summary_text.delta", "reasoning_summary_text.done"),
+        "reasoning_summary_part.done",
+    ]
+    added, part, first, _, text, ended, item = told[2:9]
+    assert (added["item"]["summary"], added["item"]["content"]) == ([], [])
+    assert [one["summary_index"] for one in told[3:8]] == [0] * 5
+    assert not any("content_index" in one for one in told[3:8])
+    assert (part["part"], first["delta"]) == ({"type": "summary_text", "text": ""}, "I ")
+    whole = {"type": "summary_text", "text": "I think\u2028."}
+    assert (text["text"], ended["part"], item["item"]["summary"], item["item"]["content"]) == (
+        *(whole["text"], whole),
+        *([whole], []),
+    )
+    assert told[-1]["response"]["output"][0] == item["item"]
+    # All others are those of an answer without a summary, under the same numbers.
+    assert [one["sequence_number"] for one in told] == [one["sequence_number"] for one in plain]
+    assert told[9:-1] == plain[9:-1]
+
+
+def test_a_summary_that_nobody_stores_has_what_its_client_sends_it_back_beside() -> None:
+    head = msgspec.structs.replace(SUMMARY_HEAD, echo={**SUMMARY_HEAD.echo, "store": False})
+    told = written(TOKENS, head=head)
+    items = [told[2]["item"], told[8]["item"], told[-1]["response"]["output"][0]]
+    assert [item["encrypted_content"] for item in items] == ["enc_0123456789abcdef"] * 3
+    assert [len(item["summary"]) for item in items] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("after", range(-1, 25))
+def test_a_summary_is_continued_and_replayed_behind_a_number(after: int) -> None:
+    whole = without_time(expanded(written(TOKENS, head=SUMMARY_HEAD)))
+    rest = [event for event in whole if event["sequence_number"] > after]
+    assert without_time(expanded(written(TOKENS, after, head=SUMMARY_HEAD))) == rest
+    ends: list[Answered] = []
+    events = ResponseEvents(SUMMARY_HEAD, False, -1, ends.append)
+    for delta in TOKENS:
+        events.delta(0, delta, 0)
+    events.end(Ended())  # type: ignore[arg-type]
+    assert without_time(expanded(parsed(replay(SUMMARY_HEAD, False, ends[0], after)))) == rest
 
 
 def test_numbers_count_characters_and_events() -> None:

@@ -10,7 +10,7 @@ import openai
 import pytest
 from gateway_stages import USAGE, Running, Stages, running, until
 from machine import PATIENCE_S
-from openai.types.responses import Response
+from openai.types.responses import Response, ResponseReasoningItem
 from pydantic import BaseModel
 from redis.asyncio import Redis
 from system import data_url, encoded, picture
@@ -76,6 +76,38 @@ async def test_a_response_is_kept_and_read_anywhere(server: Running, other: Runn
     await other.client.responses.delete(made.id)
     with pytest.raises(openai.NotFoundError):
         await server.client.responses.retrieve(made.id)
+
+
+async def test_reasoning_is_sent_as_a_summary_where_one_is_asked_for(
+    server: Running, other: Running, stages: Stages
+) -> None:
+    made = await answered(server, stages, Delta("", 2, reasoning="hm", content="Hello"), reasoning={"summary": "auto"})
+    item = made.output[0]
+    assert isinstance(item, ResponseReasoningItem)
+    assert ([part.text for part in item.summary], item.content) == (["hm"], [])
+    assert (made.output_text, made.reasoning.summary if made.reasoning else None) == ("Hello", "auto")
+    assert await other.client.responses.retrieve(made.id) == made
+    events = await collect(other, made.id.removeprefix("resp_"), 3)
+    assert [(event.type, event.delta) for event in events if hasattr(event, "delta")] == [
+        ("response.reasoning_summary_text.delta", "hm"),
+        ("response.output_text.delta", "Hello"),
+    ]
+    question: list[Any] = [{"role": "user", "content": "Hi"}]
+    items: list[Any] = [output.model_dump(exclude_none=True) for output in made.output]
+    references: list[Any] = [{"type": "item_reference", "id": output.id} for output in made.output]
+    prompts = []
+    for body in (
+        {"input": [*question, *items, *question]},
+        {"input": [*question, *references, *question]},
+        {"input": "Hi", "previous_response_id": made.id},
+    ):
+        asking = asyncio.create_task(server.client.responses.create(**body))
+        [work] = await stages.take()
+        assert isinstance(work, Generate)
+        prompts.append(work.prompt)
+        await stages.say(work.request, Delta(work.request.id, 1, content="x", finish_reason="stop", usage=USAGE))
+        await asking
+    assert prompts[0] == prompts[1] == prompts[2]
 
 
 async def test_what_is_not_to_be_stored_is_not(server: Running, stages: Stages, redis: Redis, keys: Keys) -> None:

@@ -16,9 +16,11 @@ from services.gateway.dialects.responses.answered import Answered
 from services.gateway.dialects.responses.responses import ResponsesDialect
 from services.gateway.http.memory import Reservation
 from services.gateway.http.structure import MAX_CONTAINERS
+from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.responses import references
 from services.gateway.responses.ends import Ends
 from services.gateway.responses.session import ResponseSession
+from services.gateway.responses.store import StoredHead
 from services.gateway.responses.turns import EarlierTurnsReader
 from shared.messages import Delta, Generate, ShownLogprob, ToolDelta, unpack_ids
 
@@ -163,7 +165,7 @@ class Held:
         self.size += count
 
     async def head(self, request_id: str, owner: str) -> Any:
-        return SimpleNamespace(form=SimpleNamespace(kept=b'{"tools":[]}'), ancestors=("0" * 16, "1" * 16))
+        return StoredHead("", 0.0, AnswerFormat(kept=b'{"tools":[],"store":true}'), ("0" * 16, "1" * 16))
 
     async def items(self, request_id: str) -> bytes:
         return b"[]"

@@ -73,6 +73,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"truncation": "auto"}, "truncation"),
+    ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
     ({"max_tool_calls": 3}, "max_tool_calls"),
     ({"conversation": "conv_1"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"),
@@ -159,6 +160,21 @@ def test_fields_become_those_of_a_chat(parser: WholeParser) -> None:
     assert parsed(parser, {"store": False}).keep_s == 0
     assert parsed(parser, {"background": True}).outlives
     assert "`colour`" in parsed(parser, {"colour": "red"}).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "shown"),
+    [
+        ({"summary": "auto"}, "auto"),
+        ({"summary": "detailed", "generate_summary": "auto"}, "detailed"),
+        ({"generate_summary": "concise"}, "concise"),
+        ({"summary": "none"}, None),
+        ({"summary": None}, None),
+        (None, None),
+    ],
+)
+def test_an_answer_says_which_summary_was_asked_for(reasoning: Any, shown: str | None) -> None:
+    assert msgspec.json.decode(stated({"reasoning": reasoning}).kept)["reasoning"]["summary"] == shown
 
 
 def test_a_function_of_a_namespace_is_known_to_the_model_by_both_names(parser: WholeParser) -> None:

@@ -195,32 +195,60 @@ async def test_uploads_of_a_dead_gateway_expire_and_use_does_not_renew_them(
 
 
 class Forgetful:
-    """A Redis that comes back without its data before one of the chunks is written."""
+    """A Redis that comes back without its data, and its scripts, before one of the chunks is written."""
 
-    def __init__(self, blobs: Blobs, redis: Redis, before: int) -> None:
-        self.write, self.redis, self.left = blobs._write_pinned, redis, before
-        blobs._write_pinned = self  # type: ignore[assignment]
+    def __init__(self, redis: Redis, before: int) -> None:
+        self.redis, self.left = redis, before
+        self.calls: list[int] = []  # in each pipeline
 
-    async def __call__(self, **given: Any) -> Any:
-        if self.left == 0:
-            await self.redis.flushall()
-        self.left -= 1
-        return await self.write(**given)
+    def pipeline(self, transaction: bool) -> Any:
+        pipe = self.redis.pipeline(transaction)
+        call = pipe.evalsha
+        self.calls.append(0)
+
+        def evalsha(*words: Any) -> Any:
+            if self.left == 0:
+                pipe.flushall()
+                pipe.script_flush()
+            self.left -= 1
+            self.calls[-1] += 1
+            return call(*words)
+
+        pipe.evalsha = evalsha  # type: ignore[method-assign]
+        return pipe
+
+    async def execute_command(self, *words: Any) -> Any:
+        return await self.redis.execute_command(*words)
 
 
-@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("before", range(5))
 async def test_an_upload_is_whole_and_can_be_deleted_though_redis_lost_the_beginning(
     redis: Redis, keys: Keys, blobs: Blobs, before: int
 ) -> None:
-    forgetful = Forgetful(blobs, redis, before)
-    first, second = os.urandom(2 * CHUNK), os.urandom(CHUNK + 1)
+    blobs._redis = forgetful = Forgetful(redis, before)  # type: ignore[assignment]
+    first, second = os.urandom(3 * CHUNK), os.urandom(CHUNK + 1)
     assert await blobs.pin_uploads({"a-0": first, "a-1": second}, 60) is None
     assert forgetful.left < 0
+    blobs._redis = redis
     assert await blobs.get(MEDIA, "a-0") == (first, b"")
     assert await blobs.get(MEDIA, "a-1") == (second, b"")
-    assert await budget_used(redis, keys) == 3 * CHUNK + 1
+    assert await budget_used(redis, keys) == 4 * CHUNK + 1
     await blobs.delete(MEDIA, ["a-0", "a-1"])
     assert set(await redis.keys()) == {keys.blob_sizes().encode()}, "the sums alone"
+
+
+async def test_chunks_of_uploads_go_together_as_far_as_their_bytes_are_few(
+    redis: Redis, keys: Keys, blobs: Blobs
+) -> None:
+    blobs._redis = counting = Forgetful(redis, -1)  # type: ignore[assignment]
+    assert await blobs.pin_uploads({"a-0": b"x", "a-1": bytes(4 * CHUNK), "a-2": b"y", "a-3": b"z"}, 60) is None
+    assert counting.calls == [4, 3], "four chunks at most, and whatever is small beside them"
+    counting.calls.clear()
+    small = {f"b-{n}": b"%d" % n for n in range(70)}
+    assert await blobs.pin_uploads(small, 60) is None
+    assert counting.calls == [64, 6]
+    blobs._redis = redis
+    assert [await blobs.get(MEDIA, key) for key in small] == [(data, b"") for data in small.values()]
 
 
 async def test_an_upload_that_was_deleted_is_not_written_to_its_end(redis: Redis, keys: Keys, blobs: Blobs) -> None:

@@ -34,17 +34,21 @@ from services.gateway.dialects.messages.schemas import (
 from services.gateway.request.conversation import (
     FunctionCall,
     ImagePart,
+    ImageURL,
     Message,
     Part,
     TextPart,
     ToolCall,
     VideoPart,
+    VideoURL,
+    stated_fields,
 )
 from shared.errors import RequestError, invalid
 
 FAILED = "Error:"  # a line before the result of a tool that failed: the model's format has no other place for that
 
-_PATH = re.compile(r"^messages\[(\d+)\](?:\.content)?(?:\[(\d+)\])?(?:\.\w+)?")
+_PATH = re.compile(r"^messages\[(\d+)\](?:\.content)?(?:\[(\d+)\])?")
+_SOURCE = re.compile(r"^\.(?:image|video)_url")
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -82,7 +86,9 @@ class Conversation(msgspec.Struct, frozen=True):
         if found is None:
             return path
         one, index = self.placed[int(found[1])], found[2]
-        return one.path if index is None or int(index) >= len(one.parts) else one.parts[int(index)]
+        if index is None or int(index) >= len(one.parts):
+            return one.path
+        return one.parts[int(index)] + _SOURCE.sub(".source", path[found.end() :])
 
 
 def read_conversation(request: CountRequest) -> Conversation:
@@ -208,9 +214,9 @@ def _parts(path: str, block: Block) -> Iterator[Placed]:
         case TextBlock(text):
             yield Placed(TextPart(text), path)
         case ImageBlock(source):
-            yield Placed(ImagePart(_url(source)), f"{path}.source")
+            yield Placed(ImagePart(ImageURL(_url(source), **stated_fields(source)), **stated_fields(block)), path)
         case VideoBlock(source):
-            yield Placed(VideoPart(_url(source)), f"{path}.source")
+            yield Placed(VideoPart(VideoURL(_url(source), **stated_fields(source)), **stated_fields(block)), path)
         case DocumentBlock():
             yield Placed(TextPart(_document(block, path)), path)
         case SearchResultBlock():

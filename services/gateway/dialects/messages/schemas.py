@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
+from services.gateway.request.conversation import PixelRange, Sampling
 from services.gateway.request.model_names import MAX_CHARS
 from services.gateway.request.schemas import (
     MAX_MESSAGES,
@@ -24,12 +25,15 @@ from services.gateway.request.schemas import (
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 
 
-class Base64Source(msgspec.Struct, frozen=True, tag_field="type", tag="base64"):
+class Base64Source(Sampling, frozen=True, tag_field="type", tag="base64"):
+    """An image, a video, or a document. What it is to be brought to is an extension here and in the next two, as the
+    chat API has it beside a link or in the object with it."""
+
     data: str
     media_type: Annotated[str, Meta(pattern=r"^[\w.+-]+/[\w.+-]+\Z", max_length=100)]
 
 
-class URLSource(msgspec.Struct, frozen=True, tag_field="type", tag="url"):
+class URLSource(Sampling, frozen=True, tag_field="type", tag="url"):
     url: str
 
 
@@ -45,11 +49,11 @@ class ContentSource(msgspec.Struct, frozen=True, tag_field="type", tag="content"
     content: str | list[TextBlock]
 
 
-class ImageBlock(msgspec.Struct, frozen=True, tag_field="type", tag="image"):
+class ImageBlock(PixelRange, frozen=True, tag_field="type", tag="image"):
     source: Base64Source | URLSource
 
 
-class VideoBlock(msgspec.Struct, frozen=True, tag_field="type", tag="video"):
+class VideoBlock(Sampling, frozen=True, tag_field="type", tag="video"):
     """Extension: a video, as an image is given."""
 
     source: Base64Source | URLSource

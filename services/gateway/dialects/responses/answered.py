@@ -4,11 +4,12 @@ The items are, in this order: the reasoning, a message, the calls, and a second 
 its first call. So they are a function of the answer, however its deltas were cut or merged on their way.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
 
-from services.gateway.dialects.responses.tools import split_name
+from services.gateway.dialects.responses.tools import namespaces, split_name
 from services.gateway.errors import CANCELLED
 from shared.errors import Failure
 from shared.messages import Delta, ShownLogprob, ToolDelta, Usage
@@ -99,15 +100,27 @@ def as_delta(answered: Answered) -> Delta:
     )
 
 
-def output_items(request_id: str, answered: Answered, spaces: frozenset[str]) -> list[dict[str, Any]]:
-    """Return the output items of an answer that was not cancelled and has not failed; `spaces` are the namespaces of
-    its request's tools."""
+class ItemForm(msgspec.Struct, frozen=True):
+    """Facts of a request that the output items of its answer depend on."""
+
+    spaces: frozenset[str] = frozenset()  # the namespaces of its tools
+    summarized: bool = False  # it asked for a summary of the reasoning
+    stored: bool = True  # it did not ask for `store` false
+
+
+def item_form(echo: Mapping[str, Any]) -> ItemForm:
+    """Return the form of the items of a response, from the fields that repeat its request."""
+    return ItemForm(namespaces(echo["tools"]), bool(echo.get("reasoning", {}).get("summary")), echo["store"])
+
+
+def output_items(request_id: str, answered: Answered, form: ItemForm) -> list[dict[str, Any]]:
+    """Return the output items of an answer that was not cancelled and has not failed."""
     items: list[dict[str, Any]] = []
     if answered.reasoning:
-        items.append(reasoning_item(request_id, answered.reasoning))
+        items.append(reasoning_item(request_id, answered.reasoning, form))
     if has_message(answered):
         items.append(message_item(message_id(request_id), answered.content, answered.logprobs))
-    items += [call_item(request_id, index, call, spaces) for index, call in enumerate(answered.calls)]
+    items += [call_item(request_id, index, call, form.spaces) for index, call in enumerate(answered.calls)]
     if answered.later:
         items.append(message_item(message_id(request_id, later=True), answered.later, ()))
     if items and answered.status == "incomplete":
@@ -120,14 +133,19 @@ def has_message(answered: Answered) -> bool:
     return bool(answered.content) or not (answered.calls or answered.status == "incomplete")
 
 
-def reasoning_item(request_id: str, text: str | None, status: str = "completed") -> dict[str, Any]:
-    """Return a reasoning item; without a text if it only begins."""
-    content = [] if text is None else [reasoning_part(text)]
-    return {"id": f"rs_{request_id}", "type": "reasoning", "status": status, "summary": [], "content": content}
+def reasoning_item(request_id: str, text: str | None, form: ItemForm, status: str = "completed") -> dict[str, Any]:
+    """Return a reasoning item, whose text is in one of two places; without it if the item only begins."""
+    item = {"id": f"rs_{request_id}", "type": "reasoning", "status": status, "summary": [], "content": []}
+    if form.summarized and not form.stored:
+        # Some clients send a summary back only beside this. Ours says nothing but which answer it came with.
+        item["encrypted_content"] = f"enc_{request_id}"
+    if text is None:
+        return item
+    return {**item, "summary" if form.summarized else "content": [reasoning_part(text, form.summarized)]}
 
 
-def reasoning_part(text: str) -> dict[str, Any]:
-    return {"type": "reasoning_text", "text": text}
+def reasoning_part(text: str, summarized: bool) -> dict[str, Any]:
+    return {"type": "summary_text" if summarized else "reasoning_text", "text": text}
 
 
 def message_id(request_id: str, later: bool = False) -> str:

@@ -73,12 +73,24 @@ class TextOptions(msgspec.Struct, frozen=True):
     verbosity: Literal["medium"] | None = None  # low and high are not supported
 
 
+Summary = Literal["auto", "concise", "detailed", "none"]
+
+
 class Reasoning(msgspec.Struct, frozen=True):
-    """Switch of thinking. There are no summaries: the whole reasoning is in the answer."""
+    """Switch of thinking, and how it is shown.
+
+    Nobody summarises here: where a summary is asked for, the thinking itself is sent in its place.
+    """
 
     effort: str | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    summary: Summary | None = None
+    generate_summary: Summary | None = None  # the older name
+
+    @property
+    def asked_summary(self) -> str | None:
+        """The kind of summary that is asked for."""
+        asked = self.summary or self.generate_summary
+        return None if asked == "none" else asked
 
 
 Metadata = Annotated[

@@ -134,9 +134,9 @@ def _part(part: Part, path: str) -> chat.Part:
         case InputImage():
             if part.image_url is None:
                 raise _without(path, "image_url", part.file_id)
-            return chat.ImagePart(part.image_url, **_options(part, chat.PixelRange))
+            return chat.ImagePart(part.image_url, **chat.stated_fields(part))
         case InputVideo():
-            return chat.VideoPart(part.video_url, **_options(part, chat.Sampling))
+            return chat.VideoPart(part.video_url, **chat.stated_fields(part))
         case InputFile():
             return _file(part, path)
         case RefusalText(refusal):
@@ -145,18 +145,13 @@ def _part(part: Part, path: str) -> chat.Part:
 
 
 def _file(part: InputFile, path: str) -> chat.Part:
-    options = _options(part, chat.Sampling)
+    options = chat.stated_fields(part)
     if part.file_data is not None:
         return chat.FilePart(chat.FileData(part.file_data), **options)
     if part.file_url is None:
         raise _without(path, "file_data", part.file_id)
     file = chat.FileData(part.file_url, format=_media_type(part.filename or part.file_url))
     return chat.FilePart(file, **options)
-
-
-def _options(part: Part, kind: type[chat.PixelRange]) -> dict[str, Any]:
-    """Return what a part says beside its link, in the fields of `kind`."""
-    return {name: getattr(part, name) for name in kind.__struct_fields__}
 
 
 def _media_type(name: str) -> str:

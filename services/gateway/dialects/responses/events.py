@@ -81,17 +81,30 @@ class NumberedEvents:
         return written
 
 
+class ItemWords(msgspec.Struct, frozen=True):
+    """Names in the events of an item with one part."""
+
+    text: str  # of its text's events, without .delta and .done
+    part: str = ""  # of its part's events, without .added and .done; empty: a call, which has none
+    index: str = ""  # the field with the part's index
+
+
+MESSAGE = ItemWords("response.output_text", "response.content_part", "content_index")
+REASONING = ItemWords("response.reasoning_text", "response.content_part", "content_index")
+SUMMARY = ItemWords("response.reasoning_summary_text", "response.reasoning_summary_part", "summary_index")
+CALL = ItemWords("response.function_call_arguments")
+
+
 class OpenItem:
     """An output item that is being written."""
 
-    def __init__(self, index: int, item: dict[str, Any], part: dict[str, Any] | None) -> None:
-        """`part`: its one part of content, empty; None for a call."""
+    def __init__(self, index: int, item: dict[str, Any], words: ItemWords) -> None:
         self.index = index
         self.item = item
-        self.part = part
+        self.words = words
         self._text: list[str] = []
         where: dict[str, Any] = {"item_id": item["id"], "output_index": index}
-        self.where = where if part is None else {**where, "content_index": 0}
+        self.where = {**where, words.index: 0} if words.index else where
         self.place = _one_line(self.where)[1:-1]
 
     @property
@@ -119,7 +132,7 @@ class ResponseEvents:
         `known`: the answer, if that has ended before."""
         self._known = known
         self._head = head
-        self._spaces = head.spaces
+        self._form = head.form
         self._wants_logprobs = logprobs
         self._ended = ended
         self._events = NumberedEvents(after)
@@ -201,59 +214,61 @@ class ResponseEvents:
 
     def _add_reasoning(self, text: str) -> None:
         if self._reasoning is None:
-            item = reasoning_item(self._head.request_id, None, "in_progress")
-            self._reasoning = self._begin_item(item, reasoning_part(""))
-        self._add_text("response.reasoning_text.delta", self._reasoning, text)
+            summarized = self._form.summarized
+            item = reasoning_item(self._head.request_id, None, self._form, "in_progress")
+            part = reasoning_part("", summarized)
+            self._reasoning = self._begin_item(item, part, SUMMARY if summarized else REASONING)
+        self._add_text(self._reasoning, text)
 
     def _add_content(self, text: str) -> None:
         if self._message is None:
             self._begin_message()
         assert self._message is not None
-        self._add_text("response.output_text.delta", self._message, text)
+        self._add_text(self._message, text)
 
     def _begin_message(self) -> None:
         self._close_items("reasoning")
         item = message_item(message_id(self._head.request_id), None, (), "in_progress")
-        self._message = self._begin_item(item, text_part("", ()))
+        self._message = self._begin_item(item, text_part("", ()), MESSAGE)
 
     def _add_call(self, piece: ToolDelta) -> None:
         if piece.index not in self._calls:
             # The log-probabilities of a message are known at the end.
             self._close_items("reasoning", "function_call", *(() if self._wants_logprobs else ("message",)))
             call = Call(piece.id or "", piece.name or "", "")
-            item = call_item(self._head.request_id, piece.index, call, self._spaces, "in_progress")
-            self._calls[piece.index] = (self._begin_item(item, None), call)
+            item = call_item(self._head.request_id, piece.index, call, self._form.spaces, "in_progress")
+            self._calls[piece.index] = (self._begin_item(item, None, CALL), call)
         if piece.arguments:
-            self._add_text("response.function_call_arguments.delta", self._calls[piece.index][0], piece.arguments)
+            self._add_text(self._calls[piece.index][0], piece.arguments)
 
     def _finish_items(self) -> None:
         if self._message is None and not self._calls and self._finish != "length":
             self._begin_message()
         later = "".join(self._later)
         answered = self._known or self.answered(0)
-        statuses = {item["id"]: item["status"] for item in output_items(self._head.request_id, answered, self._spaces)}
+        statuses = {item["id"]: item["status"] for item in output_items(self._head.request_id, answered, self._form)}
         for opened in list(self._open):
             self._close(opened, statuses[opened.item["id"]], answered.logprobs)
         if later:
             item = message_item(message_id(self._head.request_id, later=True), None, (), "in_progress")
-            opened = self._begin_item(item, text_part("", ()))
-            self._add_text("response.output_text.delta", opened, later)
+            opened = self._begin_item(item, text_part("", ()), MESSAGE)
+            self._add_text(opened, later)
             self._close(opened, statuses[item["id"]])
 
-    def _begin_item(self, item: dict[str, Any], part: dict[str, Any] | None) -> OpenItem:
-        opened = OpenItem(self._count, item, part)
+    def _begin_item(self, item: dict[str, Any], part: dict[str, Any] | None, words: ItemWords) -> OpenItem:
+        opened = OpenItem(self._count, item, words)
         self._count += 1
         self._open.append(opened)
         self._events.add("response.output_item.added", {"output_index": opened.index, "item": item})
         if part is not None:
-            self._events.add("response.content_part.added", {**opened.where, "part": part})
+            self._events.add(f"{words.part}.added", {**opened.where, "part": part})
         return opened
 
-    def _add_text(self, kind: str, opened: OpenItem, text: str) -> None:
+    def _add_text(self, opened: OpenItem, text: str) -> None:
         opened.append(text)
         # OpenAI's has the key always. Ours are known at the end only, where the answer does not depend on its deltas.
         place = opened.place + b',"logprobs":[]' if opened.item["type"] == "message" else opened.place
-        self._events.add_text(kind, place, text)
+        self._events.add_text(f"{opened.words.text}.delta", place, text)
 
     def _close_items(self, *kinds: str) -> None:
         for opened in list(self._open):
@@ -262,22 +277,22 @@ class ResponseEvents:
 
     def _close(self, opened: OpenItem, status: str, logprobs: Sequence[ShownLogprob] = ()) -> None:
         self._open.remove(opened)
-        text, item = opened.text, opened.item
+        text, item, words = opened.text, opened.item, opened.words
         if item["type"] == "function_call":
             done = {**item, "status": status, "arguments": text}
             fields = {**opened.where, "name": item["name"], "arguments": text}
-            self._events.add("response.function_call_arguments.done", fields)
+            self._events.add(f"{words.text}.done", fields)
         elif item["type"] == "reasoning":
-            part = reasoning_part(text)
-            done = {**item, "status": status, "content": [part]}
-            self._events.add("response.reasoning_text.done", {**opened.where, "text": text})
-            self._events.add("response.content_part.done", {**opened.where, "part": part})
+            done = reasoning_item(self._head.request_id, text, self._form, status)
+            self._events.add(f"{words.text}.done", {**opened.where, "text": text})
+            part = reasoning_part(text, self._form.summarized)
+            self._events.add(f"{words.part}.done", {**opened.where, "part": part})
         else:
             part = text_part(text, tuple(logprobs))
             done = {**item, "status": status, "content": [part]}
             fields = {**opened.where, "text": text, "logprobs": part["logprobs"]}
-            self._events.add("response.output_text.done", fields)
-            self._events.add("response.content_part.done", {**opened.where, "part": part})
+            self._events.add(f"{words.text}.done", fields)
+            self._events.add(f"{words.part}.done", {**opened.where, "part": part})
         self._events.add("response.output_item.done", {"output_index": opened.index, "item": done})
 
     def _interrupted(self, failure: Failure) -> bytes:

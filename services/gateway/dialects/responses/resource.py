@@ -4,8 +4,7 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.dialects.responses.answered import Answered, output_items
-from services.gateway.dialects.responses.tools import namespaces
+from services.gateway.dialects.responses.answered import Answered, ItemForm, item_form, output_items
 from shared.errors import Failure
 from shared.messages import Usage
 
@@ -29,9 +28,9 @@ class Head(msgspec.Struct, frozen=True):
         return PREFIX + self.request_id
 
     @property
-    def spaces(self) -> frozenset[str]:
-        """The namespaces of its tools."""
-        return namespaces(self.echo["tools"])
+    def form(self) -> ItemForm:
+        """The form of its items."""
+        return item_form(self.echo)
 
 
 def unanswered(head: Head, status: str) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def _resource(head: Head, status: str, answered: Answered | None) -> dict[str, A
         "error": None if answered is None or answered.failure is None else _error(answered.failure),
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "model": head.model,
-        "output": output_items(head.request_id, answered, head.spaces) if answered is not None and done else [],
+        "output": output_items(head.request_id, answered, head.form) if answered is not None and done else [],
         **head.echo,
         "usage": None if answered is None or answered.usage is None else usage(answered.usage),
     }

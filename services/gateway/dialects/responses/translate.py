@@ -90,7 +90,10 @@ def echo(request: ResponsesRequest, defaults: GenerationDefaults) -> dict[str, A
         "tools": [shown_tool(tool) for tool in request.tools or ()],
         "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
         "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": None},
+        "reasoning": {
+            "effort": None if reasoning is None else reasoning.effort,
+            "summary": reasoning and reasoning.asked_summary,
+        },
         "text": {"format": _shown_format(text.format if text else None), "verbosity": "medium"},
         "temperature": defaults.temperature if request.temperature is None else request.temperature,
         "top_p": defaults.top_p if request.top_p is None else request.top_p,

@@ -1,4 +1,4 @@
-// The AI SDK's own models of OpenAI (the Responses API) and of Anthropic: text, objects, a tool's loop, an image.
+// The AI SDK's own models of OpenAI (the Responses API) and of Anthropic: text, reasoning, objects, tools, an image.
 import assert from "node:assert/strict";
 import test from "node:test";
 
@@ -13,6 +13,25 @@ const options = { baseURL: BASE_URL, apiKey: API_KEY };
 const models = { responses: createOpenAI(options)(MODEL), messages: createAnthropic(options)(MODEL) };
 // A small white picture.
 const WHITE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR4nGP8//8/AzbAhFV00EoAAFbUAw037MyjAAAAAElFTkSuQmCC";
+
+for (const store of [true, false]) {
+  const openai = { forceReasoning: true, reasoningSummary: "auto", store };
+
+  test(`responses: reasoning by its summary, and the next turn, ${store ? "stored" : "not stored"}`, async () => {
+    const asked = { model: models.responses, maxRetries: 0, maxOutputTokens: 400, providerOptions: { openai } };
+    const question = { role: "user", content: FACT_QUESTION };
+    const whole = await generateText({ ...asked, messages: [question] });
+    assert.ok(whole.reasoningText);
+    const streamed = streamText({ ...asked, messages: [question] });
+    let told = "";
+    for await (const part of streamed.fullStream) if (part.type === "reasoning-delta") told += part.text;
+    assert.ok(told.length > 0);
+    assert.equal(await streamed.reasoningText, told);
+    const { messages } = await streamed.response;
+    const next = await generateText({ ...asked, messages: [question, ...messages, question] });
+    assert.ok(next.text);
+  });
+}
 
 for (const [name, model] of Object.entries(models)) {
   const ask = (prompt, fields = {}) => ({ model, prompt, maxRetries: 0, maxOutputTokens: 400, ...fields });

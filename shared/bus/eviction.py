@@ -1,0 +1,46 @@
+"""Check that Redis keeps what it is given: a memory that is full may refuse more, and may not take other data instead.
+
+    maxmemory-policy        what it evicts when `maxmemory` is reached      a replica that starts
+    noeviction              nothing: it refuses writes (OOM), which wait    starts
+    volatile-*              keys with an expiry: leases, uploads,           starts, with a warning
+                            embeddings, idempotency keys, stored
+                            responses, answers that have ended
+    allkeys-*               any: also requests under way, streams, files    ends
+                            and batches
+
+Without a `maxmemory` nothing is evicted, whatever the policy.
+"""
+
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError
+
+from shared import log
+from shared.errors import ConfigError
+
+ANY_KEY = "allkeys-"
+KEEPS_ALL = "noeviction"
+
+_log = log.logger(__name__)
+
+
+async def check_eviction(redis: Redis, name: str = "Redis") -> None:
+    """Check the policy of a Redis, which messages call `name`.
+
+    Raises:
+        ConfigError: it may evict any key.
+    """
+    try:
+        info = await redis.info("memory")
+    except NoPermissionError:
+        _log.info("cannot tell whether Redis evicts: this user may not INFO", extra={"redis": name})
+        return
+    policy, limit = info.get("maxmemory_policy", KEEPS_ALL), info.get("maxmemory", 0)
+    if policy == KEEPS_ALL or not limit:
+        return
+    where = f"{name} evicts keys when its memory of {limit} bytes is full (maxmemory-policy {policy})"
+    if policy.startswith(ANY_KEY):
+        raise ConfigError(
+            f"{where}: requests under way, files and batches would be lost. Set maxmemory-policy noeviction "
+            "(docs/operations.md, 'Redis')"
+        )
+    _log.warning(f"{where}: idempotency keys, stored responses and uploads may be lost; set noeviction")
