@@ -28,7 +28,7 @@ from services.engine.kernels.reference.moe import MoE
 from services.engine.model.ernie import ErnieModel, Layer
 from services.engine.model.integers import integers_of
 from services.engine.model.split import Split
-from services.engine.model.stored_form import quantization_config, stored_form
+from services.engine.model.stored_form import DENSE, EXPERTS, quantization_config, stored_form
 from services.engine.model.weights import load_model
 from services.engine.settings import EngineSettings
 from shared.errors import CheckpointError, ConfigError
@@ -122,6 +122,37 @@ def test_the_library_reads_them(demo: Path, quantization: Quantization, dense: i
         weight = quantize((torch.randn(24, 640) * 0.02).bfloat16(), scheme.weights.num_bits)
         read = PackedQuantizationCompressor.decompress(stored_form(weight), scheme)["weight"]
         assert torch.equal(read.to(torch.bfloat16), dequantize(weight))
+
+
+# Modules of vLLM 0.32 (which looks for joined projections by their parts) and of SGLang 0.5.23, as both ask for them.
+THEIRS = {
+    "experts": ("mlp.text_experts.0.gate_proj", "mlp.vision_experts.0.up_proj", "mlp.text_experts.0.down_proj"),
+    "dense": (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        *("mlp.shared_experts.gate_proj", "mlp.shared_experts.gate_up_proj", "mlp.shared_experts.down_proj"),
+    ),
+    "ignored": ("mlp.text_experts_gate", "mlp.vision_experts_gate"),
+}
+
+
+@BOTH
+def test_other_engines_find_the_group_of_their_modules(quantization: Quantization) -> None:
+    """SGLang refuses a linear layer that no group has, and that is not ignored; vLLM takes it for unquantised."""
+    config = QuantizationConfig.model_validate(quantization_config(quantization))
+    assert [group.targets for group in config.config_groups.values()] == [[EXPERTS], list(DENSE)]
+    groups = {"experts": [EXPERTS], "dense": list(DENSE), "ignored": config.ignore or []}
+    for kind, modules in THEIRS.items():
+        for name in (f"{prefix}model.layers.1.{module}" for prefix in ("", "language_model.") for module in modules):
+            found = [of for of, patterns in groups.items() if any(match_name(name, pattern) for pattern in patterns)]
+            assert found == [kind], name
+    for name in (
+        "lm_head",
+        "vision_model.blocks.0.attn.qkv_proj",
+        "vision_model.blocks.0.mlp.fc2",
+        "resampler_model.mlp",
+    ):
+        assert any(match_name(name, pattern) for pattern in config.ignore or []), name
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -14,10 +14,13 @@ from services.engine.model.weights import widths
 from shared.model.config_file import Quantization
 from shared.model.stored_quantization import OWN
 
-EXPERTS = r"re:.*\.experts\.\d+\.(gate|up|down)_proj$"
-DENSE = (r"re:.*\.self_attn\.[qkvo]_proj$", r"re:.*\.(mlp|shared_experts)\.(gate|up|down)_proj$")
-# For readers that take every linear layer for quantised.
-IGNORED = ("lm_head", r"re:.*mlp\.gate$", "re:.*vision_model.*", "re:.*vision_tower.*", "re:.*resampler_model.*")
+# By the names of our files, and by those that vLLM and SGLang give their modules: they ask for `text_experts.0.up_proj`
+# and `vision_experts.0.up_proj`, and SGLang for the joined `qkv_proj` and `gate_up_proj`.
+EXPERTS = r"re:.*experts\.\d+\.(gate|up|down)_proj$"
+DENSE = (r"re:.*\.self_attn\.(q|k|v|qkv|o)_proj$", r"re:.*\.(mlp|shared_experts)\.(gate|up|gate_up|down)_proj$")
+# For readers that take every linear layer for quantised, or want a group for each. A router is `mlp.gate`, theirs
+# `mlp.text_experts_gate`.
+IGNORED = ("lm_head", "re:.*gate$", "re:.*vision_model.*", "re:.*vision_tower.*", "re:.*resampler_model.*")
 
 
 def stored_form(weight: Quantized) -> dict[str, Tensor]:
