@@ -184,6 +184,16 @@ class VideoOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     frames_sample: Literal["leading", "middle", "rand"] | None = None
 
 
+class Content(msgspec.Struct, frozen=True):
+    """Digest (SHA-256) and size of uploaded bytes, by the gateway that stored them; part of Media.
+
+    Embeddings are found by it, for whoever shows the same bytes. So nobody else may state it.
+    """
+
+    digest: bytes
+    size: int
+
+
 class Media(msgspec.Struct, frozen=True, omit_defaults=True):
     """Image or video as the client gave it, part of Encode: by `url` (http, https) or by `blob` (uploaded bytes)."""
 
@@ -195,6 +205,7 @@ class Media(msgspec.Struct, frozen=True, omit_defaults=True):
     # Bounds of the pixels that the model sees of an image, or of a frame; None: the server's.
     min_pixels: int | None = None
     max_pixels: int | None = None
+    content: Content | None = None  # of the blob; None: from a gateway of an older build
 
 
 class Encode(msgspec.Struct, frozen=True, tag=True):

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from services.mm_encoder.decoding.decoders import SMALL_BYTES, Decoders
+from services.mm_encoder.decoding.small_images import ROOM_BYTES, TOGETHER, is_small
 from services.mm_encoder.media.fetch import Fetched, Fetcher, Unchanged
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, Processor, VideoPlan
@@ -21,7 +22,9 @@ from shared.messages import Encode, Media
 
 T = TypeVar("T")
 
-DECODED_AT_ONCE = 4  # of one request; decoders are first come first served, and others' files should not wait for all
+# Of one request. Decoders are first come first served, and others' files should not wait for all.
+DECODED_AT_ONCE = 4
+READ_AT_ONCE = 2 * TOGETHER  # small images
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Source:
     key: str
     found: Embedded | None
     plan: ImagePlan | VideoPlan | None  # None if `found`
-    data: bytes = field(repr=False)  # empty if `found`
+    data: bytes = field(repr=False)  # empty if `found` or decoded
+    patches: Patches | None = field(default=None, repr=False)  # of a small image, decoded with its plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Preparer:
         self._max_request_bytes = max_request_bytes
         self._max_model_len = max_model_len
         self._decoding: SingleFlight[Patches] = SingleFlight()
+        self._reading: SingleFlight[tuple[ImagePlan | VideoPlan, Patches | None]] = SingleFlight()
 
     def start(self) -> None:
         """Start a decoder beside whatever else starts."""
@@ -80,7 +85,10 @@ class Preparer:
     async def prepare(
         self, message: Encode, ready: Callable[[int, Prepared], None] = lambda index, item: None
     ) -> tuple[list[Prepared], int]:
-        """Return the media in order, and the most tokens to generate. Pixels are decoded only if the prompt fits.
+        """Return the media in order, and the most tokens to generate.
+
+        Pixels are decoded only if the prompt fits. Where small images fit however many tokens they have, they are
+        decoded at once.
 
         `ready` is called with each of the media, and its index, as soon as it has passed its checks. Others may still
         be refused.
@@ -88,9 +96,11 @@ class Preparer:
         Raises:
             RequestError: 4xx, one of the media is refused; the message names its field. Of several, the first.
         """
-        received = _Received(self._max_request_bytes)
+        text = text_tokens(message.segments)
+        fits = text + len(message.media) * self._processor.tokens_of(ROOM_BYTES) < self._max_model_len
+        received = _Received(self._max_request_bytes, fits)
         sources = await gather_in_order([self._source(media, received) for media in message.media])
-        tokens = text_tokens(message.segments) + sum(_rows(source) for source in sources)
+        tokens = text + sum(_rows(source) for source in sources)
         max_tokens = resolve_max_tokens(tokens, message.request.sampling.max_tokens, self._max_model_len)
 
         some = asyncio.Semaphore(DECODED_AT_ONCE)
@@ -110,10 +120,11 @@ class Preparer:
         Raises:
             RequestError: it cannot be had or decoded.
         """
-        source = await self._source(media, _Received(self._max_request_bytes))
+        source = await self._source(media, _Received(self._max_request_bytes, True))
         return await self._decode(source) if source.key == key else None
 
     async def close(self) -> None:
+        await self._reading.close()
         await self._decoding.close()
         if self._starting is not None:
             self._starting.cancel()
@@ -123,11 +134,22 @@ class Preparer:
     async def _source(self, media: Media, received: "_Received") -> Source:
         try:
             if media.url is None:
-                data = await self._upload(media)
-                return await self._look_up(media, data, await _digest(data), received)
+                return await self._from_upload(media, received)
             return await self._from_url(media, media.url, received)
         except RequestError as error:
             raise named(error, media.param) from error
+
+    async def _from_upload(self, media: Media, received: "_Received") -> Source:
+        """Return the source of an upload. If its gateway has named the digest, embeddings are looked for first."""
+        if media.content is None:
+            data = await self._upload(media)
+            return await self._look_up(media, data, await _digest(data), received)
+        self._check_size(media.content.size)
+        received.add(media.content.size)
+        key = content_key(media.content.digest, self._processor.signature(media), self._identity)
+        if (found := await self._embeds.find(media.kind, key)) is not None:
+            return Source(media, key, found, None, b"")
+        return await self._read(media, key, await self._upload(media), received)
 
     async def _from_url(self, media: Media, url: str, received: "_Received") -> Source:
         """Return the source at a URL. If its server says that it has not changed, embeddings are looked for first."""
@@ -149,8 +171,20 @@ class Preparer:
         key = content_key(digest, self._processor.signature(media), self._identity)
         if (found := await self._embeds.find(media.kind, key)) is not None:
             return Source(media, key, found, None, b"")
-        with self._metrics.stage("plan"):
-            return Source(media, key, None, await self._decoders.plan(media, data), data)
+        return await self._read(media, key, data, received)
+
+    async def _read(self, media: Media, key: str, data: bytes, received: "_Received") -> Source:
+        """Return how to process a source without embeddings; a small image is decoded as well, if it surely fits."""
+        if not (received.fits and is_small(media, data)):
+            with self._metrics.stage("plan"):
+                return Source(media, key, None, await self._decoders.plan(media, data), data)
+        async with received.small:
+            plan, patches = await self._reading.join(key, partial(self._read_small, media, data))
+        return Source(media, key, None, plan, data if patches is None else b"", patches)
+
+    async def _read_small(self, media: Media, data: bytes) -> tuple[ImagePlan | VideoPlan, Patches | None]:
+        with self._metrics.stage("decode"):
+            return await self._decoders.read_small(media, data)
 
     async def _fetch(self, url: str, *, anew: bool = False) -> Fetched | Unchanged:
         with self._metrics.stage("fetch"):
@@ -161,18 +195,23 @@ class Preparer:
     async def _upload(self, media: Media) -> bytes:
         assert media.blob is not None, "media has a URL or a blob"
         blob = await self._blobs.get(MEDIA, media.blob)
-        if blob is None:
+        if blob is None or (media.content is not None and len(blob[0]) != media.content.size):
             raise internal("The uploaded media is no longer in the store.", "media_lost", 503)
-        if len(blob[0]) > self._max_bytes:
-            raise over_limit("The media's size in bytes", "media_max_bytes", self._max_bytes)
+        self._check_size(len(blob[0]))
         return blob[0]
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise over_limit("The media's size in bytes", "media_max_bytes", self._max_bytes)
 
     async def _decode(self, source: Source) -> Prepared:
         if source.plan is None:
             assert source.found is not None, "a source is found or planned"
             return Prepared(source.found, None)
         try:
-            patches = await self._decoding.join(source.key, partial(self._patches, source.plan, source.data))
+            patches = source.patches
+            if patches is None:
+                patches = await self._decoding.join(source.key, partial(self._patches, source.plan, source.data))
         except RequestError as error:
             raise named(error, source.media.param) from error
         return Prepared(Embedded(source.media.kind, source.key, patches.grid, source.plan.tokens), patches)
@@ -183,9 +222,14 @@ class Preparer:
 
 
 class _Received:
-    """Counter of the bytes of one request's media, against the limit."""
+    """Counter of the bytes of one request's media, against the limit.
 
-    def __init__(self, limit: int) -> None:
+    `fits`: if all of them were small images, the prompt would fit however many tokens these had.
+    """
+
+    def __init__(self, limit: int, fits: bool) -> None:
+        self.fits = fits
+        self.small = asyncio.Semaphore(READ_AT_ONCE)
         self._limit = limit
         self._sum = 0
 

@@ -26,6 +26,7 @@ EMBEDS = "embeds"  # kind of the encoder's output, kept for later requests with 
 
 CHUNK = 1 << 20
 UPLOADS_SHARE = 0.5  # of the budget; beyond it, embeddings would be evicted before they are read
+SMALL_BYTES = 256 << 10  # of a blob that is read in one trip; Redis copies it once more for that
 _BATCH = 4  # chunks in one pipeline: they occupy Redis for about 2 ms
 _MOST_CALLS = 64  # in one pipeline, of uploads that are smaller than a chunk
 
@@ -68,6 +69,10 @@ class Blobs:
                 f"{len(view)} bytes of {kind} exceed the server's budget of {self._budget}", "blob_budget_exceeded", 503
             )
         entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget]
+        if len(view) <= CHUNK:
+            chunk = [bytes(view)] if len(view) else []
+            await self._index_blob(keys=self._index, args=[*entry, len(chunk), meta, *chunk])
+            return
         await self._index_blob(keys=self._index, args=entry)
         chunks = await self._write_chunks(kind, key, view)
         await self._index_blob(keys=self._index, args=[*entry, chunks, meta])
@@ -137,10 +142,12 @@ class Blobs:
 
     async def get(self, kind: str, key: str) -> tuple[bytes, bytes] | None:
         """Return (data, meta) and renew TTL and recency; None if the blob or one of its chunks is absent."""
-        found = await self._find(kind, key)
+        found = await self._find(kind, key, SMALL_BYTES)
         if found is None:
             return None
-        chunks, meta = found
+        chunks, meta, data = found
+        if data is not None:
+            return data, meta
         parts: list[bytes | None] = []
         for batch in _batches(range(chunks)):
             parts += await command(self._redis, "MGET", *(self._keys.blob_chunk(kind, key, n) for n in batch))
@@ -158,11 +165,13 @@ class Blobs:
         if members:
             await self._delete_blobs(keys=self._index, args=[*self._common, *members])
 
-    async def _find(self, kind: str, key: str) -> tuple[int, bytes] | None:
-        """Return the number of chunks and the meta, and renew TTL and recency."""
-        args = [*self._common, self._keys.blob_member(kind, key), self._ttl_s]
+    async def _find(self, kind: str, key: str, small: int = 0) -> tuple[int, bytes, bytes | None] | None:
+        """Return the number of chunks, the meta and the data of up to `small` bytes, and renew TTL and recency."""
+        args = [*self._common, self._keys.blob_member(kind, key), self._ttl_s, small]
         found = await self._touch_blob(keys=self._index, args=args)
-        return (int(found[0]), bytes(found[1])) if found else None
+        if not found:
+            return None
+        return int(found[0]), bytes(found[1]), bytes(found[2]) if len(found) > 2 else None
 
 
 def _batches_of_bytes(calls: Iterable[tuple[list[Any], memoryview]]) -> Iterator[list[tuple[list[Any], memoryview]]]:

@@ -42,15 +42,17 @@ class WorkerPool:
             self._idle.append(process)
             return answer
 
-    async def call(self, task: bytes, fds: Sequence[int] = ()) -> bytes:
+    async def call(self, task: bytes, fds: Sequence[int] = (), *, twice: bool = True) -> bytes:
         """Do a task in one of the processes, which ends if the task fails or is cancelled while it takes long.
 
         Raises:
             TooSlowError: it takes more than its time.
-            DiedError: it made two processes crash.
+            DiedError: it made two processes crash; or one, if it is not to be done `twice`.
             NoWorkerError: there is no process for it.
         """
         async with self._room:
+            if not twice:
+                return await self._call_once(task, fds)
             try:
                 return await self._call_twice(task, fds)
             except DiedError as error:

@@ -1,6 +1,7 @@
 """A client of the service under test, and an engine behind it: what the gateway and the engine would see."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from shared.bus.records import Records
 from shared.bus.streams import Delivery, LogReader, WorkStream
 from shared.errors import Failure
 from shared.messages import (
+    Content,
     Encode,
     Failed,
     Generate,
@@ -88,12 +90,13 @@ class Bench:
         text: int = 3,
         deadline: float | None = None,
     ) -> Encode:
-        """One more segment of `text` tokens than media; bytes are uploaded as images."""
+        """One more segment of `text` tokens than media; bytes are uploaded as images, as gateways do."""
         items = []
         for i, item in enumerate(media):
             if isinstance(item, bytes):
                 await self.blobs.put("media", f"{request_id}-{i}", item)
-                item = Media("image", f"messages[0].content[{i}]", blob=f"{request_id}-{i}")
+                content = Content(hashlib.sha256(item).digest(), len(item))
+                item = Media("image", f"messages[0].content[{i}]", blob=f"{request_id}-{i}", content=content)
             items.append(item)
         sampling = Sampling(seed=1, max_tokens=max_tokens)
         request = Request(request_id, GATEWAY, 0, 0.0, sampling, Output(thinking=False), deadline)

@@ -1,6 +1,7 @@
 """The service on a real Redis, with a model that transformers has written and judges."""
 
 import asyncio
+import hashlib
 import shutil
 import struct
 import tempfile
@@ -30,7 +31,6 @@ from services.mm_encoder.media.image import open_image, resized, rgb_pixels
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Patches, patch_rows
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.resize import smart_resize
-from services.mm_encoder.store.cache import content_digest
 from services.mm_encoder.vision.normalise import normalise
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
@@ -39,6 +39,7 @@ from shared.bus.records import Records
 from shared.errors import ConfigError, Failure
 from shared.messages import (
     Accepted,
+    Content,
     Failed,
     Finish,
     Generate,
@@ -238,10 +239,12 @@ async def test_bad_media_is_a_400_that_names_its_field_and_leaves_nothing(bench:
     assert bench.count("millrace_mm_requests_total", outcome="refused") == 1
 
 
-async def test_of_two_bad_media_the_first_is_named(bench: Bench) -> None:
-    async with bench.running():
+@pytest.mark.parametrize(("room", "named"), [(2000, 0), (500, 1)])
+async def test_of_two_bad_media_the_first_is_named(bench: Bench, room: int, named: int) -> None:
+    """Sizes are checked before pixels, unless both are small and surely have room: then all is checked at once."""
+    async with bench.running(max_model_len=room):
         await bench.submit("a", [picture(60, 60)[:90], b"hello"])
-        assert (await bench.refused()).param == "messages[0].content[1]", "sizes are checked before pixels"
+        assert (await bench.refused()).param == f"messages[0].content[{named}]"
         await bench.submit("b", [picture(60, 60)[:90], picture(50, 50)[:90]])
         assert (await bench.refused()).param == "messages[0].content[0]"
         await bench.settled()
@@ -269,13 +272,45 @@ async def test_all_media_of_a_request_have_a_limit_together(bench: Bench) -> Non
     assert failure.param is not None
 
 
-async def test_an_upload_that_is_gone_is_our_fault(bench: Bench) -> None:
+@pytest.mark.parametrize("content", [None, Content(bytes(32), 7)])
+async def test_an_upload_that_is_gone_is_our_fault(bench: Bench, content: Content | None) -> None:
     async with bench.running():
-        await bench.submit("a", [Media("image", "messages[0]", blob="a-0")])
+        if content is not None:
+            await bench.blobs.put("media", "a-0", b"others")
+        await bench.submit("a", [Media("image", "messages[0]", blob="a-0", content=content)])
         failure = await bench.refused()
         await bench.settled()
     assert failure.status == 503
     assert failure.param == "messages[0]"
+
+
+async def test_an_upload_whose_embeddings_are_stored_is_not_read(bench: Bench) -> None:
+    data = picture(100, 150)
+    content = Content(hashlib.sha256(data).digest(), len(data))
+    async with bench.running(media_max_bytes=len(data)):
+        await bench.submit("a", [data])
+        await bench.generates()
+        await bench.submit("b", [Media("image", "p", blob="never stored", content=content)])
+        first, second = await bench.generates(2)
+        await bench.blobs.put("media", "c", data)
+        await bench.submit("c", [Media("image", "p", blob="c")])
+        assert (await bench.generates(3))[2].spans == first.spans, "as where its gateway says nothing"
+        told = [await bench.told() for _ in range(3)]
+        await bench.submit("d", [Media("image", "p", blob="d", content=Content(content.digest, len(data) + 1))])
+        assert "media_max_bytes" in (await bench.refused()).message
+    assert second.spans == first.spans
+    assert {type(message) for message in told} == {Accepted}
+    assert bench.count("millrace_mm_cache_hits_total", kind="image") == 2
+
+
+async def test_small_pictures_of_a_request_are_decoded_with_their_headers_if_all_have_room(bench: Bench) -> None:
+    data = [picture(60 + 28 * i, 90, seed=i) for i in range(3)]
+    async with bench.running():
+        await bench.submit("a", [*data, data[0]])
+        [generate] = await bench.generates()
+    assert len({span.key for span in generate.spans}) == 3
+    assert bench.count("millrace_mm_stage_seconds_count", stage="plan") == 0
+    assert bench.count("millrace_mm_stage_seconds_count", stage="decode") == 3
 
 
 async def test_media_from_the_web(bench: Bench, judge: Model) -> None:
@@ -577,12 +612,13 @@ async def test_a_bug_costs_one_request(bench: Bench, monkeypatch: pytest.MonkeyP
     """Whatever is raised that nobody foresaw: a 500 without its text, and the service goes on."""
     good, bad = picture(60, 60), picture(61, 61)
 
-    def planted(data: bytes) -> bytes:
+    async def planted(decoders: Decoders, media: Media, data: bytes) -> Any:
         if data == bad:
             raise ZeroDivisionError("secret detail")
-        return content_digest(data)
+        return await read_small(decoders, media, data)
 
-    monkeypatch.setattr("services.mm_encoder.prepare.content_digest", planted)
+    read_small = Decoders.read_small
+    monkeypatch.setattr(Decoders, "read_small", planted)
     async with bench.running():
         await bench.submit("bad", [good, bad])
         failure = await bench.refused()

@@ -12,6 +12,7 @@ from shared.messages import (
     Attach,
     Begin,
     Cancel,
+    Content,
     Delta,
     Deltas,
     Drain,
@@ -66,7 +67,10 @@ MESSAGES: list[Message] = [
     Encode(
         REQUEST,
         segments=(pack_ids([1]), b""),
-        media=(Media("video", "messages[0].content[1]", url="http://x", video=VideoOptions(fps=2.0)),),
+        media=(
+            Media("video", "messages[0].content[1]", url="http://x", video=VideoOptions(fps=2.0)),
+            Media("image", "messages[0].content[2]", blob="ab12-1", content=Content(b"\xff" * 32, 1 << 20)),
+        ),
     ),
     Generate(REQUEST, pack_ids(range(1000)), 7, (MediaSpan("image", "hash", 3, 4, (1, 4, 4)),)),
     Tokens(

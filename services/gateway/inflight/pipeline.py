@@ -421,4 +421,5 @@ def _media_message(item: MediaItem, key: str) -> Media:
         video=item.video,
         min_pixels=item.min_pixels,
         max_pixels=item.max_pixels,
+        content=item.content,
     )

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Mapping
 from urllib.parse import unquote
@@ -19,7 +20,7 @@ from services.gateway.request.media_kind import kind_of
 from services.gateway.request.media_options import own_options, resolve_options
 from services.gateway.request.schemas import ChatRequest, MediaKwargs
 from shared.errors import RequestError, invalid
-from shared.messages import MediaKind, VideoOptions
+from shared.messages import Content, MediaKind, VideoOptions
 
 MAX_URL_CHARS = 8192
 
@@ -49,6 +50,7 @@ class MediaItem(msgspec.Struct, frozen=True):
     video: VideoOptions = VideoOptions()
     min_pixels: int | None = None
     max_pixels: int | None = None
+    content: Content | None = None  # of `data`
     own_param: str = ""  # the path in a body of another API than chat's
 
     @property
@@ -126,7 +128,8 @@ class MediaRules(msgspec.Struct, frozen=True):
         """Return `item` with its URL or its bytes."""
         where = item.param
         if url[:5].lower() == "data:":
-            return replace(item, data=self._decode_upload(item.kind, url, where))
+            data = self._decode_upload(item.kind, url, where)
+            return replace(item, data=data, content=Content(hashlib.sha256(data).digest(), len(data)))
         if len(url) > MAX_URL_CHARS:
             raise invalid(f"`{where}` has {len(url)} characters; a link may have {MAX_URL_CHARS}.", where)
         if not _LINK.fullmatch(url):

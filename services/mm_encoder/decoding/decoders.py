@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 
@@ -24,6 +25,7 @@ from services.mm_encoder.decoding.messages import (
     to_decoder,
 )
 from services.mm_encoder.decoding.shared_memory import SharedMemory
+from services.mm_encoder.decoding.small_images import SmallImages
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, VideoPlan
 from services.mm_encoder.media.refusal import over_limit, refuse
@@ -41,7 +43,7 @@ FASTEST = 1_500_000_000  # pixels a second; decoders of real pictures make 20 to
 SMALL_BYTES = 1 << 20  # copied, and hashed, faster than a thread is found for it
 # By default glibc gives a picture's memory back after each, and takes it anew page by page: 9,700 page faults at 1080p,
 # a third of the time. So decoders keep up to 128 MB.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 
 _log = logger(__name__)
 
@@ -55,7 +57,7 @@ class TimeLimit:
 
 
 class Decoders:
-    """Decoding of images and videos in other processes: `plan`, then `patches`."""
+    """Decoding of images and videos in other processes: `plan`, then `patches`; or, of small images, `read_small`."""
 
     def __init__(
         self,
@@ -68,10 +70,11 @@ class Decoders:
     ) -> None:
         """`processes` is the most in each lane."""
         first = to_decoder.encode(setup)
-        environ = {**environ, **_MALLOC}
+        environ = {**environ, **MALLOC}
         self._quick = WorkerPool(MODULE, first, environ, processes)
         self._slow = WorkerPool(MODULE, first, environ, processes)
         self._memory = SharedMemory()
+        self._small = SmallImages(self._quick, self._memory, processes)
         self._limits = limits
         self._metrics = metrics
 
@@ -110,8 +113,23 @@ class Decoders:
         assert isinstance(reply, Filled)
         return Patches(rows, reply.grid)
 
+    async def read_small(self, media: Media, data: bytes) -> tuple[ImagePlan | VideoPlan, Patches | None]:
+        """Read the header of a small image, and decode it as well if it has few pixels, too.
+
+        Raises:
+            RequestError: as `plan`.
+        """
+        with _no_resources_fail_the_request():
+            reply = await self._small.read(media, data)
+        if reply is None:
+            return await self.plan(media, data), None
+        if isinstance(reply, Refused):
+            _raise(reply)
+        return reply
+
     async def close(self) -> None:
         """End all processes. Nobody waits for a task any more."""
+        await self._small.close()
         await self._quick.close()
         await self._slow.close()
 
@@ -122,7 +140,9 @@ class Decoders:
             block.write(data)
         else:
             await asyncio.to_thread(block.write, data)
-        reply = _checked(await self._in_time(task, limit, [block.fd, *others]))
+        reply = await self._in_time(task, limit, [block.fd, *others])
+        if isinstance(reply, Refused):
+            _raise(reply)
         self._memory.give_back(block)
         return reply
 
@@ -167,9 +187,7 @@ def _too_slow(limit: TimeLimit) -> RequestError:
     return over_limit("The time to decode it, in seconds of computing,", limit.setting, limit.cpu_s)
 
 
-def _checked(reply: Reply) -> Reply:
-    if not isinstance(reply, Refused):
-        return reply
+def _raise(reply: Refused) -> NoReturn:
     if reply.cause is not None:
         _log.warning("media refused for an unexpected error", extra={"cause": reply.cause})
     raise RequestError(reply.failure)

@@ -1,7 +1,7 @@
 """Messages between the encoder and a decoder process, and how they travel: msgpack over a Unix socket.
 
-Bytes and pixels are not in them. Each task brings two descriptors of memory that both processes see: the file to read,
-and the rows to fill.
+Bytes and pixels are not in them. Each task brings descriptors of memory that both processes see: the file to read, or
+several behind each other, and, but for a `PlanTask`, the rows to fill.
 """
 
 import msgspec
@@ -43,6 +43,18 @@ class FillTask(msgspec.Struct, frozen=True, tag=True):
     plan: ImagePlan | VideoPlan
 
 
+class SmallTask(msgspec.Struct, frozen=True, tag=True):
+    """Task to read the headers of small images, and to decode those that have room and are quick.
+
+    Of the memory for rows each image has `room` bytes. `cpu_s` is for all of them, and the answer is `Read`.
+    """
+
+    cpu_s: int
+    files: list[tuple[int, Media]]  # with their sizes
+    room: int
+    most_work: int  # pixels to decode
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """First answer: everything is imported."""
 
@@ -60,10 +72,23 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     cause: str | None = None
 
 
+class Decoded(msgspec.Struct, frozen=True, tag=True):
+    """Answer about one image: its rows are there."""
+
+    plan: ImagePlan
+    grid: Grid
+
+
+class Read(msgspec.Struct, frozen=True, tag=True):
+    """Answer: of each image its rows, or its plan alone, or that it is refused."""
+
+    images: list[Decoded | ImagePlan | Refused]
+
+
 Task = PlanTask | FillTask
-Reply = Ready | ImagePlan | VideoPlan | Filled | Refused
+Reply = Ready | ImagePlan | VideoPlan | Filled | Read | Refused
 
 to_decoder = msgspec.msgpack.Encoder()
-from_encoder = msgspec.msgpack.Decoder(Setup | PlanTask | FillTask)
+from_encoder = msgspec.msgpack.Decoder(Setup | PlanTask | FillTask | SmallTask)
 to_encoder = msgspec.msgpack.Encoder()
 from_decoder = msgspec.msgpack.Decoder(Reply)

@@ -65,15 +65,19 @@ class SharedMemory:
             del self._kept[0]
 
     def as_rows(self, block: Block, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return the start of a block as `view` does, in rows."""
+        return self.view(block, shape[0] * shape[1]).reshape(shape)
+
+    def view(self, block: Block, size: int) -> NDArray[np.uint8]:
         """Return the start of a block as an array, at the end of whose last view the block is given back."""
-        flat, loop = block.start(shape[0] * shape[1]), asyncio.get_running_loop()
+        flat, loop = block.start(size), asyncio.get_running_loop()
 
         def give_back() -> None:  # in any thread
             with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(self.give_back, block)
 
         weakref.finalize(flat, give_back).atexit = False
-        return flat.reshape(shape)
+        return flat
 
 
 def read(fd: int, size: int) -> bytes:
@@ -82,9 +86,9 @@ def read(fd: int, size: int) -> bytes:
         return shared[:]
 
 
-def as_rows(fd: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return the first bytes as an array, which stays when the descriptor is closed."""
-    shared = mmap.mmap(fd, shape[0] * shape[1], flags=mmap.MAP_SHARED | _POPULATE)
+def as_rows(fd: int, shape: tuple[int, int], start: int = 0) -> NDArray[np.uint8]:
+    """Return the bytes from `start`, where a page starts, as an array, which stays when the descriptor is closed."""
+    shared = mmap.mmap(fd, shape[0] * shape[1], flags=mmap.MAP_SHARED | _POPULATE, offset=start)
     return np.frombuffer(shared, np.uint8).reshape(shape)
 
 

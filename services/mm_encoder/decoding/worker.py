@@ -6,24 +6,37 @@ Whatever a library raises about a file is a refusal of that file. If the process
 import gc
 import os
 import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from services.mm_encoder.decoding import shared_memory
 from services.mm_encoder.decoding.messages import (
+    Decoded,
     Filled,
     FillTask,
     PlanTask,
+    Read,
     Ready,
     Refused,
     Reply,
     Setup,
+    SmallTask,
     Task,
     from_encoder,
     to_encoder,
 )
-from services.mm_encoder.media.processor import Processor
+from services.mm_encoder.media.processor import ImagePlan, Processor
 from services.mm_encoder.media.refusal import over_limit, refuse
 from shared.errors import RequestError
+from shared.messages import Media
 from shared.workers.link import Link, give_way, limit_memory, limit_time, lower_priority
+
+T = TypeVar("T")
+RowsFor = Callable[[ImagePlan], NDArray[np.uint8] | None]
 
 NICE = 5  # beside all else that a machine runs: a quarter of a core that others want, too
 
@@ -44,23 +57,30 @@ def run(link: Link) -> None:
     while (received := link.receive()) is not None:
         task = from_encoder.decode(received[0])
         assert not isinstance(task, Setup)
-        link.send(to_encoder.encode(_answer(processor, task, received[1], setup.memory_bytes)))
+        try:
+            limit_time(task.cpu_s)
+            link.send(to_encoder.encode(_answer(processor, task, received[1], setup.memory_bytes)))
+        finally:
+            for fd in received[1]:
+                os.close(fd)
 
 
-def _answer(processor: Processor, task: Task, fds: list[int], memory_bytes: int) -> Reply:
-    """Do one task, and close its descriptors."""
+def _answer(processor: Processor, task: Task | SmallTask, fds: list[int], memory_bytes: int) -> Reply:
+    if isinstance(task, SmallTask):
+        return _read_small(processor, task, fds, memory_bytes)
+    return _or_refusal(partial(_work, processor, task, fds), memory_bytes)
+
+
+def _or_refusal(work: Callable[[], T], memory_bytes: int) -> T | Refused:
+    """Return what a file gives, or that it is refused."""
     try:
-        limit_time(task.cpu_s)
-        return _work(processor, task, fds)
+        return work()
     except RequestError as error:
         return Refused(error.failure)
     except MemoryError:
         return Refused(over_limit("The memory to decode it", "decoder_memory_bytes", memory_bytes).failure)
     except Exception:  # libraries raise anything on hostile bytes
         return Refused(refuse("The file is broken and cannot be decoded.").failure, traceback.format_exc())
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 def _work(processor: Processor, task: Task, fds: list[int]) -> Reply:
@@ -69,3 +89,28 @@ def _work(processor: Processor, task: Task, fds: list[int]) -> Reply:
         return processor.plan(task.media, data)
     assert isinstance(task, FillTask)
     return Filled(processor.fill(task.plan, data, shared_memory.as_rows(fds[1], task.plan.rows)))
+
+
+def _read_small(processor: Processor, task: SmallTask, fds: list[int], memory_bytes: int) -> Read:
+    """Read one small image after the other."""
+    data = shared_memory.read(fds[0], sum(size for size, _ in task.files))
+    images: list[Decoded | ImagePlan | Refused] = []
+    start = 0
+    for index, (size, media) in enumerate(task.files):
+        rows_for = partial(_rows_within, task, fds[1], index * task.room)
+        read = partial(_read_image, processor, media, data[start : start + size], rows_for)
+        images.append(_or_refusal(read, memory_bytes))
+        start += size
+    return Read(images)
+
+
+def _read_image(processor: Processor, media: Media, data: bytes, rows_for: RowsFor) -> Decoded | ImagePlan:
+    plan, grid = processor.read_image(media, data, rows_for)
+    return plan if grid is None else Decoded(plan, grid)
+
+
+def _rows_within(task: SmallTask, fd: int, start: int, plan: ImagePlan) -> NDArray[np.uint8] | None:
+    """Return the rows of an image that is decoded with others."""
+    if plan.rows[0] * plan.rows[1] > task.room or plan.work > task.most_work:
+        return None
+    return shared_memory.as_rows(fd, plan.rows, start)

@@ -4,13 +4,15 @@ Every scan of a progressive or non-interleaved JPEG goes through the whole pictu
 follow another thousands of times: 484 KB can take minutes.
 """
 
+import re
+
 from services.mm_encoder.media.refusal import refuse
 
 MAX_SCANS = 100  # encoders write 10 to 20
 
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # In a scan's data FF is followed by 00 where it is no marker, by D0 to D7 where the decoder may start again, or by FF.
-_NO_MARKER = frozenset((0x00, *range(0xD0, 0xD8), 0xFF))
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def count_scans(data: bytes) -> int:
@@ -31,7 +33,5 @@ def count_scans(data: bytes) -> int:
 
 def _next_marker(data: bytes, start: int) -> int:
     """Return the place of the next marker's code, -1 if there is none."""
-    place = data.find(b"\xff", start) + 1
-    while 0 < place < len(data) and data[place] in _NO_MARKER:
-        place = data.find(b"\xff", place) + 1
-    return place if 0 < place < len(data) else -1
+    found = _MARKER.search(data, start)
+    return -1 if found is None else found.start() + 1

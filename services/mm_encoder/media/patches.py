@@ -8,7 +8,7 @@ from PIL import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_BAND_BYTES = 512 << 10
+_BAND_BYTES = 1 << 20
 
 
 Grid = tuple[int, int, int]
@@ -37,20 +37,19 @@ def patch_rows(pixels: NDArray[np.uint8], patch: int, merge: int) -> NDArray[np.
 def fill_rows(rows: NDArray[np.uint8], image: Image.Image, patch: int, merge: int) -> None:
     """Cut an RGB image into `rows`, contiguous, as `patch_rows` does with its pixels.
 
-    Band by band, in the processor's cache: a copy of the pixels as Pillow has them, 4 bytes each; of those the three
-    channels; and of these the lines of patches, `patch` bytes at a time.
+    Band by band, in the processor's cache, and channel by channel: Pillow writes the pixels of one behind each other,
+    of which the lines of patches are copied, `patch` bytes at a time.
     """
     wide, side = image.width // (merge * patch), merge * patch
     line = np.dtype(f"V{patch}")
     bands = rows.view(line).reshape(image.height // side, wide, merge, merge, 3, patch)
     at_once = max(1, _BAND_BYTES // (4 * image.width * side))
-    channels = np.empty((at_once * side, 3, image.width), np.uint8)
     for first in range(0, len(bands), at_once):
         some = bands[first : first + at_once]
         height = len(some) * side
-        band = image.crop((0, first * side, image.width, first * side + height))
-        pixels = np.frombuffer(band.tobytes("raw", "RGBX"), "<u4").reshape(height, image.width)
-        for channel in range(3):
-            np.right_shift(pixels, 8 * channel, out=channels[:height, channel], casting="unsafe")
-        lines = channels[:height].view(line).reshape(len(some), merge, patch, 3, wide, merge)
-        some[...] = lines.transpose(0, 4, 1, 5, 3, 2)
+        whole = height == image.height
+        band = image if whole else image.crop((0, first * side, image.width, first * side + height))
+        for place, channel in enumerate("RGB"):
+            pixels = np.frombuffer(band.tobytes("raw", channel), line)
+            lines = pixels.reshape(len(some), merge, patch, wide, merge)
+            some[:, :, :, :, place] = lines.transpose(0, 3, 1, 4, 2)

@@ -1,10 +1,12 @@
 """Bytes of one image or video to patches, in two steps: `plan` reads headers and counts the tokens, `fill` decodes.
 
-A request that cannot fit is refused between the two, before any pixel is decoded.
+A request that cannot fit is refused between the two, before any pixel is decoded. `read_image` does both at once, of
+small images that fit in any case.
 """
 
 import hashlib
 import io
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -98,7 +100,11 @@ class Processor:
         Raises:
             RequestError: the media cannot be used, or is over a limit.
         """
-        return self._plan_image(media, data) if media.kind == "image" else self._plan_video(media, data)
+        return self._open_image(media, data)[1] if media.kind == "image" else self._plan_video(media, data)
+
+    def tokens_of(self, size: int) -> int:
+        """Return the most tokens of an image whose patches are `size` bytes."""
+        return size // (self._channels * (self._patch * self._merge) ** 2)
 
     def fill(self, plan: ImagePlan | VideoPlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
         """Decode the media of `plan` into `rows`, which have the plan's shape; return the grid of patches.
@@ -107,18 +113,31 @@ class Processor:
             RequestError: the media is truncated or broken.
         """
         if isinstance(plan, ImagePlan):
-            return self._fill_image(plan, data, rows)
+            return self._fill_opened(plan, open_image(data, self._limits.max_pixels), rows)
         return self._fill_video(plan, data, rows)
 
-    def _plan_image(self, media: Media, data: bytes) -> ImagePlan:
+    def read_image(
+        self, media: Media, data: bytes, rows_for: Callable[[ImagePlan], NDArray[np.uint8] | None]
+    ) -> tuple[ImagePlan, Grid | None]:
+        """Read the header of an image, and decode it into the rows that `rows_for` returns, if any, as `fill` does.
+
+        Raises:
+            RequestError: the image cannot be used, is over a limit, or is truncated or broken.
+        """
+        image, plan = self._open_image(media, data)
+        rows = rows_for(plan)
+        return plan, None if rows is None else self._fill_opened(plan, image, rows)
+
+    def _open_image(self, media: Media, data: bytes) -> tuple[Image.Image, ImagePlan]:
         image = open_image(data, self._limits.max_pixels)
         # EXIF may swap the sides; the number of tokens stays.
         pixels = self._pixels(media)
         size = self._resize(image.height, image.width, *pixels)
-        return ImagePlan(self._tokens(1, *size), self._shape(1, *size), decoding_work(image, data), pixels)
+        work = decoding_work(image, data)
+        return image, ImagePlan(self._tokens(1, *size), self._shape(1, *size), work, pixels)
 
-    def _fill_image(self, plan: ImagePlan, data: bytes, rows: NDArray[np.uint8]) -> Grid:
-        image = rgb_pixels(open_image(data, self._limits.max_pixels))
+    def _fill_opened(self, plan: ImagePlan, opened: Image.Image, rows: NDArray[np.uint8]) -> Grid:
+        image = rgb_pixels(opened)
         height, width = self._resize(image.height, image.width, *plan.pixels)
         fill_rows(rows, resized(image, height, width), self._patch, self._merge)
         return 1, height // self._patch, width // self._patch

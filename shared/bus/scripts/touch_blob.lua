@@ -1,8 +1,8 @@
 -- Renew a blob's TTL and its place in the index; a pinned one keeps its time. A blob that lost a chunk to Redis's own
 -- eviction is deleted, and so is one that cannot be read.
 -- KEYS: index, sizes, pins
--- ARGV: prefix of blob keys, bytes of a chunk, member, TTL in s
--- Returns {chunks, meta}, or false.
+-- ARGV: prefix of blob keys, bytes of a chunk, member, TTL in s, bytes of a blob of one chunk that is returned as well
+-- Returns {chunks, meta}, {1, meta, chunk}, or false.
 -- requires: blob_index
 local key, ttl = ARGV[1] .. ARGV[3], ARGV[4]
 if not is_a('hash', key) then return false end
@@ -26,4 +26,7 @@ for n = 0, chunks - 1 do
 end
 keep(key)
 if not pinned then redis.call('ZADD', KEYS[1], now(), ARGV[3]) end
+if chunks == 1 and redis.call('STRLEN', key .. ':0') <= tonumber(ARGV[5]) then
+  return {chunks, meta, redis.call('GET', key .. ':0')}
+end
 return {chunks, meta}

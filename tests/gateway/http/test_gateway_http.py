@@ -5,6 +5,7 @@ import base64
 import contextlib
 import errno
 import gzip
+import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from shared.bus.streams import send
 from shared.errors import Failure
 from shared.messages import (
     Accepted,
+    Content,
     Delta,
     Deltas,
     Encode,
@@ -313,6 +315,7 @@ async def test_media_go_to_the_encoder_with_their_bytes_as_blobs(
     assert uploaded.param == "messages[0].content[0].image_url"
     assert len(work.segments) == 3
     assert await redis.get(f"{keys.blob('media', uploaded.blob)}:0") == b"pixels"
+    assert (uploaded.content, linked.content) == (Content(hashlib.sha256(b"pixels").digest(), 6), None)
     await stages.tell(work.request, Accepted(work.request.id, 100))
     await stages.answer(work.request, "same")
     assert (await asked).choices[0].message.content == "same"

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from media_files import patches_of, picture, video_bytes, video_frames
 from prometheus_client import CollectorRegistry
 
 from services.mm_encoder.decoding import decoders as pool
+from services.mm_encoder.decoding import small_images
 from services.mm_encoder.decoding.decoders import Decoders, TimeLimit
-from services.mm_encoder.decoding.messages import Setup
+from services.mm_encoder.decoding.messages import Setup, SmallTask, from_encoder
 from services.mm_encoder.media import timestamps
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import Processor
@@ -248,3 +249,101 @@ async def test_what_takes_longer_than_a_slice_begins_again_in_the_slow_lane(
         assert not spinning.done()
         spinning.cancel()
         await asyncio.gather(spinning, return_exceptions=True)
+
+
+async def test_small_images_are_read_together_and_are_what_the_processor_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried: list[int] = []
+    call = WorkerPool.call
+
+    async def counted(lane: WorkerPool, task: bytes, fds: Sequence[int] = (), *, twice: bool = True) -> bytes:
+        told = from_encoder.decode(task)
+        carried.append(len(told.files) if isinstance(told, SmallTask) else 0)
+        return await call(lane, task, fds, twice=twice)
+
+    monkeypatch.setattr(WorkerPool, "call", counted)
+    files = [picture(40 + 28 * seed, 90, seed=seed) for seed in range(11)]
+    processor = Processor(SETTINGS, LIMITS, VISION, FONT)
+    plans = [processor.plan(Media("image", "p"), data) for data in files]
+    async with running(processes=2) as decoders:
+        made = await asyncio.gather(*(decoders.read_small(Media("image", "p"), data) for data in files))
+        assert sorted(carried) == [5, 6], "a share for each process"
+        del carried[:]
+        await asyncio.gather(*(decoders.read_small(Media("image", "p"), files[0]) for _ in range(18)))
+        assert sorted(carried) == [2, 8, 8]
+    for data, plan, (told, patches) in zip(files, plans, made, strict=True):
+        assert told == plan
+        assert patches is not None
+        expected = patches_of(processor, plan, data)
+        assert patches.grid == expected.grid
+        assert np.array_equal(patches.rows, expected.rows)
+        assert patches.rows.flags.writeable
+
+
+async def read_small(decoders: Decoders, data: bytes) -> Patches:
+    """Decode a file among others, or alone if that is what is left."""
+    plan, patches = await decoders.read_small(Media("image", "p"), data)
+    return await decoders.patches(plan, data) if patches is None else patches
+
+
+@pytest.mark.parametrize("bad", [b"crash", b"raise"])
+async def test_of_images_read_together_only_the_bad_ones_are_refused(tmp_path: Path, bad: bytes) -> None:
+    files = [picture(40, 40), bad, picture(60, 60)[:300], picture(50, 50)]
+    async with running(planted=tmp_path) as decoders:
+        first, failed, broken, last = await asyncio.gather(
+            *(read_small(decoders, data) for data in files), return_exceptions=True
+        )
+        for error, words in ((failed, "crash" if bad == b"crash" else "not an image"), (broken, "truncated or")):
+            assert isinstance(error, RequestError)
+            assert error.failure.status == 400
+            assert words in error.failure.message
+        for made, data in ((first, files[0]), (last, files[3])):
+            assert isinstance(made, Patches)
+            assert np.array_equal(made.rows, (await decode(decoders, data)).rows)
+
+
+async def test_an_image_that_takes_long_among_others_is_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SLICE_S", 0)
+    monkeypatch.setattr(small_images, "SLICE_S", 0)
+    async with running(image_s=1, planted=tmp_path) as decoders:
+        files = [picture(40, 40), b"spin"]
+        reading = (read_small(decoders, data) for data in files)
+        good, spinning = await asyncio.gather(*reading, return_exceptions=True)
+        assert isinstance(good, Patches)
+        assert isinstance(spinning, RequestError)
+        assert "image_decode_s = 1" in spinning.failure.message
+
+
+@pytest.mark.parametrize("limit", ["ROOM_BYTES", "MOST_WORK"])
+async def test_a_small_file_of_many_pixels_is_planned_and_not_decoded(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_images, limit, 4096)
+    async with running() as decoders:
+        data = picture(200, 200)
+        plan, patches = await decoders.read_small(Media("image", "p"), data)
+        assert patches is None
+        assert (await decoders.patches(plan, data)).rows.shape == plan.rows
+
+
+async def test_an_image_nobody_waits_for_any_more_holds_up_no_other() -> None:
+    async with running() as decoders:
+        media, data = Media("image", "p"), picture(40, 40)
+        reading = [asyncio.create_task(decoders.read_small(media, data)) for _ in range(4)]
+        await asyncio.sleep(0)
+        for task in reading[:2]:
+            task.cancel()
+        assert (await reading[2])[1] is not None
+        assert (await reading[3])[1] is not None
+        assert (await decoders.read_small(media, data))[1] is not None
+
+
+async def test_where_no_process_starts_all_that_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as decoders:
+        monkeypatch.setattr(process, "tethered", lambda command: ["/absent", *command])
+        media, data = Media("image", "p"), picture(40, 40)
+        failed = await asyncio.gather(*(decoders.read_small(media, data) for _ in range(3)), return_exceptions=True)
+        assert [error.failure.status for error in failed if isinstance(error, RequestError)] == [503] * 3
+        monkeypatch.undo()
+        assert (await decoders.read_small(media, data))[1] is not None

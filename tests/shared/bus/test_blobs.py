@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from shared.bus.blobs import CHUNK, MEDIA, Blobs
+from shared.bus.blobs import CHUNK, MEDIA, SMALL_BYTES, Blobs
 from shared.bus.keys import Keys
 from shared.errors import RequestError
 
@@ -39,6 +39,25 @@ async def test_round_trip(redis: Redis, keys: Keys, blobs: Blobs, size: int) -> 
     for name in await redis.keys("test:blob:*"):
         assert 0 < await redis.ttl(name) <= TTL_S
         assert name == b"test:blob:media:k" or await redis.strlen(name) <= CHUNK
+
+
+@pytest.mark.parametrize("size", [0, 1, SMALL_BYTES])
+async def test_a_small_blob_is_one_command_each_way(
+    redis: Redis, keys: Keys, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    def another(*_: object, **__: object) -> None:
+        raise AssertionError("a second command")
+
+    monkeypatch.setattr(blobs, "_write_chunks", another)
+    if size:
+        monkeypatch.setattr("shared.bus.blobs.command", another)
+    data = os.urandom(size)
+    await blobs.put("media", "k", data, b"meta")
+    assert await blobs.get("media", "k") == (data, b"meta")
+    assert await budget_used(redis, keys) == size
+    if size:
+        await redis.delete(keys.blob_chunk("media", "k", 0))
+        assert await blobs.get("media", "k") is None
 
 
 async def test_memoryview_of_any_format(blobs: Blobs) -> None:
