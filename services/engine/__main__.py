@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 from redis.asyncio import Redis
 
@@ -286,6 +287,7 @@ def speculation(config: SpeculativeConfig | None, runner: Runner) -> Speculation
     """Return the scheduler's limits of guessing."""
     if config is None or not config.num_speculative_tokens:
         return None
+    logger(__name__).info("tokens are guessed and verified", extra=msgspec.structs.asdict(config))
     times = None if runner.step_times is None else runner.step_times.decode
     return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size, times)
 
