@@ -40,6 +40,7 @@ from services.engine.schedule.prefill_budget import PrefillBudget
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.schedule.speculation import Speculation
+from services.engine.schedule.step_times import LearnedTimes
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings, SpeculativeConfig
 from services.engine.transport.grammars import Compile, Grammars
@@ -202,7 +203,7 @@ def prefill_budget(settings: EngineSettings, runner: Runner, page: CardPage | No
     """Return how prompts share a step, and the bound on that beside sequences that decode; None: by arrival."""
     if not settings.max_token_gap_ms or not settings.enable_chunked_prefill:
         return None
-    budget = PrefillBudget(settings.max_token_gap_ms, runner.step_times)
+    budget = PrefillBudget(settings.max_token_gap_ms, runner.step_times or LearnedTimes())
     return budget if page is None else replace(budget, encoder_works=page.encoder_works)
 
 

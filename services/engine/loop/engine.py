@@ -151,10 +151,10 @@ class Engine:
             self._unsent.add_tokens(sequence, sampled[row : row + appended], finish)
         if self._prefilling:
             self._note_first_tokens()
-        if self._page is None or not self._page.encoder_works():
-            self._scheduler.learn(launched.plan, 1000 * (now - self._ended))
         # A step launched while another ran began when that one ended.
         took = now - max(launched.started, self._ended)
+        if self._page is None or not self._page.encoder_works():
+            self._scheduler.learn(launched.plan, 1000 * (now - self._ended), 1000 * took)
         self._metrics.step_seconds.observe(took)
         self._ended = now
         if launched.plan.drafts:
