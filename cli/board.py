@@ -9,7 +9,7 @@ from rich.text import Text
 from shared.bus.pipeline_view import HELD, QUEUES, ROOM, PipelineView, QueueView, ReplicaView, StageView, problems
 
 COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "gone": "red", "unreadable": "red"}
-SHARES = ("kv_usage", "prefix_hits", "cache_hits")  # figures that are parts of one
+SHARES = ("kv_usage", "prefix_hits", "guesses_right", "cache_hits")  # figures that are parts of one
 RATES = {"gateway": "answered_per_s", "mm_encoder": "media_per_s", "engine": "tokens_per_s", "postproc": "tokens_per_s"}
 NOTHING = "-"
 

@@ -260,7 +260,7 @@ def _parser() -> _Parser:
         type=_json(dict[str, Any]),
         metavar="JSON",
         help='{"method": "ngram", "num_speculative_tokens": 8}: guess tokens and verify several in a step, which '
-        "changes no answer; 0 tokens: none (on one GPU 8, else none)",
+        "changes no answer (docs/speculation.md); 0 tokens, or unset: none",
     )
     engine.add_argument("--block-size", type=_count(1), metavar="TOKENS", help="of one block of the KV cache")
     engine.add_argument("--num-gpu-blocks-override", type=_count(1), metavar="N", help="blocks of the KV cache")

@@ -10,6 +10,7 @@ PIPELINE = (ROOT / "docs" / "pipeline-performance.md").read_text()
 ENGINE = (ROOT / "docs" / "engine-performance.md").read_text()
 H200 = json.loads((ROOT / "benchmarks" / "results" / "engine-h200.json").read_text())
 ENCODER = json.loads((ROOT / "benchmarks" / "results" / "encoder-h200.json").read_text())
+VIRTUAL = json.loads((ROOT / "benchmarks" / "results" / "virtual-load.json").read_text())
 MIXED = json.loads((ROOT / "benchmarks" / "results" / "mixed-steps-h200.json").read_text())
 
 
@@ -76,3 +77,11 @@ def test_the_vision_tower_takes_what_was_measured() -> None:
         assert patches == case["patches"]
         assert [ours, theirs] == [round(case["ours_ms"], 1), round(case["transformers_ms"], 1)]
         assert times == round(case["ratio"], 2)
+
+
+def test_gaps_in_virtual_time_are_what_the_simulation_found() -> None:
+    for load, name in (("0.2/s", "0.2 prompts/s"), ("16", "16 clients")):
+        cells = row(ENGINE, name, "### On a CPU")
+        ways = [VIRTUAL[way][load] for way in ("full", "bound")]
+        for cell, key, place in zip(cells[1:5], ("gap", "gap", "gap", "ttft"), (0, 1, 2, 0), strict=True):
+            assert cell == " / ".join(f"{way[key][place]:,.0f}" for way in ways), (name, key, place)

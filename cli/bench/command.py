@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from cli.bench.figures import Figures, First, figures, first_of, first_table, table
+from cli.bench.guesses import read
 from cli.bench.load import Load, Part, Range, poisson, shares
 from cli.connection import Parser
 from cli.output import write
@@ -42,6 +43,8 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     given = _parser().parse_args(words)
     if given.seen and not given.picture:
         raise ConfigError("--seen: say of which --picture")
+    if given.first and given.metrics:
+        raise ConfigError("--metrics: --first measures requests one by one, and tells of no guesses")
     if given.first and given.picture:
         raise ConfigError("--picture: --first is of prompts of ids")
     base = Load(
@@ -60,7 +63,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         report["first"] = firsts
         shown, errors = first_table(firsts), Counter(error for row in firsts for error in row.errors)
     else:
-        rows = [_run(name, load, given.processes) for name, load in _loads(base, given)]
+        rows = [_run(name, load, given.processes, given.metrics) for name, load in _loads(base, given)]
         report["loads"] = rows
         shown, errors = table(rows), sum((Counter(row.errors) for row in rows), Counter())
     print(shown)
@@ -111,6 +114,11 @@ def _parser() -> Parser:
         "--picture", type=_size, metavar="WxH", help="ask about a new picture of this size in place of a prompt of ids"
     )
     parser.add_argument("--seen", action="store_true", help="with --picture: about one that the server has seen before")
+    parser.add_argument(
+        "--metrics",
+        metavar="URL",
+        help="of the server's metrics: http://127.0.0.1:8181/metrics; tells how many tokens were guessed",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of times and lengths (%(default)s)")
     parser.add_argument(
         "--processes",
@@ -138,9 +146,13 @@ def _loads(base: Load, given: argparse.Namespace) -> list[tuple[str, Load]]:
     return loads
 
 
-def _run(name: str, load: Load, processes: int) -> Figures:
+def _run(name: str, load: Load, processes: int, metrics: str | None) -> Figures:
+    before = None if metrics is None else read(metrics)
     parts, begin = run(shares(load, processes))
     made = figures(name, parts, begin, load.seconds)
+    if metrics is not None and before is not None:
+        right, share = read(metrics).since(before)
+        made = msgspec.structs.replace(made, guesses_right=right, tokens_guessed=share)
     write(sys.stderr, f"{name}: {made.output_tok_s:,.0f} tok/s, client {made.client_cpu:.2f} of a core\n")
     return made
 

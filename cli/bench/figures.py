@@ -33,6 +33,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     gap_p999: float
     tokens_per_event: float
     client_cpu: float  # of a core, of the busiest client process: near 1 the client is the limit
+    guesses_right: float = math.nan  # share of the guessed tokens, by the server's metrics, where it has told them
+    tokens_guessed: float = math.nan  # share of all tokens that were right guesses
 
 
 class First(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,19 +110,22 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 TITLES = ("load", "answered", "open", "failed", "tok/s", "TTFT p50", "p99", "gap p50", "p99", "p99.9", "tokens/event")
+GUESSES = ("guesses right", "tokens guessed")
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Return a table in Markdown; times in milliseconds."""
+    """Return a table in Markdown; times in milliseconds. Guesses are in it where there were some."""
+    told = any(not math.isnan(row.guesses_right) for row in rows)
     cells = [
         (
             *(row.load, f"{row.answered}", f"{row.open}", f"{row.failed}", f"{row.output_tok_s:,.0f}"),
             *(f"{row.ttft_p50:,.1f}", f"{row.ttft_p99:,.1f}"),
             *(f"{row.gap_p50:.2f}", f"{row.gap_p99:.2f}", f"{row.gap_p999:.2f}", f"{row.tokens_per_event:.2f}"),
+            *((f"{row.guesses_right:.2f}", f"{row.tokens_guessed:.2f}") if told else ()),
         )
         for row in rows
     ]
-    return markdown(TITLES, cells)
+    return markdown((*TITLES, *(GUESSES if told else ())), cells)
 
 
 def first_table(rows: Sequence[First]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 from redis.asyncio import Redis
 
@@ -39,6 +40,7 @@ from services.engine.schedule.prefill_budget import PrefillBudget
 from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.schedule.speculation import Speculation
+from services.engine.schedule.step_times import LearnedTimes
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings, SpeculativeConfig
 from services.engine.transport.grammars import Compile, Grammars
@@ -201,7 +203,7 @@ def prefill_budget(settings: EngineSettings, runner: Runner, page: CardPage | No
     """Return how prompts share a step, and the bound on that beside sequences that decode; None: by arrival."""
     if not settings.max_token_gap_ms or not settings.enable_chunked_prefill:
         return None
-    budget = PrefillBudget(settings.max_token_gap_ms, runner.step_times)
+    budget = PrefillBudget(settings.max_token_gap_ms, runner.step_times or LearnedTimes())
     return budget if page is None else replace(budget, encoder_works=page.encoder_works)
 
 
@@ -286,6 +288,7 @@ def speculation(config: SpeculativeConfig | None, runner: Runner) -> Speculation
     """Return the scheduler's limits of guessing."""
     if config is None or not config.num_speculative_tokens:
         return None
+    logger(__name__).info("tokens are guessed and verified", extra=msgspec.structs.asdict(config))
     times = None if runner.step_times is None else runner.step_times.decode
     return Speculation(config.num_speculative_tokens, config.prompt_lookup_min, config.disable_by_batch_size, times)
 

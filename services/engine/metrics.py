@@ -1,6 +1,6 @@
 """Metrics of the engine. Names after the `millrace_` are vLLM's where it has the metric."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -32,8 +32,18 @@ class EngineMetrics:
         self.prefix_queries = counter("prefix_cache_queries", "Tokens looked for in the prefix cache")
         self.prefix_hits = counter("prefix_cache_hits", "Of these, tokens found")
         self.preemptions = counter("num_preemptions", "Times a sequence lost its blocks to an earlier one")
+        self.drafts = counter(
+            "spec_decode_num_drafts", "Times that guesses behind a sequence's last token were verified"
+        )
         self.draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens guessed and verified by a step")
         self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Of these, tokens that were drawn as well")
+        self.accepted_at = Counter(
+            "millrace_spec_decode_num_accepted_tokens_per_pos",
+            "Of these, tokens by their place among those guessed together; the first is 0",
+            ["position"],
+            registry=registry,
+        )
+        self.verifying_seconds = counter("spec_decode_step_seconds", "Time of the steps that verified guesses")
         self.first_uses = counter("kernel_first_uses", "Kernels compiled, or plans made, after the engine was ready")
         self.loops = counter("thinking_loops", "Times that the thinking was closed since it repeated itself")
         self.finished = Counter("millrace_engine_finished", "Requests ended", ["reason"], registry=registry)
@@ -88,6 +98,15 @@ class EngineMetrics:
         if "decode" in seconds and generated > 1:
             self._per_token.observe(seconds["decode"] / (generated - 1))
 
+    def observe_guesses(self, verified: Sequence[int], right: Sequence[int], seconds: float) -> None:
+        """Record a step that verified guesses, and for each sequence how many it had and how many were right."""
+        self.drafts.inc(len(verified))
+        self.draft_tokens.inc(sum(verified))
+        self.accepted_tokens.inc(sum(right))
+        for position in range(max(right, default=0)):
+            self.accepted_at.labels(position).inc(sum(count > position for count in right))
+        self.verifying_seconds.inc(seconds)
+
     def update_waiting(self, held: int) -> None:
         """Set the gauges of waiting requests from the number of all that this engine has taken."""
         waiting = value(self.waiting)
@@ -102,6 +121,8 @@ class EngineMetrics:
             "generated": value(self.generation_tokens),
             "hits": value(self.prefix_hits),
             "preemptions": value(self.preemptions),
+            "guessed": value(self.draft_tokens),
+            "right": value(self.accepted_tokens),
             "steps": steps,
             "step_seconds": step_seconds,
             **hop_totals(),
@@ -114,5 +135,12 @@ class EngineMetrics:
             "tokens_per_s": recent.per_second("generated"),
             "prompt_tokens_per_s": recent.per_second("prompt"),
             "preemptions_per_s": recent.per_second("preemptions"),
-            **recent.ratios({"prefix_hits": ("hits", "prompt"), "step_s": ("step_seconds", "steps"), **HOP}),
+            **recent.ratios(
+                {
+                    "prefix_hits": ("hits", "prompt"),
+                    "guesses_right": ("right", "guessed"),
+                    "step_s": ("step_seconds", "steps"),
+                    **HOP,
+                }
+            ),
         }

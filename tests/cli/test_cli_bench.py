@@ -22,8 +22,10 @@ from server_thread import served
 from cli.bench.client import Client
 from cli.bench.command import run as run_processes
 from cli.bench.figures import figures, first_of, first_table, quantile, table
+from cli.bench.guesses import Counters, read
 from cli.bench.load import Answer, Arrival, Load, Part, even, poisson, shares
 from cli.main import main
+from shared.errors import ConfigError
 
 LOAD = Load(url="", model="m", key="", prompt=(5, 9), output=3, ids=(100, 120), clients=2, requests=4)
 
@@ -124,6 +126,7 @@ class Scripted(BaseHTTPRequestHandler):
     status = 200
     pieces: tuple[bytes, ...] = (STREAM,)
     breaks_off = False
+    metrics = ""  # with {} for the number of requests so far
     bodies: list[dict[str, Any]]
     headers_seen: list[dict[str, str]]
     connections: set[Any]
@@ -142,6 +145,14 @@ class Scripted(BaseHTTPRequestHandler):
         if not self.breaks_off:
             with suppress(OSError):  # of a client that could not read on
                 self.wfile.write(b"0\r\n\r\n")
+
+    def do_GET(self) -> None:
+        """Answer with counters that grow by the number of requests."""
+        told = self.metrics.format(len(self.bodies)).encode()
+        self.send_response(200)
+        self.send_header("content-length", f"{len(told)}")
+        self.end_headers()
+        self.wfile.write(told)
 
     def log_message(self, *_: object) -> None:
         return
@@ -272,6 +283,45 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert "failed (2): HTTP 503: " in capsys.readouterr().err
 
 
+METRICS = """# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{{engine="0"}} {0}0.0
+vllm:generation_tokens_total{{engine="1"}} 5
+vllm:spec_decode_num_draft_tokens_total{{engine="0",model_name="m"}} {0}.0
+vllm:spec_decode_num_draft_tokens_total{{engine="1",model_name="m"}} {0}.0
+vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {0}
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} 1e9
+"""
+OURS = METRICS.replace("vllm:", "millrace_").replace('{{engine="0"}}', "")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("metrics", [METRICS, OURS])
+def test_guesses_are_told_by_the_servers_metrics(
+    metrics: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(metrics=metrics) as (url, _):
+        written = tmp_path / "found.json"
+        flags = ["bench", "serve", "--url", url, "--model", "m", "--clients", "1,2", "--requests", "4"]
+        assert main([*flags, "--metrics", f"{url}/metrics", "--json", str(written)]) == 0
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title.endswith("| guesses right | tokens guessed |")
+    assert all(row.split("|")[-3:-1] == ["          0.50 ", "           0.10 "] for row in rows)
+    loads = json.loads(written.read_text())["loads"]
+    assert [(load["guesses_right"], load["tokens_guessed"]) for load in loads] == [(0.5, 0.1)] * 2
+
+
+def test_a_server_that_guesses_nothing_has_no_share_of_guesses() -> None:
+    before, after = Counters(0.0, 0.0, 7.0), Counters(0.0, 0.0, 17.0)
+    assert [math.isnan(share) for share in after.since(before)] == [True, False]
+    assert all(math.isnan(share) for share in before.since(before))
+
+
+@pytest.mark.parametrize(("text", "named"), [("", "no counter"), (None, "cannot be read")])
+def test_metrics_that_are_not_there_are_named(text: str | None, named: str, unused_port: int) -> None:
+    with scripted(metrics=text or "") as (url, _), pytest.raises(ConfigError, match=named):
+        read(f"{url}/metrics" if text is not None else f"http://127.0.0.1:{unused_port}/metrics")
+
+
 def cells(*numbers: int) -> list[str]:
     return [f" {number:>{width}} " for number, width in zip(numbers, (8, 4, 6), strict=True)]
 
@@ -288,6 +338,7 @@ def cells(*numbers: int) -> list[str]:
         (["--url", "http://h", "--model", "m", "--clients", "1", "--picture", "64"], "''"),
         (["--url", "http://h", "--model", "m", "--clients", "1", "--seen"], "--seen"),
         (["--url", "http://h", "--model", "m", "--first", "5", "--picture", "64x64"], "--picture"),
+        (["--url", "http://h", "--model", "m", "--first", "5", "--metrics", "http://h"], "--metrics"),
     ],
 )
 def test_a_wrong_flag_is_named(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
 def test_engine() -> None:
     metrics, clock = EngineMetrics(CollectorRegistry()), Clock()
     metrics._recent = Recent(clock)
-    assert "prefix_hits" not in metrics.load(), "no prompt has been seen"
+    assert not {"prefix_hits", "guesses_right"} & metrics.load().keys(), "no prompt has been seen, no guess verified"
     clock.now = 2
     metrics.running.set(3)
     metrics.waiting.set(1)
@@ -33,6 +33,7 @@ def test_engine() -> None:
     metrics.prefix_hits.inc(100)
     metrics.generation_tokens.inc(60)
     metrics.preemptions.inc(1)
+    metrics.observe_guesses([4, 6], [4, 2, 0], 0.02)
     for _ in range(4):
         metrics.step_seconds.observe(0.02)
     assert rounded(metrics.load()) == {
@@ -43,6 +44,7 @@ def test_engine() -> None:
         "prompt_tokens_per_s": 200,
         "preemptions_per_s": 0.5,
         "prefix_hits": 0.25,
+        "guesses_right": 0.6,
         "step_s": 0.02,
     }
 

@@ -130,6 +130,14 @@ class Bench:
         assert drafted == sum(plan.drafts for plan in self.runner.plans)
         return int(drafted), int(right)
 
+    @property
+    def right_at(self) -> list[float]:
+        """Guesses that were right, by their place among those guessed together."""
+        name, found = "millrace_spec_decode_num_accepted_tokens_per_pos_total", []
+        while (value := self.registry.get_sample_value(name, {"position": f"{len(found)}"})) is not None:
+            found.append(value)
+        return found
+
     def metric(self, name: str) -> float:
         value = self.registry.get_sample_value(f"millrace_{name}")
         assert value is not None

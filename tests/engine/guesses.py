@@ -1,5 +1,6 @@
 """Guesses for the engine's tests: of tokens that come anyway, and wrong here and there."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
@@ -50,3 +51,39 @@ def among(answers: Iterable[list[int]]) -> Continue:
         return next((text[len(known) :][:count] for text in texts if text[: len(known)] == list(known)), [])
 
     return follow_up
+
+
+class Careless:
+    """Stands in for a Drafter that is sure of itself and is right by chance, where it is."""
+
+    def __init__(
+        self, tokens: Ids, follow_up: Continue, right: float, rng: random.Random, strange: Ordered[int]
+    ) -> None:
+        self._tokens, self._follow_up, self._right, self._rng, self._strange = tokens, follow_up, right, rng, strange
+        self._known = 0
+
+    def follow(self, known: int) -> None:
+        assert known >= self._known
+        self._known = known
+
+    def guess(self, most: int, after: int = 0) -> list[tuple[int, float]]:
+        known = self._tokens[: self._known].tolist()
+        count = after + self._rng.randint(0, most)
+        following = self._follow_up(known, count)
+        following += self._rng.choices([*self._strange, *known], k=count - len(following))
+        return [(self._instead(token, known), 1.0) for token in following[after:]]
+
+    def _instead(self, token: int, known: Ordered[int]) -> int:
+        return (
+            token if self._rng.random() < self._right else self._rng.choice([*self._strange, self._rng.choice(known)])
+        )
+
+
+@contextmanager
+def careless(
+    answers: Iterable[list[int]], right: float, rng: random.Random, strange: Ordered[int] = ()
+) -> Iterator[None]:
+    """Guess what follows in those texts, each token with this chance, and else one of `strange` or of the text."""
+    follow_up = among(answers)
+    with patch.object(speculation, "Drafter", lambda tokens, ngram: Careless(tokens, follow_up, right, rng, strange)):
+        yield

@@ -15,8 +15,8 @@ from system import System, data_url, encoded, picture, running
 
 from shared.bus.keys import ENCODE, GENERATE
 
-# What dashboards made for vLLM ask for, after the `vllm:`. It has no speculative decoding to tell of, and does not
-# estimate the device's FLOPs, which vLLM does on request.
+# What dashboards made for vLLM ask for, after the `vllm:`. It does not estimate the device's FLOPs, which vLLM does on
+# request, and what guesses were right by their place is told once there are some.
 VLLM = {
     "gauge": {"num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"},
     "counter": {
@@ -28,6 +28,9 @@ VLLM = {
         "mm_cache_queries",
         "mm_cache_hits",
         "num_preemptions",
+        "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens",
         "request_success",
         "admission_rejections",
         "tool_call_parser_invocations",

@@ -151,11 +151,15 @@ class Engine:
             self._unsent.add_tokens(sequence, sampled[row : row + appended], finish)
         if self._prefilling:
             self._note_first_tokens()
-        if self._page is None or not self._page.encoder_works():
-            self._scheduler.learn(launched.plan, 1000 * (now - self._ended))
         # A step launched while another ran began when that one ended.
-        self._metrics.step_seconds.observe(now - max(launched.started, self._ended))
+        took = now - max(launched.started, self._ended)
+        if self._page is None or not self._page.encoder_works():
+            self._scheduler.learn(launched.plan, 1000 * (now - self._ended), 1000 * took)
+        self._metrics.step_seconds.observe(took)
         self._ended = now
+        if launched.plan.drafts:
+            right = [made.appended - 1 for made in progress]
+            self._metrics.observe_guesses([c.drafts for c in launched.plan.chunks if c.drafts], right, took)
         self._count_tokens(launched.plan, progress, now)
 
     def _add_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> None:
@@ -225,8 +229,6 @@ class Engine:
             self._metrics.inter_token.observe(now - self._last_tokens_at)
         self._last_tokens_at = now if progress else None
         self._metrics.generation_tokens.inc(sum(made.appended for made in progress))
-        self._metrics.draft_tokens.inc(plan.drafts)
-        self._metrics.accepted_tokens.inc(sum(made.appended - 1 for made in progress))
         self._metrics.loops.inc(sum(made.sequence.loops_in_thinking for made in progress))
 
     def _count_plan(self, plan: Plan) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
-from services.engine.schedule.step_times import StepTimes
+from services.engine.schedule.step_times import LearnedTimes, StepTimes
 
 LEAST_ROOM = 128  # tokens of prefill in a step, however many sequences decode: prompts must go on
 # Of the target, while an encoder uses the same GPU: one alone sends three pieces during a step, of 2 ms by default.
@@ -16,7 +16,7 @@ class PrefillBudget:
     """Bound on a step in which sequences decode, so that their tokens come in time."""
 
     target_ms: float
-    times: StepTimes | None  # None: not measured, so that there is no bound but that of every step
+    times: StepTimes | LearnedTimes
     encoder_works: Callable[[], bool] = lambda: False  # on the same GPU
 
     def room(self, decoding: int, cached: int, limit: int) -> int:
@@ -27,11 +27,16 @@ class PrefillBudget:
             cached: tokens that these have in the cache.
             limit: tokens of the step.
         """
-        if not decoding or self.times is None:
+        if not decoding:
             return limit - decoding
         target_ms = self.target_ms * (BESIDE_ENCODER if self.encoder_works() else 1.0)
         rows = self.times.rows_within(target_ms - cached * self.times.ms_per_cached_token)
         return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))
+
+    def learn(self, rows: int, ms: float) -> None:
+        """Learn from a step with prefill how long such steps take, where that was not measured."""
+        if isinstance(self.times, LearnedTimes):
+            self.times.learn(rows, ms)
 
 
 def shares(backlogs: Ordered[int], room: int) -> list[int]:

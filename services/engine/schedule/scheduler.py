@@ -318,9 +318,11 @@ class Scheduler:
         assert row == len(tokens), "as many tokens as are sampled"
         return progress
 
-    def learn(self, plan: Plan, ms: float) -> None:
-        """Learn from a step that was read `ms` after the one before how long guesses take. Not for steps beside other
-        work of the device."""
+    def learn(self, plan: Plan, ms: float, own_ms: float) -> None:
+        """Learn how long steps take, from one that was read `ms` after the one before and `own_ms` after it began. Not
+        for steps beside other work of the device."""
+        if self._limits.prefill is not None and plan.kinds[1]:
+            self._limits.prefill.learn(plan.num_tokens, own_ms)
         if not plan.drafts:
             self._speculator.forget()
         elif all(chunk.samples and chunk.length == chunk.drafts + 1 for chunk in plan.chunks):

@@ -1,7 +1,9 @@
-"""Time of steps as measured on this device at the start."""
+"""Time of steps as measured on this device at the start, or learned from those that run."""
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+
+FORGOTTEN = 0.1  # of what steps before have told, with each one that is learned from
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +47,21 @@ class StepTimes:
     def rows_within(self, ms: float) -> int:
         """Return the most rows of a step that takes no longer; of all measured steps the least, if none does."""
         return self.rows[max(0, bisect_right(self.ms, ms) - 1)]
+
+
+class LearnedTimes:
+    """Time of steps with prefill where nothing was measured at the start, by the row of the last ones."""
+
+    ms_per_cached_token = 0.0  # it is in the time of the rows
+
+    def __init__(self) -> None:
+        self._ms = self._rows = 0.0
+
+    def learn(self, rows: int, ms: float) -> None:
+        """Learn from a step with prefill."""
+        self._ms += ms - FORGOTTEN * self._ms
+        self._rows += rows - FORGOTTEN * self._rows
+
+    def rows_within(self, ms: float) -> int:
+        """Return the rows of a step that takes so long; none before anything is known."""
+        return max(0, int(ms * self._rows / self._ms)) if self._ms else 0

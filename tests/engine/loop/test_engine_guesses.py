@@ -51,6 +51,11 @@ def test_wrong_guesses_are_dropped() -> None:
     drafted, right = bench.guessed
     assert bench.answer("0") == continuation(prompt(0, 5), 30)
     assert drafted > right > 0
+    steps = [chunk.drafts for plan in bench.runner.plans for chunk in plan.chunks if chunk.drafts]
+    assert bench.metric("spec_decode_num_drafts_total") == len(steps)
+    assert sum(bench.right_at) == right
+    assert bench.right_at == sorted(bench.right_at, reverse=True), "behind a wrong guess none is right"
+    assert 0 < bench.metric("spec_decode_step_seconds_total") < bench.metric("engine_step_seconds_sum")
 
 
 def test_without_a_guess_steps_run_ahead() -> None:

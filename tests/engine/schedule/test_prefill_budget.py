@@ -1,15 +1,18 @@
 """What a step has for prefill, and who gets it."""
 
 import msgspec
+import pytest
 from engine_cases import FACTS, SumRunner, continuation, sequence
+from engine_loop import Bench as EngineBench
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engine.loop.mailbox import Add
 from services.engine.schedule.blocks import BlockPool
 from services.engine.schedule.prefill_budget import LEAST_ROOM, PrefillBudget, reaches, shares
 from services.engine.schedule.scheduler import Limits, Plan, Scheduler
 from services.engine.schedule.sequence import Sequence
-from services.engine.schedule.step_times import StepTimes
+from services.engine.schedule.step_times import LearnedTimes, StepTimes
 
 LONG = msgspec.structs.replace(FACTS, max_model_len=8192)
 TIMES = StepTimes((16, 512, 1024, 2048), (4.0, 11.0, 19.0, 30.0), 0.001)
@@ -59,9 +62,9 @@ def test_the_room_keeps_a_step_as_short_as_was_asked(decoding: int, cached: int,
 class Bench:
     """A scheduler with such a budget: each step with sequences that decode has 512 rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: StepTimes | LearnedTimes = TIMES) -> None:
         self._pool = BlockPool(4000, caching=False)
-        limits = Limits(64, 4096, True, 4, PrefillBudget(12.0, TIMES))
+        limits = Limits(64, 4096, True, 4, PrefillBudget(12.0, times))
         self.scheduler = Scheduler(self._pool, limits)
         self._runner = SumRunner(4000, 4)
 
@@ -131,6 +134,41 @@ def test_a_long_prompt_goes_on_however_many_short_ones_come() -> None:
     assert bench.steps_beside_short_ones(long, 500) <= 8, "half of 511 tokens a step"
 
 
-@given(st.integers(0, 30), st.integers(30, 9000), st.booleans())
-def test_without_measured_times_a_step_is_full_and_no_fuller(decoding: int, limit: int, beside: bool) -> None:
-    assert PrefillBudget(25.0, None, lambda: beside).room(decoding, 5, limit) == limit - decoding
+# ------------------------------------------------------------------------------------------- where nothing was measured
+
+
+def test_until_a_step_was_seen_prefill_beside_others_is_as_little_as_ever() -> None:
+    budget = PrefillBudget(25.0, LearnedTimes())
+    assert budget.room(3, 5, 512) == LEAST_ROOM
+    assert budget.room(0, 0, 512) == 512
+
+
+@given(st.floats(0.02, 5.0), st.floats(0.0, 20.0), st.integers(1, 600))
+def test_the_room_is_learned_from_steps_that_run(row_ms: float, fixed_ms: float, first: int) -> None:
+    """Whatever came first, steps come to be as long as asked, if that is more than the least and less than a step."""
+    budget, decoding, rows = PrefillBudget(25.0, LearnedTimes()), 4, first
+    for _ in range(400):
+        budget.learn(rows, fixed_ms + rows * row_ms)
+        rows = decoding + budget.room(decoding, 100, 512)
+    fitting = (25.0 - fixed_ms) / row_ms
+    assert rows == pytest.approx(min(512, max(decoding + LEAST_ROOM, fitting)), abs=0.02 * fitting + 1)
+
+
+def test_a_scheduler_learns_from_steps_with_prefill_alone() -> None:
+    bench = Bench(LearnedTimes())
+    bench.add("decodes", 5, 100)
+    bench.scheduler.learn(bench.step(), 0.0, 0.01)
+    bench.scheduler.learn(bench.step(), 0.0, 1000.0)
+    bench.add("long", 3000, 1)
+    assert [chunk.length for chunk in bench.step().chunks] == [1, 3000], "5 tokens took 10 us, and 1 tells nothing"
+    bench.add("another", 3000, 1)
+    plan = bench.step()
+    bench.scheduler.learn(plan, 0.0, 1000.0)
+    bench.add("third", 3000, 1)
+    assert [chunk.length for chunk in bench.step().chunks] == [1, LEAST_ROOM]
+
+
+def test_an_engine_tells_what_its_steps_took() -> None:
+    times = LearnedTimes()
+    EngineBench({0: [Add(sequence([11] * 9))]}, prefill=PrefillBudget(25.0, times))
+    assert times.rows_within(1e6) > 0

@@ -181,5 +181,5 @@ def test_the_scheduler_tells_of_every_step_without_guesses() -> None:
     cost = scheduler._speculator._cost
     assert isinstance(cost, Measured)
     cost.wait_ms = 2.0
-    scheduler.learn(Plan(()), 5.0)
+    scheduler.learn(Plan(()), 5.0, 5.0)
     assert WAIT_MS < cost.wait_ms < 2.0
