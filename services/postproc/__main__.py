@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import uvloop
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
 
@@ -83,7 +84,7 @@ def compose(
 
 def main() -> int:
     """Serve until told to stop; return the exit status."""
-    return service.launch(SERVICE, PostprocSettings, build, os.environ)
+    return service.launch(SERVICE, PostprocSettings, build, os.environ, uvloop.new_event_loop)
 
 
 if __name__ == "__main__":

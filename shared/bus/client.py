@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.bus import sentinel
+from shared.bus.replies import Replies
 from shared.bus.sentinel import Primary, SentinelUrl
 from shared.config import CommonSettings
 from shared.errors import ConfigError
@@ -63,6 +64,10 @@ class Link:
                 "that this replica is started with, or the user in Redis"
             )
         self.check()
+
+    def is_current(self, generation: int) -> bool:
+        """Return True if nothing was said against the connections of a generation, nor against user and password."""
+        return generation >= self.generation and self._given_up is None
 
     def check(self) -> None:
         """
@@ -162,6 +167,11 @@ def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary 
             self.link.accepted()
             self.opened += 1
 
+        @property
+        def is_current(self) -> bool:
+            """True if nothing was said against the server that it was last connected to."""
+            return self.link.is_current(self.generation)
+
         async def ensure_connected(self) -> None:
             """Connect, unless it is connected to the server that is the right one now."""
             self.link.check()
@@ -198,9 +208,17 @@ def _linked(base: type[AbstractConnection], shared_link: Link, primary: Primary 
             try:
                 return await super().read_response(*args, **kwargs)
             except RedisError as error:
-                if isinstance(error, RedisTimeoutError) or action_for(error) is Action.RECONNECT:
-                    self.link.suspect(self.generation)
+                self.note_error(error)
                 raise
+
+        def note_error(self, error: RedisError) -> None:
+            """Suspect the server if an error says that it is silent, or not the right one any more."""
+            if isinstance(error, RedisTimeoutError) or action_for(error) is Action.RECONNECT:
+                self.link.suspect(self.generation)
+
+        def take_over(self) -> Replies:
+            """Have replies read without redis-py's stream, until they are given back."""
+            return Replies(self._writer.transport, self._parser.parse_error)
 
     return Linked
 

@@ -21,7 +21,7 @@ from shared.bus.wire import Wire
 from shared.errors import NewerVersionError, ProtocolError, unreadable
 from shared.log import logger
 from shared.message_versions import VERSION, WRITES, versioned_write
-from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry
+from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry, translated_entry
 from shared.metrics import Hop
 from shared.redis_errors import is_wrong_type
 
@@ -293,8 +293,8 @@ class WorkStream:
         return {str(entry["message_id"], "ascii") for entry in reply}
 
 
-def _flat(message: Message) -> list[bytes]:
-    return [word for pair in to_entry(message).items() for word in pair]
+def _flat(fields: Mapping[bytes, bytes]) -> list[bytes]:
+    return [word for pair in fields.items() for word in pair]
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -305,7 +305,7 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 async def send(redis: Redis, key: str, message: Message, *, max_len: int | None = None) -> str:
     """Append one message, trimming the stream approximately to `max_len`; return the entry id."""
     trim = () if max_len is None else ("MAXLEN", "~", max_len)
-    return str(await command(redis, "XADD", key, *trim, "*", *_flat(message)), "ascii")
+    return str(await command(redis, "XADD", key, *trim, "*", *_flat(to_entry(message))), "ascii")
 
 
 @versioned_write
@@ -314,7 +314,7 @@ async def reply(redis: Redis, key: str, message: Message, max_len: int) -> bool:
 
     Returns whether the stream exists.
     """
-    fields = _flat(message)
+    fields = _flat(to_entry(message))
     try:
         return await command(redis, "XADD", key, "NOMKSTREAM", "MAXLEN", "~", max_len, "*", *fields) is not None
     except ResponseError as error:
@@ -334,19 +334,23 @@ class LogWriter:
     def __init__(self, redis: Redis, key: str) -> None:
         self._wire = Wire(redis, self._recent_words)
         self._key = key
-        self._recent: deque[tuple[float, Message]] = deque()
+        # As bytes: objects would be looked at by the garbage collector for as long.
+        self._recent: deque[tuple[float, dict[bytes, bytes]]] = deque()
 
     @versioned_write
     async def send(self, message: Message) -> None:
         """Append one message; twice, when the connection breaks at the wrong moment."""
-        await self._wire.call("XADD", self._key, "*", *_flat(message))
+        fields = to_entry(message)
+        await self._wire.call("XADD", self._key, "*", *_flat(fields))
         now = monotonic()
-        self._recent.append((now, message))
+        self._recent.append((now, fields))
         while now - self._recent[0][0] > LOST_S:
             self._recent.popleft()
 
     def _recent_words(self) -> list[list[str | bytes]]:
-        return [["XADD", self._key, "*", *_flat(message)] for _, message in self._recent]
+        """Return the commands that send them again, in the version that everybody reads by now."""
+        entries = [translated_entry(fields) or fields for _, fields in self._recent]
+        return [["XADD", self._key, "*", *_flat(fields)] for fields in entries]
 
 
 class LogReader:

@@ -1,8 +1,9 @@
 """Dedicated connection for a loop that sends command after command, one or more for every step of the engine.
 
-It is redis-py's connection, so address, TLS, names, keepalive, errors and retries are as everywhere. It leaves out the
-work of redis-py's client around each command, which costs more than the command: taking a connection from the pool and
-checking it, events for metrics, conversion of replies (docs/pipeline-performance.md).
+redis-py opens it, so address, TLS, names, keepalive, errors and retries are as everywhere. Then replies are read from
+its transport at once (shared/bus/replies.py), without the work of redis-py's client around each command, which costs
+more than the command: a connection from the pool, events for metrics, three time limits, a stream, conversion of
+replies (docs/pipeline-performance.md).
 """
 
 import asyncio
@@ -13,11 +14,11 @@ from typing import Any
 
 import hiredis
 from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.bus.client import REPLY_S, suspect
+from shared.bus.replies import Replies
 
 LIMIT_S = REPLY_S  # for the reply, beyond the time the command itself may block
 AGAIN_BYTES = 64 << 10  # of commands that are sent again at once, within LIMIT_S
@@ -35,7 +36,8 @@ class Wire:
         self._again = again
         self._left = deque[bytes]()  # of these, in Redis' protocol
         self._opened = 0  # times that the connection had been opened when `again` was called
-        self._connection: AbstractConnection | None = None
+        self._connection: Any = None  # of shared/bus/client.py
+        self._replies: Replies | None = None  # to it, once it is open and all of `again` was sent
 
     async def call(self, *words: Word, wait_s: float = 0.0) -> Any:
         """Send one command; return its reply as Redis sends it: bytes, integers, lists of these, None.
@@ -47,30 +49,45 @@ class Wire:
         Raises:
             RedisError: redis-py's, of the same kinds.
         """
-        connection = self._connection
-        if connection is None:
-            connection = self._connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-        return await connection.retry.call_with_retry(
-            lambda: self._exchange(connection, words, LIMIT_S + wait_s), lambda error: self._break(connection, error)
+        if self._connection is None:
+            self._connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        return await self._connection.retry.call_with_retry(
+            lambda: self._exchange(words, LIMIT_S + wait_s), self._break
         )
 
-    async def _exchange(self, connection: Any, words: Sequence[Word], limit_s: float) -> Any:
-        """Send a command and read its reply, connecting first if necessary. Anything but a reply closes the connection.
+    async def _exchange(self, words: Sequence[Word], limit_s: float) -> Any:
+        """Send a command and return its reply, connecting first if necessary.
 
         Raises:
             RedisTimeoutError: it took longer than `limit_s`, or a part of what is sent before it longer than LIMIT_S.
         """
         try:
-            async with asyncio.timeout(limit_s):
-                await connection.ensure_connected()
-            while self._left or self._opened != connection.opened:
-                async with asyncio.timeout(LIMIT_S):
-                    await self._send_again(connection)
-            async with asyncio.timeout(limit_s):
-                await connection.send_packed_command(_packed(words), check_health=False)
-                return await connection.read_response()
+            replies = self._replies
+            if replies is None or not self._connection.is_current:
+                replies = await self._open(limit_s)
+            reply = await replies.ask(_packed(words), limit_s)
         except TimeoutError:
             raise RedisTimeoutError(f"no reply to {words[0]!r} within {limit_s} s") from None
+        except BaseException:
+            if self._replies is not None:  # else redis-py has closed what it had to
+                await self._disconnect()
+            raise
+        if isinstance(reply, RedisError):
+            self._connection.note_error(reply)
+            raise reply
+        return reply
+
+    async def _open(self, limit_s: float) -> Replies:
+        """Connect, send whatever comes before all else, and take the connection over from redis-py."""
+        connection, self._replies = self._connection, None
+        async with asyncio.timeout(limit_s):
+            await connection.ensure_connected()
+        while self._left or self._opened != connection.opened:
+            async with asyncio.timeout(LIMIT_S):
+                await self._send_again(connection)
+        replies: Replies = connection.take_over()
+        self._replies = replies
+        return replies
 
     async def _send_again(self, connection: Any) -> None:
         """Send a part of whatever comes before all else over a new connection: all of the part, or nothing.
@@ -90,17 +107,23 @@ class Wire:
         for _ in range(count):
             self._left.popleft()
 
-    async def _break(self, connection: AbstractConnection, error: Exception) -> None:
+    async def _break(self, error: Exception) -> None:
         """Close a connection that failed, and suspect all others when it fell silent."""
-        await connection.disconnect(nowait=True)
+        await self._disconnect()
         if isinstance(error, RedisTimeoutError):
             suspect(self._redis)
 
+    async def _disconnect(self) -> None:
+        self._replies = None
+        await self._connection.disconnect(nowait=True)
+
     async def close(self) -> None:
         """Return the connection to the pool. The client's own `aclose` closes it, too."""
-        if self._connection is not None:
-            await self._pool.release(self._connection)
-            self._connection = None
+        connection, replies, self._connection, self._replies = self._connection, self._replies, None, None
+        if replies is not None:
+            replies.give_back()
+        if connection is not None:
+            await self._pool.release(connection)
 
 
 class WireScript:

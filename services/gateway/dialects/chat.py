@@ -1,6 +1,6 @@
 """OpenAI's chat completions, the API that all others are translated to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -90,6 +90,12 @@ class ChatEvents:
     def delta(self, index: int, delta: Delta, skip: int) -> bytes:
         """Return the chunks of a delta."""
         return self._chunks.delta(index, delta, self._ids, skip)
+
+    def text_format(self, index: int) -> Callable[[Delta], bytes]:
+        """Return the formatter of text: of the chunk alone, if it has neither an id nor usage."""
+        if isinstance(self._ids, NoEventIds) and not self._chunks.has_usage:
+            return self._chunks.text_chunk(index).format
+        return lambda delta: self.delta(index, delta, 0)
 
     def end(self, request: OpenRequest) -> bytes:
         """Return the chunk of usage or the error, and the mark of the end."""

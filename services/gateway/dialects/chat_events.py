@@ -65,6 +65,22 @@ class AnswerHead(msgspec.Struct, frozen=True):
     system_fingerprint: str
 
 
+class TextChunk:
+    """Chunk of reasoning or content alone: what stands around the text is always the same."""
+
+    __slots__ = ("_content", "_reasoning")
+
+    def __init__(self, start: bytes, end: bytes) -> None:
+        self._content = (start + b'"content":', end)
+        self._reasoning = (start + b'"reasoning_content":', b',"reasoning":', end)
+
+    def format(self, delta: Delta) -> bytes:
+        """Return the chunk of a delta."""
+        return (
+            quote(delta.content).join(self._content) if delta.content else quote(delta.reasoning).join(self._reasoning)
+        )
+
+
 class ChunkWriter:
     """Formatter of the chunks of one stream.
 
@@ -75,11 +91,12 @@ class ChunkWriter:
 
     __slots__ = (
         "_choice_prefixes",
-        "_continuous_usage",
         "_first_chunks_wait",
         "_prefix",
         "_suffix",
+        "_text_chunks",
         "_token_ids",
+        "has_usage",
     )
 
     def __init__(
@@ -97,8 +114,9 @@ class ChunkWriter:
         self._choice_prefixes = [self._prefix + b',"choices":[{"index":%d,"delta":{' % i for i in range(n)]
         self._suffix = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._token_ids = token_ids
-        self._continuous_usage = continuous_usage
+        self.has_usage = continuous_usage
         self._first_chunks_wait = token_ids or continuous_usage
+        self._text_chunks = [TextChunk(start, _NO_DETAILS + self._suffix) for start in self._choice_prefixes]
 
     def first_chunks(self, id_line: bytes) -> bytes:
         """Return the first chunk of each choice, the last one with an id; nothing if they wait for the first delta."""
@@ -111,8 +129,8 @@ class ChunkWriter:
         """Return a delta's chunks except the first `skip`: reasoning, content, a fragment of each tool call, finish."""
         start = self._choice_prefixes[index]
         if is_text(delta) and not (skip or self._first_chunks_wait):  # nearly all
-            return b"%b%b%b%b%b" % (ids.advance_one(index, delta), start, _text(delta), _NO_DETAILS, self._suffix)
-        suffix = self._usage_suffix(delta.usage) if self._continuous_usage else self._suffix
+            return ids.advance_one(index, delta) + self._text_chunks[index].format(delta)
+        suffix = self._usage_suffix(delta.usage) if self.has_usage else self._suffix
         pieces = [*_texts(delta), *map(_fragment, _split_calls(delta.tool_calls))]
         chunks = [start + piece + _NO_DETAILS + suffix for piece in pieces]
         if delta.logprobs or delta.token_ids:
@@ -125,6 +143,10 @@ class ChunkWriter:
         lines = ids.advance(index, delta, len(chunks))
         return b"".join(chain(*list(zip(lines, chunks, strict=False))[skip:]))
 
+    def text_chunk(self, index: int) -> TextChunk:
+        """Return the chunk of a text of a choice."""
+        return self._text_chunks[index]
+
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the chunk without choices that ends the stream if the client asked for usage."""
         return self._prefix + b',"choices":[],"usage":' + _json.encode(usage) + b"}\n\n"
@@ -133,7 +155,7 @@ class ChunkWriter:
         """Return the rest of a first chunk that waited for its choice's first delta."""
         ids = b',"prompt_token_ids":' + _json.encode(prompt_ids(delta)) if self._token_ids else b""
         suffix = self._suffix
-        if self._continuous_usage and delta.usage is not None:
+        if self.has_usage and delta.usage is not None:
             suffix = self._usage_suffix(msgspec.structs.replace(delta.usage, completion_tokens=0, reasoning_tokens=0))
         return _ROLE + ids + _NO_DETAILS + suffix
 
@@ -157,11 +179,6 @@ def _texts(delta: Delta) -> list[bytes]:
     if delta.content:
         pieces.append(b'"content":' + quote(delta.content))
     return pieces
-
-
-def _text(delta: Delta) -> bytes:
-    """Return the only piece of a delta that is reasoning or content."""
-    return b'"content":' + quote(delta.content) if delta.content else _reasoning(delta.reasoning)
 
 
 def _reasoning(text: str) -> bytes:

@@ -1,6 +1,6 @@
 """OpenAI's completions: the model goes on with texts as they are, without a template."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -97,6 +97,10 @@ class CompletionEvents:
     def delta(self, index: int, delta: Delta, skip: int) -> bytes:
         """Return the chunks of a delta."""
         return self._chunks.delta(index, delta, self._ids, skip)
+
+    def text_format(self, index: int) -> Callable[[Delta], bytes]:
+        """Return the formatter of any delta."""
+        return lambda delta: self.delta(index, delta, 0)
 
     def end(self, request: OpenRequest) -> bytes:
         """Return the chunk of usage or the error, and the mark of the end."""

@@ -4,7 +4,7 @@ All APIs are thin translations over one pipeline. A request keeps the name of it
 that any gateway can write its answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -15,6 +15,8 @@ from services.gateway.inflight.request import OpenRequest
 from services.gateway.request.statement import Statement
 from shared.errors import Failure
 from shared.messages import Delta
+
+TextFormat = Callable[[Delta], bytes]
 
 
 class EventWriter(Protocol):
@@ -29,6 +31,9 @@ class EventWriter(Protocol):
 
     def delta(self, index: int, delta: Delta, skip: int) -> bytes:
         """Return the events of a delta of choice `index`, except the first `skip`, which the client has."""
+
+    def text_format(self, index: int) -> TextFormat:
+        """Return what formats the deltas of text of a choice behind its first, without events to skip."""
 
     def end(self, request: OpenRequest) -> bytes:
         """Return the events behind the last delta: usage, or the failure that ended the request."""

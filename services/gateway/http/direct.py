@@ -12,10 +12,14 @@ class DirectBody(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """True if the head was sent and the client does not lag: what is written goes out at once."""
+        """True if the client is there and does not lag: what is written goes out at once."""
+
+    @property
+    def is_chunked(self) -> bool:
+        """True if the head was sent, and said that the body comes in chunks."""
 
     def write(self, data: bytes) -> None:
-        """Write a part of the body without waiting, behind all that was sent; nothing if the client has left."""
+        """Write a part of a body in chunks without waiting, behind all that was sent, while `is_ready`."""
 
     def abort(self) -> None:
         """Close the connection of a client that does not read, without what it has not read."""

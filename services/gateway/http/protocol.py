@@ -44,21 +44,21 @@ class TooManyHeadersError(Exception):
 class ChunkedBody:
     """Body of a response in chunks (services/gateway/http/direct.py:DirectBody)."""
 
-    __slots__ = ("_cycle", "_flow", "_write", "abort")
+    __slots__ = ("_cycle", "_write", "abort", "is_ready")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
-        self._flow = cycle.flow
         self._write = cycle.transport.write
         self.abort = cycle.transport.abort
+        # The connection keeps this one, since a token is worth no look at cycle and flow.
+        self.is_ready = not (cycle.flow.write_paused or cycle.disconnected)
 
     @property
-    def is_ready(self) -> bool:
-        cycle = self._cycle
-        return not (self._flow.write_paused or cycle.response_complete or not cycle.chunked_encoding)
+    def is_chunked(self) -> bool:
+        return bool(self._cycle.chunked_encoding)
 
     def write(self, data: bytes) -> None:
-        if data and not self._cycle.disconnected:  # an empty chunk would be the end
+        if data:  # an empty chunk would be the end
             self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
@@ -85,6 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._no_body_bytes = 0  # since the message began, or since its last byte of body
         self._fields = 0
         self._running: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait for this one
+        self._body: ChunkedBody | None = None  # of `_running`
         self._piece = b""  # what the parser was given last
         self._replays = False  # the parser is given the head of a request again
         self._half_closed = False  # the client sends nothing more
@@ -104,6 +105,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._running is not None:
             self._running.disconnected = True
             self._running.message_event.set()
+        self._set_ready(False)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._set_ready(False)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._set_ready(self._running is not None and not self._running.disconnected)
 
     def abort(self) -> None:
         self.transport.abort()
@@ -227,8 +237,13 @@ class BoundedProtocol(HttpToolsProtocol):
             if path not in HEALTH_PATHS:
                 app = error_response(self._refusal, body=self._bodies.of(path))
         self._running = cycle
-        attach_body(cycle.scope, ChunkedBody(cycle))  # type: ignore[arg-type]
+        self._body = ChunkedBody(cycle)
+        attach_body(cycle.scope, self._body)  # type: ignore[arg-type]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _set_ready(self, ready: bool) -> None:
+        if self._body is not None:
+            self._body.is_ready = ready
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

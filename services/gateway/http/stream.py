@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from starlette.types import Send
 
-from services.gateway.dialects.dialect import EventWriter
-from services.gateway.dialects.merge import merge_text
+from services.gateway.dialects.dialect import EventWriter, TextFormat
+from services.gateway.dialects.merge import is_text, merge_text
 from services.gateway.http.direct import DirectBody
 from services.gateway.inflight.request import OpenRequest
 from shared.messages import Delta
@@ -29,13 +29,15 @@ class StreamWriter:
         self._open_request = open_request
         self._events = events
         self._send = send
-        self._body = None if open_request.answer_format.prompt_logprobs else body
+        self._body = body if body is not None and body.is_chunked else None
+        if open_request.answer_format.prompt_logprobs:
+            self._body = None
 
     async def run(self) -> None:
         """Write until the answer has ended."""
         open_request = self._open_request
         while not open_request.done:
-            deltas = await open_request.next_deltas(self.write_now)
+            deltas = await open_request.next_deltas(self)
             if deltas:
                 if any(one.prompt_logprobs for _, one in deltas):
                     data = await asyncio.to_thread(self._format, deltas)
@@ -48,12 +50,16 @@ class StreamWriter:
 
     def write_now(self, deltas: Sequence[tuple[int, Delta]]) -> bool:
         """Write deltas without waiting, while the task waits for some; return False if that cannot be."""
-        body = self._body
-        if body is None or not body.is_ready:
+        if self._body is None or not self._body.is_ready:
             return False
-        body.write(self._format(deltas))
+        self._body.write(self._format(deltas))
         self._open_request.mark_client_has_id()
         return True
+
+    def text_writer(self, index: int) -> "ChoiceTextWriter":
+        """Return the writer of the text of a choice, behind its first delta."""
+        assert self._body is not None
+        return ChoiceTextWriter(self._events.text_format(index), self._body)
 
     async def send(self, data: bytes, more: bool = True) -> None:
         """Write a part of the body once the client has read enough of what was written; `more` follow."""
@@ -66,3 +72,21 @@ class StreamWriter:
             return events.delta(index, one, open_request.events_to_skip(index))
         merged = merge_text(deltas)
         return b"".join(events.delta(index, one, open_request.events_to_skip(index)) for index, one in merged)
+
+
+class ChoiceTextWriter:
+    """Writer of one choice's text while the client reads, in few steps and with few objects: one for each token."""
+
+    __slots__ = ("_body", "_format")
+
+    def __init__(self, format_text: TextFormat, body: DirectBody) -> None:
+        self._body = body
+        self._format = format_text
+
+    def write(self, delta: Delta) -> bool:
+        """Write a delta of text without waiting; return False if it is something else, or the client lags."""
+        body = self._body
+        if not (body.is_ready and is_text(delta)):
+            return False
+        body.write(self._format(delta))
+        return True

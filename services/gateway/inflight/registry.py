@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -214,21 +214,24 @@ class OpenRequests:
 
     # ------------------------------------------------------------------------------------------------ messages
 
-    def dispatch(self, messages: Iterable[Message]) -> None:
+    def dispatch(self, messages: Sequence[Message]) -> None:
         """Give messages of our stream to the requests that they are for; drop those for which there are none any more.
 
         What several messages bring for one client is written at once.
         """
+        if len(messages) == 1 and isinstance(messages[0], Deltas):  # nearly always
+            self._deliver((delta.request_id, (delta,)) for delta in messages[0].items)
+            return
         deltas: dict[str, list[Delta]] = {}
         for message in messages:
             if isinstance(message, Deltas):
                 for delta in message.items:
                     deltas.setdefault(delta.request_id, []).append(delta)
             else:
-                self._deliver(deltas)
+                self._deliver(deltas.items())
                 deltas.clear()
                 self._note(message)
-        self._deliver(deltas)
+        self._deliver(deltas.items())
 
     def _note(self, message: Message) -> None:
         match message:
@@ -242,16 +245,15 @@ class OpenRequests:
             case _:
                 logger.warning("dropped a message of an unexpected type", extra={"type": type(message).__name__})
 
-    def _deliver(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
+    def _deliver(self, deltas: Iterable[tuple[str, Sequence[Delta]]]) -> None:
         now, readers = self._clock(), self._readers
-        for request_id, added in deltas.items():
+        for request_id, added in deltas:
             for choice in readers.get(request_id, ()):
                 if choice.state is _ENDED:
                     continue
-                open_request = choice.open_request
-                if open_request.first_token_at is None:
-                    self._mark_first_token(open_request, added, now)
-                if open_request.add(choice, added, now) and not choice.awaits_catch_up:
+                if choice.writer is None and choice.open_request.first_token_at is None:
+                    self._mark_first_token(choice.open_request, added, now)
+                if choice.add(added, now) and not choice.awaits_catch_up:
                     choice.mark_catch_up()
                     self._incomplete.append(choice)
 
@@ -277,7 +279,7 @@ class OpenRequests:
         for open_request in {choice.open_request for choice in self._choices()}:
             if now >= open_request.deadline:
                 open_request.time_out(TIMED_OUT, now)
-            elif now - open_request.idle_since >= self._limits.keep_alive_s:
+            elif open_request.is_idle(now, self._limits.keep_alive_s):
                 open_request.keep_alive(now)
 
     async def check_records(self, everything: bool = False) -> None:
@@ -292,7 +294,7 @@ class OpenRequests:
         silent = [
             choice
             for choice in self._choices()
-            if choice.runs and (everything or now - choice.checked_at >= self._limits.watch_s)
+            if choice.runs and (everything or choice.is_silent(now, self._limits.watch_s))
         ]
         if not silent:
             return

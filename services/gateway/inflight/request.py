@@ -5,8 +5,9 @@ sends, and the task that writes to the client as it writes.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
@@ -25,8 +26,22 @@ BEYOND_END = Failure(
     code="invalid_value",
 )
 
-# Writes (choice, delta) to the client without waiting; False if that cannot be, and nothing was written.
-WriteNow = Callable[[Sequence[tuple[int, Delta]]], bool]
+
+class TextWriter(Protocol):
+    """Writer of one choice's text to a client that has all before it."""
+
+    def write(self, delta: Delta) -> bool:
+        """Write a delta without waiting. False if that cannot be, or it is more than text: nothing was written."""
+
+
+class DirectWriter(Protocol):
+    """Writer to a client."""
+
+    def write_now(self, deltas: Sequence[tuple[int, Delta]]) -> bool:
+        """Write (choice, delta) without waiting; False if that cannot be, and nothing was written."""
+
+    def text_writer(self, index: int) -> TextWriter:
+        """Return the writer of the text of a choice, behind its first delta."""
 
 
 class StreamPosition(msgspec.Struct, frozen=True):
@@ -55,6 +70,7 @@ class Choice:
         "awaits_catch_up",
         "checked_at",
         "finish_reason",
+        "heard_at",
         "index",
         "missing_checks",
         "open_request",
@@ -63,6 +79,7 @@ class Choice:
         "state",
         "until",
         "usage",
+        "writer",
     )
 
     def __init__(self, open_request: "OpenRequest", index: int, position: StreamPosition, now: float) -> None:
@@ -73,7 +90,9 @@ class Choice:
         self.seq = position.seq  # of the last delta accepted; the client has everything up to it, or will
         self.until = position.until  # if not 0, the next delta must end here, because the client has part of it
         self.awaits_catch_up = False  # what follows `seq` has been requested again and has not arrived
-        self.checked_at = now  # time of its last delta, or of the last check that its record exists
+        self.writer: TextWriter | None = None  # while the client's task waits and the client has all up to `seq`
+        self.heard_at = now  # time of its last delta
+        self.checked_at = now  # time of the last check that its record exists
         self.missing_checks = 0  # consecutive checks that found no record, or no work entry
         self.finish_reason: str | None = None  # set with the finish, as is
         self.usage: Usage | None = None
@@ -108,16 +127,44 @@ class Choice:
 
     def mark_missing(self) -> int:
         """Note that its record does not exist, and have the next check look again; return how often in a row."""
-        self.checked_at = float("-inf")
         self.missing_checks += 1
         return self.missing_checks
+
+    def is_silent(self, now: float, seconds: float) -> bool:
+        """Return True if nothing was heard of it for so long, or its record was missing since."""
+        return bool(self.missing_checks) or now - max(self.heard_at, self.checked_at) >= seconds
 
     def advance(self, seq: int, now: float) -> None:
         """Note that a delta up to `seq` was accepted."""
         self.seq = seq
         self.until = 0
         self.awaits_catch_up = False
-        self.checked_at, self.missing_checks = now, 0
+        self.heard_at, self.missing_checks = now, 0
+
+    def add(self, deltas: Sequence[Delta], now: float) -> bool:
+        """Take deltas, before its end, and pass on the next ones; those seen before are dropped.
+
+        Returns True if deltas before them are missing, so that they have to be requested again.
+        """
+        if self.writer is not None and len(deltas) == 1 and self._write(self.writer, deltas[0], now):
+            return False
+        return self.open_request.add(self, deltas, now)
+
+    def _write(self, writer: TextWriter, delta: Delta, now: float) -> bool:
+        """Write the next delta, if it is text and the client reads: nearly all go this way. Else return False.
+
+        It touches few objects. With many streams, each has left the processor's caches by its next token, and to fetch
+        it takes longer than the steps.
+        """
+        if delta.start != self.seq:
+            return False
+        try:
+            if not writer.write(delta):
+                return False
+        except Exception as error:
+            self.open_request.break_off(error)
+        self.advance(delta.seq, now)
+        return True
 
     def end(self, finish_reason: str | None = None, usage: Usage | None = None) -> None:
         """Note its finish, or without a reason its failure."""
@@ -133,6 +180,7 @@ class OpenRequest:
         "_awake",
         "_counted",
         "_events_sent",
+        "_idle_since",
         "_max_pending",
         "_pending",
         "_pending_size",
@@ -140,7 +188,7 @@ class OpenRequest:
         "_unaccepted",
         "_unended",
         "_waiting",
-        "_write_now",
+        "_writer",
         "accepted",
         "answer_format",
         "choices",
@@ -150,7 +198,6 @@ class OpenRequest:
         "failure",
         "first_token_at",
         "id",
-        "idle_since",
         "kept",
         "overflowed",
         "positions",
@@ -198,7 +245,7 @@ class OpenRequest:
         self.reservation: Reservation | None = None  # what it takes of its tenant's limits
         self.prompt_tokens: int | None = None  # once its media are accepted
         self.failure: Failure | None = None
-        self.idle_since = now  # time of the last delta of any choice, or of the last keep-alive
+        self._idle_since = now  # time of the last keep-alive
         self.first_token_at: float | None = None  # unix seconds
         self._timed_out_at: float | None = None
         self.client_has_id = False  # so that the client could resume
@@ -213,7 +260,7 @@ class OpenRequest:
         self._events_sent = [position.events for position in self.positions]
         self._awake = False  # there is something to write, or to look at
         self._waiting: asyncio.Future[None] | None = None  # of the client's task
-        self._write_now: WriteNow | None = None  # while the client's task waits
+        self._writer: DirectWriter | None = None  # while the client's task waits
         self._unended = answer_format.n
         if not self._unaccepted:
             self.accepted.set()
@@ -260,10 +307,7 @@ class OpenRequest:
             self.accepted.set()
 
     def add(self, choice: Choice, deltas: Iterable[Delta], now: float) -> bool:
-        """Take deltas for a choice that has not ended, and pass on the next ones; those seen before are dropped.
-
-        Returns True if deltas before them are missing, so that they have to be requested again.
-        """
+        """Take deltas as `Choice.add` does, whatever they are."""
         missing = False
         for delta in deltas:
             if choice.state is not _ENDED:
@@ -293,25 +337,35 @@ class OpenRequest:
         """Note that the first token has arrived."""
         self.first_token_at = now
 
+    def is_idle(self, now: float, seconds: float) -> bool:
+        """Return True if there was no delta of any choice for so long, and no keep-alive."""
+        return now - max(self._idle_since, *(choice.heard_at for choice in self.choices)) >= seconds
+
     def keep_alive(self, now: float) -> None:
         """Wake the client's task, so that it sends a sign of life."""
-        self.idle_since = now
+        self._idle_since = now
         self._wake()
+
+    def break_off(self, error: Exception) -> None:
+        """Have the client's task raise what writing to the client has raised."""
+        self._drop_writer()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(error)
 
     # ----------------------------------------------------------------------------------------- for the client's task
 
-    async def next_deltas(self, write_now: WriteNow | None = None) -> list[tuple[int, Delta]]:
+    async def next_deltas(self, writer: DirectWriter | None = None) -> list[tuple[int, Delta]]:
         """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`.
 
-        `write_now` may take deltas meanwhile, except the last ones: it writes them, or returns False, and keeps none.
+        `writer` may take deltas meanwhile, except the last ones.
         """
         if not (self._pending or self._awake) and self.failure is None:
             self._waiting = asyncio.get_running_loop().create_future()
-            self._write_now = write_now
+            self._writer = writer
             try:
                 await self._waiting
             finally:
-                self._write_now = None
+                self._drop_writer()
         self._awake = False
         deltas, self._pending, self._counted, self._pending_size = self._pending, [], 0, 0
         return deltas
@@ -338,7 +392,6 @@ class OpenRequest:
                 # if it is not, the next delta reveals the gap. After the last delta there is no next.
                 return delta.start > choice.seq or last
             choice.advance(delta.seq, now)
-            self.idle_since = now
             if self._unaccepted:
                 self.accept(choice)
             self._pending.append((choice.index, delta))
@@ -360,24 +413,27 @@ class OpenRequest:
     def _wake(self) -> None:
         """Wake the client's task. As an asyncio.Event would, which cannot raise an error there."""
         self._awake = True
+        self._drop_writer()
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    def _break(self, error: Exception) -> None:
-        """Have the client's task raise what `write_now` raised."""
-        self._write_now = None
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(error)
+    def _drop_writer(self) -> None:
+        """Have the client's task write what comes next."""
+        self._writer = None
+        for choice in self.choices:
+            choice.writer = None
 
     def _pass_on(self) -> None:
         """Pass on what is pending: to the client at once if that needs no waiting, else to the client's task."""
-        if self._write_now is not None and self._unended and not self._awake:
+        if self._writer is not None and self._unended:
             try:
-                if self._write_now(self._pending):
+                if self._writer.write_now(self._pending):
+                    for index, _ in self._pending:
+                        self.choices[index].writer = self._writer.text_writer(index)
                     self._pending.clear()
                     return
             except Exception as error:
-                self._break(error)
+                self.break_off(error)
                 return
         self._count_pending()
         self._wake()

@@ -43,6 +43,10 @@ class Client:
     def is_ready(self) -> bool:
         return self.reads.is_set()
 
+    @property
+    def is_chunked(self) -> bool:
+        return True
+
     def write(self, data: bytes) -> None:
         self.at_once.append(data)
         self.all.append(data)
@@ -84,7 +88,7 @@ async def written(deltas: Sequence[Delta], size: int, direct: bool, event_ids: b
     client = Client()
     async with stream(client, direct, event_ids=event_ids) as (request, task):
         for start in range(0, len(deltas), size):
-            request.add(request.choices[0], deltas[start : start + size], 1.0)
+            request.choices[0].add(deltas[start : start + size], 1.0)
             await turn()
         await asyncio.wait_for(task, PATIENCE_S)
     assert bool(client.at_once) == (direct and size < len(deltas))
@@ -102,7 +106,7 @@ async def test_both_ways_write_the_same_bytes(size: int, event_ids: bool) -> Non
 async def test_a_delta_is_written_before_anything_else_runs() -> None:
     client = Client()
     async with stream(client) as (request, _):
-        request.add(request.choices[0], DELTAS[:1], 1.0)
+        request.choices[0].add(DELTAS[:1], 1.0)
         assert b"hm" in client.all[0]
         assert request.client_has_id
 
@@ -110,8 +114,8 @@ async def test_a_delta_is_written_before_anything_else_runs() -> None:
 async def test_the_end_follows_what_was_written_at_once() -> None:
     client = Client()
     async with stream(client) as (request, task):
-        request.add(request.choices[0], DELTAS[:6], 1.0)
-        request.add(request.choices[0], DELTAS[6:], 1.0)
+        request.choices[0].add(DELTAS[:6], 1.0)
+        request.choices[0].add(DELTAS[6:], 1.0)
         await asyncio.wait_for(task, PATIENCE_S)
     assert client.at_once == client.all[:-1]
     assert b"tool_calls" in client.all[-1]
@@ -121,30 +125,30 @@ async def test_an_end_of_one_choice_does_not_end_the_others() -> None:
     client = Client()
     async with stream(client, n=2) as (request, task):
         first, second = request.choices
-        request.add(first, [Delta("r", 1, finish_reason="stop", usage=USAGE)], 1.0)
+        first.add([Delta("r", 1, finish_reason="stop", usage=USAGE)], 1.0)
         await turn()
-        request.add(second, [Delta("r-1", 1, content="b")], 1.0)
+        second.add([Delta("r-1", 1, content="b")], 1.0)
         assert b'"index":1' in client.at_once[-1]
-        request.add(second, [Delta("r-1", 2, finish_reason="stop", usage=USAGE, start=1)], 1.0)
+        second.add([Delta("r-1", 2, finish_reason="stop", usage=USAGE, start=1)], 1.0)
         await asyncio.wait_for(task, PATIENCE_S)
 
 
 async def test_a_client_that_lags_gets_all_in_order() -> None:
     client = Client()
     async with stream(client) as (request, task):
-        request.add(request.choices[0], DELTAS[:1], 1.0)
+        request.choices[0].add(DELTAS[:1], 1.0)
         client.reads.clear()
-        request.add(request.choices[0], DELTAS[1:2], 1.0)  # which the task takes, and waits with
+        request.choices[0].add(DELTAS[1:2], 1.0)  # which the task takes, and waits with
         await turn()
-        request.add(request.choices[0], DELTAS[2:4], 1.0)
+        request.choices[0].add(DELTAS[2:4], 1.0)
         await turn()
         assert len(client.all) == 1
         client.reads.set()
-        request.add(request.choices[0], DELTAS[4:5], 1.0)  # the task has not written the others yet
+        request.choices[0].add(DELTAS[4:5], 1.0)  # the task has not written the others yet
         assert len(client.all) == 1
         await turn()
-        request.add(request.choices[0], DELTAS[5:6], 1.0)
-        request.add(request.choices[0], DELTAS[6:], 1.0)
+        request.choices[0].add(DELTAS[5:6], 1.0)
+        request.choices[0].add(DELTAS[6:], 1.0)
         await asyncio.wait_for(task, PATIENCE_S)
     assert len(client.at_once) == 2, "at once before it lagged, and again when it has all"
     body = b"".join(client.all)
@@ -162,7 +166,7 @@ async def test_a_client_that_lags_too_far_is_cut_off_and_one_that_reads_is_not()
             if not reads:
                 client.reads.clear()
             for seq in range(100):
-                request.add(request.choices[0], [Delta("r", seq + 1, content="x" * 1000, start=seq)], 1.0)
+                request.choices[0].add([Delta("r", seq + 1, content="x" * 1000, start=seq)], 1.0)
             assert request.overflowed.is_set() is not reads
 
 
@@ -170,7 +174,7 @@ async def test_one_message_may_be_larger_than_what_may_wait() -> None:
     client = Client()
     async with stream(client, max_pending=10) as (request, _):
         many = [Delta("r", seq + 1, content="x" * 1000, start=seq) for seq in range(100)]
-        request.add(request.choices[0], many, 1.0)
+        request.choices[0].add(many, 1.0)
         assert not request.overflowed.is_set()
         assert len(client.at_once) == 1
 
@@ -179,7 +183,7 @@ async def test_what_takes_long_is_left_to_the_task() -> None:
     client = Client()
     async with stream(client, prompt_logprobs=True) as (request, _):
         scores = PromptLogprobs(0, b"", b"", b"")
-        request.add(request.choices[0], [Delta("r", 1, content="a", prompt_logprobs=scores)], 1.0)
+        request.choices[0].add([Delta("r", 1, content="a", prompt_logprobs=scores)], 1.0)
         assert not client.all
         await until(lambda: bool(client.all))
         assert not client.at_once
@@ -189,7 +193,7 @@ async def test_a_failure_is_behind_what_came_before_it() -> None:
     client = Client()
     async with stream(client) as (request, task):
         failure = Failure(500, "It broke.")
-        request.add(request.choices[0], [*DELTAS[:2], Delta("r", 3, failure=failure, start=2)], 1.0)
+        request.choices[0].add([*DELTAS[:2], Delta("r", 3, failure=failure, start=2)], 1.0)
         await asyncio.wait_for(task, PATIENCE_S)
     assert not client.at_once
     assert b'"a"' in client.all[0]
@@ -204,10 +208,47 @@ async def test_an_error_is_that_of_the_clients_task(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(StreamWriter, "_format", broken)
     async with stream(client) as (request, task):
-        request.add(request.choices[0], DELTAS[:1], 1.0)
-        request.add(request.choices[0], DELTAS[1:2], 1.0)
+        request.choices[0].add(DELTAS[:1], 1.0)
+        request.choices[0].add(DELTAS[1:2], 1.0)
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(task, PATIENCE_S)
+
+
+async def test_so_is_one_in_text_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+
+    def broken(_data: bytes) -> None:
+        raise ZeroDivisionError
+
+    async with stream(client) as (request, task):
+        choice = request.choices[0]
+        choice.add(DELTAS[:1], 1.0)
+        monkeypatch.setattr(client, "write", broken)
+        assert choice.add(DELTAS[2:3], 1.0), "it is not the next one"
+        assert choice.writer is not None
+        choice.add(DELTAS[1:2], 1.0)
+        assert choice.writer is None
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(task, PATIENCE_S)
+
+
+async def test_text_does_not_pass_a_sign_of_life_nor_the_end() -> None:
+    client = Client()
+    async with stream(client) as (request, task):
+        choice = request.choices[0]
+        choice.add(DELTAS[:1], 1.0)
+        assert choice.writer is not None
+        request.keep_alive(1.0)
+        choice.add(DELTAS[1:2], 1.0)
+        assert len(client.all) == 1
+        await turn()
+        assert b'"a"' in client.all[1]
+        choice.add(DELTAS[2:3], 1.0)
+        assert choice.writer is not None
+        request.fail(None, Failure(500, "It broke."))
+        assert choice.writer is None
+        await asyncio.wait_for(task, PATIENCE_S)
+    assert len(client.at_once) == 2
 
 
 async def test_a_stream_over_http_is_written_at_once(

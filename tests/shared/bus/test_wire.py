@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
+    InvalidResponse,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -128,9 +130,8 @@ async def test_a_peer_that_the_kernel_gives_up_breaks_the_connection(wire: Wire,
     assert await wire.call("PING")
     blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
     await until_blocked(redis)
-    assert wire._connection is not None
-    assert wire._connection._reader is not None
-    wire._connection._reader.set_exception(OSError(errno.ETIMEDOUT, "Connection timed out"))
+    assert wire._replies is not None
+    wire._replies.connection_lost(OSError(errno.ETIMEDOUT, "Connection timed out"))
     await redis.rpush("list", "late", "later")
     assert await blocked in ([b"list", b"late"], [b"list", b"later"])
     assert await wire.call("PING") == b"PONG"
@@ -171,7 +172,7 @@ async def test_the_time_a_command_may_wait_is_its_own(own_redis: Redis, monkeypa
     monkeypatch.setattr(wire_module, "LIMIT_S", 0.0)
     wire = Wire(own_redis)
     with pytest.raises(TimeoutError):
-        await wire.call("PING")
+        await wire.call("BLPOP", "list", PATIENCE_S)
     assert await wire.call("BLPOP", "list", 0.01, wait_s=PATIENCE_S) is None
 
 
@@ -198,6 +199,45 @@ async def test_password_user_and_database(own_server: RedisServer, monkeypatch: 
     with pytest.raises(AuthenticationError):
         await Wire(client).call("PING")
     await client.aclose()
+
+
+async def test_what_comes_unasked_is_no_reply_to_the_next_command(wire: Wire, redis: Redis) -> None:
+    number = await wire.call("CLIENT", "ID")
+    assert wire._replies is not None
+    wire._replies.data_received(b"$6\r\ntheirs\r\n")
+    assert await wire.call("ECHO", "mine") == b"mine"
+    assert await wire.call("CLIENT", "ID") != number
+
+
+async def test_a_reply_that_is_none_ends_the_call(wire: Wire, redis: Redis) -> None:
+    await wire.call("PING")
+    blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
+    await until_blocked(redis)
+    assert wire._replies is not None
+    wire._replies.data_received(b"no protocol of Redis\r\n")
+    with pytest.raises(InvalidResponse):
+        await blocked
+    await until_blocked(redis, 0)
+    assert await wire.call("ECHO", "mine") == b"mine"
+
+
+def test_a_wire_on_the_loop_of_the_services(redis_url: str) -> None:
+    async def calls() -> None:
+        client = connect(redis_url)
+        wire = Wire(client)
+        assert await wire.call("ECHO", b"x" * 1_000_000) == b"x" * 1_000_000
+        blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
+        await until_blocked(client)
+        blocked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await blocked
+        await client.execute_command("CLIENT", "KILL", "ID", await wire.call("CLIENT", "ID"))  # type: ignore[no-untyped-call]
+        assert await wire.call("ECHO", "mine") == b"mine"
+        await wire.close()
+        assert await client.ping()
+        await client.aclose()
+
+    uvloop.run(calls())
 
 
 async def test_a_script_is_loaded_where_it_is_missing(wire: Wire, redis: Redis) -> None:

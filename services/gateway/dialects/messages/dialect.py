@@ -1,6 +1,6 @@
 """The Messages API as a dialect."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -78,6 +78,10 @@ class MessageEvents:
     def delta(self, _index: int, delta: Delta, _skip: int) -> bytes:
         """Return the events of a delta."""
         return self._blocks.delta(delta)
+
+    def text_format(self, _index: int) -> Callable[[Delta], bytes]:
+        """Return the formatter of any delta: text belongs to blocks, each of which has a number."""
+        return self._blocks.delta
 
     def end(self, request: OpenRequest) -> bytes:
         """Return the events behind the content: how it ended and the usage, or the failure."""

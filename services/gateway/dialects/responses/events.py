@@ -10,6 +10,7 @@ Items come in the order of `answered.py`: what the model says behind its first c
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -157,6 +158,10 @@ class ResponseEvents:
         self._events.add("response.created", started)
         self._events.add("response.in_progress", started)
         return self._events.take()
+
+    def text_format(self, index: int) -> Callable[[Delta], bytes]:
+        """Return the formatter of any delta: events are numbered."""
+        return partial(self.delta, index)
 
     def delta(self, _index: int, delta: Delta, _skip: int = 0) -> bytes:
         """Return the events of a delta."""
