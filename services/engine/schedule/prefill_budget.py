@@ -33,8 +33,13 @@ class PrefillBudget:
         rows = self.times.rows_within(target_ms - cached * self.times.ms_per_cached_token)
         return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))
 
+    @property
+    def learns(self) -> bool:
+        """True if the time of steps was not measured."""
+        return isinstance(self.times, LearnedTimes)
+
     def learn(self, rows: int, ms: float) -> None:
-        """Learn from a step with prefill how long such steps take, where that was not measured."""
+        """Learn from a step with prefill how long such steps take."""
         if isinstance(self.times, LearnedTimes):
             self.times.learn(rows, ms)
 

@@ -321,8 +321,9 @@ class Scheduler:
     def learn(self, plan: Plan, ms: float, own_ms: float) -> None:
         """Learn how long steps take, from one that was read `ms` after the one before and `own_ms` after it began. Not
         for steps beside other work of the device."""
-        if self._limits.prefill is not None and plan.kinds[1]:
-            self._limits.prefill.learn(plan.num_tokens, own_ms)
+        budget = self._limits.prefill
+        if budget is not None and budget.learns and plan.kinds[1]:
+            budget.learn(plan.num_tokens, own_ms)
         if not plan.drafts:
             self._speculator.forget()
         elif all(chunk.samples and chunk.length == chunk.drafts + 1 for chunk in plan.chunks):

@@ -64,7 +64,7 @@ def test_nothing_is_learnt_of_steps_beside_an_encoder(
 ) -> None:
     """They are slow for another reason than guesses."""
     learnt: list[Plan] = []
-    monkeypatch.setattr(Scheduler, "learn", lambda self, plan, ms: learnt.append(plan))
+    monkeypatch.setattr(Scheduler, "learn", lambda self, plan, *ms: learnt.append(plan))
     bench = Bench({0: [Add(sequence(prompt(0, 5), request_id="0", max_tokens=9))]}, page=page)
     assert len(bench.answer("0")) == 9
     assert learnt == (bench.runner.plans if learns else [])

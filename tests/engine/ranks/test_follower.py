@@ -1,6 +1,7 @@
 """Follower beside the lead in one process: both have the whole model, so both must end with the same cache."""
 
 import mmap
+import random
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from engine_cases import sequence
 from engine_loop import Bench, Script, prompt
+from guesses import careless
 from small_model import ON_GPU, PAGE, SEQS, SMALL, SMALL_FACTS, runner, small_model
 
 from services.engine.kernels.ops import Ops
@@ -25,6 +27,7 @@ from services.engine.ranks.pulse import PAGE as PULSE_BYTES
 from services.engine.ranks.pulse import Pulse
 from services.engine.ranks.ring import Reader, Writer
 from services.engine.run.runner import Followers, ModelRunner
+from services.engine.schedule.speculation import Speculation
 
 RING = 1 << 16
 ENDED_S = 60.0
@@ -93,6 +96,26 @@ def test_a_follower_does_as_the_lead_does_with_tokens_in_flight(pair: Pair, opti
     alone = Bench(script(**options), runner=runner(small_model(), ModelRunner), max_num_seqs=SEQS, block_size=PAGE)
     assert bench.ahead > 20
     assert [bench.answer(str(i)) for i in range(6)] == [alone.answer(str(i)) for i in range(6)]
+    check_same_cache(pair)
+
+
+def test_a_follower_verifies_what_the_lead_guesses(pair: Pair) -> None:
+    """Right guesses and wrong ones, each drawn with penalties as if those before it were right."""
+    options: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.3}
+    alone = Bench(script(**options), runner=runner(small_model(), ModelRunner), max_num_seqs=SEQS, block_size=PAGE)
+    texts = [prompt(i, 3 + 2 * i) + alone.answer(str(i)) for i in range(6)]
+    with careless(texts, 0.7, random.Random(1)):
+        speculation = Speculation(SEQS - 1, 1, max_batch=SEQS)
+        bench = Bench(
+            script(**options), runner=pair.runner(), max_num_seqs=SEQS, block_size=PAGE, speculation=speculation
+        )
+    drafted, right = bench.guessed
+    assert drafted > right > 10
+    assert [bench.answer(str(i)) for i in range(6)] == [alone.answer(str(i)) for i in range(6)]
+    check_same_cache(pair)
+
+
+def check_same_cache(pair: Pair) -> None:
     pair.end()
     assert pair.pulse.progress[0] == pair.orders.sent
     mine, theirs = pair.lead.cache, pair.followed.cache

@@ -144,15 +144,19 @@ def test_a_first_use_is_counted_and_warned_of(caplog: pytest.LogCaptureFixture) 
     assert [(record.levelname, record.what) for record in caplog.records] == [("WARNING", "_sort_kernel")]  # type: ignore[attr-defined]
 
 
-def test_a_bound_on_the_gap_needs_measured_times() -> None:
+def test_a_bound_on_the_gap_takes_measured_times_or_learns_them() -> None:
     made = runner(small_model(), ModelRunner)
     told = EngineSettings(redis_url="unix:///x", model="m", max_token_gap_ms=20.0)
     unmeasured = prefill_budget(told, made)
-    assert unmeasured is not None, "prompts share steps all the same"
-    assert unmeasured.room(10, 0, 8192) == 8182
+    assert unmeasured is not None
+    assert unmeasured.learns
+    assert unmeasured.room(10, 0, 8192) == LEAST_ROOM
+    unmeasured.learn(100, 1.0)
+    assert unmeasured.room(10, 0, 8192) == 1990
     made.step_times = StepTimes((64, 512), (5.0, 12.0), 0.001)
     budget = prefill_budget(told, made)
     assert budget is not None
+    assert not budget.learns
     assert budget.room(10, 0, 8192) == 502
     assert budget.room(0, 0, 8192) == 8192
     page = CardPage(bytearray(SIZE))
