@@ -27,7 +27,7 @@ from services.engine.run.runner import Launched, ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.sampling_plan import SamplingPlan
 from services.engine.run.upload import upload
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.sequence import Sequence, build
 from services.engine.schedule.step_times import StepTimes
 from shared.messages import Generate, Output, Request, Sampling, pack_ids

@@ -26,8 +26,9 @@ from benchmarks.engine import numbers
 from cli.bench.figures import quantile
 from cli.bench.load import poisson
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.prefill_budget import PrefillBudget
-from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import EngineFacts, Sequence, build
 from services.engine.schedule.step_times import LearnedTimes, StepTimes
 from shared.messages import Generate, Output, Request, Sampling, pack_ids

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.schedule.step_times import StepTimes
 from services.engine.service import EngineService

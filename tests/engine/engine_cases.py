@@ -14,7 +14,7 @@ from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.grammar_state import GrammarState
-from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.plan import Chunk, Plan
 from services.engine.schedule.sequence import EngineFacts, Sequence, build
 from services.engine.schedule.step_times import StepTimes
 from shared.grammar.compiler import GrammarCompiler

@@ -13,7 +13,8 @@ from services.engine.loop.step_output import StepOutput
 from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.schedule.blocks import BlockPool
-from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.plan import Plan
+from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.step_times import StepTimes
 from shared.card_page import CardPage
 from shared.messages import Begin, Finish, TokenRun

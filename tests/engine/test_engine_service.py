@@ -20,7 +20,7 @@ from cli.redis_server import RedisServer
 from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
 from services.engine.run.sampler import Sampled
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from shared.bus.blobs import Blobs
 from shared.bus.client import MAX_BLOCK_MS, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys

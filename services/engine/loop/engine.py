@@ -15,8 +15,9 @@ from services.engine.metrics import EngineMetrics
 from services.engine.run.runner import Launched, Runner
 from services.engine.run.sampler import Sampled
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.prompt_scores import ScoredRows
-from services.engine.schedule.scheduler import Plan, Progress, Scheduler
+from services.engine.schedule.scheduler import Progress, Scheduler
 from services.engine.schedule.sequence import Sequence
 from shared.card_page import CardPage
 from shared.crash_points import crash_point

@@ -7,7 +7,7 @@ from services.engine.ranks.orders import OrderWriter
 from services.engine.run.prompt_scorer import Scored
 from services.engine.run.runner import Launched, Runner
 from services.engine.run.sampler import Sampled
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.step_times import StepTimes
 
 

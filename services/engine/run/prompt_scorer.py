@@ -15,8 +15,8 @@ from services.engine.run.download import Download
 from services.engine.run.sampler import MIN_LOGPROB
 from services.engine.run.step import HostStep
 from services.engine.run.upload import upload
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.prompt_scores import ScoredRows
-from services.engine.schedule.scheduler import Plan
 from services.engine.schedule.sequence import Sequence
 
 MAX_ROWS = 64  # whose logits exist at a time; and never more than a step may sample, for which there is memory

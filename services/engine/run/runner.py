@@ -20,7 +20,7 @@ from services.engine.run.sampler import Drawn, Sampled, Sampler
 from services.engine.run.sampling_plan import SamplingPlan, plan_sampling
 from services.engine.run.step import HostStep, Model, StepBuilder
 from services.engine.run.upload import upload
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.step_times import StepTimes
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from services.engine.run.grammar_masks import GrammarMasks, Masks, forbid
 from services.engine.run.philox import uniform
 from services.engine.schedule.grammar_state import GrammarState
-from services.engine.schedule.scheduler import Chunk
+from services.engine.schedule.plan import Chunk
 from services.engine.schedule.seen_tokens import Ids
 from services.engine.schedule.sequence import Sequence
 

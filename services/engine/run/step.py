@@ -20,7 +20,7 @@ from services.engine.model.inputs import (
 from services.engine.run.attention_parts import attention_parts
 from services.engine.run.upload import upload
 from services.engine.schedule.embeds import Embeds
-from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.plan import Chunk, Plan
 
 EMBED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -20,7 +20,7 @@ from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
 from services.engine.run.sampling_plan import plan_sampling
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from shared.grammar import forms
 from shared.messages import Finish, Grammar
 

@@ -5,7 +5,8 @@ from engine_cases import continuation, sequence
 from engine_loop import Bench, prompt
 
 from services.engine.loop.mailbox import Add
-from services.engine.schedule.scheduler import Plan, Scheduler
+from services.engine.schedule.plan import Plan
+from services.engine.schedule.scheduler import Scheduler
 from shared.card_page import SIZE, CardPage
 
 

@@ -19,7 +19,7 @@ from services.engine.ranks.ring import Reader, Writer
 from services.engine.run.sampler import Sampled
 from services.engine.run.sampling_plan import SamplingPlan, heaviest
 from services.engine.run.step import HostStep, StepBuilder
-from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.plan import Chunk, Plan
 from services.engine.schedule.sequence import Embeds
 from shared.messages import MediaSpan
 

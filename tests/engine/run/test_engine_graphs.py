@@ -17,7 +17,7 @@ from small_model import ON_GPU, PAGE, SEQS, SMALL, SMALL_FACTS, StepByStep, runn
 from services.engine.loop.mailbox import Add
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.runner import Launched, ModelRunner
-from services.engine.schedule.scheduler import Plan
+from services.engine.schedule.plan import Plan
 from shared.grammar.forms import json_schema, write
 from shared.messages import Finish, Grammar
 

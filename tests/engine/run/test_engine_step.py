@@ -9,7 +9,7 @@ from services.engine.run.decode_rows import BlockTables
 from services.engine.run.graphs import capture_sizes
 from services.engine.run.step import HostStep, StepBuilder
 from services.engine.schedule.embeds import Embeds
-from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.plan import Chunk, Plan
 from shared.messages import MediaSpan
 
 BLOCK = 4

@@ -21,7 +21,7 @@ from services.engine.run.graphs import capture_sizes
 from services.engine.run.pieces import ALIGNMENT, CAPTURED_ROWS, StepPieces, captured_sizes, padded_rows
 from services.engine.run.runner import ModelRunner
 from services.engine.run.step import HostStep
-from services.engine.schedule.scheduler import Chunk, Plan
+from services.engine.schedule.plan import Chunk, Plan
 from services.engine.schedule.sequence import Embeds
 from shared.messages import MediaSpan
 

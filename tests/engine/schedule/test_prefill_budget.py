@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from services.engine.loop.mailbox import Add
 from services.engine.schedule.blocks import BlockPool
+from services.engine.schedule.plan import Plan
 from services.engine.schedule.prefill_budget import LEAST_ROOM, PrefillBudget, reaches, shares
-from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import Sequence
 from services.engine.schedule.step_times import LearnedTimes, StepTimes
 

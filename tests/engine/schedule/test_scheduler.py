@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from services.engine.schedule import sequence as sequences
 from services.engine.schedule.blocks import BlockPool, block_hash
 from services.engine.schedule.embeds import Embeds
-from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.plan import Plan
+from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.sequence import Sequence
 from services.engine.schedule.speculation import Speculation
 from shared.messages import MediaSpan

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.engine.schedule.blocks import BlockPool
-from services.engine.schedule.scheduler import Limits, Plan, Scheduler
+from services.engine.schedule.plan import Plan
+from services.engine.schedule.scheduler import Limits, Scheduler
 from services.engine.schedule.speculation import (
     GAIN,
     MOST_WAIT_MS,
