@@ -27,7 +27,7 @@ class Terminal:
         """Return True if it was closed, and we were in its foreground when this was called before."""
         if self._descriptor < 0:
             return False
-        if self._poll.poll(0):
+        if any(event & select.POLLHUP for _, event in self._poll.poll(0)):  # macOS has no poll of terminals: POLLNVAL
             return self._foreground
         with contextlib.suppress(OSError):  # it is being closed
             self._foreground = os.tcgetpgrp(self._descriptor) == os.getpgrp()
