@@ -28,7 +28,7 @@ class Writer:
 
     def put(self, stream: TextIO | None, text: str) -> None:
         """Have `text`, of whole lines, written; drop it if too much waits already, which is said later."""
-        if stream is None:  # closed before we were started
+        if stream is None or not text:  # None: closed before we were started
             return
         with self._changed:
             if self._size >= WAITING_CHARACTERS:
