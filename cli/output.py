@@ -6,6 +6,7 @@ Nor does a reader that pauses, as by Ctrl-S or in `less`, hold anybody up: a thr
 import atexit
 import errno
 import os
+import select
 import threading
 from collections import deque
 from typing import TextIO
@@ -27,7 +28,7 @@ class Writer:
 
     def put(self, stream: TextIO | None, text: str) -> None:
         """Have `text`, of whole lines, written; drop it if too much waits already, which is said later."""
-        if stream is None:  # closed before we were started
+        if stream is None or not text:  # None: closed before we were started
             return
         with self._changed:
             if self._size >= WAITING_CHARACTERS:
@@ -75,7 +76,10 @@ def _write_past_buffer(stream: TextIO, text: str) -> None:
     rest = memoryview(text.encode(stream.encoding, "backslashreplace"))
     try:
         while rest:
-            rest = rest[os.write(stream.fileno(), rest) :]
+            try:
+                rest = rest[os.write(stream.fileno(), rest) :]
+            except BlockingIOError:  # somebody who has the same pipe, as Node does, has it not wait
+                select.select([], [stream], [])
     except OSError as error:
         _outlive(stream, error)
 

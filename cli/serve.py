@@ -24,6 +24,7 @@ from cli.output import WRITER
 from cli.redis_server import RedisServer
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
+from cli.terminal import Terminal
 from services.gateway.http.listener import bind
 from shared import metrics
 from shared.bus import leases
@@ -170,6 +171,7 @@ class System:
         self._keys = Keys(common.namespace)
         self._grace_s = common.drain_s + CLOSE_S
         self._listener = listener
+        self._terminal = Terminal()
         environs["gateway"][variable("listen_fd")] = str(listener.fileno())
         counts = {"gateway": launch.gateways}
         # By service, in the order in which they are stopped.
@@ -237,11 +239,13 @@ class System:
             report(f"redis      ready after {time.monotonic() - started:.1f} s")
 
     async def _watch(self) -> None:
-        """Report when a stage becomes ready, and the load of each whenever it has changed."""
+        """Report when a stage becomes ready, and the load of each whenever it has changed; end if the terminal has."""
         client = connect(self._redis_url)
         reported, reported_at = "", time.monotonic()
         try:
             while True:
+                if self._terminal.was_closed() and not signals.kept_by_nohup():
+                    self._on_signal(signal.SIGHUP)
                 # The services ride out an outage of an external Redis; it is no reason to end them.
                 with contextlib.suppress(RedisError):
                     status = await self._observe(client)
@@ -250,6 +254,7 @@ class System:
                         reported, reported_at = status, time.monotonic()
                 await asyncio.sleep(POLL_S[self._all_ready])
         finally:
+            self._terminal.close()
             await client.aclose()
 
     async def _observe(self, client: Redis) -> str:

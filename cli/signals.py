@@ -10,10 +10,14 @@ Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 _received: list[int] = []
 
 
+def kept_by_nohup() -> bool:
+    """Return True if we are to go on when the terminal closes."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 def handle(handler: Handler) -> None:
     """Have all of them handled so."""
-    kept_by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    for number in (signal.SIGINT, signal.SIGTERM, *(() if kept_by_nohup else (signal.SIGHUP,))):
+    for number in (signal.SIGINT, signal.SIGTERM, *(() if kept_by_nohup() else (signal.SIGHUP,))):
         signal.signal(number, handler)
 
 

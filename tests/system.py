@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,8 +46,10 @@ class System:
         *,
         output: int | None = None,
         prepare: Callable[[], object] | None = None,
+        below: Sequence[str] = (),
     ) -> None:
-        """Start it. `output`: where it writes to instead of its log. `prepare`: called in its process before it."""
+        """Start it. `output`: where it writes to instead of its log. `prepare`: called in its process before it.
+        `below`: the command whose child it is."""
         self.port, self.metrics_port, self.redis_port = free_ports(3)
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
@@ -58,7 +60,7 @@ class System:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "FD_"))}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                tethered([str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments]),
+                tethered([*below, str(Path(sys.executable).with_name("millrace")), "serve", *ports, *arguments]),
                 cwd=directory,
                 # One thread each: four processes share what may be two cores. Answers are kept for a moment only, so
                 # that `left_behind` need not wait for them. The default cache is 1 GiB, and to zero it takes an engine

@@ -24,9 +24,11 @@ def pipe() -> Iterator[tuple[TextIO, TextIO]]:
         yield reading, writing
 
 
-def test_a_reader_that_pauses_holds_nobody_up_and_is_told_what_it_missed() -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reader_that_pauses_holds_nobody_up_and_is_told_what_it_missed(blocking: bool) -> None:
     writer, read = Writer(), []
     with pipe() as (reading, writing):
+        os.set_blocking(writing.fileno(), blocking)
         writer.put(writing, LINE * MANY)  # which a pipe does not hold
         for _ in range(FEW):
             writer.put(writing, LINE)

@@ -129,14 +129,16 @@ def test_ctrl_c_again_when_all_has_stopped_changes_nothing(model: list[str], tmp
         assert_nothing_runs(system)
 
 
-def test_a_terminal_that_is_closed_ends_it_in_order(model: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", [[], ["/bin/sh", "-c", 'trap : HUP; "$@"; exit $?', "sh"]], ids=["alone", "make"])
+def test_a_terminal_that_is_closed_ends_it_in_order(model: list[str], tmp_path: Path, below: list[str]) -> None:
+    """It may be its session's leader, or be waited for by one that keeps the signal to itself, as `make` does."""
     ours, theirs = pty.openpty()
 
     def prepare() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests by `nohup` has it ignored
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
-    with started(model, tmp_path, output=theirs, prepare=prepare) as system:
+    with started(model, tmp_path, output=theirs, prepare=prepare, below=below) as system:
         os.close(theirs)
         said = b""
         while b"Ctrl-C stops" not in said:
