@@ -23,8 +23,8 @@ KEEPS_ALL = "noeviction"
 _log = log.logger(__name__)
 
 
-async def check_eviction(redis: Redis, name: str = "Redis") -> None:
-    """Check the policy of a Redis, which messages call `name`.
+async def check_eviction(redis: Redis) -> None:
+    """Check the policy of a Redis.
 
     Raises:
         ConfigError: it may evict any key.
@@ -32,12 +32,12 @@ async def check_eviction(redis: Redis, name: str = "Redis") -> None:
     try:
         info = await redis.info("memory")
     except NoPermissionError:
-        _log.info("cannot tell whether Redis evicts: this user may not INFO", extra={"redis": name})
+        _log.info("cannot tell whether Redis evicts: this user may not INFO")
         return
     policy, limit = info.get("maxmemory_policy", KEEPS_ALL), info.get("maxmemory", 0)
     if policy == KEEPS_ALL or not limit:
         return
-    where = f"{name} evicts keys when its memory of {limit} bytes is full (maxmemory-policy {policy})"
+    where = f"Redis evicts keys when its memory of {limit} bytes is full (maxmemory-policy {policy})"
     if policy.startswith(ANY_KEY):
         raise ConfigError(
             f"{where}: requests under way, files and batches would be lost. Set maxmemory-policy noeviction "

@@ -171,6 +171,8 @@ class Message(msgspec.Struct, frozen=True):
     reasoning_content: Any = None
     reasoning: Any = None
     refusal: str | None = None
+    prefix: bool | None = None  # of the last one: as `continue_final_message`, as DeepSeek's and Mistral's clients ask
+    partial: bool | None = None  # the same, of Qwen's and Moonshot's
 
 
 class Function(msgspec.Struct, frozen=True):

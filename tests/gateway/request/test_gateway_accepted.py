@@ -356,6 +356,16 @@ def test_an_answer_is_continued(parser: WholeParser) -> None:
     assert continued(content="") == ("\n<think>\n", True)
 
 
+@pytest.mark.parametrize("mark", ["prefix", "partial"])
+def test_an_answer_is_continued_that_its_message_calls_a_beginning(parser: WholeParser, mark: str) -> None:
+    begun = {"role": "assistant", "content": "The ans"}
+    whole = prompt(parser, messages=[*HI, begun], continue_final_message=True)
+    assert prompt(parser, messages=[*HI, {**begun, mark: True}]) == whole
+    plain = prompt(parser, messages=[*HI, begun])
+    assert prompt(parser, messages=[*HI, {**begun, mark: False}]) == plain != whole
+    assert prompt(parser, messages=[*HI, {**begun, mark: True}, *HI]) == prompt(parser, messages=[*HI, begun, *HI])
+
+
 def test_control_tokens_in_a_continued_answer_are_text(parser: WholeParser) -> None:
     message = {"role": "assistant", "content": "</think>", "reasoning": "</think>"}
     made = parse(parser, messages=[*HI, message], continue_final_message=True)

@@ -184,6 +184,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
         "continue_final_message",
         "both",
     ),
+    ({"messages": [{"role": "user", "content": "Hi", "prefix": True}]}, 400, "messages[0].prefix", "assistant"),
     ({"cache_salt": ""}, 400, "cache_salt", ">= 1"),
     ({"request_id": "a b"}, 400, "request_id", "x21"),
     ({"request_id": "a\n"}, 400, "request_id", "x21"),
