@@ -1,7 +1,8 @@
 """Small images, several in one message to a decoder process: for each by itself, messages cost as much as decoding.
 
 Those that wait while a process is free go to it together, so none waits for others to come. If the process dies of them
-or takes long, nobody knows of which: each is then done alone (decoders.py), and what it does there is its own.
+or takes long, nobody knows of which: each is then done alone (decoders.py), and what it does there is its own. Their
+patches are in one block of memory, which is free when the last of them has been encoded.
 """
 
 import asyncio
