@@ -33,6 +33,7 @@ class Leftovers:
         self._records = records
         self._blobs = blobs
         self._left: deque[Left] = deque(maxlen=MOST)
+        self._removing_again = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._left)
@@ -54,9 +55,10 @@ class Leftovers:
 
     async def remove_again(self) -> None:
         """Remove what could not be removed before, or stop at the first that still cannot be."""
-        for _ in range(len(self._left)):
-            if not await self._remove(self._left.popleft()):
-                return
+        async with self._removing_again:  # who comes second has to find it removed
+            for _ in range(len(self._left)):
+                if not await self._remove(self._left.popleft()):
+                    return
 
     async def _remove(self, left: Left) -> bool:
         """Return False if Redis did not answer."""

@@ -106,3 +106,22 @@ async def test_who_is_interrupted_while_it_removes_goes_on_later(
     assert any("retrying" in text for text in caplog.messages)
     await leftovers.remove_again()
     assert (len(leftovers), await redis.exists(keys.request("r"))) == (0, 0)
+
+
+async def test_two_who_remove_at_once_both_find_it_removed(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(redis, keys)
+    leftovers = Leftovers(records, Blobs(redis, keys, 1 << 20, 60))
+    absence = Absence(monkeypatch, submitted=False)
+    for request_id in "one", "two":
+        await redis.hset(keys.request(request_id), "epoch", "0")  # type: ignore[misc]
+        await leftovers.remove([request_id], [])
+    assert len(leftovers) == 2
+    absence.away = False
+
+    async def remove() -> int:
+        await leftovers.remove_again()
+        return int(await redis.exists(keys.request("one"), keys.request("two")))
+
+    assert await asyncio.gather(remove(), remove()) == [0, 0]
