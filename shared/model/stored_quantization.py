@@ -106,10 +106,10 @@ def unusable(config: dict[str, Any]) -> str | None:
         if value not in read:
             known = f" ({_FORMATS[value]})" if isinstance(value, str) and value in _FORMATS else ""
             return f"{name} is {value!r}{known}; what is read is {' or '.join(map(repr, read))}"
-    return next(_no_patterns(config), None)
+    return next(_bad_patterns(config), None)
 
 
-def _no_patterns(config: dict[str, Any]) -> Iterator[str]:
+def _bad_patterns(config: dict[str, Any]) -> Iterator[str]:
     """Yield a sentence about each target that is no regular expression."""
     for name, group in _object(config.get("config_groups")).items():
         for pattern in _patterns(_targets(_object(group))):

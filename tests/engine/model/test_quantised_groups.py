@@ -20,7 +20,7 @@ INT4 = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
 UNEVEN = INT4 | {"symmetric": False}
 INT8 = {"num_bits": 8, "strategy": "channel", "symmetric": True}
 FIRST = "model.layers.0.self_attn."
-# By exact names, by pattern, and by class, in the order in which they do not count.
+# The least exact targets first: neither their order nor the groups' counts.
 GROUPS: tuple[tuple[list[str], dict[str, Any]], ...] = (
     (["Linear"], INT8),
     ([r"re:.*\.experts\.\d+\..*_proj", f"re:{FIRST}.*"], INT4),
