@@ -16,12 +16,15 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.utils.match import match_name, match_targets
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 # Of a module's weight: its tensors by suffix, and the weight they stand for.
 Quantise = Callable[[Tensor], tuple[Tensors, Tensor]]
+# Of a module's name: how its weight is quantised, if it is.
+Choose = Callable[[str], Quantise | None]
 
 PROJECTION = re.compile(r"(.+\.layers\.\d+\.(?:self_attn|mlp)\..*[qkvoenp]_proj)\.weight")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each nibble of a word has
@@ -29,12 +32,18 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each nibble of a word ha
 
 def write_quantised(source: Path, target: Path, quantise: Quantise, config: dict[str, Any]) -> tuple[Path, Path]:
     """Write the directory with its decoder's projections quantised, and its dequantised form."""
+    return write_chosen(source, target, lambda module: quantise, config)
+
+
+def write_chosen(source: Path, target: Path, choose: Choose, config: dict[str, Any]) -> tuple[Path, Path]:
+    """Write the same with each projection quantised by what is chosen for its module's name, if anything is."""
     quantised, dequantised = target / "quantised", target / "dequantised"
     stored: Tensors = {}
     plain: Tensors = {}
     for path in sorted(source.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
-            if match := PROJECTION.fullmatch(name):
+            match = PROJECTION.fullmatch(name)
+            if match and (quantise := choose(match[1])):
                 parts, plain[name] = quantise(tensor)
                 stored |= {f"{match[1]}.{suffix}": part for suffix, part in parts.items()}
             else:
@@ -76,6 +85,27 @@ def with_library(**weights: Any) -> tuple[Quantise, dict[str, Any]]:
         "ignore": ["lm_head", "re:.*gate$", "re:.*vision.*", "re:.*resampler.*"],
         "kv_cache_scheme": None,
     }
+
+
+def with_groups(
+    *groups: tuple[list[str], dict[str, Any]], ignore: tuple[str, ...] = ()
+) -> tuple[Choose, dict[str, Any]]:
+    """Return what the library chooses for a module by groups of targets and arguments, and the quantization_config."""
+    written = [with_library(**weights) for _, weights in groups]
+    by_target = {
+        target: quantise for (targets, _), (quantise, _) in zip(groups, written, strict=True) for target in targets
+    }
+    linear = torch.nn.Linear(1, 1)
+
+    def choose(module: str) -> Quantise | None:
+        found = match_targets(module, linear, by_target)
+        return None if any(match_name(module, name) for name in ignore) else by_target[found[0]] if found else None
+
+    config_groups = {
+        f"group_{i}": config["config_groups"]["group_0"] | {"targets": targets}
+        for i, ((targets, _), (_, config)) in enumerate(zip(groups, written, strict=True))
+    }
+    return choose, written[0][1] | {"config_groups": config_groups, "ignore": list(ignore)}
 
 
 def _integers(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from shared.errors import CheckpointError
 from shared.model.config_file import read_object
 from shared.model.foreign_checkpoints import refuse_foreign
 from shared.model.stored_integers import StoredIntegers, read_integers
-from shared.model.stored_quantization import SUFFIXES, stored_layout, stored_schemes
+from shared.model.stored_quantization import SUFFIXES, schemes_of, stored_layout, stored_schemes
 
 DTYPES = {"BF16", "F16", "F32", "F64"}
 _TORCH_DTYPES = {
@@ -110,8 +110,9 @@ class Checkpoint:
         parts = {part: self._part(self._sources[full].parts[0]) for part, full in stored.items()}
         # Its numbers are compared here: of a GPU, each comparison would be waited for.
         parts = {part: tensor if part == "weight_shape" else tensor.to(device) for part, tensor in parts.items()}
+        on_disk = self._sources[stored[integers]].parts[0].stored.removesuffix(f".{integers}")
         try:
-            return read_integers(self._layout, self._schemes, module, parts, shape)
+            return read_integers(self._layout, schemes_of(self._schemes, on_disk), module, parts, shape)
         except CheckpointError as error:
             raise CheckpointError(f"{self._directory}: {error}") from error
 
@@ -269,11 +270,15 @@ _NATIVE_EXPERT = re.compile(
     r"(?P<mlp>\.mlp\.)(?P<pool>text|vision)_moe\.(?P<experts>experts\.)(?P<expert>[0-9]{1,6})(?=\.)"
 )
 _NATIVE_RESAMPLER = re.compile(r"(?P<linear>.*resampler_model\.\w+_linear\.)(?P<part>fc1|fc2|ln)(?P<rest>\..+)")
-# Buffers that some savers store, and the layers that predict several tokens at once (MTP), which are not run.
-_IGNORED = re.compile(r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+)")
+# Buffers that some savers store, the layers that predict several tokens at once (MTP), which are not run, and scales of
+# a cache that is kept quantised elsewhere.
+_IGNORED = re.compile(
+    r"(?:.+\.)?(?:(?P<rotary>inv_freq)|(?P<mtp>mtp(?:_\w+)?)\..+|self_attn\.(?P<cache>[kv]_(?:scale|zero_point)))"
+)
 _WHY_IGNORED = {
     "rotary": "named inv_freq; rotary frequencies are computed",
     "mtp": "of multi-token prediction (mtp); one token is predicted at a time",
+    "cache": "of a quantised cache; keys and values are kept in the model's dtype",
 }
 _RESAMPLER_PARTS = {"fc1": "0", "fc2": "2", "ln": "3"}
 

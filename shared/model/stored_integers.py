@@ -40,7 +40,7 @@ def read_integers(
     """Unpack a weight.
 
     Args:
-        schemes: what config.json describes, of whichever weights.
+        schemes: what config.json describes: those that may be this weight's.
         name: of the module, for errors.
         parts: its tensors by the suffixes of the layout; on the meta device, what is checked are shapes and dtypes.
         shape: [out, in].

@@ -3,7 +3,8 @@
 A field that asks for something else is refused by its name and value, before a weight is read.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,17 @@ SUFFIXES: dict[Layout, tuple[str, tuple[str, ...]]] = {
 }
 _AUTO_ROUND = ("auto-round", "intel/auto-round")
 _SUPPORTED = "pack-quantized"
+# Other formats of compressed-tensors, in words.
+_FORMATS = {
+    "float-quantized": "FP8",
+    "nvfp4-pack-quantized": "NVFP4",
+    "mxfp4-pack-quantized": "MXFP4",
+    "mxfp6-pack-quantized": "MXFP6",
+    "mxfp8-quantized": "MXFP8",
+    "int-quantized": "integers, with quantised activations",
+    "naive-quantized": "integers or FP8, not packed",
+    "marlin-24": "sparse weights",
+}
 
 
 def stored_layout(config: dict[str, Any]) -> Layout | None:
@@ -49,27 +61,62 @@ class Scheme:
     bits: int
     group: int  # inputs that share a scale; 0: all of an output. Rows below it have one scale, too
     symmetric: bool  # False: zero points are stored
+    targets: tuple[str, ...] = ()  # names of modules, `re:` and a pattern, or classes of modules
 
 
 def stored_schemes(config: dict[str, Any]) -> list[Scheme]:
     """Return what these fields describe, but for what `unusable` refuses."""
-    asked = [(config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size")), True)]
     if stored_layout(config) == "compressed-tensors":
-        weights = [_object(_object(group).get("weights")) for group in _object(config.get("config_groups")).values()]
-        asked = [(w.get("num_bits"), w.get("group_size"), w.get("symmetric", True)) for w in weights]
+        groups = [_object(group) for group in _object(config.get("config_groups")).values()]
+        read = [(_object(group.get("weights")), _targets(group)) for group in groups]
+        asked = [(w.get("num_bits"), w.get("group_size"), w.get("symmetric", True), targets) for w, targets in read]
+    else:
+        group = config.get("group_size", config.get("q_group_size"))
+        asked = [(config.get("bits", config.get("w_bit")), group, True, ())]
     return [
-        Scheme(bits, group if group in GROUPS else 0, bool(symmetric))
-        for bits, group, symmetric in asked
+        Scheme(bits, group if group in GROUPS else 0, bool(symmetric), targets)
+        for bits, group, symmetric, targets in asked
         if bits in (4, 8)
     ]
+
+
+def schemes_of(schemes: Collection[Scheme], module: str) -> list[Scheme]:
+    """Return the schemes of a module by its name in the files, or all where no target fits.
+
+    As in compressed-tensors, the most exact targets count.
+    """
+    named = [scheme for scheme in schemes if module in scheme.targets]
+    matched = [scheme for scheme in schemes if any(re.match(pattern, module) for pattern in _patterns(scheme.targets))]
+    linear = [scheme for scheme in schemes if "Linear" in scheme.targets]
+    return named or matched or linear or list(schemes)
+
+
+def _targets(group: dict[str, Any]) -> tuple[str, ...]:
+    targets = group.get("targets")
+    return tuple(target for target in targets if isinstance(target, str)) if isinstance(targets, list) else ()
+
+
+def _patterns(targets: Collection[str]) -> list[str]:
+    return [target.removeprefix("re:") for target in targets if target.startswith("re:")]
 
 
 def unusable(config: dict[str, Any]) -> str | None:
     """Return a sentence about the first field of a known method that asks for what is not read."""
     for name, value, read in _facts(config):
         if value not in read:
-            return f"{name} is {value!r}; what is read is {' or '.join(map(repr, read))}"
-    return None
+            known = f" ({_FORMATS[value]})" if isinstance(value, str) and value in _FORMATS else ""
+            return f"{name} is {value!r}{known}; what is read is {' or '.join(map(repr, read))}"
+    return next(_bad_patterns(config), None)
+
+
+def _bad_patterns(config: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence about each target that is no regular expression."""
+    for name, group in _object(config.get("config_groups")).items():
+        for pattern in _patterns(_targets(_object(group))):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                yield f"config_groups.{name}.targets has 're:{pattern}', which is no regular expression: {error}"
 
 
 Fact = tuple[str, Any, tuple[Any, ...]]

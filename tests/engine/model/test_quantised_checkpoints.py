@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from services.engine.model.ernie import ErnieModel
 from services.engine.model.integers import Integers
 from services.engine.model.split import WHOLE, Split
 from services.engine.model.weights import load_model
+from services.engine.run.footprint import decoder_shapes, weight_bytes
 from shared.errors import CheckpointError
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
@@ -53,6 +55,16 @@ def logits(model: ErnieModel) -> Tensor:
     return found
 
 
+def held(part: object) -> dict[int, int]:
+    """Return the bytes of each tensor in a structure, by where its memory begins."""
+    if isinstance(part, Tensor):
+        return {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()}
+    if is_dataclass(part):
+        part = tuple(getattr(part, field.name) for field in fields(part))
+    parts = part if isinstance(part, tuple) else ()
+    return {place: size for each in parts for place, size in held(each).items()}
+
+
 @pytest.fixture
 def written(checkpoint_dir: Path, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
     return lambda form: write_quantised(checkpoint_dir, tmp_path, *FORMS[form]())
@@ -69,6 +81,9 @@ def test_logits_are_those_of_the_dequantised_weights(
         weights = [layer.qkv, layer.out]
         weights += [layer.mlp.text.gate_up, layer.mlp.vision.down] if isinstance(layer.mlp, MoE) else [layer.mlp.down]
         assert all(isinstance(weight, Quantized) and weight.bits == bits for weight in weights)
+    # What headers foretell, for `millrace check` and `plan`.
+    foretold = weight_bytes(decoder_shapes(Checkpoint(quantised, headers_only=True), model.config), None)
+    assert sum(held(model.weights).values()) == foretold
     actual = logits(model)
     assert torch.equal(actual, logits(load(dequantised)))
     assert not torch.allclose(actual, logits(load(checkpoint_dir)), rtol=0, atol=1e-2)

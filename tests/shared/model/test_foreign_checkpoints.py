@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised_files  # noqa: F401 - makes transformers importable, which the library imports
 import torch
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
 from safetensors.torch import save_file
 from transformers import AwqConfig, BitsAndBytesConfig, FineGrainedFP8Config, GPTQConfig
 
@@ -97,6 +100,10 @@ def test_an_index_is_enough(tmp_path: Path, name: str) -> None:
         (packed_by(symmetric="no"), "weights.symmetric is 'no'; what is read is True or False"),
         (packed_by(actorder="group"), "weights.actorder is 'group'"),
         (packed_by({"input_activations": {"num_bits": 8}}), "config_groups.group_0.input_activations is {'num_bits'"),
+        (
+            packed_by({"targets": ["re:model.(layers"]}),
+            "config_groups.group_0.targets has 're:model.(layers', which is no regular expression",
+        ),
         (packed_by(), "quantised by compressed-tensors, and there is no tensor *.weight_packed"),
         ({"quant_method": "quark"}, "quark"),
         ({"group_size": 64, "bits": 4}, "a method it does not name"),
@@ -110,6 +117,41 @@ def test_formats_by_quantization_config(tmp_path: Path, quantization: dict[str, 
     text = refusal(directory(tmp_path, [f"{Q_PROJ}.weight"], {"quantization_config": quantization}))
     assert "config.json's quantization_config" in text
     assert called in text
+
+
+READ = ("W4A16", "W4A16_ASYM", "W8A16")
+CALLED = {
+    "float-quantized": "FP8",
+    "nvfp4-pack-quantized": "NVFP4",
+    "mxfp4-pack-quantized": "MXFP4",
+    "mxfp6-pack-quantized": "MXFP6",
+    "mxfp8-quantized": "MXFP8",
+    "int-quantized": "integers, with quantised activations",
+}
+
+
+@pytest.mark.parametrize("preset", sorted(PRESET_SCHEMES.keys() - {"UNQUANTIZED"}))
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed"])
+def test_every_preset_of_the_library_is_read_or_named(tmp_path: Path, preset: str, mixed: bool) -> None:
+    """Alone, and as the second group of a file of mixed precision."""
+    schemes = [preset_name_to_scheme(name, ["Linear"]) for name in (("W4A16", preset) if mixed else (preset,))]
+    formats = [infer_module_format(torch.nn.Linear, scheme).value for scheme in schemes]
+    groups = {f"group_{i}": scheme.model_dump(mode="json") for i, scheme in enumerate(schemes)}
+    groups = {name: group | {"format": form} for (name, group), form in zip(groups.items(), formats, strict=True)}
+    config = {"quant_method": "compressed-tensors", "config_groups": groups}
+    config |= {"format": "mixed-precision" if mixed else formats[0]}
+    tensors = [f"{Q_PROJ}.weight_packed", f"{Q_PROJ}.weight_scale"]
+    path = directory(tmp_path, tensors, {"quantization_config": config})
+    if preset in READ:
+        refuse_foreign(path)
+        return
+    text = refusal(path)
+    assert text.startswith("config.json's quantization_config: ")
+    assert (
+        f"format is {formats[-1]!r} ({CALLED[formats[-1]]});" in text if formats[-1] in CALLED else "num_bits" in text
+    )
+    assert not mixed or "config_groups.group_1." in text
+    assert f"use the unquantised safetensors repository instead ({HUB})" in text
 
 
 @pytest.mark.parametrize(
