@@ -46,15 +46,16 @@ class RequestStates:
 
     def find_unknown(self, messages: Iterable[Tokens | Attach]) -> tuple[set[str], set[str]]:
         """Return the requests in `messages` without a state: (those with tokens, those attached to)."""
+        states, ignored = self._states, self._ignored
         generating: set[str] = set()
         attached: set[str] = set()
         for message in messages:
             if isinstance(message, Attach):
                 attached.add(message.request_id)
             else:
-                generating.update(run.request_id for run in message.runs)
-                generating.update(begin.request_id for begin in message.begins)
-        return generating - self._states.keys() - self._ignored.keys(), attached - self._states.keys()
+                generating.update([run.request_id for run in message.runs if run.request_id not in states])
+                generating.update([begin.request_id for begin in message.begins if begin.request_id not in states])
+        return generating - ignored.keys(), attached - states.keys()
 
     def open_request(self, record: Record, journal: Journal, output: TurnOutput) -> None:
         """Make a state from a record and a journal, whose tokens were sent as deltas before they were journaled."""

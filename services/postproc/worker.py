@@ -208,11 +208,14 @@ class Worker:
     async def _send(self, output: TurnOutput) -> None:
         if output.deltas:
             await self._outbox.send(output.deltas)
-        spans.record(self._tracing, output.ended)
-        self._metrics.count_tool_parsing([state.answer.called for state in output.ended if state.request.output.tools])
+        if output.ended:
+            spans.record(self._tracing, output.ended)
+            called = [state.answer.called for state in output.ended if state.request.output.tools]
+            self._metrics.count_tool_parsing(called)
 
     async def _journal(self, output: TurnOutput) -> None:
-        self._metrics.journal_writes.inc(await self._outbox.journal(output.to_journal + output.to_retain))
+        if states := output.to_journal + output.to_retain:
+            self._metrics.journal_writes.inc(await self._outbox.journal(states))
 
     async def _end(self, output: TurnOutput) -> None:
         if output.to_cancel:

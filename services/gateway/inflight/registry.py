@@ -219,9 +219,11 @@ class OpenRequests:
 
         What several messages bring for one client is written at once.
         """
-        if len(messages) == 1 and isinstance(messages[0], Deltas):  # nearly always
-            self._deliver((delta.request_id, (delta,)) for delta in messages[0].items)
-            return
+        if len(messages) == 1 and isinstance(messages[0], Deltas):  # nearly always, and one delta a request
+            single = {delta.request_id: (delta,) for delta in messages[0].items}
+            if len(single) == len(messages[0].items):
+                self._deliver(single.items())
+                return
         deltas: dict[str, list[Delta]] = {}
         for message in messages:
             if isinstance(message, Deltas):

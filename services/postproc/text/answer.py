@@ -65,19 +65,21 @@ class Answer:
         "_logprobs",
         "_output",
         "_plain",
+        "_plain_text",
         "_reached",
         "_reasoned",
         "_reasoning",
         "_reasoning_calls",
+        "_reasons",
         "_request_id",
         "_shows_reasoning",
         "_simple",
-        "_sink",
         "_split",
         "_stop_content",
         "_stop_found",
         "_stop_reasoning",
         "_tool_deltas",
+        "_touched",
         "_usage_due",
         "_vocabulary",
         "begin",
@@ -121,11 +123,14 @@ class Answer:
         self._later = 0  # characters at the end of the content that stand behind the first call
         # A finish reason or a failure that no delta has carried yet.
         self._ending: Literal["stop", "length", "tool_calls"] | Failure | None = None
-        self._sink = self._reasoning if self._split.open else self._content
-        # The text of a plain token is appended to the sink directly while no parser holds text back or waits for some.
+        self._reasons = self._split.open  # a plain token is reasoning
+        # The text of a plain token is shown as it is while no parser holds text back or waits for some.
         details = output.logprobs or output.return_token_ids or output.force_nonempty_content
         self._simple = not (output.stop or details)
         self._plain = False
+        # The text of plain tokens that no delta has carried yet. The rest is looked at only if something else came.
+        self._plain_text = ""
+        self._touched = False
         self._usage_due = output.first_usage or output.continuous_usage
         self._stop_found = ""
         self._update_plain()
@@ -147,8 +152,9 @@ class Answer:
             return
         if self._plain and (text := self._vocabulary.plain.get(token)) is not None:
             self.count = self._reached = self.count + 1
-            self._sink.append(text)
+            self._plain_text += text
             return
+        self._touch()
         self.count += 1
         self._fold(token, logprob)
         self._update_plain()
@@ -157,6 +163,7 @@ class Answer:
         """Fold the token that ended the answer: it is counted and listed among the ids, not shown."""
         if self.ended:
             return
+        self._touch()
         self.count += 1
         if self._output.return_token_ids:
             self._add(self._ids, token)
@@ -167,6 +174,7 @@ class Answer:
         """End the answer as the engine says, unless it has ended before."""
         if self.ended:
             return
+        self._touch()
         if finish.reason == "cancelled":
             self.state = AnswerState.CANCELLED
         elif finish.reason == "error":
@@ -178,6 +186,7 @@ class Answer:
 
     def fail(self, failure: Failure) -> None:
         """End the answer in an error."""
+        self._touch()
         self.state = AnswerState.FAILED
         self._ending = failure
 
@@ -185,18 +194,26 @@ class Answer:
 
     def take_delta(self) -> Delta | None:
         """Return what was added since the last call; None if there is nothing to show."""
-        if self._ending is not None or self._tool_deltas or self._logprobs or self._ids or self._later:
-            return self._take_all()
-        reasoning, content = self._reasoning, self._content
-        if not reasoning and not content:
+        text = self._plain_text
+        if self._touched or (self._usage_due and text):
+            self._touch()
+            self._touched = False
+            shown = self._reasoning or self._content or self._tool_deltas or self._logprobs or self._ids
+            return self._take_all() if shown or self._later or self._ending is not None else None
+        if not text:
             return None
-        if self._usage_due:
-            return self._take_all()
+        self._plain_text = ""
         start, self.taken = self.taken, self._reached
-        delta = Delta(self._request_id, self._reached, "".join(reasoning), "".join(content), start=start)
-        reasoning.clear()
-        content.clear()
-        return delta
+        if self._reasons:
+            return Delta(self._request_id, self._reached, text, start=start)
+        return Delta(self._request_id, self._reached, "", text, start=start)
+
+    def _touch(self) -> None:
+        """Put the text of plain tokens before what comes now, which is something else."""
+        self._touched = True
+        if self._plain_text:
+            (self._reasoning if self._reasons else self._content).append(self._plain_text)
+            self._plain_text = ""
 
     def _take_all(self) -> Delta:
         ending, self._ending = self._ending, None
@@ -288,7 +305,7 @@ class Answer:
             return
         self._split.end_reasoning()
         self._write_reasoning(self._stop_reasoning.flush())
-        self._sink = self._content
+        self._reasons = False
 
     def _add_reasoning(self, text: str) -> None:
         self._show_reasoning(self._split.add_reasoning(text))
