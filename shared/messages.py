@@ -205,6 +205,7 @@ class Media(msgspec.Struct, frozen=True, omit_defaults=True):
     # Bounds of the pixels that the model sees of an image, or of a frame; None: the server's.
     min_pixels: int | None = None
     max_pixels: int | None = None
+    wished_max_pixels: int | None = None  # gives way to all other bounds
     content: Content | None = None  # of the blob; None: from a gateway of an older build
 
 

@@ -12,7 +12,7 @@ Without a `maxmemory` nothing is evicted, whatever the policy.
 """
 
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import ResponseError
 
 from shared import log
 from shared.errors import ConfigError
@@ -31,8 +31,8 @@ async def check_eviction(redis: Redis) -> None:
     """
     try:
         info = await redis.info("memory")
-    except NoPermissionError:
-        _log.info("cannot tell whether Redis evicts: this user may not INFO")
+    except ResponseError as error:  # this user may not INFO, or nobody: some services rename commands away
+        _log.info("cannot tell whether Redis evicts: it refuses INFO", extra={"error": str(error)})
         return
     policy, limit = info.get("maxmemory_policy", KEEPS_ALL), info.get("maxmemory", 0)
     if policy == KEEPS_ALL or not limit:

@@ -11,7 +11,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from shared.bus.eviction import KEEPS_ALL
+from shared.bus.eviction import ANY_KEY, KEEPS_ALL
 from shared.bus.keys import ENCODE, GENERATE, NEWER, SERVICES, WAITING, Keys
 from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
@@ -188,7 +188,7 @@ def problems(view: PipelineView) -> list[str]:
     if view.redis and view.redis.max_bytes and view.redis.used_bytes > FULL * view.redis.max_bytes:
         full = "it refuses" if view.redis.policy == KEEPS_ALL else "it evicts"
         found.append(f"Redis uses {view.redis.used_bytes / view.redis.max_bytes:.0%} of its memory; full, {full}")
-    if view.redis and view.redis.max_bytes and view.redis.policy != KEEPS_ALL:
+    if view.redis and view.redis.max_bytes and (view.redis.policy.startswith(ANY_KEY) or view.redis.evicted):
         found.append(f"Redis evicts keys when it is full ({view.redis.policy}, {view.redis.evicted} so far)")
     return found
 

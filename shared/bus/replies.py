@@ -24,7 +24,8 @@ class Replies(asyncio.Protocol):
         self._lost: RedisConnectionError | None = None
         self._due = 0.0  # when the reply must be there
         # Looks at `_due`. One timer outlives many commands, since a timer for each costs as much as its reply.
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._looks_at = 0.0  # uvloop's handle of a timer that is due at once does not say
         transport.set_protocol(self)
 
     async def ask(self, command: bytes, limit_s: float) -> Any:
@@ -40,7 +41,7 @@ class Replies(asyncio.Protocol):
             raise self._lost
         self._reply = self._loop.create_future()
         self._due = self._loop.time() + limit_s
-        if self._timer is None or self._timer.when() > self._due:
+        if self._timer is None or self._looks_at > self._due:
             self._look_at(self._due)
         self._transport.write(command)  # never more than one, so nothing is drained
         try:
@@ -79,6 +80,7 @@ class Replies(asyncio.Protocol):
 
     def _look_at(self, when: float) -> None:
         self._end()
+        self._looks_at = when
         self._timer = self._loop.call_at(when, self._look)
 
     def _look(self) -> None:

@@ -421,5 +421,6 @@ def _media_message(item: MediaItem, key: str) -> Media:
         video=item.video,
         min_pixels=item.min_pixels,
         max_pixels=item.max_pixels,
+        wished_max_pixels=item.wished_max_pixels,
         content=item.content,
     )

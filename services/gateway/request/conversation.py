@@ -71,7 +71,7 @@ class PixelRange(MediaFields, frozen=True, kw_only=True):
 
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
-    detail: Literal["auto", "low", "high", "original"] | None = None  # low: as `max_pixels` of 512 x 512
+    detail: Literal["auto", "low", "high", "original"] | None = None  # low: 512 x 512, if other bounds allow
 
 
 class ImageURL(PixelRange, frozen=True):

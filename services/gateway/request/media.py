@@ -50,6 +50,7 @@ class MediaItem(msgspec.Struct, frozen=True):
     video: VideoOptions = VideoOptions()
     min_pixels: int | None = None
     max_pixels: int | None = None
+    wished_max_pixels: int | None = None  # gives way to all other bounds
     content: Content | None = None  # of `data`
     own_param: str = ""  # the path in a body of another API than chat's
 
@@ -99,7 +100,15 @@ class MediaRules(msgspec.Struct, frozen=True):
             source = given if isinstance(given, str) else given.url
         own = own_options(part, given, kind, path, field)
         options = resolve_options(own, kind, sizes)
-        item = MediaItem(kind, path, field, None, None, options.video, options.min_pixels, options.max_pixels)
+        item = MediaItem(
+            kind,
+            path,
+            field,
+            video=options.video,
+            min_pixels=options.min_pixels,
+            max_pixels=options.max_pixels,
+            wished_max_pixels=options.wished_max_pixels,
+        )
         return self._with_source(item, source)
 
     def _read_file(self, file: FileData, path: str) -> tuple[MediaKind, str]:

@@ -30,6 +30,7 @@ class MediaOptions(msgspec.Struct, frozen=True):
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    wished_max_pixels: int | None = None
     video: VideoOptions = VideoOptions()
 
 
@@ -59,11 +60,7 @@ def own_options(
 
 def resolve_options(own: Mapping[str, Any], kind: MediaKind, sizes: MediaKwargs | None) -> MediaOptions:
     """Return a part's own options, and those of the request that it does not state itself."""
-    low = own.get("detail") == "low"
     of_request = MediaOptions() if sizes is None else _of_kind(sizes, kind)
-    most = of_request.max_pixels
-    if low:
-        most = LOW_DETAIL_PIXELS if most is None else min(most, LOW_DETAIL_PIXELS)
     sampling = {name: own[name] for name in _SAMPLING if name in own}
     # There is one way to say how many frames: the part's excludes the request's.
     if (own.get("target_frames") or 0) > 0:
@@ -72,7 +69,8 @@ def resolve_options(own: Mapping[str, Any], kind: MediaKind, sizes: MediaKwargs 
         sampling.setdefault("target_frames", None)
     return MediaOptions(
         own.get("min_pixels", of_request.min_pixels),
-        own.get("max_pixels", most),
+        own.get("max_pixels", of_request.max_pixels),
+        LOW_DETAIL_PIXELS if own.get("detail") == "low" and "max_pixels" not in own else None,
         msgspec.structs.replace(of_request.video, **sampling),
     )
 
@@ -89,4 +87,4 @@ def _of_kind(sizes: MediaKwargs, kind: MediaKind) -> MediaOptions:
     if kind == "image":
         return MediaOptions(sizes.image_min_pixels, sizes.image_max_pixels)
     video = VideoOptions(**{name: getattr(sizes, f"video_{name}") for name in _SAMPLING})
-    return MediaOptions(sizes.video_min_pixels, sizes.video_max_pixels, video)
+    return MediaOptions(sizes.video_min_pixels, sizes.video_max_pixels, video=video)

@@ -52,7 +52,7 @@ class SmallTask(msgspec.Struct, frozen=True, tag=True):
     cpu_s: int
     files: list[tuple[int, Media]]  # with their sizes
     room: int
-    most_work: int  # pixels to decode
+    most_work: int  # pixels to decode, of all together
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

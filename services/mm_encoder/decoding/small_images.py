@@ -19,7 +19,7 @@ from shared.workers.pool import WorkerPool
 from shared.workers.process import DiedError, TooSlowError
 
 MOST_BYTES = 256 << 10  # of a file
-MOST_WORK = 4_000_000  # pixels to decode
+MOST_WORK = 4_000_000  # pixels to decode, of all that go together: a tenth of SLICE_S
 ROOM_BYTES = 1 << 20  # for its patches
 TOGETHER = 8
 SLICE_S = 1  # of computing, for all of them

@@ -95,11 +95,13 @@ def _read_small(processor: Processor, task: SmallTask, fds: list[int], memory_by
     """Read one small image after the other."""
     data = shared_memory.read(fds[0], sum(size for size, _ in task.files))
     images: list[Decoded | ImagePlan | Refused] = []
-    start = 0
+    start, left = 0, task.most_work
     for index, (size, media) in enumerate(task.files):
-        rows_for = partial(_rows_within, task, fds[1], index * task.room)
+        rows_for = partial(_rows_within, fds[1], index * task.room, task.room, left)
         read = partial(_read_image, processor, media, data[start : start + size], rows_for)
         images.append(_or_refusal(read, memory_bytes))
+        if isinstance(images[-1], Decoded):
+            left -= images[-1].plan.work
         start += size
     return Read(images)
 
@@ -109,8 +111,8 @@ def _read_image(processor: Processor, media: Media, data: bytes, rows_for: RowsF
     return plan if grid is None else Decoded(plan, grid)
 
 
-def _rows_within(task: SmallTask, fd: int, start: int, plan: ImagePlan) -> NDArray[np.uint8] | None:
-    """Return the rows of an image that is decoded with others."""
-    if plan.rows[0] * plan.rows[1] > task.room or plan.work > task.most_work:
+def _rows_within(fd: int, start: int, room: int, work: int, plan: ImagePlan) -> NDArray[np.uint8] | None:
+    """Return the rows of an image that is decoded with others, if it needs no more room and work."""
+    if plan.rows[0] * plan.rows[1] > room or plan.work > work:
         return None
     return shared_memory.as_rows(fd, plan.rows, start)

@@ -203,6 +203,8 @@ class Processor:
         else:
             fewest, most = settings.video_min_pixels, settings.video_max_pixels
         high = most if media.max_pixels is None else media.max_pixels
+        if media.wished_max_pixels is not None:
+            high = max(min(high, media.wished_max_pixels), media.min_pixels or 0)
         if media.min_pixels is None and high < fewest:
             fewest = (self._patch * self._merge) ** 2
         low = fewest if media.min_pixels is None else media.min_pixels

@@ -113,7 +113,8 @@ def medium(parser: WholeParser, form: Form, part: dict[str, Any]) -> MediaItem:
 def stated(item: MediaItem) -> dict[str, Any]:
     """What an image or a video is brought to, where it is not the server's."""
     video = {name: getattr(item.video, name) for name in VideoOptions.__struct_fields__}
-    values = {**video, "min_pixels": item.min_pixels, "max_pixels": item.max_pixels}
+    pixels = {name: getattr(item, name) for name in ("min_pixels", "max_pixels", "wished_max_pixels")}
+    values = {**video, **pixels}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -135,7 +136,7 @@ def test_a_field_is_used_or_refused_by_name(parser: WholeParser, form: Form) -> 
                     medium(parser, form, part)
                 assert (refused.value.failure.code, refused.value.failure.param) == ("unsupported_parameter", path)
             else:
-                used = {"max_pixels": LOW_DETAIL_PIXELS} if name == "detail" else {name: value}
+                used = {"wished_max_pixels": LOW_DETAIL_PIXELS} if name == "detail" else {name: value}
                 assert stated(medium(parser, form, part)) == used, path
 
 
@@ -159,17 +160,17 @@ def test_null_and_the_least_of_a_field_ask_for_nothing(parser: WholeParser, form
 @pytest.mark.parametrize(
     ("own", "sizes", "pixels"),
     [
-        ({"detail": "low"}, {"image_max_pixels": 9000}, 9000),
-        ({"detail": "low"}, {"image_max_pixels": 900_000}, LOW_DETAIL_PIXELS),
-        ({"detail": "low", "max_pixels": 400_000}, {}, 400_000),
-        ({"detail": "high"}, {"image_max_pixels": 900_000}, 900_000),
-        ({"detail": "original"}, {}, None),
+        ({"detail": "low"}, {"image_max_pixels": 9000}, (9000, LOW_DETAIL_PIXELS)),
+        ({"detail": "low"}, {}, (None, LOW_DETAIL_PIXELS)),
+        ({"detail": "low", "max_pixels": 400_000}, {}, (400_000, None)),
+        ({"detail": "high"}, {"image_max_pixels": 900_000}, (900_000, None)),
+        ({"detail": "original"}, {}, (None, None)),
     ],
 )
-def test_low_detail_is_a_bound_that_a_smaller_one_or_the_parts_own_replaces(
-    parser: WholeParser, own: dict[str, Any], sizes: dict[str, Any], pixels: int | None
+def test_low_detail_is_a_wish_beside_the_bounds_of_the_request(
+    parser: WholeParser, own: dict[str, Any], sizes: dict[str, Any], pixels: tuple[int | None, int | None]
 ) -> None:
     part = {"type": "image_url", "image_url": {"url": URLS["image"], **own}}
     body = {"messages": [{"role": "user", "content": [part]}], "mm_processor_kwargs": sizes}
     [item] = parser.parse(json.dumps(body).encode()).media
-    assert item.max_pixels == pixels
+    assert (item.max_pixels, item.wished_max_pixels) == pixels

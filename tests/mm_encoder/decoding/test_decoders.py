@@ -327,6 +327,13 @@ async def test_a_small_file_of_many_pixels_is_planned_and_not_decoded(
         assert (await decoders.patches(plan, data)).rows.shape == plan.rows
 
 
+async def test_small_images_together_are_decoded_as_far_as_their_work_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_images, "MOST_WORK", 2 * 40 * 40)
+    async with running(processes=1) as decoders:
+        read = await asyncio.gather(*(decoders.read_small(Media("image", "p"), picture(40, 40)) for _ in range(5)))
+        assert [patches is None for _, patches in read] == [False, False, True, True, True]
+
+
 async def test_an_image_nobody_waits_for_any_more_holds_up_no_other() -> None:
     async with running() as decoders:
         media, data = Media("image", "p"), picture(40, 40)

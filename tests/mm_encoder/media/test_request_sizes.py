@@ -70,3 +70,21 @@ def test_a_most_below_the_servers_fewest_enlarges_nothing(processor: Processor, 
     assert plan.rows[0] == 2 * 4 * max(1, len(getattr(plan, "indices", ()))), "300 x 200 as 28 x 56"
     with pytest.raises(RequestError, match=f"asks for max_pixels = 783 of {kind}s; this server has them from 784 to"):
         processor.plan(Media(kind, "p", max_pixels=783), FILES[kind])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most"),
+    [
+        ({}, 784 * 30),
+        ({"max_pixels": 784 * 20}, 784 * 20),
+        ({"min_pixels": 784 * 40}, 784 * 40),
+        ({"wished_max_pixels": 784 * 1000}, SETTINGS.image_max_pixels),
+        ({"wished_max_pixels": 784 * 3}, 784 * 3),  # below the server's fewest
+    ],
+)
+def test_a_wish_for_fewer_pixels_gives_way_to_all_bounds(
+    processor: Processor, bounds: dict[str, int], most: int
+) -> None:
+    wished = Media("image", "p", **{"wished_max_pixels": 784 * 30, **bounds})
+    asked = Media("image", "p", min_pixels=wished.min_pixels, max_pixels=most)
+    assert processor.signature(wished) == processor.signature(asked)

@@ -89,6 +89,7 @@ async def test_one_that_may_evict_a_part_is_warned_of(
     with caplog.at_level(logging.WARNING):
         await check_eviction(own_redis)
     assert [policy in record.message for record in caplog.records] == ([] if policy == "noeviction" else [True])
+    assert not any("evicts" in problem for problem in problems(await read(own_redis, Keys("test"))))
 
 
 async def test_a_user_that_may_not_ask_is_believed(own_server: RedisServer, own_redis: Redis) -> None:
@@ -97,6 +98,13 @@ async def test_a_user_that_may_not_ask_is_believed(own_server: RedisServer, own_
     shy = connect(f"unix://shy:x@{own_server.unix_socket}")
     await check_eviction(shy)
     await shy.aclose()
+
+
+async def test_one_that_nobody_may_ask_is_believed(own_redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some services rename commands away, to which Redis says what it says to any word."""
+    await limited(own_redis, "allkeys-lru")
+    monkeypatch.setattr(own_redis, "info", lambda _: own_redis.execute_command("NO-INFO"))
+    await check_eviction(own_redis)
 
 
 @pytest.mark.parametrize("policy", VOLATILE)
@@ -111,6 +119,8 @@ async def test_the_volatile_policies_leave_requests_under_way_alone(own_redis: R
     for number in range(400):
         await own_redis.set(f"filler:{number}", bytes(10_000), ex=3600)
     assert (await own_redis.info("stats"))["evicted_keys"] > 0
+    found = problems(await read(own_redis, keys))
+    assert any(problem.startswith(f"Redis evicts keys when it is full ({policy}, ") for problem in found)
     assert len(await own_redis.keys("filler:*")) < 400
     assert len(await own_redis.keys(keys.request("*"))) == 50
     assert await own_redis.xlen(keys.stream(GENERATE)) == 50

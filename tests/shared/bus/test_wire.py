@@ -82,6 +82,14 @@ async def test_one_connection_through_errors_and_back_into_the_pool(wire: Wire, 
     assert await wire.call("PING") == b"PONG"
 
 
+async def test_a_timer_that_does_not_say_when_it_is_due(wire: Wire) -> None:
+    """uvloop's is such a one when it is due at once."""
+    await wire.call("PING")
+    assert wire._replies is not None
+    wire._replies._timer = asyncio.Handle(lambda: None, (), asyncio.get_running_loop())
+    assert await wire.call("ECHO", "mine") == b"mine"
+
+
 async def test_a_cancelled_call_s_reply_is_nobody_else_s(wire: Wire, redis: Redis) -> None:
     number = await wire.call("CLIENT", "ID")
     blocked = asyncio.ensure_future(wire.call("BLPOP", "list", PATIENCE_S, wait_s=PATIENCE_S))
