@@ -1,4 +1,8 @@
-"""Signals that ask a command to end: Ctrl-C, `kill`, and a terminal that closes, unless `nohup` has started it."""
+"""Signals that ask a command to end: Ctrl-C, `kill`, and a terminal that closes.
+
+Not where whoever started us has them ignored: `nohup` the terminal that closes, a shell's script the Ctrl-C for what it
+runs by `&`.
+"""
 
 import signal
 from collections.abc import Callable
@@ -16,9 +20,11 @@ def kept_by_nohup() -> bool:
 
 
 def handle(handler: Handler) -> None:
-    """Have all of them handled so."""
-    for number in (signal.SIGINT, signal.SIGTERM, *(() if kept_by_nohup() else (signal.SIGHUP,))):
-        signal.signal(number, handler)
+    """Have all of them handled so that are not ignored."""
+    signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def end_at_once() -> None:
@@ -41,8 +47,12 @@ def end_by_exception_or_later() -> None:
 
 
 def hand_over(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Have them handled so from now on, and those that were kept: who is still here has lost their exception."""
+    """Have them handled so from now on, and those that were kept: who is still here has lost their exception.
+
+    Ctrl-C is so even where it was ignored: a script that ends by it leaves no servers.
+    """
     handle(handler)
+    signal.signal(signal.SIGINT, handler)
     while _received:
         handler(_received.pop(0), None)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from cli.bench.figures import Figures, First, figures, first_of, first_table, table
-from cli.bench.guesses import read
+from cli.bench.guesses import Counters, read
 from cli.bench.load import Load, Part, Range, poisson, shares
 from cli.connection import Parser
 from cli.output import write
@@ -63,6 +63,8 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         report["first"] = firsts
         shown, errors = first_table(firsts), Counter(error for row in firsts for error in row.errors)
     else:
+        if given.metrics:
+            read(given.metrics)  # of a wrong one somebody hears before the load
         rows = [_run(name, load, given.processes, given.metrics) for name, load in _loads(base, given)]
         report["loads"] = rows
         shown, errors = table(rows), sum((Counter(row.errors) for row in rows), Counter())
@@ -147,14 +149,23 @@ def _loads(base: Load, given: argparse.Namespace) -> list[tuple[str, Load]]:
 
 
 def _run(name: str, load: Load, processes: int, metrics: str | None) -> Figures:
-    before = None if metrics is None else read(metrics)
+    before = _counters(name, metrics)
     parts, begin = run(shares(load, processes))
     made = figures(name, parts, begin, load.seconds)
-    if metrics is not None and before is not None:
-        right, share = read(metrics).since(before)
+    if before is not None and (after := _counters(name, metrics)) is not None:
+        right, share = after.since(before)
         made = msgspec.structs.replace(made, guesses_right=right, tokens_guessed=share)
     write(sys.stderr, f"{name}: {made.output_tok_s:,.0f} tok/s, client {made.client_cpu:.2f} of a core\n")
     return made
+
+
+def _counters(name: str, metrics: str | None) -> Counters | None:
+    """Return the server's counters, or None if nobody asks for them or they cannot be read any more."""
+    try:
+        return None if metrics is None else read(metrics)
+    except ConfigError as error:  # which costs a figure, and not those that were measured
+        write(sys.stderr, f"{name}: no figures of guesses: {error}\n")
+        return None
 
 
 def _first(base: Load, length: int) -> First:
@@ -174,7 +185,12 @@ def run(loads: Sequence[Load]) -> tuple[list[Part], float]:
     with ExitStack() as stack:
         processes = []
         for load in loads:
-            process = subprocess.Popen(tethered(CLIENT), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = subprocess.Popen(
+                tethered(CLIENT),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches us alone, and we end them
+            )
             stack.enter_context(process)
             stack.callback(process.kill)  # of one that has ended nothing
             processes.append(process)

@@ -4,6 +4,7 @@ import math
 import re
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 
 from shared.errors import ConfigError
 
@@ -38,11 +39,11 @@ def read(url: str) -> Counters:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as reply:
             text = reply.read().decode()
-    except (OSError, ValueError) as error:
+        found: dict[str, float] = {}
+        for name, number in _COUNTER.findall(text):
+            found[name] = found.get(name, 0.0) + float(number)
+    except (OSError, ValueError, HTTPException) as error:
         raise ConfigError(f"--metrics: {url} cannot be read: {error}") from None
-    found: dict[str, float] = {}
-    for name, number in _COUNTER.findall(text):
-        found[name] = found.get(name, 0.0) + float(number)
     if "generation_tokens" not in found:
         raise ConfigError(f"--metrics: {url} has no counter of generated tokens")
     return Counters(

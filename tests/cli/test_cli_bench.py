@@ -5,10 +5,12 @@ import base64
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from machine import PATIENCE_S
 from PIL import Image
-from server_thread import served
+from scripted_stream import DONE, END, STREAM, USAGE, WORD, scripted
 
 from cli.bench.client import Client
 from cli.bench.command import run as run_processes
@@ -109,61 +112,6 @@ def test_a_load_is_divided_without_loss() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- a scripted server
-
-WORD = b'data: {"choices": [{"index": 0, "text": " w", "finish_reason": null}]}\n\n'
-PART_OF_A_CHARACTER = b'data: {"choices": [{"text": "", "finish_reason": null}], "usage": null}\n\n'
-LAST_WORD = b'data: {"choices": [{"text": " w", "finish_reason": "length"}]}\r\n\r\n'
-END = b'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n'
-USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}\n\n'
-DONE = b"data: [DONE]\n\n"
-STREAM = b": a sign of life\n\n" + WORD + PART_OF_A_CHARACTER + LAST_WORD + END + USAGE + DONE
-
-
-class Scripted(BaseHTTPRequestHandler):
-    """Handler that answers every request with `pieces`, each a chunk, and notes bodies and connections."""
-
-    protocol_version = "HTTP/1.1"
-    status = 200
-    pieces: tuple[bytes, ...] = (STREAM,)
-    breaks_off = False
-    metrics = ""  # with {} for the number of requests so far
-    bodies: list[dict[str, Any]]
-    headers_seen: list[dict[str, str]]
-    connections: set[Any]
-
-    def do_POST(self) -> None:
-        self.connections.add(self.client_address)
-        self.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
-        self.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-        self.send_response(self.status)
-        self.send_header("transfer-encoding", "chunked")
-        self.end_headers()
-        for piece in self.pieces:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            self.wfile.flush()
-        self.close_connection = self.breaks_off
-        if not self.breaks_off:
-            with suppress(OSError):  # of a client that could not read on
-                self.wfile.write(b"0\r\n\r\n")
-
-    def do_GET(self) -> None:
-        """Answer with counters that grow by the number of requests."""
-        told = self.metrics.format(len(self.bodies)).encode()
-        self.send_response(200)
-        self.send_header("content-length", f"{len(told)}")
-        self.end_headers()
-        self.wfile.write(told)
-
-    def log_message(self, *_: object) -> None:
-        return
-
-
-@contextmanager
-def scripted(**script: Any) -> Iterator[tuple[str, type[Scripted]]]:
-    """Serve a script, and yield the URL and the handler that has seen what came."""
-    handler = type("Handler", (Scripted,), {"bodies": [], "headers_seen": [], "connections": set(), **script})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, served(server):
-        yield f"http://127.0.0.1:{server.server_port}", handler
 
 
 def run(url: str, **changes: Any) -> list[Answer]:
@@ -310,6 +258,45 @@ def test_guesses_are_told_by_the_servers_metrics(
     assert [(load["guesses_right"], load["tokens_guessed"]) for load in loads] == [(0.5, 0.1)] * 2
 
 
+@pytest.mark.system
+def test_metrics_that_end_with_a_load_cost_their_figures_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(metrics=METRICS, metrics_until=5) as (url, handler):
+        written = tmp_path / "found.json"
+        flags = ["bench", "serve", "--url", url, "--model", "m", "--clients", "1,2,3", "--requests", "4"]
+        assert main([*flags, "--metrics", f"{url}/metrics", "--json", str(written)]) == 0
+        assert len(handler.bodies) == 12
+    loads = json.loads(written.read_text())["loads"]
+    assert [(load["answered"], load["guesses_right"]) for load in loads] == [(4, 0.5), (4, None), (4, None)]
+    told = [line for line in capsys.readouterr().err.splitlines() if "guesses" in line]
+    assert [line.partition("--metrics: ")[0] for line in told] == [
+        "2: no figures of guesses: ",
+        "3: no figures of guesses: ",
+    ]
+
+
+@pytest.mark.system
+def test_a_ctrl_c_in_a_terminal_ends_a_load_without_a_word_from_its_clients() -> None:
+    """It comes to the whole group, of which the clients are not."""
+    came, held = threading.Event(), threading.Event()
+    with scripted(pieces=(), breaks_off=True, came=came, held=held) as (url, _):
+        flags = ["bench", "serve", "--url", url, "--model", "m", "--clients", "2", "--processes", "2"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        assert came.wait(PATIENCE_S)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=PATIENCE_S)
+        held.set()
+    assert (process.returncode, said) == (130, b"")
+
+
 def test_a_server_that_guesses_nothing_has_no_share_of_guesses() -> None:
     before, after = Counters(0.0, 0.0, 7.0), Counters(0.0, 0.0, 17.0)
     assert [math.isnan(share) for share in after.since(before)] == [True, False]
@@ -320,6 +307,17 @@ def test_a_server_that_guesses_nothing_has_no_share_of_guesses() -> None:
 def test_metrics_that_are_not_there_are_named(text: str | None, named: str, unused_port: int) -> None:
     with scripted(metrics=text or "") as (url, _), pytest.raises(ConfigError, match=named):
         read(f"{url}/metrics" if text is not None else f"http://127.0.0.1:{unused_port}/metrics")
+
+
+@pytest.mark.parametrize("script", [{"metrics": "vllm:generation_tokens_total x"}, {"metrics_until": 0}])
+def test_an_answer_without_numbers_or_http_is_named(script: dict[str, Any]) -> None:
+    with scripted(**script) as (url, _), pytest.raises(ConfigError, match=r"^--metrics: .* cannot be read"):
+        read(f"{url}/metrics")
+
+
+def test_metrics_at_no_url_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"^--metrics: http://h:port/ cannot be read"):
+        read("http://h:port/")
 
 
 def cells(*numbers: int) -> list[str]:

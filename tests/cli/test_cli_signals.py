@@ -26,7 +26,8 @@ print("went on", flush=True)
 
 COMMAND = """
 import signal
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 from cli.main import main
 main(["status"])
 """
@@ -35,7 +36,8 @@ main(["status"])
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in ENDING}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests by `nohup` has it ignored
+    for number in (signal.SIGINT, signal.SIGHUP):  # which whoever runs the tests by `nohup` and `&` has ignored
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -48,6 +50,16 @@ def test_a_closed_terminal_is_a_reason_to_end_unless_nohup_said_no(started_by_no
     signals.handle(print)
     assert (signal.getsignal(signal.SIGHUP) is print) is not started_by_nohup
     assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is print
+
+
+def test_a_ctrl_c_for_the_foreground_ends_nothing_that_a_script_runs_behind_but_a_server() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for begin in (signals.end_at_once, signals.end_by_exception, signals.end_by_exception_or_later):
+        begin()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+    signals.hand_over(print)
+    assert signal.getsignal(signal.SIGINT) is print
 
 
 @pytest.mark.parametrize("number", ENDING)
