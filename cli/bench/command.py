@@ -110,7 +110,7 @@ def _parser() -> Parser:
         type=_range,
         default=(1000, 100_000),
         metavar="N-N",
-        help="token ids that prompts are drawn from (1000-100000; the demo has 100-1999)",
+        help="token ids that prompts are drawn from (1000-100000; that of `make serve` has 100-1999)",
     )
     parser.add_argument(
         "--picture", type=_size, metavar="WxH", help="ask about a new picture of this size in place of a prompt of ids"
