@@ -1,6 +1,6 @@
 """OpenAI's chat completions, the API that all others are translated to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -14,6 +14,7 @@ from services.gateway.dialects.chat_events import (
     total_usage,
 )
 from services.gateway.dialects.collected import CollectedChoice
+from services.gateway.dialects.dialect import TextFormat
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
 from services.gateway.dialects.prompt_logprobs import TokenTexts, prompt_logprobs_json
 from services.gateway.errors import openai_body
@@ -91,7 +92,7 @@ class ChatEvents:
         """Return the chunks of a delta."""
         return self._chunks.delta(index, delta, self._ids, skip)
 
-    def text_format(self, index: int) -> Callable[[Delta], bytes]:
+    def text_format(self, index: int) -> TextFormat:
         """Return the formatter of text: of the chunk alone, if it has neither an id nor usage."""
         if isinstance(self._ids, NoEventIds) and not self._chunks.has_usage:
             return self._chunks.text_chunk(index).format

@@ -1,6 +1,6 @@
 """OpenAI's completions: the model goes on with texts as they are, without a template."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -14,6 +14,7 @@ from services.gateway.dialects.completion_events import (
     completion_usage,
     status_body,
 )
+from services.gateway.dialects.dialect import TextFormat
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
 from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.errors import openai_body
@@ -98,7 +99,7 @@ class CompletionEvents:
         """Return the chunks of a delta."""
         return self._chunks.delta(index, delta, self._ids, skip)
 
-    def text_format(self, index: int) -> Callable[[Delta], bytes]:
+    def text_format(self, index: int) -> TextFormat:
         """Return the formatter of any delta."""
         return lambda delta: self.delta(index, delta, 0)
 

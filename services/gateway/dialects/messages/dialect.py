@@ -1,10 +1,11 @@
 """The Messages API as a dialect."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from services.gateway.dialects.collected import CollectedChoice
+from services.gateway.dialects.dialect import TextFormat
 from services.gateway.dialects.messages.events import (
     PING,
     BlockWriter,
@@ -79,7 +80,7 @@ class MessageEvents:
         """Return the events of a delta."""
         return self._blocks.delta(delta)
 
-    def text_format(self, _index: int) -> Callable[[Delta], bytes]:
+    def text_format(self, _index: int) -> TextFormat:
         """Return the formatter of any delta: text belongs to blocks, each of which has a number."""
         return self._blocks.delta
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from services.gateway.dialects.chat_events import DONE, quote
+from services.gateway.dialects.dialect import TextFormat
 from services.gateway.dialects.responses.answered import (
     Answered,
     Call,
@@ -159,7 +160,7 @@ class ResponseEvents:
         self._events.add("response.in_progress", started)
         return self._events.take()
 
-    def text_format(self, index: int) -> Callable[[Delta], bytes]:
+    def text_format(self, index: int) -> TextFormat:
         """Return the formatter of any delta: events are numbered."""
         return partial(self.delta, index)
 
