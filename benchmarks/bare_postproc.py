@@ -24,7 +24,8 @@ from shared.bus.client import command
 from shared.bus.keys import Keys
 from shared.bus.records import Records
 from shared.bus.wire import Wire
-from shared.messages import Delta, Deltas, to_entry
+from shared.message_codec import to_entry
+from shared.messages import Delta, Deltas
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import Tracing
 

@@ -28,7 +28,8 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT
 from shared.bus.records import Records
 from shared.errors import ConfigError, ProtocolError
-from shared.messages import Encode, Generate, Request, from_entry, unpack_ids
+from shared.message_codec import from_entry
+from shared.messages import Encode, Generate, Request, unpack_ids
 
 DONE, NOT_DONE, UNKNOWN = 0, 1, 2
 STREAMS = (ENCODE, GENERATE)

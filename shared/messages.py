@@ -1,13 +1,11 @@
 """Schema of the messages that services exchange: the type is the wire format.
 
-A stream entry has the fields `v` (the version) and `m` (one message, msgpack, tagged with its type); one of `encode` or
-`generate` also has `r`, the id of its request, so that it can be answered when `m` cannot be read. Token ids of
-prompts travel packed as little-endian uint32 (`pack_ids`), since they are many and no stage on the way reads them.
+shared/message_codec.py turns them into entries of streams and values of records. Token ids of prompts travel packed as
+little-endian uint32 (`pack_ids`), since they are many and no stage on the way reads them.
 
 A field added at the end of a message, with a default, leaves the version as it is: a process that does not know the
 field ignores it, and one that does reads the default where the field is missing. Every other change is a new version
-(shared/message_versions.py). In records, a value of a later version than 1 begins with a byte that no msgpack begins
-with, and the version.
+(shared/message_versions.py).
 
     stream      message     writer                  reader          delivery
     encode      Encode      gateway, engine         mm_encoder      consumer group: at least once, to one replica
@@ -30,21 +28,15 @@ yields deltas that a reader can match against those it has already shown.
 
 import sys
 from array import array
-from collections.abc import Iterable, Mapping
-from typing import Literal, TypeVar
+from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
-from shared.errors import Failure, NewerVersionError, ProtocolError
-from shared.message_versions import OLDEST, VERSION, WRITES, translate
+from shared.errors import Failure, ProtocolError
 
 MediaKind = Literal["image", "video"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-# What an entry of `encode` costs its tenant; how large its media are is known only when they have been fetched.
-MEDIA_COST: Mapping[MediaKind, int] = {"image": 1, "video": 16}
-
-T = TypeVar("T")
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
@@ -471,205 +463,3 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
 
 
 Message = Encode | Generate | Tokens | Attach | Accepted | Failed | Deltas | Cancel | Drain | Encoded | Offer
-
-_LATER = 0xC1  # begins a value of a record of a later version than 1; msgpack never uses it
-_NIL = b"\xc0"
-# What decoding and translating damaged bytes raises.
-_UNREADABLE = (msgspec.MsgspecError, LookupError, TypeError, AttributeError, ValueError)
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-_request_decoder = msgspec.msgpack.Decoder(Request)
-_begin_decoder = msgspec.msgpack.Decoder(Begin)
-_finish_decoder = msgspec.msgpack.Decoder(Finish)
-_logprob_decoder: msgspec.msgpack.Decoder[TokenLogprob | None] = msgspec.msgpack.Decoder(TokenLogprob | None)
-
-
-def to_entry(message: Message) -> dict[bytes, bytes]:
-    """Return the fields of a stream entry that carries `message`, in the version that everybody reads."""
-    return _to_entry(message, WRITES.number)
-
-
-def to_entries(messages: Iterable[Message]) -> tuple[bytes, list[dict[bytes, bytes]]]:
-    """Return the fields of entries that are written together, all of one version, and that (`v`)."""
-    version = WRITES.number  # once: it may fall between two of them
-    return b"%d" % version, [_to_entry(message, version) for message in messages]
-
-
-def _to_entry(message: Message, version: int) -> dict[bytes, bytes]:
-    data = _encode(message, version)
-    entry = {b"v": b"%d" % version, b"m": data}
-    if not isinstance(message, Encode | Generate):
-        return entry
-    entry[b"r"] = message.request.id.encode()
-    if message.request.share is not None:
-        entry[b"k"] = message.request.share.place(*_cost(message))
-    return entry
-
-
-def _cost(message: Encode | Generate) -> tuple[int, int]:
-    """Return what serving an entry costs its tenant, and the most tokens that its answer has."""
-    if isinstance(message, Encode):
-        return sum(MEDIA_COST[media.kind] for media in message.media), 0
-    return len(message.prompt) // 4, message.max_tokens
-
-
-def from_entry(fields: Mapping[bytes, bytes]) -> Message:
-    """Return the message of a stream entry.
-
-    Raises:
-        NewerVersionError: it is of a newer version.
-        ProtocolError: it is of a version that is read no more, or is none of these messages.
-    """
-    version = entry_version(fields)
-    data = fields.get(b"m", b"")
-    try:
-        if version < VERSION:
-            data = translate(msgspec.msgpack.decode(data, type=_Tagged).type, data, version, VERSION)
-        return _decoder.decode(data)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"unreadable stream entry: {error}") from error
-
-
-def entry_version(fields: Mapping[bytes, bytes]) -> int:
-    """Return the version of a stream entry.
-
-    Raises:
-        NewerVersionError, ProtocolError: this process does not read it.
-    """
-    given = fields.get(b"v", b"")
-    if not given.isdigit() or len(given) > 9 or (version := int(given)) < OLDEST:
-        raise ProtocolError(f"stream entry of version {given!r}; this process reads {OLDEST} to {VERSION}")
-    if version > VERSION:
-        raise NewerVersionError(version)
-    return version
-
-
-def translated_entry(fields: Mapping[bytes, bytes]) -> dict[bytes, bytes] | None:
-    """Return a stream entry in the version that everybody reads; None if it is in that version, or an older one.
-
-    Raises:
-        ProtocolError: it cannot be read.
-    """
-    return to_entry(from_entry(fields)) if entry_version(fields) > WRITES.number else None
-
-
-class _Tagged(msgspec.Struct):
-    type: str
-
-
-def _encode(message: msgspec.Struct, version: int) -> bytes:
-    """Return the bytes of a message or a part of one."""
-    data = _encoder.encode(message)
-    return data if version == VERSION else translate(type(message).__name__, data, VERSION, version)
-
-
-def encode_request(request: Request) -> bytes:
-    """Return the field `request` of a record."""
-    return _to_record(request)
-
-
-def decode_request(data: bytes) -> Request:
-    """Decode the bytes of `encode_request`.
-
-    Raises:
-        ProtocolError: the record was written by another version.
-    """
-    return _of_record("Request", _request_decoder, data)
-
-
-def encode_begin(begin: Begin) -> bytes:
-    """Return the field `begin` of a record."""
-    return _to_record(begin)
-
-
-def decode_begin(data: bytes) -> Begin:
-    """Decode the bytes of `encode_begin`.
-
-    Raises:
-        ProtocolError: the record was written by another version.
-    """
-    return _of_record("Begin", _begin_decoder, data)
-
-
-def encode_finish(finish: Finish) -> bytes:
-    """Return the field `finish` of a record."""
-    return _to_record(finish)
-
-
-def decode_finish(data: bytes) -> Finish:
-    """Decode the bytes of `encode_finish`.
-
-    Raises:
-        ProtocolError: the record was written by another version.
-    """
-    return _of_record("Finish", _finish_decoder, data)
-
-
-def encode_logprob(logprob: TokenLogprob | None) -> bytes:
-    """Return an element of a request's list of log-probabilities; None for a token without."""
-    return _encoder.encode(None) if logprob is None else _to_record(logprob)
-
-
-def decode_logprob(data: bytes) -> TokenLogprob | None:
-    """Decode the bytes of `encode_logprob`.
-
-    Raises:
-        ProtocolError: the list was written by another version.
-    """
-    return _of_record("TokenLogprob", _logprob_decoder, data)
-
-
-def translated_record_value(kind: str, data: bytes) -> bytes | None:
-    """Return a value of a record in the version that everybody reads; None if it is in that version, or an older one.
-
-    `kind` is the name of its type.
-
-    Raises:
-        ProtocolError: it cannot be read.
-    """
-    number, (version, packed) = WRITES.number, _split(data)
-    if not number < version <= VERSION:
-        return None
-    try:
-        return _marked(number, translate(kind, packed, version, number))
-    except _UNREADABLE as error:
-        raise ProtocolError(f"unreadable request record: {error}") from error
-
-
-def record_version(data: bytes) -> int:
-    """Return the version of a value of a record."""
-    return _split(data)[0]
-
-
-def record_value(message: Message) -> bytes:
-    """Return a message as a value of a record."""
-    return _to_record(message)
-
-
-def _to_record(value: msgspec.Struct) -> bytes:
-    version = WRITES.number
-    return _marked(version, _encode(value, version))
-
-
-def _marked(version: int, data: bytes) -> bytes:
-    return data if version == 1 else bytes((_LATER, version)) + data
-
-
-def _split(data: bytes) -> tuple[int, bytes]:
-    """Return (version, bytes) of a value of a record."""
-    return (data[1], data[2:]) if len(data) > 1 and data[0] == _LATER else (1, data)
-
-
-def _of_record(kind: str, decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
-    version, packed = _split(data)
-    if version > VERSION:
-        raise NewerVersionError(version)
-    if version < OLDEST:
-        raise ProtocolError(f"request record of version {version}; this process reads {OLDEST} to {VERSION}")
-    try:
-        if version < VERSION and packed != _NIL:
-            packed = translate(kind, packed, version, VERSION)
-        return decoder.decode(packed)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"unreadable request record: {error}") from error

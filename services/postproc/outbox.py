@@ -14,8 +14,9 @@ from shared.bus.records import Records
 from shared.bus.retry import retry_until_available
 from shared.bus.wire import Wire, WireScript
 from shared.crash_points import crash_point
+from shared.message_codec import to_entries
 from shared.message_versions import versioned_write
-from shared.messages import Delta, Deltas, to_entries
+from shared.messages import Delta, Deltas
 
 HERE = Path(__file__).parent  # where the scripts are
 

@@ -18,8 +18,9 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.lua import read_script
 from shared.errors import Failure, unreadable
 from shared.log import logger
+from shared.message_codec import to_entry, to_record_value
 from shared.message_versions import versioned_write
-from shared.messages import Encode, Failed, Generate, Request, Tokens, record_value, to_entry
+from shared.messages import Encode, Failed, Generate, Request, Tokens
 from shared.redis_errors import is_wrong_type
 
 QUARANTINE_LENGTH = 1000  # poison entries kept for inspection, about
@@ -196,7 +197,7 @@ class EntryOwnership:
     def _forwarding(self, source: Encode, message: Generate) -> tuple[list[str], list[_Arg]]:
         """Return the keys and arguments that a script needs to forward a request, beside its entry's."""
         entry, request_id = to_entry(message), message.request.id
-        args: list[_Arg] = [entry[b"v"], entry[b"m"], record_value(source), _fingerprint(message), request_id]
+        args: list[_Arg] = [entry[b"v"], entry[b"m"], to_record_value(source), _fingerprint(message), request_id]
         return [self._keys.request(request_id), self._keys.stream(GENERATE)], [*args, entry.get(b"k", b"")]
 
     async def send_back(self, entry_id: str, request_id: str) -> SendBackOutcome:

@@ -18,28 +18,16 @@ from shared.bus.keys import Keys
 from shared.bus.leases import Fence
 from shared.bus.lua import read_script
 from shared.errors import ProtocolError
-from shared.message_versions import versioned_write
-from shared.messages import (
-    Begin,
-    Cancel,
-    Encode,
-    Finish,
-    Generate,
-    Request,
-    TokenLogprob,
-    decode_begin,
-    decode_finish,
+from shared.message_codec import (
     decode_logprob,
-    decode_request,
-    encode_begin,
-    encode_finish,
     encode_logprob,
-    encode_request,
-    pack_ids,
+    from_record_value,
     to_entries,
     to_entry,
-    unpack_ids,
+    to_record_value,
 )
+from shared.message_versions import versioned_write
+from shared.messages import Begin, Cancel, Encode, Finish, Generate, Request, TokenLogprob, pack_ids, unpack_ids
 from shared.redis_errors import is_wrong_type
 
 CONTROL_LENGTH = (
@@ -102,10 +90,11 @@ class Records:
     @versioned_write
     async def submit(self, stream: str, message: Encode | Generate) -> None:
         """Create the record and append the work entry to `stream`, in one script (gateway)."""
-        request, entry = message.request, to_entry(message)
+        request = message.request
+        record, entry = to_record_value(request), to_entry(message)
         await self._submit(
             keys=[self._keys.request(request.id), self._keys.stream(stream)],
-            args=[encode_request(request), request.gateway, entry[b"v"], entry[b"m"], request.id, entry.get(b"k", b"")],
+            args=[record, request.gateway, entry[b"v"], entry[b"m"], request.id, entry.get(b"k", b"")],
         )
 
     @versioned_write
@@ -120,7 +109,7 @@ class Records:
         """
         mine = Submission(body_hash, tuple(message.request.id for message in messages))
         version, entries = to_entries(messages)
-        requests = [encode_request(message.request) for message in messages]
+        requests = [to_record_value(message.request) for message in messages]
         fields = [part for request, entry in zip(requests, entries, strict=True) for part in (request, entry[b"m"])]
         known = await self._submit_once(
             keys=[
@@ -212,7 +201,7 @@ class Records:
         """
         if not writes:
             return []
-        begin_of = {begin.request_id: encode_begin(begin) for begin in begins}
+        begin_of = {begin.request_id: to_record_value(begin) for begin in begins}
         logprobs_of = dict(logprobs)
         args: list[str | bytes | int] = []
         for request_id, index, tokens in writes:
@@ -245,7 +234,7 @@ class Records:
     @versioned_write
     async def retain(self, ended: Sequence[tuple[str, Finish, float]], fence: Fence) -> None:
         """Keep complete answers, each (request id, finish, seconds), for that many seconds."""
-        args = [part for _, finish, s in ended for part in (encode_finish(finish), max(1, int(1000 * s)))]
+        args = [part for _, finish, s in ended for part in (to_record_value(finish), max(1, int(1000 * s)))]
         await fence.run(self._retain, self._names(request_id for request_id, _, _ in ended), args)
 
     async def shorten(self, request_id: str, seconds: float) -> None:
@@ -306,10 +295,10 @@ def _readable_record(fields: Sequence[bytes | None]) -> Record:
     """
     request, epoch, cancelled, begin, finish, gateways = fields
     return Record(
-        decode_request(request or b""),
+        from_record_value(Request, request or b""),
         int(epoch or b""),
         cancelled is not None,
         tuple(str(gateways or b"", "utf-8").split()),
-        None if begin is None else decode_begin(begin),
-        None if finish is None else decode_finish(finish),
+        None if begin is None else from_record_value(Begin, begin),
+        None if finish is None else from_record_value(Finish, finish),
     )

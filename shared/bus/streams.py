@@ -20,8 +20,9 @@ from shared.bus.translation import translate_entries
 from shared.bus.wire import Wire
 from shared.errors import NewerVersionError, ProtocolError, unreadable
 from shared.log import logger
+from shared.message_codec import from_entry, to_entry, translated_entry
 from shared.message_versions import VERSION, WRITES, versioned_write
-from shared.messages import Encode, Failed, Generate, Message, from_entry, to_entry, translated_entry
+from shared.messages import Encode, Failed, Generate, Message
 from shared.metrics import Hop
 from shared.redis_errors import is_wrong_type
 

@@ -12,7 +12,7 @@ from shared.bus.client import command
 from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.lua import read_script
 from shared.errors import ProtocolError
-from shared.messages import record_version, translated_entry, translated_record_value
+from shared.message_codec import record_version, translated_entry, translated_record_value
 
 KINDS = {"request": "Request", "begin": "Begin", "finish": "Finish", "encode": "Encode"}  # by field of a record
 GROUPS = {ENCODE: "mm_encoder", GENERATE: "engine"}  # the service that reads a work stream, as its consumer group

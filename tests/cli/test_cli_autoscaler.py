@@ -31,7 +31,8 @@ from shared.bus.leases import Lease
 from shared.bus.pipeline_view import PipelineView, read
 from shared.bus.streams import WorkStream
 from shared.errors import ConfigError
-from shared.messages import Generate, Output, Request, Sampling, to_entry
+from shared.message_codec import to_entry
+from shared.messages import Generate, Output, Request, Sampling
 from shared.metrics import value
 
 HOUR_MS = 3_600_000

@@ -14,18 +14,8 @@ from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT
 from shared.bus.records import Records
-from shared.messages import (
-    Encode,
-    Generate,
-    Media,
-    MediaSpan,
-    Output,
-    Request,
-    Sampling,
-    from_entry,
-    pack_ids,
-    to_entry,
-)
+from shared.message_codec import from_entry, to_entry
+from shared.messages import Encode, Generate, Media, MediaSpan, Output, Request, Sampling, pack_ids
 
 SECRET = "what the client wrote"
 CREATED = 1_700_000_000.0

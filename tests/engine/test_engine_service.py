@@ -29,19 +29,8 @@ from shared.bus.ownership import MOST_RETURNS, EntryOwnership
 from shared.bus.records import Records
 from shared.bus.streams import Delivery, WorkStream, send
 from shared.errors import ConfigError, Failure
-from shared.messages import (
-    Cancel,
-    Encode,
-    Finish,
-    Generate,
-    Media,
-    MediaSpan,
-    TokenLogprob,
-    TokenRun,
-    Tokens,
-    from_entry,
-    pack_ids,
-)
+from shared.message_codec import from_entry
+from shared.messages import Cancel, Encode, Finish, Generate, Media, MediaSpan, TokenLogprob, TokenRun, Tokens, pack_ids
 from shared.service import MISCONFIGURED, Life
 
 

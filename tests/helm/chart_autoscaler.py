@@ -16,7 +16,8 @@ from redis.asyncio import Redis
 from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.streams import WorkStream
-from shared.messages import Generate, Output, Request, Sampling, to_entry
+from shared.message_codec import to_entry
+from shared.messages import Generate, Output, Request, Sampling
 
 KEYS = Keys("models.millrace")
 ONE_EACH: Values = {**VALUES, "engine": {**VALUES["engine"], "target": 1}}  # a replica for every request

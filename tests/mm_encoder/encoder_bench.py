@@ -25,6 +25,7 @@ from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
 from shared.bus.streams import Delivery, LogReader, WorkStream
 from shared.errors import Failure
+from shared.message_codec import from_entry
 from shared.messages import (
     Content,
     Encode,
@@ -37,7 +38,6 @@ from shared.messages import (
     Sampling,
     TokenRun,
     Tokens,
-    from_entry,
     pack_ids,
 )
 from shared.model.config import load_model_config

@@ -37,17 +37,8 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
 from shared.errors import ConfigError, Failure
-from shared.messages import (
-    Accepted,
-    Content,
-    Failed,
-    Finish,
-    Generate,
-    Media,
-    VideoOptions,
-    from_entry,
-    unpack_ids,
-)
+from shared.message_codec import from_entry
+from shared.messages import Accepted, Content, Failed, Finish, Generate, Media, VideoOptions, unpack_ids
 from shared.service import Life
 from shared.workers import process
 

@@ -15,7 +15,7 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
-from shared import message_versions, messages, service
+from shared import message_codec, message_versions, service
 from shared.bus import leases, streams
 from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.records import Record, Records
@@ -23,22 +23,9 @@ from shared.bus.streams import LogReader, WorkStream, send
 from shared.bus.translation import holds_newer, translate_entries, translate_records
 from shared.config import CommonSettings
 from shared.errors import NewerVersionError, ProtocolError
+from shared.message_codec import from_entry, from_record_value, record_version, to_entry, to_record_value
 from shared.message_versions import Translation, WriteVersion
-from shared.messages import (
-    Cancel,
-    Encode,
-    Failed,
-    Generate,
-    Output,
-    Request,
-    Sampling,
-    TokenLogprob,
-    decode_request,
-    encode_request,
-    from_entry,
-    record_version,
-    to_entry,
-)
+from shared.messages import Cancel, Encode, Failed, Generate, Output, Request, Sampling, TokenLogprob
 from shared.service import Life
 
 REQUEST = Request("r", "g", 0, 0.0, Sampling(seed=1), Output(thinking=False), form=b"f")
@@ -64,7 +51,7 @@ def two_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteVersion]:
     writes = WriteVersion()
     table = {2: Translation(_renamed("layout", "form"), _renamed("form", "layout"))}
     monkeypatch.setattr(message_versions, "TRANSLATIONS", table)
-    for module in (message_versions, messages, leases, streams, service):
+    for module in (message_versions, message_codec, leases, streams, service):
         monkeypatch.setattr(module, "VERSION", 2)
         monkeypatch.setattr(module, "WRITES", writes)
     return writes
@@ -103,13 +90,13 @@ def test_who_was_halted_for_longer_than_its_lease_writes_what_everybody_reads(tw
 def test_both_versions_are_read(two_versions: WriteVersion) -> None:
     old = to_entry(WORK)
     assert (old[b"v"], b"layout" in old[b"m"], b"form" in old[b"m"]) == (b"1", True, False)
-    record = encode_request(REQUEST)
+    record = to_record_value(REQUEST)
     two_versions.settled = 2
     new = to_entry(WORK)
     assert (new[b"v"], b"layout" in new[b"m"]) == (b"2", False)
     assert from_entry(old) == from_entry(new) == WORK
-    assert decode_request(record) == decode_request(encode_request(REQUEST)) == REQUEST
-    assert encode_request(REQUEST)[:2] == b"\xc1\x02"
+    assert from_record_value(Request, record) == from_record_value(Request, to_record_value(REQUEST)) == REQUEST
+    assert to_record_value(REQUEST)[:2] == b"\xc1\x02"
 
 
 class Clock:
@@ -145,7 +132,7 @@ def test_what_is_newer_is_told_from_what_is_damaged() -> None:
     with pytest.raises(NewerVersionError):
         from_entry({b"v": b"2", b"m": b"?"})
     with pytest.raises(NewerVersionError):
-        decode_request(b"\xc1\x02?")
+        from_record_value(Request, b"\xc1\x02?")
     for version in (b"", b"0", b"x", b"9" * 30):
         with pytest.raises(ProtocolError) as error:
             from_entry({b"v": version, b"m": b"?"})
@@ -320,13 +307,10 @@ async def test_a_lease_is_renewed_while_much_is_translated(
 ENCODERS = {
     "to_entry",
     "to_entries",
-    "record_value",
-    "encode_request",
-    "encode_begin",
-    "encode_finish",
+    "to_record_value",
     "encode_logprob",
 }
-HELPERS = {"_flat", "_forwarding", "_recent_words"}  # encode for their callers
+HELPERS = {"encode_logprob", "_flat", "_forwarding", "_recent_words"}  # encode for their callers
 READERS = {"translated_entry"}  # encodes what it has read, for the translation
 
 

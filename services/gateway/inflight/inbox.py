@@ -11,7 +11,8 @@ from shared import log
 from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.streams import LogReader
-from shared.messages import Deltas, to_entry
+from shared.message_codec import to_entry
+from shared.messages import Deltas
 
 HERE = Path(__file__).parent  # where the scripts are
 

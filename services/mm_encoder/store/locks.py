@@ -14,8 +14,9 @@ from shared.bus.keys import Keys
 from shared.bus.lua import read_script
 from shared.bus.records import CONTROL_LENGTH
 from shared.crash_points import crash_point
+from shared.message_codec import to_entry
 from shared.message_versions import versioned_write
-from shared.messages import Encoded, to_entry
+from shared.messages import Encoded
 
 HERE = Path(__file__).parent  # where the scripts are
 

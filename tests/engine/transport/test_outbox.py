@@ -15,7 +15,8 @@ from shared.bus import retry as patience
 from shared.bus.keys import Keys
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogWriter
-from shared.messages import Finish, TokenRun, Tokens, from_entry
+from shared.message_codec import from_entry
+from shared.messages import Finish, TokenRun, Tokens
 
 
 @pytest.fixture(autouse=True)

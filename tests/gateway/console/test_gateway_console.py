@@ -24,6 +24,7 @@ from shared.bus.ownership import EntryOwnership
 from shared.bus.pipeline_view import PipelineView, problems, read
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream, send
+from shared.message_codec import to_entry
 from shared.messages import (
     Begin,
     Encode,
@@ -37,7 +38,6 @@ from shared.messages import (
     TokenRun,
     Tokens,
     pack_ids,
-    to_entry,
 )
 
 SECRET = 7_654_321  # a token of a prompt, which must not be seen

@@ -9,6 +9,7 @@ from shared.bus.ownership import MOST_RETURNS, EntryOwnership, Poison
 from shared.bus.records import Records
 from shared.bus.streams import WorkStream, send
 from shared.errors import Failure, unreadable
+from shared.message_codec import from_entry
 from shared.messages import (
     Encode,
     Failed,
@@ -20,7 +21,6 @@ from shared.messages import (
     Sampling,
     TokenRun,
     Tokens,
-    from_entry,
     pack_ids,
 )
 

@@ -16,7 +16,8 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease, Shards
 from shared.bus.pipeline_view import FULL, LONG_WAIT_S, BatchesView, BlobsView, PipelineView, RedisView, problems, read
 from shared.bus.streams import WorkStream
-from shared.messages import Generate, Output, Request, Sampling, to_entry
+from shared.message_codec import to_entry
+from shared.messages import Generate, Output, Request, Sampling
 
 HOUR_MS = 3_600_000
 

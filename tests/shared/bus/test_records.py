@@ -9,6 +9,7 @@ from shared.bus.ownership import Ended
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
 from shared.bus.streams import WorkStream, send
 from shared.errors import FencedError, ProtocolError
+from shared.message_codec import from_entry, to_record_value
 from shared.messages import (
     Begin,
     Cancel,
@@ -20,9 +21,7 @@ from shared.messages import (
     Request,
     Sampling,
     TokenLogprob,
-    from_entry,
     pack_ids,
-    record_value,
 )
 
 
@@ -403,7 +402,7 @@ async def test_an_entry_is_known_wherever_it_went(redis: Redis, keys: Keys, reco
 
 
 # What replicas of builds that note no entries do to a record, in Lua's place.
-OLD_FORWARD = {"encode": record_value(encode()), "made": b"digest"}
+OLD_FORWARD = {"encode": to_record_value(encode()), "made": b"digest"}
 
 
 async def moved_by_an_old_build(redis: Redis, keys: Keys, stream: WorkStream, entry_id: str, to: str) -> None:

@@ -11,7 +11,8 @@ from shared.bus.client import command
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.streams import LOST_S, ClaimResult, LogReader, LogWriter, WorkStream, reply, send
-from shared.messages import Cancel, Encode, Failed, Generate, Message, Output, Request, Sampling, from_entry, to_entry
+from shared.message_codec import from_entry, to_entry
+from shared.messages import Cancel, Encode, Failed, Generate, Message, Output, Request, Sampling
 
 NOTHING = ClaimResult([], [], set(), 0)
 
