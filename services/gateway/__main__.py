@@ -59,8 +59,9 @@ from services.gateway.http.tokens import TokenRoutes
 from services.gateway.inflight.backlog import Backlog
 from services.gateway.inflight.ended import EndedRequests
 from services.gateway.inflight.inbox import Inbox
-from services.gateway.inflight.pipeline import Pipeline, PipelineOptions
+from services.gateway.inflight.pipeline import Pipeline
 from services.gateway.inflight.registry import OpenRequestLimits, OpenRequests
+from services.gateway.inflight.work_messages import PipelineOptions
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reference import routes as reference
 from services.gateway.request.chat import ChatFormat

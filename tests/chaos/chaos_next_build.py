@@ -6,7 +6,7 @@ from pathlib import Path
 
 from chaos_system import ROOT
 
-RENAMED = ("services/gateway/inflight/pipeline.py", "shared/messages.py")
+RENAMED = ("services/gateway/inflight/work_messages.py", "services/gateway/inflight/pipeline.py", "shared/messages.py")
 TRANSLATION = '''
 _RUN = ("request_id", "epoch", "index", "tokens", "logprobs", "finish")
 

@@ -18,8 +18,8 @@ from services.gateway.dialects.dialect import TextFormat
 from services.gateway.dialects.event_ids import EventIds, NoEventIds
 from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.errors import openai_body
-from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.request.completion import KNOWN, CompletionRequest, decode_completion
 from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates

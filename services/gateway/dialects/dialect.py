@@ -10,8 +10,8 @@ from typing import Protocol
 import msgspec
 
 from services.gateway.dialects.collected import CollectedChoice
-from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.request.statement import Statement
 from shared.errors import Failure
 from shared.messages import Delta

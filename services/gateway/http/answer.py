@@ -15,8 +15,8 @@ from services.gateway.dialects.dialect import Dialect, Dialects
 from services.gateway.errors import RETRY_AFTER_S, UNKNOWN_API, FailureBody, error_response, openai_body
 from services.gateway.http.context import RequestContext
 from services.gateway.http.stream import StreamWriter
-from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.request.answer_format import AnswerFormat
 from shared import log
 from shared.errors import Failure, RequestError
@@ -83,13 +83,16 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             else self._write_whole(open_request, send)
         )
         writing = asyncio.create_task(answer)
-        leaving = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(open_request.overflowed.wait())]
+        leaving = [
+            asyncio.create_task(_disconnected(receive)),
+            asyncio.create_task(open_request.queue.overflowed.wait()),
+        ]
         try:
             await asyncio.wait([writing, *leaving], return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
                 return True
-            if open_request.overflowed.is_set() and context.body is not None:
+            if open_request.queue.overflowed.is_set() and context.body is not None:
                 context.body.abort()
             return False
         finally:
@@ -131,7 +134,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
     async def _write_whole(self, open_request: OpenRequest, send: Send) -> None:
         collected = [CollectedChoice() for _ in open_request.choices]
         while not open_request.done:
-            for index, delta in await open_request.next_deltas():
+            for index, delta in await open_request.queue.next_deltas():
                 collected[index].add(delta)
         if open_request.failure is not None:
             raise RequestError(open_request.failure)

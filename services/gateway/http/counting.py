@@ -17,7 +17,7 @@ from services.gateway.http.context import RequestContext, context_of
 from services.gateway.http.handler import RequestHandler, Session
 from services.gateway.http.patience import ClientPatience
 from services.gateway.inflight.headers import read_timeout
-from services.gateway.inflight.pipeline import RequestMetadata
+from services.gateway.inflight.work_messages import RequestMetadata
 from services.gateway.request.parsed import Draft
 from services.gateway.request.statement import Statement
 from shared.errors import RequestError

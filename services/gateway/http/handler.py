@@ -29,9 +29,9 @@ from services.gateway.inflight.headers import (
     read_timeout,
     read_traceparent,
 )
-from services.gateway.inflight.pipeline import RequestMetadata
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.work_messages import RequestMetadata
 from services.gateway.request.parsed import Draft, ParsedRequest, RequestParser
 from services.gateway.templates.renderer import TemplateRenderer
 

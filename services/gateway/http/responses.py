@@ -18,8 +18,9 @@ from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter, json_response
 from services.gateway.http.context import context_of
 from services.gateway.http.paging import listing, read_page
-from services.gateway.inflight.pipeline import Pipeline, StoredRequest
+from services.gateway.inflight.pipeline import Pipeline
 from services.gateway.inflight.registry import OpenRequests
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.responses.ends import Ends
 from services.gateway.responses.session import ResponseSession
 from services.gateway.responses.store import ResponseStore, StoredHead, no_response, request_id_of

@@ -12,8 +12,9 @@ from services.gateway.http.admission import Admission
 from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.context import context_of
 from services.gateway.inflight.headers import read_last_event_id
-from services.gateway.inflight.pipeline import Pipeline, StoredRequest
+from services.gateway.inflight.pipeline import Pipeline
 from services.gateway.inflight.registry import OpenRequests
+from services.gateway.inflight.stored import StoredRequest
 
 _NAME = re.compile(r"([a-z]+-)([0-9a-f]{16})")
 

@@ -37,7 +37,7 @@ class StreamWriter:
         """Write until the answer has ended."""
         open_request = self._open_request
         while not open_request.done:
-            deltas = await open_request.next_deltas(self)
+            deltas = await open_request.queue.next_deltas(self)
             if deltas:
                 if any(one.prompt_logprobs for _, one in deltas):
                     data = await asyncio.to_thread(self._format, deltas)

@@ -3,79 +3,41 @@
 import asyncio
 import math
 import time
-import zlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-import msgspec
 from prometheus_client import Counter
 from redis.asyncio import Redis
 
 from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, TooLateError, too_many, unknown_request, uploads_too_large
 from services.gateway.inflight.backlog import Backlog
-from services.gateway.inflight.headers import IdempotencyKey
 from services.gateway.inflight.leftovers import Leftovers
 from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, choice_id
+from services.gateway.inflight.stored import StoredRequest
+from services.gateway.inflight.work_messages import (
+    PipelineOptions,
+    RequestMetadata,
+    shard_of,
+    uploads_of,
+    work_messages,
+)
 from services.gateway.request import answer_format
 from services.gateway.request.answer_format import AnswerFormat
-from services.gateway.request.media import MediaItem
 from services.gateway.request.parsed import ParsedRequest
-from services.gateway.request.sampling import choice_seed
 from services.gateway.tenants.headers import retry_headers
 from services.gateway.tenants.limiter import Limiter, Quota
 from shared.bus import keys
-from shared.bus.blobs import Blobs, upload_keys
+from shared.bus.blobs import Blobs
 from shared.bus.keys import Keys
 from shared.bus.ownership import DELTAS_LENGTH
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
 from shared.bus.streams import reply, send
 from shared.crash_points import crash_point
 from shared.errors import Failure, ProtocolError, RequestError, unreadable
-from shared.messages import Attach, Encode, Failed, Generate, Media, Request, pack_ids
+from shared.messages import Attach, Encode, Failed, Generate
 
 UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
 MOST_RETRY_MS = 120_000  # clients give up where they are told to wait longer
-
-
-class PipelineOptions(msgspec.Struct, frozen=True):
-    """Addressing and time limits of requests."""
-
-    gateway: str  # this process's name, to whose stream the deltas are sent
-    shards: int
-    retain_s: float  # time for which an answer can be read again after its end
-    submit_s: float  # limit for Redis to accept a request, or to say whether it knows one
-
-
-class RequestMetadata(msgspec.Struct, frozen=True):
-    """Everything about a request that is not in its body."""
-
-    created: float  # unix seconds
-    deadline: float
-    owner: str
-    key: IdempotencyKey | None
-    trace: str | None
-    http_id: str = ""  # X-Request-ID
-    quota: Quota | None = None  # the tenant whose limits hold; None: nobody's
-
-
-class StoredRequest(msgspec.Struct, frozen=True):
-    """A request that runs, or whose answer is kept, as its records have it."""
-
-    id: str
-    answer_format: AnswerFormat
-    records: tuple[Record, ...]  # by choice
-
-    @property
-    def created(self) -> float:
-        return self.records[0].request.created
-
-    @property
-    def deadline(self) -> float:
-        return self.records[0].request.deadline or math.inf
-
-    @property
-    def ended(self) -> bool:
-        return all(record.finish is not None for record in self.records)
 
 
 class Pipeline:
@@ -116,8 +78,8 @@ class Pipeline:
         async with self._submit_timeout():
             await self._admit_in_time(parsed.n, metadata)
             await self._reserve(open_request, parsed, metadata.quota)
-            works = self._work_messages(open_request, parsed, metadata)
-            uploads = _uploads(open_request, parsed)
+            works = work_messages(open_request, parsed, metadata, self._options)
+            uploads = uploads_of(open_request, parsed)
             open_request.mark_uploads(uploads)
             earlier = await self._send(works, uploads, metadata)
         if earlier is not None:
@@ -222,7 +184,7 @@ class Pipeline:
             attach = Attach(choice.request_id, self._options.gateway, choice.seq, choice.until)
             choice.mark_catch_up()
             crash_point("gateway.attach.before")
-            await send(self._redis, self._keys.tokens(self._shard(choice.request_id)), attach)
+            await send(self._redis, self._keys.tokens(shard_of(choice.request_id, self._options.shards)), attach)
             crash_point("gateway.attach.after")
 
     async def attach_in_time(self, choices: Sequence[Choice]) -> None:
@@ -343,49 +305,6 @@ class Pipeline:
                 "bytes (half of blob_budget_bytes)."
             )
 
-    def _work_messages(
-        self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata
-    ) -> list[Encode] | list[Generate]:
-        segments = tuple(map(pack_ids, parsed.segments))
-        requests = [self._request_message(choice, parsed, metadata) for choice in open_request.choices]
-        if parsed.prompts:
-            prompts = [(pack_ids(prompt.tokens), prompt.max_tokens) for prompt in parsed.prompts]
-            each = parsed.answers_per_prompt
-            return [Generate(request, *prompts[index // each]) for index, request in enumerate(requests)]
-        if not parsed.media:
-            return [Generate(request, segments[0], parsed.max_tokens) for request in requests]
-        return [
-            Encode(
-                request, segments, tuple(_media_message(item, key) for key, item in _with_blob_keys(request.id, parsed))
-            )
-            for request in requests
-        ]
-
-    def _request_message(self, choice: Choice, parsed: ParsedRequest, metadata: RequestMetadata) -> Request:
-        retain_s = max(self._options.retain_s, parsed.keep_s)
-        if retain_s and parsed.n > 1:
-            retain_s += metadata.deadline - metadata.created  # an early choice is kept until the last one has ended
-        # The answers to each prompt are those that a request for it alone would have.
-        seed = choice_seed(parsed.sampling.seed, choice.index % parsed.answers_per_prompt)
-        return Request(
-            id=choice.request_id,
-            gateway=self._options.gateway,
-            shard=self._shard(choice.request_id),
-            created=metadata.created,
-            sampling=msgspec.structs.replace(parsed.sampling, seed=seed),
-            output=parsed.output,
-            deadline=metadata.deadline,
-            retain_s=retain_s,
-            trace=metadata.trace,
-            form=answer_format.encode(choice.open_request.answer_format),
-            cache_salt=parsed.cache_salt,
-            share=None if metadata.quota is None else metadata.quota.share,
-            http_id=metadata.http_id,
-        )
-
-    def _shard(self, request_id: str) -> int:
-        return zlib.crc32(request_id.encode()) % self._options.shards
-
 
 def _answer_format(record: Record) -> AnswerFormat:
     """
@@ -396,31 +315,3 @@ def _answer_format(record: Record) -> AnswerFormat:
         return answer_format.decode(record.request.form)
     except ProtocolError as error:
         raise RequestError(unreadable("the format of the answer")) from error
-
-
-def _uploads(open_request: OpenRequest, parsed: ParsedRequest) -> dict[str, bytes]:
-    return {
-        key: item.data
-        for choice in open_request.choices
-        for key, item in _with_blob_keys(choice.request_id, parsed)
-        if item.data is not None
-    }
-
-
-def _with_blob_keys(request_id: str, parsed: ParsedRequest) -> Iterable[tuple[str, MediaItem]]:
-    return zip(upload_keys(request_id, len(parsed.media)), parsed.media, strict=True)
-
-
-def _media_message(item: MediaItem, key: str) -> Media:
-    blob = None if item.data is None else key
-    return Media(
-        kind=item.kind,
-        param=item.param,
-        url=item.url,
-        blob=blob,
-        video=item.video,
-        min_pixels=item.min_pixels,
-        max_pixels=item.max_pixels,
-        wished_max_pixels=item.wished_max_pixels,
-        content=item.content,
-    )

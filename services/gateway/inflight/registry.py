@@ -11,8 +11,10 @@ from redis.exceptions import RedisError
 
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT, USAGE_AT_END
 from services.gateway.inflight.ended import EndedRequests
-from services.gateway.inflight.pipeline import Pipeline, RequestMetadata, StoredRequest
+from services.gateway.inflight.pipeline import Pipeline
 from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, StreamPosition
+from services.gateway.inflight.stored import StoredRequest
+from services.gateway.inflight.work_messages import RequestMetadata
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.parsed import ParsedRequest

@@ -1,17 +1,17 @@
-"""State of one HTTP request that is being answered: what has arrived for it, and what its client has not been sent.
+"""State of one HTTP request that is being answered, and of its choices: what has arrived, and what is still to come.
 
 Only the methods of this module write it. The registry calls them as messages arrive and time passes, the pipeline as it
-sends, and the task that writes to the client as it writes.
+sends, and the task that writes to the client as it writes. What the client has not been sent is in a `ClientQueue`.
 """
 
 import asyncio
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Protocol
 
 import msgspec
 
 from services.gateway.errors import LOST
+from services.gateway.inflight.client_queue import ClientQueue, DirectWriter, TextWriter
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.tenants.limiter import Reservation
 from shared.errors import Failure, internal
@@ -25,23 +25,6 @@ BEYOND_END = Failure(
     param="Last-Event-ID",
     code="invalid_value",
 )
-
-
-class TextWriter(Protocol):
-    """Writer of one choice's text to a client that has all before it."""
-
-    def write(self, delta: Delta) -> bool:
-        """Write a delta without waiting. False if that cannot be, or it is more than text: nothing was written."""
-
-
-class DirectWriter(Protocol):
-    """Writer to a client."""
-
-    def write_now(self, deltas: Sequence[tuple[int, Delta]]) -> bool:
-        """Write (choice, delta) without waiting; False if that cannot be, and nothing was written."""
-
-    def text_writer(self, index: int) -> TextWriter:
-        """Return the writer of the text of a choice, behind its first delta."""
 
 
 class StreamPosition(msgspec.Struct, frozen=True):
@@ -162,7 +145,7 @@ class Choice:
             if not writer.write(delta):
                 return False
         except Exception as error:
-            self.open_request.break_off(error)
+            self.open_request.queue.break_off(error)
         self.advance(delta.seq, now)
         return True
 
@@ -174,21 +157,14 @@ class Choice:
 
 
 class OpenRequest:
-    """An HTTP request with its choices, and a queue of deltas: the inbox fills it, the client's task empties it."""
+    """An HTTP request with its choices, and the queue of what its client has not been sent."""
 
     __slots__ = (
-        "_awake",
-        "_counted",
         "_events_sent",
         "_idle_since",
-        "_max_pending",
-        "_pending",
-        "_pending_size",
         "_timed_out_at",
         "_unaccepted",
         "_unended",
-        "_waiting",
-        "_writer",
         "accepted",
         "answer_format",
         "choices",
@@ -199,9 +175,9 @@ class OpenRequest:
         "first_token_at",
         "id",
         "kept",
-        "overflowed",
         "positions",
         "prompt_tokens",
+        "queue",
         "rejoined",
         "reservation",
         "resumed",
@@ -250,17 +226,9 @@ class OpenRequest:
         self._timed_out_at: float | None = None
         self.client_has_id = False  # so that the client could resume
         self.accepted = asyncio.Event()  # set once every choice's media are good, or the request has failed
-        # Set once more than `max_pending` bytes wait for the client, or its deadline is long over.
-        self.overflowed = asyncio.Event()
+        self.queue = ClientQueue(max_pending, self._set_writers)
         self._unaccepted = set(range(answer_format.n)) if unchecked else set()
-        self._pending: list[tuple[int, Delta]] = []
-        self._counted = 0  # of these, the first that are counted in `_pending_size`
-        self._pending_size = 0
-        self._max_pending = max_pending
         self._events_sent = [position.events for position in self.positions]
-        self._awake = False  # there is something to write, or to look at
-        self._waiting: asyncio.Future[None] | None = None  # of the client's task
-        self._writer: DirectWriter | None = None  # while the client's task waits
         self._unended = answer_format.n
         if not self._unaccepted:
             self.accepted.set()
@@ -268,7 +236,7 @@ class OpenRequest:
     @property
     def done(self) -> bool:
         """True once nothing more will arrive and everything that arrived was taken."""
-        return not self._pending and (self.failure is not None or not self._unended)
+        return not self.queue and (self.failure is not None or not self._unended)
 
     def usages(self) -> list[Usage]:
         """Return the usage of every choice of an answer that has ended.
@@ -312,8 +280,8 @@ class OpenRequest:
         for delta in deltas:
             if choice.state is not _ENDED:
                 missing |= self._add(choice, delta, now)
-        if self._pending:
-            self._pass_on()
+        if self.queue:
+            self.queue.pass_on(last=not self._unended)
         return missing
 
     def fail(self, choice: Choice | None, failure: Failure) -> None:
@@ -323,7 +291,7 @@ class OpenRequest:
         if self.failure is None:
             self.failure = failure
         self.accepted.set()
-        self._wake()
+        self.queue.close()
 
     def time_out(self, failure: Failure, now: float) -> None:
         """End the whole request, past its deadline. A client that has not read that LAST_WORDS_S later is cut off."""
@@ -331,7 +299,7 @@ class OpenRequest:
             self._timed_out_at = now
             self.fail(None, failure)
         elif now >= self._timed_out_at + LAST_WORDS_S:
-            self.overflowed.set()
+            self.queue.overflowed.set()
 
     def mark_first_token(self, now: float) -> None:
         """Note that the first token has arrived."""
@@ -344,31 +312,9 @@ class OpenRequest:
     def keep_alive(self, now: float) -> None:
         """Wake the client's task, so that it sends a sign of life."""
         self._idle_since = now
-        self._wake()
-
-    def break_off(self, error: Exception) -> None:
-        """Have the client's task raise what writing to the client has raised."""
-        self._drop_writer()
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(error)
+        self.queue.wake()
 
     # ----------------------------------------------------------------------------------------- for the client's task
-
-    async def next_deltas(self, writer: DirectWriter | None = None) -> list[tuple[int, Delta]]:
-        """Wait for deltas; return all since the last call, as (choice, delta). Empty after `fail` or `keep_alive`.
-
-        `writer` may take deltas meanwhile, except the last ones.
-        """
-        if not (self._pending or self._awake) and self.failure is None:
-            self._waiting = asyncio.get_running_loop().create_future()
-            self._writer = writer
-            try:
-                await self._waiting
-            finally:
-                self._drop_writer()
-        self._awake = False
-        deltas, self._pending, self._counted, self._pending_size = self._pending, [], 0, 0
-        return deltas
 
     def events_to_skip(self, index: int) -> int:
         """Return how many events of the next delta of a choice the client has already, once; then 0."""
@@ -394,7 +340,7 @@ class OpenRequest:
             choice.advance(delta.seq, now)
             if self._unaccepted:
                 self.accept(choice)
-            self._pending.append((choice.index, delta))
+            self.queue.put(choice.index, delta)
         elif not last:
             return False
         elif delta.seq < choice.seq:
@@ -403,63 +349,23 @@ class OpenRequest:
         if last:
             self._end(choice, delta.finish_reason, delta.usage)
             self.accept(choice)
-            self._wake()
+            self.queue.wake()
         return False
 
     def _end(self, choice: Choice, finish_reason: str | None = None, usage: Usage | None = None) -> None:
         self._unended -= not choice.ended
         choice.end(finish_reason, usage)
 
-    def _wake(self) -> None:
-        """Wake the client's task. As an asyncio.Event would, which cannot raise an error there."""
-        self._awake = True
-        self._drop_writer()
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    def _drop_writer(self) -> None:
-        """Have the client's task write what comes next."""
-        self._writer = None
-        for choice in self.choices:
-            choice.writer = None
-
-    def _pass_on(self) -> None:
-        """Pass on what is pending: to the client at once if that needs no waiting, else to the client's task."""
-        if self._writer is not None and self._unended:
-            try:
-                if self._writer.write_now(self._pending):
-                    for index, _ in self._pending:
-                        self.choices[index].writer = self._writer.text_writer(index)
-                    self._pending.clear()
-                    return
-            except Exception as error:
-                self.break_off(error)
-                return
-        self._count_pending()
-        self._wake()
-
-    def _count_pending(self) -> None:
-        """Count the bytes of what waits for the client's task."""
-        for _, delta in self._pending[self._counted :]:
-            if self._pending_size > self._max_pending:
-                self.overflowed.set()
-            self._pending_size += _size(delta)
-        self._counted = len(self._pending)
+    def _set_writers(self, indexes: Sequence[int], writer: DirectWriter | None) -> None:
+        """Have `writer` take these choices' text from now on; None: the queue takes all choices'."""
+        if writer is None:
+            for choice in self.choices:
+                choice.writer = None
+            return
+        for index in indexes:
+            self.choices[index].writer = writer.text_writer(index)
 
 
 def choice_id(request_id: str, index: int) -> str:
     """Return the id of a choice for the other stages."""
     return request_id if index == 0 else f"{request_id}-{index}"
-
-
-def _size(delta: Delta) -> int:
-    """Estimate the bytes of a delta in a stream, beyond its frame: enough that nothing large counts as nothing.
-
-    The prompt's ids are not counted: they come once a choice, and may come for all choices at the same moment.
-    """
-    size = 64 + len(delta.content) + len(delta.reasoning) + 8 * len(delta.token_ids)
-    if delta.tool_calls:
-        size += sum(len(call.arguments) for call in delta.tool_calls)
-    if delta.logprobs:
-        size += 64 * len(delta.logprobs) * (1 + max(len(one.top) for one in delta.logprobs))
-    return size

@@ -13,9 +13,10 @@ from services.gateway.dialects.collected import CollectedChoice
 from services.gateway.dialects.responses.answered import Answered, failed
 from services.gateway.dialects.responses.responses import collected
 from services.gateway.errors import SHUTTING_DOWN
-from services.gateway.inflight.pipeline import Pipeline, StoredRequest
+from services.gateway.inflight.pipeline import Pipeline
 from services.gateway.inflight.registry import OpenRequests
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.responses.store import ResponseStore, StoredHead
 from shared import log
 from shared.errors import Failure, RequestError
@@ -92,7 +93,7 @@ class Ends(msgspec.Struct, frozen=True):
         async with self.open_requests.rejoin(stored, stored.answer_format, False) as open_request:
             choice = CollectedChoice()
             while not open_request.done:
-                for _, delta in await open_request.next_deltas():
+                for _, delta in await open_request.queue.next_deltas():
                     choice.add(delta)
             if open_request.failure is not None:
                 raise RequestError(open_request.failure)

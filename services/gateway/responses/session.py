@@ -146,7 +146,7 @@ class ResponseSession:
         await write_json(send, await self._present(open_request), 200, [])
         choice = CollectedChoice()
         while not open_request.done:
-            for _, delta in await open_request.next_deltas():
+            for _, delta in await open_request.queue.next_deltas():
                 choice.add(delta)
         if open_request.failure is None:
             self._end = _collected(choice, open_request)

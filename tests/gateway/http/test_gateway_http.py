@@ -542,7 +542,7 @@ async def test_a_client_that_does_not_read_is_cut_off_at_its_deadline(
         request = await stages.request()
         [choice] = server.gateway._open_requests._choices()
         seq = 0
-        while not choice.open_request._pending:
+        while not choice.open_request.queue:
             seq += 1
             await stages.say(request, Delta(request.id, seq, content="x" * 50_000))
             await until(lambda: choice.seq == seq)  # noqa: B023  (awaited at once)

@@ -167,7 +167,7 @@ async def test_a_client_that_lags_too_far_is_cut_off_and_one_that_reads_is_not()
                 client.reads.clear()
             for seq in range(100):
                 request.choices[0].add([Delta("r", seq + 1, content="x" * 1000, start=seq)], 1.0)
-            assert request.overflowed.is_set() is not reads
+            assert request.queue.overflowed.is_set() is not reads
 
 
 async def test_one_message_may_be_larger_than_what_may_wait() -> None:
@@ -175,7 +175,7 @@ async def test_one_message_may_be_larger_than_what_may_wait() -> None:
     async with stream(client, max_pending=10) as (request, _):
         many = [Delta("r", seq + 1, content="x" * 1000, start=seq) for seq in range(100)]
         request.choices[0].add(many, 1.0)
-        assert not request.overflowed.is_set()
+        assert not request.queue.overflowed.is_set()
         assert len(client.at_once) == 1
 
 

@@ -22,8 +22,8 @@ from services.gateway.dialects.messages.schemas import (
     count_decoder,
     message_decoder,
 )
-from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.request.schemas import decode_json
 from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates

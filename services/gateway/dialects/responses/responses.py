@@ -13,8 +13,8 @@ from services.gateway.dialects.responses.events import ResponseEvents
 from services.gateway.dialects.responses.resource import Head, resource, unanswered
 from services.gateway.dialects.responses.translate import echo, translate
 from services.gateway.errors import openai_body
-from services.gateway.inflight.pipeline import StoredRequest
 from services.gateway.inflight.request import OpenRequest
+from services.gateway.inflight.stored import StoredRequest
 from services.gateway.request.answer_format import AnswerFormat
 from services.gateway.request.statement import Statement
 from services.gateway.request.surrogates import replace_lone_surrogates
