@@ -161,7 +161,7 @@ class Engine:
         if launched.plan.drafts:
             right = [made.appended - 1 for made in progress]
             self._metrics.observe_guesses([c.drafts for c in launched.plan.chunks if c.drafts], right, took)
-        self._count_tokens(launched.plan, progress, now)
+        self._count_tokens(progress, now)
 
     def _add_scores(self, sequence: Sequence, start: int, rows: ScoredRows) -> None:
         """Record scores of a prompt, and announce them when they are complete: before the prompt's first token."""
@@ -224,7 +224,7 @@ class Engine:
             sequence.timeline.first_token = now
             self._prefilling.remove(sequence)
 
-    def _count_tokens(self, plan: Plan, progress: list[Progress], now: float) -> None:
+    def _count_tokens(self, progress: list[Progress], now: float) -> None:
         """Count the tokens; observe the time since the last step with some, if a sequence continues from it."""
         if self._last_tokens_at is not None and any(made.sequence.num_generated > 1 for made in progress):
             self._metrics.inter_token.observe(now - self._last_tokens_at)

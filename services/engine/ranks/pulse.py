@@ -7,7 +7,6 @@ import numpy as np
 PAGE = 4096
 _FIELDS = ("beats", "orders", "exchanges", "serving")
 _STRIDE = 8  # a cache line each
-MOST_RANKS = PAGE // (8 * _STRIDE)
 
 
 class Pulse:
