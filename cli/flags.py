@@ -160,7 +160,9 @@ def _parser() -> _Parser:
     )
 
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-model-len", type=_count(1), metavar="TOKENS", help="prompt and answer together")
+    limits.add_argument(
+        "--max-model-len", type=_count(1), metavar="TOKENS", help="the most of prompt and answer together"
+    )
     limits.add_argument("--max-num-seqs", type=_count(1, 256), metavar="N", help="sequences in one batch, 1 to 256")
     limits.add_argument(
         "--max-num-batched-tokens",
@@ -169,23 +171,21 @@ def _parser() -> _Parser:
         help="tokens in one step (0: by device, 512 on a CPU, 2048 on a small GPU, else 8192)",
     )
     limits.add_argument(
-        "--max-concurrency", type=_count(1), metavar="N", help="requests at once; more are told to wait"
+        "--max-concurrency", type=_count(1), metavar="N", help="requests answered at once; more get a 429"
     )
-    limits.add_argument(
-        "--max-queue", type=_count(1), metavar="N", help="requests waiting and running; more are told to come back"
-    )
+    limits.add_argument("--max-queue", type=_count(1), metavar="N", help="requests waiting and running; more get a 429")
     limits.add_argument(
         "--max-num-queued-tokens",
         type=_count(1),
         metavar="TOKENS",
-        help="of prompts whose answer has not begun; more are told to come back (unset: no limit)",
+        help="of prompts whose answer has not begun; more get a 429 (unset: no limit)",
     )
     limits.add_argument(
         "--request-timeout",
         dest="request_timeout_s",
         type=_seconds(zero=False),
         metavar="SECONDS",
-        help="for an answer",
+        help="until an answer must be complete; later it is a 504",
     )
     limits.add_argument(
         "--retain-seconds",
@@ -194,7 +194,12 @@ def _parser() -> _Parser:
         metavar="SECONDS",
         help="how long a finished answer can be read again; 0: not at all",
     )
-    limits.add_argument("--gpu-memory-utilization", type=_share, metavar="SHARE", help="of the device's memory, to 1")
+    limits.add_argument(
+        "--gpu-memory-utilization",
+        type=_share,
+        metavar="SHARE",
+        help="of the GPU's memory that an engine may use, to 1",
+    )
 
     media = parser.add_argument_group("images and videos")
     media.add_argument(

@@ -90,8 +90,8 @@ class TooLateError(RequestError):
 
     def __init__(self, wait_s: float, rest_s: float) -> None:
         text = (
-            f"The request would wait for {wait_s:.0f} s, by the requests that have ended lately, and has {rest_s:.0f} "
-            "s until its deadline."
+            f"The request would wait for {wait_s:.0f} s before it begins, as fast as requests end now, and its "
+            f"deadline is in {rest_s:.0f} s."
         )
         super().__init__(Failure(503, text, type="server_error", code="deadline_unreachable"))
         self.wait_s = wait_s

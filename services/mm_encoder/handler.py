@@ -66,7 +66,9 @@ HELP_LACKS = 1 << 20  # requests of this replica come before its help for others
 ROOM_PASSES = 2  # of the tower: media of a request that are its own replica's to encode; others may be another's
 POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
 INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
-CHANGED = internal("The media at a URL changed while the request was in work.", "media_changed", 503).failure
+CHANGED = internal(
+    "The media at a URL changed while the request was processed. Send it again.", "media_changed", 503
+).failure
 
 _log = logger(__name__)
 

@@ -56,7 +56,7 @@ class BatchStore:
         args += [lines, tenant, limit, MOST_BATCHES, about.owner]
         refused, count = await self._create(keys=keys, args=args)
         if refused == b"batches":
-            raise too_many(f"This API key has {count} batches, of {MOST_BATCHES} at most, with those that are kept.")
+            raise too_many(f"This API key has {count} batches, ended ones included; the limit is {MOST_BATCHES}.")
         if refused:
             text = f"The API key {tenant!r} has a limit of {limit} lines of batches under way; it has {count}"
             raise too_many(f"{text}, and this batch has {lines}.")

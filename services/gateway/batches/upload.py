@@ -60,7 +60,7 @@ class FileWriter:
         self._lines.end()
         self._check_lines()
         if not self._lines.filled:
-            raise invalid("`file` has no line.", "file")
+            raise invalid("`file` is empty: it must have a request a line.", "file")
         await self._flush()
         now = int(time.time())
         lines = self._lines.filled

@@ -124,7 +124,7 @@ def _as_invalid() -> Iterator[None]:
     try:
         yield
     except FormParserError as error:
-        raise invalid(f"The body is no valid multipart/form-data: {error}", FILE) from error
+        raise invalid(f"The body is not valid multipart/form-data: {error}", FILE) from error
 
 
 async def read_form(request: Request, reader: FormReader) -> AsyncIterator[bytes]:

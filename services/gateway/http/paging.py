@@ -28,7 +28,7 @@ class Page(msgspec.Struct, frozen=True):
         begin = 0
         if self.after is not None:
             if self.after not in names:
-                raise invalid(f"`after`: {self.after!r:.70} is no item of this list.", "after")
+                raise invalid(f"`after`: {self.after!r:.70} is not an item of this list.", "after")
             begin = names.index(self.after) + 1
         end = min(begin + self.limit, len(names))
         return range(begin, end), end < len(names)

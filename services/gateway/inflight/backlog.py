@@ -56,7 +56,9 @@ class Backlog:
                 await self._count()
         if self._length + count > self._limit:
             self._rejections.labels("max_queue").inc()
-            raise too_many(f"The queue is full: {self._length} requests are waiting or running, of {self._limit}.")
+            raise too_many(
+                f"The queue is full: {self._length} requests are waiting or running; the limit is {self._limit}."
+            )
         wait_s = await self._wait_s(rest_s, share)
         if wait_s is not None and wait_s > rest_s:
             self._rejections.labels("deadline").inc()

@@ -56,7 +56,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
             raise invalid("`prompt` must be a text or token ids, or a list of one of the two.", "prompt")
         if ids:
             if min(ids) < 0:
-                raise invalid("`prompt`: a token id is 0 at least.", "prompt")
+                raise invalid("`prompt`: token ids must not be negative.", "prompt")
             return (ids,)
         if len(given) > MAX_PROMPTS:
             raise invalid(f"`prompt` has {len(given)} prompts; the limit is {MAX_PROMPTS}.", "prompt")
@@ -102,7 +102,11 @@ def decode_completion(body: bytes) -> CompletionRequest:
     check_whole(request)
     answers = request.n or 1
     if request.best_of not in (None, 1, answers):
-        raise invalid("`best_of` must be 1 or `n`: no answers are left out.", "best_of", "unsupported_parameter")
+        raise invalid(
+            "`best_of` must be 1 or equal to `n`: every answer that is generated is returned.",
+            "best_of",
+            "unsupported_parameter",
+        )
     prompts = len(request.prompts())
     if prompts * answers > MAX_ANSWERS:
         raise invalid(f"{prompts} prompts with `n` {answers} are more than {MAX_ANSWERS} answers.", "n")

@@ -31,7 +31,8 @@ class TenantSlots:
         if self._taken[name] >= self._limit:
             self._metrics.refusals.labels(name, "share").inc()
             raise too_many(
-                f"The API key {name!r} has {self._limit} requests here, its share (tenant_share) of max_concurrency."
+                f"The API key {name!r} has {self._limit} requests at this gateway, "
+                "its share (tenant_share) of max_concurrency."
             )
         self._taken[name] += 1
         try:

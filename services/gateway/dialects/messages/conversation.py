@@ -139,7 +139,7 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def _misplaced(role: str, path: str) -> NoReturn:
-    raise invalid(f"`{path}.type`: a turn of the {role} cannot have such a block.", f"{path}.type")
+    raise invalid(f"`{path}.type`: a turn of the role {role} cannot have a block of this type.", f"{path}.type")
 
 
 # ------------------------------------------------------------------------------------------------------ the assistant
