@@ -1,4 +1,4 @@
-"""Whether Redis takes writes, as a person is told it: streams stand still while it takes none, and nothing says why."""
+"""A Redis that takes no writes, as a person is told of it: streams stand still, and nothing else says why."""
 
 from collections.abc import Callable
 from pathlib import Path
