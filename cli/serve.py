@@ -22,6 +22,7 @@ from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
 from cli.output import WRITER
 from cli.redis_server import RedisServer
+from cli.refusal import Refusals
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
 from cli.terminal import Terminal
@@ -37,14 +38,16 @@ from shared.tether import tethered
 
 # A safe path: without -P the working directory comes first on it, and a folder `shared` of somebody else's is ours.
 PYTHON = (sys.executable, "-P", "-m")
-METRICS = "metrics"  # in our scratch directory
+METRICS = "metrics"  # in our directory in memory, or the one on disk
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own variable
 SHARED_MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
+METRICS_BYTES = 1 << 24  # free in it, at least, for the metrics
 SHARED_BYTES = 1 << 29  # free in it, at least, for embeddings to go through it: Docker gives 64 MB, four large pictures
 POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and then
 STATUS_S = 10.0
 EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for all interfaces
 CLOSE_S = 10.0  # what a service may take to close, once drained
+LEAST_DRAIN_S = 2.0  # to drain in, for a service that is stopped after others have used the time
 SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-C
 
 
@@ -73,15 +76,18 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
-        if _is_worth_sharing(SHARED_MEMORY):
-            in_memory = stack.enter_context(scratch_directory("millrace-segments-", SHARED_MEMORY))
-            environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}
+        in_memory = directory  # unless there is memory
+        if _has_room(SHARED_MEMORY, METRICS_BYTES):
+            # A page of a mapped file that a full disk has no room for ends the process that writes to it (SIGBUS).
+            in_memory = stack.enter_context(scratch_directory("millrace-memory-", SHARED_MEMORY))
+            if _has_room(SHARED_MEMORY, SHARED_BYTES):
+                environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
-        (directory / METRICS).mkdir()
+        (in_memory / METRICS).mkdir()
         for each in environs.values():
-            each[METRICS_DIRECTORY] = str(directory / METRICS)  # so that one listener, ours, shows all
+            each[METRICS_DIRECTORY] = str(in_memory / METRICS)  # so that one listener, ours, shows all
         metrics_at = metrics_address(launch, environ)
-        stack.callback(metrics.serve(launch.metrics_port, metrics_at, directory / METRICS))
+        stack.callback(metrics.serve(launch.metrics_port, metrics_at, in_memory / METRICS))
         listener = stack.enter_context(bind(launch.host, launch.port))
         if redis:
             stack.enter_context(redis)
@@ -96,12 +102,12 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         return status
 
 
-def _is_worth_sharing(memory: Path) -> bool:
-    """Return True if embeddings should go through this file system: it is ours to write in, and has room."""
+def _has_room(memory: Path, size: int) -> bool:
+    """Return True if this file system is ours to write in, and has so many bytes free."""
     if not (memory.is_dir() and os.access(memory, os.W_OK)):
         return False
     disk = os.statvfs(memory)
-    return disk.f_frsize * disk.f_bavail >= SHARED_BYTES
+    return disk.f_frsize * disk.f_bavail >= size
 
 
 def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
@@ -169,9 +175,11 @@ class System:
         self._redis = redis
         self._redis_url = common.redis_url
         self._keys = Keys(common.namespace)
-        self._grace_s = common.drain_s + CLOSE_S
+        self._drain_s = common.drain_s
+        self._drain_until = 0.0
         self._listener = listener
         self._terminal = Terminal()
+        self._refusals = Refusals(report, redis.directory if redis else None)
         environs["gateway"][variable("listen_fd")] = str(listener.fileno())
         counts = {"gateway": launch.gateways}
         # By service, in the order in which they are stopped.
@@ -202,8 +210,10 @@ class System:
         failed = not self._stop_requested.is_set()
         if failed:
             self._explain(done)
+        self.failures += self._refusals.explain()
         for watcher in watchers:
             watcher.cancel()
+        self._drain_until = time.monotonic() + self._drain_s
         self._listener.close()  # the gateways have it too, and close theirs when they have ended their requests
         orderly = [all(await asyncio.gather(*map(self._stop, stage))) for stage in self._stages]
         redis.cancel()  # only now: the services cannot end in order without it
@@ -248,6 +258,7 @@ class System:
                     self._on_signal(signal.SIGHUP)
                 # The services ride out an outage of an external Redis; it is no reason to end them.
                 with contextlib.suppress(RedisError):
+                    await self._refusals.look(client, self._keys)
                     status = await self._observe(client)
                     if status and status != reported and time.monotonic() - reported_at >= STATUS_S:
                         report(status)
@@ -307,6 +318,6 @@ class System:
             self._kill_all()
 
     async def _stop(self, child: Child) -> bool:
-        orderly = await child.stop(self._grace_s)
-        report(f"{child.service:10} {'stopped' if orderly else 'did not stop in order'}")
+        orderly = await child.stop(max(self._drain_until, time.monotonic() + LEAST_DRAIN_S), CLOSE_S)
+        report(f"{child.service:10} {'stopped' if orderly else f'did not stop in order: it {child.ending}'}")
         return orderly

@@ -46,6 +46,7 @@ class Child:
         """
         self.service = service
         self.name = ""
+        self.ending = "was not started"  # or how the process that ran last has ended
         self._command = command
         self._environ = environ
         self._report = report
@@ -84,27 +85,40 @@ class Child:
         finally:
             self._ended.set()
 
-    async def stop(self, grace_s: float) -> bool:
-        """Terminate the process, which drains first, and kill it after `grace_s`; return True if it ended in order."""
+    async def stop(self, drain_until: float, close_s: float) -> bool:
+        """Terminate the process; return True if it ended in order.
+
+        It may finish what it runs until `drain_until`, on the clock `time.monotonic`, and is killed `close_s` later.
+        """
         self._stopping.set()
-        if self._process and self._process.returncode is None:
-            self._process.terminate()
-        try:
-            async with asyncio.timeout(grace_s):
+        asked = time.monotonic()
+        self._send(signal.SIGTERM)
+        if not await self._ended_within(drain_until - asked):
+            self._send(signal.SIGUSR1)  # which ends the drain
+            if not await self._ended_within(close_s):
+                self._report(f"{self.service} did not end within {time.monotonic() - asked:.0f} s and was killed")
+                self.kill()
                 await self._ended.wait()
-        except TimeoutError:
-            self._report(f"{self.service} did not end within {grace_s:.0f} s and was killed")
-            self.kill()
-            await self._ended.wait()
-        # A process that is not ready may not have installed its handler of SIGTERM yet.
-        orderly = (0,) if self.ready else (0, -signal.SIGTERM)
+        # A process that is not ready may not have installed its handlers yet.
+        orderly = (0,) if self.ready else (0, -signal.SIGTERM, -signal.SIGUSR1)
         return self._process is not None and self._process.returncode in orderly
 
     def kill(self) -> None:
         """Kill the process."""
         self._stopping.set()
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
         if self._process and self._process.returncode is None:
-            self._process.kill()
+            self._process.send_signal(number)
+
+    async def _ended_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _keep_running(self) -> None:
         quick = 0
@@ -140,7 +154,8 @@ class Child:
         await self._pass_on(self._process.stdout)
         status = await self._process.wait()
         self._on_end(self._process.pid)
-        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        self.ending = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return self.ending
 
     async def _pass_on(self, output: asyncio.StreamReader) -> None:
         """Copy whole lines to our standard error, so that those of several services never mix."""

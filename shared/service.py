@@ -1,9 +1,10 @@
 """Life cycle of every service, in named phases: startup, serve, drain, close.
 
 SIGTERM or SIGINT (or a Drain message that names this replica) cancels `serve`, or `startup`; `drain` then has
-`drain_s` seconds to finish what is running; `close` always runs. A second signal ends the process at once. The lease
-is written before startup, so that no entry is ever read without one, renewed by a task of its own, and released after
-close. A failed task of the service, or a `serve` that returns by itself, ends the process with status 1.
+`drain_s` seconds to finish what is running, or until a SIGUSR1 comes; `close` always runs. A second SIGTERM or SIGINT
+ends the process at once. The lease is written before startup, so that no entry is ever read without one, renewed by a
+task of its own, and released after close. A failed task of the service, or a `serve` that returns by itself, ends the
+process with status 1.
 """
 
 import asyncio
@@ -116,6 +117,7 @@ def run(
         life = Life(name, service, settings, redis, facts, keep_from_collector)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, life, number)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, life.end_drain)
         try:
             return await life.run()
         finally:
@@ -164,6 +166,7 @@ class Life:
         self._raise_after_s = RAISE_AFTER * settings.lease_ms / 1000
         self._dead_after_s = DEAD_AFTER * settings.lease_ms / 1000
         self._drain_s = settings.drain_s
+        self._draining: asyncio.Timeout | None = None
         self._shards = range(settings.shards)
         self._renewed_at = -math.inf
         self._translated = True
@@ -293,10 +296,20 @@ class Life:
             work.result()
         return self.stop.is_set()
 
+    def end_drain(self) -> None:
+        """Give what is running no more time to finish; `stop` is set already."""
+        self._drain_s = 0.0
+        if self._draining is not None and not self._draining.expired():
+            self._draining.reschedule(asyncio.get_running_loop().time())
+
     async def _drain(self) -> None:
         try:
             async with asyncio.timeout(self._drain_s) as limit:
-                await self._service.drain()
+                self._draining = limit
+                try:
+                    await self._service.drain()
+                finally:
+                    self._draining = None
         except TimeoutError:
             if not limit.expired():
                 raise

@@ -105,6 +105,7 @@ class Watchdog:
         self._report_age = report_age
         self._expire = expire or end_process
         self._step: Step | None = None
+        self._waited_s = 0.0  # of the step under way
         self._timed = False  # the timer runs
         self._timing = threading.Lock()
         self._clock = clock
@@ -127,17 +128,30 @@ class Watchdog:
     @contextmanager
     def watch(self, kind: str, rows: int) -> Iterator[None]:
         """Watch what is inside, a step of so many rows. One at a time."""
-        started = self._clock()
+        started, self._waited_s = self._clock(), 0.0
         self._step = step = Step(kind, rows, self._bounds.bound(kind, rows), self._awake_s)
         if not self._timed:
             self._start_timer(step)
         try:
             yield
         finally:
-            self._step = None
+            step, self._step = self._step or step, None
         # The watchdog's clock knows of halts, the machine's is finer.
         awake = self._awake_s - step.started + 2 * self._look_s
-        self._bounds.record(kind, rows, min(self._clock() - started, awake))
+        self._bounds.record(kind, rows, min(self._clock() - started - self._waited_s, awake))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Do not count what is inside in the step under way, in whose thread this is: it waits for others, however
+        long."""
+        step, self._step = self._step, None
+        began, awake_began = self._clock(), self._awake_s
+        try:
+            yield
+        finally:
+            self._waited_s += self._clock() - began
+            if step is not None:
+                self._step = replace(step, started=step.started + self._awake_s - awake_began)
 
     def excuse(self, seconds: float) -> None:
         """Let the step under way, in whose thread this is called, take longer: by what it waited for others."""

@@ -19,7 +19,8 @@ from cli.main import COMMANDS, main
 from shared.version import MILLRACE_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIGURED = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = CONFIGURED["project"]
 CHART = yaml.safe_load((ROOT / "helm" / "Chart.yaml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -108,6 +109,18 @@ def test_a_full_disk_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "millrace serve: error: the disk has no room for /tmp/millrace-x: make room, or let temporary files go "
         "elsewhere (TMPDIR=/another/disk)\n"
     )
+
+
+def test_what_only_a_card_runs_is_type_checked() -> None:
+    """Else a call that has become wrong is seen late, by who has a card."""
+    asking = {
+        path.relative_to(ROOT)
+        for path in (ROOT / "tests").rglob("*.py")
+        if re.search(r"cuda\.is_available|\bON_GPU\b", path.read_text())
+    } - {Path("tests/test_package.py")}
+    checked = [Path(path) for path in CONFIGURED["tool"]["mypy"]["files"]]
+    assert Path("tests/engine/kernels/test_gpu_exchange.py") in asking
+    assert [str(one) for one in sorted(asking) if not any(one.is_relative_to(path) for path in checked)] == []
 
 
 @pytest.mark.system

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -47,33 +48,50 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         raise ConfigError("--metrics: --first measures requests one by one, and tells of no guesses")
     if given.first and given.picture:
         raise ConfigError("--picture: --first is of prompts of ids")
+    if given.json and (given.json.is_dir() or not os.access(given.json.absolute().parent, os.W_OK)):
+        raise ConfigError(f"--json: {given.json} cannot be written")
+    key = environ.get(KEY, "")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY} has a character that is in no key: a line's end, or one that is not ASCII")
     base = Load(
         url=_endpoint(given.url, "chat/completions" if given.picture else "completions"),
         model=given.model,
-        key=environ.get(KEY, ""),
+        key=key,
         prompt=given.input,
         output=given.output,
         ids=given.ids,
         picture=given.picture,
         seen=given.seen,
     )
-    report: dict[str, object] = {"date": datetime.now(UTC).date().isoformat(), "command": " ".join(words)}
-    if given.first:
-        firsts = [_first(base, length) for length in given.first]
-        report["first"] = firsts
-        shown, errors = first_table(firsts), Counter(error for row in firsts for error in row.errors)
-    else:
-        if given.metrics:
-            read(given.metrics)  # of a wrong one somebody hears before the load
-        rows = [_run(name, load, given.processes, given.metrics) for name, load in _loads(base, given)]
-        report["loads"] = rows
-        shown, errors = table(rows), sum((Counter(row.errors) for row in rows), Counter())
-    print(shown)
-    for error, count in errors.most_common(SHOWN_ERRORS):
+    if given.metrics:
+        read(given.metrics)  # of a wrong one somebody hears before the load
+    loads = _loads(base, given)
+    firsts: list[First] = []
+    rows: list[Figures] = []
+    try:
+        for length in given.first:
+            firsts.append(_first(base, length))  # noqa: PERF401  # one by one, as any may be the last
+        for name, load in loads:
+            rows.append(_run(name, load, given.processes, given.metrics))
+    finally:  # what was measured before a Ctrl-C or a failure took long, too
+        if firsts or rows:
+            _show(firsts, rows, " ".join(words), given.json)
+    return 1 if _errors(firsts, rows) else 0
+
+
+def _errors(firsts: list[First], rows: list[Figures]) -> Counter[str]:
+    return sum(map(Counter, [*(row.errors for row in firsts), *(row.errors for row in rows)]), Counter())
+
+
+def _show(firsts: list[First], rows: list[Figures], command: str, file: Path | None) -> None:
+    """Print the figures, and write them to `file`."""
+    print(first_table(firsts) if firsts else table(rows))
+    for error, count in _errors(firsts, rows).most_common(SHOWN_ERRORS):
         print(f"failed ({count}): {error}", file=sys.stderr)
-    if given.json:
-        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    return 1 if errors else 0
+    if file:
+        found = {"first": firsts} if firsts else {"loads": rows}
+        report = {"date": datetime.now(UTC).date().isoformat(), "command": command, **found}
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
 def _parser() -> Parser:
@@ -220,6 +238,13 @@ def _endpoint(url: str, path: str) -> str:
     """Return the URL of an endpoint of a server."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url: {url} does not begin with http:// or https://")
+    try:
+        parts = urlsplit(url)
+        right = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
+    except ValueError as error:
+        raise ConfigError(f"--url: {url} is not a URL: {error}") from None
+    if not right or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(f"--url: {url} is not the URL of a server: http://HOST:PORT, or a path below it")
     return url.rstrip("/").removesuffix("/v1") + f"/v1/{path}"
 
 

@@ -154,8 +154,8 @@ def compose(
         tracing=tracing,
     )
     reader = None if segments is None else Reader(segments, settings.name)
-    outbox = Outbox(redis, keys, handler.finished, handler.begun)
-    watch = unwatched if watchdog is None else watchdog.watch
+    watch, waiting = (unwatched, contextlib.nullcontext) if watchdog is None else (watchdog.watch, watchdog.waiting)
+    outbox = Outbox(redis, keys, handler.finished, handler.begun, waiting)
 
     def run(loaded: tuple[Runner, int]) -> None:
         runner, num_blocks = loaded

@@ -151,7 +151,7 @@ def load(system: System, requests: int, max_tokens: int) -> Iterator[None]:
 def stream_of(*deltas: dict[str, Any]) -> str:
     """A stream of events with these deltas, as the server writes one."""
     name = "chatcmpl-0123456789abcdef"
-    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
     events = [f"id: {i}\ndata: {json.dumps({'id': name, 'choices': [one]})}\n\n" for i, one in enumerate(choices)]
     return "".join(events) + "data: [DONE]\n\n"

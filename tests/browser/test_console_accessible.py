@@ -34,7 +34,7 @@ def quarantined(system: System, request_id: str, reason: str) -> Iterator[str]:
     """An entry in the quarantine, and its name."""
     client = redis.Redis.from_url(f"redis://127.0.0.1:{system.redis_port}")
     key = Keys("millrace").quarantine(GENERATE)
-    entry = client.xadd(key, {"reason": reason, "attempts": 4, "v": "1", "m": b"\xc1", "r": request_id})
+    entry: Any = client.xadd(key, {"reason": reason, "attempts": 4, "v": "1", "m": b"\xc1", "r": request_id})
     yield f"{GENERATE}/{entry.decode()}"
     client.xdel(key, entry)
     client.close()

@@ -128,12 +128,14 @@ class Stage:
         """Cut all embeddings short."""
         redis, prefix = self.system.redis, self.system.keys.blob("embeds", "")
         async for key in redis.scan_iter(match=prefix + "*:0", count=1000):
-            await redis.set(key, (await redis.get(key))[:-8], keepttl=True)
+            blob: Any = await redis.get(key)
+            await redis.set(key, blob[:-8], keepttl=True)
 
     async def poison(self, stream: str) -> None:
         """The waiting entry has been delivered too often already."""
         key, group = self.system.keys.stream(stream), GROUPS[stream]
-        [[_, [[entry_id, _]]]] = await self.system.redis.xreadgroup(group, "nobody", {key: ">"}, count=1)
+        taken: Any = await self.system.redis.xreadgroup(group, "nobody", {key: ">"}, count=1)
+        [[_, [[entry_id, _]]]] = taken
         await self.system.redis.xclaim(key, group, "nobody", 0, [entry_id], retrycount=1000, justid=True)
 
     async def end(self) -> None:
@@ -197,7 +199,7 @@ class Stage:
         """Entries of a work stream, or a shard."""
         redis, keys = self.system.redis, self.system.keys
         if replica.service == "postproc":
-            owners = await redis.hgetall(keys.shards())
+            owners: Any = await redis.hgetall(keys.shards())
             return any(owner.decode().endswith(f" {replica.name}") for owner in owners.values())
         for stream, group in GROUPS.items():
             if group == replica.service:

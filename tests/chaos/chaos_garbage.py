@@ -1,6 +1,7 @@
 """Entries that nobody can read, strewn among those of a running system, and their way into the quarantine."""
 
 import random
+from typing import Any
 
 import msgspec
 from chaos_system import SHARDS, System
@@ -40,7 +41,8 @@ async def sweep(system: System) -> None:
     """Delete garbage from the quarantine, and nothing else."""
     for stream in (ENCODE, GENERATE):
         quarantine = system.keys.quarantine(stream)
-        ours = [entry for entry, fields in await system.redis.xrange(quarantine) if MARK in fields[b"m"]]
+        entries: Any = await system.redis.xrange(quarantine)
+        ours = [entry for entry, fields in entries if MARK in fields[b"m"]]
         if ours:
             await system.redis.xdel(quarantine, *ours)
         if await system.redis.exists(quarantine) and not await system.redis.xlen(quarantine):

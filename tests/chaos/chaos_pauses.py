@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 from chaos_bombs import bombs, drop
@@ -148,7 +149,7 @@ async def measure(rounds: int, clients: int, only: str, directory: Path) -> None
     asks = pool(LONG + 1, write_model(directory / "model"), "")[LONG:]
     asks[0].body["max_tokens"] = ANSWER
     expected = by_kind(await quiet_answers(directory / "quiet", directory / "model", asks))
-    settings = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
+    settings: dict[str, Any] = {"all": {"lease_ms": LEASE_MS}, "engine": {"num_gpu_blocks_override": 512}}
     for number, replicas in enumerate((TWO_OF_EACH, ONE_OF_EACH)):
         faults = {name: fault for name, (needed, fault) in FAULTS.items() if needed == replicas and only in name}
         if not faults:

@@ -4,7 +4,8 @@
 """
 
 import pytest
-from chaos_storm import ONE_OF_EACH, TWO_OF_EACH, World, replay, storm
+from chaos_quiet import ONE_OF_EACH
+from chaos_storm import TWO_OF_EACH, World, replay, storm
 
 SECONDS = 12.0
 CLIENTS = 8

@@ -12,7 +12,8 @@ import httpx
 import pytest
 import pytest_asyncio
 from chaos_crash import Expected, Scenario, Stage, by_kind, play, points
-from chaos_storm import ONE_OF_EACH, World
+from chaos_quiet import ONE_OF_EACH
+from chaos_storm import World
 from chaos_system import System, running
 from machine import PATIENCE_S
 

@@ -9,7 +9,8 @@ import httpx
 from chaos_client import Broken, Client, Manner
 from chaos_crash import Expected, by_kind
 from chaos_leftovers import wait_until_clean
-from chaos_storm import ONE_OF_EACH, World
+from chaos_quiet import ONE_OF_EACH
+from chaos_storm import World
 from chaos_system import REQUEST_TIMEOUT_S, System, running
 from machine import PATIENCE_S
 

@@ -8,13 +8,15 @@ import asyncio
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from chaos_leftovers import wait_until_clean
 from chaos_next_build import write_next_build
+from chaos_quiet import ONE_OF_EACH
 from chaos_rolling import CLIENTS, Load, begin_beside, replace
-from chaos_storm import ONE_OF_EACH, World
+from chaos_storm import World
 from chaos_system import LOOK_S, ROOT, SERVICES, System, running
 from machine import PATIENCE_S
 
@@ -27,7 +29,7 @@ async def written(system: System, version: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while True:
             for shard in range(2):
-                newest = await system.redis.xrevrange(system.keys.tokens(shard), count=1)
+                newest: Any = await system.redis.xrevrange(system.keys.tokens(shard), count=1)
                 if newest and newest[0][1][b"v"] == b"%d" % version:
                     return
             await asyncio.sleep(LOOK_S)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from machine import PATIENCE_S
 from PIL import Image
 from scripted_stream import DONE, END, STREAM, USAGE, WORD, scripted
 
+from cli.bench import command
 from cli.bench.client import Client
 from cli.bench.command import run as run_processes
 from cli.bench.figures import figures, first_of, first_table, quantile, table
@@ -297,6 +299,34 @@ def test_a_ctrl_c_in_a_terminal_ends_a_load_without_a_word_from_its_clients() ->
     assert (process.returncode, said) == (130, b"")
 
 
+@pytest.mark.parametrize("failure", [ConfigError("a client process failed"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("what", "key"), [("--clients", "loads"), ("--first", "first")])
+def test_what_was_measured_before_a_failure_is_told(
+    what: str,
+    key: str,
+    failure: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcomes: list[BaseException | None] = [None, None, failure]
+
+    def measured(loads: Sequence[Load]) -> tuple[list[Part], float]:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+        return [Part([answer(0.0, 0.1, 0.2, tokens=2), answer(0.0, error="broken")], 0.0) for _ in loads], 0.0
+
+    monkeypatch.setattr(command, "run", measured)
+    written = tmp_path / "found.json"
+    flags = ["--url", "http://h", "--model", "m", "--processes", "1", "--json", str(written)]
+    assert main(["bench", "serve", *flags, what, "1,2,3,4"]) == (2 if isinstance(failure, ConfigError) else 130)
+    said = capsys.readouterr()
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()[2:]] == ["1", "2"]
+    assert len(json.loads(written.read_text())[key]) == 2
+    assert "failed (2): broken" in said.err
+    assert ("a client process failed" in said.err) == isinstance(failure, ConfigError)
+
+
 def test_a_server_that_guesses_nothing_has_no_share_of_guesses() -> None:
     before, after = Counters(0.0, 0.0, 7.0), Counters(0.0, 0.0, 17.0)
     assert [math.isnan(share) for share in after.since(before)] == [True, False]
@@ -328,6 +358,15 @@ def cells(*numbers: int) -> list[str]:
     ("flags", "named"),
     [
         (["--url", "127.0.0.1:1", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://127.0.0.1:8180x", "--model", "m", "--clients", "1"], "--url: http://127.0.0.1:8180x is not"),
+        (["--url", "http://h:65536", "--model", "m", "--clients", "1"], "--url: http://h:65536 is not a URL: Port out"),
+        (["--url", "http://h:0", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://[::1", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://h/v1\r\nx: y", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://h/?x=1", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://me:secret@h", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://h", "--model", "m", "--clients", "1", "--json", "/no/such/file"], "--json: /no/such/file"),
         (["--url", "http://h", "--model", "m"], "--clients"),
         (["--url", "http://h", "--model", "m", "--clients", "1,x"], "'x'"),
         (["--url", "http://h", "--model", "m", "--clients", "1", "--input", "9-3"], "'9-3'"),
@@ -342,6 +381,14 @@ def cells(*numbers: int) -> list[str]:
 def test_a_wrong_flag_is_named(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", *flags]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_key_that_no_header_can_hold_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")
+    assert main(["bench", "serve", "--url", "http://h", "--model", "m", "--clients", "1"]) == 2
+    assert "OPENAI_API_KEY has a character" in capsys.readouterr().err
 
 
 def test_something_else_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:

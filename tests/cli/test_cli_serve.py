@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from system import System, running, started
 
 from cli.demo import hub_config, write_demo
 from cli.main import main
-from cli.serve import _is_worth_sharing
+from cli.serve import SHARED_BYTES, _has_room
 from shared.bus.keys import Keys
 
 STRANGERS = ("shared/__init__.py", "services/__init__.py", "cli/__init__.py", "torch.py", "redis.py")
@@ -62,8 +63,8 @@ def test_embeddings_go_through_memory_that_has_room(
     """Docker's /dev/shm has 64 MB."""
     disk = SimpleNamespace(f_frsize=4096, f_blocks=1 << 40, f_bavail=free // 4096)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
-    assert _is_worth_sharing(tmp_path) is shared
-    assert not _is_worth_sharing(tmp_path / "none")
+    assert _has_room(tmp_path, SHARED_BYTES) is shared
+    assert not _has_room(tmp_path / "none", 1)
 
 
 def test_the_demo_writes_its_checkpoint_and_answers(demo: System) -> None:
@@ -291,6 +292,30 @@ def test_a_directory_as_the_hub_may_have_it_is_served_with_a_line_for_each_remar
             found = [line for line in lines if text in line]
             assert len(found) == 1, (text, lines)
             assert f"service={service}" in found[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system limits the files of a process that runs")
+def test_a_disk_that_stays_full_is_named_and_keeps_nothing_from_ending(model: list[str], tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with started(model, tmp_path, {"TMPDIR": str(scratch), "MILLRACE_DRAIN_S": "1"}) as system:
+        system.wait_until_ready()
+        body = {**HELLO, "max_tokens": 2000, "min_tokens": 2000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
+            lines = reply.iter_lines()
+            assert next(lines).startswith("data: ")
+            [redis] = system.pids("-server ")
+            [data] = scratch.glob("millrace-*/redis")
+            resource.prlimit(redis, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            system.wait_for("redis takes no writes")
+            system.signal(signal.SIGINT)
+            assert any("shutting down" in line for line in lines)
+        assert system.wait(PATIENCE_S) == 0, system.tail()
+        said = [line for line in system.log.read_text().splitlines() if line.startswith("millrace: ")]
+        assert f"MISCONF Errors writing to the AOF file: File too large (its data are in {data})" in said[-1]
+        stages = ("gateway", "mm_encoder", "engine", "postproc", "redis")
+        assert said[-6:-1] == [f"millrace: {stage:10} stopped" for stage in stages]
+        assert not list(scratch.iterdir())
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -84,7 +84,25 @@ signal.pause()
     running = asyncio.create_task(one.run())
     await until(up, "up")
     one.mark_ready()
-    assert await one.stop(PATIENCE_S)
+    assert await one.stop(time.monotonic() + PATIENCE_S, 0.0)
+    await running
+
+
+async def test_stop_ends_the_drain_of_what_takes_its_time(tmp_path: Path) -> None:
+    up = tmp_path / "up"
+    script = f"""
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+open({str(up)!r}, "w").write("up")
+while True:
+    signal.pause()
+"""
+    one = child(script, [])
+    running = asyncio.create_task(one.run())
+    await until(up, "up")
+    one.mark_ready()
+    assert await one.stop(time.monotonic() + 0.01, PATIENCE_S)
     await running
 
 
@@ -93,6 +111,7 @@ async def test_stop_kills_what_does_not_end_and_says_so(tmp_path: Path) -> None:
     script = f"""
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 open({str(up)!r}, "w").write("up")
 while True:
     signal.pause()
@@ -100,7 +119,7 @@ while True:
     one = child(script, said)
     running = asyncio.create_task(one.run())
     await until(up, "up")
-    assert not await one.stop(0.05)
+    assert not await one.stop(0.0, 0.05)
     await running
     assert said == ["engine did not end within 0 s and was killed"]
 
@@ -110,7 +129,7 @@ async def test_stop_before_it_is_ready_is_in_order_whatever_it_had_set_up(tmp_pa
     one = child(f"import signal; open({str(up)!r}, 'w').write('up'); signal.pause()", [])
     running = asyncio.create_task(one.run())
     await until(up, "up")
-    assert await one.stop(PATIENCE_S)
+    assert await one.stop(time.monotonic() + PATIENCE_S, 0.0)
     await running
 
 
@@ -126,7 +145,7 @@ signal.pause()
     running = asyncio.create_task(one.run())
     await until(up, "up")
     one.mark_ready()
-    assert not await one.stop(PATIENCE_S)
+    assert not await one.stop(time.monotonic() + PATIENCE_S, 0.0)
     await running
 
 
@@ -150,7 +169,7 @@ raise SystemExit(1)
     gate.touch()
     async with asyncio.timeout(PATIENCE_S):
         await said.wait()
-    assert not await one.stop(PATIENCE_S)
+    assert not await one.stop(time.monotonic() + PATIENCE_S, 0.0)
     await running
     assert names.read_text() == "x"
 
@@ -192,7 +211,7 @@ signal.pause()
         running = asyncio.create_task(one.run())
         await until(up, "up")
         one.mark_ready()
-        assert await one.stop(PATIENCE_S)
+        assert await one.stop(time.monotonic() + PATIENCE_S, 0.0)
         await running
         if not gone:
             os.close(reader)

@@ -1,7 +1,7 @@
 """The engine's loop alone, in the test's own thread: a script of commands by turn, and the output it gives."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine_cases import SumRunner
@@ -20,7 +20,7 @@ from shared.card_page import CardPage
 from shared.messages import Begin, Finish, TokenRun
 
 BLOCK = 4
-Script = dict[int, list[Command]]  # by turn
+Script = Mapping[int, Sequence[Command]]  # by turn
 
 
 class ScriptedMailbox(Mailbox):

@@ -3,7 +3,7 @@
 Its tokens are the vision experts' as often as not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -51,7 +51,7 @@ class Drawn:
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(4)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: Sequence[int]) -> Tensor:
         values = torch.randn(shape, generator=self._generator)
         return (1 + 0.1 * values if "norm" in name else 0.3 * values).to(DEVICE)
 
@@ -61,7 +61,7 @@ class Drawn:
     def has(self, name: str) -> bool:
         return not name.startswith("lm_head")
 
-    def check_all_used(self, prefixes: tuple[str, ...]) -> None:
+    def check_all_used(self, prefixes: Sequence[str]) -> None:
         pass
 
 

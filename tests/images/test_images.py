@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chart_autoscaler import wake_and_sleep
@@ -92,8 +93,10 @@ class Container(Pod):
     def kill(self) -> None:
         podman("rm", "--force", "--time", "0", self.name)
 
-    def state(self) -> dict[str, object]:
-        return json.loads(podman("inspect", self.name))[0]["State"]
+    def state(self) -> dict[str, Any]:
+        [inspected] = json.loads(podman("inspect", self.name))
+        state: dict[str, Any] = inspected["State"]
+        return state
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,25 @@ async def test_drain_has_a_deadline(redis: Redis, keys: Keys, caplog: pytest.Log
     assert "not drained within drain_s" in caplog.text
 
 
+@pytest.mark.parametrize("while_draining", [True, False])
+async def test_a_drain_is_ended_from_outside(redis: Redis, keys: Keys, while_draining: bool) -> None:
+    service = Recorder(redis, keys, drain=forever)
+    life = Life("engine", service, settings(drain_s=3600.0), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    if not while_draining:  # signals that come together are delivered in any order
+        life.end_drain()
+    life.stop.set()
+    async with asyncio.timeout(PATIENCE_S):
+        while while_draining and ("drain", "draining") not in service.seen:
+            await redis.ping()
+        life.end_drain()
+        life.end_drain()
+        assert await running == 0
+    life.end_drain()
+    assert service.seen[-1] == ("close", "draining")
+
+
 async def test_a_redis_that_never_answers_does_not_keep_it_from_ending(
     redis: Redis, keys: Keys, redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,6 +103,27 @@ def test_a_step_that_waited_for_others_may_take_longer_by_that(bench: Bench) -> 
         assert len(bench.expired) > 1, "the next one has no excuse"
 
 
+def test_a_wait_for_others_within_a_step_is_none_of_its_time(bench: Bench) -> None:
+    for _ in range(2):  # nor is the next one's bound that of a step which has taken so long
+        with bench.watchdog.watch("decode", 4):
+            bench.pass_time(4.0, looks=8)
+            with bench.watchdog.waiting():
+                bench.pass_time(3600.0, looks=7200)
+            assert bench.ages[-1] == 0.0
+            bench.pass_time(5.5, looks=11)
+            assert bench.ages[-1] == 9.5
+            assert bench.expired == []
+    with bench.watchdog.watch("decode", 4):
+        with bench.watchdog.waiting():
+            bench.pass_time(60.0, looks=120)
+        bench.pass_time(FACTOR * 9.5 + 1.0, looks=600)
+    assert {step.bound_s for step, _ in bench.expired} == {FACTOR * 9.5}, "what is after the wait is watched"
+    with bench.watchdog.waiting():
+        bench.pass_time(60.0, looks=120)
+    assert bench.ages[-1] == 0.0, "nothing is under way"
+    bench.watchdog.stop()
+
+
 def test_between_steps_nothing_hangs(bench: Bench) -> None:
     for _ in range(50):
         with bench.watchdog.watch("decode", 1):

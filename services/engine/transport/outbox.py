@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 from redis.asyncio import Redis
@@ -23,10 +24,19 @@ OnBegun = Callable[[], None]
 class Outbox:
     """Queue whose `put` belongs to the model's thread, started after `open`; all else runs on the event loop."""
 
-    def __init__(self, redis: Redis, keys: Keys, on_ended: OnEnded, on_begun: OnBegun = lambda: None) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        on_ended: OnEnded,
+        on_begun: OnBegun = lambda: None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Make one that is not open. The model's thread waits for Redis inside `waiting`."""
         self._log = cache(lambda shard: LogWriter(redis, keys.tokens(shard)))
         self._on_ended = on_ended
         self._on_begun = on_begun
+        self._waiting = waiting
         self._queue: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._room = threading.Semaphore(LEAD)
         self._closed = False
@@ -37,7 +47,9 @@ class Outbox:
 
     def put(self, step_output: StepOutput) -> None:
         """Queue a step output; block while Redis is LEAD steps behind (back-pressure). Does nothing after `close`."""
-        self._room.acquire()
+        if not self._room.acquire(blocking=False):
+            with self._waiting():
+                self._room.acquire()
         if not self._closed:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, step_output)
 

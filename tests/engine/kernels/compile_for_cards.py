@@ -97,13 +97,13 @@ class Layer:
         dense = 8 if bits == 4 else bits
         self._qkv = weight(dense, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN)
         self._out = weight(dense, HIDDEN, HEADS * DIM)
-        pools = [
+        text, vision = (
             ExpertPool(weight(bits, EXPERTS, 2 * width, HIDDEN), weight(bits, EXPERTS, HIDDEN, width))
             for width in (TEXT, VISION)
-        ]
+        )
         shared = SwiGLU(weight(dense, 2 * SHARED, HIDDEN), weight(dense, HIDDEN, SHARED))
         gate, bias = (room(*shape, dtype=torch.float32) for shape in ((2 * EXPERTS, HIDDEN), (2 * EXPERTS,)))
-        self._moe = MoE(gate, bias, *pools, shared)
+        self._moe = MoE(gate, bias, text, vision, shared)
         self._norm = room(HIDDEN)
         self._cache = room(64, PAGE, KV_HEADS, DIM)
 
@@ -112,13 +112,15 @@ class Layer:
         x, angles, ids = room(rows, HIDDEN), room(rows, DIM // 2, dtype=torch.float32), room(rows, dtype=torch.int64)
         ops.rms_norm(x, self._norm, 1e-5)
         ops.rotary_tables(ids.expand(3, rows), room(DIM // 2, dtype=torch.float32), room(DIM // 2, dtype=torch.int64))
-        query = ops.qkv(x, self._qkv, angles, angles, self._cache, self._cache, ids)
+        query = ops.qkv(x, self._qkv, angles, angles, self._cache, self._cache, ids, None)
         sequences, longest = (1, rows) if prefill else (rows, 1)
         tables, starts = (room(*shape, dtype=torch.int32) for shape in ((sequences, 512), (sequences + 1,)))
-        out = ops.paged_attention(query, self._cache, self._cache, tables, starts, starts[1:], longest, 4096, 0.1)
+        out = ops.paged_attention(
+            query, self._cache, self._cache, tables, starts, starts[1:], longest, 4096, 0.1, (), None
+        )
         out, vision = out.view(rows, HEADS * DIM), room(rows, dtype=torch.bool)
         for spare in (True, False) if prefill else (True,):
-            grouped.has_memory_for_copies = lambda device, spare=spare: spare  # type: ignore[assignment,misc]
+            grouped.has_memory_for_copies = lambda device, spare=spare: spare  # type: ignore[misc]
             ops.linear_moe_add_norm(out, self._out, x, self._norm, self._moe, vision, TOP_K, self._norm, 1e-5)
 
 

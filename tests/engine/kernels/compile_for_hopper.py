@@ -110,15 +110,16 @@ def decode(sequences: int) -> None:
     moe.linear_moe_add_norm(x, weight(HIDDEN), x, norm, block, vision, 6, norm, 1e-5)
 
 
-def pools(bits: Bits = 4) -> list[ExpertPool]:
+def pools(bits: Bits = 4) -> tuple[ExpertPool, ExpertPool]:
     """Two experts of the text pool and two of the vision pool."""
-    return [
+    text, vision = (
         ExpertPool(
             quantize(torch.zeros(2, 2 * width, HIDDEN).bfloat16(), bits),
             quantize(torch.zeros(2, HIDDEN, width).bfloat16(), bits),
         )
         for width in (1536, 512)
-    ]
+    )
+    return text, vision
 
 
 def prefill() -> None:
@@ -129,11 +130,12 @@ def prefill() -> None:
 
     rows = 256
     ids = torch.zeros(rows, 6, dtype=torch.int32)
-    for bits in (4, 8):
+    every: list[Bits] = [4, 8]
+    for bits in every:
         grouped.grouped_experts(room(rows, HIDDEN), ids, *pools(bits))
     plain = ExpertPool(room(2, 2 * 512, HIDDEN), room(2, HIDDEN, 512))
     grouped.grouped_experts(room(rows, HIDDEN), ids, plain, plain)
-    for bits in (4, 8):
+    for bits in every:
         dequantize.dequantize(quantize(room(2, 512, HIDDEN), bits))
     gpu_quantize.quantize(room(2, 512, HIDDEN), 4)
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)

@@ -126,14 +126,14 @@ def test_qkv(rows: int, bits: int, dtype: torch.dtype, ops: Ops) -> None:
     slots = torch.randperm(75, generator=torch.Generator().manual_seed(0))[:rows].to(DEVICE)
     caches = [draw(15, 5, kv_heads, dim, dtype=dtype, seed=s) for s in (3, 4)]
     expected = [cache.clone() for cache in caches]
-    query = ops.qkv(x, w, cos, sin, caches[0], caches[1], slots)
-    close(query, REFERENCE.qkv(x, w, cos, sin, expected[0], expected[1], slots))
+    query = ops.qkv(x, w, cos, sin, caches[0], caches[1], slots, None)
+    close(query, REFERENCE.qkv(x, w, cos, sin, expected[0], expected[1], slots, None))
     untouched = [slot for slot in range(75) if slot not in slots.tolist()]
     for actual, reference in zip(caches, expected, strict=True):
         close(actual, reference)
         assert torch.equal(actual.flatten(0, 1)[untouched], reference.flatten(0, 1)[untouched])
     # The counts are 0 again.
-    assert torch.equal(ops.qkv(x, w, cos, sin, caches[0], caches[1], slots), query)
+    assert torch.equal(ops.qkv(x, w, cos, sin, caches[0], caches[1], slots, None), query)
 
 
 def test_qkv_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,15 +242,16 @@ def test_equals_and_no_numbers_rank_by_their_place() -> None:
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2], [3, 0, 1]]
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="numpy's products depend on their shapes")
 def test_a_rows_experts_do_not_depend_on_the_others() -> None:
-    x, gate, bias = draw(70, 2560, dtype=torch.bfloat16), draw(128, 2560, seed=1, scale=0.02), draw(128, seed=2)
+    """Within a rounding in the interpreter: numpy's products depend on their shapes."""
+    hidden, within = (2560, 0.0) if DEVICE == "cuda" else (256, 1e-5)
+    x, gate, bias = draw(70, hidden, dtype=DOT_DTYPES[1]), draw(128, hidden, seed=1, scale=0.02), draw(128, seed=2)
     vision = torch.arange(70, device=DEVICE) % 3 == 0
     ids, weights = gpu_router.router(x, gate, bias, vision, 6)
     for part in (slice(0, 17), slice(20, 37), slice(30, 70)):  # all by the matrix units
         own_ids, own_weights = gpu_router.router(x[part], gate, bias, vision[part], 6)
         assert torch.equal(own_ids, ids[part])
-        assert torch.equal(own_weights, weights[part])
+        torch.testing.assert_close(own_weights, weights[part], rtol=within, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -403,7 +404,7 @@ def attention_arguments(
     needed = [-(-c // page) for c in contexts]
     order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
-    for row, blocks in zip(tables, order.split(needed), strict=True):
+    for row, blocks in zip(tables, order.split(needed), strict=True):  # type: ignore[no-untyped-call]
         row[: len(blocks)] = blocks
     keys, values = (draw(sum(needed), page, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6))
     qkv = draw(sum(lengths), heads + 2, dim, dtype=dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.quantize import dequantize, quantize
+from services.engine.kernels.quantize import Bits, dense, dequantize, quantize
 from services.engine.kernels.reference.experts import ExpertPool, experts
 from services.engine.kernels.reference.router import router
 
@@ -86,10 +86,10 @@ def naive_experts(
     for n, k in np.ndindex(*ids.shape):
         expert = int(ids[n, k])
         chosen, index = (text, expert) if expert < COUNT else (vision, expert - COUNT)
-        gate_up = chosen.gate_up[index].double().numpy() @ x[n].double().numpy()
+        gate_up = dense(chosen.gate_up[index]).double().numpy() @ x[n].double().numpy()
         gate, up = np.split(gate_up, 2)
         inner = gate / (1 + np.exp(-gate)) * up
-        out[n] += float(weights[n, k]) * (chosen.down[index].double().numpy() @ inner)
+        out[n] += float(weights[n, k]) * (dense(chosen.down[index]).double().numpy() @ inner)
     return out
 
 
@@ -115,10 +115,11 @@ def test_experts(ids: list[list[int]], dtype: torch.dtype, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_experts_are_dequantize_then_experts(bits: int) -> None:
+def test_quantized_experts_are_dequantize_then_experts(bits: Bits) -> None:
     exact = [pool(4, torch.bfloat16), pool(2, torch.bfloat16)]
-    packed = [ExpertPool(quantize(p.gate_up, bits), quantize(p.down, bits)) for p in exact]
-    restored = [ExpertPool(dequantize(p.gate_up), dequantize(p.down)) for p in packed]
+    stacks = [[quantize(dense(stack), bits) for stack in (p.gate_up, p.down)] for p in exact]
+    packed = [ExpertPool(gate_up, down) for gate_up, down in stacks]
+    restored = [ExpertPool(dequantize(gate_up), dequantize(down)) for gate_up, down in stacks]
     ids = torch.tensor([[0, 2], [5, 3], [2, 1]], dtype=torch.int32)
     x, weights = torch.randn(3, HIDDEN).bfloat16(), torch.rand(3, 2)
     assert torch.equal(experts(x, ids, weights, *packed), experts(x, ids, weights, *restored))
@@ -138,4 +139,4 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_pools_say_how_many_experts_they_have() -> None:
     exact = pool(4, torch.float32)
     assert len(exact) == COUNT
-    assert len(dataclasses.replace(exact, down=quantize(exact.down, 8))) == COUNT
+    assert len(dataclasses.replace(exact, down=quantize(dense(exact.down), 8))) == COUNT

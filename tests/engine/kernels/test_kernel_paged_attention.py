@@ -82,7 +82,7 @@ def test_paged_attention(lengths: list[tuple[int, int]], heads: tuple[int, int],
     assert out.dtype == dtype
     assert out.is_contiguous()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for s, (key, value) in enumerate(sequences):
+    for s, (exact_keys, exact_values) in enumerate(sequences):
         rows = slice(starts[s], starts[s + 1])
-        expected = naive_attention(query[rows].double().numpy(), key, value, lengths[s][1])
+        expected = naive_attention(query[rows].double().numpy(), exact_keys, exact_values, lengths[s][1])
         np.testing.assert_allclose(out[rows].double().numpy(), expected, rtol=tolerance, atol=tolerance)

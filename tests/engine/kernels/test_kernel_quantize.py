@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.quantize import Quantized, dense, dequantize, factored, group_scales, quantize
+from services.engine.kernels.quantize import Bits, Quantized, dense, dequantize, factored, group_scales, quantize
 
 
 def naive8(weight: np.ndarray) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_eight_bits(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @SHAPES
-def test_packing(bits: int, shape: tuple[int, ...]) -> None:
+def test_packing(bits: Bits, shape: tuple[int, ...]) -> None:
     q = quantize(torch.randn(shape), bits)
     exact = stored_values(q) * stored_scales(q)
     np.testing.assert_allclose(dequantize(q).numpy(), exact, rtol=1e-6, atol=0)
@@ -105,7 +105,7 @@ def test_an_outlier_costs_only_its_group(outlier: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_row_of_zeros(bits: int) -> None:
+def test_a_row_of_zeros(bits: Bits) -> None:
     weight = torch.randn(3, 300)
     weight[1] = 0
     restored = dequantize(quantize(weight, bits))
@@ -120,7 +120,7 @@ def test_error_of_eight_bits_is_at_most_half_a_step() -> None:
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.012), (4, 0.105)])
-def test_relative_error_of_bf16_weights(bits: int, bound: float) -> None:
+def test_relative_error_of_bf16_weights(bits: Bits, bound: float) -> None:
     """A uniform error of one step has deviation step / sqrt(12); amax of 512 normals is about 3.1 deviations, so the
     error of 8 bits is about 3.1 / (127 sqrt(12)) of the weights: 0.007. 4 bits: 0.1, by docs/engine-performance.md."""
     weight = (torch.randn(64, 512) * 0.02).bfloat16()
@@ -140,7 +140,7 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_expert_of_a_stack_is_the_stack_s_slice(bits: int) -> None:
+def test_an_expert_of_a_stack_is_the_stack_s_slice(bits: Bits) -> None:
     weight = torch.randn(3, 5, 8)
     stacked = quantize(weight, bits)
     assert torch.equal(dequantize(stacked[2]), dequantize(quantize(weight[2], bits)))

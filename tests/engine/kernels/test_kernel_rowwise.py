@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.kernels.quantize import dequantize, quantize
+from services.engine.kernels.quantize import Bits, dequantize, quantize
 from services.engine.kernels.reference.embed import embed
 from services.engine.kernels.reference.linear import linear
 from services.engine.kernels.reference.logits import logits
@@ -110,7 +110,7 @@ def test_linear(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_with_a_quantized_weight_is_dequantize_then_matmul(bits: int, dtype: torch.dtype) -> None:
+def test_linear_with_a_quantized_weight_is_dequantize_then_matmul(bits: Bits, dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 10).to(dtype), quantize(torch.randn(7, 10).to(dtype), bits)
     assert torch.equal(linear(x, weight), linear(x, dequantize(weight)))
 

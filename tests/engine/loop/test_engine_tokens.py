@@ -183,7 +183,8 @@ async def resume(redis: Redis, keys: Keys, records: Records, message: Generate, 
     await records.submit("elsewhere", message)
     await redis.hincrby(keys.request(name), "epoch", 1)
     await records.write_journal([(name, 0, known)])
-    await redis.xadd(keys.stream("generate"), dict((await redis.xrange(keys.stream("elsewhere")))[-1][1]))
+    entries: Any = await redis.xrange(keys.stream("elsewhere"))
+    await redis.xadd(keys.stream("generate"), entries[-1][1])
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from services.engine.__main__ import load
 from services.engine.loop.mailbox import Add
 from services.engine.ranks.processes import Lost, Ranks
 from services.engine.run.runner import Runner
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.grammar_state import GrammarState
-from services.engine.schedule.sequence import Embeds, EngineFacts, Sequence, build
+from services.engine.schedule.sequence import EngineFacts, Sequence, build
 from services.engine.settings import EngineSettings
 from shared.grammar.compiler import GrammarCompiler
 from shared.grammar.forms import json_schema, write
@@ -117,14 +118,12 @@ def answers(runner: Runner, config: ModelConfig, seed: int) -> dict[str, dict[st
     """Return the tokens of all requests: whole prompts, prompts in chunks beside decoding, and with so few blocks that
     they preempt each other."""
     found = {}
-    for name, bounds in {
-        "whole": {"max_num_batched_tokens": 512, "blocks": 128},
-        "chunks": {"max_num_batched_tokens": 7, "blocks": 128},
-        "preempted": {"max_num_batched_tokens": 64, "blocks": 22},
-    }.items():
+    for name, tokens, blocks in (("whole", 512, 128), ("chunks", 7, 128), ("preempted", 64, 22)):
         adds = Cases(config, seed).adds()
         resumed = {add.sequence.request_id: add.sequence.num_generated for add in adds}
-        bench = Bench({0: adds[:5], 3: adds[5:]}, runner=runner, resumed=resumed, **bounds)
+        bench = Bench(
+            {0: adds[:5], 3: adds[5:]}, runner=runner, resumed=resumed, max_num_batched_tokens=tokens, blocks=blocks
+        )
         found[name] = {request_id: bench.answer(request_id) for request_id in resumed}
         assert bench.metric("prefix_cache_hits_total") > 0
         assert (bench.metric("num_preemptions_total") > 0) == (name == "preempted")

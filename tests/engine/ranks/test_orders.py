@@ -19,8 +19,8 @@ from services.engine.ranks.ring import Reader, Writer
 from services.engine.run.sampler import Sampled
 from services.engine.run.sampling_plan import SamplingPlan, heaviest
 from services.engine.run.step import HostStep, StepBuilder
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.plan import Chunk, Plan
-from services.engine.schedule.sequence import Embeds
 from shared.messages import MediaSpan
 
 ROOM = 1 << 16

@@ -89,7 +89,7 @@ def row(**values: float) -> Tensor:
     ],
 )
 def test_each_operation_moves_the_choice(
-    logits: Tensor, prompt: list[int], generated: list[int], options: dict[str, object], expected: int
+    logits: Tensor, prompt: list[int], generated: list[int], options: dict[str, Any], expected: int
 ) -> None:
     neutral = sequence([5], max_tokens=9)
     made = sequence(prompt, generated, max_tokens=20, **options)
@@ -158,9 +158,9 @@ def chi_square_limit(freedom: int) -> float:
     ],
     ids=str,
 )
-def test_draws_follow_the_exact_distribution(kind: SamplingClass, options: dict[str, float]) -> None:
-    expected = exact(CURVE, **options)  # type: ignore[arg-type]
-    asked = {"temperature": 1.0, **options}
+def test_draws_follow_the_exact_distribution(kind: SamplingClass, options: dict[str, Any]) -> None:
+    expected = exact(CURVE, **options)
+    asked: dict[str, Any] = {"temperature": 1.0, **options}
     sequences = [sequence([5], max_tokens=9, seed=seed, **asked) for seed in range(DRAWS)]
     drawn = tokens(CURVE.expand(DRAWS, -1), sequences, kind)
     assert set(drawn) <= set(expected), "a token that was cut away was drawn"
@@ -207,7 +207,7 @@ def test_a_row_of_banned_tokens_still_gives_one() -> None:
 # ------------------------------------------------------------------------------------------------------- independence
 
 
-MIXED: list[dict[str, object]] = [
+MIXED: list[dict[str, Any]] = [
     {"temperature": 1.0},
     {"temperature": 0.0, "logprobs": 0},
     {"temperature": 0.7, "top_p": 0.6},
@@ -260,13 +260,13 @@ def test_all_ways_to_sample_draw_the_same_tokens() -> None:
     assert len({sampled.token for sampled in drawn[0]}) > 10
 
 
-class Asked(TorchDispatchMode):
+class Asked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what was run, and by which names the host reads a value of a tensor."""
 
     READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "unique")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -443,7 +443,7 @@ ANY_TEXT = Grammar(forms.write(forms.regex("(.|\n)*"), thinking=True), "regex")
         ([30, 31] * 24, row(t30=2.0), {"max_tokens": 99}, 30),
     ],
 )
-def test_the_thinking_budget(generated: list[int], logits: Tensor, options: dict[str, object], expected: int) -> None:
+def test_the_thinking_budget(generated: list[int], logits: Tensor, options: dict[str, Any], expected: int) -> None:
     made = sequence([5], generated, **{"max_tokens": 20, "thinking": True, **options})
     assert tokens(logits, [made]) == [expected]
     assert tokens(logits.repeat(2, 1), [made, sequence([5])]) == [expected, int(logits.argmax())]

@@ -20,9 +20,9 @@ from services.engine.run.attention_parts import attention_parts, cut
 from services.engine.run.graphs import capture_sizes
 from services.engine.run.pieces import ALIGNMENT, CAPTURED_ROWS, StepPieces, captured_sizes, padded_rows
 from services.engine.run.runner import ModelRunner
-from services.engine.run.step import HostStep
+from services.engine.run.step import HostStep, StepBuilder
+from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.plan import Chunk, Plan
-from services.engine.schedule.sequence import Embeds
 from shared.messages import MediaSpan
 
 
@@ -128,7 +128,7 @@ class Counting:
         return made, counted
 
 
-def mixed_step(builder: Any) -> HostStep:
+def mixed_step(builder: StepBuilder) -> HostStep:
     """A step of 3 sequences: one that decodes, and chunks of two prompts."""
     made = [sequence(prompt(i, length), known, request_id=str(i), facts=SMALL_FACTS, max_tokens=9)
             for i, (length, known) in enumerate([(6, [50, 51]), (20, []), (7, [])])]  # fmt: skip

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 from machine import PATIENCE_S
@@ -65,7 +66,17 @@ async def test_what_redis_refuses_for_now_is_sent_again_in_order(
 async def test_the_model_waits_when_redis_is_far_behind(redis: Redis, keys: Keys) -> None:
     async def on_ended(ends: Sequence[End]) -> None: ...
 
-    outbox = Outbox(redis, keys, on_ended)
+    waits = list[str]()
+    waited = threading.Event()
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        waits.append("began")
+        waited.set()
+        yield
+        waits.append("ended")
+
+    outbox = Outbox(redis, keys, on_ended, waiting=waiting)
     outbox.open()
     put = threading.Semaphore(0)
 
@@ -78,10 +89,13 @@ async def test_the_model_waits_when_redis_is_far_behind(redis: Redis, keys: Keys
     thread.start()
     for _ in range(LEAD):
         assert await asyncio.to_thread(put.acquire, timeout=PATIENCE_S)
+    assert await asyncio.to_thread(waited.wait, PATIENCE_S)
     assert not put.acquire(blocking=False)
+    assert waits == ["began"], "once, and not while there was room"
     task = asyncio.create_task(outbox.run())
     await asyncio.to_thread(thread.join)
     task.cancel()
+    assert waits == ["began", "ended"]
 
 
 async def test_closing_lets_the_model_go(redis: Redis, keys: Keys) -> None:

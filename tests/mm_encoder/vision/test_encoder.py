@@ -1,5 +1,6 @@
 """The vision tower and the resampler against transformers, on a checkpoint transformers has written."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(
     assert all(one.dtype == torch.bfloat16 for one in ours)
 
     def error(found: list[Tensor]) -> float:
-        return sum(float((a.float() - b).square().sum()) for a, b in zip(found, exact, strict=True)) ** 0.5
+        return math.sqrt(sum(float((a.float() - b).square().sum()) for a, b in zip(found, exact, strict=True)))
 
     assert error(ours) <= 1.2 * error(theirs)
 
@@ -244,7 +245,7 @@ class Renaming:
 )
 def test_a_missing_tensor_is_named(directory: Path, judge: Model, config: ModelConfig, name: str) -> None:
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_weights(Renaming(Checkpoint(directory), name), config, "cpu")
+        load_weights(Renaming(Checkpoint(directory), name), config, "cpu")  # type: ignore[arg-type]
 
 
 def test_a_tensor_nobody_asks_for_is_an_error(directory: Path, judge: Model, config: ModelConfig) -> None:

@@ -60,7 +60,7 @@ def unfilled_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty = Tensor.new_empty
 
     def poisoned(*args: object, **kwargs: object) -> Tensor:
-        tensor: Tensor = new_empty(*args, **kwargs)  # type: ignore[arg-type]
+        tensor: Tensor = new_empty(*args, **kwargs)  # type: ignore[call-overload]
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)

@@ -20,11 +20,11 @@ from services.mm_encoder.vision.ops import Ops
 from services.mm_encoder.vision.tables import host_tables, to_device
 
 
-class Held(TorchDispatchMode):
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live tensors that are made while it is on."""
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._now = self.most = 0
 

@@ -1,0 +1,51 @@
+"""A Redis that takes no writes, as a person is told of it: streams stand still, and nothing else says why."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
+
+from shared.bus.keys import Keys
+
+
+async def refusal(redis: Redis, keys: Keys) -> str:
+    """Return what it says to a write, which changes nothing; "" if it takes it.
+
+    Raises:
+        ConnectionError, TimeoutError: it does not answer.
+    """
+    try:
+        await redis.delete(keys.request(""))  # no request has this id
+    except (ConnectionError, TimeoutError):
+        raise
+    except RedisError as error:
+        return str(error)
+    return ""
+
+
+class Refusals:
+    """Reports, once each, that Redis takes no writes and that it takes them again."""
+
+    def __init__(self, report: Callable[[str], None], data: Path | None) -> None:
+        """
+        Args:
+            data: where our own Redis keeps its data; None if it is somebody else's.
+        """
+        self._report = report
+        self._where = f" (its data are in {data})" if data else ""
+        self.reason = ""  # as of the last look
+
+    async def look(self, redis: Redis, keys: Keys) -> None:
+        """Ask, and report a change."""
+        before, self.reason = self.reason, await refusal(redis, keys)
+        if self.reason and not before:
+            self._report(f"redis takes no writes, and requests stand still until it does: {self.reason}{self._where}")
+        elif before and not self.reason:
+            self._report("redis takes writes again")
+
+    def explain(self) -> list[str]:
+        """Return the lines that say, at an end, why requests were not answered."""
+        return (
+            [f"requests could not be ended, as redis took no writes: {self.reason}{self._where}"] if self.reason else []
+        )
