@@ -5,8 +5,9 @@
 
 Starts `millrace serve` once for each way of sharing, with the flags behind `--`, and measures it over HTTP as
 `millrace bench serve` does: closed loops of clients, text of 1,024 random tokens with 256 of answer, and new pictures
-with 32. `--load-format dummy` among the flags needs no weights. Needs a GPU; asserts nothing. With --output the figures
-are kept as JSON:
+with 32. Figures are of what came after the first WARM_S, when clients do not all ask at once any more; what is open at
+the end is given up, and a case begins when nothing is left of the one before. `--load-format dummy` among the flags
+needs no weights. Needs a GPU; asserts nothing. With --output the figures are kept as JSON:
 
   ways.<name>.<case>.text, .pictures   the figures of `millrace bench serve`, and requests answered a second
   ways.<name>.<case>.counters          growth of some metrics meanwhile
@@ -42,7 +43,7 @@ import torch
 
 from cli.bench.command import run
 from cli.bench.figures import figures
-from cli.bench.load import Load, shares
+from cli.bench.load import Answer, Load, Part, shares
 from services.engine.schedule.prefill_budget import BESIDE_ENCODER
 from services.mm_encoder.settings import MmEncoderSettings
 from services.mm_encoder.vision.batcher import ENOUGH
@@ -62,8 +63,17 @@ CASES: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
     "448": (0, 32, SMALL, False, 0.7),
     "text and 448": (16, 32, SMALL, False, 1.0),
 }
-COUNTED = ("millrace_mm_", "millrace_engine_step_seconds", "millrace_inter_token", "millrace_kernel_first_uses")
-
+WARM_S = 1.5
+SETTLED_S, SETTLING_S = 0.4, 20.0  # without a change of a counter; the longest wait for that
+COUNTED = (
+    "millrace_mm_",
+    "millrace_hop_seconds",
+    "millrace_time_to_first_token",
+    "millrace_request_",
+    "millrace_engine_step_seconds",
+    "millrace_inter_token",
+    "millrace_kernel_first_uses",
+)
 
 CONSTANTS = {"engine_share": BESIDE_ENCODER, "prefill_pieces": PREFILL_PIECES, "batch_patches": ENOUGH}
 
@@ -133,6 +143,16 @@ def counters() -> dict[str, float]:
     return {name: float(value) for name, value in rows}
 
 
+def settle() -> None:
+    """Wait until the service has done all that it was asked for, given up or not."""
+    until, before = time.monotonic() + SETTLING_S, counters()
+    while time.monotonic() < until:
+        time.sleep(SETTLED_S)
+        if (now := counters()) == before:
+            return
+        before = now
+
+
 def measure(case: str, seconds: float, last_id: int) -> dict[str, Any]:
     """Measure one case; return its figures."""
     text, pictures, size, seen, share = CASES[case]
@@ -143,7 +163,7 @@ def measure(case: str, seconds: float, last_id: int) -> dict[str, Any]:
         prompt=(1024, 1024),
         output=256,
         ids=(1000, last_id),
-        seconds=seconds * share,
+        seconds=WARM_S + seconds * share,
     )
     chats = msgspec.structs.replace(
         common, url=common.url.replace("completions", "chat/completions"), output=32, picture=size, seen=seen
@@ -152,15 +172,37 @@ def measure(case: str, seconds: float, last_id: int) -> dict[str, Any]:
         "text": shares(msgspec.structs.replace(common, clients=text), 2) if text else [],
         "pictures": shares(msgspec.structs.replace(chats, clients=pictures), 2) if pictures else [],
     }
+    settle()
     before = counters()
     parts, begin = run([load for some in loads.values() for load in some])
     made: dict[str, Any] = {"counters": {name: now - before.get(name, 0) for name, now in counters().items()}}
     for what, some in loads.items():
         if some:
-            found = figures(f"{case}: {what}", parts[: len(some)], begin, common.seconds)
+            made[what] = steady(f"{case}: {what}", parts[: len(some)], begin + WARM_S, seconds * share)
             parts = parts[len(some) :]
-            made[what] = {**msgspec.to_builtins(found), "requests_s": found.answered / found.seconds}
     return made
+
+
+def steady(name: str, parts: Sequence[Part], since: float, seconds: float) -> dict[str, Any]:
+    """Return the figures of a load for `seconds` from a time on.
+
+    Tokens and gaps are of what was read by then, first tokens of requests whose first one was.
+    """
+    late = [Part([cut for answer in part.answers if (cut := _cut(answer, since))], part.cpu) for part in parts]
+    begun = [Part([a for a in part.answers if not a.events or a.events[0] >= since], part.cpu) for part in parts]
+    found, first = figures(name, late, since, seconds), figures(name, begun, since, seconds)
+    found = msgspec.structs.replace(found, ttft_p50=first.ttft_p50, ttft_p99=first.ttft_p99)
+    return {**msgspec.to_builtins(found), "requests_s": found.answered / seconds}
+
+
+def _cut(answer: Answer, since: float) -> Answer | None:
+    """Return what was read of an answer from a time on; None: it had ended by then."""
+    if answer.ended is not None and answer.ended < since:
+        return None
+    events = [at for at in answer.events if at >= since]
+    if answer.tokens is None or not answer.events:
+        return msgspec.structs.replace(answer, events=events)
+    return msgspec.structs.replace(answer, events=events, tokens=answer.tokens * len(events) // len(answer.events))
 
 
 def line(way: str, case: str, what: str, row: Mapping[str, Any]) -> str:

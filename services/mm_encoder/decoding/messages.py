@@ -24,7 +24,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     font: bytes
     own_times: bool
     memory_bytes: int  # the most of its own
-    threads: int = 1  # that resize frames
+    threads: int = 1  # that resize frames, or bands of an image
 
 
 class PlanTask(msgspec.Struct, frozen=True, tag=True):

@@ -35,21 +35,31 @@ def patch_rows(pixels: NDArray[np.uint8], patch: int, merge: int) -> NDArray[np.
 
 
 def fill_rows(rows: NDArray[np.uint8], image: Image.Image, patch: int, merge: int) -> None:
-    """Cut an RGB image into `rows`, contiguous, as `patch_rows` does with its pixels.
+    """Cut an RGB image into `rows`, contiguous, as `patch_rows` does with its pixels."""
+    fill_blocks(patch_blocks(rows, image.width, patch, merge), image, patch)
+
+
+def patch_blocks(rows: NDArray[np.uint8], width: int, patch: int, merge: int) -> NDArray[np.void]:
+    """Return the rows of an image as [block row, block column, y, x, channel, line] of lines of patches."""
+    line = np.dtype(f"V{patch}")
+    return rows.view(line).reshape(-1, width // (merge * patch), merge, merge, 3, patch)
+
+
+def fill_blocks(blocks: NDArray[np.void], image: Image.Image, patch: int) -> None:
+    """Cut an RGB image, or the part of one that these blocks are of.
 
     Band by band, in the processor's cache, and channel by channel: Pillow writes the pixels of one behind each other,
     of which the lines of patches are copied, `patch` bytes at a time.
     """
-    wide, side = image.width // (merge * patch), merge * patch
-    line = np.dtype(f"V{patch}")
-    bands = rows.view(line).reshape(image.height // side, wide, merge, merge, 3, patch)
+    wide, merge = blocks.shape[1:3]
+    side = merge * patch
     at_once = max(1, _BAND_BYTES // (4 * image.width * side))
-    for first in range(0, len(bands), at_once):
-        some = bands[first : first + at_once]
+    for first in range(0, len(blocks), at_once):
+        some = blocks[first : first + at_once]
         height = len(some) * side
         whole = height == image.height
         band = image if whole else image.crop((0, first * side, image.width, first * side + height))
         for place, channel in enumerate("RGB"):
-            pixels = np.frombuffer(band.tobytes("raw", channel), line)
+            pixels = np.frombuffer(band.tobytes("raw", channel), blocks.dtype)
             lines = pixels.reshape(len(some), merge, patch, wide, merge)
             some[:, :, :, :, place] = lines.transpose(0, 3, 1, 4, 2)

@@ -17,6 +17,7 @@ from PIL import Image, ImageFont
 
 from services.mm_encoder.media import frames as sampling
 from services.mm_encoder.media import timestamps
+from services.mm_encoder.media.bands import fill_in_bands
 from services.mm_encoder.media.image import decoding_work, open_image, resized, rgb_pixels
 from services.mm_encoder.media.orientation import SIDEWAYS, upright
 from services.mm_encoder.media.patches import Grid, fill_rows
@@ -58,7 +59,7 @@ class Processor:
     """FastDeploy's preprocessing for one model and one set of settings.
 
     If `own_times`, the frames of a video of variable rate show their own times; else the reference's, by the average.
-    `threads` resize frames of a video.
+    `threads` resize frames of a video, or bands of a large image.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class Processor:
     def _fill_opened(self, plan: ImagePlan, opened: Image.Image, rows: NDArray[np.uint8]) -> Grid:
         image = rgb_pixels(opened)
         height, width = self._resize(image.height, image.width, *plan.pixels)
-        fill_rows(rows, resized(image, height, width), self._patch, self._merge)
+        if not fill_in_bands(rows, image, height, width, self._patch, self._merge, self._turns):
+            fill_rows(rows, resized(image, height, width), self._patch, self._merge)
         return 1, height // self._patch, width // self._patch
 
     def _plan_video(self, media: Media, data: bytes) -> VideoPlan:

@@ -1,8 +1,4 @@
-"""Threads for the frames of a video: Pillow lets go of Python's lock while it resizes one, and others are decoded then.
-
-An image is resized by one thread: which of the two directions Pillow takes first, and with it the rounding in between,
-differs from size to size, so that bands of an image would not give its pixels to the bit.
-"""
+"""Threads for the frames of a video, or the bands of one image: Pillow lets go of Python's lock while it resizes."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,10 +7,10 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """Threads of one process, for one video at a time: so many beside the caller's, or with 1 the caller's alone."""
+    """Threads of one process, for one file at a time: so many beside the caller's, or with 1 the caller's alone."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "frames") if threads > 1 else None
 
     @contextmanager
@@ -30,7 +26,7 @@ class Turns:
             if self._pool is None:
                 work()
                 return
-            if len(running) == self._threads:
+            if len(running) == self.threads:
                 running.popleft().result()
             running.append(self._pool.submit(work))
 
