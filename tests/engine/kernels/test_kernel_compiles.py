@@ -21,7 +21,7 @@ ALL = [(card, bits) for card in SHARED_BYTES for bits in (4, 8, 16, 432, 4128, 8
 OF_EVERY_FORMAT = {
     *("_rotary_tables_kernel", "_qkv_kernel", "_rotate_kernel", "_decode_kernel", "_merge_kernel", "_prefill_kernel"),
     *("_linear_kernel", "_unsplit_kernel", "_add_norm_kernel", "_router_kernel", "_choose_kernel", "_combine_kernel"),
-    *("_choose_gate_up_kernel", "_gate_up_kernel", "_down_kernel", "_sort_kernel", "_gather_kernel"),
+    *("_choose_gate_up_kernel", "_gate_up_kernel", "_down_kernel", "_sort_kernel", "_scatter_kernel"),
     *("_threshold_kernel", "_tally_kernel", "_mask_kernel"),
 }
 
@@ -40,7 +40,7 @@ def test_kernels_compile_for_hopper() -> None:
         "_combine_kernel",
     }
     routing = {"_choose_kernel", "_router_kernel", "_sort_kernel"}
-    sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel", "_gather_kernel"}
+    sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel", "_scatter_kernel"}
     experts = {"_gate_up_kernel", "_down_kernel", "_quantized_gate_up_kernel", "_quantized_down_kernel"}
     prefill = {"_dequantize_kernel", "_quantize_kernel", "_prefill_kernel"}
     exchange = {"_push_kernel", "_sum_experts_kernel", "_exchange_add_norm_kernel"}

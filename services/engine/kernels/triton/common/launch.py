@@ -26,6 +26,21 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def begin_beside_previous_kernel(PDL: tl.constexpr):
+    """Let the next kernel be set up, without a wait: this one needs no result of the previous kernel, nor of its own
+    kind. One of its programs ends by `end_after_previous_kernel`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_previous_kernel(PDL: tl.constexpr):
+    """Wait until the previous kernel has ended, so that who waits for this one has waited for both."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
 def pdl_options(tensor: Tensor) -> dict[str, Any]:
     """Return the launch options for the device that holds `tensor`."""
     return _options(tensor.device)

@@ -68,8 +68,10 @@ def _plan4(pairs: int, rows_per_expert: float) -> Plan:
         return Plan(8, Tile(64, STEP, 2, 3), Tile(64, STEP, 2, 3))
     if rows_per_expert <= 8:
         return Plan(16, Tile(64, STEP, 2, 3), Tile(128, STEP, 4, 3))
-    if rows_per_expert <= 40:
+    if rows_per_expert <= 16:
         return Plan(32, Tile(128, STEP, 4, 3), Tile(128, STEP, 4, 3))
+    if rows_per_expert <= 40:
+        return Plan(64, Tile(256, STEP, 8, 3), Tile(256, STEP, 8, 3))
     return Plan(64, Tile(128, STEP, 4, 2), Tile(128, STEP, 4, 2))
 
 
