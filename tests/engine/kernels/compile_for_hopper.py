@@ -168,7 +168,7 @@ def foreign_pools(bits: Bits) -> None:
         return foreign(torch.zeros(*shape, dtype=torch.int8), scale, scale.int(), 32, bits)
 
     text, vision = (ExpertPool(weight(2, 2 * width, HIDDEN), weight(2, HIDDEN, width)) for width in (1536, 512))
-    for rows in (4, 64, 256):
+    for rows in (4, 16, 64, 256):
         x, ids = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(rows, 6, dtype=torch.int32)
         experts.tiled_results(x, ids, text, vision, tiles.plan(6 * rows, 4, bits))
         linear.linear(x, weight(512, HIDDEN))

@@ -11,6 +11,7 @@ from compiled_kernels import compiled
 
 from services.engine.kernels.triton.common import launch
 from services.engine.kernels.triton.common.launch import fitting_stages
+from services.engine.kernels.triton.moe import tiles
 
 SCRIPT = Path(__file__).parent / "compile_for_hopper.py"
 CARDS = Path(__file__).parent / "compile_for_cards.py"
@@ -66,3 +67,11 @@ def test_a_pipeline_is_as_long_as_a_card_has_room_for(
     assert fitting_stages(4, 2 * 64 * 128 * 2, 6144) == decode
     assert fitting_stages(3, 128 * (256 + 32) * 2) == experts
     assert fitting_stages(4, 1 << 20) == 1
+
+
+@pytest.mark.parametrize(("card", "rows"), [(80, 32), (89, 32), (90, 64), (120, 32)])
+def test_tiles_are_wide_where_their_pipeline_has_room(card: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of experts of four bits, with 512 rows."""
+    monkeypatch.setattr(launch, "shared_memory_bytes", lambda: SHARED_BYTES[card])
+    assert tiles._plan4(512 * 6, 24).rows == rows
+    assert tiles._plan4(256 * 6, 12).rows == 32
