@@ -2,7 +2,8 @@
 
 Such a kernel must not read other kernels' results before `wait_for_previous_kernel` returns, which it does when the
 previous kernel has ended; as every kernel of a stream waits in this way, all earlier ones have ended too. A kernel that
-joins two streams must not use it.
+joins two streams must not use it. One that needs no result of the previous kernel, but of those before it, may wait at its
+end instead: the previous one, which has waited at its beginning, and it run at the same time.
 """
 
 from functools import cache
@@ -28,8 +29,8 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def begin_beside_previous_kernel(PDL: tl.constexpr):
-    """Let the next kernel be set up, without a wait: this one needs no result of the previous kernel, nor of its own
-    kind. One of its programs ends by `end_after_previous_kernel`."""
+    """Let the next kernel be set up, without a wait: this one needs no result of the previous kernel. One of its
+    programs ends by `end_after_previous_kernel`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
