@@ -2,8 +2,8 @@
 
 Such a kernel must not read other kernels' results before `wait_for_previous_kernel` returns, which it does when the
 previous kernel has ended; as every kernel of a stream waits in this way, all earlier ones have ended too. A kernel that
-joins two streams must not use it. One that needs no result of the previous kernel, but of those before it, may wait at its
-end instead: the previous one, which has waited at its beginning, and it run at the same time.
+joins two streams must not use it. One that needs no result of the previous kernel, but of those before it, may wait at
+its end instead: it runs at the same time as the previous one, which has waited at its beginning.
 """
 
 from functools import cache
