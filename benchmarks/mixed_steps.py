@@ -7,7 +7,8 @@ Weights and configuration are those of benchmarks.engine. Prints
 
   step_ms.<decodes>+<tokens>   milliseconds of a step of so many tokens of one prompt beside so many sequences with a
                                context of 1,024, by device events around it, the median of five: launched whole, and in
-                               pieces; host_ms is how long launching took the host
+                               pieces, by itself; in_a_row: in pieces, launched while the device computes another, as
+                               the engine does; host_ms is how long launching took the host
   routing.<tokens>             how evenly a prompt of so many tokens visits the experts: see benchmarks.routing
   agreement                    of a prompt alone: the largest difference between both, relative to the largest value
   first_ms, tenth_ms           from a request to its only token, by the length of its prompt, beside 8 sequences that
@@ -37,7 +38,7 @@ from services.engine.kernels.first_use import report_first_uses
 from services.engine.kernels.triton.moe import moe
 from services.engine.loop.mailbox import Add, Mailbox
 from services.engine.loop.step_output import StepOutput
-from services.engine.run.rehearsal import Rehearsal
+from services.engine.run.rehearsal import Rehearsal, measure_ms
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.sequence import Sequence
 from shared.messages import Sampling
@@ -56,7 +57,7 @@ class Steps:
         assert isinstance(runner, ModelRunner)
         assert runner.pieces is not None
         self._model, self._cache, self._pieces = runner.model, runner.cache, runner.pieces
-        self._shapes = Rehearsal(self._model, self._cache, self._pieces, CONFIG.vocab_size, 256)
+        self._shapes = Rehearsal(self._model, self._cache, self._pieces, CONFIG, 256)
 
     def routing(self, tokens: int) -> dict[str, float]:
         step, model = self._shapes.step([(tokens, tokens)]), self._model
@@ -79,6 +80,7 @@ class Steps:
             found["agreement"] = float((x - y).abs().max() / x.abs().max())
         for name, run in (("whole", whole), ("pieces", pieces)):
             found[f"{name}_ms"], found[f"{name}_host_ms"] = timed(lambda run=run: model.project(run()[-1:]))  # type: ignore[misc]
+        found["in_a_row_ms"] = measure_ms(lambda: model.project(pieces()[-1:]))
         return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -178,7 +180,10 @@ def kept() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantization", default="wint4", choices=("wint4", "wint8", "none"))
-    parser.add_argument("--steps", default="0+64,0+256,0+512,0+1024,32+128,32+512,32+1024,128+512,128+1024,256+1024")
+    parser.add_argument(
+        "--steps",
+        default="0+64,0+256,0+384,0+512,0+768,0+1024,0+1152,0+1280,0+2048,32+128,32+512,32+1024,128+512,128+640,128+896,128+1024,128+1152,128+1920,256+768,256+1024",
+    )
     parser.add_argument("--clients", default="32,128,256")
     parser.add_argument(
         "--attention-std",

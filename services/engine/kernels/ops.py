@@ -31,7 +31,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     qkv: Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = qkv
     paged_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, Lengths, Tensor | None],
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, Lengths, Tensor | None, bool],
         Tensor,
     ] = paged_attention
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm

@@ -131,6 +131,7 @@ class ErnieModel:
                 self._scale,
                 part.lengths,
                 heads.attended,
+                part.beside,
             )
 
     @torch.no_grad()

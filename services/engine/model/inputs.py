@@ -23,6 +23,7 @@ class AttentionPart:
     max_query_len: int
     max_context_len: int
     lengths: Lengths = ()  # of each sequence, as known to the host; () in a captured step
+    beside: bool = False  # computed at the same time as the part before
 
 
 @dataclass(frozen=True, slots=True)

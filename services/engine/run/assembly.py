@@ -66,7 +66,7 @@ def runner_for(
         )
         graphs = DecodeGraphs(model, cache, rows, settings.max_num_seqs)
         sampler.rehearse_kinds(config.vocab_size)
-        rehearsal = Rehearsal(model, cache, pieces, config.vocab_size, settings.max_num_seqs)
+        rehearsal = Rehearsal(model, cache, pieces, config, settings.max_num_seqs)
         times = rehearsal.run(settings.max_num_batched_tokens, settings.max_model_len)
         if settings.speculative_config is not None and settings.speculative_config.num_speculative_tokens:
             most = min(settings.max_num_seqs, settings.max_num_batched_tokens)

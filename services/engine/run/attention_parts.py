@@ -1,7 +1,8 @@
 """Cut of a step's attention into parts: sequences that decode, chunks of prompts, and long prompts one by one.
 
 Each kind has its own kernel, and none should see the others' sequences: what decodes beside a prompt would fill one
-row of the prompt's tiles.
+row of the prompt's tiles. Decoding waits for memory where prompts wait for the matrix units, so the device computes
+both at once: first come the prompts, whose programs are few, and those that decode fill up what they leave.
 """
 
 from itertools import groupby, pairwise
@@ -28,7 +29,7 @@ def attention_parts(
         context_lens: [S].
     """
     lengths = tuple(zip(np.diff(query_start).tolist(), context_lens.tolist(), strict=True))
-    runs = cut(lengths)
+    runs = sorted(cut(lengths), key=lambda run: lengths[run[0]][0] == 1)
     arrays: list[NDArray[np.int32]] = []
     for first, stop in runs:
         longest = int(context_lens[first:stop].max())
@@ -45,8 +46,10 @@ def attention_parts(
             max_query_len=max(new for new, _ in lengths[first:stop]),
             max_context_len=max(context for _, context in lengths[first:stop]),
             lengths=lengths[first:stop],
+            # Only the first part of its kind: they share what programs leave for each other.
+            beside=nth > 0 and lengths[first][0] == 1 < lengths[runs[nth - 1][0]][0],
         )
-        for first, stop in runs
+        for nth, (first, stop) in enumerate(runs)
     )
 
 

@@ -18,21 +18,26 @@ from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, StepPieces, captured_sizes
 from services.engine.run.step import HostStep, Model
 from services.engine.schedule.step_times import DecodeTimes, StepTimes
+from shared.model.config import ModelConfig
 
 REPEATS = 3  # of a measured step
 PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
-# New tokens of a sequence: of each class of kernels, a multiple of 16 and another number.
-CHUNKS = (2, 64, 65, 208)
+# New tokens of a sequence: of each class of kernels, a multiple of 16 and another number. Behind BEHIND times as many
+# in the cache, longer chunks are computed in other tiles, by how they fill the device.
+CHUNKS = (2, 64, 65, 208, *range(512, 2049, 256), 2065)
+BEHIND = 4
+BESIDE = 2  # tokens of a chunk beside sequences that decode
 DECODING, DECODING_CONTEXT = 64, 4096  # sequences, and tokens of each: so many that the device is what takes time
 
 
 class Rehearsal:
     """Steps of invented sequences: only shapes matter, and that tokens are spread out. No block is in use yet."""
 
-    def __init__(self, model: Model, cache: KVCache, pieces: StepPieces, vocab_size: int, max_seqs: int) -> None:
+    def __init__(self, model: Model, cache: KVCache, pieces: StepPieces, config: ModelConfig, max_seqs: int) -> None:
         self._model, self._cache, self._pieces = model, cache, pieces
         self._random = np.random.default_rng(0)
-        self._vocab_size, self._max_seqs = vocab_size, max_seqs
+        # Media visit experts of their own, and most steps have none.
+        self._text_ids, self._max_seqs = min(config.vocab_size, config.image_patch_id), max_seqs
 
     def run(self, max_rows: int, max_context: int) -> StepTimes:
         """Rehearse steps of up to `max_rows` rows; return the time of those with prefill, by their number of rows."""
@@ -65,7 +70,7 @@ class Rehearsal:
         starts = np.cumsum([0, *(new for new, _ in lengths)])
         embeds = torch.zeros(int(media), model.hidden_size, dtype=model.dtype)
         return HostStep(
-            token_ids=self._random.integers(0, self._vocab_size, len(at)),
+            token_ids=self._random.integers(0, self._text_ids, len(at)),
             sources=np.full(len(lengths), -1),
             positions=np.broadcast_to(at, (3, len(at))).copy(),
             vision=np.zeros(len(at), np.bool_),
@@ -83,10 +88,12 @@ class Rehearsal:
         """Yield sequences of every class that attention knows."""
         for count in range(1, min(self._max_seqs, max_rows) + 1):
             yield [(1, min(40, max_context))] * count
+            if count + BESIDE <= max_rows:
+                yield [(1, min(40, max_context))] * count + [(BESIDE, BESIDE)]
         for new in CHUNKS:
             if new <= min(max_rows, max_context):
                 yield [(new, new)]
-                yield [(new, min(new + 100, max_context))]
+                yield [(new, min((1 + BEHIND) * new, max_context))]
         longest = min(max_rows, max_context)
         for length in range(MIN_PROMPT, longest + 1, PLANNED):
             yield [(length, length)]
@@ -127,16 +134,15 @@ def larger_sizes(captured: int, max_rows: int) -> list[int]:
 
 
 def measure_ms(run: Callable[[], object]) -> float:
-    """Return the median milliseconds that the device needs, after a first time."""
+    """Return the median milliseconds of a step after another one. The host launches it while the device still computes
+    the one before, as the engine does."""
     run()
     if not torch.cuda.is_available():
         return 0.0
-    took = []
-    for _ in range(REPEATS):
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        started.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]  # type: ignore[no-untyped-call]
+    events[0].record()
+    for ended in events[1:]:
         run()
         ended.record()
-        ended.synchronize()
-        took.append(started.elapsed_time(ended))
-    return float(statistics.median(took))
+    events[-1].synchronize()
+    return float(statistics.median(started.elapsed_time(ended) for started, ended in pairwise(events)))

@@ -78,7 +78,7 @@ def overwrites_operands(asm: dict[str, Any]) -> bool:
 
 def moves_single_inputs(name: str, ptx: str) -> bool:
     """Return True if a kernel that only copies does so by the element: with eight times the instructions."""
-    return name == "_gather_kernel" and bool(re.search(r"(ld|st)\.global(\.\w+)*\.b16", ptx))
+    return name == "_scatter_kernel" and bool(re.search(r"(ld|st)\.global(\.\w+)*\.b16", ptx))
 
 
 def sampling() -> None:
@@ -140,8 +140,12 @@ def prefill() -> None:
     gpu_quantize.quantize(room(2, 512, HIDDEN), 4)
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)
     tables = torch.zeros(1, 4, dtype=torch.int32)
+    for longest in (rows, 10 * rows):
+        paged_attention.paged_attention(
+            room(rows, 20, 128), pages, pages, tables, lengths, lengths[1:], longest, rows, 128**-0.5
+        )  # fmt: skip
     paged_attention.paged_attention(
-        room(rows, 20, 128), pages, pages, tables, lengths, lengths[1:], rows, rows, 128**-0.5
+        room(1, 20, 128), pages, pages, tables, lengths, lengths[1:], 1, rows, 128**-0.5, ((1, rows),), None, True
     )  # fmt: skip
 
 
@@ -166,7 +170,7 @@ def foreign_pools(bits: Bits) -> None:
         return foreign(torch.zeros(*shape, dtype=torch.int8), scale, scale.int(), 32, bits)
 
     text, vision = (ExpertPool(weight(2, 2 * width, HIDDEN), weight(2, HIDDEN, width)) for width in (1536, 512))
-    for rows in (4, 64, 256):
+    for rows in (4, 16, 64, 256):
         x, ids = torch.zeros(rows, HIDDEN).bfloat16(), torch.zeros(rows, 6, dtype=torch.int32)
         experts.tiled_results(x, ids, text, vision, tiles.plan(6 * rows, 4, bits))
         linear.linear(x, weight(512, HIDDEN))

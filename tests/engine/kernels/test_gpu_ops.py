@@ -372,8 +372,8 @@ def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None
     ids = torch.randint(0, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(torch.int32)
     ids[ids == 1] = 0
     order = sort_pairs(ids.to(DEVICE), experts, tile)
-    fields = (order.sorted_pair_ids, order.expert_ids, order.tile_bounds)
-    pair_ids, expert_ids, bounds = (field.tolist() for field in fields)
+    fields = (order.sorted_pair_ids, order.expert_ids, order.tile_bounds, order.rows, order.ends)
+    pair_ids, expert_ids, bounds, rows, ends = (field.tolist() for field in fields)
     assert sorted(pair for pair in pair_ids if pair >= 0) == list(range(pairs))
     for row, pair in enumerate(pair_ids):
         if pair >= 0:
@@ -381,6 +381,9 @@ def test_pairs_are_sorted_by_expert(pairs: int, experts: int, tile: int) -> None
     tiles = [-(-count // tile) for count in torch.bincount(ids, minlength=experts).tolist()]
     assert bounds == [0, sum(tiles[: experts // 2]), sum(tiles)]
     assert all(expert == experts for expert in expert_ids[bounds[2] :])
+    assert [pair_ids[row] for row in rows] == list(range(pairs))
+    counts = torch.bincount(ids, minlength=experts)
+    assert ends == [tile * sum(tiles[:expert]) + int(counts[expert]) for expert in range(experts)]
 
 
 @pytest.mark.parametrize("pairs", [1, 37, 3000])
@@ -448,6 +451,39 @@ def test_however_a_context_is_split(
     assert torch.equal(OPS.paged_attention(*arguments), first)
 
 
+@pytest.mark.parametrize(
+    ("queries", "context", "shape"),
+    [
+        (64, 64, "SHORT_CHUNKS"),
+        (65, 65, "CHUNKS"),
+        (1024, 1024, "CHUNKS"),
+        (512, 4096, "CHUNKS"),
+        (1024, 8192, "LONG_CHUNKS"),
+        (1664, 32768, "LONG_CHUNKS"),
+        (2048, 32768, "CHUNKS"),
+        (2049, 8192, "LONG_CHUNKS"),
+    ],
+)
+def test_tiles_of_a_chunk_are_those_measured_fastest(queries: int, context: int, shape: str) -> None:
+    """20 heads on an H200, which runs 264 programs at once."""
+    assert gpu_attention.chunk_shape(queries, context, 20 / 264) == getattr(gpu_attention, shape)
+
+
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize("sequences", [3, 60])
+def test_those_that_decode_beside_a_chunk(sequences: int, dtype: torch.dtype) -> None:
+    """Whatever the device computes at once, what comes behind both finds both results."""
+    chunk = attention_arguments([200], [100], 16, 10, 2, 24, dtype)
+    decodes = attention_arguments([1] * sequences, [300] * sequences, 16, 10, 2, 24, dtype)
+    expected = [REFERENCE.paged_attention(*arguments) for arguments in (chunk, decodes)]
+    for _ in range(20 if DEVICE == "cuda" else 1):
+        results = [torch.full_like(one, float("nan")) for one in expected]
+        OPS.paged_attention(*chunk, results[0])
+        OPS.paged_attention(*decodes, results[1], True)
+        for result, wanted in zip(results, expected, strict=True):
+            close(result + 0, wanted)
+
+
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)
 def test_what_lies_behind_a_context_is_not_read(dtype: torch.dtype) -> None:
     arguments = attention_arguments([1], [20], 16, 10, 2, 24, dtype)
@@ -463,7 +499,7 @@ def test_what_lies_behind_a_context_is_not_read(dtype: torch.dtype) -> None:
 def test_attention_to_pages_by_the_copy_engine(
     cached: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_attention, "LONG_CHUNKS", gpu_attention.PrefillShape(32, 16, 4, 2, pagewise=True))
+    monkeypatch.setattr(gpu_attention, "CHUNKS", gpu_attention.PrefillShape(32, 16, 4, 2, pagewise=True))
     arguments = attention_arguments([130, 1, 33], cached, 16, 4, 2, 32, dtype)
     close(OPS.paged_attention(*arguments), REFERENCE.paged_attention(*arguments))
 

@@ -11,6 +11,7 @@ from compiled_kernels import compiled
 
 from services.engine.kernels.triton.common import launch
 from services.engine.kernels.triton.common.launch import fitting_stages
+from services.engine.kernels.triton.moe import tiles
 
 SCRIPT = Path(__file__).parent / "compile_for_hopper.py"
 CARDS = Path(__file__).parent / "compile_for_cards.py"
@@ -21,7 +22,7 @@ ALL = [(card, bits) for card in SHARED_BYTES for bits in (4, 8, 16, 432, 4128, 8
 OF_EVERY_FORMAT = {
     *("_rotary_tables_kernel", "_qkv_kernel", "_rotate_kernel", "_decode_kernel", "_merge_kernel", "_prefill_kernel"),
     *("_linear_kernel", "_unsplit_kernel", "_add_norm_kernel", "_router_kernel", "_choose_kernel", "_combine_kernel"),
-    *("_choose_gate_up_kernel", "_gate_up_kernel", "_down_kernel", "_sort_kernel", "_gather_kernel"),
+    *("_choose_gate_up_kernel", "_gate_up_kernel", "_down_kernel", "_sort_kernel", "_scatter_kernel"),
     *("_threshold_kernel", "_tally_kernel", "_mask_kernel"),
 }
 
@@ -40,7 +41,7 @@ def test_kernels_compile_for_hopper() -> None:
         "_combine_kernel",
     }
     routing = {"_choose_kernel", "_router_kernel", "_sort_kernel"}
-    sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel", "_gather_kernel"}
+    sorting = {"_count_kernel", "_offsets_kernel", "_place_kernel", "_scatter_kernel"}
     experts = {"_gate_up_kernel", "_down_kernel", "_quantized_gate_up_kernel", "_quantized_down_kernel"}
     prefill = {"_dequantize_kernel", "_quantize_kernel", "_prefill_kernel"}
     exchange = {"_push_kernel", "_sum_experts_kernel", "_exchange_add_norm_kernel"}
@@ -66,3 +67,11 @@ def test_a_pipeline_is_as_long_as_a_card_has_room_for(
     assert fitting_stages(4, 2 * 64 * 128 * 2, 6144) == decode
     assert fitting_stages(3, 128 * (256 + 32) * 2) == experts
     assert fitting_stages(4, 1 << 20) == 1
+
+
+@pytest.mark.parametrize(("card", "rows"), [(80, 32), (89, 32), (90, 64), (120, 32)])
+def test_tiles_are_wide_where_their_pipeline_has_room(card: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of experts of four bits, with 512 rows."""
+    monkeypatch.setattr(launch, "shared_memory_bytes", lambda: SHARED_BYTES[card])
+    assert tiles._plan4(512 * 6, 24).rows == rows
+    assert tiles._plan4(256 * 6, 12).rows == 32

@@ -43,7 +43,7 @@ def routing(attention_std: float) -> dict[str, float]:
     model = ErnieModel(DRAWN, weights, Ops())
     cache = KVCache.allocate(DRAWN.num_layers, TOKENS // PAGE + 1, PAGE, 2, DIM, torch.float32, "cpu")
     pieces = StepPieces(model, cache, torch.zeros(1), TOKENS // PAGE, 0, DRAWN.image_patch_id, Recomputed())
-    step = Rehearsal(model, cache, pieces, DRAWN.vocab_size, 1).step([(TOKENS, TOKENS)]).to(CPU, PAGE)
+    step = Rehearsal(model, cache, pieces, DRAWN, 1).step([(TOKENS, TOKENS)]).to(CPU, PAGE)
     loads = expert_loads(lambda: model.hidden(step, cache), moe, EXPERTS)
     assert [rows.sum() for rows in loads] == [TOKENS * TOP_K] * (DRAWN.num_layers - 1)
     return spread(loads)

@@ -172,9 +172,24 @@ def test_attention_is_cut_where_its_kind_changes() -> None:
 def test_parts_count_rows_from_their_own_first_one() -> None:
     blocks = [np.arange(n, dtype=np.int32).tobytes() for n in (3, 2, 5)]
     query_start, contexts = np.array([0, 1, 6, 8], np.int32), np.array([9, 5, 17], np.int32)
-    first, second = attention_parts(blocks, query_start, contexts, 4, torch.device("cpu"))
+    second, first = attention_parts(blocks, query_start, contexts, 4, torch.device("cpu"))
     assert (first.rows, second.rows) == (slice(0, 1), slice(1, 8))
     assert second.query_start.tolist() == [0, 5, 7]
     assert second.context_lens.tolist() == [5, 17]
     assert second.block_tables.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 3, 4]]
     assert (second.max_query_len, second.max_context_len, second.lengths) == (5, 17, ((5, 5), (2, 17)))
+
+
+def test_those_that_decode_are_computed_beside_the_last_of_the_others() -> None:
+    """But one part of them only, and none where nothing else is computed."""
+    blocks = [np.arange(1, dtype=np.int32).tobytes()] * 5
+
+    def beside(new: list[int]) -> list[tuple[slice, bool]]:
+        query_start = np.cumsum([0, *new]).astype(np.int32)
+        parts = attention_parts(blocks[: len(new)], query_start, np.array(new, np.int32), 4, torch.device("cpu"))
+        return [(part.rows, part.beside) for part in parts]
+
+    assert beside([1, 1, 3]) == [(slice(2, 5), False), (slice(0, 2), True)]
+    assert beside([1, 3, 1]) == [(slice(1, 4), False), (slice(0, 1), True), (slice(4, 5), False)]
+    assert beside([1, 1]) == [(slice(0, 2), False)]
+    assert beside([3, 4]) == [(slice(0, 7), False)]

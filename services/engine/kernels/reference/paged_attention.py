@@ -20,6 +20,7 @@ def paged_attention(
     scale: float,
     lengths: Lengths = (),
     out: Tensor | None = None,
+    beside: bool = False,
 ) -> Tensor:
     """Attend each query to the keys at or before its position in its sequence; softmax in float32.
 
@@ -40,6 +41,8 @@ def paged_attention(
         scale: factor on the scores.
         lengths: the values behind query_start and context_lens, for planning launches, or () where they are unknown.
         out: [N, heads, D], contiguous; written and returned, if given.
+        beside: whether the device may compute this call at the same time as the one before it, which was for other
+            sequences of the same step, and whose results it does not need.
 
     Returns:
         [N, heads, D], contiguous, dtype of query.

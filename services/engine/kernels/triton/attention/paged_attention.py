@@ -8,6 +8,7 @@ reduction); with many splits a second launch does.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 import triton
@@ -18,7 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from services.engine.kernels.reference.paged_attention import Lengths
 from services.engine.kernels.triton.attention.whole_prompt import is_whole_prompt, library_supports, whole_prompt
 from services.engine.kernels.triton.common.last_block import counters, is_last_block
-from services.engine.kernels.triton.common.launch import fitting_stages, pdl_options, wait_for_previous_kernel
+from services.engine.kernels.triton.common.launch import (
+    begin_beside_previous_kernel,
+    end_after_previous_kernel,
+    fitting_stages,
+    multiprocessors,
+    pdl_options,
+    wait_for_previous_kernel,
+)
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
 MAX_SPLITS = 64
@@ -59,8 +67,15 @@ class PrefillShape:
     registers: int | None = None  # of a thread, at most
 
 
-# For long chunks, two programs of a multiprocessor hide each other's exponentials; the other is for short ones.
-LONG_CHUNKS, SHORT_CHUNKS = PrefillShape(128, 64, 8, 2, pagewise=True, registers=128), PrefillShape(16, 64, 4, 3)
+# Of the last two a multiprocessor holds two programs, which hide each other's exponentials. Small tiles are for few
+# queries, since large ones are too few programs then.
+SHORT_CHUNKS, CHUNKS, LONG_CHUNKS = (
+    PrefillShape(16, 64, 4, 3),
+    PrefillShape(64, 64, 4, 3, pagewise=True),
+    PrefillShape(128, 64, 8, 2, pagewise=True, registers=128),
+)
+SHORT, LONG = 64, 2048  # queries: the most of a short chunk, and of one that is not long
+LARGE_TILE = 1.75  # times as long as a small one takes
 
 
 @triton.jit
@@ -74,7 +89,8 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, contexts_ptr, out_ptr, acc_ptr, high_ptr, sum_ptr, count_ptr,
     q_stride, q_head_stride, table_stride, splits, least, scale,
     KV_HEADS: tl.constexpr, G: tl.constexpr, GPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, MERGES: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr, MERGES: tl.constexpr, BESIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Tables need no wait: they are uploaded before the step's first launch.
@@ -86,7 +102,10 @@ def _decode_kernel(
     last = tl.minimum(first + share, tiles)
     tables_ptr += sequence.to(tl.int64) * table_stride
     page = tl.load(tables_ptr + first * TILE // PAGE, first < last, 0)
-    wait_for_previous_kernel(PDL)
+    if BESIDE:
+        begin_beside_previous_kernel(PDL)
+    else:
+        wait_for_previous_kernel(PDL)
     if first >= last:
         return
     group, d, token = tl.arange(0, GPAD), tl.arange(0, DPAD), tl.arange(0, TILE)
@@ -127,6 +146,8 @@ def _decode_kernel(
         tl.store(sum_ptr + at, total, group < G)
         if MERGES and is_last_block(count_ptr + pair, used):
             _merge(acc_ptr + place * D, high_ptr + place, sum_ptr + place, out_ptr, used, G, D, DPAD, MERGED)
+    if BESIDE and head == 0 and sequence == 0 and split == 0:
+        end_after_previous_kernel(PDL)
 
 
 @triton.jit
@@ -278,21 +299,23 @@ def paged_attention(
     scale: float,
     lengths: Lengths = (),
     out: Tensor | None = None,
+    beside: bool = False,
 ) -> Tensor:
-    """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
+    """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous. Only
+    sequences that decode are computed beside others, in steps that are not captured."""
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if len(lengths) == 1 and is_whole_prompt(lengths[0]) and library_supports(query):
         return out.copy_(whole_prompt(query, keys, values, block_tables[0], scale))
-    arguments = (query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out)
+    arguments = (query, keys, values, block_tables, query_start, context_lens)
     if max_query_len == 1:
-        _decode(*arguments, lengths)
+        _decode(*arguments, scale, out, lengths, beside)
     else:
-        _prefill(*arguments)
+        _prefill(*arguments, max_query_len, max_context_len, scale, out)
     return out
 
 
-def _decode(query, keys, values, block_tables, query_start, context_lens, _, scale, out, lengths=()) -> None:
+def _decode(query, keys, values, block_tables, query_start, context_lens, scale, out, lengths=(), beside=False) -> None:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     plan, group = FEW_SEQUENCES_PLAN if sequences < MANY_SEQUENCES else MANY_SEQUENCES_PLAN, heads // kv_heads
     if lengths:
@@ -312,7 +335,7 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, _, sca
         counters(out.device, "decode", sequences * kv_heads),
         query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
         GPAD=max(GROUP_PAD, ceil_pow2(group)), PAGE=page,
-        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges,
+        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges, BESIDE=beside,
         num_warps=WARPS, num_stages=_stages(plan, tile, sizes["DPAD"], keys.element_size()), **sizes,
     )  # fmt: skip
     if splits > 1 and not plan.last_merges:
@@ -327,8 +350,27 @@ def _stages(plan: DecodePlan, tile: int, dim: int, size: int) -> int:
     return fitting_stages(plan.stages, 2 * tile * dim * size, DECODE_REST)
 
 
-def _prefill(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out) -> None:
-    shape = LONG_CHUNKS if max_query_len > 64 else SHORT_CHUNKS
+def chunk_shape(queries: int, context: int, lanes: float) -> PrefillShape:
+    """Return the fastest tiles for chunks.
+
+    Args:
+        queries, context: of the longest chunk.
+        lanes: heads of all sequences, relative to the programs that the device runs at once.
+    """
+    if queries <= SHORT:
+        return SHORT_CHUNKS
+    if queries > LONG:
+        return LONG_CHUNKS
+    # Behind a long context all programs take as long, so that it counts how many times they fill the device.
+    small, large = (ceil(ceil_div(queries, shape.queries) * lanes) for shape in (CHUNKS, LONG_CHUNKS))
+    return LONG_CHUNKS if LARGE_TILE * large < small and context >= 4 * queries else CHUNKS
+
+
+def _prefill(
+    query, keys, values, block_tables, query_start, context_lens, max_query_len, max_context_len, scale, out
+) -> None:
+    lanes = query.shape[1] * len(context_lens) / (2 * multiprocessors(query.device))
+    shape = chunk_shape(max_query_len, max_context_len, lanes)
     attend_tiles(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, shape)
 
 

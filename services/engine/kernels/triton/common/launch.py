@@ -2,7 +2,8 @@
 
 Such a kernel must not read other kernels' results before `wait_for_previous_kernel` returns, which it does when the
 previous kernel has ended; as every kernel of a stream waits in this way, all earlier ones have ended too. A kernel that
-joins two streams must not use it.
+joins two streams must not use it. One that needs no result of the previous kernel, but of those before it, may wait at
+its end instead: it runs at the same time as the previous one, which has waited at its beginning.
 """
 
 from functools import cache
@@ -24,6 +25,21 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def begin_beside_previous_kernel(PDL: tl.constexpr):
+    """Let the next kernel be set up, without a wait: this one needs no result of the previous kernel. One of its
+    programs ends by `end_after_previous_kernel`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_previous_kernel(PDL: tl.constexpr):
+    """Wait until the previous kernel has ended, so that who waits for this one has waited for both."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 def pdl_options(tensor: Tensor) -> dict[str, Any]:

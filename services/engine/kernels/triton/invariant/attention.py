@@ -22,6 +22,7 @@ def paged_attention(
     scale: float,
     lengths: Lengths = (),
     out: Tensor | None = None,
+    beside: bool = False,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
     if out is None:

@@ -20,8 +20,8 @@ Times are microseconds a layer on an H200; docs/notebook/engine.md has the exper
                                   128 rows: experts, tiles                  309 at 32, 353 at 256
                          683-     persistent grouped GEMM, all operands by  597 and 661 TFLOP/s instead of 540: 2,434
                                   TMA: grouped, grouped_plain               to 1,930 at 8,192 rows
-              int4 int8  1-682    as bf16, the weight as left operand,      12 at 1 row, 90 at 32, 153 at 256 (int4)
-                         (-1365)  dequantised in registers
+              int4 int8  1-682    as bf16, the weight as left operand,      12 at 1 row, 90 at 32, 153 at 256, 232 at
+                         (-1365)  dequantised in registers                  512 (int4)
                          683-     persistent grouped GEMM, activations by   int4 as fast as bf16 (1,934 at 8,192 rows)
                          (1366-)  TMA, the weight dequantised in            without a bf16 copy of the pools; 415 to 314
                                   registers: grouped, grouped_quantized     at 768 rows, 451 to 320 at 1,024 (captured)

@@ -25,34 +25,39 @@ from services.engine.kernels.triton.moe.sort import SortedPairs, sort_pairs
 # Rows of an expert, on average over both pools, from which on the path pays: tiles of rows are full enough, and the
 # products gain more than the launches before them take.
 ROWS_PER_EXPERT, INT8_ROWS_PER_EXPERT = 32, 64
-GATHERED_ROWS = 8  # of a program that copies a block of inputs
 
 
-@triton.jit
-def _gather_kernel(
-    x_ptr, pair_ids_ptr, tile_bounds_ptr, out_ptr, H, width, x_stride,
-    INTERLEAVED: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+# Numbers of rows vary from step to step: no variant of a kernel may depend on them.
+@triton.jit(do_not_specialize=["N"])
+def _scatter_kernel(
+    x_ptr, rows_ptr, ends_ptr, out_ptr, N, H, width, x_stride,
+    INTERLEAVED: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Store out[row] = x of the row's token, and 0 behind it up to `width`.
+    """Store a block of a token's inputs to its rows, and 0 behind x up to `width`. The programs behind the last token
+    fill the tile of an expert.
 
     Rows without a pair are 0: nobody reads their results, but multiplying by 0 takes less power, which is what bounds
     long prompts.
     """
     wait_for_previous_kernel(PDL)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= tl.load(tile_bounds_ptr + 2) * BM:
-        return
-    row = (first + tl.arange(0, ROWS))[:, None, None, None]
-    pair = tl.load(pair_ids_ptr + row)
+    token = tl.program_id(0)
     column, source = columns_and_inputs(tl.program_id(1) * BLOCK, INTERLEAVED)
-    x_ptrs = x_ptr + (pair // K).to(tl.int64) * x_stride + source[None]
-    out_ptrs = out_ptr + row * width + column[None]
-    if EVEN:
-        tl.store(out_ptrs, tl.load(x_ptrs, pair >= 0, 0.0))
+    if token < N:
+        x_ptrs = x_ptr + token.to(tl.int64) * x_stride + source
+        values = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, source < H, 0.0)
+        # All rows' numbers are loaded before the first store: a load does not overtake stores.
+        rows = ()
+        for k in tl.static_range(K):
+            rows += (tl.load(rows_ptr + token * K + k).to(tl.int64),)  # type: ignore[assignment]
+        for k in tl.static_range(K):
+            tl.store(out_ptr + rows[k] * width + column, values, column < width)
     else:
-        values = tl.load(x_ptrs, (pair >= 0) & (source < H)[None], 0.0)
-        tl.store(out_ptrs, values, (column < width)[None])
+        end = tl.load(ends_ptr + token - N)
+        nothing = tl.zeros(column.shape, out_ptr.dtype.element_ty)
+        end_ptr = out_ptr + end.to(tl.int64) * width
+        for nth in range(0, tl.cdiv(end, BM) * BM - end):
+            tl.store(end_ptr + nth * width + column, nothing, column < width)
 
 
 def uses_grouped_gemm(x: Tensor, top_k: int, text: ExpertPool, vision: ExpertPool) -> bool:
@@ -89,7 +94,7 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     if isinstance(text.gate_up, Quantized):
         products, tile = grouped_quantized, grouped_quantized.tile_rows(text.gate_up.bits, ids.numel() / experts)
     order = sort_pairs(ids.flatten(), experts, tile)
-    rows = _gathered(x, order, ids.shape[1], text.gate_up)
+    rows = _in_order(x, order, ids.shape[1], text.gate_up)
     width = max(stored_inputs(text.down), stored_inputs(vision.down))
     inner = torch.empty(len(order.sorted_pair_ids), width, dtype=x.dtype, device=x.device)
     inners = [inner[:, : stored_inputs(pool.down)] for pool in pools]
@@ -102,14 +107,15 @@ def grouped_experts(x: Tensor, ids: Tensor, text: ExpertPool, vision: ExpertPool
     return results
 
 
-def _gathered(x: Tensor, order: SortedPairs, top_k: int, weight: Weight) -> Tensor:
+def _in_order(x: Tensor, order: SortedPairs, top_k: int, weight: Weight) -> Tensor:
     """Return [rows, inputs of the weight]: x of each row's token, columns in the order in which the weight stores
     inputs."""
     out = torch.empty(len(order.sorted_pair_ids), stored_inputs(weight), dtype=x.dtype, device=x.device)
     hidden, width = x.shape[1], out.shape[1]
-    _gather_kernel[(len(out) // GATHERED_ROWS, ceil_div(width, BLOCK))](
-        x, order.sorted_pair_ids, order.tile_bounds, out, hidden, width, x.stride(0),
+    # A token's block is read once for all its rows, and no program is launched for rows that there are not.
+    _scatter_kernel[(len(x) + len(order.ends), ceil_div(width, BLOCK))](
+        x, order.rows, order.ends, out, len(x), hidden, width, x.stride(0),
         INTERLEAVED=isinstance(weight, Quantized) and weight.bits == 4, EVEN=width == hidden and width % BLOCK == 0,
-        K=top_k, BM=order.tile, ROWS=GATHERED_ROWS, BLOCK=BLOCK, num_warps=4, **pdl_options(x),
+        K=top_k, BM=order.tile, BLOCK=BLOCK, num_warps=2, **pdl_options(x),
     )  # fmt: skip
     return out

@@ -34,6 +34,8 @@ class SortedPairs:
     sorted_pair_ids: Tensor  # [tiles * tile] int32, the pair of each row or -1
     expert_ids: Tensor  # [tiles] int32, the expert of each tile, `experts` past the end
     tile_bounds: Tensor  # [3] int32, tiles before the text pool's first, before the vision pool's first, and in all
+    rows: Tensor  # [pairs] int32, the row of each pair
+    ends: Tensor  # [experts] int32, the row behind the last pair of each expert
     tile: int  # rows of a tile
 
 
@@ -106,7 +108,7 @@ def _offsets_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def _place_kernel(
-    ids_ptr, cursor_ptr, pair_ids_ptr, P, EXPERTS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr
+    ids_ptr, cursor_ptr, pair_ids_ptr, rows_ptr, P, EXPERTS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     wait_for_previous_kernel(PDL)
     block = tl.program_id(0)
@@ -115,6 +117,7 @@ def _place_kernel(
     # The order within a group varies from run to run: no row's result depends on its neighbours.
     row = tl.atomic_add(cursor_ptr + block * EXPERTS + ids, 1, pair < P, sem="relaxed", scope="cta")
     tl.store(pair_ids_ptr + row, pair, pair < P)
+    tl.store(rows_ptr + pair, row, pair < P)
 
 
 def sort_pairs(ids: Tensor, experts: int, tile: int) -> SortedPairs:
@@ -131,7 +134,7 @@ def sort_pairs(ids: Tensor, experts: int, tile: int) -> SortedPairs:
     blocks = ceil_div(pairs, size)
     cursor, counts = torch.empty(2, blocks, experts, dtype=torch.int32, device=device)
     sorted_pair_ids, expert_ids = (torch.empty(n, dtype=torch.int32, device=device) for n in (tiles * tile, tiles))
-    tile_bounds = torch.empty(3, dtype=torch.int32, device=device)
+    tile_bounds, rows = (torch.empty(n, dtype=torch.int32, device=device) for n in (3, pairs))
     common = {"EXPERTS": experts, **pdl_options(ids)}
     _count_kernel[(blocks,)](
         ids, counts, sorted_pair_ids, expert_ids, pairs, tiles,
@@ -141,8 +144,8 @@ def sort_pairs(ids: Tensor, experts: int, tile: int) -> SortedPairs:
         counts, cursor, expert_ids, tile_bounds, blocks,
         BM=tile, BPAD=ceil_pow2(blocks), num_warps=16, **common,
     )  # fmt: skip
-    _place_kernel[(blocks,)](ids, cursor, sorted_pair_ids, pairs, SIZE=size, num_warps=4, **common)
-    return SortedPairs(sorted_pair_ids, expert_ids, tile_bounds, tile)
+    _place_kernel[(blocks,)](ids, cursor, sorted_pair_ids, rows, pairs, SIZE=size, num_warps=4, **common)
+    return SortedPairs(sorted_pair_ids, expert_ids, tile_bounds, rows, cursor[-1], tile)
 
 
 def group_pairs(ids: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,10 @@ class Plan:
     sorted: bool = True  # else each pair is a tile of its own
 
 
+WIDE = Tile(256, STEP, 8, 3)  # of 64 rows
+WIDE_REST = 48 << 10  # bytes of shared memory that it takes beside the stages, at most: with scales of small groups
+
+
 def plan(pairs: int, experts: int, bits: int) -> Plan:
     """Return the tile shapes for so many pairs. Thresholds measured: see docs/notebook/engine.md."""
     return _fitted({4: _plan4, 8: _plan8, 16: _plan16}[bits](pairs, pairs / experts), bits)
@@ -68,9 +72,17 @@ def _plan4(pairs: int, rows_per_expert: float) -> Plan:
         return Plan(8, Tile(64, STEP, 2, 3), Tile(64, STEP, 2, 3))
     if rows_per_expert <= 8:
         return Plan(16, Tile(64, STEP, 2, 3), Tile(128, STEP, 4, 3))
-    if rows_per_expert <= 40:
-        return Plan(32, Tile(128, STEP, 4, 3), Tile(128, STEP, 4, 3))
-    return Plan(64, Tile(128, STEP, 4, 2), Tile(128, STEP, 4, 2))
+    if rows_per_expert > 40:
+        return Plan(64, Tile(128, STEP, 4, 2), Tile(128, STEP, 4, 2))
+    if rows_per_expert > 16 and _has_room_for_wide_tiles():
+        return Plan(64, WIDE, WIDE)
+    return Plan(32, Tile(128, STEP, 4, 3), Tile(128, STEP, 4, 3))
+
+
+def _has_room_for_wide_tiles() -> bool:
+    """Return True if the device has shared memory for all their stages, as Hopper has: with fewer they are slower."""
+    stage = WIDE.bk * (WIDE.bn // 2 + 64 * 2)
+    return fitting_stages(WIDE.stages, stage, WIDE_REST) == WIDE.stages
 
 
 def _plan8(pairs: int, rows_per_expert: float) -> Plan:

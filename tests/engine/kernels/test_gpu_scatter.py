@@ -40,7 +40,7 @@ def test_every_input_of_a_row_is_where_its_weight_is_stored(
         return tensor.fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    copied = grouped._gathered(x, order, top_k, weight)
+    copied = grouped._in_order(x, order, top_k, weight)
     used = int(order.tile_bounds[2]) * tile
     pairs = order.sorted_pair_ids[:used].long()
     expected = F.pad(x, (0, stored_inputs(weight) - hidden))[(pairs // top_k).clamp(min=0)]
