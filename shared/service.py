@@ -26,6 +26,7 @@ from shared.bus.client import MAX_BLOCK_MS, connect, suspect
 from shared.bus.eviction import check_eviction
 from shared.bus.keys import Keys
 from shared.bus.leases import UNREADABLE, Difference, Lease
+from shared.bus.lua import load_scripts
 from shared.bus.retry import retry_until_available
 from shared.bus.streams import LogReader
 from shared.bus.translation import holds_newer, translate_entries, translate_records
@@ -193,6 +194,8 @@ class Life:
         if await self._stopped_during(self._join()):
             return
         if await self._stopped_during(self._service.startup()):
+            return
+        if await self._stopped_during(retry_until_available("scripts", lambda: load_scripts(self._redis))):
             return
         self._when_started()
         await self._enter("ready")

@@ -39,8 +39,9 @@ class EngineSettings(CommonSettings, frozen=True, kw_only=True):
     # Tokens in one step; 0: by device, which is 512 on a CPU, 2048 on a GPU of less than 32 GiB, and else 8192.
     max_num_batched_tokens: int = 0
     # Milliseconds that a step with prefill may take beside sequences that decode: the gap between their tokens. Prefill
-    # gets as many tokens as were measured to fit (on a GPU at the start, on a CPU as it runs), and never less than 128;
-    # short prompts go first. 0: no bound, and prompts go by arrival.
+    # gets as many tokens as were measured to fit (on a GPU at the start, on a CPU as it runs), or fewer where these
+    # are computed nearly as fast, and never less than 128; short prompts go first. 0: no bound, and prompts go by
+    # arrival.
     max_token_gap_ms: Annotated[float, Meta(ge=0)] = 25.0
     enable_chunked_prefill: bool = True  # split long prompts over several steps
     enable_prefix_caching: bool = True  # reuse cached keys and values of what prompts have in common

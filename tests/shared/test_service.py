@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable, Collection
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from redis_proxy import Proxy
 from shared.bus import leases
 from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
+from shared.bus.lua import read_script
 from shared.bus.streams import send
 from shared.bus.translation import holds_newer
 from shared.config import CommonSettings
@@ -91,6 +93,18 @@ async def test_phases_in_order_under_a_lease(redis: Redis, keys: Keys) -> None:
     assert await running == 0
     assert service.seen == ALL
     assert await redis.keys() == []
+
+
+async def test_its_scripts_are_known_to_redis_before_it_is_ready(redis: Redis, keys: Keys) -> None:
+    digests = [sha1(read_script(name).encode()).hexdigest() for name in ("submit", "queue_view")]
+    await redis.script_flush()
+    service = Recorder(redis, keys)
+    life = Life("engine", service, settings(), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    assert await redis.script_exists(*digests) == [True, True]
+    life.stop.set()
+    assert await running == 0
 
 
 async def listening(redis: Redis) -> None:

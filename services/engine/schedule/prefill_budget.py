@@ -30,7 +30,7 @@ class PrefillBudget:
         if not decoding:
             return limit - decoding
         target_ms = self.target_ms * (BESIDE_ENCODER if self.encoder_works() else 1.0)
-        rows = self.times.rows_within(target_ms - cached * self.times.ms_per_cached_token)
+        rows = self.times.rows_within(target_ms, decoding, cached)
         return max(0, min(limit - decoding, max(LEAST_ROOM, rows - decoding)))
 
     @property

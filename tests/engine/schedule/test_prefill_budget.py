@@ -60,6 +60,31 @@ def test_the_room_keeps_a_step_as_short_as_was_asked(decoding: int, cached: int,
         assert room == min(LEAST_ROOM, max(0, limit - decoding))
 
 
+# As measured on a GPU: from 1,024 rows on, a row takes as long whatever the step.
+LEVEL = StepTimes((512, 768, 1024, 1280, 1536, 2048), (11.0, 14.5, 16.5, 20.8, 25.0, 31.5), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "decoding", "rows"),
+    [
+        (25.0, 8, 1024),  # 61.6 prompt tokens a millisecond; the best are 61.6
+        (25.0, 128, 1024),  # 54.3; with 1,536 rows 56.3
+        (25.0, 256, 1280),  # 1,024 have 46.5, which is less than 94 % of 51.2
+        (14.6, 8, 768),
+        (14.4, 8, 512),
+        (40.0, 256, 2048),  # 1,280 have 49.2 of 56.9
+    ],
+)
+def test_a_step_is_no_larger_than_pays(target: float, decoding: int, rows: int) -> None:
+    assert PrefillBudget(target, LEVEL).room(decoding, 0, 8192) == rows - decoding
+
+
+def test_what_decodes_read_counts_in_the_speed_as_in_the_time() -> None:
+    """300,000 tokens in the cache take 3 ms of any step: a larger one shares them among more tokens."""
+    assert PrefillBudget(30.0, LEVEL).room(180, 0, 8192) == 1024 - 180
+    assert PrefillBudget(30.0, LEVEL).room(180, 300_000, 8192) == 1280 - 180
+
+
 class Bench:
     """A scheduler with such a budget: each step with sequences that decode has 512 rows."""
 
