@@ -30,6 +30,7 @@ SLOWEST = 2e13  # operations a second; the first pieces show how many more a GPU
 # Tiles of attention that are never parted. A row of their table has 12 bytes, and a kernel is compiled anew for a table
 # that does not begin at a multiple of 16.
 ALIGNED_TILES = 4
+ATTENTION_COST = 1.7  # times as long as a product takes for an operation: 419 and 705 TFLOP/s of 1080p on an H200
 GRAPH_PIECES = 4  # a graph of so many is one piece: launched one by one its operations take the host longer
 
 
@@ -207,14 +208,14 @@ def pass_pace(pace: Pace, host: HostTables, config: VisionConfig) -> PassPace:
 
 
 def pass_operations(host: HostTables, config: VisionConfig) -> float:
-    """Return the operations of a pass of the tower."""
+    """Return the operations of a pass of the tower, those of attention by the products that take as long."""
     layer = len(host.places) * _row_operations(config) + sum(_attention_costs(host, config))
     return config.depth * layer
 
 
 def _attention_costs(host: HostTables, config: VisionConfig) -> list[float]:
     keys = host.tiles[:, 2] - host.tiles[:, 1]
-    costs: list[float] = (keys.double() * (4 * QUERIES * config.hidden_size)).tolist()
+    costs: list[float] = (keys.double() * (ATTENTION_COST * 4 * QUERIES * config.hidden_size)).tolist()
     return costs
 
 
