@@ -18,7 +18,7 @@ from services.mm_encoder.media.image import resized
 from services.mm_encoder.media.patches import fill_blocks, patch_blocks
 from services.mm_encoder.media.turns import Turns
 
-LEAST_PIXELS = 1 << 19  # of a result: with fewer, handing bands to threads takes what they save
+LEAST_PIXELS = 1 << 20  # before and after: with fewer, handing bands to threads takes what they save
 BAND_PIXELS = 1 << 20  # at most, if there are more bands than threads: bands under way are in memory twice
 
 Size = tuple[int, int]  # width, height
@@ -31,8 +31,8 @@ def fill_in_bands(
     rows: NDArray[np.uint8], image: Image.Image, height: int, width: int, patch: int, merge: int, turns: Turns
 ) -> bool:
     """Resize an RGB image and cut it into `rows`, as `resized` and `fill_rows` do. False: that is left to them."""
-    rule = order_of_passes()
-    if turns.threads == 1 or width * height < LEAST_PIXELS or image.size == (width, height) or rule is None:
+    rule, pixels = order_of_passes(), image.width * image.height + width * height
+    if turns.threads == 1 or pixels < LEAST_PIXELS or image.size == (width, height) or rule is None:
         return False
     _fill(rows, image, (width, height), patch, merge, turns, rule)
     return True
