@@ -24,6 +24,7 @@ BAND_PIXELS = 1 << 20  # at most, if there are more bands than threads: bands un
 Size = tuple[int, int]  # width, height
 Rule = Callable[[Size, Size], bool]  # of the size before and after: whether rows come first
 
+# Sizes before and after, with which either order comes first by the rule of Pillow 13.
 _PROBES = ((24, 60, 25, 30), (24, 60, 20, 50), (60, 24, 50, 20), (24, 60, 30, 59), (24, 60, 25, 62), (24, 24, 20, 16))
 
 
