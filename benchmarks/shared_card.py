@@ -139,7 +139,8 @@ def counters() -> dict[str, float]:
     """Return the service's metrics that are of interest here."""
     with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics") as response:
         lines = response.read().decode().splitlines()
-    rows = (line.rsplit(" ", 1) for line in lines if line.startswith(COUNTED) and "_created" not in line)
+    counted = (line for line in lines if line.startswith(COUNTED) and "_created" not in line and "_bucket" not in line)
+    rows = (line.rsplit(" ", 1) for line in counted)
     return {name: float(value) for name, value in rows}
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from benchmarks.shared_card import CONSTANTS, Sharing
+from benchmarks.shared_card import CONSTANTS, Sharing, steady
+from cli.bench.load import Answer, Part
 from services.engine import __main__ as engine
 from services.engine.settings import EngineSettings
 from services.mm_encoder import __main__ as mm_encoder
@@ -173,6 +174,24 @@ def test_the_benchmark_takes_the_settings_that_its_results_name() -> None:
     for way, found in (("mps", (3.0, 1, 60)), ("pieces", (3.0, 1, 0)), ("whole", (0.0, 0, 0))):
         made = config.load(MmEncoderSettings, told | asked.of(way).environment())
         assert (made.shared_card_ms, made.shared_card_decode_pieces, made.mps_percent) == found
+
+
+def test_the_benchmarks_figures_are_of_what_came_after_the_start() -> None:
+    """By hand: two seconds from 10 on, in which 4 events of 2 tokens were read to an end, and 2 of an open answer."""
+    answers = [
+        Answer(1, sent=7.0, events=[8.0, 9.0], tokens=4, ended=9.0),  # over before
+        Answer(1, sent=8.0, events=[9.0, 9.5, 10.5, 11.0], tokens=8, ended=11.0),  # its first token came before
+        Answer(1, sent=9.0, events=[10.25, 10.75], tokens=4, ended=10.75),
+        Answer(1, sent=11.0, events=[11.5, 11.75]),  # given up
+        Answer(1, sent=11.9),
+    ]
+    found = steady("x", [Part(answers[:2], 0.1), Part(answers[2:], 0.2)], 10.0, 2.0)
+    assert (found["answered"], found["open"], found["failed"]) == (2, 2, 0)
+    assert found["requests_s"] == 1.0
+    assert found["output_tok_s"] == (4 + 4 + 2 * 2) / 2.0
+    assert found["ttft_p50"] == pytest.approx((1250 + 500) / 2)
+    assert found["gap_p50"] == pytest.approx(500)
+    assert found["client_cpu"] == 0.2
 
 
 @pytest.mark.parametrize(("name", "value"), [("MPS_PERCENT", "101"), ("SHARED_CARD_MS", "-1")])

@@ -18,12 +18,13 @@ from services.mm_encoder.media.image import resized
 from services.mm_encoder.media.patches import fill_blocks, patch_blocks
 from services.mm_encoder.media.turns import Turns
 
-LEAST_PIXELS = 1 << 19  # of a result: with fewer, handing bands to threads takes what they save
+LEAST_PIXELS = 1 << 20  # before and after: with fewer, handing bands to threads takes what they save
 BAND_PIXELS = 1 << 20  # at most, if there are more bands than threads: bands under way are in memory twice
 
 Size = tuple[int, int]  # width, height
 Rule = Callable[[Size, Size], bool]  # of the size before and after: whether rows come first
 
+# Sizes before and after, with which either order comes first by the rule of Pillow 13.
 _PROBES = ((24, 60, 25, 30), (24, 60, 20, 50), (60, 24, 50, 20), (24, 60, 30, 59), (24, 60, 25, 62), (24, 24, 20, 16))
 
 
@@ -31,8 +32,8 @@ def fill_in_bands(
     rows: NDArray[np.uint8], image: Image.Image, height: int, width: int, patch: int, merge: int, turns: Turns
 ) -> bool:
     """Resize an RGB image and cut it into `rows`, as `resized` and `fill_rows` do. False: that is left to them."""
-    rule = order_of_passes()
-    if turns.threads == 1 or width * height < LEAST_PIXELS or image.size == (width, height) or rule is None:
+    rule, pixels = order_of_passes(), image.width * image.height + width * height
+    if turns.threads == 1 or pixels < LEAST_PIXELS or image.size == (width, height) or rule is None:
         return False
     _fill(rows, image, (width, height), patch, merge, turns, rule)
     return True
