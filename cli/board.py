@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cli.output import printable
 from shared.bus.pipeline_view import HELD, QUEUES, ROOM, PipelineView, QueueView, ReplicaView, StageView, problems
 
 COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "gone": "red", "unreadable": "red"}
@@ -49,6 +50,11 @@ def figure(name: str, value: float) -> str:
     return duration(value) if name.endswith("_s") else f"{value:.0f}"
 
 
+def _text(words: str, style: str = "") -> Text:
+    """Return words of Redis's, in which brackets are no markup."""
+    return Text(printable(words), style)
+
+
 def _short(number: float) -> str:
     return f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
 
@@ -58,7 +64,7 @@ def _head(view: PipelineView) -> RenderableType:
     at = time.strftime("%H:%M:%S", time.localtime(view.at))
     verdict = Text(f"{len(found)} to look at", "bold red") if found else Text("all is well", "green")
     title = Text.assemble(("millrace", "bold"), f"  {view.namespace}  {at}  ", verdict)
-    return Group(title, *(Text(f"  {problem}", "red") for problem in found), Text())
+    return Group(title, *(_text(f"  {problem}", "red") for problem in found), Text())
 
 
 def _table(*columns: str, gap: int = 2) -> Table:
@@ -113,7 +119,7 @@ def _replicas(view: PipelineView) -> RenderableType:
         # Replicas whose lease has left the index, and whose work no other has taken over yet.
         for name, number in pending.items():
             if number and name not in names:
-                table.add_row(name, Text("dead", "red"), NOTHING, NOTHING, str(number), "to be taken over")
+                table.add_row(_text(name), Text("dead", "red"), NOTHING, NOTHING, str(number), "to be taken over")
     return Group(table, Text())
 
 
@@ -127,12 +133,12 @@ def _replica(service: str, replica: ReplicaView) -> tuple[RenderableType, ...]:
         if name not in shown and (value or not name.endswith("_per_s"))
     ]
     return (
-        replica.name,
-        Text(replica.state, COLOURS.get(replica.state, "")),
+        _text(replica.name),
+        _text(replica.state, COLOURS.get(replica.state, "")),
         duration(replica.up_s),
-        replica.version or NOTHING,
+        _text(replica.version or NOTHING),
         NOTHING if held is None else f"{held:.0f}" + ("" if room is None else f"/{room:.0f}"),
-        Text("  ".join(rest), "dim"),
+        _text("  ".join(rest), "dim"),
     )
 
 
@@ -146,9 +152,9 @@ def _streams(view: PipelineView) -> RenderableType:
         queue = view.stage(service).queue
         assert queue is not None
         readers = ", ".join(f"{each.name} ({each.pending})" for each in queue.consumers)
-        table.add_row(stream, str(queue.length), duration(queue.oldest_s), readers or NOTHING)
+        table.add_row(stream, str(queue.length), duration(queue.oldest_s), _text(readers or NOTHING))
     for shard in view.shards:
-        owner = Text(f"{shard.owner}, epoch {shard.epoch}") if shard.owner else Text("nobody", "red")
+        owner = _text(f"{shard.owner}, epoch {shard.epoch}") if shard.owner else Text("nobody", "red")
         table.add_row(f"tokens:{shard.shard}", str(shard.length), duration(shard.oldest_s), owner)
     table.add_row("control", str(view.control_length), NOTHING, "every replica")
     return Group(table, Text())

@@ -4,11 +4,11 @@ import argparse
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from shared.config import variable
 from shared.errors import ConfigError
@@ -18,7 +18,10 @@ LOCAL = "redis://127.0.0.1:8182/0"  # where `millrace serve` has its Redis unles
 
 
 def no_answer(error: RedisError) -> str:
-    """Say that the Redis of --redis-url does not answer, and what to do. Without the URL, which may have a password."""
+    """Say that the Redis of --redis-url does not answer, or what, and what to do. Without the URL, which may have a
+    password."""
+    if not isinstance(error, ConnectionError | TimeoutError):
+        return f"Redis refuses: {error}"
     return f"Redis does not answer: {error} Is the deployment running, and is this the Redis that --redis-url names?"
 
 
@@ -52,14 +55,18 @@ def _is_ours(path: Path) -> bool:
         return owner == os.getuid() and probe.connect_ex(str(path)) == 0
 
 
-def _named_or_found(url: str) -> str:
-    """Return the URL, if one was named, else that of the instance which runs here."""
+def named_or_found(url: str) -> str:
+    """Return the URL, if one was named, else that of the instance which runs here.
+
+    Raises:
+        ConfigError: several do.
+    """
     if url:
         return url
     found = found_here()
     if len(found) > 1:
         named = ", ".join(f"{url} (that of port {port})" for port, url in found.items())
-        raise argparse.ArgumentTypeError(f"more than one `millrace serve` runs here; name one: {named}")
+        raise ConfigError(f"argument --redis-url: more than one `millrace serve` runs here; name one: {named}")
     return next(iter(found.values()), LOCAL)
 
 
@@ -70,12 +77,17 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def parser(prog: str, description: str, environ: Mapping[str, str]) -> Parser:
-    """Make a parser with --redis-url, --blob-redis-url and --namespace, with the services' variables as defaults."""
+def parser(
+    prog: str, description: str, environ: Mapping[str, str], which: Callable[[str], str] = named_or_found
+) -> Parser:
+    """Make a parser with --redis-url, --blob-redis-url and --namespace, with the services' variables as defaults.
+
+    `which` makes the URL of what was given, "" if nothing was.
+    """
     made = Parser(prog=prog, description=description, allow_abbrev=False)
     made.add_argument(
         "--redis-url",
-        type=_named_or_found,
+        type=which,
         default=environ.get(variable("redis_url"), ""),
         metavar="URL",
         help=f"the deployment's Redis (unset: {variable('redis_url')}, or that of the `millrace serve` that runs here)",

@@ -12,7 +12,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from cli.connection import no_answer, parser
+from cli.connection import named_or_found, no_answer, parser
 from services.gateway.tenants.key_file import Name, Tenant, written_digest
 from shared.bus.client import command, connect
 from shared.bus.keys import Keys
@@ -42,7 +42,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError: a flag is wrong.
     """
-    flags = parser("millrace keys", "API keys of a key file (docs/tenants.md).", environ)
+    flags = parser("millrace keys", "API keys of a key file (docs/tenants.md).", environ, which=str)
     flags.add_argument("what", choices=("new", "hash", "usage"), help="make a key; hash one from stdin; what was used")
     flags.add_argument("name", nargs="?", default="", help="of the new key, or the only one whose usage is shown")
     flags.add_argument("--json", action="store_true", help="usage as JSON")
@@ -50,16 +50,29 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     if given.what == "new":
         return _new(given.name)
     if given.what == "hash":
-        print(written_digest(sys.stdin.readline().strip()))
+        print(written_digest(_typed(sys.stdin.readline().strip())))
         return 0
     try:
-        found = asyncio.run(_read(given.redis_url, given.namespace))
+        found = asyncio.run(_read(named_or_found(given.redis_url), given.namespace))
     except RedisError as error:
         print(f"millrace keys: {no_answer(error)}", file=sys.stderr)
         return 2
     shown = [usage for usage in found if not given.name or usage.name == given.name]
     print(msgspec.json.encode(shown).decode() if given.json else "\n".join(table(shown)))
     return 0
+
+
+def _typed(key: str) -> str:
+    """Return a key that clients can send.
+
+    Raises:
+        ConfigError: it is empty, or has a character that no header has.
+    """
+    if not key:
+        raise ConfigError("there is no key on standard input; an empty one would let everybody in")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("the key has a character that is not printable ASCII, and so is in no header")
+    return key
 
 
 def _new(name: str) -> int:

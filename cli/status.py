@@ -11,6 +11,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from cli.connection import no_answer, parser
+from cli.output import printable
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD, BatchesView, PipelineView, StageView, problems, read
@@ -45,7 +46,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         print(msgspec.json.encode(Status(not found, found, view)).decode())
     else:
         lines = [*map(line, view.stages), *batches_line(view.batches)]
-        print("\n".join([*lines, *(f"! {problem}" for problem in found)]))
+        print("\n".join(map(printable, [*lines, *(f"! {problem}" for problem in found)])))
     return UNWELL if found else WELL
 
 

@@ -57,7 +57,10 @@ def _fresh(output: Path, stack: contextlib.ExitStack) -> Path:
     made = not output.exists()
     unfinished = output / UNFINISHED
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # of a file system where nobody can make any
+            raise ConfigError(f"--output: {error}") from error
         lock = stack.enter_context((unfinished / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another may have ended between these lines, and have deleted what we hold.

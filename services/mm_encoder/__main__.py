@@ -87,7 +87,7 @@ def build(
     normal = load_normalisation(directory)
     font, own = timestamps.font_file(directory)
     if not own:
-        log.logger(__name__).warning(
+        log.logger(__name__).info(
             "the model directory has no font for video timestamps; using the one of the package font-roboto",
             extra={"font": timestamps.FONT},
         )

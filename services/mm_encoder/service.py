@@ -9,6 +9,7 @@ close    cancel those that are left: other replicas claim their entries as soon 
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 
 from redis.asyncio import Redis
 
@@ -18,6 +19,7 @@ from services.mm_encoder.prepare import Preparer
 from services.mm_encoder.store.cache import Embeds
 from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.vision.batcher import Batcher
+from shared.bus.eviction import check_eviction_of_blobs
 from shared.bus.retry import retry_until_available
 
 SWEEP_SEGMENTS_S = 60.0  # between two; listing a directory of 4,096 takes 35 ms
@@ -104,6 +106,9 @@ class MmEncoder:
             tasks.create_task(self._sweep_segments())
             tasks.create_task(self._handler.watch())
             tasks.create_task(self._handler.helper.run())
+            for client in self._own_clients:  # a Redis for blobs, which may be away
+                asked = retry_until_available("eviction of blobs", partial(check_eviction_of_blobs, client))
+                tasks.create_task(asked)
 
     async def _sweep(self) -> None:
         while True:

@@ -1,10 +1,12 @@
 """Factory of Redis clients; no other module makes one."""
 
 import asyncio
+import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, SSLConnection
@@ -30,6 +32,9 @@ AUTH_PATIENCE_S = 60.0
 _CONNECTIONS = 128
 _FREE_CONNECTION_S = 30.0
 _CONNECT_S = 2.0
+_DATABASE = re.compile(r"/?\d{0,9}")  # the path of a URL
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")  # options that name one
+_OURS = ("protocol", "decode_responses", "encoding", "encoding_errors", "max_connections", "timeout", "socket_timeout")
 _RETRIES = 12  # about 6 s with the backoff below: a restart of Redis is a stall, not an error
 
 
@@ -89,8 +94,10 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
     """
     try:
         by_sentinel = sentinel.parse(url)
+        plain = url if by_sentinel is None else by_sentinel.primary
+        _refuse_misread(plain)
         pool = BlockingConnectionPool.from_url(
-            url if by_sentinel is None else by_sentinel.primary,
+            plain,
             max_connections=_CONNECTIONS,
             timeout=_FREE_CONNECTION_S,
             protocol=2,  # one reply format for Redis 7 and Valkey 9, with fewer bytes than RESP3's maps
@@ -105,7 +112,7 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
         primary = None if by_sentinel is None else _primary(by_sentinel, pool)
         pool.connection_class = _linked(pool.connection_class, Link(auth_patience_s), primary)
         pool.make_connection()  # type: ignore[no-untyped-call]  # opens nothing; refuses unknown options in the URL's query
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RedisError) as error:
         # The library's message may quote the URL, and with it a password.
         raise ConfigError(
             f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss://, unix:// or redis+sentinel://"
@@ -127,6 +134,26 @@ def suspect(redis: Redis) -> None:
     """Have all connections of a client made anew before their next use."""
     link: Link = redis.connection_pool.connection_class.link  # type: ignore[attr-defined]  # of `Linked` below
     link.suspect(link.generation)
+
+
+def _refuse_misread(url: str) -> None:
+    """Refuse what redis-py takes for something else: `/one` for database 0, `/1/2` for 12, a file that is not there for
+    a server that is away.
+
+    Raises:
+        ConfigError: such a part is in it. Nothing is quoted that may be a part of a password.
+        ValueError: it is malformed.
+    """
+    parts = urlsplit(url)
+    if parts.fragment:
+        raise ConfigError("malformed Redis URL: a # in its password must be written %23")
+    if parts.scheme != "unix" and not _DATABASE.fullmatch(parts.path):
+        raise ConfigError("malformed Redis URL: its path is a database's number, as /0; a / in its password is %2F")
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name in _OURS:
+            raise ConfigError(f"malformed Redis URL: {name} is chosen by us, and cannot be in it")
+        if name in _FILES and not Path(value).exists():
+            raise ConfigError(f"Redis URL: {name}: {value} does not exist")
 
 
 def _primary(url: SentinelUrl, pool: BlockingConnectionPool) -> Primary:

@@ -65,8 +65,12 @@ class Replies(asyncio.Protocol):
         except InvalidResponse as error:
             self._fail(error)
             return
-        if reply is not _INCOMPLETE and not self._reply.done():
+        if reply is _INCOMPLETE:
+            return
+        if not self._reply.done():
             self._reply.set_result(reply)
+        if self._parser.has_data():  # as above
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = RedisConnectionError("Connection closed by server." if exc is None else f"{exc} on the connection")

@@ -6,13 +6,17 @@ import json
 
 import pytest
 
+from cli import connection
 from cli.main import main
 from services.gateway.tenants.key_file import parse, written_digest
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 
 
-def test_a_new_key_opens_with_the_entry_that_was_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_key_opens_with_the_entry_that_was_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(connection, "found_here", lambda: {1: "unix:///a", 2: "unix:///b"})  # of no matter here
     assert main(["keys", "new", "alice"]) == 0
     _, key, _, entry = capsys.readouterr().out.splitlines()
     [tenant] = parse(f'{{"keys": [{entry}]}}'.encode()).values()
@@ -31,6 +35,27 @@ def test_hash(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setattr("sys.stdin", io.StringIO("secret\n"))
     assert main(["keys", "hash"]) == 0
     assert capsys.readouterr().out == f"{written_digest('secret')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"), [("", "no key"), (" \n", "no key"), ("a\udcffb\n", "ASCII"), ("é", "ASCII")]
+)
+def test_no_hash_of_what_no_client_can_send(
+    typed: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert main(["keys", "hash"]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+
+
+def test_usage_of_which_one_is_asked_where_several_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(connection, "found_here", lambda: {1: "unix:///a", 2: "unix:///b"})
+    assert main(["keys", "usage"]) == 2
+    assert "--redis-url: more than one `millrace serve` runs here; name one: unix:///a" in capsys.readouterr().err
 
 
 def test_usage(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +224,12 @@ def test_what_a_killed_one_left_is_replaced(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "q" / UNFINISHED / "lock").touch()
     output = quantised(demo, tmp_path / "q", "wint8")
     assert not {path.name for path in output.iterdir()} & {UNFINISHED, "0.part"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_where_nothing_can_be_made_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--output: .*No such file.*/proc/q"), whole_directory(Path("/proc/q"), "a"):
+        pass
 
 
 def test_nobody_else_writes_meanwhile(tmp_path: Path) -> None:

@@ -186,4 +186,4 @@ async def test_what_cannot_be_asked(quarantine: Command, words: str) -> None:
 async def test_redis_does_not_do_its_part(quarantine: Command, redis: Redis, keys: Keys) -> None:
     await redis.set(keys.quarantine(ENCODE), b"not a stream")
     status, _, told = await quarantine("list")
-    assert (status, told.startswith("millrace quarantine: Redis does not answer: ")) == (2, True)
+    assert (status, told.startswith("millrace quarantine: Redis refuses: WRONGTYPE")) == (2, True)

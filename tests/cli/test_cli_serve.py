@@ -103,6 +103,7 @@ def test_a_service_that_dies_is_started_again(demo: System, service: str) -> Non
     demo.wait_for(f"millrace: {service:10} ready", after=len(before))
     demo.wait_until_ready()
     assert chat(demo).status_code == 200
+    assert demo.log.read_text().count("millrace: serving ") == 1
 
 
 def test_ctrl_c_twice_ends_it_at_once(model: list[str], tmp_path: Path) -> None:

@@ -100,6 +100,31 @@ def test_redis_that_does_not_answer(
     assert "Redis does not answer" in capsys.readouterr().err
 
 
+def test_redis_that_answers_an_error_is_not_said_to_be_away(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def misplaced(before: bool) -> None:
+        client = connect(redis_url)
+        await (client.set(Keys("odd").shards(), "x") if before else client.delete(Keys("odd").shards()))
+        await client.aclose()
+
+    asyncio.run(misplaced(True))
+    try:
+        assert main(["status", "--redis-url", redis_url, "--namespace", "odd"]) == 2
+        assert capsys.readouterr().err.startswith("millrace status: Redis refuses: WRONGTYPE")
+    finally:
+        asyncio.run(misplaced(False))
+
+
+def test_names_of_others_are_no_commands_to_the_terminal(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def join() -> None:
+        client = connect(redis_url)
+        await Lease(client, Keys("odd"), "engine", "e", HOUR_MS, "0.1", 0.0, {}).renew("ready\x1b[2J")
+        await client.aclose()
+
+    asyncio.run(join())
+    main(["status", "--redis-url", redis_url, "--namespace", "odd"])
+    assert "1 ready\ufffd[2J" in capsys.readouterr().out
+
+
 def test_flags_that_cannot_be_meant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,18 @@ def test_streams_and_redis() -> None:
     assert lines[-1].startswith("valkey 9.1.2, up 1.0 h  2.5 MB of 6.0 GB  24 blobs, 82 kB  207 commands/s")
 
 
+def test_words_of_others_are_neither_markup_nor_commands_to_the_terminal() -> None:
+    words = "[/bold][red]x[link=http://h]\x1b[2J\r\n"
+    replica = ReplicaView(words, words, words, 1, 1, {words: 1.0})
+    queue = QueueView("generate", 1, 1, 1.0, 1.0, (ConsumerView(words, 1, 1), ConsumerView(f"{words} dead", 1, 1)), 0)
+    stages = tuple(StageView(stage.service, (replica,), queue) for stage in VIEW.stages)
+    view = msgspec.structs.replace(VIEW, stages=stages, shards=(ShardView(0, 1, 0.2, words, 1),))
+    text = "\n".join(drawn(view, 1000))
+    assert text.count("[/bold][red]x[link=http://h]\ufffd[2J\ufffd\ufffd") >= 4 * 4 + 4 + 1
+    assert "\x1b" not in text
+    assert "\r" not in text
+
+
 def test_what_is_wrong_stands_on_top() -> None:
     lines = drawn(VIEW)
     assert lines[0].endswith("2 to look at")

@@ -1,12 +1,16 @@
 """The embedded Redis dies and comes back, with its data or without."""
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cli.redis_server import RedisServer
+from shared.errors import ConfigError
 
 
 @pytest.fixture
@@ -14,6 +18,23 @@ def directory() -> Iterator[Path]:
     """Short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="millrace-") as name:
         yield Path(name)
+
+
+def test_a_directory_that_cannot_be_made_is_named(directory: Path) -> None:
+    (directory / "file").touch()
+    server = RedisServer(directory / "file", unix_socket=directory / "s")
+    with pytest.raises(ConfigError, match=r"data cannot be made: .*/file"):
+        server.start()
+
+
+@pytest.mark.parametrize(("blocks", "said"), [(0, "it wrote no log; the disk of .* is full"), (1, "it wrote no log")])
+def test_one_that_ends_without_a_word_is_told_with_its_disk(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, said: str
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=blocks))
+    (directory / "redis.log").touch()
+    with pytest.raises(ConfigError, match=f"false ended with status 1: {said}$"):
+        RedisServer(directory, binary=shutil.which("false")).start()
 
 
 @pytest.mark.parametrize(("persistence", "left"), [(True, b"$1\r\n1\r\n"), (False, b"$-1\r\n")])

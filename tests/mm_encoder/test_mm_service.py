@@ -20,10 +20,11 @@ from media_files import picture, video_bytes, video_frames
 from oracle import Model
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError, ResponseError
 from torch import Tensor
 
 from cli.redis_server import RedisServer
+from services.mm_encoder import service as service_module
 from services.mm_encoder.__main__ import build
 from services.mm_encoder.decoding.decoders import Decoders
 from services.mm_encoder.handler import SERVICE
@@ -666,6 +667,24 @@ async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> No
     assert generate.request.id == "a"
     assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1, "the second waits for another replica"
     assert await bench.redis.xinfo_consumers(bench.keys.stream(ENCODE), "mm_encoder") == []
+
+
+async def test_a_redis_for_blobs_alone_is_asked_whether_it_evicts(
+    bench: Bench, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: asyncio.Future[Redis] = asyncio.get_running_loop().create_future()
+    failures = [ConnectionError("away")]
+
+    async def look(redis: Redis) -> None:
+        if failures:
+            raise failures.pop()
+        asked.set_result(redis)
+
+    monkeypatch.setattr(service_module, "check_eviction_of_blobs", look)
+    async with bench.running(blob_redis_url=redis_url):
+        client = await asyncio.wait_for(asked, PATIENCE_S)
+        assert client is not bench.redis
+        assert await client.ping()
 
 
 async def test_a_device_that_is_not_there_is_named(bench: Bench) -> None:

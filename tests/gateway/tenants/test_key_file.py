@@ -44,6 +44,10 @@ def test_an_entry_has_defaults() -> None:
         ([{"name": "a", "hashes": ["secret"]}], "hashes"),
         ([entry("a", "x"), entry("a", "y")], "the name a stands twice"),
         ([entry("a", "x"), entry("b", "x")], "stands twice"),
+        (
+            [{"name": "a", "hashes": [written_digest("b"), written_digest("")]}],
+            "empty key, which would let everybody in",
+        ),
         ([entry(f"k{n}") for n in range(1001)], "at most 1000"),
     ],
 )

@@ -1,4 +1,5 @@
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,27 @@ async def test_bytes_come_back(redis: Redis) -> None:
 )
 def test_malformed_url_is_a_config_error_that_keeps_the_password(url: str) -> None:
     with pytest.raises(ConfigError) as raised:
+        connect(url)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("redis://:secret@localhost/one", "a database's number"),
+        ("redis://:secret@localhost/1/2", "a database's number"),
+        ("redis://:secret@localhost/-1", "a database's number"),
+        ("redis+sentinel://:secret@localhost/main/one", "a database's number"),
+        ("redis://:sec/secret@localhost", "%2F"),
+        ("redis://:sec#secret@localhost", "%23"),
+        ("redis://:secret@localhost/0?decode_responses=1", "decode_responses"),
+        ("unix://:secret@/tmp/x.sock?protocol=3", "protocol"),
+        ("rediss://:secret@localhost?ssl_ca_certs=/no/such/ca.crt", "ssl_ca_certs: /no/such/ca.crt does not exist"),
+        ("rediss://:secret@localhost?ssl_cert_reqs=perhaps", "malformed"),
+    ],
+)
+def test_a_url_that_would_be_misread_is_a_config_error(url: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)) as raised:
         connect(url)
     assert "secret" not in str(raised.value)
 

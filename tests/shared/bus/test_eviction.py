@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
 from shared.bus.client import command, connect
-from shared.bus.eviction import check_eviction
+from shared.bus.eviction import check_eviction, check_eviction_of_blobs
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.pipeline_view import problems, read
 from shared.bus.records import Records
@@ -92,11 +92,27 @@ async def test_one_that_may_evict_a_part_is_warned_of(
     assert not any("evicts" in problem for problem in problems(await read(own_redis, Keys("test"))))
 
 
+@pytest.mark.parametrize("policy", ["noeviction", *VOLATILE, *ALL_KEYS])
+async def test_of_one_with_blobs_alone_uploads_are_what_can_be_lost(
+    own_redis: Redis, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await limited(own_redis, policy)
+    with caplog.at_level(logging.WARNING):
+        await check_eviction_of_blobs(own_redis)
+        await own_redis.config_set("maxmemory", 0)
+        await check_eviction_of_blobs(own_redis)
+    said = [record.message for record in caplog.records]
+    assert [f"maxmemory-policy {policy}" in line and "upload" in line for line in said] == (
+        [] if policy == "noeviction" else [True]
+    )
+
+
 async def test_a_user_that_may_not_ask_is_believed(own_server: RedisServer, own_redis: Redis) -> None:
     await limited(own_redis, "allkeys-lru")
     await command(own_redis, "ACL", "SETUSER", "shy", "on", "nopass", "~*", "+@all", "-info")
     shy = connect(f"unix://shy:x@{own_server.unix_socket}")
     await check_eviction(shy)
+    await check_eviction_of_blobs(shy)
     await shy.aclose()
 
 
