@@ -39,7 +39,7 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Open an image by reading its header only.
 
     Raises:
-        RequestError: the bytes are not an image, or it has more pixels than `max_pixels`.
+        RequestError: the bytes are not an image, it is truncated, or it has more pixels than `max_pixels`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -49,6 +49,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:  # Pillow's parsers raise anything on hostile bytes
         raise refuse(_why_not(data)) from error
+    if image.format in ("HEIF", "AVIF") and _is_cut(data):
+        raise refuse("The image is truncated.")
     if image.width * image.height > max_pixels:
         what = f"The image's {image.width} x {image.height} pixels"
         raise over_limit(what, "media_max_pixels", max_pixels)
@@ -94,6 +96,19 @@ def _why_not(data: bytes) -> str:
         if data.startswith(signature):
             return f"The header of this {name} image is broken, or says that it is of a kind that is not supported."
     return f"This is not an image in one of the formats {', '.join(FORMATS)}."
+
+
+def _is_cut(data: bytes) -> bool:
+    """Return True for a HEIF file that ends within its pixels: libheif shows the tiles that are not there green."""
+    place, kind = 0, b""
+    while place + 16 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16], "big")
+        if size < 8:  # up to the end, or no box
+            return False
+        place += size
+    return kind == b"mdat" and place > len(data)
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -158,6 +158,18 @@ def test_heic_is_read_and_turned_once() -> None:
     assert np.abs(np.subtract(shown["turned"], [blue, red, grey, green])).max() <= 2
 
 
+@pytest.mark.parametrize("missing", [1, 5000])
+def test_heic_that_ends_within_its_pixels_is_refused(missing: int) -> None:
+    """Of a photo in tiles, as phones take them, libheif shows those green that are not there."""
+    whole = (Path(__file__).parent / "heif" / "quadrants.heic").read_bytes()
+    place = whole.index(b"mdat") - 4
+    size = int.from_bytes(whole[place : place + 4], "big")
+    assert place + size == len(whole), "its last box"
+    open_image(whole, 10**6)
+    with pytest.raises(RequestError, match="truncated"):
+        open_image(whole[:place] + (size + missing).to_bytes(4, "big") + whole[place + 4 :], 10**6)
+
+
 def test_avif(tmp_path: Path) -> None:
     data = image_bytes(Image.fromarray(noise(56, 84)), "AVIF")
     rows, _ = judged(load_image(Image.open(io.BytesIO(data))))
