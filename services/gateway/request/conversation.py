@@ -173,6 +173,7 @@ class Message(msgspec.Struct, frozen=True):
     refusal: str | None = None
     prefix: bool | None = None  # of the last one: as `continue_final_message`, as DeepSeek's and Mistral's clients ask
     partial: bool | None = None  # the same, of Qwen's and Moonshot's
+    tools: Any = None  # SGLang: refused
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -192,6 +193,7 @@ class Tool(msgspec.Struct, frozen=True):
     parameters: dict[str, Any] | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
+    defer_loading: bool | None = None  # OpenAI, vLLM, SGLang: refused
 
     def __post_init__(self) -> None:
         """Bring the short forms into the long one."""

@@ -42,6 +42,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
     "return_tokens_as_token_ids": (False,),
     "vllm_xargs": ({},),
+    "watermarking": (False,),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "routed_experts_prompt_start": (0,),
+    "ec_transfer_params": (),
+    "stream_interval": (1,),
     # SGLang
     "stop_regex": ([], ""),
     "no_stop_trim": (False,),
@@ -50,8 +57,34 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "custom_logit_processor": (),
     "custom_params": ({},),
     "return_hidden_states": (False,),
-    # OpenAI and OpenRouter
+    "return_routed_experts": (False,),
+    "routed_experts_start_len": (0,),
+    "return_prompt_token_ids": (False,),
+    "return_meta_info": (False,),
+    "task": (),
+    "session_params": ({},),
+    "use_audio_in_video": (False,),
+    "images_config": ({},),
+    "input_ids": (),
+    "extra_key": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "min_dynamic_patch": (),
+    "max_dynamic_patch": (),
+    # LMDeploy
+    "do_preprocess": (True,),
+    "repetition_ngram_size": (0,),
+    "repetition_ngram_threshold": (0,),
+    "return_logprob": (False,),
+    "image_data": (),
+    # OpenAI, OpenRouter, Groq and xAI
     "verbosity": ("medium",),
+    "moderation": (),
+    "reasoning_format": ("parsed",),
+    "search_settings": (),
+    "search_parameters": (),
+    "preset": (),
     "models": ([],),
     "plugins": ([],),
     "transforms": ([],),
@@ -89,4 +122,6 @@ COMPLETION_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 NO_EFFECT = frozenset(
     {"store", "user", "service_tier", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"provider", "route", "usage", "session_id", "rid", "cache_prompt", "return_cached_tokens_details"}
+    | {"prompt_cache_options", "truncation_side", "return_token_offsets", "return_mm_kwargs", "ngram_corpus_id"}
+    | {"routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank"}
 )

@@ -8,7 +8,7 @@ import msgspec
 from services.gateway.request.conversation import MediaPart, Message, Tool
 from services.gateway.request.schemas import ChatRequest, GenerationRequest
 from services.gateway.request.unsupported import NEUTRAL_VALUES
-from shared.errors import invalid
+from shared.errors import RequestError, invalid
 from shared.model.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 << 10  # of one tool
@@ -36,7 +36,11 @@ def check_supported(request: msgspec.Struct, neutral_values: Mapping[str, tuple[
     for name, neutral in neutral_values.items():
         value = getattr(request, name)
         if value is not None and value not in neutral:
-            raise invalid(f"`{name}` is not supported by this server.", name, "unsupported_parameter")
+            raise _unsupported(name)
+
+
+def _unsupported(path: str) -> RequestError:
+    return invalid(f"`{path}` is not supported by this server.", path, "unsupported_parameter")
 
 
 def check_prompt_ids(ids: list[int], tokenizer: Tokenizer, path: str) -> None:
@@ -84,6 +88,8 @@ def check_messages(messages: list[Message]) -> None:
         _check_content(message, f"messages[{i}].content")
         if message.tool_calls and message.role != "assistant":
             raise invalid("Only an assistant's message has `tool_calls`.", f"messages[{i}].tool_calls")
+        if message.tools and message.role in ("system", "developer"):
+            raise _unsupported(f"messages[{i}].tools")
 
 
 def _check_content(message: Message, path: str) -> None:
@@ -100,13 +106,15 @@ def _check_content(message: Message, path: str) -> None:
 
 
 def check_tools(request: ChatRequest) -> None:
-    """Check the sizes of tool schemas.
+    """Check the sizes of tool schemas, and that the model may see all of them.
 
     Raises:
         RequestError: 400.
     """
     total = 0
     for i, tool in enumerate(request.tools or ()):
+        if tool.defer_loading:
+            raise _unsupported(f"tools[{i}].defer_loading")
         total += _check_tool(tool, f"tools[{i}].function.parameters")
     if total > MAX_TOOLS_BYTES:
         raise invalid(f"`tools` has {total} bytes of JSON; the limit is {MAX_TOOLS_BYTES}.", "tools")

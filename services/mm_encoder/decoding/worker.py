@@ -3,10 +3,11 @@
 Whatever a library raises about a file is a refusal of that file. If the process dies of a file instead, only it dies.
 """
 
+import contextlib
 import gc
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -59,10 +60,25 @@ def run(link: Link) -> None:
         assert not isinstance(task, Setup)
         try:
             limit_time(task.cpu_s)
-            link.send(to_encoder.encode(_answer(processor, task, received[1], setup.memory_bytes)))
+            with _silent_libraries():
+                reply = _answer(processor, task, received[1], setup.memory_bytes)
+            link.send(to_encoder.encode(reply))
         finally:
             for fd in received[1]:
                 os.close(fd)
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Drop what is written to stderr: libtiff has a line for every line of a broken fax, and Pillow its warnings."""
+    before = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _answer(processor: Processor, task: Task | SmallTask, fds: list[int], memory_bytes: int) -> Reply:

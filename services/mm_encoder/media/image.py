@@ -9,7 +9,7 @@ FastDeploy drops the transparency.
 import io
 
 import pi_heif
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from services.mm_encoder.media import grey
 from services.mm_encoder.media.jpeg import count_scans
@@ -18,14 +18,28 @@ from services.mm_encoder.media.refusal import over_limit, refuse
 # Formats people send. Pillow reads more, some through external programs or rarely used parsers.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
+# Pillow's own reader of uncompressed TIFF takes 16-bit samples in separate planes for 8-bit ones: silent noise.
+TiffImagePlugin.READ_LIBTIFF = bool(features.check("libtiff"))
 pi_heif.register_heif_opener()  # which applies the file's own turns and leaves EXIF nothing to turn
+
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+}
+_STRAIGHT = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA"}  # modes with alpha in another form
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Open an image by reading its header only.
 
     Raises:
-        RequestError: the bytes are not an image, or it has more pixels than `max_pixels`.
+        RequestError: the bytes are not an image, it is truncated, or it has more pixels than `max_pixels`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -34,7 +48,9 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's parsers raise anything on hostile bytes
-        raise refuse(f"This is not an image in one of the formats {', '.join(FORMATS)}.") from error
+        raise refuse(_why_not(data)) from error
+    if image.format in ("HEIF", "AVIF") and _is_cut(data):
+        raise refuse("The image is truncated.")
     if image.width * image.height > max_pixels:
         what = f"The image's {image.width} x {image.height} pixels"
         raise over_limit(what, "media_max_pixels", max_pixels)
@@ -58,7 +74,7 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        _turn_upright(image)
         if image.mode in grey.MODES:
             image = grey.eight_bits(image, getattr(image, "tag_v2", {}))
         opaque = _on_white(image)
@@ -66,7 +82,8 @@ def rgb_pixels(image: Image.Image) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as above
-        raise refuse("The image's data is truncated or broken.") from error
+        what = "The image's data is truncated or broken, or stored in a way that is not supported."
+        raise refuse(what) from error
 
 
 def resized(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -74,9 +91,41 @@ def resized(image: Image.Image, height: int, width: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def _why_not(data: bytes) -> str:
+    for signature, name in _SIGNATURES.items():
+        if data.startswith(signature):
+            return f"The header of this {name} image is broken, or says that it is of a kind that is not supported."
+    return f"This is not an image in one of the formats {', '.join(FORMATS)}."
+
+
+def _is_cut(data: bytes) -> bool:
+    """Return True for a HEIF file that ends within its pixels: libheif shows the tiles that are not there green."""
+    place, kind = 0, b""
+    while place + 16 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16], "big")
+        if size < 8:  # up to the end, or no box
+            return False
+        place += size
+    return kind == b"mdat" and place > len(data)
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turn a decoded image as its EXIF data says. Data that cannot be read turn nothing, as in viewers."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        pass
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         image = image.convert("RGBA")
+    elif image.mode in _STRAIGHT:
+        image = image.convert(_STRAIGHT[image.mode])
     if image.mode not in ("RGBA", "LA"):
         return image
     if image.getchannel("A").getextrema() == (255, 255):

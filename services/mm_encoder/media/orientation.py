@@ -8,13 +8,26 @@ often the first alone; it holds until another comes (H.264's display_orientation
 
 import struct
 
-from av.sidedata.sidedata import SideData
+from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 from PIL.Image import Transpose
 
 SIDEWAYS = frozenset((Transpose.ROTATE_90, Transpose.ROTATE_270, Transpose.TRANSPOSE, Transpose.TRANSVERSE))
+
+
+def _unnamed_kind(cls: type[Type], value: object) -> Type:
+    """Return a kind of side data that FFmpeg has and PyAV does not name, such as the views of a spatial video.
+
+    PyAV raises an error on a frame with such data, whichever kind it is asked for.
+    """
+    kind: Type = object.__new__(cls)
+    kind._name_, kind._value_ = f"UNNAMED_{value}", value  # type: ignore[assignment]
+    return kind
+
+
+Type._missing_ = classmethod(_unnamed_kind)  # type: ignore[method-assign, assignment]
 
 _MATRIX = struct.Struct("=9i")  # a b u, c d v, x y w: the pixel at (p, q) is shown at (ap + cq, bp + dq)
 

@@ -1,7 +1,8 @@
 """Video bytes to frames: facts from the container, then one sequential decode that keeps only wanted frames.
 
 The number of frames and their order come from the packets, not from the header. A wanted frame that cannot be decoded
-is replaced by the nearest one that can, at most `TOLERANCE` frames away, earlier ones first.
+is replaced by the nearest one that can, at most `TOLERANCE` frames away, earlier ones first. So is one that the decoder
+says has parts made up, unless all around it have. A video of which most frames have, as an encrypted one, is refused.
 """
 
 import gc
@@ -79,6 +80,11 @@ class DecodedFrame:
     frame: VideoFrame
     turn: Transpose | None
 
+    @property
+    def damaged(self) -> bool:
+        """True if the decoder says that parts of it are missing, and made up."""
+        return bool(self.frame.is_corrupt)
+
 
 def probe(data: bytes, limits: VideoLimits) -> VideoFacts:
     """Read the container without decoding.
@@ -105,19 +111,25 @@ def decode(
     """Yield, in no particular order, each wanted index once, with its frame or a neighbour.
 
     Raises:
-        RequestError: neither a wanted frame nor a neighbour decodes, or a limit is exceeded.
+        RequestError: neither a wanted frame nor a neighbour decodes, most frames are damaged, or a limit is exceeded.
     """
-    decoded: set[int] = set()
+    sound: set[int] = set()
+    damaged: set[int] = set()
     found: set[int] = set()
     last = max(wanted)
     for frame in _frames(data, facts, limits):
-        decoded.add(frame.index)
+        if frame.damaged:
+            damaged.add(frame.index)
+            continue
+        sound.add(frame.index)
         if frame.index in wanted and frame.index not in found:
             found.add(frame.index)
             yield frame.index, frame
         if frame.index >= last and len(found) == len(wanted):
             return
-    sources = {index: _neighbour(index, decoded) for index in set(wanted) - found}
+    sources = {index: _source(index, sound, damaged) for index in set(wanted) - found}
+    if len(damaged) > len(sound):  # the decoder does not notice all
+        raise refuse("Most of the video's frames are damaged: its data is broken or encrypted.")
     yield from _replaced(data, facts, sources, limits)
 
 
@@ -135,11 +147,13 @@ def _replaced(
         raise refuse("The video's frames cannot be decoded.")
 
 
-def _neighbour(index: int, decoded: set[int]) -> int:
-    for distance in range(1, TOLERANCE + 1):
-        for candidate in (index - distance, index + distance):
-            if candidate in decoded:
-                return candidate
+def _source(index: int, sound: set[int], damaged: set[int]) -> int:
+    """Return the frame to show for one that was not decoded whole: a whole one, else itself, else a damaged one."""
+    for decoded in (sound, damaged):
+        for distance in range(TOLERANCE + 1):
+            for candidate in (index - distance, index + distance):
+                if candidate in decoded:
+                    return candidate
     raise refuse(f"The video's frame {index} and its {TOLERANCE} neighbours on either side cannot be decoded.")
 
 

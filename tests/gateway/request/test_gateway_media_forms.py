@@ -59,6 +59,20 @@ def test_a_video(parser: WholeParser, part: dict[str, Any], field: str) -> None:
     assert (item.kind, item.data, item.param) == ("video", MP4, f"messages[0].content[0].{field}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("image", b"II+\0\x08\0\0\0" + bytes(8)),  # BigTIFF, of either order of bytes
+        ("image", b"MM\0+\0\x08\0\0" + bytes(8)),
+        ("video", 2 * (b"\x47\x40" + bytes(186))),
+        ("video", 2 * (bytes(4) + b"\x47\x40" + bytes(186))),  # .mts of a camera: four bytes of time before each packet
+    ],
+)
+def test_a_file_of_no_type_is_what_its_bytes_say(parser: WholeParser, kind: str, data: bytes) -> None:
+    item = media(parser, {"type": "file", "file": {"file_data": base64.b64encode(data).decode()}})
+    assert (item.kind, item.data) == (kind, data)
+
+
 OPTIONS = {"fps": 1, "min_frames": 2, "max_frames": 9, "frames_sample": "middle"}
 SAMPLED = VideoOptions(fps=1, min_frames=2, max_frames=9, frames_sample="middle")
 

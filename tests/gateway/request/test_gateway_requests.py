@@ -201,6 +201,14 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"guided_regex": "a" * 140_000}, 400, "guided_regex", "the limit is 131072"),
     ({"prompt_token_ids": [1]}, 400, "prompt_token_ids", "not supported"),
     ({"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
+    ({"reasoning_format": "raw"}, 400, "reasoning_format", "not supported"),
+    ({"tools": [{"function": {"name": "f"}, "defer_loading": True}]}, 400, "tools[0].defer_loading", "not supported"),
+    (
+        {"messages": [{"role": "system", "content": "x", "tools": [{"function": {"name": "f"}}]}, *HI]},
+        400,
+        "messages[0].tools",
+        "not supported",
+    ),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "messages", "2048"),
 ]
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from machine import PATIENCE_S
 from media_bombs import canvas_gif, scans_jpeg, wide_png
-from media_files import patches_of, picture, video_bytes, video_frames
+from media_files import image_bytes, patches_of, picture, video_bytes, video_frames
+from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from services.mm_encoder.decoding import decoders as pool
@@ -169,6 +170,17 @@ async def test_an_unforeseen_error_is_a_refusal_that_does_not_tell_it(tmp_path: 
         failure = await refusal(decoders, b"raise")
     assert failure.status == 400
     assert "secret" not in failure.message
+
+
+async def test_what_libraries_print_about_a_file_is_not_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    """libtiff has a line for every line of a fax that it cannot read, and Pillow warns of what a TIFF lacks."""
+    fax = bytearray(image_bytes(Image.new("1", (2000, 500)), "TIFF", compression="group3"))
+    fax[100:-100] = bytes(range(1, 201)) * ((len(fax) - 200) // 200) + bytes((len(fax) - 200) % 200)
+    async with running() as decoders:
+        with suppress(RequestError):
+            await decode(decoders, bytes(fax))
+        await decode(decoders, picture(30, 30))
+    assert capfd.readouterr().err == ""
 
 
 async def test_a_file_that_computes_for_too_long_is_refused_by_the_limit(

@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
-from media_files import noise, video_bytes
-from PIL import Image
+from media_files import image_bytes, noise, video_bytes
+from PIL import Image, ImageOps
 from test_video import LIMITS, SMALL, process
 
 from services.mm_encoder.media.orientation import transposition, upright
@@ -115,3 +115,34 @@ def test_the_turned_sides_count_where_they_differ() -> None:
     assert turned.grid == expected.grid
     assert np.array_equal(turned.rows, expected.rows)
     assert turned.grid[1] * turned.grid[2] * 196 <= SMALL.video_max_pixels
+
+
+def motion_jpeg(pictures: list[bytes]) -> bytes:
+    """Return an AVI of JPEG files, as cameras write it."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="avi") as file:
+        stream = file.add_stream("mjpeg", rate=10)
+        stream.width, stream.height = Image.open(io.BytesIO(pictures[0])).size
+        stream.pix_fmt = "yuvj420p"
+        for index, picture in enumerate(pictures):
+            packet = av.Packet(picture)
+            packet.stream, packet.pts, packet.dts = stream, index, index
+            file.mux(packet)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6])
+def test_frames_with_data_that_pyav_does_not_name_are_read(orientation: int) -> None:
+    """FFmpeg keeps a frame's EXIF data beside it, its orientation as a matrix; and so a spatial video's views."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "maker"
+    picture = Image.fromarray(np.kron([[40, 80], [160, 220]], np.ones((24, 32))).astype(np.uint8)).convert("RGB")
+    data = motion_jpeg([image_bytes(picture, "JPEG", exif=exif, quality=95)] * 2)
+    with av.open(io.BytesIO(data)) as file:
+        kinds = [each.type.name for each in next(file.decode(video=0)).side_data]
+    assert any(name.startswith("UNNAMED") for name in kinds), "PyAV names it now: the hook in orientation.py can go"
+    shown = dict(decode(data, probe(data, LIMITS), {0, 1}, LIMITS))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(image_bytes(picture, "JPEG", exif=exif, quality=95))))
+    for each in shown.values():
+        image = upright(each.frame, each.turn, VideoReformatter())
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 4

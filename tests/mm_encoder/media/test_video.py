@@ -1,6 +1,7 @@
 """Real videos, decoded: the right frames, painted, within limits; and the broken ones refused."""
 
 import io
+import random
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -233,6 +234,33 @@ def test_a_replaced_frame_shows_its_own_time() -> None:
 def test_too_many_undecodable_frames_are_refused() -> None:
     with pytest.raises(RequestError, match="frame 20 and its 10 neighbours"):
         process(_damaged(40, range(8, 34)), target_frames=2, min_frames=1)
+
+
+def _garbled(broken: range) -> bytes:
+    """Return a video of which some frames are noise behind their headers: the decoder makes up what it cannot read."""
+    y, x = np.mgrid[:96, :128]
+    frames = [np.stack([x + 3 * i, 2 * y + i, x + y], axis=-1).astype(np.uint8) for i in range(30)]
+    data = bytearray(video_bytes(frames, codec_options={"x264-params": "keyint=10:bframes=0"}))
+    with av.open(io.BytesIO(bytes(data))) as file:
+        places = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    draw = random.Random(1)
+    for start, size in (places[index] for index in broken):
+        data[start + 40 : start + size] = draw.randbytes(max(0, size - 40))
+    return bytes(data)
+
+
+def test_a_damaged_frame_is_replaced_by_a_whole_neighbour() -> None:
+    data = _garbled(range(5, 6))
+    with av.open(io.BytesIO(data)) as file:
+        assert [frame.pts for frame in file.decode(video=0) if frame.is_corrupt], "nothing to replace"
+    every = process(data, target_frames=30)[1]
+    below_the_time = every.rows.reshape(30, -1, every.rows.shape[1])[:, -8:]
+    assert np.array_equal(below_the_time[5], below_the_time[4])
+
+
+def test_a_video_of_damaged_frames_is_refused() -> None:
+    with pytest.raises(RequestError, match="damaged: its data is broken or encrypted"):
+        process(_garbled(range(30)))
 
 
 def _cut(part: float, container: str, codec: str, **options: str) -> bytes:
