@@ -35,7 +35,8 @@ from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.ownership import Ended
 from shared.bus.records import Records
-from shared.bus.streams import Delivery, WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.messages import Begin, Finish, Generate, Output, Request, Sampling, Share, TokenRun, Tokens
 from shared.model.tokenizer import Tokenizer
 

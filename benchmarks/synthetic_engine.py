@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.ownership import EntryOwnership
-from shared.bus.streams import LogWriter, WorkStream
+from shared.bus.streams import LogWriter
+from shared.bus.work_stream import WorkStream
 from shared.messages import Begin, Finish, Generate, TokenRun, Tokens, unpack_ids
 
 REPORT_TOKENS = 8192

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+GUIDES = sorted(ROOT.glob("services/*/__init__.py"))  # what to read first of a service
 NAMED = re.compile(r"`([\w/-]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 MUST_NAME_CODE = ("README.md", "CONTRIBUTING.md", "glossary.md", "life-of-a-crash.md")
@@ -42,7 +43,9 @@ def missing(text: str, root: Path = ROOT) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, *GUIDES], ids=lambda path: path.name.replace("__init__", path.parent.name)
+)
 def test_the_code_that_a_document_names_is_there(document: Path) -> None:
     text = document.read_text()
     assert missing(text) == []

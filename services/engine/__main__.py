@@ -50,7 +50,7 @@ from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.records import Records
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.card_page import CardPage, OwnPage
 from shared.cpu_share import compute_threads, torch_threads
 from shared.errors import CheckpointError, ConfigError

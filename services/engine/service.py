@@ -6,7 +6,6 @@ drain    read nothing new; requests in flight run to their end
 close    stop computing: other engines claim what is left as soon as our lease is released
 """
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -18,6 +17,7 @@ from services.engine.loop.thread import ModelThread
 from services.engine.metrics import EngineMetrics
 from services.engine.transport.handler import GenerateHandler
 from services.engine.transport.outbox import Outbox
+from shared.bus.consumer_loops import ConsumerLoops
 from shared.segments import Reader
 from shared.watchdog import Watchdog
 
@@ -57,7 +57,7 @@ class EngineService(Generic[T]):
         self._metrics = metrics
         self._capacity = capacity
         self._own_clients = own_clients
-        self._background: asyncio.Task[None] | None = None
+        self._loops = ConsumerLoops(handler.consumer)
 
     async def startup(self) -> None:
         self._outbox.open()
@@ -65,32 +65,21 @@ class EngineService(Generic[T]):
         await self._thread.start()
         if self._watchdog is not None:
             self._watchdog.start()
-        await self._consumer.join()
-        self._background = asyncio.create_task(self._run_background(), name="engine background")
+        await self._loops.start(self._outbox.run, self._handler.admit, self._handler.expire, self._thread.watch)
 
     async def serve(self) -> None:
-        """Read work until cancelled. Requests in flight then go on; `drain` waits for them."""
-        self._consumer.start_reading()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._consumer.read_entries())
-            tasks.create_task(self._watch())
+        await self._loops.serve()
 
     async def drain(self) -> None:
-        self._consumer.stop_reading()
-        async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self._watch())
-            await self._consumer.wait_until_empty()
-            watch.cancel()
+        await self._loops.drain()
 
     async def close(self) -> None:
         self._mailbox.close()
         self._outbox.close()
-        if self._background is not None:
+        if self._loops.started:
             with contextlib.suppress(Exception):  # `serve` or `drain` has raised it
                 await self._thread.watch()
-            self._background.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._background
+            await self._loops.stop()
             await self._consumer.leave()
         if self._watchdog is not None:
             self._watchdog.stop()
@@ -103,18 +92,3 @@ class EngineService(Generic[T]):
         self._metrics.update_waiting(len(self._consumer))
         in_flight = {"held": float(len(self._consumer)), "capacity": float(self._capacity)}
         return in_flight | self._metrics.load()
-
-    async def _watch(self) -> None:
-        """Raise the exception that ended the background tasks."""
-        assert self._background is not None
-        await asyncio.shield(self._background)
-
-    async def _run_background(self) -> None:
-        """Run the loops that go on while the service drains."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._outbox.run())
-            tasks.create_task(self._handler.admit())
-            tasks.create_task(self._consumer.claim_entries())
-            tasks.create_task(self._consumer.listen_control())
-            tasks.create_task(self._handler.expire())
-            tasks.create_task(self._thread.watch())

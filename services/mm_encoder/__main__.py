@@ -40,7 +40,7 @@ from shared.bus.client import connect_blobs
 from shared.bus.keys import ENCODE, Keys
 from shared.bus.leases import live
 from shared.bus.records import Records
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.card_page import CardPages
 from shared.cpu_share import compute_threads, torch_threads, usable_cores
 from shared.errors import ConfigError

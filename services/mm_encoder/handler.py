@@ -40,7 +40,8 @@ from shared.bus.keys import Keys
 from shared.bus.ownership import DELTAS_LENGTH, Poison
 from shared.bus.records import CONTROL_LENGTH, Record, Records, UnreadableRecord
 from shared.bus.retry import retry_until_available
-from shared.bus.streams import Delivery, WorkStream, reply, send
+from shared.bus.streams import reply, send
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.crash_points import crash_point
 from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger

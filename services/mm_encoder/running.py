@@ -7,7 +7,7 @@ from typing import Literal
 
 from shared.bus.keys import ENCODE
 from shared.bus.ownership import ForwardOutcome, Poison
-from shared.bus.streams import Delivery
+from shared.bus.work_stream import Delivery
 from shared.errors import Failure, ProtocolError
 from shared.messages import Encode
 

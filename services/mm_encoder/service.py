@@ -7,7 +7,6 @@ close    cancel those that are left: other replicas claim their entries as soon 
 """
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,6 +18,7 @@ from services.mm_encoder.prepare import Preparer
 from services.mm_encoder.store.cache import Embeds
 from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.vision.batcher import Batcher
+from shared.bus.consumer_loops import ConsumerLoops
 from shared.bus.eviction import check_eviction_of_blobs
 from shared.bus.retry import retry_until_available
 
@@ -54,35 +54,25 @@ class MmEncoder:
         self._capacity = capacity
         self._sweep_every_s = sweep_every_s
         self._own_clients = own_clients
-        self._background: asyncio.Task[None] | None = None
+        self._loops = ConsumerLoops(handler.consumer)
 
     async def startup(self) -> None:
         self._batcher.start()
         self._preparer.start()
         await retry_until_available("release locks", self._encode_locks.release_own)
-        await self._consumer.join()
-        self._background = asyncio.create_task(self._run_background(), name="mm_encoder background")
+        handler = self._handler
+        own = (self._sweep, self._sweep_segments, self._check_eviction, handler.watch, handler.helper.run)
+        await self._loops.start(*own)
 
     async def serve(self) -> None:
-        """Read work until cancelled. Requests in flight then go on; `drain` waits for them."""
-        self._consumer.start_reading()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._consumer.read_entries())
-            tasks.create_task(self._watch())
+        await self._loops.serve()
 
     async def drain(self) -> None:
-        self._consumer.stop_reading()
-        async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self._watch())
-            await self._consumer.wait_until_empty()
-            watch.cancel()
+        await self._loops.drain()
 
     async def close(self) -> None:
         await self._handler.close()
-        if self._background is not None:
-            self._background.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):  # `serve` or `drain` has raised it
-                await self._background
+        await self._loops.stop()
         await self._preparer.close()
         await self._batcher.close()
         await self._consumer.leave()
@@ -92,23 +82,9 @@ class MmEncoder:
     def load(self) -> dict[str, float]:
         return {"running": len(self._consumer), "limit": self._capacity, **self._metrics.load()}
 
-    async def _watch(self) -> None:
-        """Raise the exception that ended the background tasks."""
-        assert self._background is not None
-        await asyncio.shield(self._background)
-
-    async def _run_background(self) -> None:
-        """Run the loops that go on while the service drains."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._consumer.claim_entries())
-            tasks.create_task(self._consumer.listen_control())
-            tasks.create_task(self._sweep())
-            tasks.create_task(self._sweep_segments())
-            tasks.create_task(self._handler.watch())
-            tasks.create_task(self._handler.helper.run())
-            for client in self._own_clients:  # a Redis for blobs, which may be away
-                asked = retry_until_available("eviction of blobs", partial(check_eviction_of_blobs, client))
-                tasks.create_task(asked)
+    async def _check_eviction(self) -> None:
+        for client in self._own_clients:  # a Redis for blobs, which may be away
+            await retry_until_available("eviction of blobs", partial(check_eviction_of_blobs, client))
 
     async def _sweep(self) -> None:
         while True:

@@ -17,7 +17,8 @@ from redis.exceptions import RedisError
 from shared.bus.keys import Keys
 from shared.bus.ownership import Ended, Poison
 from shared.bus.retry import retry_until_available
-from shared.bus.streams import Delivery, LogReader, WorkStream
+from shared.bus.streams import LogReader
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.crash_points import crash_point
 from shared.log import logger
 from shared.messages import Cancel, Message

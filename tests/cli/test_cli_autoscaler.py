@@ -29,7 +29,7 @@ from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.pipeline_view import PipelineView, read
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.errors import ConfigError
 from shared.message_codec import to_entry
 from shared.messages import Generate, Output, Request, Sampling

@@ -14,7 +14,7 @@ from machine import PATIENCE_S
 from system import System
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-BODIES = int(os.environ.get("FUZZ_BODIES", "300"))
+BODIES = int(os.environ.get("FUZZ_BODIES", "150"))
 CONNECTIONS = 8
 TIMEOUT_S = 120  # of one request, the server's
 

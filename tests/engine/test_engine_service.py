@@ -27,7 +27,8 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.ownership import MOST_RETURNS, EntryOwnership
 from shared.bus.records import Records
-from shared.bus.streams import Delivery, WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.errors import ConfigError, Failure
 from shared.message_codec import from_entry
 from shared.messages import Cancel, Encode, Finish, Generate, Media, MediaSpan, TokenLogprob, TokenRun, Tokens, pack_ids

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from shared.bus.client import connect
 from shared.bus.keys import GENERATE, Keys
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.message_codec import to_entry
 from shared.messages import Generate, Output, Request, Sampling
 

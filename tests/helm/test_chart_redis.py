@@ -24,7 +24,8 @@ from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease, Shards, live
 from shared.bus.records import Records
-from shared.bus.streams import LogReader, WorkStream, send
+from shared.bus.streams import LogReader, send
+from shared.bus.work_stream import WorkStream
 from shared.messages import Cancel
 
 SERVICE_KEYS = ("gateway", "mm-encoder", "engine", "postproc")

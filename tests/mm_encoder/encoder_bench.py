@@ -23,7 +23,8 @@ from shared.bus.client import MAX_BLOCK_MS
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
-from shared.bus.streams import Delivery, LogReader, WorkStream
+from shared.bus.streams import LogReader
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.errors import Failure
 from shared.message_codec import from_entry
 from shared.messages import (

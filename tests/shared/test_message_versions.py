@@ -16,11 +16,12 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
 from shared import message_codec, message_versions, service
-from shared.bus import leases, streams
+from shared.bus import leases, work_stream
 from shared.bus.keys import ENCODE, GENERATE, NEWER, Keys
 from shared.bus.records import Record, Records
-from shared.bus.streams import LogReader, WorkStream, send
+from shared.bus.streams import LogReader, send
 from shared.bus.translation import holds_newer, translate_entries, translate_records
+from shared.bus.work_stream import WorkStream
 from shared.config import CommonSettings
 from shared.errors import NewerVersionError, ProtocolError
 from shared.message_codec import from_entry, from_record_value, record_version, to_entry, to_record_value
@@ -51,7 +52,7 @@ def two_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteVersion]:
     writes = WriteVersion()
     table = {2: Translation(_renamed("layout", "form"), _renamed("form", "layout"))}
     monkeypatch.setattr(message_versions, "TRANSLATIONS", table)
-    for module in (message_versions, message_codec, leases, streams, service):
+    for module in (message_versions, message_codec, leases, work_stream, service):
         monkeypatch.setattr(module, "VERSION", 2)
         monkeypatch.setattr(module, "WRITES", writes)
     return writes

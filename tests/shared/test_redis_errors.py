@@ -19,7 +19,7 @@ from shared.bus import retry
 from shared.bus.client import command, connect
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.retry import retry_until_available
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.redis_errors import ACTIONS, Action, SignInError, action_for, code_of
 
 pytestmark = pytest.mark.system

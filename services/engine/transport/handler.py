@@ -30,7 +30,7 @@ from shared.bus.keys import Keys
 from shared.bus.ownership import Poison
 from shared.bus.records import Record, Records, UnreadableRecord
 from shared.bus.retry import retry_until_available
-from shared.bus.streams import Delivery, WorkStream
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.crash_points import crash_point
 from shared.errors import Failure, RequestError, internal, unreadable
 from shared.log import logger

@@ -6,7 +6,7 @@ from services.engine.loop.step_output import End
 from services.engine.schedule.timeline import Timeline
 from shared.bus.blobs import upload_keys
 from shared.bus.ownership import Poison
-from shared.bus.streams import Delivery
+from shared.bus.work_stream import Delivery
 from shared.errors import ProtocolError
 from shared.messages import Generate
 

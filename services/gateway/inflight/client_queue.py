@@ -82,7 +82,10 @@ class ClientQueue:
         self._pending.append((index, delta))
 
     def pass_on(self, last: bool) -> None:
-        """Pass on what is there: to the client at once if that needs no waiting, else, as the last, to its task."""
+        """Pass on what is there: to the client at once if that needs no waiting, else to its task.
+
+        `last`: the answer ends with it, and the task writes the end.
+        """
         if self._writer is not None and not last:
             try:
                 if self._writer.write_now(self._pending):

@@ -114,7 +114,7 @@ def draw_pool(count: int, hidden: int, width: int, bits: int, dtype: torch.dtype
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("rows", [1, 5, 17])
 def test_qkv(rows: int, bits: int, dtype: torch.dtype, ops: Ops) -> None:

@@ -15,7 +15,8 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.ownership import EntryOwnership
 from shared.bus.records import Records
-from shared.bus.streams import WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import WorkStream
 from shared.errors import Failure
 from shared.messages import Encode, Encoded, Finish, Media, MediaSpan
 from shared.segments import Segments, is_marked, reader_path

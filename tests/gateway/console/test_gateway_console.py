@@ -23,7 +23,8 @@ from shared.bus.leases import Fence, Lease
 from shared.bus.ownership import EntryOwnership
 from shared.bus.pipeline_view import PipelineView, problems, read
 from shared.bus.records import Records
-from shared.bus.streams import WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import WorkStream
 from shared.message_codec import to_entry
 from shared.messages import (
     Begin,

@@ -9,7 +9,7 @@ from services.gateway.inflight.backlog import FRESH_S, Backlog
 from services.gateway.inflight.pace import LEAST_ENDED, WINDOW_S, Pace
 from services.gateway.metrics import GatewayMetrics
 from shared.bus.keys import GENERATE, Keys
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.errors import RequestError
 from shared.messages import BATCH_PRIORITY, Share
 

@@ -14,7 +14,8 @@ from shared.bus import retry
 from shared.bus.consumer import Consumer
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.ownership import Poison
-from shared.bus.streams import Delivery, WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import Delivery, WorkStream
 from shared.messages import Cancel, Encoded, Generate, Message, Output, Request, Sampling
 
 CLAIM_EVERY_S = 0.01

@@ -7,7 +7,8 @@ from redis.asyncio import Redis
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.ownership import MOST_RETURNS, EntryOwnership, Poison
 from shared.bus.records import Records
-from shared.bus.streams import WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import WorkStream
 from shared.errors import Failure, unreadable
 from shared.message_codec import from_entry
 from shared.messages import (

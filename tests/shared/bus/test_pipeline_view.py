@@ -15,7 +15,7 @@ from shared.bus.client import command, connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease, Shards
 from shared.bus.pipeline_view import FULL, LONG_WAIT_S, BatchesView, BlobsView, PipelineView, RedisView, problems, read
-from shared.bus.streams import WorkStream
+from shared.bus.work_stream import WorkStream
 from shared.message_codec import to_entry
 from shared.messages import Generate, Output, Request, Sampling
 

@@ -7,7 +7,8 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Fence
 from shared.bus.ownership import Ended
 from shared.bus.records import Record, Records, Submission, UnreadableRecord
-from shared.bus.streams import WorkStream, send
+from shared.bus.streams import send
+from shared.bus.work_stream import WorkStream
 from shared.errors import FencedError, ProtocolError
 from shared.message_codec import from_entry, to_record_value
 from shared.messages import (

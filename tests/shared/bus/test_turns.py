@@ -11,7 +11,7 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.ownership import Ended
 from shared.bus.pipeline_view import read
 from shared.bus.records import Records
-from shared.bus.streams import TURNS_PAGE, Delivery, WorkStream
+from shared.bus.work_stream import TURNS_PAGE, Delivery, WorkStream
 from shared.messages import BATCH_PRIORITY, Encode, Generate, Media, Output, Request, Sampling, Share
 
 A, B = Share("a"), Share("b")
