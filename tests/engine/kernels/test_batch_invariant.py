@@ -114,8 +114,9 @@ def test_attention_however_a_prompt_is_cut(page: int) -> None:
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
         contexts = torch.tensor([*beside, last], dtype=torch.int32, device=DEVICE)
         table = torch.cat([tables[1 : 1 + len(beside)], tables[:1]])
+        most, longest = max(counts), max((last, *beside))
         out = OPS.paged_attention(
-            rows, keys, values, table, starts, contexts, max(counts), max((last, *beside)), DIM**-0.5, (), None
+            rows, keys, values, table, starts, contexts, most, longest, DIM**-0.5, (), None, False
         )
         return out[-(last - first) :]
 

@@ -478,8 +478,8 @@ def test_those_that_decode_beside_a_chunk(sequences: int, dtype: torch.dtype) ->
     expected = [REFERENCE.paged_attention(*arguments) for arguments in (chunk, decodes)]
     for _ in range(20 if DEVICE == "cuda" else 1):
         results = [torch.full_like(one, float("nan")) for one in expected]
-        OPS.paged_attention(*chunk, results[0])
-        OPS.paged_attention(*decodes, results[1], True)
+        for arguments in ((*chunk, results[0]), (*decodes, results[1], True)):
+            OPS.paged_attention(*arguments)
         for result, wanted in zip(results, expected, strict=True):
             close(result + 0, wanted)
 
