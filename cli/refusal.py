@@ -7,10 +7,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from shared.bus.keys import Keys
+from shared.redis_errors import Action, action_for
 
 
 async def refusal(redis: Redis, keys: Keys) -> str:
-    """Return what it says to a write, which changes nothing; "" if it takes it.
+    """Return what it says to a write, which changes nothing; "" if it takes it, or says what no waiting ends.
 
     Raises:
         ConnectionError, TimeoutError: it does not answer.
@@ -20,7 +21,7 @@ async def refusal(redis: Redis, keys: Keys) -> str:
     except (ConnectionError, TimeoutError):
         raise
     except RedisError as error:
-        return str(error)
+        return "" if action_for(error) is Action.END else str(error)
     return ""
 
 
@@ -46,6 +47,5 @@ class Refusals:
 
     def explain(self) -> list[str]:
         """Return the lines that say, at an end, why requests were not answered."""
-        return (
-            [f"requests could not be ended, as redis took no writes: {self.reason}{self._where}"] if self.reason else []
-        )
+        why = f"requests could not be ended, as redis took no writes: {self.reason}{self._where}"
+        return [why] if self.reason else []

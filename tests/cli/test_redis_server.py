@@ -20,11 +20,22 @@ def directory() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_a_directory_that_cannot_be_made_is_named(directory: Path) -> None:
+def test_a_directory_that_cannot_be_used_is_named(directory: Path) -> None:
     (directory / "file").touch()
     server = RedisServer(directory / "file", unix_socket=directory / "s")
-    with pytest.raises(ConfigError, match=r"data cannot be made: .*/file"):
+    with pytest.raises(ConfigError, match=r"data cannot be used: .*/file"):
         server.start()
+
+
+def test_kept_data_have_one_server_at_a_time(directory: Path) -> None:
+    with RedisServer(directory, persistence=True) as server:
+        other = RedisServer(directory, unix_socket=directory / "b.sock", persistence=True)
+        with pytest.raises(ConfigError, match="in use by another"):
+            other.start()
+        assert server.command("SET a 1") == b"+OK\r\n"
+        server.kill()
+        with other:
+            assert other.command("GET a") == b"$1\r\n1\r\n"
 
 
 @pytest.mark.parametrize(("blocks", "said"), [(0, "it wrote no log; the disk of .* is full"), (1, "it wrote no log")])
@@ -34,7 +45,7 @@ def test_one_that_ends_without_a_word_is_told_with_its_disk(
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=blocks))
     (directory / "redis.log").touch()
     with pytest.raises(ConfigError, match=f"false ended with status 1: {said}$"):
-        RedisServer(directory, binary=shutil.which("false")).start()
+        RedisServer(directory, binary=shutil.which("false"), persistence=True).start()
 
 
 @pytest.mark.parametrize(("persistence", "left"), [(True, b"$1\r\n1\r\n"), (False, b"$-1\r\n")])
