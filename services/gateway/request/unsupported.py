@@ -61,7 +61,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "routed_experts_start_len": (0,),
     "return_prompt_token_ids": (False,),
     "return_meta_info": (False,),
-    "task": (),
     "session_params": ({},),
     "use_audio_in_video": (False,),
     "images_config": ({},),

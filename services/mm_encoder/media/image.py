@@ -92,6 +92,7 @@ def resized(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _why_not(data: bytes) -> str:
+    """Return why bytes could not be opened, in terms of the format that they claim to have."""
     for signature, name in _SIGNATURES.items():
         if data.startswith(signature):
             return f"The header of this {name} image is broken, or says that it is of a kind that is not supported."
