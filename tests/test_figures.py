@@ -10,6 +10,7 @@ PIPELINE = (ROOT / "docs" / "pipeline-performance.md").read_text()
 ENGINE = (ROOT / "docs" / "engine-performance.md").read_text()
 H200 = json.loads((ROOT / "benchmarks" / "results" / "engine-h200.json").read_text())
 ENCODER = json.loads((ROOT / "benchmarks" / "results" / "encoder-h200.json").read_text())
+GPU_VIRTUAL = json.loads((ROOT / "benchmarks" / "results" / "virtual-load-h200.json").read_text())
 VIRTUAL = json.loads((ROOT / "benchmarks" / "results" / "virtual-load.json").read_text())
 MIXED = json.loads((ROOT / "benchmarks" / "results" / "mixed-steps-h200.json").read_text())
 
@@ -85,3 +86,10 @@ def test_gaps_in_virtual_time_are_what_the_simulation_found() -> None:
         ways = [VIRTUAL[way][load] for way in ("full", "bound")]
         for cell, key, place in zip(cells[1:5], ("gap", "gap", "gap", "ttft"), (0, 1, 2, 0), strict=True):
             assert cell == " / ".join(f"{way[key][place]:,.0f}" for way in ways), (name, key, place)
+
+
+def test_a_gpus_gaps_in_virtual_time_are_what_the_simulation_found() -> None:
+    for way, bound in (("bound", "25"), ("bound to 60", "60"), ("full", "0")):
+        cells, found = row(ENGINE, bound, "## As it is served"), GPU_VIRTUAL[way]["8/s"]
+        assert cells[1] == " / ".join(f"{value:.1f}" for value in found["gap"][:3]), bound
+        assert cells[2] == " / ".join(f"{value:.0f}" for value in found["ttft"]), bound
