@@ -140,7 +140,7 @@ class SharedPace(Pace):
 
     def sends_whole(self, operations: float) -> bool:
         most = 1 if self._is_waited_for() else GRAPH_PIECES
-        return not self._pages or operations <= most * self._piece
+        return not self._pages or self._spent + operations <= most * self._piece
 
     def spend(self, operations: float) -> None:
         if not self._pages:
