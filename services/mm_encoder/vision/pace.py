@@ -7,6 +7,10 @@ sequences wait for, and the engine plans for these (BESIDE_ENCODER in services/e
 they are of 2 ms and of one encoder: a second one on the GPU sends as many. With none at all the tower would starve.
 Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
 
+What counts is the time of what was sent, and not in how many pieces or batches: a batch of small pictures may be less
+than a piece, and several of them fit in a step. A pass that would be a graph cannot be held up half way, so it is
+launched one operation at a time while sequences wait for tokens, unless it is no more than a piece.
+
 Cuts change no bit: the same operations on the same rows are launched, with waits between them. A pass that would be a
 graph, which is padded, may round otherwise when it is cut, as it does in other company.
 """
@@ -31,7 +35,7 @@ SLOWEST = 2e13  # operations a second; the first pieces show how many more a GPU
 # that does not begin at a multiple of 16.
 ALIGNED_TILES = 4
 ATTENTION_COST = 1.7  # times as long as a product takes for an operation: 419 and 705 TFLOP/s of 1080p on an H200
-GRAPH_PIECES = 4  # a graph of so many is one piece: launched one by one its operations take the host longer
+GRAPH_PIECES = 4  # the longest graph while nobody waits: launched one by one its operations take the host longer
 
 
 class Mark(Protocol):
@@ -110,14 +114,14 @@ class SharedPace(Pace):
         self._sleep = sleep
         self._rate = SLOWEST
         self._pages: list[CardPage] = []
-        self._steps: list[tuple[int, int]] = []  # of each page: the last step seen, and the pieces sent during it
+        self._steps: dict[CardPage, tuple[int, float]] = {}  # the last step seen, and the pieces sent during it
+        self._spent = 0.0  # since the last piece, which may have been another batch's
+        self._sent: list[tuple[Mark, Mark, float]] = []  # pieces under way: begin, end, operations
 
     def begin(self) -> None:
         self._pages = list(self._all_pages())
-        self._steps = [(0, 0)] * len(self._pages)
-        self._spent = 0.0
-        self._sent: list[tuple[Mark, Mark, float]] = []  # pieces under way: begin, end, operations
-        if self._pages:
+        self._steps = {page: self._steps.get(page, (0, 0.0)) for page in self._pages}
+        if self._pages and not self._spent:
             self._began = self._mark()
 
     def begin_pass(self) -> None:
@@ -135,48 +139,51 @@ class SharedPace(Pace):
         return [*cuts, slice(start, len(costs))]
 
     def sends_whole(self, operations: float) -> bool:
-        return not self._pages or operations <= GRAPH_PIECES * self._piece
+        most = 1 if self._is_waited_for() else GRAPH_PIECES
+        return not self._pages or self._spent + operations <= most * self._piece
 
     def spend(self, operations: float) -> None:
-        self._spent += operations
-        if not self._pages or self._spent < self._piece:
+        if not self._pages:
             return
+        self._spent += operations
+        if self._spent < self._piece:
+            return
+        pieces = self._spent / self._piece
         self._sent.append((self._began, self._mark(), self._spent))
         self._spent = 0.0
         for page in self._pages:
             page.note_work()
         # The GPU goes on with this piece while we wait for the one before; unless every step is to have few.
-        ahead = 0 if self._decode_pieces and any(page.step() for page in self._pages) else 1
+        ahead = 0 if self._decode_pieces and self._is_waited_for() else 1
         while len(self._sent) > ahead:
             began, ended, done = self._sent.pop(0)
             ended.wait()
             self._rate = max(self._rate, done / max(ended.seconds_since(began), 1e-6))
-        self._wait()
+        self._wait(pieces)
         self._began = self._mark()
 
     @property
     def _piece(self) -> float:
         return self._rate * self._piece_s
 
-    def _wait(self) -> None:
-        """Wait while an engine computes a step during which enough was sent."""
+    def _is_waited_for(self) -> bool:
+        return any(page.step() for page in self._pages)
+
+    def _wait(self, pieces: float) -> None:
+        """Wait while an engine computes a step during which enough was sent, with these pieces."""
         began = self._clock()
-        self._steps = [
-            self._with_piece(*last, page.step()) for last, page in zip(self._steps, self._pages, strict=True)
-        ]
+        for page, (last, sent) in self._steps.items():
+            step = page.step()
+            self._steps[page] = step, pieces + (sent if step == last else 0.0)
         while (waited := self._clock() - began) < self._patience_s and self._is_held():
             self._sleep(POLL_S)
         waited = min(waited, self._patience_s)  # what is more was a halt of the process
         self._patience_s -= waited
         self._count_piece(waited)
 
-    @staticmethod
-    def _with_piece(last: int, sent: int, step: int) -> tuple[int, int]:
-        return step, sent + 1 if step == last else 1
-
     def _is_held(self) -> bool:
-        both = zip(self._steps, self._pages, strict=True)
-        return any(step and sent >= self._allowed(step) and page.step() == step for (step, sent), page in both)
+        steps = self._steps.items()
+        return any(step and sent >= self._allowed(step) and page.step() == step for page, (step, sent) in steps)
 
     def _allowed(self, step: int) -> float:
         return PREFILL_PIECES if step & PREFILL else self._decode_pieces or math.inf

@@ -1,5 +1,7 @@
 """Pieces of passes on a GPU that an engine shares: a device and an engine of a page, with a clock of their own."""
 
+import itertools
+
 import pytest
 from msgspec.structs import replace
 
@@ -18,7 +20,7 @@ from services.mm_encoder.vision.pace import (
     pass_pace,
 )
 from services.mm_encoder.vision.tables import host_tables
-from shared.card_page import SIZE, STALE_NS, CardPage
+from shared.card_page import PREFILL, SIZE, STALE_NS, CardPage
 
 RATE = 4e14  # operations a second of the device
 PIECE_S = 0.002
@@ -105,6 +107,12 @@ class Host:
         self.step_ends = self.device.now + seconds
 
 
+def cut(operations: float, launch: float) -> list[float]:
+    """Cut a pass into what is launched at a time."""
+    whole, rest = divmod(operations, launch)
+    return [launch] * int(whole) + [rest]
+
+
 def test_without_an_engine_all_is_sent_at_once() -> None:
     for pace in (Pace(), Host(engines=0).pace):
         assert pace.cut([PIECE] * 9) == [slice(0, 9)]
@@ -166,6 +174,95 @@ def test_of_decode_steps_each_has_as_many_pieces_as_it_should() -> None:
     for _ in range(60):
         host.send(WORK)
     assert sum(host.waits) == 0, "as many as there are"
+
+
+@pytest.mark.parametrize("picture_s", [0.0005, 0.0013, 0.0019, 0.004, 0.007, 0.012])
+def test_batch_after_batch_of_small_pictures_leaves_steps_their_time(picture_s: float) -> None:
+    """Each batch is one pass, at most some pieces long; an engine computes steps, every third with prefill.
+
+    What a step with prefill shares the device with is what was under way when it began, and what is sent during it: as
+    planned (BESIDE_ENCODER), three pieces at most.
+    """
+    host = Host()
+    host.learn()
+    launch, batches, beside = 0.26 * PIECE, 0, [0.0]
+    steps = itertools.cycle([(0.004, False), (0.004, False), (0.016, True)])
+
+    def go_on() -> None:
+        if host.step_ends is None:
+            seconds, prefill = next(steps)
+            host.step(seconds, prefill)
+            beside.append(max(0.0, host.device.busy_until - host.device.now) if prefill else 0.0)
+
+    end = host.device.now + 2.0
+    while host.device.now < end:
+        host.begin()
+        go_on()
+        operations = picture_s * RATE
+        parts = [operations] if host.pace.sends_whole(operations) else cut(operations, launch)
+        for part in parts:
+            go_on()
+            if host.pages[0].step() & PREFILL:
+                beside[-1] += part / RATE
+            host.send(part)
+        At(host.device).wait()
+        host.sleep(0.0005)
+        batches += 1
+    assert PIECE_S < max(beside) <= (PREFILL_PIECES + 1) * PIECE_S
+    assert batches > 20
+
+
+def test_a_pass_that_would_be_a_graph_is_cut_while_sequences_wait() -> None:
+    """A graph cannot be held up half way, and a step with prefill may begin beside it."""
+    host = Host()
+    host.learn()
+    assert host.pace.sends_whole(2 * PIECE)
+    for prefill in (False, True):
+        host.step(0.02, prefill)
+        assert not host.pace.sends_whole(2 * PIECE)
+        assert host.pace.sends_whole(0.99 * PIECE), "it is no more than a piece"
+    host.sleep(0.03)
+    assert host.pace.sends_whole(2 * PIECE)
+
+
+def test_a_long_piece_counts_as_what_it_takes() -> None:
+    """A graph that was sent before a step is under way when it begins."""
+    host = Host()
+    host.learn()
+    host.step(0.02)
+    host.send(PREFILL_PIECES * WORK)
+    assert host.waits[-1] == pytest.approx(0.02, abs=2 * POLL_S)
+
+
+def test_what_was_sent_during_a_step_is_remembered_from_batch_to_batch() -> None:
+    """Also what is less than a piece."""
+    host = Host()
+    host.learn()
+    host.step(0.02)
+    for _ in range(2 * PREFILL_PIECES):
+        assert sum(host.waits) == 0.0
+        host.begin()
+        host.send(WORK / 2)
+    assert host.waits[-1] > 0.0
+    assert host.step_ends is None
+    host.step(0.02)
+    host.begin()
+    host.send(WORK)
+    assert host.waits[-1] == 0.0, "this is another step"
+
+
+def test_what_is_sent_where_no_engine_is_counts_for_none() -> None:
+    host = Host()
+    host.learn()
+    (page,) = host.pages
+    host.pages = []
+    host.begin()
+    host.send(1000 * PIECE)
+    host.pages = [page]
+    host.begin()
+    host.step(0.02)
+    host.send(PIECE / 2)
+    assert host.waits == []
 
 
 def test_step_after_step_the_tower_gets_on() -> None:
