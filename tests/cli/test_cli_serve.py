@@ -295,10 +295,18 @@ def test_a_directory_as_the_hub_may_have_it_is_served_with_a_line_for_each_remar
             assert f"service={service}" in found[0]
 
 
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """Yield a directory for sockets, whose paths may have 107 bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system limits the files of a process that runs")
-def test_a_disk_that_stays_full_is_named_and_keeps_nothing_from_ending(model: list[str], tmp_path: Path) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+def test_a_disk_that_stays_full_is_named_and_keeps_nothing_from_ending(
+    model: list[str], tmp_path: Path, short_directory: Path
+) -> None:
+    scratch = short_directory
     with started(model, tmp_path, {"TMPDIR": str(scratch), "MILLRACE_DRAIN_S": "1"}) as system:
         system.wait_until_ready()
         body = {**HELLO, "max_tokens": 2000, "min_tokens": 2000, "ignore_eos": True, "stream": True}
