@@ -1,9 +1,10 @@
 """Files of prometheus-client's multiprocess directory, whose bytes are reserved before they are written.
 
 The library maps files with holes. A hole that a full disk has no room for ends the process that writes there, by
-SIGBUS; what it counts is not worth it.
+SIGBUS, and what it counts is not worth that.
 """
 
+import contextlib
 import mmap
 import os
 import sys
@@ -53,7 +54,8 @@ def _reserved(filename: str) -> str:
             os.posix_fallocate(file.fileno(), 0, FIRST_BYTES)
     except OSError as error:
         _warn(filename, error)
-        os.unlink(filename)  # an empty one is an error to whoever reads the directory
+        with contextlib.suppress(OSError):  # there was not even room for its name
+            os.unlink(filename)  # an empty one is an error to whoever reads the directory
         memory = os.memfd_create("metrics")  # left open: the name is of the descriptor
         os.ftruncate(memory, FIRST_BYTES)
         return f"/proc/self/fd/{memory}"

@@ -122,6 +122,7 @@ def run(
             loop.add_signal_handler(number, _on_signal, life, number)
         # Not a handler of the loop, which has the signal end us as soon as it is closed.
         signal.signal(signal.SIGUSR1, lambda *_: _on_end_drain(life, loop))
+        signal.siginterrupt(signal.SIGUSR1, False)  # as the loop does for its own
         try:
             return await life.run()
         finally:

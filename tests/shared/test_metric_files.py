@@ -65,6 +65,12 @@ def test_a_full_disk_hides_new_values_and_ends_nobody(
     written.close()
 
 
+def test_a_file_that_cannot_be_made_ends_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written = filled(tmp_path / "none" / "counter_1.db")
+    assert len(caplog.records) == 1
+    written.close()
+
+
 @pytest.mark.system
 def test_services_have_such_files(tmp_path: Path) -> None:
     environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
