@@ -7,6 +7,7 @@ Exit status: 0 done; 1 an entry is not there, or cannot be run again; 2 the comm
 """
 
 import asyncio
+import json
 import math
 import secrets
 import sys
@@ -247,14 +248,16 @@ def _of_work(message: Encode | Generate) -> dict[str, object]:
 
 
 def _body(message: Encode | Generate) -> str:
-    """Write the message as JSON, with token ids in place of their packed form."""
+    """Write the message as JSON, with token ids in place of their packed form, and escapes for what a terminal would
+    act on."""
     fields = msgspec.to_builtins(message)
     if isinstance(message, Encode):
         fields["segments"] = [unpack_ids(segment) for segment in message.segments]
     else:
         fields["prompt"] = unpack_ids(message.prompt)
     del fields["request"]["form"]
-    return msgspec.json.encode(fields).decode()
+    encoded = msgspec.json.encode(fields).decode()
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in encoded)
 
 
 def _client_name(request: Request) -> str:

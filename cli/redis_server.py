@@ -16,7 +16,7 @@ from shared.errors import ConfigError
 from shared.tether import tethered
 
 OLDEST = (7, 0)
-LOCK = "lock"  # of kept data, a file beside them
+LOCK = "redis.lock"  # of kept data, a file beside them; by cli/scratch.py's name of a lock they would be removed
 START_S = 60.0  # it may have a large file to load
 STOP_S = 10.0
 _POLL_S = 0.02

@@ -17,7 +17,8 @@ async def refusal(redis: Redis, keys: Keys) -> str:
         ConnectionError, TimeoutError: it does not answer.
     """
     try:
-        await redis.delete(keys.request(""))  # no request has this id
+        # No request has this id, and XX replaces what is there: nothing. A Redis of full memory refuses this; not DEL.
+        await redis.set(keys.request(""), "", xx=True)
     except (ConnectionError, TimeoutError):
         raise
     except RedisError as error:

@@ -78,7 +78,6 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         redis = _own_redis(launch, directory) if launch.redis_url is None else None
         in_memory = directory  # unless there is memory
         if _has_room(SHARED_MEMORY, METRICS_BYTES):
-            # A page of a mapped file that a full disk has no room for ends the process that writes to it (SIGBUS).
             in_memory = stack.enter_context(scratch_directory("millrace-memory-", SHARED_MEMORY))
             if _has_room(SHARED_MEMORY, SHARED_BYTES):
                 environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}

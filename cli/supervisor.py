@@ -100,7 +100,7 @@ class Child:
                 self.kill()
                 await self._ended.wait()
         # A process that is not ready may not have installed its handlers yet.
-        orderly = (0,) if self.ready else (0, -signal.SIGTERM, -signal.SIGUSR1)
+        orderly = (0,) if self.ready else (0, -signal.SIGTERM)
         return self._process is not None and self._process.returncode in orderly
 
     def kill(self) -> None:

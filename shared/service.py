@@ -44,6 +44,7 @@ MISCONFIGURED = 2  # starting it again would not help
 _RETRY_S = 1.0
 RAISE_AFTER = 10  # leases without a replica that needs an older version
 DEAD_AFTER = 1.5  # leases without a renewal, after which nobody can still be alive
+TOGETHER_S = 0.1  # signals that come together are delivered in any order
 
 _log = log.logger(__name__)
 S = TypeVar("S", bound=CommonSettings)
@@ -85,6 +86,7 @@ def launch(
     `name` is the service's ("engine"); the replica's is `settings.name`.
     Returns the process's exit status: MISCONFIGURED, with a line that says why, if the operator can correct it.
     """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until somebody handles it, it would end us
     try:
         loaded = config.load(settings, environ)
         log.setup(name, loaded.name, loaded.log_level)
@@ -115,16 +117,21 @@ def run(
 
     async def live() -> int:
         life = Life(name, service, settings, redis, facts, keep_from_collector)
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, _on_signal, life, number)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, life.end_drain)
+            loop.add_signal_handler(number, _on_signal, life, number)
+        # Not a handler of the loop, which has the signal end us as soon as it is closed.
+        signal.signal(signal.SIGUSR1, lambda *_: _on_end_drain(life, loop))
+        signal.siginterrupt(signal.SIGUSR1, False)  # as the loop does for its own
         try:
             return await life.run()
         finally:
             await redis.aclose()
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        return runner.run(live())
+        status = runner.run(live())
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # stays while the interpreter is torn down, as no handler does
+    return status
 
 
 def keep_from_collector() -> None:
@@ -297,7 +304,15 @@ class Life:
         return self.stop.is_set()
 
     def end_drain(self) -> None:
-        """Give what is running no more time to finish; `stop` is set already."""
+        """Give what is running no more time to finish, if `stop` is set; if it is not, nothing drains."""
+        if self.stop.is_set():
+            self._end_drain()
+        else:
+            asyncio.get_running_loop().call_later(TOGETHER_S, self._end_drain)
+
+    def _end_drain(self) -> None:
+        if not self.stop.is_set():
+            return
         self._drain_s = 0.0
         if self._draining is not None and not self._draining.expired():
             self._draining.reschedule(asyncio.get_running_loop().time())
@@ -415,3 +430,8 @@ def _on_signal(life: Life, number: int) -> None:
         _log.warning("second signal; ending at once")
         os._exit(128 + number)
     life.stop.set()
+
+
+def _on_end_drain(life: Life, loop: asyncio.AbstractEventLoop) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(life.end_drain)

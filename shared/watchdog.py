@@ -151,7 +151,9 @@ class Watchdog:
         finally:
             self._waited_s += self._clock() - began
             if step is not None:
-                self._step = replace(step, started=step.started + self._awake_s - awake_began)
+                self._step = step = replace(step, started=step.started + self._awake_s - awake_began)
+                if not self._timed:  # a look has stopped it, and none may come again
+                    self._start_timer(step)
 
     def excuse(self, seconds: float) -> None:
         """Let the step under way, in whose thread this is called, take longer: by what it waited for others."""

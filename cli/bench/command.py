@@ -48,7 +48,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         raise ConfigError("--metrics: --first measures requests one by one, and tells of no guesses")
     if given.first and given.picture:
         raise ConfigError("--picture: --first is of prompts of ids")
-    if given.json and (given.json.is_dir() or not os.access(given.json.absolute().parent, os.W_OK)):
+    if given.json and not _can_be_written(given.json):
         raise ConfigError(f"--json: {given.json} cannot be written")
     key = environ.get(KEY, "")
     if not (key.isascii() and key.isprintable()):
@@ -81,6 +81,12 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _errors(firsts: list[First], rows: list[Figures]) -> Counter[str]:
     return sum(map(Counter, [*(row.errors for row in firsts), *(row.errors for row in rows)]), Counter())
+
+
+def _can_be_written(file: Path) -> bool:
+    if os.access(file, os.F_OK):  # as /dev/stdout, in a directory that is not ours
+        return os.access(file, os.W_OK) and not file.is_dir()
+    return os.access(file.absolute().parent, os.W_OK)
 
 
 def _show(firsts: list[First], rows: list[Figures], command: str, file: Path | None) -> None:

@@ -4,9 +4,10 @@ import asyncio
 import re
 import socket
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, SSLConnection
@@ -22,6 +23,7 @@ from shared.bus.replies import Replies
 from shared.bus.sentinel import Primary, SentinelUrl
 from shared.config import CommonSettings
 from shared.errors import ConfigError
+from shared.log import logger
 from shared.redis_errors import Action, SignInError, action_for
 
 # Together less than the default lease, so that a link that swallows what is sent is noticed before others take over.
@@ -32,10 +34,13 @@ AUTH_PATIENCE_S = 60.0
 _CONNECTIONS = 128
 _FREE_CONNECTION_S = 30.0
 _CONNECT_S = 2.0
-_DATABASE = re.compile(r"/?\d{0,9}")  # the path of a URL
+_DATABASE = re.compile(r"/?\d{0,9}/?")  # the path of a URL
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")  # options that name one
-_OURS = ("protocol", "decode_responses", "encoding", "encoding_errors", "max_connections", "timeout", "socket_timeout")
+_OURS = ("decode_responses", "encoding", "encoding_errors", "protocol")  # options with which no reply could be read
+_IGNORED = ("max_connections", "timeout", "socket_timeout")  # and with which replicas wait too shortly, or for ever
 _RETRIES = 12  # about 6 s with the backoff below: a restart of Redis is a stall, not an error
+
+_log = logger(__name__)
 
 
 class Link:
@@ -95,9 +100,8 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
     try:
         by_sentinel = sentinel.parse(url)
         plain = url if by_sentinel is None else by_sentinel.primary
-        _refuse_misread(plain)
         pool = BlockingConnectionPool.from_url(
-            plain,
+            _without_ours(plain),
             max_connections=_CONNECTIONS,
             timeout=_FREE_CONNECTION_S,
             protocol=2,  # one reply format for Redis 7 and Valkey 9, with fewer bytes than RESP3's maps
@@ -136,9 +140,11 @@ def suspect(redis: Redis) -> None:
     link.suspect(link.generation)
 
 
-def _refuse_misread(url: str) -> None:
-    """Refuse what redis-py takes for something else: `/one` for database 0, `/1/2` for 12, a file that is not there for
-    a server that is away.
+def _without_ours(url: str) -> str:
+    """Return the URL without the options that we choose ourselves.
+
+    What redis-py takes for something else is refused: `/one` for database 0, `/1/2` for 12, a file that is not there
+    for a server that is away.
 
     Raises:
         ConfigError: such a part is in it. Nothing is quoted that may be a part of a password.
@@ -149,11 +155,41 @@ def _refuse_misread(url: str) -> None:
         raise ConfigError("malformed Redis URL: a # in its password must be written %23")
     if parts.scheme != "unix" and not _DATABASE.fullmatch(parts.path):
         raise ConfigError("malformed Redis URL: its path is a database's number, as /0; a / in its password is %2F")
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name in _OURS:
-            raise ConfigError(f"malformed Redis URL: {name} is chosen by us, and cannot be in it")
-        if name in _FILES and not Path(value).exists():
-            raise ConfigError(f"Redis URL: {name}: {value} does not exist")
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    kept = [(name, value) for name, value in options if not _is_ours(name, value)]
+    for name, value in kept:
+        if name in _FILES:
+            _check_file(name, value)
+    return url if kept == options else f"{url.partition('?')[0]}?{urlencode(kept)}"
+
+
+def _is_ours(name: str, value: str) -> bool:
+    """Return True for an option of a URL that changes nothing.
+
+    Raises:
+        ConfigError: it would change what nobody may.
+    """
+    if (name, value) == ("protocol", "2"):
+        return True
+    if name in _OURS:
+        raise ConfigError(f"malformed Redis URL: {name} is chosen by us, and cannot be in it")
+    if name in _IGNORED:
+        _warn_ignored(name)
+    return name in _IGNORED
+
+
+@cache
+def _warn_ignored(name: str) -> None:
+    _log.warning("an option of the URL of Redis is ignored; we choose it", extra={"option": name})
+
+
+def _check_file(name: str, path: str) -> None:
+    try:
+        Path(path).stat()
+    except FileNotFoundError:
+        raise ConfigError(f"Redis URL: {name}: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Redis URL: {name} cannot be read: {error}") from None
 
 
 def _primary(url: SentinelUrl, pool: BlockingConnectionPool) -> Primary:

@@ -383,6 +383,18 @@ def test_a_wrong_flag_is_named(flags: list[str], named: str, capsys: pytest.Capt
     assert named in capsys.readouterr().err
 
 
+def test_a_file_that_is_there_is_written_whoever_has_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /dev/stdout and /dev/null are."""
+    allowed, there = os.access, tmp_path / "there"
+    there.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: allowed(path, mode) and (path, mode) != (tmp_path, os.W_OK))
+    assert command._can_be_written(there)
+    assert not command._can_be_written(tmp_path / "new")
+    assert not command._can_be_written(tmp_path)
+
+
 def test_a_key_that_no_header_can_hold_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,10 @@
 """`millrace quarantine`: entries that real services put there, on a real Redis."""
 
 import asyncio
+import json
 import time
 
+import msgspec
 import pytest
 from machine import PATIENCE_S
 from redis.asyncio import Redis
@@ -92,6 +94,18 @@ async def test_what_an_entry_is_without_what_its_client_wrote(quarantine: Comman
     assert SECRET in out
     assert '"prompt":[5,6,7]' in out
     assert '"segments":[[1],[2]]' in out
+
+
+async def test_what_a_client_wrote_reaches_no_terminal_as_a_command(
+    quarantine: Command, redis: Redis, keys: Keys
+) -> None:
+    stop = "\x1b[2J \x9b2J \u202e \U000e0001 \xe4\U0001f600"
+    request = msgspec.structs.replace(REQUEST, output=Output(thinking=True, stop=(stop,)))
+    name = await put(redis, keys, GENERATE, msgspec.structs.replace(GENERATED, request=request))
+    _, out, _ = await quarantine("show", name, "--body")
+    assert all(line.isprintable() for line in out.split("\n"))
+    body = json.loads(out.partition("body")[2])
+    assert body["request"]["output"]["stop"] == [stop]
 
 
 async def test_an_unreadable_entry_is_shown_and_does_not_run(quarantine: Command, redis: Redis, keys: Keys) -> None:

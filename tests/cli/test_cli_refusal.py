@@ -1,11 +1,14 @@
 """A Redis that takes no writes is told of once, and so is its end."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE_S
 from redis.asyncio import Redis
-from redis_refusals import configured
+from redis_refusals import REFUSALS
 
 from cli.redis_server import RedisServer
 from cli.refusal import Refusals
@@ -15,34 +18,55 @@ from shared.bus.keys import Keys
 KEYS = Keys("test")
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    """One whose disk can be full."""
+    with (
+        tempfile.TemporaryDirectory(prefix="millrace-") as name,
+        RedisServer(Path(name), persistence=True, dies_with_us=True) as started,
+    ):
+        yield started
+
+
 @pytest.fixture
-async def said(redis: Redis) -> AsyncIterator[list[str]]:
-    yield []
-    await redis.config_set("min-replicas-to-write", "0")
+async def redis(server: RedisServer) -> AsyncIterator[Redis]:
+    client = connect(server.url)
+    yield client
+    await client.aclose()
 
 
-async def test_a_refusal_and_its_end(redis_server: RedisServer, redis: Redis, said: list[str]) -> None:
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("MISCONF", "MISCONF"), ("OOM", "command not allowed when used memory"), ("NOREPLICAS", "NOREPLICAS")],
+)
+async def test_a_refusal_and_its_end(server: RedisServer, redis: Redis, code: str, words: str) -> None:
+    said: list[str] = []
     refusals = Refusals(said.append, Path("/data"))
     await refusals.look(redis, KEYS)
     assert (said, refusals.explain()) == ([], [])
-    async with configured("min-replicas-to-write", "1", "0")(redis_server, redis):
+    async with REFUSALS[code](server, redis):
         for _ in range(2):
             await refusals.look(redis, KEYS)
         [told] = said
-        assert told.startswith("redis takes no writes, and requests stand still until it does: NOREPLICAS")
+        assert told.startswith(f"redis takes no writes, and requests stand still until it does: {words}")
         assert told.endswith(" (its data are in /data)")
         [why] = refusals.explain()
-        assert "as redis took no writes: NOREPLICAS" in why
-    for _ in range(2):
-        await refusals.look(redis, KEYS)
+        assert f"as redis took no writes: {words}" in why
+    async with asyncio.timeout(PATIENCE_S):
+        while refusals.reason:  # it looks once a second whether its disk has room
+            await refusals.look(redis, KEYS)
+    await refusals.look(redis, KEYS)
     assert said[1:] == ["redis takes writes again"]
     assert refusals.explain() == []
-    assert await redis.keys() == []
+    assert await redis.keys("test:*") == []
 
 
-async def test_a_user_that_may_not_delete_is_no_refusal(redis_url: str, redis: Redis, said: list[str]) -> None:
-    await command(redis, "ACL", "SETUSER", "shy", "on", "nopass", "~*", "+@all", "-del")
-    shy = connect(redis_url.replace("unix://", "unix://shy:x@"))
+@pytest.mark.system
+async def test_a_user_that_may_not_write_is_no_refusal(server: RedisServer, redis: Redis) -> None:
+    said: list[str] = []
+    await command(redis, "ACL", "SETUSER", "shy", "on", "nopass", "~*", "+@all", "-set")
+    shy = connect(server.url.replace("unix://", "unix://shy:x@"))
     await Refusals(said.append, None).look(shy, KEYS)
     assert said == []
     await shy.aclose()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from cli.redis_server import RedisServer
+from cli.scratch import scratch_directory
 from shared.errors import ConfigError
 
 
@@ -36,6 +37,17 @@ def test_kept_data_have_one_server_at_a_time(directory: Path) -> None:
         server.kill()
         with other:
             assert other.command("GET a") == b"$1\r\n1\r\n"
+
+
+def test_kept_data_with_the_name_of_a_scratch_directory_outlive_the_next_start(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    server = RedisServer(directory / "millrace-data", unix_socket=directory / "s", persistence=True)
+    with server:
+        assert server.command("SET a 1") == b"+OK\r\n"
+    with scratch_directory("millrace-8180-"), server:
+        assert server.command("GET a") == b"$1\r\n1\r\n"
 
 
 @pytest.mark.parametrize(("blocks", "said"), [(0, "it wrote no log; the disk of .* is full"), (1, "it wrote no log")])

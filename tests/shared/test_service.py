@@ -194,11 +194,33 @@ async def test_a_drain_is_ended_from_outside(redis: Redis, keys: Keys, while_dra
     async with asyncio.timeout(PATIENCE_S):
         while while_draining and ("drain", "draining") not in service.seen:
             await redis.ping()
-        life.end_drain()
-        life.end_drain()
+        if while_draining:
+            life.end_drain()
+            life.end_drain()
         assert await running == 0
     life.end_drain()
     assert service.seen[-1] == ("close", "draining")
+
+
+async def test_a_drain_is_not_ended_by_a_signal_from_long_before(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.service.TOGETHER_S", 0.0)
+    drained = asyncio.Event()
+
+    async def drain() -> None:
+        await redis.ping()
+        drained.set()
+
+    service = Recorder(redis, keys, drain=drain)
+    life = Life("engine", service, settings(drain_s=3600.0), redis)
+    running = asyncio.create_task(life.run())
+    await service.serving.wait()
+    life.end_drain()
+    await redis.ping()
+    life.stop.set()
+    assert await running == 0
+    assert drained.is_set()
 
 
 async def test_a_redis_that_never_answers_does_not_keep_it_from_ending(
@@ -257,7 +279,8 @@ async def test_lease_is_renewed_and_outlives_failures(
 # --- as a process
 
 PROGRAM = """
-    import asyncio, gc, os, sys
+    import asyncio, atexit, gc, os, signal, sys
+    import uvloop
     from shared import crash_points
     from shared.config import CommonSettings
     from shared.service import launch
@@ -275,14 +298,23 @@ PROGRAM = """
         async def close(self): print("close", flush=True)
         def load(self): return {}
 
-    sys.exit(launch("tiny", CommonSettings, lambda settings, redis, tracing: Tiny(), os.environ))
+    def end_drain():
+        if sys.argv[1] == "slow": os.kill(os.getpid(), signal.SIGUSR1)
+
+    def build(settings, redis, tracing):
+        end_drain()
+        return Tiny()
+
+    atexit.register(end_drain)
+    loop = uvloop.new_event_loop if sys.argv[2:] else None
+    sys.exit(launch("tiny", CommonSettings, build, os.environ, loop))
 """
 
 
-def start(url: str, how: str, **variables: str) -> "subprocess.Popen[str]":
+def start(url: str, *how: str, **variables: str) -> "subprocess.Popen[str]":
     given = {"MILLRACE_REDIS_URL": url, "MILLRACE_MODEL": "/none", "MILLRACE_NAMESPACE": "test", **variables}
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), how],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), *how],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -327,6 +359,18 @@ def test_a_second_signal_ends_it_at_once(redis_url: str) -> None:
         process.terminate()
         out, _ = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (128 + signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("loop", [[], ["uvloop"]])
+def test_a_signal_that_ends_the_drain_never_ends_the_process(redis_url: str, loop: list[str]) -> None:
+    with start(redis_url, "slow", *loop, MILLRACE_DRAIN_S="3600") as process:
+        wait_for(process, "startup")
+        wait_for(process, "serve")
+        process.terminate()
+        wait_for(process, "drain")
+        process.send_signal(signal.SIGUSR1)
+        out, _ = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out.split()) == (0, ["close"])
 
 
 def test_a_failure_ends_it_with_status_1_and_a_traceback(redis_url: str) -> None:

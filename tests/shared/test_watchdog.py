@@ -25,6 +25,9 @@ def stuck_in_a_driver():
 watchdog = Watchdog(0.1, FirstUse(0.0, 0.0, compiles=False), lambda age: None)
 watchdog.start()
 with watchdog.watch("decode", 1):
+    with watchdog.waiting():
+        while {waits} and watchdog._timed:
+            pass
     stuck_in_a_driver()
 """
 
@@ -145,6 +148,7 @@ def test_a_process_that_was_halted_in_a_step_does_not_hang_and_was_not_slow(benc
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
 @pytest.mark.parametrize(
     ("stuck", "status"),
     [
@@ -153,8 +157,8 @@ def test_a_process_that_was_halted_in_a_step_does_not_hang_and_was_not_slow(benc
     ],
     ids=["lock free", "lock held"],
 )
-def test_the_process_ends_and_says_where_it_hung(stuck: str, status: int) -> None:
-    program = _PROGRAM.format(stuck=stuck)
+def test_the_process_ends_and_says_where_it_hung(stuck: str, status: int, waits: bool) -> None:
+    program = _PROGRAM.format(stuck=stuck, waits=waits)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )

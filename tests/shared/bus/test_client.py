@@ -1,6 +1,7 @@
 import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from machine import PATIENCE_MS
@@ -51,6 +52,8 @@ def test_malformed_url_is_a_config_error_that_keeps_the_password(url: str) -> No
         ("redis://:secret@localhost/0?decode_responses=1", "decode_responses"),
         ("unix://:secret@/tmp/x.sock?protocol=3", "protocol"),
         ("rediss://:secret@localhost?ssl_ca_certs=/no/such/ca.crt", "ssl_ca_certs: /no/such/ca.crt does not exist"),
+        (f"rediss://:secret@localhost?ssl_certfile=/{'x' * 300}", "ssl_certfile cannot be read"),
+        ("rediss://:secret@localhost?ssl_keyfile=%00", "ssl_keyfile cannot be read"),
         ("rediss://:secret@localhost?ssl_cert_reqs=perhaps", "malformed"),
     ],
 )
@@ -60,9 +63,31 @@ def test_a_url_that_would_be_misread_is_a_config_error(url: str, named: str) -> 
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["redis://localhost:6379/1", "rediss://user:pw@localhost", "unix:///tmp/x.sock?db=2"])
+@pytest.mark.parametrize(
+    "url", ["redis://localhost:6379/1", "redis://localhost/0/", "rediss://user:pw@localhost", "unix:///tmp/x.sock?db=2"]
+)
 async def test_every_scheme_is_accepted(url: str) -> None:
     await connect(url).aclose()
+
+
+async def test_options_that_we_choose_are_ignored_and_told_of_once(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_client._warn_ignored.cache_clear()
+    ours: Any = connect(redis_url).connection_pool
+    for _ in range(2):
+        client = connect(f"{redis_url}?socket_timeout=0.001&timeout=1&max_connections=1&protocol=2&client_name=a%26b")
+        pool: Any = client.connection_pool
+        assert (pool.max_connections, pool.timeout) == (ours.max_connections, ours.timeout)
+        assert pool.connection_kwargs["socket_timeout"] == ours.connection_kwargs["socket_timeout"]
+        assert await client.client_getname() == "a&b"
+        await client.aclose()
+    told = [vars(record)["option"] for record in caplog.records]
+    assert sorted(told) == [
+        "max_connections",
+        "socket_timeout",
+        "timeout",
+    ]
 
 
 async def test_cancelled_blocking_read_leaves_no_stale_reply(redis: Redis) -> None:
