@@ -128,8 +128,8 @@ class Rehearsal:
 
 
 def planned_chunks(longest: int) -> tuple[int, ...]:
-    """Return the lengths for which to plan, to meet every shape of tiles that chunks of up to `longest` tokens have: the
-    shapes of long ones are those of shorter ones, too, if these are many."""
+    """Return the lengths for which to plan, to meet every shape of tiles that chunks of up to `longest` tokens have.
+    Many chunks at once have that of longer ones."""
     return PLANNED_CHUNKS if longest >= PLANNED_CHUNKS[1] else PLANNED_CHUNKS[:1] if longest >= CHUNK else ()
 
 
