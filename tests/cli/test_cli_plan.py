@@ -1,6 +1,7 @@
 """`millrace plan`: FastDeploy's launches and table, and what it says where nothing fits."""
 
 import json
+import re
 from pathlib import Path
 
 import hub_files
@@ -37,6 +38,18 @@ def test_the_page_is_current(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "\n".join(table(load_model_config(model))) in page
     assert main(["plan", "--model", str(model), "--card", "RTX-4090", *LAUNCH]) == 0
     assert all(f"    {line}" in page for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_page_of_one_machine_says_the_same() -> None:
+    """Of cards that have not been tried, which are named there by their memory."""
+    cards, machine = ((ROOT / "docs" / name).read_text() for name in ("cards.md", "one-machine.md"))
+    rows = re.findall(r"\| (\d+ GB) \| `?(wint4|wint8|bf16)`? \| \S+ \| (\S+),000 \| by arithmetic", machine)
+    assert len(rows) == 5
+    for memory, form, thousands in rows:
+        held = re.findall(rf"^\| \S+, {memory} \|(.*)\|(.*)\|(.*)\|.*\|$", cards, re.MULTILINE)
+        assert held
+        nth = ("wint4", "wint8", "bf16").index(form)
+        assert all(cells[nth].strip() == f"1 ({thousands}K tokens)" for cells in held)
 
 
 @pytest.mark.parametrize(("card", "tokens"), [("RTX-4090", 2048), ("L20", 8192), ("H200", 8192)])

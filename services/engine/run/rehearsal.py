@@ -7,6 +7,7 @@ that depend on the number of rows, and one layer's attention, which takes no tim
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,11 +23,10 @@ from shared.model.config import ModelConfig
 
 REPEATS = 3  # of a measured step
 PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
-# New tokens of a sequence: of each class of kernels, a multiple of 16 and another number. Behind BEHIND times as many
-# in the cache, longer chunks are computed in other tiles, by how they fill the device.
-CHUNKS = (2, 64, 65, 208, *range(512, 2049, 256), 2065)
-BEHIND = 4
-BESIDE = 2  # tokens of a chunk beside sequences that decode
+CHUNK = 2  # tokens: the fewest that are computed as a chunk
+# Tiles of chunks have one of three shapes, by the length of the longest chunk, the context, and how the sequences fill
+# the device. A launch for one chunk, planned as if it were so long, has each of them on every device.
+PLANNED_CHUNKS = (CHUNK, 65, 2049)
 DECODING, DECODING_CONTEXT = 64, 4096  # sequences, and tokens of each: so many that the device is what takes time
 
 
@@ -43,6 +43,8 @@ class Rehearsal:
         """Rehearse steps of up to `max_rows` rows; return the time of those with prefill, by their number of rows."""
         for lengths in self._attentions(max_rows, max_context):
             self._attend(lengths)
+        for planned in planned_chunks(min(max_rows, max_context)):
+            self._attend([(CHUNK, CHUNK)], planned)
         self._pieces.hidden(self.step([(min(16, max_rows), min(16, max_rows))], media=True))
         sizes = captured_sizes(max_rows)  # whether they were captured or not
         times = {size: self._measure(size) for size in (*sizes, *larger_sizes(sizes[-1], max_rows))}
@@ -88,21 +90,22 @@ class Rehearsal:
         """Yield sequences of every class that attention knows."""
         for count in range(1, min(self._max_seqs, max_rows) + 1):
             yield [(1, min(40, max_context))] * count
-            if count + BESIDE <= max_rows:
-                yield [(1, min(40, max_context))] * count + [(BESIDE, BESIDE)]
-        for new in CHUNKS:
-            if new <= min(max_rows, max_context):
-                yield [(new, new)]
-                yield [(new, min((1 + BEHIND) * new, max_context))]
+            if count + CHUNK <= max_rows:
+                yield [(1, min(40, max_context))] * count + [(CHUNK, CHUNK)]
         longest = min(max_rows, max_context)
         for length in range(MIN_PROMPT, longest + 1, PLANNED):
             yield [(length, length)]
 
-    def _attend(self, lengths: list[tuple[int, int]]) -> None:
-        """Run the first layer's attention alone."""
+    def _attend(self, lengths: list[tuple[int, int]], planned: int = 0) -> None:
+        """Run the first layer's attention alone.
+
+        Args:
+            planned: new tokens of a sequence, at most, for which launches are planned; 0: those of the longest.
+        """
         step, model = self.step(lengths), self._model
         heads = model.attention_buffers(len(step.token_ids))
-        calls = [(part, heads.of(part)) for part in step.attention(model.device, self._cache.block_size)]
+        parts = step.attention(model.device, self._cache.block_size)
+        calls = [(replace(part, max_query_len=planned or part.max_query_len), heads.of(part)) for part in parts]
         model.attend(calls, self._cache.keys[0], self._cache.values[0])
 
     def _measure(self, rows: int) -> float:
@@ -122,6 +125,12 @@ class Rehearsal:
                 model.attend(calls, keys, values)
 
         return measure_ms(attend) / (count * context)
+
+
+def planned_chunks(longest: int) -> tuple[int, ...]:
+    """Return the lengths for which to plan, to meet every shape of tiles that chunks of up to `longest` tokens have.
+    Many chunks at once have that of longer ones."""
+    return PLANNED_CHUNKS if longest >= PLANNED_CHUNKS[1] else PLANNED_CHUNKS[:1] if longest >= CHUNK else ()
 
 
 def larger_sizes(captured: int, max_rows: int) -> list[int]:

@@ -49,7 +49,7 @@ class StepTimes:
 
     def rows_within(self, ms: float, decoding: int, cached: int) -> int:
         """Return the fewest rows of a step that takes no longer and computes prompts nearly as fast as any of these; of
-        all measured steps the least, if none has room for prompts.
+        all measured steps the least, if none has room for prompts or nothing was measured: that stands as 0.
 
         Args:
             decoding: sequences that have a row each.
@@ -57,7 +57,7 @@ class StepTimes:
         """
         beside = cached * self.ms_per_cached_token
         measured = zip(self.rows, self.ms, strict=True)
-        speeds = [(rows, (rows - decoding) / (took + beside)) for rows, took in measured if took + beside <= ms]
+        speeds = [(rows, (rows - decoding) / (took + beside)) for rows, took in measured if 0 < took + beside <= ms]
         enough = NEARLY * max((speed for _, speed in speeds), default=0.0)
         return next((rows for rows, speed in speeds if speed >= enough > 0), self.rows[0])
 

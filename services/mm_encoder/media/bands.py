@@ -19,7 +19,7 @@ from services.mm_encoder.media.patches import fill_blocks, patch_blocks
 from services.mm_encoder.media.turns import Turns
 
 LEAST_PIXELS = 1 << 20  # before and after: with fewer, handing bands to threads takes what they save
-BAND_PIXELS = 1 << 20  # at most, if there are more bands than threads: bands under way are in memory twice
+BAND_PIXELS = 1 << 20  # of what a pass reads, about, if there are more bands than threads: it cuts a band out as a copy
 
 Size = tuple[int, int]  # width, height
 Rule = Callable[[Size, Size], bool]  # of the size before and after: whether rows come first
@@ -45,6 +45,7 @@ def _fill(
     first = 0 if rule(image.size, size) else 1  # the axis along which the first pass goes: x or y
     second, side = 1 - first, patch * merge
     blocks = patch_blocks(rows, size[0], patch, merge)
+    halfway = size[first], image.size[second]
     bands = _bands(image.size[second], _count(image.size, turns.threads), 1)
     between: list[Image.Image] = [image] * len(bands)
 
@@ -61,7 +62,7 @@ def _fill(
         for nth, band in enumerate(bands):
             in_turn(partial(resize_band, nth, *band))
     with turns.all_done() as in_turn:
-        for band in _bands(size[first], _count(size, turns.threads), side):
+        for band in _bands(size[first], _count(halfway, turns.threads), side):
             in_turn(partial(fill_band, *band))
 
 

@@ -1,6 +1,6 @@
 """The rehearsal meets every class of launches, and what it has missed is told."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +11,15 @@ from small_model import ON_GPU, SEQS, SMALL, Computed, decode_rows, runner, smal
 
 from services.engine.__main__ import prefill_budget, speculation, warn_of_first_use
 from services.engine.kernels.first_use import note_first_use, report_first_uses
-from services.engine.kernels.triton.attention import whole_prompt
+from services.engine.kernels.triton.attention import paged_attention, whole_prompt
+from services.engine.kernels.triton.dense import linear
+from services.engine.kernels.triton.moe import grouped, grouped_quantized
+from services.engine.kernels.triton.moe.tiles import plan
 from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.graphs import DecodeGraphs
-from services.engine.run.pieces import ALIGNMENT, captured_sizes
-from services.engine.run.rehearsal import Rehearsal, larger_sizes
+from services.engine.run.pieces import ALIGNMENT, captured_sizes, padded_rows
+from services.engine.run.rehearsal import Rehearsal, larger_sizes, planned_chunks
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.prefill_budget import LEAST_ROOM
 from services.engine.schedule.speculation import Speculation
@@ -35,12 +38,15 @@ class Spied(ErnieModel):
         self.counts: set[int] = set()
         self.lengths: set[tuple[int, int]] = set()
         self.beside: set[int] = set()
+        self.planned: set[int] = set()
         self.rows: set[int] = set()
 
     def attend(self, calls: Any, keys: Any, values: Any) -> None:
         for part, _ in calls:
             if part.max_query_len == 1:
                 (self.beside if part.beside else self.counts).add(len(part.lengths))
+            else:
+                self.planned.add(part.max_query_len)
             self.lengths.update(part.lengths)
         super().attend(calls, keys, values)
 
@@ -60,7 +66,8 @@ def test_every_number_of_sequences_and_every_size_is_met(piece_rows: int) -> Non
     model.rows.clear()
     times = Rehearsal(model, made.cache, made.pieces, SMALL, SEQS).run(300, 250)
     assert model.counts == model.beside == set(range(1, SEQS + 1))
-    assert {(2, 2), (65, 250), (208, 208), (208, 250)} <= model.lengths
+    assert model.planned >= set(planned_chunks(250))
+    assert (2, 2) in model.lengths
     assert model.rows == set(captured_sizes(300))
     assert times.rows == captured_sizes(300)
 
@@ -95,6 +102,49 @@ def test_a_decode_step_takes_no_longer_than_a_larger_one(monkeypatch: pytest.Mon
     monkeypatch.setattr("services.engine.run.rehearsal.measure_ms", lambda run: next(measured))
     times = Rehearsal(model, made.cache, made.pieces, SMALL, SEQS).measure_decodes(graphs, 4, 0.5)
     assert times.ms == (5.0, 5.0, 6.0)
+
+
+# Multiprocessors: RTX 5090, 4090, L20, A30, A100, H20, H200.
+@pytest.mark.parametrize("processors", [170, 128, 92, 56, 108, 78, 132])
+@pytest.mark.parametrize("heads", [20, 10, 5])
+@pytest.mark.parametrize("longest", [2, 64, 65, 512, 2048, 8192])
+def test_every_shape_of_tiles_is_met(longest: int, heads: int, processors: int) -> None:
+    """Of those that chunks of up to so many tokens can have: however many at once, behind however many tokens."""
+
+    def shape(queries: int, context: int, sequences: int) -> paged_attention.PrefillShape:
+        return paged_attention.chunk_shape(queries, context, heads * sequences / (2 * processors))
+
+    queries = {2, 64, *range(65, 2049, 64), 2049, 8192}
+    possible = {
+        shape(new, context, sequences)
+        for new in queries if new <= longest
+        for context in (new, 131072)
+        for sequences in range(1, 65)
+    }  # fmt: skip
+    assert len(possible) == (1 if longest < 65 else 3), "as the card and the number of sequences choose"
+    assert {shape(new, 2, 1) for new in planned_chunks(longest)} == possible
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("max_rows", [512, 2048, 8192])
+def test_steps_that_are_launched_whole_meet_no_tiles_that_were_not_rehearsed(max_rows: int, bits: int) -> None:
+    """They are padded to multiples of 16, and a few of these are rehearsed."""
+    sizes = captured_sizes(max_rows)
+    rehearsed = {*sizes, *larger_sizes(sizes[-1], max_rows)}
+    possible = {padded_rows(rows, 0) for rows in range(1, max_rows + 1)}
+    assert len(rehearsed) < len(possible)
+    choices: list[Callable[[int], object]] = [
+        lambda rows: plan(6 * rows, 64, bits),
+        lambda rows: plan(6 * rows, 128, bits),
+        lambda rows: 6 * rows >= grouped.ROWS_PER_EXPERT * 128,
+        lambda rows: 6 * rows >= grouped.INT8_ROWS_PER_EXPERT * 128,
+        lambda rows: grouped_quantized.tile_rows(bits, 6 * rows / 128),
+        lambda rows: [rows >= least for least in (linear.PLAIN_ROWS, linear.LIBRARY_ROWS)],
+        lambda rows: [rows <= most for most in (linear.UNSPLIT_ROWS, linear.UNSPLIT_PLAIN_ROWS, linear.EARLY_ROWS)],
+        lambda rows: linear._tiles(rows, 2560, bits),
+    ]
+    for choice in choices:
+        assert {str(choice(rows)) for rows in rehearsed} == {str(choice(rows)) for rows in possible}
 
 
 def test_every_plan_of_the_library_is_made() -> None:

@@ -31,13 +31,13 @@ def model() -> ErnieModel:
     return small_model()
 
 
-@given(st.integers(1, 9000), st.integers(1, 9000))
+@given(st.integers(1, 9000), st.integers(0, 9000))
 def test_a_step_is_padded_to_a_size_that_was_captured(rows: int, max_rows: int) -> None:
-    size = padded_rows(rows)
+    sizes = captured_sizes(max_rows)
+    size = padded_rows(rows, max(sizes, default=0))
     assert size % ALIGNMENT == 0
     assert rows <= size < rows + max(ALIGNMENT, rows / 2)
-    if rows <= min(max_rows, CAPTURED_ROWS):
-        assert size in captured_sizes(max_rows)
+    assert size in sizes or (rows > min(max_rows, CAPTURED_ROWS) and size < rows + ALIGNMENT), "no more than it must be"
     if rows > 128:
         assert size <= 1.26 * rows, "what padding costs is bounded"
 

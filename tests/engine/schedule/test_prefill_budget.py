@@ -85,6 +85,12 @@ def test_what_decodes_read_counts_in_the_speed_as_in_the_time() -> None:
     assert PrefillBudget(30.0, LEVEL).room(64, 300_000, 8192) == 1280 - 64
 
 
+def test_a_time_of_nothing_is_no_time() -> None:
+    """Where no clock was there, all times are 0: then a step is the least, as where none is short enough."""
+    assert StepTimes((16, 512), (0.0, 0.0)).rows_within(25.0, 4, 0) == 16
+    assert StepTimes((16, 512), (0.0, 11.0)).rows_within(25.0, 4, 0) == 512
+
+
 class Bench:
     """A scheduler with such a budget: each step with sequences that decode has 512 rows."""
 

@@ -1,5 +1,8 @@
 """Images resized in bands by several threads: the pixels of Pillow's one call, whichever direction it takes first."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from media_files import image_bytes, noise
@@ -60,6 +63,33 @@ def test_bands_have_the_pixels_of_the_whole(
     whole, rows = patches(image, width, height)
     assert fill_in_bands(rows, image, height, width, PATCH, MERGE, Turns(threads))
     assert np.array_equal(rows, whole)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("before", "after"), [((1200, 900), (8, 6)), ((200, 3000), (7, 2)), ((300, 260), (20, 20))])
+def test_no_thread_holds_much_more_than_a_band(
+    before: tuple[int, int], after: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the image, and of what lies between both passes: a band is cut out of either."""
+    limit, found, made = 20_000, list[tuple[int, int]](), {name: getattr(bands, name) for name in ("_part", "_joined")}
+
+    def noted(name: str) -> Callable[..., Image.Image]:
+        def call(*args: Any) -> Image.Image:
+            image: Image.Image = made[name](*args)
+            found.append(image.size)
+            return image
+
+        return call
+
+    monkeypatch.setattr(bands, "BAND_PIXELS", limit)
+    for name in made:
+        monkeypatch.setattr(bands, name, noted(name))
+    width, height = after[0] * SIDE, after[1] * SIDE
+    whole, rows = patches(drawn(*before), width, height)
+    assert fill_in_bands(rows, drawn(*before), height, width, PATCH, MERGE, Turns(2))
+    assert np.array_equal(rows, whole)
+    assert len(found) > 8
+    assert all(w * h <= limit + SIDE * max(w, h) for w, h in found), "beyond that, one row of patches at most"
 
 
 def test_the_order_of_the_passes_is_known_of_the_installed_pillow() -> None:
