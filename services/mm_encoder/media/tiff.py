@@ -1,4 +1,4 @@
-"""What Pillow's two readers of TIFF, its own and libtiff, get wrong without an error, set right before pixels are read.
+"""Choice between Pillow's two readers of TIFF, its own and libtiff, each of which makes noise of what the other reads.
 
 Its own takes separate planes of 16 bits for 8, and fails at planes of alpha or other extra samples: they are libtiff's.
 All else that is not compressed is left to its own, which needs no sizes of strips and reads every order of bytes.
