@@ -209,6 +209,13 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"image_data": ["x"]}, 400, "image_data", "not supported"),
     ({"search_parameters": {"mode": "auto"}}, 400, "search_parameters", "not supported"),
     ({"tools": [{"function": {"name": "f"}, "defer_loading": True}]}, 400, "tools[0].defer_loading", "not supported"),
+    ({"tools": [{"name": "f", "defer_loading": True}]}, 400, "tools[0].defer_loading", "not supported"),
+    (
+        {"tools": [{"function": {"name": "f", "defer_loading": True}}]},
+        400,
+        "tools[0].function.defer_loading",
+        "not supported",
+    ),
     (
         {"messages": [{"role": "system", "content": "x", "tools": [{"function": {"name": "f"}}]}, *HI]},
         400,
