@@ -4,6 +4,7 @@ Whatever a library raises about a file is a refusal of that file. If the process
 """
 
 import contextlib
+import faulthandler
 import gc
 import os
 import traceback
@@ -46,6 +47,9 @@ def run(link: Link) -> None:
     """Work until the parent closes its end of the link."""
     received = link.receive()
     assert received is not None
+    faulthandler.enable(
+        os.dup(2)
+    )  # where a file kills us; what libc and the interpreter say of it is dropped, as below
     setup = from_encoder.decode(received[0])
     assert isinstance(setup, Setup)
     give_way()
