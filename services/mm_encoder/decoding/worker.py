@@ -47,9 +47,7 @@ def run(link: Link) -> None:
     """Work until the parent closes its end of the link."""
     received = link.receive()
     assert received is not None
-    faulthandler.enable(
-        os.dup(2)
-    )  # where a file kills us; what libc and the interpreter say of it is dropped, as below
+    faulthandler.enable(os.dup(2))  # tells where a file killed us; what libc says of it is dropped with all else
     setup = from_encoder.decode(received[0])
     assert isinstance(setup, Setup)
     give_way()

@@ -1,4 +1,4 @@
-"""Choice between Pillow's two readers of TIFF, its own and libtiff, each of which makes noise of what the other reads.
+"""Choice between Pillow's two readers of TIFF, its own and libtiff: each makes noise of something that the other reads.
 
 Its own takes separate planes of 16 bits for 8, and fails at planes of alpha or other extra samples: they are libtiff's.
 All else that is not compressed is left to its own, which needs no sizes of strips and reads every order of bytes.

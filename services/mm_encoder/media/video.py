@@ -34,8 +34,8 @@ _COLLECT_EVERY = 16
 CODECS = frozenset(
     ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv1", "theora", "mjpeg", "gif")
 )
-# Formats made to lose packets on the way. FFmpeg marks the frame before the damaged one as well as it, or in its place,
-# so what is shown of them is left to the decoder. In other formats a marked packet is where the file was cut off.
+# Formats made to lose packets on the way. FFmpeg may mark the frame before the damaged one in its place, so what is
+# shown is left to the decoder. In other formats a marked packet is where the file was cut off.
 _LOSSY = ("mpegts", "mpeg")
 
 

@@ -11,6 +11,7 @@ from services.mm_encoder.media.image import open_image, rgb_pixels
 from shared.errors import RequestError
 
 BITS, COMPRESSION, PHOTOMETRIC, STRIPS, ROWS, SIZES, PLANES, EXTRA, FORMAT = 258, 259, 262, 273, 278, 279, 284, 338, 339
+TAGS = {"COMPRESSION": COMPRESSION, "SIZES": SIZES, "PLANES": PLANES, "EXTRA": EXTRA, "FORMAT": FORMAT}
 DEFLATE, GREY, RGB, CMYK, LAB, SEPARATE = 8, 1, 2, 5, 8, 2
 RAMP = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
 FULL = np.rint(RAMP / 257)
@@ -18,8 +19,8 @@ COLOUR = np.kron(noise(4, 6, seed=3), np.ones((7, 7, 1), np.uint8))
 
 
 def tiff(samples: np.ndarray, photometric: int, order: str = "<", rows: int = 0, **tags: int) -> bytes:
-    """Return a TIFF of (height, width, samples) in strips of `rows`; `tags` are more of them, by names above."""
-    named = {globals()[name]: value for name, value in tags.items()}
+    """Return a TIFF of (height, width, samples) in strips of `rows`, with other `tags`; SIZES=0 leaves these out."""
+    named = {TAGS[name]: value for name, value in tags.items()}
     height, width, count = samples.shape
     rows = rows or height
     planes = np.split(samples, count, axis=2) if named.get(PLANES) == SEPARATE else [samples]
@@ -40,7 +41,7 @@ def tiff(samples: np.ndarray, photometric: int, order: str = "<", rows: int = 0,
         SIZES: [len(strip) for strip in strips],
     }
     values |= {tag: [value] for tag, value in named.items()}
-    values = {tag: value for tag, value in values.items() if value != [0] or tag == EXTRA}
+    values = {tag: value for tag, value in values.items() if (tag, value) != (SIZES, [0])}
     behind = starts[-1] + 2 + 12 * len(values) + 4
     entries, lists = b"", b""
     for tag, numbers in sorted(values.items()):
