@@ -181,6 +181,7 @@ class Function(msgspec.Struct, frozen=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    defer_loading: bool | None = None  # refused here and beside it
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -193,7 +194,7 @@ class Tool(msgspec.Struct, frozen=True):
     parameters: dict[str, Any] | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
-    defer_loading: bool | None = None  # OpenAI, vLLM, SGLang: refused
+    defer_loading: bool | None = None  # OpenAI, vLLM, SGLang
 
     def __post_init__(self) -> None:
         """Bring the short forms into the long one."""

@@ -48,7 +48,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "return_prompt_text": (False,),
     "routed_experts_prompt_start": (0,),
     "ec_transfer_params": (),
-    "stream_interval": (1,),
     # SGLang
     "stop_regex": ([], ""),
     "no_stop_trim": (False,),
@@ -64,8 +63,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "session_params": ({},),
     "use_audio_in_video": (False,),
     "images_config": ({},),
-    "input_ids": (),
-    "extra_key": (),
+    "input_ids": ([],),
     "bootstrap_host": (),
     "bootstrap_port": (),
     "bootstrap_room": (),
@@ -76,13 +74,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
     "return_logprob": (False,),
-    "image_data": (),
+    "image_data": ([],),
     # OpenAI, OpenRouter, Groq and xAI
     "verbosity": ("medium",),
     "moderation": (),
-    "reasoning_format": ("parsed",),
+    "reasoning_format": ("parsed", "auto", "deepseek"),  # Groq's, then llama.cpp's: apart from the content, as here
     "search_settings": (),
-    "search_parameters": (),
+    "search_parameters": ({}, {"mode": "off"}),
     "preset": (),
     "models": ([],),
     "plugins": ([],),
@@ -117,10 +115,11 @@ COMPLETION_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "separate_reasoning": (True, False),
 }
 
-# Fields that are accepted whatever they say, since they do not change an answer: for storage, billing and routing.
+# Fields that are accepted whatever they say, since they do not change an answer: for storage, billing, routing, caching
+# and the number of tokens in a chunk.
 NO_EFFECT = frozenset(
     {"store", "user", "service_tier", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"provider", "route", "usage", "session_id", "rid", "cache_prompt", "return_cached_tokens_details"}
     | {"prompt_cache_options", "truncation_side", "return_token_offsets", "return_mm_kwargs", "ngram_corpus_id"}
-    | {"routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank"}
+    | {"routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "stream_interval", "extra_key"}
 )

@@ -113,8 +113,9 @@ def check_tools(request: ChatRequest) -> None:
     """
     total = 0
     for i, tool in enumerate(request.tools or ()):
-        if tool.defer_loading:
-            raise _unsupported(f"tools[{i}].defer_loading")
+        for holder, path in ((tool, f"tools[{i}]"), (tool.function, f"tools[{i}].function")):
+            if holder.defer_loading:
+                raise _unsupported(f"{path}.defer_loading")
         total += _check_tool(tool, f"tools[{i}].function.parameters")
     if total > MAX_TOOLS_BYTES:
         raise invalid(f"`tools` has {total} bytes of JSON; the limit is {MAX_TOOLS_BYTES}.", "tools")

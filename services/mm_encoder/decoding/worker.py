@@ -4,6 +4,7 @@ Whatever a library raises about a file is a refusal of that file. If the process
 """
 
 import contextlib
+import faulthandler
 import gc
 import os
 import traceback
@@ -46,6 +47,7 @@ def run(link: Link) -> None:
     """Work until the parent closes its end of the link."""
     received = link.receive()
     assert received is not None
+    faulthandler.enable(os.dup(2))  # tells where a file killed us; what libc says of it is dropped with all else
     setup = from_encoder.decode(received[0])
     assert isinstance(setup, Setup)
     give_way()

@@ -9,17 +9,15 @@ FastDeploy drops the transparency.
 import io
 
 import pi_heif
-from PIL import Image, ImageOps, TiffImagePlugin, features
+from PIL import Image, ImageOps, TiffImagePlugin
 
-from services.mm_encoder.media import grey
+from services.mm_encoder.media import grey, tiff
 from services.mm_encoder.media.jpeg import count_scans
 from services.mm_encoder.media.refusal import over_limit, refuse
 
 # Formats people send. Pillow reads more, some through external programs or rarely used parsers.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
-# Pillow's own reader of uncompressed TIFF takes 16-bit samples in separate planes for 8-bit ones: silent noise.
-TiffImagePlugin.READ_LIBTIFF = bool(features.check("libtiff"))
 pi_heif.register_heif_opener()  # which applies the file's own turns and leaves EXIF nothing to turn
 
 _SIGNATURES = {
@@ -42,7 +40,9 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         RequestError: the bytes are not an image, it is truncated, or it has more pixels than `max_pixels`.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            image = tiff.mended(image, data)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise over_limit("The image's number of pixels", "media_max_pixels", max_pixels) from error
     except MemoryError:

@@ -34,6 +34,9 @@ _COLLECT_EVERY = 16
 CODECS = frozenset(
     ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv1", "theora", "mjpeg", "gif")
 )
+# Formats made to lose packets on the way. FFmpeg may mark the frame before the damaged one in its place, so what is
+# shown is left to the decoder. In other formats a marked packet is where the file was cut off.
+_LOSSY = ("mpegts", "mpeg")
 
 
 class VideoLimits(msgspec.Struct, frozen=True):
@@ -194,7 +197,7 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
     for packet in container.demux(stream):
         if not packet.size:  # the flush at the end
             continue
-        if packet.is_corrupt:
+        if packet.is_corrupt and container.format.name not in _LOSSY:
             raise refuse("The video is truncated.")
         packets += 1
         if packets > limits.max_frames:

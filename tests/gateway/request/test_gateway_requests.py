@@ -201,8 +201,21 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"guided_regex": "a" * 140_000}, 400, "guided_regex", "the limit is 131072"),
     ({"prompt_token_ids": [1]}, 400, "prompt_token_ids", "not supported"),
     ({"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
-    ({"reasoning_format": "raw"}, 400, "reasoning_format", "not supported"),
+    *[
+        ({"reasoning_format": form}, 400, "reasoning_format", "not supported")
+        for form in ("raw", "hidden", "none", "deepseek-legacy")
+    ],
+    ({"input_ids": [1]}, 400, "input_ids", "not supported"),
+    ({"image_data": ["x"]}, 400, "image_data", "not supported"),
+    ({"search_parameters": {"mode": "auto"}}, 400, "search_parameters", "not supported"),
     ({"tools": [{"function": {"name": "f"}, "defer_loading": True}]}, 400, "tools[0].defer_loading", "not supported"),
+    ({"tools": [{"name": "f", "defer_loading": True}]}, 400, "tools[0].defer_loading", "not supported"),
+    (
+        {"tools": [{"function": {"name": "f", "defer_loading": True}}]},
+        400,
+        "tools[0].function.defer_loading",
+        "not supported",
+    ),
     (
         {"messages": [{"role": "system", "content": "x", "tools": [{"function": {"name": "f"}}]}, *HI]},
         400,
@@ -403,6 +416,23 @@ def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(parser: Wh
         stream=False,
         stream_options=None,
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("reasoning_format", form) for form in ("parsed", "auto", "deepseek")],
+        ("stream_interval", 8),
+        ("extra_key", "tenant"),
+        ("input_ids", []),
+        ("image_data", []),
+        ("search_parameters", {}),
+        ("search_parameters", {"mode": "off"}),
+    ],
+)
+def test_what_other_servers_clients_always_send_is_accepted(parser: WholeParser, field: str, value: Any) -> None:
+    """It asks for what is done here anyway, for nothing, or for nothing that an answer shows."""
+    assert parse(parser, **{field: value}, seed=1) == parse(parser, seed=1)
 
 
 def test_streaming_and_usage(parser: WholeParser) -> None:

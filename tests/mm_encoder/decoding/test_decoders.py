@@ -134,12 +134,18 @@ async def test_pictures_that_live_at_once_have_memory_of_their_own() -> None:
         assert np.array_equal(patches.rows, rows)
 
 
-async def test_a_crash_is_the_refusal_of_the_file_that_causes_it(tmp_path: Path) -> None:
+async def test_a_crash_is_the_refusal_of_the_file_that_causes_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log has where it was, although what is printed during a task is not in it."""
     async with running(planted=tmp_path) as decoders:
         failure = await refusal(decoders, b"crash")
         assert (failure.status, failure.code) == (400, "invalid_media")
         assert "crash" in failure.message
         await decode(decoders, picture(30, 30))
+    printed = capfd.readouterr().err
+    assert "Fatal Python error: Segmentation fault" in printed
+    assert "in open_image" in printed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

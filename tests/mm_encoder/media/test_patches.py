@@ -1,7 +1,6 @@
 """Patch rows and pixels, bit by bit, against transformers' image processor."""
 
 import io
-import struct
 import zlib
 from pathlib import Path
 
@@ -228,39 +227,6 @@ def test_a_huge_image_is_refused_by_its_header(side: int) -> None:
     with pytest.raises(RequestError, match=r"media_max_pixels = 6\.4e") as caught:
         open_image(bytes(huge), 64_000_000)
     assert caught.value.failure.code == "media_limit_exceeded"
-
-
-def planar_tiff(planes: np.ndarray) -> bytes:
-    """Return an uncompressed TIFF of 16 bits, one plane behind the other. Pillow writes none."""
-    count, height, width = planes.shape
-    data = planes.astype("<u2").tobytes()
-    size, at = height * width * 2, 8 + 10 * 12 + 6
-    bits, starts, sizes = at, at + 2 * count, at + 6 * count
-    tags = [
-        (256, 4, 1, width),
-        (257, 4, 1, height),
-        (258, 3, count, bits),
-        (259, 3, 1, 1),
-        (262, 3, 1, 2),
-        (273, 4, count, starts),
-        (277, 3, 1, count),
-        (278, 4, 1, height),
-        (279, 4, count, sizes),
-        (284, 3, 1, 2),
-    ]
-    pixels = sizes + 4 * count
-    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    lists = struct.pack(f"<{count}H", *[16] * count)
-    lists += struct.pack(f"<{count}I", *[pixels + size * plane for plane in range(count)])
-    return head + bytes(4) + lists + struct.pack(f"<{count}I", *[size] * count) + data
-
-
-def test_deep_planes_of_a_tiff_are_the_picture(tmp_path: Path) -> None:
-    """Pillow's own reader takes the bytes of the 16-bit samples for samples."""
-    rgb = np.repeat(np.repeat(noise(4, 6, seed=3), 14, axis=0), 14, axis=1)
-    data = planar_tiff(rgb.transpose(2, 0, 1).astype(np.uint16) * 257)
-    expected = process(tmp_path, image_bytes(Image.fromarray(rgb))).rows
-    assert np.abs(process(tmp_path, data).rows.astype(int) - expected.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
