@@ -84,7 +84,7 @@ def h200_ms(plan: Plan) -> float:
 
 
 class Device(NamedTuple):
-    """What computes, and what is asked of it."""
+    """Hardware with the published model or the demo, and the requests that it gets."""
 
     step_ms: Callable[[Plan], float]
     times: Callable[[], StepTimes | LearnedTimes]
