@@ -11,10 +11,11 @@ from shared.redis_errors import Action, action_for
 
 
 async def refusal(redis: Redis, keys: Keys) -> str:
-    """Return what it says to a write, which changes nothing; "" if it takes it, or says what no waiting ends.
+    """Return Redis's error on a write that changes nothing; "" if it takes the write, or if waiting would not end the
+    error.
 
     Raises:
-        ConnectionError, TimeoutError: it does not answer.
+        ConnectionError, TimeoutError: Redis does not answer.
     """
     try:
         # No request has this id, and XX replaces what is there: nothing. A Redis of full memory refuses this; not DEL.

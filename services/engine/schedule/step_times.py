@@ -4,8 +4,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 FORGOTTEN = 0.1  # of what steps before have told, with each one that is learned from
-# Of the most prompt tokens a millisecond. From 1,000 rows on steps compute prompts about as fast as larger ones, and
-# then small ones are better: those who decode get a token with each.
+# Share of the best speed, in prompt tokens a millisecond, that a smaller step must reach. From 1,000 rows on a step
+# computes prompts about as fast as larger ones, and is better for sequences that decode: each step brings them a token.
 NEARLY = 0.97
 
 

@@ -15,7 +15,6 @@ from msgspec import Meta
 
 from shared.errors import ConfigError, Failure, RequestError
 
-EMPTY = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 MOST_KEYS = 1000  # tenants of one file, and so values of the label `key` in metrics
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -80,8 +79,9 @@ def parse(data: bytes) -> dict[bytes, Tenant]:
     if len(tenants) > MOST_KEYS:
         raise ConfigError(f"{len(tenants)} keys; a file has at most {MOST_KEYS}")
     _check_unique("name", [tenant.name for tenant in tenants])
-    if any(EMPTY in tenant.hashes for tenant in tenants):
-        raise ConfigError(f"{EMPTY} is the hash of an empty key, which would let everybody in; remove it")
+    empty = written_digest("")
+    if any(empty in tenant.hashes for tenant in tenants):
+        raise ConfigError(f"{empty} is the hash of an empty key, which would let everybody in; remove it")
     _check_unique("hash", [digest for tenant in tenants for digest in tenant.hashes])
     return {bytes.fromhex(digest[7:]): tenant for tenant in tenants for digest in tenant.hashes}
 
