@@ -150,6 +150,10 @@ class System:
         assert lines, f"no metric {name}"
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
+    def wait_for_metric(self, name: str, value: float) -> None:
+        """Return when a metric has this value: a client has its answer before the gateway has counted it."""
+        self._until(lambda: self.metric(name) == value, PATIENCE_S, f"{name} was not {value}")
+
     async def running_requests(self) -> int:
         """Return the number of requests that the engine has, waiting or running."""
         client = connect(f"redis://127.0.0.1:{self.redis_port}")

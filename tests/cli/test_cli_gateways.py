@@ -80,11 +80,12 @@ def test_one_that_dies_is_missed_by_nobody_and_started_again(system: System) -> 
 
 def test_the_metrics_are_of_both_and_outlive_each(system: System) -> None:
     name = "millrace_requests_ended_total"
+    system.wait_for_metric("millrace_open_requests", 0)
     before = system.metric(name)
-    for pid in system.pids(GATEWAY):
+    for count, pid in enumerate(system.pids(GATEWAY), 1):
         with halted(pid):
             assert chat(system).status_code == 200
-    assert system.metric(name) == before + 2
+            system.wait_for_metric(name, before + count)
     log = len(system.log.read_text())
     system.kill_process(system.pids(GATEWAY)[0], GATEWAY)
     assert system.metric(name) == before + 2

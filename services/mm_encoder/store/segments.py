@@ -91,7 +91,8 @@ class SegmentStore:
                     return False
                 _create(unfinished, len(data))
             _fill(unfinished, data)
-            unfinished.rename(self._segments.path(key))
+            with self._lock:  # a list of the directory may have neither name of a file that is renamed meanwhile
+                unfinished.rename(self._segments.path(key))
         except OSError:  # the file system is full, of other things, or somebody has removed the directory
             unfinished.unlink(missing_ok=True)
             return False
