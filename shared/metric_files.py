@@ -48,14 +48,19 @@ class ReservedDict(MmapedDict):
 
 
 def _reserved(filename: str) -> str:
-    """Return the name of a file with room in it: this one, or one in memory that nobody else sees."""
+    """Return the name of a file with room in it: this one, or one in memory that nobody else sees.
+
+    It has its name once it has room: an empty file is an error to whoever reads the directory at that moment.
+    """
+    unfinished = filename if os.path.exists(filename) else f"{filename}.new"
     try:
-        with open(filename, "ab") as file:
+        with open(unfinished, "ab") as file:
             os.posix_fallocate(file.fileno(), 0, FIRST_BYTES)
+        os.rename(unfinished, filename)
     except OSError as error:
         _warn(filename, error)
         with contextlib.suppress(OSError):  # there was not even room for its name
-            os.unlink(filename)  # an empty one is an error to whoever reads the directory
+            os.unlink(unfinished)
         memory = os.memfd_create("metrics")  # left open: the name is of the descriptor
         os.ftruncate(memory, FIRST_BYTES)
         return f"/proc/self/fd/{memory}"

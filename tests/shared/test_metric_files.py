@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from shared.metric_files import FIRST_BYTES, ReservedDict
 
@@ -63,6 +64,23 @@ def test_a_full_disk_hides_new_values_and_ends_nobody(
         assert 0 < len(shown(path)) < len(MANY)
         assert shown(path).items() < MANY.items()
     written.close()
+
+
+def test_a_file_that_is_being_made_fails_nobody_who_reads_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve, reads = os.posix_fallocate, list[list[Any]]()
+    library: Any = MultiProcessCollector
+
+    def reserve_while_somebody_reads(fd: int, offset: int, size: int) -> None:
+        reads.append([*library(None, str(tmp_path)).collect()])
+        reserve(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve_while_somebody_reads)
+    for name in ("counter_1.db", "counter_1.db", "counter_2.db"):  # the second has the name of one before it
+        ReservedDict(str(tmp_path / name)).close()  # type: ignore[no-untyped-call]
+    assert reads == [[], [], []]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["counter_1.db", "counter_2.db"]
 
 
 def test_a_file_that_cannot_be_made_ends_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
