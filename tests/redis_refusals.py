@@ -22,8 +22,10 @@ async def full_disk(server: RedisServer, redis: Redis) -> AsyncIterator[None]:
     size = max(file.stat().st_size for file in server.directory.glob("appendonlydir/*.incr.aof"))
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
-        with suppress(ResponseError):  # refused, if somebody else's was the first that could not be written
-            await redis.set("fills the disk", 1, px=1)  # accepted, and not written
+        with suppress(ResponseError):  # from the first write on that it cannot append, which it puts off while it syncs
+            while True:
+                await redis.set("fills the disk", 1, px=1)
+                await asyncio.sleep(0.01)
         yield
     finally:
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

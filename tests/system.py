@@ -97,8 +97,8 @@ class System:
         return [command for _, command in self._children()]
 
     def wait_until_childless(self) -> None:
-        """Return when nothing that it started runs or listens. A process that ends has no command line any more while
-        its sockets are still being closed."""
+        """Return when nothing that it started runs or listens. What a killed process had started dies a moment after
+        it, and a process that ends has no command line any more while its sockets are still being closed."""
         deadline = time.monotonic() + PATIENCE_S
         ports = (self.port, self.metrics_port, self.redis_port)
         while left := [*self.children(), *filter(self.answers, ports)]:
@@ -219,8 +219,11 @@ class System:
 
     def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
-        while not done():
-            assert self._process.poll() is None, f"it ended with status {self._process.returncode}\n{self.tail()}"
+        while True:
+            status = self._process.poll()  # before the look: it may be the last thing that a process does
+            if done():
+                return
+            assert status is None, f"it ended with status {status}\n{self.tail()}"
             assert time.monotonic() < deadline, f"{what} within {seconds:.0f} s\n{self.tail()}"
             time.sleep(LOOK_S)
 

@@ -20,7 +20,8 @@ GATEWAY = "services.gateway"
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     directory = tmp_path_factory.mktemp("gateways")
     write_demo(directory / "demo", dtype="float32")
-    with running(["--model", str(directory / "demo"), "--gateways", "2"], directory) as system:
+    kept = {"MILLRACE_RETAIN_S": str(PATIENCE_S)}  # answers, until somebody has come back for them
+    with running(["--model", str(directory / "demo"), "--gateways", "2"], directory, kept) as system:
         yield system
 
 

@@ -40,7 +40,7 @@ async def test_what_dies_before_it_was_ready_is_given_up_with_its_last_lines(
     assert words.startswith("engine ended with status 1 before it was ready")
     assert "loading" in words
     assert "no such tensor" in words
-    WRITER.flush(PATIENCE_S)
+    WRITER.flush(PATIENCE_S, PATIENCE_S)
     assert "no such tensor\n" in capfd.readouterr().err
 
 
@@ -75,10 +75,11 @@ os.kill(os.getpid(), 9)
 async def test_stop_lets_it_end_in_order(tmp_path: Path) -> None:
     up = tmp_path / "up"
     script = f"""
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 open({str(up)!r}, "w").write("up")
-signal.pause()
+while True:
+    time.sleep(0.01)
 """
     one = child(script, [])
     running = asyncio.create_task(one.run())
@@ -91,12 +92,12 @@ signal.pause()
 async def test_stop_ends_the_drain_of_what_takes_its_time(tmp_path: Path) -> None:
     up = tmp_path / "up"
     script = f"""
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 open({str(up)!r}, "w").write("up")
 while True:
-    signal.pause()
+    time.sleep(0.01)
 """
     one = child(script, [])
     running = asyncio.create_task(one.run())
@@ -109,12 +110,12 @@ while True:
 async def test_stop_kills_what_does_not_end_and_says_so(tmp_path: Path) -> None:
     up, said = tmp_path / "up", []
     script = f"""
-import signal
+import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 open({str(up)!r}, "w").write("up")
 while True:
-    signal.pause()
+    time.sleep(0.01)
 """
     one = child(script, said)
     running = asyncio.create_task(one.run())
@@ -136,10 +137,11 @@ async def test_stop_before_it_is_ready_is_in_order_whatever_it_had_set_up(tmp_pa
 async def test_a_ready_process_that_fails_while_it_stops_did_not_end_in_order(tmp_path: Path) -> None:
     up = tmp_path / "up"
     script = f"""
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
 open({str(up)!r}, "w").write("up")
-signal.pause()
+while True:
+    time.sleep(0.01)
 """
     one = child(script, [])
     running = asyncio.create_task(one.run())
@@ -177,7 +179,7 @@ raise SystemExit(1)
 async def test_lines_of_any_length_and_without_an_end_are_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GaveUp):
         await child("print('a' * 200_000); print('b', end='')", []).run()
-    WRITER.flush(PATIENCE_S)
+    WRITER.flush(PATIENCE_S, PATIENCE_S)
     assert capfd.readouterr().err == "a" * 200_000 + "\nb\n"
 
 
@@ -185,7 +187,7 @@ async def test_whoever_asked_is_told_which_process_has_ended(capfd: pytest.Captu
     ended: list[int] = []
     with pytest.raises(GaveUp):
         await Child("engine", [sys.executable, "-c", "import os; print(os.getpid())"], {}, print, ended.append).run()
-    WRITER.flush(PATIENCE_S)
+    WRITER.flush(PATIENCE_S, PATIENCE_S)
     assert ended == [int(capfd.readouterr().err)]
 
 
@@ -199,11 +201,12 @@ async def test_lines_that_nobody_reads_hold_nothing_up(
         os.close(reader)
     up = tmp_path / "up"
     script = f"""
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print("said" * 1_000_000, flush=True)
 open({str(up)!r}, "w").write("up")
-signal.pause()
+while True:
+    time.sleep(0.01)
 """
     with os.fdopen(writer, "w") as nobody:
         monkeypatch.setattr(sys, "stderr", nobody)
@@ -215,4 +218,4 @@ signal.pause()
         await running
         if not gone:
             os.close(reader)
-        WRITER.flush(PATIENCE_S)
+        WRITER.flush(PATIENCE_S, PATIENCE_S)

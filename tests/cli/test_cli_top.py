@@ -209,8 +209,8 @@ class Terminal:
         os.write(self._ours, keys)
 
     def wait(self) -> int:
+        self.wait_for("\x1b[?1049l")  # back from the alternate screen; read first, or what it still draws has no room
         status = self.process.wait(PATIENCE_S)
-        self.wait_for("\x1b[?1049l")  # back from the alternate screen
         assert termios.tcgetattr(self.theirs) == self.before, "the terminal is as it was"
         return status
 
