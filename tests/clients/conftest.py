@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from machine import PATIENCE_S
 from openai import OpenAI
 from scripted_model import write_scripted
 from system import System, running
@@ -23,7 +24,9 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     write_demo(directory / "demo", dtype="float32")
     arguments = ["--model", str(directory / "demo"), "--max-model-len", "4096"]
     arguments += ["--limit-mm-per-prompt", '{"image": 3, "video": 1}', "--mm-processor-kwargs", SMALL_VIDEOS]
-    with running([*arguments, "--media-allow-network", "127.0.0.1/32"], directory) as system:
+    # Bad media are a 400 in a stream, too, however long it takes to find them.
+    patient = {"MILLRACE_HOLD_HEADERS_S": str(PATIENCE_S)}
+    with running([*arguments, "--media-allow-network", "127.0.0.1/32"], directory, patient) as system:
         yield system
 
 

@@ -217,7 +217,7 @@ def test_what_is_refused_is_named(client: OpenAI, fields: dict[str, Any], param:
 def test_a_repeated_key_gets_the_same_answer_and_another_body_a_409(client: OpenAI) -> None:
     headers = {"Idempotency-Key": "completion-1"}
     asked: dict[str, Any] = {"temperature": 1.0, "seed": None, "echo": True, "extra_headers": headers}
-    asked["n"] = 2  # several choices are kept until the deadline, which one may outlive its own by a second only
+    asked["n"] = 2  # one choice is kept for a second here, which may pass before it is asked for again; two for longer
     first = complete(client, TEXT, **asked)
     again = complete(client, TEXT, **asked)
     assert (again.id, choices(again)) == (first.id, choices(first))

@@ -187,18 +187,21 @@ def test_several_choices_share_a_trace(client: OpenAI, got: Collector) -> None:
 
 
 def test_after_a_crash_the_next_engine_records_its_part(client: OpenAI, system: System, got: Collector) -> None:
-    stream = client.chat.completions.create(
-        model="demo",
-        messages=asked("A long story."),
-        max_tokens=300,
-        stream=True,
-        extra_headers=traceparent(8),
-        extra_body={"ignore_eos": True},
-    )
-    for number, _ in enumerate(stream):
-        if number == 10:
-            system.kill_child("services.engine")
-    spans = got.wait(have(*(STAGES.keys() - {"encode"})), f"{8:032x}")
+    for trace in range(80, 90):
+        stream = client.chat.completions.create(
+            model="demo",
+            messages=asked("A long story."),
+            max_tokens=300,
+            stream=True,
+            extra_headers=traceparent(trace),
+            extra_body={"ignore_eos": True},
+        )
+        for number, _ in enumerate(stream):
+            if number == 10:
+                system.kill_child("services.engine")
+        spans = got.wait(have(*(STAGES.keys() - {"encode"})), f"{trace:032x}")
+        if by_name(spans)["queue"].attributes["millrace.epoch"] > 1:
+            break  # else it was killed when it had generated all, as on a machine so busy that we read late
     server, queue, prefill, decode = (by_name(spans)[name] for name in (SERVER, "queue", "prefill", "decode"))
     assert {queue.parent, prefill.parent, decode.parent} == {server.id}
     assert [span.attributes["millrace.epoch"] for span in (queue, prefill, decode)] == [2, 2, 2]
