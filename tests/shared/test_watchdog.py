@@ -22,7 +22,7 @@ log.setup("engine", "engine-0", "info")
 def stuck_in_a_driver():
     {stuck}
 
-watchdog = Watchdog(0.1, FirstUse(0.0, 0.0, compiles=False), lambda age: None)
+watchdog = Watchdog({bound_s}, FirstUse(0.0, 0.0, compiles=False), lambda age: None)
 watchdog.start()
 with watchdog.watch("decode", 1):
     with watchdog.waiting():
@@ -150,15 +150,15 @@ def test_a_process_that_was_halted_in_a_step_does_not_hang_and_was_not_slow(benc
 @pytest.mark.system
 @pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
 @pytest.mark.parametrize(
-    ("stuck", "status"),
+    ("stuck", "bound_s", "status"),
     [
-        ("threading.Event().wait()", HUNG),
-        ("ctypes.PyDLL(None).sleep(1000)", 1),  # holds the interpreter lock
+        ("threading.Event().wait()", 1.0, HUNG),  # so that a pause of the process is no lock that is held
+        ("ctypes.PyDLL(None).sleep(1000)", 0.1, 1),  # holds the interpreter lock
     ],
     ids=["lock free", "lock held"],
 )
-def test_the_process_ends_and_says_where_it_hung(stuck: str, status: int, waits: bool) -> None:
-    program = _PROGRAM.format(stuck=stuck, waits=waits)
+def test_the_process_ends_and_says_where_it_hung(stuck: str, bound_s: float, status: int, waits: bool) -> None:
+    program = _PROGRAM.format(stuck=stuck, bound_s=bound_s, waits=waits)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )

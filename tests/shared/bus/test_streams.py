@@ -2,6 +2,7 @@ import asyncio
 import itertools
 
 import pytest
+from machine import PATIENCE_MS
 from redis.asyncio import Redis
 
 from shared import metrics
@@ -40,7 +41,7 @@ async def test_dollar_means_from_the_first_read_on(redis: Redis) -> None:
 async def test_reader_waits(redis: Redis) -> None:
     reader = LogReader(redis, {"one": "0"})
     assert await reader.read(1, 1) == []
-    reading = asyncio.create_task(reader.read(1, 5000))
+    reading = asyncio.create_task(reader.read(1, PATIENCE_MS))
     await send(redis, "one", Cancel(("r",)))
     assert ids(await reading) == [("one", "r")]
 

@@ -161,17 +161,17 @@ async def test_a_server_that_is_halted_is_noticed(
     own_server: RedisServer, own_redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its kernel still takes connections, and what is sent over them."""
-    monkeypatch.setattr(wire_module, "LIMIT_S", 0.1)
     wire = Wire(own_redis)
     await wire.call("PING")
     assert own_server.pid is not None
     os.kill(own_server.pid, signal.SIGSTOP)
+    monkeypatch.setattr(wire_module, "LIMIT_S", 0.1)
     try:
         with pytest.raises(TimeoutError, match="no reply to 'ECHO'"):
             await wire.call("ECHO", "theirs")
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
-    monkeypatch.setattr(wire_module, "LIMIT_S", 10.0)
+    monkeypatch.setattr(wire_module, "LIMIT_S", PATIENCE_S)
     assert await wire.call("ECHO", "mine") == b"mine"
 
 

@@ -148,12 +148,12 @@ def test_what_comes_unasked_is_no_reply_to_the_next_command(run: Run, proxy: Tls
 
 
 def test_a_link_that_falls_silent_is_given_up(run: Run, proxy: TlsProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire_module, "LIMIT_S", 0.05)
     monkeypatch.setattr(redis_client, "_RETRIES", 0)
 
     async def script(client: Redis, wire: Wire) -> None:
         await wire.call("PING")
         await asyncio.to_thread(proxy.fall_silent, True)
+        monkeypatch.setattr(wire_module, "LIMIT_S", 0.05)
         with pytest.raises(TimeoutError, match="no reply to 'ECHO'"):
             await wire.call("ECHO", "mine")
         await asyncio.to_thread(proxy.fall_silent, False)

@@ -147,7 +147,7 @@ async def test_a_replica_that_is_starting_has_nothing(redis: Redis, keys: Keys, 
     a, b = await replicas.start("a"), await replicas.start("b")
     await send(redis, replicas.key, work("r"))
     await a.read_new(1, 0)
-    await Lease(redis, keys, "engine", "a", 10_000).renew("starting")
+    await Lease(redis, keys, "engine", "a", 60_000).renew("starting")
     [claimed] = (await b.claim_abandoned(9)).claimed
     assert claimed.attempts == 2
     assert await replicas.names() == {"a", "b"}, "it has joined already"
