@@ -26,6 +26,7 @@ from cli.output import printable
 from services.gateway.request import answer_format
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
+from shared.bus.key_types import check_types
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT
 from shared.bus.records import Records
@@ -94,6 +95,7 @@ async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int
     redis = connect(where.redis_url)
     blob_redis = connect(where.blob_redis_url) if where.blob_redis_url else redis
     try:
+        await check_types(redis, Keys(where.namespace))
         quarantine = Quarantine(redis, Keys(where.namespace), blob_redis)
         if action == "list":
             print("\n".join([line(entry) for entry in await quarantine.entries()] or ["the quarantine is empty"]))

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from cli.connection import no_answer, parser
 from cli.output import printable
 from shared.bus.client import connect
+from shared.bus.key_types import check_types
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD, BatchesView, PipelineView, StageView, problems, read
 
@@ -55,11 +56,12 @@ async def read_once(redis_url: str, blob_redis_url: str | None, namespace: str) 
 
     Raises:
         ConfigError: a URL is malformed.
-        RedisError: Redis does not answer.
+        RedisError: Redis does not answer, or somebody else has written keys of ours.
     """
     redis = connect(redis_url)
     blobs = connect(blob_redis_url) if blob_redis_url else None
     try:
+        await check_types(redis, Keys(namespace))
         return await read(redis, Keys(namespace), blobs)
     finally:
         for client in (redis, blobs):

@@ -18,6 +18,7 @@ from cli.board import draw
 from cli.connection import no_answer, parser
 from cli.status import UNKNOWN, read_once
 from shared.bus.client import connect
+from shared.bus.key_types import check_types
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import read
 from shared.errors import ConfigError
@@ -78,6 +79,7 @@ async def _draw(live: Live, redis: Redis, blobs: Redis | None, keys: Keys) -> No
 
 async def _board(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
     try:
+        await check_types(redis, keys)
         return draw(await read(redis, keys, blobs))
     except RedisError as error:
         return Text(no_answer(error), "bold red")

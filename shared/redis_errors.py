@@ -25,7 +25,8 @@ end        The replica ends, and its work goes to others.
 
 A key with a wrong type that belongs to one request fails that request alone: scripts and readers look at the type of
 such keys, and take a wrong one for damaged bytes. So WRONGTYPE is only ever said of keys that all share (a work stream,
-the shards), which an operator must delete; until then everybody waits.
+the shards), which an operator must delete; until then everybody waits. Redis does not say which key it is:
+shared/bus/key_types.py does, when a replica starts and in the commands that look at a deployment.
 """
 
 import re

@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from shared import config, crash_points, fingerprint, log, metrics, tracing
 from shared.bus.client import MAX_BLOCK_MS, connect, suspect
 from shared.bus.eviction import check_eviction
+from shared.bus.key_types import tell_of_wrong_types
 from shared.bus.keys import Keys
 from shared.bus.leases import UNREADABLE, Difference, Lease
 from shared.bus.lua import load_scripts
@@ -222,6 +223,7 @@ class Life:
         """
         _log.info(self._state)
         await retry_until_available("eviction", lambda: check_eviction(self._redis))
+        await retry_until_available("types", lambda: tell_of_wrong_types(self._redis, self._keys))
         give_up_at = time.monotonic() + self._dead_after_s
         while differences := await retry_until_available("join", lambda: self._lease.join(self._state)):
             if time.monotonic() >= give_up_at:

@@ -35,6 +35,7 @@ _CONNECTIONS = 128
 _FREE_CONNECTION_S = 30.0
 _CONNECT_S = 2.0
 _DATABASE = re.compile(r"/?\d{0,9}/?")  # the path of a URL
+_ENCODED = "with %25 for a % in its user or password, %2F for a /, %3F for a ?, %23 for a #, %5B for a ["
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")  # options that name one
 _OURS = ("decode_responses", "encoding", "encoding_errors", "protocol")  # options with which no reply could be read
 _IGNORED = ("max_connections", "timeout", "socket_timeout")  # and with which replicas wait too shortly, or for ever
@@ -98,6 +99,7 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
         ConfigError: the URL is malformed.
     """
     try:
+        _check_sign_in(url)
         by_sentinel = sentinel.parse(url)
         plain = url if by_sentinel is None else by_sentinel.primary
         pool = BlockingConnectionPool.from_url(
@@ -120,6 +122,7 @@ def connect(url: str, auth_patience_s: float = AUTH_PATIENCE_S) -> Redis:
         # The library's message may quote the URL, and with it a password.
         raise ConfigError(
             f"malformed Redis URL ({type(error).__name__}); expected redis://, rediss://, unix:// or redis+sentinel://"
+            f", {_ENCODED}"
         ) from None
     return Redis.from_pool(pool)
 
@@ -140,6 +143,30 @@ def suspect(redis: Redis) -> None:
     link.suspect(link.generation)
 
 
+def _check_sign_in(url: str) -> None:
+    """Refuse a URL whose user and password are not before its host, as a character in them has ended it too soon.
+
+    redis-py would take `redis://user:12?34@host` for the server `user` at port 12.
+
+    Raises:
+        ConfigError: it is such a one.
+        ValueError: it is malformed.
+    """
+    parts = urlsplit(url)
+    if parts.fragment:
+        raise ConfigError("malformed Redis URL: a # in its password must be written %23")
+    if "@" in parts.netloc or not parts.netloc:
+        return
+    if "@" in parts.path:
+        raise ConfigError("malformed Redis URL: a / in its password must be written %2F")
+    if any("@" in name for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+        raise ConfigError("malformed Redis URL: a ? in its password must be written %3F")
+    if parts.scheme == "unix":
+        raise ConfigError(
+            "malformed Redis URL: the path of a socket follows three slashes, as in unix:///run/redis.sock"
+        )
+
+
 def _without_ours(url: str) -> str:
     """Return the URL without the options that we choose ourselves.
 
@@ -151,10 +178,8 @@ def _without_ours(url: str) -> str:
         ValueError: it is malformed.
     """
     parts = urlsplit(url)
-    if parts.fragment:
-        raise ConfigError("malformed Redis URL: a # in its password must be written %23")
     if parts.scheme != "unix" and not _DATABASE.fullmatch(parts.path):
-        raise ConfigError("malformed Redis URL: its path is a database's number, as /0; a / in its password is %2F")
+        raise ConfigError("malformed Redis URL: its path is a database's number, as /0")
     options = parse_qsl(parts.query, keep_blank_values=True)
     kept = [(name, value) for name, value in options if not _is_ours(name, value)]
     for name, value in kept:

@@ -207,3 +207,20 @@ class Keys(msgspec.Struct, frozen=True):
 
     def quarantine(self, stream: str) -> str:
         return f"{self.ns}:quarantine:{stream}"
+
+    def types(self) -> dict[str, str]:
+        """Return the type of each key that is there once, for all, and not for a request, a replica or a tenant."""
+        own, responses = self, self.responses()
+        return {
+            **{key: "stream" for name in (ENCODE, GENERATE) for key in (own.stream(name), own.quarantine(name))},
+            **{f"{own.stream(name)}:turns": "hash" for name in (ENCODE, GENERATE)},
+            own.control(): "stream",
+            **{own.replicas(service): "set" for service in SERVICES},
+            own.shards(): "hash",
+            own.encode_locks(): "hash",
+            **{key: "zset" for blobs in (own, responses) for key in (blobs.blobs(), blobs.blob_pins())},
+            **{blobs.blob_sizes(): "hash" for blobs in (own, responses)},
+            own.files(): "zset",
+            own.file_sizes(): "hash",
+            own.batches(): "zset",
+        }

@@ -7,7 +7,7 @@ from typing import TypeVar
 from redis.exceptions import RedisError
 
 from shared.log import logger
-from shared.redis_errors import Action, action_for
+from shared.redis_errors import Action, action_for, is_wrong_type
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
@@ -32,7 +32,8 @@ async def retry_until_available(what: str, attempt: Callable[[], Awaitable[T]]) 
         except RedisError as error:
             if action_for(error) is Action.END:
                 raise
-            fields = {"what": what, "error": type(error).__name__, "reason": str(error)}
+            hint = "; millrace status names the key" if is_wrong_type(error) else ""
+            fields = {"what": what, "error": type(error).__name__, "reason": f"{error}{hint}"}
             _log.warning("Redis is unavailable; retrying", extra=fields)
         await asyncio.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY_S)

@@ -200,4 +200,5 @@ async def test_what_cannot_be_asked(quarantine: Command, words: str) -> None:
 async def test_redis_does_not_do_its_part(quarantine: Command, redis: Redis, keys: Keys) -> None:
     await redis.set(keys.quarantine(ENCODE), b"not a stream")
     status, _, told = await quarantine("list")
-    assert (status, told.startswith("millrace quarantine: Redis refuses: WRONGTYPE")) == (2, True)
+    expected = f"millrace quarantine: Redis refuses: WRONGTYPE {keys.quarantine(ENCODE)} is a string and not a stream"
+    assert (status, told.startswith(expected)) == (2, True)

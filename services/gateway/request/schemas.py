@@ -203,6 +203,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     # Prefixes are shared within a salt only.
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    extra_key: Annotated[str, Meta(max_length=256)] | None = None  # the same, as SGLang has it; of both, within both
     request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}\Z")] | None = None  # as the header X-Request-ID
 
 

@@ -38,6 +38,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "disaggregate_info": (),
     "kv_transfer_params": (),
+    # FastDeploy
+    "include_logprobs_decode_token": (True,),
+    "collect_metrics": (False,),
+    "response_max_tokens": (),
     # vLLM
     "priority": (0,),
     "return_tokens_as_token_ids": (False,),
@@ -67,6 +71,14 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "bootstrap_host": (),
     "bootstrap_port": (),
     "bootstrap_room": (),
+    "watermark": ({}, {"enabled": False}),
+    "return_input_ids_in_sglext": (False,),
+    "return_output_ids_in_sglext": (False,),
+    "return_sampling_mask": (False,),
+    "sampling_logprobs_mode": (),
+    "return_flat_raw_output_top_logprobs": (False,),
+    "task": (),
+    "video_config": ({},),
     "min_dynamic_patch": (),
     "max_dynamic_patch": (),
     # LMDeploy
@@ -116,10 +128,11 @@ COMPLETION_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields that are accepted whatever they say, since they do not change an answer: for storage, billing, routing, caching
-# and the number of tokens in a chunk.
+# and metrics, and the number of tokens in a chunk. Some only say how another field is answered, which is refused.
 NO_EFFECT = frozenset(
     {"store", "user", "service_tier", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"provider", "route", "usage", "session_id", "rid", "cache_prompt", "return_cached_tokens_details"}
     | {"prompt_cache_options", "truncation_side", "return_token_offsets", "return_mm_kwargs", "ngram_corpus_id"}
-    | {"routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "stream_interval", "extra_key"}
+    | {"routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "stream_interval", "trace_context"}
+    | {"custom_labels", "return_spec_tokens_details", "return_flat_raw_top_logprobs_b64", "mm_payload"}
 )

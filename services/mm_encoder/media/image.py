@@ -125,6 +125,8 @@ def _turn_upright(image: Image.Image) -> None:
 def _on_white(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         image = image.convert("RGBA")
+    elif image.mode == "RGBX":  # of tiff.py
+        image = Image.merge("RGBA", image.split())
     elif image.mode in _STRAIGHT:
         image = image.convert(_STRAIGHT[image.mode])
     if image.mode not in ("RGBA", "LA"):

@@ -17,6 +17,9 @@ _SEPARATE = 2
 _NOT_IN_PLANES = ("LA", "La", "PA", "LAB")
 # libtiff brings samples into the machine's order, and with these raw modes Pillow swaps their bytes again: noise.
 _SWAPPED = {"F;32BF": "F;32NF", "I;16BS": "I;16NS", "I;32BS": "I;32NS"}
+# A fourth plane that no tag explains is plain alpha, as with interleaved samples. Pillow would divide colours by it,
+# as if they were premultiplied, but not in a mode without alpha, of which image.py makes one with it.
+_UNDIVIDED = {"RGBA": "RGBX", "RGBA;16N": "RGBX;16N"}
 
 TiffImagePlugin.READ_LIBTIFF = True  # for what is not compressed, too
 
@@ -34,7 +37,10 @@ def mended(image: TiffImageFile, data: bytes) -> TiffImageFile:
     deep_or_more = max(tags.get(_BITS, (1,))) > 8 or _EXTRA_SAMPLES in tags
     if image.info["compression"] == "raw" and not (separate and deep_or_more):
         return _opened_by_pillow(data)
-    image.tile = [_in_native_order(tile) for tile in image.tile]
+    raw_modes = _SWAPPED
+    if separate and image.mode == "RGBA" and _EXTRA_SAMPLES not in tags:
+        image._mode, raw_modes = "RGBX", _UNDIVIDED
+    image.tile = [_with_raw_mode(tile, raw_modes) for tile in image.tile]
     return image
 
 
@@ -47,7 +53,7 @@ def _opened_by_pillow(data: bytes) -> TiffImageFile:
         TiffImagePlugin.READ_LIBTIFF = True
 
 
-def _in_native_order(tile: Tile) -> Tile:
+def _with_raw_mode(tile: Tile, raw_modes: dict[str, str]) -> Tile:
     assert isinstance(tile.args, tuple)
     raw_mode, *rest = tile.args
-    return tile._replace(args=(_SWAPPED.get(raw_mode, raw_mode), *rest))
+    return tile._replace(args=(raw_modes.get(raw_mode, raw_mode), *rest))

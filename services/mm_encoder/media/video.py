@@ -17,6 +17,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL.Image import Transpose
 
+from services.mm_encoder.media.fields import FieldPairs
 from services.mm_encoder.media.orientation import transposition
 from services.mm_encoder.media.refusal import over_limit, refuse
 
@@ -193,7 +194,8 @@ def _stream(container: InputContainer) -> VideoStream:
 def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) -> VideoFacts:
     _check_pixels(stream.width, stream.height, limits)
     times: list[int | None] = []
-    packets = 0
+    packets = second_fields = 0
+    pairs = FieldPairs(stream.codec_context.extradata) if stream.codec_context.name == "h264" else None
     for packet in container.demux(stream):
         if not packet.size:  # the flush at the end
             continue
@@ -202,28 +204,33 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
         packets += 1
         if packets > limits.max_frames:
             raise over_limit("The video's number of frames", "video_max_frames", limits.max_frames)
-        if not packet.is_discard:
+        if pairs is not None and pairs.possible and not pairs.begins_frame(bytes(packet)):
+            second_fields += 1
+        elif not packet.is_discard:
             times.append(packet.pts)
     if not times or not stream.width or not stream.height:
         raise refuse("The video has no frames.")
     if "mov" in container.format.name and packets < stream.frames:
         raise refuse(f"The video is truncated: {packets} of {stream.frames} frames are there.")
     tick_s = float(stream.time_base or 0)
-    facts = VideoFacts(stream.width, stream.height, len(times), _rate(stream, times), _ordered(times), tick_s)
+    rate = _rate(stream, times, second_fields)
+    facts = VideoFacts(stream.width, stream.height, len(times), rate, _ordered(times), tick_s)
     if facts.seconds > limits.max_seconds:
         raise over_limit("The video's duration in seconds", "video_max_seconds", limits.max_seconds)
     return facts
 
 
-def _rate(stream: VideoStream, times: list[int | None]) -> float:
-    """Return the average frames a second: the container's, else the timestamps'."""
-    if stream.average_rate:
+def _rate(stream: VideoStream, times: list[int | None], second_fields: int) -> float:
+    """Return the average frames a second: the container's unless it counts fields, else the timestamps'."""
+    if stream.average_rate and not second_fields:
         return float(stream.average_rate)
     known = [time for time in times if time is not None]
-    span = (max(known) - min(known)) * float(stream.time_base or 0) if known else 0.0
-    if span <= 0:
-        raise refuse("The video has no duration.")
-    return (len(known) - 1) / span
+    span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
+    if span > 0:
+        return float((len(known) - 1) / span)
+    if stream.average_rate:
+        return float(stream.average_rate) * len(times) / (len(times) + second_fields)
+    raise refuse("The video has no duration.")
 
 
 def _ordered(times: list[int | None]) -> tuple[int, ...] | None:

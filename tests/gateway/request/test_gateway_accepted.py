@@ -337,6 +337,15 @@ def test_salt_and_id_arrive(parser: WholeParser) -> None:
     assert (made.cache_salt, made.request_id) == ("s", "mine-1")
 
 
+def test_prefixes_are_shared_within_salt_and_extra_key(parser: WholeParser) -> None:
+    """A key alone is a salt, both are another however they are cut, and an empty key is none."""
+    pairs = [(None, None), ("a", None), (None, "b"), ("a", "b"), ("ab", None), ("a", "bc"), ("ab", "c"), ("b", "a")]
+    salts = [parse(parser, cache_salt=salt, extra_key=key).cache_salt for salt, key in pairs]
+    assert len(set(salts)) == len(pairs)
+    assert parse(parser, extra_key="").cache_salt == ""
+    assert parse(parser, extra_key="a").cache_salt == "a"
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 
 

@@ -88,6 +88,21 @@ def test_separate_planes_are_the_picture(order: str, rows: int, deep: bool) -> N
     assert np.array_equal(shown(file(ink, CMYK)), COLOUR)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [1, DEFLATE])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_fourth_sample_that_no_tag_explains_is_plain_alpha(order: str, compression: int, deep: bool) -> None:
+    """In planes as interleaved, and as where the tag says so."""
+    alpha = noise(4, 6, channels=1, seed=5)[..., None]
+    samples = np.concatenate([COLOUR, np.kron(alpha, np.ones((7, 7, 1), np.uint8))], axis=2)
+    samples = samples.astype(np.uint16) * 257 if deep else samples
+    told = shown(tiff(samples, RGB, order, COMPRESSION=compression, EXTRA=2))
+    weight = samples[..., 3:] / (65535 if deep else 255)
+    assert np.abs(told - (COLOUR * weight + 255 * (1 - weight))).max() <= 1
+    for planes in (1, SEPARATE):
+        assert np.array_equal(shown(tiff(samples, RGB, order, COMPRESSION=compression, PLANES=planes)), told)
+
+
 @pytest.mark.parametrize("compression", [1, DEFLATE])
 @pytest.mark.parametrize(("samples", "tags"), [(2, {"EXTRA": 1}), (2, {"EXTRA": 2}), (3, {})])
 def test_planes_that_no_reader_knows_are_refused(compression: int, samples: int, tags: dict[str, int]) -> None:

@@ -2,6 +2,7 @@ import asyncio
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from machine import PATIENCE_MS
@@ -48,7 +49,16 @@ def test_malformed_url_is_a_config_error_that_keeps_the_password(url: str) -> No
         ("redis://:secret@localhost/-1", "a database's number"),
         ("redis+sentinel://:secret@localhost/main/one", "a database's number"),
         ("redis://:sec/secret@localhost", "%2F"),
+        ("redis+sentinel://user:12/secret@localhost/main", "%2F"),
+        ("unix://:12/secret@/tmp/x.sock", "%2F"),
         ("redis://:sec#secret@localhost", "%23"),
+        ("redis://user:12?secret@localhost:6379/0", "%3F"),
+        ("redis://:12?secret@localhost?ssl_cert_reqs=none", "%3F"),
+        ("redis+sentinel://user:12?secret@localhost/main", "%3F"),
+        ("unix://:12?secret@/tmp/x.sock", "%3F"),
+        ("redis://:sec?secret=1@localhost", "%3F for a ?"),
+        ("redis://:sec[secret@localhost", "%5B for a ["),
+        ("unix://tmp/x.sock", "three slashes"),
         ("redis://:secret@localhost/0?decode_responses=1", "decode_responses"),
         ("unix://:secret@/tmp/x.sock?protocol=3", "protocol"),
         ("rediss://:secret@localhost?ssl_ca_certs=/no/such/ca.crt", "ssl_ca_certs: /no/such/ca.crt does not exist"),
@@ -64,10 +74,33 @@ def test_a_url_that_would_be_misread_is_a_config_error(url: str, named: str) -> 
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://localhost:6379/1", "redis://localhost/0/", "rediss://user:pw@localhost", "unix:///tmp/x.sock?db=2"]
+    "url",
+    [
+        "redis://localhost:6379/1",
+        "redis://localhost/0/",
+        "rediss://user:pw@localhost",
+        "redis://localhost?password=p@w",
+        "unix:///tmp/x.sock?db=2",
+        "unix:///run/redis@1.sock",
+        "unix://:pw@/tmp/x.sock",
+    ],
 )
 async def test_every_scheme_is_accepted(url: str) -> None:
     await connect(url).aclose()
+
+
+async def test_a_password_of_reserved_characters_is_read_where_it_is_encoded() -> None:
+    password = "/?#[]@:%+ &="
+    client = connect(f"redis://user:{quote(password, safe='')}@localhost:6380/1")
+    told = client.connection_pool.connection_kwargs
+    assert (told["username"], told["password"], told["host"], told["port"], told["db"]) == (
+        "user",
+        password,
+        "localhost",
+        6380,
+        1,
+    )
+    await client.aclose()
 
 
 async def test_options_that_we_choose_are_ignored_and_told_of_once(

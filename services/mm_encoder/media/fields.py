@@ -1,0 +1,192 @@
+"""H.264 whose frames are coded as two fields each, with a packet for either: which packets begin a frame.
+
+Interlaced recordings of broadcasters and cameras may switch between fields and whole frames from picture to picture
+(PAFF). The container counts packets, and the decoder joins two fields to a frame. Which a picture is stands in the
+header of its first slice; the parameter sets say whether there can be fields, and where in that header it stands.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+_SLICE, _IDR_SLICE, _SPS, _PPS = 1, 5, 7, 8  # NAL units
+_CHROMA_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)
+_START = re.compile(b"\0\0\1")
+# What is looked at for a packet's first picture: as many NAL units, of each the beginning. Parameter sets are shorter.
+_MOST_UNITS, _HEAD_BYTES = 16, 512
+_MOST_SEQUENCES, _MOST_PICTURES = 32, 256  # ids of parameter sets
+
+
+class _Sequence(NamedTuple):
+    """Facts of a sequence parameter set."""
+
+    may_have_fields: bool
+    colour_plane_bits: int
+    frame_number_bits: int
+
+
+class _Field(NamedTuple):
+    bottom: bool
+    frame_number: int
+
+
+class FieldPairs:
+    """Recogniser of second fields; feed it every packet of the track, in order."""
+
+    def __init__(self, extradata: bytes | None) -> None:
+        self._length_bytes = 0  # before each NAL unit, as in MP4; 0: start codes, as in MPEG-TS
+        self._sequences: dict[int, _Sequence] = {}
+        self._sequence_ids: dict[int, int] = {}  # by picture parameter set
+        self._first: _Field | None = None  # of a frame whose second field has not come
+        for unit in self._parameter_sets(extradata or b""):
+            self._read(unit)
+
+    @property
+    def possible(self) -> bool:
+        """True if the parameter sets allow fields, or none are known yet."""
+        return not self._sequences or any(sequence.may_have_fields for sequence in self._sequences.values())
+
+    def begins_frame(self, packet: bytes) -> bool:
+        """Return False if the packet's first picture is the second field of a frame; what is broken begins a frame."""
+        for unit in self._units(packet):
+            begun = self._read(unit)
+            if begun is not None:
+                return begun
+        return True
+
+    def _parameter_sets(self, extradata: bytes) -> Iterator[bytes]:
+        if extradata[:1] != b"\1" or len(extradata) < 7:
+            yield from self._units(extradata)
+            return
+        self._length_bytes = (extradata[4] & 3) + 1
+        at = 5
+        for mask in (0x1F, 0xFF):  # the number of sequence, then of picture parameter sets
+            count = int.from_bytes(extradata[at : at + 1], "big") & mask
+            at += 1
+            for _ in range(count):
+                size = int.from_bytes(extradata[at : at + 2], "big")
+                yield extradata[at + 2 : at + 2 + size]
+                at += 2 + size
+
+    def _units(self, data: bytes) -> Iterator[bytes]:
+        """Yield the beginnings of the first NAL units."""
+        if not self._length_bytes:
+            for start in islice(_START.finditer(data), _MOST_UNITS):
+                yield data[start.end() : start.end() + _HEAD_BYTES]
+            return
+        at = 0
+        for _ in range(_MOST_UNITS):
+            size = int.from_bytes(data[at : at + self._length_bytes], "big")
+            at += self._length_bytes
+            if at >= len(data):
+                return
+            yield data[at : at + min(size, _HEAD_BYTES)]
+            at += size
+
+    def _read(self, unit: bytes) -> bool | None:
+        """Take in a NAL unit; return whether the picture that it begins, if it begins one, begins a frame."""
+        kind = unit[0] & 31 if unit else 0
+        try:
+            if kind == _SPS:
+                self._read_sequence(_Bits(unit[1:]))
+            elif kind == _PPS:
+                bits = _Bits(unit[1:])
+                number = bits.below(_MOST_PICTURES)
+                self._sequence_ids[number] = bits.below(_MOST_SEQUENCES)
+            elif kind in (_SLICE, _IDR_SLICE):
+                return self._read_slice(_Bits(unit[1:]), kind == _IDR_SLICE)
+        except (ValueError, KeyError):  # cut short, or of parameter sets that are not there
+            return None
+        return None
+
+    def _read_sequence(self, bits: "_Bits") -> None:
+        profile = bits.take(8)
+        bits.take(16)
+        number = bits.below(_MOST_SEQUENCES)
+        planes = bits.skip_chroma() if profile in _CHROMA_PROFILES else 0
+        frame_number_bits = bits.unsigned() + 4
+        bits.skip_order_count()
+        bits.unsigned()  # reference frames
+        bits.take(1)  # gaps
+        bits.unsigned()  # width
+        bits.unsigned()  # height
+        self._sequences[number] = _Sequence(not bits.take(1), planes, frame_number_bits)
+
+    def _read_slice(self, bits: "_Bits", idr: bool) -> bool | None:
+        if bits.unsigned():  # not the first of its picture
+            return None
+        bits.unsigned()  # type
+        sequence = self._sequences[self._sequence_ids[bits.unsigned()]]
+        bits.take(sequence.colour_plane_bits)
+        frame_number = bits.take(sequence.frame_number_bits)
+        first, self._first = self._first, None
+        if not sequence.may_have_fields or not bits.take(1):
+            return True
+        field = _Field(bool(bits.take(1)), frame_number)
+        if first is not None and not idr and first == _Field(not field.bottom, frame_number):
+            return False
+        self._first = field
+        return True
+
+
+class _Bits:
+    """Reader of a NAL unit's payload. All methods raise ValueError at its end or for a number out of range."""
+
+    def __init__(self, payload: bytes) -> None:
+        payload = payload.replace(b"\0\0\3", b"\0\0")  # a byte that keeps the payload from looking like a start code
+        self._value = int.from_bytes(payload, "big")
+        self._left = 8 * len(payload)
+
+    def take(self, count: int) -> int:
+        if count > self._left:
+            raise ValueError("the unit is cut short")
+        self._left -= count
+        return self._value >> self._left & ((1 << count) - 1)
+
+    def unsigned(self) -> int:
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+        return (1 << zeros) - 1 + self.take(zeros)
+
+    def below(self, limit: int) -> int:
+        value = self.unsigned()
+        if value >= limit:
+            raise ValueError(f"{value} is not below {limit}")
+        return value
+
+    def signed(self) -> int:
+        value = self.unsigned()
+        return (value + 1) // 2 if value % 2 else -(value // 2)
+
+    def skip_chroma(self) -> int:
+        """Skip the chroma format, depths and scaling lists; return how many bits name a slice's colour plane."""
+        chroma = self.unsigned()
+        planes = 2 * self.take(1) if chroma == 3 else 0
+        self.unsigned()
+        self.unsigned()
+        self.take(1)
+        if self.take(1):
+            for number in range(12 if chroma == 3 else 8):
+                if self.take(1):
+                    self._skip_scaling_list(16 if number < 6 else 64)
+        return planes
+
+    def _skip_scaling_list(self, size: int) -> None:
+        last = following = 8
+        for _ in range(size):
+            if following:
+                following = (last + self.signed()) % 256
+            last = following or last
+
+    def skip_order_count(self) -> None:
+        kind = self.unsigned()
+        if kind == 0:
+            self.unsigned()
+        elif kind == 1:
+            self.take(1)
+            for _ in range(2):
+                self.signed()
+            for _ in range(self.unsigned()):
+                self.signed()
