@@ -48,6 +48,7 @@ from services.gateway.http.edge import Edge
 from services.gateway.http.files import FileRoutes
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.health import readiness
+from services.gateway.http.hosts import KnownHosts
 from services.gateway.http.intake import Intake
 from services.gateway.http.listener import bind, inherited
 from services.gateway.http.memory import BodyMemory
@@ -211,7 +212,8 @@ def compose(
     app.router.routes += console.routes(console.Console(redis, keys, observer, media, blob_redis))
     app.router.routes += reference.routes()
     known = [*paths(app), *console.PATHS, *reference.ASSETS]
-    edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, tracing)
+    hosts = KnownHosts(settings.allowed_origins)
+    edge = Edge(app, keyring, slots, tenant_metrics, known, bodies, metrics, hosts, tracing)
     line_slots = asyncio.Semaphore(settings.batch_concurrency)
     line_requests = LineRequests(app, keyring, slots, pipeline, tracing)
     parts = RunParts(batches, files, line_requests, line_slots, settings.batch_concurrency, metrics.batch_lines)

@@ -149,6 +149,7 @@ def build(
         metrics=metrics,
         max_bytes=settings.media_max_bytes,
         max_request_bytes=settings.media_request_max_bytes,
+        max_held_bytes=settings.concurrency * settings.media_request_max_bytes,
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)

@@ -64,6 +64,9 @@ from shared.tracing import OFF, Tracing
 
 SERVICE = "mm_encoder"
 HELP_LACKS = 1 << 20  # requests of this replica come before its help for others
+# The most requests in flight that take no place because they wait for others' servers. Else a few links to servers that
+# answer slowly, or never, would hold up everybody's pictures.
+MOST_FETCHING = 256
 ROOM_PASSES = 2  # of the tower: media of a request that are its own replica's to encode; others may be another's
 POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
 INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
@@ -78,7 +81,7 @@ class EncodeHandler:
     """`shared.bus.consumer.Handler` of this service; `consumer` keeps its requests.
 
     `patch_id` is the token id of a placeholder; `max_patches` is the most in a pass of the tower; `capacity` is the
-    most requests in flight.
+    most requests in flight, besides those that wait for others' servers.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class EncodeHandler:
         claim_every_s: float,
         tracing: Tracing = OFF,
     ) -> None:
-        self.consumer: Consumer[RunningRequest] = Consumer(redis, keys, SERVICE, stream, self, capacity, claim_every_s)
+        self.consumer: Consumer[RunningRequest] = Consumer(
+            redis, keys, SERVICE, stream, self, capacity, claim_every_s, aside=self._count_fetching
+        )
         self._redis = redis
         self._keys = keys
         self._ownership = stream.ownership
@@ -245,7 +250,7 @@ class EncodeHandler:
                 encoding[index] = asyncio.create_task(work)
 
         try:
-            media, max_tokens = await self._preparer.prepare(message, encode)
+            media, max_tokens = await self._preparer.prepare(message, encode, partial(self._note_fetching, running))
             prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
             running.prompt_tokens, running.hits = len(prompt) // 4, len(media) - len(encoding)
             self._count_media(media)
@@ -260,6 +265,13 @@ class EncodeHandler:
             for task in encoding.values():
                 task.cancel()
             await asyncio.gather(*encoding.values(), return_exceptions=True)
+
+    def _note_fetching(self, running: RunningRequest, now: bool) -> None:
+        running.is_fetching = now
+        self.consumer.wake()
+
+    def _count_fetching(self) -> int:
+        return min(MOST_FETCHING, sum(request.is_fetching for request in self.consumer.requests))
 
     async def _forward(
         self,

@@ -7,13 +7,14 @@ from functools import partial
 from typing import TypeVar
 
 from services.mm_encoder.decoding.decoders import SMALL_BYTES, Decoders
-from services.mm_encoder.decoding.small_images import ROOM_BYTES, TOGETHER, is_small
+from services.mm_encoder.decoding.small_images import ROOM_BYTES, is_small
 from services.mm_encoder.media.fetch import Fetched, Fetcher, Unchanged
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.media.processor import ImagePlan, Processor, VideoPlan
 from services.mm_encoder.media.refusal import named, over_limit
 from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prompt import Embedded, text_tokens
+from services.mm_encoder.received import HeldBytes, Received
 from services.mm_encoder.store.cache import Embeds, SingleFlight, content_digest, content_key
 from shared.bus.blobs import MEDIA, Blobs
 from shared.errors import RequestError, internal
@@ -22,9 +23,7 @@ from shared.messages import Encode, Media
 
 T = TypeVar("T")
 
-# Of one request. Decoders are first come first served, and others' files should not wait for all.
-DECODED_AT_ONCE = 4
-READ_AT_ONCE = 2 * TOGETHER  # small images
+DECODED_AT_ONCE = 4  # of one request: decoders are first come first served, and others' files should not wait for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,10 @@ class Preparer:
         metrics: Metrics,
         max_bytes: int,
         max_request_bytes: int,
+        max_held_bytes: int,
         max_model_len: int,
     ) -> None:
+        """`max_held_bytes`: the most bytes of media that all requests have here at a time."""
         self._processor = processor
         self._decoders = decoders
         self._starting: asyncio.Task[None] | None = None
@@ -74,6 +75,7 @@ class Preparer:
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._max_request_bytes = max_request_bytes
+        self._held = HeldBytes(max_held_bytes)
         self._max_model_len = max_model_len
         self._decoding: SingleFlight[Patches] = SingleFlight()
         self._reading: SingleFlight[tuple[ImagePlan | VideoPlan, Patches | None]] = SingleFlight()
@@ -83,7 +85,10 @@ class Preparer:
         self._starting = asyncio.create_task(self._decoders.start())
 
     async def prepare(
-        self, message: Encode, ready: Callable[[int, Prepared], None] = lambda index, item: None
+        self,
+        message: Encode,
+        ready: Callable[[int, Prepared], None] = lambda index, item: None,
+        fetching: Callable[[bool], None] = lambda now: None,
     ) -> tuple[list[Prepared], int]:
         """Return the media in order, and the most tokens to generate.
 
@@ -91,14 +96,23 @@ class Preparer:
         decoded at once.
 
         `ready` is called with each of the media, and its index, as soon as it has passed its checks. Others may still
-        be refused.
+        be refused. `fetching` is told True when media begin to be fetched from others' servers, and False when all
+        that were are here.
 
         Raises:
             RequestError: 4xx, one of the media is refused; the message names its field. Of several, the first.
         """
         text = text_tokens(message.segments)
         fits = text + len(message.media) * self._processor.tokens_of(ROOM_BYTES) < self._max_model_len
-        received = _Received(self._max_request_bytes, fits)
+        received = Received(self._max_request_bytes, self._held, fits, fetching)
+        try:
+            return await self._prepare(message, received, text, ready)
+        finally:
+            received.forget()
+
+    async def _prepare(
+        self, message: Encode, received: Received, text: int, ready: Callable[[int, Prepared], None]
+    ) -> tuple[list[Prepared], int]:
         sources = await gather_in_order([self._source(media, received) for media in message.media])
         tokens = text + sum(_rows(source) for source in sources)
         max_tokens = resolve_max_tokens(tokens, message.request.sampling.max_tokens, self._max_model_len)
@@ -120,8 +134,12 @@ class Preparer:
         Raises:
             RequestError: it cannot be had or decoded.
         """
-        source = await self._source(media, _Received(self._max_request_bytes, True))
-        return await self._decode(source) if source.key == key else None
+        received = Received(self._max_request_bytes, self._held, True)
+        try:
+            source = await self._source(media, received)
+            return await self._decode(source) if source.key == key else None
+        finally:
+            received.forget()
 
     async def close(self) -> None:
         await self._reading.close()
@@ -131,7 +149,7 @@ class Preparer:
             await asyncio.gather(self._starting, return_exceptions=True)
         await self._decoders.close()
 
-    async def _source(self, media: Media, received: "_Received") -> Source:
+    async def _source(self, media: Media, received: Received) -> Source:
         try:
             if media.url is None:
                 return await self._from_upload(media, received)
@@ -139,10 +157,11 @@ class Preparer:
         except RequestError as error:
             raise named(error, media.param) from error
 
-    async def _from_upload(self, media: Media, received: "_Received") -> Source:
+    async def _from_upload(self, media: Media, received: Received) -> Source:
         """Return the source of an upload. If its gateway has named the digest, embeddings are looked for first."""
         if media.content is None:
             data = await self._upload(media)
+            received.add(len(data))
             return await self._look_up(media, data, await _digest(data), received)
         self._check_size(media.content.size)
         received.add(media.content.size)
@@ -151,29 +170,28 @@ class Preparer:
             return Source(media, key, found, None, b"")
         return await self._read(media, key, await self._upload(media), received)
 
-    async def _from_url(self, media: Media, url: str, received: "_Received") -> Source:
+    async def _from_url(self, media: Media, url: str, received: Received) -> Source:
         """Return the source at a URL. If its server says that it has not changed, embeddings are looked for first."""
-        fetched = await self._fetch(url)
+        fetched = await self._fetch(url, received)
         if isinstance(fetched, Unchanged):
             key = content_key(fetched.digest, self._processor.signature(media), self._identity)
             if (found := await self._embeds.find(media.kind, key)) is not None:
                 received.add(fetched.size)
                 return Source(media, key, found, None, b"")
-            fetched = await self._fetch(url, anew=True)
+            fetched = await self._fetch(url, received, anew=True)
             assert isinstance(fetched, Fetched), "nothing is known of what is wanted anew"
         digest = await _digest(fetched.data)
         self._fetcher.remember(fetched, digest)
-        return await self._look_up(media, fetched.data, digest, received)
+        return await self._look_up(media, fetched.data, digest, received)  # which were counted as they came
 
-    async def _look_up(self, media: Media, data: bytes, digest: bytes, received: "_Received") -> Source:
+    async def _look_up(self, media: Media, data: bytes, digest: bytes, received: Received) -> Source:
         """Return a source by its bytes: its embeddings if they are stored, else how to process it."""
-        received.add(len(data))
         key = content_key(digest, self._processor.signature(media), self._identity)
         if (found := await self._embeds.find(media.kind, key)) is not None:
             return Source(media, key, found, None, b"")
         return await self._read(media, key, data, received)
 
-    async def _read(self, media: Media, key: str, data: bytes, received: "_Received") -> Source:
+    async def _read(self, media: Media, key: str, data: bytes, received: Received) -> Source:
         """Return how to process a source without embeddings; a small image is decoded as well, if it surely fits."""
         if not (received.fits and is_small(media, data)):
             with self._metrics.stage("plan"):
@@ -186,9 +204,10 @@ class Preparer:
         with self._metrics.stage("decode"):
             return await self._decoders.read_small(media, data)
 
-    async def _fetch(self, url: str, *, anew: bool = False) -> Fetched | Unchanged:
-        with self._metrics.stage("fetch"):
-            fetched = await self._fetcher.fetch(url, anew=anew)
+    async def _fetch(self, url: str, received: Received, *, anew: bool = False) -> Fetched | Unchanged:
+        async with received.fetch():
+            with self._metrics.stage("fetch"):
+                fetched = await self._fetcher.fetch(url, anew=anew, count=received.add)
         self._metrics.count_fetched(len(fetched.data) if isinstance(fetched, Fetched) else 0)
         return fetched
 
@@ -219,24 +238,6 @@ class Preparer:
     async def _patches(self, plan: ImagePlan | VideoPlan, data: bytes) -> Patches:
         with self._metrics.stage("decode"):
             return await self._decoders.patches(plan, data)
-
-
-class _Received:
-    """Counter of the bytes of one request's media, against the limit.
-
-    `fits`: if all of them were small images, the prompt would fit however many tokens these had.
-    """
-
-    def __init__(self, limit: int, fits: bool) -> None:
-        self.fits = fits
-        self.small = asyncio.Semaphore(READ_AT_ONCE)
-        self._limit = limit
-        self._sum = 0
-
-    def add(self, size: int) -> None:
-        self._sum += size
-        if self._sum > self._limit:
-            raise over_limit("The size in bytes of all media", "media_request_max_bytes", self._limit)
 
 
 async def _digest(data: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """The service on a real Redis, with a model that transformers has written and judges."""
 
 import asyncio
+import contextlib
 import hashlib
 import shutil
 import struct
@@ -318,6 +319,45 @@ async def test_media_from_the_web(bench: Bench, judge: Model) -> None:
     assert (failure.status, failure.param) == (400, "q")
     assert "status 404" in failure.message
     assert bench.count("millrace_mm_fetched_bytes_total") == len(data)
+
+
+async def test_servers_that_do_not_answer_hold_up_no_other_pictures(bench: Bench) -> None:
+    answering, data = asyncio.Event(), picture(28, 28)
+
+    async def answer(path: str, writer: asyncio.StreamWriter) -> None:
+        await answering.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(data) + data)
+
+    networks = ("127.0.0.0/8",)
+    async with running_site() as site, bench.running(concurrency=2, media_allow_networks=networks):
+        for name in "abcd":
+            site.handlers[f"/{name}"] = answer
+            await bench.submit(name, [Media("image", "p", url=site.url(f"/{name}"))])
+        await bench.submit("light", [picture(56, 56)])
+        [light] = await bench.generates()
+        answering.set()
+        _, *others = await bench.generates(5)
+        await bench.settled()
+    assert light.request.id == "light"
+    assert {work.request.id for work in others} == set("abcd")
+
+
+async def test_the_bytes_of_a_request_are_limited_while_they_come(bench: Bench) -> None:
+    async def answer(path: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while True:
+                writer.write(bytes(1000))
+                await writer.drain()
+
+    limits = {"media_request_max_bytes": 100_000, "media_max_bytes": 1_000_000}
+    async with running_site() as site, bench.running(media_allow_networks=("127.0.0.0/8",), **limits):
+        site.handlers["/endless"] = answer
+        await bench.submit("a", [Media("image", "p", url=site.url("/endless"))])
+        failure = await bench.refused()
+        await bench.settled()
+    assert failure.status == 400
+    assert "media_request_max_bytes = 100000" in failure.message
 
 
 @pytest.mark.parametrize("lost", [False, True])

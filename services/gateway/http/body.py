@@ -28,7 +28,7 @@ async def read_body(request: Request, limits: BodyLimits, reservation: Reservati
         RequestError: 415, it is no JSON, or compressed; 413, too large; 429, no memory for it now; 408, too slow.
         ClientDisconnect: the client left in the middle.
     """
-    _check_type(request.headers.get("content-type", ""))
+    _check_type(request.headers.get("content-type", ""), "origin" in request.headers)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         text = f"The header Content-Encoding is {encoding:.50}; request bodies are read as they are, not compressed."
@@ -53,15 +53,18 @@ async def read_body(request: Request, limits: BodyLimits, reservation: Reservati
     return body.getvalue()
 
 
-def _check_type(given: str) -> None:
+def _check_type(given: str, from_page: bool) -> None:
     """Check that a body is JSON, or does not say what it is, as some clients do.
 
-    Any web page may have a browser send text or a form, without asking first whether it may.
+    Any web page may have a browser send text, a form, or bytes that say nothing, without asking first whether it may.
 
     Raises:
         RequestError: 415, it says that it is something else.
     """
     media_type = given.partition(";")[0].strip().lower()
+    if from_page and not media_type:
+        text = "A web page's request needs the header Content-Type: application/json."
+        raise RequestError(Failure(415, text, param="Content-Type", code="unsupported_media_type"))
     if media_type and media_type != "application/json" and not media_type.endswith("+json"):
         text = f"The header Content-Type is {media_type:.50}; request bodies are application/json."
         raise RequestError(Failure(415, text, param="Content-Type", code="unsupported_media_type"))

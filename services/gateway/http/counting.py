@@ -62,7 +62,7 @@ class TokenCounter(msgspec.Struct, frozen=True):
 
     async def _ask_encoder(self, draft: Draft, rendered: str, context: RequestContext, patience: ClientPatience) -> int:
         parsed = self.handler.parser.finish(draft, rendered)
-        metadata = RequestMetadata(time.time(), patience.deadline, context.owner, None, None)
+        metadata = RequestMetadata(time.time(), patience.deadline, context.owner, None, None, quota=context.quota)
         async with self.handler.open_requests.open(parsed, metadata) as open_request:
             await patience.wait(open_request.accepted.wait())
             if open_request.failure is not None:

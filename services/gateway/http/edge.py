@@ -14,6 +14,7 @@ from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
 from services.gateway.http.context import RequestContext, attach_context
 from services.gateway.http.direct import find_body
+from services.gateway.http.hosts import STRANGE_HOST, KnownHosts
 from services.gateway.http.protocol import HEALTH_PATHS
 from services.gateway.http.resume import KEPT
 from services.gateway.metrics import GatewayMetrics
@@ -55,10 +56,12 @@ class Edge:
         paths: Iterable[str],
         bodies: FailureBodies,
         metrics: GatewayMetrics,
+        hosts: KnownHosts,
         tracing: Tracing = OFF,
     ) -> None:
         """Wrap `app`. `paths` are the routes that metrics name."""
         self._app = app
+        self._hosts = hosts
         self._keyring = keyring
         self._slots = slots
         self._tenant_metrics = tenant_metrics
@@ -84,7 +87,10 @@ class Edge:
 
         try:
             caller = self._authenticate(scope, headers, context)
-            if caller is not None:
+            if self._is_rebound(scope, headers):
+                form = self._bodies.of(scope["path"])
+                await error_response(STRANGE_HOST, None, form)(scope, receive, send_named)
+            elif caller is not None:
                 context.owner, context.quota = caller.owner, Quota(caller.tenant, caller.share)
                 attach_context(scope, context)
                 await self._serve(scope, receive, send_named, context)
@@ -137,6 +143,12 @@ class Edge:
             }
             _log.warning("API key refused", extra=fields)
         return caller
+
+    def _is_rebound(self, scope: Scope, headers: Headers) -> bool:
+        """Return True if the request may be a stranger's web page's, which has no key but needs none."""
+        if not self._keyring.is_open or scope["path"] in HEALTH_PATHS:
+            return False
+        return self._hosts.refuses(scope, headers.get("host", ""))
 
     def _metric_path(self, path: str) -> str:
         """Return the path's name in the metrics: one of a bounded set, whatever clients request."""

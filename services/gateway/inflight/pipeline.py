@@ -101,8 +101,9 @@ class Pipeline:
 
     async def _reserve(self, open_request: OpenRequest, parsed: ParsedRequest, quota: Quota | None) -> None:
         ids = [choice.request_id for choice in open_request.choices]
-        media_bytes = sum(len(item.data) for item in parsed.media if item.data is not None)
-        tokens = sum(map(len, parsed.segments))
+        # Each choice is stored with uploads of its own.
+        media_bytes = len(ids) * sum(len(item.data) for item in parsed.media if item.data is not None)
+        tokens = sum(map(len, parsed.segments)) + sum(len(prompt.tokens) for prompt in parsed.prompts)
         open_request.mark_reserved(await self._limiter.admit(quota, parsed.model, ids, tokens, media_bytes))
 
     def mark_begun(self, open_request: OpenRequest) -> None:
@@ -115,11 +116,8 @@ class Pipeline:
         reservation = open_request.reservation
         if reservation is None:
             return
-        choices = open_request.choices
-        usages = [choice.usage for choice in choices if choice.usage is not None]
-        unsent = all(choice.state is ChoiceState.NEW for choice in choices)
-        prompt = usages[0].prompt_tokens if usages else 0 if unsent else reservation.charged
-        self._limiter.end(reservation, prompt, sum(choice.generated for choice in choices), runs_on)
+        prompt = _prompt_tokens(open_request, reservation.charged)
+        self._limiter.end(reservation, prompt, sum(choice.generated for choice in open_request.choices), runs_on)
 
     async def find(self, request_id: str, owner: str) -> StoredRequest:
         """Read the records of a request.
@@ -315,3 +313,16 @@ def _answer_format(record: Record) -> AnswerFormat:
         return answer_format.decode(record.request.form)
     except ProtocolError as error:
         raise RequestError(unreadable("the format of the answer")) from error
+
+
+def _prompt_tokens(open_request: OpenRequest, text_tokens: int) -> int:
+    """Return how many tokens of prompts a request has used, of which `text_tokens` were known when it came."""
+    choices, each = open_request.choices, open_request.answer_format.n // open_request.answer_format.prompts
+    if all(choice.state is ChoiceState.NEW for choice in choices):
+        return 0
+    groups = [choices[start : start + each] for start in range(0, len(choices), each)]
+    said = [
+        next((choice.usage.prompt_tokens for choice in group if choice.usage is not None), None) for group in groups
+    ]
+    known = sum(tokens for tokens in said if tokens is not None)
+    return max(known, text_tokens) if None in said else known

@@ -14,7 +14,9 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpcore
@@ -35,6 +37,10 @@ _UNREACHABLE = "The media's URL cannot be reached, or its address is not allowed
 _MAX_URL = 8192
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
 _REMEMBERED = 4096  # URLs
+CONNECTIONS = 1024
+# A name server that never answers holds a thread for many seconds, and a client may name as many as it likes. These
+# threads do nothing else, so that what computes in those of asyncio does not wait for them.
+_LOOKUPS = ThreadPoolExecutor(128, "names")
 _HEADERS = (("User-Agent", "millrace"), ("Accept", "*/*"), ("Accept-Encoding", "identity"))
 
 
@@ -44,7 +50,8 @@ class AddressRefusedError(Exception):
 
 async def resolve(host: str, port: int) -> list[str]:
     """Return a name's addresses by the system's resolver, in its order."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, look_up)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -144,20 +151,24 @@ class Fetcher:
         self._remembered: dict[str, tuple[str, Unchanged]] = {}  # by URL, with its ETag; the one used last is last
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(trust_env=False),
-            max_connections=64,
+            max_connections=CONNECTIONS,
             keepalive_expiry=5.0,
             network_backend=_PinnedBackend(resolver, networks),
         )
 
-    async def fetch(self, url: str, *, anew: bool = False) -> Fetched | Unchanged:
+    async def fetch(
+        self, url: str, *, anew: bool = False, count: Callable[[int], None] = lambda size: None
+    ) -> Fetched | Unchanged:
         """Return the body at `url`; what was remembered of it if it has not changed, unless it is wanted `anew`.
+
+        `count` is told the size of each piece of a body, and may raise to refuse it.
 
         Raises:
             RequestError: the URL is not allowed, not reachable, not 200, too large, too slow or redirects too often.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._follow(_parse(url), anew)
+                return await self._follow(_parse(url), anew, count)
         except TimeoutError as error:
             raise over_limit("The time to fetch the media", "media_timeout_s", self._timeout_s) from error
 
@@ -178,16 +189,18 @@ class Fetcher:
         if len(self._remembered) > _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
-    async def _follow(self, url: httpx.URL, anew: bool) -> Fetched | Unchanged:
+    async def _follow(self, url: httpx.URL, anew: bool, count: Callable[[int], None]) -> Fetched | Unchanged:
         for _ in range(self._max_redirects + 1):
-            body = await self._get(url, None if anew else self._remembered.get(str(url)))
+            body = await self._get(url, None if anew else self._remembered.get(str(url)), count)
             if not isinstance(body, httpx.URL):
                 return body
             url = body
         what = "The number of redirects of the media's URL"
         raise over_limit(what, "media_max_redirects", self._max_redirects)
 
-    async def _get(self, url: httpx.URL, known: tuple[str, Unchanged] | None) -> Fetched | Unchanged | httpx.URL:
+    async def _get(
+        self, url: httpx.URL, known: tuple[str, Unchanged] | None, count: Callable[[int], None]
+    ) -> Fetched | Unchanged | httpx.URL:
         """Return the body, `known` if that is what it still is, or the URL that the response redirects to."""
         wait = {"connect": self._timeout_s, "read": self._timeout_s, "write": self._timeout_s, "pool": self._timeout_s}
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
@@ -198,7 +211,7 @@ class Fetcher:
                 if known is not None and response.status == 304:
                     self._put_last(str(url), known)
                     return known[1]
-                return await self._read(response, url)
+                return await self._read(response, url, count)
         except (AddressRefusedError, httpcore.ConnectError, OSError, UnicodeError) as error:
             raise refuse(_UNREACHABLE) from error  # UnicodeError: not a host name
         except httpcore.TimeoutException as error:
@@ -206,7 +219,9 @@ class Fetcher:
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise refuse("The media's server closed the connection early or did not answer in HTTP.") from error
 
-    async def _read(self, response: httpcore.Response, url: httpx.URL) -> Fetched | httpx.URL:
+    async def _read(
+        self, response: httpcore.Response, url: httpx.URL, count: Callable[[int], None]
+    ) -> Fetched | httpx.URL:
         headers = httpx.Headers(response.headers)
         if response.status in _REDIRECTS and "location" in headers:
             return _parse(headers["location"], base=url)
@@ -222,6 +237,7 @@ class Fetcher:
             body += chunk
             if len(body) > self._max_bytes:
                 raise self._too_large()
+            count(len(chunk))
         etag = headers.get("etag", "")
         return Fetched(bytes(body), (str(url), etag) if _STRONG_ETAG.fullmatch(etag) else None)
 

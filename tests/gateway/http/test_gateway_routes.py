@@ -138,6 +138,27 @@ async def test_a_body_is_json_or_says_nothing(http: httpx.AsyncClient, path: str
         assert (reply.json()["error"]["param"], given.split(";")[0] in reply.text) == ("Content-Type", True)
 
 
+async def test_a_page_says_that_its_body_is_json(http: httpx.AsyncClient) -> None:
+    """A browser sends `new Blob([body])` anywhere, without the header and without asking whether it may."""
+    blob = await http.post("/v1/chat/completions", content=b"{}", headers={"Origin": "https://evil.example"})
+    assert (blob.status_code, blob.json()["error"]["param"]) == (415, "Content-Type")
+
+
+async def test_without_keys_a_name_of_a_stranger_is_refused_on_this_machine(checkpoint: Path, redis_url: str) -> None:
+    """DNS rebinding: a page of evil.example has its name resolve to 127.0.0.1, and is of the same origin as we are."""
+    async with running(checkpoint, redis_url) as server, httpx.AsyncClient(base_url=server.url) as browser:
+        named = {"Host": f"evil.example:{browser.base_url.port}"}
+        for path in ("/v1/models", "/console/state", "/", "/openapi.json"):
+            reply = await browser.get(path, headers=named)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (403, "host_not_allowed")
+        assert (await browser.get("/health/live", headers=named)).status_code == 200
+        assert (await browser.get("/v1/models")).status_code == 200
+
+
+async def test_with_keys_any_name_will_do(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/v1/models", headers={"Host": "api.example.com"})).status_code == 200
+
+
 async def test_a_page_of_an_allowed_origin_may_ask_without_a_key_whether_it_may(server: Running) -> None:
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
     async with httpx.AsyncClient(base_url=server.url) as browser:

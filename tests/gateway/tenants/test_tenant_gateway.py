@@ -1,6 +1,7 @@
 """Tenants at a running gateway, with the real clients of both families of headers."""
 
 import asyncio
+import base64
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,10 +17,22 @@ from redis.asyncio import Redis
 
 from services.gateway.tenants.key_file import written_digest
 from shared.bus.keys import Keys
+from shared.messages import Accepted, Encode, Generate, Usage, unpack_ids
 
 T = TypeVar("T")
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
+PICTURE = b"these bytes are no picture, which only an encoder would find"
+DATA = base64.b64encode(PICTURE).decode()
+LOOK = [
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{DATA}"}}]},
+]
+COUNTED = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": DATA}}],
+    },
+]
 
 
 def write(path: Path, **tenants: dict[str, Any]) -> None:
@@ -156,3 +169,53 @@ async def test_models_are_those_that_the_key_may_use(checkpoint: Path, redis_url
             await alice.models.retrieve("large")
         with pytest.raises(openai.NotFoundError):
             await alice.models.retrieve("huge")
+
+
+async def test_every_prompt_of_a_completion_is_charged(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    client = server.client.with_options(api_key="key-of-bob")
+    for leaves in (False, True):
+        await redis.delete(keys.tenant("bob"))
+        prompts = ["Hi", "a longer prompt " * 20]
+        asked = asyncio.create_task(client.completions.create(model="m", prompt=prompts, n=2))
+        works = await stages.take(4)
+        lengths = [len(unpack_ids(work.prompt)) for work in works if isinstance(work, Generate)]
+        assert lengths[0] == lengths[1] < lengths[2] == lengths[3]
+        total = lengths[0] + lengths[2]
+        assert await redis.hget(keys.tenant("bob"), "queued") == str(total).encode()
+        if leaves:  # when one answer is here, and the other prompt has been computed, too
+            await stages.answer(works[0].request, "yes", usage=Usage(lengths[0], 1, 0, 0, 0, 0))
+            asked.cancel()
+        else:
+            for work, length in zip(works, lengths, strict=True):
+                await stages.answer(work.request, "yes", usage=Usage(length, 1, 0, 0, 0, 0))
+            await asked
+        await until_is(lambda: redis.hget(keys.tenant("bob"), "used:prompt"), str(total).encode())
+
+
+async def test_each_choice_is_charged_for_the_uploads_that_are_stored_for_it(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    asked = ask(server, "bob", n=3, extra_body={"messages": LOOK})
+    works = await stages.take(3)
+    assert len({work.media[0].blob for work in works if isinstance(work, Encode)}) == 3
+    assert await redis.hget(keys.tenant("bob"), "used:media") == str(3 * len(PICTURE)).encode()
+    asked.cancel()
+
+
+async def test_a_count_with_media_is_a_request_of_its_tenant(server: Running, stages: Stages) -> None:
+    client = httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, headers={"x-api-key": "key-of-alice"})
+    async with client:
+        for _ in range(2):
+            asked = asyncio.create_task(
+                client.post("/v1/messages/count_tokens", json={"model": "m", "messages": COUNTED})
+            )
+            request = await stages.request()
+            assert request.share is not None
+            assert request.share.name == "alice"
+            await stages.tell(request, Accepted(request.id, 77))
+            assert (await asked).json() == {"input_tokens": 77}
+        refused = await client.post("/v1/messages/count_tokens", json={"model": "m", "messages": COUNTED})
+        assert refused.status_code == 429
+        assert "'alice'" in refused.text

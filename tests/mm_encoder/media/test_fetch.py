@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import socket
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -370,3 +371,25 @@ async def test_the_url_asked_for_longest_ago_is_forgotten(site: Site, monkeypatc
         assert await ours.fetch(url) == Unchanged(b"digest", 1)
     assert list(ours._remembered) == ["c", url]
     await ours.close()
+
+
+async def test_names_that_are_looked_up_for_long_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = threading.Event()
+
+    def look_up(host: str, port: int, **kwargs: object) -> list[object]:
+        answering.wait()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    ours = fetcher()
+    # More than there are threads of asyncio's own.
+    fetching = [asyncio.create_task(ours.fetch(f"http://{i}.example.com/")) for i in range(64)]
+    try:
+        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await asyncio.to_thread(lambda: "computed") == "computed"
+    finally:
+        answering.set()
+        refused = await asyncio.gather(*fetching, return_exceptions=True)
+        await ours.close()
+    assert all(isinstance(each, RequestError) for each in refused)

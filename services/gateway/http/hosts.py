@@ -1,0 +1,69 @@
+"""Names that a server without keys is called by on its own machine, against DNS rebinding.
+
+The name of a stranger's web page may stand for 127.0.0.1 once the page is loaded. Its browser then takes us for the
+page's own server, and lets the page ask and read as it likes. What gives it away is its name, in the Host header.
+"""
+
+import socket
+from collections.abc import Iterable
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.types import Scope
+
+from shared.errors import Failure
+
+# Names below these are nobody's to register, and so no stranger's.
+_PRIVATE = ("localhost", "local", "internal", "lan", "test", "home.arpa")
+
+STRANGE_HOST = Failure(
+    403,
+    "The Host header names a server that this one is not known as. Without API keys, programs of this machine call it "
+    "by an address, a name of this machine or one of `allowed_origins`: pages of strangers could read its answers else.",
+    param="Host",
+    code="host_not_allowed",
+)
+
+
+class KnownHosts:
+    """Names under which programs of this machine may reach us: its own, and those of pages that may call us."""
+
+    def __init__(self, origins: Iterable[str]) -> None:
+        origins = tuple(origins)
+        self._all = "*" in origins
+        self._names = {name for origin in origins if (name := _name(urlsplit(origin).netloc))}
+        self._names.add(_name(socket.gethostname()))
+
+    def refuses(self, scope: Scope, host: str) -> bool:
+        """Return True if a request came from this machine under a name that may be a stranger's."""
+        server = scope.get("server")
+        return server is not None and _is_loopback(server[0]) and not self._knows(_name(host))
+
+    def _knows(self, name: str) -> bool:
+        if self._all or "." not in name or name in self._names or _is_address(name):
+            return True
+        return any(name.endswith(f".{private}") for private in _PRIVATE)
+
+
+def _name(host: str) -> str:
+    """Return the host without its port: an address or a name."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].rstrip(".").lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
