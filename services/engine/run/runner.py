@@ -111,14 +111,10 @@ class ModelRunner:
             launched = self._start_sampling(plan, self._graphs.run(step))
             meanwhile()
             return launched
-        if self.pieces is not None and self.pieces.captures(step):
-            x = self.pieces.hidden(step)
-            meanwhile()
-        else:
-            # The caller's work comes first: launching a step, or computing it here, takes longer.
-            meanwhile()
-            x = self._hidden(step)
-        return self._finish(plan, step, x)
+        # The caller's work comes first. The host takes longer to launch such a step, or to compute it here: tokens
+        # would wait as long, and come as unevenly. A GPU mostly does not wait for it, as it computes another step.
+        meanwhile()
+        return self._finish(plan, step, self._hidden(step))
 
     def _hidden(self, step: HostStep) -> Tensor:
         if self.pieces is not None:

@@ -179,12 +179,14 @@ class StepBuilder:
 
     def build(self, plan: Plan) -> HostStep:
         chunks = plan.parts
-        if all(chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len for chunk in chunks):
+        decodes = next((n for n, chunk in enumerate(chunks) if not _decodes(chunk)), len(chunks))
+        if decodes == len(chunks):
             return self._decode(chunks)
-        return self._mixed(chunks)
+        mixed = self._mixed(chunks[decodes:])
+        return _joined(self._decode(chunks[:decodes]), mixed) if decodes else mixed
 
     def _decode(self, chunks: tuple[Chunk, ...]) -> HostStep:
-        """Build a step with one token each of sequences past their prompts: most steps, so in few passes."""
+        """Build a step with one token each of sequences past their prompts: most of all chunks, so in few passes."""
         size = self._block_size
         sources = np.array([-1 if c.source is None else c.source for c in chunks], np.int64)
         ids = [c.sequence.tokens[c.start] if c.source is None else 0 for c in chunks]
@@ -250,6 +252,30 @@ class StepBuilder:
         copied without a wait."""
         pinned = rows > 0 and self._device.type == "cuda"
         return torch.empty(rows, self._hidden_size, dtype=self._dtype, pin_memory=pinned)
+
+
+def _decodes(chunk: Chunk) -> bool:
+    """Return True for one token of a sequence past its prompt."""
+    return chunk.length == 1 and chunk.start >= chunk.sequence.prompt_len
+
+
+def _joined(first: HostStep, second: HostStep) -> HostStep:
+    """Return the step of the sequences of two, of which the first has no media."""
+    rows = len(first.token_ids)
+    return HostStep(
+        token_ids=np.concatenate([first.token_ids, second.token_ids]),
+        sources=np.concatenate([first.sources, second.sources]),
+        positions=np.concatenate([first.positions, second.positions], axis=1),
+        vision=np.concatenate([first.vision, second.vision]),
+        embed_rows=second.embed_rows + rows,
+        embeds=second.embeds,
+        slots=np.concatenate([first.slots, second.slots]),
+        blocks=first.blocks + second.blocks,
+        query_start=np.concatenate([first.query_start, second.query_start[1:] + np.int32(rows)]),
+        context_lens=np.concatenate([first.context_lens, second.context_lens]),
+        logit_rows=np.concatenate([first.logit_rows, second.logit_rows + rows]),
+        max_query_len=max(first.max_query_len, second.max_query_len),
+    )
 
 
 def fill_in_flight(token_ids: Tensor, step: HostStep, last_tokens: Tensor) -> None:

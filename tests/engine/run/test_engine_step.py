@@ -32,19 +32,38 @@ def decoding() -> tuple[Chunk, ...]:
     return tuple(chunks)
 
 
+def assert_same(actual: HostStep, expected: HostStep) -> None:
+    for name in HostStep.__dataclass_fields__:
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        if isinstance(theirs, np.ndarray):
+            assert ours.dtype == theirs.dtype, name
+            np.testing.assert_array_equal(ours, theirs, name)
+        elif isinstance(theirs, torch.Tensor):
+            assert torch.equal(ours, theirs), name
+        else:
+            assert ours == theirs, name
+
+
 def test_decoding_is_built_as_any_step_is() -> None:
     builder, chunks = StepBuilder(Model(), BLOCK, image_patch_id=52), decoding()
     quick, general = builder._decode(chunks), builder._mixed(chunks)
-    for name in HostStep.__dataclass_fields__:
-        actual, expected = getattr(quick, name), getattr(general, name)
-        if isinstance(expected, np.ndarray):
-            assert actual.dtype == expected.dtype, name
-            np.testing.assert_array_equal(actual, expected, name)
-        elif isinstance(expected, torch.Tensor):
-            assert torch.equal(actual, expected), name
-        else:
-            assert actual == expected, name
+    assert_same(quick, general)
     assert not quick.samples_all
+
+
+@pytest.mark.parametrize("decodes", range(5))
+def test_decoding_beside_prompts_is_built_as_any_step_is(decodes: int) -> None:
+    """A prompt with an image, of which a chunk is computed, and the last token of one."""
+    builder = StepBuilder(Model(), BLOCK, image_patch_id=52)
+    image = Embeds(torch.randn(6, 8).view(torch.uint8).numpy().tobytes(), "float32")
+    made = sequence([52] * 15, spans=(MediaSpan("image", "a", 2, 6, (1, 4, 6)),), embeds=(image,))
+    other = sequence(range(10, 15))
+    for row, one in enumerate((made, other)):
+        one.blocks.extend(range(100 + 5 * row, 105 + 5 * row))
+    in_flight = Chunk(decoding()[0].sequence, 4, 1, samples=True, source=2)
+    prompts = (Chunk(made, 4, 7, samples=False), Chunk(other, 4, 1, samples=True), in_flight)
+    chunks = (*decoding()[:decodes], *prompts)
+    assert_same(builder.build(Plan(chunks)), builder._mixed(chunks))
 
 
 def guessed() -> Plan:

@@ -2,7 +2,7 @@
 launched whole say, however prompts are cut and whatever decodes beside them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from small_model import BLOCKS, DEVICE, PAGE, SEQS, SMALL, SMALL_FACTS, runner, 
 from services.engine.loop.mailbox import Add
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.attention_parts import attention_parts, cut
-from services.engine.run.graphs import capture_sizes
+from services.engine.run.graphs import DecodeGraphs, capture_sizes
 from services.engine.run.pieces import ALIGNMENT, CAPTURED_ROWS, StepPieces, captured_sizes, padded_rows
 from services.engine.run.runner import ModelRunner
 from services.engine.run.step import HostStep, StepBuilder
@@ -108,6 +108,35 @@ def test_logits_are_of_a_size_that_was_captured(model: ErnieModel, monkeypatch: 
     assert sizes == {1, 4} <= set(capture_sizes(SEQS))
 
 
+def test_output_goes_out_before_a_step_with_prefill_is_launched(
+    model: ErnieModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launch takes the host long; that of a captured decode step does not, and the device waits for it."""
+    made, said = runner(model, ModelRunner), list[str]()
+    for kind, launch in ((StepPieces, "hidden"), (DecodeGraphs, "run")):
+        monkeypatch.setattr(kind, launch, noting(said, launch, getattr(kind, launch)))
+    prompts = Plan((Chunk(filled(0, 5), 0, 5, samples=True),))
+    made.launch(prompts, lambda: said.append("output")).read()
+    decode = Plan((Chunk(filled(1, 5, [50]), 5, 1, samples=True),))
+    made.launch(decode, lambda: said.append("output")).read()
+    assert said == ["output", "hidden", "run", "output"]
+
+
+def noting(said: list[str], what: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any) -> Any:
+        said.append(what)
+        return run(*args)
+
+    return noted
+
+
+def filled(nth: int, length: int, generated: Sequence[int] = ()) -> Any:
+    """Return a sequence with blocks for all its tokens."""
+    made = sequence(prompt(nth, length), generated, request_id=str(nth), facts=SMALL_FACTS, max_tokens=9)
+    made.blocks.extend(range(8 * nth, 8 * nth + 8))
+    return made
+
+
 class Counting:
     """Notes what is captured and what is replayed."""
 
@@ -130,10 +159,7 @@ class Counting:
 
 def mixed_step(builder: StepBuilder) -> HostStep:
     """A step of 3 sequences: one that decodes, and chunks of two prompts."""
-    made = [sequence(prompt(i, length), known, request_id=str(i), facts=SMALL_FACTS, max_tokens=9)
-            for i, (length, known) in enumerate([(6, [50, 51]), (20, []), (7, [])])]  # fmt: skip
-    for nth, one in enumerate(made):
-        one.blocks.extend(range(8 * nth, 8 * nth + 8))
+    made = [filled(i, length, known) for i, (length, known) in enumerate([(6, [50, 51]), (20, []), (7, [])])]
     chunks = (Chunk(made[0], 7, 1, True), Chunk(made[1], 0, 5, False), Chunk(made[2], 0, 7, True))
     return builder.build(Plan(chunks))
 
