@@ -128,13 +128,13 @@ async def test_lines_that_run_when_the_window_ends_expire(
                 both.set()
             return await asyncio.get_running_loop().create_future()
 
-    async def wait_until_both_run(tasks: Any, *, timeout: float | None = None, return_when: str) -> Any:
+    async def wait_until_both_run(tasks: Any, **how: Any) -> Any:
         """The window ends then, and not at its time: who knows how long that takes."""
-        if timeout is None:
-            return await wait(tasks, return_when=return_when)
-        assert 3000 < timeout <= 3600
+        if "timeout" not in how:
+            return await wait(tasks, **how)
+        assert 0 < how.pop("timeout") <= 3600
         ends = asyncio.create_task(both.wait())
-        done, pending = await wait([*tasks, ends], return_when=return_when)
+        done, pending = await wait([*tasks, ends], **how)
         return done - {ends}, pending
 
     monkeypatch.setattr(asyncio, "wait", wait_until_both_run)
