@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from machine import free_port
+from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
 
 from cli.redis_server import RedisServer
+from shared.bus import client as redis_client
 from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.reproducible import fix_order_of_sums
@@ -143,8 +144,10 @@ def redis_url(redis_server: RedisServer) -> str:
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    """A client as the services have it."""
-    client = connect(redis_url)
+    """A client as the services have it, but that takes nobody who stands still for dead: it would say all again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(redis_client, "REPLY_S", PATIENCE_S)
+        client = connect(redis_url)
     yield client
     await client.aclose()
 

@@ -32,11 +32,19 @@ class GatedRunner:
 
     def __init__(self, inner: Runner) -> None:
         self._inner = inner
-        self._steps = threading.Semaphore(0)
-        self.waiting = threading.Event()
+        self._changed = threading.Condition()
+        self._allowed = 0
+        self._waits = False
 
     def allow(self, steps: int) -> None:
-        self._steps.release(steps)
+        with self._changed:
+            self._allowed += steps
+            self._changed.notify_all()
+
+    def wait_until_stuck(self) -> bool:
+        """Return when the model's thread waits for permission to run a step; False: it does not, for long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waits and not self._allowed, PATIENCE_S)
 
     @property
     def overlaps(self) -> bool:
@@ -48,10 +56,12 @@ class GatedRunner:
 
     def launch(self, plan: Plan, meanwhile: Callable[[], None]) -> Launched:
         meanwhile()
-        if not self._steps.acquire(blocking=False):
-            self.waiting.set()
-            self._steps.acquire()
-            self.waiting.clear()
+        with self._changed:
+            self._waits = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._allowed > 0)
+            self._allowed -= 1
+            self._waits = False
         return self._inner.launch(plan, lambda: None)
 
 

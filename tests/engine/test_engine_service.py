@@ -56,7 +56,7 @@ def gated(blocks: int = 64) -> GatedRunner:
 
 async def stuck(runner: GatedRunner) -> None:
     """Until the model's thread waits for permission to run a step."""
-    assert await asyncio.to_thread(runner.waiting.wait, 20)
+    assert await asyncio.to_thread(runner.wait_until_stuck)
 
 
 async def test_requests_are_answered_in_one_stream_a_shard(redis: Redis, redis_url: str, keys: Keys) -> None:
@@ -92,8 +92,8 @@ async def test_a_full_engine_leaves_the_rest_to_others(redis: Redis, redis_url: 
             [group] = await redis.xinfo_groups(keys.stream(GENERATE))
             return int(group["pending"]) == 4
 
-        await eventually(taken)  # two that run and two that wait
-        assert running.held == 4
+        await eventually(taken)
+        await eventually(lambda: asyncio.sleep(0, running.held == 4))  # two that run and two that wait
         assert await backlog(redis, keys) == 8
         runner.allow(1000)
         await reader.finished(*names)
@@ -198,7 +198,7 @@ async def test_a_dead_engines_requests_go_on_under_a_higher_epoch(redis: Redis, 
         await stuck(runner)
         await Records(redis, keys).write_journal([("r", 0, whole[:2])])
         await Lease(redis, keys, "engine", "engine-a", 1000).release()
-        async with engine(redis, redis_url, name="engine-b", lease_ms=200):
+        async with engine(redis, redis_url, name="engine-b", lease_ms=60_000):
             [seen] = await reader.finished("r")
             await no_backlog(redis, keys)
         assert seen.tokens == whole

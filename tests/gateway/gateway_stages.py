@@ -74,6 +74,7 @@ async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **se
         "namespace": "test",
         "name": "gw",
         "max_model_len": 2048,
+        "watch_s": PATIENCE_S,  # nobody who stands still for a while is asked for anything
     }
     told = GatewaySettings(**{**fields, "host": "127.0.0.1", "shards": SHARDS, **settings})
     redis = connect(redis_url)

@@ -231,7 +231,7 @@ async def test_an_idle_replica_makes_some_of_the_embeddings(bench: Bench, tower:
     """While the replica that has the request stands still with the locks of two passes, of four of them."""
     other = Bench(bench.redis, bench.keys, directory)
     pictures = [picture(60, 60, seed=seed) for seed in range(8)]
-    few = {"tower_max_patches": 32}
+    few = {"tower_max_patches": 32, "lease_ms": 60_000}  # whose end would hand the other two on
     async with bench.running(name="mm-1", **few) as one, other.running(name="mm-2", **few) as two:
         try:
             await ready(one, two)

@@ -510,7 +510,8 @@ async def test_an_entry_that_redis_has_lost_is_let_go(bench: Bench) -> None:
 async def test_two_replicas_encode_a_picture_once(bench: Bench, directory: Path) -> None:
     other = Bench(bench.redis, bench.keys, directory)
     data = picture(100, 150)
-    async with bench.running(name="mm-1", concurrency=1), other.running(name="mm-2", concurrency=1):
+    one = {"concurrency": 1, "lease_ms": 60_000}  # whose end would hand the turn on
+    async with bench.running(name="mm-1", **one), other.running(name="mm-2", **one):
         for i in range(4):
             await bench.submit(f"r{i}", [data])
         await bench.generates(4)

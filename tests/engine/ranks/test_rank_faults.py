@@ -34,10 +34,11 @@ from shared.tether import tethered
 
 pytestmark = pytest.mark.system
 LENGTH, REQUESTS = 60, 4
-STEP_TIMEOUT_S = 6
+HALFWAY = "engine.tokens.before:12:stop"  # with many tokens said and many to come, however long we stand still
+SOON = "6"  # as a step's timeout: half of that a rank may be silent
 TOLD = {
     "lease_ms": "1000",
-    "step_timeout_s": str(STEP_TIMEOUT_S),
+    "step_timeout_s": str(2 * PATIENCE_S),
     "max_num_batched_tokens": "64",
     "namespace": "test",
     "max_deliveries": "10",
@@ -45,13 +46,14 @@ TOLD = {
 
 
 class Replica:
-    """An engine of two ranks."""
+    """An engine of two ranks; `crash_at` says where rank 0 halts."""
 
-    def __init__(self, directory: Path, redis_url: str, log: Path) -> None:
+    def __init__(self, directory: Path, redis_url: str, log: Path, crash_at: str = "", **changes: str) -> None:
         settings = settings_for(directory, 2)
         names = ("model", "device", "max_model_len", "block_size", "max_num_seqs", "num_gpu_blocks_override")
         told = {name: str(getattr(settings, name)) for name in (*names, "tensor_parallel_size")} | TOLD
-        environ = {variable(name): value for name, value in (told | {"redis_url": redis_url}).items()}
+        told |= {"redis_url": redis_url, "crash_at": crash_at, **changes}
+        environ = {variable(name): value for name, value in told.items()}
         self._log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -71,6 +73,19 @@ class Replica:
             for pid in children.read_text().split()
         ]
         return child
+
+    async def halted(self) -> int:
+        """Return the process of rank 1 once rank 0 is halted."""
+
+        async def is_halted() -> bool:
+            assert self.process.poll() is None, self.said
+            return state(self.process.pid) == "T"
+
+        await eventually(is_halted)
+        return self.rank
+
+    def wake(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     @property
     def said(self) -> str:
@@ -113,17 +128,17 @@ def steady(directory: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, tup
     raise AssertionError("there is a near tie in too many answers; take other prompts")
 
 
-def has_ended(pid: int) -> bool:
-    """True of a process that nobody waits for, too."""
+def state(pid: int) -> str:
+    """The letter of a process's state; that of one that has ended and that nobody waits for, too."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return True
+        return "Z"
 
 
 async def gone(pid: int) -> None:
     """Return when a process has ended."""
-    await eventually(lambda: asyncio.sleep(0, has_ended(pid)))
+    await eventually(lambda: asyncio.sleep(0, state(pid) == "Z"))
 
 
 def test_a_rank_that_cannot_start_is_a_setting_to_correct(directory: Path) -> None:
@@ -168,23 +183,27 @@ async def test_requests_outlive_lost_ranks(
     asked = steady(directory, capsys)
     reader = Reader(redis, keys)
 
-    def another() -> Replica:
-        replicas.append(Replica(directory, redis_url, tmp_path / f"{len(replicas)}.log"))
+    def another(crash_at: str = "", **changes: str) -> Replica:
+        log = tmp_path / f"{len(replicas)}.log"
+        replicas.append(Replica(directory, redis_url, log, crash_at, **changes))
         return replicas[-1]
 
-    first = another()
     await submit(redis, keys, *(message for message, _ in asked.values()))
+    first = another(HALFWAY)
+    killed = await first.halted()
     for name in asked:
         await reader.reached(name, 4)
-    os.kill(first.rank, signal.SIGKILL)
+    os.kill(killed, signal.SIGKILL)
+    first.wake()
     assert await first.ended() == LOST + 1, first.said
     assert re.search(r"rank 1 is lost: killed by SIGKILL", first.said)
 
-    second = another()
+    second = another(HALFWAY, step_timeout_s=SOON)
+    halted = await second.halted()
     for name in asked:
         await reader.reached(name, 12)
-    halted = second.rank
     os.kill(halted, signal.SIGSTOP)
+    second.wake()
     assert await second.ended() == LOST + 1, second.said
     assert re.search(r"rank 1 is lost: silent for \d", second.said)
     await gone(halted)

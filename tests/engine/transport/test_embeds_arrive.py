@@ -258,7 +258,7 @@ async def test_an_engine_takes_over_a_waiting_prompt(
         await encoder.take_and_send_ahead()
         await reached(first, FIRST)
         await Lease(redis, keys, "engine", "engine-a", 1000).release()
-        async with engine(redis, redis_url, runner, name="engine-b", lease_ms=200) as running:
+        async with engine(redis, redis_url, runner, name="engine-b", lease_ms=60_000) as running:
             await reached(runner, FIRST)
             await encoder.store("cat")
             await encoder.store("dog")

@@ -108,8 +108,11 @@ async def test_the_stop_sequence_that_was_met_is_named(client: Any, stages: Stag
 
 
 async def test_a_sign_of_life_is_a_ping(checkpoint: Path, redis_url: str, stages: Stages) -> None:
-    async with running(checkpoint, redis_url, keep_alive_s=0.05) as server, httpx.AsyncClient() as raw:
-        sent = raw.stream("POST", f"{server.url}/v1/messages", json={**BODY, "stream": True}, timeout=PATIENCE_S)
+    async with (
+        running(checkpoint, redis_url, keep_alive_s=0.05) as server,
+        httpx.AsyncClient(timeout=PATIENCE_S) as raw,
+    ):
+        sent = raw.stream("POST", f"{server.url}/v1/messages", json={**BODY, "stream": True})
         async with sent as reply:
             lines = reply.aiter_lines()
             request = await stages.request()
@@ -173,7 +176,7 @@ async def test_a_key_gives_the_answer_of_the_first_request(server: Running, clie
 async def test_another_apis_route_does_not_resume_it(server: Running, client: Any, stages: Stages) -> None:
     asked = ask(client)
     request = await stages.request()
-    async with httpx.AsyncClient() as raw:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as raw:
         for end in ("", "/events"):
             reply = await raw.get(f"{server.url}/v1/chat/completions/chatcmpl-{request.id}{end}")
             assert reply.status_code == 404
@@ -233,7 +236,7 @@ async def test_a_picture_that_cannot_be_counted_is_refused(client: Any, stages: 
 
 
 async def test_errors_have_this_apis_form_on_its_paths(server: Running) -> None:
-    async with httpx.AsyncClient() as raw:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as raw:
         for method, path, status, kind in (
             ("GET", "/v1/messages", 405, "invalid_request_error"),
             ("GET", "/v1/messages/batches", 404, "not_found_error"),
@@ -296,7 +299,7 @@ async def test_a_gateway_that_drains_says_so_in_this_apis_form(server: Running) 
 
 
 async def test_openapi_describes_both_bodies(server: Running) -> None:
-    async with httpx.AsyncClient() as raw:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as raw:
         described = (await raw.get(f"{server.url}/openapi.json")).json()
     operations = [one["operationId"] for path in described["paths"].values() for one in path.values()]
     assert len(set(operations)) == len(operations)

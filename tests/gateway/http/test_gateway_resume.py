@@ -240,13 +240,18 @@ async def test_a_reader_comes_back_between_the_events_of_a_delta(
     ]
 
 
-async def test_who_has_seen_the_end_is_told_that_it_was(server: Running, other: Running, stages: Stages) -> None:
+async def test_who_has_seen_the_end_is_told_that_it_was(
+    checkpoint: Path, redis_url: str, server: Running, stages: Stages
+) -> None:
     async with reading(server, body={"stream_options": {"include_usage": True}}) as reader:
         request = await stages.request()
         await stages.answer(request, "x")
         await stages.keep(request)
         await reader.rest()
-    async with reading(other, f"/chatcmpl-{request.id}/events", **{"last-event-id": "2"}) as again:
+    async with (
+        running(checkpoint, redis_url, name="other", hold_headers_s=0) as other,
+        reading(other, f"/chatcmpl-{request.id}/events", **{"last-event-id": "2"}) as again,
+    ):
         attach = await stages.attached()
         await stages.send(attach.gateway, Delta(request.id, 2, finish_reason="stop", usage=USAGE, start=2))
         usage, done = await again.rest()

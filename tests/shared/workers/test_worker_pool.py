@@ -100,7 +100,10 @@ async def test_processes_that_cannot_start_are_the_failure_of_a_task_and_not_of_
         await call(pool)
 
 
-async def test_a_process_whose_task_nobody_waits_for_is_kept_if_that_ends_soon(tmp_path: Path) -> None:
+async def test_a_process_whose_task_nobody_waits_for_is_kept_if_that_ends_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPARE_S", PATIENCE_S)
     async with running(tmp_path) as pool:
         first, begun, end = await call(pool), tmp_path / "begun", tmp_path / "end"
         task = asyncio.create_task(call(pool, "wait", begun, end))
