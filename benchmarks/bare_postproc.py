@@ -19,11 +19,11 @@ from services.postproc.request_state import EntryId, RequestState
 from services.postproc.settings import PostprocSettings
 from services.postproc.text.detokenize import Vocabulary
 from services.postproc.worker import Worker
-from shared import service
 from shared.bus.client import command
 from shared.bus.keys import Keys
 from shared.bus.records import Records
 from shared.bus.wire import Wire
+from shared.launch import launch
 from shared.message_codec import to_entry
 from shared.messages import Delta, Deltas
 from shared.model.tokenizer import Tokenizer
@@ -63,4 +63,4 @@ def build(settings: PostprocSettings, redis: Redis, *, tracing: Tracing) -> Work
 
 
 if __name__ == "__main__":
-    sys.exit(service.launch(SERVICE, PostprocSettings, build, os.environ))
+    sys.exit(launch(SERVICE, PostprocSettings, build, os.environ))

@@ -1,29 +1,24 @@
 """Life cycle of every service, in named phases: startup, serve, drain, close.
 
-SIGTERM or SIGINT (or a Drain message that names this replica) cancels `serve`, or `startup`; `drain` then has
-`drain_s` seconds to finish what is running, or until a SIGUSR1 comes; `close` always runs. A second SIGTERM or SIGINT
-ends the process at once. The lease is written before startup, so that no entry is ever read without one, renewed by a
-task of its own, and released after close. A failed task of the service, or a `serve` that returns by itself, ends the
-process with status 1.
+Whoever sets `stop` (shared/launch.py at a signal, a Drain message that names this replica) cancels `serve`, or
+`startup`; `drain` then has `drain_s` seconds to finish what is running, or until `end_drain`; `close` always runs. The
+lease is written before startup, so that no entry is ever read without one, renewed by a task of its own, and released
+after close. A failed task of the service, or a `serve` that returns by itself, ends it with status 1.
 """
 
 import asyncio
-import gc
 import math
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import config, crash_points, fingerprint, log, metrics, tracing
-from shared.bus.client import MAX_BLOCK_MS, connect, suspect
+from shared import log
+from shared.bus.client import MAX_BLOCK_MS, suspect
 from shared.bus.eviction import check_eviction
 from shared.bus.key_types import tell_of_wrong_types
 from shared.bus.keys import Keys
@@ -37,7 +32,6 @@ from shared.errors import CheckpointError, ConfigError
 from shared.message_versions import OLDEST, VERSION, WRITES
 from shared.messages import Drain
 from shared.redis_errors import SignInError
-from shared.tracing import Tracing
 from shared.version import MILLRACE_VERSION
 
 FAILED = 1
@@ -48,8 +42,6 @@ DEAD_AFTER = 1.5  # leases without a renewal, after which nobody can still be al
 TOGETHER_S = 0.1  # signals that come together are delivered in any order
 
 _log = log.logger(__name__)
-S = TypeVar("S", bound=CommonSettings)
-S_contra = TypeVar("S_contra", bound=CommonSettings, contravariant=True)
 
 
 class Service(Protocol):
@@ -67,78 +59,6 @@ class Service(Protocol):
 
     def load(self) -> dict[str, float]:
         """Return the load that the lease publishes, by name."""
-
-
-class Build(Protocol[S_contra]):
-    """Function that builds a service from its settings."""
-
-    def __call__(self, settings: S_contra, redis: Redis, *, tracing: Tracing) -> Service: ...
-
-
-def launch(
-    name: str,
-    settings: type[S],
-    build: Build[S],
-    environ: Mapping[str, str],
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-) -> int:
-    """Load settings, set up logs, metrics, traces and Redis, `build` the service and `run` it: all of a `__main__`.
-
-    `name` is the service's ("engine"); the replica's is `settings.name`.
-    Returns the process's exit status: MISCONFIGURED, with a line that says why, if the operator can correct it.
-    """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until somebody handles it, it would end us
-    try:
-        loaded = config.load(settings, environ)
-        log.setup(name, loaded.name, loaded.log_level)
-        crash_points.arm(loaded.crash_at)
-        metrics.serve(loaded.metrics_port, loaded.metrics_host)
-        redis = connect(loaded.redis_url, loaded.auth_patience_s)
-        traces = tracing.start(name, loaded)
-        service = build(loaded, redis, tracing=traces)
-        agreed = fingerprint.facts(loaded)
-    except (ConfigError, CheckpointError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return MISCONFIGURED
-    try:
-        return run(name, service, loaded, redis, loop_factory, agreed)
-    finally:
-        traces.close()
-
-
-def run(
-    name: str,
-    service: Service,
-    settings: CommonSettings,
-    redis: Redis,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-    facts: Mapping[str, str] = MappingProxyType({}),
-) -> int:
-    """Run a service through all phases, until a signal stops it; close `redis`. Returns the process's exit status."""
-
-    async def live() -> int:
-        life = Life(name, service, settings, redis, facts, keep_from_collector)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _on_signal, life, number)
-        # Not a handler of the loop, which has the signal end us as soon as it is closed.
-        signal.signal(signal.SIGUSR1, lambda *_: _on_end_drain(life, loop))
-        signal.siginterrupt(signal.SIGUSR1, False)  # as the loop does for its own
-        try:
-            return await life.run()
-        finally:
-            await redis.aclose()
-
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        status = runner.run(live())
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # stays while the interpreter is torn down, as no handler does
-    return status
-
-
-def keep_from_collector() -> None:
-    """Let the garbage collector never look at what is there already, which stays: a look takes an engine 0.2 s."""
-    gc.collect()
-    gc.freeze()
 
 
 class Life:
@@ -425,15 +345,3 @@ def _differing(differences: Sequence[Difference], facts: Mapping[str, str]) -> s
         f"{first.value} at {first.replica}{more}. All replicas of a deployment must agree; to change it, see "
         "docs/operations.md, 'Change what all must agree on'"
     )
-
-
-def _on_signal(life: Life, number: int) -> None:
-    if life.stop.is_set():
-        _log.warning("second signal; ending at once")
-        os._exit(128 + number)
-    life.stop.set()
-
-
-def _on_end_drain(life: Life, loop: asyncio.AbstractEventLoop) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(life.end_drain)

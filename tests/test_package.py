@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import type_check
 import yaml
 from machine import PATIENCE_S
 
@@ -121,6 +122,17 @@ def test_what_only_a_card_runs_is_type_checked() -> None:
     checked = [Path(path) for path in CONFIGURED["tool"]["mypy"]["files"]]
     assert Path("tests/engine/kernels/test_gpu_exchange.py") in asking
     assert [str(one) for one in sorted(asking) if not any(one.is_relative_to(path) for path in checked)] == []
+
+
+def test_stale_calls_count_in_every_test_and_all_else_where_it_is_asked() -> None:
+    strict = CONFIGURED["tool"]["mypy"]["files"]
+    for file, code, expected in [
+        ("tests/cli/test_cli_bench.py", "call-arg", True),
+        ("tests/cli/test_cli_bench.py", "arg-type", False),
+        ("tests/engine/kernels/test_gpu_exchange.py", "arg-type", True),
+        ("shared/service.py", "arg-type", True),
+    ]:
+        assert type_check.counts({"file": file, "code": code}, strict) is expected
 
 
 @pytest.mark.system

@@ -55,6 +55,7 @@ from shared.card_page import CardPage, OwnPage
 from shared.cpu_share import compute_threads, torch_threads
 from shared.errors import CheckpointError, ConfigError
 from shared.grammar.compiler import GrammarCompiler
+from shared.launch import launch
 from shared.log import logger, warn_each
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import ModelConfig, chosen_quantization, load_model_config
@@ -66,7 +67,6 @@ from shared.model.tokenizer import Tokenizer
 from shared.model.vocabulary import check_vocabulary
 from shared.reproducible import fix_order_of_sums
 from shared.segments import Reader, Segments
-from shared.service import launch
 from shared.tracing import OFF, Tracing
 from shared.watchdog import FirstUse, Watchdog, end_process, unwatched
 

@@ -80,12 +80,12 @@ from services.gateway.tenants.keyring import Keyring
 from services.gateway.tenants.limiter import Ceilings, Limiter
 from services.gateway.tenants.metrics import TenantMetrics
 from services.gateway.tenants.slots import TenantSlots
-from shared import service
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
 from shared.bus.keys import Keys
 from shared.bus.records import Records
 from shared.errors import CheckpointError
+from shared.launch import launch
 from shared.log import logger, warn_each
 from shared.model.generation import load_generation_defaults
 from shared.model.tokenizer import Tokenizer
@@ -333,7 +333,7 @@ def _fingerprint(directory: Path) -> str:
 
 def main() -> int:
     """Run the process; return its exit status."""
-    return service.launch(SERVICE, GatewaySettings, build, os.environ, uvloop.new_event_loop)
+    return launch(SERVICE, GatewaySettings, build, os.environ, uvloop.new_event_loop)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ logger = log.logger(__name__)
 
 
 class Gateway:
-    """Gateway service, run by `shared.service`."""
+    """Gateway service, run by `shared.launch`."""
 
     name = SERVICE
 

@@ -34,7 +34,7 @@ from services.mm_encoder.vision.batcher import Batcher
 from services.mm_encoder.vision.encoder import Encoder
 from services.mm_encoder.vision.pace import Pace, SharedPace
 from services.mm_encoder.vision.weights import load_weights
-from shared import config, log, service
+from shared import config, log
 from shared.bus.blobs import Blobs
 from shared.bus.client import connect_blobs
 from shared.bus.keys import ENCODE, Keys
@@ -44,6 +44,7 @@ from shared.bus.work_stream import WorkStream
 from shared.card_page import CardPages
 from shared.cpu_share import compute_threads, torch_threads, usable_cores
 from shared.errors import ConfigError
+from shared.launch import launch
 from shared.model.checkpoint import Checkpoint
 from shared.model.config import load_model_config
 from shared.model.drawn_weights import DrawnWeights
@@ -244,7 +245,7 @@ def _device(wanted: str) -> str:
 def main() -> int:
     """Run the service until it is stopped; return the exit status."""
     raise_file_limit()  # pixels of a file that wait for the tower hold two open
-    return service.launch(SERVICE, MmEncoderSettings, build, os.environ)
+    return launch(SERVICE, MmEncoderSettings, build, os.environ)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from services.postproc.request_states import RequestStates
 from services.postproc.settings import PostprocSettings
 from services.postproc.text.detokenize import Vocabulary
 from services.postproc.worker import Worker
-from shared import service
 from shared.bus.keys import Keys
 from shared.bus.leases import Shards
 from shared.bus.records import Records
 from shared.bus.streams import LogReader
+from shared.launch import launch
 from shared.model.tokenizer import Tokenizer
 from shared.tracing import OFF, Tracing
 
@@ -84,7 +84,7 @@ def compose(
 
 def main() -> int:
     """Serve until told to stop; return the exit status."""
-    return service.launch(SERVICE, PostprocSettings, build, os.environ, uvloop.new_event_loop)
+    return launch(SERVICE, PostprocSettings, build, os.environ, uvloop.new_event_loop)
 
 
 if __name__ == "__main__":

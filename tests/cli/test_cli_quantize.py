@@ -59,9 +59,10 @@ def load(directory: Path, quantization: Quantization | None = None) -> ErnieMode
 
 
 def weights_of(layer: Layer) -> list[Quantized]:
-    blocks = [layer.mlp.text, layer.mlp.vision, layer.mlp.shared] if isinstance(layer.mlp, MoE) else [layer.mlp]
-    weights = [layer.qkv, layer.out, *(weight for block in blocks for weight in (block.gate_up, block.down))]
-    return [weight for weight in weights if isinstance(weight, Quantized)]
+    mlp = layer.mlp
+    blocks = (mlp.text, mlp.vision, mlp.shared) if isinstance(mlp, MoE) else (mlp,)
+    weights = [weight for block in blocks for weight in (block.gate_up, block.down)]
+    return [weight for weight in (layer.qkv, layer.out, *weights) if isinstance(weight, Quantized)]
 
 
 @BOTH

@@ -21,8 +21,8 @@ from rich.console import Console
 from cli.board import draw, duration, figure, size
 from cli.main import main
 from shared.bus import client as redis_client
+from shared.bus.keys import SERVICES
 from shared.bus.pipeline_view import (
-    SERVICES,
     BatchesView,
     BlobsView,
     ConsumerView,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
@@ -78,8 +79,8 @@ async def test_clients_that_go_away_before_the_answer_begins_are_forgotten(syste
     """They wait in every stage: more than the engine takes at once, some with media still to encode."""
 
     async def hang_up(client: AsyncOpenAI, question: Question) -> None:
-        asked = [{"role": "user", "content": question.content()}]
-        options = {"model": "default", "max_tokens": 30_000, "extra_body": {"ignore_eos": True}}
+        asked: list[Any] = [{"role": "user", "content": question.content()}]
+        options: dict[str, Any] = {"model": "default", "max_tokens": 30_000, "extra_body": {"ignore_eos": True}}
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(client.chat.completions.create(messages=asked, **options), 0.5)
 

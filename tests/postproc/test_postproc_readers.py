@@ -56,9 +56,9 @@ async def test_a_gateway_that_has_a_gap_gets_all_behind_it_at_once(system: Syste
     worker = await system.worker()
     await worker.run_turn()
     await system.begin("r1", "r2")
-    for first in (0, 10, 20):
-        await system.generate("r1", first, first + 10)
-        await system.generate("r2", first, first + 10)
+    for start in (0, 10, 20):
+        await system.generate("r1", start, start + 10)
+        await system.generate("r2", start, start + 10)
         await worker.run_turn()
     first, _, third = [delta for delta in await system.deltas() if delta.request_id == "r1"]
     assert (first.start, third.start > first.seq) == (0, True)

@@ -291,7 +291,7 @@ PROGRAM = """
     import uvloop
     from shared import crash_points
     from shared.config import CommonSettings
-    from shared.service import launch
+    from shared.launch import launch
 
     class Tiny:
         async def startup(self): print("startup", flush=True)

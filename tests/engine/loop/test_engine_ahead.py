@@ -14,7 +14,7 @@ from guesses import GUESSING, guessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.loop.mailbox import Abort, Add, Forget, Supply
+from services.engine.loop.mailbox import Abort, Add, Command, Forget, Supply
 from services.engine.schedule.embeds import Embeds
 from services.engine.schedule.prefill_budget import PrefillBudget
 from services.engine.schedule.speculation import Speculation
@@ -26,6 +26,8 @@ CANCELLED = Finish("cancelled")
 
 class FixedRoom(PrefillBudget):
     """As many tokens of prefill beside others, however many decode."""
+
+    _tokens: int
 
     def __init__(self, tokens: int) -> None:
         super().__init__(1.0, StepTimes((1,), (1.0,)))
@@ -79,7 +81,7 @@ def test_every_answer_is_right_whoever_comes_and_goes(
     chunked: bool,
     room: int | None,
 ) -> None:
-    script: Script = defaultdict(list)
+    script: dict[int, list[Command]] = defaultdict(list)
     for number, one in enumerate(requests):
         options = {name: one[name] for name in ("max_tokens", "stop_token_ids", "bad_words")}
         script[one["turn"]].append(Add(sequence(one["prompt"], request_id=str(number), **options)))

@@ -16,7 +16,8 @@ from services.engine.model.ernie import ErnieModel
 from services.engine.model.weights import load_model
 from services.engine.run.rows import rows_depend_on_others
 from shared.model.checkpoint import Checkpoint
-from shared.model.config import Quantization, load_model_config
+from shared.model.config import load_model_config
+from shared.model.config_file import Quantization
 
 pytestmark = pytest.mark.skipif(not has_reproducible_products(), reason="another processor than those tried")
 

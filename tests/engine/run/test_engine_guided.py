@@ -13,7 +13,7 @@ from engine_loop import Bench, Script, prompt
 from guesses import GUESSING, among, guessing
 from small_model import PAGE, SEQS, SMALL_FACTS, StepByStep, runner, small_model
 
-from services.engine.loop.mailbox import Add
+from services.engine.loop.mailbox import Add, Command
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.sequence import Sequence
@@ -66,7 +66,7 @@ def run(
     model: ErnieModel, asked: Ordered[Sequence], kind: type[ModelRunner] = ModelRunner, every: int = 0, **bounds: Any
 ) -> Bench:
     """Run all at once, or one `every` so many turns."""
-    script: Script = {every * i: [] for i in range(len(asked))}
+    script: dict[int, list[Command]] = {every * i: [] for i in range(len(asked))}
     for i, one in enumerate(asked):
         script[every * i].append(Add(one))
     return Bench(script, runner=runner(model, kind), **{"max_num_seqs": SEQS, "block_size": PAGE, **bounds})

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from engine_cases import EOS, PATCH, THINK_CLOSE, TOOL_CALL, VOCAB, sequence
-from engine_loop import Bench, Script, prompt
+from engine_loop import Bench, prompt
 from guesses import careless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import BLOCKS, PAGE, SEQS, SMALL_FACTS, StepByStep, runner, small_model
 
-from services.engine.loop.mailbox import Abort, Add
+from services.engine.loop.mailbox import Abort, Add, Command
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.sequence import Sequence
@@ -133,7 +133,7 @@ def test_careless_guesses_change_nothing(
 ) -> None:
     whole = {number: said(alone[number], number) for number, *_ in visits}
     texts = [ask(n).tokens[: ask(n).prompt_len].tolist() + whole[n][0] for n in whole]
-    script: Script = defaultdict(list)
+    script: dict[int, list[Command]] = defaultdict(list)
     resumed = {}
     for number, turn, cut, gone in visits:
         known = whole[number][0][:cut] if cut < len(whole[number][0]) else []

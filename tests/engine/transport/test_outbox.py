@@ -103,7 +103,12 @@ async def test_closing_lets_the_model_go(redis: Redis, keys: Keys) -> None:
 
     outbox = Outbox(redis, keys, on_ended)
     outbox.open()
-    thread = threading.Thread(target=lambda: [outbox.put(step_output(index)) for index in range(LEAD + 1)])
+
+    def put_all() -> None:
+        for index in range(LEAD + 1):
+            outbox.put(step_output(index))
+
+    thread = threading.Thread(target=put_all)
     thread.start()
     outbox.close()
     await asyncio.to_thread(thread.join)

@@ -464,11 +464,11 @@ async def test_the_whole_answer_when_there_is_one(server: Running, other: Runnin
         text = "a" if attach.request_id == first.id else "b"
         delta = Delta(attach.request_id, 2, content=text, finish_reason="stop", usage=USAGE)
         await stages.send(attach.gateway, delta)
-    reply = await asked
-    assert [choice.message.content for choice in reply.choices] == ["a", "b"]
-    assert (reply.id, reply.created) == (f"chatcmpl-{first.id}", int(first.created))
-    assert reply.usage is not None
-    assert reply.usage.completion_tokens == 6
+    answer = await asked
+    assert [choice.message.content for choice in answer.choices] == ["a", "b"]
+    assert (answer.id, answer.created) == (f"chatcmpl-{first.id}", int(first.created))
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 6
 
 
 async def test_a_kept_answer_outlives_the_time_it_had(checkpoint: Path, redis_url: str, stages: Stages) -> None:

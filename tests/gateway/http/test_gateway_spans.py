@@ -43,7 +43,7 @@ async def test_other_stages_are_told_of_the_span_and_the_log_of_its_trace(
     assert request.trace == f"00-{CALLER_TRACE}-{span.id}-01"
     assert [event.name for event in span.events] == ["first_token"]
     assert not span.failed
-    assert [record.trace_id for record in caplog.records if record.msg == "answered"] == [CALLER_TRACE]
+    assert [record.__dict__["trace_id"] for record in caplog.records if record.msg == "answered"] == [CALLER_TRACE]
 
 
 @pytest.mark.parametrize(

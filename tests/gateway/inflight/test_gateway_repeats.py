@@ -87,8 +87,8 @@ async def test_of_many_at_once_one_is_sent_and_all_are_answered(
         assert [choice.message.content for choice in reply.choices] == [first.id, second.id]
     assert await redis.xlen(keys.stream(GENERATE)) == 2
     assert len(await redis.keys(keys.request("*"))) == 2
-    for gateway in (server, other):
-        await until(gateway.idle)
+    for each in (server, other):
+        await until(each.idle)
 
 
 async def test_another_request_under_the_same_key(server: Running, stages: Stages) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import GenerationConfig
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from shared.errors import CheckpointError
 from shared.model.generation import GenerationDefaults, load_generation_defaults

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from shared.errors import CheckpointError
-from shared.model import unreadable_files
 from shared.model.foreign_checkpoints import INDEX, refuse_foreign
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -64,7 +63,7 @@ def test_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "config.json").chmod(0)
     if os.geteuid() == 0:  # root may read everything, so the refusal of its open is made up
-        monkeypatch.setattr(unreadable_files.Path, "open", refused_open)
+        monkeypatch.setattr(Path, "open", refused_open)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission denied; let the user who runs"):
         refuse_foreign(tmp_path)
 
