@@ -38,6 +38,7 @@ from shared.messages import Drain
 from shared.redis_errors import SignInError
 from shared.tracing import Tracing
 from shared.version import MILLRACE_VERSION
+from shared.visible import visible_lines
 
 FAILED = 1
 MISCONFIGURED = 2  # starting it again would not help
@@ -97,7 +98,7 @@ def launch(
         service = build(loaded, redis, tracing=traces)
         agreed = fingerprint.facts(loaded)
     except (ConfigError, CheckpointError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {visible_lines(str(error))}", file=sys.stderr)
         return MISCONFIGURED
     try:
         return run(name, service, loaded, redis, loop_factory, agreed)
