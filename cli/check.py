@@ -20,6 +20,7 @@ from cli.connection import Parser
 from cli.inspection import Chat, Memory, Report, Tokens, inspect
 from shared.model.config import ModelConfig
 from shared.model.generation import GenerationDefaults
+from shared.visible import visible
 
 SERVED, NOT_SERVED = 0, 1
 LABEL = 16  # columns
@@ -58,12 +59,12 @@ def _directory(text: str) -> Path:
 def _show(shown: list[Row]) -> None:
     """Print aligned and in colour on a terminal; elsewhere one line a fact, so that grep finds it whole."""
     if not sys.stdout.isatty():
-        print("\n".join(f"{label:{LABEL}}{_printable(text)}" for label, text in shown))
+        print("\n".join(f"{label:{LABEL}}{visible(text)}" for label, text in shown))
         return
     table = Table.grid(padding=(0, 2))
     styles = {"error": "red", "warning": "yellow"}
     for label, text in shown:
-        table.add_row(Text(label, "bold"), Text(_printable(text), styles.get(label, "")))
+        table.add_row(Text(label, "bold"), Text(visible(text), styles.get(label, "")))
     Console(highlight=False).print(table)
 
 
@@ -142,11 +143,6 @@ def _chat(chat: Chat) -> Iterator[Row]:
     yield "sample", repr(chat.rendered)
     inside = "inside <think>" if chat.thinking else "outside <think>"
     yield "", f"{chat.tokens} tokens and the picture's; the answer begins {inside}"
-
-
-def _printable(text: str) -> str:
-    """Escape the characters that UTF-8 cannot encode."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _gib(size: int) -> str:

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals.end_at_once()
     try:
         from shared.errors import CheckpointError, ConfigError
+        from shared.visible import visible_lines
     except ModuleNotFoundError as error:  # of a library: this is a plain source tree
         sys.exit(f"millrace: error: {error.name} is not installed: {how_to_install()}")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except (ConfigError, CheckpointError) as error:
-        print(f"millrace {words[0]}: error: {error}", file=sys.stderr)
+        print(f"millrace {words[0]}: error: {visible_lines(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OUR_PACKAGES:

@@ -118,7 +118,7 @@ class RedisServer:
             ConfigError: its directory cannot be used, or is in use.
         """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock()
         except OSError as error:
             raise ConfigError(f"the directory of Redis's data cannot be used: {error}") from error
@@ -128,6 +128,7 @@ class RedisServer:
             stdin=subprocess.DEVNULL,
             cwd=self.directory,
             start_new_session=True,
+            umask=0o077,  # what clients have sent is in its files
             restore_signals=False,  # a limit on the size of files is then an error of its disk, not its death
         )
 

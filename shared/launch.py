@@ -20,6 +20,7 @@ from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError
 from shared.service import MISCONFIGURED, Life, Service
 from shared.tracing import Tracing
+from shared.visible import visible_lines
 
 _log = log.logger(__name__)
 S = TypeVar("S", bound=CommonSettings)
@@ -55,7 +56,7 @@ def launch(
         service = build(loaded, redis, tracing=traces)
         agreed = fingerprint.facts(loaded)
     except (ConfigError, CheckpointError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {visible_lines(str(error))}", file=sys.stderr)
         return MISCONFIGURED
     try:
         return run(name, service, loaded, redis, loop_factory, agreed)

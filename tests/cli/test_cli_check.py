@@ -313,6 +313,16 @@ def test_a_template_that_takes_no_pictures(demo: Path, capsys: pytest.CaptureFix
     assert "a question about a picture cannot be asked: The chat template" in capsys.readouterr().out
 
 
+def test_a_terminal_obeys_no_checkpoint(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "\x1b[2J\x9b2J\rno\nverdict         will be served"
+    (demo / "chat_template.jinja").write_text(f"{{{{ raise_exception({forged!r}) }}}}")
+    assert main(["check", str(demo)]) == 1
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J\x9b2J\rno\nverdict" in printed
+    assert all(one.isprintable() or one == "\n" for one in printed)
+    assert "verdict         will be served" not in printed.splitlines()
+
+
 @pytest.mark.parametrize("words", [[], ["/nowhere/at/all"], ["--bogus", "."], ["a" * 300]])
 def test_what_cannot_be_asked(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *words]) == 2

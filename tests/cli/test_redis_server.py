@@ -28,6 +28,16 @@ def test_a_directory_that_cannot_be_used_is_named(directory: Path) -> None:
         server.start()
 
 
+def test_kept_data_are_this_users_alone(directory: Path) -> None:
+    kept = directory / "kept"
+    with RedisServer(kept, unix_socket=directory / "s", persistence=True) as server:
+        assert server.command("SET a 1") == b"+OK\r\n"
+        files = [path for path in kept.rglob("*") if path.is_file() and path.stat().st_size]
+        assert files
+        assert kept.stat().st_mode & 0o777 == 0o700
+        assert not any(path.stat().st_mode & 0o077 for path in files)
+
+
 def test_kept_data_have_one_server_at_a_time(directory: Path) -> None:
     with RedisServer(directory, persistence=True) as server:
         other = RedisServer(directory, unix_socket=directory / "b.sock", persistence=True)

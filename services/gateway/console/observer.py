@@ -18,7 +18,7 @@ from shared.bus.lua import read_script
 from shared.bus.pipeline_view import QUEUES
 from shared.bus.records import TOKEN_BYTES, Record, Records
 from shared.bus.streams import LogReader
-from shared.messages import Begin, Cancel, TokenRun, Tokens
+from shared.messages import Begin, Cancel, Share, TokenRun, Tokens
 
 HERE = Path(__file__).parent  # where the scripts are
 
@@ -36,6 +36,7 @@ Place = Literal["encode", "generate", "ended"]
 class _Request(msgspec.Struct, frozen=True):
     id: str
     created: float
+    share: Share | None = None
 
 
 class _Work(msgspec.Struct, frozen=True):
@@ -56,6 +57,7 @@ class ObservedRequest(msgspec.Struct):
     """
 
     id: str
+    tenant: str = ""  # name of its key in the key file; empty: it has none there, or that is not known
     where: Place = "ended"
     waiting: bool = False  # its entry has not been delivered to a replica yet
     replica: str = ""  # the consumer of its entry, or the last one
@@ -132,6 +134,7 @@ class RequestObserver:
             return None
         work = self._entries[stream][entry]
         one = self._get(work.request.id)
+        one.tenant = _tenant(work.request.share)
         one.media = len(work.media or work.spans)
         if stream == GENERATE and one.media:
             one.encoded = _seconds(entry)
@@ -248,8 +251,13 @@ def _mark_taken(one: ObservedRequest, stream: str, at: float) -> None:
         one.taken = max(at, one.encoded or one.accepted or at)
 
 
+def _tenant(share: Share | None) -> str:
+    return "" if share is None else share.name
+
+
 def _apply_record(one: ObservedRequest, record: Record, now: float, left_s: float) -> None:
     """Take over what a record has. `left_s` is the time until it expires, which dates the finish."""
+    one.tenant = _tenant(record.request.share)
     if record.begin is not None:
         one.prompt_tokens, one.cached_tokens = record.begin.prompt_tokens, record.begin.cached_tokens
     if record.finish is not None:

@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 from services.gateway.console.observer import ObservedRequest, RequestObserver
 from services.gateway.console.quarantine import Quarantine, QuarantinedEntry
+from services.gateway.http.context import context_of
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import PipelineView, problems, read
 from shared.errors import invalid
@@ -120,22 +121,27 @@ class Console:
         self._clock = clock
         self._reading = asyncio.Lock()
         self._read_at = float("-inf")
-        self._state = b""
+        self._state: State | None = None
+        self._encoded = b""
 
-    async def state(self) -> bytes:
-        """Return a `State` as JSON.
+    async def state(self, tenant: str | None = None) -> bytes:
+        """Return a `State` as JSON: to a tenant, with its own requests alone.
 
         Raises:
             RedisError: Redis cannot be read.
         """
         async with self._reading:
-            if self._clock() - self._read_at >= FRESH_S:
+            if self._state is None or self._clock() - self._read_at >= FRESH_S:
                 self._state = await self._read()
+                self._encoded = msgspec.json.encode(self._state)
                 self._read_at = self._clock()
-            return self._state
+            if tenant is None:
+                return self._encoded
+            own = [one for one in self._state.requests if one.tenant == tenant]
+            return msgspec.json.encode(msgspec.structs.replace(self._state, requests=own, quarantine=[]))
 
-    async def find(self, request_id: str) -> bytes:
-        """Return a `Found` as JSON.
+    async def find(self, request_id: str, tenant: str | None = None) -> bytes:
+        """Return a `Found` as JSON: to a tenant, if the request is its own.
 
         Raises:
             RedisError: Redis cannot be read.
@@ -143,12 +149,14 @@ class Console:
         async with self._reading:
             seconds, micros = await self._redis.time()
             request = await self._observer.find(request_id, seconds + micros / 1e6)
+        if tenant is not None and (request is None or request.tenant != tenant):
+            return msgspec.json.encode(Found(None, []))
         return msgspec.json.encode(Found(request, await self._quarantine.newest(request_id)))
 
-    async def _read(self) -> bytes:
+    async def _read(self) -> State:
         view = await read(self._redis, self._keys, self._blob_redis, server=False)
         observed = await self._observer.observe(view.at)
-        return msgspec.json.encode(State(problems(view), view, observed, await self._read_quarantine(view)))
+        return State(problems(view), view, observed, await self._read_quarantine(view))
 
     async def _read_quarantine(self, view: PipelineView) -> list[QuarantinedEntry]:
         counts = [stage.queue.quarantined for stage in view.stages if stage.queue is not None]
@@ -166,17 +174,23 @@ def routes(console: Console) -> list[BaseRoute]:
         OSError: a file of the console is missing in this installation.
     """
 
-    async def state(_request: Request) -> Response:
-        return _json(await console.state())
+    async def state(request: Request) -> Response:
+        return _json(await console.state(_tenant_of(request)))
 
     async def request(request: Request) -> Response:
-        return _json(await console.find(_read_id(request.query_params.get("id", ""))))
+        return _json(await console.find(_read_id(request.query_params.get("id", "")), _tenant_of(request)))
 
     async def limits(_request: Request) -> Response:
         return _json(console.limits)
 
     files = [Route(path, _file((STATIC / name).read_bytes(), kind)) for path, (name, kind) in ASSETS.items()]
     return [*files, Route(STATE_PATH, state), Route(REQUEST_PATH, request), Route(LIMITS_PATH, limits)]
+
+
+def _tenant_of(request: Request) -> str | None:
+    """Return the tenant that asks; None if it is nobody's tenant, and may see everything."""
+    tenant = context_of(request).quota.tenant
+    return None if tenant is None else tenant.name
 
 
 def _read_id(given: str) -> str:

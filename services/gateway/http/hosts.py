@@ -19,7 +19,8 @@ _PRIVATE = ("localhost", "local", "internal", "lan", "test", "home.arpa")
 STRANGE_HOST = Failure(
     403,
     "The Host header names a server that this one is not known as. Without API keys, programs of this machine call it "
-    "by an address, a name of this machine or one of `allowed_origins`: pages of strangers could read its answers else.",
+    "by an address, a name of this machine or one of `allowed_origins`: else pages of strangers could read its "
+    "answers.",
     param="Host",
     code="host_not_allowed",
 )

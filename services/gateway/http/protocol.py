@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from httptools import HttpRequestParser
+from httptools import HttpParserError, HttpRequestParser
 from starlette.responses import Response
 from starlette.types import ASGIApp
 from uvicorn.config import Config
@@ -176,7 +176,11 @@ class BoundedProtocol(HttpToolsProtocol):
         framing = (field for field in self.headers if field[0] in (b"content-length", b"transfer-encoding"))
         self.parser = HttpRequestParser(self)
         self._replays = True
-        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + _lines(framing) + b"\r\n")
+        try:
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + _lines(framing) + b"\r\n")
+        except HttpParserError:  # a length that the first one did not look at, since it took what follows for no body
+            self._refuse(_INVALID)
+            return
         if rest:
             super().data_received(rest)
 

@@ -89,10 +89,17 @@ def _request_message(
         retain_s=retain_s,
         trace=metadata.trace,
         form=answer_format.encode(choice.open_request.answer_format),
-        cache_salt=parsed.cache_salt,
+        cache_salt=_cache_salt(parsed.cache_salt, metadata.quota),
         share=None if metadata.quota is None else metadata.quota.share,
         http_id=metadata.http_id,
     )
+
+
+def _cache_salt(given: str, quota: Quota | None) -> str:
+    """Return the salt of a request's prefixes. Those of tenants begin with @, and so never with a client's."""
+    if quota is not None and quota.tenant is not None:
+        return quota.tenant.salt(given)
+    return f"={given}" if given.startswith("@") else given
 
 
 def _with_blob_keys(request_id: str, parsed: ParsedRequest) -> Iterable[tuple[str, MediaItem]]:

@@ -42,8 +42,14 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hashes: Annotated[tuple[Digest, ...], Meta(min_length=1)]  # of its keys: two while one replaces the other
     weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # share of the engines beside others that wait
     priority: Priority = "normal"  # a lower class is served when no higher one waits
+    # Prompts that are computed already are seen by their time, and by `cached_tokens`: what others ask can be guessed.
+    prefix_cache: Literal["own", "shared"] = "own"  # shared: with all tenants that say so, and keys of the settings
     models: tuple[str, ...] = ()  # names of the model that it may use; empty: all
     limits: Limits = Limits()
+
+    def salt(self, given: str) -> str:
+        """Return the salt of the tenant's prefixes, where it gives one of its own or none; no client can give it."""
+        return f"@{self.name}={given}" if given or self.prefix_cache == "own" else ""
 
     def may_use(self, model: str) -> bool:
         """Return True if the tenant may call the model by this name."""

@@ -236,6 +236,17 @@ async def test_a_client_that_would_rather_speak_http_2(server: Running, stages: 
             assert await client.status() == 200
 
 
+async def test_an_upgrade_hides_no_body_without_a_length(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """The parser looks at none of it for the other protocol, and ours has to."""
+    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: h2c\r\n"
+    for framing in (b"transfer-encoding: gzip", b"transfer-encoding: chunked, gzip", b"transfer-encoding: xchunked"):
+        async with wire(server) as client:
+            client.write(head + framing + b"\r\n\r\n{}" + PING)
+            answered = await client.reader.read()  # until it is closed
+            assert b" 200 " not in answered
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_pipelined_requests(server: Running, stages: Stages) -> None:
     """Some are answered in their order; with very many waiting behind one, the client is up to no good."""
     async with wire(server) as client:

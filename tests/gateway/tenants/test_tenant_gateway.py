@@ -219,3 +219,51 @@ async def test_a_count_with_media_is_a_request_of_its_tenant(server: Running, st
         refused = await client.post("/v1/messages/count_tokens", json={"model": "m", "messages": COUNTED})
         assert refused.status_code == 429
         assert "'alice'" in refused.text
+
+
+async def test_the_prefixes_of_a_tenant_are_its_own(
+    server: Running, stages: Stages, key_file: Path, redis: Redis, keys: Keys
+) -> None:
+    write(key_file, alice={}, bob={}, carol={"prefix_cache": "shared"})
+    await until(lambda: server.metric('millrace_key_file_reloads_total{outcome="read"}') == 1)
+
+    async def salt(who: str, given: str | None) -> str:
+        asked = ask(server, who, extra_body={"cache_salt": given} if given else {})
+        request = await stages.request()
+        await stages.answer(request, "yes")
+        await asked
+        return request.cache_salt
+
+    alone, salted = await salt("alice", None), await salt("alice", "x")
+    assert len({alone, salted, await salt("bob", None), await salt("bob", "x"), await salt("carol", "x")}) == 5
+    assert await salt("alice", "x") == salted
+    assert await salt("carol", None) == ""
+    # Nor can a key of the settings have a tenant's.
+    own = server.client.with_options(api_key="key-1").chat.completions
+    asked = asyncio.create_task(own.create(model="m", messages=HI, extra_body={"cache_salt": salted}))
+    assert (await stages.request()).cache_salt != salted
+    asked.cancel()
+
+
+async def test_a_tenant_sees_its_own_requests_on_their_way_and_no_others(server: Running, stages: Stages) -> None:
+    asked = [ask(server, "alice"), ask(server, "bob")]
+    by_tenant = {
+        request.share.name: request.id for request in [await stages.request(), await stages.request()] if request.share
+    }
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+
+        async def seen(key: str) -> set[str]:
+            state = (await client.get("/console/state", headers={"x-api-key": key})).json()
+            found = [
+                (await client.get(f"/console/request?id={each}", headers={"x-api-key": key})).json()
+                for each in by_tenant.values()
+            ]
+            listed = {one["id"] for one in state["requests"]}
+            assert listed == {each["request"]["id"] for each in found if each["request"]}
+            return listed
+
+        assert await seen("key-of-alice") == {by_tenant["alice"]}
+        assert await seen("key-of-bob") == {by_tenant["bob"]}
+        assert await seen("key-1") == set(by_tenant.values())
+    for each in asked:
+        each.cancel()
