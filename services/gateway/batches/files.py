@@ -56,7 +56,7 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True):
         """Return the file as OpenAI's clients read it."""
         hidden = {"owner", "lines", "trace"}
         shown = {name: value for name, value in msgspec.structs.asdict(self).items() if name not in hidden}
-        return {**shown, "object": "file", "status": "processed", "status_details": None}
+        return {**shown, "object": "file", "status": "processed"}
 
 
 class FileStore:

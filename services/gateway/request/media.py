@@ -121,7 +121,7 @@ class MediaRules(msgspec.Struct, frozen=True):
         data = _data_url(source)
         if data is None and not _LINK.fullmatch(source):
             if file.file_data is None:
-                raise _uploaded(f"{where}.file_id", file.file_id)
+                raise _no_file(where, file.file_id)
             source, data = f"{_BARE}{source}", DataURL("", len(_BARE))
         major = (data.media_type if data else (file.format or "").lower()).partition("/")[0]
         if data and major not in ("image", "video"):
@@ -173,9 +173,11 @@ def _frames(where: str) -> RequestError:
     return invalid(text, where, "unsupported_parameter")
 
 
-def _uploaded(where: str, file_id: str | None) -> RequestError:
+def _no_file(where: str, file_id: str | None) -> RequestError:
     if file_id is None:
+        where = f"{where}.file_data"
         return invalid(f"Missing required field `{where}`.", where, "missing_required_parameter")
+    where = f"{where}.file_id"
     text = f"`{where}`: files that were uploaded are for batches alone; send the bytes in `file_data`."
     return invalid(text, where, "unsupported_parameter")
 

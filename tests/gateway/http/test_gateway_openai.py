@@ -263,9 +263,10 @@ def test_an_answer_put_together() -> None:
         Delta("r", 2, reasoning="ink", content="an"),
         Delta("r", 3, content="swer", finish_reason="stop"),
     )
+    said = {"role": "assistant", "content": "answer", "refusal": None}
     assert choice == {
         "index": 0,
-        "message": {"role": "assistant", "content": "answer", "reasoning_content": "think", "reasoning": "think"},
+        "message": {**said, "reasoning_content": "think", "reasoning": "think"},
         "logprobs": None,
         "finish_reason": "stop",
     }

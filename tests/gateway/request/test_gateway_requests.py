@@ -97,7 +97,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
         "messages[0].content[0].file.file_id",
         "batches alone",
     ),
-    (saying({"type": "file", "file": {}}), 400, "messages[0].content[0].file.file_id", "Missing"),
+    (saying({"type": "file", "file": {}}), 400, "messages[0].content[0].file.file_data", "Missing"),
     (
         saying({"type": "file", "file": {"file_data": "aGVsbG8="}}),
         400,

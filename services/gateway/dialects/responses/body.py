@@ -90,6 +90,8 @@ class Reasoning(msgspec.Struct, frozen=True):
     """
 
     effort: str | None = None
+    mode: str | None = None  # there is none but the standard one
+    context: Literal["auto", "current_turn", "all_turns"] | None = None  # the last is not what templates show
     summary: Summary | None = None
     generate_summary: Summary | None = None  # the older name
 
@@ -98,6 +100,16 @@ class Reasoning(msgspec.Struct, frozen=True):
         """The kind of summary that is asked for."""
         asked = self.summary or self.generate_summary
         return None if asked == "none" else asked
+
+    def check_supported(self) -> None:
+        """
+        Raises:
+            RequestError: 400, it asks for another way to think, or for the thinking of earlier turns.
+        """
+        if self.mode not in (None, "standard"):
+            raise unsupported("reasoning.mode")
+        if self.context == "all_turns":
+            raise unsupported("reasoning.context")
 
 
 Metadata = Annotated[
@@ -246,6 +258,8 @@ def decode_body(body: bytes) -> ResponsesRequest:
         value = getattr(request, name)
         if value is not None and value not in neutral:
             raise unsupported(name)
+    if request.reasoning is not None:
+        request.reasoning.check_supported()
     return request
 
 

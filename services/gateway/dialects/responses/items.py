@@ -29,5 +29,5 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "input_image":
         return {"detail": "auto", **part}
     if part["type"] == "output_text":
-        return {"annotations": [], **part}
+        return {"annotations": [], "logprobs": [], **part}
     return part

@@ -42,7 +42,7 @@ def shown_tool(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a tool as an answer repeats it."""
     if raw["type"] == "namespace":
         tools = [shown_tool(tool) for tool in raw["tools"]]
-        return {"type": "namespace", "name": raw["name"], "description": raw.get("description"), "tools": tools}
+        return {"type": "namespace", "name": raw["name"], "description": raw.get("description") or "", "tools": tools}
     return {"type": "function", **{name: raw.get(name) for name in _SHOWN}}
 
 
@@ -102,6 +102,9 @@ def _tool(raw: dict[str, Any], path: str) -> Tool:
     for field in ("defer_loading", "async", "output_schema"):
         if raw.get(field):
             raise unsupported(f"{path}.{field}")
+    callers = raw.get("allowed_callers")
+    if callers and not (isinstance(callers, list) and "direct" in callers):
+        raise unsupported(f"{path}.allowed_callers")
     check_depth(raw, path)
     function = {name: raw[name] for name in _SHOWN if name in raw}
     return Tool(convert(function, Function, path), "function")
