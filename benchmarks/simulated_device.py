@@ -40,8 +40,8 @@ from services.engine.run.upload import upload
 from services.engine.schedule.plan import Plan
 from services.engine.schedule.sequence import EngineFacts
 from services.engine.settings import EngineSettings
+from shared.launch import launch
 from shared.model.config import load_model_config
-from shared.service import launch
 
 WORD = 500  # the token that is always drawn
 LAYERS, BLOCKS, CONTEXT = 28, 31_000, 16_384
