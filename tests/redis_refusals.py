@@ -5,6 +5,7 @@ import resource
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
+from machine import PATIENCE_S
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -23,9 +24,10 @@ async def full_disk(server: RedisServer, redis: Redis) -> AsyncIterator[None]:
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         with suppress(ResponseError):  # from the first write on that it cannot append, which it puts off while it syncs
-            while True:
-                await redis.set("fills the disk", 1, px=1)
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    await redis.set("fills the disk", 1, px=1)
+                    await asyncio.sleep(0.01)
         yield
     finally:
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

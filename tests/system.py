@@ -97,8 +97,8 @@ class System:
         return [command for _, command in self._children()]
 
     def wait_until_childless(self) -> None:
-        """Return when nothing that it started runs or listens. What a killed process had started dies a moment after
-        it, and a process that ends has no command line any more while its sockets are still being closed."""
+        """Return when nothing that it started runs or listens. A process that ends has no command line any more while
+        its sockets are still being closed."""
         deadline = time.monotonic() + PATIENCE_S
         ports = (self.port, self.metrics_port, self.redis_port)
         while left := [*self.children(), *filter(self.answers, ports)]:

@@ -118,7 +118,7 @@ def test_ctrl_c_twice_ends_it_at_once(model: list[str], tmp_path: Path) -> None:
             time.sleep(1.1)  # two signals within a second are one Ctrl-C that came by two ways
             system.signal(signal.SIGINT)
             assert system.wait(PATIENCE_S) == 130
-        system.wait_until_childless()
+        assert_nothing_runs(system)
 
 
 def test_ctrl_c_again_when_all_has_stopped_changes_nothing(model: list[str], tmp_path: Path) -> None:
@@ -170,6 +170,7 @@ def test_nohup_and_a_reader_that_has_gone_leave_it_running_and_all_dies_with_it_
         system.signal(signal.SIGKILL)
         system.wait(PATIENCE_S)
         system.wait_until_childless()
+        assert_nothing_runs(system)
 
 
 def assert_nothing_runs(system: System) -> None:
@@ -236,7 +237,7 @@ def test_it_ends_where_its_redis_cannot_be_started_again(model: list[str], tmp_p
         system.kill_child("-server")
         assert system.wait(PATIENCE_S) == 1
         assert "without Redis nothing can end in order" in system.log.read_text()
-        system.wait_until_childless()
+        assert_nothing_runs(system)
 
 
 def test_a_broken_checkpoint_is_named_and_nothing_keeps_running(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_a_broken_checkpoint_is_named_and_nothing_keeps_running(tmp_path: Path) 
         assert "millrace: engine ended with status 2 before it was ready; stopping all" in said
         assert name in said[said.rindex("millrace: redis      stopped") :]  # where a person looks
         assert "Traceback" not in said
-        system.wait_until_childless()
+        assert_nothing_runs(system)
 
 
 def test_a_directory_as_the_hub_may_have_it_is_served_with_a_line_for_each_remark(tmp_path: Path) -> None:
