@@ -263,10 +263,15 @@ async def test_a_stream_over_http_is_written_at_once(
 
     monkeypatch.setattr(ChunkedBody, "write", noted)
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    async with running(checkpoint, redis_url) as server, httpx.AsyncClient(timeout=PATIENCE_S) as client:
-        asked = asyncio.create_task(client.post(f"{server.url}/v1/chat/completions", json=body))
+    async with (
+        running(checkpoint, redis_url) as server,
+        httpx.AsyncClient(timeout=PATIENCE_S) as client,
+        client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply,
+    ):
+        parts = reply.aiter_text()
+        text = await anext(parts)  # the gateway has been told that it is sent, and waits for what is said
         await stages.answer(await stages.request(), *"abc")
-        text = (await asked).text
+        text += "".join([part async for part in parts])
     assert 1 <= len(at_once) <= 3
     assert [part for part in text.split("\n\n") if '"content":"' in part and '"role"' not in part] == [
         part for data in at_once for part in data.decode().strip().split("\n\n")

@@ -38,7 +38,8 @@ async def test_dollar_means_from_the_first_read_on(redis: Redis) -> None:
     assert ids(await reader.read(9, 0)) == [("one", "between reads"), ("two", "first of all")]
 
 
-async def test_reader_waits(redis: Redis) -> None:
+async def test_reader_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_BLOCK_MS", PATIENCE_MS)
     reader = LogReader(redis, {"one": "0"})
     assert await reader.read(1, 1) == []
     reading = asyncio.create_task(reader.read(1, PATIENCE_MS))

@@ -5,6 +5,7 @@ from machine import PATIENCE_MS, PATIENCE_S
 from redis.asyncio import Redis
 
 from shared import metrics
+from shared.bus import work_stream
 from shared.bus.keys import GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.streams import LogReader, send
@@ -48,6 +49,12 @@ def replicas(redis: Redis, keys: Keys) -> Replicas:
     return Replicas(redis, keys)
 
 
+@pytest.fixture
+def long_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a read wait for as long as it is told to."""
+    monkeypatch.setattr(work_stream, "MAX_BLOCK_MS", PATIENCE_MS)
+
+
 async def test_take_in_order_and_finish(redis: Redis, replicas: Replicas) -> None:
     await send(redis, replicas.key, work("early"))  # before the group exists
     stream = await replicas.start("a")
@@ -69,7 +76,7 @@ async def test_take_without_waiting_returns_at_once(replicas: Replicas) -> None:
         assert await stream.read_new(1, 1) == []
 
 
-async def test_waiting_take_gets_what_comes(redis: Redis, replicas: Replicas) -> None:
+async def test_waiting_take_gets_what_comes(redis: Redis, replicas: Replicas, long_reads: None) -> None:
     stream = await replicas.start("a")
     taking = asyncio.create_task(stream.read_new(1, PATIENCE_MS))
     await send(redis, replicas.key, work("r"))
@@ -268,7 +275,7 @@ async def test_a_redis_that_forgot_the_group_is_joined_again(redis: Redis, repli
     assert [d.message for d in deliveries] == [work("r")]
 
 
-async def test_group_lost_while_waiting(redis: Redis, replicas: Replicas) -> None:
+async def test_group_lost_while_waiting(redis: Redis, replicas: Replicas, long_reads: None) -> None:
     stream = await replicas.start("a")
     taking = asyncio.create_task(stream.read_new(1, PATIENCE_MS))
     while not (await redis.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event for it
@@ -319,7 +326,7 @@ async def test_what_a_waiting_take_is_given_is_not_claimed_as_lost(redis: Redis,
     assert sorted(int(d.message.request.id) for d in got) == list(range(total))
 
 
-async def test_lost_entry_is_found_while_a_take_waits(redis: Redis, replicas: Replicas) -> None:
+async def test_lost_entry_is_found_while_a_take_waits(redis: Redis, replicas: Replicas, long_reads: None) -> None:
     stream = await replicas.start("a")
     await send(redis, replicas.key, work("lost"))
     await redis.xreadgroup("engine", "a", {replicas.key: ">"})
