@@ -7,9 +7,7 @@ from llguidance import LLMatcher
 
 from shared.grammar.compiler import GrammarCompiler, GrammarError
 
-STEPS = (
-    256  # tokens. Most of what is too complex shows within a few; rules that match in many ways take longer with each
-)
+STEPS = 256  # tokens. Most of what is too complex shows within a few; what matches in many ways takes longer each time
 
 
 def try_grammar(compiler: GrammarCompiler, text: str) -> None:
