@@ -41,7 +41,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     mps_percent: Annotated[int, Meta(ge=0, le=100)] = (
         0  # share of the multiprocessors, in percent, under CUDA MPS; 0: all
     )
-    concurrency: Positive = 8  # requests in flight
+    concurrency: Positive = 8  # requests in flight, besides those that wait for others' servers
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     # Seconds after which a batch is taken to hang, besides those in which it waited for an engine; 0: no bound.

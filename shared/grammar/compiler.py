@@ -42,6 +42,7 @@ class GrammarCompiler:
             eos_ids: tokens that end an answer, allowed where the grammar may end.
         """
         ids = [*eos_ids]
+        self.end_ids = tuple(ids)
         wrapped = TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, ids[0]))
         self._vocabulary = LLTokenizer(wrapped, eos_token=ids, slices=LLTokenizer.json_slices())
 

@@ -680,30 +680,27 @@ async def test_a_long_decode_does_not_outlast_the_drain(bench: Bench, monkeypatc
     assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1
 
 
-async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench) -> None:
+async def test_what_is_in_hand_is_finished_when_told_to_stop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, go = asyncio.Event(), asyncio.Event()
-    data = picture(60, 60)
+    read_small = Decoders.read_small
 
-    async with running_site() as site:
+    async def slow(self: Decoders, *given: Any) -> Any:
+        asked.set()
+        await go.wait()
+        return await read_small(self, *given)
 
-        async def slow(path: str, writer: asyncio.StreamWriter) -> None:
-            asked.set()
-            await go.wait()
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
-            await writer.drain()
-
-        site.handlers["/"] = slow
-        settings = bench.settings(media_allow_networks=("127.0.0.0/8",), concurrency=1)
-        service = build(settings, bench.redis, bench.registry)
-        life = Life(SERVICE, service, settings, bench.redis)
-        task = asyncio.create_task(life.run())
-        await bench.submit("a", [Media("image", "p", url=site.url("/"))])
-        await asyncio.wait_for(asked.wait(), PATIENCE_S)
-        await bench.submit("b", [data])
-        life.stop.set()
-        await asyncio.sleep(0)
-        go.set()
-        assert await task == 0
+    monkeypatch.setattr(Decoders, "read_small", slow)
+    settings = bench.settings(concurrency=1)
+    service = build(settings, bench.redis, bench.registry)
+    life = Life(SERVICE, service, settings, bench.redis)
+    task = asyncio.create_task(life.run())
+    await bench.submit("a", [picture(60, 60)])
+    await asyncio.wait_for(asked.wait(), PATIENCE_S)
+    await bench.submit("b", [picture(60, 60)])
+    life.stop.set()
+    await asyncio.sleep(0)
+    go.set()
+    assert await task == 0
     [generate] = await bench.generates()
     assert generate.request.id == "a"
     assert await bench.redis.xlen(bench.keys.stream(ENCODE)) == 1, "the second waits for another replica"

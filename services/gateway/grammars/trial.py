@@ -1,11 +1,13 @@
 """Trial of one grammar: it is compiled, and followed for some tokens, as the engine will."""
 
+from collections.abc import Collection
+
 import numpy as np
 from llguidance import LLMatcher
 
 from shared.grammar.compiler import GrammarCompiler, GrammarError
 
-STEPS = 32  # tokens; what is too complex mostly shows within a few
+STEPS = 256  # tokens. Most of what is too complex shows within a few; what matches in many ways takes longer each time
 
 
 def try_grammar(compiler: GrammarCompiler, text: str) -> None:
@@ -16,14 +18,18 @@ def try_grammar(compiler: GrammarCompiler, text: str) -> None:
     """
     matcher = compiler.compile(text)
     for step in range(STEPS):
-        if matcher.is_stopped() or not _take_token(matcher, step):
+        if matcher.is_stopped() or not _take_token(matcher, step, compiler.end_ids):
             break
     if matcher.is_error():
         raise GrammarError(matcher.get_error())
 
 
-def _take_token(matcher: LLMatcher, step: int) -> bool:
-    """Append one of the tokens that are allowed, another of them at each step."""
+def _take_token(matcher: LLMatcher, step: int, end_ids: Collection[int]) -> bool:
+    """Append one of the tokens that are allowed, another of them at each step, and an end only if nothing else is."""
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
     allowed = np.flatnonzero(bits)
-    return not matcher.is_error() and matcher.consume_token(int(allowed[step * 7919 % len(allowed)]))
+    if matcher.is_error():
+        return False
+    going_on = allowed[~np.isin(allowed, list(end_ids))]
+    some = going_on if len(going_on) else allowed
+    return matcher.consume_token(int(some[step * 7919 % len(some)]))

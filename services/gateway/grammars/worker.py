@@ -22,7 +22,7 @@ CPU_S = 1.5  # seconds of a core, so that a busy machine refuses nothing that a 
 MEMORY_BYTES = 1 << 30  # beyond what the process has
 STACK_BYTES = 2 << 20  # less than a thread of the engine has: what fits here fits there
 SHOWN_CHARS = 500  # of what the library says
-TOO_COMPLEX = "it is too complex: to compile it takes too much time or memory"
+TOO_COMPLEX = "it is too complex: to compile and follow it takes too much time or memory"
 
 
 def run(link: Link) -> None:

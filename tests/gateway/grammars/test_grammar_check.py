@@ -55,6 +55,7 @@ REFUSED = {
     "an endless compilation": (schema(type="integer", multipleOf=9999991), TOO_COMPLEX),
     "a stack": (forms.context_free(CHAIN), TOO_COMPLEX),
     "a lexer without end": (forms.regex("(a?){500}a{500}"), "too many expressions"),
+    "rules that match in ever more ways": (forms.context_free('start: s\ns: s s s | s s | "a"\n'), TOO_COMPLEX),
     "an explosion": (schema(type="string", pattern="^(([a-z]{1,100}){1,100}){1,100}$"), "too many expressions"),
 }
 
