@@ -5,6 +5,7 @@ from redis.exceptions import ResponseError
 
 from shared.bus.keys import Keys
 from shared.log import logger
+from shared.redis_errors import Action, action_for, is_wrong_type
 
 _ABSENT = "none"
 
@@ -37,5 +38,8 @@ async def tell_of_wrong_types(redis: Redis, keys: Keys) -> None:
     """Log an error that names such keys. What needs them waits until they are deleted, and all else goes on."""
     try:
         await check_types(redis, keys)
-    except ResponseError as error:  # or this user may not ask
-        _log.error("keys of ours may hold something else", extra={"reason": str(error)})
+    except ResponseError as error:
+        if is_wrong_type(error):
+            _log.error("keys of ours hold something else", extra={"reason": str(error)})
+        elif action_for(error) is not Action.END:  # else this user may not ask
+            raise

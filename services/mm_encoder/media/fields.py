@@ -95,7 +95,7 @@ class FieldPairs:
                 number = bits.below(_MOST_PICTURES)
                 self._sequence_ids[number] = bits.below(_MOST_SEQUENCES)
             elif kind in (_SLICE, _IDR_SLICE):
-                return self._read_slice(_Bits(unit[1:]), kind == _IDR_SLICE)
+                return self._read_slice(_Bits(unit[1:]))
         except (ValueError, KeyError):  # cut short, or of parameter sets that are not there
             return None
         return None
@@ -113,7 +113,7 @@ class FieldPairs:
         bits.unsigned()  # height
         self._sequences[number] = _Sequence(not bits.take(1), planes, frame_number_bits)
 
-    def _read_slice(self, bits: "_Bits", idr: bool) -> bool | None:
+    def _read_slice(self, bits: "_Bits") -> bool | None:
         if bits.unsigned():  # not the first of its picture
             return None
         bits.unsigned()  # type
@@ -124,7 +124,7 @@ class FieldPairs:
         if not sequence.may_have_fields or not bits.take(1):
             return True
         field = _Field(bool(bits.take(1)), frame_number)
-        if first is not None and not idr and first == _Field(not field.bottom, frame_number):
+        if first == _Field(not field.bottom, frame_number):
             return False
         self._first = field
         return True

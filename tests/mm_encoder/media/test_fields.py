@@ -143,11 +143,13 @@ def test_a_field_whose_other_was_lost_is_a_frame() -> None:
     assert sorted(index for index, _ in video.decode(data, facts, range(20), LIMITS)) == list(range(20))
 
 
-def test_fields_that_no_picture_refers_to_are_joined_too() -> None:
-    """Frames that are no reference share their number."""
+@pytest.mark.parametrize("header", [0x01, 0x65])
+def test_fields_of_frames_that_share_a_number_are_joined(header: int) -> None:
+    """Those of frames that are no reference, and those that are all said to begin anew, which FFmpeg joins as well."""
     pairs = FieldPairs(parameter_sets())
     stream = [picture(7, field, kept=False) for field in (0, 1, 0, 1, 1, 0)]
-    assert [pairs.begins_frame(packet) for packet in stream] == [True, False] * 3
+    begun = [pairs.begins_frame(packet[:4] + bytes([header]) + packet[5:]) for packet in stream]
+    assert begun == [True, False] * 3
 
 
 @pytest.mark.parametrize("options", [{"cqm": "jvt"}, {"profile": "high444"}, {"bframes": "3", "b-pyramid": "normal"}])

@@ -26,15 +26,9 @@ MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512  # OpenAI's lim
 # Extensions: fields of the chat API that mean the same here.
 EXTENSIONS = (
     *("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "min_tokens"),
-    *("stop", "stop_token_ids", "ignore_eos", "bad_words", "logit_bias", "structured_outputs", "cache_salt"),
-    *(
-        "enable_thinking",
-        "thinking_token_budget",
-        "chat_template_kwargs",
-        "mm_processor_kwargs",
-        "request_id",
-        "extra_key",
-    ),
+    *("stop", "stop_token_ids", "ignore_eos", "bad_words", "logit_bias", "structured_outputs"),
+    *("cache_salt", "extra_key", "request_id"),
+    *("enable_thinking", "thinking_token_budget", "chat_template_kwargs", "mm_processor_kwargs"),
 )
 # Fields that ask for nothing this server has; other values than these are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
