@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 from llguidance import LLMatcher
+from numpy.typing import NDArray
 
 from shared.grammar.compiler import GrammarCompiler, GrammarError
 
@@ -26,10 +27,16 @@ def try_grammar(compiler: GrammarCompiler, text: str) -> None:
 
 def _take_token(matcher: LLMatcher, step: int, end_ids: Collection[int]) -> bool:
     """Append one of the tokens that are allowed, another of them at each step, and an end only if nothing else is."""
-    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-    allowed = np.flatnonzero(bits)
+    allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # bit b of byte i is token 8 i + b
     if matcher.is_error():
         return False
-    going_on = allowed[~np.isin(allowed, list(end_ids))]
-    some = going_on if len(going_on) else allowed
-    return matcher.consume_token(int(some[step * 7919 % len(some)]))
+    going_on = allowed.copy()
+    for end in end_ids:
+        going_on[end // 8] &= ~np.uint8(1 << end % 8)
+    some = going_on if going_on.any() else allowed
+    byte = _one_of(np.flatnonzero(some), step)
+    return matcher.consume_token(8 * byte + _one_of(np.flatnonzero(some[byte] >> np.arange(8) & 1), step))
+
+
+def _one_of(places: NDArray[np.intp], step: int) -> int:
+    return int(places[step * 7919 % len(places)])
