@@ -21,8 +21,7 @@ from services.gateway.dialects.messages.schemas import COUNT_FIELDS, MESSAGE_FIE
 from services.gateway.dialects.responses import body
 from services.gateway.request import completion
 from services.gateway.request.conversation import Function
-from services.gateway.request.schemas import StreamOptions
-from services.gateway.request.warnings import CHAT_FIELDS
+from services.gateway.request.schemas import CHAT_FIELDS, StreamOptions
 
 KNOWN: dict[str, tuple[Any, Set[str]]] = {
     "chat": (ChatParams, CHAT_FIELDS),
