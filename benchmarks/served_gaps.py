@@ -1,10 +1,10 @@
 """Gaps between the tokens of a client, from place to place on their way, with a device that ends its steps by a clock.
 
-    python -m benchmarks.served_gaps [--clients 256] [--host 1.0] [--switch-ms MS] [--json FILE]
+    python -m benchmarks.served_gaps [--clients 256] [--each 4] [--output 256] [--host 1.0] [--device 1.0] [--json FILE]
 
 Redis (on disk), gateway, postproc and the client processes of `millrace bench serve` are as they ship, and so is the
 engine but for its GPU (benchmarks.simulated_device). Clients ask four times each, all at once at first, 1,024 tokens in
-and 256 out. On a machine with less than a core for each process the processes wait for each other, too. Prints
+and 256 out. Processes that are short of cores wait for each other, too; with --device 3 they need a third. Prints
 
   tok_s           tokens of the answers, a second
   gap.<place>     ms from a token of a sequence to its next, p50, p90, p99, p99.9: as the device ends steps, as the
@@ -42,12 +42,12 @@ from cli.redis_server import RedisServer
 
 MODEL = Path("cli/demo_checkpoint").resolve()
 IDS = (100, 1999)  # of words
-PROMPT, OUTPUT, EACH = 1024, 256, 4
+PROMPT = 1024
 STOP_S = 30.0
 TOLD = {"LOG_LEVEL": "warning", "DEVICE": "cpu", "MAX_NUM_SEQS": "256", "MAX_NUM_BATCHED_TOKENS": "8192"}
 
 
-def measure(clients: int, engine: Sequence[str], root: Path) -> dict[str, Any]:
+def measure(clients: int, each: int, output: int, engine: Sequence[str], root: Path) -> dict[str, Any]:
     """Run the services and their clients; return the figures."""
     trace = root / "trace"
     with RedisServer(root / "redis", persistence=True) as server:
@@ -59,13 +59,13 @@ def measure(clients: int, engine: Sequence[str], root: Path) -> dict[str, Any]:
             model="default",
             key="",
             prompt=(PROMPT, PROMPT),
-            output=OUTPUT,
+            output=output,
             ids=IDS,
         )
         try:
             run([msgspec.structs.replace(load, clients=1, requests=2)])
             before, own = {**system.cpu(), "engine": cpu_seconds(process.pid)}, os.times()
-            parts, begin = run([msgspec.structs.replace(load, clients=clients, requests=EACH * clients)])
+            parts, begin = run([msgspec.structs.replace(load, clients=clients, requests=each * clients)])
             after, since = {**system.cpu(), "engine": cpu_seconds(process.pid)}, os.times()
         finally:
             process.terminate()
@@ -142,14 +142,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=256)
     parser.add_argument("--host", default="1.0", help="how slow the host launches (%(default)s)")
-    parser.add_argument(
-        "--switch-ms", help="after which one thread of the engine asks another for the interpreter's lock"
-    )
+    parser.add_argument("--device", default="1.0", help="how slow the device computes (%(default)s)")
+    parser.add_argument("--each", type=int, default=4, help="requests of a client (%(default)s)")
+    parser.add_argument("--output", type=int, default=256, help="tokens of an answer (%(default)s)")
     parser.add_argument("--json", type=Path, help="the JSON file")
     args = parser.parse_args()
-    engine = ["--host", args.host, *(["--switch-ms", args.switch_ms] if args.switch_ms else [])]
+    engine = ["--host", args.host, "--device", args.device]
     with tempfile.TemporaryDirectory(prefix="millrace-") as scratch:
-        found = measure(args.clients, engine, Path(scratch))
+        found = measure(args.clients, args.each, args.output, engine, Path(scratch))
     for name, value in found.items():
         print(name, json.dumps(value))
     if args.json is not None:

@@ -1,13 +1,13 @@
 """The engine's process for a machine without a GPU: service, loop, scheduler and runner as they ship, and a device that
 is a clock.
 
-    python -m benchmarks.simulated_device --trace FILE [--host 1.0] [--switch-ms MS]
+    python -m benchmarks.simulated_device --trace FILE [--host 1.0] [--device 1.0]
 
 Reads MILLRACE_* as `python -m services.engine` does, and writes when each step was planned, launched, ended and read.
 Launches are calls that take the CPU as long as those of a GPU: some of it in Python, most of it without the
 interpreter's lock. A step begins on the device when its launch has begun and the step before has ended, and takes
-`h200_ms` (benchmarks.virtual_load), or until it is launched. benchmarks.served_gaps runs all of it among the other
-services.
+`h200_ms` (benchmarks.virtual_load) times --device, or until it is launched. benchmarks.served_gaps runs all of it
+among the other services.
 """
 
 import argparse
@@ -214,8 +214,9 @@ class ClockedStep:
 class ClockedRunner(ModelRunner):
     """The real runner; steps end by a clock."""
 
-    def __init__(self, settings: EngineSettings, slowness: float, steps: list[Step]) -> None:
-        self._host, self._steps = Host(slowness), steps
+    def __init__(self, settings: EngineSettings, host: float, device: float, steps: list[Step]) -> None:
+        """`host`, `device`: how slow they are, in times."""
+        self._host, self._slowness, self._steps = Host(host), device, steps
         self._free = 0.0  # when the device has ended all that was launched
         config = load_model_config(Path(settings.model))
         model: Any = HostModel(self._host)
@@ -253,7 +254,7 @@ class ClockedRunner(ModelRunner):
         step.launched, step.cpu, step.waited = time.monotonic(), time.thread_time() - cpu, self._host.waited
         step.thread = cpu
         step.began = max(step.planned, self._free)
-        step.ended = self._free = max(step.began + float(h200_ms(plan)) / 1000, step.launched)
+        step.ended = self._free = max(step.began + self._slowness * float(h200_ms(plan)) / 1000, step.launched)
         return ClockedStep(inner, step)
 
 
@@ -261,17 +262,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--host", type=float, default=1.0, help="time of launches, in place of the usual (%(default)s)")
-    parser.add_argument(
-        "--switch-ms", type=float, help="after which one thread asks another for the interpreter's lock"
-    )
+    parser.add_argument("--device", type=float, default=1.0, help="time of steps, in place of an H200's (%(default)s)")
     args = parser.parse_args()
     steps: list[Step] = []
 
     def build(settings: EngineSettings, redis: Redis, *, tracing: object) -> Any:
-        if args.switch_ms:
-            sys.setswitchinterval(args.switch_ms / 1000)
         facts = EngineFacts(load_model_config(Path(settings.model)), CONTEXT, think_close_id=3)
-        runner = ClockedRunner(settings, args.host, steps)
+        runner = ClockedRunner(settings, args.host, args.device, steps)
         return compose(settings, redis, facts, refuse, lambda: (runner, BLOCKS), EngineMetrics())
 
     status = launch("engine", EngineSettings, build, os.environ)

@@ -52,7 +52,7 @@ def test_a_failed_request_ends_the_benchmark() -> None:
 def test_the_device_ends_a_step_so_long_after_the_one_before() -> None:
     trace: list[Step] = []
     settings = settings_for("unix:///unused", model=str(MODEL), max_num_seqs=8, max_num_batched_tokens=64)
-    runner = ClockedRunner(settings, 1.0, trace)
+    runner = ClockedRunner(settings, 1.0, 2.0, trace)
     made = sequence(range(10, 60), max_tokens=20)
     made.blocks.extend(range(60))
     plans = [Plan((Chunk(made, 0, 50, samples=True),)), Plan((Chunk(made, 50, 1, samples=True, source=0),))]
@@ -63,5 +63,5 @@ def test_the_device_ends_a_step_so_long_after_the_one_before() -> None:
     for (before, after), plan in zip(pairwise(trace), plans[1:], strict=True):
         assert after.ahead
         assert after.began == max(after.planned, before.ended)
-        assert after.ended == max(after.began + h200_ms(plan) / 1000, after.launched)
+        assert after.ended == max(after.began + 2.0 * h200_ms(plan) / 1000, after.launched)
     assert [(step.prefill, step.rows, step.tokens) for step in trace] == [(True, 50, 1), (False, 1, 1)]
