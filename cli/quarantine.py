@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from cli.connection import no_answer, parser
 from cli.output import printable
@@ -33,6 +33,7 @@ from shared.bus.records import Records
 from shared.errors import ConfigError, ProtocolError
 from shared.message_codec import from_entry
 from shared.messages import Encode, Generate, Request, unpack_ids
+from shared.redis_errors import is_wrong_type
 
 DONE, NOT_DONE, UNKNOWN = 0, 1, 2
 STREAMS = (ENCODE, GENERATE)
@@ -95,7 +96,6 @@ async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int
     redis = connect(where.redis_url)
     blob_redis = connect(where.blob_redis_url) if where.blob_redis_url else redis
     try:
-        await check_types(redis, Keys(where.namespace))
         quarantine = Quarantine(redis, Keys(where.namespace), blob_redis)
         if action == "list":
             print("\n".join([line(entry) for entry in await quarantine.entries()] or ["the quarantine is empty"]))
@@ -108,6 +108,10 @@ async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int
 
             acts["show"] = show
         return await _each(quarantine, names, acts[action])
+    except ResponseError as error:
+        if is_wrong_type(error):  # of a key that this needs: name it
+            await check_types(redis, Keys(where.namespace), blob_redis)
+        raise
     finally:
         for client in {redis, blob_redis}:
             await client.aclose()

@@ -8,14 +8,16 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import msgspec
-from redis.exceptions import RedisError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
 
 from cli.connection import no_answer, parser
 from cli.output import printable
 from shared.bus.client import connect
-from shared.bus.key_types import check_types
+from shared.bus.key_types import check_types, wrong_types
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD, BatchesView, PipelineView, StageView, problems, read
+from shared.redis_errors import is_wrong_type
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 
@@ -56,17 +58,31 @@ async def read_once(redis_url: str, blob_redis_url: str | None, namespace: str) 
 
     Raises:
         ConfigError: a URL is malformed.
-        RedisError: Redis does not answer, or somebody else has written keys of ours.
+        RedisError: Redis does not answer, or somebody else has written keys that this needs, which it names.
     """
     redis = connect(redis_url)
     blobs = connect(blob_redis_url) if blob_redis_url else None
     try:
-        await check_types(redis, Keys(namespace))
-        return await read(redis, Keys(namespace), blobs)
+        return await look(redis, Keys(namespace), blobs)
     finally:
         for client in (redis, blobs):
             if client is not None:
                 await client.aclose()
+
+
+async def look(redis: Redis, keys: Keys, blobs: Redis | None) -> PipelineView:
+    """Read the pipeline's state, with the keys that somebody else has written.
+
+    Raises:
+        RedisError: Redis does not answer, or somebody else has written keys that this needs, which it names.
+    """
+    try:
+        view = await read(redis, keys, blobs)
+    except ResponseError as error:
+        if is_wrong_type(error):
+            await check_types(redis, keys, blobs)
+        raise
+    return msgspec.structs.replace(view, misplaced=tuple(await wrong_types(redis, keys, blobs)))
 
 
 def line(stage: StageView) -> str:

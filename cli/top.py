@@ -16,11 +16,9 @@ from rich.text import Text
 
 from cli.board import draw
 from cli.connection import no_answer, parser
-from cli.status import UNKNOWN, read_once
+from cli.status import UNKNOWN, look, read_once
 from shared.bus.client import connect
-from shared.bus.key_types import check_types
 from shared.bus.keys import Keys
-from shared.bus.pipeline_view import read
 from shared.errors import ConfigError
 
 EVERY_S = 1.0
@@ -79,8 +77,7 @@ async def _draw(live: Live, redis: Redis, blobs: Redis | None, keys: Keys) -> No
 
 async def _board(redis: Redis, blobs: Redis | None, keys: Keys) -> RenderableType:
     try:
-        await check_types(redis, keys)
-        return draw(await read(redis, keys, blobs))
+        return draw(await look(redis, keys, blobs))
     except RedisError as error:
         return Text(no_answer(error), "bold red")
 

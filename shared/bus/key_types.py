@@ -1,5 +1,7 @@
 """Names of keys of ours that somebody else has written. WRONGTYPE, which Redis answers then, does not tell them."""
 
+from collections.abc import Mapping
+
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -7,31 +9,42 @@ from shared.bus.keys import Keys
 from shared.log import logger
 from shared.redis_errors import Action, action_for, is_wrong_type
 
+REMEDY = "something else than this deployment has written it; delete it, or choose another namespace"
+
 _ABSENT = "none"
 
 _log = logger(__name__)
 
 
-async def check_types(redis: Redis, keys: Keys) -> None:
+async def wrong_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> list[str]:
+    """Describe each key that all share and that holds a value of another type: what it is, and should be.
+
+    `blob_redis`: where the blobs are, if that is another Redis.
     """
-    Raises:
-        ResponseError: keys that all share hold values of other types. It begins as that of Redis, and names them.
-    """
-    types = keys.types()
+    types, elsewhere = keys.types(), {} if blob_redis is None else keys.blob_types()
+    wrong = await _wrong(redis, {key: kind for key, kind in types.items() if key not in elsewhere})
+    return wrong if blob_redis is None else wrong + await _wrong(blob_redis, elsewhere)
+
+
+async def _wrong(redis: Redis, types: Mapping[str, str]) -> list[str]:
     async with redis.pipeline(transaction=False) as pipe:
         for key in types:
             pipe.type(key)
         found = [kind.decode() for kind in await pipe.execute()]
-    wrong = [
+    return [
         f"{key} is a {kind} and not a {types[key]}"
         for key, kind in zip(types, found, strict=True)
         if kind not in (_ABSENT, types[key])
     ]
-    if wrong:
-        raise ResponseError(
-            f"WRONGTYPE {', '.join(wrong)}: something else than this deployment has written it; delete it, or choose "
-            "another namespace"
-        )
+
+
+async def check_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> None:
+    """
+    Raises:
+        ResponseError: keys that all share hold values of other types. It begins as that of Redis, and names them.
+    """
+    if wrong := await wrong_types(redis, keys, blob_redis):
+        raise ResponseError(f"WRONGTYPE {', '.join(wrong)}: {REMEDY}")
 
 
 async def tell_of_wrong_types(redis: Redis, keys: Keys) -> None:

@@ -218,9 +218,13 @@ class Keys(msgspec.Struct, frozen=True):
             **{own.replicas(service): "set" for service in SERVICES},
             own.shards(): "hash",
             own.encode_locks(): "hash",
-            **{key: "zset" for blobs in (own, responses) for key in (blobs.blobs(), blobs.blob_pins())},
-            **{blobs.blob_sizes(): "hash" for blobs in (own, responses)},
+            **own.blob_types(),
+            **responses.blob_types(),
             own.files(): "zset",
             own.file_sizes(): "hash",
             own.batches(): "zset",
         }
+
+    def blob_types(self) -> dict[str, str]:
+        """Return those of them that are where the blobs are, which may be another Redis."""
+        return {self.blobs(): "zset", self.blob_pins(): "zset", self.blob_sizes(): "hash"}

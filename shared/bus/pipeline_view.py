@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from shared.bus.eviction import ANY_KEY, KEEPS_ALL
+from shared.bus.key_types import REMEDY
 from shared.bus.keys import ENCODE, GENERATE, NEWER, SERVICES, WAITING, Keys
 from shared.bus.leases import COUNT, UNREADABLE, Replica
 from shared.bus.lua import read_script
@@ -134,6 +135,7 @@ class PipelineView(msgspec.Struct, frozen=True):
     blobs: BlobsView
     redis: RedisView | None  # None: INFO was not asked for, or is forbidden to this user
     batches: BatchesView = BatchesView()
+    misplaced: tuple[str, ...] = ()  # keys that somebody else has written, in words, where they were looked for
 
     def stage(self, service: str) -> StageView:
         return next(stage for stage in self.stages if stage.service == service)
@@ -183,6 +185,7 @@ def problems(view: PipelineView) -> list[str]:
     that stopped renewing their leases were not scaled away, and are named where no other is ready.
     """
     found = [line for stage in view.stages for line in _problems_of(stage)]
+    found += [f"{key}: {REMEDY}" for key in view.misplaced]
     if view.stage("postproc").ready:
         found += [f"tokens:{shard.shard} has no living owner" for shard in view.shards if shard.owner is None]
     if view.redis and view.redis.max_bytes and view.redis.used_bytes > FULL * view.redis.max_bytes:

@@ -202,3 +202,16 @@ async def test_redis_does_not_do_its_part(quarantine: Command, redis: Redis, key
     status, _, told = await quarantine("list")
     expected = f"millrace quarantine: Redis refuses: WRONGTYPE {keys.quarantine(ENCODE)} is a string and not a stream"
     assert (status, told.startswith(expected)) == (2, True)
+
+
+async def test_only_keys_that_it_needs_keep_it_from_its_work(quarantine: Command, redis: Redis, keys: Keys) -> None:
+    name = await put(redis, keys, GENERATE, GENERATED)
+    for key in (keys.files(), keys.shards(), keys.quarantine(ENCODE)):
+        await redis.set(key, "x")
+    status, said, _ = await quarantine("show", name)
+    assert (status, said.splitlines()[0]) == (0, name)
+    status, _, told = await quarantine("retry", name)
+    assert (status, f"{keys.shards()} is a string and not a hash" in told) == (2, True)
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 1
+    assert (await quarantine("drop", name))[0] == 0
+    assert await redis.xlen(keys.quarantine(GENERATE)) == 0

@@ -115,6 +115,38 @@ def test_redis_that_answers_an_error_is_not_said_to_be_away(redis_url: str, caps
         asyncio.run(misplaced(False))
 
 
+def test_a_key_of_somebody_elses_that_is_not_needed_hides_nothing(
+    redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = Keys("odd")
+
+    async def misplace(key: str) -> None:
+        client = connect(redis_url)
+        await client.set(key, "x", px=HOUR_MS)
+        await client.aclose()
+
+    flags = ["--redis-url", redis_url, "--namespace", "odd"]
+    asyncio.run(misplace(keys.files()))
+    told = f"{keys.files()} is a string and not a zset: something else than this deployment has written it; delete it"
+    assert main(["status", *flags]) == 1
+    said = capsys.readouterr().out
+    assert "engine     no replica; 0 in work, 0 waiting\n" in said
+    assert f"\n! {told}" in said
+    assert main(["status", *flags, "--json"]) == 1
+    assert any(problem.startswith(told) for problem in json.loads(capsys.readouterr().out)["problems"])
+    assert main(["top", *flags, "--once"]) == 0
+    assert told in capsys.readouterr().out
+    # The blobs' keys are those of the Redis in which the blobs are.
+    asyncio.run(misplace(keys.blob_pins()))
+    other = f"{redis_url}?db=9"
+    assert main(["status", *flags, "--blob-redis-url", other]) == 1
+    assert keys.blob_pins() not in capsys.readouterr().out
+    assert main(["status", *flags[2:], "--redis-url", other, "--blob-redis-url", redis_url]) == 1
+    said = capsys.readouterr().out
+    assert f"! {keys.blob_pins()} is a string" in said
+    assert keys.files() not in said
+
+
 def test_names_of_others_are_no_commands_to_the_terminal(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def join() -> None:
         client = connect(redis_url)

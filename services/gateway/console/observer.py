@@ -57,7 +57,7 @@ class ObservedRequest(msgspec.Struct):
     """
 
     id: str
-    tenant: str = ""  # name of its key in the key file; empty: it has none there, or that is not known
+    tenant: str | None = None  # name of its key in the key file; empty: it has none there; None: not known yet
     where: Place = "ended"
     waiting: bool = False  # its entry has not been delivered to a replica yet
     replica: str = ""  # the consumer of its entry, or the last one
@@ -154,11 +154,15 @@ class RequestObserver:
         Raises:
             RedisError: Redis cannot be read.
         """
-        if request_id in self._requests:
-            return self._requests[request_id]
+        observed = self._requests.get(request_id)
+        if observed is not None and observed.tenant is not None:
+            return observed
         record = (await self._records.get([request_id])).get(request_id)
         if not isinstance(record, Record):
-            return None
+            return observed
+        if observed is not None:
+            observed.tenant = _tenant(record.request.share)
+            return observed
         key = self._keys.request(request_id)
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hget(key, "entry")
@@ -227,7 +231,7 @@ class RequestObserver:
 
     def _is_unsettled(self, one: ObservedRequest) -> bool:
         if one.where == "ended":
-            return one.finished is None and self._now - one.seen < SETTLED_S
+            return (one.finished is None or one.tenant is None) and self._now - one.seen < SETTLED_S
         return one.where == "generate" and not one.waiting
 
     # ------------------------------------------------------------------------------------------------ all requests
@@ -262,7 +266,8 @@ def _apply_record(one: ObservedRequest, record: Record, now: float, left_s: floa
         one.prompt_tokens, one.cached_tokens = record.begin.prompt_tokens, record.begin.cached_tokens
     if record.finish is not None:
         one.reason = record.finish.reason
-        one.finished = now - max(0.0, record.request.retain_s - left_s)
+        if one.finished is None:  # the tokens stream has it to the millisecond
+            one.finished = now - max(0.0, record.request.retain_s - left_s)
     elif record.cancelled:
         _mark_cancelled(one)
 

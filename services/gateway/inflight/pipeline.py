@@ -116,8 +116,11 @@ class Pipeline:
         reservation = open_request.reservation
         if reservation is None:
             return
-        prompt = _prompt_tokens(open_request, reservation.charged)
-        self._limiter.end(reservation, prompt, sum(choice.generated for choice in open_request.choices), runs_on)
+        choices = open_request.choices
+        sent = any(choice.state is not ChoiceState.NEW for choice in choices)
+        prompt = _prompt_tokens(open_request, reservation.charged) if sent else 0
+        generated = sum(choice.generated for choice in choices)
+        self._limiter.end(reservation, prompt, generated, runs_on=runs_on, stored=sent)
 
     async def find(self, request_id: str, owner: str) -> StoredRequest:
         """Read the records of a request.
@@ -316,13 +319,14 @@ def _answer_format(record: Record) -> AnswerFormat:
 
 
 def _prompt_tokens(open_request: OpenRequest, text_tokens: int) -> int:
-    """Return how many tokens of prompts a request has used, of which `text_tokens` were known when it came."""
+    """Return how many tokens of prompts a request has used, of which `text_tokens` were known when it came.
+
+    Those of media are known when they are accepted, also if no answer ends, as that of a count never does.
+    """
     choices, each = open_request.choices, open_request.answer_format.n // open_request.answer_format.prompts
-    if all(choice.state is ChoiceState.NEW for choice in choices):
-        return 0
     groups = [choices[start : start + each] for start in range(0, len(choices), each)]
     said = [
         next((choice.usage.prompt_tokens for choice in group if choice.usage is not None), None) for group in groups
     ]
     known = sum(tokens for tokens in said if tokens is not None)
-    return max(known, text_tokens) if None in said else known
+    return max(known, text_tokens, open_request.prompt_tokens or 0) if None in said else known

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from services.gateway.errors import too_many
 from services.gateway.tenants.headers import rate_headers, retry_headers
-from services.gateway.tenants.key_file import Tenant
+from services.gateway.tenants.key_file import Limits, Tenant
 from services.gateway.tenants.metrics import TenantMetrics
 from shared.bus.keys import Keys
 from shared.bus.lua import read_script
@@ -60,6 +60,7 @@ class Reservation(msgspec.Struct):
     tenant: Tenant | None
     ids: tuple[str, ...]
     charged: int  # tokens
+    media: int = 0  # bytes of uploads that were charged
     begun: bool = False
 
 
@@ -82,6 +83,8 @@ class _Said(msgspec.Struct, omit_defaults=True):
     prompt: int
     generated: int
     limit: int | None = None
+    media: int = 0  # bytes to give back
+    media_limit: int | None = None
 
     def plus(self, later: "_Said | None") -> "_Said":
         """Return this and what was said later."""
@@ -94,6 +97,8 @@ class _Said(msgspec.Struct, omit_defaults=True):
             self.prompt + later.prompt,
             self.generated + later.generated,
             later.limit,
+            self.media + later.media,
+            later.media_limit,
         )
 
 
@@ -136,7 +141,7 @@ class Limiter:
             raise self._refusal(quota, str(limit, "ascii"), limits[place - 1], names[place - 1], retry_ms)
         if tenant is not None:
             self._metrics.requests.labels(tenant.name).inc(len(ids))
-        return Reservation(tenant, tuple(ids), tokens)
+        return Reservation(tenant, tuple(ids), tokens, media_bytes)
 
     def begin(self, reservation: Reservation) -> None:
         """Note that the first token of an answer is here: its prompt waits no more."""
@@ -147,10 +152,13 @@ class Limiter:
             self._about(name, reservation.tenant).begun.extend(reservation.ids[:1])
         self._changed.set()
 
-    def end(self, reservation: Reservation, prompt: int, generated: int, runs_on: bool = False) -> None:
+    def end(
+        self, reservation: Reservation, prompt: int, generated: int, *, runs_on: bool = False, stored: bool = True
+    ) -> None:
         """Note that the requests have ended, with so many tokens of the prompt and of all answers.
 
         `runs_on`: only their client has left, and may come back. They stay open until somebody needs their place.
+        `stored`: False if their uploads are not kept, since they were never sent; then those bytes are given back.
         """
         for name in self._names(reservation.tenant):
             said = self._about(name, reservation.tenant)
@@ -158,6 +166,7 @@ class Limiter:
             said.tokens += prompt + generated - reservation.charged
             said.prompt += prompt
             said.generated += generated
+            said.media += 0 if stored else reservation.media
         if reservation.tenant is not None:
             self._metrics.tokens.labels(reservation.tenant.name, "prompt").inc(prompt)
             self._metrics.tokens.labels(reservation.tenant.name, "generated").inc(generated)
@@ -214,8 +223,9 @@ class Limiter:
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def _about(self, name: str, tenant: Tenant | None) -> _Said:
-        limit = tenant.limits.tokens_per_min if name and tenant is not None else None
-        return self._said.setdefault(name, _Said([], [], 0, 0, 0, limit))
+        limits = tenant.limits if name and tenant is not None else Limits()
+        nothing = _Said([], [], 0, 0, 0, limits.tokens_per_min, media_limit=limits.media_bytes_per_min)
+        return self._said.setdefault(name, nothing)
 
     def _refusal(
         self, quota: Quota | None, limit: str, limits: dict[str, int], name: str, retry_ms: int

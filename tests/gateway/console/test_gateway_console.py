@@ -36,6 +36,7 @@ from shared.messages import (
     Output,
     Request,
     Sampling,
+    Share,
     TokenRun,
     Tokens,
     pack_ids,
@@ -377,6 +378,36 @@ async def test_what_the_trimmed_streams_no_longer_say_is_in_the_record(redis: Re
     state = await look(redis, keys, console)
     assert by_id(state)["r"].items() >= {"where": "ended", "reason": "stop"}.items()
     assert state["pipeline"]["at"] - PATIENCE_S < by_id(state)["r"]["finished"] <= state["pipeline"]["at"]
+
+
+@pytest.mark.parametrize("looked", [True, False])
+async def test_a_request_that_came_and_went_between_two_looks_is_its_tenants(
+    redis: Redis, keys: Keys, looked: bool
+) -> None:
+    """The tokens stream shows it together with its finish, and does not say whose it is."""
+    records, console = Records(redis, keys), console_of(redis, keys, iter(range(99)).__next__)
+    work = WorkStream(redis, keys, GENERATE, "engine", "e1", 3)
+    await work.join()
+    told = msgspec.structs.replace(request("r"), retain_s=60.0, share=Share("alice", 1, 1))
+    await records.submit(GENERATE, Generate(told, pack_ids([SECRET]), 10))
+    [entry] = await work.read_new(1, 100)
+    run = TokenRun("r", 1, 0, (5, 6), finish=Finish("stop"))
+    await send(redis, keys.tokens(1), Tokens((Begin("r", 1, 0, 60, 0, 0, 0),), (run,)))
+    await work.ack([entry.entry_id])
+    if looked:
+        await records.retain([("r", Finish("stop"), 60.0)], Fence(keys, "p", {}))
+    else:  # the record cannot be read during the look, and can be later
+        await redis.rename(keys.request("r"), "aside")
+        await look(redis, keys, console)
+        await redis.rename("aside", keys.request("r"))
+
+    async def seen(tenant: str | None) -> list[str]:
+        found = json.loads(await console.find("r", tenant))["request"]
+        return [one["id"] for one in (*json.loads(await console.state(tenant))["requests"], *filter(None, [found]))]
+
+    assert await seen("alice") == ["r", "r"]
+    assert await seen(None) == ["r", "r"]
+    assert await seen("bob") == []
 
 
 async def test_a_cancelled_request_is_told_from_a_lost_one(redis: Redis, keys: Keys) -> None:

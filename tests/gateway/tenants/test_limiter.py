@@ -117,6 +117,23 @@ async def test_a_request_that_never_ran_gets_its_tokens_back(one: Gateway) -> No
     await one.ask(alice, tokens=900)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+async def test_uploads_that_were_not_stored_are_given_back(
+    redis: Redis, keys: Keys, one: Gateway, two: Gateway, stored: bool
+) -> None:
+    alice = tenant(media_bytes_per_min=1000)
+    for _ in range(2):  # both are noted before either is written
+        reservation = await one.ask(alice, media=500)
+        assert reservation is not None
+        one.limiter.end(reservation, 0, 0, stored=stored)
+    await one.limiter.flush()
+    assert await redis.hget(keys.tenant("alice"), "used:media") == (b"1000" if stored else b"0")
+    if stored:
+        assert "1000 bytes of media" in await two.refused(alice, media=900)
+    else:
+        await two.ask(alice, media=900)
+
+
 async def test_a_prompt_above_the_limit_passes_once_the_allowance_is_whole(one: Gateway) -> None:
     alice = tenant(tokens_per_min=100)
     await one.ask(alice, tokens=1000)

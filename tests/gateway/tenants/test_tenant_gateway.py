@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 from services.gateway.tenants.key_file import written_digest
 from shared.bus.keys import Keys
-from shared.messages import Accepted, Encode, Generate, Usage, unpack_ids
+from shared.messages import Accepted, Delta, Encode, Generate, Usage, unpack_ids
 
 T = TypeVar("T")
 
@@ -204,7 +204,33 @@ async def test_each_choice_is_charged_for_the_uploads_that_are_stored_for_it(
     asked.cancel()
 
 
-async def test_a_count_with_media_is_a_request_of_its_tenant(server: Running, stages: Stages) -> None:
+async def test_uploads_of_a_repeat_are_given_back_since_they_are_not_stored(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    more: dict[str, Any] = {"extra_headers": {"Idempotency-Key": "k"}, "extra_body": {"messages": LOOK}}
+    first = ask(server, "bob", **more)
+    request = await stages.request()
+    second = ask(server, "bob", **more)
+    await stages.attached()
+    await stages.answer(request, "yes")
+    await asyncio.gather(first, second)
+    await until_is(lambda: redis.hmget(keys.tenant("bob"), "used:requests", "used:media"), [b"2", b"%d" % len(PICTURE)])
+
+
+async def test_media_are_charged_to_a_client_that_leaves_before_the_end(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    asked = ask(server, "bob", extra_body={"messages": LOOK}, stream=True)
+    request = await stages.request()
+    await stages.tell(request, Accepted(request.id, 5000))
+    await stages.say(request, Delta(request.id, 1, content="y"))
+    await (await asked).http_response.aclose()
+    await until_is(lambda: redis.hget(keys.tenant("bob"), "used:prompt"), b"5000")
+
+
+async def test_a_count_with_media_is_a_request_of_its_tenant(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
     client = httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, headers={"x-api-key": "key-of-alice"})
     async with client:
         for _ in range(2):
@@ -219,6 +245,7 @@ async def test_a_count_with_media_is_a_request_of_its_tenant(server: Running, st
         refused = await client.post("/v1/messages/count_tokens", json={"model": "m", "messages": COUNTED})
         assert refused.status_code == 429
         assert "'alice'" in refused.text
+    await until_is(lambda: redis.hget(keys.tenant("alice"), "used:prompt"), b"154")
 
 
 async def test_the_prefixes_of_a_tenant_are_its_own(
