@@ -2,7 +2,8 @@
 
 What pyproject.toml lists for mypy has to be right in all that mypy finds. Other tests pass values that are odd on
 purpose, or that are there because the test says so; but a call of a function that has changed is wrong even where the
-test is skipped. All is one run of mypy, with the cache of a plain one.
+test is skipped. All is one run of mypy, with the cache of a plain one; of conftest.py, of which there are several, mypy
+could read but one, so it reads none.
 """
 
 import json

@@ -170,6 +170,7 @@ async def test_a_message(server: Running, stages: Stages, end: str) -> None:
     asked: dict[str, Any] = {"messages": HI, "max_tokens": 99}
     held(anthropic.types.Message, await answer(server, stages, MESSAGES, asked, *ENDS[end]))
     events = events_of(await answer(server, stages, MESSAGES, {**asked, "stream": True}, *ENDS[end]))
+    assert (events[0][0], events[-1][0]) == ("message_start", "message_stop")
     for name, data in events:
         assert held(anthropic.types.RawMessageStreamEvent, data).type == name
     counted = await ask(server, f"{MESSAGES}/count_tokens", {"messages": HI})
@@ -241,7 +242,7 @@ async def test_models_files_and_batches(server: Running, stages: Stages) -> None
     for file in (await ask(server, "/v1/files")).json()["data"]:
         held(FileObject, json.dumps(file))
         held(FileObject, (await ask(server, f"/v1/files/{file['id']}")).text)
-    async with httpx.AsyncClient(base_url=server.url) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
         held(FileDeleted, (await client.delete(f"/v1/files/{made.output_file_id}")).text)
 
 

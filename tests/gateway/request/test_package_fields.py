@@ -1,5 +1,7 @@
 """Fields that OpenAI's and Anthropic's own packages can send: each of them is known, so none is ignored unnoticed.
 
+Asked are those of bodies and of some objects in them, not those of each kind of content.
+
 A newer package with a new field fails here until the field works, is refused by its name, or is without effect.
 """
 

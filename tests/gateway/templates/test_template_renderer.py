@@ -27,6 +27,7 @@ FINE = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 # Each hangs, crashes or fills its process, while it is rendered or already while it is compiled.
 HARMFUL = {
+    "a loop": (LOOPS, "more than 1 s of computing"),
     "a power": ("{{ (messages | length + 6) ** (9 ** 9) }}", "more than 1 s of computing"),
     "a long text": ("{{ 'x' * (messages | length * 10 ** 10) }}", "too much memory"),
     "a long constant": ("{{ 'x' * 10 ** 10 }}", "too much memory"),
