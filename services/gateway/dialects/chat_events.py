@@ -249,7 +249,7 @@ def total_usage(usages: Sequence[Usage]) -> dict[str, Any]:
 def choice_json(collected: CollectedChoice, index: int, with_logprobs: bool, with_ids: bool) -> dict[str, Any]:
     """Return the element of `choices`."""
     content, reasoning, calls = collected.content, collected.reasoning, collected.calls
-    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "refusal": None, "content": content or (None if calls else "")}
     if reasoning:
         message |= {"reasoning_content": reasoning, "reasoning": reasoning}
     if calls:
