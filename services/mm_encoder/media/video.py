@@ -9,6 +9,8 @@ import gc
 import io
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median_low
 
 import av
 import msgspec
@@ -38,6 +40,8 @@ CODECS = frozenset(
 # Formats made to lose packets on the way. FFmpeg may mark the frame before the damaged one in its place, so what is
 # shown is left to the decoder. In other formats a marked packet is where the file was cut off.
 _LOSSY = ("mpegts", "mpeg")
+# Steps between fields' timestamps that are as many times the usual one are a jump, not frames that were lost.
+_JUMP = 10
 
 
 class VideoLimits(msgspec.Struct, frozen=True):
@@ -204,7 +208,8 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
         packets += 1
         if packets > limits.max_frames:
             raise over_limit("The video's number of frames", "video_max_frames", limits.max_frames)
-        if pairs is not None and pairs.possible and not pairs.begins_frame(bytes(packet)):
+        # A key frame may bring other parameter sets.
+        if pairs and (pairs.possible or packet.is_keyframe) and not pairs.begins_frame(bytes(packet)):
             second_fields += 1
         elif not packet.is_discard:
             times.append(packet.pts)
@@ -221,13 +226,18 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
 
 
 def _rate(stream: VideoStream, times: list[int | None], second_fields: int) -> float:
-    """Return the average frames a second: the container's unless it counts fields, else the timestamps'."""
+    """Return the average frames a second: the container's unless it counts fields, else the timestamps'.
+
+    Cameras and broadcasters code by fields at a constant rate, so a jump of their timestamps is none of the video's.
+    """
     if stream.average_rate and not second_fields:
         return float(stream.average_rate)
-    known = [time for time in times if time is not None]
-    span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
+    steps = [later - time for time, later in pairwise(sorted(time for time in times if time is not None))]
+    if steps and second_fields:
+        steps = [step for step in steps if step <= _JUMP * median_low(steps)]
+    span = sum(steps) * (stream.time_base or 0)
     if span > 0:
-        return float((len(known) - 1) / span)
+        return float(len(steps) / span)
     if stream.average_rate:
         return float(stream.average_rate) * len(times) / (len(times) + second_fields)
     raise refuse("The video has no duration.")
