@@ -40,7 +40,7 @@ CODECS = frozenset(
 # Formats made to lose packets on the way. FFmpeg may mark the frame before the damaged one in its place, so what is
 # shown is left to the decoder. In other formats a marked packet is where the file was cut off.
 _LOSSY = ("mpegts", "mpeg")
-# Steps between fields' timestamps that are as many times the usual one are a jump, not frames that were lost.
+# A step between packets' times that is as many times the usual one is a jump, not frames that were lost.
 _JUMP = 10
 
 
@@ -218,29 +218,38 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
     if "mov" in container.format.name and packets < stream.frames:
         raise refuse(f"The video is truncated: {packets} of {stream.frames} frames are there.")
     tick_s = float(stream.time_base or 0)
-    rate = _rate(stream, times, second_fields)
+    # Broadcasters and cameras record at a constant rate.
+    steady = second_fields > 0 or container.format.name in _LOSSY
+    rate = _rate(stream, times, second_fields, steady=steady)
     facts = VideoFacts(stream.width, stream.height, len(times), rate, _ordered(times), tick_s)
     if facts.seconds > limits.max_seconds:
         raise over_limit("The video's duration in seconds", "video_max_seconds", limits.max_seconds)
     return facts
 
 
-def _rate(stream: VideoStream, times: list[int | None], second_fields: int) -> float:
-    """Return the average frames a second: the container's unless it counts fields, else the timestamps'.
+def _rate(stream: VideoStream, times: list[int | None], second_fields: int, *, steady: bool = False) -> float:
+    """Return the average frames a second: the container's unless it counts fields, else that of `times`.
 
-    Cameras and broadcasters code by fields at a constant rate, so a jump of their timestamps is none of the video's.
+    `times`: in the order of the packets. If `steady`, the rate is constant, and what they jump is not the video's time.
     """
     if stream.average_rate and not second_fields:
         return float(stream.average_rate)
-    steps = [later - time for time, later in pairwise(sorted(time for time in times if time is not None))]
-    if steps and second_fields:
-        steps = [step for step in steps if step <= _JUMP * median_low(steps)]
-    span = sum(steps) * (stream.time_base or 0)
+    known = [(place, time) for place, time in enumerate(times) if time is not None]
+    runs = _without_jumps(known) if steady else [known] if known else []
+    span = sum(max(time for _, time in run) - min(time for _, time in run) for run in runs) * (stream.time_base or 0)
     if span > 0:
-        return float(len(steps) / span)
+        return float(sum(run[-1][0] - run[0][0] for run in runs) / span)
     if stream.average_rate:
         return float(stream.average_rate) * len(times) / (len(times) + second_fields)
     raise refuse("The video has no duration.")
+
+
+def _without_jumps(times: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return the runs between jumps of times, each with its place; frames shown in another order are no jumps."""
+    steps = [abs(later - time) for (_, time), (_, later) in pairwise(times)]
+    longest = _JUMP * median_low([step for step in steps if step] or [0])
+    jumps = [number for number, step in enumerate(steps, start=1) if step > longest]
+    return [times[start:end] for start, end in pairwise([0, *jumps, len(times)]) if start < end]
 
 
 def _ordered(times: list[int | None]) -> tuple[int, ...] | None:

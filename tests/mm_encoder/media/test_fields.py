@@ -169,6 +169,30 @@ def test_a_field_whose_other_was_lost_is_a_frame() -> None:
     assert sorted(index for index, _ in video.decode(data, facts, range(20), LIMITS)) == list(range(20))
 
 
+def test_a_field_that_lost_its_first_slice_is_joined() -> None:
+    stream = stream_of([[0, 1]] * 20, slices=4)
+    for number, place in ((4, 0), (9, 1)):
+        slices = stream[number][place].split(b"\0\0\0\1")
+        stream[number][place] = b"\0\0\0\1".join([slices[0], *slices[2:]])
+    data = muxed("mpegts", stream, APART)
+    facts = video.probe(data, LIMITS)
+    assert facts.times == tuple(judged(data))
+    assert (facts.frames, facts.fps) == (20, FPS)
+
+
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+def test_a_recording_may_begin_anywhere(apart: bool) -> None:
+    """One that begins with a second field has that as a frame more than FFmpeg, which shows none for it."""
+    stream = [[parameter_sets() + first, second] for first, second in stream_of([[0, 1]] * 20)]
+    data = muxed("mpegts", stream, apart)
+    more = set()
+    for start in range(0, len(data) // 2, 7 * 188):
+        facts = video.probe(data[start:], LIMITS)
+        more.add(facts.frames - len(judged(data[start:])))
+        assert facts.fps == pytest.approx(FPS, rel=0.06)
+    assert more == ({0, 1} if apart else {0})
+
+
 @pytest.mark.parametrize("slices", [1, 4])
 @pytest.mark.parametrize("container", ["mp4", "mpegts", "matroska"])
 @pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
@@ -182,9 +206,25 @@ def test_fields_of_frames_that_are_no_reference_are_joined(container: str, apart
 
 
 @pytest.mark.parametrize("frame", [[None], [0, 1]], ids=["whole", "fields"])
-def test_a_jump_of_timestamps_is_not_the_duration(frame: list[int | None]) -> None:
-    times = [2 * number + 2 * FPS * 7200 * (number >= 30) for number in range(60)]
-    facts = video.probe(muxed("mpegts", stream_of([frame] * 60), APART, times), LIMITS)
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("jumps", [1, 5])
+def test_jumps_of_timestamps_are_not_the_duration(frame: list[int | None], apart: bool, jumps: int) -> None:
+    """With many, FFmpeg names no rate."""
+    times = [2 * number + 2 * FPS * 7200 * (number * (jumps + 1) // 60) for number in range(60)]
+    facts = video.probe(muxed("mpegts", stream_of([frame] * 60), apart, times), LIMITS)
+    assert (facts.frames, facts.fps, facts.seconds) == (60, FPS, 2.4)
+
+
+@pytest.mark.parametrize("frame", [[None], [0, 1]], ids=["whole", "fields"])
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("later", [0, 1])
+def test_timestamps_may_begin_again(frame: list[int | None], apart: bool, later: int) -> None:
+    """As in two recordings that were joined, the second at the first's times or between them."""
+    one, two = (
+        muxed("mpegts", stream_of([frame] * 30), apart, [2 * number + start for number in range(30)])
+        for start in (0, later)
+    )
+    facts = video.probe(one + two, LIMITS)
     assert (facts.frames, facts.fps, facts.seconds) == (60, FPS, 2.4)
 
 
