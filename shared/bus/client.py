@@ -158,10 +158,10 @@ def _check_sign_in(url: str) -> None:
         raise ConfigError("malformed Redis URL: a # in its password must be written %23")
     if any("@" in name for name, _ in parse_qsl(parts.query, keep_blank_values=True)):  # even behind another @
         raise ConfigError("malformed Redis URL: a ? in its password must be written %3F, and an @ %40")
-    if "@" in parts.netloc or not parts.netloc:
+    if parts.scheme == "unix" and ("@" in parts.netloc or not parts.netloc):  # a socket's path may have an @
         return
     if "@" in parts.path:
-        raise ConfigError("malformed Redis URL: a / in its password must be written %2F")
+        raise ConfigError("malformed Redis URL: a / in its password must be written %2F, and an @ %40")
     if parts.scheme == "unix":
         raise ConfigError(
             "malformed Redis URL: the path of a socket follows three slashes, as in unix:///run/redis.sock"

@@ -59,6 +59,8 @@ def test_malformed_url_is_a_config_error_that_keeps_the_password(url: str) -> No
         ("redis://:sec?secret=1@localhost", "%3F for a ?"),
         ("redis://user:sec@ret?secret@localhost:6379", "%3F, and an @ %40"),
         ("redis+sentinel://user:sec@ret?secret@localhost/main", "%3F, and an @ %40"),
+        ("redis://user:sec@ret/secret@localhost:6379", "%2F, and an @ %40"),
+        ("redis+sentinel://user:sec@ret/secret@localhost:6379", "%2F, and an @ %40"),
         ("redis://:sec[secret@localhost", "%5B for a ["),
         ("unix://tmp/x.sock", "three slashes"),
         ("redis://:secret@localhost/0?decode_responses=1", "decode_responses"),
