@@ -35,7 +35,7 @@ _CONNECTIONS = 128
 _FREE_CONNECTION_S = 30.0
 _CONNECT_S = 2.0
 _DATABASE = re.compile(r"/?\d{0,9}/?")  # the path of a URL
-_ENCODED = "with %25 for a % in its user or password, %2F for a /, %3F for a ?, %23 for a #, %5B for a ["
+_ENCODED = "with %25 for a % in its user or password, %40 for an @, %2F for a /, %3F for a ?, %23 for a #, %5B for a ["
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")  # options that name one
 _OURS = ("decode_responses", "encoding", "encoding_errors", "protocol")  # options with which no reply could be read
 _IGNORED = ("max_connections", "timeout", "socket_timeout")  # and with which replicas wait too shortly, or for ever
@@ -146,7 +146,8 @@ def suspect(redis: Redis) -> None:
 def _check_sign_in(url: str) -> None:
     """Refuse a URL whose user and password are not before its host, as a character in them has ended it too soon.
 
-    redis-py would take `redis://user:12?34@host` for the server `user` at port 12.
+    redis-py would take `redis://user:12?34@host` for the server `user` at port 12, and `redis://user:1@2?34@host` for
+    the server 2.
 
     Raises:
         ConfigError: it is such a one.
@@ -155,12 +156,12 @@ def _check_sign_in(url: str) -> None:
     parts = urlsplit(url)
     if parts.fragment:
         raise ConfigError("malformed Redis URL: a # in its password must be written %23")
-    if "@" in parts.netloc or not parts.netloc:
+    if any("@" in name for name, _ in parse_qsl(parts.query, keep_blank_values=True)):  # even behind another @
+        raise ConfigError("malformed Redis URL: a ? in its password must be written %3F, and an @ %40")
+    if parts.scheme == "unix" and ("@" in parts.netloc or not parts.netloc):  # a socket's path may have an @
         return
     if "@" in parts.path:
-        raise ConfigError("malformed Redis URL: a / in its password must be written %2F")
-    if any("@" in name for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
-        raise ConfigError("malformed Redis URL: a ? in its password must be written %3F")
+        raise ConfigError("malformed Redis URL: a / in its password must be written %2F, and an @ %40")
     if parts.scheme == "unix":
         raise ConfigError(
             "malformed Redis URL: the path of a socket follows three slashes, as in unix:///run/redis.sock"

@@ -1,20 +1,20 @@
-"""H.264 whose frames are coded as two fields each, with a packet for either: which packets begin a frame.
+"""H.264 whose frames are coded as two fields each, in a packet for either or for both: which packets begin a frame.
 
 Interlaced recordings of broadcasters and cameras may switch between fields and whole frames from picture to picture
 (PAFF). The container counts packets, and the decoder joins two fields to a frame. Which a picture is stands in the
 header of its first slice; the parameter sets say whether there can be fields, and where in that header it stands.
 """
 
-import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
 _SLICE, _IDR_SLICE, _SPS, _PPS = 1, 5, 7, 8  # NAL units
 _CHROMA_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)
-_START = re.compile(b"\0\0\1")
-# What is looked at for a packet's first picture: as many NAL units, of each the beginning. Parameter sets are shorter.
-_MOST_UNITS, _HEAD_BYTES = 16, 512
+_START = b"\0\0\1"
+# What is looked at of a packet: as many NAL units, of each the beginning. Parameter sets are shorter, and a field has
+# seldom more than 10 slices, or some 70 of a network packet's size.
+_MOST_UNITS, _HEAD_BYTES, _SLICE_BYTES = 256, 512, 32
 _MOST_SEQUENCES, _MOST_PICTURES = 32, 256  # ids of parameter sets
 
 
@@ -26,9 +26,9 @@ class _Sequence(NamedTuple):
     frame_number_bits: int
 
 
-class _Field(NamedTuple):
-    bottom: bool
+class _Picture(NamedTuple):
     frame_number: int
+    bottom: bool | None  # None: a whole frame
 
 
 class FieldPairs:
@@ -38,7 +38,7 @@ class FieldPairs:
         self._length_bytes = 0  # before each NAL unit, as in MP4; 0: start codes, as in MPEG-TS
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_ids: dict[int, int] = {}  # by picture parameter set
-        self._first: _Field | None = None  # of a frame whose second field has not come
+        self._first: _Picture | None = None  # of a frame whose second field has not come
         for unit in self._parameter_sets(extradata or b""):
             self._read(unit)
 
@@ -48,11 +48,28 @@ class FieldPairs:
         return not self._sequences or any(sequence.may_have_fields for sequence in self._sequences.values())
 
     def begins_frame(self, packet: bytes) -> bool:
-        """Return False if the packet's first picture is the second field of a frame; what is broken begins a frame."""
+        """Return False if the packet holds only the second field of a frame; what is broken begins a frame.
+
+        As FFmpeg does, it takes the first slice of a packet, or of a picture, for the beginning of a picture.
+        """
+        begun: list[bool] = []
         for unit in self._units(packet):
-            begun = self._read(unit)
-            if begun is not None:
-                return begun
+            if begun and not _begins_picture(unit):
+                continue
+            picture = self._read(unit)
+            if picture is not None:
+                begun.append(self._begins_frame(picture))
+                if picture.bottom is None:  # alone in its packet
+                    break
+        return any(begun) or not begun
+
+    def _begins_frame(self, picture: _Picture) -> bool:
+        first, self._first = self._first, None
+        if picture.bottom is None:
+            return True
+        if first == _Picture(picture.frame_number, not picture.bottom):
+            return False
+        self._first = picture
         return True
 
     def _parameter_sets(self, extradata: bytes) -> Iterator[bytes]:
@@ -72,8 +89,8 @@ class FieldPairs:
     def _units(self, data: bytes) -> Iterator[bytes]:
         """Yield the beginnings of the first NAL units."""
         if not self._length_bytes:
-            for start in islice(_START.finditer(data), _MOST_UNITS):
-                yield data[start.end() : start.end() + _HEAD_BYTES]
+            for at in islice(_starts(data), _MOST_UNITS):
+                yield data[at : at + _HEAD_BYTES]
             return
         at = 0
         for _ in range(_MOST_UNITS):
@@ -84,8 +101,8 @@ class FieldPairs:
             yield data[at : at + min(size, _HEAD_BYTES)]
             at += size
 
-    def _read(self, unit: bytes) -> bool | None:
-        """Take in a NAL unit; return whether the picture that it begins, if it begins one, begins a frame."""
+    def _read(self, unit: bytes) -> _Picture | None:
+        """Take in a NAL unit; return the picture of a slice."""
         kind = unit[0] & 31 if unit else 0
         try:
             if kind == _SPS:
@@ -95,7 +112,7 @@ class FieldPairs:
                 number = bits.below(_MOST_PICTURES)
                 self._sequence_ids[number] = bits.below(_MOST_SEQUENCES)
             elif kind in (_SLICE, _IDR_SLICE):
-                return self._read_slice(_Bits(unit[1:]))
+                return self._read_slice(_Bits(unit[1:_SLICE_BYTES]))
         except (ValueError, KeyError):  # cut short, or of parameter sets that are not there
             return None
         return None
@@ -113,21 +130,28 @@ class FieldPairs:
         bits.unsigned()  # height
         self._sequences[number] = _Sequence(not bits.take(1), planes, frame_number_bits)
 
-    def _read_slice(self, bits: "_Bits") -> bool | None:
-        if bits.unsigned():  # not the first of its picture
-            return None
+    def _read_slice(self, bits: "_Bits") -> _Picture:
+        bits.unsigned()  # its first macroblock
         bits.unsigned()  # type
         sequence = self._sequences[self._sequence_ids[bits.unsigned()]]
         bits.take(sequence.colour_plane_bits)
         frame_number = bits.take(sequence.frame_number_bits)
-        first, self._first = self._first, None
-        if not sequence.may_have_fields or not bits.take(1):
-            return True
-        field = _Field(bool(bits.take(1)), frame_number)
-        if first == _Field(not field.bottom, frame_number):
-            return False
-        self._first = field
-        return True
+        is_field = sequence.may_have_fields and bits.take(1)
+        return _Picture(frame_number, bool(bits.take(1)) if is_field else None)
+
+
+def _starts(data: bytes) -> Iterator[int]:
+    """Yield where NAL units begin, behind their start codes."""
+    at = data.find(_START)
+    while at >= 0:
+        yield at + len(_START)
+        at = data.find(_START, at + len(_START))
+
+
+def _begins_picture(unit: bytes) -> bool:
+    """Return True for all but slices that are not the first of their picture, whose first macroblock is 0: a 1 bit."""
+    is_slice = bool(unit) and unit[0] & 31 in (_SLICE, _IDR_SLICE)
+    return not is_slice or unit[1:2] >= b"\x80"
 
 
 class _Bits:

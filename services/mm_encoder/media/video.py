@@ -9,6 +9,8 @@ import gc
 import io
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median_low
 
 import av
 import msgspec
@@ -38,6 +40,8 @@ CODECS = frozenset(
 # Formats made to lose packets on the way. FFmpeg may mark the frame before the damaged one in its place, so what is
 # shown is left to the decoder. In other formats a marked packet is where the file was cut off.
 _LOSSY = ("mpegts", "mpeg")
+# A step between packets' times that is as many times the usual one is a jump, not frames that were lost.
+_JUMP = 10
 
 
 class VideoLimits(msgspec.Struct, frozen=True):
@@ -204,7 +208,8 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
         packets += 1
         if packets > limits.max_frames:
             raise over_limit("The video's number of frames", "video_max_frames", limits.max_frames)
-        if pairs is not None and pairs.possible and not pairs.begins_frame(bytes(packet)):
+        # A key frame may bring other parameter sets.
+        if pairs and (pairs.possible or packet.is_keyframe) and not pairs.begins_frame(bytes(packet)):
             second_fields += 1
         elif not packet.is_discard:
             times.append(packet.pts)
@@ -213,24 +218,38 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
     if "mov" in container.format.name and packets < stream.frames:
         raise refuse(f"The video is truncated: {packets} of {stream.frames} frames are there.")
     tick_s = float(stream.time_base or 0)
-    rate = _rate(stream, times, second_fields)
+    # Broadcasters and cameras record at a constant rate.
+    steady = second_fields > 0 or container.format.name in _LOSSY
+    rate = _rate(stream, times, second_fields, steady=steady)
     facts = VideoFacts(stream.width, stream.height, len(times), rate, _ordered(times), tick_s)
     if facts.seconds > limits.max_seconds:
         raise over_limit("The video's duration in seconds", "video_max_seconds", limits.max_seconds)
     return facts
 
 
-def _rate(stream: VideoStream, times: list[int | None], second_fields: int) -> float:
-    """Return the average frames a second: the container's unless it counts fields, else the timestamps'."""
+def _rate(stream: VideoStream, times: list[int | None], second_fields: int, *, steady: bool = False) -> float:
+    """Return the average frames a second: the container's unless it counts fields, else that of `times`.
+
+    `times`: in the order of the packets. If `steady`, the rate is constant, and what they jump is not the video's time.
+    """
     if stream.average_rate and not second_fields:
         return float(stream.average_rate)
-    known = [time for time in times if time is not None]
-    span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
+    known = [(place, time) for place, time in enumerate(times) if time is not None]
+    runs = _without_jumps(known) if steady else [known] if known else []
+    span = sum(max(time for _, time in run) - min(time for _, time in run) for run in runs) * (stream.time_base or 0)
     if span > 0:
-        return float((len(known) - 1) / span)
+        return float(sum(run[-1][0] - run[0][0] for run in runs) / span)
     if stream.average_rate:
         return float(stream.average_rate) * len(times) / (len(times) + second_fields)
     raise refuse("The video has no duration.")
+
+
+def _without_jumps(times: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return the runs between jumps of times, each with its place; frames shown in another order are no jumps."""
+    steps = [abs(later - time) for (_, time), (_, later) in pairwise(times)]
+    longest = _JUMP * median_low([step for step in steps if step] or [0])
+    jumps = [number for number, step in enumerate(steps, start=1) if step > longest]
+    return [times[start:end] for start, end in pairwise([0, *jumps, len(times)]) if start < end]
 
 
 def _ordered(times: list[int | None]) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ x264 codes whole frames only, so the streams are written here, of macroblocks th
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -56,36 +56,62 @@ class Bits:
         return b"\0\0\0\1" + bytes([header]) + payload
 
 
-def parameter_sets() -> bytes:
-    sequence = Bits().fixed(8, 77, 0, 30).golomb(1, 0, 0, 4, 1).fixed(1, 0).golomb(WIDTH - 1, HEIGHT - 1)
-    sequence.fixed(1, 0, 0, 1, 0, 0)  # not of frames only
+def parameter_sets(*, fields: bool = True) -> bytes:
+    """Return those of fields and whole frames, or of whole frames only."""
+    sequence = Bits().fixed(8, 77, 0, 30).golomb(1, 0, 0, 4, 1).fixed(1, 0)
+    if fields:
+        sequence.golomb(WIDTH - 1, HEIGHT - 1).fixed(1, 0, 0)
+    else:
+        sequence.golomb(WIDTH - 1, 2 * HEIGHT - 1).fixed(1, 1)
+    sequence.fixed(1, 1, 0, 0)
     picture = (
         Bits().golomb(2, 1).fixed(1, 0, 0).golomb(0, 0, 0).fixed(1, 0).fixed(2, 0).golomb(0, 0, 0).fixed(1, 0, 0, 0)
     )
     return sequence.unit(0x67) + picture.unit(0x68)
 
 
-def picture(number: int, field: int | None, *, kept: bool = True) -> bytes:
-    """Return frame `number`, or its field 0 or 1, of intra macroblocks; `kept` as a reference."""
+def picture(number: int, field: int | None, *, kept: bool = True, slices: int = 1, only: bool = False) -> bytes:
+    """Return frame `number`, or its field 0 or 1, of intra macroblocks.
+
+    One that is not `kept` as a reference has the number after the first frame's in its header. `only`: of a sequence of
+    whole frames.
+    """
+    count = WIDTH * HEIGHT * (2 if field is None else 1) // slices
+    return b"".join(_slice(number, field, kept, only, range(at, at + count)) for at in range(0, count * slices, count))
+
+
+def _slice(number: int, field: int | None, kept: bool, only: bool, macroblocks: range) -> bytes:
     first = number == 0 and field != 1
-    bits = Bits().golomb(0, 7, 2).fixed(4, number % 16).fixed(1, *([0] if field is None else [1, field]))
+    bits = Bits().golomb(macroblocks.start, 7, 2).fixed(4, number % 16 if kept else 1)
+    if not only:
+        bits.fixed(1, *([0] if field is None else [1, field]))
     if first:
         bits.golomb(0)
     bits.fixed(8, (2 * number + (field or 0)) % 256)
     if kept:
         bits.fixed(1, *([0, 0] if first else [0]))
     bits.golomb(0)
-    for _ in range(WIDTH * HEIGHT * (2 if field is None else 1)):
+    for _ in macroblocks:
         bits.stored(10 + number)
     return bits.unit(0x65 if first else 0x61 if kept else 0x01)
 
 
-def muxed(container: str, frames: list[list[int | None]], apart: bool) -> bytes:
-    """Return a video of frames, each a list of its pictures: [None], [0, 1] or [1, 0]."""
-    stream = [
-        [parameter_sets() * (number == 0) + picture(number, part) for part in parts]
+def stream_of(frames: list[list[int | None]], *, lasting: bool = True, slices: int = 1) -> list[list[bytes]]:
+    """Return the pictures of frames, each a list of them: [None], [0, 1] or [1, 0].
+
+    Those after the first are references if `lasting`.
+    """
+    return [
+        [
+            parameter_sets() * (number == place == 0) + picture(number, part, kept=lasting or not number, slices=slices)
+            for place, part in enumerate(parts)
+        ]
         for number, parts in enumerate(frames)
     ]
+
+
+def muxed(container: str, stream: list[list[bytes]], apart: bool, times: Sequence[int] | None = None) -> bytes:
+    """Return a video of frames, each a list of its pictures; `times`: theirs, in fields."""
     out = io.BytesIO()
     with (
         av.open(io.BytesIO(b"".join(b"".join(parts) for parts in stream)), format="h264") as plain,
@@ -97,7 +123,7 @@ def muxed(container: str, frames: list[list[int | None]], apart: bool) -> bytes:
             for place, piece in enumerate(pieces):
                 packet = av.Packet(piece)
                 packet.stream, packet.time_base = track, Fraction(1, 2 * FPS)
-                packet.pts = packet.dts = 2 * number + place
+                packet.pts = packet.dts = (2 * number if times is None else times[number]) + place
                 packet.duration = 2 // len(pieces)
                 packet.is_keyframe = number == place == 0
                 file.mux(packet)
@@ -122,7 +148,7 @@ def structures() -> Iterator[list[list[int | None]]]:
 @pytest.mark.parametrize("container", ["mp4", "mpegts", "matroska", "flv"])
 @pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
 def test_a_frame_of_two_fields_is_one_frame(container: str, frames: list[list[int | None]], apart: bool) -> None:
-    data = muxed(container, frames, apart)
+    data = muxed(container, stream_of(frames), apart)
     times = judged(data)
     assert len(times) == 20
     facts = video.probe(data, LIMITS)
@@ -135,12 +161,87 @@ def test_a_frame_of_two_fields_is_one_frame(container: str, frames: list[list[in
 
 def test_a_field_whose_other_was_lost_is_a_frame() -> None:
     """FFmpeg shows some of them, and frames around take the place of the others."""
-    data = muxed("mpegts", [[0] if number in (5, 6, 11) else [0, 1] for number in range(20)], APART)
+    data = muxed("mpegts", stream_of([[0] if number in (5, 6, 11) else [0, 1] for number in range(20)]), APART)
     facts = video.probe(data, LIMITS)
     assert (facts.frames, facts.fps) == (20, FPS)
     assert facts.times is not None
     assert set(judged(data)) < set(facts.times)
     assert sorted(index for index, _ in video.decode(data, facts, range(20), LIMITS)) == list(range(20))
+
+
+def test_a_field_that_lost_its_first_slice_is_joined() -> None:
+    stream = stream_of([[0, 1]] * 20, slices=4)
+    for number, place in ((4, 0), (9, 1)):
+        slices = stream[number][place].split(b"\0\0\0\1")
+        stream[number][place] = b"\0\0\0\1".join([slices[0], *slices[2:]])
+    data = muxed("mpegts", stream, APART)
+    facts = video.probe(data, LIMITS)
+    assert facts.times == tuple(judged(data))
+    assert (facts.frames, facts.fps) == (20, FPS)
+
+
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+def test_a_recording_may_begin_anywhere(apart: bool) -> None:
+    """One that begins with a second field has that as a frame more than FFmpeg, which shows none for it."""
+    stream = [[parameter_sets() + first, second] for first, second in stream_of([[0, 1]] * 20)]
+    data = muxed("mpegts", stream, apart)
+    more = set()
+    for start in range(0, len(data) // 2, 7 * 188):
+        facts = video.probe(data[start:], LIMITS)
+        more.add(facts.frames - len(judged(data[start:])))
+        assert facts.fps == pytest.approx(FPS, rel=0.06)
+    assert more == ({0, 1} if apart else {0})
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+@pytest.mark.parametrize("container", ["mp4", "mpegts", "matroska"])
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+def test_fields_of_frames_that_are_no_reference_are_joined(container: str, apart: bool, slices: int) -> None:
+    """They share a number, so that a second field looks like the first of the next frame of the other order."""
+    data = muxed(container, stream_of([[0, 1]] + [[1, 0], [0, 1]] * 8, lasting=False, slices=slices), apart)
+    facts = video.probe(data, LIMITS)
+    assert len(judged(data)) == facts.frames == 17
+    assert facts.times == tuple(judged(data))
+    assert facts.fps == FPS
+
+
+@pytest.mark.parametrize("frame", [[None], [0, 1]], ids=["whole", "fields"])
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("jumps", [1, 5])
+def test_jumps_of_timestamps_are_not_the_duration(frame: list[int | None], apart: bool, jumps: int) -> None:
+    """With many, FFmpeg names no rate."""
+    times = [2 * number + 2 * FPS * 7200 * (number * (jumps + 1) // 60) for number in range(60)]
+    facts = video.probe(muxed("mpegts", stream_of([frame] * 60), apart, times), LIMITS)
+    assert (facts.frames, facts.fps, facts.seconds) == (60, FPS, 2.4)
+
+
+@pytest.mark.parametrize("frame", [[None], [0, 1]], ids=["whole", "fields"])
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("later", [0, 1])
+def test_timestamps_may_begin_again(frame: list[int | None], apart: bool, later: int) -> None:
+    """As in two recordings that were joined, the second at the first's times or between them."""
+    one, two = (
+        muxed("mpegts", stream_of([frame] * 30), apart, [2 * number + start for number in range(30)])
+        for start in (0, later)
+    )
+    facts = video.probe(one + two, LIMITS)
+    assert (facts.frames, facts.fps, facts.seconds) == (60, FPS, 2.4)
+
+
+def test_frames_that_last_two_or_three_fields_have_their_average_rate() -> None:
+    """As those of cinema do in broadcasts."""
+    times = [5 * (number // 2) + 2 * (number % 2) for number in range(41)]
+    facts = video.probe(muxed("mpegts", stream_of([[0, 1]] * 41), APART, times), LIMITS)
+    assert (facts.frames, facts.fps) == (41, pytest.approx(20))
+
+
+def test_fields_may_follow_whole_frames_of_other_parameter_sets() -> None:
+    """As where one programme ends and another begins; their parameter sets have the same id."""
+    before = [[parameter_sets(fields=False) * (not number) + picture(number, None, only=True)] for number in range(5)]
+    data = muxed("mpegts", before + stream_of([[0, 1]] * 20), APART)
+    facts = video.probe(data, LIMITS)
+    assert (facts.frames, facts.fps) == (25, FPS)
+    assert facts.times == tuple(judged(data))
 
 
 @pytest.mark.parametrize("header", [0x01, 0x65])
