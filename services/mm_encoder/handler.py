@@ -241,6 +241,7 @@ class EncodeHandler:
                 return await self._encode_and_forward(running, record, received, links)
 
     async def _fetch(self, running: RunningRequest, received: Received) -> Links:
+        """Fetch what has links. Meanwhile the request leaves room for others to be read."""
         running.is_fetching = any(media.url is not None for media in running.message.media)
         self.consumer.wake()
         try:

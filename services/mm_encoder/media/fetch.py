@@ -37,8 +37,8 @@ _UNREACHABLE = "The media's URL cannot be reached, or its address is not allowed
 _MAX_URL = 8192
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
 _REMEMBERED = 4096  # URLs
-FETCHED_AT_ONCE = 256  # of all requests; others wait, and their time limit covers that
-FETCHED_OF_ONE = 16  # request
+FETCHED_AT_ONCE = 256  # links of all requests; others wait, within their own time limits
+FETCHED_OF_ONE = 16  # links of one request
 # A name server that never answers holds a thread for many seconds, and a client may name as many as it likes. These
 # threads do nothing else, so that what computes in those of asyncio does not wait for them. Of one request few names
 # are looked up at once, so that others find a thread.
