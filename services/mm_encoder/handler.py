@@ -27,8 +27,9 @@ from services.mm_encoder import spans
 from services.mm_encoder.helper import Helper
 from services.mm_encoder.media.patches import Patches
 from services.mm_encoder.metrics import Metrics
-from services.mm_encoder.prepare import Prepared, Preparer, gather_in_order
+from services.mm_encoder.prepare import Links, Prepared, Preparer, gather_in_order
 from services.mm_encoder.prompt import Embedded, expand
+from services.mm_encoder.received import Received
 from services.mm_encoder.room import Room
 from services.mm_encoder.running import Outcome, RunningRequest, running_request
 from services.mm_encoder.store.cache import Embeds, SingleFlight
@@ -64,9 +65,9 @@ from shared.tracing import OFF, Tracing
 
 SERVICE = "mm_encoder"
 HELP_LACKS = 1 << 20  # requests of this replica come before its help for others
-# The most requests in flight that take no place because they wait for others' servers. Else a few links to servers that
-# answer slowly, or never, would hold up everybody's pictures.
-MOST_FETCHING = 256
+# The most requests that may wait for others' servers besides those in flight. Else a few links to servers that answer
+# slowly, or never, would hold up everybody's pictures.
+MOST_FETCHING = 64
 ROOM_PASSES = 2  # of the tower: media of a request that are its own replica's to encode; others may be another's
 POISONED = Failure(500, "The request could not be processed.", type="server_error", code="internal_error")
 INTERNAL = Failure(500, "Internal error while encoding media.", type="server_error", code="internal_error")
@@ -81,7 +82,7 @@ class EncodeHandler:
     """`shared.bus.consumer.Handler` of this service; `consumer` keeps its requests.
 
     `patch_id` is the token id of a placeholder; `max_patches` is the most in a pass of the tower; `capacity` is the
-    most requests in flight, besides those that wait for others' servers.
+    number of places: a request has one while its media are read, decoded and encoded, not while links are fetched.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class EncodeHandler:
         self.consumer: Consumer[RunningRequest] = Consumer(
             redis, keys, SERVICE, stream, self, capacity, claim_every_s, aside=self._count_fetching
         )
+        self._places = asyncio.Semaphore(capacity)
         self._redis = redis
         self._keys = keys
         self._ownership = stream.ownership
@@ -233,9 +235,23 @@ class EncodeHandler:
         if running.attempts > 1 and (recorded := await self._ownership.recorded_failure(request.id)) is not None:
             return recorded
         _check_deadline(request)
-        return await self._encode_and_forward(running, record)
+        with self._preparer.receive(running.message) as received:
+            links = await self._fetch(running, received)
+            async with self._places:  # in the order in which they come here
+                return await self._encode_and_forward(running, record, received, links)
 
-    async def _encode_and_forward(self, running: RunningRequest, record: Record) -> Outcome:
+    async def _fetch(self, running: RunningRequest, received: Received) -> Links:
+        """Fetch what has links. Meanwhile the request leaves room for others to be read."""
+        running.is_fetching = any(media.url is not None for media in running.message.media)
+        self.consumer.wake()
+        try:
+            return await self._preparer.fetch(running.message.media, received)
+        finally:
+            running.is_fetching = False
+
+    async def _encode_and_forward(
+        self, running: RunningRequest, record: Record, received: Received, links: Links
+    ) -> Outcome:
         """Encode each of the media as soon as it has passed its checks, and forward the prompt when all have."""
         message = running.message
         encoding: dict[int, asyncio.Task[None]] = {}
@@ -250,7 +266,7 @@ class EncodeHandler:
                 encoding[index] = asyncio.create_task(work)
 
         try:
-            media, max_tokens = await self._preparer.prepare(message, encode, partial(self._note_fetching, running))
+            media, max_tokens = await self._preparer.prepare(message, received, links, encode)
             prompt, placed = expand(message.segments, [item.embedded for item in media], self._patch_id)
             running.prompt_tokens, running.hits = len(prompt) // 4, len(media) - len(encoding)
             self._count_media(media)
@@ -265,10 +281,6 @@ class EncodeHandler:
             for task in encoding.values():
                 task.cancel()
             await asyncio.gather(*encoding.values(), return_exceptions=True)
-
-    def _note_fetching(self, running: RunningRequest, now: bool) -> None:
-        running.is_fetching = now
-        self.consumer.wake()
 
     def _count_fetching(self) -> int:
         return min(MOST_FETCHING, sum(request.is_fetching for request in self.consumer.requests))

@@ -28,7 +28,7 @@ class RunningRequest:
     taken: float = field(default_factory=time.time)  # unix seconds
     prompt_tokens: int | None = None  # once all media have passed their checks; and of these,
     hits: int = 0  # the number whose embeddings were stored already
-    is_fetching: bool = False  # media from others' servers
+    is_fetching: bool = False  # links, without a place
     lacks: int = 0  # media whose embeddings are not stored yet
 
     @property

@@ -41,7 +41,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     mps_percent: Annotated[int, Meta(ge=0, le=100)] = (
         0  # share of the multiprocessors, in percent, under CUDA MPS; 0: all
     )
-    concurrency: Positive = 8  # requests in flight, besides those that wait for others' servers
+    concurrency: Positive = 8  # requests in flight, besides up to 64 that wait for links to other servers
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     # Seconds after which a batch is taken to hang, besides those in which it waited for an engine; 0: no bound.
@@ -49,7 +49,7 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     media_max_bytes: Positive = 256 << 20  # the largest image or video
     media_request_max_bytes: Positive = 512 << 20  # all media of one request together
     media_max_pixels: Positive = 64_000_000  # the largest image or video frame, by its header
-    media_timeout_s: Seconds = 30.0  # the longest fetch, with all its redirects
+    media_timeout_s: Seconds = 30.0  # the longest fetch, with all its redirects, and its wait while 256 run
     media_max_redirects: Count = 5  # the most that one fetch follows
     media_allow_networks: tuple[str, ...] = ()  # CIDRs that media may be fetched from although they are not global
     video_max_seconds: Seconds = 3600.0  # the longest video, by its playing time

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_bench import GATEWAY, LIMITS, Bench, EngineStandIn, taken_by_a_dead_replica
-from loopback import running_site
+from loopback import Site, running_site
 from machine import PATIENCE_S
 from media_bombs import scans_jpeg
 from media_files import picture, video_bytes, video_frames
@@ -321,7 +321,16 @@ async def test_media_from_the_web(bench: Bench, judge: Model) -> None:
     assert bench.count("millrace_mm_fetched_bytes_total") == len(data)
 
 
-async def test_servers_that_do_not_answer_hold_up_no_other_pictures(bench: Bench) -> None:
+async def asked(site: Site, times: int) -> None:
+    """Wait until the site was asked so often."""
+    async with asyncio.timeout(PATIENCE_S):
+        while len(site.heads) < times:  # noqa: ASYNC110 - whoever waits for an answer tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_servers_that_do_not_answer_hold_up_no_other_pictures(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answering, data = asyncio.Event(), picture(28, 28)
 
     async def answer(path: str, writer: asyncio.StreamWriter) -> None:
@@ -329,17 +338,84 @@ async def test_servers_that_do_not_answer_hold_up_no_other_pictures(bench: Bench
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(data) + data)
 
     networks = ("127.0.0.0/8",)
-    async with running_site() as site, bench.running(concurrency=2, media_allow_networks=networks):
+    async with (
+        running_site() as site,
+        bench.running(concurrency=2, media_allow_networks=networks) as service,
+    ):
+        prepare, held = service._preparer.prepare, service._preparer._held
+        most = working = 0
+        held_back = asyncio.Event()
+
+        async def counting(*args: Any) -> Any:
+            nonlocal most, working
+            working += 1
+            most = max(most, working)
+            await held_back.wait()
+            try:
+                return await prepare(*args)
+            finally:
+                working -= 1
+
         for name in "abcd":
             site.handlers[f"/{name}"] = answer
-            await bench.submit(name, [Media("image", "p", url=site.url(f"/{name}"))])
+            await bench.submit(name, [picture(84, 84), Media("image", "p", url=site.url(f"/{name}"))])
         await bench.submit("light", [picture(56, 56)])
         [light] = await bench.generates()
+        await asked(site, 4)
+        assert held.sum == 0, "uploads are not read before their turn"
+        monkeypatch.setattr(service._preparer, "prepare", counting)
         answering.set()
+        async with asyncio.timeout(PATIENCE_S):
+            while any(request.is_fetching for request in service._consumer.requests):  # noqa: ASYNC110 - all are here
+                await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert (working, held.sum) == (2, 4 * len(data))
+        held_back.set()
         _, *others = await bench.generates(5)
         await bench.settled()
+        assert (most, held.sum) == (2, 0)
     assert light.request.id == "light"
     assert {work.request.id for work in others} == set("abcd")
+
+
+async def test_a_bounded_number_of_requests_waits_for_links(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.mm_encoder.handler.MOST_FETCHING", 1)
+    answering, data = asyncio.Event(), picture(28, 28)
+
+    async def answer(path: str, writer: asyncio.StreamWriter) -> None:
+        await answering.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(data) + data)
+
+    async with running_site() as site, bench.running(concurrency=1, media_allow_networks=("127.0.0.0/8",)) as service:
+        for name in "abc":
+            site.handlers[f"/{name}"] = answer
+            await bench.submit(name, [Media("image", "p", url=site.url(f"/{name}"))])
+        await asked(site, 2)
+        assert service._consumer.free_slots + service._consumer._reserved == 0
+        assert len(site.heads) == 2
+        answering.set()
+        await bench.generates(3)
+        await bench.settled()
+
+
+async def test_the_first_link_that_fails_ends_the_others(bench: Bench) -> None:
+    never = asyncio.Event()
+
+    async def silent(path: str, writer: asyncio.StreamWriter) -> None:
+        await never.wait()
+
+    limits = {"media_allow_networks": ("127.0.0.0/8",), "media_timeout_s": 10 * PATIENCE_S}
+    async with running_site() as site, bench.running(**limits) as service:
+        links = [site.url("/silent")] * 15 + [site.url("/gone")] + [site.url("/silent")] * 100
+        site.handlers["/silent"] = silent
+        await bench.submit("a", [Media("image", f"p{i}", url=url) for i, url in enumerate(links)])
+        failure = await bench.refused()
+        await bench.settled()
+        assert service._preparer._held.sum == 0
+        never.set()
+    assert (failure.status, failure.param) == (400, "p15")
+    assert "status 404" in failure.message
 
 
 async def test_the_bytes_of_a_request_are_limited_while_they_come(bench: Bench) -> None:

@@ -37,10 +37,13 @@ _UNREACHABLE = "The media's URL cannot be reached, or its address is not allowed
 _MAX_URL = 8192
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{1,256}"')
 _REMEMBERED = 4096  # URLs
-CONNECTIONS = 1024
+FETCHED_AT_ONCE = 256  # links of all requests; others wait, within their own time limits
+FETCHED_OF_ONE = 16  # links of one request
 # A name server that never answers holds a thread for many seconds, and a client may name as many as it likes. These
-# threads do nothing else, so that what computes in those of asyncio does not wait for them.
-_LOOKUPS = ThreadPoolExecutor(128, "names")
+# threads do nothing else, so that what computes in those of asyncio does not wait for them. Of one request few names
+# are looked up at once, so that others find a thread.
+_LOOKED_UP_OF_ONE = 4
+_THREADS = ThreadPoolExecutor(FETCHED_AT_ONCE, "names")
 _HEADERS = (("User-Agent", "millrace"), ("Accept", "*/*"), ("Accept-Encoding", "identity"))
 
 
@@ -51,7 +54,7 @@ class AddressRefusedError(Exception):
 async def resolve(host: str, port: int) -> list[str]:
     """Return a name's addresses by the system's resolver, in its order."""
     look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, look_up)
+    found = await asyncio.get_running_loop().run_in_executor(_THREADS, look_up)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -96,6 +99,7 @@ class _PinnedBackend(httpcore.AsyncNetworkBackend):
     def __init__(self, resolver: Resolver, networks: Sequence[Network]) -> None:
         self._resolver = resolver
         self._networks = networks
+        self._lookups = asyncio.Semaphore(_LOOKED_UP_OF_ONE)
         self._inner = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -106,7 +110,8 @@ class _PinnedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        addresses = await self._resolver(host, port)
+        async with self._lookups:
+            addresses = await self._resolver(host, port)
         if not addresses or not all(allowed(address, self._networks) for address in addresses):
             raise AddressRefusedError(host)
         for address in addresses[:-1]:
@@ -134,7 +139,7 @@ class Unchanged:
 
 
 class Fetcher:
-    """HTTP client for media. One per process; close it at the end."""
+    """HTTP client for media. One per process."""
 
     def __init__(
         self,
@@ -149,15 +154,32 @@ class Fetcher:
         self._max_redirects = max_redirects
         self._timeout_s = timeout_s
         self._remembered: dict[str, tuple[str, Unchanged]] = {}  # by URL, with its ETag; the one used last is last
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
-            max_connections=CONNECTIONS,
+        self._networks = networks
+        self._resolver = resolver
+        self._ssl = httpx.create_ssl_context(trust_env=False)
+        self._slots = asyncio.Semaphore(FETCHED_AT_ONCE)
+
+    def connections(self) -> httpcore.AsyncConnectionPool:
+        """Return the connections for the links of one request, of which `FETCHED_OF_ONE` may be fetched at once.
+
+        There is no pool for all requests: for each fetch that begins or ends, and each that it queues, a pool looks at
+        all connections, which stops the loop for half a minute with some thousands of fetches. And it keeps for ever
+        some of those whose fetch was cancelled.
+        """
+        return httpcore.AsyncConnectionPool(
+            ssl_context=self._ssl,
+            max_connections=FETCHED_OF_ONE,
             keepalive_expiry=5.0,
-            network_backend=_PinnedBackend(resolver, networks),
+            network_backend=_PinnedBackend(self._resolver, self._networks),
         )
 
     async def fetch(
-        self, url: str, *, anew: bool = False, count: Callable[[int], None] = lambda size: None
+        self,
+        url: str,
+        connections: httpcore.AsyncConnectionPool,
+        *,
+        anew: bool = False,
+        count: Callable[[int], None] = lambda size: None,
     ) -> Fetched | Unchanged:
         """Return the body at `url`; what was remembered of it if it has not changed, unless it is wanted `anew`.
 
@@ -167,13 +189,10 @@ class Fetcher:
             RequestError: the URL is not allowed, not reachable, not 200, too large, too slow or redirects too often.
         """
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._follow(_parse(url), anew, count)
+            async with asyncio.timeout(self._timeout_s), self._slots:
+                return await self._follow(_parse(url), connections, anew, count)
         except TimeoutError as error:
             raise over_limit("The time to fetch the media", "media_timeout_s", self._timeout_s) from error
-
-    async def close(self) -> None:
-        await self._pool.aclose()
 
     def remember(self, fetched: Fetched, digest: bytes) -> None:
         """Remember the digest of a body, if its server can say later that it is the same."""
@@ -189,9 +208,11 @@ class Fetcher:
         if len(self._remembered) > _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
-    async def _follow(self, url: httpx.URL, anew: bool, count: Callable[[int], None]) -> Fetched | Unchanged:
+    async def _follow(
+        self, url: httpx.URL, connections: httpcore.AsyncConnectionPool, anew: bool, count: Callable[[int], None]
+    ) -> Fetched | Unchanged:
         for _ in range(self._max_redirects + 1):
-            body = await self._get(url, None if anew else self._remembered.get(str(url)), count)
+            body = await self._get(url, connections, None if anew else self._remembered.get(str(url)), count)
             if not isinstance(body, httpx.URL):
                 return body
             url = body
@@ -199,7 +220,11 @@ class Fetcher:
         raise over_limit(what, "media_max_redirects", self._max_redirects)
 
     async def _get(
-        self, url: httpx.URL, known: tuple[str, Unchanged] | None, count: Callable[[int], None]
+        self,
+        url: httpx.URL,
+        connections: httpcore.AsyncConnectionPool,
+        known: tuple[str, Unchanged] | None,
+        count: Callable[[int], None],
     ) -> Fetched | Unchanged | httpx.URL:
         """Return the body, `known` if that is what it still is, or the URL that the response redirects to."""
         wait = {"connect": self._timeout_s, "read": self._timeout_s, "write": self._timeout_s, "pool": self._timeout_s}
@@ -207,7 +232,7 @@ class Fetcher:
         headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
         headers += [] if known is None else [("If-None-Match", known[0])]
         try:
-            async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
+            async with connections.stream("GET", target, headers=headers, extensions={"timeout": wait}) as response:
                 if known is not None and response.status == 304:
                     self._put_last(str(url), known)
                     return known[1]
@@ -234,10 +259,10 @@ class Fetcher:
             raise self._too_large()
         body = bytearray()
         async for chunk in response.aiter_stream():
-            body += chunk
-            if len(body) > self._max_bytes:
+            if len(body) + len(chunk) > self._max_bytes:
                 raise self._too_large()
             count(len(chunk))
+            body += chunk
         etag = headers.get("etag", "")
         return Fetched(bytes(body), (str(url), etag) if _STRONG_ETAG.fullmatch(etag) else None)
 

@@ -10,7 +10,7 @@ import pytest
 from loopback import Site, running_site
 from machine import PATIENCE_S
 
-from services.mm_encoder.media.fetch import Fetched, Fetcher, Unchanged, allowed
+from services.mm_encoder.media.fetch import FETCHED_OF_ONE, Fetched, Fetcher, Unchanged, allowed
 from shared.errors import RequestError
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
@@ -22,6 +22,11 @@ def fetcher(**options: object) -> Fetcher:
     return Fetcher(**settings)  # type: ignore[arg-type]
 
 
+async def fetch(ours: Fetcher, url: str, **options: object) -> Fetched | Unchanged:
+    async with ours.connections() as connections:
+        return await ours.fetch(url, connections, **options)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
     async with running_site() as site:
@@ -30,21 +35,15 @@ async def site() -> AsyncIterator[Site]:
 
 async def refusal(url: str, **options: object) -> RequestError:
     ours = fetcher(**options)
-    try:
-        with pytest.raises(RequestError) as caught:
-            await ours.fetch(url)
-    finally:
-        await ours.close()
+    with pytest.raises(RequestError) as caught:
+        await fetch(ours, url)
     assert caught.value.failure.status == 400
     return caught.value
 
 
 async def body(url: str, **options: object) -> bytes:
     ours = fetcher(**options)
-    try:
-        fetched = await ours.fetch(url)
-    finally:
-        await ours.close()
+    fetched = await fetch(ours, url)
     assert isinstance(fetched, Fetched)
     return fetched.data
 
@@ -311,15 +310,12 @@ NOT_MODIFIED = b"HTTP/1.1 304 Not Modified\r\nConnection: close\r\n\r\n"
 async def again(site: Site, url: str, path: str, **options: object) -> Fetched | Unchanged:
     """Fetch a URL, remember it, and fetch it again from a server that says only that `path` has not changed."""
     ours = fetcher()
-    try:
-        first = await ours.fetch(url)
-        assert isinstance(first, Fetched)
-        ours.remember(first, b"digest")
-        assert "If-None-Match" not in "".join(site.heads)
-        site.answers[path] = NOT_MODIFIED
-        return await ours.fetch(url, **options)  # type: ignore[arg-type]
-    finally:
-        await ours.close()
+    first = await fetch(ours, url)
+    assert isinstance(first, Fetched)
+    ours.remember(first, b"digest")
+    assert "If-None-Match" not in "".join(site.heads)
+    site.answers[path] = NOT_MODIFIED
+    return await fetch(ours, url, **options)
 
 
 async def test_what_has_not_changed_is_not_sent_again(site: Site) -> None:
@@ -346,9 +342,8 @@ async def test_what_has_changed_is_sent(site: Site) -> None:
     ours = fetcher()
     url = site.serve("/a", b"picture", ETag='"1"')
     ours.remember(Fetched(b"old", (url, '"0"')), b"digest")
-    assert await ours.fetch(url) == Fetched(b"picture", (url, '"1"'))
+    assert await fetch(ours, url) == Fetched(b"picture", (url, '"1"'))
     assert 'If-None-Match: "0"' in site.heads[0]
-    await ours.close()
 
 
 async def test_a_bounded_number_of_urls_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +352,6 @@ async def test_a_bounded_number_of_urls_is_remembered(monkeypatch: pytest.Monkey
     for name in ("a", "b", "a", "c"):
         ours.remember(Fetched(b"x", (name, '"1"')), b"digest")
     assert list(ours._remembered) == ["a", "c"]
-    await ours.close()
 
 
 async def test_the_url_asked_for_longest_ago_is_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,9 +362,8 @@ async def test_the_url_asked_for_longest_ago_is_forgotten(site: Site, monkeypatc
     ours.remember(Fetched(b"x", (url, '"1"')), b"digest")
     for name in ("a", "b", "c"):
         ours.remember(Fetched(b"x", (name, '"1"')), b"digest")
-        assert await ours.fetch(url) == Unchanged(b"digest", 1)
+        assert await fetch(ours, url) == Unchanged(b"digest", 1)
     assert list(ours._remembered) == ["c", url]
-    await ours.close()
 
 
 async def test_names_that_are_looked_up_for_long_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +376,7 @@ async def test_names_that_are_looked_up_for_long_hold_up_nothing_else(monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     ours = fetcher()
     # More than there are threads of asyncio's own.
-    fetching = [asyncio.create_task(ours.fetch(f"http://{i}.example.com/")) for i in range(64)]
+    fetching = [asyncio.create_task(fetch(ours, f"http://{i}.example.com/")) for i in range(64)]
     try:
         await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE_S):
@@ -391,5 +384,51 @@ async def test_names_that_are_looked_up_for_long_hold_up_nothing_else(monkeypatc
     finally:
         answering.set()
         refused = await asyncio.gather(*fetching, return_exceptions=True)
-        await ours.close()
     assert all(isinstance(each, RequestError) for each in refused)
+
+
+async def test_one_request_leaves_threads_to_look_up_names_for_others(site: Site) -> None:
+    looked_up: list[str] = []
+    began, answering = asyncio.Semaphore(0), asyncio.Event()
+
+    async def resolver(host: str, port: int) -> list[str]:
+        looked_up.append(host)
+        began.release()
+        if host != "quick.example.com":
+            await answering.wait()
+        return ["127.0.0.1"]
+
+    ours = fetcher(resolver=resolver)
+    url = site.serve("/", b"picture")
+    slow, quick = (url.replace("127.0.0.1", f"{name}.example.com") for name in ("slow", "quick"))
+    async with ours.connections() as connections:
+        fetching = [asyncio.create_task(ours.fetch(slow, connections)) for _ in range(FETCHED_OF_ONE)]
+        for _ in range(4):
+            await began.acquire()
+        assert await fetch(ours, quick) == Fetched(b"picture")
+        assert looked_up == ["slow.example.com"] * 4 + ["quick.example.com"]
+        answering.set()
+        assert await asyncio.gather(*fetching) == [Fetched(b"picture")] * FETCHED_OF_ONE
+
+
+async def test_a_fetch_waits_for_its_turn_within_its_own_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.mm_encoder.media.fetch.FETCHED_AT_ONCE", 1)
+    asked, answering = asyncio.Event(), asyncio.Event()
+
+    async def silent(path: str, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await answering.wait()
+
+    site.handlers["/silent"] = silent
+    ours = fetcher()
+    first = asyncio.create_task(fetch(ours, site.url("/silent")))
+    await asked.wait()
+    ours._timeout_s = 0.05
+    with pytest.raises(RequestError, match="media_timeout_s"):
+        await fetch(ours, site.serve("/quick", b"picture"))
+    assert len(site.heads) == 1
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    ours._timeout_s = PATIENCE_S
+    assert await fetch(ours, site.url("/quick")) == Fetched(b"picture")
+    answering.set()
