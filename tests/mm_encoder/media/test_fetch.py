@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -367,19 +368,21 @@ async def test_the_url_asked_for_longest_ago_is_forgotten(site: Site, monkeypatc
 
 
 async def test_names_that_are_looked_up_for_long_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering = threading.Event()
+    asyncios_own = min(32, (os.cpu_count() or 1) + 4)  # threads, as its documentation says
+    loop, began, answering = asyncio.get_running_loop(), asyncio.Semaphore(0), threading.Event()
 
     def look_up(host: str, port: int, **kwargs: object) -> list[object]:
+        loop.call_soon_threadsafe(began.release)
         answering.wait()
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     ours = fetcher()
-    # More than there are threads of asyncio's own.
     fetching = [asyncio.create_task(fetch(ours, f"http://{i}.example.com/")) for i in range(64)]
     try:
-        await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE_S):
+            for _ in range(asyncios_own):
+                await began.acquire()
             assert await asyncio.to_thread(lambda: "computed") == "computed"
     finally:
         answering.set()
