@@ -93,7 +93,7 @@ class Host:
         return run
 
     def python(self, seconds: float) -> Callable[[], None]:
-        """Return one that takes so long with it."""
+        """Return a call that takes so long in Python, with the lock."""
         turns = int(self._slowness * seconds / self._per_turn)
         return lambda: _turn(turns)
 

@@ -19,21 +19,20 @@ from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from cli.connection import no_answer, parser
 from cli.output import printable
 from services.gateway.request import answer_format
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
-from shared.bus.key_types import check_types
+from shared.bus.key_types import naming_wrong_types
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT
 from shared.bus.records import Records
 from shared.errors import ConfigError, ProtocolError
 from shared.message_codec import from_entry
 from shared.messages import Encode, Generate, Request, unpack_ids
-from shared.redis_errors import is_wrong_type
 
 DONE, NOT_DONE, UNKNOWN = 0, 1, 2
 STREAMS = (ENCODE, GENERATE)
@@ -96,25 +95,26 @@ async def _run(action: str, names: Sequence[str], body: bool, where: Any) -> int
     redis = connect(where.redis_url)
     blob_redis = connect(where.blob_redis_url) if where.blob_redis_url else redis
     try:
-        quarantine = Quarantine(redis, Keys(where.namespace), blob_redis)
-        if action == "list":
-            print("\n".join([line(entry) for entry in await quarantine.entries()] or ["the quarantine is empty"]))
-            return DONE
-        acts: dict[str, Callable[[Entry], Awaitable[str]]] = {"retry": quarantine.retry, "drop": quarantine.drop}
-        if action == "show":
-
-            async def show(entry: Entry) -> str:
-                return describe(entry, body)
-
-            acts["show"] = show
-        return await _each(quarantine, names, acts[action])
-    except ResponseError as error:
-        if is_wrong_type(error):  # of a key that this needs: name it
-            await check_types(redis, Keys(where.namespace), blob_redis)
-        raise
+        keys = Keys(where.namespace)
+        async with naming_wrong_types(redis, keys, blob_redis):
+            return await _act(action, names, body, Quarantine(redis, keys, blob_redis))
     finally:
         for client in {redis, blob_redis}:
             await client.aclose()
+
+
+async def _act(action: str, names: Sequence[str], body: bool, quarantine: "Quarantine") -> int:
+    if action == "list":
+        print("\n".join([line(entry) for entry in await quarantine.entries()] or ["the quarantine is empty"]))
+        return DONE
+    acts: dict[str, Callable[[Entry], Awaitable[str]]] = {"retry": quarantine.retry, "drop": quarantine.drop}
+    if action == "show":
+
+        async def show(entry: Entry) -> str:
+            return describe(entry, body)
+
+        acts["show"] = show
+    return await _each(quarantine, names, acts[action])
 
 
 async def _each(quarantine: "Quarantine", names: Sequence[str], act: Callable[[Entry], Awaitable[str]]) -> int:

@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from cli.connection import no_answer, parser
 from cli.output import printable
 from shared.bus.client import connect
-from shared.bus.key_types import check_types, wrong_types
+from shared.bus.key_types import naming_wrong_types, wrong_types
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD, BatchesView, PipelineView, StageView, problems, read
-from shared.redis_errors import is_wrong_type
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 
@@ -76,12 +75,8 @@ async def look(redis: Redis, keys: Keys, blobs: Redis | None) -> PipelineView:
     Raises:
         RedisError: Redis does not answer, or somebody else has written keys that this needs, which it names.
     """
-    try:
+    async with naming_wrong_types(redis, keys, blobs):
         view = await read(redis, keys, blobs)
-    except ResponseError as error:
-        if is_wrong_type(error):
-            await check_types(redis, keys, blobs)
-        raise
     return msgspec.structs.replace(view, misplaced=tuple(await wrong_types(redis, keys, blobs)))
 
 

@@ -7,5 +7,5 @@ def visible(text: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Do the same with each line."""
+    """Escape the same in each line of a text."""
     return "\n".join(map(visible, text.split("\n")))

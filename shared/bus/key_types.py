@@ -1,6 +1,7 @@
 """Names of keys of ours that somebody else has written. WRONGTYPE, which Redis answers then, does not tell them."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -39,12 +40,28 @@ async def _wrong(redis: Redis, types: Mapping[str, str]) -> list[str]:
 
 
 async def check_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> None:
-    """
+    """Look at the types of the keys that all share.
+
     Raises:
-        ResponseError: keys that all share hold values of other types. It begins as that of Redis, and names them.
+        ResponseError: some hold values of other types. It begins as that of Redis, and names them.
     """
     if wrong := await wrong_types(redis, keys, blob_redis):
         raise ResponseError(f"WRONGTYPE {', '.join(wrong)}: {REMEDY}")
+
+
+@asynccontextmanager
+async def naming_wrong_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> AsyncIterator[None]:
+    """Have an error of a wrong type within name its key.
+
+    Raises:
+        ResponseError: as it was within, but for that.
+    """
+    try:
+        yield
+    except ResponseError as error:
+        if is_wrong_type(error):
+            await check_types(redis, keys, blob_redis)
+        raise
 
 
 async def tell_of_wrong_types(redis: Redis, keys: Keys) -> None:
