@@ -130,11 +130,7 @@ class Encoder:
         """Return the embeddings of a pass, while the device computes them."""
         tables = host_tables(grids, self._vision)
         if self._graphs is not None and self._graphs.takes(tables):
-            operations = pass_operations(tables, self._vision)
-            if self._pace.sends_whole(operations):
-                out = self._graphs.run(rows, tables)
-                self._pace.spend(operations)
-                return out
+            return self._graphs.run(rows, tables, self._pace, pass_operations(tables, self._vision))
         if self._device.type == "cuda" and len(rows) > self._largest:
             torch.cuda.empty_cache()  # a larger pass has no use for what smaller ones left there
             self._largest = len(rows)

@@ -8,11 +8,9 @@ they are of 2 ms and of one encoder: a second one on the GPU sends as many. With
 Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
 
 What counts is the time of what was sent, and not in how many pieces or batches: a batch of small pictures may be less
-than a piece, and several of them fit in a step. A pass that would be a graph cannot be held up half way, so it is
-launched one operation at a time while sequences wait for tokens, unless it is no more than a piece.
+than a piece, and several of them fit in a step. A small pass is several graphs (graphs.py), each less than a piece.
 
-Cuts change no bit: the same operations on the same rows are launched, with waits between them. A pass that would be a
-graph, which is padded, may round otherwise when it is cut, as it does in other company.
+Cuts change no bit: the same operations on the same rows are launched, with waits between them.
 """
 
 import math
@@ -35,7 +33,6 @@ SLOWEST = 2e13  # operations a second; the first pieces show how many more a GPU
 # that does not begin at a multiple of 16.
 ALIGNED_TILES = 4
 ATTENTION_COST = 1.7  # times as long as a product takes for an operation: 419 and 705 TFLOP/s of 1080p on an H200
-GRAPH_PIECES = 4  # the longest graph while nobody waits: launched one by one its operations take the host longer
 
 
 class Mark(Protocol):
@@ -75,10 +72,6 @@ class Pace:
     def cut(self, costs: Sequence[float]) -> list[slice]:
         """Divide what one launch could do, by the operations of each of its parts."""
         return [slice(0, len(costs))]
-
-    def sends_whole(self, operations: float) -> bool:
-        """Return True if a pass that is a graph is not to be cut."""
-        return True
 
     def spend(self, operations: float) -> None:
         """Note what has been sent, and wait until more may be."""
@@ -137,10 +130,6 @@ class SharedPace(Pace):
                 start, total = place, 0.0
             total += cost
         return [*cuts, slice(start, len(costs))]
-
-    def sends_whole(self, operations: float) -> bool:
-        most = 1 if self._is_waited_for() else GRAPH_PIECES
-        return not self._pages or self._spent + operations <= most * self._piece
 
     def spend(self, operations: float) -> None:
         if not self._pages:

@@ -16,9 +16,9 @@ from benchmarks.engine import CONFIG
 from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD, Grid, Patches
 from services.mm_encoder.vision import ops
 from services.mm_encoder.vision.encoder import Encoder, plan_passes
-from services.mm_encoder.vision.graphs import capture_sizes, padded
+from services.mm_encoder.vision.graphs import Captured, Cuts, Graph, capture_sizes, padded
 from services.mm_encoder.vision.normalise import normalise
-from services.mm_encoder.vision.pace import Pace
+from services.mm_encoder.vision.pace import WHOLE, Pace, PassPace
 from services.mm_encoder.vision.tables import HostTables, host_tables, to_device
 from services.mm_encoder.vision.weights import load_weights
 from shared.errors import CheckpointError
@@ -151,6 +151,60 @@ def test_rows_that_fill_a_graph_up_change_nothing(directory: Path, judge: Model,
 def test_sizes_of_graphs_are_a_quarter_of_a_power_of_two_apart() -> None:
     assert capture_sizes(1024) == [256, 512, 768, 1024]
     assert capture_sizes(8192)[4:] == [1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192]
+
+
+class Captures:
+    """Counts what is captured and replayed, in order."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.replayed = list[object]()
+
+    def begin(self) -> Graph:
+        self.open += 1
+        assert self.open == 1, "one capture at a time"
+        return CapturedOnly(self)
+
+
+class CapturedOnly(Graph):
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+
+    def capture_end(self) -> None:
+        self._captures.open -= 1
+
+    def replay(self) -> None:
+        self._captures.replayed.append(self)
+
+
+@pytest.mark.parametrize(
+    ("rows", "layers"), [(256, [16, 16, 0]), (1024, [4] * 8 + [0]), (1280, [4] * 8 + [0]), (1792, [3] * 10 + [2])]
+)
+def test_a_captured_pass_is_graphs_of_some_layers(rows: int, layers: list[int]) -> None:
+    """The last one has the resampler, too. An engine is thought of between two, and the parts make the whole."""
+    captures = Captures()
+    cuts = Cuts(captures.begin)
+    pace = PassPace(cuts, WHOLE.attention, 1.0)
+    for _ in range(32):
+        for _, operations in pace.attention:
+            pace.pace.spend(operations)
+        pace.spend(slice(0, rows))
+    cuts.end()
+    assert cuts.rows == [rows * some for some in layers]
+    assert captures.open == 0
+    heard = Heard()
+    out = torch.zeros(1)
+    assert Captured(cuts.graphs, [some / 32 for some in layers], out).run(heard, 640.0) is out
+    assert captures.replayed == cuts.graphs
+    assert heard.spent == pytest.approx([20 * some for some in layers])
+
+
+class Heard(Pace):
+    def __init__(self) -> None:
+        self.spent = list[float]()
+
+    def spend(self, operations: float) -> None:
+        self.spent.append(operations)
 
 
 def test_tiles_cover_each_frame_and_no_row_of_another() -> None:

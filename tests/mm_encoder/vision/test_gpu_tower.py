@@ -158,9 +158,6 @@ class Pieces(Pace):
     def cut(self, costs: Sequence[float]) -> list[slice]:
         return [slice(at, at + 1) for at in range(len(costs))]
 
-    def sends_whole(self, operations: float) -> bool:
-        return False
-
     def spend(self, operations: float) -> None:
         self.sent += 1
         self.operations += operations
@@ -232,13 +229,18 @@ def test_a_graph_computes_what_launches_do(encoder: Encoder, grids: list[Grid]) 
 
 @ON_A_CARD
 def test_an_encoder_that_sends_pieces_gives_the_same_bits(encoder: Encoder) -> None:
-    items = media([(1, 100, 98), (2, 32, 32)])
-    graphs, encoder._graphs = encoder._graphs, None
+    """Of a pass that is launched, and of one that is captured: 2,048 rows, and a graph for every two layers."""
+    grids: list[Grid] = [(1, 100, 98), (2, 32, 32)]
+    items, vision = media(grids), CONFIG.vision
     whole = encoder.encode(items)
-    encoder._graphs, encoder._pace = graphs, Pieces()
+    encoder._pace = pace = Pieces()
     cut = encoder.encode(items)
+    of_both, sent = pace.operations, pace.sent
+    encoder.encode(items[1:])
     encoder._pace = Pace()
     assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
+    assert of_both == pytest.approx(sum(pass_operations(host_tables([grid], vision), vision) for grid in grids))
+    assert pace.sent - sent == vision.depth // 2 + 1
 
 
 @ON_A_CARD

@@ -7,7 +7,6 @@ from msgspec.structs import replace
 
 from benchmarks.engine import CONFIG
 from services.mm_encoder.vision.pace import (
-    GRAPH_PIECES,
     PATIENCE_S,
     POLL_S,
     PREFILL_PIECES,
@@ -116,7 +115,6 @@ def cut(operations: float, launch: float) -> list[float]:
 def test_without_an_engine_all_is_sent_at_once() -> None:
     for pace in (Pace(), Host(engines=0).pace):
         assert pace.cut([PIECE] * 9) == [slice(0, 9)]
-        assert pace.sends_whole(1000 * PIECE)
         pace.spend(1000 * PIECE)
     host = Host(engines=0)
     host.send(1000 * PIECE)
@@ -135,10 +133,8 @@ def test_no_more_is_sent_ahead_than_one_piece() -> None:
 
 def test_the_size_of_a_piece_is_what_the_device_does_in_its_time() -> None:
     host = Host()
-    assert not host.pace.sends_whole(GRAPH_PIECES * SLOWEST * PIECE_S * 1.01)
+    assert host.pace.cut([SLOWEST * PIECE_S] * 2) == [slice(0, 1), slice(1, 2)]
     host.learn()
-    assert host.pace.sends_whole(GRAPH_PIECES * PIECE * 0.99)
-    assert not host.pace.sends_whole(GRAPH_PIECES * PIECE * 1.01)
     assert host.pace.cut([PIECE * 0.3] * 7) == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert host.pace.cut([PIECE * 3, PIECE * 2, PIECE / 2]) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
@@ -199,8 +195,7 @@ def test_batch_after_batch_of_small_pictures_leaves_steps_their_time(picture_s: 
         host.begin()
         go_on()
         operations = picture_s * RATE
-        parts = [operations] if host.pace.sends_whole(operations) else cut(operations, launch)
-        for part in parts:
+        for part in cut(operations, launch):
             go_on()
             if host.pages[0].step() & PREFILL:
                 beside[-1] += part / RATE
@@ -212,21 +207,8 @@ def test_batch_after_batch_of_small_pictures_leaves_steps_their_time(picture_s: 
     assert batches > 20
 
 
-def test_a_pass_that_would_be_a_graph_is_cut_while_sequences_wait() -> None:
-    """A graph cannot be held up half way, and a step with prefill may begin beside it."""
-    host = Host()
-    host.learn()
-    assert host.pace.sends_whole(2 * PIECE)
-    for prefill in (False, True):
-        host.step(0.02, prefill)
-        assert not host.pace.sends_whole(2 * PIECE)
-        assert host.pace.sends_whole(0.99 * PIECE), "it is no more than a piece"
-    host.sleep(0.03)
-    assert host.pace.sends_whole(2 * PIECE)
-
-
 def test_a_long_piece_counts_as_what_it_takes() -> None:
-    """A graph that was sent before a step is under way when it begins."""
+    """Attention of a large frame is not parted further than by tiles, and a slow card takes long for a graph."""
     host = Host()
     host.learn()
     host.step(0.02)
