@@ -148,6 +148,7 @@ class PassGraphs:
         # Run once before: a capture must not compile kernels or create the libraries' handles.
         self._forward(inputs, WHOLE)
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # the graphs' pool cannot use what that has left
         with torch.cuda.stream(self._stream):
             cuts = Cuts(self._begin)
             try:

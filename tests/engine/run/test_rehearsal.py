@@ -154,7 +154,7 @@ def test_every_plan_of_the_library_is_made() -> None:
     assert made.pieces is not None
     tried = Rehearsal(model, made.cache, made.pieces, SMALL, SEQS)._attentions(8192, 131072)
     whole = {lengths[0][0] for lengths in tried if whole_prompt.is_whole_prompt(lengths[0])}
-    possible = {whole_prompt.planned_length(length) for length in range(2048, 8193)}
+    possible = {whole_prompt.planned_length(length) for length in range(4096, 8193)}
     assert {whole_prompt.planned_length(length) for length in whole} == possible
 
 

@@ -192,7 +192,7 @@ def test_a_step_replays_each_of_its_pieces_once_and_padding_disturbs_nothing(
 
 def test_attention_is_cut_where_its_kind_changes() -> None:
     assert cut(((1, 9), (1, 4), (5, 5), (30, 90), (1, 1))) == [(0, 2), (2, 4), (4, 5)]
-    assert cut(((1, 9), (3000, 3000), (2048, 2048), (4, 4), (3000, 3001))) == [(0, 1), (1, 2), (2, 3), (3, 5)]
+    assert cut(((1, 9), (5000, 5000), (4096, 4096), (4, 4), (5000, 5001))) == [(0, 1), (1, 2), (2, 3), (3, 5)]
 
 
 def test_parts_count_rows_from_their_own_first_one() -> None:

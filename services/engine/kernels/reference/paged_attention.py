@@ -5,7 +5,7 @@ from torch import Tensor
 
 Lengths = tuple[tuple[int, int], ...]  # of each sequence: new tokens, and tokens in all
 KEYS = 128  # of a tile
-MIN_PROMPT = 2048  # tokens from which on a prompt without cached tokens may be faster in a call of its own
+MIN_PROMPT = 4096  # tokens from which on a prompt without cached tokens may be faster in a call of its own
 
 
 def paged_attention(
