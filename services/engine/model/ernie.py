@@ -132,6 +132,7 @@ class ErnieModel:
                 part.lengths,
                 heads.attended,
                 part.beside,
+                heads.launches,
             )
 
     @torch.no_grad()

@@ -1,12 +1,12 @@
 """Inputs of one forward step: tensors planned once on the host. Layers know nothing of scheduling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from services.engine.kernels.reference.paged_attention import Lengths
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,11 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """Input and output of attention: [N, heads, head_dim] each."""
+    """Input and output of attention: [N, heads, head_dim] each. Those of a part are for the layers of one step."""
 
     query: Tensor
     attended: Tensor
+    launches: list[AttentionLaunch] = field(default_factory=list)  # of a layer: those of the next are alike
 
     def first(self, rows: int) -> "AttentionBuffers":
         return AttentionBuffers(self.query[:rows], self.attended[:rows])

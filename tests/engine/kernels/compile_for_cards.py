@@ -116,7 +116,7 @@ class Layer:
         sequences, longest = (1, rows) if prefill else (rows, 1)
         tables, starts = (room(*shape, dtype=torch.int32) for shape in ((sequences, 512), (sequences + 1,)))
         out = ops.paged_attention(
-            query, self._cache, self._cache, tables, starts, starts[1:], longest, 4096, 0.1, (), None, False
+            query, self._cache, self._cache, tables, starts, starts[1:], longest, 4096, 0.1, (), None, False, None
         )
         out, vision = out.view(rows, HEADS * DIM), room(rows, dtype=torch.bool)
         for spare in (True, False) if prefill else (True,):

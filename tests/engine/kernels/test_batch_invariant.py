@@ -116,7 +116,7 @@ def test_attention_however_a_prompt_is_cut(page: int) -> None:
         table = torch.cat([tables[1 : 1 + len(beside)], tables[:1]])
         most, longest = max(counts), max((last, *beside))
         out = OPS.paged_attention(
-            rows, keys, values, table, starts, contexts, most, longest, DIM**-0.5, (), None, False
+            rows, keys, values, table, starts, contexts, most, longest, DIM**-0.5, (), None, False, None
         )
         return out[-(last - first) :]
 

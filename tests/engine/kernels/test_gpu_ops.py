@@ -18,6 +18,7 @@ from services.engine.kernels.reference.experts import ExpertPool, experts
 from services.engine.kernels.reference.linear import linear
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
+from services.engine.kernels.reference.paged_attention import AttentionLaunch
 from services.engine.kernels.reference.rotary import rotary_tables
 from services.engine.kernels.reference.router import router
 from services.engine.kernels.triton.attention import paged_attention as gpu_attention
@@ -482,6 +483,32 @@ def test_those_that_decode_beside_a_chunk(sequences: int, dtype: torch.dtype) ->
             OPS.paged_attention(*arguments)
         for result, wanted in zip(results, expected, strict=True):
             close(result + 0, wanted)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", MAIN_DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "page", "dim"), [([1, 1, 1], 16, 24), ([1] * 60, 16, 24), ([5, 1, 40], 16, 24), ([100, 70], 64, 32)]
+)
+def test_layer_after_layer(lengths: list[int], page: int, dim: int, dtype: torch.dtype, ops: Ops) -> None:
+    """Launches of a layer serve the next, whose keys and values are elsewhere, by pages of the copy engine, too. One
+    of the layers begins at an odd address, for which a kernel may have to be compiled anew."""
+    query, keys, values, *rest = attention_arguments(lengths, [0, 100, 33] * 20, page, 4, 2, dim, dtype)
+    launches: list[AttentionLaunch] = []
+    out = torch.empty(query.shape, dtype=dtype, device=DEVICE)
+    for layer in range(4):
+        room = torch.empty(2, keys.numel() + 1, dtype=dtype, device=DEVICE)
+        odd = layer == 2 and dim < 32
+        moved = room[:, 1:] if odd else room[:, :-1].clone()
+        cache = [
+            each.view(keys.shape).copy_(own * (layer + 1)) for each, own in zip(moved, (keys, values), strict=True)
+        ]
+        out.fill_(float("nan"))
+        arguments = [query, *cache, *rest, out, False, launches]
+        attended = ops.paged_attention(*arguments)
+        close(attended, REFERENCE.paged_attention(query, *cache, *rest))
+        assert attended is out
+        assert launches
 
 
 @pytest.mark.parametrize("dtype", MAIN_DTYPES)

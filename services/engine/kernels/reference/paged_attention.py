@@ -1,9 +1,12 @@
 """Causal attention of new tokens to their sequences' paged caches."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 Lengths = tuple[tuple[int, int], ...]  # of each sequence: new tokens, and tokens in all
+AttentionLaunch = Callable[[Tensor, Tensor], None]  # launches a layer's attention, to its keys and values
 KEYS = 128  # of a tile
 MIN_PROMPT = 4096  # tokens from which on a prompt without cached tokens may be faster in a call of its own
 
@@ -21,6 +24,7 @@ def paged_attention(
     lengths: Lengths = (),
     out: Tensor | None = None,
     beside: bool = False,
+    launches: list[AttentionLaunch] | None = None,
 ) -> Tensor:
     """Attend each query to the keys at or before its position in its sequence; softmax in float32.
 
@@ -43,6 +47,8 @@ def paged_attention(
         out: [N, heads, D], contiguous; written and returned, if given.
         beside: whether the device may compute this call at the same time as the one before it, which was for other
             sequences of the same step, and whose results it does not need.
+        launches: of this call for another layer, all of whose arguments were the same but keys and values; or empty,
+            and filled for the next one.
 
     Returns:
         [N, heads, D], contiguous, dtype of query.

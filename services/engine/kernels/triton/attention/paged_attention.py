@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.engine.kernels.reference.paged_attention import Lengths
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths
 from services.engine.kernels.triton.attention.whole_prompt import is_whole_prompt, library_supports, whole_prompt
 from services.engine.kernels.triton.common.last_block import counters, is_last_block
 from services.engine.kernels.triton.common.launch import (
@@ -27,6 +27,7 @@ from services.engine.kernels.triton.common.launch import (
     pdl_options,
     wait_for_previous_kernel,
 )
+from services.engine.kernels.triton.common.repeated_launch import RepeatedLaunch
 from services.engine.kernels.triton.common.sizes import ceil_div, ceil_pow2
 
 MAX_SPLITS = 64
@@ -300,6 +301,7 @@ def paged_attention(
     lengths: Lengths = (),
     out: Tensor | None = None,
     beside: bool = False,
+    launches: list[AttentionLaunch] | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous. Only
     sequences that decode are computed beside others, in steps that are not captured."""
@@ -307,15 +309,23 @@ def paged_attention(
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if len(lengths) == 1 and is_whole_prompt(lengths[0]) and library_supports(query):
         return out.copy_(whole_prompt(query, keys, values, block_tables[0], scale))
-    arguments = (query, keys, values, block_tables, query_start, context_lens)
-    if max_query_len == 1:
-        _decode(*arguments, scale, out, lengths, beside)
-    else:
-        _prefill(*arguments, max_query_len, max_context_len, scale, out)
+    made = launches or []
+    if not made:
+        arguments = (query, keys, block_tables, query_start, context_lens)
+        if max_query_len == 1:
+            made = _decode(*arguments, scale, out, lengths, beside)
+        else:
+            made = _prefill(*arguments, max_query_len, max_context_len, scale, out)
+    for launch in made:
+        launch(keys, values)
+    if launches is not None:
+        launches[:] = made
     return out
 
 
-def _decode(query, keys, values, block_tables, query_start, context_lens, scale, out, lengths=(), beside=False) -> None:
+def _decode(
+    query, keys, block_tables, query_start, context_lens, scale, out, lengths=(), beside=False
+) -> list[AttentionLaunch]:
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     plan, group = FEW_SEQUENCES_PLAN if sequences < MANY_SEQUENCES else MANY_SEQUENCES_PLAN, heads // kv_heads
     if lengths:
@@ -330,19 +340,25 @@ def _decode(query, keys, values, block_tables, query_start, context_lens, scale,
         **pdl_options(query),
     }  # fmt: skip
     # Splits are the slowest dimension: those beyond a short context end at once, after all others have begun.
-    _decode_kernel[(kv_heads, sequences, splits)](
-        query, keys, values, block_tables, query_start, context_lens, out, acc, high, total,
-        counters(out.device, "decode", sequences * kv_heads),
-        query.stride(0), query.stride(1), block_tables.stride(0), splits, least, scale,
+    splitting = RepeatedLaunch(
+        _decode_kernel, (kv_heads, sequences, splits),
+        q_ptr=query, tables_ptr=block_tables, starts_ptr=query_start, contexts_ptr=context_lens, out_ptr=out,
+        acc_ptr=acc, high_ptr=high, sum_ptr=total, count_ptr=counters(out.device, "decode", sequences * kv_heads),
+        q_stride=query.stride(0), q_head_stride=query.stride(1), table_stride=block_tables.stride(0),
+        splits=splits, least=least, scale=scale,
         GPAD=max(GROUP_PAD, ceil_pow2(group)), PAGE=page,
         MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges, BESIDE=beside,
         num_warps=WARPS, num_stages=_stages(plan, tile, sizes["DPAD"], keys.element_size()), **sizes,
     )  # fmt: skip
+    launches: list[AttentionLaunch] = [lambda keys, values: splitting(k_ptr=keys, v_ptr=values)]
     if splits > 1 and not plan.last_merges:
-        _merge_kernel[(sequences, heads)](
-            acc, high, total, query_start, context_lens, out, splits, least,
-            SPAD=ceil_pow2(splits), num_warps=4, **sizes,
+        merging = RepeatedLaunch(
+            _merge_kernel, (sequences, heads),
+            acc_ptr=acc, high_ptr=high, sum_ptr=total, starts_ptr=query_start, contexts_ptr=context_lens, out_ptr=out,
+            splits=splits, least=least, SPAD=ceil_pow2(splits), num_warps=4, **sizes,
         )  # fmt: skip
+        launches.append(lambda keys, values: merging())
+    return launches
 
 
 def _stages(plan: DecodePlan, tile: int, dim: int, size: int) -> int:
@@ -367,26 +383,37 @@ def chunk_shape(queries: int, context: int, lanes: float) -> PrefillShape:
 
 
 def _prefill(
-    query, keys, values, block_tables, query_start, context_lens, max_query_len, max_context_len, scale, out
-) -> None:
+    query, keys, block_tables, query_start, context_lens, max_query_len, max_context_len, scale, out
+) -> list[AttentionLaunch]:
     lanes = query.shape[1] * len(context_lens) / (2 * multiprocessors(query.device))
     shape = chunk_shape(max_query_len, max_context_len, lanes)
-    attend_tiles(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, shape)
+    return [tiles_launch(query, keys, block_tables, query_start, context_lens, max_query_len, scale, out, shape)]
 
 
-def attend_tiles(
-    query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, shape: PrefillShape
-) -> None:
-    """Attend into `out` in tiles of `shape`: any number of new tokens a sequence."""
+def tiles_launch(
+    query, keys, block_tables, query_start, context_lens, max_query_len, scale, out, shape: PrefillShape
+) -> AttentionLaunch:
+    """Return what attends into `out` in tiles of `shape`: any number of new tokens a sequence.
+
+    `keys`: of any layer.
+    """
     sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
     padded = max(16, ceil_pow2(dim))
     pagewise = shape.pagewise and page == shape.keys and dim == padded
-    if pagewise:
-        keys, values = (TensorDescriptor.from_tensor(c.view(-1, kv_heads * dim), [page, dim]) for c in (keys, values))
-    grid = (ceil_div(max_query_len, shape.queries), heads, sequences)
-    _prefill_kernel[grid](
-        query, keys, values, block_tables, query_start, context_lens, out,
-        query.stride(0), query.stride(1), block_tables.stride(0), heads, kv_heads, scale,
-        G=heads // kv_heads, D=dim, DPAD=padded, PAGE=page, BM=shape.queries, BN=shape.keys, PAGEWISE=pagewise,
+    tiles = RepeatedLaunch(
+        _prefill_kernel, (ceil_div(max_query_len, shape.queries), heads, sequences),
+        q_ptr=query, tables_ptr=block_tables, starts_ptr=query_start, contexts_ptr=context_lens, out_ptr=out,
+        q_stride=query.stride(0), q_head_stride=query.stride(1), table_stride=block_tables.stride(0),
+        heads=heads, kv_heads=kv_heads, scale=scale, G=heads // kv_heads, D=dim, DPAD=padded, PAGE=page,
+        BM=shape.queries, BN=shape.keys, PAGEWISE=pagewise,
         num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers, **pdl_options(query),
     )  # fmt: skip
+
+    def launch(keys: Tensor, values: Tensor) -> None:
+        if pagewise:
+            keys, values = (
+                TensorDescriptor.from_tensor(c.view(-1, kv_heads * dim), [page, dim]) for c in (keys, values)
+            )
+        tiles(k=keys, v=values)
+
+    return launch

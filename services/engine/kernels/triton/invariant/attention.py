@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from services.engine.kernels.reference.paged_attention import Lengths
-from services.engine.kernels.triton.attention.paged_attention import PrefillShape, attend_tiles
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths
+from services.engine.kernels.triton.attention.paged_attention import PrefillShape, tiles_launch
 
 # Decoding sequences fill one row of a tile in 64. A context is not cut: one program walks over it.
 TILES = PrefillShape(queries=64, keys=64, warps=4, stages=3)
@@ -23,9 +23,16 @@ def paged_attention(
     lengths: Lengths = (),
     out: Tensor | None = None,
     beside: bool = False,
+    launches: list[AttentionLaunch] | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    attend_tiles(query, keys, values, block_tables, query_start, context_lens, max_query_len, scale, out, TILES)
+    made = launches or [
+        tiles_launch(query, keys, block_tables, query_start, context_lens, max_query_len, scale, out, TILES)
+    ]
+    for launch in made:
+        launch(keys, values)
+    if launches is not None:
+        launches[:] = made
     return out
