@@ -58,6 +58,7 @@ from shared.workers.process import worker_environ
 
 FRAME_THREADS = 4  # of a decoder process, at most
 MPS_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"  # CUDA's
+HELD_REQUESTS = 8  # at most, as large as one may be; bodies of links beyond their bytes are refused
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
 GPU_FIRST_USE = FirstUse(60.0, 0.0, compiles=True)
@@ -150,7 +151,7 @@ def build(
         metrics=metrics,
         max_bytes=settings.media_max_bytes,
         max_request_bytes=settings.media_request_max_bytes,
-        max_held_bytes=settings.concurrency * settings.media_request_max_bytes,
+        max_held_bytes=min(settings.concurrency, HELD_REQUESTS) * settings.media_request_max_bytes,
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
