@@ -8,6 +8,7 @@ from encoder_bench import Bench
 from media_files import picture
 from prometheus_client import CollectorRegistry
 
+from services.mm_encoder.store.segments import SegmentStore, Unwritten
 from shared.bus.leases import Lease
 from shared.segments import Reader, Segments
 
@@ -104,6 +105,30 @@ async def test_what_is_lost_is_made_again(bench: Bench, host: Host, lost: str) -
         assert bench.passes() == 2
     if lost == "the engine's mark":
         host.reader = Reader(host.segments, "e")
+
+
+async def test_memory_is_prepared_beside_the_tower(bench: Bench, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second picture on, since engines see the first; not for the third, which counts as small."""
+    places, write = list[Unwritten | None](), SegmentStore.write
+
+    async def seen(store: SegmentStore, key: str, data: memoryview, unwritten: Unwritten | None) -> bool:
+        places.append(unwritten)
+        return await write(store, key, data, unwritten)
+
+    monkeypatch.setattr(SegmentStore, "write", seen)
+    monkeypatch.setattr("services.mm_encoder.store.cache.LARGE", 1)
+    await host.engine_lives("e")
+    async with bench.running(segments_dir=str(host.segments.directory)):
+        key = await show(bench, "a", 1)
+        made = host.read(key)
+        for request_id, count in (("b", 2), ("c", 3)):
+            host.segments.path(key).unlink()
+            await show(bench, request_id, count)
+            assert host.read(key) == made
+            monkeypatch.setattr("services.mm_encoder.store.cache.LARGE", 1 << 20)
+        assert bench.passes() == 3
+    assert [place is not None for place in places] == [False, True, False]
+    assert {path.name for path in host.segments.directory.iterdir() if path.is_file()} == {host.segments.path(key).name}
 
 
 async def test_without_an_engine_they_wait_in_redis(bench: Bench, host: Host) -> None:
