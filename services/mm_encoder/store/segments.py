@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shared.segments import CARDS, READERS, Segments, is_marked, reader_path
 
@@ -33,15 +34,17 @@ _UNFINISHED = ".new-"
 _OURS = re.compile(rf"[0-9a-f]{{64}}|{re.escape(_UNFINISHED)}.*")
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
+class _File(NamedTuple):
+    """File of ours. A directory may have thousands, which are listed while the interpreter does nothing else."""
+
+    path: str
     size: int
     used: float  # unix seconds
+    finished: bool
 
-    @property
-    def finished(self) -> bool:
-        return not self.path.name.startswith(_UNFINISHED)
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another encoder was faster
+            os.unlink(self.path)
 
 
 @dataclass(slots=True)
@@ -188,7 +191,7 @@ class SegmentStore:
                     gained += file.size
         if free + gained >= needed:
             for file in victims:
-                file.path.unlink(missing_ok=True)
+                file.remove()
             free += gained
         self._room = max(0, min(free, max(needed, self._budget // PART)))
 
@@ -196,7 +199,7 @@ class SegmentStore:
         now = time.time()
         for file in self._files():
             if now - file.used > (self._ttl_s if file.finished else UNFINISHED_S):
-                file.path.unlink(missing_ok=True)
+                file.remove()
         for directory in (READERS, CARDS):
             for mark in (self._segments.directory / directory).iterdir():
                 is_marked(mark)
@@ -204,10 +207,12 @@ class SegmentStore:
     def _files(self) -> Iterable[_File]:
         """Yield our files; what others have put there is not ours to count, let alone to remove."""
         for entry in os.scandir(self._segments.directory):
-            with contextlib.suppress(FileNotFoundError):  # another encoder sweeps, too
-                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                try:
                     stat = entry.stat(follow_symlinks=False)
-                    yield _File(Path(entry.path), stat.st_size, stat.st_mtime)
+                except FileNotFoundError:  # another encoder sweeps, too
+                    continue
+                yield _File(entry.path, stat.st_size, stat.st_mtime, not entry.name.startswith(_UNFINISHED))
 
 
 def _create(path: Path, size: int) -> None:
