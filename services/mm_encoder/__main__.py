@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Preparer
 from services.mm_encoder.service import MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
-from services.mm_encoder.store.cache import Embeds
+from services.mm_encoder.store.cache import Embeds, SingleFlight
 from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.store.segments import SegmentStore
 from services.mm_encoder.vision.batcher import Batcher
@@ -193,11 +194,13 @@ def _segments(settings: MmEncoderSettings, redis: Redis, keys: Keys) -> SegmentS
         ConfigError: the directory cannot be used.
     """
 
-    async def engines() -> list[str]:
+    async def names() -> list[str]:
         return [replica.name for replica in await live(redis, keys, "engine")]
 
     if not settings.segments_dir:
         return None
+    asked: SingleFlight[list[str]] = SingleFlight()  # once for the pictures of a batch
+    engines = partial(asked.join, "engine", names)
     return SegmentStore(Path(settings.segments_dir), settings.segments_bytes, settings.blob_ttl_s, engines)
 
 
