@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from services.mm_encoder.metrics import Metrics
 from services.mm_encoder.prepare import Preparer
 from services.mm_encoder.service import MmEncoder
 from services.mm_encoder.settings import MmEncoderSettings
-from services.mm_encoder.store.cache import Embeds
+from services.mm_encoder.store.cache import Embeds, SingleFlight
 from services.mm_encoder.store.locks import EncodeLocks
 from services.mm_encoder.store.segments import SegmentStore
 from services.mm_encoder.vision.batcher import Batcher
@@ -58,6 +59,7 @@ from shared.workers.process import worker_environ
 
 FRAME_THREADS = 4  # of a decoder process, at most
 MPS_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"  # CUDA's
+HELD_REQUESTS = 8  # at most, as large as one may be; bodies of links beyond their bytes are refused
 CLAIMS_PER_LEASE = 10  # claims of abandoned entries in the time of a lease
 # Libraries choose their kernels at the first use of a size; a CPU may be far too slow for the tower, and is not hung.
 GPU_FIRST_USE = FirstUse(60.0, 0.0, compiles=True)
@@ -150,7 +152,7 @@ def build(
         metrics=metrics,
         max_bytes=settings.media_max_bytes,
         max_request_bytes=settings.media_request_max_bytes,
-        max_held_bytes=settings.concurrency * settings.media_request_max_bytes,
+        max_held_bytes=min(settings.concurrency, HELD_REQUESTS) * settings.media_request_max_bytes,
         max_model_len=settings.max_model_len,
     )
     encode_locks = EncodeLocks(redis, keys, SERVICE, settings.name, settings.lease_ms / 3000)
@@ -192,11 +194,13 @@ def _segments(settings: MmEncoderSettings, redis: Redis, keys: Keys) -> SegmentS
         ConfigError: the directory cannot be used.
     """
 
-    async def engines() -> list[str]:
+    async def names() -> list[str]:
         return [replica.name for replica in await live(redis, keys, "engine")]
 
     if not settings.segments_dir:
         return None
+    asked: SingleFlight[list[str]] = SingleFlight()  # once for the pictures of a batch
+    engines = partial(asked.join, "engine", names)
     return SegmentStore(Path(settings.segments_dir), settings.segments_bytes, settings.blob_ttl_s, engines)
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from torch import Tensor
 
 from services.mm_encoder import spans
 from services.mm_encoder.helper import Helper
@@ -330,22 +329,22 @@ class EncodeHandler:
                 return
             item = await self._preparer.prepare_one(media, key)
             if item is not None and item.patches is not None:
-                await self._store(item.embedded, await self._batcher.encode(item.patches, lambda: HELP_LACKS))
+                await self._encode_and_store(item.embedded, item.patches, lambda: HELP_LACKS)
 
         await self._encode_locks.encode_if_free(key, encode)
 
-    async def _store(self, embedded: Embedded, rows: Tensor) -> None:
-        with self._metrics.stage("store"):
-            await self._embeds.store(embedded.key, embedded.grid, rows)
-        crash_point("mm_encoder.store.after")
+    async def _encode_and_store(self, embedded: Embedded, patches: Patches, lacks: Callable[[], int]) -> None:
+        async with self._embeds.prepare(embedded.rows) as place:
+            rows = await self._batcher.encode(patches, lacks)
+            with self._metrics.stage("store"):
+                await self._embeds.store(embedded.key, embedded.grid, rows, place)
+            crash_point("mm_encoder.store.after")
 
     async def _encode(self, embedded: Embedded, patches: Patches, lacks: Callable[[], int]) -> None:
         async def stored() -> bool:
             return await self._embeds.find(embedded.kind, embedded.key) is not None
 
-        async def encode() -> None:
-            await self._store(embedded, await self._batcher.encode(patches, lacks))
-
+        encode = partial(self._encode_and_store, embedded, patches, lacks)
         await self._encode_locks.encode_once(embedded.key, stored, encode)
 
     # ------------------------------------------------------------------------------------------------ ending a request

@@ -41,7 +41,9 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     mps_percent: Annotated[int, Meta(ge=0, le=100)] = (
         0  # share of the multiprocessors, in percent, under CUDA MPS; 0: all
     )
-    concurrency: Positive = 8  # requests in flight, besides up to 64 that wait for links to other servers
+    # Requests in flight, besides up to 64 that wait for links to other servers. 16 pictures of 448 x 448 are two of the
+    # tower's batches: one is computed while the other is decoded.
+    concurrency: Positive = 16
     preprocess_threads: Positive = 2  # files decoded at once, each in a process; as many again of those that take long
     torch_threads: Count = 0  # threads of torch on a CPU; 0: one for each core we may use
     # Seconds after which a batch is taken to hang, besides those in which it waited for an engine; 0: no bound.

@@ -1,14 +1,18 @@
 """Embeddings in segments where this host's engines see them, and in Redis where one does not: the same bytes."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from encoder_bench import Bench
 from media_files import picture
 from prometheus_client import CollectorRegistry
 
-from shared.bus.leases import Lease
+from services.mm_encoder.__main__ import _segments
+from services.mm_encoder.store.segments import SegmentStore, Unwritten
+from shared.bus.leases import Lease, Replica, live
 from shared.segments import Reader, Segments
 
 pytestmark = pytest.mark.system  # files are decoded in processes
@@ -104,6 +108,50 @@ async def test_what_is_lost_is_made_again(bench: Bench, host: Host, lost: str) -
         assert bench.passes() == 2
     if lost == "the engine's mark":
         host.reader = Reader(host.segments, "e")
+
+
+async def test_memory_is_prepared_beside_the_tower(bench: Bench, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second picture on, since engines see the first; not for the third, which counts as small."""
+    places, write = list[Unwritten | None](), SegmentStore.write
+
+    async def seen(store: SegmentStore, key: str, data: memoryview, unwritten: Unwritten | None) -> bool:
+        places.append(unwritten)
+        return await write(store, key, data, unwritten)
+
+    monkeypatch.setattr(SegmentStore, "write", seen)
+    monkeypatch.setattr("services.mm_encoder.store.cache.LARGE", 1)
+    await host.engine_lives("e")
+    async with bench.running(segments_dir=str(host.segments.directory)):
+        key = await show(bench, "a", 1)
+        made = host.read(key)
+        for request_id, count in (("b", 2), ("c", 3)):
+            host.segments.path(key).unlink()
+            await show(bench, request_id, count)
+            assert host.read(key) == made
+            monkeypatch.setattr("services.mm_encoder.store.cache.LARGE", 1 << 20)
+        assert bench.passes() == 3
+    assert [place is not None for place in places] == [False, True, False]
+    assert {path.name for path in host.segments.directory.iterdir() if path.is_file()} == {host.segments.path(key).name}
+
+
+async def test_pictures_of_a_batch_ask_together_which_engines_live(
+    bench: Bench, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def counted(*told: Any) -> list[Replica]:
+        nonlocal asked
+        asked += 1
+        return await live(*told)
+
+    monkeypatch.setattr("services.mm_encoder.__main__.live", counted)
+    store = _segments(bench.settings(segments_dir=str(host.segments.directory)), bench.redis, bench.keys)
+    assert store is not None
+    assert await asyncio.gather(*(store.reaches_all() for _ in range(8))) == [False] * 8
+    assert asked == 1
+    await host.engine_lives("e")
+    assert await store.reaches_all()
+    assert asked == 2
 
 
 async def test_without_an_engine_they_wait_in_redis(bench: Bench, host: Host) -> None:

@@ -10,6 +10,7 @@ from services.mm_encoder.media.patches import CLIP_MEAN, CLIP_STD
 from services.mm_encoder.media.processor_settings import ProcessorSettings
 from services.mm_encoder.media.timestamps import FONT, font_file
 from services.mm_encoder.settings import MmEncoderSettings
+from services.mm_encoder.vision.batcher import ENOUGH
 from shared.config import load
 from shared.errors import CheckpointError, ConfigError
 from shared.model.config import VisionConfig
@@ -29,6 +30,11 @@ def test_processor_kwargs_are_fastdeploys() -> None:
     assert kwargs.image_min_pixels == 3136
     assert (kwargs.video_min_pixels, kwargs.video_max_pixels) == (234416, 937664)
     assert (kwargs.frame_sampling.fps, kwargs.frame_sampling.frames_sample) == (1, "middle")
+
+
+def test_small_pictures_fill_a_batch_while_another_is_encoded() -> None:
+    patches = (448 // 14) ** 2
+    assert settings().concurrency >= 2 * ENOUGH // patches
 
 
 @pytest.mark.parametrize(

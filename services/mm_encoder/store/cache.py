@@ -8,7 +8,8 @@ time: `SingleFlight` ensures it within a process, `locks.py` among replicas.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from services.mm_encoder.media.patches import Grid
 from services.mm_encoder.prompt import Embedded
-from services.mm_encoder.store.segments import SegmentStore
+from services.mm_encoder.store.segments import LARGE, SegmentStore, Unwritten
 from shared.bus.blobs import EMBEDS, Blobs
 from shared.messages import MediaKind
 
 T = TypeVar("T")
+
+Place = Awaitable[Unwritten | None] | None
 
 
 class EmbedMeta(msgspec.Struct, frozen=True):
@@ -51,6 +54,17 @@ class Embeds:
     def __init__(self, blobs: Blobs, segments: SegmentStore | None = None) -> None:
         self._blobs = blobs
         self._segments = segments
+        self._row_bytes = 0  # of embeddings in segments; 0: the last ones went through Redis
+
+    @asynccontextmanager
+    async def prepare(self, rows: int) -> AsyncIterator[Place]:
+        """Prepare for so many rows within the block, while they are computed: `store` needs less time with that."""
+        size = rows * self._row_bytes
+        if self._segments is None or size < LARGE:
+            yield None
+            return
+        async with self._segments.prepare(size) as place:
+            yield place
 
     async def find(self, kind: MediaKind, key: str) -> Embedded | None:
         """Return the embeddings stored under `key`, renewing their TTL so that they outlast the way to the engine.
@@ -68,17 +82,25 @@ class Embeds:
             return None
         return Embedded(kind, key, found.grid, found.rows)
 
-    async def store(self, key: str, grid: Grid, rows: Tensor) -> None:
-        """Store `rows`, [rows, hidden] on the CPU, as their raw bytes.
+    async def store(self, key: str, grid: Grid, rows: Tensor, place: Place = None) -> None:
+        """Store `rows`, [rows, hidden] on the CPU, as their raw bytes, at a place that was prepared for them.
 
         Raises:
             RequestError: 503, the embeddings exceed the budget of the blob store.
         """
         meta = EmbedMeta(grid, rows.shape[0], rows.shape[1], str(rows.dtype).removeprefix("torch."))
         data = rows.contiguous().flatten().view(torch.uint8).numpy().data
-        if self._segments is not None and await self._segments.reaches_all() and await self._segments.write(key, data):
+        if await self._write_segment(key, data, place):
+            self._row_bytes = len(data) // len(rows)
             data, meta = memoryview(b""), msgspec.structs.replace(meta, segment=True)
+        else:
+            self._row_bytes = 0
         await self._blobs.put(EMBEDS, key, data, msgspec.json.encode(meta))
+
+    async def _write_segment(self, key: str, data: memoryview, place: Place) -> bool:
+        if self._segments is None or not await self._segments.reaches_all():
+            return False
+        return await self._segments.write(key, data, None if place is None else await place)
 
     async def sweep(self) -> None:
         """Remove segments that nobody may use any more."""

@@ -3,6 +3,9 @@
 What was used within the last minute may have been announced to an engine that has yet to map it. It stays, and what
 then has no room goes through Redis. Files take no more than `budget`, and than half of their file system; files that
 were removed take memory beside it until engines that have mapped them let go, so a write also looks at what is free.
+
+A page that is new costs more than what is written to it, and one that is new to a virtual machine ten times as much. So
+the pages of a large segment are taken while its embeddings are computed (`prepare`).
 """
 
 import asyncio
@@ -12,9 +15,11 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shared.segments import CARDS, READERS, Segments, is_marked, reader_path
 
@@ -22,20 +27,33 @@ SHARE = 0.5  # of the file system
 RECENT_S = 60.0  # since a segment was written, found or mapped; until then none is removed for want of room
 PART = 8  # of the budget: at most so much is written between two looks at what others wrote, and so much stays free
 FULL_S = 1.0  # no room was found; so long nobody looks again
-UNFINISHED_S = 60.0  # since the last write; then its writer has died
+UNFINISHED_S = 60.0  # since the last write; then its writer has died, or has waited for so long that it begins anew
+LARGE = 4 << 20  # bytes of a segment that is worth a thread's way there and back to prepare
+_ZEROS = memoryview(bytes(LARGE))
 _UNFINISHED = ".new-"
 _OURS = re.compile(rf"[0-9a-f]{{64}}|{re.escape(_UNFINISHED)}.*")
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
+class _File(NamedTuple):
+    """File of ours. A directory may have thousands, which are listed while the interpreter does nothing else."""
+
+    path: str
     size: int
     used: float  # unix seconds
+    finished: bool
 
-    @property
-    def finished(self) -> bool:
-        return not self.path.name.startswith(_UNFINISHED)
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another encoder was faster
+            os.unlink(self.path)
+
+
+@dataclass(slots=True)
+class Unwritten:
+    """Memory for a segment of `size` bytes: an unfinished file, until it has been written."""
+
+    path: Path
+    size: int
+    written: bool = False
 
 
 class SegmentStore:
@@ -74,29 +92,66 @@ class SegmentStore:
         """Map a segment; None if it is gone."""
         return self._segments.read(key)
 
-    async def write(self, key: str, data: memoryview) -> bool:
-        """Write a segment, in place of those used longest ago; return False if there is no room for it."""
-        return await asyncio.to_thread(self._write, key, data)
+    @asynccontextmanager
+    async def prepare(self, size: int) -> AsyncIterator[Awaitable[Unwritten | None]]:
+        """Take memory for a segment of `size` bytes. What has not been written by the block's end is given back."""
+        making = asyncio.ensure_future(asyncio.to_thread(self._prepare, size))
+        try:
+            yield asyncio.shield(making)
+        finally:
+            if (unwritten := await making) is not None and not unwritten.written:
+                unwritten.path.unlink(missing_ok=True)
+
+    async def write(self, key: str, data: memoryview, unwritten: Unwritten | None = None) -> bool:
+        """Write a segment, in place of those used longest ago; return False if there is no room for it.
+
+        `unwritten`: memory that was prepared for it. It may have been swept, if that is long ago.
+        """
+        return await asyncio.to_thread(self._write, key, data, unwritten)
 
     async def sweep(self) -> None:
         """Remove what is too old, and what dead processes left."""
         with contextlib.suppress(OSError):  # somebody has removed the directory
             await asyncio.to_thread(self._sweep)
 
-    def _write(self, key: str, data: memoryview) -> bool:
-        unfinished = self._segments.directory / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    def _prepare(self, size: int) -> Unwritten | None:
+        """Take memory for a segment, page by page; None if there is no room for it."""
+        if (unwritten := self._begin(size)) is None:
+            return None
+        try:
+            _fill(unwritten.path, *(_ZEROS[: size - start] for start in range(0, size, len(_ZEROS))))
+        except OSError:
+            unwritten.path.unlink(missing_ok=True)
+            return None
+        return unwritten
+
+    def _write(self, key: str, data: memoryview, unwritten: Unwritten | None) -> bool:
+        if unwritten is None or unwritten.size != len(data) or not unwritten.path.exists():
+            unwritten = self._begin(len(data))
+        if unwritten is None:
+            return False
+        try:
+            _fill(unwritten.path, data)
+            with self._lock:  # a list of the directory may have neither name of a file that is renamed meanwhile
+                unwritten.path.rename(self._segments.path(key))
+        except OSError:  # the file system is full, of other things, or somebody has removed the directory
+            unwritten.path.unlink(missing_ok=True)
+            return False
+        unwritten.written = True
+        return True
+
+    def _begin(self, size: int) -> Unwritten | None:
+        """Make an unfinished file of so many bytes; None if there is no room for it."""
+        path = self._segments.directory / f"{_UNFINISHED}{secrets.token_hex(8)}"
         try:
             with self._lock:
-                if not self._has_room(len(data)):
-                    return False
-                _create(unfinished, len(data))
-            _fill(unfinished, data)
-            with self._lock:  # a list of the directory may have neither name of a file that is renamed meanwhile
-                unfinished.rename(self._segments.path(key))
-        except OSError:  # the file system is full, of other things, or somebody has removed the directory
-            unfinished.unlink(missing_ok=True)
-            return False
-        return True
+                if not self._has_room(size):
+                    return None
+                _create(path, size)
+        except OSError:
+            path.unlink(missing_ok=True)
+            return None
+        return Unwritten(path, size)
 
     def _has_room(self, needed: int) -> bool:
         """Take `needed` bytes of the room; return False if there is not as much."""
@@ -136,7 +191,7 @@ class SegmentStore:
                     gained += file.size
         if free + gained >= needed:
             for file in victims:
-                file.path.unlink(missing_ok=True)
+                file.remove()
             free += gained
         self._room = max(0, min(free, max(needed, self._budget // PART)))
 
@@ -144,7 +199,7 @@ class SegmentStore:
         now = time.time()
         for file in self._files():
             if now - file.used > (self._ttl_s if file.finished else UNFINISHED_S):
-                file.path.unlink(missing_ok=True)
+                file.remove()
         for directory in (READERS, CARDS):
             for mark in (self._segments.directory / directory).iterdir():
                 is_marked(mark)
@@ -152,10 +207,12 @@ class SegmentStore:
     def _files(self) -> Iterable[_File]:
         """Yield our files; what others have put there is not ours to count, let alone to remove."""
         for entry in os.scandir(self._segments.directory):
-            with contextlib.suppress(FileNotFoundError):  # another encoder sweeps, too
-                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                try:
                     stat = entry.stat(follow_symlinks=False)
-                    yield _File(Path(entry.path), stat.st_size, stat.st_mtime)
+                except FileNotFoundError:  # another encoder sweeps, too
+                    continue
+                yield _File(entry.path, stat.st_size, stat.st_mtime, not entry.name.startswith(_UNFINISHED))
 
 
 def _create(path: Path, size: int) -> None:
@@ -167,11 +224,12 @@ def _create(path: Path, size: int) -> None:
         os.close(fd)
 
 
-def _fill(path: Path, data: memoryview) -> None:
+def _fill(path: Path, *parts: memoryview) -> None:
     """Write a file's bytes. By `write`, since a full file system is an error then; written memory would be a signal."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        while data:
-            data = data[os.write(fd, data) :]
+        for data in parts:
+            while data:
+                data = data[os.write(fd, data) :]
     finally:
         os.close(fd)

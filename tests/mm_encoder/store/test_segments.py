@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.mm_encoder.store.segments import RECENT_S, UNFINISHED_S, SegmentStore
+from services.mm_encoder.store.segments import LARGE, RECENT_S, UNFINISHED_S, SegmentStore
 from shared.card_page import OwnPage
 from shared.errors import ConfigError
 from shared.segments import CARDS, READERS, Reader, Segments
@@ -200,6 +200,83 @@ async def test_a_full_file_system_is_no_failure(
     monkeypatch.setattr(os, "write", full)
     assert not await store.write("cat", DATA)
     assert names(segments) == set()
+
+
+@pytest.mark.parametrize("size", [len(DATA), 1])
+async def test_what_was_prepared_is_written(store: SegmentStore, segments: Segments, size: int) -> None:
+    """Or anew, where it is of another size."""
+    async with store.prepare(size) as place:
+        unwritten = await place
+        assert unwritten is not None
+        assert names(segments) == {unwritten.path.name}
+        assert unwritten.path.read_bytes() == bytes(size)
+        inode = unwritten.path.stat().st_ino
+        assert segments.read("cat") is None
+        assert await store.write("cat", DATA, unwritten)
+    assert segments.read("cat") == DATA
+    assert names(segments) == {segments.path("cat").name}
+    assert (segments.path("cat").stat().st_ino == inode) == (size == len(DATA))
+
+
+async def test_pages_of_more_than_one_write_are_prepared(tmp_path: Path, engines: Engines) -> None:
+    size = 2 * LARGE + 4096
+    store = SegmentStore(tmp_path / "segments", 4 * size, TTL_S, engines)
+    async with store.prepare(size) as place:
+        unwritten = await place
+        assert unwritten is not None
+        stat = unwritten.path.stat()
+        assert (stat.st_size, stat.st_blocks * 512 >= size) == (size, True)
+
+
+async def test_what_was_prepared_and_not_written_is_removed(store: SegmentStore, segments: Segments) -> None:
+    waits = asyncio.Event()
+
+    async def encode() -> None:
+        async with store.prepare(len(DATA)) as place:
+            await place
+            waits.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(encode())
+    await waits.wait()
+    assert len(names(segments)) == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert names(segments) == set()
+
+
+async def test_what_was_prepared_counts(store: SegmentStore) -> None:
+    async with store.prepare(BUDGET) as place:
+        assert await place is not None
+        assert not await store.write("cat", DATA)
+        async with SegmentStore(store._segments.directory, BUDGET, TTL_S, Engines()).prepare(len(DATA)) as another:
+            assert await another is None
+
+
+async def test_what_was_prepared_long_ago_is_written_anew(store: SegmentStore, segments: Segments) -> None:
+    async with store.prepare(len(DATA)) as place:
+        unwritten = await place
+        assert unwritten is not None
+        os.utime(unwritten.path, (1, 1))
+        await SegmentStore(segments.directory, BUDGET, TTL_S, Engines()).sweep()
+        assert names(segments) == set()
+        assert await store.write("cat", DATA, unwritten)
+    assert segments.read("cat") == DATA
+
+
+async def test_nothing_is_prepared_where_nothing_can_be_written(
+    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "write", full)
+    async with store.prepare(len(DATA)) as place:
+        assert await place is None
+        assert names(segments) == set()
+    shutil.rmtree(segments.directory)
+    async with store.prepare(len(DATA)) as place:
+        assert await place is None
 
 
 async def test_a_directory_that_was_removed_is_no_failure(store: SegmentStore, segments: Segments) -> None:
