@@ -37,7 +37,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
     api_keys_file: str = ""  # keys with names, weights and limits (docs/tenants.md); read again when it changes
-    # the most of max_concurrency, max_queue and max_num_queued_tokens that one key of the file may take.
+    # the most of max_concurrency, max_queue, max_num_queued_tokens and the room of uploads that one key of the file may
+    # take.
     tenant_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     # Origins of web pages that browsers may call the API from (`https://chat.example.org`), `*` for all; none: no CORS.
     allowed_origins: tuple[Annotated[str, Meta(min_length=1)], ...] = ()

@@ -68,6 +68,11 @@
     {ns}:tenant:{name}:open          hash    gateway              gateway            field deleted at its request's end, or when its place is needed
                                              request id -> "tokens of its prompt while it waits:when it came in microseconds"
     {ns}:tenant:{name}:open:swept    string  gateway              gateway            a second, for which ended requests are not looked for again
+    {ns}:tenant:{name}:open:uploads  hash    gateway              gateway            the same as the open request's field
+                                             request id -> bytes of its uploads
+    {ns}:tenants:left                hash    gateway              gateway            field deleted at its request's end
+                                             "name id" of requests whose clients left and may come back -> what is charged of
+                                             its answer, and the limit a minute
     {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
     {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
@@ -201,6 +206,10 @@ class Keys(msgspec.Struct, frozen=True):
     def tenant_open(self, name: str) -> str:
         return f"{self.tenant(name)}:open"
 
+    def tenants_left(self) -> str:
+        """Return the key of the requests of tenants that go on without a client."""
+        return f"{self.ns}:tenants:left"
+
     def leader(self, role: str) -> str:
         """Return the key of a leader election: one replica acts, the others stand by."""
         return f"{self.ns}:leader:{role}"
@@ -217,6 +226,7 @@ class Keys(msgspec.Struct, frozen=True):
             own.control(): "stream",
             **{own.replicas(service): "set" for service in SERVICES},
             own.shards(): "hash",
+            own.tenants_left(): "hash",
             own.encode_locks(): "hash",
             **own.blob_types(),
             **responses.blob_types(),
