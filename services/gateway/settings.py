@@ -69,7 +69,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
     # how long a response of /v1/responses is kept after it was used last
     responses_keep_s: Positive = 24 * 3600
-    # inputs and outputs of these responses in Redis; beyond it the least recently used are deleted
+    # inputs and outputs of these responses in Redis; beyond it the least recently used of the key with most are deleted
     responses_budget_bytes: Positive = 512 << 20
     # how long files of /v1/files are kept at the most, and batches after their end
     files_keep_s: Annotated[int, Meta(ge=3600)] = 30 * 86400

@@ -36,9 +36,12 @@
     {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
     {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, their sum, and that of the pinned ones
+    {ns}:blobs:owned                 hash    the same             the same           "bytes:owner" of each blob that has an owner
+    {ns}:blobs:owners                zset    the same             the same           owners by bytes
+    {ns}:blobs:of:{owner}            zset    the same             the same           their blobs by last use
     {ns}:blobs:pinned                zset    the same             the same           blobs that are not evicted, by expiry: uploads of requests that live
     {ns}:responses:blob:{kind}:{id}  hash    gateway              gateway            `responses_keep_s` after the last use; evicted oldest
-                                             first over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
+                                             first of who has most, over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
                                              as above, all below {ns}:responses
     {ns}:file:{id}                   hash    gateway              gateway            until it is deleted or its expiry
                                              fields: owner, size, chunks; about (JSON), once it is complete
@@ -237,4 +240,5 @@ class Keys(msgspec.Struct, frozen=True):
 
     def blob_types(self) -> dict[str, str]:
         """Return those of them that are where the blobs are, which may be another Redis."""
-        return {self.blobs(): "zset", self.blob_pins(): "zset", self.blob_sizes(): "hash"}
+        index = {self.blobs(): "zset", self.blob_pins(): "zset", self.blob_sizes(): "hash"}
+        return {**index, f"{self.blobs()}:owned": "hash", f"{self.blobs()}:owners": "zset"}
