@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cli.output import printable
 from shared.bus.pipeline_view import HELD, QUEUES, ROOM, PipelineView, QueueView, ReplicaView, StageView, problems
+from shared.visible import visible
 
 COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "gone": "red", "unreadable": "red"}
 SHARES = ("kv_usage", "prefix_hits", "guesses_right", "cache_hits")  # figures that are parts of one
@@ -52,7 +52,7 @@ def figure(name: str, value: float) -> str:
 
 def _text(words: str, style: str = "") -> Text:
     """Return words of Redis's, in which brackets are no markup."""
-    return Text(printable(words), style)
+    return Text(visible(words), style)
 
 
 def _short(number: float) -> str:

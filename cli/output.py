@@ -115,11 +115,6 @@ def _outlive(stream: TextIO, error: OSError) -> None:
         silence(stream)
 
 
-def printable(text: str) -> str:
-    """Return a text, which came from elsewhere, without characters that a terminal would act on."""
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
-
-
 def silence(stream: TextIO) -> None:
     """Let the stream, with what is still in its buffer, lead to nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

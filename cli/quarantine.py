@@ -22,7 +22,6 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli.connection import no_answer, parser
-from cli.output import printable
 from services.gateway.request import answer_format
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
@@ -33,6 +32,7 @@ from shared.bus.records import Records
 from shared.errors import ConfigError, ProtocolError
 from shared.message_codec import from_entry
 from shared.messages import Encode, Generate, Request, unpack_ids
+from shared.visible import visible
 
 DONE, NOT_DONE, UNKNOWN = 0, 1, 2
 STREAMS = (ENCODE, GENERATE)
@@ -216,7 +216,7 @@ class Quarantine:
 def line(entry: Entry) -> str:
     """Write an entry as a line of `list`."""
     what = "unreadable" if entry.message is None else _client_name(entry.message.request)
-    return printable(f"{entry.name}  {entry.since}  {what}  {entry.reason}")
+    return visible(f"{entry.name}  {entry.since}  {what}  {entry.reason}")
 
 
 def describe(entry: Entry, body: bool) -> str:
@@ -224,7 +224,7 @@ def describe(entry: Entry, body: bool) -> str:
     fields: dict[str, object] = {"since": entry.since, "reason": entry.reason, "deliveries": entry.attempts}
     if (message := entry.message) is not None:
         fields |= _of_request(message.request) | _of_work(message)
-    lines = [printable(text) for text in (entry.name, *(f"  {name:12} {value}" for name, value in fields.items()))]
+    lines = [visible(text) for text in (entry.name, *(f"  {name:12} {value}" for name, value in fields.items()))]
     if body:
         lines.append(f"  {'body':12} {'unreadable' if message is None else _body(message)}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """A Redis that takes no writes, as a person is told of it: streams stand still, and nothing else says why."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,14 +39,21 @@ class Refusals:
         self._report = report
         self._where = f" (its data are in {data})" if data else ""
         self.reason = ""  # as of the last look
+        self._since = 0.0  # when it was first seen
 
     async def look(self, redis: Redis, keys: Keys) -> None:
         """Ask, and report a change."""
         before, self.reason = self.reason, await refusal(redis, keys)
         if self.reason and not before:
+            self._since = time.monotonic()
             self._report(f"redis takes no writes, and requests stand still until it does: {self.reason}{self._where}")
         elif before and not self.reason:
             self._report("redis takes writes again")
+
+    @property
+    def lasting_s(self) -> float:
+        """Return for how long Redis has refused, as of the last look."""
+        return time.monotonic() - self._since if self.reason else 0.0
 
     def explain(self) -> list[str]:
         """Return the lines that say, at an end, why requests were not answered."""

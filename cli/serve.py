@@ -47,6 +47,7 @@ POLL_S = (0.1, 1.0)  # between two reads of the leases: until all are ready, and
 STATUS_S = 10.0
 EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for all interfaces
 CLOSE_S = 10.0  # what a service may take to close, once drained
+REFUSED_S = 5.0  # for which Redis takes no writes: no drain ends what needs them
 LEAST_DRAIN_S = 2.0  # to drain in, for a service that is stopped after others have used the time
 SAME_SIGNAL_S = 1.0  # a terminal and a `make` between us both pass on one Ctrl-C
 
@@ -176,6 +177,7 @@ class System:
         self._keys = Keys(common.namespace)
         self._drain_s = common.drain_s
         self._drain_until = 0.0
+        self._drains_in_vain = asyncio.Event()
         self._listener = listener
         self._terminal = Terminal()
         self._refusals = Refusals(report, redis.directory if redis else None)
@@ -210,12 +212,14 @@ class System:
         failed = not self._stop_requested.is_set()
         if failed:
             self._explain(done)
-        self.failures += self._refusals.explain()
         for watcher in watchers:
             watcher.cancel()
         self._drain_until = time.monotonic() + self._drain_s
         self._listener.close()  # the gateways have it too, and close theirs when they have ended their requests
+        watchers.append(asyncio.create_task(self._watch_drain()))
         orderly = [all(await asyncio.gather(*map(self._stop, stage))) for stage in self._stages]
+        self.failures += self._refusals.explain()
+        watchers[-1].cancel()
         redis.cancel()  # only now: the services cannot end in order without it
         await asyncio.gather(*tasks, *watchers, redis, return_exceptions=True)
         signals.handle(signal.SIG_IGN)
@@ -266,6 +270,19 @@ class System:
                 await asyncio.sleep(POLL_S[self._all_ready])
         finally:
             self._terminal.close()
+            await client.aclose()
+
+    async def _watch_drain(self) -> None:
+        """Give requests that cannot end, since Redis takes no writes, no more time to."""
+        client = connect(self._redis_url)
+        try:
+            while self._refusals.lasting_s < REFUSED_S:
+                with contextlib.suppress(RedisError):
+                    await self._refusals.look(client, self._keys)
+                await asyncio.sleep(POLL_S[0])
+            report("requests under way are not waited for, as they cannot end while redis takes no writes")
+            self._drains_in_vain.set()
+        finally:
             await client.aclose()
 
     async def _observe(self, client: Redis) -> str:
@@ -319,6 +336,8 @@ class System:
             self._kill_all()
 
     async def _stop(self, child: Child) -> bool:
-        orderly = await child.stop(max(self._drain_until, time.monotonic() + LEAST_DRAIN_S), CLOSE_S)
+        orderly = await child.stop(
+            max(self._drain_until, time.monotonic() + LEAST_DRAIN_S), CLOSE_S, self._drains_in_vain
+        )
         report(f"{child.service:10} {'stopped' if orderly else f'did not stop in order: it {child.ending}'}")
         return orderly

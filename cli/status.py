@@ -12,11 +12,11 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli.connection import no_answer, parser
-from cli.output import printable
 from shared.bus.client import connect
 from shared.bus.key_types import naming_wrong_types, wrong_types
 from shared.bus.keys import Keys
 from shared.bus.pipeline_view import HELD, BatchesView, PipelineView, StageView, problems, read
+from shared.visible import visible
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 
@@ -48,7 +48,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         print(msgspec.json.encode(Status(not found, found, view)).decode())
     else:
         lines = [*map(line, view.stages), *batches_line(view.batches)]
-        print("\n".join(map(printable, [*lines, *(f"! {problem}" for problem in found)])))
+        print("\n".join(map(visible, [*lines, *(f"! {problem}" for problem in found)])))
     return UNWELL if found else WELL
 
 

@@ -85,15 +85,16 @@ class Child:
         finally:
             self._ended.set()
 
-    async def stop(self, drain_until: float, close_s: float) -> bool:
+    async def stop(self, drain_until: float, close_s: float, in_vain: asyncio.Event) -> bool:
         """Terminate the process; return True if it ended in order.
 
-        It may finish what it runs until `drain_until`, on the clock `time.monotonic`, and is killed `close_s` later.
+        It may finish what it runs until `drain_until`, on the clock `time.monotonic`, or until `in_vain` is set, since
+        nothing can be finished any more; and is killed `close_s` later.
         """
         self._stopping.set()
         asked = time.monotonic()
         self._send(signal.SIGTERM)
-        if not await self._ended_within(drain_until - asked):
+        if not await self._ended_within(drain_until - asked, in_vain):
             self._send(signal.SIGUSR1)  # which ends the drain
             if not await self._ended_within(close_s):
                 self._report(f"{self.service} did not end within {time.monotonic() - asked:.0f} s and was killed")
@@ -112,13 +113,12 @@ class Child:
         if self._process and self._process.returncode is None:
             self._process.send_signal(number)
 
-    async def _ended_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._ended.wait()
-        except TimeoutError:
-            return False
-        return True
+    async def _ended_within(self, seconds: float, *cut_short_by: asyncio.Event) -> bool:
+        waiting = [asyncio.create_task(event.wait()) for event in (self._ended, *cut_short_by)]
+        await asyncio.wait(waiting, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+        for each in waiting:
+            each.cancel()
+        return self._ended.is_set()
 
     async def _keep_running(self) -> None:
         quick = 0

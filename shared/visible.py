@@ -1,4 +1,4 @@
-"""Text from elsewhere, a checkpoint's for one, as it may be printed on a terminal."""
+"""Text from elsewhere, a checkpoint's or a replica's for one, as it may be printed on a terminal."""
 
 
 def visible(text: str) -> str:

@@ -135,6 +135,17 @@ def test_stale_calls_count_in_every_test_and_all_else_where_it_is_asked() -> Non
         assert type_check.counts({"file": file, "code": code}, strict) is expected
 
 
+def test_each_conftest_is_type_checked_under_a_name_of_its_own(tmp_path: Path) -> None:
+    for folder in ("tests", "tests/gateway", "tests/engine/model"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "conftest.py").write_text(folder)
+    copies = type_check.copy_conftests(tmp_path)
+    assert len({Path(copy).name for copy in copies}) == len(copies) == 3
+    assert {(tmp_path / copy).read_text(): original for copy, original in copies.items()} == {
+        folder: f"{folder}/conftest.py" for folder in ("tests", "tests/gateway", "tests/engine/model")
+    }
+
+
 @pytest.mark.system
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "cli.main", "--version"], cwd=ROOT, capture_output=True, text=True)

@@ -154,8 +154,8 @@ class Pool:
         answer.sent = time.monotonic()
         try:
             connection = await self._connection()
-        except OSError as error:
-            answer.error, answer.ended = f"cannot connect: {error}", time.monotonic()
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have, as a..b
+            answer.error, answer.ended = f"cannot connect: {str(error) or type(error).__name__}", time.monotonic()
             return
         try:
             await connection.stream(f"{self._head}{len(body)}\r\n\r\n".encode(), body, answer)

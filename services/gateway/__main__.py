@@ -80,7 +80,7 @@ from services.gateway.tenants.keyring import Keyring
 from services.gateway.tenants.limiter import Ceilings, Limiter
 from services.gateway.tenants.metrics import TenantMetrics
 from services.gateway.tenants.slots import TenantSlots
-from shared.bus.blobs import Blobs
+from shared.bus.blobs import UPLOADS_SHARE, Blobs
 from shared.bus.client import connect_blobs
 from shared.bus.keys import Keys
 from shared.bus.records import Records
@@ -128,7 +128,8 @@ def compose(
     metrics = GatewayMetrics(registry)
     tenant_metrics = TenantMetrics(registry)
     keyring = Keyring(settings.api_keys, settings.api_keys_file, tenant_metrics.reloads)
-    ceilings = Ceilings(settings.max_queue, settings.max_num_queued_tokens, settings.tenant_share)
+    uploads = int(UPLOADS_SHARE * settings.blob_budget_bytes)
+    ceilings = Ceilings(settings.max_queue, settings.max_num_queued_tokens, settings.tenant_share, uploads)
     limiter = Limiter(redis, keys, ceilings, tenant_metrics)
     slots = TenantSlots(ceilings.share(settings.max_concurrency), tenant_metrics)
     admission = Admission(settings.max_concurrency, metrics.rejections)
@@ -160,6 +161,7 @@ def compose(
         templates=templates,
         grammars=grammars,
         open_requests=open_requests,
+        count=pipeline.count,
         writer=writer,
         max_text_bytes=settings.max_text_bytes,
         request_timeout_s=settings.request_timeout_s,

@@ -76,7 +76,7 @@ class Gateway:
         await self._templates.start()
         await self._inbox.create()
         work = {"inbox": self._inbox.run(), "watch": self._inbox.watch(self._watch_s), "clock": self._tick()}
-        work |= {"limiter": self._limiter.run(), "batches": self._batches.run()}
+        work |= {"limiter": self._limiter.run(), "left": self._limiter.watch_left(), "batches": self._batches.run()}
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
         self._serving = asyncio.create_task(self._server.run_until_stopped(), name="server")
         self._tasks.append(self._serving)

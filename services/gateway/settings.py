@@ -37,7 +37,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     served_model_names: tuple[ModelName, ...] = ()
     api_keys: tuple[str, ...] = ()  # keys of which clients must send one; none: everybody may call
     api_keys_file: str = ""  # keys with names, weights and limits (docs/tenants.md); read again when it changes
-    # the most of max_concurrency, max_queue and max_num_queued_tokens that one key of the file may take.
+    # the most of max_concurrency, max_queue, max_num_queued_tokens and the room of uploads that one key of the file may
+    # take.
     tenant_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     # Origins of web pages that browsers may call the API from (`https://chat.example.org`), `*` for all; none: no CORS.
     allowed_origins: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
@@ -68,7 +69,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
     # how long a response of /v1/responses is kept after it was used last
     responses_keep_s: Positive = 24 * 3600
-    # inputs and outputs of these responses in Redis; beyond it the least recently used are deleted
+    # inputs and outputs of these responses in Redis; beyond it the least recently used of the key with most are deleted
     responses_budget_bytes: Positive = 512 << 20
     # how long files of /v1/files are kept at the most, and batches after their end
     files_keep_s: Annotated[int, Meta(ge=3600)] = 30 * 86400

@@ -72,7 +72,7 @@ class Worker:
         Raises:
             ConfigError: the deployment has another number of shards.
         """
-        await self._shards.check_count()
+        await retry_until_available("shards", self._shards.check_count)
 
     async def serve(self) -> None:
         """Run turns until cancelled. The turn that runs then goes on: `drain` waits for its end."""

@@ -55,10 +55,11 @@ class Blobs:
         self._touch_blob = redis.register_script(read_script("touch_blob"))
         self._delete_blobs = redis.register_script(read_script("delete_blobs"))
 
-    async def put(self, kind: str, key: str, data: bytes | memoryview, meta: bytes = b"") -> None:
+    async def put(self, kind: str, key: str, data: bytes | memoryview, meta: bytes = b"", owner: str = "") -> None:
         """Store a blob, overwriting it; it becomes visible when its last chunk is written.
 
-        Evicts the least recently used blobs while the budget is exceeded.
+        While the budget is exceeded, evicts the least recently used blobs: those of the owner that has most bytes, so
+        that nobody with an even share or less loses one to others; where blobs have no owner, those of all.
 
         Raises:
             RequestError: `data` alone exceeds the budget (503; a caller that wants a 4xx checks before).
@@ -68,7 +69,7 @@ class Blobs:
             raise internal(
                 f"{len(view)} bytes of {kind} exceed the server's budget of {self._budget}", "blob_budget_exceeded", 503
             )
-        entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget]
+        entry = [*self._common, self._keys.blob_member(kind, key), len(view), self._ttl_s, self._budget, owner]
         if len(view) <= CHUNK:
             chunk = [bytes(view)] if len(view) else []
             await self._index_blob(keys=self._index, args=[*entry, len(chunk), meta, *chunk])

@@ -36,9 +36,12 @@
     {ns}:blob:{kind}:{key}:{n}       string  the same             the same           the same; chunk n, about 1 MB
     {ns}:blobs                       zset    the same             the same           index of blobs by last use, for eviction
     {ns}:blobs:sizes                 hash    the same             the same           bytes of each indexed blob, their sum, and that of the pinned ones
+    {ns}:blobs:owned                 hash    the same             the same           "bytes:owner" of each blob that has an owner
+    {ns}:blobs:owners                zset    the same             the same           owners by bytes
+    {ns}:blobs:of:{owner}            zset    the same             the same           their blobs by last use
     {ns}:blobs:pinned                zset    the same             the same           blobs that are not evicted, by expiry: uploads of requests that live
     {ns}:responses:blob:{kind}:{id}  hash    gateway              gateway            `responses_keep_s` after the last use; evicted oldest
-                                             first over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
+                                             first of who has most, over `responses_budget_bytes`; kinds: head, input, end; chunks and indexes
                                              as above, all below {ns}:responses
     {ns}:file:{id}                   hash    gateway              gateway            until it is deleted or its expiry
                                              fields: owner, size, chunks; about (JSON), once it is complete
@@ -68,6 +71,11 @@
     {ns}:tenant:{name}:open          hash    gateway              gateway            field deleted at its request's end, or when its place is needed
                                              request id -> "tokens of its prompt while it waits:when it came in microseconds"
     {ns}:tenant:{name}:open:swept    string  gateway              gateway            a second, for which ended requests are not looked for again
+    {ns}:tenant:{name}:open:uploads  hash    gateway              gateway            the same as the open request's field
+                                             request id -> bytes of its uploads
+    {ns}:tenants:left                hash    gateway              gateway            field deleted at its request's end
+                                             "name id" of requests whose clients left and may come back -> what is charged of
+                                             its answer, and the limit a minute
     {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
     {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
@@ -201,6 +209,10 @@ class Keys(msgspec.Struct, frozen=True):
     def tenant_open(self, name: str) -> str:
         return f"{self.tenant(name)}:open"
 
+    def tenants_left(self) -> str:
+        """Return the key of the requests of tenants that go on without a client."""
+        return f"{self.ns}:tenants:left"
+
     def leader(self, role: str) -> str:
         """Return the key of a leader election: one replica acts, the others stand by."""
         return f"{self.ns}:leader:{role}"
@@ -217,6 +229,7 @@ class Keys(msgspec.Struct, frozen=True):
             own.control(): "stream",
             **{own.replicas(service): "set" for service in SERVICES},
             own.shards(): "hash",
+            own.tenants_left(): "hash",
             own.encode_locks(): "hash",
             **own.blob_types(),
             **responses.blob_types(),
@@ -227,4 +240,5 @@ class Keys(msgspec.Struct, frozen=True):
 
     def blob_types(self) -> dict[str, str]:
         """Return those of them that are where the blobs are, which may be another Redis."""
-        return {self.blobs(): "zset", self.blob_pins(): "zset", self.blob_sizes(): "hash"}
+        index = {self.blobs(): "zset", self.blob_pins(): "zset", self.blob_sizes(): "hash"}
+        return {**index, f"{self.blobs()}:owned": "hash", f"{self.blobs()}:owners": "zset"}

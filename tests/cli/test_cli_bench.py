@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -198,6 +199,23 @@ def test_a_server_that_is_not_there(unused_port: int) -> None:
     (one,) = run(f"http://127.0.0.1:{unused_port}", requests=1)
     assert one.error is not None
     assert one.error.startswith("cannot connect: ")
+
+
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 64}.example"])
+def test_a_name_that_no_host_can_have_is_a_failure_and_no_traceback(host: str) -> None:
+    (one,) = run(f"http://{host}:8180", requests=1)
+    assert one.error is not None
+    assert one.error.startswith("cannot connect: ")
+
+
+def test_a_server_that_closes_before_tls_is_told_with_a_reason() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closing = threading.Thread(target=lambda: server.accept()[0].close())
+        closing.start()
+        (one,) = run(f"https://127.0.0.1:{server.getsockname()[1]}", requests=1)
+        closing.join()
+    assert one.error is not None
+    assert one.error.removeprefix("cannot connect: ")
 
 
 def test_the_time_being_up_ends_it() -> None:

@@ -308,7 +308,7 @@ def test_a_disk_that_stays_full_is_named_and_keeps_nothing_from_ending(
     model: list[str], tmp_path: Path, short_directory: Path
 ) -> None:
     scratch = short_directory
-    with started(model, tmp_path, {"TMPDIR": str(scratch), "MILLRACE_DRAIN_S": "1"}) as system:
+    with started(model, tmp_path, {"TMPDIR": str(scratch), "MILLRACE_DRAIN_S": "3600"}) as system:
         system.wait_until_ready()
         body = {**HELLO, "max_tokens": 2000, "min_tokens": 2000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{system.base_url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:

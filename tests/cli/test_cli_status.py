@@ -155,7 +155,7 @@ def test_names_of_others_are_no_commands_to_the_terminal(redis_url: str, capsys:
 
     asyncio.run(join())
     main(["status", "--redis-url", redis_url, "--namespace", "odd"])
-    assert "1 ready\ufffd[2J" in capsys.readouterr().out
+    assert r"1 ready\x1b[2J" in capsys.readouterr().out
 
 
 def test_flags_that_cannot_be_meant(

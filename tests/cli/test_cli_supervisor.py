@@ -86,7 +86,7 @@ while True:
     running = asyncio.create_task(one.run())
     await until(up, "up")
     one.mark_ready()
-    assert await one.stop(time.monotonic() + PATIENCE_S, 0.0)
+    assert await one.stop(time.monotonic() + PATIENCE_S, 0.0, asyncio.Event())
     await running
 
 
@@ -104,7 +104,30 @@ while True:
     running = asyncio.create_task(one.run())
     await until(up, "up")
     one.mark_ready()
-    assert await one.stop(time.monotonic() + 0.01, PATIENCE_S)
+    assert await one.stop(time.monotonic() + 0.01, PATIENCE_S, asyncio.Event())
+    await running
+
+
+async def test_a_drain_in_vain_is_cut_short_whenever_that_is_known(tmp_path: Path) -> None:
+    up, draining = tmp_path / "up", tmp_path / "draining"
+    script = f"""
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: open({str(draining)!r}, "w").write("draining"))
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+open({str(up)!r}, "w").write("up")
+while True:
+    time.sleep(0.01)
+"""
+    one, in_vain = child(script, []), asyncio.Event()
+    running = asyncio.create_task(one.run())
+    await until(up, "up")
+    one.mark_ready()
+    stopping = asyncio.create_task(one.stop(time.monotonic() + 3600, PATIENCE_S, in_vain))
+    await until(draining, "draining")
+    assert not stopping.done()
+    in_vain.set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await stopping
     await running
 
 
@@ -121,7 +144,7 @@ while True:
     one = child(script, said)
     running = asyncio.create_task(one.run())
     await until(up, "up")
-    assert not await one.stop(0.0, 0.05)
+    assert not await one.stop(0.0, 0.05, asyncio.Event())
     await running
     [line] = said
     assert re.fullmatch(r"engine did not end within \d+ s and was killed", line)
@@ -132,7 +155,7 @@ async def test_stop_before_it_is_ready_is_in_order_whatever_it_had_set_up(tmp_pa
     one = child(f"import signal; open({str(up)!r}, 'w').write('up'); signal.pause()", [])
     running = asyncio.create_task(one.run())
     await until(up, "up")
-    assert await one.stop(time.monotonic() + PATIENCE_S, 0.0)
+    assert await one.stop(time.monotonic() + PATIENCE_S, 0.0, asyncio.Event())
     await running
 
 
@@ -149,7 +172,7 @@ while True:
     running = asyncio.create_task(one.run())
     await until(up, "up")
     one.mark_ready()
-    assert not await one.stop(time.monotonic() + PATIENCE_S, 0.0)
+    assert not await one.stop(time.monotonic() + PATIENCE_S, 0.0, asyncio.Event())
     await running
 
 
@@ -173,7 +196,7 @@ raise SystemExit(1)
     gate.touch()
     async with asyncio.timeout(PATIENCE_S):
         await said.wait()
-    assert not await one.stop(time.monotonic() + PATIENCE_S, 0.0)
+    assert not await one.stop(time.monotonic() + PATIENCE_S, 0.0, asyncio.Event())
     await running
     assert names.read_text() == "x"
 
@@ -216,7 +239,7 @@ while True:
         running = asyncio.create_task(one.run())
         await until(up, "up")
         one.mark_ready()
-        assert await one.stop(time.monotonic() + PATIENCE_S, 0.0)
+        assert await one.stop(time.monotonic() + PATIENCE_S, 0.0, asyncio.Event())
         await running
         if not gone:
             os.close(reader)

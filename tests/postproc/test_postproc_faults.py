@@ -1,13 +1,16 @@
 """Gaps, damaged bytes, and a Redis that forgets or does not answer."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from machine import PATIENCE_S
 from postproc_stand_in import Shown, request
 from postproc_system import TOKENS, System, whole
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis_refusals import configured
 
 from shared.bus import retry as patience
 from shared.bus.keys import Keys
@@ -21,6 +24,18 @@ from shared.messages import (
     TokenLogprob,
     TokenRun,
 )
+
+
+async def test_a_start_waits_for_a_redis_that_takes_no_writes(system: System, caplog: pytest.LogCaptureFixture) -> None:
+    worker = await system.worker()
+    refusal = configured("min-replicas-to-write", "1", "0")
+    async with asyncio.timeout(PATIENCE_S), refusal(None, system.redis):  # type: ignore[arg-type]
+        starting = asyncio.create_task(worker.startup())
+        while "Redis is unavailable; retrying" not in caplog.text:
+            assert not starting.done()
+            await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE_S):
+        await starting
 
 
 async def test_a_gap_ends_the_request_in_an_error(system: System) -> None:

@@ -8,7 +8,7 @@ from shared.errors import Failure, internal
 class GrammarState:
     """Grammar of one sequence, after the tokens that were appended since its thinking ended."""
 
-    __slots__ = ("_failure", "matcher")
+    __slots__ = ("_failure", "matcher", "suspect")
 
     def __init__(self, matcher: LLMatcher) -> None:
         """
@@ -16,14 +16,19 @@ class GrammarState:
             matcher: at the grammar's beginning; this state's own.
         """
         self.matcher = matcher
+        self.suspect = False  # its mask was one of several that together took too long
         self._failure: Failure | None = None
 
     @property
     def failure(self) -> Failure | None:
-        """Why the answer cannot go on: the grammar was too complex after these tokens, or does not allow them."""
+        """Why the answer cannot go on: the grammar is too complex after these tokens, or does not allow them."""
         if self._failure is None and self.matcher.is_error():
             self._failure = internal(f"The grammar failed: {self.matcher.get_error():.300}", "grammar_error").failure
         return self._failure
+
+    def give_up(self, reason: str) -> None:
+        """Let the answer end here, by a failure."""
+        self._failure = internal(f"The grammar failed: {reason}", "grammar_error").failure
 
     @property
     def complete(self) -> bool:

@@ -55,6 +55,8 @@ class TokenCounter(msgspec.Struct, frozen=True):
                 body, lambda: handler.parser.read(_not_kept(read(body))), patience, more
             )
             context.warnings = draft.stated.warnings
+            if not draft.media:  # else it is a request as any other
+                await patience.wait(handler.count(context.quota))
             tokens = await handler.compute(len(rendered), lambda: handler.parser.count_text(draft, rendered))
             if draft.media:
                 tokens = await self._ask_encoder(draft, rendered, context, patience)

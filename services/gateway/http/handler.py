@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -34,6 +34,7 @@ from services.gateway.inflight.request import OpenRequest
 from services.gateway.inflight.work_messages import RequestMetadata
 from services.gateway.request.parsed import Draft, ParsedRequest, RequestParser
 from services.gateway.templates.renderer import TemplateRenderer
+from services.gateway.tenants.limiter import Quota
 
 T = TypeVar("T")
 D = TypeVar("D", Draft, Draft | ParsedRequest)
@@ -73,6 +74,7 @@ class RequestHandler(msgspec.Struct, frozen=True):
     templates: TemplateRenderer
     grammars: GrammarCheck
     open_requests: OpenRequests
+    count: Callable[[Quota], Coroutine[Any, Any, None]]  # of a request that is answered here, among its tenant's
     writer: AnswerWriter
     max_text_bytes: int
     request_timeout_s: float

@@ -110,7 +110,7 @@ class StoredResponses(msgspec.Struct, frozen=True):
             if isinstance(found.end, StoredRequest):
                 # First, so that no reader finds a response that has ended without a reason.
                 end = Answered(cancelled=True)
-                await self.store.put_end(found.request_id, end)
+                await self.store.put_end(found.request_id, found.stored.owner, end)
                 await self._end(found.end)
                 found = msgspec.structs.replace(found, end=end)
             return found.present()

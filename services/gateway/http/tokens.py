@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from services.gateway.dialects.prompt_logprobs import TokenTexts
 from services.gateway.http.answer import json_response
+from services.gateway.http.context import context_of
 from services.gateway.http.handler import RequestHandler
 from services.gateway.http.reads import reads
 from services.gateway.http.structure import check_structure
@@ -78,6 +79,7 @@ class TokenRoutes(msgspec.Struct, frozen=True):
         limits = self.requests
         async with limits.intake.receive(request) as (body, _):
             await limits.compute(len(body), lambda: check_structure(body, limits.max_text_bytes))
+            await limits.count(context_of(request).quota)
             return json_response(await handle(body))
 
 

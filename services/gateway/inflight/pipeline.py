@@ -106,6 +106,16 @@ class Pipeline:
         tokens = sum(map(len, parsed.segments)) + sum(len(prompt.tokens) for prompt in parsed.prompts)
         open_request.mark_reserved(await self._limiter.admit(quota, parsed.model, ids, tokens, media_bytes))
 
+    async def count(self, quota: Quota) -> None:
+        """Count a request that the gateway alone answers among those of its tenant.
+
+        Raises:
+            RequestError: 429, beyond a limit; 503, Redis does not answer.
+            RedisError: Redis cannot decide.
+        """
+        async with self._submit_timeout():
+            await self._limiter.count(quota)
+
     def mark_begun(self, open_request: OpenRequest) -> None:
         """Tell the limiter that a request's first token is here."""
         if open_request.reservation is not None:
@@ -120,7 +130,8 @@ class Pipeline:
         sent = any(choice.state is not ChoiceState.NEW for choice in choices)
         prompt = _prompt_tokens(open_request, reservation.charged) if sent else 0
         generated = sum(choice.generated for choice in choices)
-        self._limiter.end(reservation, prompt, generated, runs_on=runs_on, stored=sent)
+        left = {choice.request_id: choice.generated for choice in choices if choice.runs} if runs_on else {}
+        self._limiter.end(reservation, prompt, generated, left=left, stored=sent)
 
     async def find(self, request_id: str, owner: str) -> StoredRequest:
         """Read the records of a request.

@@ -64,13 +64,13 @@ class Ends(msgspec.Struct, frozen=True):
         if not stored.ended:
             return stored
         end = await self._collect(stored)
-        await self.keep(request_id, end)
+        await self.keep(request_id, head.owner, end)
         return end
 
-    async def keep(self, request_id: str, end: Answered) -> None:
+    async def keep(self, request_id: str, owner: str, end: Answered) -> None:
         """Store an end. If that fails, the next reader derives it again."""
         try:
-            await self.store.put_end(request_id, end)
+            await self.store.put_end(request_id, owner, end)
             await self.pipeline.shorten(request_id)
         except (RedisError, RequestError) as error:
             fields = {"request_id": request_id, "error": str(error)}
@@ -79,7 +79,7 @@ class Ends(msgspec.Struct, frozen=True):
     async def keep_if_abandoned(self, open_request: OpenRequest) -> None:
         """Store that a request is cancelled whose client has left, if it is about to be."""
         if self.open_requests.is_abandoned(open_request) and await self.pipeline.is_alone(open_request.id):
-            await self.keep(open_request.id, Answered(cancelled=True))
+            await self.keep(open_request.id, open_request.answer_format.owner, Answered(cancelled=True))
 
     async def _request(self, request_id: str, owner: str) -> StoredRequest | None:
         try:

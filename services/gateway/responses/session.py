@@ -136,7 +136,7 @@ class ResponseSession:
         end = end_of(open_request.failure) or self._end
         if end is not None and not self._is_kept:
             self._is_kept = True
-            await self._ends.keep(open_request.id, end)
+            await self._ends.keep(open_request.id, open_request.answer_format.owner, end)
 
     async def _answer_at_once(self, open_request: OpenRequest, send: Send) -> None:
         """Write the response as it is now. Then stay for its end, so that a failure's reason is kept, too.

@@ -47,8 +47,8 @@ class ResponseStore:
 
     async def put_head(self, request_id: str, head: StoredHead, items: bytes) -> None:
         """Store the beginning of a response, and its input items (JSON)."""
-        await self._blobs.put(INPUT, request_id, items)
-        await self._blobs.put(HEAD, request_id, msgspec.msgpack.encode(head), head.owner.encode())
+        await self._blobs.put(INPUT, request_id, items, owner=head.owner)
+        await self._blobs.put(HEAD, request_id, msgspec.msgpack.encode(head), head.owner.encode(), head.owner)
 
     async def head(self, request_id: str, owner: str) -> StoredHead | None:
         """Return the beginning of a response; None if there is none, or it is another owner's.
@@ -69,9 +69,9 @@ class ResponseStore:
         found = await self._blobs.get(INPUT, request_id)
         return None if found is None else found[0]
 
-    async def put_end(self, request_id: str, end: Answered) -> None:
+    async def put_end(self, request_id: str, owner: str, end: Answered) -> None:
         """Store the end of a response."""
-        await self._blobs.put(END, request_id, answered.encode(end))
+        await self._blobs.put(END, request_id, answered.encode(end), owner=owner)
 
     async def end(self, request_id: str, logprobs: bool = True) -> Answered | None:
         """Return the end of a response, with its log-probabilities or without; None if none is stored.

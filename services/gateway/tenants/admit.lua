@@ -7,7 +7,7 @@
 -- requires: tenant_hash
 local STALE = 60000000 -- age at which an open request without a record has ended for certain
 local asked = cjson.decode(ARGV[2])
-local amounts = {requests = #asked.ids, tokens = asked.tokens, media = asked.media}
+local amounts = {requests = asked.requests, tokens = asked.tokens, media = asked.media}
 
 local function allowance(key, field, limit)
   if not limit then return -1, -1 end
@@ -30,8 +30,13 @@ local function sweep(key, open)
 end
 
 local function crowded(key, open, limits)
+  if #asked.ids == 0 then return end -- it takes no place
   if limits.concurrent and redis.call('HLEN', open) + #asked.ids > limits.concurrent then return 'concurrent' end
   local queued = number(key, 'queued')
+  if limits.uploads and asked.media > 0 then
+    local stored = uploads_of(open)
+    if stored > 0 and stored + asked.media > limits.uploads then return 'uploads' end
+  end
   if limits.queued and queued > 0 and queued + asked.queued > limits.queued then return 'queued' end
 end
 
@@ -64,7 +69,7 @@ for i = 1, #KEYS, 2 do
   local key, open, limits = KEYS[i], KEYS[i + 1], asked.limits[(i + 1) / 2]
   redis.call('HSETNX', key, 'since', time[1])
   if verdict[1] ~= '' then
-    redis.call('HINCRBY', key, 'used:refused', #asked.ids)
+    redis.call('HINCRBY', key, 'used:refused', asked.requests)
   else
     for field, amount in pairs(amounts) do
       if limits[field] and amount > 0 then
@@ -75,8 +80,11 @@ for i = 1, #KEYS, 2 do
       local tokens = n == 1 and asked.queued or 0
       redis.call('HSET', open, id, string.format('%d:%.0f', tokens, now))
       count_queued(key, tokens)
+      if limits.uploads and asked.media > 0 then
+        redis.call('HSET', open .. ':uploads', id, math.ceil(asked.media / #asked.ids))
+      end
     end
-    redis.call('HINCRBY', key, 'used:requests', #asked.ids)
+    redis.call('HINCRBY', key, 'used:requests', asked.requests)
     redis.call('HINCRBY', key, 'used:media', asked.media)
   end
 end

@@ -1,13 +1,15 @@
 """Limits of tenants, decided in Redis so that all gateways agree: one script when a request comes, one when it ends.
 
 The text of a prompt is charged when the request comes, its media and its answer when it ends. So a tenant may go into
-debt by the answers that it has under way, and waits until that is paid.
+debt by the answers that it has under way, and waits until that is paid. An answer that goes on without a client is
+charged as its journal grows, by any gateway.
 """
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 from redis.asyncio import Redis
@@ -23,6 +25,7 @@ from shared.errors import RequestError
 from shared.messages import BATCH_PRIORITY, Share
 
 HERE = Path(__file__).parent
+LEFT_S = 5.0  # between two looks at what has been generated for clients that have left
 EVERYONE = ""  # name of all requests together, with or without a tenant
 
 _TEXTS = {
@@ -31,6 +34,7 @@ _TEXTS = {
     "media": "{limit} bytes of media a minute",
     "concurrent": "{limit} requests at a time",
     "queued": "{limit} tokens of prompts that wait",
+    "uploads": "{limit} bytes of uploads that are stored at a time, its share (tenant_share) of their room",
 }
 
 
@@ -48,6 +52,7 @@ class Ceilings(msgspec.Struct, frozen=True):
     max_queue: int
     max_num_queued_tokens: int  # 0: no limit
     tenant_share: float
+    uploads: int  # bytes
 
     def share(self, ceiling: int) -> int:
         """Return what one tenant may take."""
@@ -68,6 +73,7 @@ class _Wanted(msgspec.Struct, frozen=True):
     """Argument of admit.lua."""
 
     ids: tuple[str, ...]
+    requests: int
     tokens: int
     queued: int  # those of them that wait before others: none of a line of a batch, which all pass
     media: int
@@ -77,6 +83,7 @@ class _Wanted(msgspec.Struct, frozen=True):
 class _Said(msgspec.Struct, omit_defaults=True):
     """Argument of settle.lua, for one name."""
 
+    name: str
     begun: list[str]
     ended: list[str]
     tokens: int
@@ -85,12 +92,14 @@ class _Said(msgspec.Struct, omit_defaults=True):
     limit: int | None = None
     media: int = 0  # bytes to give back
     media_limit: int | None = None
+    left: dict[str, int] = {}
 
     def plus(self, later: "_Said | None") -> "_Said":
         """Return this and what was said later."""
         if later is None:
             return self
         return _Said(
+            self.name,
             self.begun + later.begun,
             self.ended + later.ended,
             self.tokens + later.tokens,
@@ -99,6 +108,7 @@ class _Said(msgspec.Struct, omit_defaults=True):
             later.limit,
             self.media + later.media,
             later.media_limit,
+            self.left | later.left,
         )
 
 
@@ -111,6 +121,8 @@ class Limiter:
         self._metrics = metrics
         self._admit = redis.register_script(read_script("admit", HERE))
         self._settle = redis.register_script(read_script("settle", HERE))
+        self._charge_left = redis.register_script(read_script("charge_left", HERE))
+        self._limits_somebody = False  # as far as was seen
         self._said: dict[str, _Said] = {}
         self._changed = asyncio.Event()
 
@@ -129,19 +141,34 @@ class Limiter:
         names = self._names(tenant)
         if not names:
             return None
+        self._limits_somebody = True
         limits = tuple(self._limits(tenant if name else None) for name in names)
         is_line = quota is not None and quota.share is not None and quota.share.priority == BATCH_PRIORITY
-        wanted = _Wanted(tuple(ids), tokens, 0 if is_line else tokens, media_bytes, limits)
+        wanted = _Wanted(tuple(ids), len(ids), tokens, 0 if is_line else tokens, media_bytes, limits)
+        await self._ask(quota, names, wanted)
+        return Reservation(tenant, tuple(ids), tokens, media_bytes)
+
+    async def count(self, quota: Quota) -> None:
+        """Admit a request that is answered at once, by the gateway alone: it counts, and takes no place.
+
+        Raises:
+            RequestError: 429, beyond a limit.
+            RedisError: Redis cannot decide.
+        """
+        if (tenant := quota.tenant) is not None:
+            await self._ask(quota, [tenant.name], _Wanted((), 1, 0, 0, 0, (self._limits(tenant),)))
+
+    async def _ask(self, quota: Quota | None, names: list[str], wanted: _Wanted) -> None:
         args: list[str | bytes] = [self._keys.request(""), msgspec.json.encode(wanted)]
         verdict = await self._admit(keys=self._redis_keys(names), args=args)
         limit, place, retry_ms, *rates = verdict
+        tenant = None if quota is None else quota.tenant
         if tenant is not None and quota is not None:
-            quota.headers.update(rate_headers(limits[0], rates))
+            quota.headers.update(rate_headers(wanted.limits[0], rates))
         if limit:
-            raise self._refusal(quota, str(limit, "ascii"), limits[place - 1], names[place - 1], retry_ms)
+            raise self._refusal(quota, str(limit, "ascii"), wanted.limits[place - 1], names[place - 1], retry_ms)
         if tenant is not None:
-            self._metrics.requests.labels(tenant.name).inc(len(ids))
-        return Reservation(tenant, tuple(ids), tokens, media_bytes)
+            self._metrics.requests.labels(tenant.name).inc(wanted.requests)
 
     def begin(self, reservation: Reservation) -> None:
         """Note that the first token of an answer is here: its prompt waits no more."""
@@ -153,16 +180,24 @@ class Limiter:
         self._changed.set()
 
     def end(
-        self, reservation: Reservation, prompt: int, generated: int, *, runs_on: bool = False, stored: bool = True
+        self,
+        reservation: Reservation,
+        prompt: int,
+        generated: int,
+        *,
+        left: Mapping[str, int] = MappingProxyType({}),
+        stored: bool = True,
     ) -> None:
         """Note that the requests have ended, with so many tokens of the prompt and of all answers.
 
-        `runs_on`: only their client has left, and may come back. They stay open until somebody needs their place.
+        `left`: those whose client alone has left, and may come back, with the tokens of their answers so far. They stay
+        open, and what is generated from now on is charged as well.
         `stored`: False if their uploads are not kept, since they were never sent; then those bytes are given back.
         """
         for name in self._names(reservation.tenant):
             said = self._about(name, reservation.tenant)
-            said.ended.extend(() if runs_on else reservation.ids)
+            said.ended.extend(id for id in reservation.ids if id not in left)
+            said.left.update(left)
             said.tokens += prompt + generated - reservation.charged
             said.prompt += prompt
             said.generated += generated
@@ -178,6 +213,25 @@ class Limiter:
             await self._changed.wait()
             await retry_until_available("settle", self.flush)
 
+    async def watch_left(self) -> None:
+        """Charge what is generated for clients that have left, until cancelled."""
+        while True:
+            await asyncio.sleep(LEFT_S)
+            if self._limits_somebody:
+                await retry_until_available("charge", self.charge_left)
+
+    async def charge_left(self) -> None:
+        """Charge it now. Several gateways may: each token is charged once.
+
+        Raises:
+            RedisError: it is not known whether it was charged, and will be.
+        """
+        prefixes = [self._keys.request(""), self._keys.journal(""), self._keys.tenant("")]
+        charged = await self._charge_left(keys=[self._keys.tenants_left()], args=prefixes)
+        for name, tokens in zip(charged[::2], charged[1::2], strict=True):
+            if name:
+                self._metrics.tokens.labels(str(name, "ascii"), "generated").inc(tokens)
+
     async def flush(self) -> None:
         """Write it now. What fails is kept; a write whose reply is lost is made again, and counts twice.
 
@@ -190,7 +244,8 @@ class Limiter:
             return
         self._said.clear()
         try:
-            await self._settle(keys=self._redis_keys(said), args=[msgspec.json.encode(each) for each in said.values()])
+            keys = [*self._redis_keys(said), self._keys.tenants_left()]
+            await self._settle(keys=keys, args=[msgspec.json.encode(each) for each in said.values()])
         except BaseException:
             for name, each in said.items():
                 self._said[name] = each.plus(self._said.get(name))
@@ -219,12 +274,13 @@ class Limiter:
             "media": own.media_bytes_per_min,
             "concurrent": _least(own.concurrent_requests, ceilings.share(ceilings.max_queue)),
             "queued": _least(*queued),
+            "uploads": ceilings.share(ceilings.uploads),
         }
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def _about(self, name: str, tenant: Tenant | None) -> _Said:
         limits = tenant.limits if name and tenant is not None else Limits()
-        nothing = _Said([], [], 0, 0, 0, limits.tokens_per_min, media_limit=limits.media_bytes_per_min)
+        nothing = _Said(name, [], [], 0, 0, 0, limits.tokens_per_min, media_limit=limits.media_bytes_per_min)
         return self._said.setdefault(name, nothing)
 
     def _refusal(

@@ -1,5 +1,6 @@
 -- Prelude of the scripts that count what tenants use. A key of another type is damaged, and begins anew.
 -- KEYS: (hash of a tenant, its open requests: id -> "tokens that are queued:time in microseconds")...
+-- Beside the open requests is `:uploads`, the bytes that are stored for each.
 local MINUTE = 60000000
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -7,6 +8,20 @@ local now = time[1] * 1000000 + time[2]
 local function ensure_hash(key)
   local kind = redis.call('TYPE', key).ok
   if kind ~= 'hash' and kind ~= 'none' then redis.call('UNLINK', key) end
+end
+
+-- How many bytes are stored for open requests. What an older gateway has ended may still be there.
+local function uploads_of(open)
+  local key, sum = open .. ':uploads', 0
+  ensure_hash(key)
+  for _, id in ipairs(redis.call('HKEYS', key)) do
+    if redis.call('HEXISTS', open, id) == 1 then
+      sum = sum + (tonumber(redis.call('HGET', key, id)) or 0)
+    else
+      redis.call('HDEL', key, id)
+    end
+  end
+  return sum
 end
 
 local function number(key, field)
@@ -40,7 +55,9 @@ end
 
 -- Note that a request has ended.
 local function forget(key, open, id)
+  ensure_hash(open .. ':uploads')
   begin(key, open, id)
   redis.call('HDEL', open, id)
+  redis.call('HDEL', open .. ':uploads', id)
   if redis.call('EXISTS', open) == 0 then redis.call('HDEL', key, 'queued') end
 end

@@ -227,7 +227,7 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
     return facts
 
 
-def _rate(stream: VideoStream, times: list[int | None], second_fields: int, *, steady: bool = False) -> float:
+def _rate(stream: VideoStream, times: list[int | None], second_fields: int, *, steady: bool) -> float:
     """Return the average frames a second: the container's unless it counts fields, else that of `times`.
 
     `times`: in the order of the packets. If `steady`, the rate is constant, and what they jump is not the video's time.

@@ -3,6 +3,7 @@
 -- KEYS: index, sizes, pins
 -- ARGV: prefix of blob keys, bytes of a chunk, ...
 -- requires: typed
+-- requires: blob_owners
 local function count(field, bytes)
   redis.call('HINCRBY', KEYS[2], field, bytes)
 end
@@ -19,6 +20,7 @@ local function delete_blob(member)
   redis.call('UNLINK', ARGV[1] .. member)
   redis.call('ZREM', KEYS[1], member)
   if redis.call('ZREM', KEYS[3], member) == 1 then count('pinned', -size) end
+  disown(member)
   if redis.call('HDEL', KEYS[2], member) == 1 then count('sum', -size) end
 end
 
@@ -34,10 +36,10 @@ local function sweep(time, ttl)
   for _, old in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', time)) do delete_blob(old) end
 end
 
--- Evict the least recently used blobs beyond the budget, but for the one of this name.
+-- Evict blobs beyond the budget, but for the one of this name: the least recently used of whoever owns most, else of all.
 local function evict(budget, member)
   while tonumber(redis.call('HGET', KEYS[2], 'sum')) > budget do
-    local oldest = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
+    local oldest = oldest_of_most(member) or redis.call('ZRANGE', KEYS[1], 0, 0)[1]
     if not oldest or oldest == member then return end
     delete_blob(oldest)
   end

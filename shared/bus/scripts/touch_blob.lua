@@ -25,7 +25,11 @@ for n = 0, chunks - 1 do
   end
 end
 keep(key)
-if not pinned then redis.call('ZADD', KEYS[1], now(), ARGV[3]) end
+if not pinned then
+  local time = now()
+  redis.call('ZADD', KEYS[1], time, ARGV[3])
+  use_owned(ARGV[3], time)
+end
 if chunks == 1 and redis.call('STRLEN', key .. ':0') <= tonumber(ARGV[5]) then
   return {chunks, meta, redis.call('GET', key .. ':0')}
 end

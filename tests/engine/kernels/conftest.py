@@ -15,7 +15,7 @@ def seeded() -> None:
 def poisoned_allocations(seeded: None) -> Iterator[None]:
     """Not for a GPU: there, deterministic mode refuses some operations."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -14,8 +14,10 @@ from engine_loop import Bench, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schemas import check_answer, schemas
+from slow_masks import Clock, slow_down
 
 from services.engine.loop.mailbox import Add
+from services.engine.run import grammar_masks
 from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.prompt_scorer import Scored
 from services.engine.run.sampler import Sampled
@@ -126,3 +128,20 @@ def test_a_grammar_that_becomes_too_complex_ends_its_own_request_alone() -> None
     assert finish.failure.status == 500
     assert "too many expressions" in finish.failure.message
     assert bytes(bench.answer("good")) == b"ab"
+
+
+def test_a_grammar_whose_mask_takes_too_long_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(grammar_masks, "time", clock)
+    asked = Grammar(forms.write(forms.regex("[ab]{40}"), thinking=False), "regex")
+    bad = sequence(prompt(1, 5), request_id="bad", grammar=asked)
+    good = sequence(prompt(0, 5), request_id="good", grammar=asked)
+    assert bad.grammar is not None
+    slow_down(bad.grammar, clock, 1.0)
+    bench = Bench({0: [Add(bad), Add(good)]}, runner=MaskedRunner(64, 4, overlaps=True))
+    finish = bench.finish("bad")
+    assert finish is not None
+    assert finish.failure is not None
+    assert (finish.reason, finish.failure.code) == ("error", "grammar_error")
+    assert bytes(bench.answer("good")).strip(b"ab") == b""
+    assert bench.finish("good") == Finish("length")

@@ -72,7 +72,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
+    ({"text": {"verbosity": "short"}}, "text.verbosity"),
     ({"truncation": "auto"}, "truncation"),
+    ({"truncation": "middle"}, "truncation"),
     ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
     ({"max_tool_calls": 3}, "max_tool_calls"),
     ({"conversation": "conv_1"}, "conversation"),
@@ -96,6 +98,23 @@ def test_what_is_not_supported_is_refused_by_its_name(parser: WholeParser, body:
         parsed(parser, body)
     assert refused.value.failure.param == param
     assert f"`{param}`" in refused.value.failure.message
+
+
+@pytest.mark.parametrize(
+    ("body", "unsupported"),
+    [
+        ({"text": {"verbosity": "high"}}, True),
+        ({"text": {"verbosity": "short"}}, False),
+        ({"truncation": "auto"}, True),
+        ({"truncation": "middle"}, False),
+    ],
+)
+def test_what_openai_has_and_we_have_not_is_told_from_what_nobody_has(
+    parser: WholeParser, body: dict[str, Any], unsupported: bool
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        parsed(parser, body)
+    assert (refused.value.failure.code == "unsupported_parameter") == unsupported
 
 
 def test_what_a_turn_of_the_model_left_is_one_message() -> None:

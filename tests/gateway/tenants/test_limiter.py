@@ -22,9 +22,17 @@ def tenant(name: str = "alice", models: tuple[str, ...] = (), **limits: int) -> 
 class Gateway:
     """The limiter of one gateway."""
 
-    def __init__(self, redis: Redis, keys: Keys, max_queue: int = 4096, queued: int = 0, share: float = 0.5) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        max_queue: int = 4096,
+        queued: int = 0,
+        share: float = 0.5,
+        uploads: int = 1 << 30,
+    ) -> None:
         self.registry = CollectorRegistry()
-        ceilings = Ceilings(max_queue, queued, share)
+        ceilings = Ceilings(max_queue, queued, share, uploads)
         self.limiter = Limiter(redis, keys, ceilings, TenantMetrics(self.registry))
         self.headers: dict[str, str] = {}
         self._count = 0
@@ -237,11 +245,93 @@ async def test_usage_is_counted(redis: Redis, keys: Keys, one: Gateway) -> None:
     assert one.registry.get_sample_value("millrace_key_refusals_total", {"key": "alice", "limit": "requests"}) == 1
 
 
+async def test_what_is_answered_here_counts_and_takes_no_place(redis: Redis, keys: Keys, one: Gateway) -> None:
+    alice = tenant(requests_per_min=2, concurrent_requests=1)
+    await one.limiter.count(Quota(None))
+    await one.ask(alice)
+    await one.limiter.count(quota := Quota(alice))
+    assert quota.headers[b"x-ratelimit-remaining-requests"] == b"0"
+    with pytest.raises(RequestError, match="'alice' has a limit of 2 requests a minute"):
+        await one.limiter.count(Quota(alice))
+    assert await redis.hlen(keys.tenant_open("alice")) == 1
+    assert await redis.hmget(keys.tenant("alice"), "used:requests", "used:refused") == [b"2", b"1"]
+
+
+async def test_uploads_have_a_share_of_their_room_until_their_requests_end(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, uploads=1000)
+    alice, bob = tenant(), tenant("bob")
+    first = await gateway.ask(alice, "a", "a-1", media=400)
+    assert "500 bytes of uploads" in await gateway.refused(alice, media=101)
+    await gateway.ask(alice, media=100)
+    await gateway.ask(alice)
+    await gateway.ask(bob, media=900)  # more than its share, and nothing else of its
+    assert "tenant_share" in await gateway.refused(bob, media=1)
+    assert first is not None
+    gateway.limiter.end(first, 1, 1)
+    await gateway.limiter.flush()
+    await gateway.ask(alice, media=400)
+
+
+async def test_uploads_that_an_older_gateway_has_ended_take_no_room(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, uploads=1000)
+    await gateway.ask(tenant(), "a", media=500)
+    await redis.hdel(keys.tenant_open("alice"), "a")
+    await gateway.ask(tenant(), media=500)
+    assert await redis.hlen(f"{keys.tenant_open('alice')}:uploads") == 1
+
+
+async def left_alone(redis: Redis, keys: Keys, gateway: Gateway, who: Tenant, request_id: str, generated: int) -> None:
+    """Submit a request whose client leaves after some tokens, and may come back."""
+    reservation = await gateway.ask(who, request_id, tokens=100)
+    assert reservation is not None
+    await redis.hset(keys.request(request_id), "epoch", "1")
+    await redis.setrange(keys.journal(request_id), 0, bytes(4 * generated))
+    gateway.limiter.end(reservation, 100, generated, left={request_id: generated})
+    await gateway.limiter.flush()
+
+
+async def test_what_is_generated_for_a_client_that_left_is_charged_once_and_its_place_is_freed(
+    redis: Redis, keys: Keys, one: Gateway, two: Gateway
+) -> None:
+    alice = tenant(tokens_per_min=1000)
+    await left_alone(redis, keys, one, alice, "r", 40)
+    await two.ask(tenant("bob"))
+    for generated, charged in ((40, 40), (700, 700), (700, 700)):
+        await redis.setrange(keys.journal("r"), 0, bytes(4 * generated))
+        for gateway in (one, two):
+            await gateway.limiter.charge_left()
+        assert int(await redis.hget(keys.tenant("alice"), "used:generated")) == charged
+    assert await redis.hkeys(keys.tenant_open("alice")) == [b"r"]
+    await redis.setrange(keys.journal("r"), 0, bytes(4 * 1000))
+    await redis.hset(keys.request("r"), "finish", "x")
+    await two.limiter.charge_left()
+    assert int(await redis.hget(keys.tenant("alice"), "used:generated")) == 1000
+    assert "1000 tokens a minute" in await two.refused(alice, tokens=1)
+    assert await redis.exists(keys.tenant_open("alice"), keys.tenants_left()) == 0
+    labels = {"key": "alice", "kind": "generated"}
+    told = [gateway.registry.get_sample_value("millrace_key_tokens_total", labels) or 0 for gateway in (one, two)]
+    assert sum(told) == 1000
+
+
+async def test_one_without_a_record_is_forgotten_and_what_cannot_be_read_as_well(
+    redis: Redis, keys: Keys, one: Gateway
+) -> None:
+    await left_alone(redis, keys, one, tenant(), "gone", 40)
+    await redis.delete(keys.request("gone"))
+    await redis.hset(keys.tenants_left(), mapping={"no space": "1:0:0", "alice damaged": "x", "": ""})
+    await one.limiter.charge_left()
+    assert await redis.exists(keys.tenant_open("alice"), keys.tenants_left()) == 0
+    await redis.set(keys.tenants_left(), "x")
+    await one.limiter.charge_left()
+    await left_alone(redis, keys, one, tenant(), "r", 40)
+    assert await redis.hkeys(keys.tenants_left()) == [b"alice r"]
+
+
 @pytest.mark.parametrize("damage", [("SET", "x"), ("RPUSH", "x")])
 async def test_damaged_keys_begin_anew(redis: Redis, keys: Keys, one: Gateway, damage: tuple[str, str]) -> None:
-    for key in (keys.tenant("alice"), keys.tenant_open("alice")):
+    for key in (keys.tenant("alice"), keys.tenant_open("alice"), f"{keys.tenant_open('alice')}:uploads"):
         await command(redis, damage[0], key, damage[1])
-    await one.ask(tenant(requests_per_min=2, concurrent_requests=3))
+    await one.ask(tenant(requests_per_min=2, concurrent_requests=3), media=5)
     await redis.hset(keys.tenant("alice"), mapping={"requests": "x", "queued": "y"})
     await redis.hset(keys.tenant_open("alice"), "z", "z")
     await one.ask(tenant(requests_per_min=2, concurrent_requests=3))

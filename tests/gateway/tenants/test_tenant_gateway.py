@@ -15,6 +15,7 @@ from gateway_stages import Running, Stages, running, until
 from machine import PATIENCE_S
 from redis.asyncio import Redis
 
+from services.gateway.tenants import limiter
 from services.gateway.tenants.key_file import written_digest
 from shared.bus.keys import Keys
 from shared.messages import Accepted, Delta, Encode, Generate, Usage, unpack_ids
@@ -48,7 +49,10 @@ def key_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def server(checkpoint: Path, redis_url: str, key_file: Path) -> AsyncIterator[Running]:
+async def server(
+    checkpoint: Path, redis_url: str, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Running]:
+    monkeypatch.setattr(limiter, "LEFT_S", 0.01)
     async with running(
         checkpoint, redis_url, api_keys=("key-1",), api_keys_file=str(key_file), max_concurrency=4
     ) as made:
@@ -226,6 +230,41 @@ async def test_media_are_charged_to_a_client_that_leaves_before_the_end(
     await stages.say(request, Delta(request.id, 1, content="y"))
     await (await asked).http_response.aclose()
     await until_is(lambda: redis.hget(keys.tenant("bob"), "used:prompt"), b"5000")
+
+
+async def test_what_goes_on_without_its_client_is_charged(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    asked = ask(server, "bob", stream=True, extra_headers={"Idempotency-Key": "k"})
+    request = await stages.request()
+    await stages.say(request, Delta(request.id, 1, content="y"))
+    await (await asked).http_response.aclose()
+    await redis.setrange(keys.journal(request.id), 0, bytes(4 * 50))
+    await until_is(lambda: redis.hget(keys.tenant("bob"), "used:generated"), b"50")
+    await redis.setrange(keys.journal(request.id), 0, bytes(4 * 70))
+    await stages.keep(request)
+    await until_is(lambda: redis.hget(keys.tenant("bob"), "used:generated"), b"70")
+    await until_is(lambda: redis.hlen(keys.tenant_open("bob")), 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "Hi"}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/v1/messages/count_tokens", {"model": "m", "messages": HI}),
+        ("/v1/responses/input_tokens", {"input": "Hi"}),
+    ],
+)
+async def test_what_the_gateway_answers_itself_counts_among_requests(
+    server: Running, path: str, body: dict[str, Any]
+) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        for status in (200, 200, 429):
+            reply = await client.post(path, json=body, headers={"x-api-key": "key-of-alice"})
+            assert reply.status_code == status, reply.text
+        assert "'alice' has a limit of 2 requests a minute" in reply.text
+        assert (await client.post(path, json=body, headers={"x-api-key": "key-of-bob"})).status_code == 200
 
 
 async def test_a_count_with_media_is_a_request_of_its_tenant(

@@ -328,7 +328,7 @@ def test_a_video_without_duration_is_refused() -> None:
         time_base = None
 
     with pytest.raises(RequestError, match="no duration"):
-        video._rate(Stream(), [0], 0)  # type: ignore[arg-type]
+        video._rate(Stream(), [0], 0, steady=False)  # type: ignore[arg-type]
 
 
 def test_contradicting_options_are_refused() -> None:

@@ -278,3 +278,59 @@ async def test_an_upload_that_was_deleted_is_not_written_to_its_end(redis: Redis
     args = [keys.blob_prefix(), CHUNK, keys.blob_member(MEDIA, "a-0"), 60, CHUNK, 1, 0, bytes(CHUNK)]
     assert await script(keys=[keys.blobs(), keys.blob_sizes(), keys.blob_pins()], args=args) == 0
     assert set(await redis.keys()) == {keys.blob_sizes().encode()}
+
+
+async def put_chunks(blobs: Blobs, owner: str, *names: int) -> None:
+    for name in names:
+        await blobs.put(MEDIA, f"{owner}{name}", bytes(CHUNK), owner=owner)
+
+
+async def kept(redis: Redis, keys: Keys) -> list[str]:
+    """The names of all blobs, oldest first, of whose owners the sums are right."""
+    members = [member.decode() for member in await redis.zrange(keys.blobs(), 0, -1)]
+    owned = {name.decode(): value.decode() for name, value in (await redis.hgetall(f"{keys.blobs()}:owned")).items()}
+    sums: dict[str, float] = {}
+    for member, value in owned.items():
+        size, owner = value.split(":")
+        sums[owner] = sums.get(owner, 0) + int(size)
+        assert await redis.zscore(f"{keys.blobs()}:of:{owner}", member) == await redis.zscore(keys.blobs(), member)
+    assert {
+        one.decode(): size for one, size in await redis.zrange(f"{keys.blobs()}:owners", 0, -1, withscores=True)
+    } == sums
+    assert set(owned) == set(members)
+    return [member.removeprefix("media:") for member in members]
+
+
+async def test_who_has_most_makes_room(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await put_chunks(blobs, "a", *range(8))
+    await put_chunks(blobs, "b", 0, 1)
+    assert await blobs.get(MEDIA, "a0") is not None  # now the last one used
+    await put_chunks(blobs, "b", 2, 3)
+    assert await kept(redis, keys) == ["a3", "a4", "a5", "a6", "a7", "b0", "b1", "a0", "b2", "b3"]
+    await put_chunks(blobs, "a", 8)
+    assert "a3" not in await kept(redis, keys), "its own"
+    await put_chunks(blobs, "b", *range(4, 24))
+    names = await kept(redis, keys)
+    assert [name for name in names if name[0] == "a"] == ["a5", "a6", "a7", "a0", "a8"]
+    assert names[-5:] == [f"b{name}" for name in range(19, 24)]
+    assert await budget_used(redis, keys) == 10 * CHUNK
+
+
+async def test_owners_are_forgotten_with_their_blobs(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await put_chunks(blobs, "a", 0, 1)
+    await blobs.put(MEDIA, "a1", b"smaller", owner="a")
+    assert await kept(redis, keys) == ["a0", "a1"]
+    await blobs.delete(MEDIA, ["a0", "a1"])
+    assert [key async for key in redis.scan_iter(f"{keys.blobs()}:o*")] == []
+
+
+async def test_what_an_older_build_has_evicted_keeps_nothing_from_being_evicted(
+    redis: Redis, keys: Keys, blobs: Blobs
+) -> None:
+    await put_chunks(blobs, "a", *range(9))
+    for name in ("media:a0", "media:a1"):
+        await redis.zrem(keys.blobs(), name)
+        await redis.hdel(keys.blob_sizes(), name)
+        await redis.hincrby(keys.blob_sizes(), "sum", -CHUNK)
+    await put_chunks(blobs, "b", *range(4))
+    assert await kept(redis, keys) == [*(f"a{name}" for name in range(3, 9)), *(f"b{name}" for name in range(4))]

@@ -71,7 +71,15 @@ class TextOptions(msgspec.Struct, frozen=True):
     """Form of the answer's text."""
 
     format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
-    verbosity: Literal["medium"] | None = None  # low and high are not supported
+    verbosity: Literal["low", "medium", "high"] | None = None  # nobody here makes answers shorter or longer
+
+    def check_supported(self) -> None:
+        """
+        Raises:
+            RequestError: 400, it asks for another length than the model's own.
+        """
+        if self.verbosity not in (None, "medium"):
+            raise unsupported("text.verbosity")
 
 
 Summary = Literal["auto", "concise", "detailed", "none"]
@@ -132,7 +140,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    truncation: Literal["disabled"] | None = None  # a conversation that is too long is refused, not cut
+    truncation: Literal["auto", "disabled"] | None = None  # a conversation that is too long is refused, not cut
     metadata: Metadata | None = None  # repeated in the answer
     user: str | None = None  # repeated in the answer, as are the next two
     safety_identifier: str | None = None
@@ -252,8 +260,11 @@ def decode_body(body: bytes) -> ResponsesRequest:
         value = getattr(request, name)
         if value is not None and value not in neutral:
             raise unsupported(name)
-    if request.reasoning is not None:
-        request.reasoning.check_supported()
+    for options in (request.reasoning, request.text):
+        if options is not None:
+            options.check_supported()
+    if request.truncation == "auto":
+        raise unsupported("truncation")
     return request
 
 
