@@ -42,8 +42,16 @@ CASES: list[tuple[Rule, list[str], list[str]]] = [
     (forms.json_schema(True), ["1", "[]", '"é"', "null"], ["nul", ""]),
     (forms.json_schema(SCHEMA, ""), ['{"a":1}'], ['{"a": 1}']),
     (forms.regex(r"a/b\d{2}|"), ["a/b12", ""], ["a/b1", "a/b123", "a/b1\u07c1"]),
+    (forms.regex("^(a|b)+$\\n"), ["ab\n"], ["ab", "\n", "ab\n\n"]),
+    (forms.regex(r"(?=.*\d)(?=.*/)[a-z\d/]{2,4}"), ["a/1", "1/"], ["a/", "ab1", "a/b1c"]),
+    (
+        forms.json_schema({"type": "string", "pattern": r"^(?=.*[A-Z])(?=.{2}$).*$", "allOf": [{"pattern": "b"}]}),
+        ['"Ab"', '"bA"'],
+        ['"ab"', '"A"', '"AAb"', '"AB"'],
+    ),
     (forms.choice(["yes", "yesterday", 'a"\n', "é", ""]), ["yes", "yesterday", 'a"\n', "é", ""], ["ye", "yes "]),
     (forms.context_free('root ::= "a" b*\nb ::= [0-9] | "(" b ")"\n'), ["a", "a1(2)"], ["", "b", "a(1"]),
+    (forms.context_free('?start: x\n?x: "a" | "b"\n'), ["a", "b"], ["", "ab"]),
     (forms.context_free('start: "x" %json {"type": "integer"}'), ["x1"], ["x", "1"]),
 ]
 
