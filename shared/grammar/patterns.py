@@ -6,8 +6,15 @@ zod's                       patterns that it writes for its string types, each w
 """
 
 import re
+from collections.abc import Iterator
+
+# What is read of a pattern: enough for those in use, and no more passes over a hostile one.
+MAX_LENGTH = 4096
+MAX_HEADS = 8
+MAX_PARENTHESES = 4
 
 _LAST_LINE = re.compile(r"(?<!\\)((?:\\\\)*)\$(?:\\n|\n)\Z")
+_TO_BE_READ = re.compile(r"\(\?[=!]|\$(?:\\n|\n)\)*\Z")
 _ENDS = re.compile(r"(?<!\\)(?:\\\\)*\$\Z")
 # Of a date or a time each part may be missing, but not all.
 _DATE = r"(?:\d+Y(?:\d+M)?(?:\d+D)?|\d+M(?:\d+D)?|\d+D)"
@@ -26,15 +33,19 @@ _WITHOUT_LOOK_AROUND = {
 
 def searched_patterns(pattern: str) -> list[str]:
     """Return patterns of JSON Schema that a text has to match, all of them, to match `pattern`."""
-    pattern = _WITHOUT_LOOK_AROUND.get(pattern, pattern)
-    heads, rest = _split(pattern)
+    if len(pattern) > MAX_LENGTH:
+        return [pattern]
+    heads, rest = _split(_WITHOUT_LOOK_AROUND.get(pattern, pattern))
     return [rest, *(f"^{head}" for head in heads)]
 
 
 def whole_patterns(pattern: str) -> list[str]:
     """Return regular expressions that a text has to match as a whole, all of them, to match `pattern` so."""
-    pattern = _LAST_LINE.sub(r"\1\\n", _WITHOUT_LOOK_AROUND.get(pattern, pattern))
-    heads, rest = _split(f"^{pattern}" if pattern.startswith("(?=") else pattern)
+    if len(pattern) > MAX_LENGTH or not _TO_BE_READ.search(pattern):
+        return [pattern]
+    inner = _unwrapped(pattern)
+    plain = _LAST_LINE.sub(r"\1\\n", _WITHOUT_LOOK_AROUND.get(inner, inner))
+    heads, rest = _split(f"^{plain}" if plain.startswith("(?=") else plain)
     return [rest, *(head if _ENDS.search(head) else rf"{head}[\s\S]*" for head in heads)]
 
 
@@ -47,13 +58,25 @@ def _split(pattern: str) -> tuple[list[str], str]:
     rest = pattern[1:] if pattern.startswith("^") else ""
     while rest.startswith("(?="):
         length = _group_length(rest)
-        if length is None:
+        if length is None or len(heads) == MAX_HEADS:
             return [], pattern
         heads.append(_grouped(rest[3 : length - 1]))
         rest = rest[length:]
     if not heads or _has_alternatives(rest) or rest[:1] in ("*", "+", "?", "{"):
         return [], pattern
     return heads, f"^{rest}"
+
+
+def _unwrapped(pattern: str) -> str:
+    """Return a pattern without the parentheses around all of it, which Outlines adds."""
+    for _ in range(MAX_PARENTHESES):
+        if not pattern.startswith("(") or _group_length(pattern) != len(pattern):
+            break
+        inner = pattern[1:-1].removeprefix("?:")
+        if inner.startswith("?"):
+            break
+        pattern = inner
+    return pattern
 
 
 def _grouped(pattern: str) -> str:
@@ -69,9 +92,8 @@ def _has_alternatives(pattern: str) -> bool:
     return any(sign == "|" and depth == 0 for _, depth, sign in _signs(pattern))
 
 
-def _signs(pattern: str) -> list[tuple[int, int, str]]:
-    """Return parentheses and bars with their places, and the depth behind them; those of text or a class left out."""
-    found = []
+def _signs(pattern: str) -> Iterator[tuple[int, int, str]]:
+    """Yield parentheses and bars with their places, and the depth behind them; those of text or a class left out."""
     depth, in_class, escaped = 0, False, False
     for place, sign in enumerate(pattern):
         if escaped:
@@ -84,5 +106,4 @@ def _signs(pattern: str) -> list[tuple[int, int, str]]:
             in_class = True
         elif sign in "()|":
             depth += {"(": 1, ")": -1}.get(sign, 0)
-            found.append((place, depth, sign))
-    return found
+            yield place, depth, sign

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from shared.grammar.patterns import searched_patterns, whole_patterns
+from shared.grammar.patterns import MAX_HEADS, MAX_LENGTH, MAX_PARENTHESES, searched_patterns, whole_patterns
 
 # As z.toJSONSchema writes them (zod 4.0 the first, zod 4.6 the others).
 EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
@@ -62,6 +62,9 @@ def test_no_look_around_is_left(pattern: str) -> None:
         (r"(?=.b)[a-c]+", texts(["a", "b", "c"], 4)),
         (r"^(?=.b\$)[a-c$]+", texts(["a", "b", "c", "$"], 4)),
         (r"(?=.b$)[a-c]+$", texts(["a", "b", "c"], 4)),
+        (r"(^(?=.b)[a-c]+$)", texts(["a", "b", "c"], 4)),
+        (r"(?:(^a$\n))", texts(["a", "\n"], 3)),
+        (r"(^(?=a)a)(b)", texts(["a", "b"], 3)),
         (PASSWORD, texts(["A", "b", "1", "_"], 5)),
     ],
 )
@@ -72,6 +75,33 @@ def test_a_whole_text_matches_the_same(pattern: str, tried: list[str]) -> None:
     assert True in wanted
 
 
-@pytest.mark.parametrize("pattern", ["", "a", "^a$", "(?:a|b)", r"\$\n", "^(?=a", "^(?!a)b", "a(?=b)"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "",
+        "a",
+        "^a$",
+        "(a)",
+        "(?:a|b)",
+        "(?i:a)",
+        r"\$\n",
+        "^(?=a",
+        "^(?!a)b",
+        "a(?=b)",
+        "^" + (MAX_HEADS + 1) * "(?=a)" + "a",
+    ],
+)
 def test_any_other_is_left_as_it_is(pattern: str) -> None:
     assert searched_patterns(pattern) == whole_patterns(pattern) == [pattern]
+
+
+def test_a_pattern_longer_than_anybody_writes_is_left_as_it_is() -> None:
+    for length, found in ((MAX_LENGTH, 2), (MAX_LENGTH + 1, 1)):
+        pattern = "^(?=a)".ljust(length, "a")
+        assert len(searched_patterns(pattern)) == len(whole_patterns(pattern)) == found
+
+
+def test_no_more_parentheses_are_taken_off_than_anybody_writes() -> None:
+    wrapped = "(" * (MAX_PARENTHESES + 1) + "(?=a)a" + ")" * (MAX_PARENTHESES + 1)
+    assert whole_patterns(wrapped) == ["((?=a)a)"]
+    assert whole_patterns(wrapped[1:-1]) == ["^a", r"a[\s\S]*"]
