@@ -10,7 +10,7 @@ import pytest
 
 from shared.grammar.patterns import MAX_HEADS, MAX_LENGTH, MAX_PARENTHESES, searched_patterns, whole_patterns
 
-# As z.toJSONSchema writes them (zod 4.0 the first, zod 4.6 the others).
+# As z.toJSONSchema writes them (zod 4.0 to 4.3 the first, all until 4.6 the others).
 EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 DURATION = r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$"
 HOSTNAME = (
