@@ -4,10 +4,13 @@ The text is llguidance's list of grammars as JSON: the first is the answer, and 
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from llguidance import grammar_from, regex_to_lark
+
+from shared.grammar.patterns import searched_patterns, whole_patterns
 
 Rule = dict[str, Any]  # one grammar: {"json_schema": ...} or {"lark_grammar": ...}
 
@@ -22,13 +25,15 @@ _FORMATS = frozenset(
     | {"uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer"}
     | {"regex"}
 )
+# Lark's mark of a rule that has no place in a tree, of which there is none here. By it the library takes Lark for GBNF.
+_INLINED_START = re.compile(r"^([ \t]*)\?start(?=[ \t]*:(?!:=))", re.MULTILINE)
 _VALUES = frozenset({"const", "enum", "default", "examples", "example"})  # keywords whose values are no schemas
 
 
 def json_schema(schema: Any, white_space: str = WHITE_SPACE) -> Rule:
     """Return the rule of the JSON texts that a schema (an object or a boolean) allows."""
     # A client's own options of the library could make it ignore what it cannot express.
-    own = {} if schema is True else _without_annotations(schema)
+    own = {} if schema is True else _stated_plainly(schema)
     if isinstance(own, dict):
         own = own | {"x-guidance": {"whitespace_pattern": white_space}}
     return {"json_schema": own}
@@ -41,7 +46,10 @@ def json_object() -> Rule:
 
 def regex(pattern: str) -> Rule:
     r"""Return the rule of the texts that match `pattern` as a whole. \d is an ASCII digit, as in JSON Schema."""
-    return {"lark_grammar": f"start: /{regex_to_lark(pattern, 'd')}/"}
+    terminals = [f"/{regex_to_lark(part, 'd')}/" for part in whole_patterns(pattern)]
+    if len(terminals) == 1:
+        return {"lark_grammar": f"start: {terminals[0]}"}
+    return {"lark_grammar": f"start: TEXT\nTEXT: {' & '.join(terminals)}\n"}
 
 
 def choice(options: Iterable[str]) -> Rule:
@@ -56,7 +64,7 @@ def context_free(text: str) -> Rule:
     Raises:
         ValueError: it is neither.
     """
-    return {"lark_grammar": grammar_from("grammar", text)}
+    return {"lark_grammar": grammar_from("grammar", _INLINED_START.sub(r"\1start", text))}
 
 
 def write(answer: Rule, thinking: bool, parts: dict[str, Rule] | None = None) -> str:
@@ -71,14 +79,19 @@ def write(answer: Rule, thinking: bool, parts: dict[str, Rule] | None = None) ->
     return json.dumps({"grammars": first + named}, ensure_ascii=False)
 
 
-def _without_annotations(schema: Any) -> Any:
-    """Return a schema without the formats that JSON Schema does not define."""
+def _stated_plainly(schema: Any) -> Any:
+    """Return a schema without formats that JSON Schema does not define, and with patterns that the library reads."""
     if isinstance(schema, list):
-        return [_without_annotations(item) for item in schema]
+        return [_stated_plainly(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        keyword: value if keyword in _VALUES else _without_annotations(value)
+    plain = {
+        keyword: value if keyword in _VALUES else _stated_plainly(value)
         for keyword, value in schema.items()
         if keyword != "format" or not isinstance(value, str) or value in _FORMATS
     }
+    if isinstance(pattern := plain.get("pattern"), str):
+        plain["pattern"], *others = searched_patterns(pattern)
+        if others and isinstance(beside := plain.get("allOf", []), list):
+            plain["allOf"] = [*beside, *({"pattern": other} for other in others)]
+    return plain

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from shared.grammar.compiler import GrammarCompiler, GrammarError
 
 STEPS = 256  # tokens. Most of what is too complex shows within a few; what matches in many ways takes longer each time
+_NOTHING_MATCHES = "NoExtensionBias"  # the library's word for it
 
 
 def try_grammar(compiler: GrammarCompiler, text: str) -> None:
@@ -22,7 +23,8 @@ def try_grammar(compiler: GrammarCompiler, text: str) -> None:
         if matcher.is_stopped() or not _take_token(matcher, step, compiler.end_ids):
             break
     if matcher.is_error():
-        raise GrammarError(matcher.get_error())
+        error = matcher.get_error()
+        raise GrammarError("No text matches the grammar." if error.startswith(_NOTHING_MATCHES) else error)
 
 
 def _take_token(matcher: LLMatcher, step: int, end_ids: Collection[int]) -> bool:

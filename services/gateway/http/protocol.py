@@ -17,6 +17,7 @@ from services.gateway.errors import FailureBodies, error_response
 from services.gateway.http.connections import Connections, network_of
 from services.gateway.http.context import find_context
 from services.gateway.http.direct import attach_body
+from services.gateway.http.unframed import UnframedApp
 from shared.errors import Failure
 
 # Paths that are answered whatever state the server is in.
@@ -30,6 +31,8 @@ _INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TELLS_RESETS = hasattr(socket, "TCP_INFO")  # elsewhere a client that sends nothing more is taken for one that left
 _TCP_CLOSE = 7  # the first byte of Linux's TCP_INFO, the state, once a reset has come
 _INVALID = Failure(400, "This is no valid HTTP request.", code="invalid_http")
+_HTTP_2 = Failure(400, "This server speaks HTTP/1.1, not HTTP/2.", code="invalid_http")
+_HTTP_2_PREFACE = b"PRI * HTTP/2.0\r\n"
 _HEAD_TOO_LARGE = Failure(
     431,
     f"A request's head and its trailers may have {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} fields each.",
@@ -153,7 +156,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._refuse(_HEAD_TOO_LARGE)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(_HEAD_TOO_LARGE if self._fields > MAX_HEADERS else _INVALID)
+        invalid = _HTTP_2 if self._piece.startswith(_HTTP_2_PREFACE) else _INVALID
+        self._refuse(_HEAD_TOO_LARGE if self._fields > MAX_HEADERS else invalid)
 
     def _refuse(self, failure: Failure) -> None:
         """Answer what is no request, and read nothing more. The client may close, once it has read that."""
@@ -240,6 +244,8 @@ class BoundedProtocol(HttpToolsProtocol):
             path = cycle.scope["path"]
             if path not in HEALTH_PATHS:
                 app = error_response(self._refusal, body=self._bodies.of(path))
+        if cycle.scope["http_version"] == "1.0":
+            app = UnframedApp(app, cycle)
         self._running = cycle
         self._body = ChunkedBody(cycle)
         attach_body(cycle.scope, self._body)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from msgspec.structs import force_setattr
 from services.gateway.request.conversation import Frames, Message, Tool
 from services.gateway.request.model_names import MAX_CHARS
 from services.gateway.request.surrogates import replace_lone_surrogates
-from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT
+from services.gateway.request.unsupported import NEUTRAL_VALUES, NO_EFFECT, UNSUPPORTED_TYPES
 from shared.errors import RequestError, invalid
 
 MAX_MESSAGES = 4096
@@ -257,6 +257,7 @@ CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__) | NEUTRAL_VALUES.keys() |
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ERROR = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`$")
+_OTHER_TYPE = re.compile(r"^Invalid (?:enum )?value '(?P<type>.*)'$")
 # Fields that say how the answer is sent, not what it is.
 _TRANSPORT_FIELDS = frozenset({"stream", "stream_options"})
 
@@ -324,4 +325,8 @@ def explained(text: str, prefix: str = "") -> RequestError:
         return invalid(f"Missing required field `{path}`.", path, "missing_required_parameter")
     if not path:
         return invalid(f"The request body: {what}.", None)
+    other = _OTHER_TYPE.match(what)
+    if other and path.endswith(".type") and other["type"] in UNSUPPORTED_TYPES:
+        text = f"`{path}`: the type '{other['type']}' is not supported by this server."
+        return invalid(text, path, "unsupported_parameter")
     return invalid(f"`{path}`: {what}.", path)

@@ -136,3 +136,9 @@ NO_EFFECT = frozenset(
     | {"routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "stream_interval", "trace_context"}
     | {"custom_labels", "return_spec_tokens_details", "return_flat_raw_top_logprobs_b64", "mm_payload"}
 )
+
+# Types of parts and tools that others define: OpenAI's, vLLM's and Qwen's.
+UNSUPPORTED_TYPES = frozenset(
+    {"input_audio", "audio_url", "audio", "audio_embeds", "image_embeds", "video_embeds", "prompt_embeds", "image_pil"}
+    | {"custom", "web_search", "code_interpreter", "file_search", "mcp"}
+)

@@ -226,6 +226,33 @@ async def test_http_1_0(server: Running, stages: Stages) -> None:
         assert await client.closed()
 
 
+async def test_http_1_0_has_no_chunks(server: Running, stages: Stages) -> None:
+    """RFC 9112, 6.1: such a client would take their lengths for text. The end of the connection is the body's."""
+    body = json.dumps({**json.loads(BODY), "stream": True}).encode()
+    async with wire(server) as client:
+        client.write(CHAT.replace(b"HTTP/1.1", b"HTTP/1.0") + b"content-length: %d\r\n\r\n" % len(body) + body)
+        await stages.answer(await stages.request(), *"xyz")
+        async with asyncio.timeout(PATIENCE_S):
+            head, _, events = (await client.reader.read()).partition(b"\r\n\r\n")
+    fields = head.lower().split(b"\r\n")
+    assert b"connection: close" in fields
+    assert not any(field.startswith((b"transfer-encoding", b"content-length")) for field in fields)
+    *chunks, done, rest = events.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    deltas = [json.loads(chunk.removeprefix(b"data: "))["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "xyz"
+
+
+async def test_http_2_without_asking_is_refused_by_name(server: Running) -> None:
+    """A client with prior knowledge (curl's, h2load): the preface, and an empty SETTINGS frame."""
+    async with wire(server) as client:
+        client.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000"))
+        status, _, body = await client.answer()
+        assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_http")
+        assert "HTTP/1.1, not HTTP/2" in json.loads(body)["error"]["message"]
+        assert await client.closed()
+
+
 async def test_a_client_that_would_rather_speak_http_2(server: Running, stages: Stages) -> None:
     """Java's does, unless it is told not to."""
     upgrade = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"

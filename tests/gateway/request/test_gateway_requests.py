@@ -229,6 +229,23 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        *(
+            ({"messages": [{"role": "user", "content": [{"type": kind}]}]}, "messages[0].content[0].type")
+            for kind in ("input_audio", "audio_url", "image_embeds", "image_pil")
+        ),
+    ],
+)
+def test_a_type_that_others_define_is_refused_as_such(parser: WholeParser, fields: dict[str, Any], param: str) -> None:
+    failure = refusal(parser, json.dumps({"messages": HI, **fields}).encode())
+    assert (failure.status, failure.param, failure.code) == (400, param, "unsupported_parameter")
+    assert "is not supported by this server" in failure.message
+
+
 @pytest.mark.parametrize(("fields", "status", "param", "message"), BAD)
 def test_what_is_refused(
     parser: WholeParser, fields: dict[str, Any], status: int, param: str | None, message: str

@@ -32,6 +32,12 @@ def allows(text: str, answer: str | list[int]) -> bool:
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+# Of z.email() until zod 4.3, and of z.emoji().
+ZOD_EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+ZOD_EMOJI = (
+    r"^(?=[\s\S]*[\p{Extended_Pictographic}\p{Regional_Indicator}\u20E3])"
+    r"[\p{Extended_Pictographic}\p{Emoji_Component}]+$"
+)
 CASES: list[tuple[Rule, list[str], list[str]]] = [
     (
         forms.json_schema(SCHEMA),
@@ -42,8 +48,22 @@ CASES: list[tuple[Rule, list[str], list[str]]] = [
     (forms.json_schema(True), ["1", "[]", '"é"', "null"], ["nul", ""]),
     (forms.json_schema(SCHEMA, ""), ['{"a":1}'], ['{"a": 1}']),
     (forms.regex(r"a/b\d{2}|"), ["a/b12", ""], ["a/b1", "a/b123", "a/b1\u07c1"]),
+    (forms.regex("^(a|b)+$\\n"), ["ab\n"], ["ab", "\n", "ab\n\n"]),
+    (forms.regex(r"(?=.*\d)(?=.*/)[a-z\d/]{2,4}"), ["a/1", "1/"], ["a/", "ab1", "a/b1c"]),
+    (
+        forms.json_schema({"type": "string", "pattern": r"^(?=.*[A-Z])(?=.{2}$).*$", "allOf": [{"pattern": "b"}]}),
+        ['"Ab"', '"bA"'],
+        ['"ab"', '"A"', '"AAb"', '"AB"'],
+    ),
+    (
+        forms.json_schema({"type": "string", "pattern": ZOD_EMAIL}),
+        ['"a.b@c.de"'],
+        ['"a..b@c.de"', '".a@c.de"', '"a@c.d"'],
+    ),
+    (forms.json_schema({"type": "string", "pattern": ZOD_EMOJI}), ['"\U0001f600"', '"1\u20e3"'], ['"1"', '""', '"a"']),
     (forms.choice(["yes", "yesterday", 'a"\n', "é", ""]), ["yes", "yesterday", 'a"\n', "é", ""], ["ye", "yes "]),
     (forms.context_free('root ::= "a" b*\nb ::= [0-9] | "(" b ")"\n'), ["a", "a1(2)"], ["", "b", "a(1"]),
+    (forms.context_free('?start: x\n?x: "a" | "b"\n'), ["a", "b"], ["", "ab"]),
     (forms.context_free('start: "x" %json {"type": "integer"}'), ["x1"], ["x", "1"]),
 ]
 

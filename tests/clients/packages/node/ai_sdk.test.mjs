@@ -4,6 +4,7 @@ import test from "node:test";
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { Output, generateObject, generateText, streamObject, streamText } from "ai";
+import { z } from "zod";
 
 import { runToolLoop, weather } from "./ai_sdk_tools.mjs";
 import { API_KEY, BASE_URL, FACT, FACT_QUESTION, MODEL, Report, WEATHER_QUESTION } from "./asks.mjs";
@@ -30,6 +31,13 @@ test("streamText", async () => {
 test("generateObject", async () => {
   const { object } = await generateObject(ask(WEATHER_QUESTION, { schema: Report }));
   Report.parse(object);
+});
+
+test("generateObject by zod's patterns with look-around", async () => {
+  const schema = z.object({ host: z.hostname().max(12), lasts: z.iso.duration().max(8) });
+  assert.match(JSON.stringify(z.toJSONSchema(schema)), /\(\?=.*\(\?!/);
+  const { object } = await generateObject(ask(WEATHER_QUESTION, { schema }));
+  schema.parse(object);
 });
 
 test("generateObject of a choice", async () => {
