@@ -166,7 +166,10 @@ class OpenRequests:
             yield
         finally:
             gauge.dec()
-            await self._close(open_request)
+            try:
+                await self._close(open_request)
+            finally:
+                open_request.release()
 
     async def _close(self, open_request: OpenRequest) -> None:
         """Remove a request: after its finish, a failure, a disconnect, a deadline. The only way out of the registry."""
