@@ -98,3 +98,17 @@ def unreadable(what: str) -> Failure:
 def internal(message: str, code: str = "internal_error", status: int = 500) -> RequestError:
     """Return a 5xx: our fault, or a dependency's."""
     return RequestError(Failure(status, message, type="server_error", code=code))
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of the frames that an error has passed, once it was answered.
+
+    They hold a request's body and media, and often the task that raised it: a reference cycle, which only the garbage
+    collector would end.
+    """
+    passed = [error]
+    while passed:
+        one = passed.pop()
+        passed += [each for each in (one.__cause__, one.__context__) if each is not None]
+        passed += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+        one.__traceback__ = one.__cause__ = one.__context__ = None

@@ -1,7 +1,8 @@
 """Figures of a run, from the streams that its clients saw.
 
 A gap is the time between two events of one answer, as for every client of SSE. Servers write tokens that pile up as one
-event; `tokens_per_event` says how many an event had, on average over the answers that were read to their end.
+event, and none for one that is the first bytes of a character; `tokens_per_event` says how many tokens an event had, on
+average over the answers that were read to their end.
 """
 
 import math

@@ -84,6 +84,8 @@ class GatewayMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        for form in ("true", "false"):  # made in its file now, and not while the first request waits
+            self.open.labels(form)
         self.prompt_tokens = Counter(
             "millrace_answered_prompt_tokens", "Prompt tokens of finished requests", registry=registry
         )

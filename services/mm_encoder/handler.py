@@ -43,7 +43,7 @@ from shared.bus.retry import retry_until_available
 from shared.bus.streams import reply, send
 from shared.bus.work_stream import Delivery, WorkStream
 from shared.crash_points import crash_point
-from shared.errors import Failure, RequestError, internal, unreadable
+from shared.errors import Failure, RequestError, internal, release_frames, unreadable
 from shared.log import logger
 from shared.messages import (
     Accepted,
@@ -211,15 +211,18 @@ class EncodeHandler:
     def _outcome(self, request: Request, work: asyncio.Task[Outcome]) -> Outcome:
         if work.cancelled():
             return "unwanted"
-        error = work.exception()
-        if error is None:
-            return CHANGED if work.result() == "changed" else work.result()
-        if isinstance(error, RedisError):
-            raise error  # no answer could be sent; the entry stays and is delivered again
-        if isinstance(error, RequestError):
+        try:
+            outcome = work.result()
+        except RedisError:
+            raise  # no answer could be sent; the entry stays and is delivered again
+        except RequestError as error:
+            release_frames(error)
             return error.failure
-        _log.error("request failed", extra=request.log_fields, exc_info=error)
-        return INTERNAL
+        except Exception as error:
+            _log.error("request failed", extra=request.log_fields, exc_info=error)
+            release_frames(error)
+            return INTERNAL
+        return CHANGED if outcome == "changed" else outcome
 
     async def _work(self, running: RunningRequest) -> Outcome:
         request = running.message.request

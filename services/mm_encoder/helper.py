@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError
 
-from shared.errors import RequestError
+from shared.errors import RequestError, release_frames
 from shared.log import logger
 from shared.messages import Media, Offer, Offered
 
@@ -58,5 +58,7 @@ class Helper:
                 await self._help_with(item.key, item.media)
             except (RequestError, RedisError) as error:
                 _log.info("no help with an item of another replica", extra={"key": item.key, "why": str(error)})
-            except Exception:
+                release_frames(error)
+            except Exception as error:
                 _log.exception("help failed with an item of another replica", extra={"key": item.key})
+                release_frames(error)

@@ -14,7 +14,7 @@ from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
 from services.engine.run.pieces import GraphRecorder, StepPieces, rows_to_capture
-from services.engine.run.rehearsal import Rehearsal
+from services.engine.run.rehearsal import Rehearsal, rehearse_on_cpu
 from services.engine.run.runner import Followers, ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
@@ -77,7 +77,10 @@ def runner_for(
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
     parts = model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs
-    return ModelRunner(*parts, pieces, times, followers), blocks
+    runner = ModelRunner(*parts, pieces, times, followers)
+    if not on_gpu:
+        rehearse_on_cpu(runner, config, min(settings.max_num_batched_tokens, settings.max_model_len))
+    return runner, blocks
 
 
 def keep_room_for_logits(model: ErnieModel, rows: int) -> None:

@@ -1,5 +1,5 @@
-"""Rehearsal of a GPU's steps before the first request: every kernel that traffic can meet is compiled and loaded, every
-plan of a library is made, and the time of steps is measured.
+"""Rehearsal of steps before the first request. On a CPU a few are computed. On a GPU every kernel that traffic can meet
+is compiled and loaded, every plan of a library is made, and the time of steps is measured.
 
 Kernels differ by classes of shapes, not by shapes: docs/notebook/engine.md names them. So a few steps meet all classes
 that depend on the number of rows, and one layer's attention, which takes no time, meets those of sequences one by one.
@@ -17,10 +17,14 @@ from services.engine.kernels.reference.paged_attention import MIN_PROMPT
 from services.engine.model.inputs import KVCache
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, StepPieces, captured_sizes
+from services.engine.run.runner import ModelRunner
+from services.engine.run.sampling_plan import SamplingPlan
 from services.engine.run.step import HostStep, Model
 from services.engine.schedule.step_times import DecodeTimes, StepTimes
 from shared.model.config import ModelConfig
 
+# Prompts that are rehearsed on a CPU: so many random tokens choose nearly all experts, whose weights are read then.
+CPU_STEPS, CPU_ROWS = 3, 64
 REPEATS = 3  # of a measured step
 PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
 CHUNK = 2  # tokens: the fewest that are computed as a chunk
@@ -30,36 +34,14 @@ PLANNED_CHUNKS = (CHUNK, 65, 2049)
 DECODING, DECODING_CONTEXT = 64, 4096  # sequences, and tokens of each: so many that the device is what takes time
 
 
-class Rehearsal:
-    """Steps of invented sequences: only shapes matter, and that tokens are spread out. No block is in use yet."""
+class InventedSteps:
+    """Maker of steps of invented sequences: only shapes matter, and that tokens are spread out. No block is in use."""
 
-    def __init__(self, model: Model, cache: KVCache, pieces: StepPieces, config: ModelConfig, max_seqs: int) -> None:
-        self._model, self._cache, self._pieces = model, cache, pieces
+    def __init__(self, model: Model, cache: KVCache, config: ModelConfig) -> None:
+        self._model, self._cache = model, cache
         self._random = np.random.default_rng(0)
         # Media visit experts of their own, and most steps have none.
-        self._text_ids, self._max_seqs = min(config.vocab_size, config.image_patch_id), max_seqs
-
-    def run(self, max_rows: int, max_context: int) -> StepTimes:
-        """Rehearse steps of up to `max_rows` rows; return the time of those with prefill, by their number of rows."""
-        for lengths in self._attentions(max_rows, max_context):
-            self._attend(lengths)
-        for planned in planned_chunks(min(max_rows, max_context)):
-            self._attend([(CHUNK, CHUNK)], planned)
-        self._pieces.hidden(self.step([(min(16, max_rows), min(16, max_rows))], media=True))
-        sizes = captured_sizes(max_rows)  # whether they were captured or not
-        times = {size: self._measure(size) for size in (*sizes, *larger_sizes(sizes[-1], max_rows))}
-        slowest = np.maximum.accumulate(list(times.values())).tolist()
-        return StepTimes(tuple(times), tuple(slowest), self._measure_cached(max_rows, max_context))
-
-    def measure_decodes(self, graphs: DecodeGraphs, max_rows: int, ms_per_cached_token: float) -> DecodeTimes:
-        """Measure captured decode steps of up to `max_rows` rows, each of which chooses experts of its own."""
-        sizes = [size for size in graphs.sizes if size <= max_rows]
-        times = []
-        for size in sizes:
-            graphs.run(self.step([(1, 1)] * size))
-            times.append(measure_ms(lambda size=size: graphs.replay(size)))  # type: ignore[misc]
-        quickest = np.minimum.accumulate(times[::-1])[::-1].tolist()  # a size may have been measured beside other work
-        return DecodeTimes(tuple(sizes), tuple(quickest), ms_per_cached_token)
+        self._text_ids = min(config.vocab_size, config.image_patch_id)
 
     def step(self, lengths: list[tuple[int, int]], media: bool = False) -> HostStep:
         """Make a step of sequences with so many new tokens, and so many in all. `media`: the first row is media."""
@@ -85,6 +67,36 @@ class Rehearsal:
             logit_rows=starts[1:] - 1,
             max_query_len=max(new for new, _ in lengths),
         )
+
+
+class Rehearsal:
+    """Rehearsal of one engine's steps on a GPU."""
+
+    def __init__(self, model: Model, cache: KVCache, pieces: StepPieces, config: ModelConfig, max_seqs: int) -> None:
+        self._model, self._cache, self._pieces, self._max_seqs = model, cache, pieces, max_seqs
+        self.step = InventedSteps(model, cache, config).step
+
+    def run(self, max_rows: int, max_context: int) -> StepTimes:
+        """Rehearse steps of up to `max_rows` rows; return the time of those with prefill, by their number of rows."""
+        for lengths in self._attentions(max_rows, max_context):
+            self._attend(lengths)
+        for planned in planned_chunks(min(max_rows, max_context)):
+            self._attend([(CHUNK, CHUNK)], planned)
+        self._pieces.hidden(self.step([(min(16, max_rows), min(16, max_rows))], media=True))
+        sizes = captured_sizes(max_rows)  # whether they were captured or not
+        times = {size: self._measure(size) for size in (*sizes, *larger_sizes(sizes[-1], max_rows))}
+        slowest = np.maximum.accumulate(list(times.values())).tolist()
+        return StepTimes(tuple(times), tuple(slowest), self._measure_cached(max_rows, max_context))
+
+    def measure_decodes(self, graphs: DecodeGraphs, max_rows: int, ms_per_cached_token: float) -> DecodeTimes:
+        """Measure captured decode steps of up to `max_rows` rows, each of which chooses experts of its own."""
+        sizes = [size for size in graphs.sizes if size <= max_rows]
+        times = []
+        for size in sizes:
+            graphs.run(self.step([(1, 1)] * size))
+            times.append(measure_ms(lambda size=size: graphs.replay(size)))  # type: ignore[misc]
+        quickest = np.minimum.accumulate(times[::-1])[::-1].tolist()  # a size may have been measured beside other work
+        return DecodeTimes(tuple(sizes), tuple(quickest), ms_per_cached_token)
 
     def _attentions(self, max_rows: int, max_context: int) -> Iterator[list[tuple[int, int]]]:
         """Yield sequences of every class that attention knows."""
@@ -125,6 +137,18 @@ class Rehearsal:
                 model.attend(calls, keys, values)
 
         return measure_ms(attend) / (count * context)
+
+
+def rehearse_on_cpu(runner: ModelRunner, config: ModelConfig, longest: int) -> None:
+    """Compute a few steps, of `longest` tokens at most: the first touch memory and most experts for the first time.
+
+    What they leave in the cache is finite, as all that is masked must be. The rest of it stays untouched, and takes no
+    memory yet.
+    """
+    steps = InventedSteps(runner.model, runner.cache, config)
+    rows = max(1, min(CPU_ROWS, longest - 1))
+    for lengths in (*[[(rows, rows)]] * CPU_STEPS, [(1, rows + 1)]):
+        runner.draw(runner.logits(steps.step(lengths)), SamplingPlan()).read()
 
 
 def planned_chunks(longest: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from services.gateway.inflight.request import OpenRequest
 from services.gateway.inflight.stored import StoredRequest
 from services.gateway.request.answer_format import AnswerFormat
 from shared import log
-from shared.errors import Failure, RequestError
+from shared.errors import Failure, RequestError, release_frames
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -53,6 +53,7 @@ class AnswerWriter(msgspec.Struct, frozen=True):
             if not await self.write(open_request, context, receive, send, event_ids):
                 outcome = "client left"
         except RequestError as error:
+            release_frames(error)
             outcome = f"failed {error.failure.status}"
             # Unlike a request that was refused, this one has run; it would fail again, unless the status says "later".
             headers = {"x-should-retry": "false"} if error.failure.status != 503 else {}

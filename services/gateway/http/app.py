@@ -31,7 +31,7 @@ from services.gateway.http.resume import KEPT, Kept, Resumption
 from services.gateway.http.tokens import TokenRoutes, add_token_routes
 from services.gateway.request.model_names import ModelNames
 from services.gateway.tenants.key_file import Tenant
-from shared.errors import Failure, RequestError
+from shared.errors import Failure, RequestError, release_frames
 from shared.version import MILLRACE_VERSION
 
 OWNED_BY = "Baidu"
@@ -281,6 +281,7 @@ def _add_errors(app: FastAPI, bodies: FailureBodies, count_refusal: Callable[[st
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
+        release_frames(error)
         return response(request, error.failure)
 
     @app.exception_handler(HTTPException)
@@ -299,7 +300,8 @@ def _add_errors(app: FastAPI, bodies: FailureBodies, count_refusal: Callable[[st
         return Response(status_code=499)  # there is nobody to tell; metrics count it as they count all who leave
 
     @app.exception_handler(RedisError)
-    async def unreachable(request: Request, _error: RedisError) -> Response:
+    async def unreachable(request: Request, error: RedisError) -> Response:
+        release_frames(error)
         return response(request, QUEUE_DOWN)
 
     @app.exception_handler(OSError)

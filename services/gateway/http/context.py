@@ -38,6 +38,11 @@ def attach_context(scope: Scope, context: RequestContext) -> None:
     scope.setdefault("state", {})[_KEY] = context
 
 
+def detach_context(scope: Scope) -> None:
+    """Take the context out of the scope of an answered request: `write` leads back to the scope, a reference cycle."""
+    scope.get("state", {}).pop(_KEY, None)
+
+
 def find_context(scope: Scope) -> RequestContext | None:
     """Return the context that the edge attached, if it has."""
     context: RequestContext | None = scope.get("state", {}).get(_KEY)

@@ -30,7 +30,7 @@ def attach_body(scope: Scope, body: DirectBody) -> None:
     scope.setdefault("state", {})[_KEY] = body
 
 
-def find_body(scope: Scope) -> DirectBody | None:
-    """Return the body that the server attached, if it has."""
-    body: DirectBody | None = scope.get("state", {}).get(_KEY)
+def take_body(scope: Scope) -> DirectBody | None:
+    """Return the body that the server attached, if it has, and take it out of the scope, to which it leads back."""
+    body: DirectBody | None = scope.get("state", {}).pop(_KEY, None)
     return body

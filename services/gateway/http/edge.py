@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.console import routes as console
 from services.gateway.errors import UNAUTHORIZED, FailureBodies, error_response
 from services.gateway.http import spans
-from services.gateway.http.context import RequestContext, attach_context
-from services.gateway.http.direct import find_body
+from services.gateway.http.context import RequestContext, attach_context, detach_context
+from services.gateway.http.direct import take_body
 from services.gateway.http.hosts import STRANGE_HOST, KnownHosts
 from services.gateway.http.protocol import HEALTH_PATHS
 from services.gateway.http.resume import KEPT
@@ -75,7 +75,7 @@ class Edge:
         scope["path"] = scope["path"].rstrip("/") or "/"  # both forms are one path, to the rules about keys too
         headers = Headers(scope=scope)
         span = self._start_span(scope, headers)
-        context = RequestContext(_request_id(headers), "", span, send, find_body(scope))
+        context = RequestContext(_request_id(headers), "", span, send, take_body(scope))
         status = _CLIENT_LEFT
 
         async def send_named(message: Message) -> None:
@@ -98,6 +98,7 @@ class Edge:
                 form = self._bodies.of(scope["path"])
                 await error_response(UNAUTHORIZED, {"www-authenticate": "Bearer"}, form)(scope, receive, send_named)
         finally:
+            detach_context(scope)
             method, path = _method(scope["method"]), self._metric_path(scope["path"])
             self._metrics.requests.labels(method, path, status).inc()
             self._metrics.duration.labels(method, path).observe(time.perf_counter() - started)

@@ -72,6 +72,10 @@ class FormReader:
         content, self._content = b"".join(self._content), []
         return content
 
+    def close(self) -> None:
+        """Let go of the parser, which refers back: what both hold is then freed at once."""
+        del self._parser
+
     def _adder(self, place: int) -> Callable[[bytes, int, int], None]:
         def add(data: bytes, start: int, end: int) -> None:
             self._header[place] += data[start:end]
@@ -134,8 +138,11 @@ async def read_form(request: Request, reader: FormReader) -> AsyncIterator[bytes
         RequestError: 400, this is no form with one file.
         ClientDisconnect: the client left in the middle.
     """
-    async for data in request.stream():
-        if content := reader.feed(data):
-            yield content
+    try:
+        async for data in request.stream():
+            if content := reader.feed(data):
+                yield content
+    finally:
+        reader.close()
     if not reader.ended or reader.form.filename is None:
         raise invalid("The form has no `file`." if reader.ended else "The form ends before its last boundary.", FILE)

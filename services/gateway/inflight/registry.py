@@ -166,7 +166,10 @@ class OpenRequests:
             yield
         finally:
             gauge.dec()
-            await self._close(open_request)
+            try:
+                await self._close(open_request)
+            finally:
+                open_request.release()
 
     async def _close(self, open_request: OpenRequest) -> None:
         """Remove a request: after its finish, a failure, a disconnect, a deadline. The only way out of the registry."""
@@ -307,6 +310,8 @@ class OpenRequests:
         lost = await self._pipeline.read_lost(request_ids)
         detached = []
         for choice in silent:
+            if choice not in self._readers.get(choice.request_id, ()):
+                continue  # closed in the meantime
             record = records.get(choice.request_id)
             if record is None or choice.request_id in lost:
                 if choice.mark_missing() >= MISSING_CHECKS and not choice.ended:

@@ -7,6 +7,7 @@ sends, and the task that writes to the client as it writes. What the client has 
 import asyncio
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import partial
 
 import msgspec
 
@@ -226,7 +227,7 @@ class OpenRequest:
         self._timed_out_at: float | None = None
         self.client_has_id = False  # so that the client could resume
         self.accepted = asyncio.Event()  # set once every choice's media are good, or the request has failed
-        self.queue = ClientQueue(max_pending, self._set_writers)
+        self.queue = ClientQueue(max_pending, partial(_set_writers, self.choices))
         self._unaccepted = set(range(answer_format.n)) if unchecked else set()
         self._events_sent = [position.events for position in self.positions]
         self._unended = answer_format.n
@@ -267,6 +268,13 @@ class OpenRequest:
     def mark_prompt(self, tokens: int) -> None:
         """Note how long the prompt is, its media included."""
         self.prompt_tokens = tokens
+
+    def release(self) -> None:
+        """Let go of the choices, which refer back to it, once nothing reaches it: what it holds is then freed at once.
+
+        The garbage collector, which would free it else, may look late.
+        """
+        self.choices.clear()
 
     def accept(self, choice: Choice) -> None:
         """Note that a choice's media are good."""
@@ -356,14 +364,15 @@ class OpenRequest:
         self._unended -= not choice.ended
         choice.end(finish_reason, usage)
 
-    def _set_writers(self, indexes: Sequence[int], writer: DirectWriter | None) -> None:
-        """Have `writer` take these choices' text from now on; None: the queue takes all choices'."""
-        if writer is None:
-            for choice in self.choices:
-                choice.writer = None
-            return
-        for index in indexes:
-            self.choices[index].writer = writer.text_writer(index)
+
+def _set_writers(choices: Sequence[Choice], indexes: Sequence[int], writer: DirectWriter | None) -> None:
+    """Have `writer` take the text of the choices of these indexes from now on; None: the queue takes all choices'."""
+    if writer is None:
+        for choice in choices:
+            choice.writer = None
+        return
+    for index in indexes:
+        choices[index].writer = writer.text_writer(index)
 
 
 def choice_id(request_id: str, index: int) -> str:

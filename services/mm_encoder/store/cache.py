@@ -131,7 +131,10 @@ class SingleFlight(Generic[T]):
         if task is None:
             task = self._running[key] = asyncio.create_task(start())
             task.add_done_callback(lambda done: self._forget(key, done))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            del task  # whose error refers to this frame: a reference cycle, which would keep what was computed from
 
     def _forget(self, key: str, done: asyncio.Task[T]) -> None:
         del self._running[key]

@@ -19,7 +19,7 @@ from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, captured_sizes, padded_rows
-from services.engine.run.rehearsal import Rehearsal, larger_sizes, planned_chunks
+from services.engine.run.rehearsal import CPU_ROWS, Rehearsal, larger_sizes, planned_chunks, rehearse_on_cpu
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.prefill_budget import LEAST_ROOM
 from services.engine.schedule.speculation import Speculation
@@ -70,6 +70,18 @@ def test_every_number_of_sequences_and_every_size_is_met(piece_rows: int) -> Non
     assert (2, 2) in model.lengths
     assert model.rows == set(captured_sizes(300))
     assert times.rows == captured_sizes(300)
+
+
+@pytest.mark.skipif(ON_GPU, reason="kernels of a GPU are rehearsed in another way")
+@pytest.mark.parametrize(("longest", "rows"), [(300, CPU_ROWS), (40, 39), (1, 1)])
+def test_a_cpu_computes_a_few_steps_before_the_first_request(longest: int, rows: int) -> None:
+    """They touch the weights and the memory that a first request would wait for, and no more of the cache."""
+    model = Spied(small_model())
+    made = runner(model, ModelRunner, captured=False)
+    rehearse_on_cpu(made, SMALL, longest)
+    assert model.lengths == {(rows, rows), (1, rows + 1)}
+    assert made.cache.keys.isfinite().all()
+    assert made.cache.values.isfinite().all()
 
 
 def test_no_row_of_a_rehearsed_step_is_media() -> None:
