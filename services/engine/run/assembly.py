@@ -14,7 +14,7 @@ from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.memory import allocate_cache, blocks_for
 from services.engine.run.pieces import GraphRecorder, StepPieces, rows_to_capture
-from services.engine.run.rehearsal import Rehearsal, rehearse_on_cpu
+from services.engine.run.rehearsal import Rehearsal, compute_steps
 from services.engine.run.runner import Followers, ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
@@ -71,15 +71,15 @@ def runner_for(
         if settings.speculative_config is not None and settings.speculative_config.num_speculative_tokens:
             most = min(settings.max_num_seqs, settings.max_num_batched_tokens)
             times = replace(times, decode=rehearsal.measure_decodes(graphs, most, times.ms_per_cached_token))
-        cache.clear()  # what is masked must be no NaN, and nobody knows what was computed
         torch.cuda.empty_cache()
         keep_room_for_logits(model, settings.max_num_seqs)
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
     parts = model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs
     runner = ModelRunner(*parts, pieces, times, followers)
-    if not on_gpu:
-        rehearse_on_cpu(runner, config, min(settings.max_num_batched_tokens, settings.max_model_len))
+    compute_steps(runner, config, min(settings.max_num_batched_tokens, settings.max_model_len))
+    if on_gpu:
+        cache.clear()  # what is masked must be no NaN, and nobody knows what was computed
     return runner, blocks
 
 

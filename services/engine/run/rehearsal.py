@@ -1,5 +1,5 @@
-"""Rehearsal of steps before the first request. On a CPU a few are computed. On a GPU every kernel that traffic can meet
-is compiled and loaded, every plan of a library is made, and the time of steps is measured.
+"""Rehearsal of steps before the first request: a few are computed as they will be. Before these, on a GPU every kernel
+that traffic can meet is compiled and loaded, every plan of a library is made, and the time of steps is measured.
 
 Kernels differ by classes of shapes, not by shapes: docs/notebook/engine.md names them. So a few steps meet all classes
 that depend on the number of rows, and one layer's attention, which takes no time, meets those of sequences one by one.
@@ -23,8 +23,8 @@ from services.engine.run.step import HostStep, Model
 from services.engine.schedule.step_times import DecodeTimes, StepTimes
 from shared.model.config import ModelConfig
 
-# Prompts that are rehearsed on a CPU: so many random tokens choose nearly all experts, whose weights are read then.
-CPU_STEPS, CPU_ROWS = 3, 64
+# Prompts that are computed: so many random tokens choose nearly all experts, whose weights a CPU reads then.
+STEPS, ROWS = 3, 64
 REPEATS = 3  # of a measured step
 PLANNED = 64  # tokens between lengths of prompts that are tried: no two plans of the library are closer
 CHUNK = 2  # tokens: the fewest that are computed as a chunk
@@ -139,15 +139,16 @@ class Rehearsal:
         return measure_ms(attend) / (count * context)
 
 
-def rehearse_on_cpu(runner: ModelRunner, config: ModelConfig, longest: int) -> None:
-    """Compute a few steps, of `longest` tokens at most: the first touch memory and most experts for the first time.
+def compute_steps(runner: ModelRunner, config: ModelConfig, longest: int) -> None:
+    """Compute a few steps, of `longest` tokens at most: the first touch memory and most experts for the first time, or
+    make the allocator of a GPU ask for its first blocks.
 
-    What they leave in the cache is finite, as all that is masked must be. The rest of it stays untouched, and takes no
-    memory yet.
+    What they leave in the cache is finite, as all that is masked must be. On a CPU the rest of it stays untouched, and
+    takes no memory yet.
     """
     steps = InventedSteps(runner.model, runner.cache, config)
-    rows = max(1, min(CPU_ROWS, longest - 1))
-    for lengths in (*[[(rows, rows)]] * CPU_STEPS, [(1, rows + 1)]):
+    rows = max(1, min(ROWS, longest - 1))
+    for lengths in (*[[(rows, rows)]] * STEPS, [(1, rows + 1)]):
         runner.draw(runner.logits(steps.step(lengths)), SamplingPlan()).read()
 
 

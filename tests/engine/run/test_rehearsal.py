@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from small_model import ON_GPU, SEQS, SMALL, Computed, decode_rows, runner, small_model
+from small_model import ON_GPU, PAGE, SEQS, SMALL, Computed, decode_rows, runner, small_model
 
 from services.engine.__main__ import prefill_budget, speculation, warn_of_first_use
 from services.engine.kernels.first_use import note_first_use, report_first_uses
@@ -19,7 +19,7 @@ from services.engine.metrics import EngineMetrics
 from services.engine.model.ernie import ErnieModel
 from services.engine.run.graphs import DecodeGraphs
 from services.engine.run.pieces import ALIGNMENT, captured_sizes, padded_rows
-from services.engine.run.rehearsal import CPU_ROWS, Rehearsal, larger_sizes, planned_chunks, rehearse_on_cpu
+from services.engine.run.rehearsal import ROWS, Rehearsal, compute_steps, larger_sizes, planned_chunks
 from services.engine.run.runner import ModelRunner
 from services.engine.schedule.prefill_budget import LEAST_ROOM
 from services.engine.schedule.speculation import Speculation
@@ -72,14 +72,27 @@ def test_every_number_of_sequences_and_every_size_is_met(piece_rows: int) -> Non
     assert times.rows == captured_sizes(300)
 
 
-@pytest.mark.skipif(ON_GPU, reason="kernels of a GPU are rehearsed in another way")
-@pytest.mark.parametrize(("longest", "rows"), [(300, CPU_ROWS), (40, 39), (1, 1)])
+@pytest.mark.skipif(ON_GPU, reason="its steps are captured")
+@pytest.mark.parametrize(("longest", "rows"), [(300, ROWS), (40, 39), (1, 1)])
 def test_a_cpu_computes_a_few_steps_before_the_first_request(longest: int, rows: int) -> None:
     """They touch the weights and the memory that a first request would wait for, and no more of the cache."""
     model = Spied(small_model())
     made = runner(model, ModelRunner, captured=False)
-    rehearse_on_cpu(made, SMALL, longest)
+    compute_steps(made, SMALL, longest)
     assert model.lengths == {(rows, rows), (1, rows + 1)}
+    assert made.cache.keys.isfinite().all()
+    assert made.cache.values.isfinite().all()
+
+
+def test_captured_steps_are_computed_as_they_will_be() -> None:
+    """A step with prefill in pieces, and one that decodes, which leave no number that is none in the cache."""
+    model = small_model()
+    made = runner(model, ModelRunner, piece_rows=64)
+    assert made.pieces is not None
+    made.cache.clear()
+    compute_steps(made, SMALL, 300)
+    written = made.cache.keys.float().abs().sum((0, 2, 3, 4)) > 0
+    assert written.sum() >= (ROWS + 1) // PAGE
     assert made.cache.keys.isfinite().all()
     assert made.cache.values.isfinite().all()
 
