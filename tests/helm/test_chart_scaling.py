@@ -9,11 +9,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cli.autoscaler.policy import Rules
 from cli.autoscaler.settings import AutoscalerSettings, load
+from services.mm_encoder.settings import MmEncoderSettings
 from shared.bus.keys import ENCODE, GENERATE, Keys
 
 KEDA = "fetched model, keda, monitoring, tls"
 HPA = "external redis with users, hpa, placement"
 BUILTIN = "autoscaler of its own"
+PLACES = str(MmEncoderSettings(redis_url="", model="").concurrency)  # batches are full where these are
 
 
 def trigger(name: str, component: str) -> Object:
@@ -21,7 +23,9 @@ def trigger(name: str, component: str) -> Object:
     return only
 
 
-@pytest.mark.parametrize(("component", "stream", "target"), [("mm-encoder", ENCODE, "8"), ("engine", GENERATE, "32")])
+@pytest.mark.parametrize(
+    ("component", "stream", "target"), [("mm-encoder", ENCODE, PLACES), ("engine", GENERATE, "32")]
+)
 def test_keda_counts_waiting_and_running_work(component: str, stream: str, target: str) -> None:
     metadata = trigger(KEDA, component)["metadata"]
     assert metadata["stream"] == Keys("models.millrace").stream(stream)
@@ -104,7 +108,7 @@ def autoscaler(items: list[Object] | tuple[Object, ...], redis_url: str = "redis
 def test_the_autoscaler_understands_what_it_is_told() -> None:
     told = autoscaler(case(BUILTIN))
     assert told.stages == {
-        "mm_encoder": Rules(deployment="millrace-mm-encoder", target=8, least=1, most=4, cooldown_s=120),
+        "mm_encoder": Rules(deployment="millrace-mm-encoder", target=16, least=1, most=4, cooldown_s=120),
         "engine": Rules(deployment="millrace-engine", target=64, least=0, most=4, cooldown_s=120),
     }
     deployments = {item["metadata"]["name"] for item in case(BUILTIN) if item["kind"] == "Deployment"}

@@ -33,7 +33,8 @@ class GrammarMasks:
         """Return the mask of each state. Of one whose grammar fails, which its `failure` says, only end tokens.
 
         A state whose mask has taken too long fails, too. Only the caller's own time is known by mask: where threads
-        were slow, all of their states are suspects, and the caller begins with these in the next step.
+        were slow, all of their states are suspects, and the caller begins with these in the next steps, until it has
+        computed a mask of each.
         """
         masks = np.empty((len(states), self._words), np.uint32)
         address, length = masks.ctypes.data, self._words * 4
@@ -51,7 +52,8 @@ class GrammarMasks:
             began = time.perf_counter()
             jobs = [(states[row].matcher, row) for row in left]
             self._executor.unsafe_compute_mask_ptr(jobs, address, length, len(states))
-            if time.perf_counter() - began >= MASK_S:
+            slow = time.perf_counter() - began >= MASK_S
+            if slow and not any(states[row].suspect for row in left):
                 for row in left:
                     states[row].suspect = True
         return masks.view(np.uint8)

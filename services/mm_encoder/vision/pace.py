@@ -8,7 +8,8 @@ they are of 2 ms and of one encoder: a second one on the GPU sends as many. With
 Where no engine uses the GPU, or none shares memory with us, passes are sent whole.
 
 What counts is the time of what was sent, and not in how many pieces or batches: a batch of small pictures may be less
-than a piece, and several of them fit in a step. A small pass is several graphs (graphs.py), each less than a piece.
+than a piece, and several of them fit in a step. A small pass is several graphs (graphs.py), on large cards each less
+than a piece.
 
 Cuts change no bit: the same operations on the same rows are launched, with waits between them.
 """

@@ -66,3 +66,20 @@ def test_one_that_is_slow_in_a_thread_is_found_by_the_caller(clock: Clock, monke
     assert [state.failure for state in others] == [None] * 3
     masks.compute(others)
     assert not any(state.suspect for state in others)
+
+
+@pytest.mark.parametrize("before", [20, 64])
+def test_a_slow_one_is_found_among_many_that_take_some_time(
+    before: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller computes 15 masks a step, and would come to others each time if all were suspects anew."""
+    tenth = grammar_masks.ALONE_S / 15
+    made = [GrammarState(compile_grammar(write(json_schema({}), thinking=False))) for _ in range(before + 1)]
+    for state in made:
+        slow_down(state, clock, tenth if state is not made[-1] else 3 * grammar_masks.MASK_S)
+    masks = GrammarMasks(VOCAB, 1)
+    monkeypatch.setattr(masks, "_executor", SlowExecutor())
+    for _ in range(2 + before // 10):
+        masks.compute(made)
+    assert made[-1].failure is not None
+    assert [state.failure for state in made[:-1]] == [None] * before
