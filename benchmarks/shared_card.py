@@ -20,8 +20,7 @@ The ways:
 
   whole    passes are sent whole, and the driver shares the GPU (MILLRACE_SHARED_CARD_MS=0)
   pieces   of --piece-ms, with --decode-pieces; as it is by default without these
-  mps      the same under CUDA MPS, which is started and ended here; the encoder may use --mps-percent of the
-           multiprocessors
+  mps      the same under CUDA MPS; the encoder may use --mps-percent of the multiprocessors
 """
 
 import argparse
@@ -104,19 +103,6 @@ class Sharing(NamedTuple):
             "MILLRACE_SHARED_CARD_DECODE_PIECES": str(self.decode_pieces),
             "MILLRACE_MPS_PERCENT": str(self.mps_percent),
         }
-
-
-@contextmanager
-def mps() -> Iterator[dict[str, str]]:
-    """Run CUDA's Multi-Process Service; yield what its clients need to know."""
-    with tempfile.TemporaryDirectory(prefix="mps-") as directory:
-        where = {"CUDA_MPS_PIPE_DIRECTORY": directory, "CUDA_MPS_LOG_DIRECTORY": directory}
-        control, environ = "nvidia-cuda-mps-control", {**os.environ, **where}
-        subprocess.run([control, "-d"], env=environ, check=True)
-        try:
-            yield where
-        finally:
-            subprocess.run([control], input=b"quit\n", env=environ, timeout=30, check=True)
 
 
 @contextmanager
@@ -247,8 +233,6 @@ def main() -> None:
         with ExitStack() as stack:
             sharing = Sharing(args.piece_ms, args.decode_pieces, args.mps_percent).of(way)
             environ = {**os.environ, **sharing.environment()}
-            if way == "mps":
-                environ |= stack.enter_context(mps())
             flags = [
                 "--model",
                 args.model,

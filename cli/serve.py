@@ -15,9 +15,9 @@ from prometheus_client.multiprocess import mark_process_dead
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from cli import signals
+from cli import mps, signals
 from cli.connection import scratch_prefix, scratch_socket
-from cli.environment import check_ports, environments, metrics_address, settings_of
+from cli.environment import COMPUTE_SERVICES, check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
 from cli.output import WRITER
@@ -83,6 +83,11 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
             if _has_room(SHARED_MEMORY, SHARED_BYTES):
                 environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
+        if mps.is_wanted(environs["mm_encoder"]):
+            told = stack.enter_context(mps.daemon(directory / "mps", environs["mm_encoder"]))
+            for service in COMPUTE_SERVICES:
+                environs[service] |= told
+            report("CUDA MPS   ready; a fault of the GPU in one service ends both that use it")
         (in_memory / METRICS).mkdir()
         for each in environs.values():
             each[METRICS_DIRECTORY] = str(in_memory / METRICS)  # so that one listener, ours, shows all

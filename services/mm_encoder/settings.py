@@ -38,9 +38,8 @@ class MmEncoderSettings(CommonSettings, frozen=True, kw_only=True, forbid_unknow
     # encoder a GPU. See docs/operations.md on sharing a GPU.
     shared_card_ms: Annotated[float, Meta(ge=0)] = 2.0
     shared_card_decode_pieces: Count = 0  # the most during a decode step: with 1 tokens come first; 0: any number
-    mps_percent: Annotated[int, Meta(ge=0, le=100)] = (
-        0  # share of the multiprocessors, in percent, under CUDA MPS; 0: all
-    )
+    # share of the multiprocessors, in percent, under CUDA MPS, which `millrace serve` starts; 0: all
+    mps_percent: Annotated[int, Meta(ge=0, le=100)] = 0
     # Requests in flight, besides up to 64 that wait for links to other servers. 16 pictures of 448 x 448 are two of the
     # tower's batches: one is computed while the other is decoded.
     concurrency: Positive = 16
