@@ -6,7 +6,7 @@ runs one for several programs names its directory in CUDA_MPS_PIPE_DIRECTORY, an
 
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shared.config import variable
@@ -46,4 +46,5 @@ def daemon(directory: Path, environ: Mapping[str, str]) -> Iterator[dict[str, st
     try:
         yield told
     finally:
-        subprocess.run([CONTROL], env=own, input=b"quit\n", stdout=quiet, stderr=quiet, timeout=PATIENCE_S)
+        with suppress(subprocess.TimeoutExpired):  # it ends with its last client
+            subprocess.run([CONTROL], env=own, input=b"quit\n", stdout=quiet, stderr=quiet, timeout=PATIENCE_S)
