@@ -26,7 +26,7 @@ from shared.messages import BATCH_PRIORITY, Share
 
 HERE = Path(__file__).parent
 LEFT_S = 5.0  # between two looks at what has been generated for clients that have left, by all gateways together
-LEFT_COUNT = 100  # about so many requests are looked at by one call of a script, for 2 ms at most
+LEFT_COUNT = 100  # about so many requests are looked at by one call of a script, for a millisecond or two
 EVERYONE = ""  # name of all requests together, with or without a tenant
 
 _TEXTS = {
