@@ -189,7 +189,8 @@ async def cost(root: Path) -> dict[str, dict[str, float]]:
         tenant = Tenant(
             name="t", hashes=(written_digest("t"),), limits=Limits(requests_per_min=10**9, tokens_per_min=10**12)
         )
-        limiter = Limiter(redis, keys, Ceilings(10**9, 0, 0.5, 10**12), TenantMetrics(CollectorRegistry()))
+        ceilings, metrics = Ceilings(10**9, 0, 0.5, 10**12), TenantMetrics(CollectorRegistry())
+        limiter = Limiter(redis, keys, "g", ceilings, metrics, has_tenants=True)
         admitted: list[Any] = []
 
         async def admit(n: int) -> None:

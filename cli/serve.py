@@ -281,10 +281,7 @@ class System:
         """Give requests that cannot end, since Redis takes no writes, no more time to."""
         client = connect(self._redis_url)
         try:
-            while self._refusals.lasting_s < REFUSED_S:
-                with contextlib.suppress(RedisError):
-                    await self._refusals.look(client, self._keys)
-                await asyncio.sleep(POLL_S[0])
+            await self._refusals.wait_until_lasting(client, self._keys, REFUSED_S, POLL_S[0])
             report("requests under way are not waited for, as they cannot end while redis takes no writes")
             self._drains_in_vain.set()
         finally:

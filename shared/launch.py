@@ -25,8 +25,10 @@ from shared.visible import visible_lines
 _log = log.logger(__name__)
 # Of the garbage collector, once a service is ready: the second look has what survived the first, and the third all.
 # Python's own 700 is reached by live requests that come and go: with 256 clients it looked every two seconds, for 4 ms,
-# at what they hold, and found nothing. All is looked at once there are 90,000 objects more (Python: 100,000), and no
-# request leaves a cycle behind that would hold a body or media until then.
+# at what they hold, and found nothing. All is looked at once there are 90,000 objects more (Python: 100,000), or later
+# in a large process, since CPython also waits until what survived the second look is a quarter of what the last look at
+# all has left: 150,001 after one at 300,000 objects. No request leaves a cycle behind that would hold a body or media
+# until then.
 THRESHOLDS = (30_000, 0, 0)
 
 S = TypeVar("S", bound=CommonSettings)

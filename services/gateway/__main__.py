@@ -130,14 +130,15 @@ def compose(
     keyring = Keyring(settings.api_keys, settings.api_keys_file, tenant_metrics.reloads)
     uploads = int(UPLOADS_SHARE * settings.blob_budget_bytes)
     ceilings = Ceilings(settings.max_queue, settings.max_num_queued_tokens, settings.tenant_share, uploads)
-    limiter = Limiter(redis, keys, ceilings, tenant_metrics)
+    # New with every process, so that no answer to a predecessor's requests is read as ours.
+    address = f"{settings.name}.{secrets.token_hex(4)}"
+    has_tenants = bool(settings.api_keys_file)
+    limiter = Limiter(redis, keys, address, ceilings, tenant_metrics, has_tenants=has_tenants)
     slots = TenantSlots(ceilings.share(settings.max_concurrency), tenant_metrics)
     admission = Admission(settings.max_concurrency, metrics.rejections)
     template = TemplateSource.load(Path(settings.model))
     parser = _parser(settings, template)
     blob_redis = connect_blobs(settings, redis)
-    # New with every process, so that no answer to a predecessor's requests is read as ours.
-    address = f"{settings.name}.{secrets.token_hex(4)}"
     pipeline = _pipeline(settings, redis, blob_redis, keys, address, limiter, metrics)
     limits = OpenRequestLimits(settings.keep_alive_s, settings.watch_s, settings.max_pending_bytes)
     responses_dialect = ResponsesDialect(parser.defaults, settings.responses_keep_s, _response_limit(settings))

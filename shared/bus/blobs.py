@@ -58,8 +58,8 @@ class Blobs:
     async def put(self, kind: str, key: str, data: bytes | memoryview, meta: bytes = b"", owner: str = "") -> None:
         """Store a blob, overwriting it; it becomes visible when its last chunk is written.
 
-        While the budget is exceeded, evicts the least recently used blobs: those of the owner that has most bytes, so
-        that nobody with an even share or less loses one to others; where blobs have no owner, those of all.
+        While the budget is exceeded, evicts the least recently used blob if nobody owns it, else the oldest of whoever
+        has most bytes: nobody with an even share or less loses one to others, unless one blob is larger than that.
 
         Raises:
             RequestError: `data` alone exceeds the budget (503; a caller that wants a 4xx checks before).

@@ -74,8 +74,9 @@
     {ns}:tenant:{name}:open:uploads  hash    gateway              gateway            the same as the open request's field
                                              request id -> bytes of its uploads
     {ns}:tenants:left                hash    gateway              gateway            field deleted at its request's end
-                                             "name id" of requests whose clients left and may come back -> what is charged of
-                                             its answer, and the limit a minute
+                                             "name id" of open requests -> what is charged of its answer, the limit a minute, and
+                                             the gateway that charges it at its end, unless its client has left
+    {ns}:tenants:left:looked         string  gateway              gateway            the gateway that last charged what these have; 4.5 s
     {ns}:leader:{role}               string  autoscaler           autoscaler         name of the leader; expires unless renewed
     {ns}:quarantine:{stream}         stream  mm_encoder, engine   operators          dead letters: poison entries, kept for inspection
 
@@ -210,8 +211,11 @@ class Keys(msgspec.Struct, frozen=True):
         return f"{self.tenant(name)}:open"
 
     def tenants_left(self) -> str:
-        """Return the key of the requests of tenants that go on without a client."""
+        """Return the key of the requests of tenants that are charged though no client is there at their end."""
         return f"{self.ns}:tenants:left"
+
+    def tenants_looked(self) -> str:
+        return f"{self.tenants_left()}:looked"
 
     def leader(self, role: str) -> str:
         """Return the key of a leader election: one replica acts, the others stand by."""

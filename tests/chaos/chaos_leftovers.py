@@ -29,6 +29,7 @@ LASTING = (
     "blob:embeds:",
     "blobs",
     "tenant:",
+    "tenants:",  # whose fields `_charged` looks at
     "batch:",  # for files_keep_s after its end, and what it has beside itself is looked for by chaos_batches
     "batches:of:",
     "files:sizes",
@@ -61,6 +62,7 @@ async def leftovers(system: System) -> list[str]:
     """One line for each thing that has outlived its request or its replica."""
     return [
         *await _keys(system),
+        *await _charged(system),
         *await _entries(system),
         *await _open(system),
     ]
@@ -77,6 +79,19 @@ async def _keys(system: System) -> list[str]:
     shards = [name for name in names if name.startswith("tokens:")]
     lengths = {name: int(await redis.xlen(prefix + name)) for name in shards}
     return left + [f"{name} has {length} entries" for name, length in lengths.items() if length > MAX_TOKENS_STREAM]
+
+
+async def _charged(system: System) -> list[str]:
+    """Requests that are still charged without a client, but for those of a gateway whose stream is there.
+
+    That of a killed one expires within a minute, for which nobody waits here.
+    """
+    left = []
+    for field, value in (await system.redis.hgetall(system.keys.tenants_left())).items():
+        gateway = value.decode().split(":", 2)[2:]
+        if not gateway or not await system.redis.exists(system.keys.deltas(gateway[0])):
+            left.append(f"{field.decode()!r} is charged, {value.decode()}")
+    return left
 
 
 async def _entries(system: System) -> list[str]:

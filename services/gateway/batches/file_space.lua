@@ -5,6 +5,7 @@
 -- ARGV: prefix of files
 local FILES, SIZES, FILE = KEYS[1], KEYS[2], ARGV[1]
 local CHUNK, OWN_BYTES, SWEPT = 1048576, 1024, 64 -- OWN_BYTES: what a file takes beside its content
+local MOST_CHUNKS = 2 ^ 16 -- of a file: 64 GiB. A number that is damaged must not occupy Redis for ever.
 
 local function size_of(field)
   return tonumber(redis.call('HGET', SIZES, field)) or 0
@@ -19,7 +20,7 @@ end
 local function remove_file(id)
   local key = FILE .. id
   local owner = redis.call('HGET', key, 'owner') or ''
-  for n = 0, tonumber(redis.call('HGET', key, 'chunks') or 0) - 1 do
+  for n = 0, math.min(tonumber(redis.call('HGET', key, 'chunks') or 0) or 0, MOST_CHUNKS) - 1 do
     redis.call('UNLINK', key .. ':' .. n)
   end
   count_bytes(id, owner, -size_of(id))

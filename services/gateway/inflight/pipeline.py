@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from prometheus_client import Counter
@@ -38,6 +38,8 @@ from shared.messages import Attach, Encode, Failed, Generate
 
 UPLOADS_GRACE_S = 60.0  # for which uploads are kept beyond the deadline, if nobody deletes them when their request ends
 MOST_RETRY_MS = 120_000  # clients give up where they are told to wait longer
+
+Settle = Callable[[Collection[str]], None]  # settles a request, given the ids of its choices that go on
 
 
 class Pipeline:
@@ -121,17 +123,21 @@ class Pipeline:
         if open_request.reservation is not None:
             self._limiter.begin(open_request.reservation)
 
-    def settle(self, open_request: OpenRequest, runs_on: bool) -> None:
-        """Tell the limiter what a request has used. `runs_on`: without its client, who may come back."""
+    def settlement(self, open_request: OpenRequest) -> Settle:
+        """Return a function that tells the limiter what a request has used until now, and which choices go on."""
         reservation = open_request.reservation
         if reservation is None:
-            return
+            return lambda going_on: None
         choices = open_request.choices
         sent = any(choice.state is not ChoiceState.NEW for choice in choices)
         prompt = _prompt_tokens(open_request, reservation.charged) if sent else 0
-        generated = sum(choice.generated for choice in choices)
-        left = {choice.request_id: choice.generated for choice in choices if choice.runs} if runs_on else {}
-        self._limiter.end(reservation, prompt, generated, left=left, stored=sent)
+        generated = {choice.request_id: choice.generated for choice in choices}
+
+        def settle(going_on: Collection[str]) -> None:
+            left = {request_id: generated[request_id] for request_id in going_on}
+            self._limiter.end(reservation, prompt, sum(generated.values()), left=left, stored=sent)
+
+        return settle
 
     async def find(self, request_id: str, owner: str) -> StoredRequest:
         """Read the records of a request.
@@ -209,13 +215,14 @@ class Pipeline:
         async with self._submit_timeout():
             await self.attach(choices)
 
-    async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Cancel these requests, except those that have readers at another gateway."""
+    async def cancel(self, request_ids: Sequence[str]) -> list[str]:
+        """Cancel these requests, except those that have readers at another gateway; return those that were."""
         alone = await self._records.detach(request_ids, self._options.gateway)
         if alone:
             crash_point("gateway.cancel.before")
             await self._records.cancel(alone)
             crash_point("gateway.cancel.after")
+        return alone
 
     async def is_alone(self, request_id: str) -> bool:
         """Return True if no other gateway reads this request's answer."""

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from services.gateway.errors import LOST, SHUTTING_DOWN, TIMED_OUT, USAGE_AT_END
 from services.gateway.inflight.ended import EndedRequests
-from services.gateway.inflight.pipeline import Pipeline
+from services.gateway.inflight.pipeline import Pipeline, Settle
 from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, StreamPosition
 from services.gateway.inflight.stored import StoredRequest
 from services.gateway.inflight.work_messages import RequestMetadata
@@ -179,29 +179,35 @@ class OpenRequests:
             if not readers:
                 del self._readers[choice.request_id]
         self._count(open_request)
-        runs_on = _is_resumable(open_request) and any(choice.runs for choice in open_request.choices)
-        self._pipeline.settle(open_request, runs_on)
+        resumable = _is_resumable(open_request)
         if not any(choice.request_id in self._readers for choice in open_request.choices):
-            self._ended.count_end(open_request, _is_resumable(open_request))
-        abandoned = [choice.request_id for choice in open_request.choices if self._is_abandoned(choice)]
-        if not abandoned or _is_resumable(open_request):
+            self._ended.count_end(open_request, resumable)
+        settle = self._pipeline.settlement(open_request)
+        running = [choice.request_id for choice in open_request.choices if choice.runs]
+        abandoned = [] if resumable else [each for each in running if each not in self._readers]
+        if not abandoned:
+            settle(running)
             return
         self._metrics.cancelled.inc(len(abandoned))
+        # Shielded: a cancelled connection task must not leave the engine working for nobody.
+        await asyncio.shield(self._cancel(abandoned, running, settle))
+
+    async def _cancel(self, abandoned: list[str], running: list[str], settle: Settle) -> None:
+        """Cancel what nobody reads, and settle: the rest of what runs goes on, for readers here or elsewhere."""
+        cancelled: list[str] = []
         try:
-            # Shielded: a cancelled connection task must not leave the engine working for nobody.
-            await asyncio.shield(self._pipeline.cancel(abandoned))
+            cancelled = await self._pipeline.cancel(abandoned)
         except RedisError as error:
-            fields = {"request_id": open_request.id, "error": str(error)}
+            fields = {"request_id": abandoned[0], "error": str(error)}
             logger.warning("could not cancel a request; it runs to its end or its deadline", extra=fields)
+        finally:
+            settle([each for each in running if each not in cancelled])
 
     def is_abandoned(self, open_request: OpenRequest) -> bool:
         """Return True if a request that has not ended is to be cancelled when its only reader here leaves."""
         choices = open_request.choices
         alone = all(len(self._readers.get(choice.request_id, ())) <= 1 for choice in choices)
         return alone and any(choice.runs for choice in choices) and not _is_resumable(open_request)
-
-    def _is_abandoned(self, choice: Choice) -> bool:
-        return choice.runs and choice.request_id not in self._readers
 
     def _count(self, open_request: OpenRequest) -> None:
         """Add a completely answered request to the metrics, unless another connection submitted it."""

@@ -1,12 +1,13 @@
 -- Admit the requests of one HTTP request, or refuse all by the first limit that they would break: of amounts a minute, by
 -- GCRA (an allowance is there at once and grows back evenly), or of the requests that are open.
--- KEYS: (hash of a tenant, its open requests)...
+-- KEYS: (hash of a tenant, its open requests)..., hash of requests that are charged without a client
 -- ARGV: prefix of records, limits and amounts as JSON (services/gateway/tenants/limiter.py)
 -- Returns {limit that refuses or '', number of its tenant from 1, ms until trying again makes sense, then of the first
 -- tenant: remaining requests, ms until there are all, remaining tokens, ms until there are all; -1 without a limit}.
 -- requires: tenant_hash
 local STALE = 60000000 -- age at which an open request without a record has ended for certain
 local asked = cjson.decode(ARGV[2])
+local left = KEYS[#KEYS]
 local amounts = {requests = asked.requests, tokens = asked.tokens, media = asked.media}
 
 local function allowance(key, field, limit)
@@ -16,6 +17,7 @@ local function allowance(key, field, limit)
 end
 
 -- Forget open requests whose answer has ended although no gateway has said so: theirs has died, or their client left.
+-- Count uploads anew: their sum may be wrong beside a gateway of an older build, which does not keep it.
 local function sweep(key, open)
   for _, id in ipairs(redis.call('HKEYS', open)) do
     local since = tonumber(string.match(redis.call('HGET', open, id), ':(%d+)$') or 0)
@@ -27,6 +29,7 @@ local function sweep(key, open)
       begin(key, open, id)
     end
   end
+  recount_uploads(key, open)
 end
 
 local function crowded(key, open, limits)
@@ -34,7 +37,8 @@ local function crowded(key, open, limits)
   if limits.concurrent and redis.call('HLEN', open) + #asked.ids > limits.concurrent then return 'concurrent' end
   local queued = number(key, 'queued')
   if limits.uploads and asked.media > 0 then
-    local stored = uploads_of(open)
+    if redis.call('HEXISTS', key, 'uploads') == 0 then recount_uploads(key, open) end
+    local stored = number(key, 'uploads')
     if stored > 0 and stored + asked.media > limits.uploads then return 'uploads' end
   end
   if limits.queued and queued > 0 and queued + asked.queued > limits.queued then return 'queued' end
@@ -55,8 +59,9 @@ local function refused(key, open, limits)
   return limit, 1000
 end
 
+ensure_hash(left)
 local verdict = {'', 0, 0}
-for i = 1, #KEYS, 2 do
+for i = 1, #KEYS - 1, 2 do
   ensure_hash(KEYS[i])
   ensure_hash(KEYS[i + 1])
   local limit, wait = refused(KEYS[i], KEYS[i + 1], asked.limits[(i + 1) / 2])
@@ -65,7 +70,7 @@ for i = 1, #KEYS, 2 do
     break
   end
 end
-for i = 1, #KEYS, 2 do
+for i = 1, #KEYS - 1, 2 do
   local key, open, limits = KEYS[i], KEYS[i + 1], asked.limits[(i + 1) / 2]
   redis.call('HSETNX', key, 'since', time[1])
   if verdict[1] ~= '' then
@@ -79,10 +84,14 @@ for i = 1, #KEYS, 2 do
     for n, id in ipairs(asked.ids) do
       local tokens = n == 1 and asked.queued or 0
       redis.call('HSET', open, id, string.format('%d:%.0f', tokens, now))
-      count_queued(key, tokens)
+      count(key, 'queued', tokens)
       if limits.uploads and asked.media > 0 then
-        redis.call('HSET', open .. ':uploads', id, math.ceil(asked.media / #asked.ids))
+        local bytes = math.ceil(asked.media / #asked.ids)
+        redis.call('HSET', open .. ':uploads', id, bytes)
+        count(key, 'uploads', bytes)
       end
+      local name = asked.names[(i + 1) / 2]
+      redis.call('HSET', left, name .. ' ' .. id, string.format('0:%d:%s', limits.tokens or 0, asked.gateway))
     end
     redis.call('HINCRBY', key, 'used:requests', asked.requests)
     redis.call('HINCRBY', key, 'used:media', asked.media)

@@ -1,39 +1,59 @@
--- Charge what has been generated for requests whose clients left and may come back, and free the places of those that
--- have ended.
--- KEYS: hash of such requests: "name id" -> "tokens of its answer that are charged:limit a minute, or 0"
--- ARGV: prefixes of records, of journals and of tenants' hashes
--- Returns (name, tokens)... that are charged now.
+-- Charge what has been generated for requests whose clients left and may come back, or whose gateway has died, and free
+-- the places of those that have ended. A gateway is there as long as its stream is.
+-- KEYS: hash of requests that are charged without a client (tenant_hash.lua)
+-- ARGV: prefixes of records, of journals, of tenants' hashes and of deltas; where to go on, and how many to look at
+-- Returns where to go on, "0" at the end, and (name, tokens)... that are charged now.
 -- requires: tenant_hash
-local charged_now = {}
-ensure_hash(KEYS[1])
-for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
-  local name, id = string.match(field, '^(%S*) (%S+)$')
-  local charged, limit = string.match(redis.call('HGET', KEYS[1], field), '^(%d+):(%d+)$')
-  local runs = false
-  if id and charged then
-    local key, record, journal = ARGV[3] .. name, ARGV[1] .. id, ARGV[2] .. id
-    local open = key .. ':open'
-    ensure_hash(key)
-    ensure_hash(open)
-    charged, limit = tonumber(charged), tonumber(limit)
-    local there = redis.call('TYPE', record).ok == 'hash'
-    if there and redis.call('TYPE', journal).ok == 'string' then
-      local more = math.floor(redis.call('STRLEN', journal) / 4) - charged
-      if more > 0 then
-        charged = charged + more
-        begin(key, open, id)
-        if limit > 0 then raise_level(key, 'tokens', limit, more) end
-        redis.call('HINCRBY', key, 'used:generated', more)
-        charged_now[#charged_now + 1], charged_now[#charged_now + 2] = name, more
-      end
-    end
-    runs = there and redis.call('HEXISTS', record, 'finish') == 0
-    if runs then
-      redis.call('HSET', KEYS[1], field, string.format('%d:%d', charged, limit))
-    else
-      forget(key, open, id)
-    end
-  end
-  if not runs then redis.call('HDEL', KEYS[1], field) end
+local left = KEYS[1]
+ensure_hash(left)
+local alive = {[''] = false} -- by name; '': of those whose clients have left, none
+
+local function has_gateway(name)
+  if alive[name] == nil then alive[name] = redis.call('EXISTS', ARGV[4] .. name) == 1 end
+  return alive[name]
 end
-return charged_now
+
+-- Return how many tokens an answer has beyond those that are charged, and whether it has not ended.
+local function progress(id, charged)
+  local record, journal = ARGV[1] .. id, ARGV[2] .. id
+  if redis.call('TYPE', record).ok ~= 'hash' then return 0, false end
+  local written = redis.call('TYPE', journal).ok == 'string' and redis.call('STRLEN', journal) / 4 or 0
+  return math.max(0, math.floor(written) - charged), redis.call('HEXISTS', record, 'finish') == 0
+end
+
+-- Charge one request, and return the tokens.
+local function charge(field, name, id, charged, limit)
+  local key = ARGV[3] .. name
+  local open = key .. ':open'
+  ensure_hash(key)
+  ensure_hash(open)
+  local more, runs = progress(id, charged)
+  if more > 0 then
+    begin(key, open, id)
+    if limit > 0 then raise_level(key, 'tokens', limit, more) end
+    redis.call('HINCRBY', key, 'used:generated', more)
+  end
+  if runs then
+    redis.call('HSET', left, field, string.format('%d:%d', charged + more, limit))
+  else
+    forget(key, open, id)
+    redis.call('HDEL', left, field)
+  end
+  return more
+end
+
+local cursor, found = unpack(redis.call('HSCAN', left, ARGV[5], 'COUNT', ARGV[6]))
+local said = {cursor}
+for i = 1, #found, 2 do
+  local field = found[i]
+  local name, id = string.match(field, '^(%S*) (%S+)$')
+  -- Not `found[i + 1]`: a scan may tell of one twice.
+  local charged, limit, gateway = string.match(redis.call('HGET', left, field) or '', '^(%d+):(%d+):?(.*)$')
+  if not id or not charged then
+    redis.call('HDEL', left, field)
+  elseif not has_gateway(gateway) then
+    local more = charge(field, name, id, tonumber(charged), tonumber(limit))
+    if more > 0 then said[#said + 1], said[#said + 2] = name, more end
+  end
+end
+return said

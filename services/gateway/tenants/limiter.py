@@ -1,8 +1,8 @@
 """Limits of tenants, decided in Redis so that all gateways agree: one script when a request comes, one when it ends.
 
 The text of a prompt is charged when the request comes, its media and its answer when it ends. So a tenant may go into
-debt by the answers that it has under way, and waits until that is paid. An answer that goes on without a client is
-charged as its journal grows, by any gateway.
+debt by the answers that it has under way, and waits until that is paid. An answer that goes on without a client, or
+whose gateway has died, is charged as its journal grows, by any gateway.
 """
 
 import asyncio
@@ -25,7 +25,8 @@ from shared.errors import RequestError
 from shared.messages import BATCH_PRIORITY, Share
 
 HERE = Path(__file__).parent
-LEFT_S = 5.0  # between two looks at what has been generated for clients that have left
+LEFT_S = 5.0  # between two looks at what has been generated for clients that have left, by all gateways together
+LEFT_COUNT = 100  # about so many requests are looked at by one call of a script, for a millisecond or two
 EVERYONE = ""  # name of all requests together, with or without a tenant
 
 _TEXTS = {
@@ -78,6 +79,8 @@ class _Wanted(msgspec.Struct, frozen=True):
     queued: int  # those of them that wait before others: none of a line of a batch, which all pass
     media: int
     limits: tuple[dict[str, int], ...]
+    names: tuple[str, ...]
+    gateway: str
 
 
 class _Said(msgspec.Struct, omit_defaults=True):
@@ -115,14 +118,19 @@ class _Said(msgspec.Struct, omit_defaults=True):
 class Limiter:
     """Admission by the limits of tenants and of the server. Without either it does nothing and asks nobody."""
 
-    def __init__(self, redis: Redis, keys: Keys, ceilings: Ceilings, metrics: TenantMetrics) -> None:
+    def __init__(
+        self, redis: Redis, keys: Keys, gateway: str, ceilings: Ceilings, metrics: TenantMetrics, *, has_tenants: bool
+    ) -> None:
+        """`gateway`: whose stream of deltas is there as long as it lives. `has_tenants`: there is a key file."""
+        self._redis = redis
         self._keys = keys
+        self._gateway = gateway
         self._ceilings = ceilings
         self._metrics = metrics
         self._admit = redis.register_script(read_script("admit", HERE))
         self._settle = redis.register_script(read_script("settle", HERE))
         self._charge_left = redis.register_script(read_script("charge_left", HERE))
-        self._limits_somebody = False  # as far as was seen
+        self._limits_somebody = has_tenants or bool(ceilings.max_num_queued_tokens)
         self._said: dict[str, _Said] = {}
         self._changed = asyncio.Event()
 
@@ -141,11 +149,8 @@ class Limiter:
         names = self._names(tenant)
         if not names:
             return None
-        self._limits_somebody = True
-        limits = tuple(self._limits(tenant if name else None) for name in names)
         is_line = quota is not None and quota.share is not None and quota.share.priority == BATCH_PRIORITY
-        wanted = _Wanted(tuple(ids), len(ids), tokens, 0 if is_line else tokens, media_bytes, limits)
-        await self._ask(quota, names, wanted)
+        await self._ask(quota, self._wanted(tenant, names, ids, tokens, 0 if is_line else tokens, media_bytes))
         return Reservation(tenant, tuple(ids), tokens, media_bytes)
 
     async def count(self, quota: Quota) -> None:
@@ -156,17 +161,23 @@ class Limiter:
             RedisError: Redis cannot decide.
         """
         if (tenant := quota.tenant) is not None:
-            await self._ask(quota, [tenant.name], _Wanted((), 1, 0, 0, 0, (self._limits(tenant),)))
+            await self._ask(quota, self._wanted(tenant, [tenant.name], (), 0, 0, 0))
 
-    async def _ask(self, quota: Quota | None, names: list[str], wanted: _Wanted) -> None:
+    def _wanted(
+        self, tenant: Tenant | None, names: list[str], ids: Sequence[str], tokens: int, queued: int, media: int
+    ) -> _Wanted:
+        limits = tuple(self._limits(tenant if name else None) for name in names)
+        return _Wanted(tuple(ids), len(ids) or 1, tokens, queued, media, limits, tuple(names), self._gateway)
+
+    async def _ask(self, quota: Quota | None, wanted: _Wanted) -> None:
         args: list[str | bytes] = [self._keys.request(""), msgspec.json.encode(wanted)]
-        verdict = await self._admit(keys=self._redis_keys(names), args=args)
+        verdict = await self._admit(keys=self._redis_keys(wanted.names), args=args)
         limit, place, retry_ms, *rates = verdict
         tenant = None if quota is None else quota.tenant
         if tenant is not None and quota is not None:
             quota.headers.update(rate_headers(wanted.limits[0], rates))
         if limit:
-            raise self._refusal(quota, str(limit, "ascii"), wanted.limits[place - 1], names[place - 1], retry_ms)
+            raise self._refusal(quota, str(limit, "ascii"), wanted.limits[place - 1], wanted.names[place - 1], retry_ms)
         if tenant is not None:
             self._metrics.requests.labels(tenant.name).inc(wanted.requests)
 
@@ -214,11 +225,21 @@ class Limiter:
             await retry_until_available("settle", self.flush)
 
     async def watch_left(self) -> None:
-        """Charge what is generated for clients that have left, until cancelled."""
+        """Charge what is generated for clients that have left or whose gateway has died, until cancelled."""
         while True:
             await asyncio.sleep(LEFT_S)
             if self._limits_somebody:
-                await retry_until_available("charge", self.charge_left)
+                await retry_until_available("charge", self.charge_in_turn)
+
+    async def charge_in_turn(self) -> None:
+        """Charge it unless another gateway has looked within LEFT_S, about.
+
+        Raises:
+            RedisError: it is not known whether it was charged, and will be.
+        """
+        until_next_ms = max(1, int(900 * LEFT_S))
+        if await self._redis.set(self._keys.tenants_looked(), self._gateway, nx=True, px=until_next_ms):
+            await self.charge_left()
 
     async def charge_left(self) -> None:
         """Charge it now. Several gateways may: each token is charged once.
@@ -226,11 +247,17 @@ class Limiter:
         Raises:
             RedisError: it is not known whether it was charged, and will be.
         """
-        prefixes = [self._keys.request(""), self._keys.journal(""), self._keys.tenant("")]
-        charged = await self._charge_left(keys=[self._keys.tenants_left()], args=prefixes)
-        for name, tokens in zip(charged[::2], charged[1::2], strict=True):
-            if name:
-                self._metrics.tokens.labels(str(name, "ascii"), "generated").inc(tokens)
+        own = self._keys
+        prefixes = [own.request(""), own.journal(""), own.tenant(""), own.deltas("")]
+        cursor = b"0"
+        while True:
+            args: list[str | bytes | int] = [*prefixes, cursor, LEFT_COUNT]
+            cursor, *charged = await self._charge_left(keys=[own.tenants_left()], args=args)
+            for name, tokens in zip(charged[::2], charged[1::2], strict=True):
+                if name:
+                    self._metrics.tokens.labels(str(name, "ascii"), "generated").inc(tokens)
+            if cursor == b"0":
+                return
 
     async def flush(self) -> None:
         """Write it now. What fails is kept; a write whose reply is lost is made again, and counts twice.
@@ -244,8 +271,7 @@ class Limiter:
             return
         self._said.clear()
         try:
-            keys = [*self._redis_keys(said), self._keys.tenants_left()]
-            await self._settle(keys=keys, args=[msgspec.json.encode(each) for each in said.values()])
+            await self._settle(keys=self._redis_keys(said), args=[msgspec.json.encode(each) for each in said.values()])
         except BaseException:
             for name, each in said.items():
                 self._said[name] = each.plus(self._said.get(name))
@@ -258,7 +284,8 @@ class Limiter:
 
     def _redis_keys(self, names: Iterable[str]) -> list[str]:
         """Return the KEYS of the scripts."""
-        return [key for name in names for key in (self._keys.tenant(name), self._keys.tenant_open(name))]
+        keys = [key for name in names for key in (self._keys.tenant(name), self._keys.tenant_open(name))]
+        return [*keys, self._keys.tenants_left()]
 
     def _limits(self, tenant: Tenant | None) -> dict[str, int]:
         ceilings = self._ceilings

@@ -12,9 +12,11 @@ local function size_of(member)
   return tonumber(redis.call('HGET', KEYS[2], member) or 0) or 0
 end
 
+local MOST_CHUNKS = 2 ^ 16 -- of a blob: 64 GiB. A size that is damaged must not occupy Redis for ever.
+
 local function delete_blob(member)
   local size = size_of(member)
-  for n = 0, math.max(math.ceil(size / ARGV[2]), 1) - 1 do
+  for n = 0, math.min(math.max(math.ceil(size / ARGV[2]), 1), MOST_CHUNKS) - 1 do
     redis.call('UNLINK', ARGV[1] .. member .. ':' .. n)
   end
   redis.call('UNLINK', ARGV[1] .. member)
@@ -36,11 +38,21 @@ local function sweep(time, ttl)
   for _, old in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', time)) do delete_blob(old) end
 end
 
--- Evict blobs beyond the budget, but for the one of this name: the least recently used of whoever owns most, else of all.
+-- Return the blob that makes room, but for the one of this name: the least recently used of all if it has no owner, else
+-- that of whoever owns most. nil if there is no other.
+local function next_to_go(but)
+  local first, second = unpack(redis.call('ZRANGE', KEYS[1], 0, 1))
+  local oldest = first
+  if first == but then oldest = second end
+  if oldest and not ownership(oldest) then return oldest end
+  return oldest_of_most(but) or oldest
+end
+
+-- Evict blobs beyond the budget, but for the one of this name. It ends: each that goes is in the index or is owned.
 local function evict(budget, member)
   while tonumber(redis.call('HGET', KEYS[2], 'sum')) > budget do
-    local oldest = oldest_of_most(member) or redis.call('ZRANGE', KEYS[1], 0, 0)[1]
-    if not oldest or oldest == member then return end
-    delete_blob(oldest)
+    local going = next_to_go(member)
+    if not going then return end
+    delete_blob(going)
   end
 end

@@ -130,3 +130,13 @@ async def test_a_long_line_takes_no_memory(redis: Redis, keys: Keys) -> None:
     assert most == 2 * CHUNK
     assert peak < 6 * CHUNK
     assert (await writer.close("a", 3600)).bytes == 16 << 20
+
+
+@pytest.mark.parametrize("chunks", ["x", str(1 << 62)])
+async def test_a_file_whose_number_of_chunks_is_damaged_is_deleted(redis: Redis, keys: Keys, chunks: str) -> None:
+    files = FileStore(redis, keys, FileLimits(3600, 1 << 26, 1 << 26, 1 << 26, 50_000, 16 << 20))
+    await files.write("file-up", "o", 0, b"piece")
+    await redis.hset(keys.file("file-up"), "chunks", chunks)
+    await files.delete("file-up")
+    assert await files.size("file-up") is None
+    assert await redis.zcard(keys.files()) == 0

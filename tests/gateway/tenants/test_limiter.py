@@ -1,5 +1,6 @@
 """The limits of tenants in a real Redis, as two gateways decide them."""
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ def tenant(name: str = "alice", models: tuple[str, ...] = (), **limits: int) -> 
     return Tenant(name=name, hashes=("sha256:" + 64 * "0",), models=models, limits=Limits(**limits))
 
 
+NUMBERS = count(1)
+
+
 class Gateway:
     """The limiter of one gateway."""
 
@@ -33,7 +37,8 @@ class Gateway:
     ) -> None:
         self.registry = CollectorRegistry()
         ceilings = Ceilings(max_queue, queued, share, uploads)
-        self.limiter = Limiter(redis, keys, ceilings, TenantMetrics(self.registry))
+        self.address = f"g{next(NUMBERS)}"
+        self.limiter = Limiter(redis, keys, self.address, ceilings, TenantMetrics(self.registry), has_tenants=True)
         self.headers: dict[str, str] = {}
         self._count = 0
 
@@ -325,6 +330,122 @@ async def test_one_without_a_record_is_forgotten_and_what_cannot_be_read_as_well
     await one.limiter.charge_left()
     await left_alone(redis, keys, one, tenant(), "r", 40)
     assert await redis.hkeys(keys.tenants_left()) == [b"alice r"]
+
+
+async def alive(redis: Redis, keys: Keys, gateway: Gateway) -> None:
+    """Make its stream of deltas, which is there as long as it lives."""
+    await redis.xadd(keys.deltas(gateway.address), {"v": "1"})
+
+
+async def generate(redis: Redis, keys: Keys, request_id: str, tokens: int) -> None:
+    await redis.hset(keys.request(request_id), "epoch", "1")
+    await redis.setrange(keys.journal(request_id), 0, bytes(4 * tokens))
+
+
+async def test_what_a_killed_gateway_had_open_is_charged(redis: Redis, keys: Keys, one: Gateway, two: Gateway) -> None:
+    alice = tenant(tokens_per_min=1000, media_bytes_per_min=1000)
+    await alive(redis, keys, one)
+    await one.ask(alice, "r", "r-1", tokens=100, media=10)
+    await generate(redis, keys, "r", 40)
+    await generate(redis, keys, "r-1", 20)
+    await two.limiter.charge_left()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") is None, "its gateway charges it"
+    await redis.delete(keys.deltas(one.address))
+    await two.limiter.charge_left()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") == b"60"
+    await generate(redis, keys, "r", 950)
+    for request_id in ("r", "r-1"):
+        await redis.hset(keys.request(request_id), "finish", "x")
+    await two.limiter.charge_left()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") == b"970"
+    assert "1000 tokens a minute" in await two.refused(alice, tokens=1)
+    open_key = keys.tenant_open("alice")
+    assert await redis.exists(open_key, f"{open_key}:uploads", keys.tenants_left()) == 0
+    assert await redis.hmget(keys.tenant("alice"), "queued", "uploads") == [None, None]
+
+
+@pytest.mark.parametrize("lives", [False, True])
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_each_token_is_charged_once_though_a_gateway_seemed_dead(
+    redis: Redis, keys: Keys, one: Gateway, two: Gateway, lives: bool, leaves: bool
+) -> None:
+    alice = tenant(tokens_per_min=1000)
+    if lives:
+        await alive(redis, keys, one)
+    reservation = await one.ask(alice, "r", tokens=100)
+    assert reservation is not None
+    await generate(redis, keys, "r", 40)
+    await two.limiter.charge_left()
+    assert (await redis.hget(keys.tenant("alice"), "used:generated") == b"40") is not lives
+    one.limiter.end(reservation, 100, 50, left={"r": 50} if leaves else {})
+    await one.limiter.flush()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") == b"50"
+    await generate(redis, keys, "r", 70)
+    await two.limiter.charge_left()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") == (b"70" if leaves else b"50")
+    assert await redis.hkeys(keys.tenants_left()) == ([b"alice r"] if leaves else [])
+    await two.limiter.count(quota := Quota(alice))
+    assert int(quota.headers[b"x-ratelimit-remaining-tokens"]) in range(830 if leaves else 850, 860)
+
+
+async def test_many_are_charged_in_several_calls(
+    redis: Redis, keys: Keys, one: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with redis.pipeline(transaction=False) as pipe:
+        for n in range(1000):
+            pipe.hset(keys.request(f"r{n}"), "epoch", "1")
+            pipe.setrange(keys.journal(f"r{n}"), 0, bytes(8))
+            pipe.hset(keys.tenants_left(), f"alice r{n}", "1:0")
+        await pipe.execute()
+    calls, script = [], one.limiter._charge_left
+
+    async def counted(**words: Any) -> Any:
+        calls.append(reply := await script(**words))
+        return reply
+
+    monkeypatch.setattr(one.limiter, "_charge_left", counted)
+    for _ in range(2):
+        await one.limiter.charge_left()
+        assert await redis.hget(keys.tenant("alice"), "used:generated") == b"1000"
+    assert len(calls) > 10
+    assert max(map(len, calls[: len(calls) // 2])) < 2 * 200
+
+
+async def test_one_gateway_looks_and_the_next_one_later(redis: Redis, keys: Keys, one: Gateway, two: Gateway) -> None:
+    await left_alone(redis, keys, one, tenant(), "r", 40)
+    await one.limiter.charge_in_turn()
+    await generate(redis, keys, "r", 70)
+    await two.limiter.charge_in_turn()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") == b"40"
+    assert 0 < await redis.pttl(keys.tenants_looked()) < 5000
+    await redis.delete(keys.tenants_looked())
+    await two.limiter.charge_in_turn()
+    assert await redis.hget(keys.tenant("alice"), "used:generated") == b"70"
+
+
+async def commands(redis: Redis) -> int:
+    """How many commands Redis has run, those in scripts included."""
+    return sum(each["calls"] for each in (await redis.info("commandstats")).values())
+
+
+async def test_an_admission_costs_the_same_beside_many_uploads(redis: Redis, keys: Keys, one: Gateway) -> None:
+    await one.ask(tenant(), "first", media=10)
+    costs = []
+    for n in range(40):
+        before = await commands(redis)
+        await one.ask(tenant(), f"r{n}", media=10)
+        costs.append(await commands(redis) - before)
+    assert len(set(costs[1:])) == 1
+    assert await redis.hget(keys.tenant("alice"), "uploads") == b"410"
+
+
+async def test_uploads_that_an_older_gateway_has_counted_alone_are_counted(redis: Redis, keys: Keys) -> None:
+    gateway = Gateway(redis, keys, uploads=1000)
+    await redis.hset(keys.request("old"), "epoch", "1")
+    await redis.hset(keys.tenant_open("alice"), "old", "0:1")
+    await redis.hset(f"{keys.tenant_open('alice')}:uploads", "old", "400")
+    await gateway.refused(tenant(), media=101)
+    await gateway.ask(tenant(), media=100)
 
 
 @pytest.mark.parametrize("damage", [("SET", "x"), ("RPUSH", "x")])

@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -245,6 +246,66 @@ async def test_what_goes_on_without_its_client_is_charged(
     await stages.keep(request)
     await until_is(lambda: redis.hget(keys.tenant("bob"), "used:generated"), b"70")
     await until_is(lambda: redis.hlen(keys.tenant_open("bob")), 0)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_what_a_second_connection_reads_is_charged_after_the_first_has_left(
+    server: Running,
+    stages: Stages,
+    redis: Redis,
+    keys: Keys,
+    checkpoint: Path,
+    redis_url: str,
+    key_file: Path,
+    elsewhere: bool,
+) -> None:
+    asked = ask(server, "bob", stream=True, extra_headers={"X-Event-IDs": "true"})
+    request = await stages.request()
+    await stages.say(request, Delta(request.id, 1, content="y"))
+    first = (await asked).http_response
+    async with AsyncExitStack() as stack:
+        second = server
+        if elsewhere:
+            second = await stack.enter_async_context(
+                running(checkpoint, redis_url, name="other", api_keys_file=str(key_file))
+            )
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=second.url, timeout=PATIENCE_S))
+        path = f"/v1/chat/completions/chatcmpl-{request.id}/events"
+        async with client.stream("GET", path, headers={"x-api-key": "key-of-bob"}) as reading:
+            assert reading.status_code == 200
+            await stages.attached()
+            await first.aclose()
+            await until(server.idle if elsewhere else lambda: server.gateway.load()["choices"] == 1)
+            await redis.setrange(keys.journal(request.id), 0, bytes(4 * 50))
+            await until_is(lambda: redis.hget(keys.tenant("bob"), "used:generated"), b"50")
+            assert await redis.hkeys(keys.tenant_open("bob")) == [request.id.encode()]
+        assert await stages.cancelled() == {request.id}
+
+
+async def test_what_was_left_before_is_charged_by_a_gateway_that_has_had_no_request(
+    server: Running, redis: Redis, keys: Keys
+) -> None:
+    await redis.hset(keys.request("r"), "epoch", "1")
+    await redis.setrange(keys.journal("r"), 0, bytes(4 * 50))
+    await redis.hset(keys.tenants_left(), "bob r", "0:0:gone")
+    await until_is(lambda: redis.hget(keys.tenant("bob"), "used:generated"), b"50")
+
+
+async def test_an_open_request_is_charged_by_its_gateway_while_that_lives(
+    server: Running, stages: Stages, redis: Redis, keys: Keys
+) -> None:
+    asked = ask(server, "bob")
+    request = await stages.request()
+    await redis.setrange(keys.journal(request.id), 0, bytes(4 * 50))
+    await redis.delete(keys.tenants_looked())
+    await until_is(lambda: redis.exists(keys.tenants_looked()), 1)
+    [gateway] = [key async for key in redis.scan_iter(keys.deltas("*"))]
+    held = await redis.hget(keys.tenants_left(), f"bob {request.id}")
+    assert held == b"0:0:" + gateway.removeprefix(keys.deltas("").encode())
+    await stages.answer(request, "yes")
+    await asked
+    await until_is(lambda: redis.hlen(keys.tenant_open("bob")), 0)
+    assert await redis.exists(keys.tenants_left()) == 0
 
 
 @pytest.mark.parametrize(

@@ -334,3 +334,46 @@ async def test_what_an_older_build_has_evicted_keeps_nothing_from_being_evicted(
         await redis.hincrby(keys.blob_sizes(), "sum", -CHUNK)
     await put_chunks(blobs, "b", *range(4))
     assert await kept(redis, keys) == [*(f"a{name}" for name in range(3, 9)), *(f"b{name}" for name in range(4))]
+
+
+async def test_blobs_without_an_owner_that_are_older_make_room_first(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    for name in range(10):
+        await blobs.put(MEDIA, f"old{name}", bytes(CHUNK))
+    await put_chunks(blobs, "a", 0, 1, 2)
+    assert [member.decode() for member in await redis.zrange(keys.blobs(), 0, -1)] == [
+        *(f"media:old{name}" for name in range(3, 10)),
+        *(f"media:a{name}" for name in range(3)),
+    ]
+
+
+async def test_who_has_most_but_only_the_new_blob_takes_nothing_of_a_small_share(
+    redis: Redis, keys: Keys, blobs: Blobs
+) -> None:
+    await put_chunks(blobs, "c", 0)
+    await put_chunks(blobs, "b", *range(4))
+    await blobs.put(MEDIA, "a0", bytes(6 * CHUNK), owner="a")
+    assert await kept(redis, keys) == ["c0", "b1", "b2", "b3", "a0"]
+
+
+@pytest.mark.parametrize("lost", [":owned", ":owners", ":of:a", ":of:b"])
+async def test_an_index_of_owners_that_has_lost_a_part_ends_no_eviction_late(
+    redis: Redis, keys: Keys, blobs: Blobs, lost: str
+) -> None:
+    await put_chunks(blobs, "a", *range(6))
+    await put_chunks(blobs, "b", *range(4))
+    await redis.delete(f"{keys.blobs()}{lost}")
+    await put_chunks(blobs, "b", *range(4, 8))
+    await put_chunks(blobs, "c", *range(10))
+    assert await budget_used(redis, keys) == 10 * CHUNK
+    await put_chunks(blobs, "a", *range(6, 26))
+    await put_chunks(blobs, "b", *range(8, 28))
+    await put_chunks(blobs, "a", *range(26, 46))
+    if lost == ":owned":  # what was lost has gone, and all is right again
+        assert sorted({name[0] for name in await kept(redis, keys)}) == ["a", "b", "c"]
+
+
+async def test_a_blob_whose_size_is_damaged_is_deleted_in_time(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+    await put_chunks(blobs, "a", 0)
+    await redis.hset(keys.blob_sizes(), "media:a0", 1 << 62)
+    await blobs.delete(MEDIA, ["a0"])
+    assert await redis.zcard(keys.blobs()) == 0
