@@ -87,7 +87,8 @@ async def _charged(system: System) -> list[str]:
     That of a killed one expires within a minute, for which nobody waits here.
     """
     left = []
-    for field, value in (await system.redis.hgetall(system.keys.tenants_left())).items():
+    entries: dict[bytes, bytes] = await system.redis.hgetall(system.keys.tenants_left())  # type: ignore[assignment]
+    for field, value in entries.items():
         gateway = value.decode().split(":", 2)[2:]
         if not gateway or not await system.redis.exists(system.keys.deltas(gateway[0])):
             left.append(f"{field.decode()!r} is charged, {value.decode()}")

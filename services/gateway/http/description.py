@@ -79,7 +79,8 @@ def _describe(path: str, method: str, operation: dict[str, Any]) -> None:
         content = {"application/json": {"schema": schema}}
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
     if "text/event-stream" not in responses["200"]["content"] and _may_stream(path):
-        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        # Of no type: some take it for the whole text, and others for each event.
+        responses["200"]["content"]["text/event-stream"] = {"schema": {"description": "Server-sent events."}}
     if method == "get" and path.endswith("/completions/{name}"):
         responses["202"] = {"description": "Accepted", "content": {"application/json": {"schema": {}}}}
 
