@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Run a block in which cycles stay."""
+    """Run a block in which cycles stay. What is there before, also of other tests, counts for nothing."""
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
@@ -17,5 +18,5 @@ def without_collector() -> Iterator[None]:
 
 
 def held(*kinds: type) -> set[str]:
-    """The names of those kinds of which an object is in memory."""
+    """The names of those kinds of which an object is in memory that was made in the block."""
     return {type(each).__name__ for each in gc.get_objects() if type(each) in kinds}
