@@ -53,7 +53,7 @@ READY = b"; Ctrl-C stops"
 PATIENCE_S = 240.0  # of a start
 LARGE, SMALL = (1920, 1080), (448, 448)
 # By case: text clients, picture clients, the pictures' size, whether these were seen, and a share of --seconds.
-CASES: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
+USUAL: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
     "text": (16, 0, LARGE, False, 1.0),
     "1080p": (0, 8, LARGE, False, 1.0),
     "text and 1080p": (16, 8, LARGE, False, 1.5),
@@ -61,13 +61,14 @@ CASES: dict[str, tuple[int, int, tuple[int, int], bool, float]] = {
     "one 1080p, seen": (0, 1, LARGE, True, 0.3),
     "448": (0, 32, SMALL, False, 0.7),
     "text and 448": (16, 32, SMALL, False, 1.0),
+}
+CASES = USUAL | {
     "one 448": (0, 1, SMALL, False, 0.5),
     "16 of 1080p": (0, 16, LARGE, False, 1.0),
     "64 of 1080p": (0, 64, LARGE, False, 1.5),
     "16 of 448": (0, 16, SMALL, False, 0.7),
     "64 of 448": (0, 64, SMALL, False, 0.7),
 }
-USUAL = tuple(CASES)[:7]
 WARM_S = 1.5
 SETTLED_S, SETTLING_S = 0.4, 20.0  # without a change of a counter; the longest wait for that
 COUNTED = (
@@ -210,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of the model")
     parser.add_argument("--ways", nargs="+", choices=("whole", "pieces", "mps"), default=["whole", "pieces"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=USUAL, metavar="CASE", help="; ".join(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(USUAL), metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--seconds", type=float, default=10.0, help="of a case of the usual length (10)")
     parser.add_argument("--last-id", type=int, default=100_000, help="that prompts are drawn from (100000)")
     usual = MmEncoderSettings(redis_url="", model="")

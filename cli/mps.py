@@ -42,7 +42,7 @@ def daemon(directory: Path, environ: Mapping[str, str]) -> Iterator[dict[str, st
     except (subprocess.SubprocessError, OSError) as error:
         raise ConfigError(f"{variable('mps_percent')}: {CONTROL} does not start: {error}") from None
     if DEVICES in environ:  # clients count the GPUs that the daemon sees
-        told[DEVICES] = ",".join(str(nth) for nth, _ in enumerate(environ[DEVICES].split(",")))
+        told[DEVICES] = ",".join(map(str, range(len(environ[DEVICES].split(",")))))
     try:
         yield told
     finally:

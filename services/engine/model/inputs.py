@@ -50,7 +50,7 @@ class AttentionBuffers:
 
     query: Tensor
     attended: Tensor
-    launches: list[AttentionLaunch] = field(default_factory=list)  # of a layer: those of the next are alike
+    launches: list[AttentionLaunch] = field(default_factory=list)  # made for the first layer, used for all
 
     def first(self, rows: int) -> "AttentionBuffers":
         return AttentionBuffers(self.query[:rows], self.attended[:rows])

@@ -190,15 +190,15 @@ class OpenRequests:
             return
         self._metrics.cancelled.inc(len(abandoned))
         # Shielded: a cancelled connection task must not leave the engine working for nobody.
-        await asyncio.shield(self._cancel(abandoned, running, settle))
+        await asyncio.shield(self._cancel(open_request.id, abandoned, running, settle))
 
-    async def _cancel(self, abandoned: list[str], running: list[str], settle: Settle) -> None:
-        """Cancel what nobody reads, and settle: the rest of what runs goes on, for readers here or elsewhere."""
+    async def _cancel(self, request_id: str, abandoned: list[str], running: list[str], settle: Settle) -> None:
+        """Cancel choices that nobody reads, and settle: the others that run go on, for readers here or elsewhere."""
         cancelled: list[str] = []
         try:
             cancelled = await self._pipeline.cancel(abandoned)
         except RedisError as error:
-            fields = {"request_id": abandoned[0], "error": str(error)}
+            fields = {"request_id": request_id, "error": str(error)}
             logger.warning("could not cancel a request; it runs to its end or its deadline", extra=fields)
         finally:
             settle([each for each in running if each not in cancelled])

@@ -191,13 +191,16 @@ async def test_the_budget_is_half_of_the_file_system_at_most(tmp_path: Path, eng
     assert store._budget == whole.f_frsize * whole.f_blocks // 2
 
 
-async def test_a_full_file_system_is_no_failure(
-    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def full_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(os, "write", full)
+
+
+@pytest.mark.usefixtures("full_file_system")
+async def test_a_full_file_system_is_no_failure(store: SegmentStore, segments: Segments) -> None:
     assert not await store.write("cat", DATA)
     assert names(segments) == set()
 
@@ -264,13 +267,8 @@ async def test_what_was_prepared_long_ago_is_written_anew(store: SegmentStore, s
     assert segments.read("cat") == DATA
 
 
-async def test_nothing_is_prepared_where_nothing_can_be_written(
-    store: SegmentStore, segments: Segments, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(fd: int, data: memoryview) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-    monkeypatch.setattr(os, "write", full)
+@pytest.mark.usefixtures("full_file_system")
+async def test_nothing_is_prepared_where_nothing_can_be_written(store: SegmentStore, segments: Segments) -> None:
     async with store.prepare(len(DATA)) as place:
         assert await place is None
         assert names(segments) == set()

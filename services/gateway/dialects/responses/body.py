@@ -74,7 +74,8 @@ class TextOptions(msgspec.Struct, frozen=True):
     verbosity: Literal["low", "medium", "high"] | None = None  # nobody here makes answers shorter or longer
 
     def check_supported(self) -> None:
-        """
+        """Refuse what would be ignored.
+
         Raises:
             RequestError: 400, it asks for another length than the model's own.
         """
@@ -104,7 +105,8 @@ class Reasoning(msgspec.Struct, frozen=True):
         return None if asked == "none" else asked
 
     def check_supported(self) -> None:
-        """
+        """Refuse what would be ignored.
+
         Raises:
             RequestError: 400, it asks for another way to think, or for the thinking of earlier turns.
         """

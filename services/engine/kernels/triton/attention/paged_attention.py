@@ -309,17 +309,16 @@ def paged_attention(
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if len(lengths) == 1 and is_whole_prompt(lengths[0]) and library_supports(query):
         return out.copy_(whole_prompt(query, keys, values, block_tables[0], scale))
-    made = launches or []
-    if not made:
+    if launches is None:
+        launches = []
+    if not launches:
         arguments = (query, keys, block_tables, query_start, context_lens)
         if max_query_len == 1:
-            made = _decode(*arguments, scale, out, lengths, beside)
+            launches += _decode(*arguments, scale, out, lengths, beside)
         else:
-            made = _prefill(*arguments, max_query_len, max_context_len, scale, out)
-    for launch in made:
+            launches += _prefill(*arguments, max_query_len, max_context_len, scale, out)
+    for launch in launches:
         launch(keys, values)
-    if launches is not None:
-        launches[:] = made
     return out
 
 

@@ -28,11 +28,11 @@ def paged_attention(
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    made = launches or [
-        tiles_launch(query, keys, block_tables, query_start, context_lens, max_query_len, scale, out, TILES)
-    ]
-    for launch in made:
+    if launches is None:
+        launches = []
+    if not launches:
+        arguments = (query, keys, block_tables, query_start, context_lens)
+        launches.append(tiles_launch(*arguments, max_query_len, scale, out, TILES))
+    for launch in launches:
         launch(keys, values)
-    if launches is not None:
-        launches[:] = made
     return out
